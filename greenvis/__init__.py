@@ -1,0 +1,64 @@
+"""greenvis: make a vision model cheaper to train, adapt and run, and prove it. Imports are lazy: no torch here."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from greenvis.errors import BadInput, GreenvisError
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from greenvis.experiment import run
+    from greenvis.meters.track import track
+    from greenvis.recipe import load_recipe
+    from greenvis.report import report
+    from greenvis.technique import Installed, Technique
+    from greenvis.techniques.inference.distill import Distill
+    from greenvis.techniques.iteration.lora import Lora
+    from greenvis.wrap import Wrapped, wrap
+
+_HOMES = {
+    "wrap": "wrap",
+    "Wrapped": "wrap",
+    "track": "meters.track",
+    "report": "report",
+    "run": "experiment",
+    "load_recipe": "recipe",
+    "Technique": "technique",
+    "Installed": "technique",
+}
+
+__all__ = [
+    "BadInput", "Distill", "GreenvisError", "Installed", "Lora", "Technique", "Wrapped",
+    "load_recipe", "report", "run", "track", "wrap",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"greenvis.{_HOMES[name]}"), name)
+    if name[:1].isupper():  # a technique class: gv.Lora, gv.Distill, and those of installed plug-ins
+        registry = importlib.import_module("greenvis.registry")
+        found = registry.find_class(name)
+        if found is not None:
+            return found
+    raise AttributeError(f"module 'greenvis' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+class _Package(types.ModuleType):
+    """Keeps `greenvis.wrap` and `greenvis.report` the functions, though files of the same names exist below."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOMES and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

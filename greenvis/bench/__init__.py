@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks behind `greenvis bench`: one file each."""

@@ -1,0 +1,30 @@
+"""The errors greenvis raises, and the "did you mean" they share. Standard library only."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class GreenvisError(Exception):
+    """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with 1."""
+
+
+class BadInput(GreenvisError):
+    """The input (recipe, option, model, data) cannot be used. Nothing was changed. The CLI exits with 2."""
+
+
+def nearest(wanted: str, known: Iterable[str]) -> str:
+    """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there is."""
+    names = sorted(set(known))
+    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean '{close[0]}'?"
+    return f"; known: {some(names)}" if names else ""
+
+
+def some(names: Iterable[str], most: int = 6) -> str:
+    """Format names for a message: "'a', 'b', … (+22)"."""
+    listed = list(names)
+    shown = ", ".join(f"'{n}'" for n in listed[:most])
+    return shown + (f", … (+{len(listed) - most})" if len(listed) > most else "")

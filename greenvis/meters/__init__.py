@@ -1,0 +1,1 @@
+"""What a run cost: energy, carbon, FLOPs, speed, memory."""

@@ -1,0 +1,82 @@
+"""Joules and grams from what a record observed. Standard library only; the model is linear, so re-pricing is exact.
+
+energy_j = sum over components of coefficient × observed quantity (watts per busy CPU × CPU-seconds, watts per GB ×
+GB-seconds, 1 × joules of a live counter). carbon_g = energy_j / 3.6e6 × PUE × g/kWh.
+Bands within a host are fully correlated: bounds add, they are never combined in squares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from greenvis.record import Reading, Run
+
+MODEL = "linear-1"  # name and version of the pricing model
+JOULES_PER_KWH = 3.6e6
+
+
+def energy(totals: Mapping[str, float], components: Iterable[Mapping[str, Any]]) -> dict[str, Reading]:
+    """Return each component's energy, in joules, for one phase's totals (or their sum).
+
+    components: the header's list: {"name", "source", "observation", "coefficient": {"low", "central", "high"},
+    "provenance", "reason"}. A component whose observation is absent reads None, with the reason.
+    """
+    out = {}
+    for c in components:
+        seen, k = totals.get(c.get("observation") or ""), c.get("coefficient") or {}
+        if seen is None or "central" not in k:
+            out[c["name"]] = Reading("energy_j", None, method=c.get("source", ""), reason=c.get("reason") or "not observed")
+        else:
+            out[c["name"]] = Reading(
+                "energy_j", seen * k["central"], seen * k.get("low", k["central"]), seen * k.get("high", k["central"]),
+                method=c.get("source", ""), provenance=c.get("provenance", "estimated"),
+            )  # fmt: skip
+    return out
+
+
+def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
+    """Add readings bound by bound; missing ones are left out and named. The weakest provenance is the sum's."""
+    listed = list(readings)
+    there = [r for r in listed if r.value is not None]
+    if not there:
+        return Reading(name, None, reason="; ".join(dict.fromkeys(r.reason for r in listed if r.reason)) or "not observed")
+    order = ("measured", "estimated", "constant")
+    return Reading(
+        name,
+        math.fsum(r.value or 0.0 for r in there),
+        math.fsum((r.value if r.low is None else r.low) or 0.0 for r in there),
+        math.fsum((r.value if r.high is None else r.high) or 0.0 for r in there),
+        method=" + ".join(dict.fromkeys(r.method for r in there if r.method)),
+        provenance=max((r.provenance for r in there), key=order.index),
+        reason="; ".join(dict.fromkeys(r.reason for r in listed if r.value is None and r.reason)),
+    )
+
+
+def run_energy(run: Run, phase: str | None = None) -> Reading:
+    """Return the energy of a run, in joules, whole or for one phase and those below it."""
+    parts = phases(run)
+    chosen = [r for p, c in parts.items() if phase is None or p == phase or p.startswith(phase + "/") for r in c.values()]
+    return add(chosen) if chosen else Reading("energy_j", None, reason="no sample was recorded")
+
+
+def phases(run: Run) -> dict[str, dict[str, Reading]]:
+    """Return energy by phase and component. Phases are disjoint: their sum is the run."""
+    return {p: energy(t, run.header.get("components") or []) for p, t in run.totals.items()}
+
+
+def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) -> Reading:
+    """Return grams of CO2e. intensity: {"value": g/kWh, "low", "high", "zone", "source", "assumed"}; PUE is a ratio ≥ 1."""
+    value = intensity.get("value")
+    if energy_j.value is None or value is None:
+        return Reading("carbon_g", None, reason=energy_j.reason or "no carbon intensity is known")
+    k = pue / JOULES_PER_KWH
+    return Reading(
+        "carbon_g",
+        energy_j.value * k * value,
+        (energy_j.low if energy_j.low is not None else energy_j.value) * k * intensity.get("low", value),
+        (energy_j.high if energy_j.high is not None else energy_j.value) * k * intensity.get("high", value),
+        method=f"{intensity.get('zone', '?')} {value:g} g/kWh × PUE {pue:g}",
+        provenance="constant" if intensity.get("assumed") else energy_j.provenance,
+    )

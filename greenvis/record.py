@@ -1,0 +1,231 @@
+"""The run record: one append-only file of JSON lines a process (rank), safe against kill -9. Standard library only.
+
+Line types (schema 1; units stand in the keys):
+
+    header  who and where: run, name, arm, seed, rank, world_size, host, boot_id, pid, wall_s, versions, cpu, components,
+            pue, carbon_intensity, embodied, recipe, command, git
+    sample  phase, plus the phase's running totals so far: wall_s, cpu_s, ram_gb_s, gpu_j, cpu_j, steal_s, samples, flops
+            (whichever this run observes); `mono_s` and `clock_s` say when
+    log     values of the training at a moment (epoch, accuracy, loss), with `mono_s`
+    fact    what holds for the whole run (macs, params, latency_ms, data, …); later facts replace earlier ones
+    uses    another run this one builds on (role, name, runs, energy_j, carbon_g): shown beside, never added
+    note    a warning in words
+    end     status "done", "failed" or "stopped", with the reason
+
+Totals are cumulative by phase, so a damaged line in the middle costs nothing and a kill costs at most the last sample.
+A record without an `end` line is a crashed run: it stays in all totals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from greenvis.errors import BadInput
+
+SCHEMA = 1
+SUFFIX = ".jsonl"
+SYNC_EVERY_S = 5.0
+KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
+
+Provenance = Literal["measured", "estimated", "constant"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A figure with its band, how it was obtained, and, where it is missing (`value` None), why."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    method: str = ""
+    provenance: Provenance = "estimated"
+    reason: str = ""
+
+
+class Writer:
+    """Append lines to one record. A full or read-only disk never raises here: `problem` says what went wrong."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.problem = ""
+        self._held: list[bytes] = []
+        self._torn = False
+        self._fd = -1
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._synced = time.monotonic()
+        self.line("header", {"schema": SCHEMA, **header})
+
+    def line(self, type: str, values: Mapping[str, Any]) -> None:
+        """Write one line. Lines the disk refuses are held and tried again at the next call."""
+        if os.getpid() != self._pid:  # a forked child: the record is its parent's
+            return
+        text = json.dumps({"type": type, **_plain(values)}, separators=(",", ":"), ensure_ascii=False)
+        with self._lock:
+            self._held.append(text.encode("utf-8", "replace") + b"\n")
+            self._flush()
+
+    def close(self, status: str, reason: str = "") -> None:
+        """Write the `end` line and close the file. A second call does nothing."""
+        with self._lock:
+            if self._pid < 0:
+                return
+            self.line("end", {"status": status, "reason": reason, "mono_s": time.monotonic(), "clock_s": time.time()})
+            if self._fd >= 0:
+                self._sync(force=True)
+                os.close(self._fd)
+            self._fd, self._pid = -1, -1
+
+    def _flush(self) -> None:
+        try:
+            if self._fd < 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+            while self._held:
+                data = b"\n" + self._held[0] if self._torn else self._held[0]
+                self._torn = os.write(self._fd, data) < len(data)
+                if self._torn:
+                    raise OSError("the disk took only part of a line")
+                self._held.pop(0)
+            self._sync()
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error}"
+            if len(self._held) > KEEP_LINES:  # totals are cumulative: the newest lines matter, and the header
+                del self._held[1 : len(self._held) - KEEP_LINES // 2]
+
+    def _sync(self, force: bool = False) -> None:
+        if force or time.monotonic() - self._synced > SYNC_EVERY_S:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self.problem = f"cannot sync {self.path}: {error}"
+            self._synced = time.monotonic()
+
+
+@dataclass
+class Run:
+    """One record, read back. `totals[phase][quantity]` are running sums; a phase path reads "train/epoch3"."""
+
+    path: Path
+    header: dict[str, Any]
+    totals: dict[str, dict[str, float]] = field(default_factory=dict)
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+    uses: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    end: dict[str, Any] | None = None
+    damaged_lines: int = 0
+
+    @property
+    def id(self) -> str:
+        """The run's id, unique over machines."""
+        return str(self.header.get("run", self.path.stem))
+
+    @property
+    def status(self) -> str:
+        """ "done", "failed" or "stopped" as its `end` line says, or "crashed" where it has none."""
+        return str(self.end.get("status", "failed")) if self.end else "crashed"
+
+    def sum(self, quantity: str, phase: str | None = None) -> float | None:
+        """Sum a quantity over all phases, or over one phase and those below it. None where it was never observed."""
+        found = [
+            t[quantity]
+            for name, t in self.totals.items()
+            if quantity in t and (phase is None or name == phase or name.startswith(phase + "/"))
+        ]
+        return math.fsum(found) if found else None
+
+
+def read(path: str | os.PathLike[str]) -> Run:
+    """Read one record, whatever its end. Lines that are not JSON are counted and skipped.
+
+    Raises BadInput where the file holds no header of a record, or one of a newer schema.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"cannot read the record {path}: {error.strerror or error}") from error
+    run: Run | None = None
+    damaged = 0
+    for text in raw.split(b"\n"):
+        if not text.strip():
+            continue
+        try:
+            line = json.loads(text)
+            kind = line["type"]
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+            continue
+        if kind == "header" and run is None:
+            if not isinstance(line.get("schema"), int) or line["schema"] > SCHEMA:
+                raise BadInput(
+                    f"{path} is a record of schema {line.get('schema')}; this greenvis reads up to {SCHEMA}: upgrade it"
+                )
+            run = Run(path, line)
+        elif run is not None:
+            damaged += not _take(run, kind, line)
+    if run is None:
+        raise BadInput(f"{path} is not a greenvis record: no header line in it")
+    run.damaged_lines = damaged
+    return run
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Yield the record files among `paths`: files as given, folders searched through. Raises BadInput for a missing one."""
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            yield from sorted(path.rglob("*" + SUFFIX))
+        elif path.is_file():
+            yield path
+        else:
+            raise BadInput(f"no record or folder at {path}")
+
+
+def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
+    """Put one line into `run`; False where its shape is wrong."""
+    values = {k: v for k, v in line.items() if k != "type"}
+    if kind == "sample":
+        if not isinstance(values.get("phase"), str):
+            return False
+        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        for moment in ("mono_s", "clock_s"):
+            numbers.pop(moment, None)
+        run.totals.setdefault(values["phase"], {}).update(numbers)
+    elif kind == "log":
+        # what had been observed so far, so that accuracy can be drawn over energy
+        run.logs.append({**values, "totals": {p: dict(t) for p, t in run.totals.items()}})
+    elif kind == "fact":
+        run.facts.update(values)
+    elif kind == "uses":
+        run.uses.append(values)
+    elif kind == "note":
+        run.notes.append(str(values.get("text", "")))
+    elif kind == "end":
+        run.end = values
+    return True
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it; NaN and infinity become words."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (str, int, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):  # a numpy or torch scalar
+        return _plain(value.item())
+    return str(value)

@@ -1,0 +1,126 @@
+"""What a technique is: a frozen, validated request (`Technique`) and the live change it makes (`Installed`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from greenvis.errors import GreenvisError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Stage = Literal["base", "weights", "tokens", "exits", "objective"]
+STAGES: tuple[Stage, ...] = ("base", "weights", "tokens", "exits", "objective")
+
+# What one technique may need of the model's run and another may break; `wrap` puts these words in its refusal.
+PROPERTIES: dict[str, str] = {
+    "token_grid": "a fixed grid of tokens from block to block",
+    "attention_maps": "attention maps of every token pair",
+    "batch_independence": "each sample's output independent of the rest of its batch",
+    "trainable_base": "a base whose own weights train",
+    "single_output": "one output for each sample",
+}
+
+
+class Technique(BaseModel):
+    """A request for one technique: its fields are the recipe schema, the constructor and the documentation at once.
+
+    Subclasses set `name`, `stage` and write `install`. `needs` and `breaks` are keys of `PROPERTIES` (or words of
+    a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    name: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+
+    def install(self, model: nn.Module) -> Installed:
+        """Change `model` in place and return the live change.
+
+        Check first, change last: raise `BadInput` before anything is touched where the model does not fit.
+        No undo is needed here: `wrap` takes a snapshot and restores it.
+        """
+        raise NotImplementedError
+
+    def runs(self) -> dict[str, str]:
+        """Fields that name another run ("run:NAME"), by field: the experiment resolves them before `install`."""
+        return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
+
+
+class Installed:
+    """One technique, live on a model. Every seam is optional; the defaults do nothing.
+
+    trainable: names of the parameters (of the model, after install) which this technique trains and saves.
+    freezes: True where every parameter it does not list is to stay frozen.
+    """
+
+    pretext: ClassVar[bool] = False
+    criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+
+    def __init__(self, trainable: tuple[str, ...] = ()) -> None:
+        self.trainable = trainable
+        self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return the batch to train on, before the forward."""
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return the extra loss terms of this step by name, each a scalar, already weighted."""
+        return {}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return optimizer groups for parameters that want other settings than the rest."""
+        return []
+
+    def step_end(self) -> None:
+        """After the optimizer step."""
+
+    def epoch_end(self) -> None:
+        """After an epoch."""
+
+    def end_task(self, loader: Any) -> None:
+        """At a task boundary; `loader` yields the finished task's (x, y)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return state that is not among the model's parameters and buffers (a replay buffer, a running mean)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        if state:
+            raise GreenvisError(f"{type(self).__name__} holds no state of its own, but was given {sorted(state)}")
+
+    def merge(self) -> None:
+        """Fold the change into the model's own weights. The default is right where nothing was added."""
+
+    def undo(self) -> None:
+        """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model itself."""
+
+
+def logits_of(output: Any) -> Tensor:
+    """Return the logits (batch, classes) in a model's output: a tensor, a transformers output, or a tuple of heads.
+
+    Two heads of equal shape (DeiT's class and distillation token in training) are averaged, as DeiT does at test time.
+    """
+    for key in ("logits", "image_embeds", "pooler_output", "out"):
+        if isinstance(output, Mapping) and output.get(key) is not None:
+            return output[key]
+        if getattr(output, key, None) is not None:
+            return getattr(output, key)
+    if isinstance(output, (tuple, list)) and output:
+        if len(output) == 2 and getattr(output[0], "shape", 0) == getattr(output[1], "shape", 1):
+            return (output[0] + output[1]) / 2
+        return logits_of(output[0])
+    if hasattr(output, "shape"):
+        return output
+    raise GreenvisError(
+        f"cannot find logits in a model output of type {type(output).__name__}; return a tensor "
+        "(batch, classes) or an object with `.logits`"
+    )

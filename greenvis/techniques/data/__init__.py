@@ -1,0 +1,1 @@
+"""Techniques that need fewer or cheaper images."""

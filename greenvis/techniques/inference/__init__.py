@@ -1,0 +1,1 @@
+"""Techniques that make inference cheaper."""

@@ -1,0 +1,1 @@
+"""Techniques that make adapting and keeping on learning cheaper."""
