@@ -48,6 +48,10 @@ class Technique(BaseModel):
         """
         raise NotImplementedError
 
+    def recipe_form(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, as a recipe writes them."""
+        return self.model_dump(mode="json", exclude_defaults=True, fallback=lambda v: type(v).__name__)
+
     def runs(self) -> dict[str, str]:
         """Fields that name another run ("run:NAME"), by field: the experiment resolves them before `install`."""
         return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
@@ -57,14 +61,17 @@ class Installed:
     """One technique, live on a model. Every seam is optional; the defaults do nothing.
 
     trainable: names of the parameters (of the model, after install) which this technique trains and saves.
-    freezes: True where every parameter it does not list is to stay frozen.
+    freezes: True where every parameter no technique lists is to stay frozen.
+    unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
     """
 
     pretext: ClassVar[bool] = False
+    unmergeable: str = ""
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
-    def __init__(self, trainable: tuple[str, ...] = ()) -> None:
+    def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
         self.trainable = trainable
+        self.freezes = freezes
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
@@ -98,7 +105,11 @@ class Installed:
             raise GreenvisError(f"{type(self).__name__} holds no state of its own, but was given {sorted(state)}")
 
     def merge(self) -> None:
-        """Fold the change into the model's own weights. The default is right where nothing was added."""
+        """Fold the change into the model's own weights; the default is right where nothing was added.
+
+        Called by `Wrapped.merge` when the model has its own structure back (the plain modules, with the weights they
+        have now), so a technique that added modules keeps references to them to fold from.
+        """
 
     def undo(self) -> None:
         """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model itself."""

@@ -1,0 +1,318 @@
+"""`wrap(model, techniques)`: install in stage order, refuse conflicts, roll back on failure; `Wrapped` is the result."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.surgery import Snapshot
+from greenvis.technique import PROPERTIES, STAGES, Installed, Technique
+
+DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
+_LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
+    """Install techniques on `model`, in place and undoable.
+
+    Raises BadInput for a conflict, a model that does not fit, or a model already wrapped; the model is then unchanged.
+    """
+    requests = [techniques] if isinstance(techniques, Technique) else list(techniques)
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"wrap() takes a torch.nn.Module, not {type(model).__name__}")
+    for request in requests:
+        if not isinstance(request, Technique):
+            hint = f"; write {request.__name__}(…)" if isinstance(request, type) else ""
+            raise BadInput(f"wrap() takes techniques, not {request!r}{hint}")
+    if model in _LIVE:
+        raise BadInput(
+            f"this {type(model).__name__} is wrapped already (with {some(_LIVE[model]) or 'nothing'}): give all techniques "
+            "to one wrap(), or call undo() or merge() first"
+        )
+    requests.sort(key=lambda t: STAGES.index(t.stage))
+    _refuse_conflicts(requests)
+    return Wrapped(model, requests)
+
+
+class Wrapped:
+    """A model with techniques live on it, and the seams a training loop calls. `model` is the user's own object."""
+
+    def __init__(self, model: nn.Module, techniques: Sequence[Technique]) -> None:
+        self.model = model
+        self.techniques = tuple(techniques)
+        self.installed: list[Installed] = []
+        self._snapshot = Snapshot(model)
+        try:
+            self._install()
+        except BaseException:
+            self._release()
+            self._snapshot.restore()
+            raise
+        self._snapshot.forget_unchanged()
+        _LIVE[model] = tuple(t.name for t in techniques)
+
+    def _install(self) -> None:
+        owned: dict[int, nn.Parameter] = {}
+        freezing = False
+        for technique in self.techniques:
+            live = technique.install(self.model)
+            self.installed.append(live)
+            freezing |= live.freezes
+            named = dict(self.model.named_parameters(remove_duplicate=False))
+            missing = [n for n in live.trainable if n not in named]
+            if missing:
+                raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
+            owned.update((id(named[n]), named[n]) for n in live.trainable)
+        if freezing:  # what one technique freezes, another's own parameters must survive
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in owned)
+        if sum(live.criterion is not None for live in self.installed) > 1:
+            names = [t.name for t, live in self._pairs() if live.criterion is not None]
+            raise BadInput(f"{some(names)} each replace the task loss; at most one may: remove all but one")
+
+    # -- the seams of a training step ---------------------------------------------------------------------------------
+
+    @property
+    def pretext(self) -> bool:
+        """Whether a technique does the forward itself, so that the loop calls neither the model nor the task loss."""
+        return any(live.pretext for live in self.installed)
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return the batch to train on: replay adds samples here; otherwise unchanged."""
+        for live in self.installed:
+            x, y = live.batch(x, y)
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> dict[str, Tensor]:
+        """Return all extra loss terms of this step by name."""
+        out: dict[str, Tensor] = {}
+        for technique, live in self._pairs():
+            for name, value in live.terms(x, y, logits).items():
+                if name in out:
+                    raise GreenvisError(f"two techniques add a loss term named '{name}'; {technique.name} is the second")
+                out[name] = value
+        return out
+
+    def loss(self, x: Any, y: Any, logits: Tensor | None) -> Tensor:
+        """Return the sum of the extra terms, a scalar; zero where there are none."""
+        terms = self.terms(x, y, logits)
+        if terms:
+            return torch.stack(list(terms.values())).sum()
+        return torch.zeros((), device=logits.device if logits is not None else None)
+
+    def criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the task loss to use: a technique's, built on the given one, or the given one itself."""
+        for live in self.installed:
+            if live.criterion is not None:
+                return live.criterion(task_loss)
+        return task_loss
+
+    def step_end(self) -> None:
+        """Call after each optimizer step."""
+        for live in self.installed:
+            live.step_end()
+
+    def epoch_end(self) -> None:
+        """Call after each epoch."""
+        for live in self.installed:
+            live.epoch_end()
+
+    def end_task(self, loader: Any) -> None:
+        """Call at a task boundary with the finished task's loader."""
+        for live in self.installed:
+            live.end_task(loader)
+
+    def meter(self, run: Any) -> None:
+        """Let techniques cut their own phases (a teacher's forward) in a tracked run."""
+        for live in self.installed:
+            live.phase = run.phase
+
+    def phase(self, name: str) -> AbstractContextManager[Any]:
+        """Return the phase context techniques currently use; a no-op until a tracked run is given."""
+        return self.installed[0].phase(name) if self.installed else Installed().phase(name)
+
+    # -- parameters and state -----------------------------------------------------------------------------------------
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return optimizer groups: the techniques' own first, every other trainable parameter at `lr`."""
+        groups = [g for live in self.installed for g in live.param_groups(lr)]
+        taken = [id(p) for g in groups for p in g["params"]]
+        if len(taken) != len(set(taken)):
+            raise GreenvisError("two techniques want the same parameter in groups of their own")
+        rest = [p for p in self.trainable.values() if id(p) not in set(taken)]
+        if rest:
+            groups.append({"params": rest, "lr": lr})
+        if not groups:
+            raise GreenvisError("nothing is trainable: every parameter is frozen and no technique added one")
+        return groups
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the delta only: parameters that learn, buffers that changed, and the techniques' own state."""
+        changed = self._snapshot.changed_buffers()
+        before = {id(t) for t in self._snapshot._tensors}
+        saved = self.model.state_dict(keep_vars=True)
+        state = {
+            f"model.{n}": t.detach()
+            for n, t in saved.items()
+            if (t.requires_grad if isinstance(t, nn.Parameter) else id(t) in changed or id(t) not in before)
+        }
+        for technique, live in self._pairs():
+            state.update({f"{technique.name}.{k}": v for k, v in live.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this model and techniques."""
+        own: dict[str, dict[str, Tensor]] = {t.name: {} for t in self.techniques}
+        tensors: dict[str, Tensor] = {}
+        for key, value in state.items():
+            owner, _, name = key.partition(".")
+            (tensors if owner == "model" else own.setdefault(owner, {}))[name] = value
+        strangers = sorted(set(own) - {t.name for t in self.techniques})
+        there = self.model.state_dict(keep_vars=True)
+        unknown = [n for n in tensors if n not in there]
+        missing = [n for n, p in self.trainable.items() if n in there and n not in tensors]
+        wrong = [
+            f"{n} {tuple(t.shape)} for {tuple(there[n].shape)}"
+            for n, t in tensors.items()
+            if n in there and t.shape != there[n].shape
+        ]
+        problems = [
+            ("techniques not installed here", strangers),
+            ("unknown", unknown),
+            ("missing", missing),
+            ("wrong shape", wrong),
+        ]
+        if any(found for _, found in problems):
+            raise BadInput(
+                "this delta does not fit: " + "; ".join(f"{what} {some(found)}" for what, found in problems if found)
+            )
+        with torch.no_grad():
+            for name, value in tensors.items():
+                there[name].copy_(value)
+        for technique, live in self._pairs():
+            live.load_state_dict(own[technique.name])
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the delta (safetensors) and its card (JSON: techniques, base fingerprint, size) into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        card = {
+            "greenvis_delta": 1,
+            "techniques": self.recipe_form(),
+            "base_fingerprint": self._base_fingerprint({k[len("model.") :] for k in state if k.startswith("model.")}),
+            "bytes": sum(t.numel() * t.element_size() for t in state.values()),
+        }
+        for name, write in (
+            (DELTA_FILE, lambda p: save_file(state, p)),
+            (CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2))),
+        ):
+            write(folder / (name + ".part"))
+            os.replace(folder / (name + ".part"), folder / name)
+        return folder
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Load what `save` wrote. Raises BadInput for other techniques, another base, or a damaged file."""
+        folder = Path(folder)
+        try:
+            card = json.loads((folder / CARD_FILE).read_text())
+            state = load_file(folder / DELTA_FILE)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise BadInput(f"cannot load a delta from {folder}: {error}") from error
+        if card.get("techniques") != self.recipe_form():
+            raise BadInput(
+                f"{folder} was saved with {card.get('techniques')}, but this model is wrapped with {self.recipe_form()}"
+            )
+        fingerprint = self._base_fingerprint({k[len("model.") :] for k in state if k.startswith("model.")})
+        if card.get("base_fingerprint") != fingerprint:
+            raise BadInput(
+                f"{folder} belongs to another base (fingerprint {str(card.get('base_fingerprint'))[:12]}, this model's is "
+                f"{fingerprint[:12]}): build the model with the weights the delta was trained on"
+            )
+        self.load_state_dict(state)
+
+    # -- the ends -----------------------------------------------------------------------------------------------------
+
+    def merge(self) -> nn.Module:
+        """Fold everything into the model's own weights and return it: plain, loadable without greenvis.
+
+        Raises GreenvisError, with nothing changed, where a technique cannot be folded. `undo` still works afterwards.
+        """
+        for technique, live in self._pairs():
+            if live.unmergeable:
+                raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
+        self._snapshot.keep_values()
+        self._release()
+        self._snapshot.restore(values=False)
+        for live in reversed(self.installed):
+            live.merge()
+        return self.model
+
+    def undo(self) -> nn.Module:
+        """Return the model as it was before `wrap`, bit for bit: weights, keys, hooks, flags, mode. Training is undone too."""
+        self._release()
+        self._snapshot.restore()
+        return self.model
+
+    def _release(self) -> None:
+        for live in reversed(self.installed):
+            live.undo()
+        _LIVE.pop(self.model, None)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    def recipe_form(self) -> list[Any]:
+        """Return the techniques as a recipe writes them; a model given as an object stands as its class name."""
+        return [{t.name: t.recipe_form()} for t in self.techniques]
+
+    def summary(self) -> str:
+        """Describe in a few lines what is installed, what learns and how large the delta is."""
+        total = sum(p.numel() for p in self.model.parameters())
+        learning = sum(p.numel() for p in self.trainable.values())
+        size = sum(t.numel() * t.element_size() for t in self.state_dict().values())
+        lines = [f"{type(self.model).__name__} with {', '.join(t.name for t in self.techniques) or 'no technique'}"]
+        lines += [f"  {t.name}: {t.recipe_form() or 'defaults'}" for t in self.techniques]
+        lines.append(
+            f"  trains {learning:,} of {total:,} parameters ({learning / max(total, 1):.2%}); delta {size / 1e6:.2f} MB"
+        )
+        return "\n".join(lines)
+
+    def _pairs(self) -> Iterator[tuple[Technique, Installed]]:
+        return zip(self.techniques, self.installed, strict=False)
+
+    def _base_fingerprint(self, learned: set[str]) -> str:
+        from greenvis.models import fingerprint
+
+        return fingerprint({n: t for n, t in self.model.state_dict().items() if n not in learned})
+
+
+def _refuse_conflicts(techniques: Sequence[Technique]) -> None:
+    names = [t.name for t in techniques]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise BadInput(f"technique '{twice[0]}' is listed twice; list it once (one instance holds all its settings)")
+    for a in techniques:
+        for b in techniques:
+            clash = sorted(a.breaks & b.needs) if a is not b else []
+            if clash:
+                what = " and ".join(PROPERTIES.get(c, c) for c in clash)
+                raise BadInput(
+                    f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, "
+                    f"which '{a.name}' breaks; remove one"
+                )
