@@ -1,0 +1,283 @@
+"""YAML -> validated recipe. Every error names file:line and the nearest valid name; nothing here imports torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from greenvis import registry, yamlfile
+from greenvis.errors import BadInput, nearest
+from greenvis.technique import Technique
+from greenvis.yamlfile import Key
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(_Section):
+    """Which images, how many, and how they are shown to the model."""
+
+    name: str = Field(description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic")
+    train: Positive | None = Field(None, description="number of training images; all where absent")
+    test: Positive | None = Field(None, description="number of test images; all where absent")
+    img_size: Positive | None = Field(None, description="side in pixels; the data's own where absent")
+    in_chans: Literal[1, 3] | None = Field(None, description="channels; the data's own where absent")
+    augment: str = Field("none", description="augmentation by name; deterministic in (seed, epoch, image)")
+    views: Positive | None = Field(
+        None, description="number of distinct augmented views of an image; a new one each epoch where absent"
+    )
+    seed: int = Field(0, description="of subset and split")
+    root: str | None = Field(None, description="folder of the data set's files, relative to the recipe")
+    download: bool = False
+
+
+class ModelSpec(_Section):
+    """A model by reference; further keys are options of the model (img_size, num_classes, embed_dim, …)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+    ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH")
+    init: str | None = Field(
+        None, description="weights to start from: run:NAME or file:PATH; a classifier of other classes is left new"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options given beside the reference."""
+        return dict(self.model_extra or {})
+
+
+class TrainSpec(_Section):
+    """How an arm trains."""
+
+    epochs: Annotated[int, Field(ge=0)] = 1
+    batch_size: Positive = 128
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of sgd")] = 0.9
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    accumulate: Annotated[int, Field(gt=0, description="batches an optimizer step")] = 1
+    workers: Annotated[int, Field(ge=0)] = 0
+    threads: Positive | None = Field(None, description="CPU threads of torch; its own choice where absent")
+    eval_every: Annotated[int, Field(ge=0, description="epochs between evaluations; 0: at the end only")] = 1
+    target_accuracy: Annotated[float, Field(gt=0, le=1, description="stop when a test accuracy reaches it")] | None = None
+    checkpoint_every_s: Annotated[float, Field(gt=0, description="seconds between checkpoints within an epoch")] = 60.0
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+
+
+class ArmSpec(_Section):
+    """One contender: what differs from the recipe's `model` and `train`, and its techniques."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
+
+
+class ReportSpec(_Section):
+    """What the report compares."""
+
+    baseline: str | None = Field(None, description="the arm the others are measured against; the first where absent")
+    metric: Literal["accuracy"] = "accuracy"
+    title: str | None = None
+
+
+class MeterSpec(_Section):
+    """Where the energy comes from and where the machine stands."""
+
+    country: str | None = Field(None, description="ISO-3 code; the world average, marked as assumed, where absent")
+    intensity: Annotated[float, Field(ge=0, description="grams of CO2e per kWh")] | None = None
+    pue: Annotated[float, Field(ge=1)] = 1.0
+    codecarbon: bool = Field(True, description="record codecarbon's own figure as a cross-check")
+
+
+class Arm(BaseModel):
+    """An arm with everything filled in."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    name: str
+    model: ModelSpec
+    train: TrainSpec
+    techniques: tuple[Technique, ...]
+
+    def needs(self) -> list[str]:
+        """Return the references to other runs ("run:NAME") this arm builds on."""
+        own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
+        return own + [ref for t in self.techniques for ref in t.runs().values()]
+
+
+class Recipe(_Section):
+    """One runnable experiment: data, a model, how to train, and the arms to compare."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the folder of runs and report")]
+    data: DataSpec
+    model: ModelSpec
+    train: TrainSpec = TrainSpec()
+    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ArmSpec], Field(min_length=1)]
+    report: ReportSpec = ReportSpec()
+    meter: MeterSpec = MeterSpec()
+
+    _path: Path = PrivateAttr(default=Path("recipe"))
+    _source: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _lines: dict[Key, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Paths in the recipe are relative to this folder."""
+        return self._path.parent
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file."""
+        return self._path
+
+    @property
+    def baseline(self) -> str:
+        """The arm the others are measured against."""
+        return self.report.baseline or next(iter(self.arms))
+
+    def text(self) -> str:
+        """Return the recipe as YAML with inheritance and overrides applied: enough to run it again."""
+        return yaml.safe_dump(self._source, sort_keys=False, allow_unicode=True)
+
+    def where(self, *key: str | int) -> str:
+        """Return "file:line" of a key, or of the nearest one above it."""
+        for end in range(len(key), -1, -1):
+            if key[:end] in self._lines:
+                return self._lines[key[:end]]
+        return str(self._path)
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm with the recipe's own model and train filled in."""
+        spec = self.arms[name]
+        model = {**self.model.model_dump(exclude_unset=True), **spec.model}
+        train = {**self.train.model_dump(exclude_unset=True), **spec.train}
+        techniques = []
+        for i, item in enumerate(spec.techniques):
+            entry = {item: {}} if isinstance(item, str) else item
+            at = ("arms", name, "techniques", i)
+            if len(entry) != 1:
+                raise BadInput(
+                    f"{self.where(*at)}: one technique an item, as in '- lora: {{rank: 8}}'; this one has {sorted(entry)}"
+                )
+            ((technique, fields),) = entry.items()
+            try:
+                kind = registry.find(technique)
+            except BadInput as error:
+                raise BadInput(f"{self.where(*at, technique)}: {error}") from error
+            techniques.append(self._valid(kind, fields or {}, (*at, technique)))
+        return Arm(
+            name=name,
+            model=self._valid(ModelSpec, model, ("arms", name, "model")),
+            train=self._valid(TrainSpec, train, ("arms", name, "train")),
+            techniques=tuple(techniques),
+        )
+
+    def _valid(self, kind: type[Any], fields: Mapping[str, Any], at: Key) -> Any:
+        try:
+            return kind(**fields)
+        except ValidationError as error:
+            raise BadInput(_explain(error, kind, self.where, at)) from error
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its `extends:` parents and `overrides` ("train.epochs=3"), and check all of it but the files it names.
+
+    Raises BadInput with file:line and the nearest right name.
+    """
+    path = Path(path)
+    source, lines = yamlfile.read(path)
+    for text in overrides:
+        yamlfile.override(source, lines, text)
+
+    def where(*key: str | int) -> str:
+        return next((lines[key[:end]] for end in range(len(key), -1, -1) if key[:end] in lines), str(path))
+
+    try:
+        recipe = Recipe(**source)
+    except ValidationError as error:
+        raise BadInput(_explain(error, Recipe, where, ())) from error
+    recipe._path, recipe._source, recipe._lines = path, source, lines
+    if recipe.baseline not in recipe.arms:
+        raise BadInput(
+            f"{where('report', 'baseline')}: report.baseline '{recipe.baseline}' is no arm"
+            f"{nearest(recipe.baseline, recipe.arms)}"
+        )
+    for name in recipe.arms:
+        recipe.arm(name)
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, with every technique's own schema under `$defs`."""
+    out = Recipe.model_json_schema()
+    out["properties"]["extends"] = {"type": "string", "description": "a recipe to start from, relative to this one"}
+    for name in registry.names():
+        out.setdefault("$defs", {})[f"technique:{name}"] = registry.find(name).model_json_schema()
+    return out
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], where: Any, at: Key) -> str:
+    """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
+    out = []
+    for problem in error.errors():
+        loc = tuple(p for p in problem["loc"] if not (isinstance(p, str) and p in ("str", "dict[str,nullable[dict[str,any]]]")))
+        key = (*at, *loc)
+        path = ".".join(str(k) for k in key)
+        if problem["type"] == "extra_forbidden":
+            said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
+        elif problem["type"] == "missing":
+            said = f"'{loc[-1]}' is missing"
+        else:
+            said = problem["msg"][:1].lower() + problem["msg"][1:] + f", not {_shown(problem['input'])}"
+            if problem["type"] == "literal_error":
+                said += nearest(str(problem["input"]), _choices(kind, loc))
+        line = f"{where(*key)}: {path}: {said}"
+        if line not in out:
+            out.append(line)
+    return "\n".join(out)
+
+
+def _field(kind: Any, loc: Key) -> Any:
+    """Return the annotation at `loc` below a model class, or None."""
+    for step in loc:
+        fields = getattr(kind, "model_fields", None)
+        if fields and step in fields:
+            kind = fields[step].annotation
+        else:  # into a dict or list: the value's type
+            inner = [a for a in get_args(kind) if hasattr(a, "model_fields")]
+            kind = inner[0] if inner else None
+    return kind
+
+
+def _fields(kind: Any, loc: Key) -> list[str]:
+    return list(getattr(_field(kind, loc), "model_fields", {}))
+
+
+def _choices(kind: Any, loc: Key) -> list[str]:
+    found = _field(kind, loc)
+    return [
+        str(v) for a in (found, *get_args(found)) for v in (get_args(a) if get_args(a) else (a,)) if isinstance(v, (str, int))
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) < 60 else text[:57] + "…"
