@@ -1,0 +1,73 @@
+"""Running totals by phase: every cut gives what was used since the last one to the phase it was used in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from greenvis.meters.energy import Source
+
+
+class Ledger:
+    """Nested phases over one source. Phases are disjoint paths ("train/epoch3"): they sum to the run exactly.
+
+    Not safe for threads by itself: the tracker holds a lock around it.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.totals: dict[str, dict[str, float]] = {}
+        self._last = source.read()
+        self._stack: list[str] = []
+        self._changed: set[str] = set()
+
+    @property
+    def phase(self) -> str:
+        """The path of the innermost open phase; "" outside of any."""
+        return self._stack[-1] if self._stack else ""
+
+    def enter(self, name: str) -> str:
+        """Open a phase below the current one and return its path."""
+        self.cut(full=False)
+        path = f"{self._stack[-1]}/{name}" if self._stack else name
+        self._stack.append(path)
+        return path
+
+    def leave(self, path: str) -> None:
+        """Close a phase (the innermost of that path); closing one that is not open does nothing."""
+        self.cut(full=False)
+        for i in range(len(self._stack) - 1, -1, -1):
+            if self._stack[i] == path:
+                del self._stack[i]
+                return
+
+    def cut(self, *, full: bool = True) -> None:
+        """Read the source and give the difference to the current phase."""
+        now = self.source.read(full)
+        phase = self.phase
+        totals = self.totals.setdefault(phase, {})
+        for quantity, value in now.items():
+            totals[quantity] = totals.get(quantity, 0.0) + value - self._last.get(quantity, 0.0)
+        self._last.update(now)
+        self._changed.add(phase)
+
+    def add(self, **quantities: float) -> None:
+        """Add counts (samples, steps, flops) to the current phase."""
+        totals = self.totals.setdefault(self.phase, {})
+        for quantity, value in quantities.items():
+            totals[quantity] = totals.get(quantity, 0.0) + value
+        self._changed.add(self.phase)
+
+    def changed(self) -> Iterator[tuple[str, dict[str, float]]]:
+        """Yield each phase that changed since the last call, with its totals."""
+        changed, self._changed = self._changed, set()
+        for phase in sorted(changed):
+            if phase in self.totals:
+                yield phase, self.totals[phase]
+
+    def sums(self) -> dict[str, float]:
+        """Return each quantity over all phases."""
+        out: dict[str, float] = {}
+        for totals in self.totals.values():
+            for quantity, value in totals.items():
+                out[quantity] = out.get(quantity, 0.0) + value
+        return out

@@ -1,0 +1,352 @@
+"""`track`: meter anything, on any machine, and lose nothing. No torch is imported here.
+
+with gv.track("pets", live, country="FRA") as run:
+    for x, y in run.steps(loader):
+        ...
+    with run.phase("eval"):
+        run.log(epoch=epoch, accuracy=evaluate(model))
+gv.report([run.path], out="reports/pets")
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+from greenvis import price
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.meters import carbon, endings, steps
+from greenvis.meters import header as headers
+from greenvis.meters.energy import Meter, Source
+from greenvis.meters.ledger import Ledger
+from greenvis.record import SUFFIX, Reading, Writer
+
+B = TypeVar("B")
+P = ParamSpec("P")
+R = TypeVar("R")
+_turns: dict[str, int] = {}  # how often this process has tracked a name: part of the ranks' common run id
+
+
+def track(
+    name: str,
+    live: Any = None,
+    *,
+    dir: str | os.PathLike[str] = "runs",
+    country: str | None = None,
+    intensity: float | None = None,
+    pue: float = 1.0,
+    embodied: Mapping[str, float] | None = None,
+    header: Mapping[str, Any] | None = None,
+    codecarbon: bool = False,
+    interval_s: float = 1.0,
+    coefficients: str | os.PathLike[str] | None = None,
+    wall_meter: Callable[[], float] | None = None,
+    source: Source | None = None,
+) -> Tracker:
+    """Return a tracker of energy, carbon, FLOPs, memory and time: a context manager and a decorator.
+
+    live: what `gv.wrap` returned (or a plain model): its parameters become facts, its techniques' phases are cut.
+    country: a zone of `meters.carbon` ("FRA", "USA-CA"); intensity: g CO2e per kWh instead; pue: ratio >= 1;
+    embodied: {"kg", "lifetime_years", "share"}; header: further values for the record's header (arm, seed, inputs);
+    codecarbon: run codecarbon beside as a cross-check; coefficients, wall_meter: see `meters.energy.Meter`;
+    source: replaces the live meter (`meters.energy.Replay`).
+    Raises BadInput for a bad name, zone, PUE or coefficients file, before anything runs.
+    """
+    if not isinstance(name, str) or not name.strip():
+        raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')
+    if not interval_s > 0:
+        raise BadInput(f"interval_s is {interval_s}: give seconds between samples, above 0")
+    given = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(header or {})
+    folder = Path(dir) / _slug(name)
+    if "arm" in given and "seed" in given:
+        folder = folder / _slug(str(given["arm"])) / f"seed{given['seed']}"
+
+    def open_source() -> Source:
+        return source if source is not None else Meter(coefficients, wall_meter)
+
+    return Tracker(name, folder, given, open_source, live, codecarbon=codecarbon, interval_s=interval_s)
+
+
+class Tracker:
+    """One tracked run of this process. Cheap to call into; the disk never makes it raise; its data outlive any end.
+
+    id: the run's id; path: its record (None in a forked child, whose run is its parent's); notes: warnings so far.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        header: dict[str, Any],
+        open_source: Callable[[], Source],
+        live: Any = None,
+        *,
+        codecarbon: bool = False,
+        interval_s: float = 1.0,
+    ) -> None:
+        self.name, self.live, self.id = name, live, ""
+        self.notes: list[str] = []
+        self._again = functools.partial(
+            Tracker, name, folder, header, open_source, live, codecarbon=codecarbon, interval_s=interval_s
+        )
+        self._folder, self._header, self._open_source = folder, header, open_source
+        self._codecarbon, self._interval_s = codecarbon, interval_s
+        self._state = "new"
+        self._lock = threading.RLock()
+        self._owner: int | None = None
+        self._halt = threading.Event()
+        self._warned = False
+        self._ends: list[Callable[[], None]] = []
+
+    # -- begin and end ------------------------------------------------------------------------------------------------
+
+    def start(self) -> Tracker:
+        """Begin metering; `with` does it for you. The record exists when this returns."""
+        if self._state != "new":
+            raise GreenvisError(f"the run '{self.name}' was started already; a new track(…) makes a new run")
+        turn = _turns[self.name] = _turns.get(self.name, -1) + 1
+        self.id = headers.run_id(self.name, turn)
+        outer = next((t.id for t in reversed(endings.active()) if isinstance(t, Tracker)), None) or headers.outer_run()
+        described = headers.describe()
+        source = self._open_source()
+        self.header: dict[str, Any] = {
+            "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id, "attempt": 1,
+            "nested_in": outer, **described, "components": source.components, "pricing": price.MODEL, **self._header,
+        }  # fmt: skip
+        self.path = self._folder / f"{self.id}.rank{described['rank']}{SUFFIX}"
+        self._ledger = Ledger(source)
+        self._writer = Writer(self.path, self.header)
+        self._state = "running"
+        self._outer_env = os.environ.get(headers.RUN_ENV)
+        os.environ[headers.RUN_ENV] = f"{self.id}:{os.getpid()}"
+        endings.enter(self)
+        self._describe_live()
+        self._check_disk()
+        self._thread = threading.Thread(target=self._sample, name="greenvis-track", daemon=True)
+        self._thread.start()
+        return self
+
+    def stop(self, status: str = "done", reason: str = "") -> None:
+        """End the run ("done", "failed" or "stopped") and close its record. A second call does nothing."""
+        if self._state != "running":
+            return
+        while self._ends:
+            self._ends.pop()()
+        with self._whole():
+            self._ledger.cut()
+            self._flush()
+            self._writer.close(status, reason)
+            self._state = "ended"
+        self._check_disk()
+        self._halt.set()
+        endings.leave(self)
+        if self._outer_env is None:
+            os.environ.pop(headers.RUN_ENV, None)
+        else:
+            os.environ[headers.RUN_ENV] = self._outer_env
+
+    def __enter__(self) -> Tracker:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
+            self.stop()
+        elif isinstance(error, KeyboardInterrupt):
+            self.stop("stopped", "SIGINT (KeyboardInterrupt)")
+        else:
+            self.stop("failed", f"{type(error).__name__}: {error}"[:500])
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        """Decorate a function: each call is a run of its own."""
+
+        @functools.wraps(function)
+        def tracked(*args: P.args, **kwargs: P.kwargs) -> R:
+            with self._again():
+                return function(*args, **kwargs)
+
+        return tracked
+
+    # -- what the user calls ------------------------------------------------------------------------------------------
+
+    def phase(self, name: str) -> Phase:
+        """Return a context whose use is counted as `name`, below the phase it is entered in."""
+        if not isinstance(name, str) or not name.strip("/ "):
+            raise BadInput(f'a phase needs a name, not {name!r}: run.phase("eval")')
+        return Phase(self, name.strip("/"))
+
+    @property
+    def current_phase(self) -> str:
+        """The path of the innermost open phase; "" outside of any."""
+        return self._ledger.phase if self._state == "running" else ""
+
+    def steps(
+        self, loader: Iterable[B], phase: str | None = "train", total: int | None = None, progress: bool = True
+    ) -> Iterator[B]:
+        """Yield the loader's batches in a phase (None: the current one), counting steps, samples and FLOPs.
+
+        progress: a bar on stderr where that is a terminal. FLOPs are counted on the first step of each kind (shapes,
+        mode, what learns) and looked up after; the arithmetic of the step is not touched.
+        """
+        return steps.steps(self, loader, phase, total, progress)
+
+    def log(self, **values: Any) -> None:
+        """Record values of the training at this moment: epoch, accuracy, loss."""
+        with self._whole():
+            if self._state == "running":
+                self._ledger.cut(full=False)
+                self._flush()
+                self._writer.line("log", {"phase": self._ledger.phase, **_when(), **values})
+
+    def fact(self, **values: Any) -> None:
+        """Record what holds for the whole run: accuracy, macs, params. A later fact replaces an earlier one."""
+        self._line("fact", values)
+
+    def note(self, text: str) -> None:
+        """Record a warning in words; reports show it."""
+        self.notes.append(text)
+        self._line("note", {"text": text})
+
+    def uses(self, role: str, name: str, runs: Iterable[str], energy_j: Reading | Mapping[str, Any], **more: Any) -> None:
+        """Record that this run builds on others (a teacher, a base), whose energy is shown beside it, never added."""
+        if isinstance(energy_j, Reading):
+            keys = ("value", "low", "high", "provenance", "method", "reason")
+            energy_j = {k: getattr(energy_j, k) for k in keys}
+        self._line("uses", {"role": role, "name": name, "runs": list(runs), "energy_j": dict(energy_j), **more})
+
+    def add(self, **quantities: float) -> None:
+        """Add counts to the current phase: samples, steps, flops."""
+        with self._whole():
+            if self._state == "running":
+                self._ledger.add(**quantities)
+
+    def energy(self) -> Reading:
+        """Return the energy of this run so far, in joules."""
+        with self._whole():
+            if self._state == "running":
+                self._ledger.cut(full=False)
+            if self._state == "new":
+                return Reading("energy_j", None, reason="the run was not started")
+            return price.add(price.energy(self._ledger.sums(), self.header["components"]).values())
+
+    def flops(self, batch: Any) -> AbstractContextManager[Any]:
+        """Return a context that adds the FLOPs of the step run in it to the current phase."""
+        return nullcontext()
+
+    # -- inside -------------------------------------------------------------------------------------------------------
+
+    def busy_here(self) -> bool:
+        """Say whether the calling thread is just changing this tracker's state (a signal handler asks)."""
+        return self._owner == threading.get_ident()
+
+    def forget(self) -> None:
+        """Become inert: a forked child calls it, for the run is its parent's."""
+        self._state, self._lock, self._owner = "forked", threading.RLock(), None
+
+    def _whole(self) -> _Whole:
+        return _Whole(self)
+
+    def _line(self, kind: str, values: Mapping[str, Any]) -> None:
+        with self._whole():
+            if self._state == "running":
+                self._writer.line(kind, values)
+
+    def _flush(self) -> None:
+        when = _when()
+        for phase, totals in self._ledger.changed():
+            self._writer.line("sample", {"phase": phase, **totals, **when})
+
+    def _sample(self) -> None:
+        while not self._halt.wait(self._interval_s):
+            with self._whole():
+                if self._state != "running":
+                    return
+                self._ledger.cut()
+                self._flush()
+                for component in self._ledger.source.corrections():
+                    self.header["components"] = [
+                        component if c["name"] == component["name"] else c for c in self.header["components"]
+                    ]
+                    self._writer.line("component", component)
+            self._check_disk()
+
+    def _check_disk(self) -> None:
+        """Warn once, and only in words, of a disk that does not take the record."""
+        if self._writer.problem and not self._warned:
+            import logging  # never raises, whatever the program does with warnings
+
+            self._warned = True
+            text = "greenvis: %s; the run goes on, its record is held in memory meanwhile"
+            logging.getLogger("greenvis").warning(text, self._writer.problem)
+            self.note(self._writer.problem)
+
+    def _describe_live(self) -> None:
+        model = getattr(self.live, "model", self.live)
+        if model is None:
+            return
+        if hasattr(self.live, "meter"):
+            self.live.meter(self)
+        sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        facts: dict[str, Any] = {"params": sum(n for n, _ in sizes), "trainable_params": sum(n for n, grad in sizes if grad)}
+        if hasattr(self.live, "recipe_form"):
+            facts["techniques"] = self.live.recipe_form()
+        self.fact(**facts)
+
+
+class Phase:
+    """The context `Tracker.phase` returns. May be entered again after it was left."""
+
+    __slots__ = ("_name", "_path", "_tracker")
+
+    def __init__(self, tracker: Tracker, name: str) -> None:
+        self._tracker, self._name, self._path = tracker, name, ""
+
+    def __enter__(self) -> Phase:
+        t = self._tracker
+        with t._whole():
+            if t._state == "running":
+                self._path = t._ledger.enter(self._name)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        t = self._tracker
+        with t._whole():
+            if t._state == "running":
+                t._ledger.leave(self._path)
+
+
+class _Whole:
+    """Holds the tracker's lock; a signal that comes meanwhile is acted on when the state is whole again."""
+
+    __slots__ = ("_before", "_tracker")
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def __enter__(self) -> None:
+        t = self._tracker
+        t._lock.acquire()
+        self._before, t._owner = t._owner, threading.get_ident()
+
+    def __exit__(self, *_: object) -> None:
+        t = self._tracker
+        t._owner = self._before
+        t._lock.release()
+        if self._before is None:
+            endings.deliver()
+
+
+def _when() -> dict[str, float]:
+    return {"mono_s": time.monotonic(), "clock_s": time.time()}
+
+
+def _slug(name: str) -> str:
+    """Return a folder name: what is safe on every file system; the header keeps the name as given."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip(".-") or "run"
