@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -15,6 +15,7 @@ from greenvis.errors import BadInput, nearest
 from greenvis.technique import Technique
 from greenvis.yamlfile import Key
 
+Where = Callable[..., str]  # key path -> "file:line"
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -26,16 +27,16 @@ class DataSpec(_Section):
     """Which images, how many, and how they are shown to the model."""
 
     name: str = Field(description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic")
-    train: Positive | None = Field(None, description="number of training images; all where absent")
-    test: Positive | None = Field(None, description="number of test images; all where absent")
-    img_size: Positive | None = Field(None, description="side in pixels; the data's own where absent")
-    in_chans: Literal[1, 3] | None = Field(None, description="channels; the data's own where absent")
-    augment: str = Field("none", description="augmentation by name; deterministic in (seed, epoch, image)")
+    train: Positive | None = Field(default=None, description="number of training images; all where absent")
+    test: Positive | None = Field(default=None, description="number of test images; all where absent")
+    img_size: Positive | None = Field(default=None, description="side in pixels; the data's own where absent")
+    in_chans: Literal[1, 3] | None = Field(default=None, description="channels; the data's own where absent")
+    augment: str = Field(default="none", description="augmentation by name; deterministic in (seed, epoch, image)")
     views: Positive | None = Field(
         None, description="number of distinct augmented views of an image; a new one each epoch where absent"
     )
-    seed: int = Field(0, description="of subset and split")
-    root: str | None = Field(None, description="folder of the data set's files, relative to the recipe")
+    seed: int = Field(default=0, description="of subset and split")
+    root: str | None = Field(default=None, description="folder of the data set's files, relative to the recipe")
     download: bool = False
 
 
@@ -71,7 +72,7 @@ class TrainSpec(_Section):
     precision: Literal["no", "fp16", "bf16"] = "no"
     accumulate: Annotated[int, Field(gt=0, description="batches an optimizer step")] = 1
     workers: Annotated[int, Field(ge=0)] = 0
-    threads: Positive | None = Field(None, description="CPU threads of torch; its own choice where absent")
+    threads: Positive | None = Field(default=None, description="CPU threads of torch; its own choice where absent")
     eval_every: Annotated[int, Field(ge=0, description="epochs between evaluations; 0: at the end only")] = 1
     target_accuracy: Annotated[float, Field(gt=0, le=1, description="stop when a test accuracy reaches it")] | None = None
     checkpoint_every_s: Annotated[float, Field(gt=0, description="seconds between checkpoints within an epoch")] = 60.0
@@ -91,7 +92,7 @@ class ArmSpec(_Section):
 class ReportSpec(_Section):
     """What the report compares."""
 
-    baseline: str | None = Field(None, description="the arm the others are measured against; the first where absent")
+    baseline: str | None = Field(default=None, description="the arm the others are measured against; the first where absent")
     metric: Literal["accuracy"] = "accuracy"
     title: str | None = None
 
@@ -99,10 +100,10 @@ class ReportSpec(_Section):
 class MeterSpec(_Section):
     """Where the energy comes from and where the machine stands."""
 
-    country: str | None = Field(None, description="ISO-3 code; the world average, marked as assumed, where absent")
+    country: str | None = Field(default=None, description="ISO-3 code; the world average, marked as assumed, where absent")
     intensity: Annotated[float, Field(ge=0, description="grams of CO2e per kWh")] | None = None
     pue: Annotated[float, Field(ge=1)] = 1.0
-    codecarbon: bool = Field(True, description="record codecarbon's own figure as a cross-check")
+    codecarbon: bool = Field(default=True, description="record codecarbon's own figure as a cross-check")
 
 
 class Arm(BaseModel):
@@ -169,32 +170,14 @@ class Recipe(_Section):
         spec = self.arms[name]
         model = {**self.model.model_dump(exclude_unset=True), **spec.model}
         train = {**self.train.model_dump(exclude_unset=True), **spec.train}
-        techniques = []
-        for i, item in enumerate(spec.techniques):
-            entry = {item: {}} if isinstance(item, str) else item
-            at = ("arms", name, "techniques", i)
-            if len(entry) != 1:
-                raise BadInput(
-                    f"{self.where(*at)}: one technique an item, as in '- lora: {{rank: 8}}'; this one has {sorted(entry)}"
-                )
-            ((technique, fields),) = entry.items()
-            try:
-                kind = registry.find(technique)
-            except BadInput as error:
-                raise BadInput(f"{self.where(*at, technique)}: {error}") from error
-            techniques.append(self._valid(kind, fields or {}, (*at, technique)))
+        at = ("arms", name, "techniques")
+        techniques = tuple(_technique(item, self.where, (*at, i)) for i, item in enumerate(spec.techniques))
         return Arm(
             name=name,
-            model=self._valid(ModelSpec, model, ("arms", name, "model")),
-            train=self._valid(TrainSpec, train, ("arms", name, "train")),
-            techniques=tuple(techniques),
+            model=_valid(ModelSpec, model, self.where, ("arms", name, "model")),
+            train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
+            techniques=techniques,
         )
-
-    def _valid(self, kind: type[Any], fields: Mapping[str, Any], at: Key) -> Any:
-        try:
-            return kind(**fields)
-        except ValidationError as error:
-            raise BadInput(_explain(error, kind, self.where, at)) from error
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -234,7 +217,36 @@ def schema() -> dict[str, Any]:
     return out
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], where: Any, at: Key) -> str:
+def parse_techniques(text: str) -> list[Technique]:
+    """Return techniques written as in a recipe, YAML or JSON: '[{lora: {rank: 8}}]'. Raises BadInput."""
+    try:
+        items = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadInput(f"techniques: not YAML: {getattr(error, 'problem', error)}") from error
+    listed = items if isinstance(items, list) else [items]
+    return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(listed)]
+
+
+def _technique(item: Any, where: Where, at: Key) -> Technique:
+    entry = {item: {}} if isinstance(item, str) else item
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BadInput(f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not {_shown(item)}")
+    ((name, fields),) = entry.items()
+    try:
+        kind = registry.find(name)
+    except BadInput as error:
+        raise BadInput(f"{where(*at, name)}: {error}") from error
+    return _valid(kind, fields or {}, where, (*at, name))
+
+
+def _valid(kind: type[Any], fields: Mapping[str, Any], where: Where, at: Key) -> Any:
+    try:
+        return kind(**fields)
+    except ValidationError as error:
+        raise BadInput(_explain(error, kind, where, at)) from error
+
+
+def _explain(error: ValidationError, kind: type[BaseModel], where: Where, at: Key) -> str:
     """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
     out = []
     for problem in error.errors():

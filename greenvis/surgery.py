@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,7 @@ class Snapshot:
             module.__class__ = kind
             state = vars(module)
             state.clear()
-            for name, (value, held) in attributes.items():
+            for name, (value, held) in attributes.items():  # containers keep their identity
                 state[name] = value
                 if isinstance(value, dict):
                     value.clear()
@@ -134,7 +135,7 @@ def _to_eval(module: nn.Module, inputs: object) -> None:
     module.training = False
 
 
-def _copied(value: object) -> object:
+def _copied(value: Any) -> Any:
     return copy.copy(value) if isinstance(value, (dict, list, set)) else None
 
 

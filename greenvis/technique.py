@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
@@ -130,7 +130,7 @@ def logits_of(output: Any) -> Tensor:
             return (output[0] + output[1]) / 2
         return logits_of(output[0])
     if hasattr(output, "shape"):
-        return output
+        return cast(Any, output)
     raise GreenvisError(
         f"cannot find logits in a model output of type {type(output).__name__}; return a tensor "
         "(batch, classes) or an object with `.logits`"

@@ -1,0 +1,350 @@
+"""Recipe -> records: the one place where data, models, techniques, training and meters meet."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from greenvis import data, models, price, record, train
+from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.meters.measure import measure
+from greenvis.meters.track import Tracker, track
+from greenvis.recipe import Arm, Recipe, load_recipe
+from greenvis.technique import Technique, logits_of
+from greenvis.wrap import Wrapped, wrap
+
+UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
+DONE_FILE, WEIGHTS_FILE, CHECKPOINT_FILE = "done.json", "model.safetensors", "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: the unit that is trained, skipped or resumed."""
+
+    recipe: Recipe
+    arm: Arm
+    seed: int
+    folder: Path
+    inputs: str
+    uses: dict[str, Job]  # by reference, "run:NAME"
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return f"{self.recipe.name}/{self.arm.name}"
+
+    def done(self) -> dict[str, Any] | None:
+        """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
+        try:
+            left = json.loads((self.folder / DONE_FILE).read_text())
+        except (OSError, ValueError):
+            return None
+        return left if left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists() else None
+
+
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    runs: str | Path = "runs",
+    fresh: bool = False,
+    trust: bool = False,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+) -> Path:
+    """Train every arm of a recipe with every seed, metered, and return the folder of its records.
+
+    Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint.
+    Everything that can be checked is, before anything is written. Raises BadInput, GreenvisError.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    session = Session(Path(runs), trust, command, say)
+    jobs = session.plan(recipe)
+    with _locked(Path(runs) / recipe.name):
+        for job in jobs:
+            if fresh and job.recipe is recipe:
+                _forget(job)
+            session.finish(job)
+    return Path(runs) / recipe.name
+
+
+class Session:
+    """What the jobs of one call share: loaded data, checked recipes, and how to say what goes on."""
+
+    def __init__(self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None]) -> None:
+        self.runs, self.trust, self.command, self.say = runs, trust, list(command), say
+        self._data: dict[str, data.Data] = {}
+        self._recipes: dict[Path, Recipe] = {}
+        self._jobs: dict[tuple[str, str, int], Job] = {}
+        self._checked: set[tuple[str, str]] = set()
+
+    def plan(self, recipe: Recipe) -> list[Job]:
+        """Return the recipe's jobs with those they build on before them, all checked. Seeds interleave the arms."""
+        self._recipes[recipe.path.resolve()] = recipe
+        arms = {name: recipe.arm(name) for name in recipe.arms}
+        seeds = dict.fromkeys(seed for arm in arms.values() for seed in arm.train.seeds)
+        ordered: dict[int, Job] = {}
+        for seed in seeds:
+            for arm in arms.values():
+                if seed in arm.train.seeds:
+                    for job in _with_needs(self._job(recipe, arm, seed, ())):
+                        ordered[id(job)] = job
+        for job in ordered.values():
+            self._check(job)
+        return list(ordered.values())
+
+    def finish(self, job: Job) -> None:
+        """Run a job unless it is done."""
+        if job.done() is not None:
+            self.say(f"{job.name} seed {job.seed}: done before, kept")
+            return
+        self.say(f"{job.name} seed {job.seed}: training")
+        with train.threads(job.arm.train.threads):
+            self._train(job)
+
+    def images(self, recipe: Recipe) -> data.Data:
+        """Return the recipe's data, loaded once."""
+        spec = recipe.data.model_dump()
+        key = json.dumps([spec, str(recipe.folder.resolve())])
+        if key not in self._data:
+            self._data[key] = _located(recipe.where("data", "name"), data.load, **spec, folder=recipe.folder)
+        return self._data[key]
+
+    # -- before anything is written -----------------------------------------------------------------------------------
+
+    def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:
+        name = f"{recipe.name}/{arm.name}"
+        if name in above:
+            raise BadInput(
+                f"{recipe.where('arms', arm.name)}: arms build on each other in a circle: {' -> '.join((*above, name))}"
+            )
+        key = (str(recipe.path.resolve()), arm.name, seed)
+        if key not in self._jobs:
+            uses = {ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()}
+            inputs = {
+                "data": self.images(recipe).facts(),
+                "model": arm.model.model_dump(),
+                "train": arm.train.model_dump(exclude=UNHASHED),
+                "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
+                "seed": seed,
+                "uses": {ref: used.inputs for ref, used in uses.items()},
+            }
+            digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            folder = self.runs / recipe.name / arm.name / f"seed{seed}"
+            self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
+        return self._jobs[key]
+
+    def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
+        """Return the job that "run:NAME" means: an arm of this recipe, or of the recipe NAME.yaml beside it ("NAME/ARM")."""
+        wanted = ref.removeprefix("run:")
+        if wanted in recipe.arms:
+            other, name = recipe, wanted
+        else:
+            stem, _, name = wanted.partition("/")
+            path = recipe.folder / f"{stem}.yaml"
+            if not path.is_file():
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: '{ref}' is neither an arm of this recipe nor a recipe {path}"
+                    f"{nearest(wanted, [*recipe.arms, *(p.stem for p in recipe.folder.glob('*.yaml'))])}"
+                )
+            other = self._recipes.setdefault(path.resolve(), load_recipe(path))
+            name = name or other.baseline
+            if name not in other.arms:
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: recipe {path} has no arm '{name}'{nearest(name, other.arms)}"
+                )
+        its = other.arm(name)
+        return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
+
+    def _check(self, job: Job) -> None:
+        """Build and wrap the arm once and show it two images, so that what cannot work fails before anything is written."""
+        key = (str(job.recipe.path), job.arm.name)
+        if key in self._checked:
+            return
+        self._checked.add(key)
+        where = job.recipe.where("arms", job.arm.name)
+        model = self._build(job, weights=False)
+        images = self.images(job.recipe)
+        ready = [t for t in job.arm.techniques if not t.runs()]
+        live = _located(where, wrap, model, ready)
+        x = next(iter(data.batches(images.test, 2)))[0]
+        shape = "×".join(str(n) for n in x.shape[1:])
+        try:
+            with torch.no_grad():
+                logits = logits_of(model.eval()(x))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise BadInput(
+                f"{where}: {job.arm.model.ref} cannot take images of {shape} (channels × height × width): {error}; set "
+                "data.in_chans and data.img_size to what the model wants, or the model's own in_chans and img_size"
+            ) from error
+        finally:
+            live.undo()
+        if logits.ndim != 2 or logits.shape[1] < len(images.classes):
+            raise BadInput(
+                f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data has "
+                f"{len(images.classes)} classes: set num_classes of the model"
+            )
+
+    def _build(self, job: Job, weights: bool = True) -> nn.Module:
+        """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
+        spec, images = job.arm.model, self.images(job.recipe)
+        options = spec.options
+        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf"):
+            options = {"num_classes": len(images.classes), "in_chans": images.in_chans, **options}
+        torch.manual_seed(job.seed)
+        where = (
+            job.recipe.where("arms", job.arm.name, "model")
+            if job.recipe.arms[job.arm.name].model
+            else job.recipe.where("model", "ref")
+        )
+        model = _located(where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options)
+        if weights and spec.init:
+            used = job.uses.get(spec.init)
+            path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
+            _located(where, models.load_weights, model, path, head="replace")
+        return model
+
+    # -- the run ------------------------------------------------------------------------------------------------------
+
+    def _train(self, job: Job) -> None:
+        spec, images = job.arm.train, self.images(job.recipe)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
+        with self._tracker(job) as tracker:
+            with tracker.phase("setup"):
+                live = self._wrap(job)
+            live.meter(tracker)
+            self._facts(job, live, tracker)
+            progress = train.fit(
+                live,
+                lambda epoch, start: data.batches(
+                    images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True, start=start, workers=spec.workers
+                ),
+                math.ceil(len(images.train) / spec.batch_size),
+                lambda: data.batches(images.test, max(spec.batch_size, 256), workers=spec.workers),
+                spec,
+                tracker,
+                seed=job.seed,
+                checkpoint=checkpoint,
+            )
+            delta = live.state_dict()
+            tracker.fact(accuracy=progress.accuracy, epochs=progress.epoch, delta_bytes=sum(t.nbytes for t in delta.values()))
+            model = self._fold(job, live)
+            with tracker.phase("measure"):
+                x = next(iter(data.batches(images.test, 64)))[0]
+                tracker.fact(**measure(model, x, tracker))
+        options = {**job.arm.model.options, "num_classes": len(images.classes), "in_chans": images.in_chans}
+        models.save(
+            model, job.folder / WEIGHTS_FILE, ref=job.arm.model.ref, options=options, card={"run": tracker.id, "arm": job.name}
+        )
+        _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
+        checkpoint.unlink(missing_ok=True)
+
+    def _tracker(self, job: Job) -> Tracker:
+        meter = job.recipe.meter
+        header = {
+            "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
+            "attempt": len(list(job.folder.glob("*" + record.SUFFIX))) + 1,
+            "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
+        }  # fmt: skip
+        return track(
+            job.recipe.name, dir=self.runs, country=meter.country, intensity=meter.intensity, pue=meter.pue,
+            codecarbon=meter.codecarbon, header=header,
+        )  # fmt: skip
+
+    def _wrap(self, job: Job) -> Wrapped:
+        model = self._build(job)
+        return wrap(model, [self._resolved(job, technique) for technique in job.arm.techniques])
+
+    def _resolved(self, job: Job, technique: Technique) -> Technique:
+        """Put the trained model in the place of each "run:NAME"."""
+        found = {}
+        for field, ref in technique.runs().items():
+            found[field] = models.build(f"file:{(job.uses[ref].folder / WEIGHTS_FILE).resolve()}", trust=self.trust)
+        return technique.model_copy(update=found)
+
+    def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
+        learning = sum(p.numel() for p in live.trainable.values())
+        tracker.fact(
+            model={"ref": job.arm.model.ref, "options": job.arm.model.options, "init": job.arm.model.init},
+            data=self.images(job.recipe).facts(),
+            techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
+            train=job.arm.train.model_dump(),
+            trainable_params=learning,
+            threads=torch.get_num_threads(),
+        )
+        for ref, used in job.uses.items():
+            readings, ids = [], []
+            for path in record.find([used.folder]):
+                its = record.read(path)
+                if its.header.get("inputs") == used.inputs:
+                    readings.append(price.run_energy(its))
+                    ids.append(its.id)
+            total = price.add(readings)
+            role = "base" if ref == job.arm.model.init else "teacher"
+            energy = {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
+            tracker.uses(role=role, name=used.name, seed=used.seed, runs=ids, energy_j=energy)
+
+    def _fold(self, job: Job, live: Wrapped) -> nn.Module:
+        """Return the model as it will be served: merged where that is possible."""
+        blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
+        return live.model.eval() if blocked else live.merge().eval()
+
+
+def _with_needs(job: Job) -> Iterator[Job]:
+    for used in job.uses.values():
+        yield from _with_needs(used)
+    yield job
+
+
+def _located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and put "file:line" before a BadInput."""
+    try:
+        return call(*args, **kwargs)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def _forget(job: Job) -> None:
+    """Make a job run again; its records stay, for energy once spent stays spent."""
+    (job.folder / DONE_FILE).unlink(missing_ok=True)
+    for checkpoint in job.folder.glob("*-" + CHECKPOINT_FILE):
+        checkpoint.unlink()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one process. The lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise GreenvisError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --runs"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise GreenvisError(
+                f"another process is running this recipe into {folder}; wait for it, or use another --runs"
+            ) from error
+        yield
+
+
+def _write_json(path: Path, content: Any) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2, default=str))
+    os.replace(part, path)

@@ -1,0 +1,259 @@
+"""The one training loop, on accelerate: metered, checkpointed, resumable to the same weights."""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from greenvis.errors import GreenvisError
+from greenvis.meters.track import Tracker
+from greenvis.recipe import TrainSpec
+from greenvis.technique import logits_of
+from greenvis.wrap import Wrapped
+
+CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
+
+
+@dataclass
+class Progress:
+    """How far a training has come; saved in its checkpoint."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    accuracy: float | None = None
+    reached: bool = False
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def fit(
+    live: Wrapped,
+    batches: Callable[[int, int], Iterable[Any]],
+    batches_per_epoch: int,
+    test_batches: Callable[[], Iterable[Any]],
+    spec: TrainSpec,
+    run: Tracker,
+    *,
+    seed: int = 0,
+    checkpoint: Path | None = None,
+) -> Progress:
+    """Train `live` and return how it ended; the model is left in eval mode on its device.
+
+    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes.
+    checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
+    Raises GreenvisError when the loss is no longer finite.
+    """
+    set_seed(seed)
+    accelerator = _accelerator(spec)
+    model, optimizer = accelerator.prepare(live.model, make_optimizer(live, spec))
+    steps_per_epoch = math.ceil(batches_per_epoch / spec.accumulate)
+    total_steps = steps_per_epoch * spec.epochs
+    warmup = round(spec.warmup_epochs * steps_per_epoch)
+    scheduler = LambdaLR(optimizer.optimizer, lambda step: lr_factor(step, total_steps, warmup, spec.schedule))
+    criterion = live.criterion(lambda logits, y: F.cross_entropy(logits, y, label_smoothing=spec.label_smoothing))
+    progress = Progress()
+    if checkpoint is not None and checkpoint.exists():
+        progress = _load(checkpoint, live, optimizer, scheduler, accelerator)
+        run.note(f"resumed at epoch {progress.epoch}, batch {progress.batch}")
+
+    def save() -> None:
+        if checkpoint is not None and accelerator.is_main_process:
+            _save(checkpoint, live, optimizer, scheduler, accelerator, progress)
+
+    def test() -> float:
+        with run.phase("eval"):
+            accuracy = evaluate(model, test_batches(), accelerator)
+        run.log(epoch=progress.epoch, step=progress.step, accuracy=accuracy)
+        progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
+        progress.accuracy, progress.reached = accuracy, accuracy >= (spec.target_accuracy or math.inf)
+        return accuracy
+
+    while progress.epoch < spec.epochs and not progress.reached:
+        _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save)
+        if (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs:
+            test()
+        save()
+    if progress.accuracy is None:
+        test()
+    model.eval()
+    return progress
+
+
+def _epoch(
+    live: Wrapped,
+    model: nn.Module,
+    criterion: Callable[[Tensor, Any], Tensor],
+    optimizer: Any,
+    scheduler: LambdaLR,
+    accelerator: Accelerator,
+    batches: Callable[[int, int], Iterable[Any]],
+    spec: TrainSpec,
+    run: Tracker,
+    progress: Progress,
+    save: Callable[[], None],
+) -> None:
+    """Train one epoch, or what a checkpoint left of it."""
+    model.train()
+    saved_at = time.monotonic()
+    losses: list[Tensor] = []
+    loader = accelerator.prepare(batches(progress.epoch, progress.batch))
+    for x, y in run.steps(loader, phase=f"train/epoch{progress.epoch + 1}"):
+        with accelerator.accumulate(model):
+            x, y = live.batch(x, y)
+            with accelerator.autocast():
+                loss = _loss(live, model, criterion, x, y)
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and spec.clip_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                scheduler.step()
+                live.step_end()
+                progress.step += 1
+            optimizer.zero_grad()
+        progress.batch += 1
+        losses.append(loss.detach())
+        if len(losses) % CHECK_EVERY == 1:
+            _finite(loss, progress)
+        if accelerator.sync_gradients and time.monotonic() - saved_at > spec.checkpoint_every_s:
+            save()
+            saved_at = time.monotonic()
+    live.epoch_end()
+    progress.epoch, progress.batch = progress.epoch + 1, 0
+    if losses:
+        _finite(losses[-1], progress)
+        run.log(epoch=progress.epoch, step=progress.step, loss=torch.stack(losses).float().mean().item())
+
+
+def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any) -> Tensor:
+    if live.pretext:
+        return live.loss(x, y, None)
+    logits = logits_of(model(x))
+    return criterion(logits, y) + live.loss(x, y, logits)
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Accelerator | None = None) -> float:
+    """Return top-1 accuracy, 0 to 1. The model's mode is put back."""
+    training = model.training
+    model.eval()
+    right = seen = 0
+    loader = accelerator.prepare(batches) if accelerator is not None else batches
+    with torch.inference_mode():
+        for x, y in loader:
+            with accelerator.autocast() if accelerator is not None else torch.enable_grad():
+                hits = logits_of(model(x)).argmax(dim=-1) == y
+            if accelerator is not None:
+                hits = cast(Tensor, accelerator.gather_for_metrics(hits))
+            right, seen = right + int(hits.sum()), seen + hits.numel()
+    model.train(training)
+    return right / max(seen, 1)
+
+
+def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
+    """Return the optimizer over the techniques' groups; weight decay spares biases and norms (1-D parameters)."""
+    groups = []
+    for group in live.param_groups(spec.lr):
+        for decays in (True, False):
+            chosen = [p for p in group["params"] if (p.ndim > 1) == decays]
+            if chosen:
+                decay = group.get("weight_decay", spec.weight_decay)
+                groups.append({**group, "params": chosen, "weight_decay": decay if decays else 0.0})
+    if spec.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[spec.optimizer](groups, lr=spec.lr)
+
+
+def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+    """Return the factor on the learning rate at optimizer step `step` (0-based): linear warm-up, then the schedule to 0."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[schedule]
+
+
+def _accelerator(spec: TrainSpec) -> Accelerator:
+    """Return a fresh accelerator: its state is global, and arms of one process may differ in precision."""
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != spec.precision:
+        AcceleratorState._reset_state()
+    GradientState._reset_state()
+    return Accelerator(mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate)
+
+
+def _finite(loss: Tensor, progress: Progress) -> None:
+    if not math.isfinite(float(loss)):
+        raise GreenvisError(
+            f"the loss is {float(loss)} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
+            "or look at the data"
+        )
+
+
+def _save(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, accelerator: Accelerator, progress: Progress) -> None:
+    numpy_state: Any = np.random.get_state()
+    content = {
+        "progress": asdict(progress),
+        "live": live.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+        "rng": {
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+            "python": random.getstate(),
+            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
+        },
+    }
+    content["scheduler"].pop("lr_lambdas", None)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _load(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, accelerator: Accelerator) -> Progress:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise GreenvisError(f"the checkpoint {path} cannot be read ({error}); remove it to start this arm again") from error
+    live.load_state_dict(content["live"])
+    optimizer.load_state_dict(content["optimizer"])
+    scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(scheduler.lr_lambdas)})
+    if accelerator.scaler is not None and content["scaler"]:
+        accelerator.scaler.load_state_dict(content["scaler"])
+    rng = content["rng"]
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"]:
+        torch.cuda.set_rng_state_all(rng["cuda"])
+    random.setstate(rng["python"])
+    np.random.set_state(tuple(rng["numpy"]))
+    return Progress(**content["progress"])
+
+
+@contextmanager
+def threads(number: int | None) -> Iterator[None]:
+    """Use `number` CPU threads within; None leaves torch's choice."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
