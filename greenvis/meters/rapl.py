@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 POWERCAP = Path("/sys/class/powercap")
-LOAD_S = 0.02  # RAPL steps every millisecond or so; 20 ms of work moves it by hundreds of steps
+LOAD_S = 0.03  # the longest load; RAPL steps every millisecond or so, and a live one ends the wait at its first step
 
 
 class Rapl:
@@ -49,7 +49,7 @@ def open_rapl(powercap: Path = POWERCAP, load_s: float = LOAD_S) -> tuple[Rapl |
     except (OSError, ValueError) as error:
         return None, f"RAPL counters cannot be read ({error}); the system's owner can allow it: chmod a+r energy_uj"
     end = time.perf_counter() + load_s
-    while time.perf_counter() < end:
+    while time.perf_counter() < end and rapl.read()["cpu_j"] <= 0:
         sum(i * i for i in range(1000))
     if rapl.read()["cpu_j"] <= 0:
         rapl.close()

@@ -1,0 +1,228 @@
+"""The meter: what is observed, which source is trusted, what the user may override."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from greenvis import price
+from greenvis.errors import BadInput
+from greenvis.meters.energy import Meter, Replay, load_coefficients
+from greenvis.meters.ledger import Ledger
+from greenvis.meters.processes import PortableTree, ProcessTree, open_tree
+from greenvis.meters.rapl import Rapl, open_rapl
+
+BURN = "import time\ne = time.process_time() + {s}\nwhile time.process_time() < e: sum(range(1000))"
+
+
+def child(seconds: float, then: str = "") -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", BURN.format(s=seconds) + "\n" + then])
+
+
+def test_own_work_is_counted_in_full() -> None:
+    tree = open_tree()
+    before, start = tree.cpu_s(), time.process_time()
+    while time.process_time() - start < 0.2:
+        sum(range(1000))
+    assert tree.cpu_s() - before == pytest.approx(0.2, abs=0.02)
+
+
+@pytest.mark.parametrize("kind", [ProcessTree, PortableTree])
+def test_a_child_that_ends_between_readings_is_counted_once(kind: type[ProcessTree]) -> None:
+    tree = kind()
+    before = tree.cpu_s()
+    assert child(0.8).wait() == 0
+    used = tree.cpu_s() - before
+    assert 0.8 * 0.99 <= used <= 0.8 + 0.25  # the interpreter's own start-up is work, too
+
+
+@pytest.mark.parametrize("kind", [ProcessTree, PortableTree])
+def test_a_child_seen_alive_and_then_reaped_is_not_doubled(kind: type[ProcessTree]) -> None:
+    tree = kind()
+    before = tree.cpu_s()
+    process, readings = child(0.6), []
+    while process.poll() is None:
+        readings.append(tree.cpu_s() - before)
+        time.sleep(0.02)
+    readings.append(tree.cpu_s() - before)
+    assert readings == sorted(readings)
+    assert any(0.1 < r < 0.5 for r in readings)
+    assert 0.59 <= readings[-1] <= 0.6 + 0.3
+
+
+def test_grandchildren_and_orphans_are_counted_once(tmp_path: Path) -> None:
+    tree = ProcessTree()
+    before = tree.cpu_s()
+    done = tmp_path / "done"
+    grandchild = BURN.format(s=0.6) + f"\nopen({str(done)!r}, 'w').close()"
+    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(0.3)"
+    process = subprocess.Popen([sys.executable, "-c", script])
+    while not done.exists():  # the child ends first: its own child goes to init
+        process.poll()
+        tree.cpu_s()
+        time.sleep(0.05)
+    time.sleep(0.2)
+    assert 0.55 <= tree.cpu_s() - before <= 0.6 + 0.5
+
+
+def test_shared_memory_of_forked_children_exists_once() -> None:
+    block = bytearray(os.urandom(1000) * 60_000)  # 60 MB, written: resident
+    tree = ProcessTree()
+    alone = tree.resident_gb()
+    stop_r, stop_w = os.pipe()
+    pids = []
+    for _ in range(4):
+        pid = os.fork()
+        if pid == 0:
+            os.close(stop_w)
+            os.read(stop_r, 1)
+            os._exit(0)
+        pids.append(pid)
+    time.sleep(0.2)
+    tree.cpu_s()
+    together = tree.resident_gb()
+    os.close(stop_w)
+    for pid in pids:
+        os.waitpid(pid, 0)
+    assert len(block) == 60_000_000
+    assert alone > 0.06
+    assert together < alone * 1.6  # five times as much where shared pages are counted for each
+
+
+def test_phases_sum_to_the_run_and_threads_read_no_other_way() -> None:
+    ledger = Ledger(Meter())
+    start = time.monotonic()
+    worker = threading.Thread(target=lambda: sum(range(3_000_000)))
+    for name in ("a", "b"):
+        path = ledger.enter(name)
+        inner = ledger.enter("inner")
+        sum(range(200_000))
+        ledger.leave(inner)
+        ledger.leave(path)
+    worker.start()
+    worker.join()
+    ledger.cut()
+    elapsed = time.monotonic() - start
+    assert set(ledger.totals) == {"", "a", "a/inner", "b", "b/inner"}
+    assert ledger.sums()["wall_s"] == pytest.approx(elapsed, rel=0.005, abs=0.001)
+
+
+ADVANCE = """
+import os, sys, time
+value, end = 1000, time.monotonic() + 20
+while time.monotonic() < end and os.path.exists(sys.argv[1]):
+    value += 50_000
+    for path in sys.argv[1:]:
+        fd = os.open(path, os.O_WRONLY); os.pwrite(fd, b"%012d\\n" % value, 0); os.close(fd)
+    time.sleep(0.001)
+"""
+
+
+@pytest.fixture
+def powercap(tmp_path: Path) -> Path:
+    """A powercap tree whose counters stand still."""
+    for zone, name in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:0:1", "dram")):
+        folder = tmp_path / "powercap" / zone
+        folder.mkdir(parents=True)
+        (folder / "name").write_text(name + "\n")
+        (folder / "energy_uj").write_text("1000\n")
+        (folder / "max_energy_range_uj").write_text("262143328850\n")
+    return tmp_path / "powercap"
+
+
+@pytest.fixture
+def advancing(powercap: Path) -> Iterator[Path]:
+    """The same tree, its counters advanced each millisecond by another process, as a processor would."""
+    files = [str(powercap / zone / "energy_uj") for zone in ("intel-rapl:0", "intel-rapl:0:1")]
+    process = subprocess.Popen([sys.executable, "-c", ADVANCE, *files])
+    while Path(files[0]).read_text() == "1000\n":
+        time.sleep(0.01)
+    yield powercap
+    process.kill()
+    process.wait()
+
+
+def test_a_counter_that_stands_still_is_not_trusted(powercap: Path) -> None:
+    rapl, why = open_rapl(powercap)
+    assert rapl is None
+    assert "stood still" in why
+    assert Meter(powercap=powercap).components[0]["source"] == "cpu-time model"
+
+
+def test_a_counter_that_advances_is_read(advancing: Path) -> None:
+    live, _ = open_rapl(advancing, load_s=2.0)
+    assert live is not None
+    assert set(live.read()) == {"cpu_j", "dram_j"}  # "core" is part of the package: counted once
+    meter = Meter(powercap=advancing)
+    assert [(c["name"], c["source"], c["provenance"]) for c in meter.components[:2]] == [
+        ("cpu", "rapl", "measured"), ("ram", "rapl", "measured"),
+    ]  # fmt: skip
+    assert meter.read()["cpu_j"] > 0
+
+
+def test_rapl_counters_wrap_around(powercap: Path) -> None:
+    zone = powercap / "intel-rapl:0"
+    (zone / "max_energy_range_uj").write_text("10000000\n")
+    (zone / "energy_uj").write_text("9000000\n")
+    rapl = Rapl([("cpu_j", zone)])
+    (zone / "energy_uj").write_text("500000\n")
+    assert rapl.read()["cpu_j"] == pytest.approx(1.5)
+
+
+def test_no_counter_falls_back_to_cpu_time_with_the_reason(tmp_path: Path) -> None:
+    cpu, ram, *_ = Meter(powercap=tmp_path).components
+    assert (cpu["source"], cpu["observation"], cpu["scope"]) == ("cpu-time model", "cpu_s", "process")
+    assert "no RAPL" in cpu["reason"]
+    assert ram["coefficient"]["low"] < ram["coefficient"]["central"] < ram["coefficient"]["high"]
+    assert cpu["citation"]
+
+
+def test_the_users_coefficients_and_wall_meter_come_first(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps({"wall_meter": {"idle_w": 40, "busy_w": 100, "busy_cpus": 10}}))
+    cpu = Meter(file, powercap=tmp_path).components[0]
+    assert (cpu["coefficient"]["low"], cpu["coefficient"]["high"]) == (6.0, 10.0)
+    joules = iter(range(0, 1000, 7))
+    meter = Meter(wall_meter=lambda: next(joules), powercap=tmp_path)
+    assert [c["name"] for c in meter.components] == ["machine"]
+    ledger = Ledger(meter)
+    ledger.cut()
+    assert price.energy(ledger.sums(), meter.components)["machine"].value == 7.0
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('{"cpu_w_per_busy_cpus": {}}', "did you mean 'cpu_w_per_busy_cpu'"),
+        ('{"ram_w_per_gb": {"low": 2, "central": 1, "high": 3}}', "low <= central"),
+        ('{"wall_meter": {"idle_w": 3}}', "busy_w"),
+        ("[1]", "cannot read"),
+        ("{", "cannot read"),
+    ],
+)
+def test_a_bad_coefficients_file_is_refused(tmp_path: Path, text: str, word: str) -> None:
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(BadInput, match=word):
+        load_coefficients(tmp_path / "c.json")
+
+
+def test_replay_gives_the_recorded_joules(tmp_path: Path) -> None:
+    log = tmp_path / "gpu.jsonl"
+    components = [{"name": "gpu", "source": "nvml", "observation": "gpu_j", "coefficient": {"low": 1, "central": 1, "high": 1}}]
+    rows = [{"components": components}, *({"wall_s": t, "gpu_j": 300.0 * t} for t in range(4))]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    ledger = Ledger(Replay(log))
+    path = ledger.enter("train")  # second reading: one second in no phase
+    ledger.leave(path)
+    ledger.cut()
+    assert {p: t["gpu_j"] for p, t in ledger.totals.items()} == {"": 600.0, "train": 300.0}
+    with pytest.raises(BadInput, match="not a meter log"):
+        Replay(tmp_path)
