@@ -1,0 +1,186 @@
+"""What a vision model consists of, found by structure in a traced forward, not by the names a library chose.
+
+`view(model)` finds attention (q, k, v or fused qkv, out, heads), MLPs, convolutions, norms, blocks, patch embedding,
+prefix tokens and classifier in timm, torchvision, transformers and plain models alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, nearest, some
+from greenvis.views import parts
+from greenvis.views.parts import Attention, Mlp, unique
+from greenvis.views.quiet import quiet
+from greenvis.views.trace import Trace, tensors_in, trace, trace_any
+
+ROLES: dict[str, str] = {
+    "attention": "the projections of attention: q, k, v (or fused qkv) and out; a whole nn.MultiheadAttention",
+    "qkv": "the projections into attention",
+    "mlp": "the two (or three) layers of each MLP",
+    "conv": "convolutions outside patch embedding and head",
+    "linear": "fully connected layers outside the head",
+    "norm": "normalisation layers",
+    "head": "the classifier",
+    "block": "the repeated blocks",
+}
+
+
+@dataclass(frozen=True)
+class View:
+    """What a model consists of; every entry is a path for `model.get_submodule`, in order of execution.
+
+    input_shape: (channels, height, width) of one image. prefix_tokens: class, distillation and register tokens before the
+    patches. functional: layers whose weight is read by another module. computed: layers that use something computed from
+    their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
+    """
+
+    library: str
+    input_shape: tuple[int, int, int]
+    attention: tuple[Attention, ...]
+    mlps: tuple[Mlp, ...]
+    convs: tuple[str, ...]
+    linears: tuple[str, ...]
+    norms: tuple[str, ...]
+    heads: tuple[str, ...]
+    blocks: tuple[str, ...]
+    patch_embed: str | None
+    prefix_tokens: int
+    flags: frozenset[str]
+    functional: frozenset[str] = frozenset()
+    computed: frozenset[str] = frozenset()
+
+    def role(self, name: str) -> tuple[str, ...]:
+        """Return the paths that play a role. Raises BadInput for an unknown role, or one that nothing plays here."""
+        if name not in ROLES:
+            raise BadInput(f"unknown role '{name}'{nearest(name, ROLES)}")
+        found = self._role(name)
+        if not found:
+            have = {r: len(self._role(r)) for r in ROLES}
+            listed = ", ".join(f"{n} {r}" for r, n in have.items() if n) or "none of the known roles"
+            raise BadInput(f"this model has no '{name}' ({ROLES[name]}); it has {listed}")
+        return found
+
+    def _role(self, name: str) -> tuple[str, ...]:
+        match name:
+            case "qkv":
+                return unique(p for a in self.attention for p in ((a.path,) if a.kind == "multihead" else a.inputs))
+            case "attention":
+                return unique(
+                    p
+                    for a in self.attention
+                    for p in ((a.path,) if a.kind == "multihead" else (*a.inputs, *((a.out,) if a.out else ())))
+                )
+            case "mlp":
+                return unique(p for m in self.mlps for p in (m.up, m.gate, m.down) if p is not None)
+            case "conv":
+                return tuple(p for p in self.convs if p not in self.heads and p != self.patch_embed)
+            case "linear":
+                return tuple(p for p in self.linears if p not in self.heads)
+            case "norm":
+                return self.norms
+            case "head":
+                return self.heads
+            case _:
+                return self.blocks
+
+
+def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) -> View:
+    """Find the parts of `model`, which stays bit for bit as it is.
+
+    example: (batch, channels, height, width); without it the shape is inferred. probe: also run the two further forwards
+    that the flags "fixed_grid" and "batch_dependent" need. Raises BadInput where a forward fails, with what it saw.
+    """
+    seen = trace(model, example) if example is not None else trace_any(model)
+    linears = [c for c in seen.calls if c.kind == "linear"]
+    convs = [c for c in seen.calls if c.kind == "conv"]
+    functional = frozenset(c.path for c in (*linears, *convs) if c.functional)
+    attention = unique(parts.attention(model, call, functional) for call in seen.attentions)
+    mlps = parts.mlps(seen)
+    flags = parts.flags(model, seen)
+    if probe:
+        flags |= _probe(model, seen)
+    patch_embed = parts.patch_embed(seen, bool(attention or mlps))
+    return View(
+        library=type(model).__module__.partition(".")[0],
+        input_shape=(seen.input_shape[1], seen.input_shape[-2], seen.input_shape[-1]),
+        attention=attention,
+        mlps=mlps,
+        convs=unique(c.path for c in convs),
+        linears=unique(c.path for c in linears),
+        norms=unique(c.path for c in seen.calls if c.kind == "norm"),
+        heads=parts.heads(seen),
+        blocks=parts.blocks(model, seen),
+        patch_embed=patch_embed,
+        prefix_tokens=0 if "windowed" in flags else parts.prefix_tokens(seen, patch_embed),
+        flags=frozenset(flags),
+        functional=functional,
+        computed=frozenset(c.path for c in (*linears, *convs) if not c.direct),
+    )
+
+
+def example_input(model: nn.Module) -> Tensor:
+    """Return an image batch (1, channels, height, width) that `model` takes: from its configuration, else by trial.
+
+    Raises BadInput with the sizes that were tried.
+    """
+    return trace_any(model).input
+
+
+def describe(found: View) -> list[tuple[str, str]]:
+    """Return rows (part, what was found) for `greenvis inspect`."""
+    first = found.attention[0] if found.attention else None
+    rows = [
+        ("library", found.library),
+        ("input", "×".join(map(str, found.input_shape))),
+        ("patch embedding", found.patch_embed or "none"),
+        ("prefix tokens", str(found.prefix_tokens)),
+        ("blocks", _counted(found.blocks)),
+        ("attention", _counted(a.path for a in found.attention)),
+    ]
+    if first is not None:
+        inputs = {"qkv": first.qkv} if first.qkv else {"q": first.q, "k": first.k, "v": first.v}
+        parts = ", ".join(f"{n} '{p}'" for n, p in {**inputs, "out": first.out}.items() if p is not None)
+        heads = " and ".join(map(str, sorted({a.heads for a in found.attention})))
+        rows += [("", f"{first.kind}; {heads} heads" + (f"; first: {parts}" if parts else ""))]
+    rows += [
+        ("mlp", _counted(m.path or "." for m in found.mlps)),
+        ("convolutions", _counted(found.convs)),
+        ("linear layers", _counted(found.linears)),
+        ("norms", _counted(found.norms)),
+        ("classifier", some(found.heads) or "none"),
+        ("flags", ", ".join(sorted(found.flags)) or "none"),
+    ]
+    return rows
+
+
+def _probe(model: nn.Module, seen: Trace) -> set[str]:
+    """Find by two more forwards whether another image size is refused, and whether the rest of a batch matters."""
+    x = seen.input
+    if x.device.type == "meta":
+        return set()
+    flags = set()
+    size = tuple(s // 2 if s >= 64 else s * 2 for s in x.shape[-2:])
+    with quiet(model):
+        try:
+            model(torch.nn.functional.interpolate(x.float(), size).to(x.dtype))
+        except Exception:  # whatever a library raises here means: not this size
+            flags.add("fixed_grid")
+        alone = next(tensors_in(_plain(model(x[:1]))), None)
+        beside = next(tensors_in(_plain(model(torch.cat([x[:1], 1 - x[:1].flip(-1)])))), None)
+    if alone is not None and beside is not None and not torch.allclose(alone[0], beside[0], rtol=1e-2, atol=1e-3):
+        flags.add("batch_dependent")
+    return flags
+
+
+def _plain(output: object) -> object:
+    return output.to_tuple() if hasattr(output, "to_tuple") else output  # type: ignore[attr-defined]
+
+
+def _counted(paths: Iterable[str]) -> str:
+    listed = list(paths)
+    return f"{len(listed)}: {some(listed, 2)}" if listed else "none"

@@ -1,0 +1,202 @@
+"""Read the parts of a model off its trace: attention, MLPs, classifier, patch embedding, prefix tokens, blocks, flags."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from torch import nn
+
+from greenvis.errors import GreenvisError
+from greenvis.technique import logits_of
+from greenvis.views.trace import AttentionCall, Call, Trace, weights_in
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention. kind: "linear" (own Linears), "multihead" (nn.MultiheadAttention), "functional" (weights read by another
+    module than their own, so that a wrapped Linear would never run). Either qkv is set or q, k and v are; a fused pair
+    stands twice."""
+
+    path: str
+    kind: Literal["linear", "multihead", "functional"]
+    heads: int
+    qkv: str | None = None
+    q: str | None = None
+    k: str | None = None
+    v: str | None = None
+    out: str | None = None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Paths of the projections into attention."""
+        return unique(p for p in (self.qkv, self.q, self.k, self.v) if p is not None)
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """One MLP: up, activation, down. gate: the activated branch of a gated MLP (SwiGLU)."""
+
+    path: str
+    up: str
+    down: str
+    gate: str | None = None
+
+
+def attention(model: nn.Module, call: AttentionCall, functional: frozenset[str]) -> Attention:
+    if call.kind == "multihead":
+        return Attention(call.stack[-1], "multihead", call.heads or 1)
+    q, k, v = (_only(weights_in(tags)) for tags in (call.q, call.k, call.v))
+    fused = q is not None and q == k == v
+    inside = [p for p in (q, k, v) if p is not None]
+    path = next((s for s in reversed(call.stack) if all(_within(p, s) for p in inside)), call.stack[-1])
+    heads = call.heads
+    if heads is None:  # (batch * heads, tokens, head_dim): the projection's width tells how many
+        weight = getattr(model.get_submodule(q), "weight", None) if q is not None else None
+        width = call.shape[-1] if weight is None else weight.shape[0] // (3 if fused else 1)
+        heads = max(1, width // call.shape[-1])
+    kind = "functional" if functional & {*inside, call.out} else "linear"
+    if fused:
+        return Attention(path, kind, heads, qkv=q, out=call.out)
+    return Attention(path, kind, heads, q=q, k=k, v=v, out=call.out)
+
+
+def mlps(seen: Trace) -> tuple[Mlp, ...]:
+    """Pairs of layers around an activation where the second gives the width back that the first took."""
+    last: dict[str, Call] = {}
+    convolutional = any(c.kind == "conv" for c in seen.calls)
+    found: list[Mlp] = []
+    for call in seen.calls:
+        if call.kind == "norm":
+            continue
+        marks = {kind for kind, _ in call.sources}
+        ups = [last[p] for p in weights_in(call.sources) if p in last]
+        gates = {p for kind, p in call.sources if kind == "gate"}
+        fits = (
+            "act" in marks
+            and not marks & {"sum", "attention", "scores", "map"}
+            and (len(ups) == 1 or (len(ups) == 2 and "mul" in marks))
+            and all(_pointwise(c) and c.kind == call.kind for c in ups)
+            and _pointwise(call)
+            and not (call.kind == "conv" and "depthwise" in marks)
+            and all(c.in_features == call.out_features for c in ups)
+            and not (convolutional and call.pooled)  # squeeze-and-excitation: an MLP on pooled features is a gate
+        )
+        if fits:
+            gate = next((c.path for c in ups if c.path in gates), None) if len(ups) == 2 else None
+            up = next(c.path for c in ups if c.path != gate)
+            found.append(Mlp(_common(up, call.path), up, call.path, gate))
+        last[call.path] = call
+    return unique(found)
+
+
+def heads(seen: Trace) -> tuple[str, ...]:
+    """The last layers before the logits, if nothing but averaging comes after them."""
+    try:
+        logits = logits_of(seen.output)
+    except GreenvisError:
+        return ()
+    tags = seen.tags_of(logits)
+    paths = weights_in(tags)
+    marks = {kind for kind, _ in tags}
+    last = {c.path: c for c in seen.calls if c.kind != "norm"}
+    classes = logits.shape[-1] if logits.dim() == 2 else logits.shape[1] if logits.dim() > 2 else 0
+    if marks & {"norm", "act"} or len(paths) > (2 if "sum" in marks else 1) or any(p not in last for p in paths):
+        return ()
+    return tuple(paths) if all(last[p].out_features == classes for p in paths) else ()
+
+
+def patch_embed(seen: Trace, tokens: bool) -> str | None:
+    first = next((c for c in seen.calls if c.kind != "norm"), None)
+    if first is None or weights_in(first.sources):
+        return None
+    if first.kind == "linear":
+        return first.path if tokens and len(first.in_shape) == 3 else None
+    steps = [i // o for i, o in zip(first.in_shape[2:], first.out_shape[2:], strict=True) if o]
+    return first.path if steps and all(s == k > 1 for s, k in zip(steps, first.weight_shape[2:], strict=True)) else None
+
+
+def prefix_tokens(seen: Trace, patch_embed: str | None) -> int:
+    """How many tokens the first attention has beyond the patches."""
+    if not seen.attentions or seen.first_attention is None:
+        return 0
+    before = [c for c in seen.calls[: seen.first_attention] if c.kind == "conv" or c.path == patch_embed]
+    if not before:
+        return 0
+    last = before[-1]
+    patches = math.prod(last.out_shape[2:]) if last.kind == "conv" else last.out_shape[1]
+    extra = seen.attentions[0].shape[-2] - patches
+    joined = any(sum(j) == seen.attentions[0].shape[-2] for j in seen.joins)
+    return extra if extra > 0 and joined else 0
+
+
+def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
+    """The children of containers that hold two or more layers and ran; a stage steps aside for the blocks in it."""
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    layers = [*unique(c.path for c in seen.calls if c.kind != "norm")]
+    layers += [a.stack[-1] for a in seen.attentions if a.kind == "multihead"]
+    modules = dict(model.named_modules())
+
+    def inside(path: str) -> int:
+        return sum(_within(p, path) for p in layers)
+
+    candidates = [
+        path
+        for path in seen.executed
+        if path
+        and isinstance(modules[path.rpartition(".")[0]], containers)
+        and not isinstance(modules[path], containers)
+        and inside(path) >= 2
+    ]
+
+    def finest(path: str) -> list[str]:
+        below = [c for c in candidates if c != path and _within(c, path)]
+        outer = [c for c in below if not any(b != c and _within(c, b) for b in below)]
+        if 2 * sum(inside(c) for c in outer) > inside(path):
+            return [f for c in outer for f in finest(c)]
+        return [path]
+
+    tops = [c for c in candidates if not any(b != c and _within(c, b) for b in candidates)]
+    return unique(f for c in tops for f in finest(c))
+
+
+def flags(model: nn.Module, seen: Trace) -> set[str]:
+    flags = set()
+    for call in seen.attentions:
+        if call.heads is not None and len(call.shape) > 3 and math.prod(call.shape[:-3]) > seen.input_shape[0]:
+            flags.add("windowed")
+        if any(kind == "neg" for kind, _ in call.q):
+            flags.add("rope")
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        flags.add("batch_norm")
+    return flags
+
+
+def _pointwise(call: Call) -> bool:
+    return call.kind == "linear" or (not call.depthwise and math.prod(call.weight_shape[2:]) == 1)
+
+
+def _within(path: str, parent: str) -> bool:
+    return not parent or path == parent or path.startswith(parent + ".")
+
+
+def _common(a: str, b: str) -> str:
+    """The innermost module that holds both."""
+    shared = ""
+    for one, other in zip(a.split(".")[:-1], b.split(".")[:-1], strict=False):
+        if one != other:
+            break
+        shared = f"{shared}.{one}" if shared else one
+    return shared
+
+
+def _only(paths: list[str]) -> str | None:
+    return paths[0] if len(paths) == 1 else None
+
+
+def unique(values: Iterable[T]) -> tuple[T, ...]:
+    return tuple(dict.fromkeys(values))

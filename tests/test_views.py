@@ -1,0 +1,137 @@
+"""Structure is found by what a model does, on every host, and looking leaves no mark."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hosts import HOSTS
+from torch import nn
+
+from greenvis.errors import BadInput
+from greenvis.surgery import Snapshot
+from greenvis.views import describe, example_input, view
+
+# host: attentions, mlps, blocks, prefix tokens, heads of the first attention, classifier
+EXPECTED = {
+    "timm-vit": (3, 3, 3, 1, 4, ("head",)),
+    "timm-deit-distilled": (2, 2, 2, 2, 2, ("head", "head_dist")),
+    "timm-deit3": (2, 2, 2, 1, 2, ("head",)),
+    "timm-eva02": (2, 2, 2, 1, 2, ("head",)),
+    "timm-dinov2-registers": (2, 2, 2, 5, 2, ("head",)),
+    "timm-swin": (4, 4, 4, 0, 2, ("head.fc",)),
+    "timm-convnext": (0, 5, 5, 0, None, ("head.fc",)),
+    "timm-resnet": (0, 0, 6, 0, None, ("fc",)),
+    "timm-efficientnet-lite": (0, 0, 8, 0, None, ("classifier",)),
+    "timm-mobilevit": (9, 9, 16, 0, 4, ("head.fc",)),
+    "torchvision-vit": (2, 2, 2, 1, 2, ("heads.head",)),
+    "torchvision-swin": (4, 4, 4, 0, 2, ("head",)),
+    "torchvision-resnet": (0, 0, 4, 0, None, ("fc",)),
+    "torchvision-mobilenet": (0, 0, 5, 0, None, ("classifier.3",)),
+    "transformers-vit": (2, 2, 2, 1, 2, ("classifier",)),
+    "transformers-dinov2": (2, 2, 2, 1, 2, ("classifier",)),
+    "transformers-swin": (4, 4, 4, 0, 2, ("classifier",)),
+    "transformers-convnext": (0, 4, 4, 0, None, ("classifier",)),
+    "transformers-clip": (2, 2, 2, 1, 2, ("visual_projection",)),
+    "plain": (2, 1, 0, 0, 2, ("classify",)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_finds_the_parts_and_leaves_no_mark(name: str) -> None:
+    host = HOSTS[name]
+    model = host.build()
+    before = Snapshot(model)
+    x = torch.rand(1, *host.input_shape)
+    random = torch.get_rng_state()
+    found = view(model, x)
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    heads = found.attention[0].heads if found.attention else None
+    counts = (len(found.attention), len(found.mlps), len(found.blocks), found.prefix_tokens, heads, found.heads)
+    assert counts == EXPECTED[name]
+    for path in (*found.linears, *found.convs, *found.norms, *found.blocks):
+        model.get_submodule(path)
+    assert all(a.kind == "multihead" or (a.inputs and a.out and (a.qkv or (a.q and a.k and a.v))) for a in found.attention)
+    assert all(isinstance(row, tuple) and len(row) == 2 for row in describe(found))
+
+
+def test_roles_follow_the_data_not_the_names() -> None:
+    plain = view(HOSTS["plain"].build(), torch.rand(1, 3, 32, 32))
+    assert plain.attention[0].inputs == ("wq", "wk", "wv")
+    assert plain.attention[0].out == "wo"
+    assert plain.role("attention") == ("wq", "wk", "wv", "wo", "layer.self_attn")
+    assert plain.role("conv") == ("stem.0", "to_tokens")
+    eva = view(HOSTS["timm-eva02"].build())
+    assert (eva.mlps[0].up, eva.mlps[0].gate, eva.mlps[0].down) == (
+        "blocks.0.mlp.fc1_x", "blocks.0.mlp.fc1_g", "blocks.0.mlp.fc2",
+    )  # fmt: skip
+    assert "rope" in eva.flags
+
+
+def test_flags() -> None:
+    swin = view(HOSTS["torchvision-swin"].build(), torch.rand(1, 3, 32, 32))
+    assert swin.attention[0].kind == "functional"
+    assert {"features.1.0.attn.qkv", "features.1.0.attn.proj"} <= swin.functional
+    assert "windowed" in swin.flags
+    assert "fixed_grid" in view(HOSTS["timm-vit"].build()).flags
+    resnet = view(HOSTS["timm-resnet"].build(), torch.rand(1, 3, 64, 64))
+    assert resnet.flags == {"batch_norm"}
+
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(192, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.flatten(1)
+            return self.fc(x - x.mean(0))
+
+    assert "batch_dependent" in view(Centred()).flags
+
+
+def test_a_computed_weight_is_known_as_such() -> None:
+    from timm.layers import StdConv2d
+
+    model = nn.Sequential(StdConv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    found = view(model, torch.rand(1, 3, 16, 16))
+    assert found.computed == {"0"}
+    assert found.heads == ("4",)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-swin", "torchvision-vit", "timm-mobilevit"])
+def test_example_input_comes_from_the_configuration(name: str) -> None:
+    model = HOSTS[name].build()
+    side = 256 if name == "timm-mobilevit" else 32
+    assert example_input(model).shape == (1, 3, side, side)
+
+
+def test_example_input_of_a_flat_model() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+    assert example_input(model).shape == (1, 1, 28, 28)
+    assert view(model).heads == ("3",)
+
+
+def test_a_headless_model_has_no_head() -> None:
+    import timm
+
+    model = timm.create_model("resnet10t", num_classes=0)
+    with pytest.raises(BadInput, match=r"no 'head'.*it has"):
+        view(model, torch.rand(1, 3, 64, 64)).role("head")
+
+
+def test_errors_say_what_was_seen() -> None:
+    found = view(HOSTS["timm-resnet"].build(), torch.rand(1, 3, 64, 64))
+    with pytest.raises(BadInput, match="did you mean 'attention'"):
+        found.role("atention")
+    with pytest.raises(BadInput, match=r"no 'attention'.*it has 17 conv"):
+        found.role("attention")
+    with pytest.raises(BadInput, match="failed in 'patch_embed'"):
+        view(HOSTS["timm-vit"].build(), torch.rand(1, 3, 17, 17))
+
+    class Words(nn.Module):
+        def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+            return tokens
+
+    with pytest.raises(BadInput, match="no image shape found"):
+        view(Words())
