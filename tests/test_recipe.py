@@ -1,0 +1,138 @@
+"""Recipes: what they say when right, and file:line with the nearest name when wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from greenvis.errors import BadInput
+from greenvis.recipe import load_recipe, parse_techniques, schema
+
+GOOD = """\
+name: small
+data: {name: digits, train: 100}
+model: {ref: timm/resnet10t, in_chans: 1}
+train:
+  epochs: 3
+  optimizer: adamw
+  seeds: [0, 1]
+arms:
+  baseline: {}
+  distilled:
+    train: {epochs: 5}
+    model: {ref: timm/resnet18}
+    techniques:
+      - distill: {teacher: "run:baseline", temperature: 2.0}
+report: {baseline: baseline}
+"""
+
+
+def _write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_an_arm_is_the_recipe_with_its_own_laid_over(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, GOOD))
+    arm = recipe.arm("distilled")
+    assert (arm.train.epochs, arm.train.optimizer, arm.train.seeds) == (5, "adamw", (0, 1))
+    assert (arm.model.ref, arm.model.options) == ("timm/resnet18", {"in_chans": 1})
+    assert arm.needs() == ["run:baseline"]
+    assert arm.techniques[0].recipe_form() == {"teacher": "run:baseline", "temperature": 2.0}
+    assert recipe.arm("baseline").train.epochs == 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ("epochs: 3", "epoch: 3", 5, "unknown field 'epoch'; did you mean 'epochs'?"),
+        ("epochs: 3", "epochs: three", 5, 'not "three"'),
+        ("optimizer: adamw", "optimizer: adamm", 6, "did you mean 'adam"),
+        ("seeds: [0, 1]", "seeds: []", 7, "at least 1"),
+        ("- distill:", "- distil:", 14, "unknown technique 'distil'; did you mean 'distill'?"),
+        ("temperature: 2.0", "temprature: 2.0", 14, "did you mean 'temperature'?"),
+        ("temperature: 2.0", "temperature: 0", 14, "greater than 0"),
+        ("baseline: baseline", "baseline: basline", 15, "no arm; did you mean 'baseline'?"),
+        ("{epochs: 5}", "{epochs: -5}", 11, "greater than or equal to 0"),
+        ("name: small", "name: ../small", 1, "pattern"),
+        ("  baseline: {}", "  baseline: {}\n  baseline: {}", 10, "'baseline' is given twice"),
+        ("data: {name: digits, train: 100}", "", 1, "'data' is missing"),
+        ("arms:", "arms: [", 10, "not YAML"),
+    ],
+)
+def test_an_error_names_file_line_and_the_nearest_right_name(
+    tmp_path: Path, old: str, new: str, line: int, message: str
+) -> None:
+    assert old in GOOD
+    path = _write(tmp_path, GOOD.replace(old, new))
+    with pytest.raises(BadInput) as caught:
+        load_recipe(path)
+    assert message in str(caught.value)
+    assert f"{path}:{line}" in str(caught.value)
+
+
+def test_overrides_change_one_value_and_name_themselves_when_wrong(tmp_path: Path) -> None:
+    path = _write(tmp_path, GOOD)
+    recipe = load_recipe(path, ["train.epochs=9", "arms.baseline.train.lr=0.5", "train.seeds=[4]"])
+    assert (recipe.arm("baseline").train.lr, recipe.train.epochs, recipe.train.seeds) == (0.5, 9, (4,))
+    recipe = load_recipe(path, ["arms.distilled.techniques.0.distill.temperature=7"])
+    assert recipe.arm("distilled").techniques[0].recipe_form()["temperature"] == 7
+    for text, message in [
+        ("train.epoch=9", "--set train.epoch=9: train.epoch: unknown field 'epoch'; did you mean 'epochs'?"),
+        ("train", "takes KEY=VALUE"),
+        ("name.x=1", "'name' holds no keys"),
+        ("train.seeds.7=1", "no index"),
+    ]:
+        with pytest.raises(BadInput) as caught:
+            load_recipe(path, [text])
+        assert message in str(caught.value)
+
+
+def test_extends_inherits_and_keeps_each_files_lines(tmp_path: Path) -> None:
+    _write(tmp_path, GOOD, "base.yaml")
+    child = _write(tmp_path, "extends: base.yaml\nname: child\ntrain: {lr: 0.1}\n", "child.yaml")
+    recipe = load_recipe(child)
+    assert (recipe.name, recipe.train.lr, recipe.train.epochs) == ("child", 0.1, 3)
+    _write(tmp_path, GOOD.replace("epochs: 3", "epochs: x"), "base.yaml")
+    with pytest.raises(BadInput, match=r"base\.yaml:5"):
+        load_recipe(child)
+    _write(tmp_path, "extends: child.yaml\n", "base.yaml")
+    with pytest.raises(BadInput, match="lead back"):
+        load_recipe(child)
+    _write(tmp_path, "extends: nowhere.yaml\n", "base.yaml")
+    with pytest.raises(BadInput, match=r"base\.yaml:1: no recipe at"):
+        load_recipe(child)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot read the recipe"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(BadInput, match="a recipe is a mapping"):
+        load_recipe(_write(tmp_path, "- 1\n"))
+    with pytest.raises(BadInput, match=r"recipe\.yaml:1"):
+        load_recipe(_write(tmp_path, "name: !!python/object:os.system x\n"))
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(BadInput, match="cannot read"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+def test_the_text_of_a_recipe_is_enough_to_run_it_again(tmp_path: Path) -> None:
+    recipe = load_recipe(_write(tmp_path, GOOD), ["train.epochs=9"])
+    again = load_recipe(_write(tmp_path, recipe.text(), "again.yaml"))
+    assert again.model_dump() == recipe.model_dump()
+
+
+def test_schema_covers_the_sections_and_every_technique() -> None:
+    form = schema()
+    assert {"name", "data", "model", "train", "arms", "report", "meter", "extends"} <= set(form["properties"])
+    assert "temperature" in form["$defs"]["technique:distill"]["properties"]
+
+
+def test_techniques_on_the_command_line() -> None:
+    (technique,) = parse_techniques('[{"distill": {"teacher": "file:x", "weight": 2}}]')
+    assert technique.recipe_form() == {"teacher": "file:x", "weight": 2.0}
+    for text, message in [("[", "not YAML"), ("[1]", "one technique an item"), ("[{distill: {}}]", "'teacher' is missing")]:
+        with pytest.raises(BadInput, match=message):
+            parse_techniques(text)
