@@ -46,9 +46,7 @@ class ModelSpec(_Section):
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
     ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH")
-    init: str | None = Field(
-        None, description="weights to start from: run:NAME or file:PATH; a classifier of other classes is left new"
-    )
+    init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH; the classifier is new")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
 from greenvis.technique import PROPERTIES, STAGES, Installed, Technique
@@ -297,9 +298,7 @@ class Wrapped:
         return zip(self.techniques, self.installed, strict=False)
 
     def _base_fingerprint(self, learned: set[str]) -> str:
-        from greenvis.models import fingerprint
-
-        return fingerprint({n: t for n, t in self.model.state_dict().items() if n not in learned})
+        return models.fingerprint({n: t for n, t in self.model.state_dict().items() if n not in learned})
 
 
 def _refuse_conflicts(techniques: Sequence[Technique]) -> None:

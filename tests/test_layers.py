@@ -39,7 +39,7 @@ ALLOWED: dict[str, set[str]] = {
     "cli": ENGINE | {"experiment", "report", "bench"},
 }
 # files that belong to one unit: split only to keep each short
-PART_OF = {"sources": "data", "transform": "data"}
+PART_OF = {"sources": "data", "transform": "data", "weights": "models", "libraries": "models"}
 
 
 def _unit(module: str) -> str:
