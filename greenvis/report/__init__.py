@@ -1,0 +1,78 @@
+"""Reports: `report(paths)` turns run records into a page, a Markdown file, results.json, results.csv and figures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from greenvis.errors import BadInput, GreenvisError
+
+
+def report(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str] | None = None,
+    baseline: str | None = None,
+    metric: str = "accuracy",
+    grid: float | str | Mapping[str, Any] | None = None,
+    title: str | None = None,
+) -> Path:
+    """Write a report of the runs recorded at `paths` and return the path of its index.html.
+
+    paths: records, folders of them or glob patterns. out: the folder to write, reports/<name> by default. baseline: the
+    arm others are compared with (default: the one called "baseline"). grid: g CO2e per kWh, or a carbon intensity
+    {"value", "low", "high", "zone", "source"}, in place of the recorded one. Raises BadInput where there is nothing to report.
+    """
+    found = results(paths, baseline=baseline, metric=metric, grid=grid)
+    from greenvis.report import page
+
+    folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
+    try:
+        return page.write(found, folder, title or found["name"])
+    except OSError as error:
+        raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
+
+
+def results(
+    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    baseline: str | None = None,
+    metric: str = "accuracy",
+    grid: float | str | Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what `report` writes to results.json, writing nothing."""
+    from greenvis.report import build, groups
+
+    listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    runs, notes = groups.load(listed, metric)
+    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid))
+
+
+def to_json(found: Mapping[str, Any]) -> str:
+    """Return results as the text of results.json: sorted, so the same results are the same bytes."""
+    return json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if grid is None:
+        return None
+    if isinstance(grid, Mapping):
+        if not isinstance(grid.get("value"), (int, float)):
+            raise BadInput(
+                f'a grid is {{"value": g CO2e per kWh, "zone", "source"}}; this one has no number "value": {dict(grid)}'
+            )
+        return dict(grid)
+    try:
+        value = float(grid)
+    except ValueError:
+        raise BadInput(
+            f"grid '{grid}' is not a number of g CO2e per kWh; for a country, `greenvis report --grid {grid}`"
+        ) from None
+    if not 0 <= value < float("inf"):
+        raise BadInput(f"grid {value} g CO2e per kWh is not possible; give a number from 0 up")
+    return {"value": value, "zone": "given", "source": "given by the reader of this report", "assumed": False}
+
+
+def _file_name(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")[:80] or "report"

@@ -1,0 +1,290 @@
+"""One arm's numbers out of its seed runs: means over seeds, every joule kept, what is missing said."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from greenvis import price
+from greenvis.record import Reading
+from greenvis.report import stats
+from greenvis.report.groups import APART, Attempt, SeedRun
+
+PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
+LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
+ORDER = ("measured", "estimated", "constant")
+
+Intensity = Mapping[str, Any]
+
+
+@dataclass
+class Arm:
+    """The seed runs shown for one arm, and those of older inputs, which only keep their energy in the totals."""
+
+    label: str
+    runs: list[SeedRun]
+    older: list[SeedRun] = field(default_factory=list)
+
+    @property
+    def done(self) -> dict[int, SeedRun]:
+        """Seed runs that finished, by seed."""
+        return {r.seed: r for r in self.runs if r.done}
+
+    @property
+    def all(self) -> list[SeedRun]:
+        """Every seed run, older inputs included."""
+        return [*self.runs, *self.older]
+
+
+def per_seed(arm: Arm, value: Callable[[SeedRun], float | None]) -> dict[int, float]:
+    """Return a number by finished seed, leaving out seeds where it is missing or not finite."""
+    found = {seed: value(run) for seed, run in arm.done.items()}
+    return {s: float(v) for s, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+
+
+def score(run: SeedRun, metric: str) -> float | None:
+    """Return the metric of a finished run: its fact, else the last value it logged."""
+    done = run.done
+    value = done.facts.get(metric) if done else None
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return value
+    return done.curve[-1][1] if done and done.curve else None
+
+
+def making(run: SeedRun) -> Reading:
+    """Return the energy of every attempt at a seed, all stages but measurement: set-up, train, teacher, eval, …"""
+    return price.add(a.joules(apart=False) for a in run.attempts)
+
+
+def everything(run: SeedRun) -> Reading:
+    """Return the energy of every attempt at a seed, measurement included."""
+    return price.add(a.joules() for a in run.attempts)
+
+
+def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Reading:
+    """Return the CO2e of every attempt at a seed, each priced with its own host's grid, or all with `grid`."""
+    return price.add((attempt_grams(a, a.joules(apart=apart), grid) for a in run.attempts), "carbon_g")
+
+
+def attempt_grams(attempt: Attempt, joules: Reading, grid: Intensity | None) -> Reading:
+    """Return the CO2e of some of an attempt's joules."""
+    return price.carbon(joules, grid or attempt.header.get("carbon_intensity") or {}, pue_of(attempt))
+
+
+def pue_of(attempt: Attempt) -> float:
+    """Return the power usage effectiveness a record was made with; 1 where it says none."""
+    pue = attempt.header.get("pue")
+    return float(pue) if isinstance(pue, (int, float)) else 1.0
+
+
+def mean_reading(readings: Iterable[Reading]) -> dict[str, Any]:
+    """Return {"value", "low", "high", "provenance", "method", "std", "n"}, the mean over seeds bound by bound."""
+    listed = list(readings)
+    there = [r for r in listed if r.value is not None]
+    if not there:
+        reasons = sorted({r.reason for r in listed if r.reason})
+        return {"value": None, "low": None, "high": None, "provenance": None, "reason": "; ".join(reasons) or "no finished run"}
+    n, total = len(there), price.add(there)
+    s = stats.summary({i: r.value for i, r in enumerate(there) if r.value is not None})
+    out = {"value": s["mean"], "low": (total.low or 0) / n, "high": (total.high or 0) / n, "provenance": total.provenance}
+    return {**out, "method": total.method, "std": s["std"], "n": n, **({"reason": total.reason} if total.reason else {})}
+
+
+def sum_reading(readings: Iterable[Reading]) -> dict[str, Any]:
+    """Return {"value", "low", "high", "provenance"} of a sum; 0 for nothing at all."""
+    listed = list(readings)
+    if not listed:
+        return {"value": 0.0, "low": 0.0, "high": 0.0, "provenance": None}
+    r = price.add(listed)
+    return {"value": r.value, "low": r.low, "high": r.high, "provenance": None if r.value is None else r.provenance}
+
+
+def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the results say of one arm by itself (ratios to the baseline are added later).
+
+    users: how many finished seed runs of the report use each teacher or base (by `use_key`).
+    """
+    done = list(arm.done.values())
+    scores = per_seed(arm, lambda r: score(r, metric))
+    out: dict[str, Any] = {
+        metric: {**stats.summary(scores), "by_seed": {str(s): v for s, v in scores.items()}},
+        "status": "done" if len(done) == len(arm.runs) else ("partly done" if done else "incomplete"),
+        "seeds": sorted(arm.done),
+        "attempts": dict(sorted(Counter(a.status for r in arm.runs for a in r.attempts).items())),
+        "train_energy_j": mean_reading([making(r) for r in done]),
+        "total_energy_j": mean_reading([everything(r) for r in done]),
+        "carbon_g": mean_reading([grams(r, grid, apart=False) for r in done]),
+        "total_carbon_g": mean_reading([grams(r, grid) for r in done]),
+        "energy_by_phase_j": _by_stage(done),
+        "energy_by_component_j": _by_component(done),
+        "spent": _spent(arm, grid),
+        "inference_energy_j": inference(done),
+        "latency_ms": latency(done),
+        "wall_s": stats.summary(per_seed(arm, wall))["mean"],
+        "train_flops": stats.summary(per_seed(arm, train_flops))["mean"],
+        **{k: stats.summary(per_seed(arm, fact(k)))["mean"] for k in PLAIN},
+        **reuse(done, users),
+    }
+    return {**out, **_extras(arm, done)}
+
+
+def fact(key: str) -> Callable[[SeedRun], float | None]:
+    """Return a reader of one fact of a finished run."""
+    return lambda run: run.done.facts.get(key) if run.done else None
+
+
+def wall(run: SeedRun) -> float | None:
+    """Seconds of every attempt, measurement left out."""
+    found = [t["wall_s"] for a in run.attempts for s, t in a.totals.items() if s not in APART and "wall_s" in t]
+    return math.fsum(found) if found else None
+
+
+def train_flops(run: SeedRun) -> float | None:
+    """FLOPs counted while training (all attempts, a teacher's included), else the fact of that name."""
+    found = [t["flops"] for a in run.attempts for s, t in a.totals.items() if s in ("train", "teacher") and t.get("flops")]
+    return math.fsum(found) if found else fact("train_flops")(run)
+
+
+def _by_stage(done: list[SeedRun]) -> dict[str, Any]:
+    """Mean joules by stage over seeds; a seed without the stage counts 0 there, so the stages add up to the total."""
+    names = sorted({s for r in done for a in r.attempts for s in a.energy})
+    out = {}
+    for name in names:
+        sums = [price.add(x for a in r.attempts for x in a.energy.get(name, {}).values()).value or 0.0 for r in done]
+        out[name] = math.fsum(sums) / len(sums)
+    return out
+
+
+def _by_component(done: list[SeedRun]) -> dict[str, Any]:
+    names = sorted({c for r in done for a in r.attempts for e in a.energy.values() for c in e})
+    return {
+        n: mean_reading([price.add(e[n] for a in r.attempts for e in a.energy.values() if n in e) for r in done]) for n in names
+    }
+
+
+def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
+    """Every joule of the arm, as sums: nothing that was burnt is left out, finished or not, shown or older."""
+    shown = [a for r in arm.runs for a in r.attempts]
+    older = [a for r in arm.older for a in r.attempts]
+    return {
+        "energy_j": sum_reading(a.joules() for a in shown + older),
+        "carbon_g": sum_reading(attempt_grams(a, a.joules(), grid) for a in shown + older),
+        "unfinished_energy_j": sum_reading(a.joules() for a in shown if a.status != "done"),
+        "older_inputs_energy_j": sum_reading(a.joules() for a in older),
+        "attempts": len(shown) + len(older),
+    }
+
+
+def inference(done: list[SeedRun]) -> dict[str, Any]:
+    """Joules an image: the fact `inference_energy_j`, else what the timed inference of the measure phase took."""
+    found = []
+    for run in done:
+        fact = run.done.facts.get("inference_energy_j") if run.done else None
+        fact = {"value": fact} if isinstance(fact, (int, float)) else fact
+        if isinstance(fact, Mapping) and isinstance(fact.get("value"), (int, float)):
+            v, p = fact["value"], fact.get("provenance")
+            found.append(
+                Reading("inference_energy_j", v, fact.get("low", v), fact.get("high", v), str(fact.get("method") or "fact"),
+                        p if p in ORDER else "estimated")
+            )  # fmt: skip
+        elif run.done and run.done.inference_j:
+            found.append(run.done.inference_j)
+    out = mean_reading(found)
+    if out["value"] is None:
+        out["reason"] = "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
+    return out
+
+
+def inference_by_seed(arm: Arm) -> dict[int, float]:
+    """Return joules an image by seed."""
+    return per_seed(arm, lambda r: inference([r])["value"])
+
+
+def latency(done: list[SeedRun]) -> dict[str, float] | None:
+    found = [r.done.facts.get("latency_ms") for r in done if r.done]
+    found = [{"p50": f} if isinstance(f, (int, float)) else f for f in found]
+    keys = sorted({k for f in found if isinstance(f, Mapping) for k, v in f.items() if isinstance(v, (int, float))})
+    means = {
+        k: stats.summary({i: f[k] for i, f in enumerate(found) if isinstance(f, Mapping) and k in f})["mean"] for k in keys
+    }
+    return means or None
+
+
+def use_key(use: Mapping[str, Any]) -> str:
+    """Return what makes two `uses` lines the same thing: role, name and run ids."""
+    runs = use.get("runs")
+    return repr((str(use.get("role")), str(use.get("name")), sorted(map(str, runs if isinstance(runs, list) else []))))
+
+
+def uses_of(run: SeedRun) -> dict[str, Mapping[str, Any]]:
+    """Return the teacher and base lines of all attempts at a seed, each once."""
+    return {use_key(u): u for a in run.attempts for u in a.uses}
+
+
+def use_energy(use: Mapping[str, Any]) -> Reading:
+    """Return the energy a `uses` line carries."""
+    e = use.get("energy_j")
+    e = {"value": e} if isinstance(e, (int, float)) else (e if isinstance(e, Mapping) else {})
+    v, p = e.get("value"), e.get("provenance")
+    if not isinstance(v, (int, float)):
+        return Reading("energy_j", None, reason=f"the cost of {use.get('name')} is not known")
+    return Reading("energy_j", v, e.get("low", v), e.get("high", v), "reused", p if p in ORDER else "estimated")
+
+
+def reuse(done: list[SeedRun], users: Mapping[str, int]) -> dict[str, Any]:
+    """Return what the arm builds on (a teacher, a base): never added to its own energy, shown whole and shared.
+
+    "whole": charged in full to each seed. "shared": divided by the number of runs of this report that use it.
+    """
+    listed: dict[str, Mapping[str, Any]] = {}
+    for run in done:
+        listed |= uses_of(run)
+    if not listed:
+        return {"uses": [], "base_reuse": None}
+    rows = [
+        {
+            "role": str(u.get("role")), "name": str(u.get("name")), "runs": sorted(map(str, u.get("runs") or [])),
+            "energy_j": sum_reading([use_energy(u)]), "used_by_runs": users[k],
+        }
+        for k, u in sorted(listed.items())
+    ]  # fmt: skip
+    whole = [price.add(use_energy(u) for u in uses_of(r).values()) for r in done]
+    shared = [
+        math.fsum((use_energy(u).value or 0.0) / users[k] for k, u in uses_of(r).items())
+        for r in done
+        if all(use_energy(u).value is not None for u in uses_of(r).values())
+    ]
+    share = math.fsum(shared) / len(shared) if shared else None
+    return {"uses": rows, "base_reuse": {"whole_j": mean_reading(whole), "shared_j": share}}
+
+
+def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
+    """Facts shown where they exist: the task matrix, techniques, a prediction, the model."""
+    out: dict[str, Any] = {}
+    last = [r.done.facts for r in done if r.done]
+    matrices = [f["task_accuracy"] for f in last if _matrix(f.get("task_accuracy"))]
+    if matrices:
+        tasks = len(matrices[0])
+        same = [m for m in matrices if len(m) == tasks]
+        out["task_accuracy"] = [
+            [
+                math.fsum(m[t][i] for m in same) / len(same) if all(_number(m[t], i) for m in same) else None
+                for i in range(tasks)
+            ]
+            for t in range(tasks)
+        ]
+    for key in ("techniques", "predicted"):
+        if last and last[-1].get(key):
+            out[key] = last[-1][key]
+    return out
+
+
+def _matrix(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, list) for row in value)
+
+
+def _number(row: list[Any], i: int) -> bool:
+    return i < len(row) and isinstance(row[i], (int, float))

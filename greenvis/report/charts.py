@@ -1,0 +1,287 @@
+"""What the figures of a report draw, each from results alone. A figure without data is left out, not drawn empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from greenvis.report import figures, stats, words
+from greenvis.report.build import USAGE_IMAGES
+from greenvis.report.figures import Drawing, short
+
+Results = dict[str, Any]
+
+
+def draw(found: Results) -> list[Drawing]:
+    """Return the figures these results allow."""
+    with figures.theme():
+        drawn = [
+            gain_vs_energy(found), energy_to_gain(found), by_phase(found), size_and_speed(found), payback(found),
+            *(task_matrix(found, a, i) for i, a in enumerate(found["order"][: figures.MOST_ARMS])),
+        ]  # fmt: skip
+    return [d for d in drawn if d is not None]
+
+
+def _styles(found: Results) -> dict[str, dict[str, Any]]:
+    """Each arm's looks, the same in all figures; the grey is the baseline's alone."""
+    offset = 0 if found["baseline"] in found["order"] else 1
+    return {a: figures.style(i + offset) for i, a in enumerate(found["order"])}
+
+
+def _most(labels: list[str]) -> tuple[list[str], str]:
+    """The arms a figure can hold, and what to say of the rest."""
+    rest = len(labels) - figures.MOST_ARMS
+    return labels[: figures.MOST_ARMS], f" The first {figures.MOST_ARMS} of {len(labels)} arms." if rest > 0 else ""
+
+
+def gain_vs_energy(found: Results) -> Drawing | None:
+    """The metric against training energy, with spread over seeds and the Pareto front."""
+    metric, arms = found["metric"], found["arms"]
+    points = {
+        a: (arms[a]["train_energy_j"]["value"], arms[a][metric]["mean"])
+        for a in found["order"]
+        if arms[a]["train_energy_j"]["value"] is not None and arms[a][metric]["mean"] is not None
+    }
+    if not points:
+        return None
+    sign, k = (-1 if found["lower_is_better"] else 1), (100 if words.share(metric) else 1)
+    front = stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()})
+    figure, [ax] = figures.canvas()
+    looks = _styles(found)
+    named, rest = _most(list(points))
+    if len(front) > 1:
+        ax.plot(
+            [points[a][0] for a in front],
+            [points[a][1] * k for a in front],
+            color=figures.MUTED,
+            lw=1.2,
+            ls="--",
+            zorder=1,
+            label="Pareto front",
+        )
+    for a, (x, y) in points.items():
+        look = {**looks[a], "linestyle": "none"}
+        std_x, std_y = arms[a]["train_energy_j"]["std"], arms[a][metric]["std"]
+        ax.errorbar(x, y * k, xerr=std_x or None, yerr=std_y * k if std_y else None, ms=8, capsize=3, elinewidth=1.2,
+                    label=short(a) if a in named else None, **look)  # fmt: skip
+    ax.set_xlabel("training energy (less is better)")
+    ax.set_ylabel(_axis(found))
+    ax.margins(0.14)
+    figures.unit_axis(ax.xaxis, "J")
+    ax.locator_params(axis="x", nbins=5)
+    figures.legend_below(figure, ax)
+    what = "; ".join(f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}" for a in named)
+    best = ", ".join(short(a, 40) for a in front[:12])
+    desc = f"{what}. On the Pareto front: {best}. Bars: standard deviation over seeds.{rest}"
+    return figures.save(figure, "gain-vs-energy", f"{metric.capitalize()} against training energy", desc)
+
+
+def _axis(found: Results) -> str:
+    unit = " (%)" if words.share(found["metric"]) else ""
+    return f"{short(found['metric'])}{unit}"
+
+
+def energy_to_gain(found: Results) -> Drawing | None:
+    """The metric over the energy spent so far: one line a seed."""
+    metric, curves = found["metric"], {a: found["arms"][a]["curve"] for a in found["order"]}
+    there = [a for a in found["order"] if any(len(c) > 1 for c in curves[a].values())]
+    if not there:
+        return None
+    labels, rest = _most(there)
+    k = 100 if words.share(metric) else 1
+    figure, [ax] = figures.canvas()
+    looks = _styles(found)
+    for a in labels:
+        lines = [c for _, c in sorted(curves[a].items()) if len(c) > 1]
+        for i, line in enumerate(lines):
+            look = {**looks[a], "ms": 4, "alpha": 1.0 if i == 0 else 0.55}
+            ax.plot([j for j, _ in line], [y * k for _, y in line], label=short(a) if i == 0 else None, **look)
+    target = next(
+        (found["arms"][a]["energy_to_baseline_j"]["target"] for a in there if found["arms"][a].get("energy_to_baseline_j")),
+        None,
+    )
+    if target is not None:
+        ax.axhline(target * k, color=figures.MUTED, lw=1, ls=":", label=f"final {short(str(found['baseline']), 14)}")
+    ax.set_xlabel("energy spent so far")
+    ax.set_ylabel(_axis(found))
+    figures.unit_axis(ax.xaxis, "J")
+    ax.locator_params(axis="x", nbins=5)
+    figures.legend_below(figure, ax)
+    reached = []
+    for a in labels:
+        e = found["arms"][a].get("energy_to_baseline_j")
+        if e:
+            missed = f" ({e['not_reached']} seed(s) did not reach it)" if e["not_reached"] else ""
+            reached.append(
+                f"{short(a, 40)} {'after ' + words.si(e['mean'], 'J') if e['n'] else 'never'}{missed if e['n'] else ''}"
+            )
+    level = words.gain(metric, target)
+    desc = (
+        f"One line a seed. Reached {level}, the baseline's final {metric}, and stayed there: {'; '.join(reached)}."
+        if reached
+        else "One line a seed."
+    )
+    return figures.save(figure, "energy-to-gain", f"{metric.capitalize()} over the energy spent", desc + rest)
+
+
+def by_phase(found: Results) -> Drawing | None:
+    """Energy by stage, stacked: mean over seeds."""
+    arms = found["arms"]
+    there, rest = _most([a for a in found["order"] if arms[a]["energy_by_phase_j"]])
+    if not there:
+        return None
+    known = list(figures.STAGES)
+    stages = sorted(
+        {s for a in there for s in arms[a]["energy_by_phase_j"]}, key=lambda s: (known.index(s) if s in known else 99, s)
+    )
+    figure, [ax] = figures.canvas(height=max(2.2, 1.5 + 0.36 * len(there)))
+    left = dict.fromkeys(there, 0.0)
+    for i, s in enumerate(stages):
+        values = [arms[a]["energy_by_phase_j"].get(s, 0.0) for a in there]
+        colour = figures.SERIES[figures.STAGES.get(s, 4 + i % 4)][0]
+        ax.barh([short(a, 18) for a in there], values, left=[left[a] for a in there], color=colour,
+                edgecolor=figures.GROUND, lw=0.8, label=short(s, 14))  # fmt: skip
+        left = {a: left[a] + v for a, v in zip(there, values, strict=True)}
+    ax.invert_yaxis()
+    ax.grid(axis="y", visible=False)
+    ax.set_xlabel("energy, mean over seeds")
+    figures.unit_axis(ax.xaxis, "J")
+    ax.locator_params(axis="x", nbins=5)
+    figures.legend_below(figure, ax, 3)
+    parts = "; ".join(
+        f"{short(a, 40)} "
+        + ", ".join(
+            f"{short(s)} {words.si(arms[a]['energy_by_phase_j'][s], 'J')}" for s in stages if s in arms[a]["energy_by_phase_j"]
+        )
+        for a in there
+    )
+    return figures.save(
+        figure, "energy-by-phase", "Energy by phase", f"{parts}. “other” is time in no phase (set-up, loading).{rest}"
+    )
+
+
+def size_and_speed(found: Results) -> Drawing | None:
+    """Small bars side by side: compute, size and latency of each arm."""
+    panels: list[tuple[str, str, Callable[[dict[str, Any]], float | None]]] = [
+        ("MACs an image", "", lambda r: r["macs"]),
+        ("training FLOPs", "", lambda r: r["train_flops"]),
+        ("trained parameters", "", lambda r: r["trainable_params"]),
+        (
+            "latency p50",
+            "s",
+            lambda r: None if not r["latency_ms"] or r["latency_ms"].get("p50") is None else r["latency_ms"]["p50"] / 1e3,
+        ),
+    ]
+    arms = found["arms"]
+    panels = [p for p in panels if any(p[2](arms[a]) is not None for a in found["order"])]
+    labels, rest = _most([a for a in found["order"] if any(p[2](arms[a]) is not None for p in panels)])
+    if not panels or not labels:
+        return None
+    columns = 2 if len(panels) > 1 else 1
+    rows = -(-len(panels) // columns)
+    figure, axes = figures.canvas(5.2, rows * max(1.2, 0.7 + 0.26 * len(labels)), columns, rows)
+    looks = _styles(found)
+    for i, (ax, (title, unit, value)) in enumerate(zip(axes, panels, strict=False)):
+        values = [value(arms[a]) or 0.0 for a in labels]
+        ax.barh(range(len(labels)), values, color=[looks[a]["color"] for a in labels])
+        for y, a in enumerate(labels):
+            ax.text(values[y], y, " " + words.si(value(arms[a]), unit), va="center", fontsize=9)
+        ax.set_yticks(range(len(labels)), [short(a, 14) for a in labels] if i % columns == 0 else [""] * len(labels))
+        ax.set_title(title, fontsize=10, loc="left", color=figures.INK)
+        ax.set_xlim(0, (max(values) or 1) * 1.75)
+        ax.set_xticks([])
+        ax.grid(visible=False)
+        ax.invert_yaxis()
+        ax.spines["bottom"].set_visible(False)
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    desc = "; ".join(f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels) for a in labels)
+    return figures.save(figure, "size-and-speed", "Compute, size and latency", desc + "." + rest)
+
+
+def payback(found: Results) -> Drawing | None:
+    """Energy to make and use each arm against the number of images served, with the crossing points."""
+    arms, base = found["arms"], found["baseline"]
+    there = [
+        a for a in found["order"] if arms[a]["inference_energy_j"]["value"] and arms[a]["train_energy_j"]["value"] is not None
+    ]
+    if base not in there or len(there) < 2:
+        return None
+    labels, rest = _most(there)
+    crossings = {a: arms[a]["vs_baseline"]["payback"] for a in labels if a != base and arms[a]["vs_baseline"]}
+    own = {a: c["own"] for a, c in crossings.items() if c}
+    far = max(
+        [
+            USAGE_IMAGES,
+            *(c[k]["images"] * 4 for c in crossings.values() if c for k in c if c[k]["images"] and c[k]["images"] < 1e12),
+        ]
+    )
+    xs = [10 ** (2 + i * (math.log10(far) - 2) / 60) for i in range(61)]
+    figure, [ax] = figures.canvas(height=4.0)
+    looks = _styles(found)
+    for a in labels:
+        make, infer = arms[a]["train_energy_j"]["value"], arms[a]["inference_energy_j"]["value"]
+        look = {k: v for k, v in looks[a].items() if k != "marker"}
+        ax.plot(xs, [make + infer * x for x in xs], label=short(a), **look)
+        reuse = arms[a]["base_reuse"] and arms[a]["base_reuse"]["whole_j"]["value"]
+        if reuse:
+            ax.plot(
+                xs, [make + reuse + infer * x for x in xs], label=f"{short(a, 12)} + its base", **{**look, "linestyle": ":"}
+            )
+        p = own.get(a)
+        if p and p["images"] and xs[0] <= p["images"] <= far:
+            ax.plot(
+                p["images"],
+                make + infer * p["images"],
+                marker=looks[a]["marker"],
+                ms=9,
+                color=looks[a]["color"],
+                mec=figures.INK,
+                ls="none",
+            )
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("images served")
+    ax.set_ylabel("energy to make and use")
+    figures.unit_axis(ax.xaxis, "")
+    figures.unit_axis(ax.yaxis, "J")
+    ax.minorticks_off()
+    ax.yaxis.set_minor_formatter(lambda *_: "")
+    figures.legend_below(figure, ax)
+    said = " ".join(words.payback(p, short(a, 40), short(str(base), 40)) for a, p in own.items())
+    return figures.save(figure, "payback", "Payback: energy against images served", said + rest)
+
+
+def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
+    """Accuracy on each task after learning each task, for continual learning."""
+    matrix = found["arms"][label].get("task_accuracy")
+    if not matrix:
+        return None
+    from matplotlib import colormaps
+
+    n = len(matrix)
+    figure, [ax] = figures.canvas(height=min(5.2, 1.6 + 0.5 * n))
+    colours = colormaps["viridis"]
+    for t in range(n):
+        for k in range(n):
+            v = matrix[t][k]
+            if v is None:
+                continue
+            r, g, b, _ = colours(min(1.0, max(0.0, v)))
+            ax.fill([k - 0.5, k + 0.5, k + 0.5, k - 0.5], [t - 0.5, t - 0.5, t + 0.5, t + 0.5], color=(r, g, b), lw=0)
+            dark = 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.45
+            if n <= 12:
+                ax.text(k, t, f"{v * 100:.0f}", ha="center", va="center", color="#fefefe" if dark else "#010101", fontsize=10)
+    ax.set_xticks(range(n), [str(k + 1) for k in range(n)])
+    ax.set_yticks(range(n), [str(k + 1) for k in range(n)])
+    ax.set_xlim(-0.5, n - 0.5)
+    ax.set_ylim(n - 0.5, -0.5)
+    ax.grid(visible=False)
+    ax.set_xlabel("task tested")
+    ax.set_ylabel("after learning task")
+    last = ", ".join(words.gain("accuracy", v) for v in matrix[-1])
+    desc = (
+        f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was learned (row). At the end: {last}."
+    )
+    return figures.save(figure, f"tasks-{i}", f"Accuracy by task: {short(label, 40)}", desc)

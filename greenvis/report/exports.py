@@ -1,0 +1,236 @@
+"""A report's results in others' formats: Hub model card, SPDX 3.0.1, SCI, AI Act Annex XI items, BibTeX.
+
+Formats only: none of these claims a certificate, a rating or compliance.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from typing import Any
+
+from greenvis.errors import BadInput, nearest
+from greenvis.price import JOULES_PER_KWH
+from greenvis.report import figures, verdict, words
+
+NAMES = {
+    "model-card.md": "Hub model card",
+    "spdx.json": "SPDX 3.0.1",
+    "sci.json": "SCI",
+    "annex-xi.json": "AI Act Annex XI items",
+    "citation.bib": "BibTeX",
+}
+
+
+def files(found: dict[str, Any]) -> dict[str, str]:
+    """Return the exports by file name; the model card is that of the arm in the verdict."""
+    return {
+        "model-card.md": model_card(found, verdict.headline(found)),
+        "spdx.json": _json(spdx(found)),
+        "sci.json": _json(sci(found)),
+        "annex-xi.json": _json(annex_xi(found)),
+        "citation.bib": bibtex(found),
+    }
+
+
+def model_card(found: dict[str, Any], arm: str) -> str:
+    """Return a model card (Markdown with metadata on top) for one arm, as the Hugging Face Hub reads it.
+
+    `co2_eq_emissions.emissions` is in grams, for training one model: the mean over seeds. Raises BadInput for an unknown arm.
+    """
+    from greenvis.report.page import md
+
+    row = _row(found, arm)
+    meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
+    grams = row["carbon_g"]
+    if grams["value"] is not None:
+        grid = [g for g in found["carbon_intensity"] if isinstance(g, dict)]
+        how = f"greenvis, {row['train_energy_j']['provenance']}: {row['train_energy_j']['method']}; {grams['method']}"
+        how += "; the grid is assumed" if any(g.get("assumed") for g in grid) else ""
+        meta["co2_eq_emissions"] = {
+            "emissions": grams["value"],
+            "source": how,
+            "training_type": "fine-tuning" if _tuned(row) else "pre-training",
+            "geographical_location": ", ".join(str(g.get("zone", "?")) for g in grid) or "unknown",
+            "hardware_used": ", ".join(_hardware(found)) or "unknown",
+        }
+    metric = found["metric"]
+    data = next((d for d in found["data"] if isinstance(d, dict)), {})
+    if row[metric]["mean"] is not None and data.get("name"):
+        result = {
+            "task": {"type": "image-classification"},
+            "dataset": {"name": str(data["name"]), "type": str(data["name"])},
+            "metrics": [
+                {"type": metric, "value": row[metric]["mean"], "name": f"{metric}, mean of {row[metric]['n']} seed(s)"}
+            ],
+        }
+        meta["model-index"] = [{"name": f"{found['name']}/{arm}", "results": [result]}]
+    front = "\n".join(f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items())  # JSON is YAML
+    energy, n = row["train_energy_j"], len(row["seeds"])
+    joules, band = words.si(energy["value"], "J"), f"{words.si(energy['low'], 'J')} to {words.si(energy['high'], 'J')}"
+    carbon = f"Carbon: {words.si(grams['value'], 'g')} CO₂e."
+    body = [
+        f"# {md(found['name'])}: {md(arm)}",
+        md(verdict.sentence(found, arm)),
+        md(f"Training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). {carbon} Mean of {n} seed(s)."),
+        *(
+            [f"Teacher or base, not included: {md(words.si(row['base_reuse']['whole_j']['value'], 'J'))}."]
+            if row["base_reuse"]
+            else []
+        ),
+    ]
+    return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
+
+
+def spdx(found: dict[str, Any]) -> dict[str, Any]:
+    """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its energy in kWh."""
+    key = hashlib.sha256(_json(found).encode()).hexdigest()[:32]
+    base = f"urn:spdx:greenvis:{key}"
+    info, agent, document = "_:creationinfo", f"{base}:agent", f"{base}:document"
+    arms = [a for a in found["order"] if found["arms"][a]["train_energy_j"]["value"] is not None]
+    packages = [_package(found, a, f"{base}:arm{i}", info) for i, a in enumerate(arms)]
+    created = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    graph = [
+        {"type": "CreationInfo", "@id": info, "specVersion": "3.0.1", "created": created, "createdBy": [agent]},
+        {"type": "SoftwareAgent", "spdxId": agent, "creationInfo": info, "name": "greenvis"},
+        *packages,
+        {
+            "type": "SpdxDocument",
+            "spdxId": document,
+            "creationInfo": info,
+            "name": figures.clean(found["name"]),
+            "profileConformance": ["core", "software", "ai"],
+            "rootElement": [p["spdxId"] for p in packages] or [agent],
+        },
+    ]
+    return {"@context": "https://spdx.org/rdf/3.0.1/spdx-context.jsonld", "@graph": graph}
+
+
+def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[str, Any]:
+    row = found["arms"][arm]
+    kind = "ai_finetuningEnergyConsumption" if _tuned(row) else "ai_trainingEnergyConsumption"
+    consumption: dict[str, Any] = {"type": "ai_EnergyConsumption", kind: [_kwh(row["train_energy_j"]["value"])]}
+    if row["inference_energy_j"]["value"] is not None:
+        consumption["ai_inferenceEnergyConsumption"] = [_kwh(row["inference_energy_j"]["value"])]
+    reading = row["train_energy_j"]
+    band = f"{_plain(reading['low'])} to {_plain(reading['high'])}"
+    out = {
+        "type": "ai_AIPackage",
+        "spdxId": spdx_id,
+        "creationInfo": info,
+        "name": figures.clean(f"{found['name']}/{arm}"),
+        "ai_energyConsumption": consumption,
+        "comment": f"Energy is {reading['provenance']} ({reading['method']}), {band} kWh, the mean of {reading['n']} seed(s). "
+        "Inference energy is for one image.",
+    }
+    metric, mean = found["metric"], row[found["metric"]]["mean"]
+    if mean is not None:
+        out["ai_metric"] = [{"type": "DictionaryEntry", "key": metric, "value": f"{mean:.6g}"}]
+    return out
+
+
+def _kwh(joules: float) -> dict[str, str]:
+    return {"type": "ai_EnergyConsumptionDescription", "ai_energyQuantity": _plain(joules), "ai_energyUnit": "kilowattHour"}
+
+
+def _plain(joules: float) -> str:
+    """Return joules as kWh in plain decimal digits: xsd:decimal knows no exponent."""
+    return f"{joules / JOULES_PER_KWH:.15f}".rstrip("0").rstrip(".") or "0"
+
+
+def sci(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the Software Carbon Intensity of one inference by arm: ((E × I) + M) / R, the terms apart."""
+    return {
+        "standard": "ISO/IEC 21031:2024",
+        "boundary": "one image through the model; training, network and storage are outside it",
+        "functional_unit": "one image",
+        "arms": {
+            a: {
+                "e_kwh": s["e_kwh"],
+                "i_g_per_kwh": s["i_g_per_kwh"],
+                "m_g": s["m_g"],
+                "sci_g_per_image": s["g_per_image"],
+                "note": "no embodied carbon was given: M is not counted" if s["m_g"] is None else "",
+            }
+            for a, s in ((a, found["arms"][a]["sci"]) for a in found["order"])
+        },
+    }
+
+
+def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
+    """Return, arm by arm, the figures that items 2(d) and 2(e) of the EU AI Act's Annex XI ask for. A format, no compliance."""
+    return {
+        "format": "Regulation (EU) 2024/1689, Annex XI, section 1, items 2(d) and 2(e)",
+        "arms": {
+            a: {
+                "2d_training_flops": row["train_flops"],
+                "2d_training_time_s": row["wall_s"],
+                "2d_hardware": _hardware(found),
+                "2d_seeds": row["seeds"],
+                "2e_energy_kwh": _per_kwh(row["train_energy_j"]),
+                "2e_known_or_estimated": row["train_energy_j"]["provenance"],
+                "2e_method": row["train_energy_j"].get("method"),
+                "2e_base_energy_kwh": _per_kwh(row["base_reuse"]["whole_j"]) if row["base_reuse"] else None,
+            }
+            for a, row in ((a, found["arms"][a]) for a in found["order"])
+        },
+    }
+
+
+def _per_kwh(reading: dict[str, Any]) -> dict[str, float | None]:
+    return {k: None if reading[k] is None else reading[k] / JOULES_PER_KWH for k in ("value", "low", "high")}
+
+
+def bibtex(found: dict[str, Any]) -> str:
+    """Return a BibTeX entry for the report."""
+    year = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).year
+    key = re.sub(r"[^A-Za-z0-9]+", "-", found["name"]).strip("-")[:40] or "report"
+    total = found["totals"]["energy_j"]["value"]
+    spent = f"{words.si(total, 'J')} in all" if total is not None else "energy unknown"
+    return (
+        f"@misc{{greenvis-{key},\n  title = {{{_tex(found['name'])}: energy and accuracy of {len(found['order'])} arms}},\n"
+        f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = {{{_tex(spent)}}},\n}}\n"
+    )
+
+
+def _tex(text: str) -> str:
+    special = {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        **{c: "\\" + c for c in "&%$#_{}"},
+    }
+    return "".join(special.get(c, c) for c in figures.clean(text))
+
+
+def _tuned(row: dict[str, Any]) -> bool:
+    """Whether the arm starts from a trained base."""
+    return any(u["role"] == "base" for u in row["uses"])
+
+
+def _hardware(found: dict[str, Any]) -> list[str]:
+    out = []
+    for key in ("cpu", "gpu"):
+        for value in found["environment"][key]:
+            out.append(str(value.get("name") or value.get("model") or value) if isinstance(value, dict) else str(value))
+    return out
+
+
+def _row(found: dict[str, Any], arm: str) -> dict[str, Any]:
+    if arm not in found["arms"]:
+        raise BadInput(f"no arm '{arm}' in this report{nearest(arm, found['arms'])}")
+    return found["arms"][arm]
+
+
+def _clean(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_clean(v) for v in value]
+    return figures.clean(value) if isinstance(value, str) else value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,261 @@
+"""Records to seed runs: ranks merged by host, attempts of one (name, arm, seed, inputs) kept together, nothing lost.
+
+A record is boiled down as it is read (totals by stage, the learning curve, facts), so ten thousand of them fit in memory.
+"""
+
+from __future__ import annotations
+
+import glob
+import math
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from greenvis import price, record
+from greenvis.errors import BadInput
+from greenvis.record import Reading, Run
+
+OTHER = "other"  # time in no phase: set-up, loading
+APART = ("measure", "report")  # stages that are not part of making the model: latency and FLOP measurement
+CURVE_POINTS = 400
+
+
+@dataclass(slots=True)
+class Part:
+    """One record (a process, a rank) boiled down. `stages[stage][quantity]` are sums over the phases of a stage."""
+
+    id: str
+    rank: int
+    status: str
+    header: dict[str, Any]
+    stages: dict[str, dict[str, float]]
+    facts: dict[str, Any]
+    uses: list[dict[str, Any]]
+    notes: list[str]
+    curve: list[tuple[float, float]]  # (joules so far in this record, metric)
+    inference: tuple[float, dict[str, float]] | None  # samples, totals of the phases that timed inference
+    damaged_lines: int
+    reason: str
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One start of a run: its ranks merged. `energy[stage][component]` in joules."""
+
+    id: str
+    number: int
+    start_s: float
+    status: str
+    header: dict[str, Any]
+    facts: dict[str, Any]
+    uses: list[dict[str, Any]]
+    notes: list[str]
+    totals: dict[str, dict[str, float]]
+    energy: dict[str, dict[str, Reading]]
+    curve: list[tuple[float, float]]
+    inference_j: Reading | None
+    missing_ranks: list[int]
+    damaged_lines: int
+    reason: str
+
+    def joules(self, *, making: bool = True, apart: bool = True) -> Reading:
+        """Add up the energy of the stages that make the model, of those apart (measurement), or of both."""
+        chosen = [r for s, c in self.energy.items() if (apart if s in APART else making) for r in c.values()]
+        return price.add(chosen) if chosen else Reading("energy_j", None, reason="no sample was recorded")
+
+
+@dataclass(slots=True)
+class SeedRun:
+    """All attempts at one (name, arm, seed, inputs), in order."""
+
+    name: str
+    arm: str
+    seed: int
+    inputs: str
+    tracked: bool  # made by gv.track: an arm of its own
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @property
+    def done(self) -> Attempt | None:
+        """The last finished attempt: it gives the results."""
+        return next((a for a in reversed(self.attempts) if a.status == "done"), None)
+
+    @property
+    def newest_s(self) -> float:
+        """When its last attempt began."""
+        return max(a.start_s for a in self.attempts)
+
+
+def stage(phase: str) -> str:
+    """Return the stage a phase path counts for: its first part, "teacher" wherever one is named, "other" for none."""
+    parts = phase.split("/")
+    return "teacher" if "teacher" in parts else parts[0] or OTHER
+
+
+def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> tuple[list[SeedRun], list[str]]:
+    """Read every record among `paths` (files, folders, glob patterns) and group them. Returns the groups and notes.
+
+    A record met twice (the same run id and rank) counts once. Raises BadInput where there is no record at all.
+    """
+    parts: dict[tuple[str, int], Part] = {}
+    notes, files = [], 0
+    for path, asked in _files(paths):
+        files += 1
+        try:
+            part = _boil(record.read(path), metric)
+        except BadInput as error:
+            if asked:
+                raise
+            notes.append(f"{path.name} was left out: {str(error).replace(str(path), path.name)}")
+            continue
+        known = parts.get((part.id, part.rank))
+        if known is None or sum(map(len, part.stages.values())) > sum(map(len, known.stages.values())):
+            parts[part.id, part.rank] = part
+    if not parts:
+        where = ", ".join(f"'{p}'" for p in paths)
+        raise BadInput(
+            f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. Run something first."
+        )
+    return _group(parts.values()), sorted(notes)
+
+
+def _files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
+    """Yield (file, whether it was named by itself)."""
+    for given in paths:
+        text = os.fspath(given)
+        if glob.has_magic(text) and not os.path.exists(text):
+            found = sorted(glob.glob(text, recursive=True))
+            if not found:
+                raise BadInput(f"no file matches the pattern '{text}'")
+            yield from ((Path(f), False) for f in found if f.endswith(record.SUFFIX) and os.path.isfile(f))
+        else:
+            yield from ((p, p == Path(given)) for p in record.find([given]))
+
+
+def _boil(run: Run, metric: str) -> Part:
+    stages: dict[str, dict[str, float]] = {}
+    timed: dict[str, float] = {}
+    for phase, totals in run.totals.items():
+        _add(stages.setdefault(stage(phase), {}), totals)
+        if stage(phase) == "measure" and totals.get("samples", 0) > 0:
+            _add(timed, totals)
+    header = run.header
+    reason = str((run.end or {}).get("reason") or "")
+    return Part(
+        run.id, _int(header.get("rank")), run.status, header, stages, run.facts, run.uses, run.notes,
+        _curve(run, metric), (timed["samples"], timed) if timed else None, run.damaged_lines, reason,
+    )  # fmt: skip
+
+
+def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
+    points = []
+    logs = [x for x in run.logs if isinstance(x.get(metric), (int, float))]
+    for log in logs[:: max(1, len(logs) // CURVE_POINTS)]:
+        so_far: dict[str, float] = {}
+        for phase, totals in log["totals"].items():
+            if stage(phase) not in APART:
+                _add(so_far, totals)
+        spent = price.add(price.energy(so_far, run.header.get("components") or []).values()).value
+        if spent is not None and math.isfinite(log[metric]):
+            points.append((spent, float(log[metric])))
+    return points
+
+
+def _group(parts: Iterable[Part]) -> list[SeedRun]:
+    by_run: dict[str, list[Part]] = {}
+    for part in parts:
+        by_run.setdefault(part.id, []).append(part)
+    groups: dict[tuple[str, str, int, str], SeedRun] = {}
+    for run_id in sorted(by_run):
+        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank))
+        h = attempt.header
+        name = str(h.get("name") or "run")
+        key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
+        groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
+    for group in groups.values():
+        group.attempts.sort(key=lambda a: (a.number, a.start_s, a.id))
+    return [groups[key] for key in sorted(groups)]
+
+
+def _merge(parts: list[Part]) -> Attempt:
+    """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes' quantities summed."""
+    first, energy, totals = parts[0], {}, {}
+    h = first.header
+    timed: list[Reading] = []
+    for part, components in _components(parts):
+        for name, sums in part.stages.items():
+            into = totals.setdefault(name, {})
+            wall = max(into.get("wall_s", 0.0), sums.get("wall_s", 0.0))
+            _add(into, sums)
+            into["wall_s"] = wall  # ranks run side by side
+            spent = energy.setdefault(name, {})
+            for component, reading in price.energy(sums, components).items():
+                spent[component] = price.add([spent[component], reading]) if component in spent else reading
+        if part.inference:
+            timed.append(_scaled(price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0]))
+    world = max([_int(h.get("world_size")), 1, *(p.rank + 1 for p in parts)])
+    missing = sorted(set(range(world)) - {p.rank for p in parts})
+    statuses = {p.status for p in parts}
+    status = next(s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses)
+    whole = price.add(r for s, c in energy.items() if s not in APART for r in c.values()).value
+    return Attempt(
+        first.id, _int(h.get("attempt")), _start(h), status, h, first.facts, first.uses,
+        list(dict.fromkeys(n for p in parts for n in p.notes)), totals, energy, _share(first, parts, whole),
+        price.add(timed) if timed else None, missing, sum(p.damaged_lines for p in parts),
+        next((p.reason for p in parts if p.status == status), ""),
+    )  # fmt: skip
+
+
+def _components(parts: list[Part]) -> Iterable[tuple[Part, list[Mapping[str, Any]]]]:
+    """Yield each rank with the components it is charged for: a machine-wide counter only on one rank of its host."""
+    charged: dict[tuple[Any, Any, Any], Part] = {}
+    for part in parts:
+        for c in part.header.get("components") or []:
+            if c.get("scope") == "machine":
+                key = (part.header.get("host"), part.header.get("boot_id"), c.get("name"))
+                best = charged.get(key)
+                if best is None or _seen(part, c) > _seen(best, c):
+                    charged[key] = part
+    for part in parts:
+        host = (part.header.get("host"), part.header.get("boot_id"))
+        listed = part.header.get("components") or []
+        yield part, [c for c in listed if c.get("scope") != "machine" or charged[(*host, c.get("name"))] is part]
+
+
+def _seen(part: Part, component: Mapping[str, Any]) -> float:
+    return math.fsum(t.get(component.get("observation") or "", 0.0) for t in part.stages.values())
+
+
+def _share(first: Part, parts: list[Part], whole: float | None) -> list[tuple[float, float]]:
+    """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in step)."""
+    if len(parts) == 1 or not first.curve or not whole:
+        return first.curve
+    own = [price.energy(t, first.header.get("components") or []) for s, t in first.stages.items() if s not in APART]
+    alone = price.add(r for c in own for r in c.values()).value
+    return [(j * whole / alone, y) for j, y in first.curve] if alone else first.curve
+
+
+def _scaled(reading: Reading, k: float) -> Reading:
+    if reading.value is None:
+        return reading
+    low, high = reading.low, reading.high
+    return Reading(
+        reading.name, reading.value * k, None if low is None else low * k, None if high is None else high * k,
+        reading.method, reading.provenance, reading.reason,
+    )  # fmt: skip
+
+
+def _add(into: dict[str, float], more: Mapping[str, float]) -> None:
+    for quantity, value in more.items():
+        into[quantity] = into.get(quantity, 0.0) + value
+
+
+def _start(header: Mapping[str, Any]) -> float:
+    value = header.get("clock_s", header.get("wall_s"))
+    return float(value) if isinstance(value, (int, float)) else 0.0
+
+
+def _int(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0

@@ -1,0 +1,166 @@
+"""The part of a report that says how far to trust it: generated from the results, so it cannot be left out."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from greenvis.report import words
+from greenvis.report.words import si
+
+Section = dict[str, Any]  # {"title", "items": [text], "table": None | {"head", "rows"}}
+
+
+def sections(found: dict[str, Any]) -> list[Section]:
+    """Return the sections, each {"title", "items", "table"}."""
+    return [
+        _section("What is counted", _counted(found)),
+        {"title": "Sources of energy", "items": [], "table": _sources(found)},
+        _section("Carbon intensity", _grid(found)),
+        _section("Not counted", found["not_counted"]),
+        _section("Runs", _runs(found)),
+        _section("Cross-check and disturbance", _checks(found)),
+        _section("Predicted and actual", _predicted(found)),
+        _section("Notes of the runs", found["notes"][:50]),
+        _section("Environment and data", _environment(found)),
+    ]
+
+
+def _section(title: str, items: list[str]) -> Section:
+    return {"title": title, "items": items, "table": None}
+
+
+def _counted(found: dict[str, Any]) -> list[str]:
+    n = sorted({len(found["arms"][a]["seeds"]) for a in found["order"] if found["arms"][a]["seeds"]})
+    seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no"
+    return [
+        "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, training, evaluation, a "
+        "teacher's forward passes, and every crashed or resumed attempt at the same seed. It is the mean over finished seeds.",
+        "Training a teacher or a base in another run is shown beside and is not in the training energy.",
+        f"Finished seeds an arm: {seeds}. Ratios to the baseline are paired by seed: geometric mean, lowest and highest seed.",
+        "Bands (low–high) come from the coefficients of the sources below. All arms measured on one host share them, so they "
+        "widen the joules, not the ratios. ± is the standard deviation over seeds.",
+        "“Difference shown” is a two-sided t test paired by seed at 5 %, adjusted for the number of arms (Holm). With few "
+        "seeds it misses small differences: “no difference shown” is not “no difference”.",
+        f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; no certification is claimed.",
+    ]
+
+
+def _sources(found: dict[str, Any]) -> dict[str, Any]:
+    rows = []
+    for s in found["sources"]:
+        k = s.get("coefficient") or {}
+        unit = f" {k.get('unit', '')}".rstrip()
+        band = (
+            f"{k['central']:g}{unit} ({k.get('low', k['central']):g}–{k.get('high', k['central']):g})"
+            if "central" in k
+            else words.MISSING
+        )
+        why = "; ".join(str(x) for x in (s.get("reason"), s.get("citation")) if x)
+        provenance = (s.get("provenance") if "central" in k else None) or "not observed"
+        rows.append([s.get("name") or "?", s.get("source") or "none", s.get("scope") or words.MISSING, band, provenance, why])
+    return {"head": ["Component", "Source", "Scope", "Coefficient (band)", "Known how", "Why, and from where"], "rows": rows}
+
+
+def _grid(found: dict[str, Any]) -> list[str]:
+    out = []
+    for g in found["carbon_intensity"]:
+        if not isinstance(g, dict) or g.get("value") is None:
+            continue
+        band = f" ({g['low']:g}–{g['high']:g})" if g.get("low") is not None and g.get("high") is not None else ""
+        year = f", {g['year']}" if g.get("year") else ""
+        source = g.get("source") or "an unnamed source"
+        assumed = " ASSUMED: no place was given, so these grams are a guess at the world's average." if g.get("assumed") else ""
+        out.append(f"{g.get('zone', '?')}: {g['value']:g} g CO₂e per kWh{band}{year}, from {source}.{assumed}")
+    if found["repriced"]:
+        out.append("The grams were priced anew with this intensity; the recorded one was set aside. Joules are unchanged.")
+    pue = ", ".join(f"{p:g}" for p in found["pue"]) or "none recorded, 1 used"
+    return [*(out or ["No carbon intensity is known: no grams are given."]), f"PUE: {pue}."]
+
+
+def _runs(found: dict[str, Any]) -> list[str]:
+    t = found["totals"]
+    starts = ", ".join(f"{n} {s}" for s, n in t["attempts"].items())
+    out = [f"{t['runs']} run(s), started {sum(t['attempts'].values())} time(s): {starts}. All together: {_spent(t)}."]
+    if t["unfinished_energy_j"]["value"]:
+        lost = si(t["unfinished_energy_j"]["value"], "J")
+        out.append(f"Of this, starts that crashed, failed or were stopped took {lost}: kept in all totals.")
+    older = sum(found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"])
+    if older:
+        out.append(
+            f"Runs of earlier versions of the same arms (other inputs) took {si(older, 'J')}: in the totals, not in the tables."
+        )
+    for row in found["incomplete"][:20]:
+        why = f" ({row['reason']})" if row["reason"] else ""
+        tried = f"{', '.join(row['attempts'])}{why}, {si(row['energy_j']['value'], 'J')} spent"
+        out.append(f"Not finished: {row['arm']}, seed {row['seed']}: {tried}.")
+    if len(found["incomplete"]) > 20:
+        out.append(f"… and {len(found['incomplete']) - 20} more that did not finish.")
+    if found["damaged_lines"]:
+        out.append(
+            f"{found['damaged_lines']} damaged line(s) in the records were skipped; totals are cumulative, so a damaged line "
+            "costs at most what was observed since the one before."
+        )
+    if found["missing_ranks"]:
+        out.append(f"{found['missing_ranks']} process record(s) are missing: the energy is too low by them.")
+    return out
+
+
+def _spent(totals: dict[str, Any]) -> str:
+    e, g = totals["energy_j"]["value"], totals["carbon_g"]["value"]
+    if e is None:
+        return "energy unknown"
+    return (
+        f"{si(e, 'J')} ({words.figures(e / 3600)} Wh)"
+        + (f", {si(g, 'g')} CO₂e" if g is not None else "")
+        + f"; {words.lamp(e)} (10 W × time)"
+    )
+
+
+def _checks(found: dict[str, Any]) -> list[str]:
+    out = []
+    for c in found["crosscheck"][:30]:
+        if c["ratio"] is None:
+            continue
+        band = {True: "within our band", False: "OUTSIDE our band", None: "our band is unknown"}[c["within_band"]]
+        out.append(
+            f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our {si(c['own_j'], 'J')} "
+            f"({words.figures(c['ratio'])} times), {band}."
+        )
+    if not out:
+        out.append("No cross-check by codecarbon was recorded.")
+    if found["steal_s"] is not None and found["cpu_s"]:
+        stolen, used = words.duration(found["steal_s"]), words.duration(found["cpu_s"])
+        out.append(f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time.")
+    return out
+
+
+def _predicted(found: dict[str, Any]) -> list[str]:
+    """Return the plan's prediction beside what it came to, where a plan was made."""
+    out = []
+    for a in found["order"]:
+        p = found["arms"][a].get("predicted")
+        e = p.get("energy_j") if isinstance(p, dict) else None
+        if isinstance(e, dict) and isinstance(e.get("value"), (int, float)):
+            actual = found["arms"][a]["train_energy_j"]["value"]
+            known = actual is not None and e.get("low") is not None and e.get("high") is not None
+            inside = " (inside the predicted band)" if known and e["low"] <= actual <= e["high"] else ""
+            out.append(f"{a}: predicted {si(e['value'], 'J')}, actual {si(actual, 'J')}{inside}.")
+    return out
+
+
+def _environment(found: dict[str, Any]) -> list[str]:
+    out = []
+    for key, title in (("cpu", "Processor"), ("gpu", "GPU"), ("os", "System"), ("host", "Host"), ("versions", "Versions")):
+        out += [f"{title}: {_flat(v)}" for v in found["environment"][key][:5]]
+    out += [f"Data: {_flat(v)}" for v in found["data"][:10]]
+    out += [f"Model: {_flat(v)}" for v in found["models"][:10]]
+    out += [f"Code: {_flat(v)}" for v in found["git"][:5]]
+    return out
+
+
+def _flat(value: Any) -> str:
+    """Return a record's value on one line."""
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_flat(v)}" for k, v in value.items() if v not in (None, "", [], {}))
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

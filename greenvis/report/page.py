@@ -1,0 +1,158 @@
+"""Results to files: index.html (self-contained), report.md, results.json, results.csv, figures/*.svg, exports/."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from greenvis.report import charts, exports, figures, honesty, tables, to_json, verdict, words
+from greenvis.report.figures import Drawing
+
+TEMPLATES = Path(__file__).with_name("templates")
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+
+
+def write(found: dict[str, Any], folder: Path, title: str) -> Path:
+    """Write all files of a report into `folder` and return the path of its index.html."""
+    drawings = charts.draw(found)
+    (folder / "figures").mkdir(parents=True, exist_ok=True)
+    for old in (folder / "figures").glob("*.svg"):  # of an earlier report with other arms
+        if old.stem not in {d.name for d in drawings}:
+            old.unlink()
+    for drawing in drawings:
+        _put(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
+    _put(folder / "results.json", to_json(found))
+    _put(folder / "results.csv", to_csv(found))
+    for name, text in exports.files(found).items():
+        _put(folder / "exports" / name, text)
+    view = _view(found, title, drawings)
+    _put(folder / "report.md", render("report.md.j2", view))
+    _put(folder / "index.html", render("index.html.j2", view))
+    return folder / "index.html"
+
+
+def render(template: str, view: dict[str, Any]) -> str:
+    """Render a template; HTML is escaped by jinja, Markdown by `md`."""
+    import jinja2
+
+    env = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=template.startswith("index.html"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    env.filters.update(md=md, fence=fence, clean=figures.clean, slug=slug)
+    return env.get_template(template).render(view).rstrip() + "\n"
+
+
+def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[str, Any]:
+    """What the templates show."""
+    top = verdict.headline(found)
+    return {
+        "r": found,
+        "title": figures.clean(title),
+        "verdict": verdict.sentence(found, top),
+        "others": [verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])][:20],
+        "more_arms": max(0, len(found["order"]) - 22),
+        "costs": _table(found, tables.costs(found)),
+        "sizes": _table(found, tables.sizes()),
+        "cycle": _table(found, tables.cycle(found)),
+        "paybacks": _paybacks(found),
+        "drawings": drawings,
+        "honesty": honesty.sections(found),
+        "assumed_grid": any(g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)),
+        "words": words,
+        "exports": exports.NAMES,
+        "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
+    }
+
+
+def _table(found: dict[str, Any], columns: list[tables.Column]) -> dict[str, Any]:
+    columns = tables.used(found, columns)
+    return {"columns": columns, "rows": tables.cells(found, columns)}
+
+
+def _paybacks(found: dict[str, Any]) -> list[str]:
+    out = []
+    for a in found["order"]:
+        vs = found["arms"][a]["vs_baseline"]
+        if not vs:
+            continue
+        p = vs["payback"]
+        text = words.payback(p["own"] if p else None, a, str(found["baseline"]))
+        if p and found["arms"][a]["base_reuse"]:
+            text += f" With what it builds on charged in full: {words.payback(p['with_reuse'], a, str(found['baseline']))}"
+        out.append(text)
+    return out
+
+
+def to_csv(found: dict[str, Any]) -> str:
+    """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a formula."""
+    metric = found["metric"]
+    columns = [*tables.costs(found), *tables.sizes(), *tables.cycle(found)]
+    readings = ("train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j")
+    head = ["arm", "status", "seeds", f"{metric}_std", *dict.fromkeys(c.key for c in columns if c.key not in readings)]
+    head += [k + end for k in readings for end in ("", "_low", "_high", "_provenance")]
+    by_key = {c.key: c for c in columns}
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([_cell(h) for h in head])
+    for a in found["order"]:
+        row = found["arms"][a]
+        values: list[Any] = [a, row["status"], len(row["seeds"]), row[metric]["std"]]
+        values += [by_key[k].number(row) for k in head[4:] if k in by_key and k not in readings]
+        values += [row[k][p] for k in readings for p in ("value", "low", "high", "provenance")]
+        writer.writerow([_cell(v) for v in values])
+    return buffer.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """Return a CSV cell; text that a spreadsheet would run gets a leading apostrophe."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        return repr(value)
+    return "'" + value if value.lstrip().startswith(FORMULA) or value.startswith(FORMULA) else value
+
+
+def md(text: Any) -> str:
+    """Return text that Markdown shows as it is: no markup, no HTML, no link, no table cell, no line break."""
+    text = " ".join(figures.clean(str(text)).split())
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
+    text = re.sub(r"(?i)\b(www)\.", r"\1\\.", text.replace("://", "\\://"))
+    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([-+=#])", r"\\\1", text))
+    return text.replace("@", "@\u2060")  # a word joiner: no mention, no mail link
+
+
+def fence(text: Any) -> str:
+    """Return text as a fenced code block that its own backticks cannot end."""
+    body = str(text).replace("\r", "")
+    longest = max((len(m) for m in re.findall(r"`+", body)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    return f"{ticks}text\n{body.rstrip()}\n{ticks}"
+
+
+def slug(text: Any) -> str:
+    """Return text fit for an id."""
+    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "x"
+
+
+def _put(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="\n") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,250 @@
+"""The tables of a report, once for HTML, Markdown and CSV: what each column says, which value is best, how it is known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from greenvis.report import words
+from greenvis.report.words import MISSING, si
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `number` for the CSV and for finding the best, `text` for people, `sub` a second line."""
+
+    key: str
+    title: str
+    number: Callable[[Row], float | None]
+    text: Callable[[Row], str]
+    sub: Callable[[Row], str] = lambda row: ""
+    badge: Callable[[Row], str | None] = lambda row: None
+    better: str = ""  # "less", "more" or neither
+
+
+def costs(found: dict[str, Any]) -> list[Column]:
+    """Return the columns of the first table: what was gained and what it cost."""
+    metric = found["metric"]
+    better = "less" if found["lower_is_better"] else "more"
+    return [
+        Column(
+            metric,
+            metric.capitalize(),
+            lambda r: r[metric]["mean"],
+            lambda r: words.spread(metric, r[metric]),
+            lambda r: _seeds(r),
+            lambda r: "measured" if r[metric]["n"] else None,
+            better,
+        ),
+        Column(
+            "vs_metric",
+            f"{metric.capitalize()} vs baseline",
+            lambda r: _vs(r, metric, "mean"),
+            lambda r: words.points(metric, _vs(r, metric, "mean")),
+            lambda r: words.significance(r["vs_baseline"][metric]) if r["vs_baseline"] else "",
+        ),
+        _reading("train_energy_j", "Training energy", "J"),
+        Column(
+            "vs_train_energy",
+            "Energy vs baseline",
+            lambda r: _vs(r, "train_energy", "ratio"),
+            lambda r: words.times(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else MISSING,
+            lambda r: words.significance(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else "",
+        ),
+        _reading("carbon_g", "Carbon (CO₂e)", "g"),
+        Column(
+            "reuse_j",
+            "Teacher or base, beside",
+            lambda r: r["base_reuse"]["whole_j"]["value"] if r["base_reuse"] else None,
+            lambda r: si(r["base_reuse"]["whole_j"]["value"], "J") if r["base_reuse"] else "none",
+            lambda r: ", ".join(dict.fromkeys(u["role"] for u in r["uses"])),
+            lambda r: r["base_reuse"]["whole_j"]["provenance"] if r["base_reuse"] else None,
+        ),
+        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"]), better="less"),
+    ]
+
+
+def sizes() -> list[Column]:
+    """Return the columns of the second table: compute, size and speed."""
+    return [
+        _plain("params", "Parameters"),
+        _plain("trainable_params", "Trained"),
+        _plain("delta_bytes", "Saved delta", "B"),
+        _plain("macs", "MACs an image"),
+        _plain("train_flops", "Training FLOPs"),
+        Column(
+            "latency_p50_ms",
+            "Latency p50",
+            lambda r: (r["latency_ms"] or {}).get("p50"),
+            lambda r: si(_ms(r, "p50"), "s"),
+            lambda r: f"p95 {si(_ms(r, 'p95'), 's')}" if _ms(r, "p95") is not None else "",
+            better="less",
+        ),
+        Column("images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"]), better="more"),
+        Column(
+            "peak_memory_mb",
+            "Peak memory",
+            lambda r: r["peak_memory_mb"],
+            lambda r: si(None if r["peak_memory_mb"] is None else r["peak_memory_mb"] * 1e6, "B"),
+            better="less",
+        ),
+    ]
+
+
+def cycle(found: dict[str, Any]) -> list[Column]:
+    """Return the columns of the full-cycle table."""
+    return [
+        Column("make_j", "Make it", lambda r: r["full_cycle"]["make_j"], lambda r: si(r["full_cycle"]["make_j"], "J")),
+        Column(
+            "reuse_whole_j",
+            "Teacher or base, whole",
+            lambda r: r["full_cycle"]["reuse_whole_j"],
+            lambda r: si(r["full_cycle"]["reuse_whole_j"], "J"),
+        ),
+        Column(
+            "reuse_shared_j",
+            "… shared",
+            lambda r: r["full_cycle"]["reuse_shared_j"],
+            lambda r: si(r["full_cycle"]["reuse_shared_j"], "J"),
+            lambda r: _users(r),
+        ),
+        Column(
+            "inference_energy_j",
+            "One image",
+            lambda r: r["inference_energy_j"]["value"],
+            lambda r: si(r["inference_energy_j"]["value"], "J"),
+            lambda r: _band(r["inference_energy_j"], "J"),
+            lambda r: r["inference_energy_j"]["provenance"],
+            "less",
+        ),
+        Column(
+            "wh_per_1000_images",
+            "Wh per 1,000 images",
+            lambda r: r["full_cycle"]["wh_per_1000_images"],
+            lambda r: _small(r["full_cycle"]["wh_per_1000_images"]),
+            better="less",
+        ),
+        Column(
+            "sci_g",
+            "SCI, g CO₂e an image",
+            lambda r: r["sci"]["g_per_image"],
+            lambda r: si(r["sci"]["g_per_image"], "g"),
+            better="less",
+        ),
+        Column(
+            "total_whole_j",
+            "All, base whole",
+            lambda r: r["full_cycle"]["total_whole_j"],
+            lambda r: si(r["full_cycle"]["total_whole_j"], "J"),
+            better="less",
+        ),
+        Column(
+            "total_shared_j",
+            "All, base shared",
+            lambda r: r["full_cycle"]["total_shared_j"],
+            lambda r: si(r["full_cycle"]["total_shared_j"], "J"),
+            better="less",
+        ),
+    ]
+
+
+def cells(found: dict[str, Any], columns: list[Column]) -> list[dict[str, Any]]:
+    """Return one entry an arm: {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "best"}]}."""
+    arms = found["arms"]
+    best = {c.key: _best(found, c) for c in columns if c.better}
+    return [
+        {
+            "arm": a,
+            "status": arms[a]["status"],
+            "baseline": a == found["baseline"],
+            "techniques": _techniques(arms[a]),
+            "cells": [
+                {
+                    "title": c.title,
+                    "text": c.text(arms[a]),
+                    "sub": c.sub(arms[a]),
+                    "badge": c.badge(arms[a]),
+                    "best": a in best.get(c.key, ()),
+                }
+                for c in columns
+            ],
+        }
+        for a in found["order"]
+    ]
+
+
+def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
+    """Return the columns in which at least one arm has a value."""
+    return [c for c in columns if any(c.number(found["arms"][a]) is not None for a in found["order"])]
+
+
+def _best(found: dict[str, Any], column: Column) -> set[str]:
+    values = {a: v for a in found["order"] if (v := column.number(found["arms"][a])) is not None}
+    if not values:
+        return set()
+    top = (min if column.better == "less" else max)(values, key=values.__getitem__)
+    said = {a: column.text(found["arms"][a]) for a in values}
+    return {a for a in values if said[a] == said[top]} if len(set(said.values())) > 1 else set()
+
+
+def _reading(key: str, title: str, unit: str) -> Column:
+    return Column(
+        key,
+        title,
+        lambda r: r[key]["value"],
+        lambda r: si(r[key]["value"], unit),
+        lambda r: _band(r[key], unit),
+        lambda r: r[key]["provenance"],
+        "less",
+    )
+
+
+def _plain(key: str, title: str, unit: str = "") -> Column:
+    return Column(key, title, lambda r: r[key], lambda r: si(r[key], unit), better="less")
+
+
+def _band(reading: Row, unit: str) -> str:
+    """Return the band of a reading: "1.98–4.01 kJ"."""
+    if reading["value"] is None or reading["low"] is None or reading["low"] == reading["high"]:
+        return ""
+    low, high = si(reading["low"], unit), si(reading["high"], unit)
+    same = low.split(" ")[-1] == high.split(" ")[-1]
+    return f"{low.rsplit(' ', 1)[0] if same else low}–{high}"
+
+
+def _seeds(row: Row) -> str:
+    n = len(row["seeds"])
+    if not n:
+        return "not finished"
+    return ("1 seed" if n == 1 else f"{n} seeds") + (", not all finished" if row["status"] == "partly done" else "")
+
+
+def _techniques(row: Row) -> str:
+    listed = row.get("techniques") or []
+    return (
+        ", ".join(t if isinstance(t, str) else str(t.get("name", t)) if isinstance(t, dict) else str(t) for t in listed)
+        if isinstance(listed, list)
+        else ""
+    )
+
+
+def _users(row: Row) -> str:
+    n = sorted({u["used_by_runs"] for u in row["uses"]})
+    return f"by {' or '.join(map(str, n))} runs" if n else ""
+
+
+def _vs(row: Row, key: str, part: str) -> float | None:
+    vs = row["vs_baseline"]
+    return vs[key][part] if vs and vs[key] else None
+
+
+def _ms(row: Row, key: str) -> float | None:
+    value = (row["latency_ms"] or {}).get(key)
+    return None if value is None else value / 1e3
+
+
+def _small(value: float | None) -> str:
+    return MISSING if value is None else words.figures(value)
