@@ -147,10 +147,10 @@ def _run(args: Any) -> Answer:
 
 
 def _report(args: Any) -> Answer:
-    from greenvis.meters.carbon import intensity
+    from greenvis.meters.carbon import lookup
     from greenvis.report import report
 
-    grid = intensity(args.grid) if args.grid else None
+    grid = lookup(args.grid) if args.grid else None
     return _reported(report(args.paths, out=args.out, baseline=args.baseline, grid=grid, title=args.title))
 
 

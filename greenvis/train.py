@@ -114,7 +114,7 @@ def _epoch(
     saved_at = time.monotonic()
     losses: list[Tensor] = []
     loader = accelerator.prepare(batches(progress.epoch, progress.batch))
-    for x, y in run.steps(loader, phase=f"train/epoch{progress.epoch + 1}"):
+    for x, y in run.steps(_Steady(loader), phase=f"train/epoch{progress.epoch + 1}"):
         with accelerator.accumulate(model):
             x, y = live.batch(x, y)
             with accelerator.autocast():
@@ -197,9 +197,10 @@ def _accelerator(spec: TrainSpec) -> Accelerator:
 
 
 def _finite(loss: Tensor, progress: Progress) -> None:
-    if not math.isfinite(float(loss)):
+    value = loss.detach().item()
+    if not math.isfinite(value):
         raise GreenvisError(
-            f"the loss is {float(loss)} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
+            f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
             "or look at the data"
         )
 
@@ -246,6 +247,25 @@ def _load(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, accele
     random.setstate(rng["python"])
     np.random.set_state(tuple(rng["numpy"]))
     return Progress(**content["progress"])
+
+
+class _Steady:
+    """A loader whose start draws nothing from torch's random state: resuming in mid-epoch starts one more than not."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        state = torch.get_rng_state()
+        items = iter(self.loader)
+        first = next(items, None)
+        torch.set_rng_state(state)
+        if first is not None:
+            yield first
+            yield from items
 
 
 @contextmanager

@@ -46,7 +46,7 @@ def test_weights_of_both_losses() -> None:
     assert torch.allclose(live.criterion(task)(logits, y), 0.1 * task(logits, y))
     live.undo()
     neutral = gv.wrap(student, gv.Distill(teacher=teacher, weight=0.0))
-    assert float(neutral.loss(x, y, logits)) == 0.0
+    assert neutral.loss(x, y, logits).item() == 0.0
     assert neutral.criterion(task) is task
 
 
@@ -97,5 +97,5 @@ def test_a_deep_copied_teacher_and_two_at_once() -> None:
     one = gv.wrap(a, gv.Distill(teacher=copy.deepcopy(a)))
     two = gv.wrap(b, gv.Distill(teacher=copy.deepcopy(a)))
     a.eval()
-    assert float(one.loss(x, None, a(x))) == pytest.approx(0, abs=1e-6)
-    assert float(two.loss(x, None, b(x))) > 1e-3
+    assert one.loss(x, None, a(x)).item() == pytest.approx(0, abs=1e-6)
+    assert two.loss(x, None, b(x)).item() > 1e-3

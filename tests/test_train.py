@@ -1,0 +1,130 @@
+"""The training loop: schedule, groups, early stop, bad losses, and resuming to the same weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import greenvis as gv
+from greenvis import train
+from greenvis.errors import GreenvisError
+from greenvis.recipe import TrainSpec
+from greenvis.record import find, read
+
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+Y = (X.sum(1) > 0).long()
+Batch = tuple[Tensor, Tensor]
+
+
+def _net() -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 2))
+
+
+class Batches:
+    """An epoch's batches in an order fixed by its number, from `start` on; `stop_at` breaks off like a crash."""
+
+    def __init__(self, stop_at: tuple[int, int] | None = None) -> None:
+        self.stop_at = stop_at
+
+    def __call__(self, epoch: int, start: int) -> torch.utils.data.DataLoader:
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(epoch)).split(10)[start:]
+        return torch.utils.data.DataLoader(list(self._items(epoch, start, order)), batch_size=None)
+
+    def _items(self, epoch: int, start: int, order: Any) -> Iterator[Batch]:
+        for i, rows in enumerate(order, start):
+            yield X[rows], (Y[rows] if (epoch, i) != self.stop_at else torch.tensor([0.5]))
+
+
+def _fit(
+    folder: Path, spec: TrainSpec, batches: Callable[..., Any], checkpoint: Path | None = None
+) -> tuple[nn.Module, train.Progress]:
+    live = gv.wrap(_net(), [])
+    with gv.track("fit", live, dir=folder) as run:
+        test = lambda: [(X, Y)]  # noqa: E731
+        progress = train.fit(live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint)
+    return live.model, progress
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"optimizer": "sgd", "clip_norm": 0.5, "schedule": "linear"}])
+@pytest.mark.parametrize("crash", [(1, 2), (2, 0)])
+def test_an_interrupted_training_ends_with_the_same_weights(
+    tmp_path: Path, options: dict[str, Any], crash: tuple[int, int]
+) -> None:
+    spec = TrainSpec(epochs=4, batch_size=10, lr=0.01, warmup_epochs=1, checkpoint_every_s=1e-9, **options)
+    whole, _ = _fit(tmp_path, spec, Batches())
+    checkpoint = tmp_path / "checkpoint.pt"
+    with pytest.raises(Exception):  # noqa: B017
+        _fit(tmp_path, spec, Batches(stop_at=crash), checkpoint)
+    assert checkpoint.exists()
+    resumed, progress = _fit(tmp_path, spec, Batches(), checkpoint)
+    assert progress.epoch == 4
+    assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
+    assert any("resumed at epoch" in note for path in find([tmp_path]) for note in read(path).notes)
+
+
+def test_another_seed_or_no_resume_would_show(tmp_path: Path) -> None:
+    """The test above can fail: dropout and order make the weights depend on the random state."""
+    spec = TrainSpec(epochs=2, batch_size=10)
+    a, _ = _fit(tmp_path, spec, Batches())
+    b, _ = _fit(tmp_path, spec, Batches())
+    assert all(torch.equal(v, a.state_dict()[k]) for k, v in b.state_dict().items())
+    c, _ = _fit(tmp_path, spec, lambda epoch, start: Batches()(epoch + 9, start))
+    assert not torch.equal(a.state_dict()["0.weight"], c.state_dict()["0.weight"])
+
+
+def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
+    _, progress = _fit(
+        tmp_path, TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8), Batches()
+    )
+    assert progress.reached
+    assert progress.epoch < 50
+    assert progress.accuracy is not None
+    assert progress.accuracy >= 0.8
+
+
+def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:
+    model, progress = _fit(tmp_path, TrainSpec(epochs=0), Batches())
+    assert progress.accuracy == pytest.approx(train.evaluate(model, [(X, Y)]))
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(GreenvisError, match=r"the loss is nan at epoch 0, step .*lower train\.lr"):
+        _fit(tmp_path, TrainSpec(epochs=2, lr=0.1), lambda epoch, start: [(X * math.nan, Y)])
+    assert read(next(iter(find([tmp_path])))).status == "failed"
+
+
+def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "c.pt").write_bytes(b"noise")
+    with pytest.raises(GreenvisError, match="remove it to start this arm again"):
+        _fit(tmp_path, TrainSpec(), Batches(), tmp_path / "c.pt")
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    cosine = [train.lr_factor(s, 10, 2, "cosine") for s in range(11)]
+    assert cosine[:3] == [0.5, 1.0, 1.0]
+    assert cosine[6] == pytest.approx(0.5)
+    assert cosine[10] == pytest.approx(0)
+    assert train.lr_factor(5, 10, 0, "linear") == 0.5
+    assert train.lr_factor(9, 10, 0, "constant") == 1.0
+
+
+def test_weight_decay_spares_biases_and_norms() -> None:
+    live = gv.wrap(_net(), [])
+    groups = train.make_optimizer(live, TrainSpec(weight_decay=0.1)).param_groups
+    for group in groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
+    assert sum(len(g["params"]) for g in groups) == len(live.trainable)
+
+
+def test_threads_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with train.threads(2):
+        assert torch.get_num_threads() == 2
+    assert torch.get_num_threads() == before
