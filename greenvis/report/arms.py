@@ -15,6 +15,7 @@ from greenvis.report.groups import APART, Attempt, SeedRun
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
 LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
+YEAR_S = 365.25 * 86400
 ORDER = ("measured", "estimated", "constant")
 
 Intensity = Mapping[str, Any]
@@ -55,18 +56,18 @@ def score(run: SeedRun, metric: str) -> float | None:
 
 
 def making(run: SeedRun) -> Reading:
-    """Return the energy of every attempt at a seed, all stages but measurement: set-up, train, teacher, eval, …"""
-    return price.add(a.joules(apart=False) for a in run.attempts)
+    """Return the energy of all attempts that led to a seed's result, but for measurement: set-up, train, teacher, eval, …"""
+    return price.add(a.joules(apart=False) for a in run.chain)
 
 
 def everything(run: SeedRun) -> Reading:
-    """Return the energy of every attempt at a seed, measurement included."""
-    return price.add(a.joules() for a in run.attempts)
+    """Return the energy of all attempts that led to a seed's result, measurement included."""
+    return price.add(a.joules() for a in run.chain)
 
 
 def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Reading:
-    """Return the CO2e of every attempt at a seed, each priced with its own host's grid, or all with `grid`."""
-    return price.add((attempt_grams(a, a.joules(apart=apart), grid) for a in run.attempts), "carbon_g")
+    """Return the CO2e of the attempts that led to a result, each priced with its own grid, or all with `grid`."""
+    return price.add((attempt_grams(a, a.joules(apart=apart), grid) for a in run.chain), "carbon_g")
 
 
 def attempt_grams(attempt: Attempt, joules: Reading, grid: Intensity | None) -> Reading:
@@ -122,6 +123,7 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, i
         "energy_by_component_j": _by_component(done),
         "spent": _spent(arm, grid),
         "inference_energy_j": inference(done),
+        "embodied_g": stats.summary(per_seed(arm, embodied))["mean"],
         "latency_ms": latency(done),
         "wall_s": stats.summary(per_seed(arm, wall))["mean"],
         "train_flops": stats.summary(per_seed(arm, train_flops))["mean"],
@@ -137,31 +139,48 @@ def fact(key: str) -> Callable[[SeedRun], float | None]:
 
 
 def wall(run: SeedRun) -> float | None:
-    """Seconds of every attempt, measurement left out."""
-    found = [t["wall_s"] for a in run.attempts for s, t in a.totals.items() if s not in APART and "wall_s" in t]
+    """Seconds of the attempts that led to a result, measurement left out."""
+    found = [t["wall_s"] for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t]
     return math.fsum(found) if found else None
 
 
 def train_flops(run: SeedRun) -> float | None:
     """FLOPs counted while training (all attempts, a teacher's included), else the fact of that name."""
-    found = [t["flops"] for a in run.attempts for s, t in a.totals.items() if s in ("train", "teacher") and t.get("flops")]
+    found = [t["flops"] for a in run.chain for s, t in a.totals.items() if s in ("train", "teacher") and t.get("flops")]
     return math.fsum(found) if found else fact("train_flops")(run)
+
+
+def embodied_per_s(attempt: Attempt) -> float | None:
+    """Return the grams of CO2e a second of use carries for making the machine; None where it was not given."""
+    e = attempt.header.get("embodied")
+    try:
+        return e["kg"] * 1000 * e.get("share", 1.0) / (e["lifetime_years"] * YEAR_S) if e else None
+    except (TypeError, KeyError, ZeroDivisionError):
+        return None
+
+
+def embodied(run: SeedRun) -> float | None:
+    """Return the grams of CO2e of making the machine that fall on the time a result took."""
+    found = [
+        (embodied_per_s(a), t["wall_s"]) for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t
+    ]
+    return math.fsum(g * s for g, s in found if g is not None) if found and all(g is not None for g, _ in found) else None
 
 
 def _by_stage(done: list[SeedRun]) -> dict[str, Any]:
     """Mean joules by stage over seeds; a seed without the stage counts 0 there, so the stages add up to the total."""
-    names = sorted({s for r in done for a in r.attempts for s in a.energy})
+    names = sorted({s for r in done for a in r.chain for s in a.energy})
     out = {}
     for name in names:
-        sums = [price.add(x for a in r.attempts for x in a.energy.get(name, {}).values()).value or 0.0 for r in done]
+        sums = [price.add(x for a in r.chain for x in a.energy.get(name, {}).values()).value or 0.0 for r in done]
         out[name] = math.fsum(sums) / len(sums)
     return out
 
 
 def _by_component(done: list[SeedRun]) -> dict[str, Any]:
-    names = sorted({c for r in done for a in r.attempts for e in a.energy.values() for c in e})
+    names = sorted({c for r in done for a in r.chain for e in a.energy.values() for c in e})
     return {
-        n: mean_reading([price.add(e[n] for a in r.attempts for e in a.energy.values() if n in e) for r in done]) for n in names
+        n: mean_reading([price.add(e[n] for a in r.chain for e in a.energy.values() if n in e) for r in done]) for n in names
     }
 
 
@@ -173,9 +192,15 @@ def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
         "energy_j": sum_reading(a.joules() for a in shown + older),
         "carbon_g": sum_reading(attempt_grams(a, a.joules(), grid) for a in shown + older),
         "unfinished_energy_j": sum_reading(a.joules() for a in shown if a.status != "done"),
+        "repeated_energy_j": sum_reading(a.joules() for a in repeats(arm)),
         "older_inputs_energy_j": sum_reading(a.joules() for a in older),
         "attempts": len(shown) + len(older),
     }
+
+
+def repeats(arm: Arm) -> list[Attempt]:
+    """Return the starts that belong to no shown result: earlier repetitions, and what broke off after the last result."""
+    return [a for r in arm.runs if r.done for a in r.attempts if a not in r.chain]
 
 
 def inference(done: list[SeedRun]) -> dict[str, Any]:
@@ -220,8 +245,8 @@ def use_key(use: Mapping[str, Any]) -> str:
 
 
 def uses_of(run: SeedRun) -> dict[str, Mapping[str, Any]]:
-    """Return the teacher and base lines of all attempts at a seed, each once."""
-    return {use_key(u): u for a in run.attempts for u in a.uses}
+    """Return the teacher and base lines behind a seed's result, each once."""
+    return {use_key(u): u for a in run.chain for u in a.uses}
 
 
 def use_energy(use: Mapping[str, Any]) -> Reading:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from greenvis.report import figures, stats, words
-from greenvis.report.build import USAGE_IMAGES
 from greenvis.report.figures import Drawing, short
+from greenvis.report.versus import USAGE_IMAGES
 
 Results = dict[str, Any]
 
@@ -61,10 +61,11 @@ def gain_vs_energy(found: Results) -> Drawing | None:
             label="Pareto front",
         )
     for a, (x, y) in points.items():
-        look = {**looks[a], "linestyle": "none"}
+        look = {**looks[a], "linestyle": "none", "ms": 8}
         std_x, std_y = arms[a]["train_energy_j"]["std"], arms[a][metric]["std"]
-        ax.errorbar(x, y * k, xerr=std_x or None, yerr=std_y * k if std_y else None, ms=8, capsize=3, elinewidth=1.2,
-                    label=short(a) if a in named else None, **look)  # fmt: skip
+        ax.plot(x, y * k, label=short(a) if a in named else None, zorder=3, **look)
+        bars: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
+        ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **bars)
     ax.set_xlabel("training energy (less is better)")
     ax.set_ylabel(_axis(found))
     ax.margins(0.14)
@@ -73,8 +74,10 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     figures.legend_below(figure, ax)
     what = "; ".join(f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}" for a in named)
     best = ", ".join(short(a, 40) for a in front[:12])
-    desc = f"{what}. On the Pareto front: {best}. Bars: standard deviation over seeds.{rest}"
-    return figures.save(figure, "gain-vs-energy", f"{metric.capitalize()} against training energy", desc)
+    caption = f"On the Pareto front: {best}. Bars: standard deviation over seeds.{rest}"
+    return figures.save(
+        figure, "gain-vs-energy", f"{metric.capitalize()} against training energy", f"{what}. {caption}", caption
+    )
 
 
 def _axis(found: Results) -> str:
@@ -112,7 +115,7 @@ def energy_to_gain(found: Results) -> Drawing | None:
     for a in labels:
         e = found["arms"][a].get("energy_to_baseline_j")
         if e:
-            missed = f" ({e['not_reached']} seed(s) did not reach it)" if e["not_reached"] else ""
+            missed = f" ({e['not_reached']} of {e['n'] + e['not_reached']} seeds did not)" if e["not_reached"] else ""
             reached.append(
                 f"{short(a, 40)} {'after ' + words.si(e['mean'], 'J') if e['n'] else 'never'}{missed if e['n'] else ''}"
             )
@@ -122,7 +125,7 @@ def energy_to_gain(found: Results) -> Drawing | None:
         if reached
         else "One line a seed."
     )
-    return figures.save(figure, "energy-to-gain", f"{metric.capitalize()} over the energy spent", desc + rest)
+    return figures.save(figure, "energy-to-gain", f"{metric.capitalize()} over the energy spent", desc + rest, desc + rest)
 
 
 def by_phase(found: Results) -> Drawing | None:
@@ -156,9 +159,8 @@ def by_phase(found: Results) -> Drawing | None:
         )
         for a in there
     )
-    return figures.save(
-        figure, "energy-by-phase", "Energy by phase", f"{parts}. “other” is time in no phase (set-up, loading).{rest}"
-    )
+    caption = f"Mean over seeds; “other” is time in no phase.{rest}"
+    return figures.save(figure, "energy-by-phase", "Energy by phase", f"{parts}. {caption}", caption)
 
 
 def size_and_speed(found: Results) -> Drawing | None:
@@ -197,7 +199,7 @@ def size_and_speed(found: Results) -> Drawing | None:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     desc = "; ".join(f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels) for a in labels)
-    return figures.save(figure, "size-and-speed", "Compute, size and latency", desc + "." + rest)
+    return figures.save(figure, "size-and-speed", "Compute, size and latency", f"{desc}.", f"Less is better in all.{rest}")
 
 
 def payback(found: Results) -> Drawing | None:
@@ -226,9 +228,7 @@ def payback(found: Results) -> Drawing | None:
         ax.plot(xs, [make + infer * x for x in xs], label=short(a), **look)
         reuse = arms[a]["base_reuse"] and arms[a]["base_reuse"]["whole_j"]["value"]
         if reuse:
-            ax.plot(
-                xs, [make + reuse + infer * x for x in xs], label=f"{short(a, 12)} + its base", **{**look, "linestyle": ":"}
-            )
+            ax.plot(xs, [make + reuse + infer * x for x in xs], label=f"{short(a, 12)} + reused", **{**look, "linestyle": ":"})
         p = own.get(a)
         if p and p["images"] and xs[0] <= p["images"] <= far:
             ax.plot(
@@ -250,7 +250,7 @@ def payback(found: Results) -> Drawing | None:
     ax.yaxis.set_minor_formatter(lambda *_: "")
     figures.legend_below(figure, ax)
     said = " ".join(words.payback(p, short(a, 40), short(str(base), 40)) for a, p in own.items())
-    return figures.save(figure, "payback", "Payback: energy against images served", said + rest)
+    return figures.save(figure, "payback", "Payback: energy against images served", said + rest, said + rest)
 
 
 def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
@@ -284,4 +284,4 @@ def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
     desc = (
         f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was learned (row). At the end: {last}."
     )
-    return figures.save(figure, f"tasks-{i}", f"Accuracy by task: {short(label, 40)}", desc)
+    return figures.save(figure, f"tasks-{i}", f"Accuracy by task: {short(label, 40)}", desc, "Per cent, mean over seeds.")

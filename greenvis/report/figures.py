@@ -23,7 +23,7 @@ SERIES = (
 )  # fmt: skip
 VARIABLES = {INK: "ink", MUTED: "muted", GRID: "line", GROUND: "card", **{s[0]: f"s{i}" for i, s in enumerate(SERIES)}}
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
-STAGES = {"train": 1, "teacher": 2, "eval": 5, "calibrate": 6, "measure": 0, "other": 3}
+STAGES = {"setup": 3, "train": 1, "teacher": 2, "eval": 5, "calibrate": 6, "measure": 0, "other": 7}
 MOST_ARMS = 12  # more bars or curves than this cannot be read
 
 _RC: dict[Any, Any] = {
@@ -59,11 +59,12 @@ _RC: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure: `name` is its file's, `svg` the file's text, `desc` what it shows in words (also its caption)."""
+    """One figure: `name` is its file's, `svg` the file's text, `desc` all it shows, in words, `caption` how to read it."""
 
     name: str
     title: str
     desc: str
+    caption: str
     svg: str
 
     @property
@@ -100,8 +101,8 @@ def theme() -> Any:
     return matplotlib.rc_context(_RC)
 
 
-def save(figure: Figure, name: str, title: str, desc: str) -> Drawing:
-    """Return the figure as SVG with its title and description inside."""
+def save(figure: Figure, name: str, title: str, desc: str, caption: str) -> Drawing:
+    """Return the figure as SVG with its title and description (for who cannot see it) inside."""
     import warnings
 
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -114,7 +115,7 @@ def save(figure: Figure, name: str, title: str, desc: str) -> Drawing:
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
     head = f'<title id="t">{escape(title)}</title>\n <desc id="d">{escape(desc)}</desc>'
     text = re.sub(r"(<svg[^>]*)>", lambda m: f'{m[1]} role="img" aria-labelledby="t d">\n {head}', text, count=1)
-    return Drawing(name, title, desc, text)
+    return Drawing(name, title, desc, caption, text)
 
 
 def style(i: int) -> dict[str, Any]:
@@ -143,7 +144,7 @@ def unit_axis(axis: Any, unit: str) -> None:
 
     from greenvis.report.words import si
 
-    axis.set_major_formatter(FuncFormatter(lambda v, _: si(v, unit, 2) if v else f"0 {unit}".strip()))
+    axis.set_major_formatter(FuncFormatter(lambda v, _: re.sub(r"\.0(?= |$)", "", si(v, unit, 2)) if v else "0"))
 
 
 def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:

@@ -59,6 +59,7 @@ class Attempt:
     missing_ranks: list[int]
     damaged_lines: int
     reason: str
+    inside: bool = False  # another record here already counts this process as its child
 
     def joules(self, *, making: bool = True, apart: bool = True) -> Reading:
         """Add up the energy of the stages that make the model, of those apart (measurement), or of both."""
@@ -81,6 +82,15 @@ class SeedRun:
     def done(self) -> Attempt | None:
         """The last finished attempt: it gives the results."""
         return next((a for a in reversed(self.attempts) if a.status == "done"), None)
+
+    @property
+    def chain(self) -> list[Attempt]:
+        """The attempts that led to the results: the last finished one and those that broke off before it.
+
+        What finished earlier was repeated, not resumed: its energy is in the totals, not in the cost of this result.
+        """
+        ends = [i for i, a in enumerate(self.attempts) if a.status == "done"]
+        return self.attempts[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1] + 1] if ends else []
 
     @property
     def newest_s(self) -> float:
@@ -174,6 +184,8 @@ def _group(parts: Iterable[Part]) -> list[SeedRun]:
         name = str(h.get("name") or "run")
         key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
         groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
+    for attempt in (a for g in groups.values() for a in g.attempts):
+        attempt.inside = attempt.header.get("nested_in") in by_run
     for group in groups.values():
         group.attempts.sort(key=lambda a: (a.number, a.start_s, a.id))
     return [groups[key] for key in sorted(groups)]

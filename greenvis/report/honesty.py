@@ -35,7 +35,7 @@ def _counted(found: dict[str, Any]) -> list[str]:
     seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no"
     return [
         "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, training, evaluation, a "
-        "teacher's forward passes, and every crashed or resumed attempt at the same seed. It is the mean over finished seeds.",
+        "teacher's forward passes, and every start that broke off before the one that finished. The mean over finished seeds.",
         "Training a teacher or a base in another run is shown beside and is not in the training energy.",
         f"Finished seeds an arm: {seeds}. Ratios to the baseline are paired by seed: geometric mean, lowest and highest seed.",
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on one host share them, so they "
@@ -85,6 +85,11 @@ def _runs(found: dict[str, Any]) -> list[str]:
     if t["unfinished_energy_j"]["value"]:
         lost = si(t["unfinished_energy_j"]["value"], "J")
         out.append(f"Of this, starts that crashed, failed or were stopped took {lost}: kept in all totals.")
+    repeated = sum(found["arms"][a]["spent"]["repeated_energy_j"]["value"] or 0 for a in found["order"])
+    if repeated:
+        out.append(f"Starts that led to no shown result (repeated with --fresh, or broken off since) took {si(repeated, 'J')}.")
+    if t["nested_runs"]:
+        out.append(f"{t['nested_runs']} start(s) ran inside another record's process: counted once in the total, by the outer.")
     older = sum(found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"])
     if older:
         out.append(

@@ -1,0 +1,143 @@
+"""What an arm is worth: ratios to the baseline paired by seed, payback, the full cycle, SCI."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from greenvis import price
+from greenvis.report import arms as arms_
+from greenvis.report import stats
+from greenvis.report.arms import Arm
+from greenvis.report.groups import Attempt, SeedRun
+
+USAGE_IMAGES = 1_000_000  # the usage at which the full cycle is stated
+
+
+def compare(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | None, metric: str) -> None:
+    """Add to each arm its ratios to the baseline, paired by seed, and when it pays back."""
+    for label in table:
+        table[label]["vs_baseline"] = None
+    if base is None or not arms[base].done:
+        return
+    b = arms[base]
+    target = table[base][metric]["mean"]
+    for label, arm in arms.items():
+        table[label]["energy_to_baseline_j"] = _energy_to(arm, target, lower_is_better(metric))
+        if label == base or not arm.done:
+            continue
+        quantities = {
+            "train_energy": lambda r: arms_.making(r).value,
+            "total_energy": lambda r: arms_.everything(r).value,
+            "train_energy_with_reuse": _with_reuse,
+            "inference_energy": lambda r: arms_.inference([r])["value"],
+            "train_flops": arms_.train_flops,
+            "wall": arms_.wall,
+            "latency_p50": lambda r: (arms_.latency([r]) or {}).get("p50"),
+            **{k: arms_.fact(k) for k in arms_.PLAIN},
+        }
+        ratios = {k: stats.ratio(arms_.per_seed(arm, f), arms_.per_seed(b, f)) for k, f in quantities.items()}
+        gain = stats.difference(
+            arms_.per_seed(arm, lambda r: arms_.score(r, metric)), arms_.per_seed(b, lambda r: arms_.score(r, metric))
+        )
+        table[label]["vs_baseline"] = {**ratios, metric: gain, "payback": _payback(arm, b)}
+    for key in ("train_energy", metric):
+        rows = {k: t["vs_baseline"][key] for k, t in table.items() if t["vs_baseline"] and t["vs_baseline"][key]}
+        for label, p in stats.holm({k: v["p_value"] for k, v in rows.items()}).items():
+            rows[label]["p_adjusted"] = p
+
+
+def _with_reuse(run: SeedRun) -> float | None:
+    uses = [arms_.use_energy(u) for u in arms_.uses_of(run).values()]
+    if any(u.value is None for u in uses):
+        return None
+    return price.add([arms_.making(run), *uses]).value
+
+
+def _payback(arm: Arm, base: Arm) -> dict[str, Any] | None:
+    """Break-even images against the baseline, without and with what each builds on; the range is over seeds."""
+    infer, infer_b = arms_.inference_by_seed(arm), arms_.inference_by_seed(base)
+    out: dict[str, Any] = {}
+    for key, cost in (("own", lambda r: arms_.making(r).value), ("with_reuse", _with_reuse)):
+        make, make_b = arms_.per_seed(arm, cost), arms_.per_seed(base, cost)
+        means = [stats.summary(x)["mean"] for x in (make, make_b, infer, infer_b)]
+        if any(m is None for m in means):
+            return None
+        out[key] = stats.payback(means[0] - means[1], means[3] - means[2])
+        seeds = [s for s in make if s in make_b and s in infer and s in infer_b]
+        single = [stats.payback(make[s] - make_b[s], infer_b[s] - infer[s]) for s in seeds]
+        agree = len(single) > 1 and all(x["verdict"] == out[key]["verdict"] for x in single)
+        images = [x["images"] for x in single if x["images"] is not None]
+        out[key] |= {"low": min(images) if agree and images else None, "high": max(images) if agree and images else None}
+        out[key]["seeds_agree"] = agree if len(single) > 1 else None
+    return out
+
+
+def _energy_to(arm: Arm, target: float | None, lower: bool) -> dict[str, Any] | None:
+    """Joules until the metric reached the baseline's final mean and stayed there, by finished seed."""
+    if target is None:
+        return None
+    sign = -1.0 if lower else 1.0
+    found = {
+        s: stats.energy_to([(j, sign * y) for j, y in curve(r)], sign * target)
+        for s, r in arm.done.items()
+        if len(curve(r)) > 1
+    }
+    reached = {s: v for s, v in found.items() if v is not None}
+    return {**stats.summary(reached), "target": target, "not_reached": len(found) - len(reached)} if found else None
+
+
+def curve(run: SeedRun) -> list[tuple[float, float]]:
+    """Return (joules spent so far, metric) over the attempts that led to a result: a broken one's come first."""
+    points, before = [], 0.0
+    for attempt in run.chain:
+        points += [(before + j, y) for j, y in attempt.curve]
+        before += attempt.joules(apart=False).value or 0.0
+    return points
+
+
+def thin(points: list[tuple[float, float]], most: int = 100) -> list[tuple[float, float]]:
+    """Return at most about `most` of the points, evenly taken, the last one always."""
+    return points[:: max(1, -(-len(points) // most))][: most - 1] + points[-1:] if len(points) > most else points
+
+
+def full_cycle(row: dict[str, Any]) -> dict[str, Any]:
+    """Joules to make the model once and use it on USAGE_IMAGES images, with its base charged whole and shared."""
+    make, infer, reuse = row["train_energy_j"]["value"], row["inference_energy_j"]["value"], row["base_reuse"]
+    whole, shared = (reuse["whole_j"]["value"], reuse["shared_j"]) if reuse else (0.0, 0.0)
+    serve = None if infer is None else infer * USAGE_IMAGES
+    known = make is not None and serve is not None
+    return {
+        "usage_images": USAGE_IMAGES,
+        "make_j": make,
+        "reuse_whole_j": whole,
+        "reuse_shared_j": shared,
+        "serve_j": serve,
+        "total_whole_j": math.fsum((make or 0.0, whole, serve or 0.0)) if known and whole is not None else None,
+        "total_shared_j": math.fsum((make or 0.0, shared, serve or 0.0)) if known and shared is not None else None,
+        "wh_per_1000_images": None if infer is None else infer * 1000 / 3600,
+    }
+
+
+def sci(row: dict[str, Any], last: Attempt | None) -> dict[str, Any]:
+    """Software Carbon Intensity (ISO/IEC 21031) of one inference: ((E × I) + M) / R with R = one image; PUE is in E.
+
+    I is the mean the arm's own records were priced with. M is None where no embodied carbon was given: not counted.
+    """
+    make, grams, infer = row["train_energy_j"]["value"], row["carbon_g"]["value"], row["inference_energy_j"]["value"]
+    intensity = grams / make * price.JOULES_PER_KWH if make and grams is not None else None
+    known = infer is not None and intensity is not None
+    made = arms_.embodied_per_s(last) if last else None
+    m = made / row["images_per_s"] if made is not None and row["images_per_s"] else None
+    return {
+        "e_kwh": None if infer is None else infer / price.JOULES_PER_KWH,
+        "i_g_per_kwh": intensity,
+        "m_g": m,
+        "r": "one image",
+        "g_per_image": (infer or 0.0) / price.JOULES_PER_KWH * (intensity or 0.0) + (m or 0.0) if known else None,
+    }
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return whether less of the metric is better, by its name ("loss", "val_error", "forgetting")."""
+    return metric.lower().rsplit("_", 1)[-1] in arms_.LOWER_IS_BETTER
