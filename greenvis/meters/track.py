@@ -13,13 +13,14 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from greenvis import price
 from greenvis.errors import BadInput, GreenvisError
@@ -28,6 +29,9 @@ from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
 from greenvis.record import SUFFIX, Reading, Writer
+
+if TYPE_CHECKING:
+    from greenvis.meters.step_flops import StepFlops
 
 B = TypeVar("B")
 P = ParamSpec("P")
@@ -104,6 +108,7 @@ class Tracker:
         self._owner: int | None = None
         self._halt = threading.Event()
         self._warned = False
+        self._step_flops: StepFlops | None = None
         self._ends: list[Callable[[], None]] = []
 
     # -- begin and end ------------------------------------------------------------------------------------------------
@@ -238,7 +243,13 @@ class Tracker:
 
     def flops(self, batch: Any) -> AbstractContextManager[Any]:
         """Return a context that adds the FLOPs of the step run in it to the current phase."""
-        return nullcontext()
+        if self._state != "running" or "torch" not in sys.modules:
+            return nullcontext()
+        if self._step_flops is None:
+            from greenvis.meters.step_flops import StepFlops  # imports torch, which is there already
+
+            self._step_flops = StepFlops(getattr(self.live, "model", self.live))
+        return self._step_flops.step(self, batch)
 
     # -- inside -------------------------------------------------------------------------------------------------------
 
