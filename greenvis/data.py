@@ -87,6 +87,7 @@ class Data:
     test: ImageSet
     classes: tuple[str, ...]
     checksum: str
+    only: Sequence[str | int] | None = None
 
     @property
     def img_size(self) -> int:
@@ -111,6 +112,7 @@ class Data:
             "mean": list(t.mean),
             "std": list(t.std),
             "seed": t.seed,
+            "only": None if self.only is None else list(self.only),
         }
 
 
@@ -127,6 +129,7 @@ def check(
     root: str | Path | None = None,
     folder: str | Path = ".",
     download: bool = False,
+    classes: Sequence[str | int] | None = None,
 ) -> None:
     """Raise BadInput for what `load` could not do, without loading: unknown names, missing files, sizes out of range."""
     kind, _, path = name.partition(":")
@@ -168,30 +171,37 @@ def load(
     root: str | Path | None = None,
     folder: str | Path = ".",
     download: bool = False,
+    classes: Sequence[str | int] | None = None,
 ) -> Data:
     """Load a data set of `NAMES`.
 
     train, test: how many images, drawn by class and seed (default: all). img_size, in_chans: what to bring images to
     (default: their own; 224 and 3 for folders). augment: "crop" (pad by an eighth, crop back), "crop-flip", or "randaug"
     (RandAugment, Cubuk et al., 2020, then crop-flip). views: repeat the augmentation after so many epochs, so that a
-    teacher's outputs can be kept. PATH and root are relative to `folder`. Raises BadInput.
+    teacher's outputs can be kept. PATH and root are relative to `folder`. classes: only these, by name or number; their
+    labels become 0, 1, … in the order given. Raises BadInput.
     """
     wanted: dict[str, Any] = {"train": train, "test": test, "img_size": img_size, "in_chans": in_chans, "seed": seed}
-    check(name, **wanted, augment=augment, views=views, root=root, folder=folder, download=download)
+    check(name, **wanted, augment=augment, views=views, root=root, folder=folder, download=download, classes=classes)
     source = _read(name, wanted, _at(folder, root) if root else None, Path(folder), download)
+    numbers = list(range(len(source.classes))) if classes is None else _numbers(name, classes, source.classes)
     form = Transform(img_size or source.img_size, in_chans or source.in_chans, augment=augment, views=views, seed=seed)
+    label_of = torch.full((len(source.classes),), -1)
+    label_of[numbers] = torch.arange(len(numbers))
     rows: list[Tensor] = []
     splits: list[Split] = []
     for part, split in (("train", source.train), ("test", source.test)):
-        _enough(name, part, wanted[part], len(split.labels))
-        chosen = sources.stratified(split.labels, seed)[: wanted[part]].sort().values
+        there = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
+        _enough(name, part, wanted[part], len(there))
+        chosen = there[sources.stratified(split.labels[there], seed)][: wanted[part]].sort().values
         rows.append(chosen)
         stored = replace(form, in_chans=min(form.in_chans, source.in_chans))  # grey is made colour batch by batch
-        splits.append(_bring_to_size(split.take(chosen), stored))
+        taken = split.take(chosen)
+        splits.append(_bring_to_size(Split(taken.images, label_of[taken.labels]), stored))
     form = _with_statistics(form, splits[0])
     plain = replace(form, augment="none", views=None)
     train_set, test_set = ImageSet(splits[0], rows[0], form), ImageSet(splits[1], rows[1], plain)
-    return Data(name, train_set, test_set, source.classes, source.checksum)
+    return Data(name, train_set, test_set, tuple(source.classes[n] for n in numbers), source.checksum, classes)
 
 
 def _read(name: str, wanted: dict[str, Any], root: Path | None, folder: Path, download: bool) -> Source:
@@ -205,6 +215,20 @@ def _read(name: str, wanted: dict[str, Any], root: Path | None, folder: Path, do
     if kind == "hf-datasets":
         return sources.hf_datasets(_at(folder, path))
     return sources.synthetic(seed=wanted["seed"], **{k: wanted[k] or default for k, default in SYNTHETIC.items()})
+
+
+def _numbers(name: str, wanted: Sequence[str | int], there: Sequence[str]) -> list[int]:
+    """Return the classes asked for as numbers."""
+    numbers = []
+    for one in wanted:
+        if one in there or (isinstance(one, int) and 0 <= one < len(there)):
+            numbers.append(one if isinstance(one, int) else there.index(one))
+        else:
+            known = f"; '{name}' has {len(there)}, numbered from 0" if isinstance(one, int) else nearest(one, there)
+            raise BadInput(f"data: no class {one!r}{known}")
+    if len(numbers) < 2 or len(set(numbers)) < len(numbers):
+        raise BadInput(f"data: classes takes two or more, each once; got {list(wanted)}")
+    return numbers
 
 
 def _at(folder: str | Path, path: str | Path) -> Path:

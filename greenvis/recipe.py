@@ -35,6 +35,9 @@ class DataSpec(_Section):
     views: Positive | None = Field(
         None, description="number of distinct augmented views of an image; a new one each epoch where absent"
     )
+    classes: tuple[str | int, ...] | None = Field(
+        default=None, description="only these, by name or number; relabelled in order"
+    )
     seed: int = Field(default=0, description="of subset and split")
     root: str | None = Field(default=None, description="folder of the data set's files, relative to the recipe")
     download: bool = False

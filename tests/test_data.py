@@ -96,6 +96,7 @@ def test_facts_name_everything_that_shaped_the_batches() -> None:
     facts = data.load("digits", train=100, test=50, augment="crop", views=2, seed=5).facts()
     assert facts | {"checksum": "", "mean": 0, "std": 0} == {
         "name": "digits",
+        "only": None,
         "checksum": "",
         "train": 100,
         "test": 50,
@@ -340,3 +341,23 @@ def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         data.load("folder:few", folder=tmp_path, train=9)
     with pytest.raises(BadInput, match="batch_size is 0"):
         data.batches(data.load("digits", train=10).train, 0)
+
+
+def test_classes_choose_and_relabel_by_name_or_number() -> None:
+    whole = data.load("digits")
+    some = data.load("digits", classes=["7", 3, "1"], train=90)
+    assert some.classes == ("7", "3", "1")
+    assert len(some.train) == 90
+    assert some.train.targets.bincount().tolist() == [30, 30, 30]
+    sevens = {row for row, y in zip(whole.test.ids.tolist(), whole.test.targets.tolist(), strict=True) if y == 7}
+    assert {row for row, y in zip(some.test.ids.tolist(), some.test.targets.tolist(), strict=True) if y == 0} == sevens
+    assert some.facts() != data.load("digits", classes=[7, 3, 2], train=90).facts()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [([1, 10], "no class 10"), (["1", "x"], "no class 'x'"), ([1, "1"], "each once"), ([3], "two or more")],
+)
+def test_classes_that_are_not_there_are_refused(classes: list[str | int], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        data.load("digits", classes=classes)
