@@ -1,0 +1,342 @@
+"""Outputs of frozen parts (a teacher, a base) kept on disk, sample by sample, so that they are computed once.
+
+Under the cache's folder each key has a sub-folder named after its sha256, holding `key.json` (readable), `values.bin`
+(one fixed-size entry for each view and sample, memory-mapped) and `index.bin` (a uint64 for each entry: 0 = not there,
+else a flag and the entry's CRC-32). An entry counts only once its index is written, and is checked whenever it is read:
+a run killed in the middle, a file cut short or a flipped bit costs what it touched, never a wrong number.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greenvis.errors import BadInput, GreenvisError
+
+SCHEMA = 1
+MAX_BYTES = 8 * 2**30
+THERE = np.uint64(1 << 32)
+KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
+class Cache:
+    """What a frozen part gives for each sample of a data set, on disk.
+
+    key: what the outputs depend on, in words (checksum of the data, transform, fingerprint of the weights): any change
+    is another cache, and `note` is told which part changed. length: samples; views: augmented versions of each.
+    dtype: "fp32" gives back what was put, bit for bit; "fp16" halves it. top_k: keep only the k greatest of (B, classes)
+    logits; the others come back equal, so that the softmax of the kept ones is unchanged. max_bytes: for all caches in
+    `folder` (default 8 GiB); the least recently used make room, those in use stay. Safe under several processes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        key: Mapping[str, Any],
+        *,
+        length: int,
+        views: int = 1,
+        dtype: Literal["fp32", "fp16"] = "fp32",
+        top_k: int | None = None,
+        max_bytes: int | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        if dtype not in KINDS:
+            raise BadInput(f"cache: dtype is '{dtype}'; it is one of {', '.join(KINDS)}")
+        if length < 1 or views < 1 or (top_k is not None and top_k < 1):
+            raise BadInput(f"cache: length {length}, views {views} and top_k {top_k} must be at least 1")
+        self.folder = Path(folder)
+        self.length, self.views, self.dtype, self.top_k = length, views, dtype, top_k
+        self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
+        form = {"length": length, "views": views, "dtype": dtype, "top_k": top_k, "schema": SCHEMA}
+        self._head: dict[str, Any] = {"key": {k: str(v) for k, v in key.items()}, **form}
+        name = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:32]
+        self.path = self.folder / name
+        self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
+        self._use = -1
+        self._values: np.ndarray = np.empty(0)
+        self._index: np.ndarray = np.empty(0, np.uint64)
+        self._shape: tuple[int, ...] = ()
+        if self.path.is_dir():
+            self._open()
+        else:
+            self._explain()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of every view is there."""
+        return self._is_open() and bool((self._index != 0).all())
+
+    def has(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
+        """Return which samples are there, bool (B,)."""
+        rows = self._rows(indices, view)
+        if not self._is_open() and not self._open():
+            return torch.zeros(len(rows), dtype=torch.bool)
+        return torch.from_numpy(self._index[rows] != 0)
+
+    def get(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor | None:
+        """Return the outputs of these samples, float32 (B, …), or None where one is missing or damaged: compute, then `put`."""
+        rows = self._rows(indices, view)
+        if not self._is_open() and not self._open():
+            return None
+        marks = self._index[rows]
+        if not marks.all():
+            return None
+        entries = self._values[rows]
+        damaged = rows[_sums(entries) != marks]
+        if len(damaged):
+            self._index[damaged] = 0
+            self._note(f"cache {self.path}: {len(damaged)} kept outputs are damaged; they are computed anew")
+            return None
+        return self._unpack(entries)
+
+    def put(self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0) -> None:
+        """Keep the outputs (B, …) of these samples. Raises BadInput where they cannot be kept as asked, or there is no room."""
+        rows = self._rows(indices, view)
+        if len(outputs) != len(rows):
+            raise BadInput(f"cache: {len(outputs)} outputs for {len(rows)} samples")
+        shape = tuple(outputs.shape[1:])
+        if not self._is_open() and not self._open():
+            self._create(shape)
+        if shape != self._shape:
+            raise BadInput(
+                f"cache {self.path}: outputs of shape {shape}, but it holds {self._shape}; name the layer in the key"
+            )
+        entries = self._pack(outputs.detach().float().cpu())
+        self._index[rows] = 0  # a reader between the two writes finds nothing, not a half
+        self._values[rows] = entries
+        self._index[rows] = _sums(entries)
+
+    def close(self) -> None:
+        """Write to disk and let go of the files."""
+        if self._use >= 0:
+            for part in (self._values, self._index):
+                if isinstance(part, np.memmap):
+                    part.flush()
+            self._values, self._index = np.empty(0), np.empty(0, np.uint64)
+            os.close(self._use)
+            self._use = -1
+
+    def __del__(self) -> None:
+        if getattr(self, "_use", -1) >= 0:
+            os.close(self._use)
+
+    def _rows(self, indices: Sequence[int] | Tensor, view: int) -> np.ndarray:
+        samples = torch.as_tensor(indices, dtype=torch.int64).cpu().numpy()
+        if not 0 <= view < self.views or (len(samples) and not 0 <= samples.min() <= samples.max() < self.length):
+            raise IndexError(f"sample or view outside a cache of {self.length} samples and {self.views} views")
+        return view * self.length + samples
+
+    def _entry(self, shape: tuple[int, ...]) -> np.dtype[Any]:
+        kind = KINDS[self.dtype]
+        if self.top_k is None:
+            return np.dtype([("values", kind, shape)])
+        if len(shape) != 1 or shape[0] <= self.top_k:
+            raise BadInput(f"cache: top_k={self.top_k} keeps logits (B, classes) of more classes; these are (B, {shape})")
+        return np.dtype([("values", kind, (self.top_k,)), ("at", np.uint32, (self.top_k,)), ("rest", np.float32)])
+
+    def _pack(self, outputs: Tensor) -> np.ndarray:
+        entries = np.zeros(len(outputs), self._entry(self._shape))
+        if self.top_k is not None:
+            top, at = outputs.topk(self.top_k)
+            others = outputs.scatter(1, at, float("-inf")).logsumexp(1)
+            entries["at"], entries["rest"], outputs = at.numpy(), others.numpy(), top
+        if self.dtype == "fp16" and bool((outputs.abs() > np.finfo(np.float16).max).any()):
+            raise BadInput(f"cache: outputs up to {outputs.abs().max():g} do not fit in fp16; use fp32")
+        entries["values"] = outputs.numpy()
+        return entries
+
+    def _unpack(self, entries: np.ndarray) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
+        if self.top_k is None:
+            return values
+        others = self._shape[0] - self.top_k  # they share what probability is left
+        rest = torch.from_numpy(entries["rest"].copy())[:, None] - float(np.log(others))
+        at = torch.from_numpy(entries["at"].astype(np.int64))
+        return rest.expand(-1, self._shape[0]).scatter(1, at, values)
+
+    def _is_open(self) -> bool:
+        """Whether the files are open and still whole: touching a mapped file that was cut short would kill the process."""
+        if self._use < 0:
+            return False
+        whole = all(
+            isinstance(p, np.memmap) and p.filename is not None and _size(Path(p.filename)) == p.nbytes
+            for p in (self._values, self._index)
+        )
+        if not whole:
+            self._use, old = -1, self._use
+            os.close(old)
+        return whole
+
+    def _open(self) -> bool:
+        """Open what is there; what is not whole is removed, with a note."""
+        if not self.path.is_dir():
+            return False
+        use = -1
+        try:
+            use = os.open(self.path / "in-use", os.O_RDWR)
+            fcntl.flock(use, fcntl.LOCK_SH)
+            head = json.loads((self.path / "key.json").read_text())
+            shape = tuple(head.pop("shape"))
+            count, entry = self.length * self.views, self._entry(shape)
+            sizes = (_size(self.path / "values.bin"), _size(self.path / "index.bin"))
+            if head != self._head or sizes != (count * entry.itemsize, count * 8):
+                raise ValueError(f"files of {sizes} bytes instead of {(count * entry.itemsize, count * 8)}")
+            self._values = np.memmap(self.path / "values.bin", entry, "r+", shape=(count,))
+            self._index = np.memmap(self.path / "index.bin", np.uint64, "r+", shape=(count,))
+            os.utime(self.path / "key.json")  # the time of the last use
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if use >= 0:
+                os.close(use)
+            self._note(f"cache {self.path} is not whole ({error}); it is made anew")
+            with _locked(self.folder):
+                _remove(self.path)
+            return False
+        self._use, self._shape = use, shape
+        return True
+
+    def _create(self, shape: tuple[int, ...]) -> None:
+        """Make the files in full size under another name, then give them theirs: a reader never sees half of it."""
+        count, entry = self.length * self.views, self._entry(shape)
+        need = count * (entry.itemsize + 8)
+        with _locked(self.folder):
+            if not self.path.is_dir():  # else another process was faster
+                self._make_room(need)
+                new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
+                try:
+                    for name, size in (("values.bin", count * entry.itemsize), ("index.bin", count * 8), ("in-use", 0)):
+                        with open(new / name, "wb") as file:
+                            _reserve(file.fileno(), size)
+                    (new / "key.json").write_text(json.dumps({**self._head, "shape": shape}, indent=1))
+                    os.rename(new, self.path)
+                except OSError as error:
+                    shutil.rmtree(new, ignore_errors=True)
+                    raise GreenvisError(f"cache: no room for {need / 1e6:.1f} MB in {self.folder}: {error.strerror}") from error
+        if not self._open():
+            raise GreenvisError(f"cache {self.path} vanished while it was opened; is something emptying {self.folder}?")
+
+    def _make_room(self, need: int) -> None:
+        if need > self.max_bytes:
+            raise BadInput(
+                f"cache: these outputs take {need / 1e6:.1f} MB, more than max_bytes ({self.max_bytes / 1e6:.1f} MB); "
+                "keep fp16 or top_k logits, fewer views, or raise the limit"
+            )
+        others = sorted(_caches(self.folder), key=lambda p: _time(p / "key.json"))
+        total = sum(_size(f) for p in others for f in p.iterdir())
+        for path in others:
+            if total + need <= self.max_bytes:
+                return
+            freed = sum(_size(f) for f in path.iterdir())
+            if _idle(path):
+                _remove(path)
+                total -= freed
+                self._note(f"cache {path} made room ({freed / 1e6:.1f} MB): the least recently used")
+        if total + need > self.max_bytes:
+            raise BadInput(
+                f"cache: {need / 1e6:.1f} MB more in {self.folder} would pass max_bytes ({self.max_bytes / 1e6:.1f} MB), "
+                "and what is there is in use; raise the limit"
+            )
+
+    def _explain(self) -> None:
+        """Say what differs from the most alike of the caches there are."""
+        closest: dict[str, tuple[Any, Any]] | None = None
+        for path in _caches(self.folder):
+            try:
+                head = json.loads((path / "key.json").read_text())
+                old, new = (
+                    {**h["key"], **{k: v for k, v in h.items() if k not in ("key", "shape")}} for h in (head, self._head)
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                continue
+            changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
+            if closest is None or len(changed) < len(closest):
+                closest = changed
+        if closest:
+            what = "; ".join(f"{k} changed: {a} → {b}" for k, (a, b) in sorted(closest.items()))
+            self._note(f"cache: {what}. Outputs are computed anew")
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Make a file of zeros, its blocks taken now where the system can: a full disk under a mapped file kills the process."""
+    if size and hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
+    else:
+        os.ftruncate(handle, size)
+
+
+def _sums(entries: np.ndarray) -> np.ndarray:
+    """Return what the index holds for each entry: the flag and the CRC-32 of its bytes."""
+    size = entries.dtype.itemsize
+    raw = np.ascontiguousarray(entries).view(np.uint8).reshape(-1).data
+    sums = [zlib.crc32(raw[i * size : (i + 1) * size]) for i in range(len(entries))]
+    return np.array(sums, np.uint64) | THERE
+
+
+def _caches(folder: Path) -> Iterator[Path]:
+    if folder.is_dir():
+        yield from (p for p in folder.iterdir() if not p.name.startswith(".") and (p / "key.json").is_file())
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _idle(path: Path) -> bool:
+    """Whether no process has this cache open."""
+    try:
+        use = os.open(path / "in-use", os.O_RDWR)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(use)
+
+
+def _remove(path: Path) -> None:
+    """Take a cache away: first its name, at once, then its files."""
+    gone = path.with_name(f".old-{path.name}-{os.getpid()}")
+    try:
+        os.rename(path, gone)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock: one process at a time creates or removes caches in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
