@@ -81,7 +81,7 @@ class TrainSpec(_Section):
 
 
 class ArmSpec(_Section):
-    """One contender: what differs from the recipe's `model` and `train`, and its techniques."""
+    """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and `train`; techniques."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -167,9 +167,10 @@ class Recipe(_Section):
         return str(self._path)
 
     def arm(self, name: str) -> Arm:
-        """Return the arm with the recipe's own model and train filled in."""
+        """Return the arm with the recipe's own model and train filled in; a model of another `ref` inherits no options."""
         spec = self.arms[name]
-        model = {**self.model.model_dump(exclude_unset=True), **spec.model}
+        other = spec.model.get("ref", self.model.ref) != self.model.ref
+        model = {**({} if other else self.model.model_dump(exclude_unset=True)), **spec.model}
         train = {**self.train.model_dump(exclude_unset=True), **spec.train}
         at = ("arms", name, "techniques")
         techniques = tuple(_technique(item, self.where, (*at, i)) for i, item in enumerate(spec.techniques))

@@ -38,10 +38,12 @@ def test_an_arm_is_the_recipe_with_its_own_laid_over(tmp_path: Path) -> None:
     recipe = load_recipe(_write(tmp_path, GOOD))
     arm = recipe.arm("distilled")
     assert (arm.train.epochs, arm.train.optimizer, arm.train.seeds) == (5, "adamw", (0, 1))
-    assert (arm.model.ref, arm.model.options) == ("timm/resnet18", {"in_chans": 1})
+    assert (arm.model.ref, arm.model.options) == ("timm/resnet18", {})  # another ref: no option is inherited
     assert arm.needs() == ["run:baseline"]
     assert arm.techniques[0].recipe_form() == {"teacher": "run:baseline", "temperature": 2.0}
     assert recipe.arm("baseline").train.epochs == 3
+    same = load_recipe(_write(tmp_path, GOOD), ["arms.distilled.model={width: 2}"]).arm("distilled")
+    assert (same.model.ref, same.model.options) == ("timm/resnet10t", {"in_chans": 1, "width": 2})
 
 
 @pytest.mark.parametrize(
