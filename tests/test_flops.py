@@ -74,7 +74,7 @@ def test_training_counts_what_the_backward_really_does() -> None:
     lora = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["qkv"]))
     cost = count(lora, (3, 32, 32), train=True, cross_check=False)
     assert cost.macs > full.macs  # the added matrices
-    assert 1.8 < cost.train_flops / full.flops < 2.4  # not 99 % less
+    assert 1.7 < cost.train_flops / full.flops < 2.4  # not 99 % less
 
 
 def test_grouped_convolutions_cost_their_groups_in_the_backward() -> None:
@@ -173,6 +173,23 @@ def test_counting_steps_changes_no_bit_and_misses_no_step(tmp_path: Path) -> Non
     assert (totals["steps"], totals["samples"]) == (7, 26)
     per_image = count(tiny(), (3, 32, 32), train=True, cross_check=False).train_flops
     assert totals["flops"] / 26 == pytest.approx(per_image, rel=0.02)  # the fused backward computes the scores again
+
+
+def test_a_teachers_part_of_the_step_is_its_phases_and_is_looked_at_again(tmp_path: Path) -> None:
+    student, teacher, cache = nn.Linear(8, 4), nn.Linear(8, 40), {}
+    data = [torch.randn(2, 8)] * 3
+    with gv.track("kd", student, dir=tmp_path) as run:
+        for epoch in range(2):
+            for i, x in enumerate(run.steps(data, phase=f"train/epoch{epoch}", progress=False)):
+                with run.phase("teacher"), torch.no_grad():
+                    if i not in cache:
+                        cache[i] = teacher(x)
+                student(x)
+    totals = read(run.path).totals
+    step = 2 * 2 * 8 * 4
+    assert totals["train/epoch0"]["flops"] == totals["train/epoch1"]["flops"] == 3 * step
+    assert totals["train/epoch0/teacher"]["flops"] == 3 * 10 * step
+    assert totals["train/epoch1/teacher"].get("flops", 0) == 0
 
 
 def test_leaving_the_loop_ends_the_counting(tmp_path: Path) -> None:

@@ -31,12 +31,14 @@ _LIGHT = re.compile(r"upsample|comm|norm|common|sparse_resize|to_mkldnn|to_dense
 class FlopMode(TorchDispatchMode):
     """Adds up FLOPs (1 MAC = 2) of what runs inside, in this thread and its backward. Numbers and kernels stay.
 
-    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; unhandled: calls of heavy operators
-    without a formula.
+    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; by_place: FLOPs by what `place` says
+    at the time; unhandled: calls of heavy operators without a formula.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[], str] | None = None) -> None:
         super().__init__()
+        self._place = place
+        self.by_place: Counter[str] = Counter()
         self.total = 0
         self.path: list[str] = []
         self.by_path: Counter[str] = Counter()
@@ -59,8 +61,10 @@ class FlopMode(TorchDispatchMode):
                 self._unknown(name)
         if flops:
             self.total += flops
-            for place in dict.fromkeys(self.path):
-                self.by_path[place] += flops
+            for name in dict.fromkeys(self.path):
+                self.by_path[name] += flops
+            if self._place is not None:
+                self.by_place[self._place()] += flops
         return out
 
     def _unknown(self, name: str) -> None:

@@ -50,12 +50,13 @@ class Ledger:
         self._last.update(now)
         self._changed.add(phase)
 
-    def add(self, **quantities: float) -> None:
-        """Add counts (samples, steps, flops) to the current phase."""
-        totals = self.totals.setdefault(self.phase, {})
+    def add(self, phase: str | None = None, **quantities: float) -> None:
+        """Add counts (samples, steps, flops) to a phase; None: the current one."""
+        phase = self.phase if phase is None else phase
+        totals = self.totals.setdefault(phase, {})
         for quantity, value in quantities.items():
             totals[quantity] = totals.get(quantity, 0.0) + value
-        self._changed.add(self.phase)
+        self._changed.add(phase)
 
     def changed(self) -> Iterator[tuple[str, dict[str, float]]]:
         """Yield each phase that changed since the last call, with its totals."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,14 +19,24 @@ AGAIN = 8  # a kind of step is counted at its 1st, 2nd, 16th, 128th, … time: a
 LONGEST = 1024
 
 
+@dataclass
+class _Kind:
+    """What is known of one kind of step: FLOPs by phase below the step's own ("/teacher"), and when to look again."""
+
+    flops: dict[str, int] = field(default_factory=dict)
+    seen: int = 0
+    next_look: int = 1
+    phase: str = ""
+
+
 class StepFlops:
-    """Adds each step's FLOPs to the tracker's current phase. model: what learns, or None where it is not known."""
+    """Adds each step's FLOPs to the phases they were done in. model: what learns, or None where it is not known."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
         self._parameters: list[nn.Parameter] = []
         self._phase: str | None = None
-        self._known: dict[tuple[Any, ...], list[int]] = {}  # kind of step: [FLOPs, times seen, when to count again]
+        self._known: dict[tuple[Any, ...], _Kind] = {}
         self._told: set[str] = set()
         self._compiled = _is_compiled(model)
 
@@ -36,21 +47,24 @@ class StepFlops:
             self._tell(tracker, "FLOPs of the steps were not counted: the model is compiled; `greenvis flops` counts it")
             yield
             return
-        entry = self._known.setdefault(self._kind(tracker, batch), [0, 0, 1])
-        entry[1] += 1
-        if entry[1] < entry[2]:
+        phase = tracker.current_phase
+        kind = self._known.setdefault(self._key(phase, batch), _Kind())
+        kind.seen += 1
+        if kind.seen < kind.next_look and kind.phase == phase:
             yield
-        else:
-            entry[2] = min(max(2, entry[1] * AGAIN), entry[1] + LONGEST)
-            with FlopMode() as mode:
+        else:  # also at the first step of each epoch: outputs may come from a cache by then
+            if kind.seen >= kind.next_look:
+                kind.next_look = min(max(2, kind.seen * AGAIN), kind.seen + LONGEST)
+            kind.phase = phase
+            with FlopMode(lambda: tracker.current_phase) as mode:
                 yield
-            entry[0] = mode.total
+            kind.flops = {place.removeprefix(phase): n for place, n in mode.by_place.items()}
             for name in mode.unhandled:
                 self._tell(tracker, f"FLOPs of {name} were not counted: no formula is known for it")
-        tracker.add(flops=entry[0])
+        for below, flops in kind.flops.items():
+            tracker.add(phase + below, flops=flops)
 
-    def _kind(self, tracker: Tracker, batch: Any) -> tuple[Any, ...]:
-        phase = tracker.current_phase
+    def _key(self, phase: str, batch: Any) -> tuple[Any, ...]:
         if self._model is not None and phase != self._phase:  # walking the modules costs more than a look at the list
             self._phase, self._parameters = phase, list(self._model.parameters())
         learning = sum(p.requires_grad for p in self._parameters)

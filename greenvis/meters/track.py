@@ -28,6 +28,7 @@ from greenvis.meters import carbon, endings, steps
 from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
+from greenvis.meters.phase import Phase, Whole
 from greenvis.record import SUFFIX, Reading, Writer
 
 if TYPE_CHECKING:
@@ -226,11 +227,11 @@ class Tracker:
             energy_j = {k: getattr(energy_j, k) for k in keys}
         self._line("uses", {"role": role, "name": name, "runs": list(runs), "energy_j": dict(energy_j), **more})
 
-    def add(self, **quantities: float) -> None:
-        """Add counts to the current phase: samples, steps, flops."""
+    def add(self, phase: str | None = None, **quantities: float) -> None:
+        """Add counts (samples, steps, flops) to a phase by its path; None: the current one."""
         with self._whole():
             if self._state == "running":
-                self._ledger.add(**quantities)
+                self._ledger.add(phase, **quantities)
 
     def energy(self) -> Reading:
         """Return the energy of this run so far, in joules."""
@@ -261,8 +262,8 @@ class Tracker:
         """Become inert: a forked child calls it, for the run is its parent's."""
         self._state, self._lock, self._owner = "forked", threading.RLock(), None
 
-    def _whole(self) -> _Whole:
-        return _Whole(self)
+    def _whole(self) -> Whole:
+        return Whole(self)
 
     def _line(self, kind: str, values: Mapping[str, Any]) -> None:
         with self._whole():
@@ -309,49 +310,6 @@ class Tracker:
         if hasattr(self.live, "recipe_form"):
             facts["techniques"] = self.live.recipe_form()
         self.fact(**facts)
-
-
-class Phase:
-    """The context `Tracker.phase` returns. May be entered again after it was left."""
-
-    __slots__ = ("_name", "_path", "_tracker")
-
-    def __init__(self, tracker: Tracker, name: str) -> None:
-        self._tracker, self._name, self._path = tracker, name, ""
-
-    def __enter__(self) -> Phase:
-        t = self._tracker
-        with t._whole():
-            if t._state == "running":
-                self._path = t._ledger.enter(self._name)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        t = self._tracker
-        with t._whole():
-            if t._state == "running":
-                t._ledger.leave(self._path)
-
-
-class _Whole:
-    """Holds the tracker's lock; a signal that comes meanwhile is acted on when the state is whole again."""
-
-    __slots__ = ("_before", "_tracker")
-
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
-
-    def __enter__(self) -> None:
-        t = self._tracker
-        t._lock.acquire()
-        self._before, t._owner = t._owner, threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        t = self._tracker
-        t._owner = self._before
-        t._lock.release()
-        if self._before is None:
-            endings.deliver()
 
 
 def _when() -> dict[str, float]:
