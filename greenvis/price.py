@@ -15,6 +15,7 @@ from greenvis.record import Reading, Run
 
 MODEL = "linear-1"  # name and version of the pricing model
 JOULES_PER_KWH = 3.6e6
+YEAR_S = 365.25 * 86400
 
 
 def energy(totals: Mapping[str, float], components: Iterable[Mapping[str, Any]]) -> dict[str, Reading]:
@@ -80,3 +81,14 @@ def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) ->
         method=f"{intensity.get('zone', '?')} {value:g} g/kWh × PUE {pue:g}",
         provenance="constant" if intensity.get("assumed") else energy_j.provenance,
     )
+
+
+def embodied(given: Mapping[str, Any] | None, wall_s: float) -> Reading:
+    """Return the grams of CO2e of making the machine that fall to a run: kg × share × run time / lifetime.
+
+    given: the header's {"kg", "lifetime_years", "share"}; None where the user gave nothing.
+    """
+    if not given:
+        return Reading("embodied_g", None, reason="no embodied carbon of the machine was given")
+    grams = given["kg"] * 1000 * given.get("share", 1.0) * wall_s / (given.get("lifetime_years", 4.0) * YEAR_S)
+    return Reading("embodied_g", grams, method="kg × share × run time / lifetime", provenance="estimated")

@@ -17,7 +17,6 @@ from typing import Any
 from greenvis.errors import BadInput, nearest
 
 G_PER_KWH_OF_LBS_PER_MWH = 0.45359237
-YEAR_S = 365.25 * 86400
 EMBODIED_KEYS = ("kg", "lifetime_years", "share")
 
 

@@ -1,0 +1,81 @@
+"""Latency and throughput after warm-up, on the device the model is on."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput
+
+WARM_UP = 3
+
+
+def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 10, most: int = 1000) -> dict[str, Any]:
+    """Return one call's time in milliseconds: {"p50", "p95", "mean", "batch_size", "calls"}, in eval mode, no gradients.
+
+    x: a batch (batch, …) on the model's device. Calls are repeated for about `seconds`, `least` to `most` times.
+    """
+    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
+        raise BadInput(f"latency needs a batch of at least one image, (batch, …), not {getattr(x, 'shape', x)!r}")
+    times: list[float] = []
+    with _serving(model):
+        for _ in range(WARM_UP):
+            model(x)
+        end = time.perf_counter() + seconds
+        while len(times) < least or (time.perf_counter() < end and len(times) < most):
+            _wait(x)
+            start = time.perf_counter()
+            model(x)
+            _wait(x)
+            times.append((time.perf_counter() - start) * 1000)
+    times.sort()
+    return {
+        "p50": _quantile(times, 0.50), "p95": _quantile(times, 0.95), "mean": math.fsum(times) / len(times),
+        "batch_size": int(x.shape[0]), "calls": len(times),
+    }  # fmt: skip
+
+
+def throughput(
+    model: nn.Module, x: Tensor, *, batch_sizes: Sequence[int] = (1, 8, 32), seconds: float = 1.0
+) -> dict[int, float]:
+    """Return images per second by batch size; `x` (batch, …) is repeated or cut to each size. A size that does not fit
+    into the GPU's memory is left out."""
+    if not batch_sizes or any(n < 1 for n in batch_sizes):
+        raise BadInput(f"batch_sizes are {tuple(batch_sizes)}: give sizes of 1 or more")
+    out = {}
+    for size in batch_sizes:
+        batch = x.repeat(math.ceil(size / x.shape[0]), *[1] * (x.dim() - 1))[:size]
+        try:
+            found = latency(model, batch, seconds=seconds, least=3)
+        except torch.OutOfMemoryError:
+            break
+        out[size] = size / found["mean"] * 1000
+    return out
+
+
+@contextmanager
+def _serving(model: nn.Module) -> Iterator[None]:
+    """Hold a model in eval mode without gradients; each module's mode is put back."""
+    was = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, flag in was.items():
+            module.training = flag
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+
+
+def _quantile(ordered: list[float], q: float) -> float:
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]

@@ -1,0 +1,66 @@
+"""Latency, throughput and peak memory of known work."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from greenvis.errors import BadInput
+from greenvis.meters.memory import peak, peak_mb
+from greenvis.meters.speed import latency, throughput
+
+
+class Sleepy(nn.Module):
+    """Takes 5 ms a call and 1 ms an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.005 + 0.001 * len(x))
+        return self.norm(x)
+
+
+def test_latency_is_the_calls_time_and_leaves_the_model_alone() -> None:
+    model = Sleepy().train()
+    model.norm.eval()
+    before = model.norm.running_mean.clone()
+    found = latency(model, torch.randn(5, 3), seconds=0.3)
+    assert 10.0 <= found["p50"] <= found["p95"]
+    assert found["p50"] < 20
+    assert found["batch_size"] == 5
+    assert model.training
+    assert not model.norm.training
+    assert torch.equal(model.norm.running_mean, before)
+
+
+def test_throughput_rises_with_the_batch_where_calls_cost() -> None:
+    found = throughput(Sleepy(), torch.randn(2, 3), batch_sizes=(1, 20), seconds=0.2)
+    assert found[1] == pytest.approx(1 / 0.006, rel=0.4)
+    assert found[20] > 2 * found[1]
+
+
+@pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.tensor(1.0), "x"])
+def test_an_empty_batch_is_refused(x: object) -> None:
+    with pytest.raises(BadInput):
+        latency(Sleepy(), x)
+
+
+def test_batch_sizes_are_checked() -> None:
+    with pytest.raises(BadInput, match="batch_sizes"):
+        throughput(Sleepy(), torch.randn(2, 3), batch_sizes=(0,))
+
+
+def test_peak_memory_sees_what_was_freed_again() -> None:
+    with peak() as found:
+        block = bytearray(os.urandom(1000) * 80_000)
+        time.sleep(0.1)
+        del block
+    assert 70 < found.grown_mb < 200
+    assert found.resident_mb <= peak_mb() * 1.05
+    assert found.allocated_mb is None
