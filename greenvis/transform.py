@@ -36,11 +36,17 @@ class Transform:
             return x
         return F.rgb_to_grayscale(x) if self.in_chans == 1 else x.expand(*x.shape[:-3], self.in_chans, -1, -1)
 
+    def view(self, epoch: int) -> int:
+        """Return which augmented version of each image an epoch shows; epochs of one view show the very same pixels."""
+        if self.augment == "none":
+            return 0
+        return epoch % self.views if self.views else epoch
+
     def change(self, x: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
         """Augment a batch (B, C, H, W), uint8: a function of seed, epoch (modulo views) and each image's id alone."""
         if self.augment == "none":
             return x
-        draws = mix(ids, self.seed, epoch % self.views if self.views else epoch)
+        draws = mix(ids, self.seed, self.view(epoch))
         if self.augment == "randaug":
             x = torch.stack([_randaugment(image, int(draw)) for image, draw in zip(x, draws, strict=True)])
         return _crop(x, draws, pad=max(1, self.img_size // 8), flip=self.augment != "crop")

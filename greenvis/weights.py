@@ -24,7 +24,9 @@ METADATA_KEY = "greenvis"
 
 def first_line(error: BaseException) -> str:
     """Return what an error of another library says, short enough for a message of ours."""
-    lines = str(error).strip().splitlines()
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(":"):  # the first only announces, as torch's load_state_dict does
+        lines[0] += " " + lines[1]
     return lines[0][:300] if lines else type(error).__name__
 
 

@@ -128,6 +128,16 @@ def test_views_repeat() -> None:
     assert not torch.equal(train.batch(range(20), epoch=0)[0], train.batch(range(20), epoch=1)[0])
 
 
+def test_a_view_is_named_by_what_repeats() -> None:
+    def seen(augment: data.Augment, views: int | None) -> list[int]:
+        transform = data.load("digits", train=10, augment=augment, views=views).train.transform
+        return [transform.view(epoch) for epoch in range(4)]
+
+    assert seen("crop", 2) == [0, 1, 0, 1]
+    assert seen("crop", None) == [0, 1, 2, 3]
+    assert seen("none", None) == [0, 0, 0, 0]
+
+
 def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors_half() -> None:
     plain = data.load("digits", train=200).train
     cropped = data.load("digits", train=200, augment="crop").train

@@ -236,6 +236,16 @@ def test_pretrained_file_in_grey_answers_as_in_colour(ref: str, tmp_path: Path) 
     assert _forward(fewer, 1, 3, 32, 32).shape == (1, 3)
 
 
+def test_pretrained_vit_takes_another_size_and_head_but_not_another_net(tmp_path: Path) -> None:
+    base = _tiny()
+    models.save(base, tmp_path / "base.safetensors", ref="timm/vit_tiny_patch16_224", options=VIT)
+    larger = _tiny(num_classes=3, img_size=24, pretrained="base.safetensors", folder=tmp_path)
+    assert _forward(larger, 1, 1, 24, 24).shape == (1, 3)
+    assert torch.equal(larger.get_parameter("blocks.1.mlp.fc1.weight"), base.get_parameter("blocks.1.mlp.fc1.weight"))
+    with pytest.raises(BadInput, match=r'Missing key.*"blocks\.2\.norm1\.weight"'):
+        _tiny(depth=3, pretrained="base.safetensors", folder=tmp_path)
+
+
 def test_adapted_channels_keep_the_answer_to_grey() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten())
     x = torch.randn(2, 1, 5, 5)
