@@ -51,7 +51,8 @@ def results(
 
 def to_json(found: Mapping[str, Any]) -> str:
     """Return results as the text of results.json: sorted, so the same results are the same bytes."""
-    return json.dumps(found, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    indent = 1 if len(found["arms"]) <= 100 else None  # for people to read; of thousands of arms it would take long
+    return json.dumps(found, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def table(found: Mapping[str, Any]) -> Any:

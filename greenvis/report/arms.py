@@ -55,19 +55,9 @@ def score(run: SeedRun, metric: str) -> float | None:
     return done.curve[-1][1] if done and done.curve else None
 
 
-def making(run: SeedRun) -> Reading:
-    """Return the energy of all attempts that led to a seed's result, but for measurement: set-up, train, teacher, eval, …"""
-    return price.add(a.joules(apart=False) for a in run.chain)
-
-
-def everything(run: SeedRun) -> Reading:
-    """Return the energy of all attempts that led to a seed's result, measurement included."""
-    return price.add(a.joules() for a in run.chain)
-
-
 def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Reading:
     """Return the CO2e of the attempts that led to a result, each priced with its own grid, or all with `grid`."""
-    return price.add((attempt_grams(a, a.joules(apart=apart), grid) for a in run.chain), "carbon_g")
+    return price.add((attempt_grams(a, a.whole_j if apart else a.making_j, grid) for a in run.chain), "carbon_g")
 
 
 def attempt_grams(attempt: Attempt, joules: Reading, grid: Intensity | None) -> Reading:
@@ -111,12 +101,13 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, i
     done = list(arm.done.values())
     scores = per_seed(arm, lambda r: score(r, metric))
     out: dict[str, Any] = {
-        metric: {**stats.summary(scores), "by_seed": {str(s): v for s, v in scores.items()}},
+        metric: {**stats.summary(scores), "by_seed": _text_keys(scores)},
         "status": "done" if len(done) == len(arm.runs) else ("partly done" if done else "incomplete"),
         "seeds": sorted(arm.done),
         "attempts": dict(sorted(Counter(a.status for r in arm.runs for a in r.attempts).items())),
-        "train_energy_j": mean_reading([making(r) for r in done]),
-        "total_energy_j": mean_reading([everything(r) for r in done]),
+        "train_energy_j": mean_reading([r.making_j for r in done])
+        | {"by_seed": _text_keys(per_seed(arm, lambda r: r.making_j.value))},
+        "total_energy_j": mean_reading([r.whole_j for r in done]),
         "carbon_g": mean_reading([grams(r, grid, apart=False) for r in done]),
         "total_carbon_g": mean_reading([grams(r, grid) for r in done]),
         "energy_by_phase_j": _by_stage(done),
@@ -131,6 +122,10 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, i
         **reuse(done, users),
     }
     return {**out, **_extras(arm, done)}
+
+
+def _text_keys(values: Mapping[int, float]) -> dict[str, float]:
+    return {str(s): v for s, v in values.items()}
 
 
 def fact(key: str) -> Callable[[SeedRun], float | None]:
@@ -189,11 +184,11 @@ def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
     shown = [a for r in arm.runs for a in r.attempts]
     older = [a for r in arm.older for a in r.attempts]
     return {
-        "energy_j": sum_reading(a.joules() for a in shown + older),
-        "carbon_g": sum_reading(attempt_grams(a, a.joules(), grid) for a in shown + older),
-        "unfinished_energy_j": sum_reading(a.joules() for a in shown if a.status != "done"),
-        "repeated_energy_j": sum_reading(a.joules() for a in repeats(arm)),
-        "older_inputs_energy_j": sum_reading(a.joules() for a in older),
+        "energy_j": sum_reading(a.whole_j for a in shown + older),
+        "carbon_g": sum_reading(attempt_grams(a, a.whole_j, grid) for a in shown + older),
+        "unfinished_energy_j": sum_reading(a.whole_j for a in shown if a.status != "done"),
+        "repeated_energy_j": sum_reading(a.whole_j for a in repeats(arm)),
+        "older_inputs_energy_j": sum_reading(a.whole_j for a in older),
         "attempts": len(shown) + len(older),
     }
 
@@ -221,11 +216,6 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
     if out["value"] is None:
         out["reason"] = "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
     return out
-
-
-def inference_by_seed(arm: Arm) -> dict[int, float]:
-    """Return joules an image by seed."""
-    return per_seed(arm, lambda r: inference([r])["value"])
 
 
 def latency(done: list[SeedRun]) -> dict[str, float] | None:

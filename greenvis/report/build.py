@@ -118,9 +118,9 @@ def _totals(listed: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]
     attempts = [a for arm in listed for r in arm.all for a in r.attempts if not a.inside]
     return {
         "nested_runs": sum(a.inside for arm in listed for r in arm.all for a in r.attempts),
-        "energy_j": arms_.sum_reading(a.joules() for a in attempts),
-        "carbon_g": arms_.sum_reading(arms_.attempt_grams(a, a.joules(), grid) for a in attempts),
-        "unfinished_energy_j": arms_.sum_reading(a.joules() for a in attempts if a.status != "done"),
+        "energy_j": arms_.sum_reading(a.whole_j for a in attempts),
+        "carbon_g": arms_.sum_reading(arms_.attempt_grams(a, a.whole_j, grid) for a in attempts),
+        "unfinished_energy_j": arms_.sum_reading(a.whole_j for a in attempts if a.status != "done"),
         "runs": sum(len(arm.all) for arm in listed),
         "attempts": dict(sorted(Counter(a.status for a in attempts).items())),
     }
@@ -132,7 +132,7 @@ def _incomplete(listed: list[Arm]) -> list[dict[str, Any]]:
         {
             "arm": arm.label, "seed": run.seed, "attempts": [a.status for a in run.attempts],
             "reason": next((a.reason for a in reversed(run.attempts) if a.reason), ""),
-            "energy_j": arms_.sum_reading(a.joules() for a in run.attempts),
+            "energy_j": arms_.sum_reading(a.whole_j for a in run.attempts),
         }
         for arm in listed for run in arm.all if not run.done
     ]  # fmt: skip

@@ -60,10 +60,13 @@ def gain_vs_energy(found: Results) -> Drawing | None:
             zorder=1,
             label="Pareto front",
         )
-    for a, (x, y) in points.items():
-        look = {**looks[a], "linestyle": "none", "ms": 8}
+    others = [points[a] for a in points if a not in named]
+    if others:
+        ax.plot([x for x, _ in others], [y * k for _, y in others], "o", ms=3, color=figures.GRID, mec=figures.MUTED, mew=0.5)
+    for a in named:
+        (x, y), look = points[a], {**looks[a], "linestyle": "none", "ms": 8}
         std_x, std_y = arms[a]["train_energy_j"]["std"], arms[a][metric]["std"]
-        ax.plot(x, y * k, label=short(a) if a in named else None, zorder=3, **look)
+        ax.plot(x, y * k, label=short(a), zorder=3, **look)
         bars: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
         ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **bars)
     ax.set_xlabel("training energy (less is better)")

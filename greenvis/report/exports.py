@@ -13,7 +13,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.price import JOULES_PER_KWH
-from greenvis.report import figures, verdict, words
+from greenvis.report import figures, to_json, verdict, words
 
 NAMES = {
     "model-card.md": "Hub model card",
@@ -86,7 +86,7 @@ def model_card(found: dict[str, Any], arm: str) -> str:
 
 def spdx(found: dict[str, Any]) -> dict[str, Any]:
     """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its energy in kWh."""
-    key = hashlib.sha256(_json(found).encode()).hexdigest()[:32]
+    key = hashlib.sha256(to_json(found).encode()).hexdigest()[:32]
     base = f"urn:spdx:greenvis:{key}"
     info, agent, document = "_:creationinfo", f"{base}:agent", f"{base}:document"
     arms = [a for a in found["order"] if found["arms"][a]["train_energy_j"]["value"] is not None]

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Part:
     reason: str
 
 
-@dataclass(slots=True)
+@dataclass
 class Attempt:
     """One start of a run: its ranks merged. `energy[stage][component]` in joules."""
 
@@ -61,13 +62,18 @@ class Attempt:
     reason: str
     inside: bool = False  # another record here already counts this process as its child
 
-    def joules(self, *, making: bool = True, apart: bool = True) -> Reading:
-        """Add up the energy of the stages that make the model, of those apart (measurement), or of both."""
-        chosen = [r for s, c in self.energy.items() if (apart if s in APART else making) for r in c.values()]
-        return price.add(chosen) if chosen else Reading("energy_j", None, reason="no sample was recorded")
+    @cached_property
+    def whole_j(self) -> Reading:
+        """The energy of all its stages."""
+        return _total(r for c in self.energy.values() for r in c.values())
+
+    @cached_property
+    def making_j(self) -> Reading:
+        """The energy of the stages that make the model: all but measurement."""
+        return _total(r for s, c in self.energy.items() if s not in APART for r in c.values())
 
 
-@dataclass(slots=True)
+@dataclass
 class SeedRun:
     """All attempts at one (name, arm, seed, inputs), in order."""
 
@@ -78,12 +84,12 @@ class SeedRun:
     tracked: bool  # made by gv.track: an arm of its own
     attempts: list[Attempt] = field(default_factory=list)
 
-    @property
+    @cached_property
     def done(self) -> Attempt | None:
         """The last finished attempt: it gives the results."""
         return next((a for a in reversed(self.attempts) if a.status == "done"), None)
 
-    @property
+    @cached_property
     def chain(self) -> list[Attempt]:
         """The attempts that led to the results: the last finished one and those that broke off before it.
 
@@ -92,12 +98,28 @@ class SeedRun:
         ends = [i for i, a in enumerate(self.attempts) if a.status == "done"]
         return self.attempts[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1] + 1] if ends else []
 
+    @cached_property
+    def making_j(self) -> Reading:
+        """The energy that led to the result, but for measurement: set-up, train, teacher, eval, …"""
+        return price.add(a.making_j for a in self.chain)
+
+    @cached_property
+    def whole_j(self) -> Reading:
+        """The energy that led to the result, measurement included."""
+        return price.add(a.whole_j for a in self.chain)
+
     @property
     def newest_s(self) -> float:
         """When its last attempt began."""
         return max(a.start_s for a in self.attempts)
 
 
+def _total(readings: Iterable[Reading]) -> Reading:
+    listed = list(readings)
+    return price.add(listed) if listed else Reading("energy_j", None, reason="no sample was recorded")
+
+
+@lru_cache(maxsize=10_000)
 def stage(phase: str) -> str:
     """Return the stage a phase path counts for: its first part, "teacher" wherever one is named, "other" for none."""
     parts = phase.split("/")
@@ -111,7 +133,7 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
     """
     parts: dict[tuple[str, int], Part] = {}
     notes, files = [], 0
-    for path, asked in _files(paths):
+    for path, asked in record_files(paths):
         files += 1
         try:
             part = _boil(record.read(path), metric)
@@ -131,8 +153,8 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
     return _group(parts.values()), sorted(notes)
 
 
-def _files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
-    """Yield (file, whether it was named by itself)."""
+def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
+    """Yield (file, whether it was named by itself) of files, folders and glob patterns. Raises BadInput for none."""
     for given in paths:
         text = os.fspath(given)
         if glob.has_magic(text) and not os.path.exists(text):

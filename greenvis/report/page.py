@@ -60,6 +60,7 @@ def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[st
         "verdict": verdict.sentence(found, top),
         "others": [verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])][:20],
         "more_arms": max(0, len(found["order"]) - 22),
+        "rows_left_out": max(0, len(found["order"]) - tables.MOST_ROWS),
         "costs": _table(found, tables.costs(found)),
         "sizes": _table(found, tables.sizes()),
         "cycle": _table(found, tables.cycle(found)),
@@ -80,14 +81,15 @@ def _table(found: dict[str, Any], columns: list[tables.Column]) -> dict[str, Any
 
 def _paybacks(found: dict[str, Any]) -> list[str]:
     out = []
-    for a in found["order"]:
+    for a in found["order"][: tables.MOST_ROWS]:
         vs = found["arms"][a]["vs_baseline"]
         if not vs:
             continue
-        p = vs["payback"]
-        text = words.payback(p["own"] if p else None, a, str(found["baseline"]))
+        p, base = vs["payback"], str(found["baseline"])
+        text = words.payback(p["own"] if p else None, a, base)
         if p and found["arms"][a]["base_reuse"]:
-            text += f" With what it builds on charged in full: {words.payback(p['with_reuse'], a, str(found['baseline']))}"
+            whole = words.payback(p["with_reuse"], a, base)
+            text += f" With the reused training (teacher, base) charged in full: {whole}"
         out.append(text)
     return out
 

@@ -45,17 +45,22 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
 
 def _different(values: Iterable[Any]) -> list[Any]:
     """Return the different values there are, in a stable order, None left out."""
-    found = {json.dumps(v, sort_keys=True): v for v in values if v not in (None, "", {}, [])}
-    return [found[k] for k in sorted(found)]
+    found = {repr(v): v for v in values if v not in (None, "", {}, [])}  # repr, for it is fast over many runs
+    unique = {json.dumps(v, sort_keys=True): v for v in found.values()}
+    return [unique[k] for k in sorted(unique)]
 
 
 def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
     """The energy sources used, one row for each different component, and on how many starts."""
-    rows: dict[str, dict[str, Any]] = {}
+    seen: dict[str, tuple[dict[str, Any], int]] = {}
     for a in attempts:
         for c in a.header.get("components") or []:
-            keep = {k: c.get(k) for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")}
-            rows.setdefault(json.dumps(keep, sort_keys=True), {**keep, "attempts": 0})["attempts"] += 1
+            key = repr(c)
+            seen[key] = (c, seen[key][1] + 1 if key in seen else 1)
+    rows: dict[str, dict[str, Any]] = {}
+    for c, n in seen.values():
+        keep = {k: c.get(k) for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")}
+        rows.setdefault(json.dumps(keep, sort_keys=True), {**keep, "attempts": 0})["attempts"] += n
     return [rows[k] for k in sorted(rows)]
 
 
@@ -86,7 +91,7 @@ def _crosscheck(listed: list[Arm]) -> list[dict[str, Any]]:
         for seed, run in sorted(arm.done.items()):
             fact = run.done.facts.get("codecarbon") if run.done else None
             if isinstance(fact, (Mapping, int, float)) and run.done:
-                own = run.done.joules()
+                own = run.done.whole_j
                 fact = dict(fact) if isinstance(fact, Mapping) else {"energy_j": fact}
                 value = fact.get("energy_j")
                 rows.append(

@@ -10,6 +10,7 @@ from greenvis.report import words
 from greenvis.report.words import MISSING, si
 
 Row = dict[str, Any]
+MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,8 @@ def cycle(found: dict[str, Any]) -> list[Column]:
     ]
 
 
-def cells(found: dict[str, Any], columns: list[Column]) -> list[dict[str, Any]]:
-    """Return one entry an arm: {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "best"}]}."""
+def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -> list[dict[str, Any]]:
+    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "best"}]}."""
     arms = found["arms"]
     best = {c.key: _best(found, c) for c in columns if c.better}
     return [
@@ -172,7 +173,7 @@ def cells(found: dict[str, Any], columns: list[Column]) -> list[dict[str, Any]]:
                 for c in columns
             ],
         }
-        for a in found["order"]
+        for a in found["order"][:most]
     ]
 
 

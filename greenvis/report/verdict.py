@@ -67,7 +67,7 @@ def _gain(found: dict[str, Any], label: str) -> str:
     text = f"{metric} {words.points(metric, d['mean'])}"
     if d["low"] is not None and d["n"] > 1:
         ends = [words.points(metric, d[k]).removesuffix(" points") for k in ("low", "high")]
-        text += f" (95 % interval {ends[0]} to {ends[1]})"
+        text += f" (95\u00a0% interval {ends[0]} to {ends[1]})"
     return f"{text}: {words.significance(d)}"
 
 
@@ -76,7 +76,7 @@ def _reuse(vs: dict[str, Any]) -> str:
     own, whole = vs["train_energy"], vs["train_energy_with_reuse"]
     if not own or not whole or abs(own["ratio"] - whole["ratio"]) < 1e-9:
         return ""
-    return f" With what they build on charged in full: {words.times(whole, 'energy')}."
+    return f" With the reused training (teacher, base) charged in full: {words.times(whole, 'energy')}."
 
 
 def _one_seed(row: dict[str, Any]) -> str:

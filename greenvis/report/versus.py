@@ -20,46 +20,51 @@ def compare(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | 
         table[label]["vs_baseline"] = None
     if base is None or not arms[base].done:
         return
-    b = arms[base]
     target = table[base][metric]["mean"]
+    of_base = _by_seed(arms[base], metric)
     for label, arm in arms.items():
         table[label]["energy_to_baseline_j"] = _energy_to(arm, target, lower_is_better(metric))
         if label == base or not arm.done:
             continue
-        quantities = {
-            "train_energy": lambda r: arms_.making(r).value,
-            "total_energy": lambda r: arms_.everything(r).value,
-            "train_energy_with_reuse": _with_reuse,
-            "inference_energy": lambda r: arms_.inference([r])["value"],
-            "train_flops": arms_.train_flops,
-            "wall": arms_.wall,
-            "latency_p50": lambda r: (arms_.latency([r]) or {}).get("p50"),
-            **{k: arms_.fact(k) for k in arms_.PLAIN},
-        }
-        ratios = {k: stats.ratio(arms_.per_seed(arm, f), arms_.per_seed(b, f)) for k, f in quantities.items()}
-        gain = stats.difference(
-            arms_.per_seed(arm, lambda r: arms_.score(r, metric)), arms_.per_seed(b, lambda r: arms_.score(r, metric))
-        )
-        table[label]["vs_baseline"] = {**ratios, metric: gain, "payback": _payback(arm, b)}
+        own = _by_seed(arm, metric)
+        gain = stats.difference(own.pop(metric), of_base[metric])
+        ratios = {k: stats.ratio(v, of_base[k]) for k, v in own.items()}
+        table[label]["vs_baseline"] = {**ratios, metric: gain, "payback": _payback(own, of_base)}
     for key in ("train_energy", metric):
         rows = {k: t["vs_baseline"][key] for k, t in table.items() if t["vs_baseline"] and t["vs_baseline"][key]}
         for label, p in stats.holm({k: v["p_value"] for k, v in rows.items()}).items():
             rows[label]["p_adjusted"] = p
 
 
+def _by_seed(arm: Arm, metric: str) -> dict[str, dict[int, float]]:
+    """Return what is compared, by quantity and finished seed; the metric among it."""
+    quantities = {
+        "train_energy": lambda r: r.making_j.value,
+        "total_energy": lambda r: r.whole_j.value,
+        "train_energy_with_reuse": _with_reuse,
+        "inference_energy": lambda r: arms_.inference([r])["value"],
+        "train_flops": arms_.train_flops,
+        "wall": arms_.wall,
+        "latency_p50": lambda r: (arms_.latency([r]) or {}).get("p50"),
+        **{k: arms_.fact(k) for k in arms_.PLAIN},
+        metric: lambda r: arms_.score(r, metric),
+    }
+    return {k: arms_.per_seed(arm, f) for k, f in quantities.items()}
+
+
 def _with_reuse(run: SeedRun) -> float | None:
     uses = [arms_.use_energy(u) for u in arms_.uses_of(run).values()]
     if any(u.value is None for u in uses):
         return None
-    return price.add([arms_.making(run), *uses]).value
+    return price.add([run.making_j, *uses]).value
 
 
-def _payback(arm: Arm, base: Arm) -> dict[str, Any] | None:
+def _payback(own: dict[str, dict[int, float]], base: dict[str, dict[int, float]]) -> dict[str, Any] | None:
     """Break-even images against the baseline, without and with what each builds on; the range is over seeds."""
-    infer, infer_b = arms_.inference_by_seed(arm), arms_.inference_by_seed(base)
+    infer, infer_b = own["inference_energy"], base["inference_energy"]
     out: dict[str, Any] = {}
-    for key, cost in (("own", lambda r: arms_.making(r).value), ("with_reuse", _with_reuse)):
-        make, make_b = arms_.per_seed(arm, cost), arms_.per_seed(base, cost)
+    for key, cost in (("own", "train_energy"), ("with_reuse", "train_energy_with_reuse")):
+        make, make_b = own[cost], base[cost]
         means = [stats.summary(x)["mean"] for x in (make, make_b, infer, infer_b)]
         if any(m is None for m in means):
             return None
@@ -92,7 +97,7 @@ def curve(run: SeedRun) -> list[tuple[float, float]]:
     points, before = [], 0.0
     for attempt in run.chain:
         points += [(before + j, y) for j, y in attempt.curve]
-        before += attempt.joules(apart=False).value or 0.0
+        before += attempt.making_j.value or 0.0
     return points
 
 

@@ -68,7 +68,7 @@ def gain(metric: str, value: float | None) -> str:
     """Return a metric's value: "88.9 %" for shares, three figures else."""
     if value is None:
         return MISSING
-    return f"{value * 100:.1f} %" if share(metric) else figures(value)
+    return f"{value * 100:.1f}\u00a0%" if share(metric) else figures(value)
 
 
 def points(metric: str, value: float | None) -> str:

@@ -1,0 +1,215 @@
+"""Many runs at once: list them, compare two, and gate a change on its energy (`greenvis ls`, `compare`, `diff`).
+
+Everything here returns plain rows: printing is the command line's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from greenvis import price
+from greenvis.errors import BadInput, nearest
+from greenvis.record import SCHEMA, Run
+from greenvis.report import results, stats
+from greenvis.report.groups import record_files
+
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
+COMPARED = (
+    "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j", "wall_s", "train_flops", "macs", "params",
+    "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb",
+)  # fmt: skip
+_PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
+
+
+def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str, Any]]:
+    """Return one row a record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j, carbon_g, wall_s, path.
+
+    where: keep rows in whose name, arm, run id or status this text occurs. sort: a column, "-" before it for descending;
+    rows without a value come last. Files that are no records are left out. Raises BadInput for an unknown column.
+    """
+    rows = []
+    for path, _ in record_files(_listed(paths)):
+        row = _row(path)
+        if row and (not where or any(where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status"))):
+            rows.append(row)
+    key, down = sort.removeprefix("-"), sort.startswith("-")
+    if rows and key not in rows[0]:
+        raise BadInput(f"cannot sort by '{key}'{nearest(key, rows[0])}")
+    there = sorted((r for r in rows if r[key] is not None), key=lambda r: (r[key], r["run"]), reverse=down)
+    return there + [r for r in rows if r[key] is None]
+
+
+def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy") -> list[dict[str, Any]]:
+    """Return one row for each arm and quantity of two runs, folders of runs or results.json files.
+
+    Rows: {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}. Arms are matched by name; two single arms of
+    different names are compared with each other. Raises BadInput where nothing matches.
+    """
+    left, right = _side(a, metric), _side(b, metric)
+    rows = []
+    for label, x, y in _matched(a, b, left, right):
+        values: list[tuple[str, Any, Any]] = [(metric, *(_number(r.get(metric), "mean") for r in (x, y)))]
+        values += [(k, _number(x.get(k), "value"), _number(y.get(k), "value")) for k in COMPARED]
+        values.append(("latency_p50_ms", *(_number(r.get("latency_ms"), "p50") for r in (x, y))))
+        for quantity, u, v in values:
+            if u is not None or v is not None:
+                ratio = v / u if u and v is not None else None
+                change = None if ratio is None else (ratio - 1) * 100
+                rows.append({"arm": label, "quantity": quantity, "a": u, "b": v, "ratio": ratio, "change_percent": change})
+    return rows
+
+
+def diff(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], max_energy: str = "+5%", metric: str = "accuracy"
+) -> tuple[bool, list[dict[str, Any]]]:
+    """Return whether the training energy of `b` stays within `max_energy` of `a` for every arm of `a`, and a row an arm.
+
+    a, b: records, folders of them or results.json files (a committed report is a good `a`). max_energy: "+5%" allows
+    5 % more, "-10%" demands 10 % less. Rows: {"arm", "a_j", "b_j", "ratio", "low", "high", "limit", "ok", "why"}; the ratio
+    is paired by seed where both have the seeds. An arm that is missing or unfinished in `b` is not ok.
+    """
+    limit = _limit(max_energy)
+    left, right = _side(a, metric), _side(b, metric)
+    pairs = {label: (x, y) for label, x, y in _matched(a, b, left, right)}
+    rows = []
+    for label, x in left.items():
+        y = pairs.get(label, (x, None))[1] or pairs.get(f"{label} → {next(iter(right))}", (x, None))[1]
+        u = x["train_energy_j"]["value"]
+        v = y["train_energy_j"]["value"] if y else None
+        r = _ratio(x, y) if y else None
+        why = "" if r else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy on both sides")
+        ok = r is not None and r["ratio"] <= limit * (1 + 1e-12)
+        if r and not ok:
+            why = f"{(r['ratio'] - 1) * 100:+.1f} % is over {(limit - 1) * 100:+.1f} %"
+        spread = {k: r[k] if r else None for k in ("ratio", "low", "high")}
+        rows.append({"arm": label, "a_j": u, "b_j": v, **spread, "limit": limit, "ok": ok, "why": why})
+    return bool(rows) and all(r["ok"] for r in rows), rows
+
+
+def _ratio(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any] | None:
+    u, v = (r["train_energy_j"].get("by_seed") or {} for r in (x, y))
+    if set(u) & set(v):
+        return stats.ratio(v, u)
+    u, v = x["train_energy_j"]["value"], y["train_energy_j"]["value"]
+    return stats.ratio({0: v}, {0: u}) if u is not None and v is not None else None
+
+
+def _limit(text: str) -> float:
+    found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", str(text))
+    if not found:
+        raise BadInput(
+            f"max_energy is '{text}'; write a percentage such as '+5%' (allow 5 % more) or '-10%' (demand 10 % less)"
+        )
+    return 1 + float(found[1]) / 100
+
+
+def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]]:
+    """Return the arms at a path: of a results.json, of the report in a folder, or of records."""
+    given = Path(path)
+    file = given / "results.json" if (given / "results.json").is_file() else given
+    if file.suffix != ".json":
+        return results([path], metric=metric)["arms"]
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        arms = found["arms"]
+        if not isinstance(arms, dict):
+            raise TypeError("arms is not an object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{file} is not a results.json of greenvis: {error}") from error
+    if found.get("schema", 0) > SCHEMA:
+        raise BadInput(f"{file} has schema {found['schema']}; this greenvis reads up to {SCHEMA}: upgrade it")
+    return arms
+
+
+def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
+    both = [k for k in left if k in right]
+    if both:
+        return [(k, left[k], right[k]) for k in both]
+    if len(left) == len(right) == 1:
+        (k, x), (m, y) = *left.items(), *right.items()
+        return [(f"{k} → {m}", x, y)]
+    raise BadInput(
+        f"{a} and {b} share no arm: {sorted(left)[:6]} and {sorted(right)[:6]}; point at one arm's folder on each side"
+    )
+
+
+def _number(value: Any, part: str) -> float | None:
+    value = value.get(part) if isinstance(value, dict) else value
+    return value if isinstance(value, (int, float)) else None
+
+
+def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
+def _row(path: Path) -> dict[str, Any] | None:
+    run = quick(path)
+    if run is None:
+        return None
+    h = run.header
+    spent = price.run_energy(run)
+    pue = h.get("pue")
+    grams = price.carbon(spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0)
+    accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)
+    return {
+        "run": run.id, "name": str(h.get("name") or "run"), "arm": str(h.get("arm") or h.get("name") or "run"), "seed": h.get("seed", 0),
+        "rank": h.get("rank", 0), "status": run.status, "started_s": h.get("clock_s"), "accuracy": accuracy, "energy_j": spent.value,
+        "energy_low_j": spent.low, "energy_high_j": spent.high, "provenance": spent.provenance if spent.value is not None else None,
+        "carbon_g": grams.value, "wall_s": run.sum("wall_s"), "path": str(path),
+    }  # fmt: skip
+
+
+def quick(path: Path) -> Run | None:
+    """Read a record backwards for its totals, facts, end and last log: each phase's last sample holds its running totals.
+
+    The same numbers as `record.read`, without parsing what later lines replace. None where it is no record of a known schema.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return None
+    header = next((x for x in map(_parsed, lines) if x and x.get("type") == "header"), None)
+    if header is None or not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
+        return None
+    run = Run(path, header)
+    for raw in reversed(lines):
+        sample = _PHASE.match(raw)
+        if sample and sample[1].decode("utf-8", "replace") in run.totals:
+            continue
+        if raw.startswith(b'{"type":"log"') and run.logs:
+            continue
+        line = _parsed(raw)
+        if line:
+            _keep(run, line)
+    return run
+
+
+def _keep(run: Run, line: dict[str, Any]) -> None:
+    """Put a line into a run that is read backwards: what is there already came later and stays."""
+    kind = line.pop("type", None)
+    if kind == "sample" and isinstance(line.get("phase"), str):
+        numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k not in ("mono_s", "clock_s")}
+        run.totals[line["phase"]] = {**numbers, **run.totals.get(line["phase"], {})}
+    elif kind == "fact":
+        run.facts = {**line, **run.facts}
+    elif kind == "log" and not run.logs and "accuracy" in line:
+        run.logs.append(line)
+    elif kind == "end" and run.end is None:
+        run.end = line
+    elif kind == "component":  # a source that turned out otherwise replaces the header's
+        listed = run.header.get("components") or []
+        run.header["components"] = [{**c, **line} if c.get("name") == line.get("name") else c for c in listed]
+
+
+def _parsed(raw: bytes) -> dict[str, Any] | None:
+    try:
+        line = json.loads(raw) if raw else None
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
