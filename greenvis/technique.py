@@ -31,6 +31,10 @@ class Technique(BaseModel):
 
     Subclasses set `name`, `stage` and write `install`. `needs` and `breaks` are keys of `PROPERTIES` (or words of
     a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`.
+
+    For the contract (`greenvis.testing`): `examples` are arguments it tries; a callable among them is called with the host
+    model. `neutral` are those that make an example leave outputs unchanged: none where it does so when fresh, None where
+    nothing does. `nothing` are arguments that match nothing in any model, so that `install` must refuse.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
@@ -39,6 +43,9 @@ class Technique(BaseModel):
     stage: ClassVar[Stage]
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    neutral: ClassVar[Mapping[str, Any] | None] = {}
+    nothing: ClassVar[Mapping[str, Any] | None] = None
 
     def install(self, model: nn.Module) -> Installed:
         """Change `model` in place and return the live change.

@@ -1,12 +1,23 @@
-"""The contract every technique keeps, as a check plug-in authors can run."""
+"""The contract every technique keeps, as a check that authors of plug-ins can run: `check_technique(MyTechnique)`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, some
+from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.wrap import Wrapped, wrap
+
+TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -23,3 +34,301 @@ class Host:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             return self.builder().train()
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """Return images (4, channels, height, width) and labels (4,), always the same."""
+        generator = torch.Generator().manual_seed(1)
+        return torch.rand(4, *self.input_shape, generator=generator), torch.arange(4) % self.classes
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one technique, with one example of its arguments, does on one host."""
+
+    technique: str
+    arguments: str
+    host: str
+    outcome: Literal["works", "refuses", "fails"]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.technique} {self.arguments} on {self.host}: {self.outcome}" + (f": {self.reason}" if self.reason else "")
+
+
+class Broken(AssertionError):
+    """A point of the contract that does not hold."""
+
+
+def check_technique(
+    technique: type[Technique] | Technique,
+    hosts: Mapping[str, Host] | Iterable[Host] | None = None,
+    examples: Sequence[Mapping[str, Any]] | None = None,
+) -> list[Result]:
+    """Try a technique on every host, with each of its `examples` (or, for an instance, as it is), against the contract.
+
+    A pair "works", "refuses" (BadInput, the model unchanged) or "fails". hosts: by default three small models.
+    """
+    listed = default_hosts() if hosts is None else hosts.values() if isinstance(hosts, Mapping) else hosts
+    kind = technique if isinstance(technique, type) else type(technique)
+    if examples is None:
+        examples = kind.examples if isinstance(technique, type) else ({k: getattr(technique, k) for k in kind.model_fields},)
+    return [_try(kind, example, host) for host in listed for example in examples]
+
+
+def default_hosts() -> list[Host]:
+    """Return a vision transformer, a residual network and a plain convolutional network, all tiny."""
+    from timm.models.resnet import BasicBlock, ResNet
+    from timm.models.vision_transformer import VisionTransformer
+
+    def vit() -> nn.Module:
+        return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+
+    def resnet() -> nn.Module:
+        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 32), stem_width=8)  # type: ignore[arg-type]
+
+    def plain() -> nn.Module:
+        layers = [
+            nn.Conv2d(3, 8, 3, 2, 1),
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, 2, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+        ]
+        return nn.Sequential(*layers, nn.Linear(16, 5))
+
+    builders = {"vit": vit, "resnet": resnet, "plain": plain}
+    return [Host(name, build, (3, 32, 32), 5) for name, build in builders.items()]
+
+
+def _try(kind: type[Technique], example: Mapping[str, Any], host: Host) -> Result:
+    shown = str({k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in example.items()})
+    trial = _Trial(kind, example, host)
+    try:
+        trial.recipe_form()
+        trial.nothing_matches()
+        reason = trial.refusal()
+        if reason:
+            return Result(kind.name, shown, host.name, "refuses", reason)
+        trial.neutral()
+        trial.rollback()
+        trial.undo()
+        trial.training()
+        trial.resume()
+    except Broken as error:
+        return Result(kind.name, shown, host.name, "fails", str(error))
+    except Exception as error:  # whatever a technique raises is its failure, not the checker's
+        return Result(kind.name, shown, host.name, "fails", f"{type(error).__name__}: {error}")
+    return Result(kind.name, shown, host.name, "works")
+
+
+class _Trial:
+    """One technique, one example, one host; each method checks one point of the contract, raising `Broken`."""
+
+    def __init__(self, kind: type[Technique], example: Mapping[str, Any], host: Host) -> None:
+        self.kind, self.example, self.host = kind, example, host
+        self.x, self.y = host.batch()
+
+    def request(self, model: nn.Module, more: Mapping[str, Any] | None = None) -> Technique:
+        """Return the technique for a new host model."""
+        given = {**self.example, **(more or {})}
+        return self.kind(**{k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in given.items()})
+
+    def wrapped(self) -> Wrapped:
+        """Return a new host model with the technique live, the same each time."""
+        model = self.host.build()
+        torch.manual_seed(2)
+        return wrap(model, self.request(model))
+
+    def recipe_form(self) -> None:
+        """Written as a recipe and read again, a request is the same."""
+        request = self.request(self.host.build())
+        if self.kind.model_validate(request.model_dump()) != request:
+            raise Broken(f"{request!r} is not itself after model_dump and model_validate")
+        if not any(isinstance(v, nn.Module) for _, v in request):
+            form = json.loads(json.dumps(request.recipe_form()))
+            if self.kind(**form) != request:
+                raise Broken(f"its recipe form {form} does not give {request!r} back")
+
+    def nothing_matches(self) -> None:
+        """Targets that match nothing raise BadInput and change nothing."""
+        if self.kind.nothing is None:
+            return
+        model = self.host.build()
+        with self._unchanged(model, "a request that matches nothing"):
+            try:
+                wrap(model, self.request(model, self.kind.nothing))
+            except BadInput:
+                return
+            raise Broken(f"{dict(self.kind.nothing)} matches nothing, but no BadInput was raised")
+
+    def refusal(self) -> str:
+        """Return why the technique refuses the host, "" if it does not; a refusal changes nothing."""
+        model = self.host.build()
+        with self._unchanged(model, "a refusal"):
+            request = self.request(model)
+            try:
+                live = wrap(model, request)
+            except BadInput as error:
+                return str(error)
+            live.undo()
+        return ""
+
+    def neutral(self) -> None:
+        """Neutral settings leave outputs unchanged."""
+        if self.kind.neutral is None:
+            return
+        model = self.host.build()
+        before = self._outputs(model)
+        wrap(model, self.request(model, self.kind.neutral))
+        self._same(self._outputs(model), before, "a fresh, neutral install changes the outputs", TOLERANCE)
+
+    def rollback(self) -> None:
+        """An install that fails later takes this one back."""
+        model = self.host.build()
+        with self._unchanged(model, "a later technique's failing install"):
+            try:
+                wrap(model, [self.request(model), _Faulty()])
+            except BadInput:
+                return
+            raise Broken("the failing technique behind it was swallowed")
+
+    def undo(self) -> None:
+        """Undo is bit-exact: at once, and after two training steps and eval()."""
+        for steps in (0, 2):
+            model = self.host.build()
+            with self._unchanged(model, f"undo after {steps} steps"):
+                live = wrap(model, self.request(model))
+                if steps:
+                    self._train(live, self._optimizer(live), range(steps))
+                    model.eval()
+                live.undo()
+
+    def training(self) -> None:
+        """Every declared trainable gets a gradient, steps stay finite, a delta loads into a new model, and merge equals."""
+        live = self.wrapped()
+        declared = {n for i in live.installed for n in i.trainable}
+        self._loss(live).backward()
+        named = dict(live.model.named_parameters(remove_duplicate=False))
+        without = [n for n in sorted(declared) if named[n].grad is None]
+        if without:
+            raise Broken(f"declared trainable, but without a gradient: {some(without)}")
+        frozen = [n for n, p in named.items() if p.grad is not None and not p.requires_grad]
+        if frozen:
+            raise Broken(f"frozen, but with a gradient: {some(frozen)}")
+        live.model.zero_grad(set_to_none=True)
+        self._train(live, self._optimizer(live), range(2))
+        after = self._outputs(live.model)
+        broken = [n for n, p in live.model.named_parameters() if not p.isfinite().all()]
+        if broken or not after.isfinite().all():
+            raise Broken(f"not finite after two steps: {some(broken) or 'the outputs'}")
+        with tempfile.TemporaryDirectory() as folder:
+            live.save(folder)
+            again = self.wrapped()
+            again.load(folder)
+        self._same(self._outputs(again.model), after, "a delta loaded into a new model changes the outputs", TOLERANCE)
+        if any(i.unmergeable for i in live.installed):
+            return
+        keys = list(self.host.build().state_dict())
+        merged = live.merge()
+        self._same(self._outputs(merged), after, "the merged model differs from the wrapped one", TOLERANCE)
+        if list(merged.state_dict()) != keys:
+            raise Broken(f"the merged model has other keys: {some(set(merged.state_dict()) ^ set(keys))}")
+
+    def resume(self) -> None:
+        """Two steps, everything saved and loaded, two more: as four steps without a break."""
+        whole = self.wrapped()
+        self._train(whole, self._optimizer(whole), range(4))
+        first = self.wrapped()
+        optimizer = self._optimizer(first)
+        self._train(first, optimizer, range(2))
+        second = self.wrapped()
+        second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
+        continued = self._optimizer(second)
+        continued.load_state_dict(optimizer.state_dict())
+        self._train(second, continued, range(2, 4))
+        self._same(self._outputs(second.model), self._outputs(whole.model), "a resumed run differs from a whole one", 1e-6)
+
+    # -- means --------------------------------------------------------------------------------------------------------
+
+    def _loss(self, live: Wrapped) -> Tensor:
+        x, y = live.batch(self.x, self.y)
+        live.model.train()
+        if live.pretext:
+            loss = live.loss(x, y, None)
+        else:
+            logits = logits_of(live.model(x))
+            loss = live.criterion(F.cross_entropy)(logits, y) + live.loss(x, y, logits)
+        if not loss.requires_grad:
+            raise Broken("nothing trainable reaches the loss: it is without a gradient")
+        return loss
+
+    def _optimizer(self, live: Wrapped) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(live.param_groups(1e-3))
+
+    def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)
+            loss = self._loss(live)
+            if not loss.isfinite():
+                raise Broken(f"the loss of step {step} is {loss.item()}")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            live.step_end()
+        live.epoch_end()
+
+    def _outputs(self, model: nn.Module) -> Tensor:
+        modes = [(m, m.training) for m in model.modules()]
+        model.eval()
+        with torch.no_grad():
+            out = logits_of(model(self.x)).detach().clone()
+        for module, training in modes:
+            module.training = training
+        return out
+
+    def _same(self, a: Tensor, b: Tensor, what: str, tolerance: float) -> None:
+        if a.shape != b.shape:
+            raise Broken(f"{what}: shape {tuple(a.shape)} for {tuple(b.shape)}")
+        error = (a - b).abs().max().item()
+        if not error <= tolerance * max(1.0, b.abs().max().item()):
+            raise Broken(f"{what} by {error:.2e} (at most {tolerance:.0e})")
+
+    @contextmanager
+    def _unchanged(self, model: nn.Module, what: str) -> Iterator[None]:
+        outputs, before = self._outputs(model), _marks(model)
+        values = {n: t.detach().clone() for n, t in model.state_dict().items()}
+        yield
+        for name, mark in _marks(model).items():
+            if mark != before[name]:
+                raise Broken(f"{what} leaves other {name} behind")
+        now = model.state_dict()
+        if list(now) != list(values) or any(not torch.equal(now[n], t) for n, t in values.items()):
+            raise Broken(f"{what} leaves other values behind")
+        if not torch.equal(self._outputs(model), outputs):
+            raise Broken(f"{what} leaves other outputs behind")
+
+
+def _marks(model: nn.Module) -> dict[str, Any]:
+    """Return all but values that undo must give back, by what it is."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    return {
+        "modules": {n: id(m) for n, m in modules.items()},
+        "classes": {n: type(m) for n, m in modules.items()},
+        "modes": {n: m.training for n, m in modules.items()},
+        "hooks": {n: [list(getattr(m, h)) for h in hooks] for n, m in modules.items()},
+        "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
+        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)},
+        "buffers": {n: id(b) for n, b in model.named_buffers(remove_duplicate=False)},
+    }
+
+
+class _Faulty(Technique):
+    """Refuses every model, so that the roll-back of those before it can be seen."""
+
+    name: ClassVar[str] = "faulty"
+    stage: ClassVar[Stage] = "objective"
+
+    def install(self, model: nn.Module) -> Installed:
+        raise BadInput("refused on purpose")

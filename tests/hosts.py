@@ -71,14 +71,15 @@ def _timm_efficientnet_lite() -> nn.Module:
     from timm.models.efficientnet import _gen_efficientnet_lite
 
     return _gen_efficientnet_lite(
-        "tf_efficientnet_lite0", channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same", num_classes=CLASSES
-    )
+        "tf_efficientnet_lite0", channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same", num_classes=CLASSES,
+        pretrained_cfg_overlay={"input_size": (3, 64, 64)},
+    )  # fmt: skip
 
 
 def _timm_mobilevit() -> nn.Module:
     import timm
 
-    return timm.create_model("mobilevit_xxs", num_classes=CLASSES)
+    return timm.create_model("mobilevit_xxs", num_classes=CLASSES, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
 
 
 def _torchvision_vit() -> nn.Module:

@@ -1,0 +1,88 @@
+"""Every technique greenvis registers, on every host: works, or refuses with a reason. Never fails."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hosts import HOSTS
+from torch import Tensor, nn
+
+from greenvis import registry
+from greenvis.technique import Installed, Stage, Technique
+from greenvis.testing import Result, check_technique
+
+# technique: on how many hosts at least one of its examples works
+WORKS = {"distill": 20, "lora": 20}
+EXAMPLES = {"distill": [{"teacher": copy.deepcopy, "temperature": 2.0}]}  # a teacher for each host
+
+
+@pytest.mark.parametrize("name", sorted(WORKS))
+def test_contract(name: str) -> None:
+    results = check_technique(registry.find(name), HOSTS, EXAMPLES.get(name))
+    assert not [str(r) for r in results if r.outcome == "fails"]
+    assert all(len(r.reason) > 20 for r in results if r.outcome == "refuses")
+    assert len({r.host for r in results if r.outcome == "works"}) >= WORKS[name]
+
+
+def test_every_own_technique_is_under_contract() -> None:
+    assert set(registry._own()) <= set(WORKS)
+
+
+class _Scale(Technique):
+    """A technique that breaks whichever point it is told to."""
+
+    name: ClassVar[str] = "scale"
+    stage: ClassVar[Stage] = "weights"
+    broken: str = ""
+
+    def install(self, model: nn.Module) -> Installed:
+        last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
+        last.register_parameter("scale", nn.Parameter(torch.ones(()) * (2 if self.broken == "neutral" else 1)))
+        if self.broken != "gradient":
+            last.register_forward_hook(lambda m, i, o: o * m.scale)
+        names = tuple(n for n, _ in model.named_parameters() if n.endswith("scale"))
+        return _Scaled(self.broken, last, names)
+
+
+class _Scaled(Installed):
+    def __init__(self, broken: str, layer: nn.Linear, names: tuple[str, ...]) -> None:
+        super().__init__(names, freezes=True)
+        self.broken, self.layer, self.steps = broken, layer, 0
+        self.scale = layer.scale
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        if self.broken == "finite":
+            return {"scale": self.scale * float("nan")}
+        return {"scale": self.scale * self.steps} if self.broken == "resume" else {}
+
+    def step_end(self) -> None:
+        self.steps += 1
+
+    def merge(self) -> None:
+        if self.broken != "merge":
+            with torch.no_grad():
+                self.layer.weight.mul_(self.scale)
+                self.layer.bias.mul_(self.scale)
+
+
+@pytest.mark.parametrize(
+    ("broken", "says"),
+    [
+        ("", ""),
+        ("neutral", "a fresh, neutral install changes the outputs"),
+        ("gradient", "without a gradient"),
+        ("finite", "the loss of step 0 is nan"),
+        ("merge", "the merged model differs"),
+        ("resume", "a resumed run differs"),
+    ],
+)
+def test_the_contract_sees_what_is_broken(broken: str, says: str) -> None:
+    results: list[Result] = check_technique(_Scale(broken=broken))
+    assert len(results) == 3
+    for result in results:
+        assert result.outcome == ("fails" if says else "works"), str(result)
+        assert says in result.reason
