@@ -6,6 +6,7 @@ Everything here returns plain rows: printing is the command line's.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Iterable
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis import price
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, nearest, some
 from greenvis.record import SCHEMA, Run
 from greenvis.report import results, stats
 from greenvis.report.groups import record_files
@@ -24,6 +25,7 @@ COMPARED = (
     "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j", "wall_s", "train_flops", "macs", "params",
     "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb",
 )  # fmt: skip
+MOMENTS = ("mono_s", "clock_s")
 _PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
 
@@ -53,10 +55,11 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = 
     """
     left, right = _side(a, metric), _side(b, metric)
     rows = []
-    for label, x, y in _matched(a, b, left, right):
-        values: list[tuple[str, Any, Any]] = [(metric, *(_number(r.get(metric), "mean") for r in (x, y)))]
+    for m, n in _matched(a, b, left, right).items():
+        x, y, label = left[m], right[n], m if m == n else f"{m} → {n}"
+        values = [(metric, _number(x.get(metric), "mean"), _number(y.get(metric), "mean"))]
         values += [(k, _number(x.get(k), "value"), _number(y.get(k), "value")) for k in COMPARED]
-        values.append(("latency_p50_ms", *(_number(r.get("latency_ms"), "p50") for r in (x, y))))
+        values.append(("latency_p50_ms", _number(x.get("latency_ms"), "p50"), _number(y.get("latency_ms"), "p50")))
         for quantity, u, v in values:
             if u is not None or v is not None:
                 ratio = v / u if u and v is not None else None
@@ -72,18 +75,21 @@ def diff(
 
     a, b: records, folders of them or results.json files (a committed report is a good `a`). max_energy: "+5%" allows
     5 % more, "-10%" demands 10 % less. Rows: {"arm", "a_j", "b_j", "ratio", "low", "high", "limit", "ok", "why"}; the ratio
-    is paired by seed where both have the seeds. An arm that is missing or unfinished in `b` is not ok.
+    is paired by seed where both have the seeds. An arm that is missing or unfinished in `b` is not ok;
+    one that is unfinished in `a` is left out.
     """
     limit = _limit(max_energy)
     left, right = _side(a, metric), _side(b, metric)
-    pairs = {label: (x, y) for label, x, y in _matched(a, b, left, right)}
+    pairs = _matched(a, b, left, right)
     rows = []
     for label, x in left.items():
-        y = pairs.get(label, (x, None))[1] or pairs.get(f"{label} → {next(iter(right))}", (x, None))[1]
+        if x["train_energy_j"]["value"] is None:
+            continue
+        y = right[pairs[label]] if label in pairs else None
         u = x["train_energy_j"]["value"]
         v = y["train_energy_j"]["value"] if y else None
         r = _ratio(x, y) if y else None
-        why = "" if r else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy on both sides")
+        why = "" if r else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy")
         ok = r is not None and r["ratio"] <= limit * (1 + 1e-12)
         if r and not ok:
             why = f"{(r['ratio'] - 1) * 100:+.1f} % is over {(limit - 1) * 100:+.1f} %"
@@ -103,9 +109,7 @@ def _ratio(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any] | None:
 def _limit(text: str) -> float:
     found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", str(text))
     if not found:
-        raise BadInput(
-            f"max_energy is '{text}'; write a percentage such as '+5%' (allow 5 % more) or '-10%' (demand 10 % less)"
-        )
+        raise BadInput(f"max_energy is '{text}'; write a percentage: '+5%' allows 5 % more, '-10%' demands 10 % less")
     return 1 + float(found[1]) / 100
 
 
@@ -127,15 +131,15 @@ def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]
     return arms
 
 
-def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    both = [k for k in left if k in right]
+def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> dict[str, str]:
+    """Return which arm of the right goes with which of the left: those of one name, or the only one on each side."""
+    both = {k: k for k in left if k in right}
     if both:
-        return [(k, left[k], right[k]) for k in both]
+        return both
     if len(left) == len(right) == 1:
-        (k, x), (m, y) = *left.items(), *right.items()
-        return [(f"{k} → {m}", x, y)]
+        return dict(zip(left, right, strict=True))
     raise BadInput(
-        f"{a} and {b} share no arm: {sorted(left)[:6]} and {sorted(right)[:6]}; point at one arm's folder on each side"
+        f"{a} has arms {some(left)} and {b} has {some(right)}: none in common; point at one arm's folder on each side"
     )
 
 
@@ -158,11 +162,22 @@ def _row(path: Path) -> dict[str, Any] | None:
     grams = price.carbon(spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0)
     accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)
     return {
-        "run": run.id, "name": str(h.get("name") or "run"), "arm": str(h.get("arm") or h.get("name") or "run"), "seed": h.get("seed", 0),
-        "rank": h.get("rank", 0), "status": run.status, "started_s": h.get("clock_s"), "accuracy": accuracy, "energy_j": spent.value,
-        "energy_low_j": spent.low, "energy_high_j": spent.high, "provenance": spent.provenance if spent.value is not None else None,
-        "carbon_g": grams.value, "wall_s": run.sum("wall_s"), "path": str(path),
-    }  # fmt: skip
+        "run": run.id,
+        "name": str(h.get("name") or "run"),
+        "arm": str(h.get("arm") or h.get("name") or "run"),
+        "seed": h.get("seed", 0),
+        "rank": h.get("rank", 0),
+        "status": run.status,
+        "started_s": h.get("clock_s"),
+        "accuracy": accuracy,
+        "energy_j": spent.value,
+        "energy_low_j": spent.low,
+        "energy_high_j": spent.high,
+        "provenance": spent.provenance if spent.value is not None else None,
+        "carbon_g": grams.value,
+        "wall_s": run.sum("wall_s"),
+        "path": str(path),
+    }
 
 
 def quick(path: Path) -> Run | None:
@@ -194,7 +209,9 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
     """Put a line into a run that is read backwards: what is there already came later and stays."""
     kind = line.pop("type", None)
     if kind == "sample" and isinstance(line.get("phase"), str):
-        numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and k not in ("mono_s", "clock_s")}
+        numbers = {
+            k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v) and k not in MOMENTS
+        }
         run.totals[line["phase"]] = {**numbers, **run.totals.get(line["phase"], {})}
     elif kind == "fact":
         run.facts = {**line, **run.facts}
