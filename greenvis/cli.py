@@ -210,7 +210,7 @@ def _schema(args: Any) -> Answer:
 def _inspect(args: Any) -> Answer:
     from greenvis import views
 
-    rows = views.describe(views.view(_model(args)))
+    rows = [{"part": part, "found": found} for part, found in views.describe(views.view(_model(args)))]
     return rows, lambda: _print_rows(rows, args.model)
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,40 +15,16 @@ import torch
 from torch import nn
 
 from greenvis import data, models, price, record, train
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.jobs import DONE_FILE, WEIGHTS_FILE, Job, Jobs, located
+from greenvis.meters import memory
 from greenvis.meters.measure import measure
 from greenvis.meters.track import Tracker, track
-from greenvis.recipe import Arm, Recipe, load_recipe
+from greenvis.recipe import Recipe, load_recipe
 from greenvis.technique import Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
 
-UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
-DONE_FILE, WEIGHTS_FILE, CHECKPOINT_FILE = "done.json", "model.safetensors", "checkpoint.pt"
-
-
-@dataclass(frozen=True)
-class Job:
-    """One arm with one seed: the unit that is trained, skipped or resumed."""
-
-    recipe: Recipe
-    arm: Arm
-    seed: int
-    folder: Path
-    inputs: str
-    uses: dict[str, Job]  # by reference, "run:NAME"
-
-    @property
-    def name(self) -> str:
-        """How reports call it."""
-        return f"{self.recipe.name}/{self.arm.name}"
-
-    def done(self) -> dict[str, Any] | None:
-        """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
-        try:
-            left = json.loads((self.folder / DONE_FILE).read_text())
-        except (OSError, ValueError):
-            return None
-        return left if left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists() else None
+CHECKPOINT_FILE = "checkpoint.pt"
 
 
 def run(
@@ -81,29 +55,19 @@ def run(
 
 
 class Session:
-    """What the jobs of one call share: loaded data, checked recipes, and how to say what goes on."""
+    """Checks and runs the jobs of one call."""
 
     def __init__(self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None]) -> None:
         self.runs, self.trust, self.command, self.say = runs, trust, list(command), say
-        self._data: dict[str, data.Data] = {}
-        self._recipes: dict[Path, Recipe] = {}
-        self._jobs: dict[tuple[str, str, int], Job] = {}
+        self.jobs = Jobs(runs)
         self._checked: set[tuple[str, str]] = set()
 
     def plan(self, recipe: Recipe) -> list[Job]:
         """Return the recipe's jobs with those they build on before them, all checked. Seeds interleave the arms."""
-        self._recipes[recipe.path.resolve()] = recipe
-        arms = {name: recipe.arm(name) for name in recipe.arms}
-        seeds = dict.fromkeys(seed for arm in arms.values() for seed in arm.train.seeds)
-        ordered: dict[int, Job] = {}
-        for seed in seeds:
-            for arm in arms.values():
-                if seed in arm.train.seeds:
-                    for job in _with_needs(self._job(recipe, arm, seed, ())):
-                        ordered[id(job)] = job
-        for job in ordered.values():
+        jobs = self.jobs.of(recipe)
+        for job in jobs:
             self._check(job)
-        return list(ordered.values())
+        return jobs
 
     def finish(self, job: Job) -> None:
         """Run a job unless it is done."""
@@ -114,59 +78,7 @@ class Session:
         with train.threads(job.arm.train.threads):
             self._train(job)
 
-    def images(self, recipe: Recipe) -> data.Data:
-        """Return the recipe's data, loaded once."""
-        spec = recipe.data.model_dump()
-        key = json.dumps([spec, str(recipe.folder.resolve())])
-        if key not in self._data:
-            self._data[key] = _located(recipe.where("data", "name"), data.load, **spec, folder=recipe.folder)
-        return self._data[key]
-
     # -- before anything is written -----------------------------------------------------------------------------------
-
-    def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:
-        name = f"{recipe.name}/{arm.name}"
-        if name in above:
-            raise BadInput(
-                f"{recipe.where('arms', arm.name)}: arms build on each other in a circle: {' -> '.join((*above, name))}"
-            )
-        key = (str(recipe.path.resolve()), arm.name, seed)
-        if key not in self._jobs:
-            uses = {ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()}
-            inputs = {
-                "data": self.images(recipe).facts(),
-                "model": arm.model.model_dump(),
-                "train": arm.train.model_dump(exclude=UNHASHED),
-                "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
-                "seed": seed,
-                "uses": {ref: used.inputs for ref, used in uses.items()},
-            }
-            digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
-            folder = self.runs / recipe.name / arm.name / f"seed{seed}"
-            self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
-        return self._jobs[key]
-
-    def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
-        """Return the job that "run:NAME" means: an arm of this recipe, or of the recipe NAME.yaml beside it ("NAME/ARM")."""
-        wanted = ref.removeprefix("run:")
-        if wanted in recipe.arms:
-            other, name = recipe, wanted
-        else:
-            stem, _, name = wanted.partition("/")
-            path = recipe.folder / f"{stem}.yaml"
-            if not path.is_file():
-                raise BadInput(
-                    f"{recipe.where('arms', arm.name)}: '{ref}' is neither an arm of this recipe nor a recipe {path}"
-                    f"{nearest(wanted, [*recipe.arms, *(p.stem for p in recipe.folder.glob('*.yaml'))])}"
-                )
-            other = self._recipes.setdefault(path.resolve(), load_recipe(path))
-            name = name or other.baseline
-            if name not in other.arms:
-                raise BadInput(
-                    f"{recipe.where('arms', arm.name)}: recipe {path} has no arm '{name}'{nearest(name, other.arms)}"
-                )
-        its = other.arm(name)
-        return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
 
     def _check(self, job: Job) -> None:
         """Build and wrap the arm once and show it two images, so that what cannot work fails before anything is written."""
@@ -176,9 +88,9 @@ class Session:
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
         model = self._build(job, weights=False)
-        images = self.images(job.recipe)
+        images = self.jobs.images(job.recipe)
         ready = [t for t in job.arm.techniques if not t.runs()]
-        live = _located(where, wrap, model, ready)
+        live = located(where, wrap, model, ready)
         x = next(iter(data.batches(images.test, 2)))[0]
         shape = "×".join(str(n) for n in x.shape[1:])
         try:
@@ -199,32 +111,38 @@ class Session:
 
     def _build(self, job: Job, weights: bool = True) -> nn.Module:
         """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
-        spec, images = job.arm.model, self.images(job.recipe)
-        options = spec.options
-        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf"):
-            options = {"num_classes": len(images.classes), "in_chans": images.in_chans, **options}
+        spec, options = job.arm.model, self._options(job)
         torch.manual_seed(job.seed)
         where = (
             job.recipe.where("arms", job.arm.name, "model")
             if job.recipe.arms[job.arm.name].model
             else job.recipe.where("model", "ref")
         )
-        model = _located(where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options)
+        model = located(where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options)
         if weights and spec.init:
             used = job.uses.get(spec.init)
             path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
-            _located(where, models.load_weights, model, path, head="replace")
+            located(where, models.load_weights, model, path, head="replace")
         return model
+
+    def _options(self, job: Job) -> dict[str, Any]:
+        """Return the model's options; of a library's model, classes and channels follow the data unless they are given."""
+        spec, images = job.arm.model, self.jobs.images(job.recipe)
+        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf"):
+            return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
+        return spec.options
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def _train(self, job: Job) -> None:
-        spec, images = job.arm.train, self.images(job.recipe)
+        spec, images = job.arm.train, self.jobs.images(job.recipe)
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
+        memory.reset_peak()
         with self._tracker(job) as tracker:
             with tracker.phase("setup"):
                 live = self._wrap(job)
+            tracker.live = live
             live.meter(tracker)
             self._facts(job, live, tracker)
             progress = train.fit(
@@ -240,15 +158,19 @@ class Session:
                 checkpoint=checkpoint,
             )
             delta = live.state_dict()
-            tracker.fact(accuracy=progress.accuracy, epochs=progress.epoch, delta_bytes=sum(t.nbytes for t in delta.values()))
+            tracker.fact(
+                accuracy=progress.accuracy,
+                epochs=progress.epoch,
+                delta_bytes=sum(t.nbytes for t in delta.values()),
+                peak_memory_mb=memory.peak_mb(),
+            )
             model = self._fold(job, live)
             with tracker.phase("measure"):
                 x = next(iter(data.batches(images.test, 64)))[0]
                 tracker.fact(**measure(model, x, tracker))
-        options = {**job.arm.model.options, "num_classes": len(images.classes), "in_chans": images.in_chans}
-        models.save(
-            model, job.folder / WEIGHTS_FILE, ref=job.arm.model.ref, options=options, card={"run": tracker.id, "arm": job.name}
-        )
+        card = {"run": tracker.id, "arm": job.name}
+        place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
+        models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
         _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
         checkpoint.unlink(missing_ok=True)
 
@@ -272,14 +194,16 @@ class Session:
         """Put the trained model in the place of each "run:NAME"."""
         found = {}
         for field, ref in technique.runs().items():
-            found[field] = models.build(f"file:{(job.uses[ref].folder / WEIGHTS_FILE).resolve()}", trust=self.trust)
+            used = job.uses[ref]
+            file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
+            found[field] = models.build(file, trust=self.trust, folder=used.recipe.folder)
         return technique.model_copy(update=found)
 
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
         learning = sum(p.numel() for p in live.trainable.values())
         tracker.fact(
             model={"ref": job.arm.model.ref, "options": job.arm.model.options, "init": job.arm.model.init},
-            data=self.images(job.recipe).facts(),
+            data=self.jobs.images(job.recipe).facts(),
             techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
             train=job.arm.train.model_dump(),
             trainable_params=learning,
@@ -301,20 +225,6 @@ class Session:
         """Return the model as it will be served: merged where that is possible."""
         blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
         return live.model.eval() if blocked else live.merge().eval()
-
-
-def _with_needs(job: Job) -> Iterator[Job]:
-    for used in job.uses.values():
-        yield from _with_needs(used)
-    yield job
-
-
-def _located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call, and put "file:line" before a BadInput."""
-    try:
-        return call(*args, **kwargs)
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from error
 
 
 def _forget(job: Job) -> None:

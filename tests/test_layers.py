@@ -34,8 +34,10 @@ ALLOWED: dict[str, set[str]] = {
     "report": BELOW_REPORT,
     "train": {"technique", "wrap", "recipe", "record", "price", "meters"},
     "testing": {"technique", "wrap", "recipe", "registry", "train", "surgery", "views"},
-    "experiment": ENGINE,
+    "jobs": {"data", "recipe", "technique"},
+    "experiment": ENGINE | {"jobs"},
     "bench": ENGINE | {"experiment", "testing"},
+    "__main__": {"cli"},
     "cli": ENGINE | {"experiment", "report", "bench"},
 }
 # files that belong to one unit: split only to keep each short

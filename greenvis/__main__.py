@@ -1,0 +1,7 @@
+"""`python -m greenvis` is `greenvis`."""
+
+import sys
+
+from greenvis.cli import main
+
+sys.exit(main())

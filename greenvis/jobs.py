@@ -1,0 +1,128 @@
+"""What a recipe means in work: one job an arm and seed, what each builds on, and what it leaves when done."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from greenvis import data
+from greenvis.errors import BadInput, nearest
+from greenvis.recipe import Arm, Recipe, load_recipe
+
+UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
+DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: the unit that is trained, skipped or resumed."""
+
+    recipe: Recipe
+    arm: Arm
+    seed: int
+    folder: Path
+    inputs: str
+    uses: dict[str, Job]  # by reference, "run:NAME"
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return f"{self.recipe.name}/{self.arm.name}"
+
+    def done(self) -> dict[str, Any] | None:
+        """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
+        try:
+            left = json.loads((self.folder / DONE_FILE).read_text())
+        except (OSError, ValueError):
+            return None
+        return left if left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists() else None
+
+
+class Jobs:
+    """The jobs of one call: recipes read once, data loaded once."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self._data: dict[str, data.Data] = {}
+        self._recipes: dict[Path, Recipe] = {}
+        self._jobs: dict[tuple[str, str, int], Job] = {}
+
+    def of(self, recipe: Recipe) -> list[Job]:
+        """Return the recipe's jobs, each after those it builds on. Seeds interleave the arms. Raises BadInput."""
+        self._recipes[recipe.path.resolve()] = recipe
+        arms = [recipe.arm(name) for name in recipe.arms]
+        ordered: dict[int, Job] = {}
+        for seed in dict.fromkeys(seed for arm in arms for seed in arm.train.seeds):
+            for arm in arms:
+                if seed in arm.train.seeds:
+                    ordered.update((id(job), job) for job in _with_needs(self._job(recipe, arm, seed, ())))
+        return list(ordered.values())
+
+    def images(self, recipe: Recipe) -> data.Data:
+        """Return the recipe's data, loaded once."""
+        spec = recipe.data.model_dump()
+        key = json.dumps([spec, str(recipe.folder.resolve())])
+        if key not in self._data:
+            self._data[key] = located(recipe.where("data", "name"), data.load, **spec, folder=recipe.folder)
+        return self._data[key]
+
+    def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:
+        name = f"{recipe.name}/{arm.name}"
+        if name in above:
+            raise BadInput(
+                f"{recipe.where('arms', arm.name)}: arms build on each other in a circle: {' -> '.join((*above, name))}"
+            )
+        key = (str(recipe.path.resolve()), arm.name, seed)
+        if key not in self._jobs:
+            uses = {ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()}
+            inputs = {
+                "data": self.images(recipe).facts(),
+                "model": arm.model.model_dump(),
+                "train": arm.train.model_dump(exclude=UNHASHED),
+                "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
+                "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
+            }
+            digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
+            folder = self.runs / recipe.name / arm.name / f"seed{seed}"
+            self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
+        return self._jobs[key]
+
+    def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
+        """Return the job that "run:NAME" means: an arm of this recipe, or of the recipe NAME.yaml beside it ("NAME/ARM")."""
+        wanted = ref.removeprefix("run:")
+        if wanted in recipe.arms:
+            other, name = recipe, wanted
+        else:
+            stem, _, name = wanted.partition("/")
+            path = recipe.folder / f"{stem}.yaml"
+            if not path.is_file():
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: '{ref}' is neither an arm of this recipe nor a recipe {path}"
+                    f"{nearest(wanted, [*recipe.arms, *(p.stem for p in recipe.folder.glob('*.yaml'))])}"
+                )
+            other = self._recipes.setdefault(path.resolve(), load_recipe(path))
+            name = name or other.baseline
+            if name not in other.arms:
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: recipe {path} has no arm '{name}'{nearest(name, other.arms)}"
+                )
+        its = other.arm(name)
+        return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
+
+
+def _with_needs(job: Job) -> Iterator[Job]:
+    for used in job.uses.values():
+        yield from _with_needs(used)
+    yield job
+
+
+def located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and put "file:line" before a BadInput."""
+    try:
+        return call(*args, **kwargs)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error

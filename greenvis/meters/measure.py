@@ -1,0 +1,56 @@
+"""What a finished model costs to serve, as facts for its run record."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.meters import flops, speed
+from greenvis.meters.track import Tracker
+
+LOOK_S = 0.5  # seconds of inference for latency, and again for throughput and the energy of one image
+
+
+def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
+    """Return MACs, parameters, latency, throughput and energy of one image (joules).
+
+    x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
+    """
+    count = flops.count(model, x[:1])
+    single = speed.latency(model, x[:1], seconds=LOOK_S)
+    return {
+        "macs": count.macs,
+        "flops_counters": count.counters,
+        "flops_unhandled": count.unhandled,
+        "params": sum(p.numel() for p in model.parameters()),
+        "latency_ms": {"p50": single["p50"], "p95": single["p95"], "batch_size": 1},
+        **_serve(model, x, run),
+    }
+
+
+def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
+    """Serve batches for a while; return images per second and the energy of one image by the run's own meter."""
+    model.eval()
+    with torch.inference_mode(), run.phase("serve"):
+        model(x)
+        before, started, images = run.energy(), time.perf_counter(), 0
+        while images == 0 or time.perf_counter() - started < LOOK_S:
+            model(x)
+            images += len(x)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        seconds, after = time.perf_counter() - started, run.energy()
+        run.add(samples=images)
+    out: dict[str, Any] = {"images_per_s": images / seconds}
+    if before.value is not None and after.value is not None:
+        out["inference_energy_j"] = {
+            "value": (after.value - before.value) / images,
+            "low": ((after.low or 0.0) - (before.low or 0.0)) / images,
+            "high": ((after.high or 0.0) - (before.high or 0.0)) / images,
+            "provenance": after.provenance,
+            "batch_size": len(x),
+        }
+    return out
