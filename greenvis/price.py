@@ -8,10 +8,11 @@ Bands within a host are fully correlated: bounds add, they are never combined in
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from greenvis.record import Reading, Run
+from greenvis.record import Provenance, Reading, Run
 
 MODEL = "linear-1"  # name and version of the pricing model
 JOULES_PER_KWH = 3.6e6
@@ -43,14 +44,14 @@ def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
     there = [r for r in listed if r.value is not None]
     if not there:
         return Reading(name, None, reason="; ".join(dict.fromkeys(r.reason for r in listed if r.reason)) or "not observed")
-    order = ("measured", "estimated", "constant")
+    order: tuple[Provenance, ...] = ("measured", "estimated", "constant")
     return Reading(
         name,
         math.fsum(r.value or 0.0 for r in there),
         math.fsum((r.value if r.low is None else r.low) or 0.0 for r in there),
         math.fsum((r.value if r.high is None else r.high) or 0.0 for r in there),
         method=" + ".join(dict.fromkeys(r.method for r in there if r.method)),
-        provenance=max((r.provenance for r in there), key=order.index),
+        provenance=order[max(order.index(r.provenance) for r in there)],
         reason="; ".join(dict.fromkeys(r.reason for r in listed if r.value is None and r.reason)),
     )
 
@@ -65,6 +66,60 @@ def run_energy(run: Run, phase: str | None = None) -> Reading:
 def phases(run: Run) -> dict[str, dict[str, Reading]]:
     """Return energy by phase and component. Phases are disjoint: their sum is the run."""
     return {p: energy(t, run.header.get("components") or []) for p, t in run.totals.items()}
+
+
+@dataclass(frozen=True)
+class Merged:
+    """The ranks of one run as one: totals by phase, energy by phase and component (joules), ranks without a record."""
+
+    totals: dict[str, dict[str, float]] = field(default_factory=dict)
+    energy: dict[str, dict[str, Reading]] = field(default_factory=dict)
+    missing_ranks: list[int] = field(default_factory=list)
+
+
+def merge(runs: Sequence[Run]) -> Merged:
+    """Merge the ranks of one run: what a machine's counter saw counts once per host, what a process used is summed.
+
+    Ranks run side by side: a phase's wall_s and steps are the longest rank's, not their sum.
+    """
+    out = Merged()
+    for run, components in zip(runs, charged(runs), strict=True):
+        for phase, totals in run.totals.items():
+            into = out.totals.setdefault(phase, {})
+            for quantity, value in totals.items():
+                side_by_side = quantity in ("wall_s", "steps", "steal_s")
+                into[quantity] = max(into.get(quantity, 0.0), value) if side_by_side else into.get(quantity, 0.0) + value
+            spent = out.energy.setdefault(phase, {})
+            for name, reading in energy(totals, components).items():
+                spent[name] = add([spent[name], reading]) if name in spent else reading
+    world = max([int(r.header.get("world_size") or 1) for r in runs] or [0])
+    out.missing_ranks.extend(sorted(set(range(world)) - {int(r.header.get("rank") or 0) for r in runs}))
+    return out
+
+
+def charged(runs: Sequence[Run]) -> list[list[Mapping[str, Any]]]:
+    """Return the components each rank is charged for: a machine's counter only on the rank of its host that saw most of it.
+
+    Counters are told apart by host, boot, component and devices: ranks that hold a GPU each are charged for their own.
+    """
+    best: dict[tuple[Any, ...], tuple[float, int]] = {}
+    for i, run in enumerate(runs):
+        for c in run.header.get("components") or []:
+            seen = run.sum(c.get("observation") or "") or 0.0
+            best[_counter(run, c)] = max(best.get(_counter(run, c), (-1.0, 0)), (seen, -i))
+    return [
+        [
+            c
+            for c in run.header.get("components") or []
+            if c.get("scope") != "machine" or best[_counter(run, c)][1] == -i
+        ]
+        for i, run in enumerate(runs)
+    ]  # fmt: skip
+
+
+def _counter(run: Run, component: Mapping[str, Any]) -> tuple[Any, ...]:
+    h = run.header
+    return h.get("host"), h.get("boot_id"), component.get("name"), tuple(component.get("devices") or ())
 
 
 def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) -> Reading:

@@ -1,19 +1,25 @@
 """The run record: one append-only file of JSON lines a process (rank), safe against kill -9. Standard library only.
 
-Line types (schema 1; units stand in the keys):
+Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic clock, clock_s the wall clock's Unix time):
 
-    header  who and where: run, name, arm, seed, rank, world_size, host, boot_id, pid, wall_s, versions, cpu, components,
-            pue, carbon_intensity, embodied, recipe, command, git
-    sample  phase, plus the phase's running totals so far: wall_s, cpu_s, ram_gb_s, gpu_j, cpu_j, steal_s, samples, flops
-            (whichever this run observes); `mono_s` and `clock_s` say when
-    log     values of the training at a moment (epoch, accuracy, loss), with `mono_s`
-    fact    what holds for the whole run (macs, params, latency_ms, data, …); later facts replace earlier ones
-    uses    another run this one builds on (role, name, runs, energy_j, carbon_g): shown beside, never added
-    note    a warning in words
-    end     status "done", "failed" or "stopped", with the reason
+    header     run, name, arm, seed, inputs, attempt: which run; rank, world_size, launch: which process of it;
+               host, boot_id, pid, clock_s, mono_s: where and when it began; nested_in: the run that counts this one, too;
+               versions, cpu, command, git; components [{name, source, scope "process" or "machine", observation (a
+               quantity below), coefficient {low, central, high, unit}, provenance, citation, reason, devices}]; pricing
+               (the model's version); pue; carbon_intensity {value (g/kWh), zone, year, source, assumed}; embodied.
+               Written again after the first second, so that damage to one line cannot cost the run.
+    component  one entry of components that turned out otherwise (a counter that stood still): replaces that name's
+    sample     phase ("" is none, "train/epoch3" lies in "train"), and that phase's running totals, without those below
+               it: wall_s, cpu_s (with children), ram_gb_s, cpu_j, dram_j, gpu_j, meter_j (counters), steal_s, steps,
+               samples, flops (whichever are observed); mono_s and clock_s say when
+    log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy, loss
+    fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones
+    uses       another run this one builds on: role, name, runs, energy_j {value, low, high, provenance}; never added
+    note       text: a warning in words
+    end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
 
 Totals are cumulative by phase, so a damaged line in the middle costs nothing and a kill costs at most the last sample.
-A record without an `end` line is a crashed run: it stays in all totals.
+A record without an `end` line is a crashed run: it stays in all totals. Line types a reader does not know are skipped.
 """
 
 from __future__ import annotations
@@ -155,29 +161,34 @@ def read(path: str | os.PathLike[str]) -> Run:
         raw = path.read_bytes()
     except OSError as error:
         raise BadInput(f"cannot read the record {path}: {error.strerror or error}") from error
-    run: Run | None = None
-    damaged = 0
+    lines, damaged = _lines(raw)
+    header = next((line for kind, line in lines if kind == "header" and isinstance(line.get("schema"), int)), None)
+    if header is None:
+        raise BadInput(f"{path} is not a greenvis record: no header line in it")
+    if header["schema"] > SCHEMA:
+        raise BadInput(f"{path} is a record of schema {header['schema']}; this greenvis reads up to {SCHEMA}: upgrade it")
+    run = Run(path, {k: v for k, v in header.items() if k != "type"})
+    run.damaged_lines = damaged + sum(not _take(run, kind, line) for kind, line in lines)
+    return run
+
+
+def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Return the lines that are a record's, with their types, and the number of those that are not."""
+    found, damaged = [], 0
     for text in raw.split(b"\n"):
         if not text.strip():
             continue
         try:
             line = json.loads(text)
             kind = line["type"]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             damaged += 1
             continue
-        if kind == "header" and run is None:
-            if not isinstance(line.get("schema"), int) or line["schema"] > SCHEMA:
-                raise BadInput(
-                    f"{path} is a record of schema {line.get('schema')}; this greenvis reads up to {SCHEMA}: upgrade it"
-                )
-            run = Run(path, line)
-        elif run is not None:
-            damaged += not _take(run, kind, line)
-    if run is None:
-        raise BadInput(f"{path} is not a greenvis record: no header line in it")
-    run.damaged_lines = damaged
-    return run
+        if isinstance(kind, str):
+            found.append((kind, line))
+        else:
+            damaged += 1
+    return found, damaged
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
@@ -198,17 +209,23 @@ def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
     if kind == "sample":
         if not isinstance(values.get("phase"), str):
             return False
-        numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        try:
+            numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+        except OverflowError:  # a whole number beyond all floats: noise
+            return False
         for moment in ("mono_s", "clock_s"):
             numbers.pop(moment, None)
-        run.totals.setdefault(values["phase"], {}).update(numbers)
+        run.totals[values["phase"]] = {**run.totals.get(values["phase"], {}), **numbers}
     elif kind == "log":
         # what had been observed so far, so that accuracy can be drawn over energy
-        run.logs.append({**values, "totals": {p: dict(t) for p, t in run.totals.items()}})
+        run.logs.append({**values, "totals": dict(run.totals)})
     elif kind == "fact":
         run.facts.update(values)
     elif kind == "uses":
         run.uses.append(values)
+    elif kind == "component":
+        known = run.header.get("components")
+        run.header["components"] = [values if c.get("name") == values.get("name") else c for c in known or []]
     elif kind == "note":
         run.notes.append(str(values.get("text", "")))
     elif kind == "end":

@@ -24,18 +24,24 @@ def ranks() -> tuple[int, int]:
 
 
 def run_id(name: str, turn: int) -> str:
-    """Return a new id that sorts by time; the same for all ranks which one launcher started on this host.
+    """Return a new id; the same for all ranks of one launch.
 
-    turn: how many runs this process tracked before; ranks do the same work, so it agrees among them.
+    turn: how many runs this process tracked before; ranks do the same work, so it agrees among them. A launcher that
+    names its launches (SLURM, torchrun --rdzv-id or --standalone) gives one id over all hosts; else it is one per host.
     """
     if ranks()[1] == 1:
         return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(4).hex()
     import hashlib
 
     parent = os.getppid()
-    key = (boot_id(), parent, _started(parent), os.environ.get("TORCHELASTIC_RESTART_COUNT"), launch(), name, turn)
-    at = time.strftime("%Y%m%d-", time.gmtime(_started(parent) or time.time()))
-    return at + "ranks-" + hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    unique = os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    where = (launch(),) if unique not in ("none", "") else (boot_id(), parent, _started(parent))
+    key = (where, os.environ.get("TORCHELASTIC_RESTART_COUNT"), name, turn)
+    return (
+        time.strftime("%Y%m%d-", time.gmtime(_started(parent) or None))
+        + "r"
+        + hashlib.sha256(repr(key).encode()).hexdigest()[:12]
+    )
 
 
 def launch() -> str:

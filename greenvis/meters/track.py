@@ -29,7 +29,7 @@ from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.phase import Phase, Whole
-from greenvis.record import SUFFIX, Reading, Writer
+from greenvis.record import SCHEMA, SUFFIX, Reading, Writer
 
 if TYPE_CHECKING:
     from greenvis.meters.step_flops import StepFlops
@@ -118,8 +118,13 @@ class Tracker:
         """Begin metering; `with` does it for you. The record exists when this returns."""
         if self._state != "new":
             raise GreenvisError(f"the run '{self.name}' was started already; a new track(…) makes a new run")
-        turn = _turns[self.name] = _turns.get(self.name, -1) + 1
-        self.id = headers.run_id(self.name, turn)
+        rank = headers.ranks()[0]
+        while True:  # ranks' ids follow from their launcher, which may have launched the same before
+            turn = _turns[self.name] = _turns.get(self.name, -1) + 1
+            self.id = headers.run_id(self.name, turn)
+            self.path = self._folder / f"{self.id}.rank{rank}{SUFFIX}"
+            if not self.path.exists():
+                break
         outer = next((t.id for t in reversed(endings.active()) if isinstance(t, Tracker)), None) or headers.outer_run()
         described = headers.describe()
         source = self._open_source()
@@ -127,7 +132,6 @@ class Tracker:
             "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id, "attempt": 1,
             "nested_in": outer, **described, "components": source.components, "pricing": price.MODEL, **self._header,
         }  # fmt: skip
-        self.path = self._folder / f"{self.id}.rank{described['rank']}{SUFFIX}"
         self._ledger = Ledger(source)
         self._writer = Writer(self.path, self.header)
         self._state = "running"
@@ -276,10 +280,14 @@ class Tracker:
             self._writer.line("sample", {"phase": phase, **totals, **when})
 
     def _sample(self) -> None:
+        copied = False
         while not self._halt.wait(self._interval_s):
             with self._whole():
                 if self._state != "running":
                     return
+                if not copied:
+                    self._writer.line("header", {"schema": SCHEMA, **self.header})
+                    copied = True
                 self._ledger.cut()
                 self._flush()
                 for component in self._ledger.source.corrections():
