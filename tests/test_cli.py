@@ -1,0 +1,195 @@
+"""The command line as a user and a program meet it: text, JSON, exit codes, errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from greenvis import cli
+from greenvis.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+TINY = """\
+name: tiny
+data: {name: digits, train: 60, test: 40}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}
+train: {epochs: 1, batch_size: 20, threads: 1}
+arms: {plain: {}, longer: {train: {epochs: 2}}}
+meter: {codecarbon: false, country: FRA}
+"""
+
+
+def _json(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> Any:
+    assert cli.main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ran")
+    (folder / "tiny.yaml").write_text(TINY)
+    command = [sys.executable, "-m", "greenvis", "run", "tiny.yaml"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "index.html" in done.stdout
+    assert "plain" in done.stdout
+    return folder
+
+
+def test_run_writes_records_and_a_report(ran: Path) -> None:
+    results = json.loads((ran / "reports/tiny/results.json").read_text())
+    assert (results["name"], results["baseline"], sorted(results["arms"])) == ("tiny", "plain", ["longer", "plain"])
+    arm = results["arms"]["longer"]
+    for key in ("train_energy_j", "carbon_g"):
+        assert arm[key]["low"] < arm[key]["value"] < arm[key]["high"]
+    for key in (
+        "macs",
+        "train_flops",
+        "params",
+        "trainable_params",
+        "delta_bytes",
+        "latency_ms",
+        "images_per_s",
+        "peak_memory_mb",
+        "wall_s",
+    ):
+        assert arm[key], key
+    assert arm["accuracy"]["n"] == 1
+    assert arm["vs_baseline"]
+    assert results["command"]
+    assert "embed_dim: 8" in json.dumps(results["recipe"])
+    assert {p.name for p in (ran / "reports/tiny").iterdir()} >= {"index.html", "report.md", "results.json", "figures"}
+
+
+def test_a_report_of_copied_records_is_the_same(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    subprocess.run(["cp", "-r", str(ran / "runs"), str(tmp_path / "elsewhere")], check=True)
+    _json(capsys, "report", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "out"), "--baseline", "plain")
+    assert (tmp_path / "out/results.json").read_bytes() == (ran / "reports/tiny/results.json").read_bytes()
+
+
+def test_another_grid_changes_grams_and_nothing_else(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    here = _json(capsys, "report", str(ran / "runs"), "--out", str(tmp_path / "a"))["results"]
+    there = _json(capsys, "report", str(ran / "runs"), "--out", str(tmp_path / "b"), "--grid", "SWE")["results"]
+    for arm in here["arms"]:
+        assert here["arms"][arm]["train_energy_j"] == there["arms"][arm]["train_energy_j"]
+        assert here["arms"][arm]["carbon_g"]["value"] > 1.2 * there["arms"][arm]["carbon_g"]["value"]
+
+
+def test_runs_can_be_listed_compared_and_gated(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _json(capsys, "ls", str(ran / "runs"))
+    assert sorted(r["arm"] for r in rows) == ["longer", "plain"]
+    plain, longer = (str(next((ran / f"runs/tiny/{arm}").rglob("*.jsonl"))) for arm in ("plain", "longer"))
+    assert _json(capsys, "compare", plain, longer)
+    assert _json(capsys, "diff", plain, plain)["ok"] is True
+    assert _json(capsys, "diff", plain, longer, "--max-energy", "+1%", code=1)["ok"] is False
+
+
+def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> None:
+    script = tmp_path / "burn.py"
+    script.write_text("import sys, time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nsys.exit(3)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "greenvis",
+        "track",
+        "--json",
+        "--dir",
+        str(tmp_path / "runs"),
+        "--",
+        sys.executable,
+        str(script),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    said = json.loads(done.stdout)
+    assert said["exit"] == 3
+    assert said["energy_j"] > 0.5 * 2.9 * 0.9
+    assert list((tmp_path / "runs").rglob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["rum"], "unknown command 'rum'; did you mean 'run'?"),
+        (["run", "nowhere.yaml"], "cannot read the recipe nowhere.yaml"),
+        (["explain", "lorra"], "did you mean 'lora'?"),
+        (["flops", "timm/resnet500"], "did you mean"),
+        (["flops", "timm/resnet18", "--option", "x"], "KEY=VALUE"),
+        (["report", "nowhere"], "nowhere"),
+        (["track", "--"], "takes a command"),
+        (["bench", "metre"], "did you mean 'meter'?"),
+    ],
+)
+def test_bad_input_exits_2_with_one_helpful_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(words) == 2
+    said = capsys.readouterr()
+    assert message in said.err
+    assert said.out == ""
+    assert len(said.err.strip().splitlines()) == 1
+
+
+def test_with_json_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean" in _json(capsys, "explain", "lorra", code=2)["error"]
+
+
+def test_techniques_explain_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [row["name"] for row in _json(capsys, "techniques")]
+    assert {"lora", "distill"} <= set(names)
+    told = _json(capsys, "explain", "distill")
+    assert "temperature" in told["schema"]["properties"]
+    assert cli.main(["explain", "distill"]) == 0
+    assert "Hinton" in capsys.readouterr().out
+    assert "train" in _json(capsys, "schema")["properties"]
+
+
+def test_flops_and_inspect_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
+    out = _json(capsys, "flops", "torchvision/resnet18", "--img-size", "64")
+    assert out["flops"] == 2 * out["macs"]
+    assert {"macs", "flops", "train_flops", "unhandled", "counters"} <= set(out)
+    lora = _json(capsys, "flops", "timm/deit_tiny_patch16_224", "--techniques", '[{"lora": {"rank": 4}}]')
+    plain = _json(capsys, "flops", "timm/deit_tiny_patch16_224")
+    assert lora["macs"] > plain["macs"]
+    assert lora["train_flops"] < plain["train_flops"]
+    assert _json(capsys, "inspect", "timm/deit_tiny_patch16_224")
+    assert cli.main(["inspect", "timm/resnet18"]) == 0
+
+
+def test_doctor_says_where_each_figure_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = _json(capsys, "doctor")
+    assert any("cpu" in str(row["what"]).lower() for row in rows)
+    assert all(row["source"] and row["why"] for row in rows)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 0
+    said = capsys.readouterr().out
+    assert "exit codes: 0 done, 1 failed, 2 bad input" in said
+    for verb in (
+        "run",
+        "report",
+        "techniques",
+        "explain",
+        "schema",
+        "flops",
+        "doctor",
+        "track",
+        "ls",
+        "compare",
+        "diff",
+        "bench",
+    ):
+        assert f"    {verb}" in said
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))
+def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.arms
+    head = path.read_text().split("name:")[0]
+    assert f"greenvis run {path.relative_to(ROOT)}" in head
