@@ -204,6 +204,19 @@ def test_two_ranks_under_torchrun_with_gloo(tmp_path: Path) -> None:
     assert merged.totals["train"]["flops"] == 3840 * 2 * 2 * 256 * 256  # forward and the weights' gradient
 
 
+def test_codecarbon_as_a_witness_agrees_and_costs_the_run_nothing(tmp_path: Path) -> None:
+    body = BURN + f"import greenvis as gv\nwith gv.track('t', codecarbon=True, country='FRA', dir={str(tmp_path)!r}): burn(2)"
+    out = subprocess.run([sys.executable, "-c", body], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (path,) = find([tmp_path])
+    found = read(path)
+    fact, ours = found.facts["codecarbon"], price.run_energy(found)
+    assert 1.9 < found.sum("cpu_s") < 2.5  # its imports alone take longer
+    assert ours.low < fact["energy_j"] < ours.high
+    assert fact["tracking_mode"] == "process"
+    assert out.stderr == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["t"]  # no CSV, no lock file
+
+
 def test_start_costs_little_and_phases_less(tmp_path: Path) -> None:
     code = (
         "import sys, time; a = time.process_time(); import greenvis as gv; run = gv.track('t', country='FRA').start();"

@@ -32,6 +32,7 @@ from greenvis.meters.phase import Phase, Whole
 from greenvis.record import SCHEMA, SUFFIX, Reading, Writer
 
 if TYPE_CHECKING:
+    from greenvis.meters.crosscheck import CrossCheck
     from greenvis.meters.step_flops import StepFlops
 
 B = TypeVar("B")
@@ -110,7 +111,7 @@ class Tracker:
         self._halt = threading.Event()
         self._warned = False
         self._step_flops: StepFlops | None = None
-        self._ends: list[Callable[[], None]] = []
+        self._crosscheck: CrossCheck | None = None
 
     # -- begin and end ------------------------------------------------------------------------------------------------
 
@@ -118,13 +119,7 @@ class Tracker:
         """Begin metering; `with` does it for you. The record exists when this returns."""
         if self._state != "new":
             raise GreenvisError(f"the run '{self.name}' was started already; a new track(…) makes a new run")
-        rank = headers.ranks()[0]
-        while True:  # ranks' ids follow from their launcher, which may have launched the same before
-            turn = _turns[self.name] = _turns.get(self.name, -1) + 1
-            self.id = headers.run_id(self.name, turn)
-            self.path = self._folder / f"{self.id}.rank{rank}{SUFFIX}"
-            if not self.path.exists():
-                break
+        self._identify()
         outer = next((t.id for t in reversed(endings.active()) if isinstance(t, Tracker)), None) or headers.outer_run()
         described = headers.describe()
         source = self._open_source()
@@ -132,6 +127,10 @@ class Tracker:
             "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id, "attempt": 1,
             "nested_in": outer, **described, "components": source.components, "pricing": price.MODEL, **self._header,
         }  # fmt: skip
+        if self._codecarbon:
+            from greenvis.meters.crosscheck import CrossCheck
+
+            self._crosscheck = CrossCheck(self.header)
         self._ledger = Ledger(source)
         self._writer = Writer(self.path, self.header)
         self._state = "running"
@@ -148,11 +147,11 @@ class Tracker:
         """End the run ("done", "failed" or "stopped") and close its record. A second call does nothing."""
         if self._state != "running":
             return
-        while self._ends:
-            self._ends.pop()()
         with self._whole():
             self._ledger.cut()
             self._flush()
+            if self._crosscheck is not None and status != "stopped":  # a signal leaves no time for another's end
+                self._witness(self._crosscheck)
             self._writer.close(status, reason)
             self._state = "ended"
         self._check_disk()
@@ -306,6 +305,22 @@ class Tracker:
             text = "greenvis: %s; the run goes on, its record is held in memory meanwhile"
             logging.getLogger("greenvis").warning(text, self._writer.problem)
             self.note(self._writer.problem)
+
+    def _identify(self) -> None:
+        rank = headers.ranks()[0]
+        while True:  # ranks' ids follow from their launcher, which may have launched the same before
+            turn = _turns[self.name] = _turns.get(self.name, -1) + 1
+            self.id = headers.run_id(self.name, turn)
+            self.path = self._folder / f"{self.id}.rank{rank}{SUFFIX}"
+            if not self.path.exists():
+                return
+
+    def _witness(self, crosscheck: CrossCheck) -> None:
+        found = crosscheck.stop()
+        if found is not None:
+            self.fact(codecarbon=found)
+        elif crosscheck.problem:
+            self.note(crosscheck.problem)
 
     def _describe_live(self) -> None:
         model = getattr(self.live, "model", self.live)
