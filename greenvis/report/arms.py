@@ -121,6 +121,9 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, i
         **{k: stats.summary(per_seed(arm, fact(k)))["mean"] for k in PLAIN},
         **reuse(done, users),
     }
+    grids = [grid or a.header.get("carbon_intensity") or {} for r in done for a in r.chain]
+    out["zones"] = sorted({str(g.get("zone")) for g in grids if g.get("zone")})
+    out["assumed_grid"] = any(g.get("assumed") for g in grids)
     return {**out, **_extras(arm, done)}
 
 

@@ -46,14 +46,13 @@ def model_card(found: dict[str, Any], arm: str) -> str:
     meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
     grams = row["carbon_g"]
     if grams["value"] is not None:
-        grid = [g for g in found["carbon_intensity"] if isinstance(g, dict)]
         how = f"greenvis, {row['train_energy_j']['provenance']}: {row['train_energy_j']['method']}; {grams['method']}"
-        how += "; the grid is assumed" if any(g.get("assumed") for g in grid) else ""
+        how += "; the grid is assumed" if row["assumed_grid"] else ""
         meta["co2_eq_emissions"] = {
             "emissions": grams["value"],
             "source": how,
             "training_type": "fine-tuning" if _tuned(row) else "pre-training",
-            "geographical_location": ", ".join(str(g.get("zone", "?")) for g in grid) or "unknown",
+            "geographical_location": ", ".join(row["zones"]) or "unknown",
             "hardware_used": ", ".join(_hardware(found)) or "unknown",
         }
     metric = found["metric"]

@@ -72,6 +72,8 @@ def _grid(found: dict[str, Any]) -> list[str]:
         source = g.get("source") or "an unnamed source"
         assumed = " ASSUMED: no place was given, so these grams are a guess at the world's average." if g.get("assumed") else ""
         out.append(f"{g.get('zone', '?')}: {g['value']:g} g CO₂e per kWh{band}{year}, from {source}.{assumed}")
+    if len(found["carbon_intensity"]) > 1:
+        out.append("The runs were priced with different grids: compare their joules, or give one grid for all.")
     if found["repriced"]:
         out.append("The grams were priced anew with this intensity; the recorded one was set aside. Joules are unchanged.")
     pue = ", ".join(f"{p:g}" for p in found["pue"]) or "none recorded, 1 used"

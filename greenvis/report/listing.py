@@ -161,10 +161,11 @@ def _row(path: Path) -> dict[str, Any] | None:
     pue = h.get("pue")
     grams = price.carbon(spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0)
     accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)
+    name = str(h.get("name") or "run")
     return {
         "run": run.id,
-        "name": str(h.get("name") or "run"),
-        "arm": str(h.get("arm") or h.get("name") or "run"),
+        "name": name,
+        "arm": str(h.get("arm") or name),
         "seed": h.get("seed", 0),
         "rank": h.get("rank", 0),
         "status": run.status,
@@ -173,7 +174,7 @@ def _row(path: Path) -> dict[str, Any] | None:
         "energy_j": spent.value,
         "energy_low_j": spent.low,
         "energy_high_j": spent.high,
-        "provenance": spent.provenance if spent.value is not None else None,
+        "provenance": None if spent.value is None else spent.provenance,
         "carbon_g": grams.value,
         "wall_s": run.sum("wall_s"),
         "path": str(path),

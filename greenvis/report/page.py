@@ -6,6 +6,7 @@ import csv
 import io
 import os
 import re
+import shlex
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def render(template: str, view: dict[str, Any]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    env.filters.update(md=md, fence=fence, clean=figures.clean, slug=slug)
+    env.filters.update(md=md, fence=fence, clean=figures.clean, shell=shell)
     return env.get_template(template).render(view).rstrip() + "\n"
 
 
@@ -141,9 +142,9 @@ def fence(text: Any) -> str:
     return f"{ticks}text\n{body.rstrip()}\n{ticks}"
 
 
-def slug(text: Any) -> str:
-    """Return text fit for an id."""
-    return re.sub(r"[^a-z0-9]+", "-", str(text).lower()).strip("-") or "x"
+def shell(command: Any) -> str:
+    """Return a recorded command, text or a list of words, as one would type it."""
+    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
 
 
 def _put(path: Path, text: str) -> None:

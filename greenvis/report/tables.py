@@ -55,7 +55,9 @@ def costs(found: dict[str, Any]) -> list[Column]:
             lambda r: words.times(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else MISSING,
             lambda r: words.significance(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else "",
         ),
-        _reading("carbon_g", "Carbon (CO₂e)", "g"),
+        _reading(
+            "carbon_g", "Carbon (CO₂e)", "g", lambda r: "assumed grid" if r["assumed_grid"] else r["carbon_g"]["provenance"]
+        ),
         Column(
             "reuse_j",
             "Teacher or base, beside",
@@ -191,14 +193,14 @@ def _best(found: dict[str, Any], column: Column) -> set[str]:
     return {a for a in values if said[a] == said[top]} if len(set(said.values())) > 1 else set()
 
 
-def _reading(key: str, title: str, unit: str) -> Column:
+def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None] | None = None) -> Column:
     return Column(
         key,
         title,
         lambda r: r[key]["value"],
         lambda r: si(r[key]["value"], unit),
         lambda r: _band(r[key], unit),
-        lambda r: r[key]["provenance"],
+        badge or (lambda r: r[key]["provenance"]),
         "less",
     )
 
@@ -224,12 +226,12 @@ def _seeds(row: Row) -> str:
 
 
 def _techniques(row: Row) -> str:
-    listed = row.get("techniques") or []
-    return (
-        ", ".join(t if isinstance(t, str) else str(t.get("name", t)) if isinstance(t, dict) else str(t) for t in listed)
-        if isinstance(listed, list)
-        else ""
+    """Return the names in the fact `techniques`: names, {"name": …} or {NAME: {fields}}."""
+    listed = row.get("techniques")
+    names = (
+        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in listed] if isinstance(listed, list) else []
     )
+    return ", ".join(map(str, names))
 
 
 def _users(row: Row) -> str:
