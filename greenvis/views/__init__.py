@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, nearest, some
 from greenvis.views import parts
 from greenvis.views.parts import Attention, Mlp, unique
-from greenvis.views.quiet import quiet
+from greenvis.views.quiet import image, quiet
 from greenvis.views.trace import Trace, tensors_in, trace, trace_any
 
 ROLES: dict[str, str] = {
@@ -123,12 +123,13 @@ def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) ->
     )
 
 
-def example_input(model: nn.Module) -> Tensor:
-    """Return an image batch (1, channels, height, width) that `model` takes: from its configuration, else by trial.
+def example_input(model: nn.Module, shape: tuple[int, int, int] | None = None) -> Tensor:
+    """Return an image batch (1, channels, height, width) that `model` takes: of `shape`, else as its configuration says or by
+    trial, where it is placed and in its precision.
 
     Raises BadInput with the sizes that were tried.
     """
-    return trace_any(model).input
+    return trace_any(model).input if shape is None else image(model, shape)
 
 
 def describe(found: View) -> list[tuple[str, str]]:

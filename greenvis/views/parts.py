@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -14,6 +15,7 @@ from greenvis.technique import logits_of
 from greenvis.views.trace import AttentionCall, Call, Trace, weights_in
 
 T = TypeVar("T")
+MOST_HEADS = 4  # DeiT's two, CrossViT's two, auxiliary ones; the stream of a headless model has been through more layers
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def heads(seen: Trace) -> tuple[str, ...]:
     marks = {kind for kind, _ in tags}
     last = {c.path: c for c in seen.calls if c.kind != "norm"}
     classes = logits.shape[-1] if logits.dim() == 2 else logits.shape[1] if logits.dim() > 2 else 0
-    if marks & {"norm", "act"} or len(paths) > (2 if "sum" in marks else 1) or any(p not in last for p in paths):
+    if marks & {"norm", "act"} or len(paths) > MOST_HEADS or any(p not in last for p in paths):
         return ()
     return tuple(paths) if all(last[p].out_features == classes for p in paths) else ()
 
@@ -121,47 +123,46 @@ def patch_embed(seen: Trace, tokens: bool) -> str | None:
 
 
 def prefix_tokens(seen: Trace, patch_embed: str | None) -> int:
-    """How many tokens the first attention has beyond the patches."""
-    if not seen.attentions or seen.first_attention is None:
+    """How many tokens the first attention has beyond the patches, where a grid of patches was joined with others."""
+    if seen.first_attention is None or len(seen.attentions[0].shape) < 2:
         return 0
-    before = [c for c in seen.calls[: seen.first_attention] if c.kind == "conv" or c.path == patch_embed]
-    if not before:
-        return 0
-    last = before[-1]
-    patches = math.prod(last.out_shape[2:]) if last.kind == "conv" else last.out_shape[1]
-    extra = seen.attentions[0].shape[-2] - patches
-    joined = any(sum(j) == seen.attentions[0].shape[-2] for j in seen.joins)
-    return extra if extra > 0 and joined else 0
+    before = seen.calls[: seen.first_attention]
+    grids = {math.prod(c.out_shape[2:]) for c in before if c.kind == "conv"}
+    grids |= {c.out_shape[1] for c in before if c.path == patch_embed and c.kind == "linear"}
+    length = seen.attentions[0].shape[-2]
+    joined = [part for join in seen.joins if sum(join) == length for part in join if part in grids]
+    return length - max(joined) if joined else 0
 
 
 def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
-    """The children of containers that hold two or more layers and ran; a stage steps aside for the blocks in it."""
-    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    """The children of containers (else: siblings of one class) that ran and hold two or more layers.
+
+    A stage steps aside for the blocks in it, where they hold most of its layers.
+    """
     layers = [*unique(c.path for c in seen.calls if c.kind != "norm")]
     layers += [a.stack[-1] for a in seen.attentions if a.kind == "multihead"]
     modules = dict(model.named_modules())
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    counts: Counter[str] = Counter()
+    for layer in layers:
+        parts = layer.split(".")
+        counts.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
+    whole = [p for p in seen.executed if p and counts[p] >= 2 and not isinstance(modules[p], containers)]
+    candidates = [p for p in whole if isinstance(modules[_parent(p)], containers)]
+    if not candidates:
+        kinds = Counter((_parent(p), type(modules[p])) for p in whole)
+        candidates = [p for p in whole if kinds[_parent(p), type(modules[p])] > 1]
 
-    def inside(path: str) -> int:
-        return sum(_within(p, path) for p in layers)
-
-    candidates = [
-        path
-        for path in seen.executed
-        if path
-        and isinstance(modules[path.rpartition(".")[0]], containers)
-        and not isinstance(modules[path], containers)
-        and inside(path) >= 2
-    ]
+    def tops(among: list[str]) -> list[str]:
+        return [c for c in among if not any(b != c and _within(c, b) for b in among)]
 
     def finest(path: str) -> list[str]:
-        below = [c for c in candidates if c != path and _within(c, path)]
-        outer = [c for c in below if not any(b != c and _within(c, b) for b in below)]
-        if 2 * sum(inside(c) for c in outer) > inside(path):
-            return [f for c in outer for f in finest(c)]
+        inner = tops([c for c in candidates if c != path and _within(c, path)])
+        if 2 * sum(counts[c] for c in inner) > counts[path]:
+            return [f for c in inner for f in finest(c)]
         return [path]
 
-    tops = [c for c in candidates if not any(b != c and _within(c, b) for b in candidates)]
-    return unique(f for c in tops for f in finest(c))
+    return unique(f for c in tops(candidates) for f in finest(c))
 
 
 def flags(model: nn.Module, seen: Trace) -> set[str]:
@@ -182,6 +183,10 @@ def _pointwise(call: Call) -> bool:
 
 def _within(path: str, parent: str) -> bool:
     return not parent or path == parent or path.startswith(parent + ".")
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _common(a: str, b: str) -> str:

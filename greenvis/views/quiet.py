@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -43,6 +43,12 @@ def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     return [(v, copy.copy(v)) for v in vars(module).values() if isinstance(v, (dict, list, set))]
 
 
+def image(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
+    """Return one random image (1, channels, height, width), always the same, where the model is and in its precision."""
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    return torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, first.dtype)
+
+
 def shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
     """Yield (channels, height, width) to try, the likeliest first."""
     config = getattr(model, "config", None)
@@ -61,6 +67,7 @@ def shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
         pair = (hint, hint) if isinstance(hint, int) else tuple(hint) if isinstance(hint, (tuple, list)) else ()
         if len(pair) == 2:
             yield channels or 3, int(pair[0]), int(pair[1])
+            yield 3, int(pair[0]), int(pair[1])  # where pixels are re-arranged before the first convolution
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     if conv is None and linear is not None:  # a flattened image
         for c in (1, 3):

@@ -12,13 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from greenvis.errors import BadInput
-from greenvis.views.quiet import quiet, shapes
+from greenvis.views.quiet import image, quiet, shapes
 
 Tags = frozenset[tuple[str, Any]]
 NONE: Tags = frozenset()
@@ -63,8 +62,8 @@ class Call:
 
     @property
     def pooled(self) -> bool:
-        """Whether the input has one position only: (batch, features) or (batch, channels, 1, 1)."""
-        return math.prod(self.in_shape[2:] if self.kind == "conv" else self.in_shape[1:-1]) == 1
+        """Whether the input has lost its positions: (batch, features) or (batch, channels, 1, 1)."""
+        return math.prod(self.in_shape[2:]) == 1 if self.kind == "conv" else len(self.in_shape) == 2
 
 
 @dataclass
@@ -167,15 +166,12 @@ def trace_any(model: nn.Module) -> Trace:
 
     Raises BadInput with the shapes that were tried and why the last one failed.
     """
-    first = next(iter(model.parameters()), torch.empty(0))
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     tried: dict[tuple[int, ...], str] = {}
     for shape in shapes(model):
         if shape in tried:
             continue
-        x = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)).to(first.device, dtype)
         try:
-            return trace(model, x)
+            return trace(model, image(model, shape))
         except BadInput as error:
             tried[shape] = str(error)
     reason = next(iter(tried.values()), "it has no parameters")
@@ -253,9 +249,11 @@ class _Recorder(TorchFunctionMode):
                 return before
         depthwise = groups > 1 and groups == x.shape[1 - weight.dim()]
         tags = self.seen.tags_of(x)
-        for index in _attentions(tags):
-            if ("sum", None) not in tags and self.seen.attentions[index].out is None:
-                self.seen.attentions[index].out = path
+        for attention in (self.seen.attentions[i] for i in _attentions(tags)):
+            inputs = weights_in(attention.q | attention.k | attention.v)
+            beside = ("sum", None) in tags and not set(weights_in(tags)) <= set(inputs)  # summed with the stream: past `out`
+            if attention.out is None and not beside:
+                attention.out = path
         kind = "linear" if name == "linear" else "conv"
         i, o, w = tuple(x.shape), tuple(out.shape), tuple(weight.shape)
         self.seen.calls.append(Call(path, kind, tags, i, o, w, depthwise, functional=path != top, direct=direct))
