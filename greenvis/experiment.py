@@ -24,7 +24,7 @@ from greenvis.recipe import Recipe, load_recipe
 from greenvis.technique import Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
 
-CHECKPOINT_FILE = "checkpoint.pt"
+CHECKPOINT_FILE, PLAN_FILE = "checkpoint.pt", "plan.json"
 
 
 def run(
@@ -87,7 +87,7 @@ class Session:
             return
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
-        model = self._build(job, weights=False)
+        model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
         ready = [t for t in job.arm.techniques if not t.runs()]
         live = located(where, wrap, model, ready)
@@ -109,7 +109,7 @@ class Session:
                 f"{len(images.classes)} classes: set num_classes of the model"
             )
 
-    def _build(self, job: Job, weights: bool = True) -> nn.Module:
+    def build(self, job: Job, weights: bool = True) -> nn.Module:
         """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
         spec, options = job.arm.model, self._options(job)
         torch.manual_seed(job.seed)
@@ -139,7 +139,7 @@ class Session:
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
         memory.reset_peak()
-        with self._tracker(job) as tracker:
+        with self.tracker(job, self.runs, job.recipe.meter.codecarbon) as tracker:
             with tracker.phase("setup"):
                 live = self._wrap(job)
             tracker.live = live
@@ -174,7 +174,8 @@ class Session:
         _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
         checkpoint.unlink(missing_ok=True)
 
-    def _tracker(self, job: Job) -> Tracker:
+    def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
+        """Return the meter of a job, which puts its record below `folder`."""
         meter = job.recipe.meter
         header = {
             "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
@@ -182,21 +183,23 @@ class Session:
             "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
         }  # fmt: skip
         return track(
-            job.recipe.name, dir=self.runs, country=meter.country, intensity=meter.intensity, pue=meter.pue,
-            codecarbon=meter.codecarbon, header=header,
+            job.recipe.name, dir=folder, country=meter.country, intensity=meter.intensity, pue=meter.pue,
+            codecarbon=codecarbon, header=header,
         )  # fmt: skip
 
     def _wrap(self, job: Job) -> Wrapped:
-        model = self._build(job)
-        return wrap(model, [self._resolved(job, technique) for technique in job.arm.techniques])
+        model = self.build(job)
+        return wrap(model, [self.resolved(job, technique) for technique in job.arm.techniques])
 
-    def _resolved(self, job: Job, technique: Technique) -> Technique:
-        """Put the trained model in the place of each "run:NAME"."""
+    def resolved(self, job: Job, technique: Technique, trained: bool = True) -> Technique:
+        """Put the model a job left in the place of each "run:NAME"; with `trained` False, an untrained one like it."""
         found = {}
         for field, ref in technique.runs().items():
             used = job.uses[ref]
             file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
-            found[field] = models.build(file, trust=self.trust, folder=used.recipe.folder)
+            found[field] = (
+                models.build(file, trust=self.trust, folder=used.recipe.folder) if trained else self.build(used, weights=False)
+            )
         return technique.model_copy(update=found)
 
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
@@ -208,6 +211,7 @@ class Session:
             train=job.arm.train.model_dump(),
             trainable_params=learning,
             threads=torch.get_num_threads(),
+            predicted=_predicted(job),
         )
         for ref, used in job.uses.items():
             readings, ids = [], []
@@ -225,6 +229,15 @@ class Session:
         """Return the model as it will be served: merged where that is possible."""
         blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
         return live.model.eval() if blocked else live.merge().eval()
+
+
+def _predicted(job: Job) -> dict[str, Any] | None:
+    """Return what `greenvis plan` said of a job like this one, if it was asked."""
+    try:
+        arm = json.loads((job.folder.parent.parent / PLAN_FILE).read_text())["arms"][job.name]
+    except (OSError, ValueError, KeyError):
+        return None
+    return arm["each"] if arm["inputs"] == job.inputs else None
 
 
 def _forget(job: Job) -> None:

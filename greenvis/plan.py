@@ -1,0 +1,117 @@
+"""What a recipe will cost, before it is spent: a few real steps of each arm, extrapolated, with a band."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from greenvis import data, price, record, train
+from greenvis.experiment import PLAN_FILE, Session
+from greenvis.jobs import Job
+from greenvis.recipe import Recipe, load_recipe
+from greenvis.wrap import wrap
+
+GROUPS, STEPS = 3, 4  # groups of steps whose spread gives the band, after one to warm up
+EVAL_BATCHES = 2
+LEAST_BAND = 0.05  # no prediction is said to be closer than this
+
+
+def plan(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    runs: str | Path = "runs",
+    trust: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a few steps of each arm and return what training and evaluation of all arms and seeds will cost.
+
+    {"arms": {ARM: {"runs", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…}}, figures as {"value", "low", "high"}
+    for all seeds of an arm; an arm this recipe builds on is listed by its name. Kept beside the records, so that the
+    report can set it against what was spent. Raises BadInput, GreenvisError.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    session = Session(Path(runs), trust, (), say)
+    jobs = session.plan(recipe)
+    arms: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        if job.name not in arms:
+            say(f"{job.name}: a few steps")
+            with train.threads(job.arm.train.threads):
+                arms[job.name] = {"inputs": job.inputs, "each": _predict(session, job)}
+    for name, arm in arms.items():
+        arm["runs"] = sum(job.name == name for job in jobs)
+        arm |= {key: _scaled(figure, arm["runs"]) for key, figure in arm["each"].items()}
+    keys = ("energy_j", "carbon_g", "wall_s", "flops")
+    total = {key: {b: math.fsum(a[key][b] for a in arms.values()) for b in ("value", "low", "high")} for key in keys}
+    found = {"arms": arms, "total": total}
+    path = Path(runs) / recipe.name / PLAN_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(found, indent=2))
+    os.replace(part, path)
+    return found
+
+
+def _predict(session: Session, job: Job) -> dict[str, dict[str, float]]:
+    """Train a few groups of steps on a model that is thrown away, and scale to the whole run."""
+    spec, images = job.arm.train, session.jobs.images(job.recipe)
+    batches, tests = math.ceil(len(images.train) / spec.batch_size), max(spec.batch_size, 256)
+    steps = min(STEPS * spec.accumulate, batches)
+    few = spec.model_copy(update={"epochs": GROUPS + 1, "target_accuracy": None, "eval_every": 1})
+    with tempfile.TemporaryDirectory() as folder:
+        live = wrap(session.build(job, weights=False), [session.resolved(job, t, trained=False) for t in job.arm.techniques])
+        tracker = session.tracker(job, Path(folder), codecarbon=False)
+        with tracker as run:
+            run.live = live
+            live.meter(run)
+            train.fit(
+                live,
+                lambda epoch, start: list(
+                    islice(data.batches(images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True), steps)
+                ),
+                steps,
+                lambda: list(islice(data.batches(images.test, tests), EVAL_BATCHES)),
+                few,
+                run,
+                seed=job.seed,
+            )
+        live.undo()
+        seen = record.read(next(record.find([folder])))
+    evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
+    shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
+    return _whole(seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown)
+
+
+def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> dict[str, dict[str, float]]:
+    groups = [f"train/epoch{g + 2}" for g in range(GROUPS)]
+
+    def energy(phase: str) -> float:
+        return price.run_energy(seen, phase).value or 0.0
+
+    def figure(of: Callable[[str], float]) -> dict[str, float]:
+        each = [of(phase) for phase in groups]
+        fixed = eval_factor * of("eval")
+        middle = train_factor * math.fsum(each) / len(each) + fixed
+        low, high = (train_factor * bound(each) + fixed for bound in (min, max))
+        return {"value": middle, "low": min(low, middle * (1 - LEAST_BAND)), "high": max(high, middle * (1 + LEAST_BAND))}
+
+    joules = figure(energy)
+    grams = price.carbon(record.Reading("energy_j", 1.0), seen.header["carbon_intensity"], seen.header.get("pue", 1.0))
+    return {
+        "energy_j": joules,
+        "carbon_g": _scaled(joules, grams.value or 0.0),
+        "wall_s": figure(lambda phase: seen.sum("wall_s", phase) or 0.0),
+        "flops": figure(lambda phase: seen.sum("flops", phase) or 0.0),
+    }
+
+
+def _scaled(figure: dict[str, float], factor: float) -> dict[str, float]:
+    return {bound: value * factor for bound, value in figure.items()}

@@ -1,0 +1,244 @@
+"""What each command calls, and how its answer is shown. Each returns (what --json prints, a function that shows it)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from greenvis.errors import BadInput, nearest
+
+Answer = tuple[Any, Callable[[], None]]
+
+
+def run(args: Any) -> Answer:
+    from greenvis import experiment
+    from greenvis.recipe import load_recipe
+    from greenvis.report import report
+
+    recipe = load_recipe(args.recipe, args.set)
+    command = ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))]
+    say = _quiet if args.json else _say
+    folder = experiment.run(recipe, runs=args.runs, fresh=args.fresh, trust=args.trust, command=command, say=say)
+    page = report([folder], out=args.out or Path("reports") / recipe.name, baseline=recipe.baseline, title=recipe.report.title)
+    return _reported(page)
+
+
+def plan(args: Any) -> Answer:
+    from greenvis.plan import plan
+
+    found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=_quiet if args.json else _say)
+
+    def show() -> None:
+        rows = []
+        for name, arm in [*found["arms"].items(), ("total", found["total"])]:
+            figures = {k: f"{arm[k]['value']:.3g} ({arm[k]['low']:.3g}–{arm[k]['high']:.3g})" for k in found["total"]}
+            rows.append({"arm": name, "runs": arm.get("runs", ""), **figures})
+        _print_rows(rows, "predicted for training and evaluation, all seeds")
+
+    return found, show
+
+
+def report(args: Any) -> Answer:
+    from greenvis.meters.carbon import lookup
+    from greenvis.report import report
+
+    grid = lookup(args.grid) if args.grid else None
+    return _reported(report(args.paths, out=args.out, baseline=args.baseline, grid=grid, title=args.title))
+
+
+def _reported(page: Path) -> Answer:
+    results = json.loads((page.parent / "results.json").read_text())
+
+    def show() -> None:
+        from rich.markup import escape
+
+        from greenvis.report import table
+
+        _console().print(table(results))
+        _console().print(f"report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
+
+    return {"report": str(page), "results": results}, show
+
+
+def techniques(args: Any) -> Answer:
+    from greenvis import registry
+
+    found = [(name, registry.find(name)) for name in registry.names()]
+    rows = [{"name": n, "stage": t.stage, "does": _first_line(t)} for n, t in found]
+    return rows, lambda: _print_rows(rows, "techniques")
+
+
+def explain(args: Any) -> Answer:
+    import inspect
+
+    from greenvis import registry
+
+    kind = registry.find(args.technique)
+    form = kind.model_json_schema()
+    rows = [
+        {
+            "field": n,
+            "default": f.get("default", "required"),
+            "type": f.get("type") or f.get("anyOf") or "",
+            "what": f.get("description", ""),
+        }
+        for n, f in form.get("properties", {}).items()
+    ]
+
+    def show() -> None:
+        print(f"{args.technique} (stage {kind.stage})\n\n{inspect.getdoc(kind)}\n")
+        _print_rows([{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows], "settings")
+
+    return {"name": args.technique, "stage": kind.stage, "doc": inspect.getdoc(kind), "schema": form}, show
+
+
+def schema(args: Any) -> Answer:
+    from greenvis.recipe import schema
+
+    form = schema()
+    return form, lambda: print(json.dumps(form, indent=2))
+
+
+def inspect(args: Any) -> Answer:
+    from greenvis import views
+
+    rows = [{"part": part, "found": found} for part, found in views.describe(views.view(_model(args)))]
+    return rows, lambda: _print_rows(rows, args.model)
+
+
+def flops(args: Any) -> Answer:
+    from greenvis import views
+    from greenvis.meters import flops
+    from greenvis.recipe import parse_techniques
+    from greenvis.wrap import wrap
+
+    model = _model(args)
+    x = views.example_input(model)
+    if args.techniques:
+        wrap(model, parse_techniques(args.techniques))
+    count = flops.count(model, x, train=True)
+    out = count.as_dict()
+
+    def show() -> None:
+        _print_rows([{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], args.model)
+        forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
+        print(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
+        print(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
+
+    return out, show
+
+
+def doctor(args: Any) -> Answer:
+    from greenvis.meters.doctor import doctor
+
+    rows = doctor()
+    return rows, lambda: _print_rows(rows, "where the figures come from here")
+
+
+def track(args: Any) -> Answer | int:
+    from greenvis.meters.command import track_command
+
+    words = args.command[1:] if args.command[:1] == ["--"] else args.command
+    if not words:
+        raise BadInput("greenvis track takes a command after --: greenvis track -- python train.py")
+    code, run = track_command(words, name=args.name, country=args.country, dir=args.dir)
+    energy = run.energy()
+    said = {"record": str(run.path), "exit": code, "energy_j": energy.value, "low": energy.low, "high": energy.high}
+    text = (
+        "unknown" if energy.value is None else f"{energy.value:.1f} J ({energy.low:.1f}–{energy.high:.1f}, {energy.provenance})"
+    )
+    print(
+        json.dumps(said) if args.json else f"greenvis: {text}; record: {run.path}", file=sys.stdout if args.json else sys.stderr
+    )
+    return code
+
+
+def ls(args: Any) -> Answer:
+    from greenvis.report.listing import ls
+
+    rows = ls(args.paths)
+    return rows, lambda: _print_rows(rows, f"{len(rows)} runs")
+
+
+def compare(args: Any) -> Answer:
+    from greenvis.report.listing import compare
+
+    rows = compare(args.a, args.b)
+    return rows, lambda: _print_rows(rows, f"{args.a} and {args.b}")
+
+
+def diff(args: Any) -> int:
+    from greenvis.report.listing import diff
+
+    fine, rows = diff(args.a, args.b, max_energy=args.max_energy)
+    if args.json:
+        print(json.dumps({"ok": fine, "rows": rows}, default=str))
+    else:
+        _print_rows(rows, "within the limit" if fine else "over the limit")
+    return 0 if fine else 1
+
+
+def bench(args: Any) -> Answer:
+    import importlib
+    import pkgutil
+
+    import greenvis.bench
+
+    names = [m.name for m in pkgutil.iter_modules(greenvis.bench.__path__)]
+    if args.name is None:
+        return names, lambda: print("\n".join(names))
+    if args.name not in names:
+        raise BadInput(f"unknown benchmark '{args.name}'{nearest(args.name, names)}")
+    out = importlib.import_module(f"greenvis.bench.{args.name}").run(Path(args.out) if args.out else None)
+    return out, lambda: _print_rows(out["rows"], f"bench {args.name}")
+
+
+# -- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _model(args: Any) -> Any:
+    import yaml
+
+    from greenvis import models
+
+    options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k) is not None}
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
+        options[key] = yaml.safe_load(value)
+    return models.build(args.model, trust=args.trust, **options).eval()
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _quiet(text: str) -> None:
+    pass
+
+
+def _first_line(kind: type) -> str:
+    return (kind.__doc__ or "").strip().partition("\n")[0]
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left")
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row.get(c) is None else str(row[c])) for c in columns))
+    _console().print(table)
