@@ -58,7 +58,9 @@ def write(
         "command": "greenvis run recipes/fashion-lora.yaml",
         "git": {"commit": "0123abc", "dirty": False}, **(header or {}),
     }  # fmt: skip
-    path = folder / arm.replace("/", "_")[:40] / f"seed{seed}" / f"{run_id}.rank0.jsonl"
+    path = (
+        folder / "".join(c if c.isprintable() and c != "/" else "_" for c in arm)[:40] / f"seed{seed}" / f"{run_id}.rank0.jsonl"
+    )
     writer = Writer(path, head)
     writer.line("sample", {"phase": "", "wall_s": 2.0, "cpu_s": 2.5, "ram_gb_s": 1.0, "mono_s": 2.0, "clock_s": start_s + 2})
     each = cpu_s / epochs * rng.uniform(0.97, 1.03)

@@ -17,8 +17,8 @@ def figures(value: float, digits: int = 3) -> str:
     """Return `value` with that many significant figures, never in exponents below 1e6: 0.0123, 1.23, 12,300."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-    return f"{round(value, digits - 1 - math.floor(math.log10(abs(value)))):,.{places}f}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def si(value: float | None, unit: str = "", digits: int = 3) -> str:

@@ -1,0 +1,266 @@
+"""Reports from records: the numbers, that they do not depend on where records lie, and that nothing burnt is lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+
+from greenvis import price, record
+from greenvis.errors import BadInput
+from greenvis.report import report, results, to_json
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthetic.study(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def found(study: Path) -> dict[str, Any]:
+    return results(study)
+
+
+def _joules(path: Path, *, apart: bool) -> float:
+    run = record.read(path)
+    parts = price.phases(run)
+    chosen = [r for p, c in parts.items() if apart or not p.startswith("measure") for r in c.values()]
+    return price.add(chosen).value or 0.0
+
+
+def test_results_have_the_agreed_keys(found: dict[str, Any]) -> None:
+    assert {"schema", "name", "baseline", "metric", "arms", "environment", "recipe", "command"} <= set(found)
+    arm = found["arms"]["lora"]
+    assert {
+        "accuracy", "train_energy_j", "carbon_g", "macs", "train_flops", "params", "trainable_params", "delta_bytes",
+        "latency_ms", "images_per_s", "peak_memory_mb", "wall_s", "vs_baseline", "uses", "status", "seeds", "attempts",
+    } <= set(arm)  # fmt: skip
+    assert {"mean", "std", "n"} <= set(arm["accuracy"])
+    assert {"value", "low", "high", "provenance"} <= set(arm["train_energy_j"])
+    assert found["baseline"] == "baseline"
+    assert found["order"][0] == "baseline"
+
+
+def test_training_energy_is_the_mean_over_seeds_of_what_led_to_the_result(study: Path, found: dict[str, Any]) -> None:
+    paths = {s: list((study / "lora" / f"seed{s}").glob("*.jsonl")) for s in range(3)}
+    by_seed = {
+        s: sum(_joules(p, apart=False) for p in of_seed if record.read(p).header["inputs"] != "older")
+        for s, of_seed in paths.items()
+    }
+    assert len(paths[2]) == 2  # one crashed, one resumed: both count
+    assert found["arms"]["lora"]["train_energy_j"]["value"] == pytest.approx(sum(by_seed.values()) / 3)
+    assert found["arms"]["lora"]["train_energy_j"]["by_seed"]["2"] == pytest.approx(by_seed[2])
+
+
+def test_everything_burnt_is_in_the_totals(study: Path, found: dict[str, Any]) -> None:
+    assert found["totals"]["energy_j"]["value"] == pytest.approx(sum(_joules(p, apart=True) for p in record.find([study])))
+    assert found["totals"]["unfinished_energy_j"]["value"] > 0
+    assert found["arms"]["lora"]["spent"]["older_inputs_energy_j"]["value"] > 0
+    [row] = found["incomplete"]
+    assert (row["arm"], row["attempts"]) == ("diverged", ["failed"])
+    assert found["arms"]["diverged"]["status"] == "incomplete"
+    assert found["arms"]["diverged"]["train_energy_j"]["value"] is None
+
+
+def test_ratios_are_paired_by_seed(found: dict[str, Any]) -> None:
+    lora, base = found["arms"]["lora"], found["arms"]["baseline"]
+    pairs = [lora["train_energy_j"]["by_seed"][s] / base["train_energy_j"]["by_seed"][s] for s in "012"]
+    ratio = lora["vs_baseline"]["train_energy"]
+    assert ratio["ratio"] == pytest.approx((pairs[0] * pairs[1] * pairs[2]) ** (1 / 3))
+    assert (ratio["low"], ratio["high"]) == (min(pairs), max(pairs))
+    one = found["arms"]["frozen"]["vs_baseline"]
+    assert one["train_energy"]["low"] is None  # one seed: no spread
+    assert one["accuracy"]["p_value"] is None
+
+
+def test_a_reused_teacher_is_beside_and_never_added(found: dict[str, Any]) -> None:
+    arm = found["arms"]["distilled"]
+    assert [u["role"] for u in arm["uses"]] == ["teacher"]
+    assert arm["base_reuse"]["whole_j"]["value"] == pytest.approx(9000)
+    assert arm["base_reuse"]["shared_j"] == pytest.approx(3000)  # three seeds use it
+    assert arm["train_energy_j"]["value"] < 9000
+    cycle = arm["full_cycle"]
+    assert cycle["total_whole_j"] - cycle["total_shared_j"] == pytest.approx(6000)
+    vs = arm["vs_baseline"]
+    assert vs["train_energy_with_reuse"]["ratio"] > vs["train_energy"]["ratio"]
+    assert vs["payback"]["with_reuse"]["images"] > vs["payback"]["own"]["images"]
+    assert arm["energy_by_phase_j"]["teacher"] > 0  # its forward passes in this run are this run's
+
+
+def test_records_copied_elsewhere_give_the_same_bytes(study: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "elsewhere"
+    flat.mkdir()
+    for i, path in enumerate(sorted(record.find([study]), reverse=True)):
+        shutil.copy(path, flat / f"{i}.jsonl")
+    assert to_json(results(flat)) == to_json(results(study))
+    assert to_json(results([flat, study, flat])) == to_json(results(study))  # a record met twice counts once
+    for out in ("a", "b"):
+        report(flat if out == "a" else study, out=tmp_path / out)
+    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert len(files) > 12
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    assert str(tmp_path) not in (tmp_path / "a" / "results.json").read_text()
+
+
+def test_a_repeated_run_is_not_charged_to_the_result(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, "baseline", attempt=1, start_s=1.0)
+    once = results(tmp_path)["arms"]["baseline"]["train_energy_j"]["value"]
+    synthetic.write(tmp_path, "baseline", attempt=2, end=None, start_s=2.0)
+    synthetic.write(tmp_path, "baseline", attempt=3, start_s=3.0)
+    row = results(tmp_path)["arms"]["baseline"]
+    assert row["train_energy_j"]["value"] == pytest.approx(2 * once, rel=0.1)  # the broken start and the one that finished
+    assert row["spent"]["repeated_energy_j"]["value"] == pytest.approx(once, rel=0.1)
+    assert row["attempts"] == {"crashed": 1, "done": 2}
+
+
+def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> None:
+    socket = {**synthetic.CPU, "name": "rapl", "scope": "machine", "observation": "cpu_j", "coefficient": {"central": 1.0}}
+    for rank in range(2):
+        header = {
+            "run": "r",
+            "name": "ddp",
+            "arm": "a",
+            "inputs": "i",
+            "rank": rank,
+            "world_size": 3,
+            "host": "h",
+            "boot_id": "b",
+        }
+        writer = record.Writer(
+            tmp_path / f"r.rank{rank}.jsonl", {**header, "components": [socket, synthetic.RAM], "clock_s": 1.0}
+        )
+        writer.line("sample", {"phase": "train", "wall_s": 10.0, "cpu_j": 100.0 + rank, "ram_gb_s": 50.0})
+        writer.close("done")
+    found = results(tmp_path)
+    assert found["arms"]["a"]["train_energy_j"]["value"] == pytest.approx(101.0 + 2 * 50.0 * 0.37)
+    assert found["arms"]["a"]["wall_s"] == 10.0
+    assert found["missing_ranks"] == 1
+
+
+def test_a_run_inside_another_run_counts_once_in_the_total(tmp_path: Path) -> None:
+    outer = record.read(synthetic.write(tmp_path, "outer"))
+    synthetic.write(tmp_path, "inner", header={"nested_in": outer.id})
+    found = results(tmp_path)
+    assert found["totals"]["energy_j"]["value"] == pytest.approx(found["arms"]["outer"]["total_energy_j"]["value"])
+    assert found["totals"]["nested_runs"] == 1
+
+
+def test_tracked_runs_of_one_name_are_arms_of_their_own(tmp_path: Path) -> None:
+    for run in ("r1", "r2"):
+        header = {"run": run, "inputs": run, "clock_s": float(run[1])}
+        synthetic.write(tmp_path, "pets", attempt=int(run[1]), name="pets", header=header)
+    assert results(tmp_path)["order"] == ["pets", "pets (2)"]
+
+
+def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[str, Any]) -> None:
+    other = results(study, grid=50.0)
+    mine, theirs = found["arms"]["lora"], other["arms"]["lora"]
+    assert theirs["train_energy_j"] == mine["train_energy_j"]
+    assert theirs["carbon_g"]["value"] == pytest.approx(mine["train_energy_j"]["value"] / 3.6e6 * 50)
+    assert not theirs["assumed_grid"]
+    assert mine["assumed_grid"]
+    assert results(study, grid={"value": 50, "zone": "X"})["carbon_intensity"] == [{"value": 50, "zone": "X"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"baseline": "bseline"}, "did you mean 'baseline'"),
+        ({"metric": "acuracy"}, "did you mean 'accuracy'"),
+        ({"metric": "wall_s"}, "name what is gained"),
+        ({"grid": "nowhere"}, "not a number"),
+        ({"grid": -1}, "not possible"),
+        ({"grid": {"zone": "FRA"}}, 'no number "value"'),
+    ],
+)
+def test_bad_input_says_what_and_what_else(study: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        results(study, **options)
+
+
+def test_nothing_to_report_and_what_is_no_record(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no run record"):
+        results(tmp_path)
+    with pytest.raises(BadInput, match="no file matches"):
+        results(str(tmp_path / "*.jsonl"))
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    (tmp_path / "newer.jsonl").write_text('{"type": "header", "schema": 99}\n')
+    with pytest.raises(BadInput, match="not a greenvis record"):
+        results(tmp_path / "other.jsonl")
+    synthetic.write(tmp_path, "baseline")
+    notes = results(str(tmp_path / "**"))["notes"]
+    assert any("other.jsonl was left out" in n for n in notes)
+    assert any("schema 99" in n for n in notes)
+    assert not any(str(tmp_path) in n for n in notes)
+
+
+def test_every_ending_of_a_record_is_stated(tmp_path: Path) -> None:
+    """Cut off, filled with noise, failed, stopped: still a report, which says what is missing."""
+    cut = synthetic.write(tmp_path, "cut", end=None)
+    cut.write_bytes(cut.read_bytes()[:-40])
+    noisy = synthetic.write(tmp_path, "noisy")
+    lines = noisy.read_bytes().split(b"\n")
+    noisy.write_bytes(b"\n".join([*lines[:4], b"\x00\xff\x07 noise", b'{"type": "sample"}', *lines[4:]]))
+    for end in ("failed", "stopped"):
+        synthetic.write(tmp_path, end, end=end)
+    header_only = tmp_path / "empty.jsonl"
+    header_only.write_text(
+        cut.read_text(errors="replace").split("\n")[0].replace('"arm":"cut"', '"arm":"bare","run":"x"') + "\n"
+    )
+    found = results(tmp_path)
+    assert found["damaged_lines"] == 3
+    assert {r["arm"]: r["attempts"][0] for r in found["incomplete"]} == {
+        "bare": "crashed", "cut": "crashed", "failed": "failed", "stopped": "stopped",
+    }  # fmt: skip
+    page = report(tmp_path, out=tmp_path / "out").read_text()
+    for words in ("damaged line", "loss is not finite", "crashed", "stopped", "has no finished run"):
+        assert words in page
+
+
+def test_without_accuracy_energy_or_grid_the_report_says_so(tmp_path: Path) -> None:
+    header = {"components": [], "carbon_intensity": None, "command": None}
+    synthetic.write(tmp_path, "tracked", accuracy=None, header=header, infer_j=None)
+    found = results(tmp_path)
+    arm = found["arms"]["tracked"]
+    assert arm["train_energy_j"]["value"] is None
+    assert arm["carbon_g"]["value"] is None
+    assert "not measured" in arm["inference_energy_j"]["reason"]
+    page = report(tmp_path, out=tmp_path / "out").read_text()
+    assert "No carbon intensity is known" in page
+    assert "no accuracy recorded" in page
+
+
+def test_a_metric_where_less_is_better(tmp_path: Path) -> None:
+    for seed in range(2):
+        synthetic.write(tmp_path, "baseline", seed, facts={"val_loss": 1.0 + 0.1 * seed})
+        synthetic.write(tmp_path, "better", seed, cpu_s=300, facts={"val_loss": 0.5 + 0.12 * seed})
+    found = results(tmp_path, metric="val_loss")
+    assert found["lower_is_better"]
+    assert found["arms"]["better"]["val_loss"]["mean"] == pytest.approx(0.56)
+    page = report(tmp_path, out=tmp_path / "out", metric="val_loss").read_text()
+    assert "better reached 0.560 ± 0.085 val_loss" in page
+
+
+def test_torch_is_not_imported(study: Path, tmp_path: Path) -> None:
+    code = "import sys; from greenvis.report import report; report(sys.argv[1], out=sys.argv[2]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, str(study), str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_results_json_is_what_results_returns(study: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    page = report(study, out=tmp_path)
+    assert json.loads((page.parent / "results.json").read_text()) == json.loads(to_json(found))
+
+
+def test_older_figures_of_the_same_folder_go(study: Path, tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "tasks-7.svg").write_text("old")
+    report(study, out=tmp_path)
+    assert not (tmp_path / "figures" / "tasks-7.svg").exists()

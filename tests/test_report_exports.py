@@ -1,0 +1,94 @@
+"""Exports are what their readers accept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+from huggingface_hub import ModelCard
+
+from greenvis.errors import BadInput
+from greenvis.report import exports, results
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return results(synthetic.study(tmp_path_factory.mktemp("runs")))
+
+
+def test_model_card_is_read_by_the_hub_library(found: dict[str, Any]) -> None:
+    card = ModelCard(exports.model_card(found, "lora"))
+    emitted: Any = card.data.get("co2_eq_emissions")
+    assert emitted["emissions"] == pytest.approx(found["arms"]["lora"]["carbon_g"]["value"])  # grams
+    assert emitted["geographical_location"] == "WORLD"
+    assert "assumed" in emitted["source"]
+    assert card.data.library_name == "greenvis"
+    [result] = card.data.eval_results or []
+    assert (result.metric_type, result.metric_value) == ("accuracy", pytest.approx(0.887))
+    assert "no difference shown" in card.text
+    with pytest.raises(BadInput, match="did you mean 'lora'"):
+        exports.model_card(found, "lorra")
+
+
+def test_a_tuned_base_is_fine_tuning(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, "tuned", uses=[{**synthetic.teacher(), "role": "base"}])
+    found = results(tmp_path)
+    assert '"training_type": "fine-tuning"' in exports.model_card(found, "tuned")
+    [package] = [e for e in exports.spdx(found)["@graph"] if e["type"] == "ai_AIPackage"]
+    assert "ai_finetuningEnergyConsumption" in package["ai_energyConsumption"]
+
+
+def test_spdx_holds_energy_in_kwh(found: dict[str, Any]) -> None:
+    document = exports.spdx(found)
+    packages = {e["name"]: e for e in document["@graph"] if e["type"] == "ai_AIPackage"}
+    assert len(packages) == 4  # the unfinished arm has none
+    [quantity] = packages["fashion-lora/lora"]["ai_energyConsumption"]["ai_trainingEnergyConsumption"]
+    assert float(quantity["ai_energyQuantity"]) * 3.6e6 == pytest.approx(found["arms"]["lora"]["train_energy_j"]["value"])
+    assert "e" not in quantity["ai_energyQuantity"]  # xsd:decimal
+    assert quantity["ai_energyUnit"] == "kilowattHour"
+
+
+def test_spdx_is_read_by_its_library(found: dict[str, Any], tmp_path: Path) -> None:
+    model = pytest.importorskip("spdx_python_model", reason="spdx-python-model is not installed").v3_0_1
+    file = tmp_path / "spdx.json"
+    file.write_text(json.dumps(exports.spdx(found)))
+    objects = model.SHACLObjectSet()
+    with file.open("rb") as f:
+        model.JSONLDDeserializer().read(f, objects)
+    objects.create_index()
+    assert not objects.missing_ids
+    assert len(list(objects.foreach_type(model.ai_AIPackage))) == 4
+
+
+def test_sci_is_e_times_i_plus_m(tmp_path: Path) -> None:
+    synthetic.write(tmp_path, "plain")
+    made = {"embodied": {"kg": 1200.0, "lifetime_years": 4.0, "share": 0.1}}
+    synthetic.write(tmp_path, "made", header={**made, "pue": 1.5, "carbon_intensity": synthetic.FRANCE})
+    arms = exports.sci(results(tmp_path))["arms"]
+    assert arms["plain"]["m_g"] is None
+    assert "not counted" in arms["plain"]["note"]
+    assert arms["plain"]["sci_g_per_image"] == pytest.approx(arms["plain"]["e_kwh"] * 475)
+    assert arms["made"]["m_g"] == pytest.approx(1200e3 * 0.1 / (4 * 365.25 * 86400) / 212.0)
+    assert arms["made"]["sci_g_per_image"] == pytest.approx(arms["made"]["e_kwh"] * 56 * 1.5 + arms["made"]["m_g"])
+
+
+def test_annex_xi_items_and_bibtex(found: dict[str, Any]) -> None:
+    item = exports.annex_xi(found)["arms"]["lora"]
+    assert item["2d_training_flops"] > 0
+    assert item["2e_known_or_estimated"] == "estimated"
+    assert item["2e_energy_kwh"]["value"] * 3.6e6 == pytest.approx(found["arms"]["lora"]["train_energy_j"]["value"])
+    entry = exports.bibtex(found)
+    assert entry.startswith("@misc{greenvis-fashion-lora,")
+    assert "year = {2025}" in entry
+    assert exports.bibtex({**found, "name": "100% $x_1$ \\a{b}"}).count(r"100\% \$x\_1\$ \textbackslash{}a\{b\}") == 1
+
+
+def test_all_files_are_written_and_named(found: dict[str, Any]) -> None:
+    files = exports.files(found)
+    assert set(files) == set(exports.NAMES)
+    for name, text in files.items():
+        if name.endswith(".json"):
+            json.loads(text)
