@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from greenvis.record import Provenance, Reading, Run
 
@@ -68,13 +67,12 @@ def phases(run: Run) -> dict[str, dict[str, Reading]]:
     return {p: energy(t, run.header.get("components") or []) for p, t in run.totals.items()}
 
 
-@dataclass(frozen=True)
-class Merged:
+class Merged(NamedTuple):
     """The ranks of one run as one: totals by phase, energy by phase and component (joules), ranks without a record."""
 
-    totals: dict[str, dict[str, float]] = field(default_factory=dict)
-    energy: dict[str, dict[str, Reading]] = field(default_factory=dict)
-    missing_ranks: list[int] = field(default_factory=list)
+    totals: dict[str, dict[str, float]]
+    energy: dict[str, dict[str, Reading]]
+    missing_ranks: list[int]
 
 
 def merge(runs: Sequence[Run]) -> Merged:
@@ -82,7 +80,7 @@ def merge(runs: Sequence[Run]) -> Merged:
 
     Ranks run side by side: a phase's wall_s and steps are the longest rank's, not their sum.
     """
-    out = Merged()
+    out = Merged({}, {}, [])
     for run, components in zip(runs, charged(runs), strict=True):
         for phase, totals in run.totals.items():
             into = out.totals.setdefault(phase, {})

@@ -30,9 +30,8 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from greenvis.errors import BadInput
 
@@ -44,8 +43,7 @@ KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
 Provenance = Literal["measured", "estimated", "constant"]
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(NamedTuple):  # no dataclass in this file: its import costs a fifth of a tracker's start
     """A figure with its band, how it was obtained, and, where it is missing (`value` None), why."""
 
     name: str
@@ -117,19 +115,19 @@ class Writer:
             self._synced = time.monotonic()
 
 
-@dataclass
 class Run:
     """One record, read back. `totals[phase][quantity]` are running sums; a phase path reads "train/epoch3"."""
 
-    path: Path
-    header: dict[str, Any]
-    totals: dict[str, dict[str, float]] = field(default_factory=dict)
-    logs: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-    uses: list[dict[str, Any]] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    end: dict[str, Any] | None = None
-    damaged_lines: int = 0
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.header = header
+        self.totals: dict[str, dict[str, float]] = {}
+        self.logs: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self.uses: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.end: dict[str, Any] | None = None
+        self.damaged_lines = 0
 
     @property
     def id(self) -> str:

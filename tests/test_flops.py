@@ -2,44 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import torchvision
-import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import greenvis as gv
+from greenvis.bench.meter.reference import REFERENCE
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
 from greenvis.meters.flops import count, distribution
 from greenvis.record import read
 
-REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
-    "resnet50": (lambda: timm.create_model("resnet50"), 4_089_184_256),
-    "vit_b16_timm": (lambda: timm.create_model("vit_base_patch16_224"), 17_563_828_224),
-    "vit_b16_torchvision": (lambda: torchvision.models.vit_b_16(), 17_563_828_224),
-    "vit_b16_transformers": (
-        lambda: transformers.ViTForImageClassification(transformers.ViTConfig(num_labels=1000)), 17_563_828_224,
-    ),
-    "swin_t": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), 4_490_566_656),
-    "deit_ti": (lambda: timm.create_model("deit_tiny_patch16_224"), 1_253_683_200),
-    "convnext_t": (lambda: timm.create_model("convnext_tiny"), 4_455_531_264),
-    "mobilenetv3_l": (lambda: timm.create_model("mobilenetv3_large_100"), 216_589_760),
-    "efficientnet_b0": (lambda: timm.create_model("efficientnet_b0"), 385_814_752),
-    "swin_t_torchvision": (lambda: torchvision.models.swin_t(), 4_490_566_656),
-    "clip_b16_image_tower": (
-        lambda: transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(patch_size=16, projection_dim=512)),
-        17_563_453_440,
-    ),
-}  # fmt: skip
 PUBLISHED_GMACS = {  # METERS.md, section 5, to three digits
-    "resnet50": 4.089, "vit_b16_timm": 17.564, "vit_b16_torchvision": 17.564, "vit_b16_transformers": 17.564, "swin_t": 4.491,
-    "deit_ti": 1.254, "convnext_t": 4.456, "mobilenetv3_l": 0.217, "efficientnet_b0": 0.386,
+    "ResNet-50": 4.089, "ViT-B/16 (timm)": 17.564, "ViT-B/16 (torchvision)": 17.564, "ViT-B/16 (transformers)": 17.564,
+    "Swin-T": 4.491,
+    "DeiT-Ti": 1.254, "ConvNeXt-T": 4.456, "MobileNetV3-L": 0.217, "EfficientNet-B0": 0.386,
 }  # fmt: skip
 
 

@@ -69,8 +69,14 @@ def describe() -> dict[str, Any]:
         "rank": rank, "world_size": world, "launch": launch(),
         "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?"),
         "boot_id": boot_id(), "pid": os.getpid(), "clock_s": time.time(), "mono_s": time.monotonic(),
-        "versions": versions(), "cpu": cpu(), "command": [sys.executable, *sys.argv], "git": commit(Path.cwd()),
+        "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(Path.cwd()),
     }  # fmt: skip
+
+
+def command() -> list[str]:
+    """Return the command to repeat this process with, without where this machine keeps its interpreter and folders."""
+    script, *words = sys.argv or [""]
+    return [os.path.basename(sys.executable), os.path.relpath(script) if os.path.isabs(script) else script, *words]
 
 
 def boot_id() -> str:

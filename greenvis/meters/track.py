@@ -226,8 +226,7 @@ class Tracker:
     def uses(self, role: str, name: str, runs: Iterable[str], energy_j: Reading | Mapping[str, Any], **more: Any) -> None:
         """Record that this run builds on others (a teacher, a base), whose energy is shown beside it, never added."""
         if isinstance(energy_j, Reading):
-            keys = ("value", "low", "high", "provenance", "method", "reason")
-            energy_j = {k: getattr(energy_j, k) for k in keys}
+            energy_j = {k: v for k, v in energy_j._asdict().items() if k != "name"}
         self._line("uses", {"role": role, "name": name, "runs": list(runs), "energy_j": dict(energy_j), **more})
 
     def add(self, phase: str | None = None, **quantities: float) -> None:
@@ -311,7 +310,7 @@ class Tracker:
         while True:  # ranks' ids follow from their launcher, which may have launched the same before
             turn = _turns[self.name] = _turns.get(self.name, -1) + 1
             self.id = headers.run_id(self.name, turn)
-            self.path = self._folder / f"{self.id}.rank{rank}{SUFFIX}"
+            self.path = self._folder.absolute() / f"{self.id}.rank{rank}{SUFFIX}"
             if not self.path.exists():
                 return
 
