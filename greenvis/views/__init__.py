@@ -132,6 +132,23 @@ def example_input(model: nn.Module, shape: tuple[int, int, int] | None = None) -
     return trace_any(model).input if shape is None else image(model, shape)
 
 
+def reached(model: nn.Module, example: Tensor) -> frozenset[str]:
+    """Return the names of the parameters that a gradient of the outputs reaches: what could learn at all."""
+    named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    flags = [(p, p.requires_grad) for p in named.values()]
+    try:
+        with quiet(model), torch.enable_grad():
+            for parameter in named.values():
+                parameter.requires_grad_(True)
+            outputs = [t for t in tensors_in(_plain(model(example))) if t.requires_grad]
+            total = torch.stack([t.float().sum() for t in outputs]).sum() if outputs else None
+            grads = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total is not None else []
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return frozenset(n for n, g in zip(named, grads, strict=False) if g is not None)
+
+
 def describe(found: View) -> list[tuple[str, str]]:
     """Return rows (part, what was found) for `greenvis inspect`."""
     first = found.attention[0] if found.attention else None

@@ -1,0 +1,48 @@
+"""Norm tuning: train only the normalisation layers and the classifier."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from greenvis.errors import BadInput
+from greenvis.surgery import freeze, hold_in_eval
+from greenvis.technique import Installed, Stage, Technique
+from greenvis.views import example_input, reached, view
+
+
+class NormTune(Technique):
+    """Train only scale and shift of the normalisation layers, and the classifier (Frankle et al., 2021; Zhao et al., 2024).
+
+    Saves optimizer memory and storage per task: of a large model under 1 % learns. Saves little training compute, as the
+    backward still runs through the whole model; costs nothing at inference.
+    """
+
+    name: ClassVar[str] = "norm_tune"
+    stage: ClassVar[Stage] = "weights"
+
+    head: Annotated[Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")] = "train"
+    statistics: Annotated[
+        Literal["follow", "hold"], Field(description="of batch norms: follow the new images, or hold what they are")
+    ] = "follow"
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Freeze all but norms and classifier. Raises BadInput for a model without trainable norms."""
+        example = example_input(model, self.input_shape)
+        found = view(model, example, probe=False)
+        live = reached(model, example)
+        names = {n for n in live if n.rpartition(".")[0] in found.role("norm")}
+        if not names:
+            raise BadInput(f"the norms of {type(model).__name__} have no scale or shift to train; use lora or bitfit")
+        if self.head == "train":
+            names |= {n for n in live if n.rpartition(".")[0] in found.heads}
+        freeze(model, but=[p for n, p in model.named_parameters() if n in names])
+        for module in model.modules():
+            if self.statistics == "hold" and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                hold_in_eval(module)
+        return Installed(tuple(n for n, _ in model.named_parameters() if n in names), freezes=True)

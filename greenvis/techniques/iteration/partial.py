@@ -1,0 +1,46 @@
+"""Partial fine-tuning: train the last blocks and all that comes after them."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from greenvis.errors import BadInput
+from greenvis.surgery import freeze
+from greenvis.technique import Installed, Stage, Technique
+from greenvis.views import example_input, reached, view
+
+
+class Partial(Technique):
+    """Train the last `blocks` blocks and every layer behind them; freeze what lies before (Yosinski et al., 2014).
+
+    Saves the backward of the frozen part, which stops at the first trained block, and its optimizer memory. Costs accuracy
+    where early features do not fit. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them.
+    """
+
+    name: ClassVar[str] = "partial"
+    stage: ClassVar[Stage] = "weights"
+
+    blocks: Annotated[int, Field(ge=1, description="how many of the last blocks train")] = 1
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""
+        example = example_input(model, self.input_shape)
+        found = view(model, example, probe=False)
+        blocks = found.role("block")
+        if self.blocks > len(blocks):
+            raise BadInput(f"blocks is {self.blocks}, but {type(model).__name__} has {len(blocks)}: give 1 to {len(blocks)}")
+        chosen = blocks[-self.blocks :]
+        behind = {*chosen, *found.heads}
+        for layers in (found.linears, found.convs, found.norms, tuple(a.path for a in found.attention)):  # each in order
+            first = next((i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))), len(layers))
+            behind |= set(layers[first:])
+        live = reached(model, example)
+        names = {n for n in live if n.startswith(tuple(f"{p}." for p in behind))}
+        freeze(model, but=[p for n, p in model.named_parameters() if n in names])
+        return Installed(tuple(n for n, _ in model.named_parameters() if n in names), freezes=True)
