@@ -12,7 +12,7 @@ import synthetic
 from greenvis import price, record
 from greenvis.errors import BadInput
 from greenvis.report import report
-from greenvis.report.listing import compare, diff, ls, quick
+from greenvis.report.listing import compare, diff, group, ls, quick
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +44,12 @@ def test_ls_rows_filter_and_sort(study: Path) -> None:
     assert [r["arm"] for r in ls([study], where="failed")] == ["diverged"]
     spent = [r["energy_j"] for r in ls(str(study / "**"), sort="-energy_j")]
     assert spent == sorted(spent, reverse=True)
+    by_arm = {r["arm"]: r for r in group(rows)}
+    assert (by_arm["lora"]["runs"], by_arm["lora"]["done"]) == (5, 4)
+    assert by_arm["diverged"]["accuracy"] is None
+    assert sum(r["energy_j"] for r in by_arm.values()) == pytest.approx(sum(r["energy_j"] for r in rows))
+    with pytest.raises(BadInput, match="cannot group by"):
+        group(rows, by=["armm"])
     with pytest.raises(BadInput, match="did you mean 'energy_j'"):
         ls(study, sort="enrgy_j")
 

@@ -15,7 +15,6 @@ from greenvis.report.groups import APART, Attempt, SeedRun
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
 LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
-YEAR_S = 365.25 * 86400
 ORDER = ("measured", "estimated", "constant")
 
 Intensity = Mapping[str, Any]
@@ -148,21 +147,20 @@ def train_flops(run: SeedRun) -> float | None:
     return math.fsum(found) if found else fact("train_flops")(run)
 
 
-def embodied_per_s(attempt: Attempt) -> float | None:
-    """Return the grams of CO2e a second of use carries for making the machine; None where it was not given."""
-    e = attempt.header.get("embodied")
+def embodied_g(attempt: Attempt, seconds: float) -> float | None:
+    """Return the grams of CO2e of making the machine that fall on that time of use; None where they were not given."""
     try:
-        return e["kg"] * 1000 * e.get("share", 1.0) / (e["lifetime_years"] * YEAR_S) if e else None
-    except (TypeError, KeyError, ZeroDivisionError):
+        return price.embodied(attempt.header.get("embodied"), seconds).value
+    except (TypeError, KeyError, ZeroDivisionError):  # a header of other hands
         return None
 
 
 def embodied(run: SeedRun) -> float | None:
     """Return the grams of CO2e of making the machine that fall on the time a result took."""
-    found = [
-        (embodied_per_s(a), t["wall_s"]) for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t
-    ]
-    return math.fsum(g * s for g, s in found if g is not None) if found and all(g is not None for g, _ in found) else None
+    walls = [(a, t["wall_s"]) for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t]
+    found = [embodied_g(a, s) for a, s in walls]
+    known = [g for g in found if g is not None]
+    return math.fsum(known) if known and len(known) == len(found) else None
 
 
 def _by_stage(done: list[SeedRun]) -> dict[str, Any]:

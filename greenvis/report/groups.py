@@ -25,13 +25,12 @@ CURVE_POINTS = 400
 
 @dataclass(slots=True)
 class Part:
-    """One record (a process, a rank) boiled down. `stages[stage][quantity]` are sums over the phases of a stage."""
+    """One record (a process, a rank) boiled down. `run.totals[stage][quantity]` are sums over the phases of a stage."""
 
     id: str
     rank: int
     status: str
-    header: dict[str, Any]
-    stages: dict[str, dict[str, float]]
+    run: Run  # header and totals by stage, no logs
     facts: dict[str, Any]
     uses: list[dict[str, Any]]
     notes: list[str]
@@ -143,7 +142,7 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
             notes.append(f"{path.name} was left out: {str(error).replace(str(path), path.name)}")
             continue
         known = parts.get((part.id, part.rank))
-        if known is None or sum(map(len, part.stages.values())) > sum(map(len, known.stages.values())):
+        if known is None or sum(map(len, part.run.totals.values())) > sum(map(len, known.run.totals.values())):
             parts[part.id, part.rank] = part
     if not parts:
         where = ", ".join(f"'{p}'" for p in paths)
@@ -173,12 +172,21 @@ def _boil(run: Run, metric: str) -> Part:
         _add(stages.setdefault(stage(phase), {}), totals)
         if stage(phase) == "measure" and totals.get("samples", 0) > 0:
             _add(timed, totals)
-    header = run.header
-    reason = str((run.end or {}).get("reason") or "")
+    small = Run(run.path, run.header)
+    small.totals.update(stages)
     return Part(
-        run.id, _int(header.get("rank")), run.status, header, stages, run.facts, run.uses, run.notes,
-        _curve(run, metric), (timed["samples"], timed) if timed else None, run.damaged_lines, reason,
-    )  # fmt: skip
+        run.id,
+        _int(run.header.get("rank")),
+        run.status,
+        small,
+        run.facts,
+        run.uses,
+        run.notes,
+        _curve(run, metric),
+        (timed["samples"], timed) if timed else None,
+        run.damaged_lines,
+        str((run.end or {}).get("reason") or ""),
+    )
 
 
 def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
@@ -215,60 +223,43 @@ def _group(parts: Iterable[Part]) -> list[SeedRun]:
 
 def _merge(parts: list[Part]) -> Attempt:
     """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes' quantities summed."""
-    first, energy, totals = parts[0], {}, {}
-    h = first.header
-    timed: list[Reading] = []
-    for part, components in _components(parts):
-        for name, sums in part.stages.items():
-            into = totals.setdefault(name, {})
-            wall = max(into.get("wall_s", 0.0), sums.get("wall_s", 0.0))
-            _add(into, sums)
-            into["wall_s"] = wall  # ranks run side by side
-            spent = energy.setdefault(name, {})
-            for component, reading in price.energy(sums, components).items():
-                spent[component] = price.add([spent[component], reading]) if component in spent else reading
-        if part.inference:
-            timed.append(_scaled(price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0]))
-    world = max([_int(h.get("world_size")), 1, *(p.rank + 1 for p in parts)])
-    missing = sorted(set(range(world)) - {p.rank for p in parts})
+    first = parts[0]
+    h = first.run.header
+    runs = [p.run for p in parts]
+    merged = price.merge(runs)
+    timed = [
+        _scaled(price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0])
+        for part, components in zip(parts, price.charged(runs), strict=True)
+        if part.inference
+    ]
     statuses = {p.status for p in parts}
     status = next(s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses)
-    whole = price.add(r for s, c in energy.items() if s not in APART for r in c.values()).value
     return Attempt(
-        first.id, _int(h.get("attempt")), _start(h), status, h, first.facts, first.uses,
-        list(dict.fromkeys(n for p in parts for n in p.notes)), totals, energy, _share(first, parts, whole),
-        price.add(timed) if timed else None, missing, sum(p.damaged_lines for p in parts),
+        first.id,
+        _int(h.get("attempt")),
+        _start(h),
+        status,
+        h,
+        first.facts,
+        first.uses,
+        list(dict.fromkeys(n for p in parts for n in p.notes)),
+        merged.totals,
+        merged.energy,
+        _share(first, parts, merged),
+        price.add(timed) if timed else None,
+        merged.missing_ranks,
+        sum(p.damaged_lines for p in parts),
         next((p.reason for p in parts if p.status == status), ""),
-    )  # fmt: skip
+    )
 
 
-def _components(parts: list[Part]) -> Iterable[tuple[Part, list[Mapping[str, Any]]]]:
-    """Yield each rank with the components it is charged for: a machine-wide counter only on one rank of its host."""
-    charged: dict[tuple[Any, Any, Any], Part] = {}
-    for part in parts:
-        for c in part.header.get("components") or []:
-            if c.get("scope") == "machine":
-                key = (part.header.get("host"), part.header.get("boot_id"), c.get("name"))
-                best = charged.get(key)
-                if best is None or _seen(part, c) > _seen(best, c):
-                    charged[key] = part
-    for part in parts:
-        host = (part.header.get("host"), part.header.get("boot_id"))
-        listed = part.header.get("components") or []
-        yield part, [c for c in listed if c.get("scope") != "machine" or charged[(*host, c.get("name"))] is part]
-
-
-def _seen(part: Part, component: Mapping[str, Any]) -> float:
-    return math.fsum(t.get(component.get("observation") or "", 0.0) for t in part.stages.values())
-
-
-def _share(first: Part, parts: list[Part], whole: float | None) -> list[tuple[float, float]]:
+def _share(first: Part, parts: list[Part], merged: price.Merged) -> list[tuple[float, float]]:
     """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in step)."""
-    if len(parts) == 1 or not first.curve or not whole:
+    if len(parts) == 1 or not first.curve:
         return first.curve
-    own = [price.energy(t, first.header.get("components") or []) for s, t in first.stages.items() if s not in APART]
-    alone = price.add(r for c in own for r in c.values()).value
-    return [(j * whole / alone, y) for j, y in first.curve] if alone else first.curve
+    alone = price.add(r for s, c in price.phases(first.run).items() if s not in APART for r in c.values()).value
+    whole = price.add(r for s, c in merged.energy.items() if s not in APART for r in c.values()).value
+    return [(j * whole / alone, y) for j, y in first.curve] if alone and whole else first.curve
 
 
 def _scaled(reading: Reading, k: float) -> Reading:

@@ -149,10 +149,13 @@ def _predicted(found: dict[str, Any]) -> list[str]:
         p = found["arms"][a].get("predicted")
         e = p.get("energy_j") if isinstance(p, dict) else None
         if isinstance(e, dict) and isinstance(e.get("value"), (int, float)):
-            actual = found["arms"][a]["train_energy_j"]["value"]
+            spent = found["arms"][a]["energy_by_phase_j"]
+            actual = sum(spent.get(k, 0.0) for k in ("train", "teacher", "eval")) if spent else None
             known = actual is not None and e.get("low") is not None and e.get("high") is not None
             inside = " (inside the predicted band)" if known and e["low"] <= actual <= e["high"] else ""
-            out.append(f"{a}: predicted {si(e['value'], 'J')}, actual {si(actual, 'J')}{inside}.")
+            out.append(
+                f"{a}: predicted {si(e['value'], 'J')} a run for training and evaluation, actual {si(actual, 'J')}{inside}."
+            )
     return out
 
 

@@ -47,6 +47,28 @@ def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str,
     return there + [r for r in rows if r[key] is None]
 
 
+def group(rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm")) -> list[dict[str, Any]]:
+    """Return `ls` rows put together: one row for each value of the columns `by`, with runs, done, means and sums.
+
+    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums over all.
+    """
+    columns = list(by)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        unknown = [c for c in columns if c not in row]
+        if unknown:
+            raise BadInput(f"cannot group by '{unknown[0]}'{nearest(unknown[0], row)}")
+        groups.setdefault(tuple(row[c] for c in columns), []).append(row)
+    out = []
+    for key, found in sorted(groups.items(), key=lambda kv: tuple(map(str, kv[0]))):
+        scores = {i: r["accuracy"] for i, r in enumerate(found) if r["status"] == "done" and r["accuracy"] is not None}
+        sums = {k: math.fsum(r[k] for r in found if r[k] is not None) for k in ("energy_j", "carbon_g", "wall_s")}
+        done = sum(r["status"] == "done" for r in found)
+        mean = stats.summary(scores)["mean"]
+        out.append(dict(zip(columns, key, strict=True)) | {"runs": len(found), "done": done, "accuracy": mean} | sums)
+    return out
+
+
 def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy") -> list[dict[str, Any]]:
     """Return one row for each arm and quantity of two runs, folders of runs or results.json files.
 

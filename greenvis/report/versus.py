@@ -132,8 +132,7 @@ def sci(row: dict[str, Any], last: Attempt | None) -> dict[str, Any]:
     make, grams, infer = row["train_energy_j"]["value"], row["carbon_g"]["value"], row["inference_energy_j"]["value"]
     intensity = grams / make * price.JOULES_PER_KWH if make and grams is not None else None
     known = infer is not None and intensity is not None
-    made = arms_.embodied_per_s(last) if last else None
-    m = made / row["images_per_s"] if made is not None and row["images_per_s"] else None
+    m = arms_.embodied_g(last, 1 / row["images_per_s"]) if last and row["images_per_s"] else None
     return {
         "e_kwh": None if infer is None else infer / price.JOULES_PER_KWH,
         "i_g_per_kwh": intensity,
