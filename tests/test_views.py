@@ -9,7 +9,7 @@ from torch import nn
 
 from greenvis.errors import BadInput
 from greenvis.surgery import Snapshot
-from greenvis.views import describe, example_input, view
+from greenvis.views import describe, example_input, reached, view
 
 # host: attentions, mlps, blocks, prefix tokens, heads of the first attention, classifier
 EXPECTED = {
@@ -135,3 +135,34 @@ def test_errors_say_what_was_seen() -> None:
 
     with pytest.raises(BadInput, match="no image shape found"):
         view(Words())
+
+
+def test_reached_says_what_could_learn() -> None:
+    model = nn.ModuleDict({"used": nn.Linear(12, 2), "unused": nn.Linear(2, 2)})
+    model.forward = lambda x: model["used"](x.flatten(1))  # type: ignore[method-assign]
+    model["used"].weight.requires_grad_(False)
+    assert reached(model, torch.rand(1, 3, 2, 2)) == {"used.weight", "used.bias"}
+    assert not model["used"].weight.requires_grad
+    assert model["used"].bias.grad is None
+
+
+@pytest.mark.slow
+def test_one_model_of_each_timm_family() -> None:
+    """On the meta device, without weights: a classifier is found in all but those that come without one."""
+    import timm
+
+    families: dict[str, str] = {}
+    for name in sorted(timm.list_models(), key=len):
+        families.setdefault(timm.models._registry._model_to_module[name], name)
+    headless = []
+    for name in families.values():
+        with torch.device("meta"):
+            model = timm.create_model(name)
+        found = view(model, probe=False)
+        assert found.convs or found.linears
+        if not found.heads:
+            headless.append(name)
+        ambiguous = [a for a in found.attention if a.kind != "multihead" and not a.inputs]
+        assert len(ambiguous) <= len(found.attention) / 2, name
+    assert len(families) > 80
+    assert len(headless) <= 12, headless

@@ -80,13 +80,7 @@ class Lora(Technique):
                 layer.__class__ = _ReadLinear
             for parent, name in places[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
-        fused = [p for p, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
-        for (
-            path,
-            layer,
-        ) in layers.items():  # in eval that layer would read the base's weights; a hook keeps it off its fast path
-            if any(path.startswith(f"{p}.") or not p for p in fused):
-                layer.register_forward_hook(_nothing)
+        _keep_off_the_fast_path(model, layers)
         learned = {id(p) for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n}
         learned |= {id(p) for p in heads}
         freeze(model, but=[p for p in model.parameters() if id(p) in learned])
@@ -145,6 +139,8 @@ class Lora(Technique):
                 return f"'{path}' is a convolution of {module.groups} groups; PEFT cannot merge it and needs a rank they divide"
             if set(module.dilation) != {1} or module.padding_mode != "zeros":
                 return f"'{path}' has dilation {module.dilation} and padding '{module.padding_mode}', which PEFT ignores"
+        if isinstance(module, nn.Conv2d) and path in found.functional:
+            return f"'{path}' is a convolution whose weight another module reads"
         whole = isinstance(module, nn.MultiheadAttention)
         if whole and not module._qkv_same_embed_dim:
             return f"'{path}' has q, k and v of different widths, which PEFT does not support"
@@ -242,6 +238,14 @@ class _Multihead(peft_layers.MultiheadAttention):
 
     def _restore_weights(self) -> None:
         """Nothing to restore: the parameters never leave the base."""
+
+
+def _keep_off_the_fast_path(model: nn.Module, layers: dict[str, Any]) -> None:
+    """In eval nn.TransformerEncoderLayer reads its parts' own weights, and would miss the change; not where there are hooks."""
+    fused = [p for p, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    for path, layer in layers.items():
+        if any(path.startswith(f"{p}.") or not p for p in fused):
+            layer.register_forward_hook(_nothing)
 
 
 def _nothing(module: nn.Module, inputs: Any, output: Any) -> None:
