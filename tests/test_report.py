@@ -264,3 +264,24 @@ def test_older_figures_of_the_same_folder_go(study: Path, tmp_path: Path) -> Non
     (tmp_path / "figures" / "tasks-7.svg").write_text("old")
     report(study, out=tmp_path)
     assert not (tmp_path / "figures" / "tasks-7.svg").exists()
+
+
+def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tmp_path: Path) -> None:
+    from greenvis.report.verdict import headline, sentence
+
+    assert headline(found) == "lora"  # the cheapest of those not shown worse; "frozen" is cheaper, at 7.6 points less
+    said = sentence(found, "lora")
+    assert "1.8 times less training energy (1.5–2.0) than baseline" in said
+    assert "no difference shown (p = " in said
+    assert "one seed: no spread is known" in sentence(found, "frozen")
+    assert "charged in full: 3.7 times more energy" in sentence(found, "distilled")
+    assert sentence(found, "diverged").startswith("diverged has no finished run")
+    for seed, cpu_s in enumerate((390, 405, 402)):
+        synthetic.write(tmp_path, "baseline", seed, cpu_s=400)
+        synthetic.write(tmp_path, "same", seed, cpu_s=cpu_s)
+    assert "no difference shown in training energy" in sentence(results(tmp_path), "same")
+    alone = results(study / "frozen")
+    assert (
+        sentence(alone, headline(alone))
+        == "frozen reached 81.0\u00a0% for 538 J of training energy (one seed: no spread is known)."
+    )

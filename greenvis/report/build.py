@@ -1,4 +1,25 @@
-"""Seed runs to the results of a report: one plain dict, the same for the same records wherever they lie."""
+"""Seed runs to the results of a report: one plain dict, the same for the same records wherever they lie.
+
+results.json, schema 1 (units stand in the keys; null is "not known", never 0):
+
+    name, baseline, metric, lower_is_better, order     what is compared, and the order of the arms
+    arms.ARM   means over finished seeds:
+      METRIC             {mean, std, n, by_seed}, the gain ("accuracy" by default, a share of 1)
+      train_energy_j     {value, low, high, provenance, method, std, n, by_seed}: all that led to the result but measurement
+      total_energy_j, carbon_g, total_carbon_g           likewise; carbon_g is of train_energy_j
+      energy_by_phase_j, energy_by_component_j           parts of total_energy_j
+      inference_energy_j {value, …, reason}              of one image
+      macs, params, trainable_params, delta_bytes, train_flops, latency_ms {p50, p95}, images_per_s, peak_memory_mb, wall_s
+      embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
+      uses [{role, name, runs, energy_j, used_by_runs}], base_reuse {whole_j, shared_j}: beside, in no figure above
+      spent {energy_j, carbon_g, unfinished_energy_j, repeated_energy_j, older_inputs_energy_j}: sums, nothing left out
+      vs_baseline        by quantity {ratio, low, high, n, p_value}, paired by seed (low, high: lowest and highest seed);
+                         METRIC {mean, low, high, n, p_value, p_adjusted}: difference with its 95 % interval;
+                         payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}
+      energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
+    totals, incomplete                                   everything these records burnt; seed runs that never finished
+    environment, recipe, command, git, data, models, sources, carbon_intensity, pue, crosscheck, not_counted, notes, …
+"""
 
 from __future__ import annotations
 

@@ -67,8 +67,8 @@ def gain_vs_energy(found: Results) -> Drawing | None:
         (x, y), look = points[a], {**looks[a], "linestyle": "none", "ms": 8}
         std_x, std_y = arms[a]["train_energy_j"]["std"], arms[a][metric]["std"]
         ax.plot(x, y * k, label=short(a), zorder=3, **look)
-        bars: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
-        ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **bars)
+        error: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
+        ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **error)
     ax.set_xlabel("training energy (less is better)")
     ax.set_ylabel(_axis(found))
     ax.margins(0.14)
@@ -77,7 +77,9 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     figures.legend_below(figure, ax)
     what = "; ".join(f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}" for a in named)
     best = ", ".join(short(a, 40) for a in front[:12])
-    caption = f"On the Pareto front: {best}. Bars: standard deviation over seeds.{rest}"
+    spread = any(arms[a][metric]["std"] for a in named)
+    bars = "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
+    caption = f"On the Pareto front: {best}. {bars}{rest}"
     return figures.save(
         figure, "gain-vs-energy", f"{metric.capitalize()} against training energy", f"{what}. {caption}", caption
     )

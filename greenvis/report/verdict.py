@@ -54,7 +54,7 @@ def _energy(vs: dict[str, Any], base: str | None) -> str:
     r = vs["train_energy"]
     if not r:
         return f"an unknown share of the training energy of {base}"
-    if r["n"] > 1 and not words.shown(r) and r["low"] < 1 < r["high"]:
+    if r["n"] > 1 and r["p_value"] is not None and not words.shown(r):
         return f"no difference shown in training energy to {base} ({words.times(r)})"
     return f"{words.times(r, 'training energy')} {'as' if abs(r['ratio'] - 1) < 0.005 else 'than'} {base}"
 
