@@ -46,36 +46,43 @@ class FlopMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator as it is and add its FLOPs."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        packet = getattr(func, "_overloadpacket", func)
-        formula = FORMULAS.get(packet)
-        flops = 0
+        out = func(*args, **kwargs) if kwargs else func(*args)
+        try:
+            formula = _routes[func]
+        except KeyError:
+            formula = _routes[func] = _route(func)
         if formula is not None:
-            flops = int(formula(args, kwargs, out))
-        elif packet in flop_registry:
-            flops = int(flop_registry[packet](*args, **kwargs, out_val=out))
-        else:
-            name = str(packet)
-            if name not in _known_light:
-                self._unknown(name)
-        if flops:
+            self._add(func, formula(args, kwargs or {}, out))
+        return out
+
+    def _add(self, func: Any, flops: int) -> None:
+        if flops < 0:
+            self.unhandled[str(getattr(func, "_overloadpacket", func))] += 1
+        elif flops:
             self.total += flops
             for name in dict.fromkeys(self.path):
                 self.by_path[name] += flops
             if self._place is not None:
                 self.by_place[self._place()] += flops
-        return out
-
-    def _unknown(self, name: str) -> None:
-        space, _, op = name.partition(".")
-        if space not in ("aten", "prim", "prims", "profiler") or (_HEAVY.search(op) and not _LIGHT.search(op)):
-            self.unhandled[name] += 1
-        else:
-            _known_light.add(name)
 
 
-_known_light: set[str] = set()
+_routes: dict[Any, Formula | None] = {}  # by operator: its formula, or None where nothing is to be counted
+
+
+def _route(func: Any) -> Formula | None:
+    packet = getattr(func, "_overloadpacket", func)
+    if packet in FORMULAS:
+        return FORMULAS[packet]
+    if packet in flop_registry:
+        torchs = flop_registry[packet]
+        return lambda args, kwargs, out: int(torchs(*args, **kwargs, out_val=out))
+    space, _, op = str(packet).partition(".")
+    known = space in ("aten", "prim", "prims", "profiler") and not (_HEAVY.search(op) and not _LIGHT.search(op))
+    return None if known else _unknown
+
+
+def _unknown(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    return -1
 
 
 def _linear(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:

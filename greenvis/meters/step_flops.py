@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,9 @@ from greenvis.meters.flop_mode import FlopMode
 if TYPE_CHECKING:
     from greenvis.meters.track import Tracker
 
-AGAIN = 8  # a kind of step is counted at its 1st, 2nd, 16th, 128th, … time: a replay buffer fills, tokens are pruned
-LONGEST = 1024
+AGAIN = 64  # a kind of step is counted at its 1st, 64th, 4096th, … time: a replay buffer fills, tokens are pruned
+LONGEST = 16384
+LOOK_EVERY = 16  # steps between two looks at which parameters learn: there are hundreds of them
 
 
 @dataclass
@@ -36,40 +37,48 @@ class StepFlops:
         self._model = model
         self._parameters: list[nn.Parameter] = []
         self._phase: str | None = None
+        self._steps = self._learning = 0
         self._known: dict[tuple[Any, ...], _Kind] = {}
         self._told: set[str] = set()
         self._compiled = _is_compiled(model)
 
-    @contextmanager
-    def step(self, tracker: Tracker, batch: Any) -> Iterator[None]:
-        """Count or look up the step run inside."""
+    def step(self, tracker: Tracker, batch: Any) -> AbstractContextManager[Any]:
+        """Return a context that counts, or looks up, the step run inside."""
         if self._compiled:  # a dispatch mode would run it uncompiled: other kernels, other numbers
             self._tell(tracker, "FLOPs of the steps were not counted: the model is compiled; `greenvis flops` counts it")
-            yield
-            return
+            return nullcontext()
         phase = tracker.current_phase
         kind = self._known.setdefault(self._key(phase, batch), _Kind())
         kind.seen += 1
         if kind.seen < kind.next_look and kind.phase == phase:
+            for below, flops in kind.flops.items():
+                tracker.add(phase + below, flops=flops)
+            return nullcontext()
+        return self._counted(tracker, kind, phase)  # also at the first step of an epoch: outputs may be cached by then
+
+    @contextmanager
+    def _counted(self, tracker: Tracker, kind: _Kind, phase: str) -> Iterator[None]:
+        if kind.seen >= kind.next_look:
+            kind.next_look = min(kind.seen * AGAIN, kind.seen + LONGEST)
+        kind.phase = phase
+        with FlopMode(lambda: tracker.current_phase) as mode:
             yield
-        else:  # also at the first step of each epoch: outputs may come from a cache by then
-            if kind.seen >= kind.next_look:
-                kind.next_look = min(max(2, kind.seen * AGAIN), kind.seen + LONGEST)
-            kind.phase = phase
-            with FlopMode(lambda: tracker.current_phase) as mode:
-                yield
-            kind.flops = {place.removeprefix(phase): n for place, n in mode.by_place.items()}
-            for name in mode.unhandled:
-                self._tell(tracker, f"FLOPs of {name} were not counted: no formula is known for it")
+        kind.flops = {place.removeprefix(phase): n for place, n in mode.by_place.items()}
+        for name in mode.unhandled:
+            self._tell(tracker, f"FLOPs of {name} were not counted: no formula is known for it")
         for below, flops in kind.flops.items():
             tracker.add(phase + below, flops=flops)
 
     def _key(self, phase: str, batch: Any) -> tuple[Any, ...]:
-        if self._model is not None and phase != self._phase:  # walking the modules costs more than a look at the list
-            self._phase, self._parameters = phase, list(self._model.parameters())
-        learning = sum(p.requires_grad for p in self._parameters)
-        training = self._model is not None and self._model.training
-        return (phase.split("/")[0], _shapes(batch), training, learning, torch.is_grad_enabled())
+        model = self._model
+        if model is not None:
+            if phase != self._phase:  # walking the modules costs more than a look at the list
+                self._phase, self._parameters, self._steps = phase, list(model.parameters()), 0
+            if self._steps % LOOK_EVERY == 0:
+                self._learning = sum(p.requires_grad for p in self._parameters)
+            self._steps += 1
+        training = model is not None and model.training
+        return (phase.partition("/")[0], _shapes(batch), training, self._learning, torch.is_grad_enabled())
 
     def _tell(self, tracker: Tracker, text: str) -> None:
         if text not in self._told:
