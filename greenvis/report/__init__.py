@@ -57,24 +57,9 @@ def to_json(found: Mapping[str, Any]) -> str:
 
 def table(found: Mapping[str, Any]) -> Any:
     """Return results as a rich table for a terminal: one row an arm."""
-    from rich.markup import escape
-    from rich.table import Table
+    from greenvis.report import brief
 
-    from greenvis.report import figures, tables
-
-    columns = tables.used(dict(found), tables.costs(dict(found)))
-    out = Table(title=escape(figures.clean(found["name"])))
-    out.add_column("arm", overflow="fold")
-    for column in columns:
-        out.add_column(escape(column.title), justify="right")
-    for row in tables.cells(dict(found), columns):
-        texts = []
-        for cell in row["cells"]:
-            below = f"\n[dim]{escape(cell['sub'])}[/dim]" if cell["sub"] else ""
-            texts.append((f"[bold]{escape(cell['text'])}[/bold]" if cell["best"] else escape(cell["text"])) + below)
-        status = "" if row["status"] == "done" else f"\n[dim]{row['status']}[/dim]"
-        out.add_row(escape(figures.clean(row["arm"])) + status, *texts)
-    return out
+    return brief.table(found)
 
 
 def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] | None:
