@@ -8,6 +8,7 @@ from typing import Any
 from greenvis.report import figures, tables, words
 from greenvis.report.words import MISSING, si
 
+HEADS = {"train_energy_j": "Energy", "carbon_g": "CO₂e"}
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
@@ -19,11 +20,12 @@ def table(found: Mapping[str, Any]) -> Any:
 
     kept = (found["metric"], "vs_metric", "train_energy_j", "vs_train_energy", "carbon_g")
     columns = [c for c in tables.used(dict(found), tables.costs(dict(found))) if c.key in kept]
-    out = Table(title=escape(figures.clean(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False)
-    out.add_column("Arm", overflow="fold", min_width=8)
+    out = Table(title=escape(figures.clean(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")
-        out.add_column("vs baseline" if against else escape(column.title), justify="right", no_wrap=not against)
+        head = "vs baseline" if against else HEADS.get(column.key, column.title)
+        out.add_column(escape(head), justify="right", no_wrap=not against, width=16 if against else None)
     for row in tables.cells(dict(found), columns):
         texts = []
         for column, cell in zip(columns, row["cells"], strict=True):
@@ -31,7 +33,7 @@ def table(found: Mapping[str, Any]) -> Any:
             sub = cell["sub"].split(" (p")[0].split(":")[0] if column.key.startswith("vs_") else ""
             texts.append(text + (f"\n[dim]{escape(sub)}[/dim]" if sub else ""))
         status = "" if row["status"] == "done" else f"\n[dim]{row['status']}[/dim]"
-        out.add_row(escape(figures.clean(row["arm"])) + status, *texts)
+        out.add_row(escape(figures.short(row["arm"], 28)) + status, *texts)
     return out
 
 
