@@ -185,6 +185,22 @@ def test_no_counter_falls_back_to_cpu_time_with_the_reason(tmp_path: Path) -> No
     assert cpu["citation"]
 
 
+def test_wall_time_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable() -> ProcessTree:
+        raise OSError("the processor time used is not available")
+
+    monkeypatch.setattr("greenvis.meters.energy.open_tree", unavailable)  # no such system at hand
+    meter = Meter(powercap=tmp_path)
+    assert [(c["source"], c["provenance"]) for c in meter.components] == [("wall time", "constant")]
+    ledger = Ledger(meter)
+    time.sleep(0.05)
+    ledger.cut()
+    watts = meter.components[0]["coefficient"]["central"]
+    found = price.energy(ledger.sums(), meter.components)["cpu"]
+    assert found.value == pytest.approx(watts * ledger.sums()["wall_s"])
+    assert ledger.sums()["wall_s"] >= 0.05
+
+
 def test_the_users_coefficients_and_wall_meter_come_first(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"wall_meter": {"idle_w": 40, "busy_w": 100, "busy_cpus": 10}}))

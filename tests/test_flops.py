@@ -174,6 +174,17 @@ def test_a_teachers_part_of_the_step_is_its_phases_and_is_looked_at_again(tmp_pa
     assert totals["train/epoch1/teacher"].get("flops", 0) == 0
 
 
+def test_a_compiled_model_runs_compiled_and_says_it_was_not_counted(tmp_path: Path) -> None:
+    model = torch.compile(nn.Linear(4, 2), backend="eager")
+    with gv.track("c", model, dir=tmp_path) as run:
+        for x in run.steps([torch.zeros(2, 4)] * 3, progress=False):
+            model(x)
+    found = read(run.path)
+    assert found.sum("flops") is None
+    assert len(found.notes) == 1
+    assert "compiled" in found.notes[0]
+
+
 def test_leaving_the_loop_ends_the_counting(tmp_path: Path) -> None:
     with gv.track("s", dir=tmp_path) as run:
         for _ in run.steps([torch.zeros(2, 3)], progress=False):

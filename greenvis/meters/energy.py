@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from greenvis.errors import BadInput, nearest
 from greenvis.meters.nvml import Nvml, open_nvml
-from greenvis.meters.processes import TICK_S, open_tree
+from greenvis.meters.processes import TICK_S, PortableTree, ProcessTree, open_tree
 from greenvis.meters.rapl import POWERCAP, open_rapl
 
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
@@ -55,13 +55,18 @@ class Meter:
         powercap: Path = POWERCAP,
     ) -> None:
         table = load_coefficients(coefficients)
-        self._tree = open_tree()
+        self._tree = _tree()
         self._rapl, why_rapl = open_rapl(powercap)
         self._nvml, why_nvml = open_nvml()
         self._wall_meter = wall_meter
         self.components = _components(table, self._rapl is not None, why_rapl, self._nvml, why_nvml)
+        if self._tree is None:  # neither CPU time nor memory can be read here
+            self.components = [c for c in self.components if c["observation"] not in ("cpu_s", "ram_gb_s")]
+            if self._rapl is None:
+                self.components.insert(0, _by_the_clock(table))
         if self._rapl is not None and "dram_j" in self._rapl.read():
-            self.components[1] = _counted("ram", "rapl", "dram_j", "RAPL's memory counter advances with the package's")
+            ram = _counted("ram", "rapl", "dram_j", "RAPL's memory counter advances with the package's")
+            self.components = [ram if c["name"] == "ram" else c for c in self.components]
         if wall_meter is not None:
             self.components = [_counted("machine", "wall meter", "meter_j", "read by the user's own function")]
         self._corrected = False
@@ -74,15 +79,18 @@ class Meter:
 
     def read(self, full: bool = True) -> dict[str, float]:
         """Return running totals: wall_s, cpu_s, ram_gb_s, and steal_s, cpu_j, dram_j, gpu_j, meter_j where there are such."""
-        cpu_s = self._tree.cpu_s()
-        now, gb = time.monotonic(), self._tree.resident_gb()
-        before, gb_before = self._resident
-        self._ram_gb_s += (gb + gb_before) / 2 * (now - before)
-        self._resident = (now, gb)
+        used: dict[str, float] = {}
+        now = time.monotonic()
+        if self._tree is not None:
+            used["cpu_s"] = self._tree.cpu_s()
+            gb, (before, gb_before) = self._tree.resident_gb(), self._resident
+            self._ram_gb_s += (gb + gb_before) / 2 * (now - before)
+            self._resident = (now, gb)
+            used["ram_gb_s"] = self._ram_gb_s
         if full or now - self._slow_at > CHEAP_S:
             self._read_slow(full)
             self._slow_at = now
-        return {"wall_s": now, "cpu_s": cpu_s, "ram_gb_s": self._ram_gb_s, **self._slow}
+        return {"wall_s": now, **used, **self._slow}
 
     def _read_slow(self, full: bool) -> None:
         if self._rapl is not None:
@@ -106,7 +114,7 @@ class Meter:
 
     def live_pids(self) -> list[int]:
         """Return the live descendants that were counted at the last reading."""
-        return self._tree.live_pids()
+        return [] if self._tree is None else self._tree.live_pids()
 
 
 class Replay:
@@ -228,6 +236,23 @@ def _counted(name: str, source: str, observation: str, reason: str) -> dict[str,
 
 def _missing(name: str, reason: str) -> dict[str, Any]:
     return {"name": name, "source": "none", "scope": "machine", "observation": "", "coefficient": {}, "reason": reason}
+
+
+def _tree() -> ProcessTree | PortableTree | None:
+    try:
+        tree = open_tree()
+        tree.cpu_s()
+    except (ImportError, OSError, RuntimeError, ValueError):
+        return None
+    return tree
+
+
+def _by_the_clock(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": "cpu", "source": "wall time", "scope": "process", "observation": "wall_s", "coefficient": table["wall_w"],
+        "provenance": "constant", "citation": table["wall_w"]["citation"], "reason": "CPU time cannot be read on this system",
+        "table": table["version"],
+    }  # fmt: skip
 
 
 def _cpu_coefficient(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +80,18 @@ def phase() -> dict[str, Any]:
 
 def neighbours() -> dict[str, Any]:
     """Energy of the same work beside busy neighbours over that without them."""
-    ours = BURN + OURS + f"work(5000)\nwith gv.track('t') as run: work({WORK})\nprint(json.dumps(run.energy().value))"
+    go = "print(json.dumps('ready'), flush=True); sys.stdin.readline()\n"  # neighbours come when the imports are done
+    ours = BURN + OURS + f"work(5000)\n{go}with gv.track('t') as run: work({WORK})\nprint(json.dumps(run.energy().value))"
     peer = BURN + PEER + (
-        "t = peer(measure_power_secs=1, tracking_mode='MODE', save_to_file=False)\n"
+        f"t = peer(measure_power_secs=1, tracking_mode='MODE', save_to_file=False)\n{go}"
         f"t.start(); work({WORK}); t.stop(); print(json.dumps(t.final_emissions_data.energy_consumed * 3.6e6))"
     )  # fmt: skip
-    scenes: dict[str, Callable[[], float]] = {
-        "ours": lambda: statistics.median(_python(ours)[0] for _ in range(2)),
-        "machine": lambda: _python(peer.replace("MODE", "machine"))[0],
-        "process": lambda: _python(peer.replace("MODE", "process"))[0],
+    scenes: dict[str, Callable[[int], float]] = {
+        "ours": lambda n: statistics.median(_beside(ours, n) for _ in range(3)),
+        "machine": lambda n: _beside(peer.replace("MODE", "machine"), n),
+        "process": lambda n: _beside(peer.replace("MODE", "process"), n),
     }
-    alone = {name: scene() for name, scene in scenes.items()}
-    with _busy(NEIGHBOURS):
-        beside = {name: scene() for name, scene in scenes.items()}
+    alone, beside = ({name: scene(n) for name, scene in scenes.items()} for n in (0, NEIGHBOURS))
     ratio = {name: beside[name] / alone[name] for name in scenes}
     return _row(
         f"same work, 0 → {NEIGHBOURS} neighbours", f"{ratio['machine']:.1f} × (process mode {ratio['process']:.1f} ×)",
@@ -217,7 +215,7 @@ def _start_python(code: str, cwd: str | None = None) -> subprocess.Popen[str]:
     environment = {k: v for k, v in os.environ.items() if k != "GREENVIS_RUN"} | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=cwd or _FOLDER.name, text=True, env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
@@ -227,15 +225,19 @@ def _python(code: str, cwd: str | None = None) -> list[Any]:
     return [json.loads(line) for line in out.splitlines() if line[:1] in '"[{-0123456789']
 
 
-@contextmanager
-def _busy(n: int):
-    processes = [_start_python("while True: sum(range(1000))") for _ in range(n)]
+def _beside(code: str, n: int) -> float:
+    """Run code to its "ready", start `n` busy neighbours, let it go on, and return the number it printed."""
+    process = _start_python(code)
+    assert process.stdout is not None
+    process.stdout.readline()
+    neighbours = [_start_python("while True: sum(range(1000))") for _ in range(n)]
     try:
-        yield
+        time.sleep(0.5)
+        return float(json.loads(process.communicate("\n", timeout=120)[0].splitlines()[-1]))
     finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.communicate()
 
 
 def _only(folder: str) -> record.Run:
