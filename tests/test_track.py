@@ -107,6 +107,25 @@ def test_steps_count_batches_of_any_kind_without_torch(tmp_path: Path) -> None:
     assert set(totals) == {"", "train", "eval", "train/epoch1"}
 
 
+def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
+    code = "import greenvis as gv, time\nwith gv.track('t') as run:\n  for _ in run.steps([[1]] * 3): time.sleep(0.2)\nprint(1)"
+    main, terminal = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=terminal, env=os.environ | {"TERM": "xterm"})
+    assert process.wait(timeout=30) == 0
+    os.close(terminal)
+    assert b"train" in os.read(main, 10_000)
+    quiet = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert (quiet.stdout, quiet.stderr) == ("1\n", "")
+
+
+def test_a_deleted_working_folder_does_not_stop_the_training(tmp_path: Path) -> None:
+    code = (
+        f"import os, shutil, greenvis as gv; os.makedirs({str(tmp_path / 'gone')!r}); os.chdir({str(tmp_path / 'gone')!r});"
+        f"os.rmdir({str(tmp_path / 'gone')!r})\nwith gv.track('t') as run: pass\nassert run.notes"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_uses_notes_and_facts_are_kept(tmp_path: Path) -> None:
     with gv.track("t", dir=tmp_path) as run:
         run.uses("teacher", "kd/teacher", ["r1"], price.Reading("energy_j", 5.0, 4.0, 6.0), seed=1)
@@ -127,6 +146,8 @@ def test_misuse_is_refused_and_use_after_the_end_is_harmless(tmp_path: Path) -> 
         gv.track("t", interval_s=0, dir=tmp_path)
     with pytest.raises(BadInput, match="did you mean"):
         gv.track("t", country="FRX", dir=tmp_path)
+    with pytest.raises(BadInput, match="not str"):
+        gv.track("t", "model", dir=tmp_path)
     run = gv.track("t", dir=tmp_path)
     assert run.energy().value is None
     assert not list(tmp_path.iterdir())

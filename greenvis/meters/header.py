@@ -69,14 +69,24 @@ def describe() -> dict[str, Any]:
         "rank": rank, "world_size": world, "launch": launch(),
         "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?"),
         "boot_id": boot_id(), "pid": os.getpid(), "clock_s": time.time(), "mono_s": time.monotonic(),
-        "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(Path.cwd()),
+        "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(here()),
     }  # fmt: skip
 
 
 def command() -> list[str]:
     """Return the command to repeat this process with, without where this machine keeps its interpreter and folders."""
     script, *words = sys.argv or [""]
-    return [os.path.basename(sys.executable), os.path.relpath(script) if os.path.isabs(script) else script, *words]
+    if os.path.isabs(script):
+        script = os.path.relpath(script, here())
+    return [os.path.basename(sys.executable), script, *words]
+
+
+def here() -> Path:
+    """Return the working folder, absolute; as "." where it was deleted under the process."""
+    try:
+        return Path.cwd()
+    except OSError:
+        return Path()
 
 
 def boot_id() -> str:

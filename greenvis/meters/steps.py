@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from greenvis.meters.header import ranks
+
 if TYPE_CHECKING:
     from greenvis.meters.track import Tracker
 
@@ -17,7 +19,8 @@ def steps(tracker: Tracker, loader: Iterable[B], phase: str | None, total: int |
     """Yield the loader's batches inside `phase`; see `Tracker.steps`."""
     inside = (tracker.current_phase + "/").startswith(f"{phase}/")  # "train" inside of train/epoch3 is that very phase
     with tracker.phase(phase) if phase and not inside else nullcontext():
-        for batch in bar(loader, phase or tracker.name, total) if progress and sys.stderr.isatty() else loader:
+        shown = progress and sys.stderr.isatty() and ranks()[0] == 0
+        for batch in bar(loader, phase or tracker.name, total) if shown else loader:
             with tracker.flops(batch):
                 yield batch
             tracker.add(steps=1, samples=samples_in(batch))

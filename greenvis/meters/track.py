@@ -70,6 +70,8 @@ def track(
         raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')
     if not interval_s > 0:
         raise BadInput(f"interval_s is {interval_s}: give seconds between samples, above 0")
+    if live is not None and not hasattr(getattr(live, "model", live), "parameters"):
+        raise BadInput(f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}")
     given = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(header or {})
     folder = Path(dir) / _slug(name)
     if "arm" in given and "seed" in given:
@@ -310,7 +312,7 @@ class Tracker:
         while True:  # ranks' ids follow from their launcher, which may have launched the same before
             turn = _turns[self.name] = _turns.get(self.name, -1) + 1
             self.id = headers.run_id(self.name, turn)
-            self.path = self._folder.absolute() / f"{self.id}.rank{rank}{SUFFIX}"
+            self.path = headers.here() / self._folder / f"{self.id}.rank{rank}{SUFFIX}"
             if not self.path.exists():
                 return
 
