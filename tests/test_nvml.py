@@ -1,0 +1,129 @@
+"""GPU energy by NVML, on a stand-in for the driver's library: no GPU is at hand here. Marked `gpu`: on a real one."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import greenvis as gv
+from greenvis import price
+from greenvis.meters import nvml
+from greenvis.meters.energy import Meter
+from greenvis.record import read
+
+
+class Driver(ModuleType):
+    """Answers as pynvml does, for GPUs whose energy (mJ) and power (mW) the test sets."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, count: int = 3, *, counter: bool = True) -> None:
+        super().__init__("pynvml")
+        self.energy, self.power, self.counter = [1000] * count, 50_000, counter
+
+    def nvmlInit(self) -> None:  # noqa: N802
+        pass
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.energy)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
+        return b"Test GPU"
+
+    def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
+        return f"GPU-{handle}"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        if not self.counter:
+            raise self.NVMLError("not supported")
+        return self.energy[handle]
+
+    def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
+        return self.power
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
+    (tmp_path / "version").write_text("NVRM")
+    monkeypatch.setattr(nvml, "DRIVER", (str(tmp_path / "version"),))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    stand_in = Driver()
+    monkeypatch.setitem(sys.modules, "pynvml", stand_in)
+    return stand_in
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        (None, ["GPU-0", "GPU-1", "GPU-2"]), ("2,0", ["GPU-2", "GPU-0"]), ("GPU-1", ["GPU-1"]), ("1,-1,0", ["GPU-1"]), ("", []),
+        ("MIG-x", []),
+    ],
+)  # fmt: skip
+def test_only_visible_gpus_are_read(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch, visible: str | None, devices: list[str]
+) -> None:
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    reader, why = nvml.open_nvml()
+    assert (reader.devices if reader else []) == devices
+    assert why
+
+
+def test_the_counters_joules_since_opening_are_a_measured_component(driver: Driver, tmp_path: Path) -> None:
+    meter = Meter(powercap=tmp_path)
+    gpu = next(c for c in meter.components if c["name"] == "gpu")
+    assert (gpu["source"], gpu["provenance"], gpu["scope"], gpu["devices"]) == (
+        "nvml", "measured", "machine", ["GPU-0", "GPU-1", "GPU-2"],
+    )  # fmt: skip
+    driver.energy = [3000, 1000, 2500]
+    assert meter.read()["gpu_j"] == 3.5
+    assert price.energy(meter.read(), meter.components)["gpu"].value == 3.5
+
+
+def test_without_a_counter_power_is_integrated_and_called_an_estimate(driver: Driver, tmp_path: Path) -> None:
+    driver.counter = False
+    meter = Meter(powercap=tmp_path)
+    assert next(c for c in meter.components if c["name"] == "gpu")["provenance"] == "estimated"
+    time.sleep(0.2)
+    assert meter.read()["gpu_j"] == pytest.approx(3 * 50 * 0.2, rel=0.5)
+
+
+def test_a_counter_that_stands_still_is_taken_back(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "PATIENCE_S", 0.1)
+    with gv.track("t", dir=tmp_path / "runs", interval_s=0.05) as run:
+        time.sleep(0.5)
+    found = read(run.path)
+    parts = price.phases(found)[""]
+    assert parts["gpu"].value is None
+    assert "stood still" in parts["gpu"].reason
+    assert found.header["components"] == run.header["components"]
+
+
+def test_no_driver_is_no_gpu_and_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nvml, "DRIVER", (str(tmp_path / "none"),))
+    reader, why = nvml.open_nvml()
+    assert reader is None
+    assert "no NVIDIA driver" in why
+
+
+@pytest.mark.gpu
+def test_a_real_gpu_under_load_advances_by_its_power(tmp_path: Path) -> None:
+    import torch
+
+    x = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    with gv.track("gpu", dir=tmp_path) as run, run.phase("train"):
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            x @ x
+            torch.cuda.synchronize()
+    gpu = price.phases(read(run.path))["train"]["gpu"]
+    assert gpu.provenance == "measured"
+    assert 5 * 30 < gpu.value < 5 * 1500
