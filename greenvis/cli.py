@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
 
     p = verb("ls", verbs.ls, "list recorded runs")
     p.add_argument("paths", nargs="*", default=["runs"])
+    p.add_argument("--where", default="", help="only runs in whose name, arm, id or status this occurs")
+    p.add_argument("--sort", default="started_s", help="column to sort by; - before it for descending")
+    p.add_argument("--group", help="one row for each value of these columns: name,arm")
     p = verb("compare", verbs.compare, "compare two runs figure by figure")
     p.add_argument("a")
     p.add_argument("b")

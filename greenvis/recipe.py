@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from greenvis import registry, yamlfile
 from greenvis.errors import BadInput, nearest
-from greenvis.technique import Technique
+from greenvis.technique import Technique, explain, shown
 from greenvis.yamlfile import Key
 
 Where = Callable[..., str]  # key path -> "file:line"
@@ -198,7 +197,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         recipe = Recipe(**source)
     except ValidationError as error:
-        raise BadInput(_explain(error, Recipe, where, ())) from error
+        raise BadInput(explain(error, Recipe, where, ())) from error
     recipe._path, recipe._source, recipe._lines = path, source, lines
     if recipe.baseline not in recipe.arms:
         raise BadInput(
@@ -232,7 +231,7 @@ def parse_techniques(text: str) -> list[Technique]:
 def _technique(item: Any, where: Where, at: Key) -> Technique:
     entry = {item: {}} if isinstance(item, str) else item
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise BadInput(f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not {_shown(item)}")
+        raise BadInput(f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not {shown(item)}")
     ((name, fields),) = entry.items()
     try:
         kind = registry.find(name)
@@ -244,54 +243,8 @@ def _technique(item: Any, where: Where, at: Key) -> Technique:
 def _valid(kind: type[Any], fields: Mapping[str, Any], where: Where, at: Key) -> Any:
     try:
         return kind(**fields)
-    except ValidationError as error:
-        raise BadInput(_explain(error, kind, where, at)) from error
-
-
-def _explain(error: ValidationError, kind: type[BaseModel], where: Where, at: Key) -> str:
-    """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
-    out = []
-    for problem in error.errors():
-        loc = tuple(p for p in problem["loc"] if not (isinstance(p, str) and p in ("str", "dict[str,nullable[dict[str,any]]]")))
-        key = (*at, *loc)
-        path = ".".join(str(k) for k in key)
-        if problem["type"] == "extra_forbidden":
-            said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
-        elif problem["type"] == "missing":
-            said = f"'{loc[-1]}' is missing"
-        else:
-            said = problem["msg"][:1].lower() + problem["msg"][1:] + f", not {_shown(problem['input'])}"
-            if problem["type"] == "literal_error":
-                said += nearest(str(problem["input"]), _choices(kind, loc))
-        line = f"{where(*key)}: {path}: {said}"
-        if line not in out:
-            out.append(line)
-    return "\n".join(out)
-
-
-def _field(kind: Any, loc: Key) -> Any:
-    """Return the annotation at `loc` below a model class, or None."""
-    for step in loc:
-        fields = getattr(kind, "model_fields", None)
-        if fields and step in fields:
-            kind = fields[step].annotation
-        else:  # into a dict or list: the value's type
-            inner = [a for a in get_args(kind) if hasattr(a, "model_fields")]
-            kind = inner[0] if inner else None
-    return kind
-
-
-def _fields(kind: Any, loc: Key) -> list[str]:
-    return list(getattr(_field(kind, loc), "model_fields", {}))
-
-
-def _choices(kind: Any, loc: Key) -> list[str]:
-    found = _field(kind, loc)
-    return [
-        str(v) for a in (found, *get_args(found)) for v in (get_args(a) if get_args(a) else (a,)) if isinstance(v, (str, int))
-    ]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) < 60 else text[:57] + "…"
+    except (ValidationError, BadInput) as error:
+        problem = error if isinstance(error, ValidationError) else error.__cause__
+        if not isinstance(problem, ValidationError):
+            raise
+        raise BadInput(explain(problem, kind, where, at)) from error

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from greenvis.errors import GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,14 @@ class Technique(BaseModel):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     neutral: ClassVar[Mapping[str, Any] | None] = {}
     nothing: ClassVar[Mapping[str, Any] | None] = None
+
+    if not TYPE_CHECKING:  # a type checker sees the fields as the constructor's arguments
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise BadInput(explain(error, type(self), lambda *key: type(self).__name__)) from error
 
     def install(self, model: nn.Module) -> Installed:
         """Change `model` in place and return the live change.
@@ -142,3 +151,53 @@ def logits_of(output: Any) -> Tensor:
         f"cannot find logits in a model output of type {type(output).__name__}; return a tensor "
         "(batch, classes) or an object with `.logits`"
     )
+
+
+def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., str], at: tuple[str | int, ...] = ()) -> str:
+    """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
+    out = []
+    for problem in error.errors():
+        loc = tuple(p for p in problem["loc"] if not (isinstance(p, str) and p in ("str", "dict[str,nullable[dict[str,any]]]")))
+        key = (*at, *loc)
+        path = ".".join(str(k) for k in key)
+        if problem["type"] == "extra_forbidden":
+            said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
+        elif problem["type"] == "missing":
+            said = f"'{loc[-1]}' is missing"
+        else:
+            said = problem["msg"][:1].lower() + problem["msg"][1:] + f", not {shown(problem['input'])}"
+            if problem["type"] == "literal_error":
+                said += nearest(str(problem["input"]), _choices(kind, loc))
+        line = f"{where(*key)}: {path}: {said}"
+        if line not in out:
+            out.append(line)
+    return "\n".join(out)
+
+
+def _field(kind: Any, loc: tuple[Any, ...]) -> Any:
+    """Return the annotation at `loc` below a model class, or None."""
+    for step in loc:
+        fields = getattr(kind, "model_fields", None)
+        if fields and step in fields:
+            kind = fields[step].annotation
+        else:  # into a dict or list: the value's type
+            inner = [a for a in get_args(kind) if hasattr(a, "model_fields")]
+            kind = inner[0] if inner else None
+    return kind
+
+
+def _fields(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    return list(getattr(_field(kind, loc), "model_fields", {}))
+
+
+def _choices(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    found = _field(kind, loc)
+    return [
+        str(v) for a in (found, *get_args(found)) for v in (get_args(a) if get_args(a) else (a,)) if isinstance(v, (str, int))
+    ]
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message, cut short."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) < 60 else text[:57] + "…"

@@ -22,7 +22,13 @@ def run(args: Any) -> Answer:
     command = ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))]
     say = _quiet if args.json else _say
     folder = experiment.run(recipe, runs=args.runs, fresh=args.fresh, trust=args.trust, command=command, say=say)
-    page = report([folder], out=args.out or Path("reports") / recipe.name, baseline=recipe.baseline, title=recipe.report.title)
+    page = report(
+        [folder],
+        out=args.out or Path("reports") / recipe.name,
+        baseline=recipe.baseline,
+        metric=recipe.report.metric,
+        title=recipe.report.title,
+    )
     return _reported(page)
 
 
@@ -67,7 +73,7 @@ def techniques(args: Any) -> Answer:
     from greenvis import registry
 
     found = [(name, registry.find(name)) for name in registry.names()]
-    rows = [{"name": n, "stage": t.stage, "does": _first_line(t)} for n, t in found]
+    rows = [{"name": n, "stage": t.stage, "does": _effect(t)} for n, t in found]
     return rows, lambda: _print_rows(rows, "techniques")
 
 
@@ -157,17 +163,19 @@ def track(args: Any) -> Answer | int:
 
 
 def ls(args: Any) -> Answer:
-    from greenvis.report.listing import ls
+    from greenvis.report.listing import group, ls
 
-    rows = ls(args.paths)
-    return rows, lambda: _print_rows(rows, f"{len(rows)} runs")
+    rows = ls(args.paths, where=args.where, sort=args.sort)
+    if args.group:
+        rows = group(rows, args.group.split(","))
+    return rows, lambda: _print_brief(rows, f"{len(rows)} {'groups' if args.group else 'runs'}")
 
 
 def compare(args: Any) -> Answer:
     from greenvis.report.listing import compare
 
     rows = compare(args.a, args.b)
-    return rows, lambda: _print_rows(rows, f"{args.a} and {args.b}")
+    return rows, lambda: _print_brief(rows, f"{args.a} and {args.b}")
 
 
 def diff(args: Any) -> int:
@@ -177,7 +185,7 @@ def diff(args: Any) -> int:
     if args.json:
         print(json.dumps({"ok": fine, "rows": rows}, default=str))
     else:
-        _print_rows(rows, "within the limit" if fine else "over the limit")
+        _print_brief(rows, "within the limit" if fine else "over the limit")
     return 0 if fine else 1
 
 
@@ -227,8 +235,15 @@ def _quiet(text: str) -> None:
     pass
 
 
-def _first_line(kind: type) -> str:
-    return (kind.__doc__ or "").strip().partition("\n")[0]
+def _effect(kind: type) -> str:
+    """Return the first paragraph of a technique's docstring."""
+    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+
+
+def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:
+    from greenvis.report import brief
+
+    _print_rows(brief.rows(rows), title)
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
-from greenvis.technique import PROPERTIES, STAGES, Installed, Technique
+from greenvis.technique import PROPERTIES, STAGES, Installed, Technique, logits_of
 
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
@@ -95,8 +95,8 @@ class Wrapped:
             x, y = live.batch(x, y)
         return x, y
 
-    def terms(self, x: Any, y: Any, logits: Tensor | None) -> dict[str, Tensor]:
-        """Return all extra loss terms of this step by name."""
+    def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
+        """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():
@@ -105,12 +105,12 @@ class Wrapped:
                 out[name] = value
         return out
 
-    def loss(self, x: Any, y: Any, logits: Tensor | None) -> Tensor:
+    def loss(self, x: Any, y: Any, logits: Any) -> Tensor:
         """Return the sum of the extra terms, a scalar; zero where there are none."""
         terms = self.terms(x, y, logits)
         if terms:
             return torch.stack(list(terms.values())).sum()
-        return torch.zeros((), device=logits.device if logits is not None else None)
+        return torch.zeros((), device=logits_of(logits).device if logits is not None else None)
 
     def criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the task loss to use: a technique's, built on the given one, or the given one itself."""
@@ -260,7 +260,10 @@ class Wrapped:
                 raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
         self._snapshot.keep_values()
         self._release()
+        modes = {module: module.training for module in self.model.modules()}
         self._snapshot.restore(values=False)
+        for module in self.model.modules():
+            module.training = modes.get(module, self.model.training)
         for live in reversed(self.installed):
             live.merge()
         return self.model

@@ -261,3 +261,26 @@ def test_summary_says_what_learns() -> None:
     text = gv.wrap(_net(), Probe()).summary()
     assert "probe" in text
     assert "trains 10 of 26 parameters" in text
+
+
+def test_a_wrong_argument_names_the_nearest_right_one() -> None:
+    with pytest.raises(BadInput, match=r"Lora: rnak: unknown field 'rnak'; did you mean 'rank'\?"):
+        gv.Lora(rnak=8)  # type: ignore[call-arg]
+    with pytest.raises(BadInput, match="greater than or equal to 1, not 0"):
+        gv.Lora(rank=0)
+
+
+def test_loss_without_terms_takes_a_models_whole_output() -> None:
+    class Output:
+        logits = torch.ones(2, 3)
+
+    assert gv.wrap(_net(), []).loss(None, None, Output()).item() == 0.0
+
+
+def test_merge_keeps_the_mode_the_model_is_in() -> None:
+    model = _net().train()
+    live = gv.wrap(model, [Widen()])
+    model.eval()
+    assert not any(m.training for m in live.merge().modules())
+    live.undo()
+    assert all(m.training for m in model.modules())

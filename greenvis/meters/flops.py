@@ -195,7 +195,9 @@ def _fvcore(model: nn.Module, inputs: Any) -> tuple[int | None, str]:
     if not isinstance(inputs, Tensor):
         return None, "it takes models of one tensor"
     try:
-        from fvcore.nn import FlopCountAnalysis
+        with warnings.catch_warnings():  # its import scripts functions, which torch frowns upon
+            warnings.simplefilter("ignore")
+            from fvcore.nn import FlopCountAnalysis
     except ImportError as error:
         return None, str(error)
     try:

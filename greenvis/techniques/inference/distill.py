@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -36,6 +37,7 @@ class Distill(Technique):
 
     name: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = "objective"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"teacher": copy.deepcopy, "temperature": 2.0},)
 
     teacher: Any = Field(description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …')
     temperature: Annotated[float, Field(gt=0, description="softens both answers")] = 4.0

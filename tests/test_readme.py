@@ -1,0 +1,37 @@
+"""The README is true: its commands, its table of techniques, its links."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from greenvis import registry
+from greenvis.cli import _parser, _verbs
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+
+
+def test_the_table_of_techniques_is_the_registry() -> None:
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.+?) \|$", TEXT, re.M))
+    does = {name: " ".join((registry.find(name).__doc__ or "").split("\n\n")[0].split()) for name in registry.names()}
+    assert rows == does
+
+
+def test_every_command_named_exists() -> None:
+    commands = set(re.findall(r"(?:`|^)greenvis ([a-z]+)\b", TEXT, re.M))
+    assert commands
+    assert commands <= set(_verbs(_parser()))
+
+
+def test_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"make ([a-z-]+)", TEXT))
+    makefile = (ROOT / "Makefile").read_text()
+    assert targets >= {"demo", "test"}
+    assert all(re.search(rf"^{t}:", makefile, re.M) for t in targets)
