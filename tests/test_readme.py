@@ -7,6 +7,7 @@ from pathlib import Path
 
 from greenvis import registry
 from greenvis.cli import _parser, _verbs
+from greenvis.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -35,3 +36,12 @@ def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert targets >= {"demo", "test"}
     assert all(re.search(rf"^{t}:", makefile, re.M) for t in targets)
+
+
+def test_the_recipe_shown_is_valid(tmp_path: Path) -> None:
+    (shown,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
+    path = tmp_path / "shown.yaml"
+    path.write_text(shown)
+    recipe = load_recipe(path)
+    assert recipe.arm("lora").needs() == ["run:quickstart-base"]
+    assert (ROOT / "recipes/quickstart-base.yaml").exists()
