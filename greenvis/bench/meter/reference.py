@@ -98,7 +98,11 @@ def _as_they_are(model: nn.Module) -> list[float]:
 
 
 def flops_cost() -> dict[str, Any]:
-    """Return the row of what counting costs a minute of training ViT-Ti at 64 px, against FlopCounterMode on every step."""
+    """Return the row of what counting costs a minute of training ViT-Ti at 64 px, against FlopCounterMode on every step.
+
+    Reckoned: counted steps × (their time − a plain step's) + the other steps × a look-up. A small model is the worst case:
+    counting costs by operator, whatever their size.
+    """
     timm, threads = importlib.import_module("timm"), torch.get_num_threads()
     torch.set_num_threads(1)
     model, x = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).train(), torch.randn(8, 3, 64, 64)
@@ -123,10 +127,13 @@ def flops_cost() -> dict[str, Any]:
     while at <= per_minute:
         looks, at = looks + 1, min(at * AGAIN, at + LONGEST)
     share = (looks * (ours - plain) + per_minute * lookup) / 60
+    again = (ours - plain) / 60  # the first step of each further epoch is counted, too
     return {
-        "quantity": "cost of FLOPs counting, of a minute's training", "target": "< 0.1 %", "met": share < 1e-3,
+        "quantity": "cost of FLOPs counting, of a minute's training in one epoch, reckoned from single steps",
+        "target": "< 0.1 %", "met": share < 1e-3,
         "codecarbon": f"none; FlopCounterMode on every step {(theirs - plain) / plain:.0%}",
-        "ours": f"{share:.3%} ({looks} counted steps of {per_minute:.0f}, {lookup * 1e6:.1f} µs each other step)",
+        "ours": f"{share:.3%} ({looks} counted steps of {per_minute:.0f}, {lookup * 1e6:.1f} µs each other step); "
+        f"{again:.3%} more for each further epoch",
     }  # fmt: skip
 
 

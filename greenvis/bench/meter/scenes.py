@@ -44,10 +44,10 @@ def start() -> dict[str, Any]:
     """Seconds from before the import to a running tracker, in fresh interpreters."""
     ours = _times(OURS + "run = gv.track('t', country='FRA').start()", 9)
     peer = _times(PEER + "peer(save_to_file=False).start()", 2)
-    best = min(ours) * 1000
+    middle = statistics.median(ours) * 1000
     return _row(
-        "import + start, fresh process", f"{min(peer):.1f} s", f"{best:.0f} ms (median {statistics.median(ours) * 1000:.0f})",
-        "< 50 ms", best < 50,
+        "import + start, fresh process", f"{min(peer):.1f} s", f"{middle:.0f} ms (best of {len(ours)}: {min(ours) * 1000:.0f})",
+        "< 50 ms", middle < 50,
     )  # fmt: skip
 
 
