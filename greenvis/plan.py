@@ -17,9 +17,10 @@ from greenvis.jobs import Job
 from greenvis.recipe import Recipe, load_recipe
 from greenvis.wrap import wrap
 
-GROUPS, STEPS = 3, 4  # groups of steps whose spread gives the band, after one to warm up
+GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
+GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
-LEAST_BAND = 0.05  # no prediction is said to be closer than this
+LEAST_BAND = 0.1  # no prediction is closer: busy neighbours alone move the CPU time of the same work by more
 
 
 def plan(
@@ -61,33 +62,37 @@ def plan(
 
 
 def _predict(session: Session, job: Job) -> dict[str, dict[str, float]]:
-    """Train a few groups of steps on a model that is thrown away, and scale to the whole run."""
+    """Train groups of steps on a model that is thrown away, long enough to be told from their start, and scale them up."""
     spec, images = job.arm.train, session.jobs.images(job.recipe)
     batches, tests = math.ceil(len(images.train) / spec.batch_size), max(spec.batch_size, 256)
-    steps = min(STEPS * spec.accumulate, batches)
-    few = spec.model_copy(update={"epochs": GROUPS + 1, "target_accuracy": None, "eval_every": 1})
-    with tempfile.TemporaryDirectory() as folder:
-        live = wrap(session.build(job, weights=False), [session.resolved(job, t, trained=False) for t in job.arm.techniques])
-        tracker = session.tracker(job, Path(folder), codecarbon=False)
-        with tracker as run:
-            run.live = live
-            live.meter(run)
-            train.fit(
-                live,
-                lambda epoch, start: list(
-                    islice(data.batches(images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True), steps)
-                ),
-                steps,
-                lambda: list(islice(data.batches(images.test, tests), EVAL_BATCHES)),
-                few,
-                run,
-                seed=job.seed,
-            )
-        live.undo()
-        seen = record.read(next(record.find([folder])))
+    first = min(2 * spec.accumulate, batches)
+    step_s = (_few(session, job, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
+    steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
+    seen = _few(session, job, steps, GROUPS + 1, tests)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
     return _whole(seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown)
+
+
+def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> record.Run:
+    """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the record."""
+    images = session.jobs.images(job.recipe)
+    spec = job.arm.train.model_copy(update={"epochs": groups, "target_accuracy": None, "eval_every": 1})
+
+    def some(epoch: int, start: int) -> list[Any]:
+        return list(islice(data.batches(images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True), steps))
+
+    def test() -> list[Any]:
+        return list(islice(data.batches(images.test, tests), EVAL_BATCHES))
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = wrap(session.build(job, weights=False), [session.resolved(job, t, trained=False) for t in job.arm.techniques])
+        with session.tracker(job, Path(folder), codecarbon=False) as run:
+            run.live = live
+            live.meter(run)
+            train.fit(live, some, steps, test, spec, run, seed=job.seed)
+        live.undo()
+        return record.read(next(record.find([folder])))
 
 
 def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> dict[str, dict[str, float]]:

@@ -38,10 +38,19 @@ def plan(args: Any) -> Answer:
     found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=_quiet if args.json else _say)
 
     def show() -> None:
+        from greenvis.report.words import duration, si
+
+        forms = {
+            "energy": ("energy_j", lambda v: si(v, "J")),
+            "CO₂e": ("carbon_g", lambda v: si(v, "g")),
+            "time": ("wall_s", duration),
+            "FLOPs": ("flops", si),
+        }
         rows = []
         for name, arm in [*found["arms"].items(), ("total", found["total"])]:
-            figures = {k: f"{arm[k]['value']:.3g} ({arm[k]['low']:.3g}–{arm[k]['high']:.3g})" for k in found["total"]}
-            rows.append({"arm": name, "runs": arm.get("runs", ""), **figures})
+            figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
+            band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
+            rows.append({"arm": name, "runs": arm.get("runs", ""), **figures, "energy between": band})
         _print_rows(rows, "predicted for training and evaluation, all seeds")
 
     return found, show
@@ -141,7 +150,19 @@ def doctor(args: Any) -> Answer:
     from greenvis.meters.doctor import doctor
 
     rows = doctor()
-    return rows, lambda: _print_rows(rows, "where the figures come from here")
+
+    def show() -> None:
+        from rich.padding import Padding
+        from rich.text import Text
+
+        for row in rows:
+            said = ", ".join(str(row[k]) for k in ("source", "provenance", "band") if row.get(k))
+            _console().print(Text(f"{row['what']}: {said}"))
+            for key in ("why", "better"):
+                if row.get(key):
+                    _console().print(Padding(Text(f"{key}: {row[key]}", style="dim"), (0, 0, 0, 4)))
+
+    return rows, show
 
 
 def track(args: Any) -> Answer | int:
@@ -247,10 +268,11 @@ def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:
 
 
 def _print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left")
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     for column in columns:
         table.add_column(column, overflow="fold")
