@@ -211,5 +211,5 @@ def test_a_grouped_convolution_is_not_merged() -> None:
 
 def test_refuses_nonsense() -> None:
     for wrong in ({"rank": 0}, {"variant": "lorra"}, {"dropout": 1.0}, {"targets": []}, {"ranks": 4}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
             Lora(**wrong)  # type: ignore[arg-type]
