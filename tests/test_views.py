@@ -90,6 +90,22 @@ def test_flags() -> None:
     assert "batch_dependent" in view(Centred()).flags
 
 
+@pytest.mark.parametrize(
+    ("name", "path", "axis", "width"),
+    [
+        ("timm-vit", "blocks.1", -1, 32),
+        ("timm-convnext", "stages.0.blocks.0", 1, 8),  # on a map of 8 × 8: the shape alone does not tell
+        ("timm-swin", "layers.1.blocks.0", -1, 32),
+        ("torchvision-swin", "features.1.0.attn", -1, 16),
+        ("transformers-convnext", "convnext.encoder.stages.1.layers.0", 1, 32),
+        ("timm-mobilevit", "stages.0.0", 1, 16),
+    ],
+)
+def test_layouts_tell_where_the_channels_are(name: str, path: str, axis: int, width: int) -> None:
+    found = view(HOSTS[name].build(), torch.rand(1, *HOSTS[name].input_shape), probe=False)
+    assert (found.layouts[path].channels, found.layouts[path].width) == (axis, width)
+
+
 def test_a_computed_weight_is_known_as_such() -> None:
     from timm.layers import StdConv2d
 
@@ -142,6 +158,7 @@ def test_reached_says_what_could_learn() -> None:
     model.forward = lambda x: model["used"](x.flatten(1))  # type: ignore[method-assign]
     model["used"].weight.requires_grad_(False)
     assert reached(model, torch.rand(1, 3, 2, 2)) == {"used.weight", "used.bias"}
+    assert reached(model, torch.rand(1, 3, 2, 2), ["used.bias", "unused.bias"]) == {"used.bias"}
     assert not model["used"].weight.requires_grad
     assert model["used"].bias.grad is None
 

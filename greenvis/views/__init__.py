@@ -6,14 +6,15 @@ prefix tokens and classifier in timm, torchvision, transformers and plain models
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, nearest, some
 from greenvis.views import parts
+from greenvis.views.layout import Layout, layouts
 from greenvis.views.parts import Attention, Mlp, unique
 from greenvis.views.quiet import image, quiet
 from greenvis.views.trace import Trace, tensors_in, trace, trace_any
@@ -36,7 +37,8 @@ class View:
 
     input_shape: (channels, height, width) of one image. prefix_tokens: class, distillation and register tokens before the
     patches. functional: layers whose weight is read by another module. computed: layers that use something computed from
-    their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
+    their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm". layouts: shapes in
+    and out of blocks, attentions, MLPs and their first and last layers.
     """
 
     library: str
@@ -53,6 +55,7 @@ class View:
     flags: frozenset[str]
     functional: frozenset[str] = frozenset()
     computed: frozenset[str] = frozenset()
+    layouts: Mapping[str, Layout] = field(default_factory=dict)
 
     def role(self, name: str) -> tuple[str, ...]:
         """Return the paths that play a role. Raises BadInput for an unknown role, or one that nothing plays here."""
@@ -105,6 +108,8 @@ def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) ->
     if probe:
         flags |= _probe(model, seen)
     patch_embed = parts.patch_embed(seen, bool(attention or mlps))
+    blocks = parts.blocks(model, seen)
+    laid = [*blocks, *(p for a in attention for p in (a.path, a.out)), *(p for m in mlps for p in (m.path, m.up, m.down))]
     return View(
         library=type(model).__module__.partition(".")[0],
         input_shape=(seen.input_shape[1], seen.input_shape[-2], seen.input_shape[-1]),
@@ -114,12 +119,13 @@ def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) ->
         linears=unique(c.path for c in linears),
         norms=unique(c.path for c in seen.calls if c.kind == "norm"),
         heads=parts.heads(seen),
-        blocks=parts.blocks(model, seen),
+        blocks=blocks,
         patch_embed=patch_embed,
         prefix_tokens=0 if "windowed" in flags else parts.prefix_tokens(seen, patch_embed),
         flags=frozenset(flags),
         functional=functional,
         computed=frozenset(c.path for c in (*linears, *convs) if not c.direct),
+        layouts=layouts(seen, unique(p for p in laid if p)),
     )
 
 
@@ -132,14 +138,15 @@ def example_input(model: nn.Module, shape: tuple[int, int, int] | None = None) -
     return trace_any(model).input if shape is None else image(model, shape)
 
 
-def reached(model: nn.Module, example: Tensor) -> frozenset[str]:
-    """Return the names of the parameters that a gradient of the outputs reaches: what could learn at all."""
-    named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
-    flags = [(p, p.requires_grad) for p in named.values()]
+def reached(model: nn.Module, example: Tensor, among: Collection[str] | None = None) -> frozenset[str]:
+    """Return the names of the parameters (of those in `among`) that a gradient of the outputs reaches: what could learn."""
+    everything = dict(model.named_parameters())
+    named = {n: p for n, p in everything.items() if p.is_floating_point() and (among is None or n in among)}
+    flags = [(p, p.requires_grad) for p in everything.values()]
     try:
         with quiet(model), torch.enable_grad():
-            for parameter in named.values():
-                parameter.requires_grad_(True)
+            for name, parameter in everything.items():
+                parameter.requires_grad_(name in named)
             outputs = [t for t in tensors_in(_plain(model(example))) if t.requires_grad]
             total = torch.stack([t.float().sum() for t in outputs]).sum() if outputs else None
             grads = torch.autograd.grad(total, list(named.values()), allow_unused=True) if total is not None else []

@@ -135,7 +135,7 @@ def prefix_tokens(seen: Trace, patch_embed: str | None) -> int:
 
 
 def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
-    """The children of containers (else: siblings of one class) that ran and hold two or more layers.
+    """The children of containers (else: siblings of one class; else: Sequentials) that ran and hold two or more layers.
 
     A stage steps aside for the blocks in it, where they hold most of its layers.
     """
@@ -152,6 +152,9 @@ def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
     if not candidates:
         kinds = Counter((_parent(p), type(modules[p])) for p in whole)
         candidates = [p for p in whole if kinds[_parent(p), type(modules[p])] > 1]
+    if not candidates:  # stages written as Sequentials
+        sequentials = [p for p in seen.executed if p and counts[p] >= 2 and isinstance(modules[p], nn.Sequential)]
+        candidates = [p for p in sequentials if isinstance(modules[_parent(p)], containers)]
 
     def tops(among: list[str]) -> list[str]:
         return [c for c in among if not any(b != c and _within(c, b) for b in among)]

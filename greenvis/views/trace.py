@@ -90,6 +90,7 @@ class Trace:
     attentions: list[AttentionCall] = field(default_factory=list)
     joins: list[tuple[int, ...]] = field(default_factory=list)  # token counts of what each torch.cat along tokens joined
     executed: dict[str, None] = field(default_factory=dict)
+    runs: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)  # shapes in and out, by path
     first_attention: int | None = None  # how many calls came before it
     tags: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
@@ -133,7 +134,11 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         seen.executed.setdefault(stack[-1])
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        stack.pop()
+        path = stack.pop()
+        taken = next(tensors_in((args, kwargs)), None)
+        given = output[0] if isinstance(output, tuple) and output else output
+        shapes = (tuple(t.shape) if isinstance(t, Tensor) else () for t in (taken, given))
+        seen.runs.setdefault(path, []).append((next(shapes), next(shapes)))
         if any(t not in seen.tags for t in tensors_in(output)):  # compiled code hides its functions: take the inputs' tags
             tags = seen.tags_of(args, kwargs)
             if tags and next(module.parameters(), None) is None:

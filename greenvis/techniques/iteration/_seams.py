@@ -1,0 +1,91 @@
+"""What techniques share that put a module of their own behind a part of the model: where it lives, what it is handed."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.surgery import freeze
+from greenvis.technique import logits_of
+from greenvis.views import View, reached
+from greenvis.views.quiet import quiet
+
+
+def seat(model: nn.Module, path: str) -> nn.Module | None:
+    """Return the module to hook and to put a child into for the output of `path`, or None where a child would be run.
+
+    A Sequential gives what its last child gives, and runs every child: so it is that last child.
+    """
+    module = model.get_submodule(path)
+    while type(module).forward is nn.Sequential.forward and len(module._modules):
+        module = list(module.children())[-1]
+    return None if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else module
+
+
+def first(value: Any) -> Tensor:
+    """Return the tensor in a module's output, or the first of a tuple."""
+    return value[0] if isinstance(value, tuple) else value
+
+
+def with_first(value: Any, new: Tensor) -> Any:
+    """Return the output with its (first) tensor replaced."""
+    return (new, *value[1:]) if isinstance(value, tuple) else new
+
+
+def train_only(model: nn.Module, added: list[nn.Parameter], found: View, head: str) -> tuple[str, ...]:
+    """Freeze all but what was added and, unless `head` is "freeze", the classifier; return the names that train."""
+    learned = {id(p) for p in added}
+    if head == "train":
+        learned |= {id(p) for path in found.heads for p in model.get_submodule(path).parameters()}
+    freeze(model, but=[p for p in model.parameters() if id(p) in learned])
+    return tuple(n for n, p in model.named_parameters() if id(p) in learned)
+
+
+def patches_matter(model: nn.Module, example: Tensor, found: View, path: str) -> bool:
+    """Whether anything past `path` reads its tokens behind the prefix: not so where only the class token goes to the head."""
+    if example.device.type == "meta" or not found.prefix_tokens:
+        return True
+    watched = [model.get_submodule(p) for p in found.heads]
+    noise = torch.Generator().manual_seed(0)
+    outcomes: list[list[Tensor]] = []
+
+    def disturb(module: nn.Module, args: Any, output: Any) -> Any:
+        tokens = first(output)[:, found.prefix_tokens :]
+        tokens = torch.rand(tokens.shape, generator=noise).to(tokens)
+        return with_first(output, torch.cat([first(output)[:, : found.prefix_tokens], tokens], 1))
+
+    for disturbed in (False, True):
+        seen: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(partial(_keep, seen)) for m in watched]
+        hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
+        try:
+            with quiet(model):
+                output = logits_of(model(example))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        outcomes.append(seen or [output])
+    return not all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
+
+
+def _keep(kept: list[Tensor], module: nn.Module, args: Any) -> None:
+    kept.append(args[0].clone())
+
+
+def check_runs(model: nn.Module, example: Tensor, added: list[nn.Parameter], what: str) -> None:
+    """Run `model` once. Raises BadInput where that fails, or where no gradient reaches what was added."""
+    names = {n for n, p in model.named_parameters() if any(p is a for a in added)}
+    try:
+        live = reached(model, example, names)
+    except GreenvisError:
+        raise
+    except Exception as error:  # whatever a model raises here means: not with this
+        raise BadInput(
+            f"{type(model).__name__} does not run with {what}: {type(error).__name__}: {str(error).strip()[:200]}"
+        ) from error
+    if dead := sorted(names - live):
+        raise BadInput(f"no gradient reaches {some(dead, 3)} of {what}: its place does not act on the model's output")
