@@ -1,0 +1,211 @@
+"""Visual prompts equal the authors' own on the fixture, stand where the paper says, and are refused where that is wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import HOSTS
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.surgery import Snapshot
+from greenvis.techniques.iteration.adapter import Adapter
+from greenvis.techniques.iteration.prompt import Prompt
+from greenvis.wrap import wrap
+
+DATA = Path(__file__).parent / "data"
+PROMPTED = {
+    "timm-vit": "blocks", "timm-deit-distilled": "blocks", "timm-dinov2-registers": "blocks",
+    "torchvision-vit": "encoder.layers", "transformers-vit": "vit.layers", "transformers-clip": "vision_model.encoder.layers",
+}  # fmt: skip
+
+
+def _vit(**more: Any) -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
+    return VisionTransformer(**{**size, **more}).eval()
+
+
+def _from_vpt(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fixture's weights under timm's names."""
+    out = {
+        "cls_token": state["transformer.embeddings.cls_token"],
+        "pos_embed": state["transformer.embeddings.position_embeddings"],
+        "head.weight": state["head.weight"],
+        "head.bias": state["head.bias"],
+    }
+    for kind in ("weight", "bias"):
+        out[f"patch_embed.proj.{kind}"] = state[f"transformer.embeddings.patch_embeddings.{kind}"]
+        out[f"norm.{kind}"] = state[f"transformer.encoder.encoder_norm.{kind}"]
+        for i in range(3):
+            theirs, ours = f"transformer.encoder.layer.{i}", f"blocks.{i}"
+            out[f"{ours}.attn.qkv.{kind}"] = torch.cat([state[f"{theirs}.attn.{n}.{kind}"] for n in ("query", "key", "value")])
+            for one, other in {"attn.proj": "attn.out", "norm1": "attention_norm", "norm2": "ffn_norm", "mlp.fc1": "ffn.fc1",
+                               "mlp.fc2": "ffn.fc2"}.items():  # fmt: skip
+                out[f"{ours}.{one}.{kind}"] = state[f"{theirs}.{other}.{kind}"]
+    return out
+
+
+def test_equals_the_authors_own_on_the_fixture() -> None:
+    case = torch.load(DATA / "vpt_tiny.pt", weights_only=True)["cases"][0]
+    model, seen = _vit(), {}
+    model.load_state_dict(_from_vpt(case["state_dict"]))
+    model.blocks[2].register_forward_hook(lambda m, i, o: seen.update(encoded=model.norm(o)))
+    wrap(model, Prompt(tokens=case["num_tokens"]))
+    model.blocks[0].register_forward_pre_hook(lambda m, i: seen.update(embedded=i[0]))
+    with torch.no_grad():
+        model.blocks[0].prompt.rows.copy_(case["state_dict"]["transformer.prompt_embeddings"][0])
+        logits = model(case["x"])
+    assert torch.allclose(seen["embedded"], case["prompted_embedding"], atol=1e-6)
+    assert torch.allclose(seen["encoded"], case["encoded"], atol=1e-5)
+    assert torch.allclose(logits, case["logits"], atol=1e-5)
+
+
+def _reference(model: Any, x: Tensor, prompts: list[Tensor], prefix: int) -> Tensor:
+    """Jia et al., equations 4 to 8, on timm's parts: rows 1..P are overwritten before each block that has prompts."""
+    tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
+    count = prompts[0].shape[0]
+    for i, block in enumerate(model.blocks):
+        if i < len(prompts):
+            rest = tokens[:, prefix + (count if i else 0) :]
+            tokens = torch.cat([tokens[:, :prefix], prompts[i].expand(len(x), -1, -1), rest], 1)
+        tokens = type(block).forward(block, tokens)
+    patches = tokens[:, prefix + count :]
+    return model.forward_head(model.norm(torch.cat([tokens[:, :prefix], patches], 1)))
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+@pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}])
+def test_follows_the_paper(depth: Any, more: dict[str, Any]) -> None:
+    model, x = _vit(**more), torch.rand(2, 3, 32, 32)
+    live = wrap(model, Prompt(tokens=4, depth=depth))
+    prompts = [p for n, p in live.trainable.items() if "prompt" in n]
+    assert len(prompts) == (3 if depth == "deep" else 1)
+    with torch.no_grad():
+        for rows in prompts:
+            rows.copy_(torch.randn(rows.shape))
+        assert torch.allclose(model(x), _reference(model, x, prompts, model.num_prefix_tokens), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+def test_starts_as_the_paper_says_in_all_libraries(name: str) -> None:
+    model = HOSTS[name].build()
+    live = wrap(model, Prompt(tokens=200, depth="deep"))
+    rows = {n: p for n, p in live.trainable.items() if n.endswith("prompt.rows")}
+    bound = math.sqrt(6 / (3 * 8 * 8 + 32))
+    assert {n.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for n in rows} == {PROMPTED[name]}
+    for values in rows.values():
+        assert values.shape == (200, 32)
+        assert 0.98 * bound < values.abs().max() <= bound
+        assert abs(values.mean()) < 0.05 * bound
+
+
+@pytest.mark.parametrize("name", PROMPTED)
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_learns_and_leaves_no_mark(name: str, depth: Any) -> None:
+    model = HOSTS[name].build()
+    before, keys = Snapshot(model), list(model.state_dict())
+    images, labels = HOSTS[name].batch()
+    live = wrap(model, Prompt(tokens=3, depth=depth, head="freeze"))
+    with torch.no_grad():
+        first = getattr(model.eval()(images), "logits", None)
+    optimizer = torch.optim.SGD(live.param_groups(0.1))
+    output = model.train()(images)
+    output = output if isinstance(output, tuple) else (getattr(output, "logits", getattr(output, "image_embeds", output)),)
+    sum(F.cross_entropy(o, labels) for o in output).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in live.trainable.values())
+    assert {n.rpartition(".")[2] for n in live.trainable} == {"rows"}
+    optimizer.step()
+    assert first is None or not torch.allclose(model.eval()(images).logits, first, atol=1e-6)
+    with pytest.raises(GreenvisError, match="prompts are tokens"):
+        live.merge()
+    live.undo()
+    assert list(model.state_dict()) == keys
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_dropout_acts_on_prompts_in_training_only() -> None:
+    model, seen = _vit(), {}
+    wrap(model, Prompt(tokens=50, dropout=0.5))
+    model.blocks[0].register_forward_pre_hook(lambda m, i: seen.update(rows=i[0][:, 1:51]))
+    rows = model.blocks[0].prompt.rows
+    model(torch.rand(2, 3, 32, 32))
+    assert torch.equal(seen["rows"], rows.expand(2, -1, -1))
+    model.train()(torch.rand(2, 3, 32, 32))
+    assert 0.3 < (seen["rows"] == 0).float().mean() < 0.7
+
+
+def test_half_precision_and_another_size() -> None:
+    model = _vit(dynamic_img_size=True)
+    wrap(model, Prompt(tokens=3, depth="deep"))
+    assert model(torch.rand(2, 3, 48, 32)).shape == (2, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.rand(2, 3, 32, 32)).isfinite().all()
+
+
+class _Shifted(nn.Module):
+    """A block that mixes neighbours in the sequence: it works on any length, but a prompt has no neighbours."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + 0.5 * x.roll(1, 1))
+
+
+def test_refuses_blocks_that_use_places() -> None:
+    model = _vit()
+    model.blocks = nn.Sequential(*(_Shifted(b) for b in model.blocks))
+    with pytest.raises(BadInput, match=r"block 'blocks\.\d.*' of VisionTransformer uses the places"):
+        wrap(model, Prompt())
+
+
+def test_refuses_convit_whose_positions_lie_in_the_block() -> None:
+    from timm.models.convit import ConVit
+
+    model = ConVit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, local_up_to_layer=1)
+    with pytest.raises(BadInput, match=r"blocks of ConVit|uses the places"):
+        wrap(model, Prompt(tokens=9))  # 16 patches and 9 prompts would pass for a grid of 5 × 5
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("timm-swin", "attends in windows"),
+        ("timm-eva02", "RoPE"),
+        ("timm-resnet", "ResNet has none"),
+        ("plain", "does not show its attention as a row of blocks"),
+    ],
+)
+def test_refusals_change_nothing(name: str, says: str) -> None:
+    model = HOSTS[name].build()
+    before, keys = Snapshot(model), list(model.state_dict())
+    with pytest.raises(BadInput, match=says):
+        wrap(model, Prompt(input_shape=HOSTS[name].input_shape))
+    assert list(model.state_dict()) == keys
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_goes_with_bottlenecks_but_not_with_filters_of_the_grid() -> None:
+    model = HOSTS["timm-vit"].build().eval()
+    live = wrap(model, [Prompt(tokens=3), Adapter(width=4)])
+    assert any("prompt" in n for n in live.trainable)
+    assert any("adapter" in n for n in live.trainable)
+    live.undo()
+    with pytest.raises(GreenvisError, match=r"fill no grid|does not run with"):
+        wrap(model, [Prompt(tokens=3), Adapter(variant="mona", width=4)])
+
+
+def test_refuses_nonsense() -> None:
+    for wrong in ({"tokens": 0}, {"depth": "deeper"}, {"dropout": 1}, {"prompts": 4}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            Prompt(**wrong)  # type: ignore[arg-type]
