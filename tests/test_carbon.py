@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from greenvis import price
+from greenvis import grid, price
 from greenvis.errors import BadInput
 from greenvis.meters import carbon
 from greenvis.record import Reading
@@ -22,14 +22,14 @@ from greenvis.record import Reading
     ],
 )  # fmt: skip
 def test_a_known_zone_has_a_value_and_its_source(zone: str, low: float, high: float) -> None:
-    found = carbon.lookup(zone)
+    found = grid.lookup(zone)
     assert low < found["value"] < high
     assert found["source"]
     assert found["assumed"] is False
 
 
 def test_no_zone_is_the_world_average_and_says_so() -> None:
-    found = carbon.lookup(None)
+    found = grid.lookup(None)
     assert (found["value"], found["assumed"]) == (475.0, True)
     assert "iea.org" in found["source"]
     grams = price.carbon(Reading("energy_j", 3.6e6, 3.6e6, 3.6e6), found, pue=1.5)
@@ -44,7 +44,7 @@ def test_no_zone_is_the_world_average_and_says_so() -> None:
 )  # fmt: skip
 def test_an_unknown_zone_is_refused_with_the_nearest(zone: object, word: str) -> None:
     with pytest.raises(BadInput, match=word):
-        carbon.lookup(zone)
+        grid.lookup(zone)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_the_embodied_share_is_a_part_of_the_lifetime() -> None:
 
 def test_looking_up_a_zone_imports_neither_codecarbon_nor_torch() -> None:
     code = (
-        "import sys; from greenvis.meters.carbon import lookup; lookup('FRA'); lookup('gcp:us-east1');"
+        "import sys; from greenvis.grid import lookup; lookup('FRA'); lookup('gcp:us-east1');"
         "assert not {'codecarbon', 'torch', 'pandas'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from greenvis.meters.carbon import lookup
+from greenvis.grid import lookup
 from greenvis.meters.processes import open_tree
 
 INTERVAL_S = 15

@@ -6,7 +6,8 @@ from importlib import metadata
 from typing import Any
 
 from greenvis.errors import BadInput
-from greenvis.meters import carbon, header
+from greenvis.grid import lookup
+from greenvis.meters import header
 from greenvis.meters.energy import Meter
 
 
@@ -60,7 +61,7 @@ def _plain(what: str, source: str, provenance: str, why: str, better: str) -> di
 
 def _grid(country: str | None) -> dict[str, Any]:
     try:
-        found = carbon.lookup(country)
+        found = lookup(country)
     except BadInput as error:
         return _plain("grid", "none", "", str(error), "give country= or intensity=")
     if found["assumed"]:
