@@ -84,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("paths", nargs="+", help="records, or folders of them")
     p.add_argument("--out", help="folder of the report (default: reports/NAME)")
     p.add_argument("--baseline", help="the arm the others are measured against")
-    p.add_argument("--grid", help="price the carbon with another grid: an ISO-3 code; changes grams and nothing else")
+    p.add_argument("--grid", help="price the carbon with another grid: a zone as SWE, or g CO2e per kWh; changes grams only")
+    p.add_argument("--served", type=float, default=1e6, metavar="N", help="images a model will answer (default: 1,000,000)")
     p.add_argument("--title", help="headline of the report")
 
     verb("techniques", verbs.techniques, "list the techniques, own and plugged in")

@@ -57,11 +57,10 @@ def plan(args: Any) -> Answer:
 
 
 def report(args: Any) -> Answer:
-    from greenvis.meters.carbon import lookup
     from greenvis.report import report
 
-    grid = lookup(args.grid) if args.grid else None
-    return _reported(report(args.paths, out=args.out, baseline=args.baseline, grid=grid, title=args.title))
+    page = report(args.paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
+    return _reported(page)
 
 
 def _reported(page: Path) -> Answer:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import synthetic
 
-from greenvis import price, record
+from greenvis import grid, price, record
 from greenvis.errors import BadInput
 from greenvis.report import report, results, to_json
 
@@ -84,6 +84,8 @@ def test_a_reused_teacher_is_beside_and_never_added(found: dict[str, Any]) -> No
     assert [u["role"] for u in arm["uses"]] == ["teacher"]
     assert arm["base_reuse"]["whole_j"]["value"] == pytest.approx(9000)
     assert arm["base_reuse"]["shared_j"] == pytest.approx(3000)  # three seeds use it
+    assert arm["base_reuse"]["whole_g"]["value"] == pytest.approx(9000 / 3.6e6 * 475)
+    assert arm["base_reuse"]["shared_g"] == pytest.approx(3000 / 3.6e6 * 475)
     assert arm["train_energy_j"]["value"] < 9000
     cycle = arm["full_cycle"]
     assert cycle["total_whole_j"] - cycle["total_shared_j"] == pytest.approx(6000)
@@ -167,6 +169,9 @@ def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[st
     assert not theirs["assumed_grid"]
     assert mine["assumed_grid"]
     assert results(study, grid={"value": 50, "zone": "X"})["carbon_intensity"] == [{"value": 50, "zone": "X"}]
+    [sweden] = results(study, grid="SWE")["carbon_intensity"]
+    assert sweden == grid.lookup("SWE")
+    assert results(study, grid="50")["carbon_intensity"][0]["value"] == 50
 
 
 @pytest.mark.parametrize(
@@ -175,8 +180,11 @@ def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[st
         ({"baseline": "bseline"}, "did you mean 'baseline'"),
         ({"metric": "acuracy"}, "did you mean 'accuracy'"),
         ({"metric": "wall_s"}, "name what is gained"),
-        ({"grid": "nowhere"}, "not a number"),
-        ({"grid": -1}, "not possible"),
+        ({"grid": "nowhere"}, "no carbon intensity for country 'nowhere'"),
+        ({"grid": "SWW"}, "did you mean"),
+        ({"grid": -1}, "grams of CO2e per kWh, 0 or more"),
+        ({"served": 0}, "number of images"),
+        ({"served": float("nan")}, "number of images"),
         ({"grid": {"zone": "FRA"}}, 'no number "value"'),
     ],
 )
@@ -274,7 +282,7 @@ def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tm
     assert "1.8 times less training energy (1.5–2.0) than baseline" in said
     assert "no difference shown (p = " in said
     assert "one seed: no spread is known" in sentence(found, "frozen")
-    assert "charged in full: 3.7 times more energy" in sentence(found, "distilled")
+    assert "Charging the teacher of distilled as well: 3.7 times more energy" in sentence(found, "distilled")
     assert sentence(found, "diverged").startswith("diverged has no finished run")
     for seed, cpu_s in enumerate((390, 405, 402)):
         synthetic.write(tmp_path, "baseline", seed, cpu_s=400)
@@ -285,3 +293,73 @@ def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tm
         sentence(alone, headline(alone))
         == "frozen reached 81.0\u00a0% for 538 J of training energy (one seed: no spread is known)."
     )
+
+
+def test_what_loses_is_not_the_headline_without_saying_so(tmp_path: Path) -> None:
+    from greenvis.report.verdict import opening
+
+    for seed in range(3):
+        synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed)
+        synthetic.write(tmp_path, "cheap", seed, accuracy=0.80 + 0.003 * seed, cpu_s=100 + seed)
+        synthetic.write(tmp_path, "unsure", seed, accuracy=(0.79, 0.88, 0.85)[seed], cpu_s=60 + seed)
+    found = results(tmp_path)
+    assert found["arms"]["unsure"]["vs_baseline"]["accuracy"]["p_adjusted"] > 0.05  # not shown worse, and yet far below
+    assert opening(found).startswith("No arm cost less than baseline and kept its accuracy. unsure reached 84.0")
+    for seed in range(3):
+        synthetic.write(tmp_path, "good", seed, accuracy=0.90 + 0.003 * seed, cpu_s=200 + seed)
+    assert opening(results(tmp_path)).startswith("good reached 90.3\u00a0% ± 0.3 with 1.9 times less")
+
+
+def test_no_payback_is_stated_from_noise(tmp_path: Path) -> None:
+    for seed, (a, b) in enumerate([(3.0, 3.1), (3.1, 2.9), (2.9, 2.8)]):
+        synthetic.write(tmp_path, "baseline", seed, cpu_s=400 + seed, infer_j=a / 1e3)
+        synthetic.write(tmp_path, "same", seed, cpu_s=500 + seed, infer_j=b / 1e3)
+        synthetic.write(tmp_path, "half", seed, cpu_s=500 + seed, infer_j=a / 2e3)
+    found = results(tmp_path)
+    pay = {a: found["arms"][a]["vs_baseline"]["payback"]["own"] for a in ("same", "half")}
+    assert (pay["same"]["verdict"], pay["same"]["images"]) == ("not shown", None)
+    assert pay["half"]["verdict"] == "pays back"
+    page = report(tmp_path, out=tmp_path / "out").read_text()
+    assert "same: no difference shown in the energy of one image to baseline, so no payback is stated." in page
+    assert "half, same answer with 740 M MACs" in page  # what the same network reads apart is noise
+    cells = {row["arm"]: {c["title"]: c["best"] for c in row["cells"]} for row in _cells(found)}
+    assert cells["baseline"]["Accuracy"] == cells["same"]["Accuracy"]
+    assert cells["half"]["One image"]
+    assert not cells["same"]["One image"]
+
+
+def _cells(found: dict[str, Any]) -> list[dict[str, Any]]:
+    from greenvis.report import tables
+
+    return tables.cells(found, [*tables.costs(found), *tables.cycle(found)])
+
+
+def test_predicted_against_actual(tmp_path: Path) -> None:
+    for seed in range(2):
+        said = {
+            "energy_j": {"value": 1000.0, "low": 900.0, "high": 1100.0}, "wall_s": {"value": 900.0, "low": 1.0, "high": 2.0},
+            "carbon_g": {"value": 7.0, "low": 7.0, "high": 7.0}, "flops": {"value": 1e13, "low": 9e12, "high": 1.3e13},
+        }  # fmt: skip
+        synthetic.write(tmp_path, "baseline", seed, facts={"predicted": said}, cpu_s=240)
+        synthetic.write(tmp_path, "unplanned", seed, facts={"predicted": None})
+    found = results(tmp_path, grid=100.0)
+    p = found["arms"]["baseline"]["predicted"]
+    spent = found["arms"]["baseline"]["energy_by_phase_j"]
+    assert p["energy_j"]["actual"] == pytest.approx(spent["train"] + spent["eval"])
+    assert p["energy_j"]["ratio"] == pytest.approx(p["energy_j"]["actual"] / 1000)
+    assert p["energy_j"]["inside"]
+    assert not p["wall_s"]["inside"]
+    assert p["flops"]["actual"] == pytest.approx(1.2e13)
+    assert p["carbon_g"]["value"] == pytest.approx(1000 / 3.6e6 * 100)  # both sides with one grid
+    assert p["carbon_g"]["ratio"] == pytest.approx(p["energy_j"]["ratio"])
+    assert "predicted" not in found["arms"]["unplanned"]
+    folder = report(tmp_path, out=tmp_path / "out").parent
+    for file in ("index.html", "report.md"):
+        assert "inside the band" in (folder / file).read_text()
+        assert "OUTSIDE the band" in (folder / file).read_text()
+
+
+def test_the_usage_is_the_readers(study: Path, tmp_path: Path) -> None:
+    row = results(study, served=5e6)["arms"]["lora"]
+    assert row["full_cycle"]["serve_j"] == pytest.approx(5e6 * row["inference_energy_j"]["value"])
+    assert "5,000,000 images" in report(study, out=tmp_path, served=5e6).read_text()

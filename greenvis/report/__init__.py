@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.grid import given, lookup
+
+SERVED = 1_000_000  # images: the usage at which making and using a model are added up, unless told
 
 
 def report(
@@ -18,14 +21,16 @@ def report(
     metric: str = "accuracy",
     grid: float | str | Mapping[str, Any] | None = None,
     title: str | None = None,
+    served: float = SERVED,
 ) -> Path:
     """Write a report of the runs recorded at `paths` and return the path of its index.html.
 
     paths: records, folders of them or glob patterns. out: the folder to write, reports/<name> by default. baseline: the
-    arm others are compared with (default: the one called "baseline"). grid: g CO2e per kWh, or a carbon intensity
-    {"value", "low", "high", "zone", "source"}, in place of the recorded one. Raises BadInput where there is nothing to report.
+    arm others are compared with (default: the one called "baseline"). grid: a zone ("SWE", see `greenvis.grid`), g CO2e per
+    kWh, or a carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images
+    at which making and using a model are added up. Raises BadInput where there is nothing to report.
     """
-    found = results(paths, baseline=baseline, metric=metric, grid=grid)
+    found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served)
     from greenvis.report import page
 
     folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
@@ -40,13 +45,16 @@ def results(
     baseline: str | None = None,
     metric: str = "accuracy",
     grid: float | str | Mapping[str, Any] | None = None,
+    served: float = SERVED,
 ) -> dict[str, Any]:
     """Return what `report` writes to results.json, writing nothing."""
     from greenvis.report import build, groups
 
+    if not (isinstance(served, (int, float)) and 1 <= served < 1e18):
+        raise BadInput(f"served is {served!r}; give the number of images the model will answer, 1 or more")
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, notes = groups.load(listed, metric)
-    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid))
+    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid), served=served)
 
 
 def to_json(found: Mapping[str, Any]) -> str:
@@ -74,12 +82,8 @@ def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] |
     try:
         value = float(grid)
     except ValueError:
-        raise BadInput(
-            f"grid '{grid}' is not a number of g CO2e per kWh; for a country, `greenvis report --grid {grid}`"
-        ) from None
-    if not 0 <= value < float("inf"):
-        raise BadInput(f"grid {value} g CO2e per kWh is not possible; give a number from 0 up")
-    return {"value": value, "zone": "given", "source": "given by the reader of this report", "assumed": False}
+        return lookup(str(grid))
+    return {**given(value), "source": "given by the reader of this report"}
 
 
 def _file_name(name: str) -> str:

@@ -92,11 +92,8 @@ def sum_reading(readings: Iterable[Reading]) -> dict[str, Any]:
     return {"value": r.value, "low": r.low, "high": r.high, "provenance": None if r.value is None else r.provenance}
 
 
-def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, int]) -> dict[str, Any]:
-    """Return what the results say of one arm by itself (ratios to the baseline are added later).
-
-    users: how many finished seed runs of the report use each teacher or base (by `use_key`).
-    """
+def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
+    """Return what the results say of one arm by itself (ratios to the baseline, and what it reuses, are added later)."""
     done = list(arm.done.values())
     scores = per_seed(arm, lambda r: score(r, metric))
     out: dict[str, Any] = {
@@ -118,7 +115,7 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None, users: Mapping[str, i
         "wall_s": stats.summary(per_seed(arm, wall))["mean"],
         "train_flops": stats.summary(per_seed(arm, train_flops))["mean"],
         **{k: stats.summary(per_seed(arm, fact(k)))["mean"] for k in PLAIN},
-        **reuse(done, users),
+        "std": {k: stats.summary(per_seed(arm, of))["std"] for k, of in TIMED.items()},
     }
     grids = [grid or a.header.get("carbon_intensity") or {} for r in done for a in r.chain]
     out["zones"] = sorted({str(g.get("zone")) for g in grids if g.get("zone")})
@@ -145,6 +142,11 @@ def train_flops(run: SeedRun) -> float | None:
     """FLOPs counted while training (all attempts, a teacher's included), else the fact of that name."""
     found = [t["flops"] for a in run.chain for s, t in a.totals.items() if s in ("train", "teacher") and t.get("flops")]
     return math.fsum(found) if found else fact("train_flops")(run)
+
+
+def latency_p50(run: SeedRun) -> float | None:
+    """Median milliseconds of one call, as measured after the training."""
+    return (latency([run]) or {}).get("p50")
 
 
 def embodied_g(attempt: Attempt, seconds: float) -> float | None:
@@ -201,19 +203,19 @@ def repeats(arm: Arm) -> list[Attempt]:
 
 def inference(done: list[SeedRun]) -> dict[str, Any]:
     """Joules an image: the fact `inference_energy_j`, else what the timed inference of the measure phase took."""
-    found = []
+    found: dict[int, Reading] = {}
     for run in done:
         fact = run.done.facts.get("inference_energy_j") if run.done else None
         fact = {"value": fact} if isinstance(fact, (int, float)) else fact
         if isinstance(fact, Mapping) and isinstance(fact.get("value"), (int, float)):
             v, p = fact["value"], fact.get("provenance")
-            found.append(
-                Reading("inference_energy_j", v, fact.get("low", v), fact.get("high", v), str(fact.get("method") or "fact"),
-                        p if p in ORDER else "estimated")
+            found[run.seed] = Reading(
+                "inference_energy_j", v, fact.get("low", v), fact.get("high", v), str(fact.get("method") or "fact"),
+                p if p in ORDER else "estimated",
             )  # fmt: skip
-        elif run.done and run.done.inference_j:
-            found.append(run.done.inference_j)
-    out = mean_reading(found)
+        elif run.done and run.done.inference_j and run.done.inference_j.value is not None:
+            found[run.seed] = run.done.inference_j
+    out = mean_reading(found.values()) | {"by_seed": {str(s): r.value for s, r in sorted(found.items())}}
     if out["value"] is None:
         out["reason"] = "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
     return out
@@ -229,56 +231,8 @@ def latency(done: list[SeedRun]) -> dict[str, float] | None:
     return means or None
 
 
-def use_key(use: Mapping[str, Any]) -> str:
-    """Return what makes two `uses` lines the same thing: role, name and run ids."""
-    runs = use.get("runs")
-    return repr((str(use.get("role")), str(use.get("name")), sorted(map(str, runs if isinstance(runs, list) else []))))
-
-
-def uses_of(run: SeedRun) -> dict[str, Mapping[str, Any]]:
-    """Return the teacher and base lines behind a seed's result, each once."""
-    return {use_key(u): u for a in run.chain for u in a.uses}
-
-
-def use_energy(use: Mapping[str, Any]) -> Reading:
-    """Return the energy a `uses` line carries."""
-    e = use.get("energy_j")
-    e = {"value": e} if isinstance(e, (int, float)) else (e if isinstance(e, Mapping) else {})
-    v, p = e.get("value"), e.get("provenance")
-    if not isinstance(v, (int, float)):
-        return Reading("energy_j", None, reason=f"the cost of {use.get('name')} is not known")
-    return Reading("energy_j", v, e.get("low", v), e.get("high", v), "reused", p if p in ORDER else "estimated")
-
-
-def reuse(done: list[SeedRun], users: Mapping[str, int]) -> dict[str, Any]:
-    """Return what the arm builds on (a teacher, a base): never added to its own energy, shown whole and shared.
-
-    "whole": charged in full to each seed. "shared": divided by the number of runs of this report that use it.
-    """
-    listed: dict[str, Mapping[str, Any]] = {}
-    for run in done:
-        listed |= uses_of(run)
-    if not listed:
-        return {"uses": [], "base_reuse": None}
-    rows = [
-        {
-            "role": str(u.get("role")), "name": str(u.get("name")), "runs": sorted(map(str, u.get("runs") or [])),
-            "energy_j": sum_reading([use_energy(u)]), "used_by_runs": users[k],
-        }
-        for k, u in sorted(listed.items())
-    ]  # fmt: skip
-    whole = [price.add(use_energy(u) for u in uses_of(r).values()) for r in done]
-    shared = [
-        math.fsum((use_energy(u).value or 0.0) / users[k] for k, u in uses_of(r).items())
-        for r in done
-        if all(use_energy(u).value is not None for u in uses_of(r).values())
-    ]
-    share = math.fsum(shared) / len(shared) if shared else None
-    return {"uses": rows, "base_reuse": {"whole_j": mean_reading(whole), "shared_j": share}}
-
-
 def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
-    """Facts shown where they exist: the task matrix, techniques, a prediction, the model."""
+    """Facts shown where they exist: the task matrix, techniques."""
     out: dict[str, Any] = {}
     last = [r.done.facts for r in done if r.done]
     matrices = [f["task_accuracy"] for f in last if _matrix(f.get("task_accuracy"))]
@@ -292,10 +246,16 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
             ]
             for t in range(tasks)
         ]
-    for key in ("techniques", "predicted"):
-        if last and last[-1].get(key):
-            out[key] = last[-1][key]
+    if last and last[-1].get("techniques"):
+        out["techniques"] = last[-1]["techniques"]
     return out
+
+
+# figures a busy machine disturbs: their spread over seeds says how much
+TIMED: dict[str, Callable[[SeedRun], float | None]] = {
+    "wall_s": wall, "latency_p50_ms": latency_p50, "images_per_s": fact("images_per_s"),
+    "peak_memory_mb": fact("peak_memory_mb"),
+}  # fmt: skip
 
 
 def _matrix(value: Any) -> bool:

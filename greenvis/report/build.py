@@ -3,19 +3,24 @@
 results.json, schema 1 (units stand in the keys; null is "not known", never 0):
 
     name, baseline, metric, lower_is_better, order     what is compared, and the order of the arms
+    served                                             images at which the full cycle is added up
     arms.ARM   means over finished seeds:
       METRIC             {mean, std, n, by_seed}, the gain ("accuracy" by default, a share of 1)
       train_energy_j     {value, low, high, provenance, method, std, n, by_seed}: all that led to the result but measurement
       total_energy_j, carbon_g, total_carbon_g           likewise; carbon_g is of train_energy_j
       energy_by_phase_j, energy_by_component_j           parts of total_energy_j
       inference_energy_j {value, …, reason}              of one image
+      predicted.QUANTITY {value, low, high, actual, ratio, inside, n}: where a plan was made: energy_j, carbon_g, wall_s, flops
       macs, params, trainable_params, delta_bytes, train_flops, latency_ms {p50, p95}, images_per_s, peak_memory_mb, wall_s
       embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
-      uses [{role, name, runs, energy_j, used_by_runs}], base_reuse {whole_j, shared_j}: beside, in no figure above
+      uses [{role, name, runs, energy_j, used_by_runs}]  what it builds on, beside: in no figure above
+      base_reuse {whole_j, whole_g, shared_j, shared_g}  its cost, charged whole and shared among the runs here
+      std {wall_s, latency_p50_ms, images_per_s, peak_memory_mb}: standard deviation over seeds
       spent {energy_j, carbon_g, unfinished_energy_j, repeated_energy_j, older_inputs_energy_j}: sums, nothing left out
       vs_baseline        by quantity {ratio, low, high, n, p_value}, paired by seed (low, high: lowest and highest seed);
                          METRIC {mean, low, high, n, p_value, p_adjusted}: difference with its 95 % interval;
-                         payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}
+                         payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}; verdict is "at once",
+                         "pays back", "ahead until", "never", or "not shown" where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
     totals, incomplete                                   everything these records burnt; seed runs that never finished
     environment, recipe, command, git, data, models, sources, carbon_intensity, pue, crosscheck, not_counted, notes, …
@@ -29,7 +34,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import provenance, versus
+from greenvis.report import forecast, provenance, reuse, versus
 from greenvis.report.arms import Arm
 from greenvis.report.groups import SeedRun
 
@@ -44,10 +49,12 @@ def results(
     baseline: str | None = None,
     metric: str = "accuracy",
     grid: Mapping[str, Any] | None = None,
+    served: float = 1_000_000,
 ) -> dict[str, Any]:
     """Return the results: {"schema", "name", "baseline", "metric", "arms", "totals", "environment", …}.
 
-    grid: a carbon intensity that replaces the recorded ones; it changes grams and nothing else.
+    grid: a carbon intensity that replaces the recorded ones; it changes grams and nothing else. served: images a model
+    answers in its life, for the full cycle.
     Raises BadInput for an unknown baseline or a metric that names something else.
     """
     if metric in RESERVED or metric.endswith(("_j", "_g")):
@@ -55,15 +62,15 @@ def results(
     listed = to_arms(groups)
     base = _baseline(baseline, listed)
     last = {a.label: next((r.done for r in a.done.values()), None) for a in listed}
-    users = Counter(k for a in listed for r in a.done.values() for k in arms_.uses_of(r))
-    table = {a.label: arms_.numbers(a, metric, grid, users) for a in listed}
+    users = reuse.users(r for a in listed for r in a.done.values())
+    table = {a.label: _row(a, metric, grid, users) for a in listed}
     if all(t[metric]["n"] == 0 for t in table.values()) and any(a.done for a in listed):
         _unknown_metric(metric, listed)
     versus.compare(table, {a.label: a for a in listed}, base, metric)
     for arm in listed:
         table[arm.label]["curve"] = {str(s): [list(p) for p in versus.thin(versus.curve(r))] for s, r in arm.done.items()}
         table[arm.label]["sci"] = versus.sci(table[arm.label], last[arm.label])
-        table[arm.label]["full_cycle"] = versus.full_cycle(table[arm.label])
+        table[arm.label]["full_cycle"] = versus.full_cycle(table[arm.label], served)
     names = sorted({g.name for g in groups})
     return {
         "schema": SCHEMA,
@@ -72,6 +79,7 @@ def results(
         else " + ".join(names[:3]) + (f" + {len(names) - 3} more" if len(names) > 3 else ""),
         "baseline": base,
         "metric": metric,
+        "served": served,
         "lower_is_better": versus.lower_is_better(metric),
         "arms": table,
         "order": _order(listed, base),
@@ -79,6 +87,13 @@ def results(
         "incomplete": _incomplete(listed),
         **provenance.describe(listed, grid, notes),
     }
+
+
+def _row(arm: Arm, metric: str, grid: Mapping[str, Any] | None, users: Mapping[str, int]) -> dict[str, Any]:
+    done = list(arm.done.values())
+    row = arms_.numbers(arm, metric, grid) | reuse.reuse(done, users, grid)
+    planned = forecast.predicted(done, grid)
+    return row | ({"predicted": planned} if planned else {})
 
 
 def to_arms(groups: list[SeedRun]) -> list[Arm]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from greenvis.report import figures, stats, words
 from greenvis.report.figures import Drawing, short
-from greenvis.report.versus import USAGE_IMAGES
 
 Results = dict[str, Any]
 
@@ -191,12 +190,16 @@ def size_and_speed(found: Results) -> Drawing | None:
     looks = _styles(found)
     for i, (ax, (title, unit, value)) in enumerate(zip(axes, panels, strict=False)):
         values = [value(arms[a]) or 0.0 for a in labels]
-        ax.barh(range(len(labels)), values, color=[looks[a]["color"] for a in labels])
+        std = [arms[a]["std"]["latency_p50_ms"] or 0.0 for a in labels] if unit else []
+        bars: dict[str, Any] = {"xerr": [s / 1e3 for s in std], "ecolor": figures.INK, "capsize": 2} if any(std) else {}
+        ax.barh(range(len(labels)), values, color=[looks[a]["color"] for a in labels], **bars)
         for y, a in enumerate(labels):
-            ax.text(values[y], y, " " + words.si(value(arms[a]), unit), va="center", fontsize=9)
+            ax.text(
+                values[y] + (std[y] / 1e3 if std else 0.0), y, " " + words.si(value(arms[a]), unit), va="center", fontsize=9
+            )
         ax.set_yticks(range(len(labels)), [short(a, 14) for a in labels] if i % columns == 0 else [""] * len(labels))
         ax.set_title(title, fontsize=10, loc="left", color=figures.INK)
-        ax.set_xlim(0, (max(values) or 1) * 1.75)
+        ax.set_xlim(0, (max(values) + max(std, default=0.0) / 1e3 or 1) * 1.75)
         ax.set_xticks([])
         ax.grid(visible=False)
         ax.invert_yaxis()
@@ -204,58 +207,76 @@ def size_and_speed(found: Results) -> Drawing | None:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     desc = "; ".join(f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels) for a in labels)
-    return figures.save(figure, "size-and-speed", "Compute, size and latency", f"{desc}.", f"Less is better in all.{rest}")
+    return figures.save(
+        figure,
+        "size-and-speed",
+        "Compute, size and latency",
+        f"{desc}.",
+        f"Less is better in all. Latency: median, bar ± standard deviation over seeds.{rest}",
+    )
 
 
 def payback(found: Results) -> Drawing | None:
-    """Energy to make and use each arm against the number of images served, with the crossing points."""
+    """Energy to make and use each arm, as a share of the baseline's, against the images served, with the crossing points."""
     arms, base = found["arms"], found["baseline"]
     there = [
         a for a in found["order"] if arms[a]["inference_energy_j"]["value"] and arms[a]["train_energy_j"]["value"] is not None
     ]
-    if base not in there or len(there) < 2:
+    rivals = [a for a in there if a != base and arms[a]["vs_baseline"] and arms[a]["vs_baseline"]["payback"]]
+    if base not in there or not rivals:
         return None
-    labels, rest = _most(there)
-    crossings = {a: arms[a]["vs_baseline"]["payback"] for a in labels if a != base and arms[a]["vs_baseline"]}
-    own = {a: c["own"] for a, c in crossings.items() if c}
-    far = max(
-        [
-            USAGE_IMAGES,
-            *(c[k]["images"] * 4 for c in crossings.values() if c for k in c if c[k]["images"] and c[k]["images"] < 1e12),
-        ]
-    )
-    xs = [10 ** (2 + i * (math.log10(far) - 2) / 60) for i in range(61)]
+    labels, rest = _most(rivals)
+    points = {a: arms[a]["vs_baseline"]["payback"] for a in labels}
+    crossings = [p[k]["images"] for p in points.values() for k in p if p[k]["images"] and p[k]["images"] < 1e12]
+    far = max([found["served"], *(4 * n for n in crossings)])
+    xs = [10 ** (2 + i * (math.log10(max(far, 1e3)) - 2) / 60) for i in range(61)]
     figure, [ax] = figures.canvas(height=4.0)
     looks = _styles(found)
+    ax.axhline(1.0, color=figures.MUTED, lw=1.8, label=f"{short(str(base))} (baseline)")
     for a in labels:
-        make, infer = arms[a]["train_energy_j"]["value"], arms[a]["inference_energy_j"]["value"]
-        look = {k: v for k, v in looks[a].items() if k != "marker"}
-        ax.plot(xs, [make + infer * x for x in xs], label=short(a), **look)
-        reuse = arms[a]["base_reuse"] and arms[a]["base_reuse"]["whole_j"]["value"]
-        if reuse:
-            ax.plot(xs, [make + reuse + infer * x for x in xs], label=f"{short(a, 12)} + reused", **{**look, "linestyle": ":"})
-        p = own.get(a)
-        if p and p["images"] and xs[0] <= p["images"] <= far:
-            ax.plot(
-                p["images"],
-                make + infer * p["images"],
-                marker=looks[a]["marker"],
-                ms=9,
-                color=looks[a]["color"],
-                mec=figures.INK,
-                ls="none",
-            )
+        look = {k: v for k, v in looks[a].items() if k not in ("marker", "linestyle")}
+        low, mean, high = _shares(arms[a], arms[base], xs)
+        unsure = points[a]["own"]["verdict"] == "not shown"
+        ax.plot(xs, mean, label=short(a), **look, ls="--" if unsure else "-")
+        ax.fill_between(xs, low, high, color=look["color"], alpha=0.14, lw=0)
+        if arms[a]["base_reuse"] != arms[base]["base_reuse"]:
+            whole = _shares(arms[a], arms[base], xs, reuse=True)[1]
+            ax.plot(xs, whole, label=f"{short(a, 12)}, all charged", **look, ls=":")
+        n = points[a]["own"]["images"]
+        if n and xs[0] <= n <= far:
+            ax.plot(n, 1.0, marker=looks[a]["marker"], ms=9, color=look["color"], mec=figures.INK, ls="none")
     ax.set_xscale("log")
-    ax.set_yscale("log")
     ax.set_xlabel("images served")
-    ax.set_ylabel("energy to make and use")
+    ax.set_ylabel(f"make and use, × {short(str(base), 14)}")
     figures.unit_axis(ax.xaxis, "")
-    figures.unit_axis(ax.yaxis, "J")
-    ax.minorticks_off()
-    ax.yaxis.set_minor_formatter(lambda *_: "")
+    ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
-    said = " ".join(words.payback(p, short(a, 40), short(str(base), 40)) for a, p in own.items())
-    return figures.save(figure, "payback", "Payback: energy against images served", said + rest, said + rest)
+    said = " ".join(words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels)
+    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed. Dashed: the energy of one image shows no difference."
+    return figures.save(
+        figure,
+        "payback",
+        "Payback: energy to make and use, against images served",
+        f"{said} {how}{rest}",
+        f"{said} {how}{rest}",
+    )
+
+
+def _shares(
+    arm: dict[str, Any], base: dict[str, Any], xs: list[float], reuse: bool = False
+) -> tuple[list[float], list[float], list[float]]:
+    """Return the lowest seed, the mean and the highest seed of (make + use an arm) ÷ (make + use the baseline)."""
+
+    def cost(row: dict[str, Any], seed: str | None, x: float) -> float:
+        make, use = (row[k] for k in ("train_energy_j", "inference_energy_j"))
+        whole = (row["base_reuse"]["whole_j"]["value"] or 0.0) if reuse and row["base_reuse"] else 0.0
+        return whole + (make["value"] + use["value"] * x if seed is None else make["by_seed"][seed] + use["by_seed"][seed] * x)
+
+    known = [set(r[k]["by_seed"]) for r in (arm, base) for k in ("train_energy_j", "inference_energy_j")]
+    seeds = sorted(set.intersection(*known))
+    mean = [cost(arm, None, x) / cost(base, None, x) for x in xs]
+    each = [[cost(arm, s, x) / cost(base, s, x) for s in seeds] for x in xs] if len(seeds) > 1 else [[m] for m in mean]
+    return [min(e) for e in each], mean, [max(e) for e in each]
 
 
 def task_matrix(found: Results, label: str, i: int) -> Drawing | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from greenvis.report import words
@@ -20,7 +21,7 @@ def sections(found: dict[str, Any]) -> list[Section]:
         _section("Not counted", found["not_counted"]),
         _section("Runs", _runs(found)),
         _section("Cross-check and disturbance", _checks(found)),
-        _section("Predicted and actual", _predicted(found)),
+        _predicted(found),
         _section("Notes of the runs", found["notes"][:50]),
         _section("Environment and data", _environment(found)),
     ]
@@ -125,38 +126,88 @@ def _spent(totals: dict[str, Any]) -> str:
 
 
 def _checks(found: dict[str, Any]) -> list[str]:
-    out = []
-    for c in found["crosscheck"][:30]:
-        if c["ratio"] is None:
-            continue
-        band = {True: "within our band", False: "OUTSIDE our band", None: "our band is unknown"}[c["within_band"]]
-        out.append(
-            f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our {si(c['own_j'], 'J')} "
-            f"({words.figures(c['ratio'])} times), {band}."
-        )
-    if not out:
-        out.append("No cross-check by codecarbon was recorded.")
+    out = _codecarbon([c for c in found["crosscheck"] if c["ratio"] is not None])
     if found["steal_s"] is not None and found["cpu_s"]:
         stolen, used = words.duration(found["steal_s"]), words.duration(found["cpu_s"])
         out.append(f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time.")
-    return out
+    return out + _same_network(found)
 
 
-def _predicted(found: dict[str, Any]) -> list[str]:
-    """Return the plan's prediction beside what it came to, where a plan was made."""
+def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
+    """Return what codecarbon says of all runs together, and each run it departs on."""
+    if not checks:
+        return ["No cross-check by codecarbon was recorded."]
+    ratios = [c["ratio"] for c in checks]
+    outside = [c for c in checks if c["within_band"] is False]
+    unknown = sum(c["within_band"] is None for c in checks)
+    where = f"{len(outside)} of them OUTSIDE our band" if outside else "all within our band"
+    out = [
+        f"codecarbon ran beside {len(checks)} run(s) and read {words.figures(min(ratios))} to {words.figures(max(ratios))} "
+        f"times our energy, {where if not unknown else where + f' ({unknown} without)'}. Without a live counter it, too, "
+        "multiplies CPU time by watts: this checks the observation and the sums, not the coefficient."
+    ]
+    out += [
+        f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our {si(c['own_j'], 'J')} "
+        f"({words.figures(c['ratio'])} times), OUTSIDE our band."
+        for c in outside[:20]
+    ]
+    return out + ([f"… and {len(outside) - 20} more outside."] if len(outside) > 20 else [])
+
+
+def _same_network(found: dict[str, Any]) -> list[str]:
+    """Say how far arms that serve a network of the same MACs and parameters are apart: that much is noise here."""
+    alike: dict[tuple[float, float], list[str]] = {}
+    for a in found["order"]:
+        row = found["arms"][a]
+        if row["macs"] and row["params"] and row["inference_energy_j"]["value"]:
+            alike.setdefault((row["macs"], row["params"]), []).append(a)
     out = []
+    for (macs, params), names in alike.items():
+        rows = [found["arms"][a] for a in names]
+        joules = sorted(r["inference_energy_j"]["value"] for r in rows)
+        slow = sorted(r["latency_ms"]["p50"] for r in rows if r["latency_ms"] and r["latency_ms"].get("p50"))
+        if len(names) < 2:
+            continue
+        latency = f" and {si(slow[0] / 1e3, 's')} to {si(slow[-1] / 1e3, 's')} of latency" if len(slow) > 1 else ""
+        who = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        out.append(
+            f"{who} answer with {si(macs)} MACs and {si(params)} parameters alike, yet read {si(joules[0], 'J')} to "
+            f"{si(joules[-1], 'J')} an image{latency}: where the networks are the same, this is the noise of timing here, "
+            "and smaller differences between other arms mean nothing."
+        )
+    return out[:5]
+
+
+def _predicted(found: dict[str, Any]) -> Section:
+    """Return the plan's prediction beside what it came to, where a plan was made."""
+    rows = []
     for a in found["order"]:
         p = found["arms"][a].get("predicted")
-        e = p.get("energy_j") if isinstance(p, dict) else None
-        if isinstance(e, dict) and isinstance(e.get("value"), (int, float)):
-            spent = found["arms"][a]["energy_by_phase_j"]
-            actual = sum(spent.get(k, 0.0) for k in ("train", "teacher", "eval")) if spent else None
-            known = actual is not None and e.get("low") is not None and e.get("high") is not None
-            inside = " (inside the predicted band)" if known and e["low"] <= actual <= e["high"] else ""
-            out.append(
-                f"{a}: predicted {si(e['value'], 'J')} a run for training and evaluation, actual {si(actual, 'J')}{inside}."
-            )
-    return out
+        if p:
+            cells = [(p.get("energy_j"), _joules), (p.get("wall_s"), words.duration), (p.get("flops"), si)]
+            rows.append([a, *(_forecast(f, form) for f, form in cells)])
+    head = ["Arm", "Energy: predicted → actual", "Time: predicted → actual", "FLOPs: predicted → actual"]
+    said = (
+        "Training and evaluation of one seed, as `greenvis plan` put it before from a few steps, and the mean over seeds "
+        "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches the time, less the energy."
+    )
+    return {
+        "title": "Predicted and actual",
+        "items": [said] if rows else [],
+        "table": {"head": head, "rows": rows} if rows else None,
+    }
+
+
+def _joules(value: float) -> str:
+    return si(value, "J")
+
+
+def _forecast(f: dict[str, Any] | None, form: Callable[[float], str]) -> str:
+    if not f:
+        return words.MISSING
+    ratio = "" if f["ratio"] is None else f", ×{words.figures(f['ratio'])}"
+    inside = "inside the band" if f["inside"] else "OUTSIDE the band"
+    return f"{form(f['value'])} ({form(f['low'])} to {form(f['high'])}) → {form(f['actual'])}{ratio}, {inside}"
 
 
 def _environment(found: dict[str, Any]) -> list[str]:

@@ -58,7 +58,7 @@ def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[st
     return {
         "r": found,
         "title": figures.clean(title),
-        "verdict": verdict.sentence(found, top),
+        "verdict": verdict.opening(found),
         "others": [verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])][:20],
         "more_arms": max(0, len(found["order"]) - 22),
         "rows_left_out": max(0, len(found["order"]) - tables.MOST_ROWS),
@@ -88,9 +88,9 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
             continue
         p, base = vs["payback"], str(found["baseline"])
         text = words.payback(p["own"] if p else None, a, base)
-        if p and found["arms"][a]["base_reuse"]:
+        if p and p["own"]["verdict"] != "not shown" and (found["arms"][a]["uses"] or found["arms"][base]["uses"]):
             whole = words.payback(p["with_reuse"], a, base)
-            text += f" With the reused training (teacher, base) charged in full: {whole}"
+            text += f" Charging {verdict.builds_on(found, a)} as well: {whole}"
         out.append(text)
     return out
 

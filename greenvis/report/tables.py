@@ -24,6 +24,7 @@ class Column:
     sub: Callable[[Row], str] = lambda row: ""
     badge: Callable[[Row], str | None] = lambda row: None
     better: str = ""  # "less", "more" or neither
+    noise: Callable[[Row], float | None] = lambda row: None  # standard deviation over seeds
 
 
 def costs(found: dict[str, Any]) -> list[Column]:
@@ -39,6 +40,7 @@ def costs(found: dict[str, Any]) -> list[Column]:
             lambda r: _seeds(r),
             lambda r: "measured" if r[metric]["n"] else None,
             better,
+            lambda r: r[metric]["std"],
         ),
         Column(
             "vs_metric",
@@ -50,23 +52,25 @@ def costs(found: dict[str, Any]) -> list[Column]:
         _reading("train_energy_j", "Training energy", "J"),
         Column(
             "vs_train_energy",
-            "Energy vs baseline",
+            "Training energy ÷ baseline",
             lambda r: _vs(r, "train_energy", "ratio"),
-            lambda r: words.times(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else MISSING,
-            lambda r: words.significance(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else "",
+            lambda r: words.factor(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else MISSING,
+            lambda r: _energy_test(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else "",
         ),
         _reading(
             "carbon_g", "Carbon (CO₂e)", "g", lambda r: "assumed grid" if r["assumed_grid"] else r["carbon_g"]["provenance"]
         ),
         Column(
             "reuse_j",
-            "Teacher or base, beside",
+            "Builds on (not included)",
             lambda r: r["base_reuse"]["whole_j"]["value"] if r["base_reuse"] else None,
-            lambda r: si(r["base_reuse"]["whole_j"]["value"], "J") if r["base_reuse"] else "none",
-            lambda r: ", ".join(dict.fromkeys(u["role"] for u in r["uses"])),
+            lambda r: si(r["base_reuse"]["whole_j"]["value"], "J") if r["base_reuse"] else "nothing",
+            lambda r: _reused(r),
             lambda r: r["base_reuse"]["whole_j"]["provenance"] if r["base_reuse"] else None,
         ),
-        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"]), better="less"),
+        Column(
+            "wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"]), better="less", noise=_std("wall_s")
+        ),
     ]
 
 
@@ -74,8 +78,8 @@ def sizes() -> list[Column]:
     """Return the columns of the second table: compute, size and speed."""
     return [
         _plain("params", "Parameters"),
-        _plain("trainable_params", "Trained"),
-        _plain("delta_bytes", "Saved delta", "B"),
+        _plain("trainable_params", "Trained parameters"),
+        _plain("delta_bytes", "Size of what was learned", "B"),
         _plain("macs", "MACs an image"),
         _plain("train_flops", "Training FLOPs"),
         Column(
@@ -85,14 +89,23 @@ def sizes() -> list[Column]:
             lambda r: si(_ms(r, "p50"), "s"),
             lambda r: f"p95 {si(_ms(r, 'p95'), 's')}" if _ms(r, "p95") is not None else "",
             better="less",
+            noise=_std("latency_p50_ms"),
         ),
-        Column("images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"]), better="more"),
+        Column(
+            "images_per_s",
+            "Images/s",
+            lambda r: r["images_per_s"],
+            lambda r: si(r["images_per_s"]),
+            better="more",
+            noise=_std("images_per_s"),
+        ),
         Column(
             "peak_memory_mb",
             "Peak memory",
             lambda r: r["peak_memory_mb"],
             lambda r: si(None if r["peak_memory_mb"] is None else r["peak_memory_mb"] * 1e6, "B"),
             better="less",
+            noise=_std("peak_memory_mb"),
         ),
     ]
 
@@ -100,16 +113,17 @@ def sizes() -> list[Column]:
 def cycle(found: dict[str, Any]) -> list[Column]:
     """Return the columns of the full-cycle table."""
     return [
-        Column("make_j", "Make it", lambda r: r["full_cycle"]["make_j"], lambda r: si(r["full_cycle"]["make_j"], "J")),
+        Column("make_j", "Training", lambda r: r["full_cycle"]["make_j"], lambda r: si(r["full_cycle"]["make_j"], "J")),
         Column(
             "reuse_whole_j",
-            "Teacher or base, whole",
+            "Builds on, charged whole",
             lambda r: r["full_cycle"]["reuse_whole_j"],
             lambda r: si(r["full_cycle"]["reuse_whole_j"], "J"),
+            lambda r: _grams(r, "whole_g"),
         ),
         Column(
             "reuse_shared_j",
-            "… shared",
+            "Builds on, shared",
             lambda r: r["full_cycle"]["reuse_shared_j"],
             lambda r: si(r["full_cycle"]["reuse_shared_j"], "J"),
             lambda r: _users(r),
@@ -122,34 +136,31 @@ def cycle(found: dict[str, Any]) -> list[Column]:
             lambda r: _band(r["inference_energy_j"], "J"),
             lambda r: r["inference_energy_j"]["provenance"],
             "less",
+            lambda r: r["inference_energy_j"].get("std"),
         ),
         Column(
             "wh_per_1000_images",
             "Wh per 1,000 images",
             lambda r: r["full_cycle"]["wh_per_1000_images"],
             lambda r: _small(r["full_cycle"]["wh_per_1000_images"]),
-            better="less",
         ),
         Column(
             "sci_g",
-            "SCI, g CO₂e an image",
+            "SCI (CO₂e an image)",
             lambda r: r["sci"]["g_per_image"],
             lambda r: si(r["sci"]["g_per_image"], "g"),
-            better="less",
         ),
         Column(
             "total_whole_j",
-            "All, base whole",
+            "All, charged whole",
             lambda r: r["full_cycle"]["total_whole_j"],
             lambda r: si(r["full_cycle"]["total_whole_j"], "J"),
-            better="less",
         ),
         Column(
             "total_shared_j",
-            "All, base shared",
+            "All, shared",
             lambda r: r["full_cycle"]["total_shared_j"],
             lambda r: si(r["full_cycle"]["total_shared_j"], "J"),
-            better="less",
         ),
     ]
 
@@ -185,12 +196,19 @@ def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
 
 
 def _best(found: dict[str, Any], column: Column) -> set[str]:
+    """Return the arms with the best value, and those that the scatter of seeds does not tell from it; none if that is all."""
     values = {a: v for a in found["order"] if (v := column.number(found["arms"][a])) is not None}
     if not values:
         return set()
     top = (min if column.better == "less" else max)(values, key=values.__getitem__)
     said = {a: column.text(found["arms"][a]) for a in values}
-    return {a for a in values if said[a] == said[top]} if len(set(said.values())) > 1 else set()
+    noise = {a: column.noise(found["arms"][a]) or 0.0 for a in values}
+    alike = {a for a, v in values.items() if said[a] == said[top] or abs(v - values[top]) < noise[a] + noise[top]}
+    return alike if len(alike) < len(values) else set()
+
+
+def _std(key: str) -> Callable[[Row], float | None]:
+    return lambda r: r["std"][key]
 
 
 def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None] | None = None) -> Column:
@@ -202,6 +220,7 @@ def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None]
         lambda r: _band(r[key], unit),
         badge or (lambda r: r[key]["provenance"]),
         "less",
+        lambda r: r[key].get("std"),
     )
 
 
@@ -234,9 +253,25 @@ def _techniques(row: Row) -> str:
     return ", ".join(map(str, names))
 
 
+def _energy_test(r: Row | None) -> str:
+    """Return the range over seeds and what the test says: "×0.47–0.49; difference shown (p = 0.001, 3 seeds)"."""
+    return "; ".join(x for x in (words.factor_band(r), words.significance(r)) if x)
+
+
+def _reused(row: Row) -> str:
+    """Return what a row builds on: "base, 116 mg CO₂e"."""
+    return ", ".join(x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x)
+
+
+def _grams(row: Row, key: str) -> str:
+    grams = row["base_reuse"][key] if row["base_reuse"] else None
+    grams = grams["value"] if isinstance(grams, dict) else grams
+    return "" if grams is None else f"{si(grams, 'g')} CO₂e"
+
+
 def _users(row: Row) -> str:
     n = sorted({u["used_by_runs"] for u in row["uses"]})
-    return f"by {' or '.join(map(str, n))} runs" if n else ""
+    return f"among {' or '.join(map(str, n))} runs, {_grams(row, 'shared_g')}".removesuffix(", ") if n else ""
 
 
 def _vs(row: Row, key: str, part: str) -> float | None:

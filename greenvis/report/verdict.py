@@ -6,31 +6,61 @@ from typing import Any
 
 from greenvis.report import words
 
+SURE_WITHOUT_A_TEST = 0.95  # with one seed no test is possible: a ratio below this is taken as cheaper
+
 
 def headline(found: dict[str, Any]) -> str:
-    """Return the arm the verdict is about: of those not shown worse than the baseline, the one of least energy;
-    if all are shown worse, the best of them. The baseline itself, or the best arm, where there is nothing to compare.
+    """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to compare."""
+    return _choice(found)[0]
+
+
+def opening(found: dict[str, Any]) -> str:
+    """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came nearest."""
+    label, lacking = _choice(found)
+    return lacking + sentence(found, label)
+
+
+def _choice(found: dict[str, Any]) -> tuple[str, str]:
+    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the gain.
+
+    In order: the cheapest of the arms that cost less and lose nothing; the best that gains; of those that cost less and lose,
+    the one that loses least; else the best. "Loses nothing": not shown worse, and no worse than seeds scatter.
     """
     arms, base, metric = found["arms"], found["baseline"], found["metric"]
     sign = -1 if found["lower_is_better"] else 1
     rivals = [a for a in found["order"] if arms[a]["vs_baseline"]]
+
+    def gain(a: str) -> float:
+        return sign * arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")
+
     if not rivals:
         scored = [a for a in found["order"] if arms[a][metric]["mean"] is not None]
-        best = max(scored, key=lambda a: sign * arms[a][metric]["mean"]) if scored else found["order"][0]
-        return base if base in scored and base is not None else best
-
-    def worse(a: str) -> bool:
-        d = arms[a]["vs_baseline"][metric]
-        return bool(d) and sign * d["mean"] < 0 and (words.shown(d) or d["n"] == 1 or d["p_value"] is None)
-
-    def cost(a: str) -> float:
-        joules = arms[a]["train_energy_j"]["value"]
-        return float("inf") if joules is None else joules
-
-    kept = [a for a in rivals if not worse(a)]
+        best = max(scored, key=gain) if scored else found["order"][0]
+        return (base if base in scored and base is not None else best), ""
+    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"]["train_energy"])]
+    kept = [a for a in cheap if _keeps(found, a, sign)]
     if kept:
-        return min(kept, key=cost)
-    return max(rivals, key=lambda a: sign * (arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")))
+        return min(kept, key=lambda a: arms[a]["train_energy_j"]["value"]), ""
+    better = [a for a in rivals if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)]
+    if better:
+        return max(better, key=gain), f"No arm cost less than {base} and kept its {metric}. "
+    if cheap:
+        return max(cheap, key=gain), f"No arm cost less than {base} and kept its {metric}. "
+    return max(rivals, key=gain), f"No arm was shown to cost less than {base}, or to be better. "
+
+
+def _cheaper(r: dict[str, Any] | None) -> bool:
+    """Whether less training energy than the baseline's is shown, or, where no test is possible, plain."""
+    return bool(r) and (r["ratio"] < 1 and words.shown(r) if r["n"] > 1 else r["ratio"] < SURE_WITHOUT_A_TEST)
+
+
+def _keeps(found: dict[str, Any], label: str, sign: int) -> bool:
+    arms, metric = found["arms"], found["metric"]
+    d = arms[label]["vs_baseline"][metric]
+    if not d:  # nothing to lose was recorded
+        return all(row[metric]["mean"] is None for row in arms.values())
+    scatter = sum(arms[a][metric]["std"] or 0.0 for a in (label, found["baseline"]))
+    return sign * d["mean"] >= -scatter and not (sign * d["mean"] < 0 and words.shown(d))
 
 
 def sentence(found: dict[str, Any], label: str) -> str:
@@ -47,7 +77,7 @@ def sentence(found: dict[str, Any], label: str) -> str:
         spent = row["train_energy_j"]
         cost = f" for {words.si(spent['value'], 'J')} of training energy" if spent["value"] is not None else ""
         return reached + cost + _one_seed(row) + "."
-    return f"{reached} with {_energy(vs, base)}; {_gain(found, label)}.{_reuse(vs)}{_partly(row)}"
+    return f"{reached} with {_energy(vs, base)}; {_gain(found, label)}.{reused(found, label)}{_partly(row)}"
 
 
 def _energy(vs: dict[str, Any], base: str | None) -> str:
@@ -55,7 +85,7 @@ def _energy(vs: dict[str, Any], base: str | None) -> str:
     if not r:
         return f"an unknown share of the training energy of {base}"
     if r["n"] > 1 and r["p_value"] is not None and not words.shown(r):
-        return f"no difference shown in training energy to {base} ({words.times(r)})"
+        return f"no difference shown in training energy to {base}: {words.times(r)}"
     return f"{words.times(r, 'training energy')} {'as' if abs(r['ratio'] - 1) < 0.005 else 'than'} {base}"
 
 
@@ -71,12 +101,20 @@ def _gain(found: dict[str, Any], label: str) -> str:
     return f"{text}: {words.significance(d)}"
 
 
-def _reuse(vs: dict[str, Any]) -> str:
-    """Say what the ratio becomes with the teacher or base charged whole, where that differs."""
+def reused(found: dict[str, Any], label: str) -> str:
+    """Say what the ratio becomes with the training it builds on charged whole, where that differs."""
+    vs = found["arms"][label]["vs_baseline"]
     own, whole = vs["train_energy"], vs["train_energy_with_reuse"]
     if not own or not whole or abs(own["ratio"] - whole["ratio"]) < 1e-9:
         return ""
-    return f" With the reused training (teacher, base) charged in full: {words.times(whole, 'energy')}."
+    return f" Charging {builds_on(found, label)} as well: {words.times(whole, 'energy')}."
+
+
+def builds_on(found: dict[str, Any], label: str) -> str:
+    """Return what is charged in a comparison of an arm to the baseline: "the base of full and lora"."""
+    owners = [a for a in (found["baseline"], label) if found["arms"][a]["uses"]]
+    roles = dict.fromkeys(u["role"] for a in owners for u in found["arms"][a]["uses"])
+    return f"the {' and '.join(roles)} of {' and '.join(owners)}"
 
 
 def _one_seed(row: dict[str, Any]) -> str:

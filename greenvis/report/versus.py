@@ -7,11 +7,9 @@ from typing import Any
 
 from greenvis import price
 from greenvis.report import arms as arms_
-from greenvis.report import stats
+from greenvis.report import reuse, stats, words
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
-
-USAGE_IMAGES = 1_000_000  # the usage at which the full cycle is stated
 
 
 def compare(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | None, metric: str) -> None:
@@ -21,19 +19,22 @@ def compare(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | 
     if base is None or not arms[base].done:
         return
     target = table[base][metric]["mean"]
-    of_base = _by_seed(arms[base], metric)
+    of_base, of_arm = _by_seed(arms[base], metric), {}
     for label, arm in arms.items():
         table[label]["energy_to_baseline_j"] = _energy_to(arm, target, lower_is_better(metric))
         if label == base or not arm.done:
             continue
-        own = _by_seed(arm, metric)
+        of_arm[label] = own = _by_seed(arm, metric)
         gain = stats.difference(own.pop(metric), of_base[metric])
         ratios = {k: stats.ratio(v, of_base[k]) for k, v in own.items()}
-        table[label]["vs_baseline"] = {**ratios, metric: gain, "payback": _payback(own, of_base)}
-    for key in ("train_energy", metric):
+        table[label]["vs_baseline"] = {**ratios, metric: gain}
+    for key in ("train_energy", "inference_energy", metric):
         rows = {k: t["vs_baseline"][key] for k, t in table.items() if t["vs_baseline"] and t["vs_baseline"][key]}
         for label, p in stats.holm({k: v["p_value"] for k, v in rows.items()}).items():
             rows[label]["p_adjusted"] = p
+    for label, own in of_arm.items():
+        vs = table[label]["vs_baseline"]
+        vs["payback"] = _payback(own, of_base, vs["inference_energy"])
 
 
 def _by_seed(arm: Arm, metric: str) -> dict[str, dict[int, float]]:
@@ -45,7 +46,7 @@ def _by_seed(arm: Arm, metric: str) -> dict[str, dict[int, float]]:
         "inference_energy": lambda r: arms_.inference([r])["value"],
         "train_flops": arms_.train_flops,
         "wall": arms_.wall,
-        "latency_p50": lambda r: (arms_.latency([r]) or {}).get("p50"),
+        "latency_p50": arms_.latency_p50,
         **{k: arms_.fact(k) for k in arms_.PLAIN},
         metric: lambda r: arms_.score(r, metric),
     }
@@ -53,14 +54,19 @@ def _by_seed(arm: Arm, metric: str) -> dict[str, dict[int, float]]:
 
 
 def _with_reuse(run: SeedRun) -> float | None:
-    uses = [arms_.use_energy(u) for u in arms_.uses_of(run).values()]
+    uses = [reuse.use_energy(u) for u in reuse.uses_of(run).values()]
     if any(u.value is None for u in uses):
         return None
     return price.add([run.making_j, *uses]).value
 
 
-def _payback(own: dict[str, dict[int, float]], base: dict[str, dict[int, float]]) -> dict[str, Any] | None:
-    """Break-even images against the baseline, without and with what each builds on; the range is over seeds."""
+def _payback(
+    own: dict[str, dict[int, float]], base: dict[str, dict[int, float]], use: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Break-even images against the baseline, without and with what each builds on; the range is over seeds.
+
+    Where no test shows that one image costs less or more, dividing by that difference would divide by noise.
+    """
     infer, infer_b = own["inference_energy"], base["inference_energy"]
     out: dict[str, Any] = {}
     for key, cost in (("own", "train_energy"), ("with_reuse", "train_energy_with_reuse")):
@@ -69,6 +75,9 @@ def _payback(own: dict[str, dict[int, float]], base: dict[str, dict[int, float]]
         if any(m is None for m in means):
             return None
         out[key] = stats.payback(means[0] - means[1], means[3] - means[2])
+        if use and use["n"] != 1 and not words.shown(use):
+            out[key] = {"verdict": "not shown", "images": None, "low": None, "high": None, "seeds_agree": None}
+            continue
         seeds = [s for s in make if s in make_b and s in infer and s in infer_b]
         single = [stats.payback(make[s] - make_b[s], infer_b[s] - infer[s]) for s in seeds]
         agree = len(single) > 1 and all(x["verdict"] == out[key]["verdict"] for x in single)
@@ -106,14 +115,14 @@ def thin(points: list[tuple[float, float]], most: int = 100) -> list[tuple[float
     return points[:: max(1, -(-len(points) // most))][: most - 1] + points[-1:] if len(points) > most else points
 
 
-def full_cycle(row: dict[str, Any]) -> dict[str, Any]:
-    """Joules to make the model once and use it on USAGE_IMAGES images, with its base charged whole and shared."""
-    make, infer, reuse = row["train_energy_j"]["value"], row["inference_energy_j"]["value"], row["base_reuse"]
-    whole, shared = (reuse["whole_j"]["value"], reuse["shared_j"]) if reuse else (0.0, 0.0)
-    serve = None if infer is None else infer * USAGE_IMAGES
+def full_cycle(row: dict[str, Any], served: float) -> dict[str, Any]:
+    """Joules to make the model once and use it on `served` images, with what it reuses charged whole and shared."""
+    make, infer, base = row["train_energy_j"]["value"], row["inference_energy_j"]["value"], row["base_reuse"]
+    whole, shared = (base["whole_j"]["value"], base["shared_j"]) if base else (0.0, 0.0)
+    serve = None if infer is None else infer * served
     known = make is not None and serve is not None
     return {
-        "usage_images": USAGE_IMAGES,
+        "served": served,
         "make_j": make,
         "reuse_whole_j": whole,
         "reuse_shared_j": shared,

@@ -137,35 +137,48 @@ def significance(d: Mapping[str, Any] | None) -> str:
     p = d.get("p_adjusted", d.get("p_value"))
     if p is None:
         return f"the same difference at all {d['n']} seeds: no test possible"
-    return f"{'difference shown' if p < ALPHA else 'no difference shown'} (p = {p_text(p)}, {d['n']} seeds)"
+    return f"{'difference shown' if p < ALPHA else 'no difference shown'} ({p_text(p)}, {d['n']} seeds)"
 
 
 def p_text(p: float) -> str:
-    """Return "0.031", or "< 0.001"."""
-    return "< 0.001".replace("< ", "<\u00a0") if p < 0.001 else figures(p, 2)
+    """Return "p = 0.031", or "p < 0.001"."""
+    return "p < 0.001" if p < 0.001 else f"p = {figures(p, 2)}"
 
 
 def shown(d: Mapping[str, Any] | None) -> bool:
-    """Return whether a paired test shows a difference."""
-    p = d.get("p_adjusted", d.get("p_value")) if d else None
-    return p is not None and p < ALPHA
+    """Return whether a difference is shown: by a paired test, or by being the same at each of several seeds."""
+    if not d or d["n"] < 2:
+        return False
+    p = d.get("p_adjusted", d.get("p_value"))
+    return p is None or p < ALPHA
+
+
+def factor(r: Mapping[str, Any] | None) -> str:
+    """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"."""
+    return MISSING if not r or r["ratio"] is None else f"×{figures(r['ratio'], 2 if 0.995 <= r['ratio'] < 1.005 else 3)}"
+
+
+def factor_band(r: Mapping[str, Any] | None) -> str:
+    """Return the lowest and highest seed of a ratio: "×0.47–0.49"."""
+    return "" if not r or r["low"] is None or r["high"] is None else f"×{figures(r['low'])}–{figures(r['high'])}"
 
 
 def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
     """Return a payback in words."""
     if not p:
-        return f"{arm}: unknown, inference energy was not measured"
+        return f"{arm}: unknown, inference energy was not measured."
     n, band = count(p["images"]), ""
     if p["low"] is not None and p["high"] is not None and p["verdict"] in ("pays back", "ahead until"):
         band = f" ({count(p['low'])}–{count(p['high'])} over seeds)"
-    unsure = " The seeds do not agree." if p["seeds_agree"] is False else ""
+    unsure = {True: "", False: " The seeds do not agree.", None: " One seed: an indication, no more."}[p["seeds_agree"]]
     text = {
         "at once": f"{arm} is ahead of {base} from the first image",
         "pays back": f"{arm} pays back after {n} images{band}",
         "ahead until": f"{arm} is ahead of {base} until {n} images{band}, then behind",
         "never": f"{arm} never pays back: dearer to make and not cheaper to use than {base}",
+        "not shown": f"{arm}: no difference shown in the energy of one image to {base}, so no payback is stated",
     }[p["verdict"]]
-    return text + "." + unsure
+    return text + "." + (unsure if p["verdict"] != "not shown" else "")
 
 
 def lamp(joules: float) -> str:
