@@ -42,6 +42,11 @@ def run(
     Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint.
     Everything that can be checked is, before anything is written. Raises BadInput, GreenvisError.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput(
+            "a recipe runs as one process; this is one of several. Start it without the launcher, or wrap your own loop "
+            "with gv.wrap and gv.track, which may run on several (examples/accelerate_loop.py)"
+        )
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     session = Session(Path(runs), trust, command, say)

@@ -174,3 +174,9 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, 
 def test_two_processes_do_not_run_one_recipe_into_one_folder(finished: Path) -> None:
     with experiment._locked(finished / "runs" / "tiny"), pytest.raises(GreenvisError, match="another process"):
         experiment.run(finished / "tiny.yaml", runs=finished / "runs")
+
+
+def test_a_launcher_of_several_processes_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="Start it without the launcher"):
+        experiment.run(_write(tmp_path), runs=tmp_path / "runs")
