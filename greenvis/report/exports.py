@@ -232,4 +232,5 @@ def _clean(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    many = len(value.get("arms") or value.get("@graph") or ()) > 100  # for people to read; of thousands it would take long
+    return json.dumps(value, indent=None if many else 1, ensure_ascii=False, allow_nan=False) + "\n"

@@ -190,17 +190,30 @@ def _boil(run: Run, metric: str) -> Part:
 
 
 def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
-    points = []
-    logs = [x for x in run.logs if isinstance(x.get(metric), (int, float))]
+    """Return (joules so far, metric) at each log. Only phases that moved since the log before are priced anew."""
+    logs = [x for x in run.logs if isinstance(x.get(metric), (int, float)) and math.isfinite(x[metric])]
+    weights = _weights(run) if logs else {}
+    points: list[tuple[float, float]] = []
+    seen: dict[str, Mapping[str, float]] = {}
+    joules: dict[str, float] = {}
     for log in logs[:: max(1, len(logs) // CURVE_POINTS)]:
-        so_far: dict[str, float] = {}
         for phase, totals in log["totals"].items():
-            if stage(phase) not in APART:
-                _add(so_far, totals)
-        spent = price.add(price.energy(so_far, run.header.get("components") or []).values()).value
-        if spent is not None and math.isfinite(log[metric]):
-            points.append((spent, float(log[metric])))
+            if seen.get(phase) is not totals and stage(phase) not in APART:
+                seen[phase] = totals
+                known = [totals[q] * w for q, w in weights.items() if q in totals]
+                if known:
+                    joules[phase] = sum(known)
+        if joules:
+            points.append((math.fsum(joules.values()), float(log[metric])))
     return points
+
+
+def _weights(run: Run) -> dict[str, float]:
+    """Return joules per unit of each observed quantity: the pricing model is linear."""
+    components = run.header.get("components") or []
+    quantities = {q for totals in run.totals.values() for q in totals}
+    priced = {q: price.add(price.energy({q: 1.0}, components).values()).value for q in sorted(quantities)}
+    return {q: w for q, w in priced.items() if w is not None}
 
 
 def _group(parts: Iterable[Part]) -> list[SeedRun]:
