@@ -35,14 +35,14 @@ ROLES: dict[str, str] = {
 class View:
     """What a model consists of; every entry is a path for `model.get_submodule`, in order of execution.
 
-    input_shape: (channels, height, width) of one image. prefix_tokens: class, distillation and register tokens before the
-    patches. functional: layers whose weight is read by another module. computed: layers that use something computed from
-    their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm". layouts: shapes in
-    and out of blocks, attentions, MLPs and their first and last layers.
+    example: the images (batch, channels, height, width) it was seen on. prefix_tokens: class, distillation and register tokens
+    before the patches. functional: layers whose weight is read by another module. computed: layers that use something
+    computed from their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
+    layouts: shapes in and out of blocks, attentions, MLPs and their first and last layers.
     """
 
     library: str
-    input_shape: tuple[int, int, int]
+    example: Tensor = field(repr=False, compare=False)
     attention: tuple[Attention, ...]
     mlps: tuple[Mlp, ...]
     convs: tuple[str, ...]
@@ -56,6 +56,12 @@ class View:
     functional: frozenset[str] = frozenset()
     computed: frozenset[str] = frozenset()
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(channels, height, width) of one image."""
+        channels, height, width = self.example.shape[1:]
+        return channels, height, width
 
     def role(self, name: str) -> tuple[str, ...]:
         """Return the paths that play a role. Raises BadInput for an unknown role, or one that nothing plays here."""
@@ -92,12 +98,14 @@ class View:
                 return self.blocks
 
 
-def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) -> View:
+def view(model: nn.Module, example: Tensor | tuple[int, int, int] | None = None, probe: bool = True) -> View:
     """Find the parts of `model`, which stays bit for bit as it is.
 
-    example: (batch, channels, height, width); without it the shape is inferred. probe: also run the two further forwards
-    that the flags "fixed_grid" and "batch_dependent" need. Raises BadInput where a forward fails, with what it saw.
+    example: (batch, channels, height, width), or one image's shape; without it the shape is inferred. probe: also run the two
+    further forwards that the flags "fixed_grid" and "batch_dependent" need. Raises BadInput where a forward fails, with what
+    it saw.
     """
+    example = image(model, example) if isinstance(example, tuple) else example
     seen = trace(model, example) if example is not None else trace_any(model)
     linears = [c for c in seen.calls if c.kind == "linear"]
     convs = [c for c in seen.calls if c.kind == "conv"]
@@ -112,7 +120,7 @@ def view(model: nn.Module, example: Tensor | None = None, probe: bool = True) ->
     laid = [*blocks, *(p for a in attention for p in (a.path, a.out)), *(p for m in mlps for p in (m.path, m.up, m.down))]
     return View(
         library=type(model).__module__.partition(".")[0],
-        input_shape=(seen.input_shape[1], seen.input_shape[-2], seen.input_shape[-1]),
+        example=seen.input,
         attention=attention,
         mlps=mlps,
         convs=unique(c.path for c in convs),

@@ -45,9 +45,9 @@ def train_only(model: nn.Module, added: list[nn.Parameter], found: View, head: s
     return tuple(n for n, p in model.named_parameters() if id(p) in learned)
 
 
-def patches_matter(model: nn.Module, example: Tensor, found: View, path: str) -> bool:
+def patches_matter(model: nn.Module, found: View, path: str) -> bool:
     """Whether anything past `path` reads its tokens behind the prefix: not so where only the class token goes to the head."""
-    if example.device.type == "meta" or not found.prefix_tokens:
+    if found.example.device.type == "meta" or not found.prefix_tokens:
         return True
     watched = [model.get_submodule(p) for p in found.heads]
     noise = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def patches_matter(model: nn.Module, example: Tensor, found: View, path: str) ->
         hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
         try:
             with quiet(model):
-                output = logits_of(model(example))
+                output = logits_of(model(found.example))
         finally:
             for hook in hooks:
                 hook.remove()

@@ -12,7 +12,7 @@ from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._bottleneck import Bottleneck, ConvBottleneck, Grid, Mona
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, seat, train_only, with_first
-from greenvis.views import View, example_input, view
+from greenvis.views import View, view
 
 Variant = Literal["houlsby", "adaptformer", "conv", "mona"]
 _CHILD = "adapter"
@@ -56,12 +56,11 @@ class Adapter(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Put adapters at their places. Raises BadInput for a model without such places, or with fewer blocks."""
-        example = example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
-        grid = Grid(tuple(example.shape))
+        found = view(model, self.input_shape, probe=False)
+        grid = Grid(tuple(found.example.shape))
         places = self._places(model, found, grid)
         last = next(reversed(places))
-        if self.variant in ("conv", "mona") and not patches_matter(model, example, found, last):
+        if self.variant in ("conv", "mona") and not patches_matter(model, found, last):
             del places[last]
             if not places:
                 raise BadInput(
@@ -81,7 +80,7 @@ class Adapter(Technique):
             added += net.parameters()
         if self.variant in ("conv", "mona"):
             model.register_forward_pre_hook(grid.watch, with_kwargs=True)
-        check_runs(model, example, added, f"{self.variant} adapters")
+        check_runs(model, found.example, added, f"{self.variant} adapters")
         live = Installed(train_only(model, added, found, self.head), freezes=True)
         live.unmergeable = "an adapter is a non-linear network of its own, not a change of weights; keep the model wrapped"
         return live

@@ -10,7 +10,7 @@ from torch import nn
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze, hold_in_eval
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.views import example_input, reached, view
+from greenvis.views import reached, view
 
 
 class Bitfit(Technique):
@@ -30,9 +30,8 @@ class Bitfit(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but biases and classifier. Raises BadInput for a model without biases."""
-        example = example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
-        live = reached(model, example)
+        found = view(model, self.input_shape, probe=False)
+        live = reached(model, found.example)
         names = {n for n in live if n.rpartition(".")[2].endswith("bias")}
         if not names:
             raise BadInput(f"{type(model).__name__} has no bias that reaches its output; use lora or norm_tune")

@@ -9,7 +9,7 @@ from torch import nn
 
 from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.views import example_input, view
+from greenvis.views import view
 
 
 class LinearProbe(Technique):
@@ -28,7 +28,7 @@ class LinearProbe(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""
-        found = view(model, example_input(model, self.input_shape), probe=False)
+        found = view(model, self.input_shape, probe=False)
         learned = {id(p) for path in found.role("head") for p in model.get_submodule(path).parameters()}
         freeze(model, but=[p for p in model.parameters() if id(p) in learned])
         return Installed(tuple(n for n, p in model.named_parameters() if id(p) in learned), freezes=True)

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.views import View, example_input, view
+from greenvis.views import View, view
 
 ROLES = ("attention", "qkv", "mlp", "conv", "linear")
 _KINDS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
@@ -67,8 +67,7 @@ class Lora(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Put low-rank layers around the targets. Raises BadInput where nothing matches or a layer cannot be changed."""
-        example = None if self.input_shape is None else example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
+        found = view(model, self.input_shape, probe=False)
         paths = self._targets(model, found)
         heads = [p for path in found.heads for p in model.get_submodule(path).parameters()] if self.head == "train" else []
         places = {path: _places(model, path) for path in paths}

@@ -10,7 +10,7 @@ from torch import nn
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze, hold_in_eval
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.views import example_input, reached, view
+from greenvis.views import reached, view
 
 
 class NormTune(Technique):
@@ -33,9 +33,8 @@ class NormTune(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but norms and classifier. Raises BadInput for a model without trainable norms."""
-        example = example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
-        live = reached(model, example)
+        found = view(model, self.input_shape, probe=False)
+        live = reached(model, found.example)
         names = {n for n in live if n.rpartition(".")[0] in found.role("norm")}
         if not names:
             raise BadInput(f"the norms of {type(model).__name__} have no scale or shift to train; use lora or bitfit")

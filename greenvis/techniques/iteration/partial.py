@@ -10,7 +10,7 @@ from torch import nn
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.views import example_input, reached, view
+from greenvis.views import reached, view
 
 
 class Partial(Technique):
@@ -30,8 +30,7 @@ class Partial(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""
-        example = example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
+        found = view(model, self.input_shape, probe=False)
         blocks = found.role("block")
         if self.blocks > len(blocks):
             raise BadInput(f"blocks is {self.blocks}, but {type(model).__name__} has {len(blocks)}: give 1 to {len(blocks)}")
@@ -40,7 +39,7 @@ class Partial(Technique):
         for layers in (found.linears, found.convs, found.norms, tuple(a.path for a in found.attention)):  # each in order
             first = next((i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))), len(layers))
             behind |= set(layers[first:])
-        live = reached(model, example)
+        live = reached(model, found.example)
         names = {n for n in live if n.startswith(tuple(f"{p}." for p in behind))}
         freeze(model, but=[p for n, p in model.named_parameters() if n in names])
         return Installed(tuple(n for n, _ in model.named_parameters() if n in names), freezes=True)

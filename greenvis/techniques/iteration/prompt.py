@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._seams import check_runs, first, seat, train_only, with_first
-from greenvis.views import View, example_input, view
+from greenvis.views import View, view
 from greenvis.views.quiet import quiet
 
 _CHILD = "prompt"
@@ -47,12 +47,11 @@ class Prompt(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Put the prompts in. Raises BadInput for anything but a plain sequence of patches through all blocks."""
-        example = example_input(model, self.input_shape)
-        found = view(model, example, probe=False)
+        found = view(model, self.input_shape, probe=False)
         blocks = _blocks(model, found)
-        _check_places(model, example, blocks, found.prefix_tokens)
+        _check_places(model, found.example, blocks, found.prefix_tokens)
         length, dim = found.layouts[blocks[0]].output[1:]
-        patch = math.prod(example.shape[1:]) / (length - found.prefix_tokens)  # c·p², also behind a convolutional stem
+        patch = math.prod(found.example.shape[1:]) / (length - found.prefix_tokens)  # c·p², also behind a convolutional stem
         bound = math.sqrt(6 / (patch + dim))
         weight = next(p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point())
         added: list[nn.Parameter] = []
@@ -63,7 +62,7 @@ class Prompt(Technique):
             prompts = Prompts(rows, found.prefix_tokens, self.dropout)
             prompts.put(model, path, path if self.depth == "deep" else blocks[-1])
             added.append(prompts.rows)
-        check_runs(model, example, added, f"{self.tokens} {self.depth} prompts")
+        check_runs(model, found.example, added, f"{self.tokens} {self.depth} prompts")
         live = Installed(train_only(model, added, found, self.head), freezes=True)
         live.unmergeable = "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
         return live
@@ -118,7 +117,7 @@ def _blocks(model: nn.Module, found: View) -> list[str]:
     shapes = {found.layouts[b].output if b in found.layouts else () for b in blocks}
     shapes |= {found.layouts[b].inputs for b in blocks if b in found.layouts}
     shape = next(iter(shapes))
-    if len(shapes) > 1 or len(shape) != 3 or shape[0] != 1 or shape[1] <= found.prefix_tokens:
+    if len(shapes) > 1 or len(shape) != 3 or shape[0] != len(found.example) or shape[1] <= found.prefix_tokens:
         raise BadInput(
             f"the blocks of {what} do not all take and give one (batch, tokens, dim), but {_few(shapes)} for one image"
         )
