@@ -1,0 +1,113 @@
+"""`greenvis bench coverage`: every technique on every host, against the contract; and attach-only over timm's models."""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from greenvis import registry
+from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
+from greenvis.bench.coverage.hosts import HOSTS
+from greenvis.testing import Result, check_technique
+
+LIBRARIES = ("greenvis", "timm", "torchvision", "transformers", "peft", "torch")
+
+
+def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return {"rows": one a host, with the outcome of each technique, "results", "attach", "attached", "versions", …}.
+
+    out: a folder to write report.md and results.json to. per_family: how many models of each timm family to attach to; None
+    for all of them (an hour or two). techniques: names; default all there are.
+    """
+    started = time.monotonic()
+    names = registry.names() if techniques is None else list(techniques)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        results = [r for name in names for r in check_technique(registry.find(name), HOSTS)]
+        matrix_seconds = round(time.monotonic() - started)
+        models = sample(per_family)
+        attached = attach(models)
+    result = {
+        "rows": [{"host": host, **{n: _outcome(results, n, host) for n in names}} for host in HOSTS],
+        "results": [{k: str(v) for k, v in vars(r).items()} for r in results],
+        "attach": counts(attached),
+        "attached": attached,
+        "per_family": per_family,
+        "versions": {name: version(name) for name in LIBRARIES},
+        "seconds": {"matrix": matrix_seconds, "attach": round(time.monotonic() - started) - matrix_seconds},
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        (out / "report.md").write_text(markdown(result))
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Return the report: the matrix, the reasons of refusals, the counts, and models to which nothing attaches."""
+    rows, attached = result["rows"], result["attached"]
+    names = [k for k in rows[0] if k != "host"]
+    how = "every model" if result["per_family"] is None else f"{result['per_family']} drawn from each family"
+    fails = sum(row[n] == "fails" for row in rows for n in names)
+    lines = [
+        "# Coverage: which technique goes with which model", "",
+        f"`greenvis.bench.coverage.run(out, per_family={result['per_family']})`, which is `greenvis bench coverage --out OUT` for "
+        f"1 model of each family; {' + '.join(map(str, result['seconds'].values()))} s; "
+        + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
+        "## The contract", "",
+        "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral when fresh, bit-exact",
+        "undo, every declared trainable gets a gradient, finite steps, delta saved and loaded, merge, resume, roll-back.",
+        f"A pair works where at least one of the technique's examples does and none fails. {fails} pairs fail.", "",
+        f"| host | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
+    ]  # fmt: skip
+    lines += [f"| {row['host']} | {' | '.join(_shown(row[n]) for n in names)} |" for row in rows]
+    lines += [
+        "",
+        "## What does not go, and why",
+        "",
+        "| technique | arguments | host | outcome | reason |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['technique']} | `{r['arguments']}` | {r['host']} | {r['outcome']} | {_cell(r['reason'])} |"
+        for r in result["results"]
+        if r["outcome"] != "works"
+    ]
+    lines += [
+        "", "## Attaching to timm's classification models", "",
+        f"{len(attached)} models ({how}), built on the meta device without weights: structure is found and the technique's",
+        "parts are put in; values are not checked. " + "; ".join(
+            f"{t}: {' else '.join(str(r or 'defaults') for r in requests)}" for t, requests in REQUESTS.items()) + ".", "",
+        f"| models | tried | {' | '.join(REQUESTS)} | at least one | fails |", "|---" * (len(REQUESTS) + 4) + "|",
+    ]  # fmt: skip
+    lines += [
+        f"| {c['kind']} | {c['models']} | {' | '.join(str(c[t]) for t in REQUESTS)} | "
+        f"{c['at least one']} ({c['at least one'] / c['models']:.1%}) | {c['fails']} |"
+        for c in result["attach"]
+    ]
+    lines += ["", "Without a place for low-rank changes or adapters, or failing:", ""]
+    odd = [(r["model"], t, r[t]) for r in attached for t in REQUESTS if _notable(t, r[t])]
+    lines += [f"- {model}, {technique}: {_cell(why)}" for model, technique, why in odd] or ["- none"]
+    return "\n".join(lines) + "\n"
+
+
+def _notable(technique: str, outcome: str) -> bool:
+    return outcome.startswith("fails") or (technique != "prompt" and outcome != "attaches")
+
+
+def _outcome(results: Sequence[Result], technique: str, host: str) -> str:
+    found = {r.outcome for r in results if (r.technique, r.host) == (technique, host)}
+    return next(o for o in ("fails", "works", "refuses") if o in found)
+
+
+def _shown(outcome: str) -> str:
+    return {"works": "works", "refuses": "–", "fails": "**FAILS**"}[outcome]
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
