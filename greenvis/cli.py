@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--fresh", action="store_true", help="train finished arms again (their energy stays in the totals)")
     p.add_argument("--trust", action="store_true", help="allow models given as package.module:function, which runs their code")
     p.add_argument("--runs", default="runs", help="folder of run records (default: runs)")
+    p.add_argument(
+        "--log-with", action="append", default=[], metavar="TRACKER",
+        help="log accuracy, loss and joules to a tracker, too: tensorboard, wandb or mlflow",
+    )  # fmt: skip
     p.add_argument("--out", help="folder of the report (default: reports/NAME)")
 
     p = verb("plan", verbs.plan, "predict what a recipe will cost from a few steps of each arm, before it is spent")

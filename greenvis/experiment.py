@@ -36,20 +36,23 @@ def run(
     trust: bool = False,
     command: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
+    log_with: Sequence[str] = (),
 ) -> Path:
     """Train every arm of a recipe with every seed, metered, and return the folder of its records.
 
     Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint.
-    Everything that can be checked is, before anything is written. Raises BadInput, GreenvisError.
+    Everything that can be checked is, before anything is written. log_with: trackers ("tensorboard", "wandb", "mlflow")
+    that get accuracy, loss and joules as training goes, too. Raises BadInput, GreenvisError.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise BadInput(
             "a recipe runs as one process; this is one of several. Start it without the launcher, or wrap your own loop "
             "with gv.wrap and gv.track, which may run on several (examples/accelerate_loop.py)"
         )
+    train.check_loggers(log_with)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    session = Session(Path(runs), trust, command, say)
+    session = Session(Path(runs), trust, command, say, log_with)
     jobs = session.plan(recipe)
     with _locked(Path(runs) / recipe.name):
         for job in jobs:
@@ -62,8 +65,10 @@ def run(
 class Session:
     """Checks and runs the jobs of one call."""
 
-    def __init__(self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None]) -> None:
-        self.runs, self.trust, self.command, self.say = runs, trust, list(command), say
+    def __init__(
+        self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None], log_with: Sequence[str] = ()
+    ) -> None:
+        self.runs, self.trust, self.command, self.say, self.log_with = runs, trust, list(command), say, log_with
         self.jobs = Jobs(runs)
         self._checked: set[tuple[str, str]] = set()
 
@@ -161,6 +166,7 @@ class Session:
                 tracker,
                 seed=job.seed,
                 checkpoint=checkpoint,
+                log_with=self.log_with,
             )
             delta = live.state_dict()
             tracker.fact(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,13 +23,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from greenvis.errors import GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.track import Tracker
 from greenvis.recipe import TrainSpec
 from greenvis.technique import logits_of
 from greenvis.wrap import Wrapped
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
+LOGGERS = ("tensorboard", "wandb", "mlflow")  # of accelerate's trackers; none of them meters energy
 
 
 @dataclass
@@ -53,15 +55,17 @@ def fit(
     *,
     seed: int = 0,
     checkpoint: Path | None = None,
+    log_with: Sequence[str] = (),
 ) -> Progress:
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
     batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
-    Raises GreenvisError when the loss is no longer finite.
+    log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
+    Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
     set_seed(seed)
-    accelerator = _accelerator(spec)
+    accelerator = _accelerator(spec, log_with, run.path.parent)
     model, optimizer = accelerator.prepare(live.model, make_optimizer(live, spec))
     steps_per_epoch = math.ceil(batches_per_epoch / spec.accumulate)
     total_steps = steps_per_epoch * spec.epochs
@@ -77,21 +81,29 @@ def fit(
         if checkpoint is not None and accelerator.is_main_process:
             _save(checkpoint, live, optimizer, scheduler, accelerator, progress)
 
+    def log(**values: float) -> None:
+        run.log(epoch=progress.epoch, step=progress.step, **values)
+        if log_with:
+            spent = run.energy().value
+            also = {"epoch": progress.epoch} | ({} if spent is None else {"energy_j": spent})
+            accelerator.log(values | also, step=progress.step)
+
     def test() -> float:
         with run.phase("eval"):
             accuracy = evaluate(model, test_batches(), accelerator)
-        run.log(epoch=progress.epoch, step=progress.step, accuracy=accuracy)
+        log(accuracy=accuracy)
         progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
         progress.accuracy, progress.reached = accuracy, accuracy >= (spec.target_accuracy or math.inf)
         return accuracy
 
-    while progress.epoch < spec.epochs and not progress.reached:
-        _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save)
-        if (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs:
+    with _logging(accelerator, run, spec, seed):
+        while progress.epoch < spec.epochs and not progress.reached:
+            _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save, log)
+            if (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs:
+                test()
+            save()
+        if progress.accuracy is None:
             test()
-        save()
-    if progress.accuracy is None:
-        test()
     model.eval()
     return progress
 
@@ -108,6 +120,7 @@ def _epoch(
     run: Tracker,
     progress: Progress,
     save: Callable[[], None],
+    log: Callable[..., None],
 ) -> None:
     """Train one epoch, or what a checkpoint left of it."""
     model.train()
@@ -139,7 +152,7 @@ def _epoch(
     progress.epoch, progress.batch = progress.epoch + 1, 0
     if losses:
         _finite(losses[-1], progress)
-        run.log(epoch=progress.epoch, step=progress.step, loss=torch.stack(losses).float().mean().item())
+        log(loss=torch.stack(losses).float().mean().item())
 
 
 def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any) -> Tensor:
@@ -188,12 +201,40 @@ def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[schedule]
 
 
-def _accelerator(spec: TrainSpec) -> Accelerator:
+def check_loggers(names: Iterable[str]) -> None:
+    """Raise BadInput for a tracker that accelerate does not know under this name, or whose package is missing."""
+    for name in names:
+        if name not in LOGGERS:
+            raise BadInput(f"no tracker '{name}' to log with{nearest(name, LOGGERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise BadInput(f"logging with {name} needs the package {name}, which is not installed: pip install {name}")
+
+
+@contextmanager
+def _logging(accelerator: Accelerator, run: Tracker, spec: TrainSpec, seed: int) -> Iterator[None]:
+    """Start the trackers asked for, and end them however the training ends."""
+    if not accelerator.log_with:
+        yield
+        return
+    name = f"{run.header.get('arm') or run.name}/seed{seed}"
+    settings = {k: v for k, v in spec.model_dump().items() if isinstance(v, (bool, int, float, str))}
+    options = {"wandb": {"name": name, "dir": str(run.path.parent)}, "mlflow": {"run_name": name}}
+    accelerator.init_trackers(run.name, config={**settings, "arm": name, "run": run.id}, init_kwargs=options)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()  # not end_training, which would end the processes' group under later arms
+
+
+def _accelerator(spec: TrainSpec, log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Return a fresh accelerator: its state is global, and arms of one process may differ in precision."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != spec.precision:
         AcceleratorState._reset_state()
     GradientState._reset_state()
-    return Accelerator(mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate)
+    check_loggers(log_with)
+    logging: dict[str, Any] = {"log_with": list(log_with), "project_dir": folder} if log_with else {}
+    return Accelerator(mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate, **logging)
 
 
 def _finite(loss: Tensor, progress: Progress) -> None:

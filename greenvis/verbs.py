@@ -21,7 +21,9 @@ def run(args: Any) -> Answer:
     recipe = load_recipe(args.recipe, args.set)
     command = ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))]
     say = _quiet if args.json else _say
-    folder = experiment.run(recipe, runs=args.runs, fresh=args.fresh, trust=args.trust, command=command, say=say)
+    folder = experiment.run(
+        recipe, runs=args.runs, fresh=args.fresh, trust=args.trust, command=command, say=say, log_with=args.log_with
+    )
     page = report(
         [folder],
         out=args.out or Path("reports") / recipe.name,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis import train
-from greenvis.errors import GreenvisError
+from greenvis.errors import BadInput, GreenvisError
 from greenvis.recipe import TrainSpec
 from greenvis.record import find, read
 
@@ -43,12 +43,12 @@ class Batches:
 
 
 def _fit(
-    folder: Path, spec: TrainSpec, batches: Callable[..., Any], checkpoint: Path | None = None
+    folder: Path, spec: TrainSpec, batches: Callable[..., Any], checkpoint: Path | None = None, **more: Any
 ) -> tuple[nn.Module, train.Progress]:
     live = gv.wrap(_net(), [])
     with gv.track("fit", live, dir=folder) as run:
         test = lambda: [(X, Y)]  # noqa: E731
-        progress = train.fit(live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint)
+        progress = train.fit(live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint, **more)
     return live.model, progress
 
 
@@ -128,3 +128,32 @@ def test_threads_are_put_back() -> None:
     with train.threads(2):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
+
+
+def test_tensorboard_gets_what_the_record_gets(tmp_path: Path) -> None:
+    """The real one: accuracy, loss and the joules so far; and the same weights as without it."""
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    spec = TrainSpec(epochs=3, batch_size=10, lr=0.01)
+    plain, _ = _fit(tmp_path / "plain", spec, Batches())
+    model, _ = _fit(tmp_path / "logged", spec, Batches(), log_with=["tensorboard"])
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    [path] = find([tmp_path / "logged"])
+    logs = read(path).logs
+    [events] = [p for p in path.parent.rglob("events.out.tfevents*") if p.parent == path.parent / "fit"]
+    seen = event_accumulator.EventAccumulator(str(events))
+    seen.Reload()
+    for key in ("accuracy", "loss"):
+        wanted = [(x["step"], pytest.approx(x[key])) for x in logs if key in x]
+        assert [(e.step, e.value) for e in seen.Scalars(key)] == wanted
+    joules = [e.value for e in seen.Scalars("energy_j")]
+    assert joules == sorted(joules)
+    assert joules[0] > 0
+
+
+def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = TrainSpec(epochs=1, batch_size=10, lr=0.01)
+    with pytest.raises(BadInput, match="did you mean 'tensorboard'"):
+        _fit(tmp_path, spec, Batches(), log_with=["tensorbord"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install wandb"):
+        train.check_loggers(["wandb"])
