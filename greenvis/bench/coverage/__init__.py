@@ -56,8 +56,8 @@ def markdown(result: dict[str, Any]) -> str:
     fails = sum(row[n] == "fails" for row in rows for n in names)
     lines = [
         "# Coverage: which technique goes with which model", "",
-        f"`greenvis.bench.coverage.run(out, per_family={result['per_family']})`, which is `greenvis bench coverage --out OUT` for "
-        f"1 model of each family; {' + '.join(map(str, result['seconds'].values()))} s; "
+        f"`greenvis.bench.coverage.run(out, per_family={result['per_family']})`, which is `greenvis bench coverage --out OUT` "
+        f"for 1 model of each family; {' + '.join(map(str, result['seconds'].values()))} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
         "## The contract", "",
         "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral when fresh, bit-exact",

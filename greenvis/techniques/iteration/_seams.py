@@ -26,6 +26,30 @@ def seat(model: nn.Module, path: str) -> nn.Module | None:
     return None if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else module
 
 
+def row_of_blocks(model: nn.Module, found: View) -> list[str]:
+    """Return the blocks that attend, first to last, where one sequence (batch, tokens, dim) runs through all of them.
+
+    Raises BadInput, with the shapes there are, where none does.
+    """
+    what = type(model).__name__
+    blocks = [b for b in found.blocks if any(_inside(a.path, b) for a in found.attention)]
+    if not blocks or not all(any(_inside(a.path, b) for b in blocks) for a in found.attention):
+        raise BadInput(f"{what} does not show its attention as a row of blocks")
+    laid = [found.layouts.get(b) for b in blocks]
+    shapes = sorted({s for layout in laid for s in ((layout.inputs, layout.output) if layout else ((),))})
+    shape = shapes[0]
+    if len(shapes) > 1 or len(shape) != 3 or shape[0] != len(found.example) or shape[1] <= found.prefix_tokens:
+        listed = " and ".join(map(str, shapes[:3])) + (" and others" if len(shapes) > 3 else "")
+        raise BadInput(f"the blocks of {what} do not all take and give one sequence (batch, tokens, dim), but {listed}")
+    if any(seat(model, b) is not model.get_submodule(b) for b in blocks):
+        raise BadInput(f"the blocks of {what} run every module they hold, so they cannot hold another")
+    return blocks
+
+
+def _inside(path: str, block: str) -> bool:
+    return path == block or path.startswith(block + ".")
+
+
 def first(value: Any) -> Tensor:
     """Return the tensor in a module's output, or the first of a tuple."""
     return value[0] if isinstance(value, tuple) else value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
-from greenvis.techniques.iteration._seams import check_runs, first, seat, train_only, with_first
+from greenvis.techniques.iteration._seams import check_runs, first, row_of_blocks, train_only, with_first
 from greenvis.views import View, view
 from greenvis.views.quiet import quiet
 
@@ -111,19 +111,7 @@ def _blocks(model: nn.Module, found: View) -> list[str]:
         raise BadInput(f"{what} attends in windows of its grid, in which prompts have no place")
     if "rope" in found.flags:
         raise BadInput(f"{what} rotates queries and keys by their place in the grid (RoPE), and a prompt has no place")
-    blocks = [b for b in found.blocks if any(a.path == b or a.path.startswith(b + ".") for a in found.attention)]
-    if not blocks or any(not any(a.path == b or a.path.startswith(b + ".") for b in blocks) for a in found.attention):
-        raise BadInput(f"{what} does not show its attention as a row of blocks, before which prompts could stand")
-    shapes = {found.layouts[b].output if b in found.layouts else () for b in blocks}
-    shapes |= {found.layouts[b].inputs for b in blocks if b in found.layouts}
-    shape = next(iter(shapes))
-    if len(shapes) > 1 or len(shape) != 3 or shape[0] != len(found.example) or shape[1] <= found.prefix_tokens:
-        raise BadInput(
-            f"the blocks of {what} do not all take and give one (batch, tokens, dim), but {_few(shapes)} for one image"
-        )
-    if any(seat(model, b) is not model.get_submodule(b) for b in blocks):
-        raise BadInput(f"the blocks of {what} run every module they hold, so they cannot hold prompts")
-    return blocks
+    return row_of_blocks(model, found)
 
 
 def _check_places(model: nn.Module, example: Tensor, blocks: list[str], prefix: int) -> None:
@@ -153,8 +141,3 @@ def _check_places(model: nn.Module, example: Tensor, blocks: list[str], prefix: 
             hook.remove()
     if moved:
         raise BadInput(f"block '{moved[0]}' of {type(model).__name__} uses the places of its tokens, and a prompt has none")
-
-
-def _few(shapes: set[tuple[int, ...]]) -> str:
-    listed = sorted(shapes)
-    return " and ".join(map(str, listed[:3])) + (" and others" if len(listed) > 3 else "")
