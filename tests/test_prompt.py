@@ -81,7 +81,7 @@ def _reference(model: Any, x: Tensor, prompts: list[Tensor], prefix: int) -> Ten
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-@pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "avg"}])
+@pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "map"}])
 def test_follows_the_paper(depth: Any, more: dict[str, Any]) -> None:
     model, x = _vit(**more), torch.rand(2, 3, 32, 32)
     live = wrap(model, Prompt(tokens=4, depth=depth))

@@ -33,7 +33,8 @@ def row_of_blocks(model: nn.Module, found: View) -> list[str]:
     """
     what = type(model).__name__
     blocks = [b for b in found.blocks if any(_inside(a.path, b) for a in found.attention)]
-    if not blocks or not all(any(_inside(a.path, b) for b in blocks) for a in found.attention):
+    outside = [not any(_inside(a.path, b) for b in blocks) for a in found.attention]
+    if not blocks or any(outside[: len(outside) - outside[::-1].index(False)]):  # attention pooling may come behind
         raise BadInput(f"{what} does not show its attention as a row of blocks")
     laid = [found.layouts.get(b) for b in blocks]
     shapes = sorted({s for layout in laid for s in ((layout.inputs, layout.output) if layout else ((),))})
