@@ -228,7 +228,13 @@ def test_every_ending_of_a_record_is_stated(tmp_path: Path) -> None:
         "bare": "crashed", "cut": "crashed", "failed": "failed", "stopped": "stopped",
     }  # fmt: skip
     page = report(tmp_path, out=tmp_path / "out").read_text()
-    for words in ("damaged line", "loss is not finite", "crashed", "stopped", "has no finished run"):
+    for words in (
+        "damaged line",
+        "loss is not finite",
+        "cut has no finished run (crashed)",
+        "the record has no end",
+        "stopped",
+    ):
         assert words in page
 
 
@@ -242,7 +248,7 @@ def test_without_accuracy_energy_or_grid_the_report_says_so(tmp_path: Path) -> N
     assert "not measured" in arm["inference_energy_j"]["reason"]
     page = report(tmp_path, out=tmp_path / "out").read_text()
     assert "No carbon intensity is known" in page
-    assert "no accuracy recorded" in page
+    assert "tracked took an unknown energy; no accuracy was recorded" in page
 
 
 def test_a_metric_where_less_is_better(tmp_path: Path) -> None:
@@ -363,3 +369,13 @@ def test_the_usage_is_the_readers(study: Path, tmp_path: Path) -> None:
     row = results(study, served=5e6)["arms"]["lora"]
     assert row["full_cycle"]["serve_j"] == pytest.approx(5e6 * row["inference_energy_j"]["value"])
     assert "5,000,000 images" in report(study, out=tmp_path, served=5e6).read_text()
+
+
+def test_arms_look_different_and_keep_both_ends_of_their_names() -> None:
+    from greenvis.report import figures
+
+    looks = [figures.style(i) for i in range(22)]
+    assert len({(x["color"], x["marker"]) for x in looks}) == 22
+    assert sum(x["color"] == looks[0]["color"] for x in looks) == 1  # the baseline's alone
+    assert figures.short("adapter in every block, rank 4", 18) == "adapter in e…ank 4"
+    assert figures.short("lora") == "lora"

@@ -230,18 +230,21 @@ def payback(found: Results) -> Drawing | None:
     crossings = [p[k]["images"] for p in points.values() for k in p if p[k]["images"] and p[k]["images"] < 1e12]
     far = max([found["served"], *(4 * n for n in crossings)])
     xs = [10 ** (2 + i * (math.log10(max(far, 1e3)) - 2) / 60) for i in range(61)]
+    import numpy as np
+    from matplotlib.ticker import LogLocator, NullLocator
+
     figure, [ax] = figures.canvas(height=4.0)
     looks = _styles(found)
-    ax.axhline(1.0, color=figures.MUTED, lw=1.8, label=f"{short(str(base))} (baseline)")
+    ax.axhline(1.0, color=figures.MUTED, lw=1.8, label=short(str(base)) + (" (baseline)" if base != "baseline" else ""))
     for a in labels:
-        look = {k: v for k, v in looks[a].items() if k not in ("marker", "linestyle")}
+        look = {k: v for k, v in looks[a].items() if k != "marker"}
         low, mean, high = _shares(arms[a], arms[base], xs)
         unsure = points[a]["own"]["verdict"] == "not shown"
-        ax.plot(xs, mean, label=short(a), **look, ls="--" if unsure else "-")
+        ax.plot(xs, mean, label=short(a), **look, lw=0.9 if unsure else 1.8)
         ax.fill_between(xs, low, high, color=look["color"], alpha=0.14, lw=0)
         if arms[a]["base_reuse"] != arms[base]["base_reuse"]:
             whole = _shares(arms[a], arms[base], xs, reuse=True)[1]
-            ax.plot(xs, whole, label=f"{short(a, 12)}, all charged", **look, ls=":")
+            ax.plot(xs, whole, label=f"{short(a, 12)}, all charged", **{**look, "linestyle": ":"})
         n = points[a]["own"]["images"]
         if n and xs[0] <= n <= far:
             ax.plot(n, 1.0, marker=looks[a]["marker"], ms=9, color=look["color"], mec=figures.INK, ls="none")
@@ -249,10 +252,18 @@ def payback(found: Results) -> Drawing | None:
     ax.set_xlabel("images served")
     ax.set_ylabel(f"make and use, × {short(str(base), 14)}")
     figures.unit_axis(ax.xaxis, "")
-    ax.set_ylim(bottom=0)
+    ax.xaxis.set_minor_locator(NullLocator())
+    ends = np.concatenate([np.asarray(line.get_ydata(), float) for line in ax.get_lines()])
+    if max(ends) > 4 * min(ends):  # on a straight axis one dear arm would flatten the others
+        ax.set_yscale("log")
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+        figures.unit_axis(ax.yaxis, "")
+    else:
+        ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
     said = " ".join(words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels)
-    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed. Dashed: the energy of one image shows no difference."
+    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed. Thin: the energy of one image shows no difference."
     return figures.save(
         figure,
         "payback",

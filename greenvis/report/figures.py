@@ -120,17 +120,19 @@ def save(figure: Figure, name: str, title: str, desc: str, caption: str) -> Draw
 
 def style(i: int) -> dict[str, Any]:
     """Return colour, marker and line of the i-th series; the baseline is 0."""
+    turn, k = divmod(i - 1, len(SERIES) - 1) if i else (0, -1)  # grey and circle are the baseline's alone
     return {
-        "color": SERIES[i % len(SERIES)][0],
-        "marker": MARKERS[i % len(MARKERS)],
-        "linestyle": LINES[i // len(SERIES) % len(LINES)],
+        "color": SERIES[k + 1][0],
+        "marker": MARKERS[(k + turn) % (len(MARKERS) - 1) + 1] if i else MARKERS[0],
+        "linestyle": LINES[turn % len(LINES)],
     }
 
 
 def short(label: str, most: int = 22) -> str:
-    """Return a label that fits a figure."""
+    """Return a label that fits a figure: start and end, for names of arms often differ in one of them."""
     label = clean(label)
-    return label if len(label) <= most else label[: most - 1] + "…"
+    end = (most - 1) // 3
+    return label if len(label) <= most else label[: most - 1 - end] + "…" + label[len(label) - end :]
 
 
 def clean(text: str) -> str:

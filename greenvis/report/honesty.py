@@ -98,6 +98,11 @@ def _runs(found: dict[str, Any]) -> list[str]:
         out.append(
             f"Runs of earlier versions of the same arms (other inputs) took {si(older, 'J')}: in the totals, not in the tables."
         )
+    if t["attempts"].get("crashed"):
+        out.append(
+            "Crashed: the record has no end, as after kill -9 or a power cut. What was observed up to its last line counts; "
+            "what came after (one sample's interval at most) is not."
+        )
     for row in found["incomplete"][:20]:
         why = f" ({row['reason']})" if row["reason"] else ""
         tried = f"{', '.join(row['attempts'])}{why}, {si(row['energy_j']['value'], 'J')} spent"

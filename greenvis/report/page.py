@@ -90,7 +90,8 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
         text = words.payback(p["own"] if p else None, a, base)
         if p and p["own"]["verdict"] != "not shown" and (found["arms"][a]["uses"] or found["arms"][base]["uses"]):
             whole = words.payback(p["with_reuse"], a, base)
-            text += f" Charging {verdict.builds_on(found, a)} as well: {whole}"
+            also = f" Charging {verdict.builds_on(found, a)} as well"
+            text += f"{also} changes nothing in this." if whole == text else f"{also}: {whole}"
         out.append(text)
     return out
 

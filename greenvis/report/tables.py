@@ -196,7 +196,7 @@ def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
 
 
 def _best(found: dict[str, Any], column: Column) -> set[str]:
-    """Return the arms with the best value, and those that the scatter of seeds does not tell from it; none if that is all."""
+    """Return the arms with the best value, and those that the scatter of seeds does not tell from it; none if most are."""
     values = {a: v for a in found["order"] if (v := column.number(found["arms"][a])) is not None}
     if not values:
         return set()
@@ -204,7 +204,7 @@ def _best(found: dict[str, Any], column: Column) -> set[str]:
     said = {a: column.text(found["arms"][a]) for a in values}
     noise = {a: column.noise(found["arms"][a]) or 0.0 for a in values}
     alike = {a for a, v in values.items() if said[a] == said[top] or abs(v - values[top]) < noise[a] + noise[top]}
-    return alike if len(alike) < len(values) else set()
+    return alike if len(alike) <= len(values) / 2 else set()  # what most share is no distinction
 
 
 def _std(key: str) -> Callable[[Row], float | None]:

@@ -67,7 +67,8 @@ def sentence(found: dict[str, Any], label: str) -> str:
     """Return what the records show of one arm, beside the baseline where there is one."""
     row, base, metric = found["arms"][label], found["baseline"], found["metric"]
     if row["status"] == "incomplete":
-        return f"{label} has no finished run; {words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
+        tried = ", ".join(f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items())
+        return f"{label} has no finished run ({tried}); {words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
     scored = row[metric]["mean"] is not None
     reached = f"{label} reached {words.spread(metric, row[metric])}" if scored else f"{label} (no {metric} recorded)"
     if scored and metric != "accuracy":
@@ -75,7 +76,10 @@ def sentence(found: dict[str, Any], label: str) -> str:
     vs = row["vs_baseline"]
     if not vs:
         spent = row["train_energy_j"]
-        cost = f" for {words.si(spent['value'], 'J')} of training energy" if spent["value"] is not None else ""
+        joules = f"{words.si(spent['value'], 'J')} of training energy" if spent["value"] is not None else ""
+        if not scored:
+            return f"{label} took {joules or 'an unknown energy'}; no {metric} was recorded{_one_seed(row)}."
+        cost = f" for {joules}" if joules else ""
         return reached + cost + _one_seed(row) + "."
     return f"{reached} with {_energy(vs, base)}; {_gain(found, label)}.{reused(found, label)}{_partly(row)}"
 

@@ -76,6 +76,7 @@ def points(metric: str, value: float | None) -> str:
     if value is None:
         return MISSING
     text = f"{value * 100:+.2f}" if share(metric) else f"{'+' if value >= 0 else '-'}{figures(abs(value))}"
+    text = text[1:] if not float(text.replace(",", "")) else text  # no sign for nothing
     return text.replace("-", "−") + (" points" if share(metric) else "")
 
 
