@@ -363,6 +363,7 @@ def test_predicted_against_actual(tmp_path: Path) -> None:
     for file in ("index.html", "report.md"):
         assert "inside the band" in (folder / file).read_text()
         assert "OUTSIDE the band" in (folder / file).read_text()
+    assert "\n\n| Arm | Energy: predicted → actual |" in (folder / "report.md").read_text()  # else no table on a code host
 
 
 def test_the_usage_is_the_readers(study: Path, tmp_path: Path) -> None:

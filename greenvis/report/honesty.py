@@ -194,7 +194,7 @@ def _predicted(found: dict[str, Any]) -> Section:
     head = ["Arm", "Energy: predicted → actual", "Time: predicted → actual", "FLOPs: predicted → actual"]
     said = (
         "Training and evaluation of one seed, as `greenvis plan` put it before from a few steps, and the mean over seeds "
-        "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches the time, less the energy."
+        "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches time more than energy."
     )
     return {
         "title": "Predicted and actual",
