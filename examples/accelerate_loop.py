@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from typing import Any
 
 import torch
 import torchvision
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import greenvis as gv
 
 torch.manual_seed(0)
-digits = load_digits()
+digits: Any = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1).repeat(1, 3, 4, 4) / 16
 labels = torch.tensor(digits.target)
 loader = DataLoader(TensorDataset(images[:400], labels[:400]), batch_size=50, shuffle=True)
@@ -35,7 +36,7 @@ with gv.track("accelerate-loop", live, dir=tempfile.mkdtemp()) as run:  # greenv
         accelerator.backward(loss)
         optimizer.step()
         optimizer.zero_grad()
-    run.log(loss=loss.item())
+        run.log(loss=loss.item())
 
 if accelerator.is_main_process:
-    print(f"loss {loss.item():.3f}; energy {run.energy().value:.1f} J; record {run.path}")
+    print(f"energy {run.energy().value:.1f} J; record {run.path}")

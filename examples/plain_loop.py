@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import greenvis as gv
 
 torch.manual_seed(0)
-digits = load_digits()
+digits: Any = load_digits()
 images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
 labels = torch.tensor(digits.target)
 loader = DataLoader(TensorDataset(images[:1000], labels[:1000]), batch_size=50, shuffle=True)
@@ -24,6 +25,12 @@ def vit(width: int) -> nn.Module:
     return timm.create_model(
         "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=width, depth=2, num_heads=2, num_classes=10
     )
+
+
+@torch.no_grad()
+def evaluate() -> float:
+    """Accuracy on the images that were not trained on."""
+    return (model.eval()(images[1000:]).argmax(-1) == labels[1000:]).float().mean().item()
 
 
 teacher, model = vit(48), vit(32)
@@ -41,14 +48,11 @@ with gv.track("plain-loop", live, dir=out) as run:  # greenvis
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        model.eval()
-        with run.phase("eval"), torch.no_grad():
-            accuracy = (model(images[1000:]).argmax(-1) == labels[1000:]).float().mean().item()
-        run.log(epoch=epoch + 1, accuracy=accuracy)
-    run.fact(accuracy=accuracy)
+        with run.phase("eval"):
+            run.log(epoch=epoch + 1, accuracy=evaluate())
 
 print(live.summary())
-print(f"accuracy {accuracy:.3f}; energy {run.energy().value:.1f} J")
+print(f"accuracy {evaluate():.3f}; energy {run.energy().value:.1f} J")
 live.save(f"{out}/delta")  # only what was learned
 plain = live.merge()  # an ordinary timm model again
 print("report:", gv.report([run.path], out=f"{out}/report"))

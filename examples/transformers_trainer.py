@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
@@ -14,7 +15,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 import greenvis as gv
 
 torch.manual_seed(0)
-digits = load_digits()
+digits: Any = load_digits()
 
 
 class Digits(Dataset):
@@ -31,9 +32,9 @@ class Digits(Dataset):
 
 
 config = ViTConfig(
-    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=2,
-    num_channels=1, num_labels=10,
-)  # fmt: skip
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=2, num_channels=1
+)
+config.num_labels = 10
 model = ViTForImageClassification(config)
 teacher = copy.deepcopy(model)
 live = gv.wrap(model, [gv.Lora(rank=4), gv.Distill(teacher=teacher)])  # greenvis
@@ -42,7 +43,9 @@ live = gv.wrap(model, [gv.Lora(rank=4), gv.Distill(teacher=teacher)])  # greenvi
 class Student(Trainer):
     """A Trainer whose loss has the techniques' terms."""
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: object):
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         outputs = model(**inputs)
         extra = live.loss(inputs["pixel_values"], inputs["labels"], outputs.logits)  # greenvis
         return (outputs.loss + extra, outputs) if return_outputs else outputs.loss + extra
