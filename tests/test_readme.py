@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 from greenvis import registry
 from greenvis.cli import _parser, _verbs
 from greenvis.recipe import load_recipe
+from greenvis.report import verdict
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -45,3 +47,11 @@ def test_the_recipe_shown_is_valid(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.arm("lora").needs() == ["run:quickstart-base"]
     assert (ROOT / "recipes/quickstart-base.yaml").exists()
+
+
+def test_what_was_measured_is_what_the_reports_say() -> None:
+    for path in sorted((ROOT / "reports").glob("*/results.json")):
+        found = json.loads(path.read_text())
+        if "baseline" in found:
+            assert verdict.opening(found) in TEXT, f"README: {path.parent.name} says {verdict.opening(found)}"
+        assert f"(reports/{path.parent.name}/report.md)" in TEXT
