@@ -57,7 +57,7 @@ def results(
         raise BadInput(f"served is {served!r}; give the number of images the model will answer, 1 or more")
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, notes = groups.load(listed, metric)
-    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid), served=served)
+    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid), served=round(served))
 
 
 @contextmanager
