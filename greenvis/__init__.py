@@ -18,7 +18,14 @@ if TYPE_CHECKING:
     from greenvis.report import report
     from greenvis.technique import Installed, Technique
     from greenvis.techniques.inference.distill import Distill
+    from greenvis.techniques.iteration.adapter import Adapter
+    from greenvis.techniques.iteration.bitfit import Bitfit
+    from greenvis.techniques.iteration.linear_probe import LinearProbe
     from greenvis.techniques.iteration.lora import Lora
+    from greenvis.techniques.iteration.norm_tune import NormTune
+    from greenvis.techniques.iteration.partial import Partial
+    from greenvis.techniques.iteration.prompt import Prompt
+    from greenvis.techniques.iteration.side import Side
     from greenvis.wrap import Wrapped, wrap
 
 _HOMES = {
@@ -33,8 +40,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "BadInput", "Distill", "GreenvisError", "Installed", "Lora", "Technique", "Wrapped",
-    "load_recipe", "report", "run", "track", "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "GreenvisError", "Installed", "LinearProbe", "Lora", "NormTune", "Partial",
+    "Prompt", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -31,7 +31,8 @@ class Technique(BaseModel):
     """A request for one technique: its fields are the recipe schema, the constructor and the documentation at once.
 
     Subclasses set `name`, `stage` and write `install`. `needs` and `breaks` are keys of `PROPERTIES` (or words of
-    a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`.
+    a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`. `order` is the place within the
+    stage: one that adds layers of its own comes (1) after those that change the model's (0), which must not find them.
 
     For the contract (`greenvis.testing`): `examples` are arguments it tries; a callable among them is called with the host
     model. `neutral` are those that make an example leave outputs unchanged: none where it does so when fresh, None where
@@ -42,6 +43,7 @@ class Technique(BaseModel):
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
+    order: ClassVar[int] = 0
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)

@@ -41,7 +41,7 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
             f"this {type(model).__name__} is wrapped already (with {some(_LIVE[model]) or 'nothing'}): give all techniques "
             "to one wrap(), or call undo() or merge() first"
         )
-    requests.sort(key=lambda t: STAGES.index(t.stage))
+    requests.sort(key=lambda t: (STAGES.index(t.stage), t.order, t.name))
     _refuse_conflicts(requests)
     return Wrapped(model, requests)
 

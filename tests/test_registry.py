@@ -28,6 +28,7 @@ def test_every_technique_says_what_it_is(name: str) -> None:
     assert registry.find_class(kind.__name__) is kind
     assert len(kind.__doc__ or "") > 80, "a technique's docstring says what it saves and what it costs"
     assert getattr(gv, kind.__name__) is kind
+    assert kind.__name__ in gv.__all__
 
 
 def test_a_typo_names_the_nearest() -> None:

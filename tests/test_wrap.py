@@ -284,3 +284,16 @@ def test_merge_keeps_the_mode_the_model_is_in() -> None:
     assert not any(m.training for m in live.merge().modules())
     live.undo()
     assert all(m.training for m in model.modules())
+
+
+def test_order_within_a_stage_is_not_the_lists_either() -> None:
+    import timm
+
+    for techniques in ([gv.Adapter(), gv.Lora(rank=2, targets=("mlp",))], [gv.Lora(rank=2, targets=("mlp",)), gv.Adapter()]):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+        )
+        live = gv.wrap(model, techniques)
+        assert [t.name for t in live.techniques] == ["lora", "adapter"]
+        assert any("lora_A" in n for n in live.trainable)
+        assert any(".adapter." in n for n in live.trainable)

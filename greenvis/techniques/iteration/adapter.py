@@ -33,6 +33,7 @@ class Adapter(Technique):
 
     name: ClassVar[str] = "adapter"
     stage: ClassVar[Stage] = "weights"
+    order: ClassVar[int] = 1
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"width": 4},
         {"width": 4, "variant": "adaptformer"},
