@@ -59,10 +59,11 @@ def test_batch_sizes_are_checked() -> None:
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
     with peak() as found:
-        block = mmap.mmap(-1, 80_000_000)  # of its own pages: the allocator may hold freed ones, resident already
-        block.write(os.urandom(1000) * 80_000)
+        block = mmap.mmap(-1, 300_000_000)  # of its own pages: the allocator may hold freed ones, resident already
+        for _ in range(300):  # in pieces: a whole copy beside it would be measured as well
+            block.write(os.urandom(1000) * 1000)
         time.sleep(0.1)
         block.close()
-    assert 70 < found.grown_mb < 200
+    assert 240 < found.grown_mb < 360  # meanwhile the allocator may give back a few of other pages
     assert found.resident_mb <= peak_mb() * 1.05
     assert found.allocated_mb is None
