@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -113,28 +111,12 @@ def test_what_is_no_results_json(tmp_path: Path) -> None:
         compare(file, file)
 
 
-@pytest.mark.slow
-def test_ten_thousand_runs(tmp_path: Path) -> None:
-    synthetic.many(tmp_path / "runs", 2500, 4)
-    begun = time.process_time()
-    assert len(ls(tmp_path / "runs")) == 10_000
-    listed = time.process_time()
-    report(tmp_path / "runs", out=tmp_path / "out")
-    assert listed - begun < 5
-    assert time.process_time() - listed < 20
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < 1_500_000  # kB, torch of the test run included
-
-
-def test_four_hundred_runs_are_quick(tmp_path: Path) -> None:
-    """A guard against what grows faster than the number of runs; the slow test above has ten thousand."""
+def test_four_hundred_runs_are_all_there(tmp_path: Path) -> None:
+    """How long ten thousand take is `greenvis bench listing`."""
     synthetic.many(tmp_path / "runs", 100, 4)
-    begun = time.process_time()
     assert len(ls(tmp_path / "runs")) == 400
-    listed = time.process_time()
     found = results(tmp_path / "runs")
     assert len(found["order"]) == 100
-    assert listed - begun < 1
-    assert time.process_time() - listed < 4
 
 
 def test_rows_and_results_fit_a_terminal(study: Path) -> None:

@@ -238,12 +238,11 @@ def test_codecarbon_as_a_witness_agrees_and_costs_the_run_nothing(tmp_path: Path
     assert [p.name for p in tmp_path.iterdir()] == ["t"]  # no CSV, no lock file
 
 
-def test_start_costs_little_and_phases_less(tmp_path: Path) -> None:
+def test_start_imports_nothing_heavy(tmp_path: Path) -> None:
+    """What start and phases cost is `greenvis bench meter`."""
     code = (
-        "import sys, time; a = time.process_time(); import greenvis as gv; run = gv.track('t', country='FRA').start();"
-        "print(time.process_time() - a); assert not {'torch', 'pandas', 'codecarbon', 'psutil'} & set(sys.modules);"
-        "a = time.process_time()\nfor _ in range(2000):\n  with run.phase('p'): pass\nprint((time.process_time() - a) / 2000)"
+        "import sys; import greenvis as gv; run = gv.track('t', country='FRA').start();"
+        "print({'torch', 'pandas', 'codecarbon', 'psutil'} & set(sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
-    assert float(out[0]) < 0.15  # CPU-seconds on a busy machine; `greenvis bench meter` measures against 50 ms
-    assert float(out[1]) < 0.3e-3
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "set()"
