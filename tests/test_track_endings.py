@@ -67,7 +67,7 @@ def test_an_ending_keeps_the_data(tmp_path: Path, body: str, code: int, status: 
     assert got == code, errors
     assert run.status == status
     assert word in (run.end or {}).get("reason", "")
-    lost = 0.0 if status != "crashed" else 0.25  # at most one sample
+    lost = 0.0 if status != "crashed" else 0.39  # one sample of 0.2 s and what its thread waits on a busy machine: under two
     assert 0.7 - lost - 0.02 <= run.sum("cpu_s", "train") <= 0.9
 
 

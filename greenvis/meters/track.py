@@ -154,9 +154,10 @@ class Tracker:
             self._flush()
             if self._crosscheck is not None and status != "stopped":  # a signal leaves no time for another's end
                 self._witness(self._crosscheck)
+            self._check_disk()  # while a note can still be written
             self._writer.close(status, reason)
+            self._check_disk()
             self._state = "ended"
-        self._check_disk()
         self._halt.set()
         endings.leave(self)
         if self._outer_env is None:
@@ -295,7 +296,7 @@ class Tracker:
                         component if c["name"] == component["name"] else c for c in self.header["components"]
                     ]
                     self._writer.line("component", component)
-            self._check_disk()
+                self._check_disk()
 
     def _check_disk(self) -> None:
         """Warn once, and only in words, of a disk that does not take the record."""
