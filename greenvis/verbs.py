@@ -14,6 +14,7 @@ Answer = tuple[Any, Callable[[], None]]
 
 
 def run(args: Any) -> Answer:
+    """Train a recipe's arms and write its report."""
     from greenvis import experiment
     from greenvis.recipe import load_recipe
     from greenvis.report import report
@@ -35,6 +36,7 @@ def run(args: Any) -> Answer:
 
 
 def plan(args: Any) -> Answer:
+    """Predict what a recipe will cost."""
     from greenvis.plan import plan
 
     found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=_quiet if args.json else _say)
@@ -59,6 +61,7 @@ def plan(args: Any) -> Answer:
 
 
 def report(args: Any) -> Answer:
+    """Write a report from records."""
     from greenvis.report import report
 
     page = report(args.paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
@@ -80,6 +83,7 @@ def _reported(page: Path) -> Answer:
 
 
 def techniques(args: Any) -> Answer:
+    """List the techniques."""
     from greenvis import registry
 
     found = [(name, registry.find(name)) for name in registry.names()]
@@ -88,6 +92,7 @@ def techniques(args: Any) -> Answer:
 
 
 def explain(args: Any) -> Answer:
+    """Describe one technique and its settings."""
     import inspect
 
     from greenvis import registry
@@ -112,6 +117,7 @@ def explain(args: Any) -> Answer:
 
 
 def schema(args: Any) -> Answer:
+    """Give the JSON Schema of a recipe."""
     from greenvis.recipe import schema
 
     form = schema()
@@ -119,6 +125,7 @@ def schema(args: Any) -> Answer:
 
 
 def inspect(args: Any) -> Answer:
+    """Show a model's parts."""
     from greenvis import views
 
     rows = [{"part": part, "found": found} for part, found in views.describe(views.view(_model(args)))]
@@ -126,6 +133,7 @@ def inspect(args: Any) -> Answer:
 
 
 def flops(args: Any) -> Answer:
+    """Count a model's MACs and FLOPs."""
     from greenvis import views
     from greenvis.meters import flops
     from greenvis.recipe import parse_techniques
@@ -148,6 +156,7 @@ def flops(args: Any) -> Answer:
 
 
 def doctor(args: Any) -> Answer:
+    """Say where each figure comes from here."""
     from greenvis.meters.doctor import doctor
 
     rows = doctor()
@@ -167,6 +176,7 @@ def doctor(args: Any) -> Answer:
 
 
 def track(args: Any) -> Answer | int:
+    """Meter a command; its exit code is the answer."""
     from greenvis.meters.command import track_command
 
     words = args.command[1:] if args.command[:1] == ["--"] else args.command
@@ -185,6 +195,7 @@ def track(args: Any) -> Answer | int:
 
 
 def ls(args: Any) -> Answer:
+    """List recorded runs."""
     from greenvis.report.listing import group, ls
 
     rows = ls(args.paths, where=args.where, sort=args.sort)
@@ -194,6 +205,7 @@ def ls(args: Any) -> Answer:
 
 
 def compare(args: Any) -> Answer:
+    """Compare two runs."""
     from greenvis.report.listing import compare
 
     rows = compare(args.a, args.b)
@@ -201,6 +213,7 @@ def compare(args: Any) -> Answer:
 
 
 def diff(args: Any) -> int:
+    """Compare two runs against a limit: exit 0 within it, 1 over it."""
     from greenvis.report.listing import diff
 
     fine, rows = diff(args.a, args.b, max_energy=args.max_energy)
@@ -212,6 +225,7 @@ def diff(args: Any) -> int:
 
 
 def bench(args: Any) -> Answer:
+    """Run a benchmark, or list them."""
     import importlib
     import pkgutil
 

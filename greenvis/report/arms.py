@@ -222,6 +222,7 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
 
 
 def latency(done: list[SeedRun]) -> dict[str, float] | None:
+    """Return the seeds' mean latency in milliseconds by quantile, None where none was measured."""
     found = [r.done.facts.get("latency_ms") for r in done if r.done]
     found = [{"p50": f} if isinstance(f, (int, float)) else f for f in found]
     keys = sorted({k for f in found if isinstance(f, Mapping) for k, v in f.items() if isinstance(v, (int, float))})

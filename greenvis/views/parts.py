@@ -50,6 +50,7 @@ class Mlp:
 
 
 def attention(model: nn.Module, call: AttentionCall, functional: frozenset[str]) -> Attention:
+    """Return the projections and heads of one attention that ran."""
     if call.kind == "multihead":
         return Attention(call.stack[-1], "multihead", call.heads or 1)
     q, k, v = (_only(weights_in(tags)) for tags in (call.q, call.k, call.v))
@@ -113,6 +114,7 @@ def heads(seen: Trace) -> tuple[str, ...]:
 
 
 def patch_embed(seen: Trace, tokens: bool) -> str | None:
+    """Return the path of the layer that makes patches of the image, if one does."""
     first = next((c for c in seen.calls if c.kind != "norm"), None)
     if first is None or weights_in(first.sources):
         return None
@@ -169,6 +171,7 @@ def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
 
 
 def flags(model: nn.Module, seen: Trace) -> set[str]:
+    """Return what the trace shows of the model: windowed, rope, batch_norm, …"""
     flags = set()
     for call in seen.attentions:
         if call.heads is not None and len(call.shape) > 3 and math.prod(call.shape[:-3]) > seen.input_shape[0]:
@@ -207,4 +210,5 @@ def _only(paths: list[str]) -> str | None:
 
 
 def unique(values: Iterable[T]) -> tuple[T, ...]:
+    """Return the values, each once, in their order."""
     return tuple(dict.fromkeys(values))
