@@ -171,7 +171,7 @@ def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
 
 
 def flags(model: nn.Module, seen: Trace) -> set[str]:
-    """Return what the trace shows of the model: windowed, rope, batch_norm, …"""
+    """Return which of "windowed", "rope" and "batch_norm" the model is."""
     flags = set()
     for call in seen.attentions:
         if call.heads is not None and len(call.shape) > 3 and math.prod(call.shape[:-3]) > seen.input_shape[0]:
