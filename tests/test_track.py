@@ -121,9 +121,10 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
 def test_a_deleted_working_folder_does_not_stop_the_training(tmp_path: Path) -> None:
     code = (
         f"import os, shutil, greenvis as gv; os.makedirs({str(tmp_path / 'gone')!r}); os.chdir({str(tmp_path / 'gone')!r});"
-        f"os.rmdir({str(tmp_path / 'gone')!r})\nwith gv.track('t') as run: pass\nassert run.notes"
+        f"os.rmdir({str(tmp_path / 'gone')!r})\nwith gv.track('t') as run: pass\nprint(len(run.notes))"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert int(done.stdout) >= 1
 
 
 def test_uses_notes_and_facts_are_kept(tmp_path: Path) -> None:

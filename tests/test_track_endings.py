@@ -40,8 +40,8 @@ def only_run(folder: Path) -> Run:
     return read(path)
 
 
-WITH = 'with gv.track("t", interval_s=0.2) as run, run.phase("train"):\n    burn(0.7)\n    '
-OPEN = 'run = gv.track("t", interval_s=0.2).start()\nwith run.phase("train"): burn(0.7)\n'
+WITH = 'with gv.track("t", interval_s=0.1) as run, run.phase("train"):\n    burn(0.7)\n    '
+OPEN = 'run = gv.track("t", interval_s=0.1).start()\nwith run.phase("train"): burn(0.7)\n'
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_an_ending_keeps_the_data(tmp_path: Path, body: str, code: int, status: 
     assert got == code, errors
     assert run.status == status
     assert word in (run.end or {}).get("reason", "")
-    lost = 0.0 if status != "crashed" else 0.39  # one sample of 0.2 s and what its thread waits on a busy machine: under two
+    lost = 0.0 if status != "crashed" else 0.25  # at most one sample, 0.1 s, and what its thread waits for a turn
     assert 0.7 - lost - 0.02 <= run.sum("cpu_s", "train") <= 0.9
 
 
