@@ -99,3 +99,18 @@ def test_a_deep_copied_teacher_and_two_at_once() -> None:
     a.eval()
     assert one.loss(x, None, a(x)).item() == pytest.approx(0, abs=1e-6)
     assert two.loss(x, None, b(x)).item() > 1e-3
+
+
+def test_a_distilled_steps_flops_are_the_students_step_and_the_teachers_forward(tmp_path: Path) -> None:
+    from greenvis.record import find, read
+
+    student, teacher = nn.Linear(16, 4), nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    live = gv.wrap(student, gv.Distill(teacher=teacher))
+    batch, steps = 8, 3
+    with gv.track("flops", live, dir=tmp_path) as run:
+        for x, y in run.steps([(torch.randn(batch, 16), torch.zeros(batch).long())] * steps, phase="train"):
+            live.loss(x, y, student(x)).backward()
+    forward = 2 * batch * 16 * 4
+    teaching = 2 * batch * (16 * 32 + 32 * 4)
+    found = read(next(iter(find([run.path]))))
+    assert found.sum("flops", "train") == steps * (2 * forward + teaching)  # forward and the weights' gradient, as x has none

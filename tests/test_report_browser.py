@@ -145,3 +145,21 @@ def test_colours_can_be_read(theme: str) -> None:
     for name, least in {"ink": 4.5, "muted": 4.5, "accent": 4.5, "warn": 4.5, **{f"s{i}": 3.0 for i in range(8)}}.items():
         light, dark = sorted([card, _luminance(colours[name])], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= least, name
+
+
+@pytest.mark.parametrize("page", ["study", "nasty"])
+def test_prints_on_pages_of_paper(site: tuple[str, Path], page: str, tmp_path: Path) -> None:
+    """The print style gives a PDF of several pages."""
+    pdf = tmp_path / "page.pdf"
+    command = [
+        str(BROWSER),
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--print-to-pdf={pdf}",
+        f"{site[0]}/{page}/index.html",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    data = pdf.read_bytes()
+    assert data.startswith(b"%PDF")
+    assert 2 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 40
