@@ -87,7 +87,8 @@ def test_runs_can_be_listed_compared_and_gated(ran: Path, capsys: pytest.Capture
     plain, longer = (str(next((ran / f"runs/tiny/{arm}").rglob("*.jsonl"))) for arm in ("plain", "longer"))
     assert _json(capsys, "compare", plain, longer)
     assert _json(capsys, "diff", plain, plain)["ok"] is True
-    assert _json(capsys, "diff", plain, longer, "--max-energy", "+1%", code=1)["ok"] is False
+    assert _json(capsys, "diff", plain, longer, "--max-energy", "+100000%")["ok"] is True
+    assert _json(capsys, "diff", plain, longer, "--max-energy=-99.9%", code=1)["ok"] is False
 
 
 def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> None:
