@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greenvis import data, models, price, record, train
 from greenvis.errors import BadInput, GreenvisError
@@ -21,10 +21,10 @@ from greenvis.meters import memory
 from greenvis.meters.measure import measure
 from greenvis.meters.track import Tracker, track
 from greenvis.recipe import Recipe, load_recipe
-from greenvis.technique import Technique, logits_of
+from greenvis.technique import Samples, Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
 
-CHECKPOINT_FILE, PLAN_FILE = "checkpoint.pt", "plan.json"
+CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
 
 
 def run(
@@ -158,7 +158,14 @@ class Session:
             progress = train.fit(
                 live,
                 lambda epoch, start: data.batches(
-                    images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True, start=start, workers=spec.workers
+                    images.train,
+                    spec.batch_size,
+                    epoch=epoch,
+                    seed=job.seed,
+                    shuffle=True,
+                    start=start,
+                    workers=spec.workers,
+                    positions=True,
                 ),
                 math.ceil(len(images.train) / spec.batch_size),
                 lambda: data.batches(images.test, max(spec.batch_size, 256), workers=spec.workers),
@@ -167,6 +174,7 @@ class Session:
                 seed=job.seed,
                 checkpoint=checkpoint,
                 log_with=self.log_with,
+                samples=self._samples(images.train),
             )
             delta = live.state_dict()
             tracker.fact(
@@ -184,6 +192,13 @@ class Session:
         models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
         _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
         checkpoint.unlink(missing_ok=True)
+
+    def _samples(self, images: data.ImageSet) -> Callable[[int, Tensor], Samples]:
+        """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`."""
+        form = images.transform
+        views = 1 if form.augment == "none" else form.views
+        key, folder = images.key(), self.runs / CACHE_FOLDER
+        return lambda epoch, at: Samples(folder, key, len(images), views, at, form.view(epoch) if views else 0)
 
     def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
         """Return the meter of a job, which puts its record below `folder`."""

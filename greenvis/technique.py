@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -75,16 +77,35 @@ class Technique(BaseModel):
         return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a batch holds, so that what a frozen part gives for them can be kept (`greenvis.cache`).
+
+    folder: where caches lie. key: what the images depend on, in words (`ImageSet.key`). length: images in the data set.
+    views: augmented versions of each, None where no version comes twice, so that nothing is worth keeping.
+    positions: int64 (batch,). view: which version this batch shows, 0 to views - 1.
+    """
+
+    folder: Path
+    key: Mapping[str, str]
+    length: int
+    views: int | None
+    positions: Tensor
+    view: int = 0
+
+
 class Installed:
     """One technique, live on a model. Every seam is optional; the defaults do nothing.
 
     trainable: names of the parameters (of the model, after install) which this technique trains and saves.
     freezes: True where every parameter no technique lists is to stay frozen.
     unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
+    samples: which samples the current batch holds; None where the loop does not say, or where they were changed.
     """
 
     pretext: ClassVar[bool] = False
     unmergeable: str = ""
+    samples: Samples | None = None
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:

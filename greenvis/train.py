@@ -26,7 +26,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.track import Tracker
 from greenvis.recipe import TrainSpec
-from greenvis.technique import logits_of
+from greenvis.technique import Samples, logits_of
 from greenvis.wrap import Wrapped
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
@@ -56,10 +56,12 @@ def fit(
     seed: int = 0,
     checkpoint: Path | None = None,
     log_with: Sequence[str] = (),
+    samples: Callable[[int, Tensor], Samples] | None = None,
 ) -> Progress:
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
-    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes.
+    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes; with
+    `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
     log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
@@ -98,7 +100,7 @@ def fit(
 
     with _logging(accelerator, run, spec, seed):
         while progress.epoch < spec.epochs and not progress.reached:
-            _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save, log)
+            _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save, log, samples)
             if (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs:
                 test()
             save()
@@ -121,13 +123,16 @@ def _epoch(
     progress: Progress,
     save: Callable[[], None],
     log: Callable[..., None],
+    samples: Callable[[int, Tensor], Samples] | None,
 ) -> None:
     """Train one epoch, or what a checkpoint left of it."""
     model.train()
     saved_at = time.monotonic()
     losses: list[Tensor] = []
     loader = accelerator.prepare(batches(progress.epoch, progress.batch))
-    for x, y in run.steps(_Steady(loader), phase=f"train/epoch{progress.epoch + 1}"):
+    for x, y, *positions in run.steps(_Steady(loader), phase=f"train/epoch{progress.epoch + 1}"):
+        if samples is not None:
+            live.show(samples(progress.epoch, positions[0]))
         with accelerator.accumulate(model):
             x, y = live.batch(x, y)
             with accelerator.autocast():
@@ -148,6 +153,7 @@ def _epoch(
         if accelerator.sync_gradients and time.monotonic() - saved_at > spec.checkpoint_every_s:
             save()
             saved_at = time.monotonic()
+    live.show(None)
     live.epoch_end()
     progress.epoch, progress.batch = progress.epoch + 1, 0
     if losses:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
-from greenvis.technique import PROPERTIES, STAGES, Installed, Technique, logits_of
+from greenvis.technique import PROPERTIES, STAGES, Installed, Samples, Technique, logits_of
 
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
@@ -89,10 +89,21 @@ class Wrapped:
         """Whether a technique does the forward itself, so that the loop calls neither the model nor the task loss."""
         return any(live.pretext for live in self.installed)
 
+    def show(self, samples: Samples | None) -> None:
+        """Tell the techniques which samples the next batch holds, so that outputs of frozen parts can be kept and reused.
+
+        Optional: without it nothing is kept. Call with None before the model sees anything else (an evaluation).
+        """
+        for live in self.installed:
+            live.samples = samples
+
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on: replay adds samples here; otherwise unchanged."""
+        given = x
         for live in self.installed:
             x, y = live.batch(x, y)
+        if x is not given:  # these are no longer the samples that were shown
+            self.show(None)
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import train
+from greenvis import data, train
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.recipe import TrainSpec
 from greenvis.record import find, read
+from greenvis.technique import Installed, Samples, Stage, Technique
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.sum(1) > 0).long()
@@ -157,3 +158,49 @@ def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path, 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install wandb"):
         train.check_loggers(["wandb"])
+
+
+class _Watch(Technique):
+    """Note which samples each step was said to hold."""
+
+    name: ClassVar[str] = "watch"
+    stage: ClassVar[Stage] = "objective"
+    swap: bool = False
+
+    def install(self, model: nn.Module) -> Installed:
+        return _Watching(self.swap)
+
+
+class _Watching(Installed):
+    def __init__(self, swap: bool) -> None:
+        super().__init__()
+        self.swap, self.saw = swap, []
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        return (x.clone(), y) if self.swap else (x, y)
+
+    def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
+        self.saw.append(None if self.samples is None else (self.samples.view, self.samples.positions.tolist(), y.tolist()))
+        return {}
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) -> None:
+    images = data.load("digits", train=6, test=2).train
+    live = gv.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), _Watch(swap=swap))
+
+    def samples(epoch: int, at: Tensor) -> Samples:
+        return Samples(tmp_path, images.key(), len(images), 2, at, epoch % 2)
+
+    with gv.track("t", live, dir=tmp_path) as run:
+        train.fit(live, lambda epoch, start: data.batches(images, 3, epoch=epoch, shuffle=True, start=start, positions=True), 2,
+            lambda: data.batches(images, 6), TrainSpec(epochs=2), run, samples=samples)  # fmt: skip
+    installed = live.installed[0]
+    assert isinstance(installed, _Watching)
+    assert installed.samples is None
+    if swap:  # what a technique has put in the batch's place has no place in a cache
+        assert installed.saw == [None] * 4
+    else:
+        assert [view for view, *_ in installed.saw] == [0, 0, 1, 1]
+        assert all(y == images.targets[at].tolist() for _, at, y in installed.saw)
+        assert sorted(i for _, at, _ in installed.saw[:2] for i in at) == list(range(6))
