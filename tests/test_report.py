@@ -310,7 +310,7 @@ def test_what_loses_is_not_the_headline_without_saying_so(tmp_path: Path) -> Non
         synthetic.write(tmp_path, "unsure", seed, accuracy=(0.79, 0.88, 0.85)[seed], cpu_s=60 + seed)
     found = results(tmp_path)
     assert found["arms"]["unsure"]["vs_baseline"]["accuracy"]["p_adjusted"] > 0.05  # not shown worse, and yet far below
-    assert opening(found).startswith("No arm cost less than baseline and kept its accuracy. unsure reached 84.0")
+    assert opening(found).startswith("No arm is shown to cost less than baseline and keep its accuracy. unsure reached 84.0")
     for seed in range(3):
         synthetic.write(tmp_path, "good", seed, accuracy=0.90 + 0.003 * seed, cpu_s=200 + seed)
     assert opening(results(tmp_path)).startswith("good reached 90.3\u00a0% ± 0.3 with 1.9 times less")

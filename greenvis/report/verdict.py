@@ -43,10 +43,10 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
         return min(kept, key=lambda a: arms[a]["train_energy_j"]["value"]), ""
     better = [a for a in rivals if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)]
     if better:
-        return max(better, key=gain), f"No arm cost less than {base} and kept its {metric}. "
+        return max(better, key=gain), f"No arm is shown to cost less than {base} and keep its {metric}. "
     if cheap:
-        return max(cheap, key=gain), f"No arm cost less than {base} and kept its {metric}. "
-    return max(rivals, key=gain), f"No arm was shown to cost less than {base}, or to be better. "
+        return max(cheap, key=gain), f"No arm is shown to cost less than {base} and keep its {metric}. "
+    return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
 
 
 def _cheaper(r: dict[str, Any] | None) -> bool:
