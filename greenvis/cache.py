@@ -41,6 +41,7 @@ class Cache:
     dtype: "fp32" gives back what was put, bit for bit; "fp16" halves it. top_k: keep only the k greatest of (B, classes)
     logits; the others come back equal, so that the softmax of the kept ones is unchanged. max_bytes: for all caches in
     `folder` (default 8 GiB); the least recently used make room, those in use stay. Safe under several processes.
+    about: words of the key that say what this is; a cache that differs in one of them is not what `note` compares with.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Cache:
         top_k: int | None = None,
         max_bytes: int | None = None,
         note: Callable[[str], None] | None = None,
+        about: Sequence[str] = (),
     ) -> None:
         if dtype not in KINDS:
             raise BadInput(f"cache: dtype is '{dtype}'; it is one of {', '.join(KINDS)}")
@@ -66,6 +68,7 @@ class Cache:
         self._head: dict[str, Any] = {"key": {k: str(v) for k, v in key.items()}, **form}
         name = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:32]
         self.path = self.folder / name
+        self._about = about
         self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
         self._use = -1
         self._values: np.ndarray = np.empty(0)
@@ -80,6 +83,11 @@ class Cache:
     def complete(self) -> bool:
         """Whether every sample of every view is there."""
         return self._is_open() and bool((self._index != 0).all())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the files take; 0 before the first `put`."""
+        return self._values.nbytes + self._index.nbytes if self._is_open() else 0
 
     def has(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
         """Return which samples are there, bool (B,)."""
@@ -263,6 +271,8 @@ class Cache:
             except (OSError, ValueError, KeyError, TypeError):
                 continue
             changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
+            if changed.keys() & set(self._about):
+                continue
             if closest is None or len(changed) < len(closest):
                 closest = changed
         if closest:

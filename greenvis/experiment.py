@@ -182,6 +182,7 @@ class Session:
                 epochs=progress.epoch,
                 delta_bytes=sum(t.nbytes for t in delta.values()),
                 peak_memory_mb=memory.peak_mb(),
+                **live.facts(),
             )
             model = self._fold(job, live)
             with tracker.phase("measure"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,21 @@ class Samples:
     view: int = 0
 
 
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream of tasks.
+
+    index: 0, 1, …. classes: the labels that occur in it. seen: those that occurred so far, its own included, in order.
+    count: tasks in all, None where nobody knows. known: whether a test says which task an image is of (task-incremental).
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    seen: tuple[int, ...]
+    count: int | None = None
+    known: bool = False
+
+
 class Installed:
     """One technique, live on a model. Every seam is optional; the defaults do nothing.
 
@@ -112,6 +128,7 @@ class Installed:
         self.trainable = trainable
         self.freezes = freezes
         self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
+        self.note: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3)  # a tracked run's record, else
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on, before the forward."""
@@ -131,8 +148,22 @@ class Installed:
     def epoch_end(self) -> None:
         """After an epoch."""
 
+    def begin_task(self, task: Task) -> None:
+        """Before training on a task, and before its optimizer is built: parameters may be added here, named in `trainable`.
+
+        A resumed run calls it for each task so far, in order, without training, and then loads the state: what it adds must
+        depend on the tasks alone, and nothing may be added elsewhere.
+        """
+
+    def test_task(self, task: Task | None) -> None:
+        """Before an evaluation that tells which task its images are of; None: they are not told, or the evaluation is over."""
+
     def end_task(self, loader: Any) -> None:
         """At a task boundary; `loader` yields the finished task's (x, y)."""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the run record should say of this technique's work, once training has ended."""
+        return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return state that is not among the model's parameters and buffers (a replay buffer, a running mean)."""
@@ -224,3 +255,20 @@ def shown(value: Any) -> str:
     """Format a value for a message, cut short."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) < 60 else text[:57] + "…"
+
+
+def refuse_conflicts(techniques: Sequence[Technique]) -> None:
+    """Raise BadInput for a technique listed twice, and for a pair where one breaks what the other needs."""
+    names = [t.name for t in techniques]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise BadInput(f"technique '{twice[0]}' is listed twice; list it once (one instance holds all its settings)")
+    for a in techniques:
+        for b in techniques:
+            clash = sorted(a.breaks & b.needs) if a is not b else []
+            if clash:
+                what = " and ".join(PROPERTIES.get(c, c) for c in clash)
+                raise BadInput(
+                    f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, "
+                    f"which '{a.name}' breaks; remove one"
+                )

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
-from greenvis.technique import PROPERTIES, STAGES, Installed, Samples, Technique, logits_of
+from greenvis.technique import STAGES, Installed, Samples, Task, Technique, logits_of, refuse_conflicts
 
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
@@ -42,7 +42,7 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
             "to one wrap(), or call undo() or merge() first"
         )
     requests.sort(key=lambda t: (STAGES.index(t.stage), t.order, t.name))
-    _refuse_conflicts(requests)
+    refuse_conflicts(requests)
     return Wrapped(model, requests)
 
 
@@ -53,6 +53,8 @@ class Wrapped:
         self.model = model
         self.techniques = tuple(techniques)
         self.installed: list[Installed] = []
+        self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
+        self._learned: set[int] = set()  # parameters that earlier tasks trained
         self._snapshot = Snapshot(model)
         try:
             self._install()
@@ -64,23 +66,27 @@ class Wrapped:
         _LIVE[model] = tuple(t.name for t in techniques)
 
     def _install(self) -> None:
-        owned: dict[int, nn.Parameter] = {}
-        freezing = False
         for technique in self.techniques:
-            live = technique.install(self.model)
-            self.installed.append(live)
-            freezing |= live.freezes
-            named = dict(self.model.named_parameters(remove_duplicate=False))
-            missing = [n for n in live.trainable if n not in named]
-            if missing:
-                raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
-            owned.update((id(named[n]), named[n]) for n in live.trainable)
-        if freezing:  # what one technique freezes, another's own parameters must survive
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(id(parameter) in owned)
+            self.installed.append(technique.install(self.model))
+            self._own(technique, self.installed[-1])
+        self._freeze()
         if sum(live.criterion is not None for live in self.installed) > 1:
             names = [t.name for t, live in self._pairs() if live.criterion is not None]
             raise BadInput(f"{some(names)} each replace the task loss; at most one may: remove all but one")
+
+    def _own(self, technique: Technique, live: Installed) -> None:
+        """Note the parameters a technique declares now: a later one may move them to other names."""
+        named = dict(self.model.named_parameters(remove_duplicate=False))
+        missing = [n for n in live.trainable if n not in named]
+        if missing:
+            raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
+        self._owned[technique.name] = {id(named[n]): named[n] for n in live.trainable}
+
+    def _freeze(self) -> None:
+        if any(live.freezes for live in self.installed):  # what one technique freezes, another's own parameters must survive
+            owned = {key for of_one in self._owned.values() for key in of_one}
+            for parameter in self.model.parameters():
+                parameter.requires_grad_(id(parameter) in owned)
 
     # -- the seams of a training step ---------------------------------------------------------------------------------
 
@@ -140,15 +146,34 @@ class Wrapped:
         for live in self.installed:
             live.epoch_end()
 
+    def begin_task(self, task: Task) -> None:
+        """Call before a task of a stream, and before its optimizer is built: techniques may add parameters here."""
+        self._learned |= {id(p) for p in self.trainable.values()} if task.index else set()
+        for technique, live in self._pairs():
+            declared = live.trainable
+            live.begin_task(task)
+            if live.trainable is not declared:
+                self._own(technique, live)
+        self._freeze()
+
+    def test_task(self, task: Task | None) -> None:
+        """Call before an evaluation on images of one task if they are said to be of it, and with None when it is over."""
+        for live in self.installed:
+            live.test_task(task)
+
     def end_task(self, loader: Any) -> None:
         """Call at a task boundary with the finished task's loader."""
         for live in self.installed:
             live.end_task(loader)
 
     def meter(self, run: Any) -> None:
-        """Let techniques cut their own phases (a teacher's forward) in a tracked run."""
+        """Let techniques cut their own phases (a teacher's forward) in a tracked run, and put their warnings into its record."""
         for live in self.installed:
-            live.phase = run.phase
+            live.phase, live.note = run.phase, run.note
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the techniques say of their work (hits of a cache), by name of the fact."""
+        return {key: value for live in self.installed for key, value in live.facts().items()}
 
     def phase(self, name: str) -> AbstractContextManager[Any]:
         """Return the phase context techniques currently use; a no-op until a tracked run is given."""
@@ -175,14 +200,12 @@ class Wrapped:
         return groups
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the delta only: parameters that learn, buffers that changed, and the techniques' own state."""
-        changed = self._snapshot.changed_buffers()
+        """Return the delta only: parameters that learn, have learnt or were added; buffers that changed; the techniques' state."""
+        changed = self._snapshot.changed_buffers() | self._learned
         before = {id(t) for t in self._snapshot._tensors}
         saved = self.model.state_dict(keep_vars=True)
         state = {
-            f"model.{n}": t.detach()
-            for n, t in saved.items()
-            if (t.requires_grad if isinstance(t, nn.Parameter) else id(t) in changed or id(t) not in before)
+            f"model.{n}": t.detach() for n, t in saved.items() if t.requires_grad or id(t) in changed or id(t) not in before
         }
         for technique, live in self._pairs():
             state.update({f"{technique.name}.{k}": v for k, v in live.state_dict().items()})
@@ -313,19 +336,3 @@ class Wrapped:
 
     def _base_fingerprint(self, learned: set[str]) -> str:
         return models.fingerprint({n: t for n, t in self.model.state_dict().items() if n not in learned})
-
-
-def _refuse_conflicts(techniques: Sequence[Technique]) -> None:
-    names = [t.name for t in techniques]
-    twice = [n for n in names if names.count(n) > 1]
-    if twice:
-        raise BadInput(f"technique '{twice[0]}' is listed twice; list it once (one instance holds all its settings)")
-    for a in techniques:
-        for b in techniques:
-            clash = sorted(a.breaks & b.needs) if a is not b else []
-            if clash:
-                what = " and ".join(PROPERTIES.get(c, c) for c in clash)
-                raise BadInput(
-                    f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, "
-                    f"which '{a.name}' breaks; remove one"
-                )

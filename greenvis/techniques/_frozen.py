@@ -1,0 +1,141 @@
+"""What a frozen part (a teacher, the first blocks of a base) gives, computed once for each sample and then read back.
+
+A technique holds one `Kept` for each frozen part and asks it for the current batch:
+
+    kept = Kept("teacher ResNet: logits", mark(teacher), note=self.note)
+    logits = kept.outputs(self.samples, lambda: logits_of(teacher(x)), device=x.device)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greenvis import models
+from greenvis.cache import Cache
+from greenvis.errors import BadInput
+from greenvis.technique import Samples
+
+_ONE = "output"
+
+
+def mark(module: nn.Module) -> str:
+    """Return what tells one frozen part from another: its structure and every weight and buffer."""
+    return models.fingerprint({**module.state_dict(), repr(module): torch.empty(0)})
+
+
+class Kept:
+    """Outputs of one frozen part, kept on disk sample by sample and view by view (`greenvis.cache.Cache`).
+
+    part: what it is, in words ("teacher ResNet: logits"). weights: `mark` of it; the part must not change afterwards, and must
+    give each sample's output whatever else is in the batch (eval mode). dtype, top_k, max_bytes: of the cache. Outputs come
+    back as float32, the same from the first epoch on: also those just computed are rounded as the cache rounds them.
+    note: told, in words, which part of the key changed since an earlier run, and of damaged files.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        weights: str,
+        *,
+        dtype: Literal["fp32", "fp16"] = "fp32",
+        top_k: int | None = None,
+        max_bytes: int | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.part, self.weights, self.note = part, weights, note
+        self._options: dict[str, Any] = {"dtype": dtype, "top_k": top_k, "max_bytes": max_bytes}
+        self._caches: dict[tuple[Any, ...], tuple[Cache, np.ndarray]] = {}
+        self.hits = self.misses = self.earlier = 0
+
+    def outputs(
+        self, samples: Samples | None, compute: Callable[[], Tensor], device: torch.device | str | None = None
+    ) -> Tensor:
+        """Return the part's outputs for this batch, float32 (batch, …) on `device`: read back, or computed and kept.
+
+        samples: None, where the loop does not say which they are or a technique changed them, means: compute. Raises BadInput
+        where no view of a sample ever comes twice, and where the cache has no room.
+        """
+        return self.layers(samples, lambda: {_ONE: compute()}, (_ONE,), device)[_ONE]
+
+    def layers(
+        self,
+        samples: Samples | None,
+        compute: Callable[[], Mapping[str, Tensor]],
+        names: Sequence[str],
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the outputs of several layers, as `outputs` does; each has a cache of its own, named after the layer.
+
+        A batch of which anything is missing is computed whole.
+        """
+        if samples is None:
+            return _computed(compute, names)
+        caches = {name: self._cache(samples, name, device) for name in names}
+        rows = samples.view * samples.length + samples.positions.cpu().numpy()
+        found = self._read(samples, caches)
+        if len(found) == len(caches):
+            self.hits += len(rows)
+            self.earlier += int((~next(iter(caches.values()))[1][rows]).sum())
+        else:
+            computed = _computed(compute, names)
+            self.misses += len(rows)
+            for name, (cache, own) in caches.items():
+                cache.put(samples.positions, computed[name], samples.view)
+                own[rows] = True
+            rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
+            found = {**computed, **(self._read(samples, caches) if rounds else {})}
+        return {name: value.to(device) for name, value in found.items()}
+
+    def _read(self, samples: Samples, caches: Mapping[str, tuple[Cache, np.ndarray]]) -> dict[str, Tensor]:
+        """Return what is there, by layer."""
+        found = {name: cache.get(samples.positions, samples.view) for name, (cache, _) in caches.items()}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says: samples read back and computed, bytes on disk, and reads of what another run computed."""
+        size = sum(cache.nbytes for cache, _ in self._caches.values())
+        return {"part": self.part, "hits": self.hits, "misses": self.misses, "earlier": self.earlier, "bytes": size}
+
+    def close(self) -> None:
+        """Write to disk and let go of the files."""
+        for cache, _ in self._caches.values():
+            cache.close()
+        self._caches.clear()
+
+    def _cache(self, samples: Samples, name: str, device: torch.device | str | None) -> tuple[Cache, np.ndarray]:
+        kind = torch.device(device or "cpu").type
+        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as the weights"
+        place = (samples.folder, *sorted(samples.key.items()), samples.length, samples.views, name, precision)
+        if place not in self._caches:
+            self._caches[place] = self._open(samples, {"layer": name, "precision": precision})
+        return self._caches[place]
+
+    def _open(self, samples: Samples, more: Mapping[str, str]) -> tuple[Cache, np.ndarray]:
+        if samples.views is None:
+            raise BadInput(
+                f"cache: nothing of '{self.part}' can be used again, for the augmentation never shows an image twice: "
+                "set data.views (versions of each image that repeat), or data.augment: none"
+            )
+        key = {**samples.key, "part": self.part, "weights": self.weights, **more}
+        cache = Cache(
+            Path(samples.folder),
+            key,
+            length=samples.length,
+            views=samples.views,
+            note=self.note,
+            about=("part", "layer"),
+            **self._options,
+        )
+        return cache, np.zeros(samples.length * samples.views, bool)
+
+
+def _computed(compute: Callable[[], Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = compute()
+    return {name: found[name].detach().float() for name in names}

@@ -1,0 +1,176 @@
+"""Outputs of frozen parts: computed once, read back after; another part, data set or transform is another cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput
+from greenvis.technique import Samples
+from greenvis.techniques._frozen import Kept, mark
+
+X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
+
+
+def _samples(folder: Path, at: list[int], view: int = 0, views: int | None = 2, transform: str = "crop") -> Samples:
+    return Samples(folder, {"images": "abc", "transform": transform}, len(X), views, torch.tensor(at), view)
+
+
+class _Part:
+    """A frozen layer that counts how often it runs."""
+
+    def __init__(self, width: int = 3) -> None:
+        torch.manual_seed(1)
+        self.layer, self.runs = nn.Linear(6, width), 0
+
+    def of(self, at: list[int]) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            self.runs += 1
+            return self.layer(X[at])
+
+        return run
+
+
+def test_computed_once_and_the_same_after(tmp_path: Path) -> None:
+    part, notes = _Part(), []
+    kept = Kept("teacher: logits", mark(part.layer), note=notes.append)
+    first = kept.outputs(_samples(tmp_path, [3, 1, 7]), part.of([3, 1, 7]))
+    again = kept.outputs(_samples(tmp_path, [7, 3, 1]), part.of([7, 3, 1]))
+    assert part.runs == 1
+    assert not first.requires_grad
+    assert torch.equal(first, part.layer(X[[3, 1, 7]]))
+    assert torch.equal(again, first[[2, 0, 1]])
+    kept.outputs(_samples(tmp_path, [3, 1, 7], view=1), part.of([3, 1, 7]))
+    kept.outputs(_samples(tmp_path, [3, 2]), part.of([3, 2]))
+    assert part.runs == 3  # another version of the images, and a batch of which one is missing
+    facts = kept.facts()
+    assert (facts["hits"], facts["misses"], facts["earlier"]) == (3, 8, 0)
+    assert facts["bytes"] == 2 * len(X) * (3 * 4 + 8)
+    kept.close()
+    other = Kept("teacher: logits", mark(part.layer), note=notes.append)
+    assert torch.equal(other.outputs(_samples(tmp_path, [3, 2, 1]), part.of([3, 2, 1]))[2], first[1])
+    assert (part.runs, other.facts()["earlier"]) == (3, 3)
+    assert notes == []
+
+
+def test_unknown_samples_are_computed(tmp_path: Path) -> None:
+    part = _Part()
+    kept = Kept("teacher", mark(part.layer))
+    for _ in range(2):
+        assert torch.equal(kept.outputs(None, part.of([0, 1])), part.layer(X[:2]))
+    assert part.runs == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_endless_augmentation_is_refused(tmp_path: Path) -> None:
+    part = _Part()
+    with pytest.raises(BadInput, match=r"'teacher' can be used again.*set data\.views.*or data\.augment: none"):
+        Kept("teacher", mark(part.layer)).outputs(_samples(tmp_path, [0], views=None), part.of([0]))
+    assert part.runs == 0
+
+
+def test_what_changed_is_told(tmp_path: Path) -> None:
+    part, notes = _Part(), []
+
+    def use(name: str, layer: nn.Module, samples: Samples) -> None:
+        Kept(name, mark(layer), note=notes.append).outputs(samples, part.of([0]))
+
+    use("teacher", part.layer, _samples(tmp_path, [0]))
+    use("base", part.layer, _samples(tmp_path, [0]))  # another part altogether: nothing to tell
+    assert notes == []
+    use("teacher", part.layer, _samples(tmp_path, [0], transform="none"))
+    assert "transform changed: crop → none" in notes.pop()
+    use("teacher", part.layer, replace(_samples(tmp_path, [0]), key={"images": "new", "transform": "crop"}))
+    assert "images changed: abc → new" in notes.pop()
+    torch.nn.init.zeros_(part.layer.weight)
+    use("teacher", part.layer, _samples(tmp_path, [0]))
+    assert "weights changed" in notes.pop()
+    assert notes == []
+    assert part.runs == 5
+
+
+def test_the_same_weights_in_another_structure_are_another_part() -> None:
+    layer = nn.Linear(6, 6)
+    relu, tanh = nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.Tanh())
+    assert mark(relu) != mark(tanh)
+    assert mark(relu) == mark(nn.Sequential(layer, nn.ReLU()))
+
+
+def test_rounded_alike_when_computed_and_when_read(tmp_path: Path) -> None:
+    part = _Part(8)
+    for options in ({"dtype": "fp16"}, {"top_k": 3}):
+        kept = Kept(f"teacher {options}", mark(part.layer), **options)  # type: ignore[arg-type]
+        first = kept.outputs(_samples(tmp_path, [4, 5]), part.of([4, 5]))
+        assert not torch.equal(first, part.layer(X[[4, 5]]))
+        assert torch.equal(kept.outputs(_samples(tmp_path, [5, 4]), part.of([5, 4])), first.flip(0))
+
+
+def test_several_layers(tmp_path: Path) -> None:
+    a, b = _Part(3), _Part(5)
+    kept = Kept("teacher", mark(a.layer))
+    at = [2, 9]
+
+    def compute() -> dict[str, Tensor]:
+        return {"low": a.of(at)().relu(), "high": b.of(at)()}
+
+    first = kept.layers(_samples(tmp_path, at), compute, ("low", "high"))
+    again = kept.layers(_samples(tmp_path, at), compute, ("low", "high"))
+    assert a.runs == 1
+    assert all(torch.equal(first[n], again[n]) for n in ("low", "high"))
+    kept.layers(_samples(tmp_path, at), lambda: {"high": b.of(at)()}, ("high",))
+    assert b.runs == 1
+
+
+def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
+    part, notes = _Part(), []
+    kept = Kept("teacher", mark(part.layer), note=notes.append)
+    kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1]))
+    kept.close()
+    (file,) = tmp_path.glob("*/values.bin")
+    raw = bytearray(file.read_bytes())
+    raw[3 * 12] ^= 1
+    file.write_bytes(raw)
+    assert torch.equal(kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]]))
+    assert part.runs == 2
+    assert "damaged" in notes[0]
+
+
+def test_other_precision_is_another_cache(tmp_path: Path) -> None:
+    part = _Part()
+    kept = Kept("teacher", mark(part.layer))
+    full = kept.outputs(_samples(tmp_path, [0]), part.of([0]))
+    with torch.autocast("cpu", torch.bfloat16):
+        half = kept.outputs(_samples(tmp_path, [0]), part.of([0]))
+    assert part.runs == 2
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+
+
+def _fill(folder: Path, turn: int) -> None:
+    part = _Part()
+    kept = Kept("teacher", mark(part.layer))
+    for epoch in range(20):
+        at = torch.randperm(len(X), generator=torch.Generator().manual_seed(epoch + turn)).tolist()
+        for start in range(0, len(X), 4):
+            some = at[start : start + 4]
+            got = kept.outputs(_samples(folder, some), part.of(some))
+            assert torch.allclose(got, part.layer(X[some]), atol=1e-6)
+    assert kept.facts()["hits"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_cache(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_fill, args=(tmp_path, turn)) for turn in (0, 100)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(100)
+    assert [w.exitcode for w in workers] == [0, 0]
+    assert len(list(tmp_path.glob("*/values.bin"))) == 1
