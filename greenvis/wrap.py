@@ -200,7 +200,7 @@ class Wrapped:
         return groups
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the delta only: parameters that learn, have learnt or were added; buffers that changed; the techniques' state."""
+        """Return the delta only: parameters that learn, learned or were added; buffers that changed; techniques' state."""
         changed = self._snapshot.changed_buffers() | self._learned
         before = {id(t) for t in self._snapshot._tensors}
         saved = self.model.state_dict(keep_vars=True)

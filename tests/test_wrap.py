@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.surgery import freeze, replace
-from greenvis.technique import Stage
+from greenvis.technique import Installed, Stage, Task, Technique
 
 
 class Probe(gv.Technique):
@@ -297,3 +297,50 @@ def test_order_within_a_stage_is_not_the_lists_either() -> None:
         assert [t.name for t in live.techniques] == ["lora", "adapter"]
         assert any("lora_A" in n for n in live.trainable)
         assert any(".adapter." in n for n in live.trainable)
+
+
+class _Column(Technique):
+    """Add a scale for each task, and note what it is told."""
+
+    name: ClassVar[str] = "column"
+    stage: ClassVar[Stage] = "weights"
+
+    def install(self, model: nn.Module) -> Installed:
+        return _Columns(model)
+
+
+class _Columns(Installed):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(freezes=True)
+        self.model, self.told = model, []
+
+    def begin_task(self, task: Task) -> None:
+        self.told.append(task.index)
+        self.model.register_parameter(f"scale{task.index}", nn.Parameter(torch.ones(3)))
+        self.trainable = (f"scale{task.index}",)
+
+    def test_task(self, task: Task | None) -> None:
+        self.told.append(None if task is None else task.classes)
+
+
+def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    keys = list(model.state_dict())
+    live = gv.wrap(model, _Column())
+    for index in range(2):
+        task = Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 2, known=True)
+        live.begin_task(task)
+        assert list(live.trainable) == [f"scale{index}"]  # this task's own learns, the one before is kept
+        live.test_task(task)
+        with torch.no_grad():
+            live.trainable[f"scale{index}"].fill_(index + 5.0)
+    live.test_task(None)
+    assert live.installed[0].told == [0, (0, 1), 1, (2, 3), None]  # type: ignore[attr-defined]
+    again = gv.wrap(nn.Sequential(nn.Linear(4, 3)), _Column())
+    for index in range(2):
+        again.begin_task(Task(index, (index,), (index,)))
+    again.load_state_dict(live.state_dict())
+    assert again.model.get_parameter("scale0").tolist() == [5.0] * 3  # what an earlier task learned is state, too
+    live.undo()
+    assert list(model.state_dict()) == keys
+    assert all(p.requires_grad for p in model.parameters())
