@@ -20,7 +20,8 @@ from greenvis.wrap import wrap
 GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
-LEAST_BAND = 0.1  # no prediction is closer: busy neighbours alone move the CPU time of the same work by more
+BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
+COUNT_BAND = 0.02  # of FLOPs: the last, shorter batches of an epoch
 
 
 def plan(
@@ -101,12 +102,12 @@ def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> dict[st
     def energy(phase: str) -> float:
         return price.run_energy(seen, phase).value or 0.0
 
-    def figure(of: Callable[[str], float]) -> dict[str, float]:
+    def figure(of: Callable[[str], float], band: float = BUSY_BAND) -> dict[str, float]:
         each = [of(phase) for phase in groups]
         fixed = eval_factor * of("eval")
         middle = train_factor * math.fsum(each) / len(each) + fixed
         low, high = (train_factor * bound(each) + fixed for bound in (min, max))
-        return {"value": middle, "low": min(low, middle * (1 - LEAST_BAND)), "high": max(high, middle * (1 + LEAST_BAND))}
+        return {"value": middle, "low": min(low, middle * (1 - band)), "high": max(high, middle * (1 + band))}
 
     joules = figure(energy)
     grams = price.carbon(record.Reading("energy_j", 1.0), seen.header["carbon_intensity"], seen.header.get("pue", 1.0))
@@ -114,7 +115,7 @@ def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> dict[st
         "energy_j": joules,
         "carbon_g": _scaled(joules, grams.value or 0.0),
         "wall_s": figure(lambda phase: seen.sum("wall_s", phase) or 0.0),
-        "flops": figure(lambda phase: seen.sum("flops", phase) or 0.0),
+        "flops": figure(lambda phase: seen.sum("flops", phase) or 0.0, COUNT_BAND),
     }
 
 

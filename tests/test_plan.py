@@ -43,7 +43,7 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
         run = record.read(file)
         predicted = run.facts["predicted"]
         assert predicted == found["arms"][f"planned/{run.header['arm']}"]["each"]
-        assert run.sum("flops", "train") == pytest.approx(predicted["flops"]["value"], rel=0.01)
+        assert predicted["flops"]["low"] <= run.sum("flops", "train") <= predicted["flops"]["high"]
         spent = (run.sum("cpu_s", "train") or 0) + (run.sum("cpu_s", "eval") or 0)
         seconds = predicted["energy_j"]["value"] / 4.0  # watts of a busy CPU, the central coefficient; RAM is little
         assert 0.3 < spent / seconds < 3.0
