@@ -72,7 +72,12 @@ def check_technique(
     kind = technique if isinstance(technique, type) else type(technique)
     if examples is None:
         examples = kind.examples if isinstance(technique, type) else ({k: getattr(technique, k) for k in kind.model_fields},)
-    return [_try(kind, example, host) for host in listed for example in examples]
+    return [_try([(kind, example)], host) for host in listed for example in examples]
+
+
+def check_together(kinds: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> Result:
+    """Try several techniques, each with its arguments, at once on a host, against the contract as `check_technique` does."""
+    return _try(kinds, host)
 
 
 def default_hosts() -> list[Host]:
@@ -101,38 +106,45 @@ def default_hosts() -> list[Host]:
     return [Host(name, build, (3, 32, 32), 5) for name, build in builders.items()]
 
 
-def _try(kind: type[Technique], example: Mapping[str, Any], host: Host) -> Result:
-    shown = str({k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in example.items()})
-    trial = _Trial(kind, example, host)
+def _try(parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> Result:
+    name = " + ".join(kind.name for kind, _ in parts)
+    shown = " + ".join(
+        str({k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in example.items()})
+        for _, example in parts
+    )
+    trial = _Trial(parts, host)
     try:
         trial.recipe_form()
         trial.nothing_matches()
         reason = trial.refusal()
         if reason:
-            return Result(kind.name, shown, host.name, "refuses", reason)
+            return Result(name, shown, host.name, "refuses", reason)
         trial.neutral()
         trial.rollback()
         trial.undo()
         trial.training()
         trial.resume()
     except Broken as error:
-        return Result(kind.name, shown, host.name, "fails", str(error))
+        return Result(name, shown, host.name, "fails", str(error))
     except Exception as error:  # whatever a technique raises is its failure, not the checker's
-        return Result(kind.name, shown, host.name, "fails", f"{type(error).__name__}: {error}")
-    return Result(kind.name, shown, host.name, "works")
+        return Result(name, shown, host.name, "fails", f"{type(error).__name__}: {error}")
+    return Result(name, shown, host.name, "works")
 
 
 class _Trial:
-    """One technique, one example, one host; each method checks one point of the contract, raising `Broken`."""
+    """Techniques, an example of each, one host; each method checks one point of the contract, raising `Broken`."""
 
-    def __init__(self, kind: type[Technique], example: Mapping[str, Any], host: Host) -> None:
-        self.kind, self.example, self.host = kind, example, host
+    def __init__(self, parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> None:
+        self.parts, self.host = parts, host
         self.x, self.y = host.batch()
 
-    def request(self, model: nn.Module, more: Mapping[str, Any] | None = None) -> Technique:
-        """Return the technique for a new host model."""
-        given = {**self.example, **(more or {})}
-        return self.kind(**{k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in given.items()})
+    def request(self, model: nn.Module, more: str = "") -> list[Technique]:
+        """Return the techniques for a new host model; more: "neutral" or "nothing", those arguments of theirs as well."""
+        out = []
+        for kind, example in self.parts:
+            given = {**example, **((getattr(kind, more) if more else None) or {})}
+            out.append(kind(**{k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in given.items()}))
+        return out
 
     def wrapped(self) -> Wrapped:
         """Return a new host model with the technique live, the same each time."""
@@ -142,25 +154,25 @@ class _Trial:
 
     def recipe_form(self) -> None:
         """Written as a recipe and read again, a request is the same."""
-        request = self.request(self.host.build())
-        if self.kind.model_validate(request.model_dump()) != request:
-            raise Broken(f"{request!r} is not itself after model_dump and model_validate")
-        if not any(isinstance(v, nn.Module) for _, v in request):
-            form = json.loads(json.dumps(request.recipe_form()))
-            if self.kind(**form) != request:
-                raise Broken(f"its recipe form {form} does not give {request!r} back")
+        for request in self.request(self.host.build()):
+            if type(request).model_validate(request.model_dump()) != request:
+                raise Broken(f"{request!r} is not itself after model_dump and model_validate")
+            if not any(isinstance(v, nn.Module) for _, v in request):
+                form = json.loads(json.dumps(request.recipe_form()))
+                if type(request)(**form) != request:
+                    raise Broken(f"its recipe form {form} does not give {request!r} back")
 
     def nothing_matches(self) -> None:
         """Targets that match nothing raise BadInput and change nothing."""
-        if self.kind.nothing is None:
+        if any(kind.nothing is None for kind, _ in self.parts):
             return
         model = self.host.build()
         with self._unchanged(model, "a request that matches nothing"):
             try:
-                wrap(model, self.request(model, self.kind.nothing))
+                wrap(model, self.request(model, "nothing"))
             except BadInput:
                 return
-            raise Broken(f"{dict(self.kind.nothing)} matches nothing, but no BadInput was raised")
+            raise Broken(f"{[kind.nothing for kind, _ in self.parts]} matches nothing, but no BadInput was raised")
 
     def refusal(self) -> str:
         """Return why the technique refuses the host, "" if it does not; a refusal changes nothing."""
@@ -176,11 +188,11 @@ class _Trial:
 
     def neutral(self) -> None:
         """Neutral settings leave outputs unchanged."""
-        if self.kind.neutral is None:
+        if any(kind.neutral is None for kind, _ in self.parts):
             return
         model = self.host.build()
         before = self._outputs(model)
-        wrap(model, self.request(model, self.kind.neutral))
+        wrap(model, self.request(model, "neutral"))
         self._same(self._outputs(model), before, "a fresh, neutral install changes the outputs", TOLERANCE)
 
     def rollback(self) -> None:
@@ -188,7 +200,7 @@ class _Trial:
         model = self.host.build()
         with self._unchanged(model, "a later technique's failing install"):
             try:
-                wrap(model, [self.request(model), _Faulty()])
+                wrap(model, [*self.request(model), _Faulty()])
             except BadInput:
                 return
             raise Broken("the failing technique behind it was swallowed")
