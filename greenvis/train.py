@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
-import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from greenvis import checkpoint as states
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.track import Tracker
 from greenvis.recipe import TrainSpec
@@ -35,7 +33,7 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")  # of accelerate's trackers; none o
 
 @dataclass
 class Progress:
-    """How far a training has come; saved in its checkpoint."""
+    """How far a training has come; saved in its checkpoint. task: of a stream; rows: its tasks' accuracies, a row a task."""
 
     epoch: int = 0
     batch: int = 0
@@ -43,6 +41,24 @@ class Progress:
     accuracy: float | None = None
     reached: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
+    task: int = 0
+    rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What to train on: a data set, or one task of a stream.
+
+    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes; with
+    `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are. length: batches an epoch.
+    task_loss(logits, y): cross entropy where absent.
+    """
+
+    batches: Callable[[int, int], Iterable[Any]]
+    length: int
+    samples: Callable[[int, Tensor], Samples] | None = None
+    phase: str = "train"
+    task_loss: Callable[[Tensor, Any], Tensor] | None = None
 
 
 def fit(
@@ -60,105 +76,121 @@ def fit(
 ) -> Progress:
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
-    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes; with
-    `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are.
+    batches, batches_per_epoch, samples: see `Part`.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
     log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
-    set_seed(seed)
-    accelerator = _accelerator(spec, log_with, run.path.parent)
-    model, optimizer = accelerator.prepare(live.model, make_optimizer(live, spec))
-    steps_per_epoch = math.ceil(batches_per_epoch / spec.accumulate)
-    total_steps = steps_per_epoch * spec.epochs
-    warmup = round(spec.warmup_epochs * steps_per_epoch)
-    scheduler = LambdaLR(optimizer.optimizer, lambda step: lr_factor(step, total_steps, warmup, spec.schedule))
-    criterion = live.criterion(lambda logits, y: F.cross_entropy(logits, y, label_smoothing=spec.label_smoothing))
-    progress = Progress()
-    if checkpoint is not None and checkpoint.exists():
-        progress = _load(checkpoint, live, optimizer, scheduler, accelerator)
-        run.note(f"resumed at epoch {progress.epoch}, batch {progress.batch}")
+    loop = Loop(live, spec, run, seed, checkpoint, log_with)
+    loop.begin(Part(batches, batches_per_epoch, samples))
+    progress = loop.progress
 
-    def save() -> None:
-        if checkpoint is not None and accelerator.is_main_process:
-            _save(checkpoint, live, optimizer, scheduler, accelerator, progress)
-
-    def log(**values: float) -> None:
-        run.log(epoch=progress.epoch, step=progress.step, **values)
-        if log_with:
-            spent = run.energy().value
-            also = {"epoch": progress.epoch} | ({} if spent is None else {"energy_j": spent})
-            accelerator.log(values | also, step=progress.step)
-
-    def test() -> float:
+    def test() -> None:
         with run.phase("eval"):
-            accuracy = evaluate(model, test_batches(), accelerator)
-        log(accuracy=accuracy)
+            accuracy = evaluate(loop.model, test_batches(), loop.accelerator)
+        loop.log(accuracy=accuracy)
         progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
         progress.accuracy, progress.reached = accuracy, accuracy >= (spec.target_accuracy or math.inf)
-        return accuracy
 
-    with _logging(accelerator, run, spec, seed):
-        while progress.epoch < spec.epochs and not progress.reached:
-            _epoch(live, model, criterion, optimizer, scheduler, accelerator, batches, spec, run, progress, save, log, samples)
-            if (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs:
-                test()
-            save()
+    with loop.logging():
+        loop.train(test)
         if progress.accuracy is None:
             test()
-    model.eval()
+    loop.model.eval()
     return progress
 
 
-def _epoch(
-    live: Wrapped,
-    model: nn.Module,
-    criterion: Callable[[Tensor, Any], Tensor],
-    optimizer: Any,
-    scheduler: LambdaLR,
-    accelerator: Accelerator,
-    batches: Callable[[int, int], Iterable[Any]],
-    spec: TrainSpec,
-    run: Tracker,
-    progress: Progress,
-    save: Callable[[], None],
-    log: Callable[..., None],
-    samples: Callable[[int, Tensor], Samples] | None,
-) -> None:
-    """Train one epoch, or what a checkpoint left of it."""
-    model.train()
-    saved_at = time.monotonic()
-    losses: list[Tensor] = []
-    loader = accelerator.prepare(batches(progress.epoch, progress.batch))
-    for x, y, *positions in run.steps(_Steady(loader), phase=f"train/epoch{progress.epoch + 1}"):
-        if samples is not None:
-            live.show(samples(progress.epoch, positions[0]))
-        with accelerator.accumulate(model):
-            x, y = live.batch(x, y)
-            with accelerator.autocast():
-                loss = _loss(live, model, criterion, x, y)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients and spec.clip_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
-            optimizer.step()
-            if accelerator.sync_gradients:
-                scheduler.step()
-                live.step_end()
-                progress.step += 1
-            optimizer.zero_grad()
-        progress.batch += 1
-        losses.append(loss.detach())
-        if len(losses) % CHECK_EVERY == 1:
-            _finite(loss, progress)
-        if accelerator.sync_gradients and time.monotonic() - saved_at > spec.checkpoint_every_s:
-            save()
-            saved_at = time.monotonic()
-    live.show(None)
-    live.epoch_end()
-    progress.epoch, progress.batch = progress.epoch + 1, 0
-    if losses:
-        _finite(losses[-1], progress)
-        log(loss=torch.stack(losses).float().mean().item())
+class Loop:
+    """One training under way, on one part after another. Each part has an optimizer and a schedule of its own."""
+
+    def __init__(
+        self, live: Wrapped, spec: TrainSpec, run: Tracker, seed: int, file: Path | None, log_with: Sequence[str] = ()
+    ) -> None:
+        set_seed(seed)
+        self.live, self.spec, self.run, self.seed, self.file = live, spec, run, seed, file
+        self.accelerator = _accelerator(spec, log_with, run.path.parent)
+        self.model: nn.Module = self.accelerator.prepare(live.model)
+        self._left = states.read(file) if file is not None and file.exists() else None
+        self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
+
+    def begin(self, part: Part) -> None:
+        """Get ready for a part; take up what a checkpoint left of it."""
+        spec, self.part = self.spec, part
+        self.accelerator.free_memory()  # forgets the optimizer of the part before
+        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
+        steps_per_epoch = math.ceil(part.length / spec.accumulate)
+        total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
+        self.scheduler = LambdaLR(self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule))
+        plain = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=spec.label_smoothing)  # noqa: E731
+        self.criterion = self.live.criterion(part.task_loss or plain)
+        if self._left is not None:
+            states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
+            self._left = None
+            self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        if self.file is not None and self.accelerator.is_main_process:
+            states.save(self.file, self.live, self.optimizer, self.scheduler, self.accelerator, self.progress)
+
+    def log(self, **values: float) -> None:
+        """Record values at this moment."""
+        self.run.log(epoch=self.progress.epoch, step=self.progress.step, **values)
+        if self.accelerator.log_with:
+            spent = self.run.energy().value
+            also = {"epoch": self.progress.epoch} | ({} if spent is None else {"energy_j": spent})
+            self.accelerator.log(values | also, step=self.progress.step)
+
+    def logging(self) -> AbstractContextManager[None]:
+        """Return the context in which the trackers asked for are at work."""
+        return _logging(self.accelerator, self.run, self.spec, self.seed)
+
+    def train(self, test: Callable[[], None] | None = None) -> None:
+        """Train all epochs of the part, or what a checkpoint left of them; test: what to do for an evaluation."""
+        spec, progress = self.spec, self.progress
+        while progress.epoch < spec.epochs and not progress.reached:
+            self._epoch()
+            due = (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs
+            if test is not None and due:
+                test()
+            self.save()
+
+    def _epoch(self) -> None:
+        live, model, part, progress = self.live, self.model, self.part, self.progress
+        accelerator, optimizer = self.accelerator, self.optimizer
+        model.train()
+        saved_at = time.monotonic()
+        losses: list[Tensor] = []
+        loader = accelerator.prepare(part.batches(progress.epoch, progress.batch))
+        for x, y, *positions in self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"):
+            if part.samples is not None:
+                live.show(part.samples(progress.epoch, positions[0]))
+            with accelerator.accumulate(model):
+                x, y = live.batch(x, y)
+                with accelerator.autocast():
+                    loss = _loss(live, model, self.criterion, x, y)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and self.spec.clip_norm is not None:
+                    accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
+                optimizer.step()
+                if accelerator.sync_gradients:
+                    self.scheduler.step()
+                    live.step_end()
+                    progress.step += 1
+                optimizer.zero_grad()
+            progress.batch += 1
+            losses.append(loss.detach())
+            if len(losses) % CHECK_EVERY == 1:
+                _finite(loss, progress)
+            if accelerator.sync_gradients and time.monotonic() - saved_at > self.spec.checkpoint_every_s:
+                self.save()
+                saved_at = time.monotonic()
+        live.show(None)
+        live.epoch_end()
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        if losses:
+            _finite(losses[-1], progress)
+            self.log(loss=torch.stack(losses).float().mean().item())
 
 
 def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any) -> Tensor:
@@ -250,50 +282,6 @@ def _finite(loss: Tensor, progress: Progress) -> None:
             f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
             "or look at the data"
         )
-
-
-def _save(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, accelerator: Accelerator, progress: Progress) -> None:
-    numpy_state: Any = np.random.get_state()
-    content = {
-        "progress": asdict(progress),
-        "live": live.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
-        "rng": {
-            "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-            "python": random.getstate(),
-            "numpy": [numpy_state[0], numpy_state[1].tolist(), *numpy_state[2:]],
-        },
-    }
-    content["scheduler"].pop("lr_lambdas", None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
-
-
-def _load(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, accelerator: Accelerator) -> Progress:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise GreenvisError(f"the checkpoint {path} cannot be read ({error}); remove it to start this arm again") from error
-    live.load_state_dict(content["live"])
-    optimizer.load_state_dict(content["optimizer"])
-    scheduler.load_state_dict({**content["scheduler"], "lr_lambdas": [None] * len(scheduler.lr_lambdas)})
-    if accelerator.scaler is not None and content["scaler"]:
-        accelerator.scaler.load_state_dict(content["scaler"])
-    rng = content["rng"]
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"]:
-        torch.cuda.set_rng_state_all(rng["cuda"])
-    random.setstate(rng["python"])
-    np.random.set_state(tuple(rng["numpy"]))
-    return Progress(**content["progress"])
 
 
 class _Steady:
