@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
+    from greenvis.techniques.iteration.prompt_pool import PromptPool
     from greenvis.techniques.iteration.side import Side
     from greenvis.wrap import Wrapped, wrap
 
@@ -41,7 +42,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter", "BadInput", "Bitfit", "Distill", "GreenvisError", "Installed", "LinearProbe", "Lora", "NormTune", "Partial",
-    "Prompt", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Prompt", "PromptPool", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -24,6 +24,7 @@ WORKS = {
     "norm_tune": 20,
     "partial": 19,
     "prompt": 8,
+    "prompt_pool": 8,
     "side": 9,
 }
 PROOF = ("distill", "lora")  # on all hosts each time; the others on these, and on all when slow
