@@ -8,13 +8,14 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from greenvis import data, models, price, record, train
+from greenvis import continual, data, models, price, record, stream, train
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import DONE_FILE, WEIGHTS_FILE, Job, Jobs, located
 from greenvis.meters import memory
@@ -97,6 +98,7 @@ class Session:
             return
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
+        located(job.recipe.where("data", "stream"), self.stream, job)
         model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
         ready = [t for t in job.arm.techniques if not t.runs()]
@@ -145,7 +147,7 @@ class Session:
     # -- the run ------------------------------------------------------------------------------------------------------
 
     def _train(self, job: Job) -> None:
-        spec, images = job.arm.train, self.jobs.images(job.recipe)
+        images = self.jobs.images(job.recipe)
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
         memory.reset_peak()
@@ -155,27 +157,7 @@ class Session:
             tracker.live = live
             live.meter(tracker)
             self._facts(job, live, tracker)
-            progress = train.fit(
-                live,
-                lambda epoch, start: data.batches(
-                    images.train,
-                    spec.batch_size,
-                    epoch=epoch,
-                    seed=job.seed,
-                    shuffle=True,
-                    start=start,
-                    workers=spec.workers,
-                    positions=True,
-                ),
-                math.ceil(len(images.train) / spec.batch_size),
-                lambda: data.batches(images.test, max(spec.batch_size, 256), workers=spec.workers),
-                spec,
-                tracker,
-                seed=job.seed,
-                checkpoint=checkpoint,
-                log_with=self.log_with,
-                samples=self._samples(images.train),
-            )
+            progress = self._fit(job, live, tracker, checkpoint)
             delta = live.state_dict()
             tracker.fact(
                 accuracy=progress.accuracy,
@@ -193,6 +175,50 @@ class Session:
         models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
         _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
         checkpoint.unlink(missing_ok=True)
+
+    def _fit(self, job: Job, live: Wrapped, tracker: Tracker, checkpoint: Path) -> train.Progress:
+        spec, images = job.arm.train, self.jobs.images(job.recipe)
+        size, tests = spec.batch_size, max(spec.batch_size, 256)
+        options: dict[str, Any] = {"seed": job.seed, "checkpoint": checkpoint, "log_with": self.log_with}
+        its = self.stream(job)
+        if its is None:
+            batches = partial(data.batches, images.train, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True)
+            return train.fit(
+                live,
+                lambda epoch, start: batches(epoch=epoch, start=start),
+                math.ceil(len(images.train) / size),
+                lambda: data.batches(images.test, tests, workers=spec.workers),
+                spec,
+                tracker,
+                samples=self._samples(images.train),
+                **options,
+            )
+        assert job.arm.stream is not None
+        known = [self._samples(part) for part in its.train]
+        progress = continual.fit_stream(
+            live,
+            its,
+            lambda task: data.batches(its.tests[task][1], tests, workers=spec.workers),
+            spec,
+            tracker,
+            samples=lambda task, epoch, at: known[task](epoch, at),
+            restart=job.arm.stream.restart,
+            **options,
+        )
+        tracker.fact(stream=its.facts(), **progress.rows)
+        return progress
+
+    def stream(self, job: Job) -> stream.Stream | None:
+        """Return the stream of tasks a job trains on, None where its data is no stream. Raises BadInput."""
+        spec = job.arm.stream
+        if spec is None:
+            return None
+        if job.arm.train.target_accuracy is not None:
+            raise BadInput("train.target_accuracy ends one training; a stream of tasks has no such end: leave it out")
+        made = stream.make(self.jobs.images(job.recipe), seed=job.seed, **spec.model_dump(exclude={"restart"}))
+        if made.head != "single" and job.arm.train.label_smoothing:
+            raise BadInput(f"train.label_smoothing gives a share to classes which a {made.head} head hides; leave it out")
+        return made
 
     def _samples(self, images: data.ImageSet) -> Callable[[int, Tensor], Samples]:
         """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`."""
@@ -227,7 +253,7 @@ class Session:
             found[field] = (
                 models.build(file, trust=self.trust, folder=used.recipe.folder) if trained else self.build(used, weights=False)
             )
-        return technique.model_copy(update=found)
+        return technique.with_runs(found)
 
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
         learning = sum(p.numel() for p in live.trainable.values())

@@ -77,6 +77,10 @@ class Technique(BaseModel):
         """Fields that name another run ("run:NAME"), by field: the experiment resolves them before `install`."""
         return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
 
+    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+        """Return the request with what those runs left, by the keys of `runs`, in their place."""
+        return self.model_copy(update=dict(found))
+
 
 @dataclass(frozen=True)
 class Samples:
