@@ -231,7 +231,7 @@ def bench(args: Any) -> Answer:
 
     import greenvis.bench
 
-    names = [m.name for m in pkgutil.iter_modules(greenvis.bench.__path__)]
+    names = [m.name for m in pkgutil.iter_modules(greenvis.bench.__path__) if not m.name.startswith("_")]
     if args.name is None:
         return names, lambda: print("\n".join(names))
     if args.name not in names:

@@ -67,12 +67,22 @@ class Wrapped:
 
     def _install(self) -> None:
         for technique in self.techniques:
-            self.installed.append(technique.install(self.model))
+            self.installed.append(self._put_in(technique))
             self._own(technique, self.installed[-1])
         self._freeze()
         if sum(live.criterion is not None for live in self.installed) > 1:
             names = [t.name for t, live in self._pairs() if live.criterion is not None]
             raise BadInput(f"{some(names)} each replace the task loss; at most one may: remove all but one")
+
+    def _put_in(self, technique: Technique) -> Installed:
+        """Install one technique; a refusal names those that changed the model before it."""
+        before = [t.name for t in self.techniques[: len(self.installed)]]
+        try:
+            return technique.install(self.model)
+        except BadInput as error:
+            if not before:
+                raise
+            raise BadInput(f"'{technique.name}', put in after {some(before)}: {error}; if it fits alone, remove one") from error
 
     def _own(self, technique: Technique, live: Installed) -> None:
         """Note the parameters a technique declares now: a later one may move them to other names."""
@@ -167,7 +177,7 @@ class Wrapped:
             live.end_task(loader)
 
     def meter(self, run: Any) -> None:
-        """Let techniques cut their own phases (a teacher's forward) in a tracked run, and put their warnings into its record."""
+        """Let techniques cut their own phases (a teacher's forward) in a tracked run, and their warnings in its record."""
         for live in self.installed:
             live.phase, live.note = run.phase, run.note
 

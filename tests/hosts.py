@@ -1,5 +1,5 @@
 """The models the contract is tried on: those of `greenvis bench coverage`."""
 
-from greenvis.bench.coverage.hosts import CLASSES, HOSTS, Plain
+from greenvis.bench._hosts import CLASSES, HOSTS, Plain
 
 __all__ = ["CLASSES", "HOSTS", "Plain"]

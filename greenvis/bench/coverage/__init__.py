@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from greenvis import registry
+from greenvis.bench._hosts import HOSTS
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
-from greenvis.bench.coverage.hosts import HOSTS
 from greenvis.testing import Result, check_technique
 
 LIBRARIES = ("greenvis", "timm", "torchvision", "transformers", "peft", "torch")
