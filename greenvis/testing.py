@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, some
@@ -157,7 +158,7 @@ class _Trial:
         for request in self.request(self.host.build()):
             if type(request).model_validate(request.model_dump()) != request:
                 raise Broken(f"{request!r} is not itself after model_dump and model_validate")
-            if not any(isinstance(v, nn.Module) for _, v in request):
+            if not _holds_model(request):
                 form = json.loads(json.dumps(request.recipe_form()))
                 if type(request)(**form) != request:
                     raise Broken(f"its recipe form {form} does not give {request!r} back")
@@ -286,8 +287,8 @@ class _Trial:
                 raise Broken(f"the loss of step {step} is {loss.item()}")
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
             live.step_end()
+            optimizer.zero_grad()
         live.epoch_end()
 
     def _outputs(self, model: nn.Module) -> Tensor:
@@ -319,6 +320,13 @@ class _Trial:
             raise Broken(f"{what} leaves other values behind")
         if not torch.equal(self._outputs(model), outputs):
             raise Broken(f"{what} leaves other outputs behind")
+
+
+def _holds_model(value: Any) -> bool:
+    """Whether a request holds a model itself, which no recipe can write."""
+    if isinstance(value, (Mapping, BaseModel)):
+        return any(_holds_model(v) for _, v in (value.items() if isinstance(value, Mapping) else value))
+    return isinstance(value, nn.Module)
 
 
 def _marks(model: nn.Module) -> dict[str, Any]:
