@@ -28,6 +28,7 @@ class Snapshot:
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._values: dict[int, Tensor] = {}
+        self._places: dict[int, int] | None = None  # by id of a tensor
         self.keep_values()
 
     def keep_values(self) -> None:
@@ -49,6 +50,12 @@ class Snapshot:
             return True
         now = self._tensors[i].detach().cpu()
         return now.dtype == held.dtype and now.shape == held.shape and _same_bits(now, held)
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """Return the value a tensor of the model had, or the tensor itself where it was not there or has not changed."""
+        if self._places is None:
+            self._places = {id(t): i for i, t in enumerate(self._tensors)}
+        return self._values.get(self._places.get(id(tensor), -1), tensor)
 
     def changed_buffers(self) -> set[int]:
         """Return the ids of buffers that were there and whose values have changed since."""

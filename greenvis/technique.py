@@ -121,11 +121,13 @@ class Installed:
     freezes: True where every parameter no technique lists is to stay frozen.
     unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
     samples: which samples the current batch holds; None where the loop does not say, or where they were changed.
+    total_steps: how many optimizer steps the training takes; None where the loop does not say.
     """
 
     pretext: ClassVar[bool] = False
     unmergeable: str = ""
     samples: Samples | None = None
+    total_steps: int | None = None
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:

@@ -120,6 +120,7 @@ class Loop:
         self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
         steps_per_epoch = math.ceil(part.length / spec.accumulate)
         total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
+        self.live.plan(total)
         self.scheduler = LambdaLR(self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule))
         plain = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=spec.label_smoothing)  # noqa: E731
         self.criterion = self.live.criterion(part.task_loss or plain)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from greenvis import models
+from greenvis.deltas import Deltas
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
 from greenvis.technique import STAGES, Installed, Samples, Task, Technique, logits_of, refuse_conflicts
 
-DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
@@ -46,7 +40,7 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
     return Wrapped(model, requests)
 
 
-class Wrapped:
+class Wrapped(Deltas):
     """A model with techniques live on it, and the seams a training loop calls. `model` is the user's own object."""
 
     def __init__(self, model: nn.Module, techniques: Sequence[Technique]) -> None:
@@ -56,6 +50,7 @@ class Wrapped:
         self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
         self._learned: set[int] = set()  # parameters that earlier tasks trained
         self._snapshot = Snapshot(model)
+        Deltas.__init__(self)
         try:
             self._install()
         except BaseException:
@@ -147,7 +142,7 @@ class Wrapped:
         return task_loss
 
     def step_end(self) -> None:
-        """Call after each optimizer step."""
+        """Call after each optimizer step, before the gradients are cleared: some techniques weigh parameters by them."""
         for live in self.installed:
             live.step_end()
 
@@ -175,6 +170,11 @@ class Wrapped:
         """Call at a task boundary with the finished task's loader."""
         for live in self.installed:
             live.end_task(loader)
+
+    def plan(self, steps: int) -> None:
+        """Say how many optimizer steps are to come, for techniques with a schedule of their own; call before the first."""
+        for live in self.installed:
+            live.total_steps = steps
 
     def meter(self, run: Any) -> None:
         """Let techniques cut their own phases (a teacher's forward) in a tracked run, and their warnings in its record."""
@@ -208,89 +208,6 @@ class Wrapped:
         if not groups:
             raise GreenvisError("nothing is trainable: every parameter is frozen and no technique added one")
         return groups
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Return the delta only: parameters that learn, learned or were added; buffers that changed; techniques' state."""
-        changed = self._snapshot.changed_buffers() | self._learned
-        before = {id(t) for t in self._snapshot._tensors}
-        saved = self.model.state_dict(keep_vars=True)
-        state = {
-            f"model.{n}": t.detach() for n, t in saved.items() if t.requires_grad or id(t) in changed or id(t) not in before
-        }
-        for technique, live in self._pairs():
-            state.update({f"{technique.name}.{k}": v for k, v in live.state_dict().items()})
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this model and techniques."""
-        own: dict[str, dict[str, Tensor]] = {t.name: {} for t in self.techniques}
-        tensors: dict[str, Tensor] = {}
-        for key, value in state.items():
-            owner, _, name = key.partition(".")
-            (tensors if owner == "model" else own.setdefault(owner, {}))[name] = value
-        strangers = sorted(set(own) - {t.name for t in self.techniques})
-        there = self.model.state_dict(keep_vars=True)
-        unknown = [n for n in tensors if n not in there]
-        missing = [n for n, p in self.trainable.items() if n in there and n not in tensors]
-        wrong = [
-            f"{n} {tuple(t.shape)} for {tuple(there[n].shape)}"
-            for n, t in tensors.items()
-            if n in there and t.shape != there[n].shape
-        ]
-        problems = [
-            ("techniques not installed here", strangers),
-            ("unknown", unknown),
-            ("missing", missing),
-            ("wrong shape", wrong),
-        ]
-        if any(found for _, found in problems):
-            raise BadInput(
-                "this delta does not fit: " + "; ".join(f"{what} {some(found)}" for what, found in problems if found)
-            )
-        with torch.no_grad():
-            for name, value in tensors.items():
-                there[name].copy_(value)
-        for technique, live in self._pairs():
-            live.load_state_dict(own[technique.name])
-
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the delta (safetensors) and its card (JSON: techniques, base fingerprint, size) into `folder`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
-        card = {
-            "greenvis_delta": 1,
-            "techniques": self.recipe_form(),
-            "base_fingerprint": self._base_fingerprint({k[len("model.") :] for k in state if k.startswith("model.")}),
-            "bytes": sum(t.numel() * t.element_size() for t in state.values()),
-        }
-        for name, write in (
-            (DELTA_FILE, lambda p: save_file(state, p)),
-            (CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2))),
-        ):
-            write(folder / (name + ".part"))
-            os.replace(folder / (name + ".part"), folder / name)
-        return folder
-
-    def load(self, folder: str | os.PathLike[str]) -> None:
-        """Load what `save` wrote. Raises BadInput for other techniques, another base, or a damaged file."""
-        folder = Path(folder)
-        try:
-            card = json.loads((folder / CARD_FILE).read_text())
-            state = load_file(folder / DELTA_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise BadInput(f"cannot load a delta from {folder}: {error}") from error
-        if card.get("techniques") != self.recipe_form():
-            raise BadInput(
-                f"{folder} was saved with {card.get('techniques')}, but this model is wrapped with {self.recipe_form()}"
-            )
-        fingerprint = self._base_fingerprint({k[len("model.") :] for k in state if k.startswith("model.")})
-        if card.get("base_fingerprint") != fingerprint:
-            raise BadInput(
-                f"{folder} belongs to another base (fingerprint {str(card.get('base_fingerprint'))[:12]}, this model's is "
-                f"{fingerprint[:12]}): build the model with the weights the delta was trained on"
-            )
-        self.load_state_dict(state)
 
     # -- the ends -----------------------------------------------------------------------------------------------------
 
@@ -343,6 +260,3 @@ class Wrapped:
 
     def _pairs(self) -> Iterator[tuple[Technique, Installed]]:
         return zip(self.techniques, self.installed, strict=False)
-
-    def _base_fingerprint(self, learned: set[str]) -> str:
-        return models.fingerprint({n: t for n, t in self.model.state_dict().items() if n not in learned})

@@ -45,7 +45,8 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": ENGINE | {"plan", "experiment", "report", "bench"},
 }
 # files that belong to one unit: split only to keep each short
-PART_OF = {"sources": "data", "transform": "data", "weights": "models", "libraries": "models", "checkpoint": "train",
+PART_OF = {"deltas": "wrap", "sources": "data", "transform": "data", "weights": "models", "libraries": "models",
+           "checkpoint": "train",
            "continual": "train"}  # fmt: skip
 
 

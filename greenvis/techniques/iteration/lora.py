@@ -2,37 +2,48 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import layer as peft_layers
+from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
 from pydantic import Field, field_validator
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._lora_layers import (
+    NAME,
+    Multihead,
+    ReadLinear,
+    inner_linears,
+    keep_off_the_fast_path,
+    merged,
+    places_of,
+    precise,
+    to_float32,
+)
+from greenvis.techniques.iteration._lora_ranks import Ranks
+from greenvis.techniques.iteration._lora_start import checked, eva, gradients
 from greenvis.views import View, view
 
 ROLES = ("attention", "qkv", "mlp", "conv", "linear")
 _KINDS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
-_NAME = "default"
 
 
 class Lora(Technique):
     """Adapt a frozen model by low-rank changes of its weights (Hu et al., 2021; DoRA: Liu et al., 2024; rsLoRA: Kalajdzievski,
-    2023; LoRA+: Hayou et al., 2024), through PEFT.
+    2023; AdaLoRA: Zhang et al., 2023; LoRA+: Hayou et al., 2024), through PEFT.
 
     Saves optimizer memory and storage per task (the delta), and a few per cent of training compute: the backward still runs
     through the whole model. Costs nothing at inference once merged; unmerged, and on small models, it is slower.
     A role takes those of its layers that LoRA can change and merge (so no depthwise convolutions); an explicit pattern
     that hits a layer it cannot is refused. The head is left out of patterns unless they name nothing else.
+    AdaLoRA trains start_rank ranks of each layer and switches off those that matter least, over the whole training, until
+    `rank` are left on average; what is off stays in the delta, as zeros.
     """
 
     name: ClassVar[str] = "lora"
@@ -41,21 +52,32 @@ class Lora(Technique):
         {"rank": 2},
         {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
         {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},
+        {"rank": 2, "targets": ["linear"], "variant": "adalora", "start_rank": 4, "total_steps": 3},
+        {"rank": 2, "targets": ["mlp"], "init": "eva"},
     )
     nothing: ClassVar[Mapping[str, Any] | None] = {"targets": ["no.such.layer*"]}
 
     rank: Annotated[int, Field(ge=1, description="rank r of each change")] = 8
     alpha: Annotated[float | None, Field(gt=0, description="scale: alpha / r (rslora: alpha / √r); default r")] = None
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the input of each change")] = 0.0
-    variant: Annotated[Literal["lora", "dora", "rslora"], Field(description="which low-rank method")] = "lora"
+    variant: Annotated[Literal["lora", "dora", "rslora", "adalora"], Field(description="which low-rank method")] = "lora"
     targets: Annotated[
         tuple[str, ...], Field(min_length=1, description=f"roles ({', '.join(ROLES)}) or patterns of module paths")
     ] = ("attention",)
     head: Annotated[Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")] = "train"
     init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora"], Field(description="how the factors start")
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"],
+        Field(description="how the factors start; eva looks at the first training batch, lora_ga at `calibration`"),
     ] = "default"
+    calibration: Annotated[Any, Field(description="images and labels, two tensors, for lora_ga; not in a recipe")] = None
     lr_ratio: Annotated[float, Field(gt=0, description="LoRA+: learning rate of B over that of A")] = 1.0
+    start_rank: Annotated[
+        int | None, Field(ge=2, description="adalora: ranks of each layer at the start; default half as many again as `rank`")
+    ] = None
+    total_steps: Annotated[
+        int | None, Field(ge=1, description="adalora: optimizer steps of the whole training, where the loop does not say")
+    ] = None
+    orthogonal: Annotated[float, Field(ge=0, description="adalora: factor of the penalty that keeps factors orthogonal")] = 0.1
     input_shape: Annotated[
         tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
     ] = None
@@ -67,24 +89,44 @@ class Lora(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Put low-rank layers around the targets. Raises BadInput where nothing matches or a layer cannot be changed."""
+        self._check()
         found = view(model, self.input_shape, probe=False)
         paths = self._targets(model, found)
         heads = [p for path in found.heads for p in model.get_submodule(path).parameters()] if self.head == "train" else []
-        places = {path: _places(model, path) for path in paths}
-        self._inject(model, paths)
+        places = {path: places_of(model, path) for path in paths}
+        ranks = self._inject(model, paths)
         layers: dict[str, Any] = {}
         for path in paths:
             layer = layers[path] = model.get_submodule(path)
             if path in found.functional:
-                layer.__class__ = _ReadLinear
+                layer.__class__ = ReadLinear
             for parent, name in places[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
-        _keep_off_the_fast_path(model, layers)
+        keep_off_the_fast_path(model, layers)
         learned = {id(p) for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n}
         learned |= {id(p) for p in heads}
         freeze(model, but=[p for p in model.parameters() if id(p) in learned])
         trainable = tuple(n for n, p in model.named_parameters() if id(p) in learned)
-        return InstalledLora(self, model, layers, trainable)
+        return InstalledLora(self, model, layers, trainable, ranks)
+
+    def _check(self) -> None:
+        """Raise BadInput for settings that do not go together."""
+        if self.variant == "adalora":
+            if self.init != "default":
+                raise BadInput(f"adalora has a start of its own; leave out init: {self.init}")
+            if self.first_rank <= self.rank:
+                raise BadInput(f"adalora goes from start_rank to rank: {self.first_rank} must be above {self.rank}")
+        elif given := sorted({"start_rank", "total_steps", "orthogonal"} & self.recipe_form().keys()):
+            raise BadInput(f"{some(given)} is for variant: adalora, not {self.variant}")
+        if self.init == "lora_ga":
+            checked(self.calibration)
+        elif self.calibration is not None:
+            raise BadInput(f"calibration is for init: lora_ga, not {self.init}")
+
+    @property
+    def first_rank(self) -> int:
+        """Ranks of each layer when training begins."""
+        return self.rank if self.variant != "adalora" else self.start_rank or -(-3 * self.rank // 2)
 
     def _targets(self, model: nn.Module, found: View) -> list[str]:
         """Return the paths to change, in the model's order. Raises BadInput before anything is touched."""
@@ -109,7 +151,7 @@ class Lora(Technique):
                 hits = find(model, [pattern])
             except BadInput as error:
                 raise BadInput(f"{error}{nearest(pattern, ROLES) if pattern.isalpha() else ''}") from None
-        inner = _inner(model)
+        inner = inner_linears(model)
         outer = [p for p in hits if p not in inner]
         if not outer:
             raise BadInput(f"'{hits[0]}' is read as a weight by its nn.MultiheadAttention: target '{inner[hits[0]]}' itself")
@@ -133,7 +175,12 @@ class Lora(Technique):
             return f"'{path}' is a {type(module).__name__}, not a Linear, Conv2d or MultiheadAttention"
         if path in found.computed:
             return f"'{path}' does not use its weight as it is (a standardised {type(module).__name__})"
-        if isinstance(module, nn.Conv2d):
+        if self.init in ("eva", "lora_ga") and (not isinstance(module, nn.Linear) or path in found.functional):
+            return f"'{path}' is not a Linear that runs itself, and PEFT starts no other with {self.init}; use another init"
+        if isinstance(module, nn.Conv2d) and self.variant == "adalora":
+            if module.groups > 1 or type(module).forward is not nn.Conv2d.forward or module.padding_mode != "zeros":
+                return f"'{path}' is a convolution of {module.groups} groups or with padding of its own, unknown to AdaLoRA"
+        elif isinstance(module, nn.Conv2d):
             if module.groups > 1 and (merging or self.rank % module.groups):
                 return f"'{path}' is a convolution of {module.groups} groups; PEFT cannot merge it and needs a rank they divide"
             if set(module.dilation) != {1} or module.padding_mode != "zeros":
@@ -145,43 +192,99 @@ class Lora(Technique):
             return f"'{path}' has q, k and v of different widths, which PEFT does not support"
         if whole or path in found.functional:
             how = "an nn.MultiheadAttention" if whole else "read as a weight by another module"
-            if self.variant == "dora":
-                return f"'{path}' is {how}, for which there is no DoRA; use variant lora or rslora"
+            if self.variant in ("dora", "adalora"):
+                name = {"dora": "DoRA", "adalora": "AdaLoRA"}[self.variant]
+                return f"'{path}' is {how}, for which there is no {name}; use variant lora or rslora"
             if self.dropout:
                 return f"'{path}' is {how}, so dropout cannot act on its input; set dropout: 0"
         return ""
 
-    def _inject(self, model: nn.Module, paths: list[str]) -> None:
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha or self.rank,  # type: ignore[arg-type]  # any positive number scales
-            lora_dropout=self.dropout,
-            use_dora=self.variant == "dora",
-            use_rslora=self.variant == "rslora",
-            init_lora_weights=True if self.init == "default" else self.init,
-            target_modules="|".join(re.escape(p) for p in paths),
-        )
-        config._register_custom_module({nn.MultiheadAttention: _Multihead})
+    def _inject(self, model: nn.Module, paths: list[str]) -> Ranks | None:
+        common: dict[str, Any] = {
+            "lora_alpha": self.alpha or self.first_rank,
+            "lora_dropout": self.dropout,
+            "target_modules": "|".join(re.escape(p) for p in paths),
+        }
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # grouped convolutions: said by `unmergeable`
-                inject_adapter_in_model(config, model, adapter_name=_NAME)
+                if self.variant == "adalora":
+                    config = AdaLoraConfig(init_r=self.first_rank, target_r=self.rank, total_step=1, **common)
+                    return Ranks(model, config, self.total_steps)
+                self._inject_lora(model, paths, common)
+                return None
         except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
             raise BadInput(f"PEFT cannot put LoRA on {some(paths)} with {self.recipe_form()}: {error}") from error
 
+    def _inject_lora(self, model: nn.Module, paths: list[str], common: dict[str, Any]) -> None:
+        config = LoraConfig(
+            r=self.rank,
+            use_dora=self.variant == "dora",
+            use_rslora=self.variant == "rslora",
+            init_lora_weights=True if self.init == "default" else self.init,
+            lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
+            **common,
+        )
+        config._register_custom_module({nn.MultiheadAttention: Multihead})
+        if self.init != "lora_ga":
+            inject_adapter_in_model(config, model, adapter_name=NAME)
+            return
+        with torch.random.fork_rng():  # PEFT's decomposition draws numbers: the same ones each time
+            torch.manual_seed(0)
+            gradients(model, paths, config, checked(self.calibration))
+            inject_adapter_in_model(config, model, adapter_name=NAME)
+
 
 class InstalledLora(Installed):
-    """The low-rank layers at work; the base is frozen, its batch norms held."""
+    """The low-rank layers at work; the base is frozen, its batch norms held. With adalora adds the term "adalora"."""
 
-    def __init__(self, request: Lora, model: nn.Module, layers: dict[str, Any], trainable: tuple[str, ...]) -> None:
+    def __init__(
+        self, request: Lora, model: nn.Module, layers: dict[str, Any], trainable: tuple[str, ...], ranks: Ranks | None
+    ) -> None:
         super().__init__(trainable, freezes=True)
+        self.ranks = ranks
+        self.started = request.init != "eva"
         self.request = request
         self.model = model
         self.layers = layers
-        self.outs = {p: layer.base_layer.out_proj for p, layer in layers.items() if isinstance(layer, _Multihead)}
+        self.outs = {p: layer.base_layer.out_proj for p, layer in layers.items() if isinstance(layer, Multihead)}
         grouped = [p for p, m in layers.items() if getattr(m.base_layer, "groups", 1) > 1]
         if grouped:
             self.unmergeable = f"PEFT does not merge grouped convolutions, as '{grouped[0]}' is; keep the model wrapped"
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Start from the first batch, where asked to (eva)."""
+        if not self.started:
+            eva(self.model, self.layers, x)
+            self.started = True
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"adalora": orthogonal · orthogonality of the factors}, or nothing."""
+        if not self.started:
+            raise BadInput("eva starts from the first training batch: call batch(x, y) of the wrapped model before its forward")
+        if self.ranks is None:
+            return {}
+        return {"adalora": self.request.orthogonal * self.ranks.penalty(self.total_steps)}
+
+    def step_end(self) -> None:
+        """Move ranks to where they matter (adalora)."""
+        if self.ranks is not None:
+            self.ranks.advance(self.total_steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return how far the allocation of ranks is, and whether the factors have started."""
+        state = self.ranks.state_dict() if self.ranks is not None else {}
+        return state | ({"started": torch.tensor(self.started)} if self.request.init == "eva" else {})
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        if self.ranks is not None:
+            self.ranks.load_state_dict(state)
+        elif self.request.init == "eva":
+            self.started = bool(state.get("started", True))
+        else:
+            super().load_state_dict(state)
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the B factors at `lr_ratio` times `lr` (LoRA+)."""
@@ -194,7 +297,7 @@ class InstalledLora(Installed):
         """Fold the changes into the weights, in fp32: a model of lower precision becomes float32, so that nothing is lost."""
         folded = {path: self._folded(path, layer) for path, layer in self.layers.items()}
         if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
-            _to_float32(self.model)
+            to_float32(self.model)
         for path, weights in folded.items():
             for name, weight in weights.items():
                 parent, _, leaf = f"{path}.{name}".rpartition(".")
@@ -203,86 +306,8 @@ class InstalledLora(Installed):
 
     def _folded(self, path: str, layer: Any) -> dict[str, Tensor]:
         if path not in self.outs:
-            return {"weight": _merged(layer)}
+            return {"weight": merged(layer)}
         base = layer.base_layer.in_proj_weight
         with torch.no_grad():
-            inputs = base.to(_precise(base)) + layer.get_delta_weight(_NAME)
-        return {"in_proj_weight": inputs, "out_proj.weight": _merged(self.outs[path])}
-
-
-class _ReadLinear(peft_layers.Linear):
-    """A LoRA Linear whose weight another module reads (torchvision's Swin, BEiT): the weight it shows holds the change."""
-
-    @property
-    def weight(self) -> Tensor:
-        layer: Any = self.get_base_layer()
-        return layer.weight + self.get_delta_weight(_NAME).to(layer.weight.dtype)
-
-
-class _Multihead(peft_layers.MultiheadAttention):
-    """PEFT's LoRA of nn.MultiheadAttention, run on changed weights without touching the base.
-
-    PEFT adds the change to the base and takes it off again at each forward, which lets the frozen weights drift by
-    rounding and replaces the parameter objects; here the sum exists for the call only.
-    """
-
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        base: Any = self.get_base_layer()
-        inputs, out = base.in_proj_weight, base.out_proj.get_base_layer().weight
-        weights = {
-            "in_proj_weight": inputs + self.get_delta_weight(_NAME).to(inputs.dtype),
-            "out_proj.base_layer.weight": out + base.out_proj.get_delta_weight(_NAME).to(out.dtype),
-        }
-        return functional_call(base, weights, (query, *args), kwargs)
-
-    def _restore_weights(self) -> None:
-        """Nothing to restore: the parameters never leave the base."""
-
-
-def _keep_off_the_fast_path(model: nn.Module, layers: dict[str, Any]) -> None:
-    """In eval nn.TransformerEncoderLayer reads its parts' own weights, and would miss the change; not where there are hooks."""
-    fused = [p for p, m in model.named_modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    for path, layer in layers.items():
-        if any(path.startswith(f"{p}.") or not p for p in fused):
-            layer.register_forward_hook(_nothing)
-
-
-def _nothing(module: nn.Module, inputs: Any, output: Any) -> None:
-    return None
-
-
-def _merged(layer: Any) -> Tensor:
-    """Return the weight with the change folded in by PEFT, in fp32 or better; `layer` stays as it is."""
-    layer = copy.deepcopy(layer)
-    layer.to(_precise(layer.base_layer.weight))
-    layer.merge(safe_merge=True)
-    return layer.base_layer.weight.detach()
-
-
-def _precise(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def _to_float32(model: nn.Module) -> None:
-    """Replace every tensor of lower precision, leaving the old ones as they are for `undo`."""
-    done: dict[int, Any] = {}
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
-                if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize >= 4:
-                    continue
-                if id(tensor) not in done:
-                    new = tensor.detach().float()
-                    done[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
-                held[name] = done[id(tensor)]
-
-
-def _inner(model: nn.Module) -> dict[str, str]:
-    """Return the Linears inside nn.MultiheadAttention, each with the attention's path."""
-    wholes = [p for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
-    return {f"{w}.out_proj" if w else "out_proj": w for w in wholes}
-
-
-def _places(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
-    target = model.get_submodule(path)
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is target]
+            inputs = base.to(precise(base)) + layer.get_delta_weight(NAME)
+        return {"in_proj_weight": inputs, "out_proj.weight": merged(self.outs[path])}

@@ -1,0 +1,117 @@
+"""Starts of LoRA's factors that look at data, through PEFT: EVA from what the layers are fed, LoRA-GA from their gradients."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig
+from peft.tuners.lora.eva import get_eva_state_dict
+from peft.tuners.lora.loraga import preprocess_loraga
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput
+from greenvis.technique import logits_of
+from greenvis.techniques.iteration._lora_layers import NAME
+from greenvis.techniques.iteration._seams import agree
+from greenvis.views.quiet import quiet
+
+EVA_IMAGES = 32  # PEFT hashes every number that a layer is fed, in Python
+_ROUNDS = 100  # of the same images; PEFT looks until two rounds agree
+
+
+def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
+    """Set each layer's A to the leading right-singular vectors of what it is fed (Paischer et al., 2024), every rank kept.
+
+    layers: PEFT's, by path, around Linears. images: (batch, channels, height, width). Raises BadInput where they give a
+    layer fewer rows than it has ranks.
+    """
+    root = nn.Sequential(model)  # PEFT takes a model with PEFT's layers for a PeftModel, by an attribute
+    names = {f"0.{path}.base_layer": layer for path, layer in layers.items()}
+    rank = next(iter(layers.values())).r[NAME]
+    config = LoraConfig(r=rank, init_lora_weights="eva", target_modules="|".join(re.escape(n) for n in names))
+    fed: dict[str, int] = {}
+
+    def rows(inputs: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
+        found = inputs[0].reshape(-1, inputs[0].shape[-1]).contiguous()
+        if min(found.shape) < rank:
+            raise BadInput(
+                f"eva takes {rank} directions from what '{name[2:].removesuffix('.base_layer')}' is fed, which is "
+                f"{len(found)} rows of {found.shape[1]}: give larger batches, or a lower rank"
+            )
+        fed[name] = len(found)
+        return found
+
+    with quiet(model):
+        found = get_eva_state_dict(
+            root,
+            cast(Any, _Same(images[:EVA_IMAGES])),
+            config,
+            forward_fn=lambda m, x: m(x),
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=rows,
+            show_progress_bar=False,
+        )
+    with torch.no_grad():
+        for name, layer in names.items():
+            layer.lora_A[NAME].weight.copy_(found[name])
+    agree(layer.lora_A[NAME].weight for layer in layers.values())
+
+
+class _Same:
+    """A loader of one batch, again and again, but not for ever."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return _ROUNDS
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for _ in range(_ROUNDS):
+            yield self.images
+        raise BadInput(f"eva found no stable directions in {_ROUNDS} looks at the same images: give a lower rank")
+
+
+def gradients(model: nn.Module, paths: Sequence[str], config: LoraConfig, calibration: tuple[Tensor, Tensor]) -> None:
+    """Note the loss's gradient at each target, from which PEFT starts the factors and shifts the base (Wang et al., 2024).
+
+    calibration: images (batch, channels, height, width) and labels (batch,). The model runs in eval. Raises BadInput where
+    a layer is too small for so many ranks.
+    """
+    for path in paths:
+        smallest = min(model.get_submodule(path).weight.shape)  # type: ignore[union-attr]
+        if 2 * config.r > smallest:
+            raise BadInput(f"lora_ga takes {2 * config.r} directions of '{path}', whose smaller side is {smallest}: lower rank")
+    first = next(model.parameters())
+    x, y = (t.to(first.device) for t in calibration)
+    modes = [(m, m.training) for m in model.modules()]
+
+    def step() -> None:
+        model.eval()
+        F.cross_entropy(logits_of(model(x.to(first.dtype))).float(), y).backward()
+
+    try:
+        preprocess_loraga(model, config, step)
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def checked(calibration: Any) -> tuple[Tensor, Tensor]:
+    """Return images and labels. Raises BadInput for anything else."""
+    pair = calibration if isinstance(calibration, (tuple, list)) else ()
+    if (
+        len(pair) == 2
+        and all(isinstance(t, Tensor) for t in pair)
+        and pair[0].dim() == 4
+        and pair[1].shape == pair[0].shape[:1]
+    ):
+        return pair[0], pair[1]
+    raise BadInput(
+        "init lora_ga starts from the gradient of labelled images: give calibration=(images, labels), tensors of shape (batch, "
+        "channels, height, width) and (batch,); a recipe has none to give, so use eva, which looks at the first batch"
+    )
