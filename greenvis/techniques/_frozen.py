@@ -81,7 +81,10 @@ class Kept:
         found = self._read(samples, caches)
         if len(found) == len(caches):
             self.hits += len(rows)
-            self.earlier += int((~next(iter(caches.values()))[1][rows]).sum())
+            earlier = int((~next(iter(caches.values()))[1][rows]).sum())
+            if earlier and not self.earlier and self.note is not None:
+                self.note(f"cache: outputs of '{self.part}' were computed by an earlier run; its record has their energy")
+            self.earlier += earlier
         else:
             computed = _computed(compute, names)
             self.misses += len(rows)
@@ -107,6 +110,9 @@ class Kept:
         for cache, _ in self._caches.values():
             cache.close()
         self._caches.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_caches": {}}  # a copy opens files of its own
 
     def _cache(self, samples: Samples, name: str, device: torch.device | str | None) -> tuple[Cache, np.ndarray]:
         kind = torch.device(device or "cpu").type

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
 
 from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._prefix import InstalledPrefix
 from greenvis.views import view
 
 
@@ -16,12 +18,19 @@ class LinearProbe(Technique):
     """Train only the classifier; all below is frozen, its batch norms held (the baseline any adaptation must beat).
 
     Saves the whole backward but the head's, and all optimizer memory but the head's. Costs accuracy where the features do
-    not fit the task. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them.
+    not fit the task. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them; with `cache`, all but
+    the classifier runs in eval, and its forward, too, is saved from the second time on that a version of an image is seen: what
+    enters the classifier is kept on disk. In a loop of one's own, `Wrapped.show` says which samples a batch holds.
     """
 
     name: ClassVar[str] = "linear_probe"
     stage: ClassVar[Stage] = "weights"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
 
+    cache: Annotated[
+        bool | Literal["fp16"],
+        Field(description="run the frozen part once a sample and keep what it gives (fp16: half the size)"),
+    ] = False
     input_shape: Annotated[
         tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
     ] = None
@@ -31,4 +40,5 @@ class LinearProbe(Technique):
         found = view(model, self.input_shape, probe=False)
         learned = {id(p) for path in found.role("head") for p in model.get_submodule(path).parameters()}
         freeze(model, but=[p for p in model.parameters() if id(p) in learned])
-        return Installed(tuple(n for n, p in model.named_parameters() if id(p) in learned), freezes=True)
+        names = tuple(n for n, p in model.named_parameters() if id(p) in learned)
+        return InstalledPrefix(model, names, found.example, self.cache) if self.cache else Installed(names, freezes=True)

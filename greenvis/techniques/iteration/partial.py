@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._prefix import InstalledPrefix
 from greenvis.views import reached, view
 
 
@@ -17,13 +19,20 @@ class Partial(Technique):
     """Train the last `blocks` blocks and every layer behind them; freeze what lies before (Yosinski et al., 2014).
 
     Saves the backward of the frozen part, which stops at the first trained block, and its optimizer memory. Costs accuracy
-    where early features do not fit. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them.
+    where early features do not fit. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them; with
+    `cache`, it runs in eval, and its forward, too, is saved from the second time on that a version of an image is seen: what
+    enters the first trained block is kept on disk. In a loop of one's own, `Wrapped.show` says which samples a batch holds.
     """
 
     name: ClassVar[str] = "partial"
     stage: ClassVar[Stage] = "weights"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
 
     blocks: Annotated[int, Field(ge=1, description="how many of the last blocks train")] = 1
+    cache: Annotated[
+        bool | Literal["fp16"],
+        Field(description="run the frozen part once a sample and keep what it gives (fp16: half the size)"),
+    ] = False
     input_shape: Annotated[
         tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
     ] = None
@@ -42,4 +51,5 @@ class Partial(Technique):
         live = reached(model, found.example)
         names = {n for n in live if n.startswith(tuple(f"{p}." for p in behind))}
         freeze(model, but=[p for n, p in model.named_parameters() if n in names])
-        return Installed(tuple(n for n, _ in model.named_parameters() if n in names), freezes=True)
+        trained = tuple(n for n, _ in model.named_parameters() if n in names)
+        return InstalledPrefix(model, trained, found.example, self.cache) if self.cache else Installed(trained, freezes=True)
