@@ -1,0 +1,200 @@
+"""Token merging: from block to block the most similar tokens of a vision transformer become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.inference import _matching
+from greenvis.techniques.inference._halves import (
+    Block, add_mask, first, halves, main, masked_attention, rotated, with_first, with_main,
+)  # fmt: skip
+from greenvis.techniques.inference._keys import Source, sources
+from greenvis.techniques.inference._matching import Matching, bipartite_soft_matching, parse_r, source_matrix
+from greenvis.techniques.iteration._seams import check_runs, patches_matter
+from greenvis.views import view
+
+
+class TokenMerge(Technique):
+    """Merge the most similar tokens between attention and MLP of each block (ToMe: Bolya et al., 2023).
+
+    Saves compute in inference and training, without training for it: each block hands r fewer tokens on, r·depth in all. Costs
+    a comparison of the keys in each merging block, and accuracy, the more the larger r; at small batches or small r of small
+    models it costs more time than it saves. Class, distillation and register tokens are never merged. A merged token is the
+    mean of its patches, and counts in attention as many times as it has patches (`proportional`), still in the fused kernel.
+    A head that reads the patches (pooling, dense outputs) is given all of them back, each with the value it merged into, so
+    that a mean is weighted by size. Rotary embeddings go with the tokens. Blocks must be pre-norm with global attention.
+    """
+
+    name: ClassVar[str] = "token_merge"
+    stage: ClassVar[Stage] = "tokens"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "attention_maps"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"r": 2}, {"r": [3, -1], "proportional": False, "restore": "always"})
+    neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
+    nothing: ClassVar[Mapping[str, Any] | None] = {"r": [1] * 1000}
+
+    r: Annotated[
+        int | list[float],
+        Field(description="tokens merged in each block: a number, [r, inflection] (-1 falls from 2r to 0), or one number a block"),
+    ] = 8
+    proportional: Annotated[bool, Field(description="add log(size) to attention, so that merged tokens count as many")] = True
+    restore: Annotated[
+        Literal["auto", "always", "never"],
+        Field(description="give all tokens back behind the last block: where the head reads patches, always, or never"),
+    ] = "auto"
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put merging in. r = 0 installs nothing. Raises BadInput for windows, blocks that are not pre-norm, or too large an r list."""
+        found = view(model, self.input_shape, probe=False)
+        blocks = halves(model, found, "token merging")
+        numbers = parse_r(len(blocks), self.r)
+        start = next((i for i, n in enumerate(numbers) if n), None)
+        if start is None:
+            return InstalledTokenMerge(Flow(found.prefix_tokens))
+        if "rope" in found.flags and not all(b.rotary for b in blocks):
+            raise BadInput(
+                f"{type(model).__name__} rotates queries and keys by their place (RoPE), but its blocks are not handed the "
+                "embedding, so it cannot go with merged tokens"
+            )
+        keys = sources(model, found, blocks, "key")
+        flow = Flow(found.prefix_tokens)
+        merging = [Merging(b, k, n, flow, i) for i, (b, k, n) in enumerate(zip(blocks, keys, numbers, strict=True))][start:]
+        if self.proportional:  # all sizes are 1 before the first merge
+            where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
+            for module, m in zip(where, merging[1:], strict=True):
+                add_mask(module, m.log_size)
+        restore = self.restore == "always" or (self.restore == "auto" and patches_matter(model, found, blocks[-1].path))
+        merging[-1].restore = restore
+        for m in merging:
+            m.put(model)
+        if found.example.device.type != "meta":
+            check_runs(model, found.example, [], f"r = {self.r}")
+        live = InstalledTokenMerge(flow)
+        live.unmergeable = "merging tokens is a change of the run, not of weights; keep the model wrapped"
+        return live
+
+
+class Flow:
+    """What became of the tokens of the last batch. steps: the matching of each block that merged, by the block's number."""
+
+    def __init__(self, prefix: int) -> None:
+        self.prefix = prefix
+        self.steps: dict[int, Matching] = {}
+        self.size: dict[int, Tensor] = {}
+        self.places: dict[int, Tensor] = {}
+        self.length = 0
+
+    def upto(self, block: int | None) -> list[Matching]:
+        """Return the matchings of the blocks before number `block`, in order."""
+        return [m for i, m in sorted(self.steps.items()) if block is None or i < block]
+
+
+class Merging:
+    """One block at work. It finds the sizes and places of the tokens it is given under its own number, and leaves the next
+    block's under the next, so that a block run again (gradient checkpointing) finds what it found before."""
+
+    def __init__(self, block: Block, key: Source, r: int, flow: Flow, number: int) -> None:
+        self.block, self.key, self.r, self.flow, self.number = block, key, r, flow, number
+        self.restore = False
+        self._value: Tensor | None = None
+
+    def put(self, model: nn.Module) -> None:
+        """Take the place of the block's forward."""
+        if self.r:
+            self.key.watch(model, self._keep)
+        self.block.module.forward = self.forward
+
+    def log_size(self) -> Tensor | None:
+        """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32."""
+        size = self.flow.size.get(self.number)
+        return None if size is None else size.log()[:, None, None, :]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, and merge between its attention and its MLP."""
+        flow, i = self.flow, self.number
+        if i not in flow.size:
+            flow.length = main(args, kwargs).shape[1]
+        elif self.block.rotary:
+            args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+        if not self.r:
+            output = self.block.whole(*args, **kwargs)
+            self._pass_on(None)
+        else:
+            between = self.block.attend(*args, **kwargs)
+            x = self._merged(first(between))
+            args, kwargs = with_main(args, kwargs, x)
+            output = self.block.feed(*args, **kwargs)
+        if self.restore and (steps := flow.upto(None)):
+            output = with_first(output, _matching.unmerge(first(output), _matching.token_map(steps)))
+        return output
+
+    def _merged(self, x: Tensor) -> Tensor:
+        value, self._value = self._value, None
+        if value is None:
+            raise GreenvisError(f"block '{self.block.path}' ran without its attention's keys at '{self.key.path}'")
+        with torch.no_grad():
+            metric = self.key.read(self.block.module.get_submodule(self.key.path[len(self.block.path) + 1 :]), value)
+            matching = bipartite_soft_matching(metric.mean(2, dtype=torch.float32), self.r, self.flow.prefix)
+        if not matching.r:
+            self._pass_on(None)
+            return x
+        x, size = matching.merge(x, self.flow.size.get(self.number))
+        self._pass_on(matching, size)
+        return x
+
+    def _pass_on(self, matching: Matching | None, size: Tensor | None = None) -> None:
+        flow, i = self.flow, self.number
+        for kept, now in ((flow.steps, i), (flow.size, i + 1), (flow.places, i + 1)):
+            kept.pop(now, None)
+        if matching is not None and size is not None:
+            flow.steps[i], flow.size[i + 1] = matching, size
+            if self.block.rotary:
+                flow.places[i + 1] = matching.kept if i not in flow.places else flow.places[i].gather(1, matching.kept)
+        elif i in flow.size:
+            flow.size[i + 1] = flow.size[i]
+            if i in flow.places:
+                flow.places[i + 1] = flow.places[i]
+
+    def _keep(self, value: Tensor) -> None:
+        self._value = value.detach()
+
+
+class InstalledTokenMerge(Installed):
+    """Merging at work. What it says about tokens is of the last batch the model was given."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def token_map(self, block: int | None = None) -> Tensor | None:
+        """Return in which token each of the first ones lies behind the blocks before number `block` (None: behind the last).
+
+        int64 (batch, length); None where nothing has merged yet.
+        """
+        steps = self.flow.upto(block)
+        return _matching.token_map(steps) if steps else None
+
+    def sizes(self, block: int | None = None) -> Tensor | None:
+        """Return how many of the first tokens each remaining one stands for, fp32 (batch, remaining); None: all 1."""
+        steps = self.flow.upto(block)
+        return self.flow.size[max(i for i in self.flow.steps if block is None or i < block) + 1] if steps else None
+
+    def source(self, block: int | None = None) -> Tensor | None:
+        """Return (batch, remaining, length): 1 where a first token lies in a remaining one."""
+        steps = self.flow.upto(block)
+        return source_matrix(_matching.token_map(steps), steps[-1].remaining) if steps else None
+
+    def unmerge(self, x: Tensor, block: int | None = None) -> Tensor:
+        """Return features (batch, remaining, channels), as the block before number `block` gave them, for all first tokens."""
+        found = self.token_map(block)
+        return x if found is None else _matching.unmerge(x, found)
