@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.bitfit import Bitfit
     from greenvis.techniques.iteration.linear_probe import LinearProbe
     from greenvis.techniques.iteration.lora import Lora
+    from greenvis.techniques.iteration.lora_stream import LoraStream
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
@@ -41,8 +42,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "GreenvisError", "Installed", "LinearProbe", "Lora", "NormTune", "Partial",
-    "Prompt", "PromptPool", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
+    "NormTune", "Partial", "Prompt", "PromptPool", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
+    "wrap",
 ]  # fmt: skip
 
 

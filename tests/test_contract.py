@@ -21,6 +21,7 @@ WORKS = {
     "distill": 20,
     "linear_probe": 20,
     "lora": 20,
+    "lora_stream": 20,
     "norm_tune": 20,
     "partial": 19,
     "prompt": 8,
