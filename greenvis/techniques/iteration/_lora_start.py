@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig
+from peft import EvaConfig, LoraConfig
 from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
     root = nn.Sequential(model)  # PEFT takes a model with PEFT's layers for a PeftModel, by an attribute
     names = {f"0.{path}.base_layer": layer for path, layer in layers.items()}
     rank = next(iter(layers.values())).r[NAME]
-    config = LoraConfig(r=rank, init_lora_weights="eva", target_modules="|".join(re.escape(n) for n in names))
-    fed: dict[str, int] = {}
+    even = EvaConfig(rho=1.0)  # each layer keeps its rank: parameters that an optimizer holds cannot change their shape
+    config = LoraConfig(r=rank, init_lora_weights="eva", eva_config=even, target_modules="|".join(re.escape(n) for n in names))
 
     def rows(inputs: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
         found = inputs[0].reshape(-1, inputs[0].shape[-1]).contiguous()
@@ -42,7 +42,6 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
                 f"eva takes {rank} directions from what '{name[2:].removesuffix('.base_layer')}' is fed, which is "
                 f"{len(found)} rows of {found.shape[1]}: give larger batches, or a lower rank"
             )
-        fed[name] = len(found)
         return found
 
     with quiet(model):

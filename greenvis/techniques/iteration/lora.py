@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -222,6 +222,7 @@ class Lora(Technique):
             use_dora=self.variant == "dora",
             use_rslora=self.variant == "rslora",
             init_lora_weights=True if self.init == "default" else self.init,
+            eva_config=EvaConfig(rho=1.0) if self.init == "eva" else None,
             lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
             **common,
         )
