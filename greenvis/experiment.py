@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import continual, data, models, price, record, stream, train
+from greenvis import continual, data, models, price, record, stages, stream, train
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import DONE_FILE, WEIGHTS_FILE, Job, Jobs, located
 from greenvis.meters import memory
@@ -101,8 +101,8 @@ class Session:
         located(job.recipe.where("data", "stream"), self.stream, job)
         model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
-        ready = [t for t in job.arm.techniques if not t.runs()]
-        live = located(where, wrap, model, ready)
+        stages.check(job, model, self._ready)
+        live = located(where, wrap, model, self._ready(job))
         x = next(iter(data.batches(images.test, 2)))[0]
         shape = "×".join(str(n) for n in x.shape[1:])
         try:
@@ -120,6 +120,9 @@ class Session:
                 f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data has "
                 f"{len(images.classes)} classes: set num_classes of the model"
             )
+
+    def _ready(self, job: Job) -> list[Technique]:
+        return [t for t in self.layers(job) + list(job.arm.techniques) if not t.runs()]
 
     def build(self, job: Job, weights: bool = True) -> nn.Module:
         """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
@@ -153,12 +156,17 @@ class Session:
         memory.reset_peak()
         with self.tracker(job, self.runs, job.recipe.meter.codecarbon) as tracker:
             with tracker.phase("setup"):
-                live = self._wrap(job)
+                model = self.build(job)
+                live = wrap(model, () if job.arm.stages else self.techniques(job))
             tracker.live = live
             live.meter(tracker)
             self._facts(job, live, tracker)
-            progress = self._fit(job, live, tracker, checkpoint)
-            delta = live.state_dict()
+            if job.arm.stages:
+                live.undo()
+                live, progress, delta = stages.train(job, model, self.techniques, self._fit, tracker)
+            else:
+                progress = self._fit(job, live, tracker, checkpoint)
+                delta = live.state_dict()
             tracker.fact(
                 accuracy=progress.accuracy,
                 epochs=progress.epoch,
@@ -174,23 +182,29 @@ class Session:
         place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
         models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
         _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
-        checkpoint.unlink(missing_ok=True)
+        _forget(job, done=False)
 
-    def _fit(self, job: Job, live: Wrapped, tracker: Tracker, checkpoint: Path) -> train.Progress:
+    def _fit(
+        self, job: Job, live: Wrapped, tracker: Tracker, checkpoint: Path, phase: str = "train", done: int = 0
+    ) -> train.Progress:
         spec, images = job.arm.train, self.jobs.images(job.recipe)
         size, tests = spec.batch_size, max(spec.batch_size, 256)
         options: dict[str, Any] = {"seed": job.seed, "checkpoint": checkpoint, "log_with": self.log_with}
         its = self.stream(job)
         if its is None:
-            batches = partial(data.batches, images.train, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True)
+            batches = partial(
+                data.batches, images.train, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True
+            )
             return train.fit(
                 live,
-                lambda epoch, start: batches(epoch=epoch, start=start),
+                lambda epoch, start: batches(epoch=done + epoch, start=start),
                 math.ceil(len(images.train) / size),
                 lambda: data.batches(images.test, tests, workers=spec.workers),
                 spec,
                 tracker,
-                samples=self._samples(images.train),
+                samples=partial(self._samples(images.train), done),
+                phase=phase,
+                done=done,
                 **options,
             )
         assert job.arm.stream is not None
@@ -201,7 +215,7 @@ class Session:
             lambda task: data.batches(its.tests[task][1], tests, workers=spec.workers),
             spec,
             tracker,
-            samples=lambda task, epoch, at: known[task](epoch, at),
+            samples=lambda task, epoch, at: known[task](0, epoch, at),
             restart=job.arm.stream.restart,
             **options,
         )
@@ -220,12 +234,15 @@ class Session:
             raise BadInput(f"train.label_smoothing gives a share to classes which a {made.head} head hides; leave it out")
         return made
 
-    def _samples(self, images: data.ImageSet) -> Callable[[int, Tensor], Samples]:
-        """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`."""
+    def _samples(self, images: data.ImageSet) -> Callable[[int, int, Tensor], Samples]:
+        """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`.
+
+        Its arguments: epochs trained before, the epoch, positions.
+        """
         form = images.transform
         views = 1 if form.augment == "none" else form.views
         key, folder = images.key(), self.runs / CACHE_FOLDER
-        return lambda epoch, at: Samples(folder, key, len(images), views, at, form.view(epoch) if views else 0)
+        return lambda done, epoch, at: Samples(folder, key, len(images), views, at, form.view(done + epoch) if views else 0)
 
     def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
         """Return the meter of a job, which puts its record below `folder`."""
@@ -240,9 +257,13 @@ class Session:
             codecarbon=codecarbon, header=header,
         )  # fmt: skip
 
-    def _wrap(self, job: Job) -> Wrapped:
-        model = self.build(job)
-        return wrap(model, [self.resolved(job, technique) for technique in job.arm.techniques])
+    def techniques(self, job: Job, trained: bool = True) -> list[Technique]:
+        """Return what a job (or one stage of it) wraps its model with; see `resolved`."""
+        return self.layers(job) + [self.resolved(job, technique, trained) for technique in job.arm.techniques]
+
+    def layers(self, job: Job) -> list[Technique]:
+        """Return what freezes all but the layers a stage names, if it names any."""
+        return [stages.Layers(of=job.arm.layers)] if job.arm.layers else []
 
     def resolved(self, job: Job, technique: Technique, trained: bool = True) -> Technique:
         """Put the model a job left in the place of each "run:NAME"; with `trained` False, an untrained one like it."""
@@ -293,11 +314,13 @@ def _predicted(job: Job) -> dict[str, Any] | None:
     return arm["each"] if arm["inputs"] == job.inputs else None
 
 
-def _forget(job: Job) -> None:
-    """Make a job run again; its records stay, for energy once spent stays spent."""
-    (job.folder / DONE_FILE).unlink(missing_ok=True)
-    for checkpoint in job.folder.glob("*-" + CHECKPOINT_FILE):
-        checkpoint.unlink()
+def _forget(job: Job, done: bool = True) -> None:
+    """Remove checkpoints and, with `done`, make the job run again; its records stay, for energy once spent stays spent."""
+    if done:
+        (job.folder / DONE_FILE).unlink(missing_ok=True)
+    for pattern in ("*-" + CHECKPOINT_FILE, "*-" + stages.BOUNDARY):
+        for checkpoint in job.folder.glob(pattern):
+            checkpoint.unlink()
 
 
 @contextmanager

@@ -64,7 +64,7 @@ class Jobs:
 
     def images(self, recipe: Recipe) -> data.Data:
         """Return the recipe's data, loaded once."""
-        spec = recipe.data.model_dump()
+        spec = recipe.data.model_dump(exclude={"stream"})
         key = json.dumps([spec, str(recipe.folder.resolve())])
         if key not in self._data:
             self._data[key] = located(recipe.where("data", "name"), data.load, **spec, folder=recipe.folder)
@@ -86,6 +86,10 @@ class Jobs:
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
                 "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
             }
+            if arm.stream is not None:
+                inputs["stream"] = arm.stream.model_dump()
+            if arm.stages:
+                inputs["stages"] = [_stage(its) for its in arm.stages]
             digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
             folder = self.runs / recipe.name / arm.name / f"seed{seed}"
             self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
@@ -112,6 +116,11 @@ class Jobs:
                 )
         its = other.arm(name)
         return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
+
+
+def _stage(its: Arm) -> dict[str, Any]:
+    made = [{t.name: t.recipe_form()} for t in its.techniques]
+    return {"name": its.stage, "train": its.train.model_dump(exclude=UNHASHED), "techniques": made, "layers": its.layers}
 
 
 def _with_needs(job: Job) -> Iterator[Job]:

@@ -22,6 +22,26 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class StreamSpec(_Section):
+    """The data as a stream of tasks, learned one after another."""
+
+    kind: Literal["class", "domain", "task", "free"] = Field(
+        default="class", description="new classes come; the same look different; new ones, and the test says whose; no borders"
+    )
+    tasks: Annotated[int, Field(ge=2)] = 5
+    order: Literal["seed", "given"] = Field(default="seed", description="of classes or domains: drawn from the run's seed")
+    head: Literal["single", "growing", "multi"] | None = Field(
+        default=None,
+        description="who competes in training: all classes, those seen, the task's own; multi for task, else single",
+    )
+    domain: Literal["rotate", "permute"] = Field(default="rotate", description="what a domain stream does to its images")
+    blur: Annotated[float, Field(ge=0, description="of free: tasks an image may stand from its place")] = 0.5
+    train_on: Literal["task", "seen", "all"] = Field(
+        default="task", description="each task's images; all so far (cumulative); all tasks at once (joint)"
+    )
+    restart: bool = Field(default=False, description="begin each task from the first weights again")
+
+
 class DataSpec(_Section):
     """Which images, how many, and how they are shown to the model."""
 
@@ -40,6 +60,7 @@ class DataSpec(_Section):
     seed: int = Field(default=0, description="of subset and split")
     root: str | None = Field(default=None, description="folder of the data set's files, relative to the recipe")
     download: bool = False
+    stream: StreamSpec | None = Field(default=None, description="a stream of tasks; train.epochs are for each of them")
 
 
 class ModelSpec(_Section):
@@ -79,6 +100,15 @@ class TrainSpec(_Section):
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
 
 
+class StageSpec(_Section):
+    """One stage of an arm's training: what differs from the arm's `train`, the techniques, and which layers learn."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(None, description="stage1, … where absent")
+    train: dict[str, Any] = Field(default={}, description="epochs, lr, …; the epochs are the stage's own")
+    techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
+    layers: tuple[str, ...] = Field(default=(), description="roles (head, block, …) or patterns of module paths; all where absent")
+
+
 class ArmSpec(_Section):
     """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and `train`; techniques."""
 
@@ -87,6 +117,8 @@ class ArmSpec(_Section):
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
     techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
+    stream: dict[str, Any] = Field(default={}, description="what differs from the recipe's `data.stream`")
+    stages: tuple[StageSpec, ...] = Field(default=(), description="train in stages, one after another, on one model")
 
 
 class ReportSpec(_Section):
@@ -115,11 +147,16 @@ class Arm(BaseModel):
     model: ModelSpec
     train: TrainSpec
     techniques: tuple[Technique, ...]
+    stream: StreamSpec | None = None
+    stage: str = ""
+    layers: tuple[str, ...] = ()
+    stages: tuple[Arm, ...] = ()
 
     def needs(self) -> list[str]:
         """Return the references to other runs ("run:NAME") this arm builds on."""
         own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
-        return own + [ref for t in self.techniques for ref in t.runs().values()]
+        listed = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
+        return own + [ref for t in listed for ref in t.runs().values()]
 
 
 class Recipe(_Section):
@@ -171,14 +208,39 @@ class Recipe(_Section):
         other = spec.model.get("ref", self.model.ref) != self.model.ref
         model = {**({} if other else self.model.model_dump(exclude_unset=True)), **spec.model}
         train = {**self.train.model_dump(exclude_unset=True), **spec.train}
+        if spec.stream and self.data.stream is None:
+            raise BadInput(f"{self.where('arms', name, 'stream')}: data.stream is missing, so there is nothing to change here")
+        own = self.data.stream and {**self.data.stream.model_dump(exclude_unset=True), **spec.stream}
         at = ("arms", name, "techniques")
         techniques = tuple(_technique(item, self.where, (*at, i)) for i, item in enumerate(spec.techniques))
-        return Arm(
+        arm = Arm(
             name=name,
             model=_valid(ModelSpec, model, self.where, ("arms", name, "model")),
             train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
             techniques=techniques,
+            stream=None if own is None else _valid(StreamSpec, own, self.where, ("arms", name, "stream")),
         )
+        return arm.model_copy(update={"stages": self._stages(arm)})
+
+    def _stages(self, arm: Arm) -> tuple[Arm, ...]:
+        """Return the arm's stages, each as an arm of its own."""
+        listed, at = self.arms[arm.name].stages, ("arms", arm.name, "stages")
+        for beside, there in (("techniques", arm.techniques), ("data.stream", arm.stream)):
+            if listed and there:
+                raise BadInput(f"{self.where(*at)}: an arm has stages or {beside}, not both; each stage lists its own techniques")
+        out: list[Arm] = []
+        for i, spec in enumerate(listed):
+            stage = spec.name or f"stage{i + 1}"
+            whole = sorted({"seeds", "threads"} & spec.train.keys())
+            if whole or stage in [s.stage for s in out]:
+                said = f"train.{whole[0]} belongs to the whole arm" if whole else f"a second stage is named '{stage}'"
+                raise BadInput(f"{self.where(*at, i)}: {said}")
+            own = {**arm.train.model_dump(exclude_unset=True), **spec.train}
+            made = [_technique(item, self.where, (*at, i, "techniques", j)) for j, item in enumerate(spec.techniques)]
+            train = _valid(TrainSpec, own, self.where, (*at, i, "train"))
+            update = {"stage": stage, "train": train, "techniques": tuple(made), "layers": spec.layers}
+            out.append(arm.model_copy(update=update))
+        return tuple(out)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -1,0 +1,192 @@
+"""Streams of tasks: who is in which task, what heads hide, the matrix, and resuming in the middle of the stream."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from greenvis import data, experiment, record, stream
+from greenvis.errors import BadInput
+
+RECIPE = """\
+name: tiny
+data: {name: digits, train: 300, test: 100, stream: {kind: class, tasks: 5}}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, num_heads: 2}
+train: {epochs: 2, batch_size: 20, lr: 3.0e-3, threads: 1, checkpoint_every_s: 0.02}
+arms:
+  plain: {}
+  told: {stream: {kind: task, tasks: 3}}
+  free: {stream: {kind: free, head: growing}}
+  turned: {stream: {kind: domain, tasks: 3}}
+  cumulative: {stream: {train_on: seen, restart: true}}
+  joint: {stream: {train_on: all}}
+meter: {codecarbon: false}
+"""
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Data:
+    return data.load("digits", train=400, test=100)
+
+
+def _write(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["class", "task"])
+def test_classes_are_dealt_out_once_and_no_image_twice(digits: data.Data, kind: Any) -> None:
+    made = stream.make(digits, kind=kind, tasks=4, seed=3)
+    assert sorted(c for task in made.tasks for c in task.classes) == list(range(10))
+    assert [len(task.classes) for task in made.tasks] == [3, 3, 2, 2]
+    assert [task.known for task in made.tasks] == [kind == "task"] * 4
+    ids = torch.cat([images.ids for images in made.train])
+    assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
+    for task, images, (classes, test) in zip(made.tasks, made.train, made.tests, strict=True):
+        assert set(images.targets.tolist()) == set(test.targets.tolist()) == set(task.classes) == set(classes)
+    assert made.tasks[-1].seen == tuple(c for task in made.tasks for c in task.classes)
+    assert made.head == ("multi" if kind == "task" else "single")
+
+
+def test_order_is_the_seeds_or_as_given(digits: data.Data) -> None:
+    given = stream.make(digits, order="given")
+    assert [task.classes for task in given.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    a, b, c = (stream.make(digits, seed=s) for s in (1, 1, 2))
+    assert [t.classes for t in a.tasks] == [t.classes for t in b.tasks]
+    assert [t.classes for t in a.tasks] != [t.classes for t in c.tasks]
+
+
+def test_a_free_stream_keeps_every_image_and_blurs_the_borders(digits: data.Data) -> None:
+    sharp = stream.make(digits, kind="free", blur=0.0, order="given")
+    soft = stream.make(digits, kind="free", blur=1.0, order="given")
+    assert not sharp.told
+    for made in (sharp, soft):
+        ids = torch.cat([images.ids for images in made.train])
+        assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
+    assert all(len(images.targets.unique()) <= 4 for images in sharp.train)
+    assert sum(len(a.targets.unique()) > len(b.targets.unique()) for a, b in zip(soft.train, sharp.train, strict=True)) >= 4
+
+
+def test_domains_turn_or_permute_the_same_images(digits: data.Data) -> None:
+    turned = stream.make(digits, kind="domain", tasks=2, order="given")
+    x, y = turned.train[1].batch([0, 5])
+    plain, labels = digits.train.batch([0, 5])
+    assert torch.equal(y, labels)
+    assert torch.allclose(x, plain.rot90(1, (2, 3)), atol=1e-4)  # half of a half turn, counter-clockwise
+    permuted = stream.make(digits, kind="domain", domain="permute", tasks=3)
+    assert torch.equal(permuted.train[0].batch([3])[0], digits.train.batch([3])[0])
+    one, other = (permuted.train[t].batch([3])[0].flatten() for t in (1, 2))
+    assert torch.equal(one.sort().values, other.sort().values)
+    assert not torch.equal(one, other)
+    test, same = (images.batch([0])[0].flatten().sort().values for images in (permuted.tests[1][1], digits.test))
+    assert torch.equal(test, same)
+    assert len({str(images.key()) for images in (*turned.train, *permuted.train)}) == 4  # the unturned and unpermuted are one
+
+
+def test_cumulative_and_joint_hold_all_they_should(digits: data.Data) -> None:
+    seen = stream.make(digits, train_on="seen")
+    assert [len(images) for images in seen.train] == [sum(len(i) for i in stream.make(digits).train[: t + 1]) for t in range(5)]
+    joint = stream.make(digits, train_on="all")
+    assert (len(joint.tasks), len(joint.tests), len(joint.train[0])) == (1, 5, 400)
+    x, y = joint.train[0].batch([0, 399, 7])
+    ids = joint.train[0].ids[[0, 399, 7]]
+    rows = [digits.train.ids.tolist().index(i) for i in ids.tolist()]
+    assert torch.equal(x, digits.train.batch(rows)[0])
+    assert torch.equal(y, digits.train.targets[rows])
+    part = joint.train[0].take([1, 399])
+    assert part.ids.tolist() == joint.train[0].ids[[1, 399]].tolist()
+
+
+def test_heads_hide_what_does_not_compete(digits: data.Data) -> None:
+    logits, y = torch.randn(3, 10), torch.tensor([2, 3, 0])
+    shown = {
+        h: ~stream.make(digits, order="given", head=h).masked(1, logits, y).isinf() for h in ("single", "growing", "multi")
+    }
+    assert shown["single"].all()
+    assert shown["growing"].tolist() == [[True] * 4 + [False] * 6] * 3
+    assert shown["multi"].nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3], [2, 0], [2, 1]]  # a replayed 0: its own task's
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tasks: 5", "tasks: 12", "12 tasks need as many classes, and the data has 10"),
+        ("kind: class", "kind: clas", "data.stream.kind: input should be 'class', 'domain', 'task' or 'free'"),
+        ("{kind: domain, tasks: 3}", "{kind: domain, head: multi}", "share their classes"),
+        ("lr: 3.0e-3", "lr: 3.0e-3, target_accuracy: 0.5", "leave it out"),
+        ("lr: 3.0e-3", "lr: 3.0e-3, label_smoothing: 0.1", "a multi head hides"),
+        (", stream: {kind: class, tasks: 5}", "", "data.stream is missing"),
+    ],
+)
+def test_what_cannot_be_a_stream_is_refused_before_anything_is_written(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    path = _write(tmp_path, RECIPE.replace(old, new))
+    with pytest.raises(BadInput, match=message):
+        experiment.run(path, runs=tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    experiment.run(_write(folder), runs=folder / "runs")
+    return folder
+
+
+def test_every_arm_leaves_its_matrix(finished: Path) -> None:
+    runs = {r.header["arm"]: r for r in (record.read(path) for path in record.find([finished / "runs"]))}
+    for arm, tasks in (("plain", 5), ("told", 3), ("free", 5), ("turned", 3), ("cumulative", 5), ("joint", 5)):
+        facts = runs[arm].facts
+        matrix = facts["task_accuracy"]
+        assert [len(row) for row in matrix] == [tasks] * tasks
+        assert facts["accuracy"] == pytest.approx(sum(matrix[-1]) / tasks)
+        assert facts["stream"]["tasks"] == tasks
+        assert (runs[arm].sum("wall_s", "train/task1/epoch2") or 0) > 0
+    plain, known = (runs["plain"].facts[k] for k in ("task_accuracy", "task_accuracy_known"))
+    assert all(k >= a for row, its in zip(plain, known, strict=True) for a, k in zip(row, its, strict=True))
+    assert plain[0][3] == 0.0
+    assert "task_accuracy_known" not in runs["turned"].facts
+    assert runs["joint"].facts["task_accuracy"][:4] == [[None] * 5] * 4
+    assert runs["joint"].sum("samples", "train") == runs["plain"].sum("samples", "train") == 600
+    assert runs["cumulative"].sum("samples", "train") == 2 * sum(runs["cumulative"].facts["stream"]["train"])
+    assert [x["task"] for x in runs["plain"].logs if "task" in x] == [1, 2, 3, 4, 5]
+
+
+def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(finished: Path, tmp_path: Path) -> None:
+    only = _write(tmp_path, "".join(line for line in RECIPE.splitlines(True) if "{stream: {" not in line or "data" in line))
+    command = [sys.executable, "-m", "greenvis", "run", str(only), "--runs", str(tmp_path / "runs"), "--json"]
+    process = subprocess.Popen([*command, "--out", str(tmp_path / "report")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None and not _in_task(tmp_path, 3):
+        time.sleep(0.005)
+    assert process.poll() is None, process.stderr and process.stderr.read()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert [r.header["arm"] for r in (record.read(p) for p in record.find([tmp_path / "runs"])) if r.status == "crashed"]
+    experiment.run(only, runs=tmp_path / "runs")
+    assert _matrix(tmp_path) == _matrix(finished)
+    one, other = (load_file(f / "runs/tiny/plain/seed0/model.safetensors") for f in (tmp_path, finished))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def _in_task(folder: Path, task: int) -> bool:
+    for path in folder.rglob("*.jsonl*"):
+        if f'"task": {task - 1}' in (text := path.read_text()) or f'"task":{task - 1}' in text:
+            return True
+    return False
+
+
+def _matrix(folder: Path) -> Any:
+    runs = [record.read(path) for path in record.find([folder / "runs/tiny/plain"])]
+    return next(r.facts["task_accuracy"] for r in runs if r.status == "done")
