@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from greenvis.report import report
     from greenvis.technique import Installed, Technique
     from greenvis.techniques.inference.distill import Distill
+    from greenvis.techniques.inference.early_exit import EarlyExit
     from greenvis.techniques.iteration.adapter import Adapter
     from greenvis.techniques.iteration.bitfit import Bitfit
     from greenvis.techniques.iteration.linear_probe import LinearProbe
@@ -42,7 +43,7 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
     "NormTune", "Partial", "Prompt", "PromptPool", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
     "wrap",
 ]  # fmt: skip

@@ -19,6 +19,7 @@ WORKS = {
     "adapter": 20,
     "bitfit": 20,
     "distill": 20,
+    "early_exit": 20,
     "linear_probe": 20,
     "lora": 20,
     "lora_stream": 20,

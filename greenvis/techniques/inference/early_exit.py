@@ -1,0 +1,240 @@
+"""Early exit: heads behind some blocks answer for the samples they are sure of, and only the others go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.surgery import freeze
+from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.techniques.inference import _places
+from greenvis.techniques.inference._calibration import Calibration, choose
+from greenvis.techniques.inference._exits import NEVER, self_distillation
+from greenvis.techniques.inference._leaving import Exits, Outer
+
+SWEEP = {"max_prob": (0.99, 0.95, 0.9, 0.8, 0.6), "entropy": (0.95, 0.9, 0.8, 0.6, 0.4), "patience": ()}
+
+
+class EarlyExit(Technique):
+    """Answer early where an exit is sure: heads behind some blocks, and a batch that shrinks as samples leave
+    (Shallow-Deep Networks: Kaya et al., 2019; MSDNet: Huang et al., 2018).
+
+    Saves inference energy as samples leave: the rest of the model runs on a smaller batch, or not at all. Costs the heads
+    (a norm and a linear layer each), in training and for good, and small batches gain less. In training the model gives its
+    own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave once thresholds are set, by
+    `threshold` or `calibrate`; until then nothing changes. Whoever leaves has no other outputs (hidden states): those are None.
+
+    at: a number (after so many blocks), a share of the forward's MACs (0 to 1), or a module's path. criterion: "max_prob",
+    "entropy" (1 − entropy / log classes) or "patience" (for how many exits in a row the answer stayed: Zhou et al., 2020).
+    """
+
+    name: ClassVar[str] = "early_exit"
+    stage: ClassVar[Stage] = "exits"
+    needs: ClassVar[frozenset[str]] = frozenset({"batch_independence"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"at": (0.4,), "base": "freeze", "distill": 0.5},
+        {"at": (0.3, 0.6), "threshold": 0.25},
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": "never"}
+    nothing: ClassVar[Mapping[str, Any] | None] = {"at": ("no.such.block",)}
+
+    at: Annotated[tuple[int | float | str, ...], Field(min_length=1, description="where the exits are")] = (0.25, 0.5, 0.75)
+    base: Annotated[Literal["train", "freeze"], Field(description="train the model with its exits, or the exits alone")] = (
+        "train"
+    )
+    pool: Annotated[
+        Literal["auto", "token", "mean", "both"],
+        Field(description="what of a token sequence a head reads; auto: as the model's"),
+    ] = "auto"
+    weights: Annotated[tuple[float, ...] | None, Field(description="of each exit's loss; 1 each where absent (MSDNet)")] = None
+    distill: Annotated[float, Field(ge=0, description="factor of what the last exit teaches each")] = 0.0
+    temperature: Annotated[float, Field(gt=0, description="softens both answers in that lesson")] = 3.0
+    criterion: Annotated[Literal["max_prob", "entropy", "patience"], Field(description="when an exit is sure")] = "max_prob"
+    threshold: Annotated[
+        Literal["never"] | float | tuple[float, ...], Field(description="leave from here on; one, or one an exit")
+    ] = "never"
+    target_drop: Annotated[
+        float | None, Field(gt=0, lt=1, description="after training, choose thresholds that lose no more accuracy than this")
+    ] = None
+    budget: Annotated[
+        float | None, Field(gt=0, le=1, description="after training, choose thresholds for this share of the MACs")
+    ] = None
+    confidence: Annotated[float, Field(ge=0.5, lt=1, description="with which the bound on the drop holds")] = 0.95
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put the exits in. Raises BadInput where samples cannot leave without changing the others' answers."""
+        if self.target_drop is not None and self.budget is not None:
+            raise BadInput("early_exit takes target_drop or budget, not both")
+        found = _places.find(model, self.at, self.input_shape)
+        for field, value in (("weights", self.weights), ("threshold", self.threshold)):
+            if isinstance(value, tuple) and len(value) != len(found.paths):
+                raise BadInput(f"early_exit: {field} has {len(value)} values, but there are {len(found.paths)} exits")
+        exits = Exits(model, self.criterion, detach=self.base == "freeze")
+        pool = _places.pooling(model, found.view) if self.pool == "auto" else self.pool
+        _places.put(exits, found, pool)
+        outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]  # the way in, and where answers meet
+        costs = _places.try_out(exits, outer, found)
+        if self.threshold != "never":
+            given = self.threshold if isinstance(self.threshold, tuple) else (self.threshold,) * len(found.paths)
+            exits.thresholds[:] = [float(t) for t in given]
+        if self.base == "freeze":
+            freeze(model, but=[p for head in exits.heads for p in head.parameters()])
+        return InstalledEarlyExit(self, exits, found, costs)
+
+
+class InstalledEarlyExit(Installed):
+    """The exits at work. paths: the modules they are behind. costs: MACs an image until each exit and to the end."""
+
+    def __init__(self, request: EarlyExit, exits: Exits, found: _places.Found, costs: list[float]) -> None:
+        added = {id(p) for head in exits.heads for p in head.parameters()}
+        names = tuple(n for n, p in exits.model.named_parameters() if id(p) in added)
+        super().__init__(names, freezes=request.base == "freeze")
+        self.request, self.exits, self.costs = request, exits, costs
+        self.paths, self.example = found.paths, found.view.example
+        self.calibrates = request.target_drop is not None or request.budget is not None
+        self.calibration: Calibration | None = None
+        self.unmergeable = "its exits are heads beside the model's own; export(live, exit=k) gives a plain model up to exit k"
+
+    @property
+    def thresholds(self) -> list[float]:
+        """From which confidence on a sample leaves at each exit; infinite: never. Set freely."""
+        return self.exits.thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Iterable[float]) -> None:
+        given = [float(v) for v in values]
+        if len(given) != len(self.paths):
+            raise BadInput(f"{len(given)} thresholds for {len(self.paths)} exits: give one for each")
+        self.exits.thresholds[:] = given
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"early_exit": Σ weight · (cross-entropy + distill · self-distillation)}."""
+        seen, self.exits.seen = self.exits.seen, None
+        if seen is None or (self.request.distill and logits is None):
+            raise GreenvisError(
+                "early_exit adds its loss to a forward of the model in training mode: call model.train() and model(x)"
+            )
+        total = []
+        for weight, early in zip(self.request.weights or [1.0] * len(seen), seen, strict=True):
+            loss = F.cross_entropy(early, y)
+            if self.request.distill:
+                loss = loss + self.request.distill * self_distillation(early, logits_of(logits), self.request.temperature)
+            total.append(weight * loss)
+        return {"early_exit": torch.stack(total).sum()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the thresholds, float64 (exits,)."""
+        return {"thresholds": torch.tensor(self.thresholds, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the thresholds back."""
+        if "thresholds" in state:
+            self.thresholds = state["thresholds"].tolist()
+
+    @contextmanager
+    def at(self, thresholds: Iterable[float] | float) -> Iterator[dict[str, Any]]:
+        """Hold these thresholds (one for all, or one each) within; then the mapping says how many left at each exit."""
+        before, facts = list(self.thresholds), {}
+        self.thresholds = [thresholds] * len(self.paths) if isinstance(thresholds, (int, float)) else thresholds
+        self.exits.tally = [0] * (len(self.paths) + 1)
+        try:
+            yield facts
+        finally:
+            self.thresholds, gone = before, self.exits.tally
+            total = max(sum(gone), 1)
+            facts["exits"] = gone
+            facts["macs"] = sum(n * c for n, c in zip(gone, self.costs, strict=True)) / total
+
+    def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
+        """Return the settings a report compares: no early exit, some thresholds, and those calibrated or given."""
+        points = {"never": self.at(NEVER), **{f"{t:g}": self.at(t) for t in SWEEP[self.request.criterion]}}
+        if self.request.criterion == "patience":
+            points |= {str(t): self.at(t) for t in range(len(self.paths) - 1, 0, -1)}
+        if any(t < NEVER for t in self.thresholds):
+            points["calibrated" if self.calibration else "set"] = self.at(list(self.thresholds))
+        return points
+
+    def calibrate(self, loader: Iterable[Any]) -> Mapping[str, Any]:
+        """Choose the thresholds as the request says, on samples that no training step has seen; return the facts."""
+        request = self.request
+        return calibrate(
+            self, loader, target_drop=request.target_drop, budget=request.budget, confidence=request.confidence
+        ).as_dict()  # fmt: skip
+
+    def logits(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """Return every exit's logits, the model's own last, float32 (exits, samples, classes), and the labels (samples,)."""
+        model, rows, labels = self.exits.model, [], []
+        modes = [(m, m.training) for m in model.modules()]
+        device = next(iter(model.parameters())).device
+        model.eval()
+        try:
+            with torch.inference_mode(), self.exits.record() as seen:
+                for x, y, *_ in loader:
+                    model(x.to(device))
+                    rows.append(torch.stack([s.float().cpu() for s in seen]))
+                    labels.append(y.cpu())
+        finally:
+            for module, training in modes:
+                module.training = training
+        if not rows:
+            raise BadInput("calibrate was given no samples: pass a loader of held-out (x, y)")
+        return torch.cat(rows, 1), torch.cat(labels)
+
+
+def calibrate(
+    live: Any,
+    loader: Iterable[Any],
+    *,
+    target_drop: float | None = None,
+    budget: float | None = None,
+    confidence: float = 0.95,
+) -> Calibration:
+    """Choose the thresholds of `live` on held-out samples, set them, and return what they do (`choose` says how).
+
+    live: what `wrap` gave. loader: (x, y) that no training step has seen, and that are not the test set. target_drop: accuracy
+    that may be lost, 0 to 1, kept by an upper bound that holds with `confidence`; where no threshold keeps it, nobody
+    leaves and `drop_upper` is 0. budget: mean MACs ÷ the whole model's. `live.save` keeps the thresholds. Raises BadInput.
+    """
+    installed = _of(live)
+    logits, targets = installed.logits(loader)
+    found = choose(
+        logits, targets, installed.costs, installed.request.criterion,
+        target_drop=target_drop, budget=budget, confidence=confidence,
+    )  # fmt: skip
+    installed.thresholds = found.thresholds
+    installed.calibration = found
+    return found
+
+
+def export(live: Any, exit: int) -> nn.Module:
+    """Return a copy of the model that ends at this exit (1 is the first), static, in eval, without what lies behind.
+
+    It holds no decision on data: torch.export, torch.compile and ONNX take it whole. Raises BadInput for an exit there is not.
+    """
+    installed = _of(live)
+    if not 1 <= exit <= len(installed.paths):
+        raise BadInput(f"exit is {exit}; there are {len(installed.paths)}, numbered from 1 ({', '.join(installed.paths)})")
+    model = copy.deepcopy(installed.exits.model).eval().requires_grad_(False)
+    outer: Any = model.forward
+    outer.exits.only = exit - 1
+    _places.drop_unused(model, outer.exits, installed.example)
+    return model
+
+
+def _of(live: Any) -> InstalledEarlyExit:
+    found = [i for i in getattr(live, "installed", [live]) if isinstance(i, InstalledEarlyExit)]
+    if not found:
+        raise BadInput("this model has no early exits: wrap it with EarlyExit(…) and give what wrap() returned")
+    return found[0]
