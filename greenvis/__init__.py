@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
     from greenvis.techniques.iteration.prompt_pool import PromptPool
+    from greenvis.techniques.iteration.reuse import Reuse
     from greenvis.techniques.iteration.side import Side
     from greenvis.wrap import Wrapped, wrap
 
@@ -44,7 +45,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
-    "NormTune", "Partial", "Prompt", "PromptPool", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
+    "NormTune", "Partial", "Prompt", "PromptPool", "Reuse", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
     "wrap",
 ]  # fmt: skip
 

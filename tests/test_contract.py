@@ -27,6 +27,7 @@ WORKS = {
     "partial": 19,
     "prompt": 8,
     "prompt_pool": 8,
+    "reuse": 8,
     "side": 9,
 }
 PROOF = ("distill", "lora")  # on all hosts each time; the others on these, and on all when slow
