@@ -97,8 +97,8 @@ def _part(
         batches,
         math.ceil(len(stream.train[index]) / spec.batch_size),
         None if samples is None else partial(samples, index),
-        f"train/task{index + 1}",
-        stream.task_loss(index, spec.label_smoothing),
+        phase=f"train/task{index + 1}",
+        task_loss=stream.task_loss(index, spec.label_smoothing),
     )
 
 
