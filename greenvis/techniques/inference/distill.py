@@ -1,102 +1,359 @@
-"""Knowledge distillation: a small student learns from a large frozen teacher's soft answers."""
+"""Knowledge distillation: a small student learns from large frozen teachers, their answers, features and relations."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from greenvis import models
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.techniques.inference import _teachers as teaching
+from greenvis.techniques.inference._kd import dkd_loss, kd_loss, kd_task_loss, labels_of
+from greenvis.techniques.inference._layers import Place, Taps
+from greenvis.techniques.inference._losses import Comparison, Loss, compare
+from greenvis.techniques.inference._taught import ANSWER, ITSELF, Keep, Taught, Teacher, built
+from greenvis.techniques.iteration._seams import seat
+from greenvis.views import view
+
+__all__ = ["Distill", "InstalledDistill", "Keep", "Loss", "Teacher", "dkd_loss", "kd_loss", "kd_task_loss"]
+
+_CHILD = "distill_projections"
+_SIMPLE = "teacher"
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """Return T² · KL(teacher ‖ student) of softened answers (Hinton et al., 2015, section 2), a scalar.
-
-    Both logits: (batch, classes). Summed over classes, averaged over the batch; T² keeps its gradient comparable to the
-    task loss's whatever the temperature.
-    """
-    student = F.log_softmax(student_logits / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="batchmean", log_target=True) * temperature**2
+def _two(model: nn.Module) -> dict[str, nn.Module]:
+    return {"a": copy.deepcopy(model), "b": copy.deepcopy(model)}
 
 
 class Distill(Technique):
-    """Add the soft answers of a frozen teacher to the loss (Hinton et al., 2015).
+    """Learn from frozen teachers: their soft answers (Hinton et al., 2015), features, or relations.
 
-    Saves inference energy, where the student is smaller than the model it replaces. Costs one teacher forward a step, in
-    the phase "teacher", and the teacher's own training: it pays back after N* images served, or never.
+    Saves inference energy, where the student is smaller than the model it replaces: it stays a plain model, and merges. Costs
+    one forward of each teacher a step, in the phase "teacher", and the teachers' own training: it pays back after N* images
+    served, or never. `cache` keeps what a teacher says, so that it is asked once an image and view, not once an epoch;
+    `teacher_epochs` stops asking early; `precision` and `compile` make each forward cheaper. Adds a term "distill_KIND" for
+    each loss.
+
+    teacher "ema" is the student's own running mean (Tarvainen & Valpola, 2017). A teacher of three colours sees grey images
+    in all three. With a "token" loss the task is learned by the class token's head alone, as in DeiT. Losses on features
+    project the student's channels to the teacher's where they must (trained along, saved in the delta, gone after
+    merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be merged,
+    pruned or added. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several teachers `facts` say how much they
+    contradict each other.
     """
 
     name: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = "objective"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"teacher": copy.deepcopy, "temperature": 2.0},)
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"teacher": copy.deepcopy, "temperature": 2.0},
+        {
+            "teachers": _two,
+            "combine": "learned",
+            "losses": [{"kind": "dkd"}, {"kind": "rkd", "teacher": "b", "layers": "last"}],
+        },
+        {"teacher": copy.deepcopy, "losses": [{"kind": "hint", "residual": True}, {"kind": "review", "width": 8}]},
+        {"teacher": "ema", "losses": [{"kind": "cosine"}, {"kind": "minilm"}]},
+    )
 
-    teacher: Any = Field(description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …')
+    teacher: Any = Field(None, description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": itself')
+    teachers: dict[str, Teacher] | None = Field(None, description="several by name, each as a model or with weight and size")
+    combine: Annotated[
+        Literal["fixed", "agreement", "confidence", "learned"], Field(description="how several teachers' answers are weighed")
+    ] = "fixed"
+    losses: Annotated[tuple[Loss, ...], Field(min_length=1, description="what is compared")] = (
+        Loss.model_validate({"kind": "kd"}),
+    )
     temperature: Annotated[float, Field(gt=0, description="softens both answers")] = 4.0
-    weight: Annotated[float, Field(ge=0, description="factor of the distillation term")] = 1.0
-    task_weight: Annotated[float, Field(ge=0, description="factor of the task loss")] = 1.0
+    weight: Annotated[float, Field(ge=0, description="factor of all distillation terms")] = 1.0
+    task_weight: Annotated[float, Field(ge=0, description="factor of the task loss, while the teacher is asked")] = 1.0
+    size: Annotated[int, Field(gt=0)] | None = Field(None, description="side in pixels at which the teacher sees the images")
+    momentum: Annotated[float, Field(ge=0, lt=1, description='of "ema"')] = 0.999
+    teacher_epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs with a teacher; the rest go without")
+    cache: Annotated[bool | Keep, Field(description="keep what the teacher says on disk")] = False
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, Field(description="of the teacher's forward; the training's where absent")
+    ] = None
+    compile: Annotated[bool, Field(description="compile the teacher; answers only")] = False
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Distill:
+        if (self.teacher is None) == (self.teachers is None):
+            raise ValueError("give either 'teacher' or 'teachers'")
+        if self.teachers is not None:
+            if not self.teachers or self.size is not None:
+                raise ValueError("'teachers' names at least one, each with a `size` of its own")
+            for loss in self.losses:
+                if loss.teacher is not None and loss.teacher not in self.teachers:
+                    raise ValueError(f"no teacher '{loss.teacher}'{nearest(loss.teacher, self.teachers)}")
+                if loss.teacher is None and not loss.on_answers and len(self.teachers) > 1:
+                    raise ValueError(f"'{loss.kind}' compares features, of one teacher: say which in its `teacher`")
+        if self._itself and self.cache:
+            raise ValueError("'ema' changes with every step, so there is nothing to cache")
+        if self.compile and not all(loss.on_answers for loss in self.losses):
+            raise ValueError("a compiled teacher shows no features; leave `compile` out, or distil answers only")
+        return self
+
+    @property
+    def needs(self) -> frozenset[str]:  # type: ignore[override]
+        """What another technique must not break: features of tokens are compared place by place."""
+        return frozenset() if all(loss.on_answers for loss in self.losses) else frozenset({"token_grid"})
+
+    @property
+    def _itself(self) -> bool:
+        return any(isinstance(t.model, str) and t.model == ITSELF for t in self._all().values())
+
+    def _all(self) -> dict[str, Teacher]:
+        return self.teachers or {_SIMPLE: Teacher(model=self.teacher, size=self.size)}
+
+    def runs(self) -> dict[str, str]:
+        """Return teachers that name another run, by field and name."""
+        several = {f"teachers.{n}": t.model for n, t in (self.teachers or {}).items() if isinstance(t.model, str)}
+        return super().runs() | {key: ref for key, ref in several.items() if ref.startswith("run:")}
+
+    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+        """Return the request with models in the place of the runs."""
+        if self.teachers is None:
+            return super().with_runs(found)
+        placed = {n: t.model_copy(update={"model": found.get(f"teachers.{n}", t.model)}) for n, t in self.teachers.items()}
+        return self.model_copy(update={"teachers": placed})
 
     def install(self, model: nn.Module) -> Installed:
-        """Check the teacher and put it into eval. Raises BadInput for a teacher that shares weights with `model`."""
-        teacher = self.teacher
-        if isinstance(teacher, str):
-            if teacher.startswith("run:"):
-                raise BadInput(
-                    f"the teacher '{teacher}' names a run: only a recipe can resolve it; give a model or 'file:PATH' here"
-                )
-            teacher = models.build(teacher, folder=Path())
-        if not isinstance(teacher, nn.Module):
-            raise BadInput(f"the teacher must be a model or a reference to one, not {type(teacher).__name__}")
-        own = {id(t) for t in (*model.parameters(), *model.buffers())}
-        shared = [n for n, t in (*teacher.named_parameters(), *teacher.named_buffers()) if id(t) in own]
-        if shared or teacher is model:
-            raise BadInput(f"the teacher shares '{(shared or ['all'])[0]}' with the student, so it would change as the student "
-                           "learns; give copy.deepcopy(model) or another model")  # fmt: skip
-        return InstalledDistill(self, teacher)
+        """Check teachers and layers, put taps on the student. Raises BadInput for what does not fit."""
+        modules = {name: built(name, t.model, model) for name, t in self._all().items()}
+        on_features = [loss for loss in self.losses if not loss.on_answers]
+        token = any(loss.kind == "token" for loss in self.losses)
+        found = view(model, self.input_shape, probe=False) if on_features or token else None
+        if token and (found is None or len(found.heads) != 2):
+            raise BadInput(
+                f"{type(model).__name__} has no distillation token with a classifier of its own; timm's deit_*_distilled_* have"
+            )
+        seen = {n: self._teacher_view(m) for n, m in modules.items() if any(loss.teacher in (n, None) for loss in on_features)}
+        compared: list[tuple[str, Comparison | None]] = []
+        for loss in self.losses:
+            name = loss.teacher or next(iter(modules))
+            compared.append((name, None if loss.on_answers else compare(loss, model, found, modules[name], seen[name])))  # type: ignore[arg-type]
+        live = InstalledDistill(self, modules, compared, model)
+        if token and found is not None:
+            live.hear(model, found.heads)
+        return live
+
+    def _teacher_view(self, module: nn.Module) -> Any:
+        try:
+            return view(module, probe=False)
+        except BadInput:
+            if self.input_shape is None:
+                raise
+            return view(module, self.input_shape, probe=False)
+
+
+class _Projections(nn.Module):
+    """What is trained beside the student: a module for each loss that wants one, and the teachers' weights."""
+
+    def __init__(self, parts: Mapping[int, nn.Module], teachers: int) -> None:
+        super().__init__()
+        for i, part in parts.items():
+            self.add_module(str(i), part)
+        if teachers:
+            self.teachers = nn.Parameter(torch.zeros(teachers))
 
 
 class InstalledDistill(Installed):
-    """The teacher at work. Adds the term "distill"."""
+    """The teachers at work."""
 
-    def __init__(self, request: Distill, teacher: nn.Module) -> None:
+    def __init__(
+        self,
+        request: Distill,
+        modules: Mapping[str, nn.Module],
+        compared: Sequence[tuple[str, Comparison | None]],
+        model: nn.Module,
+    ) -> None:
         super().__init__()
         self.request = request
-        self.teacher = teacher
-        self._modes = [(m, m.training) for m in teacher.modules()]
-        teacher.eval()
+        self.epoch = self.steps = 0
+        keep = Keep.model_validate({}) if request.cache is True else request.cache or None
+        options = (request.precision, request.compile, keep, lambda text: self.note(text))
+        self.teachers = {n: Taught(n, modules[n], t.size, *options) for n, t in request._all().items()}
+        self._model = model
+        self._compared = list(zip(request.losses, compared, strict=True))
+        self._places: dict[str, list[Place]] = {n: [] for n in modules}
+        for name, comparison in compared:
+            self._places[name] += list(comparison.teacher.values()) if comparison else []
+        mine = [p for _, c in compared if c for p in c.student.values()]
+        self._heads: tuple[Place, ...] = ()
+        self._project(model, {i: m for i, (_, c) in enumerate(compared) if c and (m := c.modules()) is not None})
+        self._taps = Taps(model, mine, learning=True)
+        self._head_taps = Taps(model, (), learning=True)
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._history: dict[str, list[float]] = {}
         if request.task_weight != 1.0:
-            self.criterion = self._weighted
+            self.criterion = self._task
+        for teacher in self.teachers.values():
+            teacher.begin()
+
+    def hear(self, model: nn.Module, heads: Sequence[str]) -> None:
+        """Listen to the two heads apart: the task is for the class token's, the teacher for the other."""
+        self._heads = tuple(Place(path) for path in heads)
+        self._head_taps = Taps(model, self._heads, learning=True)
+        self.criterion = self._task
+
+    @property
+    def teaching(self) -> bool:
+        """Whether the teachers are still asked."""
+        return self.request.teacher_epochs is None or self.epoch < self.request.teacher_epochs
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
-        """Return {"distill": weight · kd_loss}."""
+        """Return {"distill_KIND": weight · loss} for each loss; nothing once the teachers' epochs are over."""
         if logits is None:
             raise GreenvisError(
                 "distill needs the student's logits; a pretext technique gives none: use them in separate stages"
             )
-        student = logits_of(logits)
-        with self.phase("teacher"), torch.no_grad():
-            if next(iter(self.teacher.parameters()), student).device != student.device:
-                self.teacher.to(student.device)
-            teacher = logits_of(self.teacher(x))
-        if teacher.shape != student.shape:
-            raise GreenvisError(
-                f"the teacher's logits are {tuple(teacher.shape)}, the student's {tuple(student.shape)}: both must answer "
-                "for the same classes; set num_classes of the teacher"
-            )
-        return {"distill": self.request.weight * kd_loss(student, teacher.to(student.dtype), self.request.temperature)}
+        if not self.teaching:
+            self._taps.on = self._head_taps.on = False
+            return {}
+        own = self._taps.take()
+        heads = list(self._head_taps.take().values())
+        student = logits_of(logits).float()
+        if self.request.cache and self.samples is None and not self.steps:
+            self.note("distill: nothing is cached, for the loop does not say which samples a batch holds (`Wrapped.show`), "
+                      "or another technique changes the batch")  # fmt: skip
+        with self.phase("teacher"):
+            told = {n: t.outputs(x, self._places[n], self.samples) for n, t in self.teachers.items()}
+        out: dict[str, Tensor] = {}
+        if any(loss.on_answers for loss in self.request.losses):
+            self._check_answers(student, told)
+            out.update(self._learn_weights(told, y))
+            self._note_conflict(student, told)
+        for i, (loss, (name, comparison)) in enumerate(self._compared):
+            if comparison is None:
+                temperature = loss.temperature or self.request.temperature
+                whose = heads[1].float() if loss.kind == "token" else student
+                value = loss.answer(whose, self._together(loss, told, y, temperature), y, temperature)
+            else:
+                value = comparison.value(own, told[name], x.shape[-2] / x.shape[-1], getattr(self._projections, str(i), None))
+            key = f"distill_{loss.kind}"
+            out[key if key not in out else f"{key}_{i}"] = self.request.weight * loss.factor(self.epoch) * value
+        return out
+
+    def step_end(self) -> None:
+        """Move the teacher that is the student's own mean."""
+        self.steps += 1
+        for name, teacher in self.request._all().items():
+            if isinstance(teacher.model, str) and teacher.model == ITSELF:
+                self.teachers[name].follow(self._model, min(self.request.momentum, 1 - 1 / self.steps))
+
+    def epoch_end(self) -> None:
+        """Count the epoch, and sum up its conflicts."""
+        self.epoch += 1
+        for name, total in self._sums.items():
+            self._history.setdefault(name, []).append(round(float(total) / self._count, 6))
+        self._sums, self._count = {}, 0
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what caches did, and epoch by epoch how much teachers contradict each other (`_teachers.conflict`)."""
+        kept = [fact for t in self.teachers.values() for fact in t.facts()]
+        learned = getattr(self._projections, "teachers", None)
+        weights = {} if learned is None else dict(zip(self.teachers, learned.detach().softmax(0).tolist(), strict=True))
+        found = {"distill_cache": kept, "distill_conflict": self._history, "distill_teachers": weights}
+        return {name: value for name, value in found.items() if value}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return how far it has come, and the weights of a teacher that is the student's own mean."""
+        state = {"epoch": torch.tensor(self.epoch), "steps": torch.tensor(self.steps)}
+        if self.request._itself:
+            for name, teacher in self.teachers.items():
+                state.update({f"{name}.{key}": value.detach() for key, value in teacher.module.state_dict().items()})
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self.epoch, self.steps = (int(state[key]) if key in state else 0 for key in ("epoch", "steps"))
+        for name, teacher in self.teachers.items():
+            own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+            if own:
+                teacher.module.load_state_dict(own)
 
     def undo(self) -> None:
-        """Give the teacher its own modes back."""
-        for module, training in self._modes:
-            module.training = training
+        """Take the taps off, let go of the caches, give the teachers their own modes back."""
+        self._taps.remove()
+        self._head_taps.remove()
+        for teacher in self.teachers.values():
+            teacher.end()
 
-    def _weighted(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *a, **k: self.request.task_weight * task_loss(*a, **k)
+    # -- parts of a step ----------------------------------------------------------------------------------------------
+
+    def _project(self, model: nn.Module, parts: Mapping[int, nn.Module]) -> None:
+        """Give the student a child that holds what is trained beside it."""
+        learned = len(self.teachers) if self.request.combine == "learned" and len(self.teachers) > 1 else 0
+        like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+        self._projections = _Projections(parts, learned).to(like.device)
+        if not parts and not learned:
+            return
+        home = seat(model, "")
+        if home is None:
+            raise BadInput(f"{type(model).__name__} runs every module it holds, so projections have no place in it")
+        home.add_module(_CHILD, self._projections)
+        mine = {id(p) for p in self._projections.parameters()}
+        self.trainable = tuple(n for n, p in model.named_parameters() if id(p) in mine)
+
+    def _task(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def weighted(logits: Tensor, *rest: Any, **more: Any) -> Tensor:
+            if not self.teaching:
+                return task_loss(logits, *rest, **more)
+            if self._heads:
+                logits = self._head_taps.peek(self._heads[0].key)
+            return self.request.task_weight * task_loss(logits, *rest, **more)
+
+        return weighted
+
+    def _check_answers(self, student: Tensor, told: Mapping[str, Mapping[str, Tensor]]) -> None:
+        for outputs in told.values():
+            if outputs[ANSWER].shape != student.shape:
+                raise GreenvisError(
+                    f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's {tuple(student.shape)}: both must "
+                    "answer for the same classes; set num_classes of the teacher, or distil features only"
+                )
+
+    def _together(self, loss: Loss, told: Mapping[str, Mapping[str, Tensor]], y: Any, temperature: float) -> Tensor:
+        """Return the logarithms of what the teachers answer together, softened, (batch, classes)."""
+        names = [loss.teacher] if loss.teacher else list(told)
+        logits = torch.stack([told[n][ANSWER].float() for n in names])
+        if len(names) == 1:
+            return F.log_softmax(logits[0] / temperature, dim=-1)
+        prior = [t.weight for t in self.request._all().values()]
+        if self.request.combine == "confidence" and y is None:
+            raise BadInput("combine: confidence weighs teachers by the right class, so it needs labels; use agreement without")
+        target = labels_of(y) if y is not None else None
+        learned = getattr(self._projections, "teachers", None)
+        weights = teaching.weights_of(
+            self.request.combine, logits, target, prior, temperature, learned.detach() if learned is not None else None
+        )
+        return teaching.mixed(F.log_softmax(logits / temperature, dim=-1), weights)
+
+    def _learn_weights(self, told: Mapping[str, Mapping[str, Tensor]], y: Any) -> dict[str, Tensor]:
+        """Return the loss that the teachers' learned weights minimise: that of their common answer for the right class."""
+        learned = getattr(self._projections, "teachers", None)
+        if learned is None:
+            return {}
+        if y is None:
+            raise BadInput("combine: learned learns from the right class, so it needs labels; use agreement without")
+        logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
+        weights = teaching.weights_of("learned", logits, None, [1.0] * len(logits), 1.0, learned)
+        return {"distill_teachers": F.nll_loss(teaching.mixed(F.log_softmax(logits, dim=-1), weights), labels_of(y))}
+
+    def _note_conflict(self, student: Tensor, told: Mapping[str, Mapping[str, Tensor]]) -> None:
+        if len(told) < 2:
+            return
+        logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
+        for name, value in teaching.conflict(student.detach(), logits, self.request.temperature).items():
+            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+        self._count += 1
