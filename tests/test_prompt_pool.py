@@ -14,7 +14,6 @@ from torch import Tensor
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.surgery import Snapshot
 from greenvis.technique import Samples, Task
-from greenvis.techniques.iteration._tasks import within
 from greenvis.techniques.iteration.adapter import Adapter
 from greenvis.techniques.iteration.prompt_pool import PromptPool, majority, nearest_prompts, reduce_sim, similarities
 from greenvis.wrap import Wrapped, wrap
@@ -115,7 +114,7 @@ def test_a_majority_depends_on_the_batch_and_says_so() -> None:
 
 def test_only_the_pull_reaches_the_keys_and_only_picked_prompts_learn() -> None:
     model, x = _vit().train(), _images(3)
-    live = wrap(model, PromptPool(pool=8, length=2, top_n=2, own_classes=False))
+    live = wrap(model, PromptPool(pool=8, length=2, top_n=2))
     pool = model.blocks[0].prompt_pool
     logits = model(x)
     F.cross_entropy(logits, torch.arange(3)).backward()
@@ -148,21 +147,6 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
     assert live.installed[0].facts()["prompt_pool_shares"] == [round(s, 4) for s in live.installed[0].shares.tolist()]  # type: ignore[attr-defined]
 
 
-def test_a_tasks_loss_sees_its_own_classes_only() -> None:
-    logits, y = torch.randn(4, 6), torch.tensor([2, 3, 3, 2])
-    masked = logits.clone()
-    masked[:, [0, 1, 4, 5]] = -torch.inf
-    assert torch.allclose(F.cross_entropy(*within(logits, y, (2, 3))), F.cross_entropy(masked, y))
-    live = wrap(_vit(), PromptPool(pool=2, top_n=1))
-    loss = live.criterion(F.cross_entropy)
-    assert torch.allclose(loss(logits, y), F.cross_entropy(logits, y))
-    live.begin_task(Task(1, (2, 3), (0, 1, 2, 3)))
-    assert torch.allclose(loss(logits, y), F.cross_entropy(masked, y))
-    replayed = torch.tensor([0, 3, 3, 2])  # a class of an earlier task beside them
-    masked[:, 0] = logits[:, 0]
-    assert torch.allclose(loss(logits, replayed), F.cross_entropy(masked, replayed))
-
-
 def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
     for index in tasks:
         live.begin_task(Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2))))
@@ -171,7 +155,7 @@ def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
             x, y = _images(4 + step), torch.arange(4 + step) % 2 + 2 * index
             live.model.train()
             logits = live.model(x)
-            loss = live.criterion(F.cross_entropy)(logits, y) + live.loss(x, y, logits)
+            loss = F.cross_entropy(logits, y) + live.loss(x, y, logits)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

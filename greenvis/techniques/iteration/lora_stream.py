@@ -16,7 +16,6 @@ from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, places_of, to_float32
-from greenvis.techniques.iteration._tasks import OwnClasses
 from greenvis.views import View, view
 
 ROLES = ("linear", "attention", "qkv", "mlp", "conv")
@@ -39,8 +38,8 @@ class LoraStream(Technique):
     each times `scale`. Where a test tells its task, the changes up to that task are used (arithmetic: that one alone).
     Saves the storage of a model per task, and replay. Costs as LoRA does in training, and each task adds a change, in memory
     and in compute, until they are merged: at inference then nothing. Where no test tells its task, forgetting is lessened, not
-    excluded. The classifier trains in full. own_classes: the task loss sees the current task's classes only (no other
-    technique may then replace it). Build a new optimizer for each task: each has parameters of its own.
+    excluded. The classifier trains in full: a loss among a task's own classes (a stream with head: multi) leaves the others'
+    rows alone. Build a new optimizer for each task: each has parameters of its own.
     """
 
     name: ClassVar[str] = "lora_stream"
@@ -61,7 +60,6 @@ class LoraStream(Technique):
     ] = "orthogonal"
     weight: Annotated[float, Field(ge=0, description="factor of the orthogonality term")] = 0.5
     scale: Annotated[float, Field(gt=0, description="arithmetic: factor of each change in the sum")] = 1.0
-    own_classes: Annotated[bool, Field(description="train on the logits of the current task's classes only")] = True
     head: Annotated[Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")] = "train"
     input_shape: Annotated[
         tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
@@ -154,10 +152,7 @@ class InstalledLoraStream(Installed):
     def __init__(self, request: LoraStream, model: nn.Module, layers: dict[str, Any], heads: list[nn.Parameter]) -> None:
         super().__init__(freezes=True)
         self.request, self.model, self.layers, self.heads = request, model, layers, heads
-        self.own = OwnClasses()
         self.held: list[float] | None = None  # the factors to go back to after a test that told its task
-        if request.own_classes:
-            self.criterion = self.own
         freeze(model, but=self._learns(0))
         self.use([1.0])
 
@@ -184,7 +179,6 @@ class InstalledLoraStream(Installed):
 
     def begin_task(self, task: Task) -> None:
         """Freeze the earlier tasks' changes and add this one's."""
-        self.own.classes = task.classes
         for index in range(len(self.factors), task.index + 1):
             inject(self.request, self.model, list(self.layers), index)
             self.use([0.0 if self.request.mode == "arithmetic" else 1.0] * index + [1.0])

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
-from greenvis.technique import Installed, Samples, Stage, Task, Technique, logits_of
+from greenvis.technique import Installed, Samples, Stage, Technique, logits_of
 from greenvis.techniques._frozen import Kept
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
 from greenvis.techniques.iteration._seams import check_runs, first, train_only, with_first
-from greenvis.techniques.iteration._tasks import OwnClasses
 from greenvis.views import View, view
 from greenvis.views.quiet import quiet
 
@@ -62,10 +61,10 @@ class PromptPool(Technique):
     "prompt_pool", -pull·(mean similarity of picked keys to the query), and by that alone.
     Each image picks for itself. The authors' port takes one majority for the whole batch, in tests too, so that accuracy
     depends on how tests are batched: select: batch, which breaks batch independence. diversity: 1 multiplies distances by how
-    often earlier tasks used a prompt (eq. 4), in training. own_classes: in training the task loss sees the current task's
-    classes only (as the authors; no other technique may then replace the task loss). cache: the query of each image is
-    computed once and read back in later epochs and runs. readout: prompts gives the head the mean of the prompts' outputs in
-    place of every token (before the final norm; the authors average behind it). The classifier trains in full.
+    often earlier tasks used a prompt (eq. 4), in training. cache: the query of each image is computed once and read back in
+    later epochs and runs. readout: prompts gives the head the mean of the prompts' outputs in place of every token (before
+    the final norm; the authors average behind it). The classifier trains in full; the authors' loss is among a task's own
+    classes (a stream with head: multi).
     """
 
     name: ClassVar[str] = "prompt_pool"
@@ -93,7 +92,6 @@ class PromptPool(Technique):
     readout: Annotated[
         Literal["prompts", "class"], Field(description="what the head reads: the prompts' mean, or what it always read")
     ] = "prompts"
-    own_classes: Annotated[bool, Field(description="train on the logits of the current task's classes only")] = True
     cache: Annotated[bool, Field(description="compute each training image's query once, and keep it on disk")] = False
     head: Annotated[Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")] = "train"
     input_shape: Annotated[
@@ -234,18 +232,12 @@ class InstalledPromptPool(Installed):
 
     def __init__(self, trainable: tuple[str, ...], pool: Pool, asker: Asker | None) -> None:
         super().__init__(trainable, freezes=True)
-        self.pool, self.own = pool, OwnClasses()
+        self.pool = pool
         self.kept = asker.kept if asker is not None else None
         if asker is not None:
             asker.samples = lambda: self.samples
         if self.kept is not None:
             self.kept.note = lambda text: self.note(text)
-        if pool.request.own_classes:
-            self.criterion = self.own
-
-    def begin_task(self, task: Task) -> None:
-        """Take the task's classes."""
-        self.own.classes = task.classes
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"prompt_pool": -pull · reduce_sim} of the forward just done."""
