@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from greenvis import data, price, record, train
+from greenvis import data, price, record, stages, train
 from greenvis.experiment import PLAN_FILE, Session
 from greenvis.jobs import Job
 from greenvis.recipe import Recipe, load_recipe
@@ -47,7 +47,8 @@ def plan(
         if job.name not in arms:
             say(f"{job.name}: a few steps")
             with train.threads(job.arm.train.threads):
-                arms[job.name] = {"inputs": job.inputs, "each": _predict(session, job)}
+                each = [_predict(session, its) for its in stages.of(job) or [job]]
+            arms[job.name] = {"inputs": job.inputs, "each": _summed(each)}
     for name, arm in arms.items():
         arm["runs"] = sum(job.name == name for job in jobs)
         arm |= {key: _scaled(figure, arm["runs"]) for key, figure in arm["each"].items()}
@@ -87,7 +88,7 @@ def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> rec
         return list(islice(data.batches(images.test, tests), EVAL_BATCHES))
 
     with tempfile.TemporaryDirectory() as folder:
-        live = wrap(session.build(job, weights=False), [session.resolved(job, t, trained=False) for t in job.arm.techniques])
+        live = wrap(session.build(job, weights=False), session.techniques(job, trained=False))
         with session.tracker(job, Path(folder), codecarbon=False) as run:
             run.live = live
             live.meter(run)
@@ -117,6 +118,11 @@ def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> dict[st
         "wall_s": figure(lambda phase: seen.sum("wall_s", phase) or 0.0),
         "flops": figure(lambda phase: seen.sum("flops", phase) or 0.0, COUNT_BAND),
     }
+
+
+def _summed(parts: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Return the figures of all stages of a run together."""
+    return {key: {bound: math.fsum(part[key][bound] for part in parts) for bound in figure} for key, figure in parts[0].items()}
 
 
 def _scaled(figure: dict[str, float], factor: float) -> dict[str, float]:

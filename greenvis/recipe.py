@@ -103,10 +103,10 @@ class TrainSpec(_Section):
 class StageSpec(_Section):
     """One stage of an arm's training: what differs from the arm's `train`, the techniques, and which layers learn."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(None, description="stage1, … where absent")
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(None, description="stage1, … if absent")
     train: dict[str, Any] = Field(default={}, description="epochs, lr, …; the epochs are the stage's own")
     techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
-    layers: tuple[str, ...] = Field(default=(), description="roles (head, block, …) or patterns of module paths; all where absent")
+    layers: tuple[str, ...] = Field(default=(), description="roles (head, block, …) or patterns of module paths; all if absent")
 
 
 class ArmSpec(_Section):
@@ -227,7 +227,7 @@ class Recipe(_Section):
         listed, at = self.arms[arm.name].stages, ("arms", arm.name, "stages")
         for beside, there in (("techniques", arm.techniques), ("data.stream", arm.stream)):
             if listed and there:
-                raise BadInput(f"{self.where(*at)}: an arm has stages or {beside}, not both; each stage lists its own techniques")
+                raise BadInput(f"{self.where(*at)}: an arm has stages or {beside}, not both; a stage has its own techniques")
         out: list[Arm] = []
         for i, spec in enumerate(listed):
             stage = spec.name or f"stage{i + 1}"

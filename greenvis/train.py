@@ -51,13 +51,14 @@ class Part:
 
     batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that (seed, epoch) fixes; with
     `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are. length: batches an epoch.
-    task_loss(logits, y): cross entropy where absent.
+    done: epochs trained before this part, which the log counts, too. task_loss(logits, y): cross entropy where absent.
     """
 
     batches: Callable[[int, int], Iterable[Any]]
     length: int
     samples: Callable[[int, Tensor], Samples] | None = None
     phase: str = "train"
+    done: int = 0
     task_loss: Callable[[Tensor, Any], Tensor] | None = None
 
 
@@ -73,16 +74,18 @@ def fit(
     checkpoint: Path | None = None,
     log_with: Sequence[str] = (),
     samples: Callable[[int, Tensor], Samples] | None = None,
+    phase: str = "train",
+    done: int = 0,
 ) -> Progress:
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
-    batches, batches_per_epoch, samples: see `Part`.
+    batches, batches_per_epoch, samples, phase, done: see `Part`.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
     log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
     loop = Loop(live, spec, run, seed, checkpoint, log_with)
-    loop.begin(Part(batches, batches_per_epoch, samples))
+    loop.begin(Part(batches, batches_per_epoch, samples, phase, done))
     progress = loop.progress
 
     def test() -> None:
@@ -136,10 +139,11 @@ class Loop:
 
     def log(self, **values: float) -> None:
         """Record values at this moment."""
-        self.run.log(epoch=self.progress.epoch, step=self.progress.step, **values)
+        epoch = self.part.done + self.progress.epoch
+        self.run.log(epoch=epoch, step=self.progress.step, **values)
         if self.accelerator.log_with:
             spent = self.run.energy().value
-            also = {"epoch": self.progress.epoch} | ({} if spent is None else {"energy_j": spent})
+            also = {"epoch": epoch} | ({} if spent is None else {"energy_j": spent})
             self.accelerator.log(values | also, step=self.progress.step)
 
     def logging(self) -> AbstractContextManager[None]:
