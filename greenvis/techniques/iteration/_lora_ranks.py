@@ -53,7 +53,7 @@ class Ranks:
     def advance(self, total_steps: int | None) -> None:
         """Weigh the ranks by the step's gradients and switch off what the budget no longer has room for."""
         self._plan(total_steps)
-        settled = self.config.rank_pattern is not None and self.step > self.config.total_step - self.config.tfinal
+        settled = self.step >= (self.config.total_step or 0) - self.config.tfinal
         missing = [n for n, p in self.factors if p.grad is None]
         if missing and not settled:
             raise GreenvisError(

@@ -221,7 +221,7 @@ class Lora(Technique):
             r=self.rank,
             use_dora=self.variant == "dora",
             use_rslora=self.variant == "rslora",
-            init_lora_weights=True if self.init == "default" else self.init,
+            init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # lora_ga is not in its type
             eva_config=EvaConfig(rho=1.0) if self.init == "eva" else None,
             lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
             **common,
