@@ -92,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--served", type=float, default=1e6, metavar="N", help="images a model will answer (default: 1,000,000)")
     p.add_argument("--title", help="headline of the report")
 
+    p = verb("export", verbs.export, "write a finished run's model as torch.export, ONNX, safetensors or a Hub folder, checked")
+    p.add_argument("run", help="the folder of a finished run: runs/RECIPE/ARM/seed0")
+    p.add_argument("--to", required=True, metavar="FORM", help="torch.export, onnx, safetensors or hub")
+    p.add_argument("--out", help="the folder to make (default: exports/RECIPE-ARM-seedN)")
+    p.add_argument("--trust", action="store_true")
+
     verb("techniques", verbs.techniques, "list the techniques, own and plugged in")
     p = verb("explain", verbs.explain, "say what a technique does, saves and costs, and its settings")
     p.add_argument("technique")

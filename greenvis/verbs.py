@@ -224,6 +224,18 @@ def diff(args: Any) -> int:
     return 0 if fine else 1
 
 
+def export(args: Any) -> Answer:
+    """Write a finished run's model in another form."""
+    from greenvis.export import export
+
+    found = export(args.run, args.to, args.out, trust=args.trust)
+
+    def show() -> None:
+        print(f"{found['path']}: {found['to']}; greatest difference from the live model {found['max_difference']:.1e}")
+
+    return found, show
+
+
 def bench(args: Any) -> Answer:
     """Run a benchmark, or list them."""
     import importlib
