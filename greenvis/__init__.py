@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.linear_probe import LinearProbe
     from greenvis.techniques.iteration.lora import Lora
     from greenvis.techniques.iteration.lora_stream import LoraStream
+    from greenvis.techniques.iteration.mae import Mae
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
@@ -45,7 +46,7 @@ _HOMES = {
 
 __all__ = [
     "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
-    "NormTune", "Partial", "Prompt", "PromptPool", "Reuse", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
+    "Mae", "NormTune", "Partial", "Prompt", "PromptPool", "Reuse", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
     "wrap",
 ]  # fmt: skip
 

@@ -23,6 +23,7 @@ WORKS = {
     "linear_probe": 20,
     "lora": 20,
     "lora_stream": 20,
+    "mae": 8,
     "norm_tune": 20,
     "partial": 19,
     "prompt": 8,

@@ -196,7 +196,7 @@ class AttentionHead(Entry):
         return logits.transpose(1, 2)
 
 
-def decoder_size(dim: int) -> tuple[int, int]:
+def decoder_size(dim: int, width: int | None = None) -> tuple[int, int]:
     """Return width and heads of a decoder for an encoder of width `dim`: two thirds of it, 32 a head (MAE's 512 for 768)."""
-    width = max(8, round(dim / 12) * 8)
+    width = max(8, round(dim / 12) * 8) if width is None else width
     return width, next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)

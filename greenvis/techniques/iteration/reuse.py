@@ -35,8 +35,8 @@ class Reuse(Technique):
     none`, or `data.views`), for its targets are kept on disk. A pretext: labels are not used, and the classifier stays
     untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a head of its own behind one
     shared decoder: the mean of the base's last blocks, normalised over the patches (masked patches count), and the attention
-    of the last block, rows of the class token and of the patches it attends to most. The class token passes an MLP, which `merge`
-    folds away exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis inspect` understands:
+    of the last block, rows of the class token and of the patches it attends to most. The class token passes an MLP, which
+    `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis inspect` understands:
     of another width, depth, grid or library, without a class token (the mean query stands for it), or without attention
     (targets: [feature]); it never changes.
     """
@@ -78,9 +78,22 @@ class Reuse(Technique):
         tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
     ] = None
 
+    def runs(self) -> dict[str, str]:
+        """Bases that name another run, by their number."""
+        return {str(i): base for i, base in enumerate(self.bases) if isinstance(base, str) and base.startswith("run:")}
+
+    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+        """Return the request with what those runs left in their place."""
+        return self.model_copy(update={"base": [found.get(str(i), base) for i, base in enumerate(self.bases)]})
+
+    @property
+    def bases(self) -> list[Any]:
+        """The bases, one or several."""
+        return list(self.base) if isinstance(self.base, (list, tuple)) else [self.base]
+
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks, adapters and decoder in. Raises BadInput for a model or a base that does not fit."""
-        bases = [_model(base, model) for base in (self.base if isinstance(self.base, (list, tuple)) else [self.base])]
+        bases = [_model(base, model) for base in self.bases]
         if not bases:
             raise BadInput("reuse needs a base: a model, or a reference to one")
         found = view(model, self.input_shape, probe=False)
@@ -119,10 +132,7 @@ class Parts(nn.Module):
 
     def __init__(self, request: Reuse, encoder: Encoder, bases: Sequence[Base]) -> None:
         super().__init__()
-        dim, (width, heads) = encoder.dim, tec.decoder_size(encoder.dim)
-        if request.decoder_dim is not None:
-            width = request.decoder_dim
-            heads = next(h for h in range(max(1, width // 32), 0, -1) if width % h == 0)
+        dim, (width, heads) = encoder.dim, tec.decoder_size(encoder.dim, request.decoder_dim)
         self.adapters = (
             tec.EncoderAdapters(dim, len(encoder.blocks), request.encoder_adapters, 4 * width)
             if request.encoder_adapters

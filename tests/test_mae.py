@@ -1,0 +1,124 @@
+"""Masked autoencoding: patches, targets and loss as the papers write them, and a plain model afterwards."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import HOSTS
+from torch import Tensor
+
+from greenvis.errors import BadInput
+from greenvis.techniques.iteration import _tec as tec
+from greenvis.techniques.iteration.mae import Mae, hog, patchify
+from greenvis.wrap import wrap
+
+
+def _vit(**more: Any) -> Any:
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    return VisionTransformer(**{**size, **more}).eval()
+
+
+def test_patches_are_those_that_the_model_embeds() -> None:
+    x = torch.rand(2, 3, 16, 24)
+    patches = patchify(x, (2, 3))
+    assert patches.shape == (2, 6, 192)
+    unfolded = F.unfold(x, 8, stride=8).transpose(1, 2).unflatten(-1, (3, 64)).transpose(2, 3).flatten(2)
+    assert torch.equal(patches, unfolded)
+    model = _vit()
+    weight = model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.allclose(
+        patchify(images, (4, 4)) @ weight.T + model.patch_embed.proj.bias, model.patch_embed(images), atol=1e-5
+    )
+
+
+def test_normalised_pixels_are_the_paper_s() -> None:
+    x = torch.rand(2, 3, 32, 32)
+    target = Mae().targets(x, (4, 4))
+    patch = x[1, :, 8:16, 16:24].permute(1, 2, 0).flatten()
+    assert torch.allclose(target[1, 6], (patch - patch.mean()) / patch.std(), atol=1e-4)
+    assert torch.equal(Mae(normalise=False).targets(x, (4, 4))[1, 6], patch)
+
+
+@pytest.mark.parametrize(("angle", "bin_"), [(0, 4), (80, 0), (45, 2)])
+def test_histograms_point_where_the_gradient_points(angle: int, bin_: int) -> None:
+    """Bins run over the direction of (across, down), folded to half a turn: 20 degrees each, from straight down."""
+    row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    turned = math.radians(angle + 1)
+    x = (math.cos(turned) * column + math.sin(turned) * row).expand(1, 1, 16, 16)
+    features = hog(x, (2, 2))
+    assert features.shape == (1, 4, 36)
+    assert torch.allclose(features.norm(dim=-1), torch.ones(1, 4))
+    inner = features.unflatten(-1, (4, 9))[0, 0, 3]  # the cell of patch 0 that no edge of the image touches
+    assert inner.argmax() == bin_
+    assert (inner > 0).sum() == 1
+
+
+def test_the_loss_counts_masked_patches_only() -> None:
+    model: Any = _vit()
+    live = wrap(model, Mae(decoder_depth=1))
+    x = torch.rand(2, 3, 32, 32)
+    torch.manual_seed(3)
+    found = live.terms(x, None, None)["mae"]
+    torch.manual_seed(3)
+    keep, restore, mask = tec.random_mask(torch.rand(2, 16), 4)
+    tokens = model.patch_embed(x) + model.pos_embed[:, 1:]
+    shown = torch.stack([t[k] for t, k in zip(tokens, keep, strict=True)])
+    encoded: Tensor = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), shown], 1)
+    added: Any = live.installed[0]
+    encoded = model.norm(model.blocks(encoded))
+    predicted = added.parts.head(added.parts.decoder(encoded, added.parts.head, restore), 1)
+    error = ((predicted - Mae().targets(x, (4, 4))) ** 2).mean(-1)
+    assert torch.allclose(found, error[mask.bool()].mean(), atol=1e-6)
+    assert mask.sum() == 24
+
+
+@pytest.mark.parametrize("target", ["pixels", "hog"])
+@pytest.mark.parametrize("name", ["timm-deit-distilled", "torchvision-vit", "transformers-vit"])
+def test_learns_and_leaves_a_plain_model(name: str, target: Any) -> None:
+    model = HOSTS[name].build()
+    keys = list(model.state_dict())
+    x, _ = HOSTS[name].batch()
+    live = wrap(model, Mae(decoder_depth=1, target=target))
+    optimizer = torch.optim.AdamW(live.param_groups(3e-3))
+    losses = []
+    for _ in range(12):
+        torch.manual_seed(0)
+        loss = live.loss(x, None, None)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.97 * losses[0]
+    assert list(live.merge().state_dict()) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("timm-resnet", "ResNet has no attention"),
+        ("timm-swin", "attends in windows"),
+        ("timm-eva02", "RoPE"),
+        ("plain", "does not show its attention as a row of blocks"),
+    ],
+)
+def test_refuses_what_needs_all_its_patches(host: str, says: str) -> None:
+    model = HOSTS[host].build()
+    with pytest.raises(BadInput, match=says):
+        wrap(model, Mae(input_shape=HOSTS[host].input_shape))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_refuses_nonsense() -> None:
+    with pytest.raises(BadInput, match="leaves none hidden or none visible"):
+        wrap(_vit(), Mae(mask_ratio=0.99))
+    for wrong in ({"mask_ratio": 1}, {"target": "hogs"}, {"decoder_dim": 6}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            Mae(**wrong)  # type: ignore[arg-type]
