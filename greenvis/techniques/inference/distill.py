@@ -27,8 +27,8 @@ _CHILD = "distill_projections"
 _SIMPLE = "teacher"
 
 
-def _two(model: nn.Module) -> dict[str, nn.Module]:
-    return {"a": copy.deepcopy(model), "b": copy.deepcopy(model)}
+def _two(model: nn.Module) -> dict[str, Any]:
+    return {"other": copy.deepcopy(model), "own": ITSELF}
 
 
 class Distill(Technique):
@@ -55,10 +55,13 @@ class Distill(Technique):
         {
             "teachers": _two,
             "combine": "learned",
-            "losses": [{"kind": "dkd"}, {"kind": "rkd", "teacher": "b", "layers": "last"}],
+            "losses": [
+                {"kind": "dkd"},
+                {"kind": "hint", "teacher": "other", "residual": True},
+                {"kind": "review", "teacher": "other", "width": 8},
+                {"kind": "cosine", "teacher": "own"},
+            ],
         },
-        {"teacher": copy.deepcopy, "losses": [{"kind": "hint", "residual": True}, {"kind": "review", "width": 8}]},
-        {"teacher": "ema", "losses": [{"kind": "cosine"}, {"kind": "minilm"}]},
     )
 
     teacher: Any = Field(None, description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": itself')
