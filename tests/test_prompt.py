@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.surgery import Snapshot
 from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.prompt import Prompt
+from greenvis.techniques.iteration.prompt import Prompt, prototypes
 from greenvis.wrap import wrap
 
 DATA = Path(__file__).parent / "data"
@@ -209,3 +209,36 @@ def test_refuses_nonsense() -> None:
     for wrong in ({"tokens": 0}, {"depth": "deeper"}, {"dropout": 1}, {"prompts": 4}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Prompt(**wrong)  # type: ignore[arg-type]
+
+
+def test_prototypes_are_centres() -> None:
+    corners = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    around = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 2.0], [0.0, -2.0]])
+    tokens = (corners[:, None] + around).flatten(0, 1)
+    assert torch.allclose(prototypes(tokens, 3), corners, atol=1e-6)
+    assert torch.equal(prototypes(tokens[:3], 3), tokens[:3])
+    assert torch.allclose(prototypes(tokens, 1), tokens.mean(0, keepdim=True))
+    with pytest.raises(BadInput, match="5 prototypes need as many tokens, and there are 4"):
+        prototypes(around, 5)
+
+
+@pytest.mark.parametrize("depth", ["shallow", "deep"])
+def test_prompts_start_from_prototypes_of_their_block(depth: Any) -> None:
+    model = _vit().eval()
+    x = torch.rand(6, 3, 32, 32)
+    with torch.no_grad():  # what each block is fed without prompts
+        fed = [model._pos_embed(model.patch_embed(x))]
+        for block in model.blocks[:-1]:
+            fed.append(block(fed[-1]))
+    live = wrap(model, Prompt(tokens=4, depth=depth, init="prototypes"))
+    with pytest.raises(BadInput, match=r"call batch\(x, y\)"):
+        live.loss(x, None, model(x))
+    live.batch(x, None)
+    count = 1 if depth == "shallow" else len(fed)
+    for block, tokens in zip(model.blocks[:count], fed, strict=False):
+        assert torch.allclose(block.prompt.rows, prototypes(tokens[:, 1:].flatten(0, 1), 4), atol=1e-5)
+    assert model(x).shape == (6, 5)
+    start = model.blocks[0].prompt.rows.clone()
+    live.batch(x.flip(0) * 2, None)  # the first batch only
+    assert torch.equal(model.blocks[0].prompt.rows, start)
+    assert live.loss(x, None, model(x)) == 0

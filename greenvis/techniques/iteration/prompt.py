@@ -10,12 +10,36 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
-from greenvis.techniques.iteration._seams import check_runs, train_only
+from greenvis.techniques.iteration._seams import agree, check_runs, train_only
 from greenvis.views import view
+from greenvis.views.quiet import quiet
 
 _CHILD = "prompt"
+_IMAGES = 64  # of the first batch that are looked at for prototypes
+
+
+def prototypes(tokens: Tensor, number: int, rounds: int = 20) -> Tensor:
+    """Return `number` centres of the tokens (count, dim) by Lloyd's k-means, (number, dim): the same ones each time.
+
+    Starts from tokens spread evenly over the list; a centre that nothing is nearest to stays where it is. Raises BadInput for
+    fewer tokens than centres.
+    """
+    if len(tokens) < number:
+        raise BadInput(f"{number} prototypes need as many tokens, and there are {len(tokens)}: give larger batches, or fewer")
+    spread = torch.linspace(0, len(tokens) - 1, number, device=tokens.device).long()
+    centres = tokens[spread].clone()
+    for _ in range(rounds):
+        nearest = torch.cdist(tokens, centres).argmin(1)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, tokens)
+        counts = nearest.bincount(minlength=number)[:, None]
+        moved = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
+        if torch.equal(moved, centres):
+            break
+        centres = moved
+    return centres
 
 
 class Prompt(Technique):
@@ -24,19 +48,27 @@ class Prompt(Technique):
 
     Saves optimizer memory and storage per task (the delta). Costs compute, in training and for good: every block carries
     more tokens, and nothing merges. Order: [class and other prefix tokens][prompts][patches]. Prompts get no position
-    embedding and start from U(±√(6 / (c·p² + dim))) for patches of c channels and side p. Behind the last block they are taken
-    out, so a head that pools the patches does not see them. The classifier trains in full. Dropout and stochastic depth of
-    the frozen part stay as `model.train()` sets them (the authors hold them off: give a model without).
+    embedding and start from U(±√(6 / (c·p² + dim))) for patches of c channels and side p; with init "prototypes", at the first
+    training batch, from centres of its patch tokens at their block (Wang et al., 2024, who take the whole set). Behind the last
+    block they are taken out, so a head that pools the patches does not see them. The classifier trains in full. Dropout and
+    stochastic depth of the frozen part stay as `model.train()` sets them (the authors hold them off: give a model without).
     """
 
     name: ClassVar[str] = "prompt"
     stage: ClassVar[Stage] = "tokens"
     breaks: ClassVar[frozenset[str]] = frozenset({"token_grid"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"tokens": 3}, {"tokens": 2, "depth": "deep", "head": "freeze"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"tokens": 3},
+        {"tokens": 2, "depth": "deep", "head": "freeze"},
+        {"tokens": 2, "depth": "deep", "init": "prototypes"},
+    )
     neutral: ClassVar[Mapping[str, Any] | None] = None
 
     tokens: Annotated[int, Field(ge=1, description="prompts in each prompted block")] = 10
     depth: Annotated[Literal["shallow", "deep"], Field(description="prompt the first block, or each with its own")] = "shallow"
+    init: Annotated[
+        Literal["uniform", "prototypes"], Field(description="how prompts start; prototypes looks at the first training batch")
+    ] = "uniform"
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the prompts")] = 0.0
     head: Annotated[Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")] = "train"
     input_shape: Annotated[
@@ -51,18 +83,65 @@ class Prompt(Technique):
         patch = math.prod(found.example.shape[1:]) / (length - found.prefix_tokens)  # c·p², also behind a convolutional stem
         bound = math.sqrt(6 / (patch + dim))
         weight = next(p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point())
-        added: list[nn.Parameter] = []
+        put: list[Prompts] = []
         for i, path in enumerate(blocks):
             if self.depth == "shallow" and i:
                 break
             rows = torch.empty(self.tokens, dim, device=weight.device, dtype=weight.dtype).uniform_(-bound, bound)
             prompts = Prompts(rows, found.prefix_tokens, self.dropout)
             prompts.put(model, path, path if self.depth == "deep" else blocks[-1], _CHILD)
-            added.append(prompts.rows)
+            put.append(prompts)
+        added = [prompts.rows for prompts in put]
         check_runs(model, found.example, added, f"{self.tokens} {self.depth} prompts")
-        live = Installed(train_only(model, added, found, self.head), freezes=True)
-        live.unmergeable = "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
-        return live
+        names = train_only(model, added, found, self.head)
+        return InstalledPrompt(model, put, names, started=self.init == "uniform")
+
+
+class InstalledPrompt(Installed):
+    """The prompts at work."""
+
+    unmergeable = "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
+
+    def __init__(self, model: nn.Module, put: list[Prompts], trainable: tuple[str, ...], started: bool) -> None:
+        super().__init__(trainable, freezes=True)
+        self.model, self.put = model, put
+        self.uniform = self.started = started
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Start from the first batch, where asked to."""
+        if not self.started:
+            self._start(x[:_IMAGES])
+            self.started = True
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return no terms. Raises BadInput where the loop never showed the batch that prompts were to start from."""
+        if not self.started:
+            raise BadInput(
+                "prompts with init: prototypes start from the first training batch: call batch(x, y) of the wrapped model "
+                "before its forward"
+            )
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return whether the prompts have started, where that is not when they are put in."""
+        return {} if self.uniform else {"started": torch.tensor(self.started)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self.started = self.uniform or bool(state.get("started", True))
+
+    def _start(self, images: Tensor) -> None:
+        with quiet(self.model):  # which gives back what `noted` was
+            for prompts in self.put:
+                prompts.noted = []
+            self.model(images)
+            found = [torch.cat([t.flatten(0, 1) for t in p.noted or ()]).float() for p in self.put]
+        starts = [prototypes(tokens, prompts.length) for tokens, prompts in zip(found, self.put, strict=True)]
+        with torch.no_grad():
+            for prompts, start in zip(self.put, starts, strict=True):
+                prompts.rows.copy_(start)
+        agree(prompts.rows for prompts in self.put)
 
 
 class Prompts(Joined):
@@ -72,6 +151,19 @@ class Prompts(Joined):
         super().__init__(prefix, len(rows))
         self.rows = nn.Parameter(rows)
         self.dropout = nn.Dropout(dropout)
+        self.noted: list[Tensor] | None = None  # a list while patch tokens are only looked at
+
+    def join(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Return the block's arguments, with the prompts in the first tensor, or note its patch tokens."""
+        if self.noted is None:
+            return super().join(block, args, kwargs)
+        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        self.noted.append(x[:, self.prefix :])
+        return args, kwargs
+
+    def leave(self, block: nn.Module, args: Any, output: Any) -> Any:
+        """Return the block's output without the prompts."""
+        return super().leave(block, args, output) if self.noted is None else output
 
     def rows_for(self, x: Tensor) -> Tensor:
         """Return the rows as (batch, tokens, dim)."""
