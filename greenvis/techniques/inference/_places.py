@@ -104,6 +104,7 @@ def _one_leaves(model: nn.Module, example: Tensor, paths: Sequence[str]) -> Iter
     images = torch.cat([one, 1 - one.flip(-1), one.roll(one.shape[-2] // 3, -2)])
     with quiet(model):
         whole = logits_of(model(images)).float()
+        apart, fine = (whole - whole.mean(0)).abs().max(), images.dtype.itemsize >= 4
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(lambda m, a, o: rows_of(o, stay, 3))
             try:
@@ -113,7 +114,7 @@ def _one_leaves(model: nn.Module, example: Tensor, paths: Sequence[str]) -> Iter
                 continue
             finally:
                 hook.remove()
-            limit = (1e-3 if images.dtype.itemsize >= 4 else 5e-2) * whole.abs().max().clamp_min(1e-6)
+            limit = (1e-2 if fine else 0.2) * apart + (1e-5 if fine else 1e-2) * whole.abs().max()
             same = rest.shape == whole[stay].shape and bool((rest - whole[stay]).abs().max() <= limit)
             yield path, "" if same else "the others' answers change, so what comes later joins the samples of a batch"
 
@@ -181,30 +182,3 @@ def try_out(exits: Exits, outer: Outer, found: Found) -> list[float]:
         costs.append(mode.get_total_flops() / 2)
         exits.dtype = seen[-1].dtype if seen[0].dtype != seen[-1].dtype else None
     return costs
-
-
-def drop_unused(model: nn.Module, exits: Exits, example: Tensor) -> None:
-    """Put nothing in the place of modules that run in the whole model and not in one that stops at `exits.only`."""
-    only = exits.only
-    exits.only = None
-    with exits.record():
-        whole = _executed(model, example)
-    exits.only = only
-    stopped = _executed(model, example)
-    for parent in [*model.modules()]:
-        for name, child in parent._modules.items():
-            if child is not None and child in whole and child not in stopped:
-                parent._modules[name] = nn.Identity()
-    exits.heads[:] = [head if k == only else nn.Identity() for k, head in enumerate(exits.heads)]
-
-
-def _executed(model: nn.Module, example: Tensor) -> set[nn.Module]:
-    seen: set[nn.Module] = set()
-    with quiet(model):
-        hooks = [m.register_forward_pre_hook(lambda m, a: seen.add(m)) for m in model.modules()]
-        try:
-            model(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
-    return seen

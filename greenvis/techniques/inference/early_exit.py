@@ -19,6 +19,7 @@ from greenvis.techniques.inference import _places
 from greenvis.techniques.inference._calibration import Calibration, choose
 from greenvis.techniques.inference._exits import NEVER, self_distillation
 from greenvis.techniques.inference._leaving import Exits, Outer
+from greenvis.techniques.inference._upto import UpTo, drop_unused
 
 SWEEP = {"max_prob": (0.99, 0.95, 0.9, 0.8, 0.6), "entropy": (0.95, 0.9, 0.8, 0.6, 0.4), "patience": ()}
 
@@ -229,8 +230,8 @@ def export(live: Any, exit: int) -> nn.Module:
     model = copy.deepcopy(installed.exits.model).eval().requires_grad_(False)
     outer: Any = model.forward
     outer.exits.only = exit - 1
-    _places.drop_unused(model, outer.exits, installed.example)
-    return model
+    drop_unused(model, outer.exits, installed.example)
+    return UpTo(model).eval()
 
 
 def _of(live: Any) -> InstalledEarlyExit:
