@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.lora_stream import LoraStream
     from greenvis.techniques.iteration.mae import Mae
     from greenvis.techniques.iteration.norm_tune import NormTune
+    from greenvis.techniques.iteration.packnet import PackNet
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
     from greenvis.techniques.iteration.prompt_pool import PromptPool
+    from greenvis.techniques.iteration.replay import Replay
     from greenvis.techniques.iteration.reuse import Reuse
     from greenvis.techniques.iteration.side import Side
     from greenvis.wrap import Wrapped, wrap
@@ -45,9 +47,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
-    "Mae", "NormTune", "Partial", "Prompt", "PromptPool", "Reuse", "Side", "Technique", "Wrapped", "load_recipe", "report", "run", "track",
-    "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora",
+    "LoraStream", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Replay", "Reuse", "Side", "Technique",
+    "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

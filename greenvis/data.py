@@ -172,6 +172,7 @@ def load(
     folder: str | Path = ".",
     download: bool = False,
     classes: Sequence[str | int] | None = None,
+    normalise: bool = True,
 ) -> Data:
     """Load a data set of `NAMES`.
 
@@ -179,7 +180,7 @@ def load(
     (default: their own; 224 and 3 for folders). augment: "crop" (pad by an eighth, crop back), "crop-flip", or "randaug"
     (RandAugment, Cubuk et al., 2020, then crop-flip). views: repeat the augmentation after so many epochs, so that a
     teacher's outputs can be kept. PATH and root are relative to `folder`. classes: only these, by name or number; their
-    labels become 0, 1, … in the order given. Raises BadInput.
+    labels become 0, 1, … in the order given. normalise: by channel, else pixels are 0 to 1. Raises BadInput.
     """
     wanted: dict[str, Any] = {"train": train, "test": test, "img_size": img_size, "in_chans": in_chans, "seed": seed}
     check(name, **wanted, augment=augment, views=views, root=root, folder=folder, download=download, classes=classes)
@@ -198,7 +199,7 @@ def load(
         stored = replace(form, in_chans=min(form.in_chans, source.in_chans))  # grey is made colour batch by batch
         taken = split.take(chosen)
         splits.append(_bring_to_size(Split(taken.images, label_of[taken.labels]), stored))
-    form = _with_statistics(form, splits[0])
+    form = _with_statistics(form, splits[0]) if normalise else form
     plain = replace(form, augment="none", views=None)
     train_set, test_set = ImageSet(splits[0], rows[0], form), ImageSet(splits[1], rows[1], plain)
     return Data(name, train_set, test_set, tuple(source.classes[n] for n in numbers), source.checksum, classes)

@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import continual, data, models, price, record, stages, stream, train
+from greenvis import continual, data, knn, models, price, record, stages, stream, train
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import DONE_FILE, WEIGHTS_FILE, Job, Jobs, located
 from greenvis.meters import memory
@@ -143,7 +144,7 @@ class Session:
     def _options(self, job: Job) -> dict[str, Any]:
         """Return the model's options; of a library's model, classes and channels follow the data unless they are given."""
         spec, images = job.arm.model, self.jobs.images(job.recipe)
-        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf"):
+        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
             return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
         return spec.options
 
@@ -195,16 +196,22 @@ class Session:
             batches = partial(
                 data.batches, images.train, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True
             )
+            plain = replace(images.train.transform, augment="none", views=None)
+            shown = data.ImageSet(images.train.split, images.train.ids, plain)
+            test = partial(data.batches, images.test, tests, workers=spec.workers)
+            if live.pretext:
+                tracker.note(f"{phase}: a pretext trains no classifier; its accuracy is that of {knn.K} nearest neighbours")
             return train.fit(
                 live,
                 lambda epoch, start: batches(epoch=done + epoch, start=start),
                 math.ceil(len(images.train) / size),
-                lambda: data.batches(images.test, tests, workers=spec.workers),
+                test,
                 spec,
                 tracker,
                 samples=partial(self._samples(images.train), done),
                 phase=phase,
                 done=done,
+                score=lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test()),
                 **options,
             )
         assert job.arm.stream is not None
@@ -287,6 +294,7 @@ class Session:
             threads=torch.get_num_threads(),
             predicted=_predicted(job),
         )
+        named = {ref: t.role for arm in (job.arm, *job.arm.stages) for t in arm.techniques for ref in t.runs().values()}
         for ref, used in job.uses.items():
             readings, ids = [], []
             for path in record.find([used.folder]):
@@ -295,7 +303,7 @@ class Session:
                     readings.append(price.run_energy(its))
                     ids.append(its.id)
             total = price.add(readings)
-            role = "base" if ref == job.arm.model.init else "teacher"
+            role = "base" if ref == job.arm.model.init else named[ref]
             energy = {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
             tracker.uses(role=role, name=used.name, seed=used.seed, runs=ids, energy_j=energy)
 

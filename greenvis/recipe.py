@@ -57,6 +57,7 @@ class DataSpec(_Section):
     classes: tuple[str | int, ...] | None = Field(
         default=None, description="only these, by name or number; relabelled in order"
     )
+    normalise: bool = Field(default=True, description="subtract the mean, divide by the deviation; else pixels are 0 to 1")
     seed: int = Field(default=0, description="of subset and split")
     root: str | None = Field(default=None, description="folder of the data set's files, relative to the recipe")
     download: bool = False
@@ -68,7 +69,9 @@ class ModelSpec(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH")
+    ref: str = Field(
+        description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH"
+    )
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH; the classifier is new")
 
     @property
@@ -109,6 +112,17 @@ class StageSpec(_Section):
     layers: tuple[str, ...] = Field(default=(), description="roles (head, block, …) or patterns of module paths; all if absent")
 
 
+class SubsetSpec(_Section):
+    """A few images a class in the place of the training set; what it takes to choose or make them is the arm's."""
+
+    method: Literal["random", "herding", "condensed"] = Field("random", description="drawn; chosen by their mean; made")
+    per_class: Positive = 10
+    iterations: Annotated[int, Field(ge=1, description="of condensed: random networks whose mean embeddings are matched")] = 300
+    lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
+    batch: Annotated[int, Field(ge=1, description="of condensed: real images a class and iteration")] = 16
+    width: Annotated[int, Field(ge=1, description="channels of the random networks (herding, condensed)")] = 32
+
+
 class ArmSpec(_Section):
     """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and `train`; techniques."""
 
@@ -119,6 +133,7 @@ class ArmSpec(_Section):
     techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
     stream: dict[str, Any] = Field(default={}, description="what differs from the recipe's `data.stream`")
     stages: tuple[StageSpec, ...] = Field(default=(), description="train in stages, one after another, on one model")
+    subset: SubsetSpec | None = Field(default=None, description="train on a few images a class only")
 
 
 class ReportSpec(_Section):
@@ -148,6 +163,7 @@ class Arm(BaseModel):
     train: TrainSpec
     techniques: tuple[Technique, ...]
     stream: StreamSpec | None = None
+    subset: SubsetSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()
     stages: tuple[Arm, ...] = ()
@@ -219,7 +235,10 @@ class Recipe(_Section):
             train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
             techniques=techniques,
             stream=None if own is None else _valid(StreamSpec, own, self.where, ("arms", name, "stream")),
+            subset=spec.subset,
         )
+        if arm.stream is not None and arm.subset is not None:
+            raise BadInput(f"{self.where('arms', name, 'subset')}: an arm has a subset or data.stream, not both")
         return arm.model_copy(update={"stages": self._stages(arm)})
 
     def _stages(self, arm: Arm) -> tuple[Arm, ...]:
