@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze
 from greenvis.technique import Installed, Stage, Task, Technique
+from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, places_of, to_float32
 from greenvis.views import View, view
 
@@ -38,8 +39,8 @@ class LoraStream(Technique):
     each times `scale`. Where a test tells its task, the changes up to that task are used (arithmetic: that one alone).
     Saves the storage of a model per task, and replay. Costs as LoRA does in training, and each task adds a change, in memory
     and in compute, until they are merged: at inference then nothing. Where no test tells its task, forgetting is lessened, not
-    excluded. The classifier trains in full: a loss among a task's own classes (a stream with head: multi) leaves the others'
-    rows alone. Build a new optimizer for each task: each has parameters of its own.
+    excluded; where it does, a task is answered as when it ended. The classifier trains in full; a told task has it as it was
+    when the task ended. Build a new optimizer for each task: each has parameters of its own.
     """
 
     name: ClassVar[str] = "lora_stream"
@@ -75,7 +76,7 @@ class LoraStream(Technique):
         found = view(model, self.input_shape, probe=False)
         paths = self._paths(model, found)
         places = {path: places_of(model, path) for path in paths}
-        heads = [p for path in found.heads for p in model.get_submodule(path).parameters()] if self.head == "train" else []
+        heads = head_parameters(model, found) if self.head == "train" else []
         inject(self, model, paths, 0)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         for path, layer in layers.items():
@@ -151,7 +152,7 @@ class InstalledLoraStream(Installed):
 
     def __init__(self, request: LoraStream, model: nn.Module, layers: dict[str, Any], heads: list[nn.Parameter]) -> None:
         super().__init__(freezes=True)
-        self.request, self.model, self.layers, self.heads = request, model, layers, heads
+        self.request, self.model, self.layers, self.heads = request, model, layers, TaskHeads(heads)
         self.held: list[float] | None = None  # the factors to go back to after a test that told its task
         freeze(model, but=self._learns(0))
         self.use([1.0])
@@ -188,6 +189,7 @@ class InstalledLoraStream(Installed):
         if self.held is not None:
             self.use(self.held)
         self.held = None
+        self.heads.show(task.index if task is not None else None)
         if task is not None and task.index < len(self.factors):
             alone = self.request.mode == "arithmetic"
             self.held = self.factors
@@ -195,6 +197,7 @@ class InstalledLoraStream(Installed):
 
     def end_task(self, loader: Any) -> None:
         """Sum the changes (arithmetic); orthogonal ones are summed all along."""
+        self.heads.keep(len(self.factors) - 1)
         if self.request.mode == "arithmetic":
             self.use([self.request.scale] * len(self.factors))
 
@@ -215,12 +218,13 @@ class InstalledLoraStream(Installed):
         return {"lora_stream_tasks": len(self.factors), "lora_stream_parameters_per_task": size}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the factors (tasks,)."""
-        return {"factors": torch.tensor(self.factors, dtype=torch.float64)}
+        """Return the factors (tasks,), and the classifiers of the tasks that ended."""
+        return {"factors": torch.tensor(self.factors, dtype=torch.float64), **self.heads.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Use the factors that were saved."""
         self.use(state["factors"].tolist())
+        self.heads.load_state_dict(state)
 
     def merge(self) -> None:
         """Fold the sum of changes, as used now, into the weights, in fp32: a model of lower precision becomes float32."""
@@ -232,7 +236,7 @@ class InstalledLoraStream(Installed):
             module._parameters["weight"] = nn.Parameter(weight, self.model.get_parameter(f"{path}.weight").requires_grad)
 
     def _learns(self, task: int) -> list[nn.Parameter]:
-        return [*self.heads, *(p for layer in self.layers.values() for p in _change(layer, task))]
+        return [*self.heads.parameters, *(p for layer in self.layers.values() for p in _change(layer, task))]
 
     @staticmethod
     def _factor(layer: Any, task: int) -> Tensor:
