@@ -47,6 +47,7 @@ class Technique(BaseModel):
     name: ClassVar[str]
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
+    role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
@@ -122,12 +123,14 @@ class Installed:
     unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
     samples: which samples the current batch holds; None where the loop does not say, or where they were changed.
     total_steps: how many optimizer steps the training takes; None where the loop does not say.
+    calibrates: whether `calibrate` wants held-out images after training.
     """
 
     pretext: ClassVar[bool] = False
     unmergeable: str = ""
     samples: Samples | None = None
     total_steps: int | None = None
+    calibrates: bool = False
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
@@ -166,6 +169,20 @@ class Installed:
 
     def end_task(self, loader: Any) -> None:
         """At a task boundary; `loader` yields the finished task's (x, y)."""
+
+    def calibrate(self, loader: Any) -> Mapping[str, Any]:
+        """After training, where `calibrates`: choose what is to be chosen on images that no training step has seen.
+
+        loader: their (x, y). Returns facts for the run record.
+        """
+        return {}
+
+    def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
+        """Return settings between which the finished model can be switched without training, for a report to compare.
+
+        Each holds within its context; what the context gave then holds facts ("exits": how many samples left where).
+        """
+        return {}
 
     def facts(self) -> Mapping[str, Any]:
         """Return what the run record should say of this technique's work, once training has ended."""

@@ -76,10 +76,12 @@ def fit(
     samples: Callable[[int, Tensor], Samples] | None = None,
     phase: str = "train",
     done: int = 0,
+    score: Callable[[nn.Module], float] | None = None,
 ) -> Progress:
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
     batches, batches_per_epoch, samples, phase, done: see `Part`.
+    score(model): what stands for the accuracy where a pretext trains no classifier.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
     log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
@@ -90,7 +92,10 @@ def fit(
 
     def test() -> None:
         with run.phase("eval"):
-            accuracy = evaluate(loop.model, test_batches(), loop.accelerator)
+            if live.pretext and score is not None:
+                accuracy = score(loop.model)
+            else:
+                accuracy = evaluate(loop.model, test_batches(), loop.accelerator)
         loop.log(accuracy=accuracy)
         progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
         progress.accuracy, progress.reached = accuracy, accuracy >= (spec.target_accuracy or math.inf)

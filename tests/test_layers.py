@@ -38,9 +38,10 @@ ALLOWED: dict[str, set[str]] = {
     "train": {"technique", "wrap", "recipe", "record", "price", "meters", "stream"},
     "testing": {"technique", "wrap", "recipe", "registry", "train", "surgery", "views"},
     "jobs": {"data", "recipe", "technique"},
+    "subset": {"data", "models"},
     "stages": {"technique", "surgery", "views", "models", "wrap", "train", "meters", "jobs"},
-    "experiment": ENGINE | {"jobs", "stages"},
-    "plan": ENGINE | {"jobs", "experiment", "stages"},
+    "experiment": ENGINE | {"jobs", "stages", "subset"},
+    "plan": ENGINE | {"jobs", "experiment", "stages", "subset"},
     "bench": ENGINE | {"experiment", "testing"},
     "export": {"jobs", "models", "record", "report", "technique"},
     "__main__": {"cli"},
@@ -114,6 +115,8 @@ def test_a_technique_is_named_in_its_own_file_only() -> None:
         words = {
             n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
+        if "report" in path.parts:
+            words -= {"mae"}  # there it is the mean absolute error
         assert not (words & names), f"{path} names the technique {words & names}"
 
 

@@ -43,6 +43,7 @@ class Reuse(Technique):
 
     name: ClassVar[str] = "reuse"
     stage: ClassVar[Stage] = "objective"
+    role: ClassVar[str] = "base"
     needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"base": copy.deepcopy},
