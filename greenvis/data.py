@@ -88,6 +88,7 @@ class Data:
     classes: tuple[str, ...]
     checksum: str
     only: Sequence[str | int] | None = None
+    held_out: ImageSet | None = None  # of the training images, kept from all training, as the test shows them
 
     @property
     def img_size(self) -> int:
@@ -113,6 +114,7 @@ class Data:
             "std": list(t.std),
             "seed": t.seed,
             "only": None if self.only is None else list(self.only),
+            **({"held_out": len(self.held_out)} if self.held_out is not None else {}),
         }
 
 
@@ -121,6 +123,7 @@ def check(
     *,
     train: int | None = None,
     test: int | None = None,
+    held_out: int | None = None,
     img_size: int | None = None,
     in_chans: int | None = None,
     augment: str = "none",
@@ -140,11 +143,13 @@ def check(
         raise BadInput(f"data: unknown augment '{augment}'{nearest(augment, AUGMENTS)}")
     if in_chans not in (None, 1, 3):
         raise BadInput(f"data: in_chans is {in_chans}; images have 1 (grey) or 3 (colour)")
-    for option, value, least in (("train", train, 1), ("test", test, 1), ("img_size", img_size, 4), ("views", views, 1)):
+    numbers = {"train": train, "test": test, "held_out": held_out, "img_size": img_size, "views": views}
+    for option, value in numbers.items():
+        least = 4 if option == "img_size" else 1
         if value is not None and value < least:
             raise BadInput(f"data: {option} is {value}; it must be at least {least}")
     if kind in SIZES:
-        for option, value, most in zip(("train", "test"), (train, test), SIZES[kind], strict=True):
+        for option, value, most in zip(("train", "test"), (_sum(train, held_out), test), SIZES[kind], strict=True):
             _enough(name, option, value, most)
     if kind == "fashion-mnist":
         if not download:
@@ -163,6 +168,7 @@ def load(
     *,
     train: int | None = None,
     test: int | None = None,
+    held_out: int | None = None,
     img_size: int | None = None,
     in_chans: int | None = None,
     augment: Augment = "none",
@@ -180,10 +186,12 @@ def load(
     (default: their own; 224 and 3 for folders). augment: "crop" (pad by an eighth, crop back), "crop-flip", or "randaug"
     (RandAugment, Cubuk et al., 2020, then crop-flip). views: repeat the augmentation after so many epochs, so that a
     teacher's outputs can be kept. PATH and root are relative to `folder`. classes: only these, by name or number; their
-    labels become 0, 1, … in the order given. normalise: by channel, else pixels are 0 to 1. Raises BadInput.
+    labels become 0, 1, … in the order given. normalise: by channel, else pixels are 0 to 1. held_out: so
+    many training images are kept from `train`, in `Data.held_out`. Raises BadInput.
     """
     wanted: dict[str, Any] = {"train": train, "test": test, "img_size": img_size, "in_chans": in_chans, "seed": seed}
-    check(name, **wanted, augment=augment, views=views, root=root, folder=folder, download=download, classes=classes)
+    place: dict[str, Any] = {"root": root, "folder": folder, "download": download}
+    check(name, **wanted, augment=augment, views=views, held_out=held_out, classes=classes, **place)
     source = _read(name, wanted, _at(folder, root) if root else None, Path(folder), download)
     numbers = list(range(len(source.classes))) if classes is None else _numbers(name, classes, source.classes)
     form = Transform(img_size or source.img_size, in_chans or source.in_chans, augment=augment, views=views, seed=seed)
@@ -193,16 +201,20 @@ def load(
     splits: list[Split] = []
     for part, split in (("train", source.train), ("test", source.test)):
         there = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
-        _enough(name, part, wanted[part], len(there))
-        chosen = there[sources.stratified(split.labels[there], seed)][: wanted[part]].sort().values
-        rows.append(chosen)
+        _enough(name, part, _sum(wanted[part], held_out if part == "train" else None), len(there))
+        drawn = there[sources.stratified(split.labels[there], seed)]
+        kept = (held_out or 0) if part == "train" else 0
+        rows += [drawn[: len(drawn) - kept][: wanted[part]].sort().values]
+        rows += [drawn[len(rows[-1]) :][:kept].sort().values] if kept else []
         stored = replace(form, in_chans=min(form.in_chans, source.in_chans))  # grey is made colour batch by batch
-        taken = split.take(chosen)
-        splits.append(_bring_to_size(Split(taken.images, label_of[taken.labels]), stored))
+        for chosen in rows[len(splits) :]:
+            taken = split.take(chosen)
+            splits.append(_bring_to_size(Split(taken.images, label_of[taken.labels]), stored))
     form = _with_statistics(form, splits[0]) if normalise else form
     plain = replace(form, augment="none", views=None)
-    train_set, test_set = ImageSet(splits[0], rows[0], form), ImageSet(splits[1], rows[1], plain)
-    return Data(name, train_set, test_set, tuple(source.classes[n] for n in numbers), source.checksum, classes)
+    train_set, test_set = ImageSet(splits[0], rows[0], form), ImageSet(splits[-1], rows[-1], plain)
+    held = ImageSet(splits[1], rows[1], plain) if held_out else None
+    return Data(name, train_set, test_set, tuple(source.classes[n] for n in numbers), source.checksum, classes, held)
 
 
 def _read(name: str, wanted: dict[str, Any], root: Path | None, folder: Path, download: bool) -> Source:
@@ -234,6 +246,11 @@ def _numbers(name: str, wanted: Sequence[str | int], there: Sequence[str]) -> li
 
 def _at(folder: str | Path, path: str | Path) -> Path:
     return (Path(folder) / Path(path).expanduser()).resolve()
+
+
+def _sum(wanted: int | None, held_out: int | None) -> int | None:
+    """How many images are asked for in all; of all there are, one at least beside those held out."""
+    return wanted if held_out is None else (wanted or 1) + held_out
 
 
 def _enough(name: str, part: str, wanted: int | None, there: int) -> None:

@@ -48,6 +48,7 @@ class DataSpec(_Section):
     name: str = Field(description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic")
     train: Positive | None = Field(default=None, description="number of training images; all where absent")
     test: Positive | None = Field(default=None, description="number of test images; all where absent")
+    held_out: Positive | None = Field(default=None, description="training images kept from all training, to calibrate on")
     img_size: Positive | None = Field(default=None, description="side in pixels; the data's own where absent")
     in_chans: Literal[1, 3] | None = Field(default=None, description="channels; the data's own where absent")
     augment: str = Field(default="none", description="augmentation by name; deterministic in (seed, epoch, image)")
@@ -72,7 +73,8 @@ class ModelSpec(_Section):
     ref: str = Field(
         description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH"
     )
-    init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH; the classifier is new")
+    init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
+    classifier: Literal["new", "keep"] = Field("new", description="begin with a new classifier, or with that of `init`")
 
     @property
     def options(self) -> dict[str, Any]:

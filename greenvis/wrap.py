@@ -181,6 +181,14 @@ class Wrapped(Deltas):
         for live in self.installed:
             live.phase, live.note = run.phase, run.note
 
+    def calibrate(self, loader: Any) -> dict[str, Any]:
+        """Call after training with held-out (x, y) that no step has seen: techniques choose their thresholds on them."""
+        return {t.name: dict(live.calibrate(loader)) for t, live in self._pairs() if live.calibrates}
+
+    def operating_points(self) -> dict[str, AbstractContextManager[dict[str, Any]]]:
+        """Return the settings between which the finished model can be switched, by name."""
+        return {name: point for live in self.installed for name, point in live.operating_points().items()}
+
     def facts(self) -> dict[str, Any]:
         """Return what the techniques say of their work (hits of a cache), by name of the fact."""
         return {key: value for live in self.installed for key, value in live.facts().items()}

@@ -22,6 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
 
+WITH_DATA = "run with data"  # how the note begins that says so: the work may depend on it
+
 # What fvcore counts and the convention does not.
 _APART = (
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
@@ -60,7 +62,7 @@ def count(model: nn.Module, example: Any, *, train: bool = False, cross_check: b
             forward = _forward(twin, _to(inputs, "meta"))
             learned = _train(twin, _to(inputs, "meta"), size) if train else None
     except Exception as error:  # work that depends on the data, or a model that cannot be copied
-        notes.append(f"run with data, not on the meta device: {_first_line(error)}")
+        notes.append(f"{WITH_DATA}, not on the meta device: {_first_line(error)}")
         with _in_place(model) as device:
             try:
                 forward = _forward(model, _to(inputs, device))

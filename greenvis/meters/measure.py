@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -20,9 +22,14 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
     count = flops.count(model, x[:1])
+    macs, spread = count.macs, {}
+    if any(note.startswith(flops.WITH_DATA) for note in count.notes):  # it may do more for some images than for others
+        found = flops.distribution(model, x)
+        macs, spread = found["mean"], {"macs_distribution": found} if found["min"] < found["max"] else {}
     single = speed.latency(model, x[:1], seconds=LOOK_S)
     return {
-        "macs": count.macs,
+        "macs": macs,
+        **spread,
         "flops_counters": count.counters,
         "flops_unhandled": count.unhandled,
         "params": sum(p.numel() for p in model.parameters()),
@@ -54,3 +61,34 @@ def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
             "batch_size": len(x),
         }
     return out
+
+
+def compare(
+    points: Mapping[str, AbstractContextManager[dict[str, Any]]],
+    answer: Callable[[Any], Tensor],
+    batches: Callable[[], Iterable[Any]],
+    run: Tracker,
+) -> list[dict[str, Any]]:
+    """Return what a model that can be switched reaches and costs at each setting: accuracy, joules an image, facts of its own.
+
+    points: contexts by name; each gives a mapping that holds its facts afterwards. answer: images to logits. batches: (x, y)
+    to serve, once a setting; reading them is not counted.
+    """
+    rows = []
+    for name, point in points.items():
+        right = images = 0
+        spent, known = [0.0, 0.0, 0.0], True
+        with point as facts, torch.inference_mode(), run.phase("serve"):
+            for x, y in batches():
+                before = run.energy()
+                hits = answer(x).argmax(-1).cpu() == y
+                after = run.energy()
+                right, images = right + int(hits.sum()), images + len(y)
+                known &= before.value is not None and after.value is not None
+                for i, key in enumerate(("value", "low", "high")):
+                    spent[i] += (getattr(after, key) or 0.0) - (getattr(before, key) or 0.0)
+            run.add(samples=images)
+        joules = dict(zip(("value", "low", "high"), (s / images for s in spent), strict=True)) if known and images else None
+        row = {"setting": name, "accuracy": right / max(images, 1), "inference_energy_j": joules, "images": images}
+        rows.append(row | facts)
+    return rows

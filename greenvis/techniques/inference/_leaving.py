@@ -179,7 +179,10 @@ class Outer:
         """Run the model."""
         exits, mode = self.exits, self.exits.mode
         if mode is None:
-            return self.__wrapped__(*args, **kwargs)
+            output = self.__wrapped__(*args, **kwargs)
+            if not exits.model.training and not torch.compiler.is_compiling():
+                exits.tally[-1] += len(logits_of(output))
+            return output
         tensors = [(name, t) for name, t in (*enumerate(args), *kwargs.items()) if isinstance(t, Tensor)]
         if not tensors:
             return self.__wrapped__(*args, **kwargs)

@@ -31,6 +31,7 @@ class Found:
     layouts: tuple[Layout, ...]
     view: View
     classes: int
+    macs: float
 
 
 def find(model: nn.Module, at: Sequence[int | float | str], shape: tuple[int, int, int] | None) -> Found:
@@ -61,7 +62,7 @@ def find(model: nn.Module, at: Sequence[int | float | str], shape: tuple[int, in
     for path, why in _one_leaves(model, found.example, paths):
         if why:
             raise BadInput(f"samples cannot leave {what} behind '{path}': {why}; choose another place")
-    return Found(paths, tuple(laid[p] for p in paths), found, logits.shape[1])
+    return Found(paths, tuple(laid[p] for p in paths), found, logits.shape[1], spent[""])
 
 
 def _by_number(there: list[str], number: int, what: str) -> str:

@@ -96,14 +96,17 @@ class EarlyExit(Technique):
 
 
 class InstalledEarlyExit(Installed):
-    """The exits at work. paths: the modules they are behind. costs: MACs an image until each exit and to the end."""
+    """The exits at work. paths: the modules they are behind. costs: MACs an image until each exit, and to the end.
+
+    macs: of an image by the model without its exits.
+    """
 
     def __init__(self, request: EarlyExit, exits: Exits, found: _places.Found, costs: list[float]) -> None:
         added = {id(p) for head in exits.heads for p in head.parameters()}
         names = tuple(n for n, p in exits.model.named_parameters() if id(p) in added)
         super().__init__(names, freezes=request.base == "freeze")
         self.request, self.exits, self.costs = request, exits, costs
-        self.paths, self.example = found.paths, found.view.example
+        self.paths, self.example, self.macs = found.paths, found.view.example, found.macs
         self.calibrates = request.target_drop is not None or request.budget is not None
         self.calibration: Calibration | None = None
         self.unmergeable = "its exits are heads beside the model's own; export(live, exit=k) gives a plain model up to exit k"
@@ -149,6 +152,7 @@ class InstalledEarlyExit(Installed):
         """Hold these thresholds (one for all, or one each) within; then the mapping says how many left at each exit."""
         before, facts = list(self.thresholds), {}
         self.thresholds = [thresholds] * len(self.paths) if isinstance(thresholds, (int, float)) else thresholds
+        never = all(t == NEVER for t in self.thresholds)
         self.exits.tally = [0] * (len(self.paths) + 1)
         try:
             yield facts
@@ -156,7 +160,8 @@ class InstalledEarlyExit(Installed):
             self.thresholds, gone = before, self.exits.tally
             total = max(sum(gone), 1)
             facts["exits"] = gone
-            facts["macs"] = sum(n * c for n, c in zip(gone, self.costs, strict=True)) / total
+            spent = sum(n * c for n, c in zip(gone, self.costs, strict=True)) / total
+            facts["macs"] = self.macs if never else spent
 
     def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
         """Return the settings a report compares: no early exit, some thresholds, and those calibrated or given."""
