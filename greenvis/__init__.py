@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from greenvis.technique import Installed, Technique
     from greenvis.techniques.inference.distill import Distill
     from greenvis.techniques.inference.early_exit import EarlyExit
+    from greenvis.techniques.inference.token_merge import TokenMerge
     from greenvis.techniques.iteration.adapter import Adapter
     from greenvis.techniques.iteration.bitfit import Bitfit
     from greenvis.techniques.iteration.linear_probe import LinearProbe
@@ -47,8 +48,8 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora",
-    "LoraStream", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Replay", "Reuse", "Side", "Technique",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
+    "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Replay", "Reuse", "Side", "Technique", "TokenMerge",
     "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

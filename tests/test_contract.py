@@ -32,6 +32,7 @@ WORKS = {
     "prompt_pool": 8,
     "reuse": 8,
     "side": 9,
+    "token_merge": 9,
 }
 PROOF = ("distill", "lora")  # on all hosts each time; the others on these, and on all when slow
 FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "transformers-swin", "plain")

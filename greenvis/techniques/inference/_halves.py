@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
-from greenvis.techniques.iteration._seams import first, row_of_blocks, with_first
+from greenvis.techniques.iteration._seams import first, row_of_blocks
 from greenvis.views import View
 from greenvis.views.quiet import quiet
 
@@ -31,10 +32,8 @@ class Block:
     def __init__(self, module: nn.Module, path: str, attention: str, runs: Sequence[tuple[str, int]], split: int) -> None:
         self.module, self.path, self.attention = module, path, attention
         self.rotary = False
-        names = [name for name, _ in runs]
         self._attend = _silenced(module, dict(runs[split:]))
-        self._feed = _silenced(module, {n: k for n, k in runs[:split]})
-        self.parts = {"attention": names[:split], "mlp": names[split:]}
+        self._feed = _silenced(module, dict(runs[:split]))
 
     def attend(self, *args: Any, **kwargs: Any) -> Any:
         """Run the attention half."""
@@ -87,14 +86,17 @@ def halves(model: nn.Module, found: View, what: str) -> list[Block]:
     blocks = [_split(model, found, path, runs[path]) for path in paths]
     with quiet(model):
         for block in blocks:
-            _check(block, *calls[block.path], found, what)
+            args, kwargs = calls[block.path]
+            _check(block, args, kwargs, found, what)
     return blocks
 
 
-def _watch(model: nn.Module, found: View, paths: list[str]) -> tuple[dict[str, list[tuple[str, int]]], dict[str, Any]]:
+def _watch(
+    model: nn.Module, found: View, paths: list[str]
+) -> tuple[dict[str, list[tuple[str, int]]], dict[str, tuple[Any, Any]]]:
     """Run the model; return for each block the children that ran once with the length of their output tuples, and its call."""
     ran: dict[str, dict[str, list[int]]] = {p: {} for p in paths}
-    calls: dict[str, Any] = {}
+    calls: dict[str, tuple[Any, Any]] = {}
     hooks = []
 
     def child(path: str, name: str) -> Callable[..., None]:
@@ -105,7 +107,7 @@ def _watch(model: nn.Module, found: View, paths: list[str]) -> tuple[dict[str, l
 
     def whole(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            calls[path] = (args, kwargs, output)
+            calls[path] = (args, kwargs)
 
         return note
 
@@ -145,7 +147,7 @@ def _silenced(module: nn.Module, parts: dict[str, int]) -> nn.Module:
     return half
 
 
-def _check(block: Block, args: Any, kwargs: Any, output: Any, found: View, what: str) -> None:
+def _check(block: Block, args: Any, kwargs: Any, found: View, what: str) -> None:
     """Raise BadInput where the halves are not the block, or where it uses the places of its tokens."""
     x = main(args, kwargs)
     if x.device.type == "meta":
@@ -156,7 +158,9 @@ def _check(block: Block, args: Any, kwargs: Any, output: Any, found: View, what:
             between = with_main(args, kwargs, first(block.attend(*args, **kwargs)))
             whole = first(block.feed(*between[0], **between[1]))
         except Exception as error:  # whatever a block raises here means: not in halves
-            raise BadInput(f"{where} does not run in halves: {type(error).__name__}: {str(error)[:200]}") from error
+            raise BadInput(
+                f"{where} is not x + attention followed by x + MLP (pre-norm): {type(error).__name__}: {str(error)[:200]}"
+            ) from error
         if not torch.equal(whole, first(block.whole(*args, **kwargs))):
             raise BadInput(f"{where} is not x + attention followed by x + MLP (pre-norm), so {what} finds no place in it")
         prefix, length = found.prefix_tokens, x.shape[1]
@@ -226,41 +230,56 @@ def masked_attention(model: nn.Module, path: str, block: str) -> nn.Module:
     """Return the attention, or the module around it, that takes a mask. Raises BadInput where none within the block does."""
     while path != block:
         module = model.get_submodule(path)
-        if isinstance(module, nn.MultiheadAttention) or _mask_name(module):
+        if _mask_name(module):
             return module
         path = path.rpartition(".")[0]
     raise BadInput(f"the attention of block '{block}' takes no mask ({' or '.join(MASKS)})")
 
 
-def add_mask(module: nn.Module, bias: Callable[[], Tensor | None]) -> None:
-    """Add bias(), (batch, 1, 1 or length, length), to the attention's logits, by the library's own argument; None adds none."""
-    multihead = isinstance(module, nn.MultiheadAttention)
-    name = MASKS[0] if multihead else _mask_name(module)
-    order = list(inspect.signature(type(module).forward).parameters)[1:]
+def set_mask(module: nn.Module, mask: Callable[[Tensor | None], Tensor | None]) -> None:
+    """Call the attention with mask(given), by the library's own argument. given: the mask it is called with, mostly None.
 
-    def put(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        added = bias()
-        if added is None:
-            return None
-        x = main(args, kwargs)
-        added = added.to(x.dtype)
-        if multihead and added.shape[2] == 1:
-            return args, {**kwargs, "key_padding_mask": added[:, 0, 0]}
-        if multihead:
-            added = added.expand(-1, module.num_heads, -1, -1).flatten(0, 1)  # type: ignore[operator]
-        place = order.index(name)
-        given = args[place] if len(args) > place else kwargs.get(name)
-        added = added if given is None else added + given
-        if len(args) > place:
-            return (*args[:place], added, *args[place + 1 :]), kwargs
-        return args, {**kwargs, name: added}
+    A mask is added to the logits: (batch, 1, 1 or length, length).
+    """
+    name = _mask_name(module)
+    place = list(inspect.signature(type(module).forward).parameters).index(name) - 1
+    module.register_forward_pre_hook(partial(_put, mask, name, place), with_kwargs=True)
 
-    module.register_forward_pre_hook(put, with_kwargs=True)
+
+def _put(
+    mask: Callable[[Tensor | None], Tensor | None],
+    name: str,
+    place: int,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    given = args[place] if len(args) > place else kwargs.get(name)
+    wanted = mask(given)
+    if wanted is given or wanted is None:
+        return None
+    wanted = wanted.to(main(args, kwargs).dtype)
+    if isinstance(module, nn.MultiheadAttention):
+        if wanted.shape[2] == 1:
+            return args, {**kwargs, "key_padding_mask": wanted[:, 0, 0]}
+        wanted = wanted.expand(-1, module.num_heads, -1, -1).flatten(0, 1)
+    if len(args) > place:
+        return (*args[:place], wanted, *args[place + 1 :]), kwargs
+    return args, {**kwargs, name: wanted}
+
+
+def cut_mask(given: Tensor, places: Tensor, length: int) -> Tensor:
+    """Return a mask (…, 1 or heads, 1 or length, length) for the tokens at `places`, int64 (batch, tokens), added to logits."""
+    if given.dtype == torch.bool:
+        given = torch.zeros(given.shape, device=given.device).masked_fill(~given, float("-inf"))
+    if given.dim() != 4 or given.shape[-1] != length:
+        return given
+    batch, tokens = places.shape
+    cut = given.expand(batch, -1, -1, -1)
+    cut = cut.gather(3, places[:, None, None].expand(-1, *cut.shape[1:3], tokens))
+    return cut if cut.shape[2] == 1 else cut.gather(2, places[:, None, :, None].expand(-1, cut.shape[1], -1, tokens))
 
 
 def _mask_name(module: nn.Module) -> str:
     parameters = inspect.signature(type(module).forward).parameters
     return next((n for n in MASKS if n in parameters), "")
-
-
-__all__ = ["Block", "Silent", "add_mask", "first", "halves", "main", "masked_attention", "rotated", "with_first", "with_main"]

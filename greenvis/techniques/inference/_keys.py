@@ -29,7 +29,7 @@ class Source:
     """Where queries or keys are read: in the output of the module `path`, laid out as `layout` says.
 
     "fused": (batch, length, 3·heads·dim); "flat": (batch, length, heads·dim); "heads first": (batch, heads, length, dim);
-    "heads last": (batch, length, heads, dim). "packed": computed from the module's input by its in_proj_weight, or by qkv.weight.
+    "heads last": (batch, length, heads, dim). "packed": computed from the module's input, by in_proj_weight or qkv.weight.
     """
 
     path: str
@@ -55,9 +55,17 @@ class Source:
         """Call keep(value) with what `read` takes each time the attention runs."""
         module = model.get_submodule(self.path)
         if self.layout == "packed":
-            module.register_forward_pre_hook(lambda m, args, kwargs: keep(main(args, kwargs)), with_kwargs=True)
+            module.register_forward_pre_hook(partial(_taken, keep), with_kwargs=True)
         else:
-            module.register_forward_hook(lambda m, args, output: keep(output))
+            module.register_forward_hook(partial(_given, keep))
+
+
+def _taken(keep: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+    keep(main(args, kwargs))
+
+
+def _given(keep: Any, module: nn.Module, args: Any, output: Any) -> None:
+    keep(output)
 
 
 def sources(model: nn.Module, found: View, blocks: list[Block], which: Which) -> list[Source]:
@@ -73,7 +81,9 @@ def _source(model: nn.Module, found: View, block: Block, which: Which, seen: _Se
     module = model.get_submodule(block.attention)
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None or not module.batch_first:
-            raise BadInput(f"'{block.attention}' has separate projections or its batch behind its tokens; its keys are not read")
+            raise BadInput(
+                f"'{block.attention}' has separate projections or its batch behind its tokens: its keys are not read"
+            )
         return Source(block.attention, which, "packed", module.num_heads)
     if truth is None:  # not the fused kernel: what the view says
         path = attention.qkv or (attention.k if which == "key" else attention.q)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -47,14 +46,16 @@ class Matching:
 
     Set A are the tokens at even places, set B those at odd ones. unmerged, source: int64 (batch, n), (batch, r), into A: those
     that stay, and those that merge, the most similar first. destination: (batch, r), into B, for each source. The remaining
-    sequence is [protected][unmerged of A][B]; `r` is what was asked for, cut to half of the tokens that are not protected.
+    sequence is [protected][unmerged of A][B]. kept: (batch, remaining), where in the old sequence each token of it stood (one
+    that others merged into: its B's place). target: (batch, r), where in it the token lies that each source merged into.
     """
 
     length: int
-    protected: int
     unmerged: Tensor
     source: Tensor
     destination: Tensor
+    kept: Tensor
+    target: Tensor
 
     @property
     def r(self) -> int:
@@ -66,21 +67,7 @@ class Matching:
         """How many tokens remain."""
         return self.length - self.r
 
-    @cached_property
-    def kept(self) -> Tensor:
-        """Place in the old sequence of each token that remains, int64 (batch, remaining): a merged token's is its B's."""
-        batch, device = self.unmerged.shape[0], self.unmerged.device
-        first_a, first_b = (self.protected + 1) // 2, self.protected // 2
-        still = torch.arange(self.protected, device=device).expand(batch, -1)
-        b = torch.arange(2 * first_b + 1, self.length, 2, device=device).expand(batch, -1)
-        return torch.cat([still, 2 * self.unmerged[:, first_a:], b], 1)
-
-    @cached_property
-    def target(self) -> Tensor:
-        """Place in the new sequence of the token each source merges into, int64 (batch, r)."""
-        return self.destination + (self.remaining - self.length // 2)
-
-    @cached_property
+    @property
     def map(self) -> Tensor:
         """Place in the new sequence at which each old token lies, int64 (batch, length)."""
         new = torch.arange(self.remaining, device=self.kept.device).expand_as(self.kept)
@@ -130,20 +117,26 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0) -> Match
     if not 0 <= protected <= length:
         raise BadInput(f"cannot protect {protected} of {length} tokens")
     r = max(0, min(r, (length - protected) // 2))
-    first_a, first_b = (protected + 1) // 2, protected // 2
+    first_a, first_b = (protected + 1) // 2, protected // 2  # of each set, those after the protected ones
     with torch.no_grad():
         metric = F.normalize(metric.float(), dim=-1)
-        a, b = metric[:, 2 * first_a :: 2], metric[:, 2 * first_b + 1 :: 2]
-        if r == 0:
-            every = torch.arange((length + 1) // 2, device=metric.device).expand(metric.shape[0], -1)
-            return Matching(length, protected, every, every[:, :0], every[:, :0])
-        best, partner = (a @ b.transpose(1, 2)).max(-1)
-        order = best.argsort(dim=-1, descending=True)
-        chosen, rest = order[:, :r], order[:, r:]
-        if protected:
-            still = torch.arange(first_a, device=metric.device).expand(metric.shape[0], -1)
-            rest = torch.cat([still, rest.sort(dim=-1).values + first_a], 1)
-        return Matching(length, protected, rest, chosen + first_a, partner.gather(1, chosen) + first_b)
+        batch, device = metric.shape[0], metric.device
+        still = torch.arange(protected, device=device).expand(batch, -1)
+        odd = torch.arange(length, device=device)[2 * first_b + 1 :: 2].expand(batch, -1)
+        if r:
+            a, b = metric[:, 2 * first_a :: 2], metric[:, 2 * first_b + 1 :: 2]
+            best, partner = (a @ b.transpose(1, 2)).max(-1)
+            order = best.argsort(dim=-1, descending=True)
+            source, rest = order[:, :r], order[:, r:]
+            destination = partner.gather(1, source) + first_b
+            rest = rest.sort(dim=-1).values if protected else rest
+        else:
+            rest = torch.arange((length + 1) // 2 - first_a, device=device).expand(batch, -1)
+            source = destination = rest[:, :0]
+        unmerged, source = rest + first_a, source + first_a
+        kept = torch.cat([still, 2 * unmerged, odd], 1)
+        unmerged = torch.cat([still[:, ::2] // 2, unmerged], 1)
+        return Matching(length, unmerged, source, destination, kept, destination + (length - r - length // 2))
 
 
 def token_map(matchings: Sequence[Matching]) -> Tensor:

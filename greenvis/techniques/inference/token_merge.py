@@ -13,11 +13,18 @@ from greenvis.errors import BadInput, GreenvisError
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.inference import _matching
 from greenvis.techniques.inference._halves import (
-    Block, add_mask, first, halves, main, masked_attention, rotated, with_first, with_main,
+    Block,
+    cut_mask,
+    halves,
+    main,
+    masked_attention,
+    rotated,
+    set_mask,
+    with_main,
 )  # fmt: skip
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._matching import Matching, bipartite_soft_matching, parse_r, source_matrix
-from greenvis.techniques.iteration._seams import check_runs, patches_matter
+from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, with_first
 from greenvis.views import view
 
 
@@ -42,7 +49,7 @@ class TokenMerge(Technique):
 
     r: Annotated[
         int | list[float],
-        Field(description="tokens merged in each block: a number, [r, inflection] (-1 falls from 2r to 0), or one number a block"),
+        Field(description="tokens merged in each block: one number, [r, inflection] (-1 falls from 2r to 0), or one a block"),
     ] = 8
     proportional: Annotated[bool, Field(description="add log(size) to attention, so that merged tokens count as many")] = True
     restore: Annotated[
@@ -54,7 +61,7 @@ class TokenMerge(Technique):
     ] = None
 
     def install(self, model: nn.Module) -> Installed:
-        """Put merging in. r = 0 installs nothing. Raises BadInput for windows, blocks that are not pre-norm, or too large an r list."""
+        """Put merging in; r = 0 puts nothing in. Raises BadInput for windows and blocks that are not pre-norm, saying which."""
         found = view(model, self.input_shape, probe=False)
         blocks = halves(model, found, "token merging")
         numbers = parse_r(len(blocks), self.r)
@@ -68,11 +75,11 @@ class TokenMerge(Technique):
             )
         keys = sources(model, found, blocks, "key")
         flow = Flow(found.prefix_tokens)
-        merging = [Merging(b, k, n, flow, i) for i, (b, k, n) in enumerate(zip(blocks, keys, numbers, strict=True))][start:]
-        if self.proportional:  # all sizes are 1 before the first merge
-            where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
-            for module, m in zip(where, merging[1:], strict=True):
-                add_mask(module, m.log_size)
+        parts = zip(blocks, keys, numbers, strict=True)
+        merging = [Merging(b, k, n, flow, i, self.proportional) for i, (b, k, n) in enumerate(parts)][start:]
+        where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
+        for module, m in zip(where, merging[1:], strict=True):  # before the first merge all sizes are 1
+            set_mask(module, m.mask)
         restore = self.restore == "always" or (self.restore == "auto" and patches_matter(model, found, blocks[-1].path))
         merging[-1].restore = restore
         for m in merging:
@@ -85,7 +92,11 @@ class TokenMerge(Technique):
 
 
 class Flow:
-    """What became of the tokens of the last batch. steps: the matching of each block that merged, by the block's number."""
+    """What became of the tokens of the last batch, by the number of a block.
+
+    steps: the matching of each block that merged. size, places: of the tokens each block is given, how many of the first ones
+    each stands for, and where it stood among them. length: how many they were.
+    """
 
     def __init__(self, prefix: int) -> None:
         self.prefix = prefix
@@ -103,9 +114,9 @@ class Merging:
     """One block at work. It finds the sizes and places of the tokens it is given under its own number, and leaves the next
     block's under the next, so that a block run again (gradient checkpointing) finds what it found before."""
 
-    def __init__(self, block: Block, key: Source, r: int, flow: Flow, number: int) -> None:
+    def __init__(self, block: Block, key: Source, r: int, flow: Flow, number: int, proportional: bool) -> None:
         self.block, self.key, self.r, self.flow, self.number = block, key, r, flow, number
-        self.restore = False
+        self.proportional, self.restore = proportional, False
         self._value: Tensor | None = None
 
     def put(self, model: nn.Module) -> None:
@@ -114,10 +125,17 @@ class Merging:
             self.key.watch(model, self._keep)
         self.block.module.forward = self.forward
 
-    def log_size(self) -> Tensor | None:
-        """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32."""
-        size = self.flow.size.get(self.number)
-        return None if size is None else size.log()[:, None, None, :]
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32, on top of the library's mask."""
+        flow, i = self.flow, self.number
+        if i not in flow.size:
+            return given
+        if given is not None:  # made for all tokens: transformers does so while a model is exported
+            given = cut_mask(given, flow.places[i], flow.length)
+        if not self.proportional:
+            return given
+        log_size = flow.size[i].log()[:, None, None, :]
+        return log_size if given is None else log_size + given
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and merge between its attention and its MLP."""
@@ -158,12 +176,9 @@ class Merging:
             kept.pop(now, None)
         if matching is not None and size is not None:
             flow.steps[i], flow.size[i + 1] = matching, size
-            if self.block.rotary:
-                flow.places[i + 1] = matching.kept if i not in flow.places else flow.places[i].gather(1, matching.kept)
+            flow.places[i + 1] = flow.places[i].gather(1, matching.kept) if i in flow.places else matching.kept
         elif i in flow.size:
-            flow.size[i + 1] = flow.size[i]
-            if i in flow.places:
-                flow.places[i + 1] = flow.places[i]
+            flow.size[i + 1], flow.places[i + 1] = flow.size[i], flow.places[i]
 
     def _keep(self, value: Tensor) -> None:
         self._value = value.detach()
