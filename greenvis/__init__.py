@@ -22,15 +22,18 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.token_merge import TokenMerge
     from greenvis.techniques.iteration.adapter import Adapter
     from greenvis.techniques.iteration.bitfit import Bitfit
+    from greenvis.techniques.iteration.layer_decay import LayerDecay
     from greenvis.techniques.iteration.linear_probe import LinearProbe
     from greenvis.techniques.iteration.lora import Lora
     from greenvis.techniques.iteration.lora_stream import LoraStream
+    from greenvis.techniques.iteration.lwf import Lwf
     from greenvis.techniques.iteration.mae import Mae
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.packnet import PackNet
     from greenvis.techniques.iteration.partial import Partial
     from greenvis.techniques.iteration.prompt import Prompt
     from greenvis.techniques.iteration.prompt_pool import PromptPool
+    from greenvis.techniques.iteration.regularize import Regularize
     from greenvis.techniques.iteration.replay import Replay
     from greenvis.techniques.iteration.reuse import Reuse
     from greenvis.techniques.iteration.side import Side
@@ -48,9 +51,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LinearProbe", "Lora", "LoraStream",
-    "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Replay", "Reuse", "Side", "Technique", "TokenMerge",
-    "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream",
+    "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Side",
+    "Technique", "TokenMerge", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 
