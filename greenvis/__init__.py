@@ -51,9 +51,9 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream",
-    "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Side",
-    "Technique", "TokenMerge", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LayerDecay", "LinearProbe",
+    "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Regularize", "Replay",
+    "Reuse", "Side", "Technique", "TokenMerge", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 
