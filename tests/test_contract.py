@@ -37,7 +37,7 @@ WORKS = {
     "side": 9,
     "token_merge": 9,
 }
-PROOF = ("distill", "lora")  # on all hosts each time; the others on these, and on all when slow
+PROOF = ("lora",)  # on all hosts each time; the others on these, and on all when slow
 FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "transformers-swin", "plain")
 
 
