@@ -1,0 +1,169 @@
+"""`greenvis bench tokens`: merging tokens against the unmodified model with its fused attention. Minutes on one core.
+
+No other implementation stands beside it: that of the paper is not on PyPI, is for non-commercial use, and replaces fused
+attention; no package of it for classifiers was found there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from greenvis import models, registry
+from greenvis.meters import flops
+from greenvis.meters.header import cpu
+from greenvis.meters.track import Tracker, track
+from greenvis.wrap import wrap
+
+MODEL = "timm/deit_small_patch16_224"
+SCHEDULES: tuple[Any, ...] = (0, 8, 13, 16, (13, -1))
+BATCHES = (1, 4, 16, 32, 64)
+TARGETS = {"8": 1.25, "13": 1.5}  # times the throughput of the unmodified model, at batch 16 and 32
+PLAIN = "unmodified"
+
+
+def run(
+    out: Path | None = None,
+    model: str = MODEL,
+    schedules: Sequence[Any] = SCHEDULES,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 5,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Return {"rows": [{"batch", "r", "gmacs", "flops_ratio", "images_per_s", "speedup", "realised", "latency_ms",
+    "energy_j", "energy_ratio", "target"}], …}: one row for each batch size and r, random weights.
+
+    Settings take turns within each round and the order turns around every other round, so that a neighbour's load meets all
+    alike. speedup, images_per_s and latency_ms are of CPU time (on a GPU of wall time), medians over rounds; energy_j is per
+    image; realised is speedup over flops_ratio. out: a folder to write report.md, results.json and figures/tokens.svg to.
+    """
+    started, before = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arms = {PLAIN: models.build(model).eval()}
+        for r in schedules:
+            arms[_name(r)] = models.build(model).eval()
+            wrap(arms[_name(r)], registry.find("token_merge").model_validate({"r": list(r) if isinstance(r, tuple) else r}))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        size = _input_shape(arms[PLAIN])
+        macs = {name: flops.count(arm, torch.rand(1, *size), cross_check=False).macs for name, arm in arms.items()}
+        with tempfile.TemporaryDirectory() as folder, track("tokens", dir=folder) as run_:
+            rows = []
+            for batch in batches:
+                rows += _rows(batch, _measured(arms, torch.rand(batch, *size), device, rounds, run_), macs)
+    finally:
+        torch.set_num_threads(before)
+    result = {
+        "rows": rows, "model": model, "rounds": rounds, "threads": threads, "device": device.type, "machine": cpu(),
+        "torch": torch.__version__, "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+    if out is not None:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "report.md").write_text(_markdown(result, out))
+        _draw(result, out / "figures" / "tokens.svg")
+    return result
+
+
+def _input_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Return the (channels, height, width) a model is made for."""
+    from greenvis.views import example_input
+
+    channels, height, width = example_input(model).shape[1:]
+    return channels, height, width
+
+
+def _name(r: Any) -> str:
+    return str(r) if isinstance(r, int) else f"({r[0]}, {r[1]:+d})"
+
+
+def _measured(
+    arms: dict[str, nn.Module], x: torch.Tensor, device: torch.device, rounds: int, run: Tracker
+) -> dict[str, list[tuple[float, float | None]]]:
+    """Return seconds and joules of one batch, by arm and round."""
+    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
+    x, clock = x.to(device), time.perf_counter if device.type == "cuda" else time.process_time
+    with torch.inference_mode():
+        for arm in arms.values():
+            arm.to(device)(x[:2])
+        for i in range(rounds):
+            for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+                _wait(device)
+                before, start = run.energy().value, clock()
+                arms[name](x)
+                _wait(device)
+                seconds, after = clock() - start, run.energy().value
+                found[name].append((seconds, None if before is None or after is None else after - before))
+    return found
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _rows(batch: int, found: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]) -> list[dict[str, Any]]:
+    seconds = {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
+    joules: dict[str, float | None] = {}
+    for name, runs in found.items():
+        known = [j for _, j in runs if j is not None]
+        joules[name] = statistics.median(known) / batch if len(known) == len(runs) else None
+    rows = []
+    for name in found:
+        ratio, faster = macs[PLAIN] / macs[name], seconds[PLAIN] / seconds[name]
+        spent, plain = joules[name], joules[PLAIN]
+        target = TARGETS.get(name) if batch in (16, 32) else None
+        rows.append({
+            "batch": batch, "r": name, "gmacs": round(macs[name] / 1e9, 2), "flops_ratio": round(ratio, 3),
+            "images_per_s": round(batch / seconds[name], 2), "speedup": round(faster, 3), "realised": round(faster / ratio, 3),
+            "latency_ms": round(seconds[name] * 1e3, 1), "energy_j": None if spent is None else round(spent, 4),
+            "energy_ratio": round(spent / plain, 3) if spent is not None and plain else None,
+            "target": "" if target is None else f">= {target:g}: {'yes' if faster >= target else 'NO'}",
+        })  # fmt: skip
+    return rows
+
+
+def _markdown(result: dict[str, Any], out: Path) -> str:
+    rows = result["rows"]
+    lines = [
+        "# Token merging: throughput and energy against fused attention", "",
+        f"`greenvis bench tokens --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
+        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random weights (what merging costs in "
+        "accuracy stands in the reports of recipes/tokens). Medians of "
+        f"{result['rounds']} rounds in which all settings take turns; CPU time, energy as `greenvis doctor` says. `realised` "
+        "is the speed-up over the ratio of FLOPs; `energy_ratio` below 1 is a saving.", "",
+        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+    ]  # fmt: skip
+    lines += ["| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+    losses = [f"batch {row['batch']}, r {row['r']}" for row in rows if row["r"] not in (PLAIN, "0") and row["speedup"] < 1]
+    lines += ["", f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.", "", "![speed-up](figures/tokens.svg)"]
+    lines += ["", "No other implementation is installable from PyPI to stand beside it."]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Draw realised speed-up against the ratio of FLOPs, a line for each batch size; on the dashed line nothing is lost."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.7), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in result["rows"] if row["r"] != PLAIN]
+    most = max(row["flops_ratio"] for row in rows)
+    axes.plot([1, most], [1, most], "--", color="#888888", label="all of it realised")
+    for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
+        here = sorted((row["flops_ratio"], row["speedup"]) for row in rows if row["batch"] == batch)
+        axes.plot(*zip(*here, strict=True), marker="osD^vP*"[i % 7], label=f"batch {batch}")
+    axes.set_xlabel("FLOPs of the unmodified model / FLOPs")
+    axes.set_ylabel("times its throughput")
+    axes.legend(fontsize=8)
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
