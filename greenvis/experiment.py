@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from greenvis import continual, data, knn, models, price, record, stages, stream, train
-from greenvis.errors import BadInput, GreenvisError
-from greenvis.jobs import DONE_FILE, WEIGHTS_FILE, Job, Jobs, located
+from greenvis import continual, data, knn, models, price, record, stages, stream, subset, train
+from greenvis.errors import BadInput, some
+from greenvis.jobs import (
+    CHECKPOINT_FILE,
+    DONE_FILE,
+    SUBSET_FILE,
+    WEIGHTS_FILE,
+    Job,
+    Jobs,
+    forget,
+    located,
+    locked,
+    predicted,
+    samples_of,
+    write_json,
+)
 from greenvis.meters import memory
-from greenvis.meters.measure import measure
+from greenvis.meters.measure import compare, measure
 from greenvis.meters.track import Tracker, track
 from greenvis.recipe import Recipe, load_recipe
-from greenvis.technique import Samples, Technique, logits_of
+from greenvis.technique import Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
-
-CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
 
 
 def run(
@@ -56,10 +64,10 @@ def run(
         recipe = load_recipe(recipe, overrides)
     session = Session(Path(runs), trust, command, say, log_with)
     jobs = session.plan(recipe)
-    with _locked(Path(runs) / recipe.name):
+    with locked(Path(runs) / recipe.name):
         for job in jobs:
             if fresh and job.recipe is recipe:
-                _forget(job)
+                forget(job)
             session.finish(job)
     return Path(runs) / recipe.name
 
@@ -100,10 +108,17 @@ class Session:
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
         located(job.recipe.where("data", "stream"), self.stream, job)
+        if job.arm.subset is not None:
+            at = job.recipe.where("arms", job.arm.name, "subset")
+            located(at, subset.check, self.jobs.images(job.recipe).train, job.arm.subset.per_class)
         model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
         stages.check(job, model, self._ready)
         live = located(where, wrap, model, self._ready(job))
+        if images.held_out is None and any(i.calibrates for i in live.installed):
+            live.undo()
+            names = some([t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.calibrates])
+            raise BadInput(f"{where}: {names} calibrates on images that no training has seen: set data.held_out, such as 2000")
         x = next(iter(data.batches(images.test, 2)))[0]
         shape = "×".join(str(n) for n in x.shape[1:])
         try:
@@ -138,7 +153,7 @@ class Session:
         if weights and spec.init:
             used = job.uses.get(spec.init)
             path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
-            located(where, models.load_weights, model, path, head="replace")
+            located(where, models.load_weights, model, path, head="match" if spec.classifier == "keep" else "replace")
         return model
 
     def _options(self, job: Job) -> dict[str, Any]:
@@ -168,8 +183,9 @@ class Session:
             else:
                 progress = self._fit(job, live, tracker, checkpoint)
                 delta = live.state_dict()
+            accuracy = self._calibrate(job, live, tracker, progress.accuracy)
             tracker.fact(
-                accuracy=progress.accuracy,
+                accuracy=accuracy,
                 epochs=progress.epoch,
                 delta_bytes=sum(t.nbytes for t in delta.values()),
                 peak_memory_mb=memory.peak_mb(),
@@ -179,11 +195,29 @@ class Session:
             with tracker.phase("measure"):
                 x = next(iter(data.batches(images.test, 64)))[0]
                 tracker.fact(**measure(model, x, tracker))
+                settings, device = live.operating_points(), next(iter(model.parameters())).device
+                if settings:
+                    answer = lambda x: logits_of(model(x.to(device)))  # noqa: E731
+                    points = compare(settings, answer, lambda: data.batches(images.test, 64), tracker)
+                    tracker.fact(operating_points=points)
         card = {"run": tracker.id, "arm": job.name}
         place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
         models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
-        _write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": progress.accuracy})
-        _forget(job, done=False)
+        write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
+        forget(job, done=False)
+
+    def _calibrate(self, job: Job, live: Wrapped, tracker: Tracker, accuracy: float | None) -> float | None:
+        """Let techniques choose on the images held out; return the accuracy of the model as it then is."""
+        images = self.jobs.images(job.recipe)
+        if not any(i.calibrates for i in live.installed) or images.held_out is None:
+            return accuracy
+        with tracker.phase("calibrate"):
+            tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
+            live.model.eval()
+        with tracker.phase("eval"):
+            found = train.evaluate(live.model, data.batches(images.test, 256))
+        tracker.log(accuracy=found)
+        return found
 
     def _fit(
         self, job: Job, live: Wrapped, tracker: Tracker, checkpoint: Path, phase: str = "train", done: int = 0
@@ -193,29 +227,30 @@ class Session:
         options: dict[str, Any] = {"seed": job.seed, "checkpoint": checkpoint, "log_with": self.log_with}
         its = self.stream(job)
         if its is None:
+            own = self.training(job, tracker)
             batches = partial(
-                data.batches, images.train, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True
+                data.batches, own, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True
             )
-            plain = replace(images.train.transform, augment="none", views=None)
-            shown = data.ImageSet(images.train.split, images.train.ids, plain)
+            plain = replace(own.transform, augment="none", views=None)
+            shown = data.ImageSet(own.split, own.ids, plain)
             test = partial(data.batches, images.test, tests, workers=spec.workers)
             if live.pretext:
                 tracker.note(f"{phase}: a pretext trains no classifier; its accuracy is that of {knn.K} nearest neighbours")
             return train.fit(
                 live,
                 lambda epoch, start: batches(epoch=done + epoch, start=start),
-                math.ceil(len(images.train) / size),
+                math.ceil(len(own) / size),
                 test,
                 spec,
                 tracker,
-                samples=partial(self._samples(images.train), done),
+                samples=partial(samples_of(own, self.runs), done),
                 phase=phase,
                 done=done,
                 score=lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test()),
                 **options,
             )
         assert job.arm.stream is not None
-        known = [self._samples(part) for part in its.train]
+        known = [samples_of(part, self.runs) for part in its.train]
         progress = continual.fit_stream(
             live,
             its,
@@ -226,8 +261,19 @@ class Session:
             restart=job.arm.stream.restart,
             **options,
         )
-        tracker.fact(stream=its.facts(), **progress.rows)
+        tracker.fact(stream=its.facts(), task_energy_j=progress.energy_j, **progress.rows)
         return progress
+
+    def training(self, job: Job, tracker: Tracker) -> data.ImageSet:
+        """Return the images a job trains on; a subset is chosen or made in a phase of its own, and kept beside the record."""
+        spec, images = job.arm.subset, self.jobs.images(job.recipe)
+        if spec is None:
+            return images.train
+        with tracker.phase("subset"):
+            file = job.folder / f"{job.inputs}-{SUBSET_FILE}"
+            its = subset.make(images.train, seed=job.seed, file=file, count=tracker.flops, **spec.model_dump())
+        tracker.fact(data={**images.facts(), "train": len(its), "subset": spec.model_dump(), "chosen_from": len(images.train)})
+        return its
 
     def stream(self, job: Job) -> stream.Stream | None:
         """Return the stream of tasks a job trains on, None where its data is no stream. Raises BadInput."""
@@ -240,16 +286,6 @@ class Session:
         if made.head != "single" and job.arm.train.label_smoothing:
             raise BadInput(f"train.label_smoothing gives a share to classes which a {made.head} head hides; leave it out")
         return made
-
-    def _samples(self, images: data.ImageSet) -> Callable[[int, int, Tensor], Samples]:
-        """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`.
-
-        Its arguments: epochs trained before, the epoch, positions.
-        """
-        form = images.transform
-        views = 1 if form.augment == "none" else form.views
-        key, folder = images.key(), self.runs / CACHE_FOLDER
-        return lambda done, epoch, at: Samples(folder, key, len(images), views, at, form.view(done + epoch) if views else 0)
 
     def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
         """Return the meter of a job, which puts its record below `folder`."""
@@ -292,7 +328,7 @@ class Session:
             train=job.arm.train.model_dump(),
             trainable_params=learning,
             threads=torch.get_num_threads(),
-            predicted=_predicted(job),
+            predicted=predicted(job),
         )
         named = {ref: t.role for arm in (job.arm, *job.arm.stages) for t in arm.techniques for ref in t.runs().values()}
         for ref, used in job.uses.items():
@@ -311,47 +347,3 @@ class Session:
         """Return the model as it will be served: merged where that is possible."""
         blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
         return live.model.eval() if blocked else live.merge().eval()
-
-
-def _predicted(job: Job) -> dict[str, Any] | None:
-    """Return what `greenvis plan` said of a job like this one, if it was asked."""
-    try:
-        arm = json.loads((job.folder.parent.parent / PLAN_FILE).read_text())["arms"][job.name]
-    except (OSError, ValueError, KeyError):
-        return None
-    return arm["each"] if arm["inputs"] == job.inputs else None
-
-
-def _forget(job: Job, done: bool = True) -> None:
-    """Remove checkpoints and, with `done`, make the job run again; its records stay, for energy once spent stays spent."""
-    if done:
-        (job.folder / DONE_FILE).unlink(missing_ok=True)
-    for pattern in ("*-" + CHECKPOINT_FILE, "*-" + stages.BOUNDARY):
-        for checkpoint in job.folder.glob(pattern):
-            checkpoint.unlink()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one process. The lock goes with the process, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
-    except OSError as error:
-        raise GreenvisError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --runs"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise GreenvisError(
-                f"another process is running this recipe into {folder}; wait for it, or use another --runs"
-            ) from error
-        yield
-
-
-def _write_json(path: Path, content: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, default=str))
-    os.replace(part, path)

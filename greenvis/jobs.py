@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from greenvis import data
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.recipe import Arm, Recipe, load_recipe
+from greenvis.technique import Samples
 
 UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
+CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
+BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
+SUBSET_FILE = "subset.safetensors"
 
 
 @dataclass(frozen=True)
@@ -81,13 +90,15 @@ class Jobs:
             uses = {ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()}
             inputs = {
                 "data": self.images(recipe).facts(),
-                "model": arm.model.model_dump(),
+                "model": arm.model.model_dump(exclude=set() if arm.model.classifier == "keep" else {"classifier"}),
                 "train": arm.train.model_dump(exclude=UNHASHED),
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
                 "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
             }
             if arm.stream is not None:
                 inputs["stream"] = arm.stream.model_dump()
+            if arm.subset is not None:
+                inputs["subset"] = arm.subset.model_dump()
             if arm.stages:
                 inputs["stages"] = [_stage(its) for its in arm.stages]
             digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -135,3 +146,59 @@ def located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
         return call(*args, **kwargs)
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
+
+
+def predicted(job: Job) -> dict[str, Any] | None:
+    """Return what `greenvis plan` said of a job like this one, if it was asked."""
+    try:
+        arm = json.loads((job.folder.parent.parent / PLAN_FILE).read_text())["arms"][job.name]
+    except (OSError, ValueError, KeyError):
+        return None
+    return arm["each"] if arm["inputs"] == job.inputs else None
+
+
+def forget(job: Job, done: bool = True) -> None:
+    """Remove checkpoints and, with `done`, make the job run again; its records stay, for energy once spent stays spent."""
+    if done:
+        (job.folder / DONE_FILE).unlink(missing_ok=True)
+    for pattern in ("*-" + CHECKPOINT_FILE, "*-" + BOUNDARY, *(["*-" + SUBSET_FILE] if done else [])):
+        for checkpoint in job.folder.glob(pattern):
+            checkpoint.unlink()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one process. The lock goes with the process, however it ends."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise GreenvisError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with --runs"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise GreenvisError(
+                f"another process is running this recipe into {folder}; wait for it, or use another --runs"
+            ) from error
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content`, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(content, indent=2, default=str))
+    os.replace(part, path)
+
+
+def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, int, Tensor], Samples]:
+    """Return what tells techniques which samples of `images` they see; caches are shared by all recipes of `runs`.
+
+    Its arguments: epochs trained before, the epoch, positions.
+    """
+    form = images.transform
+    views = 1 if form.augment == "none" else form.views
+    key, folder = images.key(), runs / CACHE_FOLDER
+    return lambda done, epoch, at: Samples(folder, key, len(images), views, at, form.view(done + epoch) if views else 0)

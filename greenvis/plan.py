@@ -11,15 +11,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from greenvis import data, price, record, stages, train
-from greenvis.experiment import PLAN_FILE, Session
-from greenvis.jobs import Job
+from greenvis import data, price, record, stages, subset, train
+from greenvis.experiment import Session
+from greenvis.jobs import PLAN_FILE, Job
 from greenvis.recipe import Recipe, load_recipe
 from greenvis.wrap import wrap
 
 GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
+ITERATIONS, MAKING_BAND = 5, 0.3  # of making a subset: how many are tried, and how far off that may be
 BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
 COUNT_BAND = 0.02  # of FLOPs: the last, shorter batches of an epoch
 
@@ -48,6 +49,7 @@ def plan(
             say(f"{job.name}: a few steps")
             with train.threads(job.arm.train.threads):
                 each = [_predict(session, its) for its in stages.of(job) or [job]]
+                each += [_making(session, job)] if job.arm.subset else []
             arms[job.name] = {"inputs": job.inputs, "each": _summed(each)}
     for name, arm in arms.items():
         arm["runs"] = sum(job.name == name for job in jobs)
@@ -66,7 +68,7 @@ def plan(
 def _predict(session: Session, job: Job) -> dict[str, dict[str, float]]:
     """Train groups of steps on a model that is thrown away, long enough to be told from their start, and scale them up."""
     spec, images = job.arm.train, session.jobs.images(job.recipe)
-    batches, tests = math.ceil(len(images.train) / spec.batch_size), max(spec.batch_size, 256)
+    batches, tests = math.ceil(len(_shown(session, job)) / spec.batch_size), max(spec.batch_size, 256)
     first = min(2 * spec.accumulate, batches)
     step_s = (_few(session, job, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
     steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
@@ -76,13 +78,40 @@ def _predict(session: Session, job: Job) -> dict[str, dict[str, float]]:
     return _whole(seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown)
 
 
+def _shown(session: Session, job: Job) -> data.ImageSet:
+    """Return as many images as the job trains on, and like them."""
+    images, spec = session.jobs.images(job.recipe).train, job.arm.subset
+    return images if spec is None else subset.make(images, method="random", per_class=spec.per_class)
+
+
+def _making(session: Session, job: Job) -> dict[str, dict[str, float]]:
+    """Choose or make the arm's subset, in fewer iterations, and scale them up."""
+    assert job.arm.subset is not None
+    images, spec = session.jobs.images(job.recipe).train, job.arm.subset.model_dump()
+    few = min(ITERATIONS, spec["iterations"]) if spec["method"] == "condensed" else spec["iterations"]
+    with tempfile.TemporaryDirectory() as folder:
+        with session.tracker(job, Path(folder), codecarbon=False) as run:
+            for phase in ("warm-up", "subset"):
+                with run.phase(phase):
+                    subset.make(images, seed=job.seed, count=run.flops, **{**spec, "iterations": few})
+        seen = record.read(next(record.find([folder])))
+    factor = spec["iterations"] / few
+    joules = price.run_energy(seen, "subset").value or 0.0
+    grams = price.carbon(record.Reading("energy_j", joules), seen.header["carbon_intensity"], seen.header.get("pue", 1.0))
+    counted = {quantity: seen.sum(quantity, "subset") or 0.0 for quantity in ("wall_s", "flops")}
+    found = {"energy_j": joules, "carbon_g": grams.value or 0.0, **counted}
+    band = {"low": 1 - MAKING_BAND, "value": 1.0, "high": 1 + MAKING_BAND}
+    return {key: {b: factor * value * (1.0 if key == "flops" else f) for b, f in band.items()} for key, value in found.items()}
+
+
 def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> record.Run:
     """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the record."""
     images = session.jobs.images(job.recipe)
     spec = job.arm.train.model_copy(update={"epochs": groups, "target_accuracy": None, "eval_every": 1})
 
     def some(epoch: int, start: int) -> list[Any]:
-        return list(islice(data.batches(images.train, spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True), steps))
+        loader = data.batches(_shown(session, job), spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True)
+        return list(islice(loader, steps))
 
     def test() -> list[Any]:
         return list(islice(data.batches(images.test, tests), EVAL_BATCHES))

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from greenvis import surgery, weights
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.jobs import Job, located
+from greenvis.jobs import BOUNDARY, CHECKPOINT_FILE, Job, located
 from greenvis.meters.track import Tracker
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.train import Progress
 from greenvis.views import ROLES, view
 from greenvis.wrap import Wrapped, wrap
-
-BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
 
 
 class Layers(Technique):
@@ -94,7 +92,7 @@ def train(
         live.meter(run)
         learning = sum(p.numel() for p in live.trainable.values())
         done = sum(row["epochs"] for row in rows)
-        checkpoint = job.folder / f"{job.inputs}-{number + 1}-checkpoint.pt"
+        checkpoint = job.folder / f"{job.inputs}-{number + 1}-{CHECKPOINT_FILE}"
         progress = fit(its, live, run, checkpoint, phase=f"train/{its.arm.stage}", done=done)
         row = {"stage": its.arm.stage, "epochs": progress.epoch, "accuracy": progress.accuracy, "trainable_params": learning}
         rows.append(row)

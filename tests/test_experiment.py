@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 import greenvis as gv
-from greenvis import experiment, price, record
+from greenvis import experiment, jobs, price, record
 from greenvis.errors import BadInput, GreenvisError
 
 RECIPE = """\
@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, 
 
 
 def test_two_processes_do_not_run_one_recipe_into_one_folder(finished: Path) -> None:
-    with experiment._locked(finished / "runs" / "tiny"), pytest.raises(GreenvisError, match="another process"):
+    with jobs.locked(finished / "runs" / "tiny"), pytest.raises(GreenvisError, match="another process"):
         experiment.run(finished / "tiny.yaml", runs=finished / "runs")
 
 
