@@ -12,6 +12,8 @@ results.json, schema 1 (units stand in the keys; null is "not known", never 0):
       inference_energy_j {value, …, reason}              of one image
       predicted.QUANTITY {value, low, high, actual, ratio, inside, n}: where a plan was made: energy_j, carbon_g, wall_s, flops
       macs, params, trainable_params, delta_bytes, train_flops, latency_ms {p50, p95}, images_per_s, peak_memory_mb, wall_s
+      operating_points [{setting, accuracy, inference_energy_j, energy_ratio, macs, macs_ratio, realised, exits}]
+                         of a model that can be switched after training; ratios to the setting "never"
       embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
       uses [{role, name, runs, energy_j, used_by_runs}]  what it builds on, beside: in no figure above
       base_reuse {whole_j, whole_g, shared_j, shared_g}  its cost, charged whole and shared among the runs here
@@ -34,7 +36,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import forecast, provenance, reuse, versus
+from greenvis.report import forecast, provenance, reuse, settings, versus
 from greenvis.report.arms import Arm
 from greenvis.report.groups import SeedRun
 
@@ -92,8 +94,8 @@ def results(
 def _row(arm: Arm, metric: str, grid: Mapping[str, Any] | None, users: Mapping[str, int]) -> dict[str, Any]:
     done = list(arm.done.values())
     row = arms_.numbers(arm, metric, grid) | reuse.reuse(done, users, grid)
-    planned = forecast.predicted(done, grid)
-    return row | ({"predicted": planned} if planned else {})
+    planned, switched = forecast.predicted(done, grid), settings.settings(arm)
+    return row | ({"predicted": planned} if planned else {}) | ({"operating_points": switched} if switched else {})
 
 
 def to_arms(groups: list[SeedRun]) -> list[Arm]:

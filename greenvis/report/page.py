@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from greenvis.report import charts, exports, figures, honesty, tables, to_json, verdict, words
+from greenvis.report import charts, continual, exports, figures, honesty, settings, tables, to_json, verdict, words
 from greenvis.report.figures import Drawing
 
 TEMPLATES = Path(__file__).with_name("templates")
@@ -64,8 +64,10 @@ def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[st
         "rows_left_out": max(0, len(found["order"]) - tables.MOST_ROWS),
         "costs": _table(found, tables.costs(found)),
         "sizes": _table(found, tables.sizes()),
+        "tasks": _table(found, continual.columns()),
         "cycle": _table(found, tables.cycle(found)),
         "paybacks": _paybacks(found),
+        "settings": {"head": settings.HEAD, "rows": settings.table(found)},
         "drawings": drawings,
         "honesty": honesty.sections(found),
         "assumed_grid": any(g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)),
@@ -99,7 +101,7 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
 def to_csv(found: dict[str, Any]) -> str:
     """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a formula."""
     metric = found["metric"]
-    columns = [*tables.costs(found), *tables.sizes(), *tables.cycle(found)]
+    columns = [*tables.costs(found), *tables.sizes(), *continual.columns(), *tables.cycle(found)]
     readings = ("train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j")
     head = ["arm", "status", "seeds", f"{metric}_std", *dict.fromkeys(c.key for c in columns if c.key not in readings)]
     head += [k + end for k in readings for end in ("", "_low", "_high", "_provenance")]
