@@ -46,11 +46,13 @@ def fit_stream(
     start = {k: v.clone() for k, v in live.state_dict().items()} if restart else {}
     loop = Loop(live, spec, run, seed, checkpoint, log_with)
     progress, count = loop.progress, len(stream.tests)
+    resumed = progress.step > 0
     for task in stream.tasks[: progress.task]:
         if stream.told:
             live.begin_task(task)
     with loop.logging():
         for index in range(progress.task, len(stream.tasks)):
+            before = run.energy().value
             if restart:
                 live.load_state_dict(start)
             if stream.told:
@@ -65,6 +67,9 @@ def fit_stream(
             for name, row in found.items():
                 rows = progress.rows.setdefault(name, [[None] * count for _ in range(count - len(stream.tasks))])
                 rows.append(cast("list[float | None]", row))
+            spent = run.energy().value
+            progress.energy_j.append(None if resumed or before is None or spent is None else spent - before)
+            resumed = False  # of the others nothing lies in an earlier record
             progress.accuracy = math.fsum(found[MATRIX]) / count
             loop.log(task=index + 1, accuracy=progress.accuracy)
             progress.task, progress.epoch = index + 1, 0

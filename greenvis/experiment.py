@@ -23,6 +23,7 @@ from greenvis.jobs import (
     Job,
     Jobs,
     forget,
+    lineage,
     located,
     locked,
     predicted,
@@ -330,8 +331,7 @@ class Session:
             threads=torch.get_num_threads(),
             predicted=predicted(job),
         )
-        named = {ref: t.role for arm in (job.arm, *job.arm.stages) for t in arm.techniques for ref in t.runs().values()}
-        for ref, used in job.uses.items():
+        for (role, _), used in lineage(job).items():
             readings, ids = [], []
             for path in record.find([used.folder]):
                 its = record.read(path)
@@ -339,7 +339,6 @@ class Session:
                     readings.append(price.run_energy(its))
                     ids.append(its.id)
             total = price.add(readings)
-            role = "base" if ref == job.arm.model.init else named[ref]
             energy = {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
             tracker.uses(role=role, name=used.name, seed=used.seed, runs=ids, energy_j=energy)
 

@@ -33,7 +33,10 @@ LOGGERS = ("tensorboard", "wandb", "mlflow")  # of accelerate's trackers; none o
 
 @dataclass
 class Progress:
-    """How far a training has come; saved in its checkpoint. task: of a stream; rows: its tasks' accuracies, a row a task."""
+    """How far a training has come; saved in its checkpoint.
+
+    Of a stream, task: which; rows: accuracies on its tasks, a row a task; energy_j: each task's, None where it was interrupted.
+    """
 
     epoch: int = 0
     batch: int = 0
@@ -43,6 +46,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     task: int = 0
     rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
+    energy_j: list[float | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from greenvis import price
 from greenvis.record import Reading
-from greenvis.report import stats
+from greenvis.report import continual, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
@@ -238,6 +238,10 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
     last = [r.done.facts for r in done if r.done]
     matrices = [f["task_accuracy"] for f in last if _matrix(f.get("task_accuracy"))]
     if matrices:
+        out["continual"] = continual.summary(
+            {s: r.done.facts for s, r in arm.done.items() if r.done and _matrix(r.done.facts.get("task_accuracy"))},
+            per_seed(arm, lambda r: r.making_j.value),
+        )
         tasks = len(matrices[0])
         same = [m for m in matrices if len(m) == tasks]
         out["task_accuracy"] = [

@@ -1,0 +1,93 @@
+"""What a report says of continual learning: the metrics of each arm's accuracy matrix, and accuracy as tasks come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from greenvis import cl_metrics
+from greenvis.report import figures, stats, words
+from greenvis.report.figures import Drawing, short
+from greenvis.report.tables import Column
+from greenvis.report.words import MISSING, si
+
+Row = dict[str, Any]
+
+
+def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float]) -> dict[str, Any]:
+    """Return {METRIC: {mean, std, n, …}, "averages": […]} over seeds; facts: of each finished seed with a matrix."""
+    found: dict[str, dict[int, float]] = {}
+    for seed, its in facts.items():
+        matrix = its["task_accuracy"]
+        spent = energy_j.get(seed)
+        values = {
+            "average_incremental_accuracy": cl_metrics.average_incremental_accuracy(matrix),
+            "forgetting": cl_metrics.forgetting(matrix),
+            "forgetting_first": cl_metrics.forgetting(matrix, "first"),
+            "backward_transfer": cl_metrics.backward_transfer(matrix),
+            "plasticity": cl_metrics.plasticity(matrix),
+            "task_energy_j": cl_metrics.joules_per_task(its.get("task_energy_j") or []),
+            "accuracy_per_kj": None if spent is None else cl_metrics.energy_normalised_accuracy(matrix, spent),
+            "buffer_bytes": its.get("buffer_bytes"),
+        }
+        for key, value in values.items():
+            if isinstance(value, (int, float)):
+                found.setdefault(key, {})[seed] = value
+    curves = [cl_metrics.averages(its["task_accuracy"]) for its in facts.values()]
+    return {key: stats.summary(by_seed) for key, by_seed in found.items()} | {"averages": _means(curves)}
+
+
+def _means(curves: Iterable[list[float | None]]) -> list[float | None]:
+    return [None if None in column else sum(column) / len(column) for column in zip(*curves, strict=False)]
+
+
+def columns() -> list[Column]:
+    """Return the columns of the table on tasks."""
+    return [
+        _share("average_incremental_accuracy", "Average incremental accuracy", "more"),
+        _share("forgetting", "Forgetting (best before − last)", "less"),
+        _share("forgetting_first", "Forgetting (when learned − last)", "less"),
+        _share("backward_transfer", "Backward transfer", "more"),
+        _share("plasticity", "Plasticity (each task when learned)", "more"),
+        _figure("task_energy_j", "Energy a task", "J", "less"),
+        _figure("accuracy_per_kj", "Accuracy (per cent) a kilojoule", "", "more"),
+        _figure("buffer_bytes", "Replay buffer", "B", "less"),
+    ]
+
+
+def _value(row: Row, key: str, part: str = "mean") -> float | None:
+    found = (row.get("continual") or {}).get(key)
+    return found[part] if found else None
+
+
+def _share(key: str, title: str, better: str) -> Column:
+    def text(row: Row) -> str:
+        mean, std = _value(row, key), _value(row, key, "std")
+        return MISSING if mean is None else f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+
+    return Column(f"continual_{key}", f"{title}, %", lambda r: _value(r, key), text, better=better,
+                  noise=lambda r: _value(r, key, "std"))  # fmt: skip
+
+
+def _figure(key: str, title: str, unit: str, better: str) -> Column:
+    return Column(f"continual_{key}", title, lambda r: _value(r, key), lambda r: si(_value(r, key), unit), better=better,
+                  noise=lambda r: _value(r, key, "std"))  # fmt: skip
+
+
+def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
+    """The average accuracy over the tasks so far, as they come: one line an arm."""
+    curves = {a: (found["arms"][a].get("continual") or {}).get("averages") or [] for a in found["order"]}
+    there = [a for a in found["order"] if sum(v is not None for v in curves[a]) > 1][: figures.MOST_ARMS]
+    if not there:
+        return None
+    figure, [ax] = figures.canvas(height=4.0)
+    for a in there:
+        points = [(t + 1, 100 * v) for t, v in enumerate(curves[a]) if v is not None]
+        ax.plot([t for t, _ in points], [v for _, v in points], label=short(a), **{**looks[a], "ms": 5})
+    ax.set_xlabel("tasks learned")
+    ax.set_ylabel("accuracy on them (%)")
+    ax.set_xticks(range(1, max(len(curves[a]) for a in there) + 1))
+    figures.legend_below(figure, ax)
+    ends = ", ".join(f"{short(a, 40)} {words.gain('accuracy', curves[a][-1])}" for a in there)
+    desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
+    return figures.save(figure, "accuracy-by-tasks", "Accuracy as tasks come", desc, "Mean over seeds of the tasks so far.")
