@@ -134,6 +134,16 @@ def _stage(its: Arm) -> dict[str, Any]:
     return {"name": its.stage, "train": its.train.model_dump(exclude=UNHASHED), "techniques": made, "layers": its.layers}
 
 
+def lineage(job: Job) -> dict[tuple[str, Path], Job]:
+    """Return what a job builds on, and what that builds on in its turn, by role ("base", "teacher") and folder."""
+    named = {ref: t.role for arm in (job.arm, *job.arm.stages) for t in arm.techniques for ref in t.runs().values()}
+    found: dict[tuple[str, Path], Job] = {}
+    for ref, used in job.uses.items():
+        role = "base" if ref == job.arm.model.init else named[ref]
+        found |= {(role, used.folder): used, **lineage(used)}
+    return found
+
+
 def _with_needs(job: Job) -> Iterator[Job]:
     for used in job.uses.values():
         yield from _with_needs(used)
