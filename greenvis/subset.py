@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -21,12 +22,16 @@ from greenvis.sources import Split
 
 Method = Literal["random", "herding", "condensed"]
 MOMENTUM = 0.5
-DEPTH = 3
+LEAST_SIDE = 3
 
 
-def random_convnet(in_chans: int, width: int, generator: torch.Generator, depth: int = DEPTH) -> list[Tensor]:
-    """Return the filters (out, in, 3, 3) of a random convolutional network, drawn as He et al. (2015) do."""
-    channels = [in_chans] + [width] * depth
+def random_convnet(in_chans: int, side: int, width: int, generator: torch.Generator) -> list[Tensor]:
+    """Return the filters (out, in, 3, 3) of a random convolutional network, drawn as He et al. (2015) do.
+
+    As many as halve images of `side` pixels to a map of 3 × 3 or more (three for 28 or 32): on a smaller one, instance norm
+    leaves next to nothing of an image.
+    """
+    channels = [in_chans] + [width] * max(1, int(math.log2(side / LEAST_SIDE)))
     return [
         torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5
         for i, o in pairwise(channels)
@@ -36,9 +41,7 @@ def random_convnet(in_chans: int, width: int, generator: torch.Generator, depth:
 def embed(x: Tensor, filters: list[Tensor]) -> Tensor:
     """Return x (batch, channels, height, width) as (batch, features): convolutions, each with instance norm, ReLU, pooling."""
     for weight in filters:
-        x = F.relu(F.instance_norm(F.conv2d(x, weight.to(x.device), padding=1)))
-        if min(x.shape[-2:]) > 1:
-            x = F.avg_pool2d(x, 2)
+        x = F.avg_pool2d(F.relu(F.instance_norm(F.conv2d(x, weight.to(x.device), padding=1))), 2)
     return x.flatten(1)
 
 
@@ -88,7 +91,7 @@ def condense(
     made, velocity = start.clone(), torch.zeros_like(start)
     for number in range(iterations):
         with count(number):
-            filters = random_convnet(images.shape[1], width, generator)
+            filters = random_convnet(images.shape[1], images.shape[-1], width, generator)
             drawn = torch.stack([r[torch.randint(len(r), (batch,), generator=generator)] for r in rows])
             change = _change(images.shape[-1], flip, generator)
             with torch.no_grad():
@@ -167,7 +170,7 @@ def _made(
     plain = ImageSet(images.split, images.ids, replace(images.transform, augment="none", views=None))
     x = torch.cat([plain.batch(part)[0] for part in torch.arange(len(plain)).split(256)])
     if method == "herding":
-        filters = random_convnet(x.shape[1], options.get("width", 32), generator)
+        filters = random_convnet(x.shape[1], x.shape[-1], options.get("width", 32), generator)
         with torch.no_grad():
             features = torch.cat([embed(part, filters) for part in x.split(256)])
         return {"rows": torch.cat([r[herding(features[r], per_class)] for r in rows])}
