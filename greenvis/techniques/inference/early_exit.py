@@ -17,7 +17,7 @@ from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _places
 from greenvis.techniques.inference._calibration import Calibration, choose
-from greenvis.techniques.inference._exits import NEVER, self_distillation
+from greenvis.techniques.inference._exits import NEVER, confidences, self_distillation
 from greenvis.techniques.inference._leaving import Exits, Outer
 from greenvis.techniques.inference._upto import UpTo, drop_unused
 
@@ -178,6 +178,10 @@ class InstalledEarlyExit(Installed):
         return calibrate(
             self, loader, target_drop=request.target_drop, budget=request.budget, confidence=request.confidence
         ).as_dict()  # fmt: skip
+
+    def sureness(self, loader: Iterable[Any]) -> Tensor:
+        """Return how sure every exit is of each sample, the model's end last, float32 (exits, samples)."""
+        return confidences(self.logits(loader)[0], self.request.criterion)
 
     def logits(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """Return every exit's logits, the model's own last, float32 (exits, samples, classes), and the labels (samples,)."""

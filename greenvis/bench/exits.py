@@ -1,0 +1,206 @@
+"""`greenvis bench exits`: samples that leave early against the unmodified model with its fused attention. Minutes on one core.
+
+Whether the answers stay right is not seen here (the weights are random): that is the reports of recipes/exits. No other
+implementation stands beside it: none that takes a model as it is was found on PyPI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis import models, registry
+from greenvis.meters import flops
+from greenvis.meters.header import cpu
+from greenvis.meters.track import Tracker, track
+from greenvis.views import example_input
+from greenvis.wrap import wrap
+
+MODEL = "timm/deit_tiny_patch16_224"
+BATCHES = (1, 4, 16, 64)
+LEAVING = (0.0, 0.2, 0.4, 0.7, 1.0)  # of those who come to an exit: how many leave there, at each of three
+AT = (0.25, 0.5, 0.75)
+TARGET = 0.85  # of the MACs saved, at the largest batch: the energy saved
+PLAIN, NEVER = "unmodified", "never"
+
+
+def run(
+    out: Path | None = None,
+    model: str = MODEL,
+    batches: Sequence[int] = BATCHES,
+    leaving: Sequence[float] = LEAVING,
+    images: int = 64,
+    rounds: int = 3,
+    threads: int = 1,
+) -> dict[str, Any]:
+    """Return {"rows": [{"batch", "thresholds", "exits", "gmacs", "macs_ratio", "images_per_s", "speedup", "latency_p50_ms",
+    "latency_p95_ms", "energy_j", "energy_ratio", "realised", "target"}], …}: one row for each batch size and setting.
+
+    The same images are served at each batch size. Thresholds are those at which a share of the images that come to an exit
+    leaves there. Settings take turns within each round, in turned order every other one, so that a neighbour's load meets all
+    alike. speedup is of CPU time (on a GPU of wall time), a median over rounds; energy_j is per image; realised is the energy
+    saved over the MACs saved. out: a folder to write report.md, results.json and figures/exits.svg to.
+    """
+    started, before = time.monotonic(), torch.get_num_threads()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            plain, exiting = models.build(model).eval(), models.build(model).eval()
+            live = wrap(exiting, registry.find("early_exit").model_validate({"at": AT}))
+            installed: Any = live.installed[0]
+            shape = tuple(example_input(plain).shape[1:])
+            x = _images(images, shape).to(device)
+            for head in installed.exits.heads:  # fresh heads are equally unsure of everything
+                nn.init.normal_(head.linear.weight)
+        plain.to(device)
+        exiting.to(device).eval()
+        arms = {PLAIN: None, NEVER: [float("inf")] * len(AT), **_thresholds(installed, x, leaving)}
+        macs = flops.count(plain, (shape[0], shape[1], shape[2]), cross_check=False).macs
+        with tempfile.TemporaryDirectory() as folder, track("exits", dir=folder) as tracker:
+            rows = []
+            for batch in batches:
+                found = _measured(plain, installed, arms, x, batch, rounds, tracker)
+                rows += _rows(batch, arms, found, macs, images, batch == max(batches))
+    finally:
+        torch.set_num_threads(before)
+    result = {
+        "rows": rows, "model": model, "images": images, "rounds": rounds, "threads": threads, "device": device.type,
+        "machine": cpu(), "torch": torch.__version__, "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+    if out is not None:
+        (out / "figures").mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "report.md").write_text(_markdown(result, out))
+        _draw(result, out / "figures" / "exits.svg")
+    return result
+
+
+def _images(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Return images (count, channels, height, width) of coarse patterns and different contrast, which exits tell apart."""
+    coarse = torch.randn(count, shape[0], 8, 8) * torch.linspace(0.2, 2.0, count)[:, None, None, None]
+    return nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear")
+
+
+def _thresholds(installed: Any, x: Tensor, leaving: Sequence[float]) -> dict[str, list[float]]:
+    """Return thresholds by name, at which each share of those who come to an exit leaves there."""
+    sure = installed.sureness([(part, torch.zeros(len(part))) for part in x.split(16)])
+    found: dict[str, list[float]] = {}
+    for share in leaving:
+        still, limits = torch.ones(len(x), dtype=torch.bool), []
+        for row in sure[:-1]:
+            there = row[still].sort(descending=True).values
+            gone = round(share * len(there))
+            limits.append(2.0 if not gone else float(there[gone - 1 : gone + 1].mean()) if gone < len(there) else 0.0)
+            still &= row < limits[-1]
+        found[f"{share:.0%} leave"] = limits
+    return found
+
+
+def _measured(
+    plain: nn.Module, installed: Any, arms: dict[str, Any], x: Tensor, batch: int, rounds: int, run: Tracker
+) -> dict[str, dict[str, Any]]:
+    """Return seconds by call, seconds and joules by round, and where the images left, by setting."""
+    found = {name: {"calls": [], "seconds": [], "joules": [], "left": None} for name in arms}
+    parts = x.split(batch)
+    with torch.inference_mode():
+        plain(parts[0])
+        for i in range(rounds):
+            for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+                if arms[name] is None:
+                    _serve(plain, parts, found[name], run)
+                    continue
+                with installed.at(arms[name]) as facts:
+                    _serve(installed.exits.model, parts, found[name], run)
+                found[name]["left"] = facts
+    return found
+
+
+def _serve(model: nn.Module, parts: Sequence[Tensor], found: dict[str, Any], run: Tracker) -> None:
+    clock = time.perf_counter if parts[0].is_cuda else time.process_time
+    before, began = run.energy().value, clock()
+    for part in parts:
+        start = time.perf_counter()
+        model(part)
+        if part.is_cuda:
+            torch.cuda.synchronize()
+        found["calls"].append(time.perf_counter() - start)
+    found["seconds"].append(clock() - began)
+    after = run.energy().value
+    found["joules"].append(None if before is None or after is None else after - before)
+
+
+def _rows(
+    batch: int, arms: dict[str, Any], found: dict[str, dict[str, Any]], macs: float, images: int, largest: bool
+) -> list[dict[str, Any]]:
+    seconds = {name: statistics.median(f["seconds"]) for name, f in found.items()}
+    joules = {name: statistics.median(f["joules"]) if None not in f["joules"] else None for name, f in found.items()}
+    rows = []
+    for name, f in found.items():
+        left = f["left"] or {"exits": [], "macs": macs}
+        spent, plain, share = joules[name], joules[PLAIN], left["macs"] / macs
+        energy = spent / plain if spent is not None and plain else None
+        realised = (1 - energy) / (1 - share) if energy is not None and share < 0.95 else None
+        calls = sorted(f["calls"])
+        rows.append({
+            "batch": batch, "setting": name, "thresholds": " ".join(f"{t:.4g}" for t in arms[name] or []),
+            "exits": " ".join(str(n) for n in left["exits"]), "gmacs": round(left["macs"] / 1e9, 3),
+            "macs_ratio": round(share, 3), "images_per_s": round(images / seconds[name], 2),
+            "speedup": round(seconds[PLAIN] / seconds[name], 3), "latency_p50_ms": round(_at(calls, 0.5) * 1e3, 1),
+            "latency_p95_ms": round(_at(calls, 0.95) * 1e3, 1), "energy_j": None if spent is None else round(spent / images, 4),
+            "energy_ratio": None if energy is None else round(energy, 3),
+            "realised": None if realised is None else round(realised, 3),
+            "target": f">= {TARGET:g}: {'yes' if realised >= TARGET else 'NO'}" if largest and realised is not None else "",
+        })  # fmt: skip
+    return rows
+
+
+def _at(ordered: Sequence[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def _markdown(result: dict[str, Any], out: Path) -> str:
+    rows = result["rows"]
+    lines = [
+        "# Early exit: throughput and energy against fused attention", "",
+        f"`greenvis bench exits --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
+        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random weights (what leaving costs in "
+        f"accuracy stands in the reports of recipes/exits), exits after {', '.join(f'{a:.0%}' for a in AT)} of the MACs. The "
+        f"same {result['images']} images at each batch size; medians of {result['rounds']} rounds in which all settings take "
+        "turns; CPU time, energy as `greenvis doctor` says. `exits` are the images that left at each, the last being the "
+        "model's end; `realised` is the energy saved over the MACs saved.", "",
+        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+    ]  # fmt: skip
+    lines += ["| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows]
+    losses = [f"batch {r['batch']}, {r['setting']}" for r in rows if r["setting"] not in (PLAIN, NEVER) and r["speedup"] < 1]
+    lines += ["", f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.", "", "![energy](figures/exits.svg)"]
+    lines += ["", "No other implementation that takes a model as it is was found on PyPI to stand beside it."]
+    return "\n".join(lines) + "\n"
+
+
+def _draw(result: dict[str, Any], path: Path) -> None:
+    """Draw the energy of an image against its MACs, a line for each batch size; on the dashed line all saved is real."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2, 3.7), layout="constrained")
+    axes = figure.subplots()
+    rows = [row for row in result["rows"] if row["setting"] != PLAIN and row["energy_ratio"] is not None]
+    axes.plot([0, 1], [0, 1], "--", color="#888888", label="all of it realised")
+    for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
+        here = sorted((row["macs_ratio"], row["energy_ratio"]) for row in rows if row["batch"] == batch)
+        axes.plot(*zip(*here, strict=True), marker="osD^vP*"[i % 7], label=f"batch {batch}")
+    axes.set_xlabel("MACs of an image / those of the unmodified model")
+    axes.set_ylabel("energy / its energy")
+    axes.legend(fontsize=8)
+    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})
