@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.distill import Distill
     from greenvis.techniques.inference.early_exit import EarlyExit
     from greenvis.techniques.inference.token_merge import TokenMerge
+    from greenvis.techniques.inference.token_prune import TokenPrune
     from greenvis.techniques.iteration.adapter import Adapter
     from greenvis.techniques.iteration.bitfit import Bitfit
+    from greenvis.techniques.iteration.hat import Hat
     from greenvis.techniques.iteration.layer_decay import LayerDecay
     from greenvis.techniques.iteration.linear_probe import LinearProbe
     from greenvis.techniques.iteration.lora import Lora
@@ -51,9 +53,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Installed", "LayerDecay", "LinearProbe",
-    "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool", "Regularize", "Replay",
-    "Reuse", "Side", "Technique", "TokenMerge", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Hat", "Installed", "LayerDecay",
+    "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool",
+    "Regularize", "Replay", "Reuse", "Side", "Technique", "TokenMerge", "TokenPrune", "Wrapped", "load_recipe", "report",
+    "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -20,6 +20,7 @@ WORKS = {
     "bitfit": 20,
     "distill": 20,
     "early_exit": 20,
+    "hat": 15,
     "layer_decay": 19,
     "linear_probe": 20,
     "lora": 20,
@@ -36,6 +37,7 @@ WORKS = {
     "reuse": 8,
     "side": 9,
     "token_merge": 9,
+    "token_prune": 7,
 }
 PROOF = ("lora",)  # on all hosts each time; the others on these, and on all when slow
 FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "transformers-swin", "plain")

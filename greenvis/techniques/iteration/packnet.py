@@ -12,9 +12,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import hold_in_eval
 from greenvis.technique import Installed, Stage, Task, Technique, logits_of
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
+from greenvis.techniques.iteration._held import Held, hold_norms
 from greenvis.techniques.iteration._seams import agree
 from greenvis.views import View, reached, view
 
@@ -78,49 +78,36 @@ def _weights(model: nn.Module, found: View) -> set[int]:
     return {id(p) for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1}
 
 
-class Share:
+class Share(Held):
     """One parameter and whose its elements are. owner: uint8 of its shape, 0 free, else the number (from 1) of a task.
 
-    values: what owned elements are held at. pruned: whether a task keeps a part only; else the first takes all.
+    pruned: whether a task keeps a part only; else the first takes all.
     """
 
     def __init__(self, parameter: nn.Parameter, pruned: bool) -> None:
-        self.parameter, self.pruned = parameter, pruned
+        super().__init__(parameter)
+        self.pruned = pruned
         self.owner = torch.zeros_like(parameter, dtype=torch.uint8)
-        self.values = parameter.detach().clone()
         self.resting, self.number = False, 0  # in retraining, of task `number`, free elements are to stay zero
         self._now: Tensor | None = None
-        self.hook = parameter.register_hook(self.only_free)
 
-    def only_free(self, grad: Tensor) -> Tensor:
-        """Return the gradient without that of frozen elements."""
-        return grad.masked_fill(self.frozen(grad.device), 0.0)
-
-    def frozen(self, device: torch.device) -> Tensor:
-        """Return which elements do not learn now."""
-        if self.owner.device != device:
-            self.owner, self.values = self.owner.to(device), self.values.to(device)
-        return self.owner != 0 if not self.resting else self.owner != self.number
-
-    @torch.no_grad()
-    def hold(self) -> None:
-        """Put frozen elements back to their values."""
-        frozen = self.frozen(self.parameter.device)
-        self.parameter.copy_(torch.where(frozen, self.values, self.parameter))
+    def frozen(self) -> Tensor:
+        """Return what tasks before this one own; in retraining all but what this one owns."""
+        self.owner = self.owner.to(self.parameter.device)
+        return self.owner != (self.number if self.resting else 0)
 
     @torch.no_grad()
     def prune(self, number: int, share: float) -> None:
         """Give task `number` its share of the free elements, and rest the others at zero until `pack`."""
-        free = self.owner == 0
+        free = ~self.frozen()
         self.owner[largest(self.parameter, free, share) if self.pruned else free] = number
         self.number, self.resting = number, True
-        self.values.masked_fill_(self.owner == 0, 0.0)
+        self.values = self.values.to(self.parameter.device).masked_fill(self.owner == 0, 0.0)
         self.hold()
 
-    @torch.no_grad()
     def pack(self) -> None:
         """Freeze what the task in retraining has learned; the free elements learn again, from zero."""
-        self.values.copy_(self.parameter)
+        self.take()
         self.resting = False
 
     @torch.no_grad()
@@ -131,8 +118,7 @@ class Share:
             self._now = None
         if number is not None:
             self._now = self.parameter.detach().clone()
-            self.frozen(self.parameter.device)
-            self.parameter.copy_(self.values.masked_fill((self.owner == 0) | (self.owner > number), 0.0))
+            self.parameter.masked_fill_(~self.frozen() | (self.owner > number), 0.0)
 
 
 class InstalledPackNet(Installed):
@@ -182,7 +168,7 @@ class InstalledPackNet(Installed):
             share.pack()
         self.done += 1
         self.heads.keep(self.done)
-        self._hold_norms()
+        hold_norms(self.model)
 
     def facts(self) -> Mapping[str, Any]:
         """Return the share of prunable weights that each task owns, and what is free."""
@@ -201,10 +187,10 @@ class InstalledPackNet(Installed):
         for name, share in self.shares.items():
             if self.done:
                 share.owner.copy_(state[f"owner.{name}"])
-            share.values = share.parameter.detach().clone()
+            share.take()
         self.heads.load_state_dict(state)
         if self.done:
-            self._hold_norms()
+            hold_norms(self.model)
 
     def undo(self) -> None:
         """Let go of the gradients."""
@@ -216,12 +202,6 @@ class InstalledPackNet(Installed):
             raise GreenvisError(
                 f"no weight is left for task {self.done + 1}: give packnet a lower `keep` than {self.request.keep}"
             )
-
-    def _hold_norms(self) -> None:
-        """From the second task on, batch norms keep the first one's statistics."""
-        for module in self.model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                hold_in_eval(module)
 
     def _retrain(self, loader: Any) -> None:
         parameters = [p for p in (*(s.parameter for s in self.shares.values()), *self.heads.parameters) if p.requires_grad]

@@ -1,0 +1,191 @@
+"""Hard attention to the task: the paper's formulas, units frozen to the bit, and gates that a test's task sets."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hosts import HOSTS
+from torch import Tensor
+
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.surgery import Snapshot
+from greenvis.technique import Task, logits_of
+from greenvis.techniques.iteration.hat import Hat, InstalledHat, compensated, sparsity, temperature
+from greenvis.wrap import Wrapped, wrap
+
+
+def _task(index: int) -> Task:
+    return Task(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
+
+
+def _train(live: Wrapped, tasks: range, steps: int = 4, begin: int = 0, end: bool = True) -> None:
+    for index in tasks:
+        first = begin if index == tasks[0] else 0
+        if not first:
+            live.begin_task(_task(index))
+        optimizer = torch.optim.AdamW(live.param_groups(1e-2), weight_decay=0.1)
+        for step in range(first, steps):
+            generator = torch.Generator().manual_seed(100 * index + step)
+            x, y = torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4) % 2 + index
+            live.model.train()
+            x, y = live.batch(x, y)
+            logits = logits_of(live.model(x))
+            (F.cross_entropy(logits, y) + live.loss(x, y, logits)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            live.step_end()
+        if end:
+            live.end_task([])
+    live.model.eval()
+
+
+def _outputs(live: Wrapped, x: Tensor, told: int | None = None) -> Tensor:
+    live.test_task(None if told is None else _task(told))
+    with torch.no_grad():
+        out = logits_of(live.model.eval()(x))
+    live.test_task(None)
+    return out
+
+
+def _of(live: Wrapped) -> InstalledHat:
+    (installed,) = live.installed
+    assert isinstance(installed, InstalledHat)
+    return installed
+
+
+def _shut(live: Wrapped, share: float, seed: int = 0) -> None:
+    """Shut a share of the gates, as long training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gate in _of(live).gates:
+            gate.embedding[torch.rand(len(gate.used), generator=generator) < share] = -1.0
+
+
+def test_the_papers_formulas() -> None:
+    assert temperature(0, 5, 400.0) == 1 / 400
+    assert temperature(4, 5, 400.0) == 400.0
+    assert temperature(2, 5, 400.0) == pytest.approx((400 + 1 / 400) / 2)
+    e, s = torch.tensor([0.3, -1.2, 2.0]), 3.0
+    want = [400 * (math.cosh(s * v) + 1) / (s * (math.cosh(v) + 1)) for v in e.tolist()]
+    assert torch.allclose(compensated(torch.ones(3), e, s, 400.0), torch.tensor(want))
+    gates, used = [torch.tensor([0.5, 1.0]), torch.tensor([0.2, 0.4])], [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])]
+    assert torch.allclose(sparsity(gates, used), torch.tensor((1.0 + 0.2 + 0.4) / 3))
+    leaf = e.clone().requires_grad_()
+    (torch.sigmoid(s * leaf) ** 2).sum().backward()  # compensated: as the gate's own gradient times that of sigmoid(e), ·s_max
+    gate = torch.sigmoid(s * e)
+    plain = 2 * gate * torch.sigmoid(e) * (1 - torch.sigmoid(e)) * 400.0
+    assert leaf.grad is not None
+    assert torch.allclose(compensated(leaf.grad, e, s, 400.0), plain, rtol=1e-4)
+
+
+def test_gates_the_hidden_units() -> None:
+    model, (x, _) = HOSTS["timm-vit"].build(), HOSTS["timm-vit"].batch()
+    live = wrap(model, Hat(s_max=10.0, anneal_steps=3))
+    mlp: Any = model.blocks[0].mlp  # type: ignore[index]
+    hidden = torch.randn(2, 5, 128)
+    live.batch(x, None)
+    for s in (0.1, 5.05, 10.0, 0.1):
+        want = F.linear(hidden * torch.sigmoid(s * mlp.fc2.hat.embedding), mlp.fc2.weight, mlp.fc2.bias)
+        assert torch.allclose(mlp.fc2(hidden), want, atol=1e-5)
+        live.step_end()
+        live.batch(x, None)
+    model.eval()
+    _shut(live, 0.5)
+    want = F.linear(hidden * (mlp.fc2.hat.embedding > 0), mlp.fc2.weight, mlp.fc2.bias)
+    assert torch.allclose(mlp.fc2(hidden), want, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "torchvision-vit", "transformers-clip", "plain"])
+def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
+    model, (x, _) = HOSTS[name].build(), HOSTS[name].batch()
+    live = wrap(model, Hat(anneal_steps=4))
+    told = []
+    for index in range(3):
+        _train(live, range(index, index + 1), end=False)
+        _shut(live, 0.7, index)
+        live.end_task([])
+        told.append(_outputs(live, x, index))
+        assert torch.equal(_outputs(live, x), told[-1])
+        assert all(torch.equal(_outputs(live, x, i), then) for i, then in enumerate(told))
+    assert (told[0] - told[2]).abs().max() > 1e-3
+    shares = live.facts()
+    assert 0.2 < shares["hat_shares"][0] < shares["hat_used"] < 1
+    assert sum(shares["hat_shares"]) > shares["hat_used"]  # later tasks share units of earlier ones
+
+
+def test_the_term_shuts_gates_and_free_units_go_on_learning() -> None:
+    used = {}
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = HOSTS["timm-vit"].build()
+        live = wrap(model, Hat(weight=weight, anneal_steps=10, lr_ratio=20.0))
+        _train(live, range(1), steps=20)
+        used[weight] = live.facts()["hat_used"]
+    assert used[5.0] < used[0.0] - 0.1
+    fc1: Any = model.blocks[0].mlp.fc1.weight  # type: ignore[index]
+    before, gate = fc1.detach().clone(), _of(live).gates[0]
+    free = ~gate.used
+    assert free.any()
+    _train(live, range(1, 2), end=False)
+    assert torch.equal(fc1[~free], before[~free])
+    assert not torch.equal(fc1[free], before[free])
+
+
+def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
+    host, request = HOSTS["timm-vit"], Hat(anneal_steps=3)
+    whole, resumed = (wrap(host.build(), request) for _ in range(2))
+    _train(whole, range(1), end=False)
+    _shut(whole, 0.6)
+    whole.end_task([])
+    _train(whole, range(1, 2), steps=2, end=False)
+    whole.save(tmp_path)
+    for index in range(2):
+        resumed.begin_task(_task(index))
+    resumed.load(tmp_path)
+    for live in (whole, resumed):
+        _train(live, range(1, 2), begin=2)
+        torch.manual_seed(5)
+        _train(live, range(2, 3))
+    x, _ = host.batch()
+    for index in (None, 0, 1, 2):
+        assert torch.equal(_outputs(resumed, x, index), _outputs(whole, x, index))
+    assert resumed.facts() == whole.facts()
+
+
+def test_merges_to_the_current_task_and_undoes() -> None:
+    host = HOSTS["torchvision-swin"]
+    model, (x, _) = host.build(), host.batch()
+    before, keys = Snapshot(model), list(model.state_dict())
+    live = wrap(model, Hat())
+    _train(live, range(1), end=False)
+    _shut(live, 0.5)
+    live.end_task([])
+    outputs = _outputs(live, x)
+    live.merge()
+    assert list(model.state_dict()) == keys
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), outputs, atol=1e-5)
+    live.undo()
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+    assert not any(p._backward_hooks for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_says_where_no_unit_is_left_and_refuses_nonsense() -> None:
+    live = wrap(HOSTS["timm-vit"].build(), Hat())
+    live.begin_task(_task(0))
+    live.end_task([])
+    with pytest.raises(GreenvisError, match="no unit is left for task 2: give hat a greater `weight`"):
+        live.begin_task(_task(1))
+    for wrong in ({"s_max": 1}, {"weight": -1}, {"anneal_steps": 0}, {"gates": 3}):
+        with pytest.raises(BadInput, match=next(iter(wrong))):
+            Hat(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(BadInput, match="ResNet has none; packnet takes any layer"):
+        wrap(HOSTS["timm-resnet"].build(), Hat())
+    with pytest.raises(BadInput, match="no MLP of Eva has hidden units that can be gated one by one"):
+        wrap(HOSTS["timm-eva02"].build(), Hat())
