@@ -371,3 +371,20 @@ def test_classes_choose_and_relabel_by_name_or_number() -> None:
 def test_classes_that_are_not_there_are_refused(classes: list[str | int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         data.load("digits", classes=classes)
+
+
+def test_images_are_held_out_of_the_training_set_and_nowhere_else() -> None:
+    plain = data.load("digits", train=200, test=50)
+    held = data.load("digits", train=200, test=50, held_out=80)
+    assert plain.held_out is None
+    assert held.held_out is not None
+    assert torch.equal(held.train.ids, plain.train.ids)
+    assert torch.equal(held.test.ids, plain.test.ids)
+    assert len(held.held_out) == 80
+    assert not set(held.held_out.ids.tolist()) & set(held.train.ids.tolist())
+    assert held.facts() == plain.facts() | {"held_out": 80}
+    everything = data.load("digits", held_out=100)
+    assert len(everything.train) == 1347 - 100
+    assert data.load("digits", train=200, test=50, held_out=80, augment="crop").held_out.transform.augment == "none"
+    with pytest.raises(BadInput, match="1400"):
+        data.load("digits", train=1300, held_out=100)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis import record
+from greenvis.bench import exits as bench
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.meters import flops
 from greenvis.technique import logits_of
@@ -338,6 +341,58 @@ def test_thresholds_travel_with_the_delta(tmp_path: Path) -> None:
     again.load(tmp_path)
     assert torch.equal(again.model.eval()(x), live.model(x))
     assert any(0 < n < 6 for n in installed.exits.tally)
+
+
+# -- recipes, reports and the bench ------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: tiny
+data: {name: digits, train: 200, test: 100, held_out: 160}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 3, num_heads: 2}
+train: {epochs: 1, batch_size: 20, lr: 1.0e-3, threads: 1}
+arms:
+  whole: {}
+  frozen:
+    model: {init: "run:whole", classifier: keep}
+    techniques: [{early_exit: {at: [1, 2], base: freeze, budget: 0.7}}]
+meter: {codecarbon: false}
+"""
+
+
+def test_a_recipe_calibrates_on_held_out_images_and_reports_every_setting(tmp_path: Path) -> None:
+    (tmp_path / "tiny.yaml").write_text(RECIPE)
+    with pytest.raises(BadInput, match=r"'early_exit' calibrates.*data.held_out"):
+        gv.run(tmp_path / "tiny.yaml", overrides=["data.held_out=null"], runs=tmp_path / "runs")
+    gv.run(tmp_path / "tiny.yaml", runs=tmp_path / "runs")
+    found = {r.header["arm"]: r.facts for r in map(record.read, record.find([tmp_path / "runs"]))}
+    calibration = found["frozen"]["calibration"]["early_exit"]
+    assert calibration["samples"] == 80
+    assert calibration["cost"] == pytest.approx(0.7, abs=0.1)
+    points = {p["setting"]: p for p in found["frozen"]["operating_points"]}
+    assert points["never"]["accuracy"] == found["whole"]["accuracy"]  # the base and its classifier, as they were
+    assert points["calibrated"]["accuracy"] == found["frozen"]["accuracy"]
+    assert points["calibrated"]["macs"] < points["never"]["macs"]
+    assert sum(points["calibrated"]["exits"]) == 100
+    spread = found["frozen"]["macs_distribution"]
+    assert spread["min"] < spread["mean"] == found["frozen"]["macs"] < spread["max"]
+    gv.report([tmp_path / "runs"], out=tmp_path / "out")
+    row = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["frozen"]["operating_points"]
+    assert {r["setting"]: r["macs_ratio"] for r in row}["calibrated"] < 0.9
+    assert "## Settings of one model" in (tmp_path / "out" / "report.md").read_text()
+    assert "Settings of one model" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_the_bench_measures_what_left(tmp_path: Path) -> None:
+    found = bench.run(tmp_path, model="timm/test_vit", batches=(1, 4), leaving=(0.5, 1.0), images=4, rounds=1)
+    rows = {(r["batch"], r["setting"]): r for r in found["rows"]}
+    assert len(rows) == 8
+    for batch in (1, 4):
+        assert rows[batch, "never"]["exits"] == "0 0 0 4"
+        assert rows[batch, "100% leave"]["exits"] == "4 0 0 0"
+        assert rows[batch, "50% leave"]["exits"] == "2 1 0 1"
+        assert rows[batch, "100% leave"]["macs_ratio"] < rows[batch, "50% leave"]["macs_ratio"] < 1
+    assert (tmp_path / "figures" / "exits.svg").exists()
+    assert "realised" in (tmp_path / "report.md").read_text()
 
 
 # -- plain models up to an exit ---------------------------------------------------------------------------------------------
