@@ -97,7 +97,8 @@ def train(
         row = {"stage": its.arm.stage, "epochs": progress.epoch, "accuracy": progress.accuracy, "trainable_params": learning}
         rows.append(row)
         run.log(**row)
-        run.fact(stages=rows, **live.facts())
+        used = [{t.name: t.recipe_form()} for stage in stages for t in stage.arm.techniques]
+        run.fact(stages=rows, techniques=used, **live.facts())
         if len(rows) == len(stages):
             break
         live.merge()

@@ -187,6 +187,14 @@ def test_a_recipe_gives_the_same_weights_for_less(finished: Path, end: str) -> N
     assert facts["bytes"] > 120 * 16 * 4
 
 
+def test_the_report_says_what_was_kept(finished: Path) -> None:
+    found = gv.report([finished / "runs"], out=finished / "report")
+    text = (finished / "report" / "report.md").read_text()
+    assert found
+    row = next(line for line in text.splitlines() if line.startswith("| kept ") and "what enters 'head'" in line)
+    assert [cell.strip() for cell in row.split("|")[3:6]] == ["120", "240", "0"]
+
+
 def test_a_damaged_cache_costs_work_not_numbers(finished: Path, tmp_path: Path) -> None:
     before = _weights(finished, "kept")
     cut, flipped = sorted((finished / "runs" / ".cache").glob("*/values.bin"), key=lambda p: p.stat().st_size)[-2:]

@@ -61,6 +61,7 @@ def test_one_record_with_a_phase_for_each_stage(finished: Path) -> None:
     assert [p for p in run.totals if "epoch" in p] == epochs
     assert run.sum("samples", "train") == 4 * 120
     assert run.facts["epochs"] == 4
+    assert run.facts["techniques"] == [{"linear_probe": {}}, {"lora": {"rank": 2}}]
     rows = run.facts["stages"]
     assert [row["stage"] for row in rows] == ["head", "stage2", "low-rank"]
     assert rows[0]["trainable_params"] == 16 * 10 + 10 < rows[1]["trainable_params"] == run.facts["trainable_params"]

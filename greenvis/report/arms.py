@@ -10,7 +10,7 @@ from typing import Any
 
 from greenvis import price
 from greenvis.record import Reading
-from greenvis.report import continual, stats
+from greenvis.report import continual, kept, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
@@ -253,6 +253,8 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
         ]
     if last and last[-1].get("techniques"):
         out["techniques"] = last[-1]["techniques"]
+    if outputs := kept.rows(last):
+        out["kept"] = outputs
     return out
 
 

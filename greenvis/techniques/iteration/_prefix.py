@@ -292,6 +292,11 @@ class InstalledPrefix(Installed):
         sums = {k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "bytes")}
         return {"prefix_cache": {"part": found[0]["part"], **sums}} if found else {}
 
+    def undo(self) -> None:
+        """Let go of the cache's files."""
+        for _, kept in self._cuts.values():
+            kept.close()
+
     def _tell(self, text: str) -> None:
         self.note(text)  # a tracked run may begin after this
 

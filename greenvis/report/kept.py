@@ -1,0 +1,37 @@
+"""What arms kept of their frozen parts: outputs computed once and read back after, as the runs' facts say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from greenvis.report.words import si
+
+COUNTS = ("misses", "hits", "earlier", "bytes")
+
+
+def rows(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a row for each part that was kept, {"part", "misses", "hits", "earlier", "bytes"}: means over runs."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for one in facts:
+        for value in one.values():
+            for entry in value if isinstance(value, list) else [value]:
+                if isinstance(entry, Mapping) and all(isinstance(entry.get(key), int) for key in COUNTS):
+                    found.setdefault(str(entry.get("part")), []).append(entry)
+    return [{"part": part, **{k: sum(e[k] for e in each) / len(each) for k in COUNTS}} for part, each in found.items()]
+
+
+def section(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the section of the report; empty where no arm kept anything."""
+    cells = [
+        [a, row["part"], si(row["misses"]), si(row["hits"]), si(row["earlier"]), si(row["bytes"], "B")]
+        for a in found["order"]
+        for row in found["arms"][a].get("kept", ())
+    ]
+    head = ["Arm", "Outputs of", "Computed", "Read back", "… computed by an earlier run", "On disk"]
+    said = (
+        "Images whose outputs of a frozen part were computed, and read back from disk instead; means over seeds, of the start "
+        "that finished. What an earlier run computed is paid for in that run's record, not in this arm's energy."
+    )
+    table = {"head": head, "rows": cells} if cells else None
+    return {"title": "Kept outputs", "items": [said] if cells else [], "table": table}
