@@ -131,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("bench", verbs.bench, "run a side-by-side benchmark")
     p.add_argument("name", nargs="?", help="which; all are listed without it")
     p.add_argument("--out", help="folder to write the benchmark's report to")
+    p.add_argument("--all", action="store_true", help="coverage: attach to every model timm lists, not to a sample (an hour)")
     return parser
 
 

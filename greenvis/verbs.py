@@ -240,6 +240,7 @@ def bench(args: Any) -> Answer:
     """Run a benchmark, or list them."""
     import importlib
     import pkgutil
+    from inspect import signature
 
     import greenvis.bench
 
@@ -248,7 +249,10 @@ def bench(args: Any) -> Answer:
         return names, lambda: print("\n".join(names))
     if args.name not in names:
         raise BadInput(f"unknown benchmark '{args.name}'{nearest(args.name, names)}")
-    out = importlib.import_module(f"greenvis.bench.{args.name}").run(Path(args.out) if args.out else None)
+    run = importlib.import_module(f"greenvis.bench.{args.name}").run
+    if args.all and "per_family" not in signature(run).parameters:
+        raise BadInput(f"--all is for coverage, which draws from timm's models; {args.name} has no such sample")
+    out = run(Path(args.out) if args.out else None, **({"per_family": None} if args.all else {}))
     return out, lambda: _print_rows(out["rows"], f"bench {args.name}")
 
 

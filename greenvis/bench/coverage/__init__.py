@@ -12,6 +12,7 @@ from typing import Any
 
 from greenvis import registry
 from greenvis.bench._hosts import HOSTS
+from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
 from greenvis.testing import Result, check_technique
 
@@ -19,7 +20,7 @@ LIBRARIES = ("greenvis", "timm", "torchvision", "transformers", "peft", "torch")
 
 
 def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return {"rows": one a host, with the outcome of each technique, "results", "attach", "attached", "versions", …}.
+    """Return {"rows": one a host, with the outcome of each technique, "results", "tools", "attach", "attached", "versions", …}.
 
     out: a folder to write report.md and results.json to. per_family: how many models of each timm family to attach to; None
     for all of them (an hour or two). techniques: names; default all there are.
@@ -30,16 +31,23 @@ def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequenc
         warnings.simplefilter("ignore")
         results = [r for name in names for r in check_technique(registry.find(name), HOSTS)]
         matrix_seconds = round(time.monotonic() - started)
+        under_tools = tools.table(names)
+        tools_seconds = round(time.monotonic() - started) - matrix_seconds
         models = sample(per_family)
         attached = attach(models)
     result = {
         "rows": [{"host": host, **{n: _outcome(results, n, host) for n in names}} for host in HOSTS],
         "results": [{k: str(v) for k, v in vars(r).items()} for r in results],
+        "tools": under_tools,
         "attach": counts(attached),
         "attached": attached,
         "per_family": per_family,
         "versions": {name: version(name) for name in LIBRARIES},
-        "seconds": {"matrix": matrix_seconds, "attach": round(time.monotonic() - started) - matrix_seconds},
+        "seconds": {
+            "matrix": matrix_seconds,
+            "tools": tools_seconds,
+            "attach": round(time.monotonic() - started) - matrix_seconds - tools_seconds,
+        },
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -56,8 +64,8 @@ def markdown(result: dict[str, Any]) -> str:
     fails = sum(row[n] == "fails" for row in rows for n in names)
     lines = [
         "# Coverage: which technique goes with which model", "",
-        f"`greenvis.bench.coverage.run(out, per_family={result['per_family']})`, which is `greenvis bench coverage --out OUT` "
-        f"for 1 model of each family; {' + '.join(map(str, result['seconds'].values()))} s; "
+        f"`greenvis bench coverage{'' if result['per_family'] else ' --all'} --out OUT`; "
+        f"{' + '.join(map(str, result['seconds'].values()))} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
         "## The contract", "",
         "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral when fresh, bit-exact",
@@ -78,6 +86,7 @@ def markdown(result: dict[str, Any]) -> str:
         for r in result["results"]
         if r["outcome"] != "works"
     ]
+    lines += _tools(result["tools"])
     lines += [
         "", "## Attaching to timm's classification models", "",
         f"{len(attached)} models ({how}), built on the meta device without weights: structure is found and the technique's",
@@ -94,6 +103,31 @@ def markdown(result: dict[str, Any]) -> str:
     odd = [(r["model"], t, r[t]) for r in attached for t in REQUESTS if _notable(t, r[t])]
     lines += [f"- {model}, {technique}: {_cell(why)}" for model, technique, why in odd] or ["- none"]
     return "\n".join(lines) + "\n"
+
+
+def _tools(rows: Sequence[dict[str, str]]) -> list[str]:
+    """Return the section on the tools people train with."""
+    columns = [k for k in rows[0] if k not in ("technique", "host")]
+    lines = [
+        "", "## Under the tools people train with", "",
+        "Each technique, with the first of its examples that fits the host: torch.compile (backend \"aot_eager\": captured and",
+        "differentiated as in any backend, not compiled to machine code; same outputs and gradients), torch.export (same",
+        "outputs), bf16 autocast (finite gradients), gradient checkpointing (same gradients), copy.deepcopy (alike, apart),",
+        "state_dict through pickle into a new model, and DistributedDataParallel on 2 CPU ranks (the mean of both).",
+        "",
+        f"| technique | host | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|",
+    ]  # fmt: skip
+    short = {"works": "works", "refuses": "–", "fails": "**FAILS**"}
+    cells = [[row[c].partition(":") for c in columns] for row in rows]
+    lines += [
+        f"| {row['technique']} | {row['host']} | {' | '.join(short[cell[0]] for cell in line)} |"
+        for row, line in zip(rows, cells, strict=True)
+    ]
+    why = {(row["technique"], row["host"], row[c]): c for row in rows for c in columns if row[c] != "works"}
+    lines += ["", "What does not work, and why:", ""]
+    for (technique, host, reason), tool in why.items():
+        lines.append(f"- {technique} on {host}{f', {tool}' if reason.startswith('fails') else ''}: {_cell(reason)}")
+    return lines if why else [*lines, "- nothing"]
 
 
 def _notable(technique: str, outcome: str) -> bool:
