@@ -1,4 +1,4 @@
-"""A transformers Trainer with LoRA and distillation: the loss goes in by `compute_loss_func`, the meter around it."""
+"""A transformers Trainer with LoRA and distillation: the meter is a callback, the terms come in by `compute_loss_func`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
 
 import greenvis as gv
+from greenvis.integrations.transformers import GreenCallback
 
 torch.manual_seed(0)
 digits: Any = load_digits()
@@ -21,14 +21,22 @@ digits: Any = load_digits()
 class Digits(Dataset):
     """scikit-learn's digits as a Trainer wants them."""
 
+    def __init__(self, first: int, last: int) -> None:
+        self.rows = range(first, last)
+
     def __len__(self) -> int:
-        return 600
+        return len(self.rows)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         return {
-            "pixel_values": torch.tensor(digits.images[i], dtype=torch.float32).unsqueeze(0) / 16,
-            "labels": torch.tensor(digits.target[i]),
+            "pixel_values": torch.tensor(digits.images[self.rows[i]], dtype=torch.float32).unsqueeze(0) / 16,
+            "labels": torch.tensor(digits.target[self.rows[i]]),
         }
+
+
+def accuracy(p: Any) -> dict[str, float]:
+    """What the Trainer reports after each evaluation."""
+    return {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())}
 
 
 config = ViTConfig(
@@ -39,27 +47,18 @@ model = ViTForImageClassification(config)
 teacher = copy.deepcopy(model)
 live = gv.wrap(model, [gv.Lora(rank=4), gv.Distill(teacher=teacher)])  # greenvis
 
-
-class Student(Trainer):
-    """A Trainer whose loss has the techniques' terms."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        outputs = model(**inputs)
-        extra = live.loss(inputs["pixel_values"], inputs["labels"], outputs.logits)  # greenvis
-        return (outputs.loss + extra, outputs) if return_outputs else outputs.loss + extra
-
-
 out = tempfile.mkdtemp()
 arguments = TrainingArguments(
-    out, num_train_epochs=1, per_device_train_batch_size=50, report_to="none", save_strategy="no", use_cpu=True,
-    disable_tqdm=True, logging_strategy="no",
+    out, num_train_epochs=2, per_device_train_batch_size=50, report_to="none", save_strategy="no", use_cpu=True,
+    disable_tqdm=True, logging_strategy="epoch", eval_strategy="epoch",
 )  # fmt: skip
-optimizer = torch.optim.AdamW(live.param_groups(lr=3e-3))  # greenvis
-trainer = Student(model, arguments, train_dataset=Digits(), optimizers=(optimizer, None))
-with gv.track("trainer", live, dir=out) as run, run.phase("train"):  # greenvis
-    result = trainer.train()
-    run.log(loss=result.training_loss)
+green = GreenCallback(live, "trainer", dir=out)  # greenvis
+trainer = Trainer(
+    model, arguments, train_dataset=Digits(0, 600), eval_dataset=Digits(600, 800), callbacks=[green],
+    compute_loss_func=green.loss, optimizers=(torch.optim.AdamW(live.param_groups(lr=3e-3)), None),
+    compute_metrics=accuracy,
+)  # fmt: skip
+trainer.train()
 print(live.summary())
-print(f"loss {result.training_loss:.3f}; energy {run.energy().value:.1f} J; record {run.path}")
+print(f"record {green.run.path}")
+print("report:", gv.report([green.run.path], out=f"{out}/report"), "with the energy of training and evaluation apart")

@@ -1,0 +1,1 @@
+"""greenvis inside the trainers people already use: one file each, its library imported with it."""
