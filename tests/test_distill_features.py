@@ -410,7 +410,11 @@ def test_layers_by_role_number_and_path() -> None:
         ({"teacher": "ema", "losses": [{"kind": "kd", "layers": "block"}]}, "'layers' is no setting of 'kd'"),
         ({"teacher": "ema", "losses": [{"kind": "kd", "hard": True, "smoothing": 0.1}]}, "set one of them"),
         ({"teacher": "ema", "losses": [{"kind": "hint"}], "compile": True}, "compiled teacher shows no features"),
-        ({"teachers": {"one": "ema"}, "losses": [{"kind": "kd", "teacher": "on"}]}, "no teacher 'on'; did you mean 'one'"),
+        (
+            {"teachers": {"one": "ema"}, "losses": [{"kind": "kd", "teacher": "on"}]},
+            "no teacher 'on' among 'teachers'; did you mean 'one'",
+        ),
+        ({"teacher": "ema", "losses": [{"kind": "kd", "teacher": "x"}]}, "no teacher 'x' among 'teachers'"),
         ({"teachers": {"a": "ema", "b": "ema"}, "losses": [{"kind": "hint"}]}, "of one teacher: say which"),
     ],
 )
@@ -449,3 +453,32 @@ def test_labels_are_asked_for_where_they_are_needed() -> None:
         live.loss(x, None, student(x))
     soft = torch.eye(5)[:4]
     assert live.loss(x, soft, student(x)).item() == live.loss(x, soft.argmax(-1), student(x)).item()
+
+
+def test_a_recipe_resolves_several_teachers_and_keeps_what_they_say(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from greenvis.record import find, read
+
+    path = tmp_path / "few.yaml"
+    path.write_text(
+        """
+name: few
+data: {name: digits, train: 64, test: 32}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 4, embed_dim: 24, depth: 1, num_heads: 3}
+train: {epochs: 2, batch_size: 32, eval_every: 0, threads: 1}
+arms:
+  wide: {model: {embed_dim: 48}}
+  deep: {model: {depth: 2}}
+  live:
+    techniques: [{distill: {teachers: {a: "run:wide", b: {model: "run:deep", weight: 2}}, losses: [{kind: kd}]}}]
+  kept:
+    techniques: [{distill: {teachers: {a: "run:wide", b: {model: "run:deep", weight: 2}}, losses: [{kind: kd}], cache: true}}]
+"""
+    )
+    folder = gv.run(path, runs=tmp_path / "runs")
+    live, kept = (load_file(folder / arm / "seed0" / "model.safetensors") for arm in ("live", "kept"))
+    assert all(torch.equal(v, kept[n]) for n, v in live.items())
+    facts = read(next(iter(find([folder / "kept"])))).facts
+    assert [(f["teacher"], f["hits"], f["misses"]) for f in facts["distill_cache"]] == [("a", 64, 64), ("b", 64, 64)]
+    assert len(facts["distill_conflict"]["kl"]) == 2

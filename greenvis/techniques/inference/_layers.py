@@ -208,8 +208,8 @@ def _measured(model: nn.Module, found: View, places: Sequence[Place]) -> list[Pl
         shape = seen[place.key]
         if len(shape) not in (2, 3, 4) or shape[0] != len(found.example):
             raise BadInput(
-                f"'{place.key}' of {type(model).__name__} gives {shape} for {len(found.example)} image: neither a map, nor tokens, "
-                "nor a vector of each; name another layer"
+                f"'{place.key}' of {type(model).__name__} gives {shape} for one image: neither a map, nor tokens, nor a "
+                "vector of its own; name another layer"
             )
         axis = place.channels or (1 if len(shape) == 4 else -1)
         out.append(Place(place.path, place.part, axis, place.prefix, place.fused, shape[axis]))

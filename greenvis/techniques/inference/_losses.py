@@ -50,22 +50,28 @@ class Loss(BaseModel):
 
     kind: Kind
     weight: Annotated[float, Field(ge=0, description="factor of this term")] = 1.0
-    teacher: str | None = Field(None, description="which of several teachers; all of them where absent")
+    teacher: Annotated[str | None, Field(description="which of several teachers; all of them where absent")] = None
     warmup_epochs: Annotated[int, Field(ge=0, description="the factor grows linearly in these epochs; DKD's authors: 20")] = 0
-    layers: Layers | None = Field(
-        None, description='of the student: "block" (all), "last", "head" (what goes into the classifier), numbers, paths'
-    )
-    teacher_layers: Layers | None = Field(None, description="of the teacher; as the student's where absent")
-    temperature: Annotated[float, Field(gt=0)] | None = Field(None, description="softens answers; the request's where absent")
-    hard: bool = Field(False, description="learn the class the teacher chose, not its probabilities")
-    smoothing: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        None, description="where the teacher is wrong, the label smoothed by this replaces its answer (Wen et al., 2021)"
-    )
+    layers: Annotated[
+        Layers | None,
+        Field(description='of the student: "block" (all), "last", "head" (what goes into the classifier), numbers, paths'),
+    ] = None
+    teacher_layers: Annotated[Layers | None, Field(description="of the teacher; as the student's where absent")] = None
+    temperature: Annotated[float | None, Field(gt=0, description="softens answers; the request's where absent")] = None
+    hard: Annotated[bool, Field(description="learn the class the teacher chose, not its probabilities")] = False
+    smoothing: Annotated[
+        float | None,
+        Field(
+            ge=0,
+            lt=1,
+            description="where the teacher is wrong, the label smoothed by this replaces its answer (Wen et al., 2021)",
+        ),
+    ] = None
     alpha: Annotated[float, Field(ge=0, description="of the target class in dkd")] = 1.0
     beta: Annotated[float, Field(ge=0, description="of the other classes in dkd")] = 8.0
     p: Annotated[float, Field(gt=0, description="power of the features in an attention map")] = 2.0
-    residual: bool = Field(False, description="learn only what cannot be read off the student's features already")
-    width: Annotated[int, Field(ge=1)] | None = Field(None, description="channels where review's levels meet")
+    residual: Annotated[bool, Field(description="learn only what cannot be read off the student's features already")] = False
+    width: Annotated[int | None, Field(ge=1, description="channels where review's levels meet")] = None
     distance: Annotated[float, Field(ge=0, description="factor of distances in rkd")] = 25.0
     angle: Annotated[float, Field(ge=0, description="factor of angles in rkd")] = 50.0
     relations: Annotated[
@@ -74,9 +80,7 @@ class Loss(BaseModel):
         "qk",
         "vv",
     )
-    heads: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="heads of the relations; as many as both have where absent"
-    )
+    heads: Annotated[int | None, Field(ge=1, description="of the relations; as many as both have where absent")] = None
 
     @model_validator(mode="after")
     def _only_its_own(self) -> Loss:
@@ -222,6 +226,17 @@ class Review(nn.Module):
             deeper = x
             out.append(self.leave[i](F.interpolate(x, tuple(sizes[i]))))
         return out[::-1]
+
+
+class Projections(nn.Module):
+    """What is trained beside the student: a module for each loss that wants one, by its number, and the teachers' weights."""
+
+    def __init__(self, parts: Mapping[int, nn.Module], teachers: int) -> None:
+        super().__init__()
+        for i, part in parts.items():
+            self.add_module(str(i), part)
+        if teachers:
+            self.teachers = nn.Parameter(torch.zeros(teachers))
 
 
 def _hint(modules: Any, student: Tensor, teacher: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class Teacher(BaseModel):
 
     model: Any = Field(description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …')
     weight: Annotated[float, Field(gt=0, description="how much it counts beside the others")] = 1.0
-    size: Annotated[int, Field(gt=0)] | None = Field(None, description="side in pixels at which it sees the images")
+    size: Annotated[int | None, Field(gt=0, description="side in pixels at which it sees the images")] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -46,8 +46,8 @@ class Keep(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dtype: Annotated[Literal["fp32", "fp16"], Field(description="fp32 gives the same weights as a live teacher")] = "fp32"
-    top_k: Annotated[int, Field(ge=1)] | None = Field(None, description="keep only the k greatest logits")
-    max_bytes: Annotated[int, Field(gt=0)] | None = Field(None, description="of all caches beside it")
+    top_k: Annotated[int | None, Field(ge=1, description="keep only the k greatest logits")] = None
+    max_bytes: Annotated[int | None, Field(gt=0, description="of all caches beside it")] = None
 
 
 class Taught:

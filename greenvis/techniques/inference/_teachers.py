@@ -59,6 +59,28 @@ def conflict(student_logits: Tensor, logits: Tensor, temperature: float) -> dict
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 
+class Conflicts:
+    """The `conflict` of each epoch, averaged over its steps."""
+
+    def __init__(self) -> None:
+        self.history: dict[str, list[float]] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+
+    def add(self, student_logits: Tensor, logits: Tensor, temperature: float) -> None:
+        """Note a step; one teacher has no conflict."""
+        if len(logits) > 1:
+            for name, value in conflict(student_logits.detach(), logits, temperature).items():
+                self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
+            self._steps += 1
+
+    def end(self) -> None:
+        """Close the epoch."""
+        for name, total in self._sums.items():
+            self.history.setdefault(name, []).append(round(total.item() / self._steps, 6))
+        self._sums, self._steps = {}, 0
+
+
 def weights_of(
     how: str, logits: Tensor, target: Tensor | None, prior: Sequence[float], temperature: float, learned: Tensor | None = None
 ) -> Tensor:

@@ -16,7 +16,7 @@ from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _teachers as teaching
 from greenvis.techniques.inference._kd import dkd_loss, kd_loss, kd_task_loss, labels_of
 from greenvis.techniques.inference._layers import Place, Taps
-from greenvis.techniques.inference._losses import Comparison, Loss, compare
+from greenvis.techniques.inference._losses import Comparison, Loss, Projections, compare
 from greenvis.techniques.inference._taught import ANSWER, ITSELF, Keep, Taught, Teacher, built
 from greenvis.techniques.iteration._seams import seat
 from greenvis.views import view
@@ -64,8 +64,12 @@ class Distill(Technique):
         },
     )
 
-    teacher: Any = Field(None, description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": itself')
-    teachers: dict[str, Teacher] | None = Field(None, description="several by name, each as a model or with weight and size")
+    teacher: Annotated[
+        Any, Field(description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": itself')
+    ] = None
+    teachers: Annotated[
+        dict[str, Teacher] | None, Field(description="several by name, each as a model or with weight and size")
+    ] = None
     combine: Annotated[
         Literal["fixed", "agreement", "confidence", "learned"], Field(description="how several teachers' answers are weighed")
     ] = "fixed"
@@ -75,9 +79,9 @@ class Distill(Technique):
     temperature: Annotated[float, Field(gt=0, description="softens both answers")] = 4.0
     weight: Annotated[float, Field(ge=0, description="factor of all distillation terms")] = 1.0
     task_weight: Annotated[float, Field(ge=0, description="factor of the task loss, while the teacher is asked")] = 1.0
-    size: Annotated[int, Field(gt=0)] | None = Field(None, description="side in pixels at which the teacher sees the images")
+    size: Annotated[int | None, Field(gt=0, description="side in pixels at which the teacher sees the images")] = None
     momentum: Annotated[float, Field(ge=0, lt=1, description='of "ema"')] = 0.999
-    teacher_epochs: Annotated[int, Field(ge=1)] | None = Field(None, description="epochs with a teacher; the rest go without")
+    teacher_epochs: Annotated[int | None, Field(ge=1, description="epochs with a teacher; the rest go without")] = None
     cache: Annotated[bool | Keep, Field(description="keep what the teacher says on disk")] = False
     precision: Annotated[
         Literal["fp32", "bf16"] | None, Field(description="of the teacher's forward; the training's where absent")
@@ -91,14 +95,13 @@ class Distill(Technique):
     def _fits(self) -> Distill:
         if (self.teacher is None) == (self.teachers is None):
             raise ValueError("give either 'teacher' or 'teachers'")
-        if self.teachers is not None:
-            if not self.teachers or self.size is not None:
-                raise ValueError("'teachers' names at least one, each with a `size` of its own")
-            for loss in self.losses:
-                if loss.teacher is not None and loss.teacher not in self.teachers:
-                    raise ValueError(f"no teacher '{loss.teacher}'{nearest(loss.teacher, self.teachers)}")
-                if loss.teacher is None and not loss.on_answers and len(self.teachers) > 1:
-                    raise ValueError(f"'{loss.kind}' compares features, of one teacher: say which in its `teacher`")
+        if self.teachers is not None and (not self.teachers or self.size is not None):
+            raise ValueError("'teachers' names at least one, each with a `size` of its own")
+        for loss in self.losses:
+            if loss.teacher is not None and loss.teacher not in (self.teachers or ()):
+                raise ValueError(f"no teacher '{loss.teacher}' among 'teachers'{nearest(loss.teacher, self.teachers or ())}")
+            if loss.teacher is None and not loss.on_answers and len(self.teachers or ()) > 1:
+                raise ValueError(f"'{loss.kind}' compares features, of one teacher: say which in its `teacher`")
         if self._itself and self.cache:
             raise ValueError("'ema' changes with every step, so there is nothing to cache")
         if self.compile and not all(loss.on_answers for loss in self.losses):
@@ -158,17 +161,6 @@ class Distill(Technique):
             return view(module, self.input_shape, probe=False)
 
 
-class _Projections(nn.Module):
-    """What is trained beside the student: a module for each loss that wants one, and the teachers' weights."""
-
-    def __init__(self, parts: Mapping[int, nn.Module], teachers: int) -> None:
-        super().__init__()
-        for i, part in parts.items():
-            self.add_module(str(i), part)
-        if teachers:
-            self.teachers = nn.Parameter(torch.zeros(teachers))
-
-
 class InstalledDistill(Installed):
     """The teachers at work."""
 
@@ -195,9 +187,7 @@ class InstalledDistill(Installed):
         self._project(model, {i: m for i, (_, c) in enumerate(compared) if c and (m := c.modules()) is not None})
         self._taps = Taps(model, mine, learning=True)
         self._head_taps = Taps(model, (), learning=True)
-        self._sums: dict[str, Tensor] = {}
-        self._count = 0
-        self._history: dict[str, list[float]] = {}
+        self._conflicts = teaching.Conflicts()
         if request.task_weight != 1.0:
             self.criterion = self._task
         for teacher in self.teachers.values():
@@ -234,8 +224,9 @@ class InstalledDistill(Installed):
         out: dict[str, Tensor] = {}
         if any(loss.on_answers for loss in self.request.losses):
             self._check_answers(student, told)
-            out.update(self._learn_weights(told, y))
-            self._note_conflict(student, told)
+            logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
+            self._conflicts.add(student, logits, self.request.temperature)
+            out.update(self._learn_weights(logits, y))
         for i, (loss, (name, comparison)) in enumerate(self._compared):
             if comparison is None:
                 temperature = loss.temperature or self.request.temperature
@@ -257,16 +248,14 @@ class InstalledDistill(Installed):
     def epoch_end(self) -> None:
         """Count the epoch, and sum up its conflicts."""
         self.epoch += 1
-        for name, total in self._sums.items():
-            self._history.setdefault(name, []).append(round(float(total) / self._count, 6))
-        self._sums, self._count = {}, 0
+        self._conflicts.end()
 
     def facts(self) -> Mapping[str, Any]:
         """Return what caches did, and epoch by epoch how much teachers contradict each other (`_teachers.conflict`)."""
         kept = [fact for t in self.teachers.values() for fact in t.facts()]
         learned = getattr(self._projections, "teachers", None)
         weights = {} if learned is None else dict(zip(self.teachers, learned.detach().softmax(0).tolist(), strict=True))
-        found = {"distill_cache": kept, "distill_conflict": self._history, "distill_teachers": weights}
+        found = {"distill_cache": kept, "distill_conflict": self._conflicts.history, "distill_teachers": weights}
         return {name: value for name, value in found.items() if value}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -298,7 +287,7 @@ class InstalledDistill(Installed):
         """Give the student a child that holds what is trained beside it."""
         learned = len(self.teachers) if self.request.combine == "learned" and len(self.teachers) > 1 else 0
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-        self._projections = _Projections(parts, learned).to(like.device)
+        self._projections = Projections(parts, learned).to(like.device)
         if not parts and not learned:
             return
         home = seat(model, "")
@@ -342,21 +331,12 @@ class InstalledDistill(Installed):
         )
         return teaching.mixed(F.log_softmax(logits / temperature, dim=-1), weights)
 
-    def _learn_weights(self, told: Mapping[str, Mapping[str, Tensor]], y: Any) -> dict[str, Tensor]:
+    def _learn_weights(self, logits: Tensor, y: Any) -> dict[str, Tensor]:
         """Return the loss that the teachers' learned weights minimise: that of their common answer for the right class."""
         learned = getattr(self._projections, "teachers", None)
         if learned is None:
             return {}
         if y is None:
             raise BadInput("combine: learned learns from the right class, so it needs labels; use agreement without")
-        logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
         weights = teaching.weights_of("learned", logits, None, [1.0] * len(logits), 1.0, learned)
         return {"distill_teachers": F.nll_loss(teaching.mixed(F.log_softmax(logits, dim=-1), weights), labels_of(y))}
-
-    def _note_conflict(self, student: Tensor, told: Mapping[str, Mapping[str, Tensor]]) -> None:
-        if len(told) < 2:
-            return
-        logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
-        for name, value in teaching.conflict(student.detach(), logits, self.request.temperature).items():
-            self._sums[name] = self._sums.get(name, torch.zeros_like(value)) + value
-        self._count += 1
