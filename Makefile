@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
