@@ -153,6 +153,22 @@ def test_order_and_company_do_not_matter(limits: list[float], order: list[int], 
 _SHARED = wrapped()
 
 
+@pytest.mark.parametrize("other", [gv.TokenMerge(r=2), gv.TokenPrune(blocks=(1,), method="class_attention")])
+def test_samples_leave_a_model_that_merges_or_prunes_tokens(other: gv.Technique) -> None:
+    live = gv.wrap(HOSTS["timm-vit"].build(), [other, gv.EarlyExit(at=(1, 2))])
+    live.model.eval()
+    installed = live.installed[1]
+    assert isinstance(installed, InstalledEarlyExit)
+    x = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    logits, _ = installed.logits([(x, torch.zeros(6))])
+    sure = _exits.confidences(logits, "max_prob")
+    installed.thresholds = thresholds_for("mixed", sure)
+    at = _exits.leaves_at(sure, (*installed.thresholds, _exits.ALWAYS))
+    assert len(at.unique()) == 3
+    with torch.no_grad():
+        torch.testing.assert_close(live.model(x), logits[at, torch.arange(6)], atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("mix", ["all at first", "mixed"])
 def test_the_rest_of_the_model_sees_only_those_who_stay(mix: str) -> None:
     live, installed, x = wrapped()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from greenvis.errors import GreenvisError
 from greenvis.technique import logits_of
 from greenvis.techniques.inference._exits import NEVER, agreements, certainty
+from greenvis.techniques.inference._rows import rows_of, tell
 
 Mode = Literal["collect", "record", "leave", "stop"]
 _ANSWERS = ("logits", "image_embeds", "pooler_output", "out")  # where `logits_of` finds them
@@ -166,6 +167,7 @@ class Place:
         now.rows = now.rows[go]
         if now.before is not None and now.count is not None:
             now.before, now.count = now.before[go], now.count[go]
+        tell(self.exits.model, go, len(sure))
         return rows_of(output, go, len(sure))
 
 
@@ -232,13 +234,6 @@ class Outer:
             twins = len(output) == 2 and getattr(output[0], "shape", 0) == getattr(output[1], "shape", 1)
             return type(output)((logits, logits) if twins else (logits, *[None] * (len(output) - 1)))
         return logits
-
-
-def rows_of(output: Any, rows: Tensor, batch: int) -> Any:
-    """Return a block's output, (tensor or tuple), for these rows of the batch."""
-    if isinstance(output, tuple):
-        return tuple(rows_of(o, rows, batch) for o in output)
-    return output[rows] if isinstance(output, Tensor) and output.dim() and len(output) == batch else output
 
 
 def _refuse_companions(tensors: list[tuple[Any, Tensor]], batch: int) -> None:

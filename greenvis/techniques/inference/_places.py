@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from greenvis.errors import BadInput, nearest
 from greenvis.technique import logits_of
-from greenvis.techniques.inference._leaving import ExitHead, Exits, Outer, rows_of
+from greenvis.techniques.inference._leaving import ExitHead, Exits, Outer
+from greenvis.techniques.inference._rows import rows_of, tell
 from greenvis.techniques.iteration._seams import patches_matter, seat
 from greenvis.views import View, view
 from greenvis.views.layout import Layout, layouts
@@ -107,7 +110,7 @@ def _one_leaves(model: nn.Module, example: Tensor, paths: Sequence[str]) -> Iter
         whole = logits_of(model(images)).float()
         apart, fine = (whole - whole.mean(0)).abs().max(), images.dtype.itemsize >= 4
         for path in paths:
-            hook = model.get_submodule(path).register_forward_hook(lambda m, a, o: rows_of(o, stay, 3))
+            hook = model.get_submodule(path).register_forward_hook(partial(_thinned, model, stay))
             try:
                 rest = logits_of(model(images)).float()
             except Exception as error:  # whatever a model raises here means: not with fewer samples
@@ -118,6 +121,11 @@ def _one_leaves(model: nn.Module, example: Tensor, paths: Sequence[str]) -> Iter
             limit = (1e-2 if fine else 0.2) * apart + (1e-5 if fine else 1e-2) * whole.abs().max()
             same = rest.shape == whole[stay].shape and bool((rest - whole[stay]).abs().max() <= limit)
             yield path, "" if same else "the others' answers change, so what comes later joins the samples of a batch"
+
+
+def _thinned(model: nn.Module, rows: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
+    tell(model, rows, 3)
+    return rows_of(output, rows, 3)
 
 
 def _spent(model: nn.Module, example: Tensor, paths: Sequence[str]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from greenvis.techniques.inference._halves import (
 )  # fmt: skip
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._matching import Matching, bipartite_soft_matching, parse_r, source_matrix
+from greenvis.techniques.inference._rows import follow, rows_of
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, with_first
 from greenvis.views import view
 
@@ -84,6 +85,7 @@ class TokenMerge(Technique):
         merging[-1].restore = restore
         for m in merging:
             m.put(model)
+        follow(model, flow)
         if found.example.device.type != "meta":
             check_runs(model, found.example, [], f"r = {self.r}")
         live = InstalledTokenMerge(flow)
@@ -104,6 +106,11 @@ class Flow:
         self.size: dict[int, Tensor] = {}
         self.places: dict[int, Tensor] = {}
         self.length = 0
+
+    def keep_rows(self, rows: Tensor, batch: int) -> None:
+        """Forget the samples that left the batch early."""
+        for kept in (self.steps, self.size, self.places):
+            kept.update(rows_of(kept, rows, batch))
 
     def upto(self, block: int | None) -> list[Matching]:
         """Return the matchings of the blocks before number `block`, in order."""

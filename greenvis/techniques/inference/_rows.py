@@ -1,0 +1,41 @@
+"""What one technique keeps for each sample of the batch under way, another must thin out when it takes samples away."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+_FOLLOWERS = "_greenvis_followers"
+
+
+class Follower(Protocol):
+    """Holds something for each sample."""
+
+    def keep_rows(self, rows: Tensor, batch: int) -> None:
+        """Keep what belongs to these of the batch's samples, int64 (remaining,)."""
+
+
+def follow(model: nn.Module, follower: Follower) -> None:
+    """Let `follower` know when samples leave the batch."""
+    vars(model).setdefault(_FOLLOWERS, []).append(follower)
+
+
+def tell(model: nn.Module, rows: Tensor, batch: int) -> None:
+    """Say that of a batch of so many samples only `rows` go on."""
+    for follower in vars(model).get(_FOLLOWERS, ()):
+        follower.keep_rows(rows, batch)
+
+
+def rows_of(value: Any, rows: Tensor, batch: int) -> Any:
+    """Return these rows of what is laid out by sample: a tensor, or a tuple, dictionary or dataclass of them."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and len(value) == batch else value
+    if isinstance(value, tuple):
+        return tuple(rows_of(v, rows, batch) for v in value)
+    if isinstance(value, dict):
+        return {k: rows_of(v, rows, batch) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: rows_of(getattr(value, f.name), rows, batch) for f in fields(value)})
+    return value
