@@ -68,6 +68,14 @@ class Wrapped(Deltas):
         if sum(live.criterion is not None for live in self.installed) > 1:
             names = [t.name for t, live in self._pairs() if live.criterion is not None]
             raise BadInput(f"{some(names)} each replace the task loss; at most one may: remove all but one")
+        pretext = next((t.name for t, live in self._pairs() if live.pretext), None)
+        for technique, live in self._pairs():
+            learns = live.freezes or live.trainable or live.criterion is not None or type(live).terms is not Installed.terms
+            if pretext is not None and not live.pretext and learns:
+                raise BadInput(
+                    f"'{pretext}' and '{technique.name}' do not go together: '{pretext}' is a pretext, which trains the whole "
+                    f"model without its answers, and '{technique.name}' learns from these; use them in separate stages"
+                )
 
     def _put_in(self, technique: Technique) -> Installed:
         """Install one technique; a refusal names those that changed the model before it."""

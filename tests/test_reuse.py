@@ -16,8 +16,13 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput
 from greenvis.surgery import Snapshot
 from greenvis.technique import Samples
+from greenvis.techniques.inference.distill import Distill
 from greenvis.techniques.iteration import _tec as tec
 from greenvis.techniques.iteration._bases import Base
+from greenvis.techniques.iteration.adapter import Adapter
+from greenvis.techniques.iteration.layer_decay import LayerDecay
+from greenvis.techniques.iteration.lora import Lora
+from greenvis.techniques.iteration.mae import Mae
 from greenvis.techniques.iteration.reuse import Reuse
 from greenvis.wrap import wrap
 
@@ -314,4 +319,45 @@ def test_refuses_itself_as_base_and_a_token_that_is_not_there() -> None:
     with pytest.raises(BadInput, match="shows no class token"):
         wrap(bare, Reuse(base=copy.deepcopy(model), input_adapter=True))
     live = wrap(bare, Reuse(base=model))
+    assert live.loss(torch.rand(2, *IMAGE), None, None).isfinite()
+
+
+def _flops(live: Any, x: Tensor) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        live.loss(x, None, None).backward()
+    return counter.get_total_flops()
+
+
+def test_a_later_epoch_costs_less_than_one_of_a_masked_autoencoder(tmp_path: Path) -> None:
+    """Both as published: TEC's decoder has two blocks and runs twice, MAE's has eight. The paper's TEC pays about 1.4 times."""
+    x, size = torch.rand(8, *IMAGE), {"patch_size": 4, "embed_dim": 96}
+    costs = {}
+    for cache in ("fp16", "off"):
+        model: Any = _vit(**size)
+        live = wrap(model, Reuse(base=_vit(**size), cache=cache))
+        for samples, epoch in zip(_samples(tmp_path), (1, 2), strict=False):
+            live.show(samples)
+            costs[cache, epoch] = _flops(live, x)
+        live.undo()
+    rival = _flops(wrap(_vit(**size), Mae()), x)
+    assert costs["fp16", 2] < costs["fp16", 1] == costs["off", 1] == costs["off", 2]
+    assert costs["fp16", 2] < 0.9 * rival
+    assert costs["off", 2] > rival
+
+
+@pytest.mark.parametrize("other", [Distill(teacher=_vit(depth=2)), Lora(rank=2), Adapter(width=4)])
+def test_refuses_what_learns_from_answers(other: Any) -> None:
+    model = _vit(depth=2)
+    before, keys = Snapshot(model), list(model.state_dict())
+    with pytest.raises(BadInput, match=f"'reuse' and '{other.name}' do not go together: 'reuse' is a pretext"):
+        wrap(model, [other, Reuse(base=_vit(depth=2))])
+    assert list(model.state_dict()) == keys
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+
+
+def test_goes_with_rates_by_layer() -> None:
+    live = wrap(_vit(depth=2), [LayerDecay(), Reuse(base=_vit(depth=2))])
+    assert {g["lr"] for g in live.param_groups(1.0)} == {0.65**i for i in range(4)}
     assert live.loss(torch.rand(2, *IMAGE), None, None).isfinite()
