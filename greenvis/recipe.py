@@ -121,7 +121,7 @@ class SubsetSpec(_Section):
     per_class: Positive = 10
     iterations: Annotated[int, Field(ge=1, description="of condensed: random networks whose mean embeddings are matched")] = 300
     lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
-    batch: Annotated[int, Field(ge=1, description="of condensed: real images a class and iteration")] = 16
+    batch: Annotated[int, Field(ge=1, description="of condensed: real images a class and iteration")] = 32
     width: Annotated[int, Field(ge=1, description="channels of the random networks (herding, condensed)")] = 32
 
 

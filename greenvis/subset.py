@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from greenvis import weights
 from greenvis.data import ImageSet
@@ -31,11 +31,24 @@ def random_convnet(in_chans: int, side: int, width: int, generator: torch.Genera
     As many as halve images of `side` pixels to a map of 3 × 3 or more (three for 28 or 32): on a smaller one, instance norm
     leaves next to nothing of an image.
     """
-    channels = [in_chans] + [width] * max(1, int(math.log2(side / LEAST_SIDE)))
+    channels = _channels(in_chans, side, width)
     return [
         torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5
         for i, o in pairwise(channels)
     ]
+
+
+def _channels(in_chans: int, side: int, width: int) -> list[int]:
+    return [in_chans] + [width] * max(1, int(math.log2(side / LEAST_SIDE)))
+
+
+def convnet(num_classes: int = 10, in_chans: int = 1, img_size: int = 28, width: int = 32) -> nn.Module:
+    """Return a network to train of the kind whose random embeddings are matched: condensed images suit it best."""
+    channels = _channels(in_chans, img_size, width)
+    layers: list[nn.Module] = []
+    for i, o in pairwise(channels):
+        layers += [nn.Conv2d(i, o, 3, padding=1), nn.InstanceNorm2d(o, affine=True), nn.ReLU(), nn.AvgPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * (img_size >> len(channels) - 1) ** 2, num_classes))
 
 
 def embed(x: Tensor, filters: list[Tensor]) -> Tensor:

@@ -50,6 +50,18 @@ def test_the_embedding_is_convolution_norm_relu_and_pooling() -> None:
     assert [len(subset.random_convnet(1, side, 2, torch.Generator())) for side in (8, 28, 32, 224)] == [1, 3, 3, 6]
 
 
+def test_the_network_to_train_is_of_the_kind_that_is_matched() -> None:
+    for side, width in ((28, 4), (8, 3), (32, 2)):
+        net = subset.convnet(num_classes=5, in_chans=2, img_size=side, width=width).eval()
+        x = torch.randn(3, 2, side, side)
+        for m in net:
+            if isinstance(m, torch.nn.Conv2d):
+                torch.nn.init.zeros_(m.bias)
+        filters = [m.weight for m in net if isinstance(m, torch.nn.Conv2d)]
+        assert torch.allclose(net[:-1](x), subset.embed(x, filters), atol=1e-4)
+        assert net(x).shape == (3, 5)
+
+
 def test_herding_takes_what_brings_the_mean_nearest() -> None:
     features = torch.tensor([[0.0], [1.0], [4.0], [5.0], [10.0]])  # mean 4
     assert subset.herding(features, 3).tolist() == [2, 3, 1]  # 4; (4 + 5) / 2 = 4.5; (4 + 5 + 1) / 3 = 3.33
