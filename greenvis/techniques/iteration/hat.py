@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._held import Mask, hold_norms
@@ -195,10 +195,13 @@ class InstalledHat(Installed):
         return [{"params": [g.embedding for g in self.gates], "lr": lr * self.request.lr_ratio, "weight_decay": 0.0}]
 
     def begin_task(self, task: Task) -> None:
-        """Draw new gates for a task after the first. Raises GreenvisError where no unit is left."""
+        """Draw new gates for a task after the first, and say where no unit is left for it."""
         if self.masks and task.index == len(self.masks):
             if all(g.used.all() for g in self.gates):
-                raise GreenvisError(f"no unit is left for task {task.index + 1}: give hat a greater `weight`, or a wider model")
+                self.note(
+                    f"hat: no free unit is left for task {task.index + 1}, which can only choose among those of earlier tasks: "
+                    "give a greater weight or lr_ratio, more steps, or a wider model"
+                )
             self.step = 0
             for gate in self.gates:
                 gate.restart()
