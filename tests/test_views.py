@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hosts import HOSTS
@@ -183,3 +185,40 @@ def test_one_model_of_each_timm_family() -> None:
         assert len(ambiguous) <= len(found.attention) / 2, name
     assert len(families) > 80
     assert len(headless) <= 12, headless
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "stages", "pooling"),
+    [
+        ("timm-deit-distilled", "before", [2], "prefix token"),
+        ("timm-dinov2-registers", "before", [2], "prefix token"),
+        ("timm-eva02", "before", [2], "mean"),
+        ("timm-swin", "", [2, 2], "mean"),
+        ("timm-convnext", "", [1, 1, 2, 1], "mean"),
+        ("torchvision-vit", "before", [2], "prefix token"),
+        ("torchvision-mobilenet", "", [1, 2, 2], "mean"),
+        ("transformers-clip", "before", [2], "prefix token"),
+        ("plain", "", [], "mean"),
+    ],
+)
+def test_stages_pooling_and_where_prefix_tokens_stand(name: str, prefix: str, stages: list[int], pooling: str) -> None:
+    found = view(HOSTS[name].build(), HOSTS[name].input_shape, probe=False)
+    assert (found.prefix_position, [len(s) for s in found.stages], found.pooling) == (prefix, stages, pooling)
+    assert [b for stage in found.stages for b in stage] == list(found.blocks)
+    rows = dict(describe(found))
+    assert rows["pooling"] == pooling
+    assert rows["prefix tokens"].endswith("before the patches") == bool(prefix)
+
+
+def test_attention_pooling_and_tokens_behind() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
+    assert view(VisionTransformer(**size, class_token=False, global_pool="map"), probe=False).pooling == "attention"
+
+    class Behind(VisionTransformer):
+        def _pos_embed(self, x: Any) -> Any:
+            return torch.cat([x + self.pos_embed[:, 1:], self.cls_token.expand(len(x), -1, -1)], 1)
+
+    found = view(Behind(**size), probe=False)
+    assert (found.prefix_tokens, found.prefix_position) == (1, "behind")

@@ -38,7 +38,8 @@ class View:
     example: the images (batch, channels, height, width) it was seen on. prefix_tokens: class, distillation and register tokens
     before the patches. functional: layers whose weight is read by another module. computed: layers that use something
     computed from their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
-    layouts: shapes in and out of blocks, attentions, MLPs and their first and last layers.
+    layouts: shapes in and out of blocks, attentions, MLPs and their first and last layers. prefix_position: "before" or
+    "behind" the patches. pooling: what the classifier gets of the positions: "mean", "max", "attention", "prefix token".
     """
 
     library: str
@@ -56,12 +57,27 @@ class View:
     functional: frozenset[str] = frozenset()
     computed: frozenset[str] = frozenset()
     layouts: Mapping[str, Layout] = field(default_factory=dict)
+    prefix_position: str = ""
+    pooling: str = ""
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """(channels, height, width) of one image."""
         channels, height, width = self.example.shape[1:]
         return channels, height, width
+
+    @property
+    def stages(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks in runs of one width and resolution, in order: one run for a plain vision transformer."""
+        runs: list[list[str]] = []
+        before = None
+        for block in self.blocks:
+            now = self.layouts[block].output if block in self.layouts else None
+            if not runs or now != before:
+                runs.append([])
+            runs[-1].append(block)
+            before = now
+        return tuple(tuple(run) for run in runs)
 
     def role(self, name: str) -> tuple[str, ...]:
         """Return the paths that play a role. Raises BadInput for an unknown role, or one that nothing plays here."""
@@ -116,7 +132,8 @@ def view(model: nn.Module, example: Tensor | tuple[int, int, int] | None = None,
     if probe:
         flags |= _probe(model, seen)
     patch_embed = parts.patch_embed(seen, bool(attention or mlps))
-    blocks = parts.blocks(model, seen)
+    blocks, heads = parts.blocks(model, seen), parts.heads(seen)
+    prefix = 0 if "windowed" in flags else parts.prefix_tokens(seen, patch_embed)
     laid = [*blocks, *(p for a in attention for p in (a.path, a.out)), *(p for m in mlps for p in (m.path, m.up, m.down))]
     return View(
         library=type(model).__module__.partition(".")[0],
@@ -126,14 +143,16 @@ def view(model: nn.Module, example: Tensor | tuple[int, int, int] | None = None,
         convs=unique(c.path for c in convs),
         linears=unique(c.path for c in linears),
         norms=unique(c.path for c in seen.calls if c.kind == "norm"),
-        heads=parts.heads(seen),
+        heads=heads,
         blocks=blocks,
         patch_embed=patch_embed,
-        prefix_tokens=0 if "windowed" in flags else parts.prefix_tokens(seen, patch_embed),
+        prefix_tokens=prefix,
         flags=frozenset(flags),
         functional=functional,
         computed=frozenset(c.path for c in (*linears, *convs) if not c.direct),
         layouts=layouts(seen, unique(p for p in laid if p)),
+        prefix_position=parts.prefix_position(seen, prefix),
+        pooling=parts.pooling(seen, heads, blocks, prefix),
     )
 
 
@@ -171,7 +190,8 @@ def describe(found: View) -> list[tuple[str, str]]:
         ("library", found.library),
         ("input", "×".join(map(str, found.input_shape))),
         ("patch embedding", found.patch_embed or "none"),
-        ("prefix tokens", str(found.prefix_tokens)),
+        ("prefix tokens", f"{found.prefix_tokens} {found.prefix_position} the patches" if found.prefix_tokens else "0"),
+        ("stages", f"{len(found.stages)}: {' + '.join(str(len(s)) for s in found.stages)} blocks" if found.blocks else "none"),
         ("blocks", _counted(found.blocks)),
         ("attention", _counted(a.path for a in found.attention)),
     ]
@@ -185,6 +205,7 @@ def describe(found: View) -> list[tuple[str, str]]:
         ("convolutions", _counted(found.convs)),
         ("linear layers", _counted(found.linears)),
         ("norms", _counted(found.norms)),
+        ("pooling", found.pooling or "none seen"),
         ("classifier", some(found.heads) or "none"),
         ("flags", ", ".join(sorted(found.flags)) or "none"),
     ]

@@ -136,6 +136,35 @@ def prefix_tokens(seen: Trace, patch_embed: str | None) -> int:
     return length - max(joined) if joined else 0
 
 
+def prefix_position(seen: Trace, prefix: int) -> str:
+    """Return "before" or "behind": where the prefix tokens were joined to the patches; "" without any."""
+    if not prefix:
+        return ""
+    length = seen.attentions[0].shape[-2]
+    joins = [join for join in seen.joins if sum(join) == length and length - prefix in join]
+    return "behind" if joins and all(join[0] == length - prefix for join in joins) else "before"
+
+
+def pooling(seen: Trace, heads: tuple[str, ...], blocks: tuple[str, ...], prefix: int) -> str:
+    """Return how positions become one feature vector for the classifier: "mean", "max", "attention", "prefix token", or ""."""
+    if not heads:
+        return ""
+    calls = [c for c in seen.calls if c.kind != "norm"]
+    at = next((i for i, c in enumerate(calls) if c.path == heads[0]), 0)
+    beside: set[tuple[str, object]] = set()  # marks of attention that no block holds
+    for i, attention in enumerate(seen.attentions):
+        if not any(_within(attention.stack[-1], block) for block in blocks):
+            beside |= {("attention", i), ("weight", attention.out)}
+    while at >= 0 and calls[at].pooled:  # layers between pooling and classifier are fed pooled features, too
+        found = {value for kind, value in calls[at].sources if kind == "pool"}
+        if found:
+            return " and ".join(sorted(found))
+        if beside & calls[at].sources:
+            return "attention"
+        at -= 1
+    return "prefix token" if prefix else ""
+
+
 def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
     """The children of containers (else: siblings of one class; else: Sequentials) that ran and hold two or more layers.
 

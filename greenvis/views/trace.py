@@ -29,6 +29,10 @@ _ACTIVATIONS = frozenset({
 _NORMS = frozenset({"layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm"})
 _PRODUCTS = frozenset({"matmul", "rmatmul", "bmm", "baddbmm", "einsum"})
 _CONVS = frozenset({"conv1d", "conv2d", "conv3d"})
+_POOLS = {
+    "mean": "mean", "adaptive_avg_pool2d": "mean", "adaptive_avg_pool1d": "mean", "avg_pool2d": "mean", "amax": "max",
+    "adaptive_max_pool2d": "max", "max_pool2d": "max",
+}  # fmt: skip
 _NEGATIONS = frozenset({"neg", "negative", "view_as_complex", "rsub"})
 _LIKENESSES = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})  # only the first operand's values matter
 
@@ -229,6 +233,8 @@ class _Recorder(TorchFunctionMode):
             return before | {("act", None)}
         if name in _NEGATIONS:
             return before | {("neg", None)}
+        if name in _POOLS:
+            return before | {("pool", _POOLS[name])}
         branches = [t for t in (self.seen.tags_of(o) for o in operands) if weights_in(t) or _attentions(t)]
         if len(branches) > 1 and name in ("add", "iadd", "radd", "sub", "isub"):
             return before | {("sum", None)}
