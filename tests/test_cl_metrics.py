@@ -65,4 +65,14 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     assert "37.5 ± 0.0" in text
     assert (page / "figures" / "accuracy-by-tasks.svg").exists()
     assert "Tasks, one after another" in (page / "index.html").read_text()
+    assert (page / "figures" / "energy-by-tasks.svg").exists()
     assert continual.curve(found | {"order": ["baseline"]}, {}) is None
+    assert continual.growth(found | {"order": ["baseline"]}, {}) is None
+
+
+def test_from_which_number_of_tasks_replay_saves() -> None:
+    linear, quadratic = [3.0, 6.0, 9.0, 12.0], [1.0, 3.0, 6.0, 10.0]
+    assert continual.cheaper("er", linear, "again", quadratic) == "er does not cost less than again within 4 tasks."
+    more = [*quadratic, 15.0, 21.0, 28.0]
+    assert continual.cheaper("er", [3.0 * t for t in range(1, 8)], "again", more) == "er costs less than again from 6 tasks on."
+    assert continual.cheaper("er", [0.5], "again", [1.0]) == "er costs less than again from the first task on."

@@ -15,7 +15,10 @@ Row = dict[str, Any]
 
 
 def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float]) -> dict[str, Any]:
-    """Return {METRIC: {mean, std, n, …}, "averages": […]} over seeds; facts: of each finished seed with a matrix."""
+    """Return {METRIC: {mean, std, n, …}, "averages", "energy_by_task_j": […]} over seeds.
+
+    facts: of each finished seed that left a matrix. energy_j: of each seed.
+    """
     found: dict[str, dict[int, float]] = {}
     for seed, its in facts.items():
         matrix = its["task_accuracy"]
@@ -34,7 +37,9 @@ def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float
             if isinstance(value, (int, float)):
                 found.setdefault(key, {})[seed] = value
     curves = [cl_metrics.averages(its["task_accuracy"]) for its in facts.values()]
-    return {key: stats.summary(by_seed) for key, by_seed in found.items()} | {"averages": _means(curves)}
+    spent_by_task = [its["task_energy_j"] for its in facts.values() if its.get("task_energy_j")]
+    lists = {"averages": _means(curves), "energy_by_task_j": _means(spent_by_task)}
+    return {key: stats.summary(by_seed) for key, by_seed in found.items()} | lists
 
 
 def _means(curves: Iterable[list[float | None]]) -> list[float | None]:
@@ -91,3 +96,43 @@ def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing
     ends = ", ".join(f"{short(a, 40)} {words.gain('accuracy', curves[a][-1])}" for a in there)
     desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
     return figures.save(figure, "accuracy-by-tasks", "Accuracy as tasks come", desc, "Mean over seeds of the tasks so far.")
+
+
+def growth(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
+    """The energy of all tasks so far, as they come, and from which number of tasks an arm costs less than the baseline."""
+    sums = {a: _sums((found["arms"][a].get("continual") or {}).get("energy_by_task_j") or []) for a in found["order"]}
+    there = [a for a in found["order"] if len(sums[a]) > 1][: figures.MOST_ARMS]
+    if not there:
+        return None
+    figure, [ax] = figures.canvas(height=4.0)
+    for a in there:
+        ax.plot(range(1, len(sums[a]) + 1), sums[a], label=short(a), **{**looks[a], "ms": 5})
+    ax.set_xlabel("tasks learned")
+    ax.set_ylabel("energy of all so far")
+    ax.set_xticks(range(1, max(len(sums[a]) for a in there) + 1, 1 + max(len(sums[a]) for a in there) // 12))
+    figures.unit_axis(ax.yaxis, "J")
+    figures.legend_below(figure, ax)
+    base = found["baseline"]
+    said = [cheaper(short(a, 40), sums[a], short(str(base), 40), sums[base]) for a in there if a != base and sums.get(base)]
+    desc = " ".join(["Energy of training and testing, summed over the tasks so far; mean over seeds.", *said])
+    return figures.save(figure, "energy-by-tasks", "Energy as tasks come", desc, desc)
+
+
+def cheaper(arm: str, its: list[float], base: str, bases: list[float]) -> str:
+    """Return in words from which number of tasks an arm has cost less than the baseline, and keeps to it."""
+    compared = list(zip(its, bases, strict=False))
+    dearer = [t for t, (a, b) in enumerate(compared, 1) if a >= b]
+    if not dearer:
+        return f"{arm} costs less than {base} from the first task on."
+    if dearer[-1] == len(compared):
+        return f"{arm} does not cost less than {base} within {len(compared)} tasks."
+    return f"{arm} costs less than {base} from {dearer[-1] + 1} tasks on."
+
+
+def _sums(values: list[float | None]) -> list[float]:
+    out: list[float] = []
+    for value in values:
+        if value is None:
+            return []
+        out.append(value + (out[-1] if out else 0.0))
+    return out

@@ -17,6 +17,7 @@ from greenvis.technique import Installed, Stage, Technique, logits_of
 
 Fisher = Literal["sample", "batch", "weighted", "true"]
 _CHUNK = 2**24  # gradient values of single samples held at once
+_TOGETHER = 256  # samples to take at once where batches do not matter
 
 
 def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher = "sample") -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher =
     """
     total = _zeros(model, names)
     count = 0
-    for x, y in _placed(model, loader):
+    for x, y in _placed(model, loader, least=1 if definition == "batch" else _TOGETHER):
         if definition == "batch":
             found = _gradients(model, names, lambda x=x, y=y: F.cross_entropy(logits_of(model(x)), y))
             _add(total, {n: g.square() for n, g in found.items()})
@@ -255,10 +256,17 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         total[name] += value
 
 
-def _placed(model: nn.Module, loader: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _placed(model: nn.Module, loader: Any, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the loader's batches on the model's device, some together until they hold `least` samples."""
     device = next(model.parameters()).device
+    held: list[tuple[Tensor, Tensor]] = []
     for x, y in loader:
-        yield x.to(device), y.to(device)
+        held.append((x, y))
+        if sum(len(x) for x, _ in held) >= least:
+            yield torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
+            held = []
+    if held:
+        yield torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
 
 
 @contextmanager
