@@ -18,6 +18,7 @@ from greenvis.surgery import Snapshot
 from greenvis.technique import logits_of
 from greenvis.techniques.inference import _pruning
 from greenvis.techniques.inference.distill import Distill
+from greenvis.techniques.inference.early_exit import EarlyExit
 from greenvis.techniques.inference.token_merge import TokenMerge
 from greenvis.techniques.inference.token_prune import InstalledTokenPrune, TokenPrune
 from greenvis.wrap import wrap
@@ -217,6 +218,24 @@ def test_learns_beside_a_teacher() -> None:
     assert "token_prune" in terms
     assert len(terms) == 2
     sum(terms.values(), F.cross_entropy(logits, y)).backward()
+
+
+@pytest.mark.parametrize("method", ["predictor", "class_attention"])
+def test_samples_that_leave_early_take_their_tokens_with_them(method: Any) -> None:
+    model, x = HOSTS["timm-vit"].build().eval(), torch.rand(6, 3, 32, 32)
+    live = wrap(model, [TokenPrune(method=method, keep=0.6, blocks=[0, 2]), EarlyExit(at=[1])])
+    installed: Any = live.installed[1]
+    with torch.no_grad():
+        whole = model(x)
+        with installed.exits.record() as exits:
+            model(x)
+            certainty = exits[0].softmax(-1).amax(-1)
+            early = exits[0].clone()
+        installed.exits.thresholds[0] = certainty.median().item()
+        leave = certainty >= installed.exits.thresholds[0]
+        answers = model(x)
+    assert 0 < leave.sum() < 6
+    assert torch.allclose(answers, torch.where(leave[:, None], early, whole), atol=1e-5)
 
 
 @pytest.mark.parametrize(

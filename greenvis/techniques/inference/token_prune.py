@@ -16,7 +16,6 @@ from greenvis.techniques.inference._halves import Block, cut_mask, halves, main,
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._pruning import Predictor, best, class_attention, decide, fused, policy_mask, ratio_loss
 from greenvis.techniques.inference._rows import follow, rows_of
-from greenvis.techniques.inference._rows import follow, rows_of
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter
 from greenvis.views import View, view
 
@@ -68,7 +67,6 @@ class TokenPrune(Technique):
         places = self._places(len(blocks))
         self._check(model, found, blocks)
         flow = Flow(found.prefix_tokens, self.keep, self.fuse)
-        follow(model, flow)
         added: list[nn.Parameter] = []
         start = places[0]
         if self.method == "predictor":
@@ -121,10 +119,6 @@ class Flow:
         self.places: dict[int, Tensor] = {}
         self.policy: dict[int, Tensor] = {}
         self.shares: dict[int, float] = {}
-
-    def keep_rows(self, rows: Tensor, batch: int) -> None:
-        """Keep what belongs to these samples of the batch: the others leave it early."""
-        self.places, self.policy = rows_of(self.places, rows, batch), rows_of(self.policy, rows, batch)
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
