@@ -198,9 +198,10 @@ def _alike_on_ranks(rank: int, technique: str, host: str) -> None:
     model = DistributedDataParallel(live.model)
     halves = [(a, b) for a, b in zip(x.chunk(RANKS), y.chunk(RANKS), strict=True)]
     apart = [build(technique, host) for _ in halves]
-    for _ in range(2):  # DDP misses parameters without a gradient only at the second forward
-        got = _gradients(live, model, *halves[rank])
-    want = [_gradients(one, one.model, *half) for one, half in zip(apart, halves, strict=True)]
+    _gradients(live, model, *halves[rank])  # DDP misses parameters without a gradient only at the second forward
+    got = _gradients(live, model, *halves[rank])
+    for one, half in zip(apart, halves, strict=True):
+        _gradients(one, one.model, *half)
     want = [_gradients(one, one.model, *half) for one, half in zip(apart, halves, strict=True)]
     _same_gradients(got, {n: torch.stack([w[n] for w in want]).mean(0) for n in want[0]}, 1e-4)
 
