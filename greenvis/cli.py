@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("flops", verbs.flops, "count a model's MACs and FLOPs, by module, with two counters")
     _model_options(p)
     p.add_argument("--techniques", help='JSON list as in a recipe: \'[{"lora": {"rank": 8}}]\'')
+    p.add_argument("--data", help="also count 64 test images of this data set one by one: work may depend on the image")
 
     verb("doctor", verbs.doctor, "say where each energy figure comes from on this machine, and why")
     p = verb("track", verbs.track, "meter any command and its children: greenvis track -- python train.py")

@@ -134,7 +134,7 @@ def inspect(args: Any) -> Answer:
 
 def flops(args: Any) -> Answer:
     """Count a model's MACs and FLOPs."""
-    from greenvis import views
+    from greenvis import data, views
     from greenvis.meters import flops
     from greenvis.recipe import parse_techniques
     from greenvis.wrap import wrap
@@ -145,12 +145,21 @@ def flops(args: Any) -> Answer:
         wrap(model, parse_techniques(args.techniques))
     count = flops.count(model, x, train=True)
     out = count.as_dict()
+    if args.data:
+        images = data.load(args.data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
+        out["distribution"] = flops.distribution(model, [images.batch(range(len(images)))[0]])
+    elif any(note.startswith(flops.WITH_DATA) for note in count.notes):
+        out["notes"].append("the work may depend on the image: --data NAME counts real ones, one by one")
 
     def show() -> None:
         _print_rows([{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], args.model)
         forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
         print(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
         print(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
+        if spread := out.get("distribution"):
+            print("MACs of an image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
+        for note in out["notes"]:
+            print(f"note: {note}")
 
     return out, show
 

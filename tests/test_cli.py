@@ -194,3 +194,13 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     assert recipe.arms
     head = path.read_text().split("name:")[0]
     assert f"greenvis run {path.relative_to(ROOT)}" in head
+
+
+def test_flops_of_a_model_whose_work_depends_on_the_image(capsys: pytest.CaptureFixture[str]) -> None:
+    exits = '[{"early_exit": {"at": [0.5], "threshold": 0.11}}]'
+    model = ["timm/test_vit", "--option", "num_classes=10", "--option", "img_size=32"]
+    out = _json(capsys, "flops", *model, "--techniques", exits, "--data", "digits")
+    assert out["distribution"]["images"] == 64
+    assert out["distribution"]["min"] <= out["distribution"]["mean"] <= out["distribution"]["max"]
+    assert any("--data" in note for note in _json(capsys, "flops", *model, "--techniques", exits)["notes"])
+    assert "distribution" not in _json(capsys, "flops", *model)
