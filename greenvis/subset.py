@@ -32,10 +32,7 @@ def random_convnet(in_chans: int, side: int, width: int, generator: torch.Genera
     leaves next to nothing of an image.
     """
     channels = _channels(in_chans, side, width)
-    return [
-        torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5
-        for i, o in pairwise(channels)
-    ]
+    return [torch.randn(o, i, 3, 3, generator=generator) * (2 / (9 * i)) ** 0.5 for i, o in pairwise(channels)]
 
 
 def _channels(in_chans: int, side: int, width: int) -> list[int]:
