@@ -12,7 +12,12 @@ from hosts import HOSTS
 from torch import Tensor
 
 from greenvis.errors import BadInput
+from greenvis.surgery import Snapshot
+from greenvis.techniques.inference.distill import Distill
 from greenvis.techniques.iteration import _tec as tec
+from greenvis.techniques.iteration.adapter import Adapter
+from greenvis.techniques.iteration.layer_decay import LayerDecay
+from greenvis.techniques.iteration.lora import Lora
 from greenvis.techniques.iteration.mae import Mae, hog, patchify
 from greenvis.wrap import wrap
 
@@ -122,3 +127,19 @@ def test_refuses_nonsense() -> None:
     for wrong in ({"mask_ratio": 1}, {"target": "hogs"}, {"decoder_dim": 6}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Mae(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("other", [Distill(teacher=_vit()), Lora(rank=2), Adapter(width=4)])
+def test_refuses_what_learns_from_answers(other: Any) -> None:
+    model = _vit()
+    before, keys = Snapshot(model), list(model.state_dict())
+    with pytest.raises(BadInput, match=f"'mae' and '{other.name}' do not go together: 'mae' is a pretext"):
+        wrap(model, [other, Mae(decoder_depth=1)])
+    assert list(model.state_dict()) == keys
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+
+
+def test_goes_with_rates_by_layer() -> None:
+    live = wrap(_vit(), [LayerDecay(), Mae(decoder_depth=1)])
+    assert {g["lr"] for g in live.param_groups(1.0)} == {0.65**i for i in range(4)}
+    assert live.loss(torch.rand(2, 3, 32, 32), None, None).isfinite()

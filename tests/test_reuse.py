@@ -16,12 +16,8 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput
 from greenvis.surgery import Snapshot
 from greenvis.technique import Samples
-from greenvis.techniques.inference.distill import Distill
 from greenvis.techniques.iteration import _tec as tec
 from greenvis.techniques.iteration._bases import Base
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.layer_decay import LayerDecay
-from greenvis.techniques.iteration.lora import Lora
 from greenvis.techniques.iteration.mae import Mae
 from greenvis.techniques.iteration.reuse import Reuse
 from greenvis.wrap import wrap
@@ -345,19 +341,3 @@ def test_a_later_epoch_costs_less_than_one_of_a_masked_autoencoder(tmp_path: Pat
     assert costs["fp16", 2] < costs["fp16", 1] == costs["off", 1] == costs["off", 2]
     assert costs["fp16", 2] < 0.9 * rival
     assert costs["off", 2] > rival
-
-
-@pytest.mark.parametrize("other", [Distill(teacher=_vit(depth=2)), Lora(rank=2), Adapter(width=4)])
-def test_refuses_what_learns_from_answers(other: Any) -> None:
-    model = _vit(depth=2)
-    before, keys = Snapshot(model), list(model.state_dict())
-    with pytest.raises(BadInput, match=f"'reuse' and '{other.name}' do not go together: 'reuse' is a pretext"):
-        wrap(model, [other, Reuse(base=_vit(depth=2))])
-    assert list(model.state_dict()) == keys
-    assert all(before.unchanged(i) for i in range(len(before._tensors)))
-
-
-def test_goes_with_rates_by_layer() -> None:
-    live = wrap(_vit(depth=2), [LayerDecay(), Reuse(base=_vit(depth=2))])
-    assert {g["lr"] for g in live.param_groups(1.0)} == {0.65**i for i in range(4)}
-    assert live.loss(torch.rand(2, *IMAGE), None, None).isfinite()

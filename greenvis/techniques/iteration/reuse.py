@@ -36,9 +36,10 @@ class Reuse(Technique):
     untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a head of its own behind one
     shared decoder: the mean of the base's last blocks, normalised over the patches (masked patches count), and the attention
     of the last block, rows of the class token and of the patches it attends to most. The class token passes an MLP, which
-    `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis inspect` understands:
-    of another width, depth, grid or library, without a class token (the mean query stands for it), or without attention
-    (targets: [feature]); it never changes.
+    `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis inspect`
+    understands: of another width, depth, grid or library, without a class token (the mean query stands for it), or without
+    attention (targets: [feature]); it never changes. It is handed the very images of the loop, brought to its size and channels
+    but not to another mean and deviation: data normalised otherwise than the base's own gives it another picture.
     """
 
     name: ClassVar[str] = "reuse"
