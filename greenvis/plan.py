@@ -75,7 +75,12 @@ def _predict(session: Session, job: Job) -> dict[str, dict[str, float]]:
     seen = _few(session, job, steps, GROUPS + 1, tests)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
-    return _whole(seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown)
+    its = session.stream(job)
+    if its is None:
+        return _whole(seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown)
+    trained = sum(math.ceil(len(part) / spec.batch_size) for part in its.train)
+    tested = len(its.tasks) * sum(len(part) for _, part in its.tests)  # all of them after each task
+    return _whole(seen, spec.epochs * trained / steps, tested / shown)
 
 
 def _shown(session: Session, job: Job) -> data.ImageSet:
