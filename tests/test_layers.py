@@ -51,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export"},
 }
 # files that belong to one unit: split only to keep each short
-PART_OF = {"deltas": "wrap", "sources": "data", "transform": "data", "weights": "models", "libraries": "models",
+PART_OF = {"deltas": "wrap", "sources": "data", "transform": "data", "weights": "models", "libraries": "models", "plain": "models",
            "checkpoint": "train", "continual": "train"}  # fmt: skip
 
 
