@@ -51,8 +51,8 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export"},
 }
 # files that belong to one unit: split only to keep each short
-PART_OF = {"deltas": "wrap", "sources": "data", "transform": "data", "weights": "models", "libraries": "models", "plain": "models",
-           "checkpoint": "train", "continual": "train"}  # fmt: skip
+PART_OF = {"deltas": "wrap", "sources": "data", "transform": "data", "weights": "models", "libraries": "models",
+           "plain": "models", "checkpoint": "train", "continual": "train"}  # fmt: skip
 
 
 def _unit(module: str) -> str:
