@@ -139,7 +139,7 @@ class Session:
             )
 
     def _ready(self, job: Job) -> list[Technique]:
-        return [t for t in self.layers(job) + list(job.arm.techniques) if not t.runs()]
+        return self.techniques(job, trained=False)
 
     def build(self, job: Job, weights: bool = True) -> nn.Module:
         """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
@@ -229,9 +229,7 @@ class Session:
         its = self.stream(job)
         if its is None:
             own = self.training(job, tracker)
-            batches = partial(
-                data.batches, own, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True
-            )
+            batches = partial(data.batches, own, size, seed=job.seed, shuffle=True, workers=spec.workers, positions=True)
             plain = replace(own.transform, augment="none", views=None)
             shown = data.ImageSet(own.split, own.ids, plain)
             test = partial(data.batches, images.test, tests, workers=spec.workers)

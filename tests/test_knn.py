@@ -73,6 +73,17 @@ def test_refuses_a_model_without_a_classifier() -> None:
         head_of(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.LayerNorm(28)))
 
 
+def test_a_base_that_does_not_fit_is_refused_before_anything_trains(tmp_path: Path) -> None:
+    path = tmp_path / "pretext.yaml"
+    path.write_text(RECIPE.format().replace("rows: 5", "rows: 17"))
+    with pytest.raises(BadInput, match=r"pretext\.yaml:.*: rows is 17, but VisionTransformer has 16 patches"):
+        experiment.run(path, runs=tmp_path / "runs")
+    path.write_text(RECIPE.format().replace("scratch: {}", "scratch: {model: {ref: timm/resnet18}}"))
+    with pytest.raises(BadInput, match="the base ResNet has no attention to learn from; set targets"):
+        experiment.run(path, runs=tmp_path / "runs")
+    assert not list(tmp_path.glob("runs/**/*.jsonl"))
+
+
 def test_stands_for_accuracy_where_a_stage_is_a_pretext(tmp_path: Path) -> None:
     path = tmp_path / "pretext.yaml"
     path.write_text(RECIPE.format())
