@@ -70,9 +70,7 @@ class ModelSpec(_Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 
-    ref: str = Field(
-        description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH"
-    )
+    ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH")
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
     classifier: Literal["new", "keep"] = Field("new", description="begin with a new classifier, or with that of `init`")
 
