@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 import greenvis as gv
-from greenvis.integrations.transformers import GreenCallback
+from greenvis.integrations.transformers import GreenCallback, GreenTrainer
 
 torch.manual_seed(0)
 digits: Any = load_digits()
@@ -53,7 +53,7 @@ arguments = TrainingArguments(
     disable_tqdm=True, logging_strategy="epoch", eval_strategy="epoch",
 )  # fmt: skip
 green = GreenCallback(live, "trainer", dir=out)  # greenvis
-trainer = Trainer(
+trainer = GreenTrainer(
     model, arguments, train_dataset=Digits(0, 600), eval_dataset=Digits(600, 800), callbacks=[green],
     compute_loss_func=green.loss, optimizers=(torch.optim.AdamW(live.param_groups(lr=3e-3)), None),
     compute_metrics=accuracy,

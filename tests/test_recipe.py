@@ -135,6 +135,10 @@ def test_schema_covers_the_sections_and_every_technique() -> None:
 def test_techniques_on_the_command_line() -> None:
     (technique,) = parse_techniques('[{"distill": {"teacher": "file:x", "weight": 2}}]')
     assert technique.recipe_form() == {"teacher": "file:x", "weight": 2.0}
-    for text, message in [("[", "not YAML"), ("[1]", "one technique an item"), ("[{distill: {}}]", "give either 'teacher' or 'teachers'")]:
+    for text, message in [
+        ("[", "not YAML"),
+        ("[1]", "one technique an item"),
+        ("[{distill: {}}]", "give either 'teacher' or 'teachers'"),
+    ]:
         with pytest.raises(BadInput, match=message):
             parse_techniques(text)

@@ -23,10 +23,15 @@ def burn(s):
 """
 
 
+def _interruptible() -> None:
+    """Undo what a shell does to jobs it starts in the background: they ignore SIGINT, and so would the child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, body: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(body)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible, **options,
     )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ class GreenCallback(TrainerCallback):
         Trainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
     name and options are those of `gv.track`; `run` is the tracked run. task_loss: of logits (batch, classes) and labels.
-    Where a technique changes the batch (replay), take `GreenTrainer` for the Trainer. Raises BadInput where that was not
-    done, or where codecarbon would meter the same run again.
+    Where a technique sees or changes batches (replay, lora), take `GreenTrainer` for the Trainer. Raises BadInput where that
+    was not done, or where codecarbon would meter the same run again.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class GreenCallback(TrainerCallback):
         self._samples += len(labels)
         if self._changes and not self._changed:
             raise BadInput(
-                "a technique here changes the batch, which Trainer does not allow for: use GreenTrainer in its place"
+                "a technique here wants each batch before the forward, where Trainer offers no place: use GreenTrainer"
             )
         return self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
 
@@ -125,7 +125,10 @@ class GreenCallback(TrainerCallback):
 
 
 class GreenTrainer(Trainer):
-    """A Trainer whose training batches techniques may change (replay); needs a `GreenCallback` among its callbacks."""
+    """A Trainer that shows training batches to the techniques, which may change them (replay).
+
+    Needs a `GreenCallback` among its callbacks.
+    """
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Change the batch, then train on it as Trainer does."""
