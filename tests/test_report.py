@@ -316,6 +316,19 @@ def test_what_loses_is_not_the_headline_without_saying_so(tmp_path: Path) -> Non
     assert opening(results(tmp_path)).startswith("good reached 90.3\u00a0% ± 0.3 with 1.9 times less")
 
 
+def test_an_arm_that_goes_on_from_the_baseline_is_judged_by_its_inference(tmp_path: Path) -> None:
+    from greenvis.report.verdict import opening
+
+    for seed in range(3):
+        synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed, infer_j=0.003)
+        whole = synthetic.teacher(1600.0, "fashion-lora/baseline") | {"role": "base"}
+        more = {"accuracy": 0.90 + 0.003 * seed, "cpu_s": 10 + seed, "uses": [whole]}
+        synthetic.write(tmp_path, "merged", seed, **more, infer_j=0.0015 + 1e-6 * seed)
+    said = opening(results(tmp_path))
+    assert said.startswith("merged reached 90.3\u00a0% ± 0.3, going on from baseline, with 2.0 times less energy an image")
+    assert "Charging the base of merged as well" in said
+
+
 def test_no_payback_is_stated_from_noise(tmp_path: Path) -> None:
     for seed, (a, b) in enumerate([(3.0, 3.1), (3.1, 2.9), (2.9, 2.8)]):
         synthetic.write(tmp_path, "baseline", seed, cpu_s=400 + seed, infer_j=a / 1e3)

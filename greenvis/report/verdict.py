@@ -37,10 +37,10 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
         scored = [a for a in found["order"] if arms[a][metric]["mean"] is not None]
         best = max(scored, key=gain) if scored else found["order"][0]
         return (base if base in scored and base is not None else best), ""
-    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"]["train_energy"])]
+    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][_cost(found, a)])]
     kept = [a for a in cheap if _keeps(found, a, sign)]
     if kept:
-        return min(kept, key=lambda a: arms[a]["train_energy_j"]["value"]), ""
+        return min(kept, key=lambda a: arms[a]["vs_baseline"][_cost(found, a)]["ratio"]), ""
     better = [a for a in rivals if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)]
     if better:
         return max(better, key=gain), f"No arm is shown to cost less than {base} and keep its {metric}. "
@@ -49,8 +49,14 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
 
 
+def _cost(found: dict[str, Any], label: str) -> str:
+    """Return which energy an arm is judged by: that of one image where it goes on from the baseline's own trained model."""
+    whole = f"{found['name']}/{found['baseline']}"
+    return "inference_energy" if any(u["name"] == whole for u in found["arms"][label]["uses"]) else "train_energy"
+
+
 def _cheaper(r: dict[str, Any] | None) -> bool:
-    """Whether less training energy than the baseline's is shown, or, where no test is possible, plain."""
+    """Whether less energy than the baseline's is shown, or, where no test is possible, plain."""
     return bool(r) and (r["ratio"] < 1 and words.shown(r) if r["n"] > 1 else r["ratio"] < SURE_WITHOUT_A_TEST)
 
 
@@ -81,16 +87,18 @@ def sentence(found: dict[str, Any], label: str) -> str:
             return f"{label} took {joules or 'an unknown energy'}; no {metric} was recorded{_one_seed(row)}."
         cost = f" for {joules}" if joules else ""
         return reached + cost + _one_seed(row) + "."
-    return f"{reached} with {_energy(vs, base)}; {_gain(found, label)}.{reused(found, label)}{_partly(row)}"
+    key = _cost(found, label)
+    goes_on = f", going on from {base}," if key == "inference_energy" else ""
+    return f"{reached}{goes_on} with {_energy(vs[key], base, key)}; {_gain(found, label)}.{reused(found, label)}{_partly(row)}"
 
 
-def _energy(vs: dict[str, Any], base: str | None) -> str:
-    r = vs["train_energy"]
+def _energy(r: dict[str, Any] | None, base: str | None, key: str) -> str:
+    what = {"train_energy": "training energy", "inference_energy": "energy an image"}[key]
     if not r:
-        return f"an unknown share of the training energy of {base}"
+        return f"an unknown share of the {what} of {base}"
     if r["n"] > 1 and r["p_value"] is not None and not words.shown(r):
-        return f"no difference shown in training energy to {base}: {words.times(r)}"
-    return f"{words.times(r, 'training energy')} {'as' if abs(r['ratio'] - 1) < 0.005 else 'than'} {base}"
+        return f"no difference shown in {what} to {base}: {words.times(r)}"
+    return f"{words.times(r, what)} {'as' if abs(r['ratio'] - 1) < 0.005 else 'than'} {base}"
 
 
 def _gain(found: dict[str, Any], label: str) -> str:
