@@ -50,8 +50,8 @@ class Lora(Technique):
     stage: ClassVar[Stage] = "weights"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"rank": 2},
-        {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
         {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},
+        {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
         {"rank": 2, "targets": ["linear"], "variant": "adalora", "start_rank": 4, "total_steps": 3},
         {"rank": 2, "targets": ["mlp"], "init": "eva"},
     )
