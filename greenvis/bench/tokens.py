@@ -146,7 +146,7 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     lines += ["| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows]
     losses = [f"batch {row['batch']}, r {row['r']}" for row in rows if row["r"] not in (PLAIN, "0") and row["speedup"] < 1]
     lines += ["", f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.", "", "![speed-up](figures/tokens.svg)"]
-    lines += ["", "No other implementation is installable from PyPI to stand beside it."]
+    lines += ["", "No other implementation for image classifiers was found on PyPI to stand beside it."]
     return "\n".join(lines) + "\n"
 
 
