@@ -31,7 +31,7 @@ def _interruptible() -> None:
 def start(folder: Path, body: str, **options) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(body)], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_interruptible, **options,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, **{"preexec_fn": _interruptible, **options},
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from greenvis.errors import BadInput
 from greenvis.meters.track import Tracker, track
-from greenvis.technique import Installed, logits_of
+from greenvis.technique import logits_of
 from greenvis.wrap import Wrapped
 
 
@@ -20,11 +20,10 @@ class GreenCallback(TrainerCallback):
     """Meter a Trainer's run and train it with the techniques of `live`.
 
         green = GreenCallback(live, "pets")
-        Trainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
+        GreenTrainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
     name and options are those of `gv.track`; `run` is the tracked run. task_loss: of logits (batch, classes) and labels.
-    Where a technique sees or changes batches (replay, lora), take `GreenTrainer` for the Trainer. Raises BadInput where that
-    was not done, or where codecarbon would meter the same run again.
+    Raises BadInput where the trainer is not a `GreenTrainer`, or where codecarbon would meter the same run again.
     """
 
     def __init__(
@@ -36,11 +35,9 @@ class GreenCallback(TrainerCallback):
         self._criterion = live.criterion(task_loss)
         self._image_key, self._label_key = image_key, label_key
         self._images: Any = None
-        self._changes = any(type(i).batch is not Installed.batch for i in live.installed)
-        self._changed = False
+        self._shown = False
         self._samples = 0
         self._open = ExitStack()
-        self._step = ExitStack()
         self._eval: AbstractContextManager[Any] | None = None
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
@@ -49,15 +46,14 @@ class GreenCallback(TrainerCallback):
         if not self.live.model.training:
             return self._criterion(logits, labels)
         self._samples += len(labels)
-        if self._changes and not self._changed:
-            raise BadInput(
-                "a technique here wants each batch before the forward, where Trainer offers no place: use GreenTrainer"
-            )
+        if not self._shown:
+            self._open.close()
+            raise BadInput("techniques want each batch before the forward, where Trainer offers no place: use GreenTrainer")
         return self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a training batch as the techniques want it."""
-        self._changed = True
+        self._shown = True
         x, y = self.live.batch(inputs[self._image_key], inputs[self._label_key])
         return {**inputs, self._image_key: x, self._label_key: y}
 
@@ -75,18 +71,12 @@ class GreenCallback(TrainerCallback):
         self._open.enter_context(self.run.phase("train"))
         hook = self.live.model.register_forward_pre_hook(self._seen, with_kwargs=True)
         self._open.callback(hook.remove)
-        self._open.callback(self._end_step)
-
-    def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
-        """Count the FLOPs of what follows, once for each kind of step."""
-        self._samples = 0
-        self._step.enter_context(self.run.flops(()))
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
         """Let schedules of techniques go on."""
         self.live.step_end()
         self.run.add(steps=1, samples=self._samples)
-        self._end_step()
+        self._samples = 0
 
     def on_epoch_end(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
         """Let techniques end their epoch."""
@@ -120,19 +110,17 @@ class GreenCallback(TrainerCallback):
             self._eval = self.run.phase("eval")
             self._eval.__enter__()
 
-    def _end_step(self) -> None:
-        self._step.close()
-
 
 class GreenTrainer(Trainer):
-    """A Trainer that shows training batches to the techniques, which may change them (replay).
+    """A Trainer that counts the FLOPs of each step and shows batches to the techniques, which may change them (replay).
 
     Needs a `GreenCallback` among its callbacks.
     """
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Change the batch, then train on it as Trainer does."""
+        """Train on the batch as the techniques want it, as Trainer does."""
         green = next((c for c in self.callback_handler.callbacks if isinstance(c, GreenCallback)), None)
         if green is None:
             raise BadInput("GreenTrainer needs callbacks=[GreenCallback(live, name)]")
-        return super().training_step(model, green.batch(inputs), *args, **kwargs)
+        with green.run.flops(inputs):
+            return super().training_step(model, green.batch(inputs), *args, **kwargs)
