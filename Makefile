@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/greenvis run recipes/quickstart.yaml
+	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
