@@ -16,8 +16,7 @@ import shutil
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from greenvis.cache_files import caches, is_idle, last_used, locked, remove, reserve, size_of
 from greenvis.errors import BadInput, GreenvisError
 
 SCHEMA = 1
@@ -182,7 +182,7 @@ class Cache:
         if self._use < 0:
             return False
         whole = all(
-            isinstance(p, np.memmap) and p.filename is not None and _size(Path(p.filename)) == p.nbytes
+            isinstance(p, np.memmap) and p.filename is not None and size_of(Path(p.filename)) == p.nbytes
             for p in (self._values, self._index)
         )
         if not whole:
@@ -201,7 +201,7 @@ class Cache:
             head = json.loads((self.path / "key.json").read_text())
             shape = tuple(head.pop("shape"))
             count, entry = self.length * self.views, self._entry(shape)
-            sizes = (_size(self.path / "values.bin"), _size(self.path / "index.bin"))
+            sizes = (size_of(self.path / "values.bin"), size_of(self.path / "index.bin"))
             if head != self._head or sizes != (count * entry.itemsize, count * 8):
                 raise ValueError(f"files of {sizes} bytes instead of {(count * entry.itemsize, count * 8)}")
             self._values = np.memmap(self.path / "values.bin", entry, "r+", shape=(count,))
@@ -211,8 +211,8 @@ class Cache:
             if use >= 0:
                 os.close(use)
             self._note(f"cache {self.path} is not whole ({error}); it is made anew")
-            with _locked(self.folder):
-                _remove(self.path)
+            with locked(self.folder):
+                remove(self.path)
             return False
         self._use, self._shape = use, shape
         return True
@@ -221,14 +221,14 @@ class Cache:
         """Make the files in full size under another name, then give them theirs: a reader never sees half of it."""
         count, entry = self.length * self.views, self._entry(shape)
         need = count * (entry.itemsize + 8)
-        with _locked(self.folder):
+        with locked(self.folder):
             if not self.path.is_dir():  # else another process was faster
                 self._make_room(need)
                 new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
                 try:
                     for name, size in (("values.bin", count * entry.itemsize), ("index.bin", count * 8), ("in-use", 0)):
                         with open(new / name, "wb") as file:
-                            _reserve(file.fileno(), size)
+                            reserve(file.fileno(), size)
                     (new / "key.json").write_text(json.dumps({**self._head, "shape": shape}, indent=1))
                     os.rename(new, self.path)
                 except OSError as error:
@@ -243,14 +243,14 @@ class Cache:
                 f"cache: these outputs take {need / 1e6:.1f} MB, more than max_bytes ({self.max_bytes / 1e6:.1f} MB); "
                 "keep fp16 or top_k logits, fewer views, or raise the limit"
             )
-        others = sorted(_caches(self.folder), key=lambda p: _time(p / "key.json"))
-        total = sum(_size(f) for p in others for f in p.iterdir())
+        others = sorted(caches(self.folder), key=lambda p: last_used(p / "key.json"))
+        total = sum(size_of(f) for p in others for f in p.iterdir())
         for path in others:
             if total + need <= self.max_bytes:
                 return
-            freed = sum(_size(f) for f in path.iterdir())
-            if _idle(path):
-                _remove(path)
+            freed = sum(size_of(f) for f in path.iterdir())
+            if is_idle(path):
+                remove(path)
                 total -= freed
                 self._note(f"cache {path} made room ({freed / 1e6:.1f} MB): the least recently used")
         if total + need > self.max_bytes:
@@ -262,7 +262,7 @@ class Cache:
     def _explain(self) -> None:
         """Say what differs from the most alike of the caches there are."""
         closest: dict[str, tuple[Any, Any]] | None = None
-        for path in _caches(self.folder):
+        for path in caches(self.folder):
             try:
                 head = json.loads((path / "key.json").read_text())
                 old, new = (
@@ -280,73 +280,9 @@ class Cache:
             self._note(f"cache: {what}. Outputs are computed anew")
 
 
-def _reserve(handle: int, size: int) -> None:
-    """Make a file of zeros, its blocks taken now where the system can: a full disk under a mapped file kills the process."""
-    if size and hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(handle, 0, size)
-    else:
-        os.ftruncate(handle, size)
-
-
 def _sums(entries: np.ndarray) -> np.ndarray:
     """Return what the index holds for each entry: the flag and the CRC-32 of its bytes."""
     size = entries.dtype.itemsize
     raw = np.ascontiguousarray(entries).view(np.uint8).reshape(-1).data
     sums = [zlib.crc32(raw[i * size : (i + 1) * size]) for i in range(len(entries))]
     return np.array(sums, np.uint64) | THERE
-
-
-def _caches(folder: Path) -> Iterator[Path]:
-    if folder.is_dir():
-        yield from (p for p in folder.iterdir() if not p.name.startswith(".") and (p / "key.json").is_file())
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1
-
-
-def _time(path: Path) -> float:
-    try:
-        return path.stat().st_mtime
-    except OSError:
-        return 0.0
-
-
-def _idle(path: Path) -> bool:
-    """Whether no process has this cache open."""
-    try:
-        use = os.open(path / "in-use", os.O_RDWR)
-    except OSError:
-        return True
-    try:
-        fcntl.flock(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(use)
-
-
-def _remove(path: Path) -> None:
-    """Take a cache away: first its name, at once, then its files."""
-    gone = path.with_name(f".old-{path.name}-{os.getpid()}")
-    try:
-        os.rename(path, gone)
-    except FileNotFoundError:
-        return
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: one process at a time creates or removes caches in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -53,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+_Verb = Callable[[str, Callable[[Any], verbs.Answer | int], str], argparse.ArgumentParser]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "greenvis", description="Make vision models cheaper to train, adapt and run, and prove it.", epilog=EXIT_CODES
@@ -66,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(call=call)
         return sub
 
+    _recipe_verbs(verb)
+    _model_verbs(verb)
+    _record_verbs(verb)
+    return parser
+
+
+def _recipe_verbs(verb: _Verb) -> None:
+    """What begins with a recipe, up to its report and the model it made."""
     p = verb("run", verbs.run, "train every arm of a recipe, metered, and write its report")
     p.add_argument("recipe", help="a YAML file; see `greenvis schema`")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3")
@@ -98,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--out", help="the folder to make (default: exports/RECIPE-ARM-seedN)")
     p.add_argument("--trust", action="store_true")
 
+
+def _model_verbs(verb: _Verb) -> None:
+    """What is known of techniques and models without a run."""
     verb("techniques", verbs.techniques, "list the techniques, own and plugged in")
     p = verb("explain", verbs.explain, "say what a technique does, saves and costs, and its settings")
     p.add_argument("technique")
@@ -110,6 +124,9 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--techniques", help='JSON list as in a recipe: \'[{"lora": {"rank": 8}}]\'')
     p.add_argument("--data", help="also count 64 test images of this data set one by one: work may depend on the image")
 
+
+def _record_verbs(verb: _Verb) -> None:
+    """Meters and what they recorded."""
     verb("doctor", verbs.doctor, "say where each energy figure comes from on this machine, and why")
     p = verb("track", verbs.track, "meter any command and its children: greenvis track -- python train.py")
     p.add_argument("--name", default="command")
@@ -133,7 +150,6 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("name", nargs="?", help="which; all are listed without it")
     p.add_argument("--out", help="folder to write the benchmark's report to")
     p.add_argument("--all", action="store_true", help="coverage: attach to every model timm lists, not to a sample (an hour)")
-    return parser
 
 
 def _verbs(parser: argparse.ArgumentParser) -> list[str]:

@@ -37,18 +37,18 @@ def _loader(size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(X.split(size), Y.split(size), strict=True))
 
 
-def _same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    assert all(torch.allclose(found[n], wanted[n], atol=1e-6, rtol=1e-4) for n in NAMES)
+def _same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(found[n], wanted[n], atol=1e-6, rtol=1e-4) for n in NAMES)
 
 
 @pytest.mark.parametrize("size", [1, 8, 24])
 def test_fisher_of_batches_equals_avalanches(size: int) -> None:
-    _same(fisher(_net(), NAMES, _loader(size), "batch"), EWC["avalanche"][f"avalanche_bs{size}"])
+    assert _same(fisher(_net(), NAMES, _loader(size), "batch"), EWC["avalanche"][f"avalanche_bs{size}"])
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])
 def test_fisher_of_samples_does_not_depend_on_batches(size: int) -> None:
-    _same(fisher(_net(), NAMES, _loader(size), "sample"), EWC["empirical_fisher"])
+    assert _same(fisher(_net(), NAMES, _loader(size), "sample"), EWC["empirical_fisher"])
 
 
 def test_weighted_fisher_equals_mammoths() -> None:
@@ -62,7 +62,7 @@ def test_a_model_without_a_rule_for_batches_of_functions_is_taken_sample_by_samp
             return super().forward(x) + 0 * x.sum().item()
 
     net = Odd(*_net())
-    _same(fisher(net, NAMES, _loader(8), "sample"), EWC["empirical_fisher"])
+    assert _same(fisher(net, NAMES, _loader(8), "sample"), EWC["empirical_fisher"])
 
 
 PENALTIES = [("avalanche_bs1", 1, "batch"), ("avalanche_bs8", 8, "batch"), ("empirical", 8, "sample"), ("true", 8, "true")]
@@ -77,7 +77,7 @@ def test_penalty_equals_the_reference(key: str, size: int, definition: Any) -> N
 
 @pytest.mark.parametrize(("size", "definition"), [(1, "batch"), (8, "batch"), (8, "sample")])
 def test_mas_equals_avalanches(size: int, definition: Any) -> None:
-    _same(mas(_net(), NAMES, _loader(size), definition), EWC["mas"]["bs1" if definition == "sample" else f"bs{size}"])
+    assert _same(mas(_net(), NAMES, _loader(size), definition), EWC["mas"]["bs1" if definition == "sample" else f"bs{size}"])
 
 
 def test_ewc_of_each_task_is_the_sum_of_their_penalties() -> None:
@@ -120,7 +120,7 @@ def test_mas_takes_a_share_of_what_was_and_what_is() -> None:
     net.load_state_dict(EWC["perturbed_params"])
     second = mas(net, NAMES, _loader(8))
     live.end_task(_loader(8))
-    _same(live.installed[0].importance, {n: (first[n] + second[n]) / 2 for n in NAMES})  # type: ignore[attr-defined]
+    assert _same(live.installed[0].importance, {n: (first[n] + second[n]) / 2 for n in NAMES})  # type: ignore[attr-defined]
 
 
 def test_si_follows_the_path_of_each_weight() -> None:

@@ -18,6 +18,7 @@ class ReadLinear(peft_layers.Linear):
 
     @property
     def weight(self) -> Tensor:
+        """The base's weight with the change added, (out, in)."""
         layer: Any = self.get_base_layer()
         return layer.weight + self.get_delta_weight(NAME).to(layer.weight.dtype)
 
@@ -30,6 +31,7 @@ class Multihead(peft_layers.MultiheadAttention):
     """
 
     def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Attend as nn.MultiheadAttention does, same arguments, with the changed weights."""
         base: Any = self.get_base_layer()
         inputs, out = base.in_proj_weight, base.out_proj.get_base_layer().weight
         weights = {
@@ -63,6 +65,7 @@ def merged(layer: Any) -> Tensor:
 
 
 def precise(tensor: Tensor) -> torch.dtype:
+    """Return the type to fold a change into this tensor in: fp32, or its own where that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
@@ -87,5 +90,6 @@ def inner_linears(model: nn.Module) -> dict[str, str]:
 
 
 def places_of(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
+    """Return every (parent, name) under which the module at `path` hangs: more than one where it is shared."""
     target = model.get_submodule(path)
     return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is target]
