@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 
 from greenvis.meters.track import Tracker
 from greenvis.recipe import TrainSpec
-from greenvis.stream import Stream, hidden
-from greenvis.technique import Samples, logits_of
-from greenvis.train import Loop, Part, Progress
+from greenvis.stream import Stream
+from greenvis.technique import Samples
+from greenvis.train import Loop, Part, Progress, accuracies
 from greenvis.wrap import Wrapped
 
 MATRIX, KNOWN = "task_accuracy", "task_accuracy_known"
@@ -109,33 +108,16 @@ def _part(
 
 def _test(loop: Loop, stream: Stream, index: int, tests: Callable[[int], Iterable[Any]]) -> dict[str, list[float]]:
     """Return the accuracy on each task's test, by name of the matrix."""
-    live, model = loop.live, loop.model
+    live = loop.live
     seen = None if stream.head == "single" else stream.tasks[index].seen
     out: dict[str, list[float]] = {}
-    model.eval()
     for t, (classes, _) in enumerate(stream.tests):
         if stream.kind == "task":
             shown: dict[str, tuple[int, ...] | None] = {MATRIX: classes}
             live.test_task(stream.tasks[t] if len(stream.tasks) == len(stream.tests) else None)
         else:
             shown = {MATRIX: seen} | ({} if stream.kind == "domain" else {KNOWN: classes})
-        for name, accuracy in _accuracies(loop, tests(t), shown).items():
+        for name, accuracy in accuracies(loop.model, tests(t), shown, loop.accelerator).items():
             out.setdefault(name, []).append(accuracy)
     live.test_task(None)
-    model.train()
     return out
-
-
-def _accuracies(loop: Loop, batches: Iterable[Any], shown: Mapping[str, Sequence[int] | None]) -> dict[str, float]:
-    """Return top-1 accuracy by name, among the classes shown under that name, from one pass."""
-    right, seen = dict.fromkeys(shown, 0), 0
-    accelerator = loop.accelerator
-    with torch.inference_mode():
-        for x, y in accelerator.prepare(batches):
-            with accelerator.autocast():
-                logits = logits_of(loop.model(x))
-            for name, classes in shown.items():
-                hits = cast(Tensor, accelerator.gather_for_metrics(hidden(logits, classes).argmax(dim=-1) == y))
-                right[name] += int(hits.sum())
-                seen += hits.numel()
-    return {name: n * len(shown) / max(seen, 1) for name, n in right.items()}

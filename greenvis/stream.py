@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as transforms
 from greenvis import data
 from greenvis.data import Data, ImageSet
 from greenvis.errors import BadInput
-from greenvis.technique import Task
+from greenvis.technique import Task, only
 
 Kind = Literal["class", "domain", "task", "free"]
 Head = Literal["single", "growing", "multi"]
@@ -72,7 +72,7 @@ class Stream:
         if y.ndim != 1 or y.is_floating_point():
             raise BadInput(f"a {self.head} head needs one label an image; what mixes labels needs `stream: {{head: single}}`")
         if self.head == "growing":
-            return hidden(logits, self.tasks[index].seen)
+            return only(logits, self.tasks[index].seen)
         fellows = torch.zeros(self.classes, logits.shape[1], dtype=torch.bool, device=logits.device)
         for classes, _ in self.tests:
             at = torch.tensor(classes, device=logits.device)
@@ -82,15 +82,6 @@ class Stream:
     def task_loss(self, index: int, smoothing: float = 0.0) -> Any:
         """Return cross entropy (logits, y) over the classes that compete in training on task `index`."""
         return lambda logits, y: F.cross_entropy(self.masked(index, logits, y), y, label_smoothing=smoothing)
-
-
-def hidden(logits: Tensor, shown: Sequence[int] | None) -> Tensor:
-    """Return the logits with all classes but `shown` at -inf; None shows all."""
-    if shown is None:
-        return logits
-    away = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    away[list(shown)] = False
-    return logits.masked_fill(away, -torch.inf)
 
 
 def make(

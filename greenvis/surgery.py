@@ -105,12 +105,17 @@ def find(
     return list(found)
 
 
+def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every (parent, name) under which `module` hangs in `model`: more than one where it is shared."""
+    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is module]
+
+
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
     """Put `new` wherever `old` stands, under every parent that shares it; return in how many places.
 
     Raises BadInput where `old` is not a sub-module (the root cannot be replaced in place).
     """
-    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
+    places = places_of(model, old)
     if not places:
         raise BadInput(f"cannot replace {type(old).__name__}: it is not a sub-module of {type(model).__name__}")
     for parent, name in places:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -228,6 +229,15 @@ def logits_of(output: Any) -> Tensor:
         f"cannot find logits in a model output of type {type(output).__name__}; return a tensor "
         "(batch, classes) or an object with `.logits`"
     )
+
+
+def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
+    """Return the logits (batch, outputs) with all but `classes` at -inf, so that those alone compete; None: all do."""
+    if classes is None:
+        return logits
+    away = logits.new_ones(logits.shape[1]).bool()
+    away[list(classes)] = False
+    return logits.masked_fill(away, -math.inf)
 
 
 def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., str], at: tuple[str | int, ...] = ()) -> str:

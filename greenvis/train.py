@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -23,8 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from greenvis import checkpoint as states
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.track import Tracker
+from greenvis.modes import in_mode
 from greenvis.recipe import TrainSpec
-from greenvis.technique import Samples, logits_of
+from greenvis.technique import Samples, logits_of, only
 from greenvis.wrap import Wrapped
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
@@ -215,20 +216,28 @@ def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Te
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Accelerator | None = None) -> float:
-    """Return top-1 accuracy, 0 to 1. The model's mode is put back."""
-    training = model.training
-    model.eval()
-    right = seen = 0
+    """Return top-1 accuracy, 0 to 1. The model's modes are put back."""
+    return accuracies(model, batches, {"": None}, accelerator)[""]
+
+
+def accuracies(
+    model: nn.Module, batches: Iterable[Any], among: Mapping[str, Sequence[int] | None], accelerator: Accelerator | None = None
+) -> dict[str, float]:
+    """Return top-1 accuracy, 0 to 1, by name, among the classes that stand under that name (None: all), from one pass."""
+    right, seen = dict.fromkeys(among, 0), 0
     loader = accelerator.prepare(batches) if accelerator is not None else batches
-    with torch.inference_mode():
+    with in_mode(model, False), torch.inference_mode():
         for x, y in loader:
-            with accelerator.autocast() if accelerator is not None else torch.enable_grad():
-                hits = logits_of(model(x)).argmax(dim=-1) == y
+            with accelerator.autocast() if accelerator is not None else nullcontext():
+                logits = logits_of(model(x))
+            every = [only(logits, classes).argmax(dim=-1) == y for classes in among.values()]
+            hits = torch.stack(every, 1)
             if accelerator is not None:
                 hits = cast(Tensor, accelerator.gather_for_metrics(hits))
-            right, seen = right + int(hits.sum()), seen + hits.numel()
-    model.train(training)
-    return right / max(seen, 1)
+            seen += len(hits)
+            for name, n in zip(among, hits.sum(0).tolist(), strict=True):
+                right[name] += n
+    return {name: n / max(seen, 1) for name, n in right.items()}
 
 
 def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
+from greenvis.modes import in_mode
 
 WITH_DATA = "run with data"  # how the note begins that says so: the work may depend on it
 
@@ -106,16 +107,12 @@ def _forward(model: nn.Module, inputs: Any) -> FlopMode:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(lambda m, a, name=name: mode.path.append(name)))
         handles.append(module.register_forward_hook(lambda m, a, o: _drop(mode.path), always_call=True))
-    was = {m: m.training for m in model.modules()}
     try:
-        model.eval()
-        with _plain_attention(), torch.no_grad(), mode:
+        with in_mode(model, False), _plain_attention(), torch.no_grad(), mode:
             _call(model, inputs)
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in was.items():
-            module.training = flag
     return mode
 
 
@@ -128,16 +125,10 @@ def _train(model: nn.Module, inputs: Any, size: int) -> int:
     if size == 1:
         inputs, size = _map(inputs, lambda t: torch.cat([t, t]) if t.dim() else t), 2
     mode = FlopMode()
-    was = {m: m.training for m in model.modules()}
-    try:
-        model.train()
-        with _plain_attention(), torch.enable_grad(), mode:
-            loss = [t.float().sum() for t in _tensors(_call(model, inputs)) if t.requires_grad]
-            if loss:
-                torch.stack(loss).sum().backward()
-    finally:
-        for module, flag in was.items():
-            module.training = flag
+    with in_mode(model, True), _plain_attention(), torch.enable_grad(), mode:
+        loss = [t.float().sum() for t in _tensors(_call(model, inputs)) if t.requires_grad]
+        if loss:
+            torch.stack(loss).sum().backward()
     return _each(mode.total, size)
 
 

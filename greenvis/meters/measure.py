@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 
 from greenvis.meters import flops, speed
 from greenvis.meters.track import Tracker
+from greenvis.record import Reading
 
-LOOK_S = 0.5  # seconds of inference for latency, and again for throughput and the energy of one image
+LOOK_S = 0.5  # seconds of inference for latency
+ROUND_S = 0.1  # of one reading of throughput and energy
+STEADY = 0.03  # readings are repeated until their median's spread is no more,
+LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
+PASSES, PASSES_S = 3, 30.0  # the same of passes over the images, where settings of one model are compared
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Return MACs, parameters, latency, throughput and energy of one image (joules).
+    """Return MACs, parameters, latency, throughput and energy of one image (joules), with their spread and repetitions.
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
@@ -38,59 +45,123 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     }
 
 
+def median_spread(values: Sequence[float]) -> float:
+    """Return how far a median of these positive readings is off by chance, as a share of it: quartile range ÷ √count.
+
+    That is about its standard error, and one reading that a neighbour on the machine disturbed does not move it. Infinite
+    for fewer than two.
+    """
+    if len(values) < 2:
+        return math.inf
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / math.sqrt(len(values)) / middle if middle else 0.0
+
+
 def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Serve batches for a while; return images per second and the energy of one image by the run's own meter."""
+    """Serve batches until the readings are steady; return images per second and the energy of one image by the run's meter."""
     model.eval()
+    seconds: list[float] = []  # an image
+    joules: list[Sequence[float] | None] = []  # an image: central, low, high
     with torch.inference_mode(), run.phase("serve"):
         model(x)
-        before, started, images = run.energy(), time.perf_counter(), 0
-        while images == 0 or time.perf_counter() - started < LOOK_S:
-            model(x)
-            images += len(x)
-        if x.is_cuda:
-            torch.cuda.synchronize(x.device)
-        seconds, after = time.perf_counter() - started, run.energy()
-        run.add(samples=images)
-    out: dict[str, Any] = {"images_per_s": images / seconds}
-    if before.value is not None and after.value is not None:
+        end = time.perf_counter() + MOST_S
+        while len(seconds) < LEAST or (_unsteady(seconds, joules) and time.perf_counter() < end):
+            before, started, images = run.energy(), time.perf_counter(), 0
+            while images == 0 or time.perf_counter() - started < ROUND_S:
+                model(x)
+                images += len(x)
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            seconds.append((time.perf_counter() - started) / images)
+            joules.append(_spent(before, run.energy(), images))
+            run.add(samples=images)
+    out: dict[str, Any] = {"images_per_s": 1 / statistics.median(seconds)}
+    known = [j for j in joules if j is not None]
+    if len(known) == len(joules):
+        value, low, high = sorted(known)[len(known) // 2]
         out["inference_energy_j"] = {
-            "value": (after.value - before.value) / images,
-            "low": ((after.low or 0.0) - (before.low or 0.0)) / images,
-            "high": ((after.high or 0.0) - (before.high or 0.0)) / images,
-            "provenance": after.provenance,
-            "batch_size": len(x),
-        }
+            "value": value, "low": low, "high": high, "provenance": run.energy().provenance, "batch_size": len(x),
+            "spread": median_spread([j[0] for j in known]), "rounds": len(known),
+        }  # fmt: skip
     return out
 
 
+def _unsteady(seconds: Sequence[float], joules: Sequence[Sequence[float] | None]) -> bool:
+    return median_spread([s if j is None else j[0] for s, j in zip(seconds, joules, strict=True)]) > STEADY
+
+
+def _spent(before: Reading, after: Reading, images: int = 1) -> tuple[float, float, float] | None:
+    """Return the joules between two readings, central, low and high, by image; None where the meter does not know."""
+    if before.value is None or after.value is None:
+        return None
+    low, high = ((getattr(after, key) or 0.0) - (getattr(before, key) or 0.0) for key in ("low", "high"))
+    return (after.value - before.value) / images, low / images, high / images
+
+
 def compare(
-    points: Mapping[str, AbstractContextManager[dict[str, Any]]],
+    points: Callable[[], Mapping[str, AbstractContextManager[dict[str, Any]]]],
     answer: Callable[[Any], Tensor],
     batches: Callable[[], Iterable[Any]],
     run: Tracker,
 ) -> list[dict[str, Any]]:
     """Return what a model that can be switched reaches and costs at each setting: accuracy, joules an image, facts of its own.
 
-    points: contexts by name; each gives a mapping that holds its facts afterwards. answer: images to logits. batches: (x, y)
-    to serve, once a setting; reading them is not counted.
+    points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of what was answered within:
+    lists of counts, which add up, and numbers, means over images. answer: images to logits. batches: (x, y) to serve, and
+    again in each pass; reading them is not counted. Settings take turns at every batch, in turned order at every other one, so
+    that a neighbour's load meets all alike. Passes are repeated until the ratio of energies to the first setting's is steady;
+    joules are the median pass's. "spread": of that ratio, a share.
     """
-    rows = []
+    rights: dict[str, int] = {}
+    facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
+    passes: list[dict[str, list[float]]] = []
+    images, known, started = 0, True, time.perf_counter()
     with torch.inference_mode():
         answer(next(iter(batches()))[0])  # the first setting is not to pay for a cold start
-    for name, point in points.items():
-        right = images = 0
-        spent, known = [0.0, 0.0, 0.0], True
-        with point as facts, torch.inference_mode(), run.phase("serve"):
-            for x, y in batches():
-                before = run.energy()
-                hits = answer(x).argmax(-1).cpu() == y
-                after = run.energy()
-                right, images = right + int(hits.sum()), images + len(y)
-                known &= before.value is not None and after.value is not None
-                for i, key in enumerate(("value", "low", "high")):
-                    spent[i] += (getattr(after, key) or 0.0) - (getattr(before, key) or 0.0)
-            run.add(samples=images)
-        joules = dict(zip(("value", "low", "high"), (s / images for s in spent), strict=True)) if known and images else None
-        row = {"setting": name, "accuracy": right / max(images, 1), "inference_energy_j": joules, "images": images}
-        rows.append(row | facts)
+    while len(passes) < 1 or _again(passes, time.perf_counter() - started):
+        spent: dict[str, list[float]] = {}
+        for i, (x, y) in enumerate(batches()):
+            contexts = [*points().items()]
+            for name, point in contexts if (i + len(passes)) % 2 == 0 else contexts[::-1]:
+                with point as told, torch.inference_mode(), run.phase("serve"):
+                    before = run.energy()
+                    hits = answer(x).argmax(-1).cpu() == y
+                    joules = _spent(before, run.energy())
+                    run.add(samples=len(y))
+                known &= joules is not None
+                spent[name] = [a + b for a, b in zip(spent.get(name, (0.0,) * 3), joules or (0.0,) * 3, strict=True)]
+                if not passes:
+                    rights[name] = rights.get(name, 0) + int(hits.sum())
+                    facts.setdefault(name, []).append((len(y), told))
+            images += 0 if passes else len(y)
+        passes.append(spent)
+    rows = []
+    for name in [*points()]:
+        value, low, high = sorted(p[name] for p in passes)[len(passes) // 2]
+        joules = {"value": value / images, "low": low / images, "high": high / images} | _steadiness(passes, name)
+        row = {"setting": name, "accuracy": rights[name] / images, "inference_energy_j": joules if known else None}
+        rows.append(row | {"images": images} | _together(facts[name]))
     return rows
+
+
+def _again(passes: Sequence[Mapping[str, Sequence[float]]], seconds: float) -> bool:
+    """Say whether another pass is wanted, and likely to be over in time."""
+    unsteady = any(_steadiness(passes, name).get("spread", math.inf) > STEADY for name in [*passes[0]][1:])
+    return (len(passes) < PASSES or unsteady) and seconds * (len(passes) + 1) / len(passes) < PASSES_S
+
+
+def _steadiness(passes: Sequence[Mapping[str, Sequence[float]]], name: str) -> dict[str, float]:
+    """Return the number of passes, and the spread of the ratio of energies to the first setting's if there is one."""
+    ratios = [p[name][0] / of for p in passes if (of := p[next(iter(p))][0])]
+    return {"passes": len(passes)} | ({"spread": median_spread(ratios)} if len(ratios) > 1 else {})
+
+
+def _together(parts: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return one mapping for all: lists of counts added up, numbers averaged over images."""
+    images = sum(n for n, _ in parts)
+    return {
+        key: [sum(c) for c in zip(*(told[key] for _, told in parts), strict=True)]
+        if isinstance(value, list)
+        else sum(n * told[key] for n, told in parts) / images
+        for key, value in parts[0][1].items()
+    }

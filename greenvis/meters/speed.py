@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.modes import in_mode
 
 WARM_UP = 3
 
@@ -24,7 +24,7 @@ def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 1
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
         raise BadInput(f"latency needs a batch of at least one image, (batch, …), not {getattr(x, 'shape', x)!r}")
     times: list[float] = []
-    with _serving(model):
+    with in_mode(model, False), torch.inference_mode():
         for _ in range(WARM_UP):
             model(x)
         end = time.perf_counter() + seconds
@@ -57,19 +57,6 @@ def throughput(
             break
         out[size] = size / found["mean"] * 1000
     return out
-
-
-@contextmanager
-def _serving(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode without gradients; each module's mode is put back."""
-    was = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, flag in was.items():
-            module.training = flag
 
 
 def _wait(x: Tensor) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, some
+from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
 
@@ -187,13 +188,8 @@ class Trial:
         live.epoch_end()
 
     def _outputs(self, model: nn.Module) -> Tensor:
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        with torch.no_grad():
-            out = logits_of(model(self.x)).detach().clone()
-        for module, training in modes:
-            module.training = training
-        return out
+        with in_mode(model, False), torch.no_grad():
+            return logits_of(model(self.x)).detach().clone()
 
     def _same(self, a: Tensor, b: Tensor, what: str, tolerance: float) -> None:
         if a.shape != b.shape:

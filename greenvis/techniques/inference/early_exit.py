@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.modes import in_mode
 from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _places
@@ -186,18 +187,12 @@ class InstalledEarlyExit(Installed):
     def logits(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
         """Return every exit's logits, the model's own last, float32 (exits, samples, classes), and the labels (samples,)."""
         model, rows, labels = self.exits.model, [], []
-        modes = [(m, m.training) for m in model.modules()]
         device = next(iter(model.parameters())).device
-        model.eval()
-        try:
-            with torch.inference_mode(), self.exits.record() as seen:
-                for x, y, *_ in loader:
-                    model(x.to(device))
-                    rows.append(torch.stack([s.float().cpu() for s in seen]))
-                    labels.append(y.cpu())
-        finally:
-            for module, training in modes:
-                module.training = training
+        with in_mode(model, False), torch.inference_mode(), self.exits.record() as seen:
+            for x, y, *_ in loader:
+                model(x.to(device))
+                rows.append(torch.stack([s.float().cpu() for s in seen]))
+                labels.append(y.cpu())
         if not rows:
             raise BadInput("calibrate was given no samples: pass a loader of held-out (x, y)")
         return torch.cat(rows, 1), torch.cat(labels)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greenvis.errors import BadInput
+from greenvis.modes import in_mode
 from greenvis.techniques.iteration._masked import grid_of
 from greenvis.techniques.iteration._seams import first
 from greenvis.techniques.iteration._tec import attention_rows, top_patches
@@ -48,13 +49,8 @@ class Base:
         if attention and not found.attention:
             raise BadInput(f"the base {self.what} has no attention to learn from; set targets: [feature]")
         self.heads = 0
-        modes = [(m, m.training) for m in model.modules()]
-        model.eval()
-        try:
+        with in_mode(model, False):
             shown = self(found.example)
-        finally:
-            for module, training in modes:
-                module.training = training
         if shown.logits is not None:
             self.heads = shown.logits.shape[1]
         if not shown.features.isfinite().all():

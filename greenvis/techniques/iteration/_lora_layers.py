@@ -87,9 +87,3 @@ def inner_linears(model: nn.Module) -> dict[str, str]:
     """Return the Linears inside nn.MultiheadAttention, each with the attention's path."""
     wholes = [p for p, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
     return {f"{w}.out_proj" if w else "out_proj": w for w in wholes}
-
-
-def places_of(model: nn.Module, path: str) -> list[tuple[nn.Module, str]]:
-    """Return every (parent, name) under which the module at `path` hangs: more than one where it is shared."""
-    target = model.get_submodule(path)
-    return [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is target]

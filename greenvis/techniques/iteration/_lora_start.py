@@ -14,6 +14,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.modes import in_mode
 from greenvis.technique import logits_of
 from greenvis.techniques.iteration._lora_layers import NAME
 from greenvis.techniques.iteration._seams import agree
@@ -87,17 +88,12 @@ def gradients(model: nn.Module, paths: Sequence[str], config: LoraConfig, calibr
             raise BadInput(f"lora_ga takes {2 * config.r} directions of '{path}', whose smaller side is {smallest}: lower rank")
     first = next(model.parameters())
     x, y = (t.to(first.device) for t in calibration)
-    modes = [(m, m.training) for m in model.modules()]
 
     def step() -> None:
-        model.eval()
         F.cross_entropy(logits_of(model(x.to(first.dtype))).float(), y).backward()
 
-    try:
+    with in_mode(model, False):
         preprocess_loraga(model, config, step)
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def checked(calibration: Any) -> tuple[Tensor, Tensor]:

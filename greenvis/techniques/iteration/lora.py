@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, nearest, some
-from greenvis.surgery import find, freeze
+from greenvis.surgery import find, freeze, places_of
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._lora_layers import (
     NAME,
@@ -22,7 +22,6 @@ from greenvis.techniques.iteration._lora_layers import (
     inner_linears,
     keep_off_the_fast_path,
     merged,
-    places_of,
     precise,
     to_float32,
 )
@@ -93,7 +92,7 @@ class Lora(Technique):
         found = view(model, self.input_shape, probe=False)
         paths = self._targets(model, found)
         heads = [p for path in found.heads for p in model.get_submodule(path).parameters()] if self.head == "train" else []
-        places = {path: places_of(model, path) for path in paths}
+        places = {path: places_of(model, model.get_submodule(path)) for path in paths}
         ranks = self._inject(model, paths)
         layers: dict[str, Any] = {}
         for path in paths:

@@ -13,10 +13,10 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, nearest, some
-from greenvis.surgery import find, freeze
+from greenvis.surgery import find, freeze, places_of
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
-from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, places_of, to_float32
+from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, to_float32
 from greenvis.views import View, view
 
 ROLES = ("linear", "attention", "qkv", "mlp", "conv")
@@ -75,7 +75,7 @@ class LoraStream(Technique):
         """Put the first task's change around the targets. Raises BadInput where nothing matches or a layer does not fit."""
         found = view(model, self.input_shape, probe=False)
         paths = self._paths(model, found)
-        places = {path: places_of(model, path) for path in paths}
+        places = {path: places_of(model, model.get_submodule(path)) for path in paths}
         heads = head_parameters(model, found) if self.head == "train" else []
         inject(self, model, paths, 0)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from greenvis.errors import GreenvisError
+from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Task, Technique, logits_of
 
 
@@ -83,12 +84,8 @@ class InstalledLwf(Installed):
         if logits is None:
             raise GreenvisError("lwf needs logits; a pretext technique gives none: use them in separate stages")
         now = logits_of(logits)
-        modes = [m for m in self.model.modules() if m.training]
-        with self.phase("earlier"), torch.no_grad():
-            self.model.eval()
+        with self.phase("earlier"), in_mode(self.model, False), torch.no_grad():
             before = logits_of(functional_call(self.model, self.earlier, (x,)))
-            for module in modes:
-                module.training = True
         if before.shape != now.shape:
             raise GreenvisError(
                 f"the earlier model answers with {tuple(before.shape)}, the model with {tuple(now.shape)}: lwf needs an output "

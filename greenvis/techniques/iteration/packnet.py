@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.technique import Installed, Stage, Task, Technique, logits_of
+from greenvis.modes import in_mode
+from greenvis.technique import Installed, Stage, Task, Technique, logits_of, only
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._held import Held, hold_norms
 from greenvis.techniques.iteration._seams import agree
@@ -206,21 +207,14 @@ class InstalledPackNet(Installed):
     def _retrain(self, loader: Any) -> None:
         parameters = [p for p in (*(s.parameter for s in self.shares.values()), *self.heads.parameters) if p.requires_grad]
         optimizer = torch.optim.Adam(parameters, lr=self.request.retrain_lr)
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.train()
-        for _ in range(self.request.retrain_epochs):
-            for x, y in loader:
-                x, y = x.to(parameters[0].device), y.to(parameters[0].device)
-                optimizer.zero_grad()
-                logits = logits_of(self.model(x))
-                if self.classes:
-                    others = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-                    others[list(self.classes)] = False
-                    logits = logits.masked_fill(others, -torch.inf)
-                F.cross_entropy(logits, y).backward()
-                optimizer.step()
-                for share in self.shares.values():
-                    share.hold()
+        with in_mode(self.model, True):
+            for _ in range(self.request.retrain_epochs):
+                for x, y in loader:
+                    x, y = x.to(parameters[0].device), y.to(parameters[0].device)
+                    optimizer.zero_grad()
+                    logits = only(logits_of(self.model(x)), self.classes or None)
+                    F.cross_entropy(logits, y).backward()
+                    optimizer.step()
+                    for share in self.shares.values():
+                        share.hold()
         optimizer.zero_grad()
-        for module, training in modes:
-            module.training = training

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.modes import in_mode
 from greenvis.technique import Installed, Samples, Stage, Technique, logits_of
 from greenvis.techniques._frozen import Kept
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
@@ -215,16 +216,12 @@ class Asker:
 
     def answer(self, model: nn.Module, args: Any, kwargs: Any) -> Tensor:
         """Return the query: one forward without prompts, in eval mode, without gradients; modes are given back."""
-        modes = [(m, m.training) for m in model.modules()]
         self.pool.asking = True
         try:
-            model.eval()
-            with torch.no_grad():
+            with in_mode(model, False), torch.no_grad():
                 return _run(model, self.heads[0] if self.heads else None, args, kwargs)
         finally:
             self.pool.asking = False
-            for module, training in modes:
-                module.training = training
 
 
 class InstalledPromptPool(Installed):

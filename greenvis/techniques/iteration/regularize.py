@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils.hooks import RemovableHandle
 
+from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Technique, logits_of
 
 Fisher = Literal["sample", "batch", "weighted", "true"]
@@ -151,7 +151,7 @@ class InstalledRegularize(Installed):
             new = {n: path_importance(self._path[n], now[n] - self._start[n], request.damping) for n in now}
             self._path, self._start = {}, {}
         else:
-            with _eval(self.model), self.phase("importance"):
+            with in_mode(self.model, False), self.phase("importance"):
                 if request.method == "mas":
                     new = mas(self.model, list(now), loader, "batch" if request.fisher == "batch" else "sample")
                 else:
@@ -267,14 +267,3 @@ def _placed(model: nn.Module, loader: Any, least: int = 1) -> Iterator[tuple[Ten
             held = []
     if held:
         yield torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
-
-
-@contextmanager
-def _eval(model: nn.Module) -> Iterator[None]:
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
