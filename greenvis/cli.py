@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from greenvis import __version__, verbs
+from greenvis import __version__, verbs, verbs_bases
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
@@ -123,6 +123,15 @@ def _model_verbs(verb: _Verb) -> None:
     _model_options(p)
     p.add_argument("--techniques", help='JSON list as in a recipe: \'[{"lora": {"rank": 8}}]\'')
     p.add_argument("--data", help="also count 64 test images of this data set one by one: work may depend on the image")
+
+    p = verb("rank", verbs_bases.rank, "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)")
+    p.add_argument("bases", nargs="+", metavar="BASE", help="a model reference, or run:RECIPE/ARM for what an arm left")
+    p.add_argument("--data", required=True, help="a data set by name, or a recipe's file, whose data it is then")
+    p.add_argument("--images", type=int, default=1000, help="training images shown to each base (default: 1000)")
+    p.add_argument("--by", default="logme", help="logme (default), h_score, sfda or ped: the score to sort by")
+    p.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="of bases of a library: pretrained=true")
+    p.add_argument("--trust", action="store_true")
+    p.add_argument("--runs", default="runs", help="folder of run records (default: runs)")
 
 
 def _record_verbs(verb: _Verb) -> None:

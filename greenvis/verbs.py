@@ -269,17 +269,22 @@ def bench(args: Any) -> Answer:
 
 
 def _model(args: Any) -> Any:
-    import yaml
-
     from greenvis import models
 
-    options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k) is not None}
+    return models.build(args.model, trust=args.trust, **_options(args)).eval()
+
+
+def _options(args: Any) -> dict[str, Any]:
+    """Return the model options given on the command line."""
+    import yaml
+
+    options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k, None) is not None}
     for text in args.option:
         key, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
         options[key] = yaml.safe_load(value)
-    return models.build(args.model, trust=args.trust, **options).eval()
+    return options
 
 
 def _console() -> Any:
