@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.modes import in_mode
 from greenvis.views import view
 
 K, TEMPERATURE = 20, 0.07  # of Wu et al., 2018, as self-supervised models are compared since
@@ -24,14 +26,11 @@ def knn_accuracy(
     train, test: features (N, dim) and (M, dim); nearness is the cosine s, a vote weighs exp(s / temperature). labels, target:
     int64 (N,) and (M,).
     """
-    bank, classes = F.normalize(train.float(), dim=1), int(labels.max()) + 1
-    right = 0
-    for part, wanted in zip(test.split(256), target.split(256), strict=True):
-        near, at = (F.normalize(part.float(), dim=1) @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(part), classes, device=near.device)
-        votes.scatter_add_(1, labels[at], (near / temperature).exp())
-        right += int((votes.argmax(1) == wanted).sum())
-    return right / max(len(target), 1)
+    votes = KNeighborsClassifier(
+        min(k, len(train)), metric="cosine", algorithm="brute", weights=lambda apart: np.exp((1 - apart) / temperature)
+    )
+    votes.fit(train.float().cpu().numpy(), labels.cpu().numpy())
+    return float(votes.score(test.float().cpu().numpy(), target.cpu().numpy()))
 
 
 def features(model: nn.Module, batches: Iterable[Any], head: str | None = None) -> tuple[Tensor, Tensor]:
@@ -43,17 +42,14 @@ def features(model: nn.Module, batches: Iterable[Any], head: str | None = None) 
     device = next(model.parameters()).device
     seen: list[Tensor] = []
     hook = model.get_submodule(path).register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(1)))
-    training = model.training
-    model.eval()
     labels: list[Tensor] = []
     try:
-        with torch.inference_mode():
+        with in_mode(model, False), torch.inference_mode():
             for x, y in batches:
                 model(x.to(device))
                 labels.append(y.to(device))
     finally:
         hook.remove()
-        model.train(training)
     return torch.cat(seen), torch.cat(labels)
 
 

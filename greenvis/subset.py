@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from greenvis import weights
 from greenvis.data import ImageSet
 from greenvis.errors import BadInput
+from greenvis.herding import herding
 from greenvis.sources import Split
 
 Method = Literal["random", "herding", "condensed"]
@@ -61,18 +62,6 @@ def matching_loss(real: Tensor, synthetic: Tensor) -> Tensor:
     real: (classes, n, features). synthetic: (classes, m, features).
     """
     return (real.mean(1) - synthetic.mean(1)).square().sum()
-
-
-def herding(features: Tensor, count: int) -> Tensor:
-    """Return the rows of features (n, dim), in the order chosen, whose running mean stays nearest the mean (Welling, 2009)."""
-    mean, total = features.mean(0), torch.zeros_like(features[0])
-    left = torch.ones(len(features), dtype=torch.bool)
-    chosen: list[int] = []
-    for k in range(min(count, len(features))):
-        distance = ((total + features) / (k + 1) - mean).square().sum(1).masked_fill(~left, torch.inf)
-        chosen.append(int(distance.argmin()))
-        total, left[chosen[-1]] = total + features[chosen[-1]], False
-    return torch.tensor(chosen)
 
 
 def condense(

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis.errors import GreenvisError
+from greenvis.herding import herding
 from greenvis.techniques.iteration._buffer import (
     Buffer,
     balanced_slot,
     dequantise,
-    herding,
     quantise,
     reservoir_slot,
     ring_slot,
@@ -91,12 +91,12 @@ def test_ring_keeps_each_classes_latest() -> None:
 
 def test_herding_follows_the_running_mean() -> None:
     features = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
-    rows = herding(features, 6).tolist()
     unit = F.normalize(features.double(), dim=1)
+    rows = herding(unit, 6).tolist()
     for k in range(6):
         errors = [(unit.mean(0) - unit[[*rows[:k], i]].mean(0)).norm() if i not in rows[:k] else torch.inf for i in range(30)]
         assert rows[k] == int(np.argmin([float(e) for e in errors]))
-    assert rows[:3] == herding(features, 3).tolist()
+    assert rows[:3] == herding(unit, 3).tolist()
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 4, 4), (5, 7)])
@@ -225,7 +225,7 @@ def test_herding_chooses_at_a_tasks_end_and_shares_among_classes() -> None:
     best = buffer.take(torch.tensor([0, 1]))[0]
     mine = x[y == buffer.labels[0]]
     with torch.no_grad():
-        rows = herding(model[:3](mine), 2)
+        rows = herding(F.normalize(model[:3](mine).double(), dim=1), 2)
     assert torch.allclose(best, mine[rows], atol=2e-3)
     live.end_task([(x[high], y[high])])
     assert Counter(buffer.labels.tolist()) == {0: 2, 1: 2, 2: 2, 3: 2}

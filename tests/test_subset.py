@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import greenvis as gv
 from greenvis import data, experiment, price, record, subset
 from greenvis.errors import BadInput
+from greenvis.herding import herding
 from greenvis.plan import plan
 
 RECIPE = """\
@@ -64,8 +65,8 @@ def test_the_network_to_train_is_of_the_kind_that_is_matched() -> None:
 
 def test_herding_takes_what_brings_the_mean_nearest() -> None:
     features = torch.tensor([[0.0], [1.0], [4.0], [5.0], [10.0]])  # mean 4
-    assert subset.herding(features, 3).tolist() == [2, 3, 1]  # 4; (4 + 5) / 2 = 4.5; (4 + 5 + 1) / 3 = 3.33
-    assert sorted(subset.herding(features, 9).tolist()) == [0, 1, 2, 3, 4]
+    assert herding(features, 3).tolist() == [2, 3, 1]  # 4; (4 + 5) / 2 = 4.5; (4 + 5 + 1) / 3 = 3.33
+    assert sorted(herding(features, 9).tolist()) == [0, 1, 2, 3, 4]
 
 
 def test_condensed_images_match_better_than_those_they_started_from() -> None:

@@ -1,11 +1,11 @@
-"""Examples kept for replay: which ones stay (reservoir, ring, class-balanced, herding), and how they are stored."""
+"""Examples kept for replay: which ones stay (by chance, age, class, gradient or herding), and how they are stored."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 LEVELS = 255
@@ -62,18 +62,45 @@ def balanced_slot(labels: Sequence[int], label: int, seen: int, size: int, randi
     seen: items of its class so far, without it. While its class is not among the largest it takes a random item's place of
     the largest; else it enters its own class's reservoir. Balance holds whatever the stream's imbalance.
     """
+    slot = greedy_slot(labels, label, size, randint)
+    if slot >= 0:
+        return slot
+    own = [i for i, c in enumerate(labels) if c == label]
+    place = randint(seen + 1)
+    return own[place] if place < len(own) else -1
+
+
+def greedy_slot(labels: Sequence[int], label: int, size: int, randint: Callable[[int], int]) -> int:
+    """Return the slot of a new item of class `label`, -1 to pass it over (GDumb: Prabhu et al., 2020, algorithm 1).
+
+    While its class is not among the largest it takes a random item's place of the largest; else it is passed over: first
+    come, first kept.
+    """
     if len(labels) < size:
         return len(labels)
     counts = _counts(labels)
     most = max(counts.values())
-    own = counts.get(label, 0)
-    if own < most:
-        largest = sorted(c for c, n in counts.items() if n == most)
-        chosen = largest[randint(len(largest))]
-        there = [i for i, c in enumerate(labels) if c == chosen]
-        return there[randint(len(there))]
-    place = randint(seen + 1)
-    return [i for i, c in enumerate(labels) if c == label][place] if place < own else -1
+    if counts.get(label, 0) == most:
+        return -1
+    largest = sorted(c for c, n in counts.items() if n == most)
+    chosen = largest[randint(len(largest))]
+    there = [i for i, c in enumerate(labels) if c == chosen]
+    return there[randint(len(there))]
+
+
+def gradient_slot(scores: Sequence[float], score: float, size: int, draw: random.Random) -> int:
+    """Return the slot of a new item, -1 to pass it over (GSS-greedy: Aljundi et al., 2019, algorithm 2).
+
+    scores: of the items there, 1 + the greatest cosine of an item's gradient to those of others, when it came; score: of the
+    new one. Only one that pulls another way (below 1) can enter; it meets an item drawn in proportion to its score.
+    """
+    if len(scores) < size:
+        return len(scores)
+    total = sum(scores)
+    if score >= 1 or total <= 0:
+        return -1
+    slot = draw.choices(range(len(scores)), weights=scores)[0]
+    return slot if draw.random() < scores[slot] / (scores[slot] + max(score, 0.0)) else -1
 
 
 def _counts(labels: Sequence[int]) -> dict[int, int]:
@@ -83,26 +110,10 @@ def _counts(labels: Sequence[int]) -> dict[int, int]:
     return out
 
 
-def herding(features: Tensor, count: int) -> Tensor:
-    """Return rows, int64 (count,), whose running mean stays nearest the mean of all (iCaRL: Rebuffi et al., 2017, alg. 4).
-
-    features: (n, dim), L2-normalised here. The first k rows are the best k in the same sense, so a list is cut from behind.
-    """
-    features = F.normalize(features.double(), dim=1)
-    mean, total = features.mean(0), torch.zeros(features.shape[1], dtype=torch.float64)
-    free = torch.ones(len(features), dtype=torch.bool)
-    rows: list[int] = []
-    for k in range(min(count, len(features))):
-        distance = (mean - (total + features) / (k + 1)).norm(dim=1).masked_fill(~free, torch.inf)
-        rows.append(int(distance.argmin()))
-        free[rows[-1]] = False
-        total = total + features[rows[-1]]
-    return torch.tensor(rows, dtype=torch.int64)
-
-
 class Buffer:
     """Up to `size` examples: images (as uint8 levels, unless `exact`), labels, and whatever else belongs to each.
 
+    policy: "reservoir", "ring", "balanced", "greedy", or "gradient", which wants a float `score` (n,) with each offer.
     Everything lies in main memory. Draws come from a generator of its own, which its state holds: a saved and loaded buffer
     goes on exactly.
     """
@@ -111,9 +122,10 @@ class Buffer:
         self.size, self.policy, self.exact = size, policy, exact
         self.columns: dict[str, Tensor] = {}
         self.filled = self.seen = 0
-        self.generator = torch.Generator().manual_seed(seed)
+        self.random = random.Random(seed)  # a draw for each image offered: torch's would take longer than the images' storage
         self._labels: list[int] = []  # of what is kept; the slots' ages and the classes' counts go with it
         self._ages: list[int] = []
+        self._scores: list[float] = []
         self._seen_by_class: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -124,6 +136,11 @@ class Buffer:
         """Bytes of memory that the examples take, those to come included."""
         return sum(column.nbytes for column in self.columns.values())
 
+    def facts(self) -> dict[str, int]:
+        """Return what a run record says: examples, bytes in memory, and on disk as saved."""
+        disk = sum(tensor.nbytes for tensor in self.state_dict().values())
+        return {"buffer_images": len(self), "buffer_bytes": self.nbytes, "buffer_disk_bytes": disk}
+
     @property
     def labels(self) -> Tensor:
         """The kept labels, int64 (n,)."""
@@ -132,11 +149,12 @@ class Buffer:
     def offer(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Let the policy keep what it wants of a batch: x (n, …), y int64 (n,), more: float tensors (n, …)."""
         kept: dict[int, int] = {}  # a slot taken twice holds the later one
+        scores = more["score"].tolist() if "score" in more else [0.0] * len(y)
         for row, label in enumerate(y.tolist()):
-            slot = self._slot(label)
+            slot = self._slot(label, scores[row])
             if slot >= 0:
                 kept[slot] = row
-                self._label(slot, label)
+                self._label(slot, label, scores[row])
             self.seen += 1
             self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
         if kept:
@@ -144,39 +162,47 @@ class Buffer:
 
     def replace(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Hold exactly these examples from now on."""
-        self.filled, self._labels, self._ages, self.columns = 0, [], [], {}
+        self.filled, self._labels, self._ages, self._scores, self.columns = 0, [], [], [], {}
         for slot, label in enumerate(y.tolist()):
-            self._label(slot, label)
+            self._label(slot, label, 0.0)
         if len(y):
             self._put(list(range(len(y))), x, y, list(range(len(y))), more)
 
     def draw(self, count: int) -> Tensor:
         """Return distinct random rows, int64 (≤ count,)."""
-        return torch.randperm(self.filled, generator=self.generator)[:count]
+        return torch.tensor(self.random.sample(range(self.filled), min(count, self.filled)), dtype=torch.int64)
 
     def take(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return x float32 (n, …) and y int64 (n,) of these rows."""
-        stored = self.columns["x"][rows]
-        x = stored if self.exact else dequantise(stored, self.columns["low"][rows], self.columns["scale"][rows])
-        return x.to(device), self.columns["y"][rows].to(device)
+        its = {
+            name: self.columns[name].index_select(0, rows).to(device)
+            for name in ("x", "low", "scale", "y")
+            if name in self.columns
+        }
+        return its["x"] if self.exact else dequantise(its["x"], its["low"], its["scale"]), its["y"]
 
-    def _slot(self, label: int) -> int:
-        if self.policy == "reservoir":
-            return reservoir_slot(self.seen, self.size, self._randint)
-        if self.policy == "ring":
-            return ring_slot(self._labels, self._ages, label, self.size)
-        return balanced_slot(self._labels, label, self._seen_by_class.get(label, 0), self.size, self._randint)
+    def _slot(self, label: int, score: float) -> int:
+        randint = self.random.randrange
+        match self.policy:
+            case "reservoir":
+                return reservoir_slot(self.seen, self.size, randint)
+            case "ring":
+                return ring_slot(self._labels, self._ages, label, self.size)
+            case "greedy":
+                return greedy_slot(self._labels, label, self.size, randint)
+            case "gradient":
+                return gradient_slot(self._scores, score, self.size, self.random)
+            case _:
+                return balanced_slot(self._labels, label, self._seen_by_class.get(label, 0), self.size, randint)
 
-    def _randint(self, below: int) -> int:
-        return int(torch.randint(below, (1,), generator=self.generator))
-
-    def _label(self, slot: int, label: int) -> None:
+    def _label(self, slot: int, label: int, score: float) -> None:
         if slot == self.filled:
             self._labels.append(label)
             self._ages.append(self.seen)
+            self._scores.append(score)
             self.filled += 1
         else:
-            self._labels[slot], self._ages[slot] = label, self.seen
+            self._labels[slot], self._ages[slot], self._scores[slot] = label, self.seen, score
 
     def _put(self, slots: list[int], x: Tensor, y: Tensor, rows: list[int], more: Mapping[str, Tensor]) -> None:
         x = x.detach()[rows].cpu()
@@ -196,7 +222,7 @@ class Buffer:
             "ages": torch.tensor(self._ages, dtype=torch.int64),
             "seen": torch.tensor([self.filled, self.seen]),
             "seen_by_class": torch.tensor(counts, dtype=torch.int64).reshape(-1, 2),
-            "generator": self.generator.get_state(),
+            "random": torch.tensor(self.random.getstate()[1], dtype=torch.int64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -211,4 +237,6 @@ class Buffer:
         self._labels = self.columns["y"][: self.filled].tolist() if self.filled else []
         self._ages = state["ages"].tolist()
         self._seen_by_class = {int(c): int(n) for c, n in state["seen_by_class"]}
-        self.generator.set_state(state["generator"].cpu())
+        self._scores = self.columns["score"][: self.filled].tolist() if "score" in self.columns else [0.0] * self.filled
+        version, _, gauss = self.random.getstate()
+        self.random.setstate((version, tuple(state["random"].tolist()), gauss))

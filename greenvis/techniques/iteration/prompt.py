@@ -6,8 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
@@ -24,22 +26,15 @@ _IMAGES = 64  # of the first batch that are looked at for prototypes
 def prototypes(tokens: Tensor, number: int, rounds: int = 20) -> Tensor:
     """Return `number` centres of the tokens (count, dim) by Lloyd's k-means, (number, dim): the same ones each time.
 
-    Starts from tokens spread evenly over the list; a centre that nothing is nearest to stays where it is. Raises BadInput for
-    fewer tokens than centres.
+    Starts from tokens spread evenly over the list. Raises BadInput for fewer tokens than centres.
     """
     if len(tokens) < number:
         raise BadInput(f"{number} prototypes need as many tokens, and there are {len(tokens)}: give larger batches, or fewer")
-    spread = torch.linspace(0, len(tokens) - 1, number, device=tokens.device).long()
-    centres = tokens[spread].clone()
-    for _ in range(rounds):
-        nearest = torch.cdist(tokens, centres).argmin(1)
-        sums = torch.zeros_like(centres).index_add_(0, nearest, tokens)
-        counts = nearest.bincount(minlength=number)[:, None]
-        moved = torch.where(counts > 0, sums / counts.clamp_min(1), centres)
-        if torch.equal(moved, centres):
-            break
-        centres = moved
-    return centres
+    points = tokens.detach().cpu().numpy()
+    start = points[np.linspace(0, len(points) - 1, number).astype(int)]
+    options: dict[str, Any] = {"init": start, "n_init": 1, "max_iter": rounds}
+    found = KMeans(number, **options).fit(points)
+    return torch.from_numpy(found.cluster_centers_).to(tokens)
 
 
 class Prompt(Technique):

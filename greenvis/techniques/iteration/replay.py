@@ -1,4 +1,4 @@
-"""Experience replay: a small buffer of earlier examples, some of which join each batch."""
+"""Experience replay: a small buffer of earlier examples (images, features or a generator's), some of which join each batch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import GreenvisError
+from greenvis.herding import herding
 from greenvis.technique import Installed, Stage, Technique, logits_of
-from greenvis.techniques.iteration._buffer import Buffer, herding
+from greenvis.techniques.iteration._buffer import Buffer
 from greenvis.views import view
 from greenvis.views.quiet import quiet
 
@@ -38,70 +39,145 @@ class Replay(Technique):
 
     method: "er", one mean loss over new and replayed (Riemer et al., 2019; Chaudhry et al., 2019); "er_ace", new ones compete
     among their own classes (Caccia et al., 2022); "der", match the logits an example had when it was kept, alpha · mean
-    squared error; "derpp", that and, from a second draw, beta · task loss (Buzzega et al., 2020).
+    squared error; "derpp", that and, from a second draw, beta · task loss (Buzzega et al., 2020); "gdumb", nothing learns but
+    at each task's end, from the first weights, on the buffer alone (Prabhu et al., 2020; with policy greedy), in the phase
+    "gdumb".
+    latent: keep what enters a layer instead of images (latent replay: Pellegrini et al., 2020). All below is frozen, and runs
+    for new images only: its forward is what this saves. source generator: a conditional variational autoencoder draws what is
+    replayed (Shin et al., 2017); it learns at each task's end but the last, in the phase "generator".
     Saves training again on everything, whose cost grows with the square of the number of tasks. Costs the buffer
     (images as uint8 with their own range) and, each step, forward and backward of what is replayed: 128 for a batch of 10
     are 13.8 times the images, so with few tasks it may save nothing. New and replayed run as one batch. Kept after the
-    optimizer step, as they were shown, augmentation included.
+    optimizer step, as they were shown, augmentation included. Policy gradient costs, each step, a backward for each new image
+    and 10 kept ones. Of several processes each keeps its share of `size`, of the images it is shown: give `end_task` its own
+    part of the data, too.
     """
 
     name: ClassVar[str] = "replay"
     stage: ClassVar[Stage] = "objective"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"size": 6}, {"size": 5, "method": "derpp", "policy": "balanced"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"size": 6},
+        {"size": 5, "method": "derpp", "policy": "balanced"},
+        {"size": 6, "latent": -1},
+        {"size": 6, "method": "gdumb", "policy": "greedy", "epochs": 1},
+    )
 
     size: Annotated[int, Field(ge=1, description="examples kept")] = 500
     method: Method = "er"
     policy: Annotated[
-        Literal["reservoir", "ring", "balanced", "herding"],
-        Field(description="who stays: all alike; a class's latest; classes alike; at a task's end, those nearest the mean"),
+        Policy,
+        Field(
+            description="who stays: all alike; a class's latest; classes alike, by chance or who comes first; at a task's end, "
+            "those nearest the mean; those whose gradients differ most"
+        ),
     ] = "reservoir"
+    latent: Annotated[int | str | None, Field(description="keep what enters this block (from 0; negative: from the end)")] = (
+        None
+    )
+    source: Literal["buffer", "generator"] = "buffer"
     batch_size: Annotated[int | None, Field(ge=1, description="replayed a step; `share` of the batch where absent")] = None
     share: Annotated[float, Field(gt=0, description="replayed for each new image")] = 1.0
     every: Annotated[int, Field(ge=1, description="replay at every so many steps")] = 1
     alpha: Annotated[float, Field(ge=0, description="of der and derpp: weight of the kept logits")] = 0.5
     beta: Annotated[float, Field(ge=0, description="of derpp: weight of the kept labels")] = 0.5
     exact: Annotated[bool, Field(description="keep float32 instead of uint8: four times the memory")] = False
+    epochs: Annotated[int, Field(ge=1, description="of gdumb and of the generator: passes at a task's end")] = 30
+    lr: Annotated[float, Field(gt=0, description="of gdumb")] = 0.05
+    input_shape: Annotated[
+        tuple[int, int, int] | None, Field(description="(channels, height, width) of an image, if it cannot be inferred")
+    ] = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Replay:
+        if self.latent is not None and (self.method == "gdumb" or self.policy in ("herding", "gradient")):
+            raise ValueError(
+                "features of a layer are kept as they come: 'latent' goes with neither gdumb, herding nor gradient"
+            )
+        if self.source == "generator" and (self.latent is not None or self.method not in ("er", "er_ace")):
+            raise ValueError(
+                "a generator draws images and labels: 'source' generator goes with er and er_ace, without 'latent'"
+            )
+        if self.method == "gdumb" and self.policy == "gradient":
+            raise ValueError("gdumb trains nothing while tasks go by, so there are no gradients to choose by")
+        return self
 
     def install(self, model: nn.Module) -> Installed:
-        """Make the buffer; the model stays as it is."""
-        return InstalledReplay(self, model)
+        """Make the buffer; with `latent`, freeze what lies below the layer. Raises BadInput where that cannot be."""
+        rank, count = _place()
+        if count > 1 and (self.method == "gdumb" or self.source == "generator"):
+            what = "gdumb" if self.method == "gdumb" else "a generator"
+            raise BadInput(
+                f"replay with {what} trains within one process, and this is one of {count}: use a buffer with er or der"
+            )
+        size = self.size // count + (rank < self.size % count)
+        if not size:
+            raise BadInput(f"replay: size {self.size} leaves nothing for each of {count} processes: keep at least {count}")
+        buffer = Buffer(size, self.policy, (torch.initial_seed() + rank) % 2**63, self.exact)
+        if self.method == "gdumb":
+            return InstalledGdumb(model, buffer, self.epochs, self.lr, self.batch_size)
+        return InstalledReplay(self, model, buffer)
+
+
+def _place() -> tuple[int, int]:
+    """Return (rank, number of processes)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 class InstalledReplay(Installed):
     """The buffer at work. Adds the terms "der" and "derpp"."""
 
-    def __init__(self, request: Replay, model: nn.Module) -> None:
+    def __init__(self, request: Replay, model: nn.Module, buffer: Buffer) -> None:
         super().__init__()
-        self.request, self.model = request, model
-        self.buffer = Buffer(request.size, request.policy, torch.initial_seed() % 2**63, request.exact)
+        self.request, self.model, self.buffer = request, model, buffer
+        self.entrance = None if request.latent is None else Entrance(model, request.latent, request.input_shape)
+        self.generator = Generator(torch.initial_seed() % 2**63) if request.source == "generator" else None
         self.steps = 0
         self._parts: list[int] = []  # of the batch now: how many are new, and of each draw
         self._wanted: Tensor | None = None  # the kept logits of the first draw
         self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
+        self._outputs = 0
+        self._last = False  # whether no task comes after this one
         if request.method != "er":
             self.criterion = self._criterion
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return the batch with examples from the buffer behind it."""
+        """Return the batch with examples from the buffer behind it; with `latent` they join y here, and x at the layer."""
         if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.ndim != 1:
             raise GreenvisError("replay needs a batch of one tensor of images and one label each, (batch, …) and (batch,)")
         r = self.request
-        self._new.append({"x": x, "y": y})
+        if self.generator is None:
+            self._new.append({"y": y} if self.entrance is not None else {"x": x, "y": y})
         self._parts, self._wanted = [len(x)], None
         self.steps += 1
-        if not len(self.buffer) or self.steps % r.every:
-            return x, y
         count = r.batch_size or max(1, round(r.share * len(x)))
-        xs, ys = [x], [y]
-        for draw in range(2 if r.method == "derpp" else 1):
-            rows = self.buffer.draw(count)
-            old_x, old_y = self.buffer.take(rows, x.device)
-            xs.append(old_x.to(x.dtype))
-            ys.append(old_y)
-            self._parts.append(len(rows))
-            if draw == 0 and "logits" in self.buffer.columns:
-                self._wanted = self.buffer.columns["logits"][rows].to(x.device)
-        return torch.cat(xs), torch.cat(ys)
+        xs, ys = [], [y]
+        if self.steps % r.every == 0:
+            for draw in range(2 if r.method == "derpp" else 1):
+                old = self._earlier(count, x.device, draw == 0)
+                if old is not None:
+                    xs.append(old[0].to(x.dtype))
+                    ys.append(old[1])
+                    self._parts.append(len(old[1]))
+        if self.entrance is not None:
+            self.entrance.open(self._taken, torch.cat(xs) if xs else None)
+            return x, torch.cat(ys) if xs else y
+        return (torch.cat([x, *xs]), torch.cat(ys)) if xs else (x, y)
+
+    def _earlier(self, count: int, device: torch.device, first: bool) -> tuple[Tensor, Tensor] | None:
+        """Return (x, y) of earlier examples, None while there are none."""
+        if self.generator is not None:
+            return self.generator.draw(count, device) if self.generator.classes else None
+        if not len(self.buffer):
+            return None
+        rows = self.buffer.draw(count)
+        if first and "logits" in self.buffer.columns:
+            self._wanted = self.buffer.columns["logits"][rows].to(device)
+        return self.buffer.take(rows, device)
+
+    def _taken(self, entered: Tensor) -> None:
+        self._new[-1]["x"] = entered
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"der": alpha · MSE to the kept logits}, where the method has it."""
@@ -119,13 +195,29 @@ class InstalledReplay(Installed):
     def step_end(self) -> None:
         """Offer the new examples to the buffer."""
         for new in self._new:
+            if "x" not in new:
+                raise GreenvisError(f"the layer of latent replay did not run in this step: {self.request.latent!r}")
+            if self.request.policy == "gradient":
+                device = new["x"].device
+                kept = (
+                    self.buffer.take(self.buffer.draw(_COMPARED), device) if len(self.buffer) else (new["x"][:0], new["y"][:0])
+                )
+                with in_mode(self.model, False):
+                    new["score"] = closeness(self.model, new["x"], new["y"], *kept)
             if self.request.policy != "herding":
                 self.buffer.offer(**new)
         self._new.clear()
 
+    def begin_task(self, task: Task) -> None:
+        """Note whether another task comes."""
+        self._last = task.count is not None and task.index + 1 == task.count
+
     def end_task(self, loader: Any) -> None:
-        """Choose each class's examples anew where they are chosen at a task's end."""
-        if self.request.policy != "herding":
+        """Choose each class's examples anew, or let the generator learn the task, where that is done at a task's end."""
+        if self.generator is not None and not self._last:
+            with self.phase("generator"):
+                self._teach(self.generator, loader)
+        if self.generator is not None or self.request.policy != "herding":
             return
         found: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for x, y, features in self._features(loader):
@@ -138,9 +230,16 @@ class InstalledReplay(Installed):
         ys = [torch.full((len(x),), c) for x, c in zip(xs, before, strict=True)]
         for label, parts in found.items():
             images, features = (torch.cat(column) for column in zip(*parts, strict=True))
-            xs.append(images[herding(features, share)])
+            xs.append(images[herding(F.normalize(features.double(), dim=1), share)])
             ys.append(torch.full((len(xs[-1]),), label))
         self.buffer.replace(torch.cat(xs)[: self.request.size], torch.cat(ys)[: self.request.size])
+
+    def _teach(self, generator: Generator, loader: Any) -> None:
+        device = next(self.model.parameters()).device
+        if not generator.shape:
+            with quiet(self.model):
+                self._outputs = logits_of(self.model(next(iter(loader))[0][:1].to(device))).shape[1]
+        generator.learn(loader, self._outputs, self.request.epochs, self.request.share, device)
 
     def _features(self, loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield x, y and what the classifier is given for x, (batch, values), on the CPU."""
@@ -174,13 +273,19 @@ class InstalledReplay(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return what the buffer holds and takes."""
-        return {"buffer_images": len(self.buffer), "buffer_bytes": self.buffer.nbytes}
+        if self.generator is not None:
+            return {"generator_bytes": self.generator.nbytes, "generator_classes": len(self.generator.classes)}
+        return self.buffer.facts()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the buffer and how many steps there were."""
-        return {"steps": torch.tensor(self.steps), **{f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}}
+        """Return the buffer or the generator, and how many steps there were."""
+        state = {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
+        if self.generator is not None:
+            state = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        return {"steps": torch.tensor(self.steps), **state}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the buffer back; what it goes on to keep and draw is what it would have."""
         self.steps = int(state["steps"])
-        self.buffer.load_state_dict({k.removeprefix("buffer."): v for k, v in state.items() if k != "steps"})
+        kept: Any = self.buffer if self.generator is None else self.generator
+        kept.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k != "steps"})
