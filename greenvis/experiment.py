@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from greenvis import continual, data, knn, models, price, record, stages, stream, subset, train
+from greenvis import continual, data, knn, lineage, models, record, stages, stream, subset, train
 from greenvis.errors import BadInput, some
 from greenvis.jobs import (
     CHECKPOINT_FILE,
@@ -23,7 +23,6 @@ from greenvis.jobs import (
     Job,
     Jobs,
     forget,
-    lineage,
     located,
     locked,
     predicted,
@@ -114,6 +113,7 @@ class Session:
             located(at, subset.check, self.jobs.images(job.recipe).train, job.arm.subset.per_class)
         model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
+        lineage.check_range(job, images.facts())
         stages.check(job, model, self._ready)
         live = located(where, wrap, model, self._ready(job))
         if images.held_out is None and any(i.calibrates for i in live.installed):
@@ -151,8 +151,8 @@ class Session:
             else job.recipe.where("model", "ref")
         )
         model = located(where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options)
-        if weights and spec.init:
-            used = job.uses.get(spec.init)
+        used = job.uses.get(spec.init or "")
+        if spec.init and (weights or used is None):
             path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
             located(where, models.load_weights, model, path, head="match" if spec.classifier == "keep" else "replace")
         return model
@@ -196,14 +196,13 @@ class Session:
             with tracker.phase("measure"):
                 x = next(iter(data.batches(images.test, 64)))[0]
                 tracker.fact(**measure(model, x, tracker))
-                settings, device = live.operating_points(), next(iter(model.parameters())).device
-                if settings:
+                if live.operating_points():
+                    device = next(iter(model.parameters())).device
                     answer = lambda x: logits_of(model(x.to(device)))  # noqa: E731
-                    points = compare(settings, answer, lambda: data.batches(images.test, 64), tracker)
+                    points = compare(live.operating_points, answer, lambda: data.batches(images.test, 64), tracker)
                     tracker.fact(operating_points=points)
-        card = {"run": tracker.id, "arm": job.name}
         place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
-        models.save(model, job.folder / WEIGHTS_FILE, card=card, **place)
+        models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
         write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
         forget(job, done=False)
 
@@ -329,16 +328,8 @@ class Session:
             threads=torch.get_num_threads(),
             predicted=predicted(job),
         )
-        for (role, _), used in lineage(job).items():
-            readings, ids = [], []
-            for path in record.find([used.folder]):
-                its = record.read(path)
-                if its.header.get("inputs") == used.inputs:
-                    readings.append(price.run_energy(its))
-                    ids.append(its.id)
-            total = price.add(readings)
-            energy = {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
-            tracker.uses(role=role, name=used.name, seed=used.seed, runs=ids, energy_j=energy)
+        for line in lineage.ancestors(job):
+            tracker.uses(**line)
 
     def _fold(self, job: Job, live: Wrapped) -> nn.Module:
         """Return the model as it will be served: merged where that is possible."""

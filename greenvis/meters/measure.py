@@ -20,7 +20,8 @@ LOOK_S = 0.5  # seconds of inference for latency
 ROUND_S = 0.1  # of one reading of throughput and energy
 STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
-PASSES, PASSES_S = 3, 30.0  # the same of passes over the images, where settings of one model are compared
+PASSES, PASSES_S = 3, 30.0  # passes over the images where settings of one model are compared, if there is time for them;
+MORE_S = 4.0  # more while they are unsteady and take no longer in all
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     """Serve batches until the readings are steady; return images per second and the energy of one image by the run's meter."""
     model.eval()
     seconds: list[float] = []  # an image
-    joules: list[Sequence[float] | None] = []  # an image: central, low, high
+    joules: list[tuple[float, float, float] | None] = []  # an image: central, low, high
     with torch.inference_mode(), run.phase("serve"):
         model(x)
         end = time.perf_counter() + MOST_S
@@ -86,7 +87,7 @@ def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     return out
 
 
-def _unsteady(seconds: Sequence[float], joules: Sequence[Sequence[float] | None]) -> bool:
+def _unsteady(seconds: Sequence[float], joules: Sequence[tuple[float, float, float] | None]) -> bool:
     return median_spread([s if j is None else j[0] for s, j in zip(seconds, joules, strict=True)]) > STEADY
 
 
@@ -147,12 +148,14 @@ def compare(
 def _again(passes: Sequence[Mapping[str, Sequence[float]]], seconds: float) -> bool:
     """Say whether another pass is wanted, and likely to be over in time."""
     unsteady = any(_steadiness(passes, name).get("spread", math.inf) > STEADY for name in [*passes[0]][1:])
-    return (len(passes) < PASSES or unsteady) and seconds * (len(passes) + 1) / len(passes) < PASSES_S
+    then = seconds * (len(passes) + 1) / len(passes)
+    return then < PASSES_S if len(passes) < PASSES else unsteady and then < MORE_S
 
 
 def _steadiness(passes: Sequence[Mapping[str, Sequence[float]]], name: str) -> dict[str, float]:
     """Return the number of passes, and the spread of the ratio of energies to the first setting's if there is one."""
-    ratios = [p[name][0] / of for p in passes if (of := p[next(iter(p))][0])]
+    first = next(iter(passes[0]))
+    ratios = [p[name][0] / p[first][0] for p in passes if p[first][0]]
     return {"passes": len(passes)} | ({"spread": median_spread(ratios)} if len(ratios) > 1 else {})
 
 

@@ -239,10 +239,10 @@ class Tracker:
                 self._ledger.add(phase, **quantities)
 
     def energy(self) -> Reading:
-        """Return the energy of this run so far, in joules."""
+        """Return the energy of this run so far, in joules, every counter read anew."""
         with self._whole():
             if self._state == "running":
-                self._ledger.cut(full=False)
+                self._ledger.cut()
             if self._state == "new":
                 return Reading("energy_j", None, reason="the run was not started")
             return price.add(price.energy(self._ledger.sums(), self.header["components"]).values())

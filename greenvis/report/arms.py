@@ -215,7 +215,10 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
             )  # fmt: skip
         elif run.done and run.done.inference_j and run.done.inference_j.value is not None:
             found[run.seed] = run.done.inference_j
+    facts = [run.done.facts.get("inference_energy_j") for run in done if run.done]
+    spreads = [s for f in facts if isinstance(f, Mapping) and isinstance(s := f.get("spread"), (int, float)) and 0 <= s < 1e3]
     out = mean_reading(found.values()) | {"by_seed": {str(s): r.value for s, r in sorted(found.items())}}
+    out |= {"spread": max(spreads)} if spreads else {}
     if out["value"] is None:
         out["reason"] = "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
     return out

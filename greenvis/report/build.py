@@ -12,7 +12,7 @@ results.json, schema 1 (units stand in the keys; null is "not known", never 0):
       inference_energy_j {value, …, reason}              of one image
       predicted.QUANTITY {value, low, high, actual, ratio, inside, n}: where a plan was made: energy_j, carbon_g, wall_s, flops
       macs, params, trainable_params, delta_bytes, train_flops, latency_ms {p50, p95}, images_per_s, peak_memory_mb, wall_s
-      operating_points [{setting, accuracy, inference_energy_j, energy_ratio, macs, macs_ratio, realised, exits}]
+      operating_points [{setting, accuracy, inference_energy_j, energy_ratio, macs, macs_ratio, realised, exits, energy_spread}]
                          of a model that can be switched after training; ratios to the setting "never"
       embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
       uses [{role, name, runs, energy_j, used_by_runs}]  what it builds on, beside: in no figure above

@@ -19,7 +19,8 @@ def settings(arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each setting, means over finished seeds; [] where the arm has none.
 
     setting; accuracy {mean, std, n}; inference_energy_j, energy_ratio (to "never", same seed), macs, macs_ratio, realised
-    (energy saved ÷ MACs saved), exits: share of the images that leaves at each.
+    (energy saved ÷ MACs saved), exits: share of the images that leaves at each. energy_spread: how far a pass over the images
+    scatters about that ratio, a share of it, mean over seeds; None where the record does not say.
     """
     seeds = [_rows(run.done.facts.get("operating_points")) for run in arm.done.values() if run.done]
     names = list(dict.fromkeys(name for rows in seeds for name in rows))
@@ -32,6 +33,7 @@ def settings(arm: Arm) -> list[dict[str, Any]]:
             "accuracy": stats.summary({i: float(a["accuracy"]) for i, (a, _) in enumerate(both) if _number(a.get("accuracy"))}),
             "inference_energy_j": _mean([_joules(a) for a, _ in both]),
             "energy_ratio": _mean(energy),
+            "energy_spread": _mean([_spread(a) for a, _ in both]),
             "macs": _mean([_macs(a) for a, _ in both]),
             "macs_ratio": _mean(macs),
             "realised": _realised(_mean(energy), _mean(macs)),
@@ -48,7 +50,8 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
             joules = s["inference_energy_j"]
             rows.append([
                 arm, s["setting"], words.spread("accuracy", s["accuracy"]), si(None if joules is None else joules * 1000, "J"),
-                _times(s["energy_ratio"]), si(s["macs"]), _times(s["macs_ratio"]), _times(s["realised"]),
+                _give_or_take(s["energy_ratio"], s["energy_spread"]),
+                si(s["macs"]), _times(s["macs_ratio"]), _times(s["realised"]),
                 " · ".join(f"{share:.0%}" for share in s["exits"]) or MISSING,
             ])  # fmt: skip
     return rows
@@ -67,6 +70,12 @@ def _number(value: Any) -> bool:
 def _joules(row: Mapping[str, Any]) -> float | None:
     reading = row.get("inference_energy_j")
     value = reading.get("value") if isinstance(reading, Mapping) else None
+    return float(value) if _number(value) else None  # type: ignore[arg-type]
+
+
+def _spread(row: Mapping[str, Any]) -> float | None:
+    reading = row.get("inference_energy_j")
+    value = reading.get("spread") if isinstance(reading, Mapping) else None
     return float(value) if _number(value) else None  # type: ignore[arg-type]
 
 
@@ -96,6 +105,10 @@ def _shares(tallies: list[Any]) -> list[float]:
         return []
     total = sum(sum(t) for t in there)
     return [sum(t[k] for t in there) / total for k in range(len(there[0]))] if total else []
+
+
+def _give_or_take(ratio: float | None, spread: float | None) -> str:
+    return _times(ratio) + (f" ± {ratio * spread:.2f}" if ratio is not None and spread else "")
 
 
 def _times(value: float | None) -> str:
