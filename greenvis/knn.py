@@ -26,9 +26,8 @@ def knn_accuracy(
     train, test: features (N, dim) and (M, dim); nearness is the cosine s, a vote weighs exp(s / temperature). labels, target:
     int64 (N,) and (M,).
     """
-    votes = KNeighborsClassifier(
-        min(k, len(train)), metric="cosine", algorithm="brute", weights=lambda apart: np.exp((1 - apart) / temperature)
-    )
+    nearness: Any = lambda apart: np.exp((1 - apart) / temperature)  # noqa: E731
+    votes = KNeighborsClassifier(min(k, len(train)), metric="cosine", algorithm="brute", weights=nearness)
     votes.fit(train.float().cpu().numpy(), labels.cpu().numpy())
     return float(votes.score(test.float().cpu().numpy(), target.cpu().numpy()))
 
