@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from greenvis import data
+from greenvis import data, models
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.recipe import Arm, Recipe, load_recipe
 from greenvis.technique import Samples
@@ -101,6 +101,8 @@ class Jobs:
                 inputs["subset"] = arm.subset.model_dump()
             if arm.stages:
                 inputs["stages"] = [_stage(its) for its in arm.stages]
+            if its := files(arm, recipe.folder):
+                inputs["files"] = [file.is_file() and _digest(file) for _, file in its]
             digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
             folder = self.runs / recipe.name / arm.name / f"seed{seed}"
             self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
@@ -129,19 +131,22 @@ class Jobs:
         return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
 
 
+def files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
+    """Return the files of models an arm begins with, "file:PATH" in its recipe, as (role, path)."""
+    named: list[tuple[str, Any]] = [("base", arm.model.init), ("base", arm.model.ref)]
+    named += [(t.role, value) for one in (arm, *arm.stages) for t in one.techniques for value in t.recipe_form().values()]
+    refs = [(role, ref) for role, given in named for ref in (given if isinstance(given, list) else [given])]
+    return [(role, models.file_of(ref, folder)) for role, ref in refs if isinstance(ref, str) and ref.startswith("file:")]
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
 def _stage(its: Arm) -> dict[str, Any]:
     made = [{t.name: t.recipe_form()} for t in its.techniques]
     return {"name": its.stage, "train": its.train.model_dump(exclude=UNHASHED), "techniques": made, "layers": its.layers}
-
-
-def lineage(job: Job) -> dict[tuple[str, Path], Job]:
-    """Return what a job builds on, and what that builds on in its turn, by role ("base", "teacher") and folder."""
-    named = {ref: t.role for arm in (job.arm, *job.arm.stages) for t in arm.techniques for ref in t.runs().values()}
-    found: dict[tuple[str, Path], Job] = {}
-    for ref, used in job.uses.items():
-        role = "base" if ref == job.arm.model.init else named[ref]
-        found |= {(role, used.folder): used, **lineage(used)}
-    return found
 
 
 def _with_needs(job: Job) -> Iterator[Job]:

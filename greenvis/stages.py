@@ -102,7 +102,7 @@ def train(
         if len(rows) == len(stages):
             break
         live.merge()
-        weights.write(file, model.state_dict(), {"rows": rows})
+        weights.write(file, weights.whole(model), {"rows": rows})
         checkpoint.unlink(missing_ok=True)
     now = live.model.state_dict()
     changed = {n: t for n, t in now.items() if n not in started or not torch.equal(t.detach().cpu(), started[n])}
@@ -116,7 +116,7 @@ def _resume(model: nn.Module, file: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = weights.metadata(file)["rows"]
-        model.load_state_dict(weights.read_state(file))
+        weights.place(model, weights.read_state(file))
     except (BadInput, KeyError, RuntimeError) as error:
         raise GreenvisError(f"{file} cannot be read ({error}); remove it to start this arm again") from error
     return rows

@@ -20,6 +20,8 @@ from greenvis.errors import BadInput, some
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 METADATA_KEY = "greenvis"
+KEPT = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
+_BESIDE = "_greenvis_beside"
 
 
 def first_line(error: BaseException) -> str:
@@ -96,6 +98,28 @@ def head_names(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
 
 
+def keep(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
+    """Lay tensors beside a model, which its own forward does not use: they go where it goes, into its file and back.
+
+    None takes those of this name away. The model's keys stay what they are; its file's do not.
+    """
+    there: dict[str, dict[str, Tensor]] = {k: v for k, v in model.__dict__.get(_BESIDE, {}).items() if k != name}
+    model.__dict__[_BESIDE] = there if tensors is None else {**there, name: dict(tensors)}
+    if not model.__dict__[_BESIDE]:
+        del model.__dict__[_BESIDE]
+
+
+def kept(model: nn.Module, name: str) -> dict[str, Tensor] | None:
+    """Return what `keep` laid beside a model under this name, None where it did not."""
+    return model.__dict__.get(_BESIDE, {}).get(name)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state and what lies beside it, as its file has them."""
+    beside = model.__dict__.get(_BESIDE, {})
+    return {**model.state_dict(), **{f"{KEPT}{name}.{k}": t for name, of_one in beside.items() for k, t in of_one.items()}}
+
+
 def place(model: nn.Module, state: Mapping[str, Tensor], *, head: str = "match", source: str = "the weights") -> list[str]:
     """Load `state` into `model`; return the names left as they were. Check first: a misfit raises BadInput, model unchanged.
 
@@ -103,14 +127,16 @@ def place(model: nn.Module, state: Mapping[str, Tensor], *, head: str = "match",
     """
     if head not in ("match", "replace"):
         raise BadInput(f"head is '{head}'; it is 'match' or 'replace'")
+    beside = {n: t for n, t in state.items() if n.startswith(KEPT)}
+    state = {n: t for n, t in state.items() if n not in beside}
     own = model.state_dict()
-    kept = head_names(model) if head == "replace" else set()
+    left = head_names(model) if head == "replace" else set()
     # a head of another kind (one linear layer for two) has other names: they lie under the same modules
-    homes = tuple({n.rpartition(".")[0] + "." for n in kept})
+    homes = tuple({n.rpartition(".")[0] + "." for n in left})
     foreign = {n for n in state if n not in own and homes and n.startswith(homes)}
-    missing = sorted(own.keys() - state.keys() - kept)
+    missing = sorted(own.keys() - state.keys() - left)
     extra = sorted(state.keys() - own.keys() - foreign)
-    shared = [n for n in own if n in state and n not in kept]
+    shared = [n for n in own if n in state and n not in left]
     shapes = [f"'{n}' is {tuple(state[n].shape)}, not {tuple(own[n].shape)}" for n in shared if state[n].shape != own[n].shape]
     if missing or extra or shapes:
         parts = [f"{some(missing)} missing"] if missing else []
@@ -118,7 +144,10 @@ def place(model: nn.Module, state: Mapping[str, Tensor], *, head: str = "match",
         parts += ["; ".join(shapes[:4]) + (f"; … (+{len(shapes) - 4})" if len(shapes) > 4 else "")] if shapes else []
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
     model.load_state_dict({**own, **{n: state[n] for n in shared}})
-    return sorted(kept)
+    for name in sorted({n.removeprefix(KEPT).partition(".")[0] for n in beside}):
+        start = f"{KEPT}{name}."
+        keep(model, name, {n.removeprefix(start): t for n, t in beside.items() if n.startswith(start)})
+    return sorted(left)
 
 
 def load_weights(model: nn.Module, path: str | Path, *, head: str = "match") -> list[str]:

@@ -1,0 +1,160 @@
+"""What a model was made from: the `uses` lines of its run's record, and the card that its weight file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from greenvis import price, record, weights
+from greenvis.errors import BadInput
+from greenvis.jobs import WEIGHTS_FILE, Job, files
+from greenvis.record import Reading
+
+KEYS = ("run", "arm", "seed", "energy_j")  # what a weight file's card must hold to be an ancestor
+
+
+def ancestors(job: Job) -> list[dict[str, Any]]:
+    """Return what a job builds on, and what that builds on in its turn: {"role", "name", "seed", "runs", "energy_j", "of"}.
+
+    role: "base" or "teacher". runs: ids of its records; energy_j: what they cost together. of: the names of those of its
+    children that are in this family, so that a family tree can be drawn. Each stands there once, however many build on it.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    _collect(job, found)
+    return list(found.values())
+
+
+def card(job: Job, accuracy: float | None) -> dict[str, Any]:
+    """Return what a finished job's weight file says of itself: data, recipe, cost, and all that it was made from."""
+    runs = _records(job)
+    facts = runs[-1].facts if runs else {}
+    return {
+        "run": runs[-1].id if runs else "",
+        "arm": job.name,
+        "seed": job.seed,
+        "accuracy": accuracy,
+        "energy_j": _energy(price.add(map(price.run_energy, runs))),
+        "data": facts.get("data"),
+        "techniques": facts.get("techniques"),
+        "uses": ancestors(job),
+        "recipe": job.recipe.text(),
+    }
+
+
+def read_card(place: str | Path) -> dict[str, Any]:
+    """Return the card of a weight file, or of a finished run's folder, with "file" and "ref" of its model, and "total_j".
+
+    total_j: its own energy and that of all it was made from, each counted once. Raises BadInput where there is no card.
+    """
+    path = Path(place)
+    path = path / WEIGHTS_FILE if path.is_dir() else path
+    stored = weights.metadata(path)
+    its = stored.get("card") or {}
+    if any(key not in its for key in KEYS):
+        raise BadInput(f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it")
+    total = price.add(map(_reading, [its["energy_j"], *(u["energy_j"] for u in its.get("uses", ()))]))
+    return {"file": str(path), "ref": stored.get("ref"), "options": stored.get("options"), **its, "total_j": _energy(total)}
+
+
+def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return a card's family as (depth, role, entry), the model itself first; one that two build on stands below both."""
+    rows: list[tuple[int, str, dict[str, Any]]] = []
+
+    def below(entry: Mapping[str, Any], role: str, above: tuple[str, ...]) -> None:
+        rows.append((len(above), role, dict(entry)))
+        name = _key(entry)
+        for use in its.get("uses", ()):
+            if name in use["of"] and _key(use) not in above:
+                below(use, use["role"], (*above, name))
+
+    below({"name": its["arm"], **its}, "", ())
+    return rows
+
+
+def check_range(job: Job, own: Mapping[str, Any]) -> None:
+    """Raise BadInput where a base knows pixels of another range than this job's images have (0 to 1, or normalised).
+
+    own: the facts of the job's data. Another mean and deviation are another data set's, and no error.
+    """
+    for name, its in _bases_data(job):
+        plain, wanted = (_plain(facts) for facts in (its, own))
+        if None not in (plain, wanted) and plain != wanted:
+            said = {True: "from 0 to 1", False: "normalised"}
+            raise BadInput(
+                f"{job.recipe.where('arms', job.arm.name)}: {name}, which it builds on, learned from pixels {said[plain]}, but "
+                f"here they are {said[wanted]}: it would see another picture; set data.normalise: {str(not plain).lower()}"
+            )
+
+
+def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
+    child = f"{job.name} seed {job.seed}"
+    named = {ref: t.role for t in _techniques(job) for ref in t.runs().values()}
+    for ref, used in job.uses.items():
+        runs = _records(used)
+        line = {
+            "role": "base" if ref == job.arm.model.init else named[ref],
+            "name": used.name,
+            "seed": used.seed,
+            "runs": [run.id for run in runs],
+            "energy_j": _energy(price.add(map(price.run_energy, runs))),
+        }
+        _add(found, line, [child])
+        _collect(used, found)
+    for role, _, its in _cards(job):
+        line = {"role": role, "name": its["arm"], "seed": its["seed"], "runs": [its["run"]], "energy_j": its["energy_j"]}
+        _add(found, line, [child])
+        for use in its.get("uses", ()):
+            _add(found, use, use["of"])
+
+
+def _add(found: dict[str, dict[str, Any]], line: Mapping[str, Any], of: Sequence[str]) -> None:
+    entry = found.setdefault(_key(line), {**line, "of": []})
+    entry["of"] = list(dict.fromkeys([*entry["of"], *of]))
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']} seed {entry['seed']}"
+
+
+def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Yield the weight files of greenvis that a job begins with, as (role, path, card)."""
+    for role, path in files(job.arm, job.recipe.folder):
+        try:
+            card = weights.metadata(path).get("card") or {}
+        except BadInput:  # of another kind: it has no card, and whether it can be used is for others to say
+            continue
+        if all(key in card for key in KEYS):
+            yield role, path, card
+
+
+def _techniques(job: Job) -> Iterable[Any]:
+    return [t for arm in (job.arm, *job.arm.stages) for t in arm.techniques]
+
+
+def _records(job: Job) -> list[record.Run]:
+    """Return the records of all attempts at a job, in order."""
+    runs = map(record.read, record.find([job.folder] if job.folder.is_dir() else []))
+    return sorted((r for r in runs if r.header.get("inputs") == job.inputs), key=lambda r: r.header.get("clock_s", 0.0))
+
+
+def _energy(total: Reading) -> dict[str, Any]:
+    return {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
+
+
+def _reading(energy: Mapping[str, Any]) -> Reading:
+    return Reading("energy_j", energy["value"], energy["low"], energy["high"], "reused", energy["provenance"], "not known")
+
+
+def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for used in job.uses.values():
+        yield used.name, {"normalise": used.recipe.data.normalise}
+    for _, path, its in _cards(job):
+        yield str(path), its.get("data") or {}
+
+
+def _plain(facts: Mapping[str, Any]) -> bool | None:
+    """Whether pixels are left as they are, 0 to 1; None where nothing says so."""
+    if "normalise" in facts:
+        return not facts["normalise"]
+    return all(s == 1 for s in facts["std"]) if facts.get("std") else None
