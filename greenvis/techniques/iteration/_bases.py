@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from greenvis import models
 from greenvis.errors import BadInput
 from greenvis.modes import in_mode
 from greenvis.techniques.iteration._masked import grid_of
@@ -55,6 +57,16 @@ class Base:
             self.heads = shown.logits.shape[1]
         if not shown.features.isfinite().all():
             raise BadInput(f"the base {self.what} answers with values that are not finite")
+
+    def ask(self, x: Tensor) -> Shown:
+        """Return what the base shows of images x on their device, in eval mode and in its own precision."""
+        weight = next(iter(self.model.parameters()), x)
+        if weight.device != x.device:
+            self.model.to(x.device)
+        if self.model.training:
+            self.model.eval()
+        with torch.no_grad():
+            return self(x.to(weight.dtype))
 
     def __call__(self, x: Tensor) -> Shown:
         """Return what the base shows of images x, without a gradient."""
@@ -126,6 +138,22 @@ class Shown:
             top = top_patches(self.logits, k)
             out |= {"attention": attention_rows(self.logits, top), "top": top}
         return out
+
+
+def given_base(base: Any, student: nn.Module) -> nn.Module:
+    """Return a base as a model. Raises BadInput for what is none, or shares weights with the student."""
+    if isinstance(base, str):
+        if base.startswith("run:"):
+            raise BadInput(f"the base '{base}' names a run: only a recipe can resolve it; give a model or 'file:PATH' here")
+        base = models.build(base, folder=Path())
+    if not isinstance(base, nn.Module):
+        raise BadInput(f"the base must be a model or a reference to one, not {type(base).__name__}")
+    own = {id(t) for t in (*student.parameters(), *student.buffers())}
+    shared = [n for n, t in (*base.named_parameters(), *base.named_buffers()) if id(t) in own]
+    if shared or base is student:
+        raise BadInput(f"the base shares '{(shared or ['all'])[0]}' with the model, so it would change as the model learns; "
+                       "give copy.deepcopy(model) or another model")  # fmt: skip
+    return base
 
 
 @contextmanager

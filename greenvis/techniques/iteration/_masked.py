@@ -43,7 +43,7 @@ class Encoder:
         model.get_submodule(self.blocks[0]).register_forward_pre_hook(self._enter, with_kwargs=True)
         for path in self.blocks:
             model.get_submodule(path).register_forward_hook(self._note)
-        norm = _last_norm(model, found, self.blocks[-1])
+        norm = last_norm(model, found, self.blocks[-1])
         self.normed = norm is not None
         if norm is not None:
             norm.register_forward_hook(self._note_norm)
@@ -189,7 +189,7 @@ class _Adapted(nn.Module):
         return self.adapter(token)
 
 
-def _last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
+def last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
     """Return the norm that is handed the very output of the last block, if one is."""
     outputs: list[Tensor] = []
     hit: list[nn.Module] = []

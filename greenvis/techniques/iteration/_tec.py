@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6
+KEPT_ADAPTERS = "encoder_adapters"  # what they are called where they lie beside a pretrained model
 
 
 def random_mask(noise: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:

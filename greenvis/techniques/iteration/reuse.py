@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
@@ -17,7 +16,7 @@ from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques._frozen import Kept, mark
 from greenvis.techniques.iteration import _tec as tec
-from greenvis.techniques.iteration._bases import Base
+from greenvis.techniques.iteration._bases import Base, given_base
 from greenvis.techniques.iteration._masked import Encoder, adapt_token, class_token, fold_token
 from greenvis.views import view
 
@@ -69,6 +68,9 @@ class Reuse(Technique):
     encoder_adapters: Annotated[
         int, Field(ge=0, description="blocks to an encoder adapter; 0: the last block's output only")
     ] = 3
+    keep_adapters: Annotated[
+        bool, Field(description="leave the encoder adapters beside the merged model and in its file, to probe with")
+    ] = False
     decoder_depth: Annotated[int, Field(ge=1, description="blocks of the decoder")] = 2
     decoder_dim: Annotated[int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")] = None
     feature_weight: Annotated[float, Field(ge=0, description="factor of the feature term")] = 1.0
@@ -95,7 +97,7 @@ class Reuse(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks, adapters and decoder in. Raises BadInput for a model or a base that does not fit."""
-        bases = [_model(base, model) for base in self.bases]
+        bases = [given_base(base, model) for base in self.bases]
         if not bases:
             raise BadInput("reuse needs a base: a model, or a reference to one")
         found = view(model, self.input_shape, probe=False)
@@ -111,6 +113,8 @@ class Reuse(Technique):
         token = class_token(model, found, encoder.blocks[0]) if self.input_adapter is not False else None
         if token is None and self.input_adapter:
             raise BadInput(f"{type(model).__name__} shows no class token for an input adapter; leave `input_adapter` out")
+        if self.keep_adapters and not self.encoder_adapters:
+            raise BadInput("keep_adapters keeps encoder adapters, and there are none; give encoder_adapters: 3")
         weight = encoder.weight
         kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         parts = Parts(self, encoder, shown).to(**kind)
@@ -172,6 +176,7 @@ class InstalledReuse(Installed):
         self.request, self.encoder, self.parts, self.bases, self._fold = request, encoder, parts, bases, fold
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
         self._kept: dict[int, Kept] = {}
+        self._beside = models.kept(encoder.model, tec.KEPT_ADAPTERS)  # of an earlier pretraining
         for base in bases:
             base.model.eval()
 
@@ -199,13 +204,8 @@ class InstalledReuse(Installed):
         names = [n for n in ("feature", "attention") if n in request.targets] + ["top"] * base.attention
 
         def ask() -> dict[str, Tensor]:
-            with self.phase("base_reuse"), torch.no_grad():
-                weight = next(iter(base.model.parameters()), x)
-                if weight.device != x.device:
-                    base.model.to(x.device)
-                if base.model.training:
-                    base.model.eval()
-                return base(x.to(weight.dtype)).targets(lambda f: _AXES[request.normalise](f.float()), request.rows)
+            with self.phase("base_reuse"):
+                return base.ask(x).targets(lambda f: _AXES[request.normalise](f.float()), request.rows)
 
         samples = self.samples if request.cache != "off" else None
         if samples is None:
@@ -226,29 +226,16 @@ class InstalledReuse(Installed):
         return {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
 
     def merge(self) -> None:
-        """Fold the class token's MLP into the token; all else that was added is gone."""
+        """Fold the class token's MLP into the token; all else that was added is gone, but for adapters to keep."""
         if self._fold is not None:
             self._fold()
+        if self.request.keep_adapters and self.parts.adapters is not None:
+            models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self.parts.adapters.state_dict())
 
     def undo(self) -> None:
         """Close the caches and give the bases their own modes back."""
+        models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self._beside)
         for kept in self._kept.values():
             kept.close()
         for module, training in self._modes:
             module.training = training
-
-
-def _model(base: Any, student: nn.Module) -> nn.Module:
-    """Return a base as a model. Raises BadInput for what is none, or shares weights with the student."""
-    if isinstance(base, str):
-        if base.startswith("run:"):
-            raise BadInput(f"the base '{base}' names a run: only a recipe can resolve it; give a model or 'file:PATH' here")
-        base = models.build(base, folder=Path())
-    if not isinstance(base, nn.Module):
-        raise BadInput(f"the base must be a model or a reference to one, not {type(base).__name__}")
-    own = {id(t) for t in (*student.parameters(), *student.buffers())}
-    shared = [n for n, t in (*base.named_parameters(), *base.named_buffers()) if id(t) in own]
-    if shared or base is student:
-        raise BadInput(f"the base shares '{(shared or ['all'])[0]}' with the model, so it would change as the model learns; "
-                       "give copy.deepcopy(model) or another model")  # fmt: skip
-    return base
