@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.token_merge import TokenMerge
     from greenvis.techniques.inference.token_prune import TokenPrune
     from greenvis.techniques.iteration.adapter import Adapter
+    from greenvis.techniques.iteration.adapter_probe import AdapterProbe
     from greenvis.techniques.iteration.bitfit import Bitfit
+    from greenvis.techniques.iteration.feature_distill import FeatureDistill
     from greenvis.techniques.iteration.hat import Hat
     from greenvis.techniques.iteration.layer_decay import LayerDecay
     from greenvis.techniques.iteration.linear_probe import LinearProbe
@@ -38,7 +40,9 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.regularize import Regularize
     from greenvis.techniques.iteration.replay import Replay
     from greenvis.techniques.iteration.reuse import Reuse
+    from greenvis.techniques.iteration.rotation import Rotation
     from greenvis.techniques.iteration.side import Side
+    from greenvis.techniques.iteration.simclr import Simclr
     from greenvis.wrap import Wrapped, wrap
 
 _HOMES = {
@@ -53,10 +57,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "BadInput", "Bitfit", "Distill", "EarlyExit", "GreenvisError", "Hat", "Installed", "LayerDecay",
-    "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt", "PromptPool",
-    "Regularize", "Replay", "Reuse", "Side", "Technique", "TokenMerge", "TokenPrune", "Wrapped", "load_recipe", "report",
-    "run", "track", "wrap",
+    "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill", "GreenvisError", "Hat",
+    "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt",
+    "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge", "TokenPrune",
+    "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

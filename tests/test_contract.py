@@ -17,9 +17,11 @@ from greenvis.testing import Result, check_technique
 # technique: on how many hosts at least one of its examples works
 WORKS = {
     "adapter": 20,
+    "adapter_probe": 9,
     "bitfit": 20,
     "distill": 20,
     "early_exit": 20,
+    "feature_distill": 19,
     "hat": 15,
     "layer_decay": 19,
     "linear_probe": 20,
@@ -35,7 +37,9 @@ WORKS = {
     "regularize": 20,
     "replay": 20,
     "reuse": 8,
+    "rotation": 20,
     "side": 9,
+    "simclr": 20,
     "token_merge": 9,
     "token_prune": 7,
 }
