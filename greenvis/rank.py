@@ -51,7 +51,7 @@ def rank(
         raise BadInput("a base is listed twice; list each once")
     built = {base: _build(base, Path(runs), trust, options) for base in bases}
     wanted = _data(data_name)
-    shapes = {base: tuple(views.example_input(model).shape[1:]) for base, model in built.items()}
+    shapes = {base: _shape(base, model, Path(runs)) for base, model in built.items()}
     shown = {shape: _images(wanted, shape, images) for shape in dict.fromkeys(shapes.values())}
     rows: list[dict[str, Any]] = []
     with track("rank", dir=runs) as run:
@@ -148,6 +148,15 @@ def _build(base: str, runs: Path, trust: bool, options: Mapping[str, Any]) -> nn
         own = {} if base.startswith("file:") else options
         return models.build(base, trust=trust, **own).eval()
     return models.build(f"file:{weights_of(base, runs).resolve()}", trust=trust).eval()
+
+
+def _shape(base: str, model: nn.Module, runs: Path) -> tuple[int, ...]:
+    """Return (channels, height, width) of the images a base is shown: those a run trained on, else what the model says."""
+    if base.startswith("run:"):
+        for path in record.find([weights_of(base, runs).parent]):
+            if facts := record.read(path).facts.get("data"):
+                return facts["in_chans"], facts["img_size"], facts["img_size"]
+    return tuple(views.example_input(model).shape[1:])
 
 
 def weights_of(base: str, runs: str | Path) -> Path:

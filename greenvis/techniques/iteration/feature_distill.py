@@ -36,10 +36,10 @@ class FeatureDistill(Technique):
 
     Saves the energy already spent on the base; costs a forward of the base for each image in the phase "base_reuse": once,
     where views of the images repeat (`data.augment: none`, or `data.views`), for its features are kept on disk. A step costs
-    what a supervised one does, for all patches are shown. A pretext: labels are not used, and the classifier stays untrained. Adds the
-    term "feature_distill", from a linear projection of the model's last block that `merge` drops. The base may be any model
-    with blocks, of another width, grid or library; it never changes. (Of the paper's, a relative position bias and stochastic
-    depth are the model's own affair.)
+    what a supervised one does, for all patches are shown. A pretext: labels are not used, and the classifier stays untrained.
+    Adds the term "feature_distill", from a linear projection of the model's last block that `merge` drops. The base may be any
+    model with blocks, of another width, grid or library; it never changes. (Of the paper's, a relative position bias and
+    stochastic depth are the model's own affair.)
     """
 
     name: ClassVar[str] = "feature_distill"

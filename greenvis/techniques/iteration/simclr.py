@@ -35,8 +35,8 @@ def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -
     """Return another look at each image (batch, channels, height, width), drawn from torch's random state.
 
     A crop of at least `area` of the image, its sides stretched by up to 4 : 3, brought back to size; left to right turned half
-    the time, if `flip`; contrast and brightness changed by up to `colour` (a factor about the image's mean, and a shift in units
-    of its deviation). All images in one resampling.
+    the time, if `flip`; contrast and brightness changed by up to `colour` (a factor about the image's mean, and a shift in
+    units of its deviation). All images in one resampling.
     """
     count, device = len(images), images.device
 
