@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from greenvis import __version__, verbs, verbs_bases
+from greenvis import __version__, verbs, verbs_bases, verbs_models
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
@@ -124,6 +124,17 @@ def _model_verbs(verb: _Verb) -> None:
     p.add_argument("--techniques", help='JSON list as in a recipe: \'[{"lora": {"rank": 8}}]\'')
     p.add_argument("--data", help="also count 64 test images of this data set one by one: work may depend on the image")
 
+    p = verb(
+        "probe", verbs_models.probe, "evaluate a saved model: linear probe, adapters, nearest neighbours, few labels, tuning"
+    )
+    p.add_argument("run", help="a finished run's folder, runs/RECIPE/ARM/seed0, or its arm's, with all its seeds")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3")
+    p.add_argument("--protocol", help="a file of arms to evaluate with (default: greenvis/probe.yaml)")
+    p.add_argument("--trust", action="store_true")
+    p.add_argument("--runs", default="runs", help="folder of the new run records (default: runs)")
+    p.add_argument("--out", help="folder of the report (default: reports/probe-RECIPE-ARM)")
+    p = verb("card", verbs_models.card, "say what a saved model was made from, and what all of it cost")
+    p.add_argument("file", help="a weight file of greenvis, or a finished run's folder")
     p = verb("rank", verbs_bases.rank, "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)")
     p.add_argument("bases", nargs="+", metavar="BASE", help="a model reference, or run:RECIPE/ARM for what an arm left")
     p.add_argument("--data", required=True, help="a data set by name, or a recipe's file, whose data it is then")

@@ -25,6 +25,7 @@ from greenvis.jobs import (
     forget,
     located,
     locked,
+    placed,
     predicted,
     samples_of,
     write_json,
@@ -232,8 +233,11 @@ class Session:
             plain = replace(own.transform, augment="none", views=None)
             shown = data.ImageSet(own.split, own.ids, plain)
             test = partial(data.batches, images.test, tests, workers=spec.workers)
-            if live.pretext:
-                tracker.note(f"{phase}: a pretext trains no classifier; its accuracy is that of {knn.K} nearest neighbours")
+            new = job.arm.model.init is not None and job.arm.model.classifier == "new"
+            untaught = live.pretext or (new and spec.epochs == 0)
+            if untaught:
+                why = "a pretext trains no classifier" if live.pretext else "no classifier was trained"
+                tracker.note(f"{phase}: {why}; the accuracy is that of {knn.K} nearest neighbours")
             return train.fit(
                 live,
                 lambda epoch, start: batches(epoch=done + epoch, start=start),
@@ -244,7 +248,7 @@ class Session:
                 samples=partial(samples_of(own, self.runs), done),
                 phase=phase,
                 done=done,
-                score=lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test()),
+                score=(lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test())) if untaught else None,
                 **options,
             )
         assert job.arm.stream is not None
@@ -315,7 +319,7 @@ class Session:
             found[field] = (
                 models.build(file, trust=self.trust, folder=used.recipe.folder) if trained else self.build(used, weights=False)
             )
-        return technique.with_runs(found)
+        return placed(technique, job.recipe.folder).with_runs(found)
 
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
         learning = sum(p.numel() for p in live.trainable.values())

@@ -17,7 +17,7 @@ from torch import Tensor
 from greenvis import data, models
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.recipe import Arm, Recipe, load_recipe
-from greenvis.technique import Samples
+from greenvis.technique import Samples, Technique
 
 UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
@@ -137,6 +137,18 @@ def files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
     named += [(t.role, value) for one in (arm, *arm.stages) for t in one.techniques for value in t.recipe_form().values()]
     refs = [(role, ref) for role, given in named for ref in (given if isinstance(given, list) else [given])]
     return [(role, models.file_of(ref, folder)) for role, ref in refs if isinstance(ref, str) and ref.startswith("file:")]
+
+
+def placed(technique: Technique, folder: Path) -> Technique:
+    """Return the request with the folder before each "file:PATH": paths in a recipe are relative to it."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(full, value))
+        return f"file:{models.file_of(value, folder)}" if isinstance(value, str) and value.startswith("file:") else value
+
+    listed = {name: (value, full(value)) for name, value in technique if isinstance(value, (str, list, tuple))}
+    return technique.model_copy(update={name: new for name, (old, new) in listed.items() if new != old})
 
 
 def _digest(file: Path) -> str:

@@ -79,7 +79,7 @@ def check_range(job: Job, own: Mapping[str, Any]) -> None:
     """
     for name, its in _bases_data(job):
         plain, wanted = (_plain(facts) for facts in (its, own))
-        if None not in (plain, wanted) and plain != wanted:
+        if plain is not None and wanted is not None and plain != wanted:
             said = {True: "from 0 to 1", False: "normalised"}
             raise BadInput(
                 f"{job.recipe.where('arms', job.arm.name)}: {name}, which it builds on, learned from pixels {said[plain]}, but "

@@ -86,7 +86,7 @@ def fit(
     """Train `live` and return how it ended; the model is left in eval mode on its device.
 
     batches, batches_per_epoch, samples, phase, done: see `Part`.
-    score(model): what stands for the accuracy where a pretext trains no classifier.
+    score(model): what stands for the accuracy where no classifier is trained.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
     log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
@@ -97,7 +97,7 @@ def fit(
 
     def test() -> None:
         with run.phase("eval"):
-            if live.pretext and score is not None:
+            if score is not None:
                 accuracy = score(loop.model)
             else:
                 accuracy = evaluate(loop.model, test_batches(), loop.accelerator)

@@ -1,0 +1,46 @@
+"""What the commands about models that runs left behind call, and how their answers are shown. See `greenvis.verbs`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from greenvis import verbs
+
+
+def probe(args: Any) -> verbs.Answer:
+    """Evaluate a saved model: probes, fine-tuning, few labels, nearest neighbours."""
+    from greenvis import probe as probing
+    from greenvis.report import report
+
+    say = verbs._quiet if args.json else verbs._say
+    protocol = args.protocol or probing.PROTOCOL
+    folder, recipe = probing.probe(args.run, protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=say)
+    out = args.out or Path("reports") / recipe.name
+    return verbs._reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title))
+
+
+def card(args: Any) -> verbs.Answer:
+    """Say what a saved model was made from, and what all of it cost."""
+    from greenvis import lineage
+    from greenvis.report.words import si
+
+    found = lineage.read_card(args.file)
+
+    def cost(energy: dict[str, Any]) -> str:
+        if energy["value"] is None:
+            return "cost unknown"
+        return f"{si(energy['value'], 'J')} ({si(energy['low'], 'J')} – {si(energy['high'], 'J')}, {energy['provenance']})"
+
+    def show() -> None:
+        data = found.get("data") or {}
+        accuracy = found.get("accuracy")
+        print(f"{found['file']}: {found['ref']}")
+        print(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
+        print("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
+        for depth, role, entry in lineage.tree(found):
+            print(f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}, seed {entry['seed']}: {cost(entry['energy_j'])}")
+        print(f"with all it was made from: {cost(found['total_j'])}")
+        print(f"\nits recipe:\n\n{found.get('recipe', '')}")
+
+    return found, show

@@ -1,0 +1,177 @@
+"""What a model was made from stands in its record and in its file, with what all of it cost; wrong bases are refused early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+import greenvis as gv
+from greenvis import lineage, probe, record
+from greenvis.cli import main
+from greenvis.errors import BadInput
+from greenvis.price import run_energy
+
+RECIPE = """\
+name: family
+data: {name: digits, train: 100, test: 40}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2}
+train: {epochs: 1, batch_size: 50, eval_every: 0, threads: 1}
+arms:
+  old: {techniques: [{mae: {decoder_depth: 1}}]}
+  young: {techniques: [{reuse: {base: "run:old", keep_adapters: true}}]}
+  youngest: {techniques: [{reuse: {base: ["run:young", "run:old"]}}]}
+meter: {codecarbon: false}
+"""
+
+
+def _write(folder: Path, text: str = RECIPE, name: str = "family") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("lineage")
+    gv.run(_write(folder), runs=folder / "runs")
+    return folder
+
+
+def _place(folder: Path, arm: str) -> Path:
+    return folder / "runs" / "family" / arm / "seed0"
+
+
+def _run(folder: Path, arm: str) -> record.Run:
+    (path,) = record.find([_place(folder, arm)])
+    return record.read(path)
+
+
+def test_a_record_names_the_whole_lineage_and_who_builds_on_whom(finished: Path) -> None:
+    lines = {use["name"]: use for use in _run(finished, "youngest").uses}
+    assert {name: sorted(use["of"]) for name, use in lines.items()} == {
+        "family/young": ["family/youngest seed 0"],
+        "family/old": ["family/young seed 0", "family/youngest seed 0"],
+    }
+    assert all(use["role"] == "base" for use in lines.values())
+    for arm in ("young", "old"):
+        its = _run(finished, arm)
+        assert lines[f"family/{arm}"]["runs"] == [its.id]
+        assert lines[f"family/{arm}"]["energy_j"]["value"] == pytest.approx(run_energy(its).value)
+
+
+def test_a_file_carries_its_card(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(_place(finished, "youngest") / "model.safetensors", tmp_path / "alone.safetensors")
+    card = lineage.read_card(tmp_path / "alone.safetensors")
+    assert (card["arm"], card["seed"], card["ref"]) == ("family/youngest", 0, "timm/vit_tiny_patch16_224")
+    assert card["data"]["name"] == "digits"
+    assert "run:young" in card["recipe"]
+    own = [run_energy(_run(finished, arm)).value or 0.0 for arm in ("youngest", "young", "old")]
+    assert card["energy_j"]["value"] == pytest.approx(own[0])
+    assert card["total_j"]["value"] == pytest.approx(sum(own))  # old once, though two build on it
+    drawn = [(depth, entry["name"].rpartition("/")[2]) for depth, _, entry in lineage.tree(card)]
+    assert drawn == [(0, "youngest"), (1, "young"), (2, "old"), (1, "old")]
+
+
+def test_the_command_prints_the_card(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["card", str(_place(finished, "young"))]) == 0
+    said = capsys.readouterr().out
+    assert "  base family/old, seed 0: " in said
+    assert "with all it was made from: " in said
+    assert main(["card", "--json", str(_place(finished, "old"))]) == 0
+    assert json.loads(capsys.readouterr().out)["uses"] == []
+
+
+def test_a_file_as_base_brings_its_family_along(finished: Path, tmp_path: Path) -> None:
+    shutil.copy(_place(finished, "young") / "model.safetensors", tmp_path / "young.safetensors")
+    text = RECIPE.partition("arms:")[0] + (
+        'arms:\n  tuned: {model: {init: "file:young.safetensors"}}\n'
+        '  taught: {techniques: [{reuse: {base: "file:young.safetensors"}}]}\nmeter: {codecarbon: false}\n'
+    )
+    gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
+    for arm in ("tuned", "taught"):
+        run = _run(tmp_path, arm)
+        assert {(u["role"], u["name"]) for u in run.uses} == {("base", "family/young"), ("base", "family/old")}
+        before = run.header["inputs"]
+        assert before
+    shutil.copy(_place(finished, "old") / "model.safetensors", tmp_path / "young.safetensors")
+    gv.run(_write(tmp_path, text), runs=tmp_path / "runs")  # another file of the same name is another base
+    assert len(list(record.find([_place(tmp_path, "tuned")]))) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            ("data: {name: digits,", "data: {name: digits, normalise: false,"),
+            "pixels normalised, but here they are from 0 to 1",
+        ),
+        (("BASE", "file:nowhere.safetensors"), "no weights at"),
+        (("embed_dim: 16", "embed_dim: 24"), "do not fit"),
+    ],
+)
+def test_refuses_a_base_that_cannot_be_before_anything_is_written(
+    finished: Path, tmp_path: Path, change: tuple[str, str], says: str
+) -> None:
+    shutil.copy(_place(finished, "old") / "model.safetensors", tmp_path / "old.safetensors")
+    text = RECIPE.partition("arms:")[0] + 'arms:\n  tuned: {model: {init: "BASE"}}\nmeter: {codecarbon: false}\n'
+    text = text.replace(*change).replace("BASE", "file:old.safetensors")
+    with pytest.raises(BadInput, match=says):
+        gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_file_without_a_card_is_said_to_have_none(tmp_path: Path) -> None:
+    from greenvis import models
+
+    size: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    model = models.build("timm/vit_tiny_patch16_224", **size)
+    models.save(model, tmp_path / "bare.safetensors", ref="timm/vit_tiny_patch16_224", options=size)
+    with pytest.raises(BadInput, match="no card of how it was made"):
+        lineage.read_card(tmp_path / "bare.safetensors")
+
+
+def test_probe_evaluates_what_a_run_left(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--set", "meter.codecarbon=false", "--set", "train.epochs=1", "--set", "arms.fine-tuned-1.train.epochs=1"]
+    place = _place(finished, "young")
+    before = load_file(place / "model.safetensors")
+    words = ["probe", str(place), *short, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert set(found["arms"]) == {
+        "linear", "neighbours", "input-adapter", "encoder-adapters", "fine-tuned", "fine-tuned-10", "fine-tuned-1",
+    }  # fmt: skip
+    rows = found["arms"]
+    assert all(row["accuracy"]["mean"] is not None and row["status"] == "done" for row in rows.values())
+    assert {u["name"] for u in rows["linear"]["uses"]} == {"family/young", "family/old"}
+    (few,) = record.find([tmp_path / "runs" / "probe-family-young" / "fine-tuned-10"])
+    assert record.read(few).facts["data"]["train"] == 10  # one of each class
+    (near,) = record.find([tmp_path / "runs" / "probe-family-young" / "neighbours"])
+    assert any("nearest neighbours" in note for note in record.read(near).notes)
+    after = load_file(place / "model.safetensors")
+    assert all((after[name] == value).all() for name, value in before.items())
+
+
+def test_probe_leaves_out_what_the_model_cannot_take(tmp_path: Path) -> None:
+    text = RECIPE.partition("model:")[0] + (
+        "model: {ref: plain/mlp, img_size: 8, hidden: [8]}\ntrain: {epochs: 1, threads: 1}\narms: {net: {}}\nmeter: {codecarbon: false}\n"
+    )
+    gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
+    said: list[str] = []
+    protocol = tmp_path / "few.yaml"
+    protocol.write_text("arms: {linear: {techniques: [linear_probe]}, adapters: {techniques: [adapter_probe]}}\n")
+    place = tmp_path / "runs" / "family" / "net"
+    quiet = ["meter.codecarbon=false"]
+    folder, recipe = probe.probe(place, protocol=protocol, overrides=quiet, runs=tmp_path / "runs", say=said.append)
+    assert list(recipe.arms) == ["linear"]
+    assert any(text.startswith("adapters: left out: ") for text in said)
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["linear"]
+    with pytest.raises(BadInput, match="give the folder of a finished run"):
+        probe.probe(tmp_path)
+    protocol.write_text("arms: {few: {labels: 2}}\n")
+    with pytest.raises(BadInput, match="labels is 2"):
+        probe.probe(place, protocol=protocol, runs=tmp_path / "runs")
