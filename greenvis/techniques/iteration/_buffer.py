@@ -18,16 +18,16 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     range is the full one; else within 1/510 of their range.
     """
     flat = x.detach().float().flatten(2) if x.ndim > 2 else x.detach().float().unsqueeze(1)
-    low, high = flat.amin(2, keepdim=True), flat.amax(2, keepdim=True)
-    scale = (high - low) / LEVELS
-    levels = ((flat - low) / scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.uint8)
+    low, high = torch.aminmax(flat, dim=2, keepdim=True)
+    scale = (high - low).div_(LEVELS)
+    levels = (flat - low).div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.uint8)
     return levels.view(x.shape), low.squeeze(2), scale.squeeze(2)
 
 
 def dequantise(levels: Tensor, low: Tensor, scale: Tensor) -> Tensor:
     """Return float32 like levels: what `quantise` was given, to within half a level."""
     shape = (*low.shape, *(1,) * (levels.ndim - 2)) if levels.ndim > 2 else low.shape
-    return levels.float() * scale.view(shape) + low.view(shape)
+    return torch.addcmul(low.view(shape), levels.float(), scale.view(shape))
 
 
 def reservoir_slot(seen: int, size: int, randint: Callable[[int], int]) -> int:
@@ -205,14 +205,18 @@ class Buffer:
             self._labels[slot], self._ages[slot], self._scores[slot] = label, self.seen, score
 
     def _put(self, slots: list[int], x: Tensor, y: Tensor, rows: list[int], more: Mapping[str, Tensor]) -> None:
-        x = x.detach()[rows].cpu()
-        given = {"x": x} if self.exact else dict(zip(("x", "low", "scale"), quantise(x), strict=True))
-        given |= {"y": y.detach()[rows].cpu()} | {k: v.detach()[rows].float().cpu() for k, v in more.items()}
-        at = torch.tensor(slots)
-        for name, values in given.items():
+        at, chosen = torch.tensor([slots, rows])
+        taken = {
+            name: values.detach().index_select(0, chosen.to(values.device)).cpu()
+            for name, values in (("x", x), ("y", y), *more.items())
+        }
+        if not self.exact:
+            taken |= dict(zip(("x", "low", "scale"), quantise(taken["x"]), strict=True))
+        for name, values in taken.items():
             if name not in self.columns:
-                self.columns[name] = torch.zeros(self.size, *values.shape[1:], dtype=values.dtype)
-            self.columns[name][at] = values
+                dtype = torch.float32 if name in more else values.dtype
+                self.columns[name] = torch.zeros(self.size, *values.shape[1:], dtype=dtype)
+            self.columns[name].index_copy_(0, at, values.to(self.columns[name].dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the examples and all that decides which come next."""

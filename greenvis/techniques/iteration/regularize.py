@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 from torch.utils.hooks import RemovableHandle
 
+from greenvis import ranks
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.techniques.iteration._gradients import sample_gradients
 
 Fisher = Literal["sample", "batch", "weighted", "true"]
-_CHUNK = 2**24  # gradient values of single samples held at once
 _TOGETHER = 256  # samples to take at once where batches do not matter
 
 
@@ -26,7 +26,8 @@ def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher =
     "sample": the square of each sample's gradient (the empirical Fisher). "batch": the square of each batch's mean gradient,
     a mean over batches; smaller about by the batch size (avalanche's). "weighted": each sample's square times the
     probability of its label (mammoth's, but for its division by full batches). "true": labels from the model, the
-    expectation over all classes taken exactly, at the cost of a backward for each (Kirkpatrick et al., 2017).
+    expectation over all classes taken exactly, at the cost of a backward for each (Kirkpatrick et al., 2017). Of several
+    processes each may bring its own part of the data: the mean is over all of it.
     """
     total = _zeros(model, names)
     count = 0
@@ -43,6 +44,7 @@ def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher =
             chance = p.gather(1, labels[:, None]).squeeze(1)
             _add(total, _squares(model, names, x, labels, torch.ones_like(chance) if definition == "sample" else chance))
         count += len(x)
+    count = ranks.add_up(total, count)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
@@ -58,6 +60,7 @@ def mas(model: nn.Module, names: list[str], loader: Any, definition: Literal["sa
             found = _gradients(model, names, lambda x=part: logits_of(model(x)).square().sum(1).mean())
             _add(total, {n: len(part) * g.abs() for n, g in found.items()})
         count += len(x)
+    count = ranks.add_up(total, count)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
@@ -132,6 +135,7 @@ class InstalledRegularize(Installed):
 
     def step_end(self) -> None:
         """Add the step to the path of each weight."""
+        ranks.mean(self._grads.values())  # noted before DistributedDataParallel had the others'
         with torch.no_grad():
             for name, gradient in self._grads.items():
                 parameter = self.model.get_parameter(name)
@@ -224,20 +228,9 @@ class InstalledRegularize(Installed):
 
 def _squares(model: nn.Module, names: list[str], x: Tensor, y: Tensor, weights: Tensor) -> dict[str, Tensor]:
     """Return by parameter the sum over samples of weight · gradient² of the cross entropy."""
-    held = {n: model.get_parameter(n).detach() for n in names}
-
-    def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
-        return F.cross_entropy(logits_of(functional_call(model, parameters, (image[None],))), label[None])
-
-    size = max(1, _CHUNK // max(sum(p.numel() for p in held.values()), 1))
     total = _zeros(model, names)
-    for rows in torch.arange(len(x)).split(size):
-        try:
-            found = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")(held, x[rows], y[rows])
-        except RuntimeError:  # not every operation has a rule for batches of functions: one sample at a time, then
-            singles = [grad(loss)(held, x[i], y[i]) for i in rows]
-            found = {n: torch.stack([s[n] for s in singles]) for n in names}
-        _add(total, {n: torch.einsum("b,b...->...", weights[rows], g.detach().square()) for n, g in found.items()})
+    for rows, found in sample_gradients(model, names, x, y):
+        _add(total, {n: torch.einsum("b,b...->...", weights[rows], g.square()) for n, g in found.items()})
     return total
 
 

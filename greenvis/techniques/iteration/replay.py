@@ -6,18 +6,26 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from greenvis.errors import GreenvisError
+from greenvis.errors import BadInput, GreenvisError
 from greenvis.herding import herding
-from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.modes import in_mode
+from greenvis.technique import Installed, Stage, Task, Technique, logits_of
 from greenvis.techniques.iteration._buffer import Buffer
+from greenvis.techniques.iteration._gdumb import InstalledGdumb
+from greenvis.techniques.iteration._generator import Generator
+from greenvis.techniques.iteration._gradients import closeness
+from greenvis.techniques.iteration._latent import Entrance
 from greenvis.views import view
 from greenvis.views.quiet import quiet
 
-Method = Literal["er", "er_ace", "der", "derpp"]
+Method = Literal["er", "er_ace", "der", "derpp", "gdumb"]
+Policy = Literal["reservoir", "ring", "balanced", "greedy", "herding", "gradient"]
+_COMPARED = 10  # kept images whose gradients a new one's is compared with (n of Aljundi et al., 2019)
 
 
 def er_ace_loss(

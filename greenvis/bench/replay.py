@@ -1,0 +1,215 @@
+"""`greenvis bench replay`: a training step with a replay buffer, beside that of avalanche-lib. A minute or two on one core.
+
+avalanche-lib is no part of greenvis: `pip install 'greenvis[bench]'`, or into a second environment that shares nothing with it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from greenvis import models, registry
+from greenvis.errors import BadInput
+from greenvis.meters.header import cpu
+from greenvis.wrap import wrap
+
+PEER = "avalanche-lib"
+INSTALL = f"{PEER} stands beside greenvis in this benchmark and is not installed: pip install 'greenvis[bench]'"
+BUFFER, BATCH = 500, 32  # kept; new, and replayed, a step
+SHAPE = (1, 28, 28)
+# reference, options, images of the first task (12,000: one of Split Fashion-MNIST), steps timed in the second
+MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
+    "mlp": ("plain/mlp", {"img_size": 28}, 12_000, 100),
+    "vit": (
+        "timm/vit_tiny_patch16_224",
+        {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3, "in_chans": 1, "num_classes": 10},
+        640,
+        15,
+    ),
+}
+TARGET = 0.5  # of the peer's time a step, on the model of continual learning's small tables
+PEER_ARM, OURS, LOADED, BARE = "avalanche-lib", "greenvis", "greenvis, torch's DataLoader", "no replay, 64 new images"
+
+
+def run(out: Path | None = None, rounds: int = 5, threads: int = 1) -> dict[str, Any]:
+    """Return {"rows": [{"model", "arm", "step_ms", "vs_peer", "without_the_model_ms", "target"}], …}: medians over all steps.
+
+    A step is all between one batch's start and the next one's: loading, replay, forward, backward, SGD, what the buffer
+    keeps; CPU time, so that a neighbour's load is not counted. Arms take turns within each round, the order turning around
+    every other round; each begins anew, fills its buffer with one task, and is timed on a second. out: a folder to write
+    report.md and results.json to. Raises BadInput without the peer.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("avalanche")
+    except ImportError as error:
+        raise BadInput(INSTALL) from error
+    started, before = time.monotonic(), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = [row for name in MODELS for row in _rows(name, _measured(name, rounds))]
+    finally:
+        torch.set_num_threads(before)
+    result = {
+        "rows": rows, "buffer": BUFFER, "batch": [BATCH, BATCH], "rounds": rounds, "threads": threads,
+        "machine": cpu(), "torch": torch.__version__, PEER: importlib.import_module("avalanche").__version__,
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "report.md").write_text(_markdown(result, out))
+    return result
+
+
+def _measured(name: str, rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each step, by arm."""
+    _, _, images, steps = MODELS[name]
+    first, second = _task(images, 0), _task((steps + 1) * BATCH, 1)
+    arms: dict[str, Callable[[], list[float]]] = {
+        PEER_ARM: lambda: _peer(_model(name), first, second),
+        OURS: lambda: _ours(_model(name), first, second, _slices),
+        LOADED: lambda: _ours(_model(name), first, second, _loaded),
+        BARE: lambda: _bare(_model(name), _task(2 * (steps + 1) * BATCH, 1)),
+    }
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    for i in range(rounds + 1):
+        for arm in [*arms][:: 1 if i % 2 == 0 else -1]:
+            seconds = arms[arm]()
+            found[arm] += seconds if i else []  # the first round warms up
+    return found
+
+
+def _model(name: str) -> nn.Module:
+    ref, options, _, _ = MODELS[name]
+    torch.manual_seed(0)
+    return models.build(ref, **options)
+
+
+def _task(count: int, number: int) -> tuple[Tensor, Tensor]:
+    """Return images of two classes: noise takes as long as anything."""
+    draw = torch.Generator().manual_seed(number)
+    return torch.rand(count, *SHAPE, generator=draw), torch.randint(2, (count,), generator=draw) + 2 * number
+
+
+def _slices(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield shuffled batches as `greenvis.data` does, indexed at once."""
+    for rows in torch.randperm(len(y)).split(size):
+        yield x[rows], y[rows]
+
+
+def _loaded(x: Tensor, y: Tensor, size: int) -> Iterator[Any]:
+    yield from DataLoader(TensorDataset(x, y), size, shuffle=True)
+
+
+def _ours(
+    model: nn.Module, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], load: Callable[..., Iterator[Any]]
+) -> list[float]:
+    """Train with greenvis in a plain loop and return the seconds of each step on the second task."""
+    live = wrap(model.train(), registry.find("replay").model_validate({"size": BUFFER, "batch_size": BATCH}))
+    optimizer, criterion = torch.optim.SGD(live.param_groups(0.01), lr=0.01), live.criterion(F.cross_entropy)
+
+    marks: list[float] = []
+    for task in (first, second):
+        marks.clear()
+        for x, y in load(*task, BATCH):
+            marks.append(time.process_time())
+            x, y = live.batch(x, y)
+            logits = model(x)
+            loss = criterion(logits, y) + live.loss(x, y, logits)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            live.step_end()
+    return _between(marks)
+
+
+def _bare(model: nn.Module, task: tuple[Tensor, Tensor]) -> list[float]:
+    """Train on as many images a step, all of them new: what no strategy can save."""
+    optimizer, marks = torch.optim.SGD(model.train().parameters(), lr=0.01), []
+    for x, y in _slices(*task, 2 * BATCH):
+        marks.append(time.process_time())
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return _between(marks)
+
+
+def _peer(model: nn.Module, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> list[float]:
+    """Train with the peer's own strategy and loader, without its metrics and loggers."""
+    benchmarks = importlib.import_module("avalanche.benchmarks")
+    plugins = importlib.import_module("avalanche.training.plugins")
+    supervised = importlib.import_module("avalanche.training.supervised")
+
+    class Marks(plugins.SupervisedPlugin):
+        def __init__(self) -> None:
+            super().__init__()
+            self.marks: list[float] = []
+
+        def before_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+            self.marks.append(time.process_time())
+
+    marks = Marks()
+    stream = benchmarks.tensors_benchmark(train_tensors=[first, second], test_tensors=[first], task_labels=[0, 0]).train_stream
+    strategy = supervised.Replay(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss(),
+        mem_size=BUFFER, train_mb_size=BATCH, train_epochs=1, device="cpu", plugins=[marks],
+        evaluator=plugins.EvaluationPlugin(loggers=[]),
+    )  # fmt: skip
+    for experience in stream:
+        marks.marks.clear()
+        strategy.train(experience)
+    return _between(marks.marks)
+
+
+def _between(marks: list[float]) -> list[float]:
+    return [b - a for a, b in pairwise(marks)]
+
+
+def _rows(model: str, found: dict[str, list[float]]) -> list[dict[str, Any]]:
+    medians = {arm: statistics.median(seconds) for arm, seconds in found.items()}
+    rows = []
+    for arm, seconds in medians.items():
+        ratio = seconds / medians[PEER_ARM]
+        judged = model == "mlp" and arm in (OURS, LOADED)
+        rows.append({
+            "model": model, "arm": arm, "step_ms": round(1e3 * seconds, 3), "vs_peer": round(ratio, 3),
+            "without_the_model_ms": round(1e3 * (seconds - medians[BARE]), 3),
+            "target": f"<= {TARGET:g}: {'yes' if ratio <= TARGET else 'NO'}" if judged else "",
+        })  # fmt: skip
+    return rows
+
+
+def _markdown(result: dict[str, Any], out: Path) -> str:
+    rows = result["rows"]
+    counts = " and ".join(f"{steps} ({name})" for name, (_, _, _, steps) in MODELS.items())
+    lines = [
+        "# A training step with a replay buffer, beside avalanche-lib", "",
+        f"`greenvis bench replay --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
+        f"thread(s), torch {result['torch']}, avalanche-lib {result[PEER]}. ER with a buffer of {BUFFER}, {BATCH} new and "
+        f"{BATCH} replayed images a step, SGD. CPU time, medians over {result['rounds']} rounds of {counts} steps; arms take "
+        "turns in each round. A step is all between one batch's start and the next one's: loading, replay, forward, backward, "
+        "optimizer, and what the buffer keeps (greenvis at each step; avalanche-lib at a task's end, not counted here).", "",
+        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+    ]  # fmt: skip
+    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
+    lines += [
+        "", "`without_the_model_ms` is the step less that of the same model on 64 new images, what no strategy can save. On a "
+        "larger model that part is nearly all, so the two come close: the target is judged on the multi-layer perceptron of "
+        "recipes/continual/split-fashion.yaml.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
