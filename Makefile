@@ -30,7 +30,7 @@ $(VENV)/.demo: $(VENV)/.uv pyproject.toml constraints.txt
 	touch $@
 
 $(VENV)/.dev: $(VENV)/.uv pyproject.toml constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[dev]'  # tests start many processes
 	touch $@
 
 clean:
