@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.lora_stream import LoraStream
     from greenvis.techniques.iteration.lwf import Lwf
     from greenvis.techniques.iteration.mae import Mae
+    from greenvis.techniques.iteration.ncm import Ncm
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.packnet import PackNet
     from greenvis.techniques.iteration.partial import Partial
@@ -58,9 +59,9 @@ _HOMES = {
 
 __all__ = [
     "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill", "GreenvisError", "Hat",
-    "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "NormTune", "PackNet", "Partial", "Prompt",
-    "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge", "TokenPrune",
-    "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial",
+    "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge",
+    "TokenPrune", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

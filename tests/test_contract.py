@@ -29,6 +29,7 @@ WORKS = {
     "lora_stream": 20,
     "lwf": 20,
     "mae": 8,
+    "ncm": 20,
     "norm_tune": 20,
     "packnet": 20,
     "partial": 19,

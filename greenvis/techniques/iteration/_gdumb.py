@@ -18,7 +18,7 @@ BATCH_SIZE = 16
 
 
 class InstalledGdumb(Installed):
-    """The buffer fills while the loop goes through a task; its own steps change nothing. Adds the term "replay", which is 0."""
+    """The buffer fills while the loop goes through a task; its own steps change nothing. Adds the term "gdumb", which is 0."""
 
     pretext: ClassVar[bool] = True
 
@@ -34,9 +34,9 @@ class InstalledGdumb(Installed):
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
-        """Return {"replay": 0}, with a gradient of 0 for all that learns."""
+        """Return {"gdumb": 0}, with a gradient of 0 for all that learns."""
         learning = [p for p in self.model.parameters() if p.requires_grad]
-        return {"replay": torch.stack([0.0 * p.sum() for p in learning]).sum()}
+        return {"gdumb": torch.stack([0.0 * p.sum() for p in learning]).sum()}
 
     def end_task(self, loader: Any) -> None:
         """Train from the first weights on the buffer: SGD, learning rate down a cosine, in the phase "gdumb"."""
