@@ -175,3 +175,27 @@ def test_probe_leaves_out_what_the_model_cannot_take(tmp_path: Path) -> None:
     protocol.write_text("arms: {few: {labels: 2}}\n")
     with pytest.raises(BadInput, match="labels is 2"):
         probe.probe(place, protocol=protocol, runs=tmp_path / "runs")
+
+
+def test_a_report_draws_the_family_with_the_energy_of_each_line(finished: Path, tmp_path: Path) -> None:
+    gv.report([finished / "runs" / "family"], out=tmp_path)
+    found = json.loads((tmp_path / "results.json").read_text())["family"]
+    own = {name: run_energy(_run(finished, name)).value or 0.0 for name in ("old", "young", "youngest")}
+    assert {(link["of"], link["on"]) for link in found["links"]} == {
+        ("family/young", "family/old"),
+        ("family/youngest", "family/young"),
+        ("family/youngest", "family/old"),
+    }
+    lines = {name.partition("/")[2]: member for name, member in found["members"].items()}
+    assert lines["old"]["own_j"] == lines["old"]["line_j"] == pytest.approx(own["old"])
+    above = lines["young"]["own_j"] + lines["old"]["own_j"]
+    assert lines["young"]["line_j"] == pytest.approx(above)
+    assert lines["youngest"]["line_j"] == pytest.approx(lines["youngest"]["own_j"] + above)  # old counts once
+    assert "youngest" in (tmp_path / "figures" / "family.svg").read_text()
+    assert "What was made from what" in (tmp_path / "report.md").read_text()
+
+
+def test_a_report_of_nothing_that_builds_on_anything_has_no_family(finished: Path, tmp_path: Path) -> None:
+    gv.report([_place(finished, "old")], out=tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["family"] is None
+    assert not (tmp_path / "figures" / "family.svg").exists()

@@ -25,6 +25,7 @@ results.json, schema 1 (units stand in the keys; null is "not known", never 0):
                          "pays back", "ahead until", "never", or "not shown" where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
     totals, incomplete                                   everything these records burnt; seed runs that never finished
+    family {members {NAME: {own_j, line_j}}, links [{of, on, role}]}, null where nothing builds on anything
     environment, recipe, command, git, data, models, sources, carbon_intensity, pue, crosscheck, not_counted, notes, …
 """
 
@@ -36,7 +37,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import forecast, provenance, reuse, settings, versus
+from greenvis.report import family, forecast, provenance, reuse, settings, versus
 from greenvis.report.arms import Arm
 from greenvis.report.groups import SeedRun
 
@@ -87,6 +88,7 @@ def results(
         "order": _order(listed, base),
         "totals": _totals(listed, grid),
         "incomplete": _incomplete(listed),
+        "family": family.family(listed),
         **provenance.describe(listed, grid, notes),
     }
 

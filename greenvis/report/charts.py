@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import continual, figures, stats, words
+from greenvis.report import continual, family, figures, stats, words
 from greenvis.report.figures import Drawing, short
 
 Results = dict[str, Any]
@@ -17,7 +17,7 @@ def draw(found: Results) -> list[Drawing]:
     with figures.theme():
         drawn = [
             gain_vs_energy(found), energy_to_gain(found), by_phase(found), size_and_speed(found), payback(found),
-            continual.curve(found, _styles(found)), continual.growth(found, _styles(found)),
+            family.tree(found), continual.curve(found, _styles(found)), continual.growth(found, _styles(found)),
             *(task_matrix(found, a, i) for i, a in enumerate(found["order"][: figures.MOST_ARMS])),
         ]  # fmt: skip
     return [d for d in drawn if d is not None]

@@ -54,6 +54,7 @@ def reuse(done: list[SeedRun], shared_by: Mapping[str, int], grid: arms_.Intensi
         {
             "role": str(u.get("role")), "name": str(u.get("name")), "runs": sorted(map(str, u.get("runs") or [])),
             "energy_j": arms_.sum_reading([use_energy(u)]), "used_by_runs": shared_by[k],
+            **({"of": list(map(str, u["of"]))} if u.get("of") else {}),
         }
         for k, u in sorted(listed.items())
     ]  # fmt: skip
