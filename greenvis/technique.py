@@ -24,6 +24,7 @@ STAGES: tuple[Stage, ...] = ("base", "weights", "tokens", "exits", "objective")
 # What one technique may need of the model's run and another may break; `wrap` puts these words in its refusal.
 PROPERTIES: dict[str, str] = {
     "token_grid": "a fixed grid of tokens from block to block",
+    "token_places": "a row for each patch, or a way back to it, in the tokens of every block",
     "attention_maps": "attention maps of every token pair",
     "batch_independence": "each sample's output independent of the rest of its batch",
     "trainable_base": "a base whose own weights train",

@@ -439,13 +439,6 @@ def test_layers_that_are_not_there(losses: list[dict[str, Any]], message: str) -
     assert not any(m._forward_hooks for m in student.modules())
 
 
-def test_features_and_a_changed_grid_of_tokens_are_refused_answers_are_not() -> None:
-    student = _vit()
-    with pytest.raises(BadInput, match="'distill' needs a fixed grid of tokens"):
-        gv.wrap(student, [gv.Prompt(tokens=2), gv.Distill(teacher=_vit(), losses=[{"kind": "hint"}])])
-    gv.wrap(student, [gv.Prompt(tokens=2), gv.Distill(teacher=_vit())]).undo()
-
-
 def test_labels_are_asked_for_where_they_are_needed() -> None:
     student, x = _vit(), _batch()[0]
     live = gv.wrap(student, gv.Distill(teacher=_vit(), losses=[{"kind": "dkd"}]))

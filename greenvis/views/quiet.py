@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_LOOKED_AT = "_greenvis_looked_at"
+
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
@@ -22,6 +24,7 @@ def quiet(model: nn.Module) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
+        vars(model)[_LOOKED_AT] = True  # gone with the other attributes
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             yield
     finally:
@@ -36,6 +39,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
             for buffer, held in buffers:
                 if not torch.equal(buffer, held):
                     buffer.copy_(held)
+
+
+def looked_at(model: nn.Module) -> bool:
+    """Whether this model runs in `quiet`, to be seen whole: nothing may leave the forward early."""
+    return _LOOKED_AT in vars(model)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.techniques.inference._features import as_map
+from greenvis.techniques.inference._rows import whole
 from greenvis.views import Attention, View
 from greenvis.views.quiet import quiet
 from greenvis.views.trace import tensors_in
@@ -63,7 +64,7 @@ class Place:
 
 
 class Taps:
-    """Taps on places of one module; `take` gives what they read in the last forward, once, by key.
+    """Taps on places of one module; `take` gives what they read in the last forward, once, by key; merged tokens given back.
 
     learning: read only where gradients are recorded (a student, not its evaluation). A deep copy of the module has none of
     them, and nothing keeps a graph alive between steps.
@@ -71,7 +72,7 @@ class Taps:
 
     def __init__(self, module: nn.Module, places: Sequence[Place], learning: bool = False) -> None:
         self.on, self.learning = True, learning
-        self._seen: dict[str, Tensor] = {}
+        self._model, self._seen = module, dict[str, Tensor]()
         self._places = {p.key: p for p in places}
         self._hooks = [
             module.get_submodule(p.path).register_forward_hook(_Tap(self, p, module.get_submodule(p.path)), with_kwargs=True)
@@ -81,7 +82,7 @@ class Taps:
     def read(self, place: Place, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note what a place holds in this forward."""
         if self.on and (torch.is_grad_enabled() or not self.learning):
-            self._seen[place.key] = place.read(module, args, kwargs, output)
+            self._seen[place.key] = whole(self._model, place.read(module, args, kwargs, output))
 
     def peek(self, key: str) -> Tensor:
         """Return what was read at one place, and keep it."""

@@ -15,6 +15,7 @@ from greenvis.errors import GreenvisError
 from greenvis.technique import logits_of
 from greenvis.techniques.inference._exits import NEVER, agreements, certainty
 from greenvis.techniques.inference._rows import rows_of, tell
+from greenvis.views.quiet import looked_at
 
 Mode = Literal["collect", "record", "leave", "stop"]
 _ANSWERS = ("logits", "image_embeds", "pooler_output", "out")  # where `logits_of` finds them
@@ -99,7 +100,7 @@ class Exits:
             return "stop"
         if self.recording:
             return "record"
-        return "leave" if any(t < NEVER for t in self.thresholds) else None
+        return "leave" if any(t < NEVER for t in self.thresholds) and not looked_at(self.model) else None
 
     @contextmanager
     def record(self) -> Iterator[list[Tensor]]:

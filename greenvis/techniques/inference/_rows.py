@@ -1,20 +1,24 @@
-"""What one technique keeps for each sample of the batch under way, another must thin out when it takes samples away."""
+"""What one technique does to the samples or tokens of the batch under way, as others must know that follow it."""
 
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
 _FOLLOWERS = "_greenvis_followers"
 
 
-class Follower(Protocol):
-    """Holds something for each sample."""
+class Follower:
+    """Holds something for each sample or token of the forward under way."""
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Keep what belongs to these of the batch's samples, int64 (remaining,)."""
+
+    def give_back(self, tokens: Tensor) -> Tensor:
+        """Return tokens (batch, remaining, channels) of this forward as there were at first, (batch, length, channels)."""
+        return tokens
 
 
 def follow(model: nn.Module, follower: Follower) -> None:
@@ -26,6 +30,13 @@ def tell(model: nn.Module, rows: Tensor, batch: int) -> None:
     """Say that of a batch of so many samples only `rows` go on."""
     for follower in vars(model).get(_FOLLOWERS, ()):
         follower.keep_rows(rows, batch)
+
+
+def whole(model: nn.Module, value: Tensor) -> Tensor:
+    """Return what a module inside `model` just gave, with a row for each token there was at first. Anything else: as it is."""
+    for follower in vars(model).get(_FOLLOWERS, ()) if value.dim() == 3 else ():
+        value = follower.give_back(value)
+    return value
 
 
 def rows_of(value: Any, rows: Tensor, batch: int) -> Any:

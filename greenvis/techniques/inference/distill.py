@@ -43,9 +43,9 @@ class Distill(Technique):
     teacher "ema" is the student's own running mean (Tarvainen & Valpola, 2017). A teacher of three colours sees grey images
     in all three. With a "token" loss the task is learned by the class token's head alone, as in DeiT. Losses on features
     project the student's channels to the teacher's where they must (trained along, saved in the delta, gone after
-    merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be merged,
-    pruned or added. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several teachers `facts` say how much they
-    contradict each other.
+    merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be pruned or
+    added; merged ones count as the patches they hold. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several
+    teachers `facts` say how much they contradict each other. A model's last exit teaches its earlier ones in early exits.
     """
 
     name: ClassVar[str] = "distill"
@@ -111,7 +111,7 @@ class Distill(Technique):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What another technique must not break: features of tokens are compared place by place."""
-        return frozenset() if all(loss.on_answers for loss in self.losses) else frozenset({"token_grid"})
+        return frozenset() if all(loss.on_answers for loss in self.losses) else frozenset({"token_places"})
 
     @property
     def _itself(self) -> bool:

@@ -24,7 +24,7 @@ from greenvis.techniques.inference._halves import (
 )  # fmt: skip
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._matching import Matching, bipartite_soft_matching, parse_r, source_matrix
-from greenvis.techniques.inference._rows import follow, rows_of
+from greenvis.techniques.inference._rows import Follower, follow, rows_of
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, with_first
 from greenvis.views import view
 
@@ -37,7 +37,8 @@ class TokenMerge(Technique):
     models it costs more time than it saves. Class, distillation and register tokens are never merged. A merged token is the
     mean of its patches, and counts in attention as many times as it has patches (`proportional`), still in the fused kernel.
     A head that reads the patches (pooling, dense outputs) is given all of them back, each with the value it merged into, so
-    that a mean is weighted by size. Rotary embeddings go with the tokens. Blocks must be pre-norm with global attention.
+    that a mean is weighted by size; so is whoever learns from features between the blocks. Rotary embeddings go with the
+    tokens. Blocks must be pre-norm with global attention.
     """
 
     name: ClassVar[str] = "token_merge"
@@ -93,7 +94,7 @@ class TokenMerge(Technique):
         return live
 
 
-class Flow:
+class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
     steps: the matching of each block that merged. size, places: of the tokens each block is given, how many of the first ones
@@ -111,6 +112,17 @@ class Flow:
         """Forget the samples that left the batch early."""
         for kept in (self.steps, self.size, self.places):
             kept.update(rows_of(kept, rows, batch))
+
+    def give_back(self, tokens: Tensor) -> Tensor:
+        """Return tokens with the value each merged into. How many are left tells how often they were merged."""
+        steps: list[Matching] = []
+        for matching in self.upto(None):
+            if not steps and tokens.shape[1] >= matching.length:
+                return tokens
+            steps.append(matching)
+            if matching.remaining == tokens.shape[1]:
+                return _matching.unmerge(tokens, _matching.token_map(steps))
+        return tokens
 
     def upto(self, block: int | None) -> list[Matching]:
         """Return the matchings of the blocks before number `block`, in order."""

@@ -15,7 +15,7 @@ from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.inference._halves import Block, cut_mask, halves, main, masked_attention, rotated, set_mask, with_main
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._pruning import Predictor, best, class_attention, decide, fused, policy_mask, ratio_loss
-from greenvis.techniques.inference._rows import follow, rows_of
+from greenvis.techniques.inference._rows import Follower, follow, rows_of
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter
 from greenvis.views import View, view
 
@@ -36,7 +36,7 @@ class TokenPrune(Technique):
     name: ClassVar[str] = "token_prune"
     stage: ClassVar[Stage] = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
-    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "attention_maps"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places", "attention_maps"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"keep": 0.6},
         {"method": "class_attention", "keep": 0.5, "fuse": True, "blocks": [0, 1]},
@@ -107,7 +107,7 @@ class TokenPrune(Technique):
             raise BadInput(f"{name} rotates keys by their place (RoPE), so its class attention is not read; use the predictor")
 
 
-class Flow:
+class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
     places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of them count, (batch, tokens).

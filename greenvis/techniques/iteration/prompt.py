@@ -51,7 +51,7 @@ class Prompt(Technique):
 
     name: ClassVar[str] = "prompt"
     stage: ClassVar[Stage] = "tokens"
-    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"tokens": 3},
         {"tokens": 2, "depth": "deep", "head": "freeze"},
