@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.deltas import Deltas
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
@@ -49,6 +50,7 @@ class Wrapped(Deltas):
         self.installed: list[Installed] = []
         self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
         self._learned: set[int] = set()  # parameters that earlier tasks trained
+        self._shared: list[Any] = []  # what makes processes share a pretext's gradients
         self._snapshot = Snapshot(model)
         Deltas.__init__(self)
         try:
@@ -127,6 +129,8 @@ class Wrapped(Deltas):
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
+        if self.pretext and not self._shared and ranks.count() > 1:  # its forward passes DistributedDataParallel by
+            self._shared = ranks.share_gradients(self.trainable.values())
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():
@@ -252,6 +256,9 @@ class Wrapped(Deltas):
         return self.model
 
     def _release(self) -> None:
+        for hook in self._shared:
+            hook.remove()
+        self._shared.clear()
         for live in reversed(self.installed):
             live.undo()
         _LIVE.pop(self.model, None)

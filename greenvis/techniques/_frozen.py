@@ -81,16 +81,16 @@ class Kept:
         found = self._read(samples, caches)
         if len(found) == len(caches):
             self.hits += len(rows)
-            earlier = int((~next(iter(caches.values()))[1][rows]).sum())
+            earlier = int(next(iter(caches.values()))[1][rows].sum())
             if earlier and not self.earlier and self.note is not None:
                 self.note(f"cache: outputs of '{self.part}' were computed by an earlier run; its record has their energy")
             self.earlier += earlier
         else:
             computed = _computed(compute, names)
             self.misses += len(rows)
-            for name, (cache, own) in caches.items():
+            for name, (cache, before) in caches.items():
                 cache.put(samples.positions, computed[name], samples.view)
-                own[rows] = True
+                before[rows] = False
             rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
             found = {**computed, **(self._read(samples, caches) if rounds else {})}
         return {name: value.to(device) for name, value in found.items()}
@@ -138,7 +138,8 @@ class Kept:
             about=("part", "layer"),
             **self._options,
         )
-        return cache, np.zeros(samples.length * samples.views, bool)
+        every = range(samples.length)  # what is there now an earlier run left; what comes may be another process's of this one
+        return cache, torch.cat([cache.has(every, view) for view in range(samples.views)]).numpy()
 
 
 def _computed(compute: Callable[[], Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,55 @@
+"""What processes that train one model together must agree on. Without several processes nothing here does anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.utils.hooks import RemovableHandle
+
+
+def count() -> int:
+    """Return how many processes train together: 1 where none was asked for."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def add_up(total: Mapping[str, Tensor], seen: int) -> int:
+    """Add every process's tensors, in place and by name, and return the sum of what they have seen.
+
+    Each process must name the same tensors. What is then divided by the sum is a mean over all processes' samples.
+    """
+    if count() == 1:
+        return seen
+    for tensor in total.values():
+        dist.all_reduce(tensor)
+    number = torch.tensor(seen, dtype=torch.int64, device=next(iter(total.values())).device if total else None)
+    dist.all_reduce(number)
+    return int(number)
+
+
+def mean(tensors: Iterable[Tensor]) -> None:
+    """Give every process the mean of all processes' tensors, in place."""
+    if (many := count()) > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor.div_(many))
+
+
+def share_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
+    """Make each gradient the mean over all processes as it comes, for a loss that no DistributedDataParallel sees.
+
+    Every process must run the same backward, so that gradients come in one order.
+    """
+    if count() == 1:
+        return []
+
+    def shared(gradient: Tensor) -> Tensor:
+        whole = gradient.clone()
+        mean([whole])
+        return whole
+
+    return [parameter.register_hook(shared) for parameter in parameters if parameter.requires_grad]
