@@ -182,7 +182,8 @@ class Installed:
     def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
         """Return settings between which the finished model can be switched without training, for a report to compare.
 
-        Each holds within its context; what the context gave then holds facts ("exits": how many samples left where).
+        Each call gives new contexts. A setting holds within its context; what the context gave then holds facts of what was
+        answered within: lists of counts ("exits": how many samples left where), and numbers that are means over images.
         """
         return {}
 

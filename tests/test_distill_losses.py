@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from greenvis.errors import GreenvisError
 from greenvis.techniques.inference import _features as of
 from greenvis.techniques.inference import _teachers as teaching
 from greenvis.techniques.inference._kd import corrected_targets, dkd_loss, hard_loss, kd_loss, kd_task_loss, soft_target_loss
 from greenvis.techniques.inference._losses import Review
+from greenvis.techniques.inference._losses import _hint as hint
 
 FIXTURE = torch.load(Path(__file__).parent / "data" / "kd_losses.pt", weights_only=True)
 
@@ -138,6 +140,32 @@ def test_teachers_are_weighed() -> None:
     assert torch.allclose(weigh["confidence"], (1 - ce / ce.sum(0)) / 2, atol=1e-6)
     together = teaching.mixed(logits.log_softmax(-1), weigh["fixed"])
     assert torch.allclose(together.exp(), logits.softmax(-1).mean(0), atol=1e-6)
+
+
+def test_learned_weights_go_to_the_teacher_who_is_right() -> None:
+    y = torch.arange(12) % 3
+    logits = torch.stack([F.one_hot(y, 3) * 3.0, F.one_hot((y + 1) % 3, 3) * 3.0])
+    learned = torch.zeros(2, requires_grad=True)
+    for _ in range(40):
+        weights = teaching.weights_of("learned", logits, None, [1, 1], 1.0, learned)
+        loss = F.nll_loss(teaching.mixed(logits.log_softmax(-1), weights), y)
+        (grad,) = torch.autograd.grad(loss, learned)
+        with torch.no_grad():
+            learned -= grad
+    assert learned.softmax(0)[0] > 0.9
+
+
+def test_a_residual_hint_teaches_only_what_the_student_lacks() -> None:
+    student = torch.randn(2, 4, 3, 3, requires_grad=True)
+    extra = torch.randn(2, 4, 3, 3)
+    known, lacking = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+    has = known(student).detach()
+    loss = hint([known, lacking], student, has + extra)
+    assert loss.item() == pytest.approx((extra.square().mean() + (lacking(student) - extra).square().mean()).item(), rel=1e-5)
+    (grad,) = torch.autograd.grad(loss, student)
+    (want,) = torch.autograd.grad(F.mse_loss(lacking(student), extra), student)
+    assert torch.allclose(grad, want, atol=1e-6)  # what can be read off the student already pulls at nothing
+    assert torch.allclose(hint([known], student, has), torch.tensor(0.0), atol=1e-6)
 
 
 def test_conflict_is_none_among_twins_and_total_among_opposites() -> None:

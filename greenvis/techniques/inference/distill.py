@@ -45,7 +45,8 @@ class Distill(Technique):
     project the student's channels to the teacher's where they must (trained along, saved in the delta, gone after
     merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be pruned or
     added; merged ones count as the patches they hold. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several
-    teachers `facts` say how much they contradict each other. A model's last exit teaches its earlier ones in early exits.
+    teachers `facts` say how much they contradict each other. That a model's last exit teaches its earlier ones is an option
+    of the technique that gives it exits (there called `distill`, too).
     """
 
     name: ClassVar[str] = "distill"

@@ -30,9 +30,11 @@ class EarlyExit(Technique):
     (Shallow-Deep Networks: Kaya et al., 2019; MSDNet: Huang et al., 2018).
 
     Saves inference energy as samples leave: the rest of the model runs on a smaller batch, or not at all. Costs the heads
-    (a norm and a linear layer each), in training and for good, and small batches gain less. In training the model gives its
-    own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave once thresholds are set, by
-    `threshold` or `calibrate`; until then nothing changes. Whoever leaves has no other outputs (hidden states): those are None.
+    (a norm and a linear layer each), in training and for good, and small batches gain less. A convolutional network's first
+    stages, on large maps, take more time than their share of the MACs, so less than the MACs say is saved there. In training
+    the model gives its own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave once
+    thresholds are set, by `threshold` or `calibrate`; until then nothing changes. Whoever leaves has no other outputs (hidden
+    states): those are None.
 
     at: a number (after so many blocks), a share of the forward's MACs (0 to 1), or a module's path. criterion: "max_prob",
     "entropy" (1 − entropy / log classes) or "patience" (for how many exits in a row the answer stayed: Zhou et al., 2020).
