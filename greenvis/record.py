@@ -14,7 +14,8 @@ Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic
                samples, flops (whichever are observed); mono_s and clock_s say when
     log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy, loss
     fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones
-    uses       another run this one builds on: role, name, runs, energy_j {value, low, high, provenance}; never added
+    uses       another run this one builds on, or one that such a run does: role, name, runs, of (its children by name and
+               seed), energy_j {value, low, high, provenance}; never added
     note       text: a warning in words
     end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
 

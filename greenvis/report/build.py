@@ -15,7 +15,7 @@ results.json, schema 1 (units stand in the keys; null is "not known", never 0):
       operating_points [{setting, accuracy, inference_energy_j, energy_ratio, macs, macs_ratio, realised, exits, energy_spread}]
                          of a model that can be switched after training; ratios to the setting "never"
       embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
-      uses [{role, name, runs, energy_j, used_by_runs}]  what it builds on, beside: in no figure above
+      uses [{role, name, runs, of, energy_j, used_by_runs}]  what it builds on, beside: in no figure above
       base_reuse {whole_j, whole_g, shared_j, shared_g}  its cost, charged whole and shared among the runs here
       std {wall_s, latency_p50_ms, images_per_s, peak_memory_mb}: standard deviation over seeds
       spent {energy_j, carbon_g, unfinished_energy_j, repeated_energy_j, older_inputs_energy_j}: sums, nothing left out
