@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -428,6 +429,23 @@ def test_an_exported_exit_is_static_and_smaller(host: str) -> None:
     assert flops.count(export(live, 2), x[:1], cross_check=False).macs <= installed.costs[1]
     with pytest.raises(BadInput, match="there are 2"):
         export(live, exit=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("host", ["timm-vit", "timm-convnext", "transformers-vit"])
+def test_an_exported_exit_compiles_to_one_graph_and_runs_in_onnxruntime(host: str, tmp_path: Path) -> None:
+    import onnxruntime
+
+    live, installed, x = wrapped(host)
+    want = installed.logits([(x, torch.zeros(6))])[0][0]
+    plain = export(live, exit=1)
+    compiled: Any = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), want, atol=1e-5, rtol=1e-5)
+        torch.onnx.export(plain, (x,), dynamo=True, verbose=False).save(tmp_path / "exit.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "exit.onnx")
+    got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
 # -- bad inputs -------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """`greenvis bench tokens`: merging tokens against the unmodified model with its fused attention. Minutes on one core.
 
 No other implementation stands beside it: that of the paper is not on PyPI, is for non-commercial use, and replaces fused
-attention; no package of it for classifiers was found there.
+attention; no package of it for classifiers was found there. timm's `patch_drop_rate` drops tokens at random, in training alone.
 """
 
 from __future__ import annotations
