@@ -79,7 +79,8 @@ def _recipe_verbs(verb: _Verb) -> None:
     """What begins with a recipe, up to its report and the model it made."""
     p = verb("run", verbs.run, "train every arm of a recipe, metered, and write its report")
     p.add_argument("recipe", help="a YAML file; see `greenvis schema`")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3; several in turn: 3,6")
+    p.add_argument("--on", default="one-by-one", metavar="ENGINE", help="one-by-one (default), or ray: on a Ray cluster")
     p.add_argument("--fresh", action="store_true", help="train finished arms again (their energy stays in the totals)")
     p.add_argument("--trust", action="store_true", help="allow models given as package.module:function, which runs their code")
     p.add_argument("--runs", default="runs", help="folder of run records (default: runs)")
@@ -102,6 +103,9 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("--grid", help="price the carbon with another grid: a zone as SWE, or g CO2e per kWh; changes grams only")
     p.add_argument("--served", type=float, default=1e6, metavar="N", help="images a model will answer (default: 1,000,000)")
     p.add_argument("--title", help="headline of the report")
+
+    p = verb("overview", verbs.overview, "many reports at a glance: what each technique saved and cost, as Markdown")
+    p.add_argument("folder", nargs="?", default="reports", help="folder in which each report has a folder (default: reports)")
 
     p = verb("export", verbs.export, "write a finished run's model as torch.export, ONNX, safetensors or a Hub folder, checked")
     p.add_argument("run", help="the folder of a finished run: runs/RECIPE/ARM/seed0")

@@ -8,30 +8,43 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest
 
 Answer = tuple[Any, Callable[[], None]]
 
 
 def run(args: Any) -> Answer:
     """Train a recipe's arms and write its report."""
-    from greenvis import experiment
-    from greenvis.recipe import load_recipe
+    from greenvis import experiment, on_ray, sweep
     from greenvis.report import report
 
-    recipe = load_recipe(args.recipe, args.set)
-    command = ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))]
-    say = _quiet if args.json else _say
-    folder = experiment.run(
-        recipe, runs=args.runs, fresh=args.fresh, trust=args.trust, command=command, say=say, log_with=args.log_with
-    )
+    engines = ("one-by-one", "ray")
+    if args.on not in engines:
+        raise BadInput(f"cannot run on '{args.on}'{nearest(args.on, engines)}")
+    recipes = sweep.load(args.recipe, args.set)
+    first, several = recipes[0][0], len(recipes) > 1
+    options: dict[str, Any] = {
+        "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
+        "command": ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))],
+        "say": _quiet if args.json else _say,
+    }  # fmt: skip
+    failed: dict[str, str] = {}
+    if args.on == "ray":
+        folders, failed = on_ray.run(recipes, **options)
+    else:
+        folders = [experiment.run(recipe, **options) for recipe, _ in recipes]
     page = report(
-        [folder],
-        out=args.out or Path("reports") / recipe.name,
-        baseline=recipe.baseline,
-        metric=recipe.report.metric,
-        title=recipe.report.title,
+        folders,
+        out=args.out or Path("reports") / (Path(args.recipe).stem if several else first.name),
+        baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
+        metric=first.report.metric,
+        title=first.report.title,
     )
+    if failed:
+        listed = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        raise GreenvisError(
+            f"{len(failed)} runs failed ({listed}); {page} has the others, and the same command goes on from here"
+        )
     return _reported(page)
 
 
@@ -66,6 +79,14 @@ def report(args: Any) -> Answer:
 
     page = report(args.paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
     return _reported(page)
+
+
+def overview(args: Any) -> Answer:
+    """Sum many reports up."""
+    from greenvis.report.overview import markdown, overview
+
+    found = overview(args.folder)
+    return found, lambda: print(markdown(found), end="")
 
 
 def _reported(page: Path) -> Answer:

@@ -1,0 +1,36 @@
+"""Write the generated parts of README.md anew: `make readme`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from greenvis import registry
+from greenvis.report.overview import markdown, overview
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- from here on: greenvis overview -->\n", "<!-- to here -->"
+
+
+def techniques() -> dict[str, str]:
+    """Return the first paragraph of each technique's documentation."""
+    return {name: " ".join((registry.find(name).__doc__ or "").split("\n\n")[0].split()) for name in registry.names()}
+
+
+def measured() -> str:
+    """Return the overview of the committed reports, as the README has it."""
+    return markdown(overview(ROOT / "reports"), beside=ROOT)
+
+
+def main() -> None:
+    """Replace both."""
+    path = ROOT / "README.md"
+    text = path.read_text()
+    head, _, rest = text.partition(BEGIN)
+    text = head + BEGIN + measured() + END + rest.partition(END)[2]
+    table = "".join(f"| `{name}` | {does} |\n" for name, does in techniques().items())
+    path.write_text(re.sub(r"(\| name \| what it does \|\n\|---\|---\|\n)(?:\|.*\n)+", lambda m: m[1] + table, text))
+
+
+if __name__ == "__main__":
+    main()
