@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze, hold_in_eval
 from greenvis.technique import Installed, Stage, Technique
@@ -95,10 +95,12 @@ class InstalledNcm(Installed):
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
             hot = F.one_hot(y, len(self.seen)).double()
-            for head, sums in zip(self.heads, self.sums, strict=True):
-                features = self._given.pop(id(head)).flatten(1).double()
-                sums += _everywhere(hot.T @ features).cpu()
-            self.seen += _everywhere(hot.sum(0)).long().cpu()
+            new = {str(i): hot.T @ self._given.pop(id(head)).flatten(1).double() for i, head in enumerate(self.heads)}
+            new["seen"] = hot.sum(0)
+            ranks.add_up(new, len(y))
+            for i, sums in enumerate(self.sums):
+                sums += new[str(i)].cpu()
+            self.seen += new["seen"].long().cpu()
             return 0.0 * torch.stack([p.sum() for head in self.heads for p in head.parameters()]).sum()
 
         return loss
@@ -128,10 +130,3 @@ class InstalledNcm(Installed):
         """Take them back."""
         self.seen = state["seen"].cpu().clone()
         self.sums = [state[f"sums.{i}"].cpu().clone() for i in range(len(self.sums))]
-
-
-def _everywhere(values: Tensor) -> Tensor:
-    """Return the sum over all processes."""
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(values)
-    return values

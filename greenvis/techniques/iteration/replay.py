@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.herding import herding
 from greenvis.modes import in_mode
@@ -111,7 +112,8 @@ class Replay(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Make the buffer; with `latent`, freeze what lies below the layer. Raises BadInput where that cannot be."""
-        rank, count = _place()
+        count = ranks.count()
+        rank = dist.get_rank() if count > 1 else 0
         if count > 1 and (self.method == "gdumb" or self.source == "generator"):
             what = "gdumb" if self.method == "gdumb" else "a generator"
             raise BadInput(
@@ -124,13 +126,6 @@ class Replay(Technique):
         if self.method == "gdumb":
             return InstalledGdumb(model, buffer, self.epochs, self.lr, self.batch_size)
         return InstalledReplay(self, model, buffer)
-
-
-def _place() -> tuple[int, int]:
-    """Return (rank, number of processes)."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
 
 
 class InstalledReplay(Installed):
@@ -233,14 +228,14 @@ class InstalledReplay(Installed):
                 found.setdefault(label, []).append((x[y == label], features[y == label]))
         old_x, old_y = self.buffer.take(torch.arange(len(self.buffer))) if len(self.buffer) else (None, torch.zeros(0))
         before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in found]
-        share = max(1, self.request.size // (len(before) + len(found)))
+        share = max(1, self.buffer.size // (len(before) + len(found)))
         xs = [] if old_x is None else [old_x[old_y == c][:share] for c in before]
         ys = [torch.full((len(x),), c) for x, c in zip(xs, before, strict=True)]
         for label, parts in found.items():
             images, features = (torch.cat(column) for column in zip(*parts, strict=True))
             xs.append(images[herding(F.normalize(features.double(), dim=1), share)])
             ys.append(torch.full((len(xs[-1]),), label))
-        self.buffer.replace(torch.cat(xs)[: self.request.size], torch.cat(ys)[: self.request.size])
+        self.buffer.replace(torch.cat(xs)[: self.buffer.size], torch.cat(ys)[: self.buffer.size])
 
     def _teach(self, generator: Generator, loader: Any) -> None:
         device = next(self.model.parameters()).device
