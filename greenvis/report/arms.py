@@ -12,6 +12,7 @@ from greenvis import price
 from greenvis.record import Reading
 from greenvis.report import continual, kept, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
+from greenvis.report.teachers import teachers
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
 LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
@@ -258,6 +259,8 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
         out["techniques"] = last[-1]["techniques"]
     if outputs := kept.rows(last):
         out["kept"] = outputs
+    if several := teachers(last):
+        out["teachers"] = several
     return out
 
 

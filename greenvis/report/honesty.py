@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import kept, words
+from greenvis.report import kept, teachers, words
 from greenvis.report.words import si
 
 Section = dict[str, Any]  # {"title", "items": [text], "table": None | {"head", "rows"}}
@@ -23,6 +23,7 @@ def sections(found: dict[str, Any]) -> list[Section]:
         _section("Cross-check and disturbance", _checks(found)),
         _predicted(found),
         kept.section(found),
+        teachers.section(found),
         _section("Notes of the runs", found["notes"][:50]),
         _section("Environment and data", _environment(found)),
     ]
