@@ -39,8 +39,8 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
     head = ["Arm", "Choose other classes", "Divergence (nats)", "Cosine of their pulls", "Learned weights"]
     said = (
         "Between each two teachers, in the first epoch → in the last, means over seeds: how often they choose other classes, "
-        "how far their softened answers are apart, and the cosine between the gradients that each alone would give the student's "
-        "logits (below 0 they pull it apart)."
+        "how far their softened answers are apart, and the cosine between the gradients that each alone would give the "
+        "student's logits (below 0 they pull it apart)."
     )
     table = {"head": head, "rows": cells} if cells else None
     return {"title": "Several teachers", "items": [said] if cells else [], "table": table}
