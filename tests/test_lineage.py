@@ -158,7 +158,8 @@ def test_probe_evaluates_what_a_run_left(finished: Path, tmp_path: Path, capsys:
 
 def test_probe_leaves_out_what_the_model_cannot_take(tmp_path: Path) -> None:
     text = RECIPE.partition("model:")[0] + (
-        "model: {ref: plain/mlp, img_size: 8, hidden: [8]}\ntrain: {epochs: 1, threads: 1}\narms: {net: {}}\nmeter: {codecarbon: false}\n"
+        "model: {ref: plain/mlp, img_size: 8, hidden: [8]}\ntrain: {epochs: 1, threads: 1}\narms: {net: {}}\n"
+        "meter: {codecarbon: false}\n"
     )
     gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
     said: list[str] = []
