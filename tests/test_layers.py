@@ -48,6 +48,8 @@ ALLOWED: dict[str, set[str]] = {
     "experiment": ENGINE | {"jobs", "lineage", "stages", "subset"},
     "transfer": set(),
     "rank": ENGINE | {"jobs", "transfer"},
+    "sweep": {"recipe"},
+    "on_ray": {"recipe", "jobs", "experiment"},
     "plan": ENGINE | {"jobs", "experiment", "stages", "subset"},
     "probe": ENGINE | {"experiment", "jobs", "lineage"},
     "bench": ENGINE | {"experiment", "rank", "testing"},
@@ -55,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"jobs", "models", "record", "report", "technique"},
     "__main__": {"cli"},
     "cli": {"verbs"},
-    "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe"},
+    "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "sweep", "on_ray"},
 }
 # files that belong to one unit: split only to keep each short
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data", "weights": "models",
