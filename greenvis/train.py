@@ -196,7 +196,7 @@ class Loop:
             progress.batch += 1
             losses.append(loss.detach())
             if len(losses) % CHECK_EVERY == 1:
-                _finite(loss, progress)
+                _finite(loss, progress, self.run.notes)
             if accelerator.sync_gradients and time.monotonic() - saved_at > self.spec.checkpoint_every_s:
                 self.save()
                 saved_at = time.monotonic()
@@ -204,7 +204,7 @@ class Loop:
         live.epoch_end()
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if losses:
-            _finite(losses[-1], progress)
+            _finite(losses[-1], progress, self.run.notes)
             self.log(loss=torch.stack(losses).float().mean().item())
 
 
@@ -298,12 +298,13 @@ def _accelerator(spec: TrainSpec, log_with: Sequence[str] = (), folder: Path | N
     return Accelerator(mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate, **logging)
 
 
-def _finite(loss: Tensor, progress: Progress) -> None:
+def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
     value = loss.detach().item()
     if not math.isfinite(value):
+        before = f" (noted before: {notes[-1]})" if notes else ""
         raise GreenvisError(
             f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
-            "or look at the data"
+            f"or look at the data{before}"
         )
 
 

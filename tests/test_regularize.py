@@ -217,6 +217,35 @@ def test_undo_leaves_nothing_behind(request_of: Any) -> None:
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
 
 
+@pytest.mark.parametrize(("weight", "diverges"), [(0.9, False), (1.1, True)])
+def test_a_penalty_that_gradient_descent_cannot_follow_is_foretold(weight: float, diverges: bool) -> None:
+    """Steps on weight · importance · change² grow from lr · weight · importance = 1 on; the note says so beforehand."""
+    net = _net()
+    live = gv.wrap(net, gv.Regularize(weight=1.0))
+    live.end_task(_loader(8))
+    greatest = max(float(v.max()) for v in live.installed[0].importance.values())  # type: ignore[attr-defined]
+    lr = 1 / greatest
+    live.undo()
+    live = gv.wrap(net, gv.Regularize(weight=weight))
+    notes: list[str] = []
+    live.installed[0].note = notes.append
+    optimizer = torch.optim.SGD(live.param_groups(lr), lr)
+    live.end_task(_loader(8))
+    assert bool(notes) == diverges
+    assert all(f"the greatest is {greatest:.3g}" in note for note in notes)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1)
+    far: list[float] = []
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = live.loss(X, Y, net(X))
+        loss.backward()
+        optimizer.step()
+        far.append(loss.item())
+    assert (far[-1] > far[5]) == diverges
+
+
 def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(gv.BadInput, match="should be 'ewc', 'mas' or 'si'"):
         gv.Regularize(method="ewx")  # type: ignore[arg-type]

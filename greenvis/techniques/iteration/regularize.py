@@ -122,6 +122,12 @@ class InstalledRegularize(Installed):
         self._grads: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._hooked: set[int] = set()
+        self._lr: float | None = None
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Note the learning rate, which bounds the penalty; there are no groups of its own."""
+        self._lr = lr
+        return []
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"regularize": weight · penalty}, from the second task on."""
@@ -171,6 +177,18 @@ class InstalledRegularize(Installed):
             else:
                 self.importance[name] = decay * old + value
             self.anchor[name] = now[name]
+        self._check_step()
+
+    def _check_step(self) -> None:
+        """Say where gradient descent cannot follow the penalty: steps of lr · 2 · weight · importance > 2 grow."""
+        greatest = max((float(value.max()) for value in self.importance.values()), default=0.0)
+        if self._lr is not None and self._lr * self.request.weight * greatest > 1:
+            bound = 1 / (self._lr * self.request.weight)
+            self.note(
+                f"regularize: at a learning rate of {self._lr:g}, gradient descent throws off a weight whose importance tops "
+                f"1 / (lr · weight) = {bound:.3g}, and the greatest is {greatest:.3g}; expect a loss that is not finite, "
+                f"unless weight is below {1 / (self._lr * greatest):.2g} or train.clip_norm is set"
+            )
 
     def _decay(self) -> float:
         if self.request.decay is not None:
