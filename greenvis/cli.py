@@ -140,7 +140,7 @@ def _model_verbs(verb: _Verb) -> None:
     p = verb("card", verbs_models.card, "say what a saved model was made from, and what all of it cost")
     p.add_argument("file", help="a weight file of greenvis, or a finished run's folder")
     p = verb("rank", verbs_bases.rank, "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)")
-    p.add_argument("bases", nargs="+", metavar="BASE", help="a model reference, or run:RECIPE/ARM for what an arm left")
+    p.add_argument("bases", nargs="+", metavar="BASE", help="a model reference, run:RECIPE/ARM for what an arm left, or its folder")
     p.add_argument("--data", required=True, help="a data set by name, or a recipe's file, whose data it is then")
     p.add_argument("--images", type=int, default=1000, help="training images shown to each base (default: 1000)")
     p.add_argument("--by", default="logme", help="logme (default), h_score, sfda or ped: the score to sort by")

@@ -35,13 +35,13 @@ def rank(
 ) -> dict[str, Any]:
     """Rank candidate bases for new data without training, best first, and return what was found.
 
-    bases: model references, or "run:RECIPE/ARM" for what a recipe's arm left below `runs`. data_name: a data set's name, or a
-    recipe's file, whose data it is then. images: so many training images are shown to each base (fewer where there are
-    fewer). by: the score to sort by, one of `METHODS`. options: of bases that are a library's (pretrained, img_size, …).
+    bases: model references; "run:RECIPE/ARM" for what a recipe's arm left below `runs`, or its folder. data_name: a data set's
+    name, or a recipe's file, whose data it is then. images: so many training images are shown to each base (fewer where there
+    are fewer). by: the score to sort by, one of `METHODS`. options: of bases that are a library's (pretrained, img_size, …).
     Returns {"rows": [{"base", "rank", a score a method, "dim", "energy_j", and, where full fine-tuning of these bases on this
     data is on record, "tuned_accuracy" and "tuning_energy_j"}], "correlation": {method: {"weighted_tau", "tau", "bases"}} or
-    None, "energy_j": {"value", "low", "high"} of the whole ranking, "tuning_energy_j", "record", …}. The ranking is a
-    tracked run itself. Raises BadInput for an unknown base, data set or score, before anything is spent.
+    None, "energy_j": {"value", "low", "high"} of the whole ranking, "tuning_energy_j", "record", …}. The ranking is a tracked
+    run itself. Raises BadInput for an unknown base, data set or score, before anything is spent.
     """
     if by not in METHODS:
         raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")
@@ -136,23 +136,30 @@ def _base_of(its: record.Run, bases: Sequence[str], options: Mapping[str, Any]) 
     if its.facts.get("techniques") or its.facts.get("stages"):
         return None
     if str(model.get("init") or "").startswith("run:"):
-        used = next((f"run:{u.get('name')}" for u in its.uses if u.get("role") == "base"), None)
-        return used if used in bases else None
+        used = next((u.get("name") for u in its.uses if u.get("role") == "base"), None)
+        return next((base for base in bases if used is not None and _arm(base) == used), None)
     pretrained = (model.get("options") or {}).get("pretrained")
     alike = pretrained and pretrained == options.get("pretrained") and not model.get("init")
     return model.get("ref") if alike and model.get("ref") in bases else None
 
 
 def _build(base: str, runs: Path, trust: bool, options: Mapping[str, Any]) -> nn.Module:
-    if not base.startswith("run:"):
-        own = {} if base.startswith("file:") else options
-        return models.build(base, trust=trust, **own).eval()
-    return models.build(f"file:{weights_of(base, runs).resolve()}", trust=trust).eval()
+    if _arm(base) is not None:
+        return models.build(f"file:{weights_of(base, runs).resolve()}", trust=trust).eval()
+    own = {} if base.startswith("file:") else options
+    return models.build(base, trust=trust, **own).eval()
+
+
+def _arm(base: str) -> str | None:
+    """Return RECIPE/ARM of a base that an arm left; None for other models."""
+    if base.startswith("run:"):
+        return "/".join(base.removeprefix("run:").split("/")[:2])
+    return "/".join(Path(base).resolve().parts[-3:-1]) if (Path(base) / WEIGHTS_FILE).is_file() else None
 
 
 def _shape(base: str, model: nn.Module, runs: Path) -> tuple[int, ...]:
     """Return (channels, height, width) of the images a base is shown: those a run trained on, else what the model says."""
-    if base.startswith("run:"):
+    if _arm(base) is not None:
         for path in record.find([weights_of(base, runs).parent]):
             if facts := record.read(path).facts.get("data"):
                 return facts["in_chans"], facts["img_size"], facts["img_size"]
@@ -160,8 +167,11 @@ def _shape(base: str, model: nn.Module, runs: Path) -> tuple[int, ...]:
 
 
 def weights_of(base: str, runs: str | Path) -> Path:
-    """Return the weights that "run:RECIPE/ARM" left below `runs`, of its first seed. Raises BadInput where there are none."""
-    folder = Path(runs) / base.removeprefix("run:")
+    """Return the weights that "run:RECIPE/ARM" left below `runs`, of its first seed; of a folder, those in it.
+
+    Raises BadInput where there are none.
+    """
+    folder = Path(runs) / base.removeprefix("run:") if base.startswith("run:") else Path(base)
     found = sorted([*folder.glob(WEIGHTS_FILE), *folder.glob(f"seed*/{WEIGHTS_FILE}")])
     if not found:
         there = sorted({f"run:{p.parent.parent.relative_to(runs)}" for p in Path(runs).glob(f"*/*/seed*/{WEIGHTS_FILE}")})

@@ -70,11 +70,15 @@ def test_the_command_says_the_same_as_json(runs: Path, capsys: pytest.CaptureFix
 
 
 def test_takes_a_library_s_models_beside(runs: Path) -> None:
+    left = runs / "runs/bases/more/seed0"
     weights = weights_of("run:bases/more", runs / "runs")
+    assert weights == left / "model.safetensors"
     found = rank(
         ["timm/vit_tiny_patch16_224", f"file:{weights}"], "digits", images=40, runs=runs / "runs",
         img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=1,
     )  # fmt: skip
+    tuned = rank([str(left), "run:bases/once"], str(runs / "tuned.yaml"), images=40, runs=runs / "runs")
+    assert all("tuned_accuracy" in row for row in tuned["rows"])
     assert {row["base"]: row["dim"] for row in found["rows"]} == {"timm/vit_tiny_patch16_224": 12, f"file:{weights}": 8}
 
 
