@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.iteration.norm_tune import NormTune
     from greenvis.techniques.iteration.packnet import PackNet
     from greenvis.techniques.iteration.partial import Partial
+    from greenvis.techniques.iteration.pnn import Pnn
     from greenvis.techniques.iteration.prompt import Prompt
     from greenvis.techniques.iteration.prompt_pool import PromptPool
     from greenvis.techniques.iteration.regularize import Regularize
@@ -60,7 +61,7 @@ _HOMES = {
 __all__ = [
     "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill", "GreenvisError", "Hat",
     "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial",
-    "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge",
+    "Pnn", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge",
     "TokenPrune", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

@@ -33,6 +33,7 @@ WORKS = {
     "norm_tune": 20,
     "packnet": 20,
     "partial": 19,
+    "pnn": 19,
     "prompt": 8,
     "prompt_pool": 8,
     "regularize": 20,

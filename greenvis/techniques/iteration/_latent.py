@@ -53,7 +53,7 @@ class Entrance:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         if self._take is None or not torch.is_grad_enabled():
             return None
-        values, at, spec = _taken_apart(args, kwargs)
+        values, at, spec = taken_apart(args, kwargs)
         take, self._take = self._take, None
         if values[at].requires_grad:
             raise GreenvisError(
@@ -102,7 +102,7 @@ class Entrance:
             kept = seen[0][1:]
 
             def join(module: nn.Module, args: Any, kwargs: Any) -> Any:
-                values, at, spec = _taken_apart(args, kwargs)
+                values, at, spec = taken_apart(args, kwargs)
                 values[at] = torch.cat([values[at], kept])
                 return tree_unflatten(values, spec)
 
@@ -125,7 +125,7 @@ class Entrance:
         seen: list[Tensor] = []
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
-            values, at, _ = _taken_apart(args, kwargs)
+            values, at, _ = taken_apart(args, kwargs)
             seen.append(values[at])
 
         handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
@@ -157,7 +157,7 @@ def _path(model: nn.Module, found: View, layer: int | str) -> str:
     return found.blocks[layer]
 
 
-def _taken_apart(args: Any, kwargs: Any) -> tuple[list[Any], int, Any]:
+def taken_apart(args: Any, kwargs: Any) -> tuple[list[Any], int, Any]:
     """Return all a module was handed, which of it is the first tensor, and how to put it together again."""
     values, spec = tree_flatten((args, kwargs))
     at = next((i for i, value in enumerate(values) if isinstance(value, Tensor)), None)
