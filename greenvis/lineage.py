@@ -45,7 +45,8 @@ def card(job: Job, accuracy: float | None) -> dict[str, Any]:
 def read_card(place: str | Path) -> dict[str, Any]:
     """Return the card of a weight file, or of a finished run's folder, with "file" and "ref" of its model, and "total_j".
 
-    total_j: its own energy and that of all it was made from, each counted once. Raises BadInput where there is no card.
+    total_j: its own energy and that of all it was made from, each counted once; its value is None where one is not
+    known. Raises BadInput where there is no card.
     """
     path = Path(place)
     path = path / WEIGHTS_FILE if path.is_dir() else path
@@ -53,7 +54,9 @@ def read_card(place: str | Path) -> dict[str, Any]:
     its = stored.get("card") or {}
     if any(key not in its for key in KEYS):
         raise BadInput(f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it")
-    total = price.add(map(_reading, [its["energy_j"], *(u["energy_j"] for u in its.get("uses", ()))]))
+    parts = [_reading(entry["energy_j"]) for entry in (its, *its.get("uses", ()))]
+    known = all(part.value is not None for part in parts)
+    total = price.add(parts) if known else Reading("energy_j", None, reason="the cost of a part is not known")
     return {"file": str(path), "ref": stored.get("ref"), "options": stored.get("options"), **its, "total_j": _energy(total)}
 
 
