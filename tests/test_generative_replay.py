@@ -136,8 +136,8 @@ def test_gdumb_learns_at_the_end_of_a_task_only_and_from_the_start() -> None:
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(gv.BadInput, match="goes with er and er_ace"):
         gv.Replay(source="generator", method="derpp")
-    with pytest.raises(gv.BadInput, match="no gradients to choose by"):
-        gv.Replay(method="gdumb", policy="gradient")
+    with pytest.raises(gv.BadInput, match="nothing for 'herding' to choose by"):
+        gv.Replay(method="gdumb", policy="herding")
     big = [(torch.rand(2, 3, 80, 80), torch.tensor([0, 1]))]
     with pytest.raises(gv.BadInput, match=r"not 19,200: set data\.img_size"):
         Generator(0).learn(big, 2, 1, 1.0, torch.device("cpu"))

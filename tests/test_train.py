@@ -99,6 +99,8 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
     with pytest.raises(GreenvisError, match=r"the loss is nan at epoch 0, step .*lower train\.lr"):
         _fit(tmp_path, TrainSpec(epochs=2, lr=0.1), lambda epoch, start: [(X * math.nan, Y)])
     assert read(next(iter(find([tmp_path])))).status == "failed"
+    with pytest.raises(GreenvisError, match=r"noted before: a weight below 2"):
+        train._finite(torch.tensor(math.inf), train.Progress(), ["a weight below 2"])
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:

@@ -106,8 +106,8 @@ class Replay(Technique):
             raise ValueError(
                 "a generator draws images and labels: 'source' generator goes with er and er_ace, without 'latent'"
             )
-        if self.method == "gdumb" and self.policy == "gradient":
-            raise ValueError("gdumb trains nothing while tasks go by, so there are no gradients to choose by")
+        if self.method == "gdumb" and self.policy in ("gradient", "herding"):
+            raise ValueError(f"gdumb trains nothing while tasks go by, so there is nothing for '{self.policy}' to choose by")
         return self
 
     def install(self, model: nn.Module) -> Installed:
