@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
+
+T = TypeVar("T")
 
 
 def count() -> int:
@@ -37,6 +39,30 @@ def mean(tensors: Iterable[Tensor]) -> None:
     if (many := count()) > 1:
         for tensor in tensors:
             dist.all_reduce(tensor.div_(many))
+
+
+def agree(values: Iterable[Tensor]) -> None:
+    """Give every process the first one's values, in place, where each saw other images."""
+    if count() > 1:
+        for value in values:
+            dist.broadcast(value.detach(), 0)
+
+
+def first(ask: Callable[[], T]) -> T:
+    """Ask in the first process, and return its answer in all of them; what it raises there, all raise."""
+    if count() == 1:
+        return ask()
+    held: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            held = [(ask(), None)]
+        except Exception as error:  # whatever it is, the others must not wait for an answer
+            held = [(None, error)]
+    dist.broadcast_object_list(held, 0)
+    answer, error = held[0]
+    if error is not None:
+        raise error
+    return answer
 
 
 def share_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:

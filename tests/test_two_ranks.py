@@ -64,6 +64,8 @@ def test_one_process_has_nothing_to_share() -> None:
     assert (ranks.count(), ranks.add_up(total, 3)) == (1, 3)
     ranks.mean(total.values())
     assert total["a"].item() == 2.0
+    ranks.agree(total.values())
+    assert ranks.first(lambda: "mine") == "mine"
     assert ranks.share_gradients([torch.nn.Parameter(torch.ones(1))]) == []
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
 from greenvis.surgery import freeze
@@ -212,14 +213,13 @@ def calibrate(
 
     live: what `wrap` gave. loader: (x, y) that no training step has seen, and that are not the test set. target_drop: accuracy
     that may be lost, 0 to 1, kept by an upper bound that holds with `confidence`; where no threshold keeps it, nobody
-    leaves and `drop_upper` is 0. budget: mean MACs ÷ the whole model's. `live.save` keeps the thresholds. Raises BadInput.
+    leaves and `drop_upper` is 0. budget: mean MACs ÷ the whole model's. `live.save` keeps the thresholds. Of several
+    processes all take what the first one's samples say. Raises BadInput.
     """
     installed = _of(live)
     logits, targets = installed.logits(loader)
-    found = choose(
-        logits, targets, installed.costs, installed.request.criterion,
-        target_drop=target_drop, budget=budget, confidence=confidence,
-    )  # fmt: skip
+    how: dict[str, Any] = {"target_drop": target_drop, "budget": budget, "confidence": confidence}
+    found = ranks.first(lambda: choose(logits, targets, installed.costs, installed.request.criterion, **how))
     installed.thresholds = found.thresholds
     installed.calibration = found
     return found

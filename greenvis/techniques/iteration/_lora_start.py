@@ -13,11 +13,11 @@ from peft.tuners.lora.eva import get_eva_state_dict
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput
 from greenvis.modes import in_mode
 from greenvis.technique import logits_of
 from greenvis.techniques.iteration._lora_layers import NAME
-from greenvis.techniques.iteration._seams import agree
 from greenvis.views.quiet import quiet
 
 EVA_IMAGES = 32  # PEFT hashes every number that a layer is fed, in Python
@@ -58,7 +58,7 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
     with torch.no_grad():
         for name, layer in names.items():
             layer.lora_A[NAME].weight.copy_(found[name])
-    agree(layer.lora_A[NAME].weight for layer in layers.values())
+    ranks.agree(layer.lora_A[NAME].weight for layer in layers.values())
 
 
 class _Same:

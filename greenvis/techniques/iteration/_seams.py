@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError, some
@@ -116,10 +114,3 @@ def check_runs(model: nn.Module, example: Tensor, added: list[nn.Parameter], wha
         ) from error
     if dead := sorted(names - live):
         raise BadInput(f"no gradient reaches {some(dead, 3)} of {what}: its place does not act on the model's output")
-
-
-def agree(values: Iterable[Tensor]) -> None:
-    """Give every process the first one's values, where several train one model and each saw other images."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        for value in values:
-            dist.broadcast(value.detach(), 0)

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Task, Technique, logits_of, only
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._held import Held, hold_norms
-from greenvis.techniques.iteration._seams import agree
 from greenvis.views import View, reached, view
 
 MOST_TASKS = 255  # owners are kept as bytes
@@ -164,7 +164,7 @@ class InstalledPackNet(Installed):
         for share in self.shares.values():
             share.prune(self.done + 1, self.request.keep)
         self._retrain(loader)
-        agree([*(s.parameter for s in self.shares.values()), *self.heads.parameters])
+        ranks.agree([*(s.parameter for s in self.shares.values()), *self.heads.parameters])
         for share in self.shares.values():
             share.pack()
         self.done += 1

@@ -12,10 +12,11 @@ from pydantic import Field
 from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
+from greenvis import ranks
 from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
-from greenvis.techniques.iteration._seams import agree, check_runs, train_only
+from greenvis.techniques.iteration._seams import check_runs, train_only
 from greenvis.views import view
 from greenvis.views.quiet import quiet
 
@@ -136,7 +137,7 @@ class InstalledPrompt(Installed):
         with torch.no_grad():
             for prompts, start in zip(self.put, starts, strict=True):
                 prompts.rows.copy_(start)
-        agree(prompts.rows for prompts in self.put)
+        ranks.agree(prompts.rows for prompts in self.put)
 
 
 class Prompts(Joined):
