@@ -79,7 +79,10 @@ def _recipe_verbs(verb: _Verb) -> None:
     """What begins with a recipe, up to its report and the model it made."""
     p = verb("run", verbs.run, "train every arm of a recipe, metered, and write its report")
     p.add_argument("recipe", help="a YAML file; see `greenvis schema`")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3; several in turn: 3,6")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE",
+        help="change a value: --set train.epochs=3; several in turn: --set train.epochs=3,6",
+    )  # fmt: skip
     p.add_argument("--on", default="one-by-one", metavar="ENGINE", help="one-by-one (default), or ray: on a Ray cluster")
     p.add_argument("--fresh", action="store_true", help="train finished arms again (their energy stays in the totals)")
     p.add_argument("--trust", action="store_true", help="allow models given as package.module:function, which runs their code")
@@ -140,7 +143,9 @@ def _model_verbs(verb: _Verb) -> None:
     p = verb("card", verbs_models.card, "say what a saved model was made from, and what all of it cost")
     p.add_argument("file", help="a weight file of greenvis, or a finished run's folder")
     p = verb("rank", verbs_bases.rank, "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)")
-    p.add_argument("bases", nargs="+", metavar="BASE", help="a model reference, run:RECIPE/ARM for what an arm left, or its folder")
+    p.add_argument(
+        "bases", nargs="+", metavar="BASE", help="a model reference, run:RECIPE/ARM (what an arm left), or its folder"
+    )
     p.add_argument("--data", required=True, help="a data set by name, or a recipe's file, whose data it is then")
     p.add_argument("--images", type=int, default=1000, help="training images shown to each base (default: 1000)")
     p.add_argument("--by", default="logme", help="logme (default), h_score, sfda or ped: the score to sort by")
