@@ -149,14 +149,18 @@ class Buffer:
     def offer(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Let the policy keep what it wants of a batch: x (n, …), y int64 (n,), more: float tensors (n, …)."""
         kept: dict[int, int] = {}  # a slot taken twice holds the later one
-        scores = more["score"].tolist() if "score" in more else [0.0] * len(y)
-        for row, label in enumerate(y.tolist()):
-            slot = self._slot(label, scores[row])
+        labels = y.tolist()
+        scores = more["score"].tolist() if "score" in more else [0.0] * len(labels)
+        for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
+            if self.policy == "reservoir":  # first, because it is asked at every image of every step
+                slot = reservoir_slot(self.seen, self.size, self.random.randrange)
+            else:
+                slot = self._slot(label, score)
+                self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
             if slot >= 0:
                 kept[slot] = row
-                self._label(slot, label, scores[row])
+                self._label(slot, label, score)
             self.seen += 1
-            self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
         if kept:
             self._put(list(kept), x, y, list(kept.values()), more)
 
@@ -184,8 +188,6 @@ class Buffer:
     def _slot(self, label: int, score: float) -> int:
         randint = self.random.randrange
         match self.policy:
-            case "reservoir":
-                return reservoir_slot(self.seen, self.size, randint)
             case "ring":
                 return ring_slot(self._labels, self._ages, label, self.size)
             case "greedy":
