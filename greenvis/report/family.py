@@ -91,7 +91,7 @@ def tree(found: dict[str, Any]) -> Drawing | None:
             ax.plot([x0, x], [y0, y], color=figures.GRID, lw=1.2, zorder=1)
     for name, (x, y) in places.items():
         member = its["members"][name]
-        text = f"{short(name.rpartition('/')[2], 20)}\n{_cost(member)}"
+        text = f"{short(name.removeprefix(str(found['name']) + '/'), 24)}\n{_cost(member)}"
         box = {"boxstyle": "round,pad=0.3", "fc": figures.GROUND, "ec": figures.MUTED, "lw": 0.8}
         ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=figures.INK, bbox=box, zorder=2)
     ax.set_xlim(-0.5, max(columns) + 0.5)
