@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,10 @@ def overview(folder: str | Path) -> dict[str, Any]:
         except (OSError, ValueError) as error:
             raise BadInput(f"{path.parent} holds a report.md, but no results.json to read: {error}") from error
         if "baseline" not in found:
-            lines = path.read_text().splitlines()
-            command = next((line.split("`")[1] for line in lines if line.startswith("`greenvis")), "")
-            reports.append({**its, "command": command, "found": f"{lines[0].removeprefix('# ')}."})
+            text = path.read_text()
+            command = re.search(r"`(greenvis [^`]+)`", text)
+            title = text.partition("\n")[0].removeprefix("# ")
+            reports.append({**its, "command": command[1] if command else "", "found": f"{title}."})
             continue
         rows += [{**row, "measured in": path.as_posix()} for row in _rows(found)]
         reports.append({**its, "command": " ".join(found["command"]), "found": verdict.opening(found)})
