@@ -92,7 +92,7 @@ def test_stands_for_accuracy_where_a_stage_is_a_pretext(tmp_path: Path) -> None:
     pretrain, tune = run.facts["stages"]
     assert (pretrain["stage"], tune["stage"]) == ("pretrain", "tune")
     assert 0.2 < pretrain["accuracy"] <= 1
-    assert any("its accuracy is that of 20 nearest neighbours" in note for note in run.notes)
+    assert any("a pretext trains no classifier; the accuracy is that of 20 nearest neighbours" in note for note in run.notes)
     (kept,) = run.facts["reuse_targets"]
     assert (kept["misses"], kept["hits"]) == (120, 120)
     assert (run.sum("wall_s", "base_reuse") or run.sum("wall_s", "train/pretrain/epoch1/base_reuse") or 0) > 0

@@ -13,7 +13,8 @@ from greenvis.report.arms import Arm
 from greenvis.report.figures import Drawing, short
 from greenvis.report.reuse import use_energy, uses_of
 
-MOST_ROWS = 24  # models of one generation that a figure can hold
+MOST_ROWS = 24  # models that a figure can hold
+_INDENT = 0.06  # of the width, a generation
 
 
 def family(listed: list[Arm]) -> dict[str, Any] | None:
@@ -67,47 +68,49 @@ def _above(name: str, on: Mapping[str, list[str]]) -> list[str]:
 
 
 def tree(found: dict[str, Any]) -> Drawing | None:
-    """The family, ancestors on the left: each model with what it cost, and with what its whole line cost."""
+    """The family, a line a model, below what it was made from: what it cost, and what its whole line cost."""
     its = found.get("family")
     if not its:
         return None
-    on = defaultdict(list)
+    on: dict[str, list[str]] = defaultdict(list)
+    said: dict[str, list[str]] = defaultdict(list)
     for link in its["links"]:
         on[link["of"]].append(link["on"])
-    columns: dict[int, list[str]] = defaultdict(list)
-    for name in its["members"]:
-        columns[_generation(name, on, ())].append(name)
-    rest = sum(max(0, len(names) - MOST_ROWS) for names in columns.values())
-    places = {
-        name: (column, -(i + 0.5) / len(names[:MOST_ROWS]))
-        for column, names in columns.items()
-        for i, name in enumerate(names[:MOST_ROWS])
-    }
-    rows = min(MOST_ROWS, max(map(len, columns.values())))
-    figure, [ax] = figures.canvas(width=max(5.2, 2.3 * len(columns)), height=max(1.6, 0.55 * rows))
-    for link in its["links"]:
-        if link["of"] in places and link["on"] in places:
-            (x, y), (x0, y0) = places[link["of"]], places[link["on"]]
-            ax.plot([x0, x], [y0, y], color=figures.GRID, lw=1.2, zorder=1)
+        said[link["of"]].append(f"{link['role']} {link['on']}")
+    order = _order(list(its["members"]), on)
+    places = {name: (_INDENT * _generation(name, on, ()), -row) for row, name in enumerate(order[:MOST_ROWS])}
+    figure, [ax] = figures.canvas(height=0.5 + 0.27 * len(places))
     for name, (x, y) in places.items():
-        member = its["members"][name]
-        text = f"{short(name.removeprefix(str(found['name']) + '/'), 24)}\n{_cost(member)}"
-        box = {"boxstyle": "round,pad=0.3", "fc": figures.GROUND, "ec": figures.MUTED, "lw": 0.8}
-        ax.text(x, y, text, ha="center", va="center", fontsize=7.5, color=figures.INK, bbox=box, zorder=2)
-    ax.set_xlim(-0.5, max(columns) + 0.5)
-    ax.set_ylim(-1, 0)
+        for above in (n for n in on[name] if n in places):
+            x0, y0 = places[above]
+            ax.plot([x0, x0, x - 0.01], [y0 - 0.35, y, y], color=figures.MUTED, lw=1.0)
+        text = f"{short(name.removeprefix(str(found['name']) + '/'), 28)}: {_cost(its['members'][name])}"
+        ax.text(x, y, text, ha="left", va="center", color=figures.INK)
+    ax.set_xlim(-0.02, 1)
+    ax.set_ylim(0.5 - len(places), 0.5)
     ax.axis("off")
-    parents = defaultdict(list)
-    for link in its["links"]:
-        parents[link["of"]].append(f"{link['role']} {link['on']}")
-    said = [
-        f"{n} ({_cost(m)})" + (f" from {' and '.join(parents[n])}" if parents[n] else "") for n, m in its["members"].items()
-    ]
-    more = f" {rest} more are not drawn." if rest else ""
+    rest = len(order) - len(places)
     caption = (
-        f"Ancestors on the left. Own cost, then that of the whole line, each ancestor counted once; means over seeds.{more}"
+        "Each below what it was made from. Own cost, then that of the whole line, each ancestor counted once; means over seeds."
     )
-    return figures.save(figure, "family", "What was made from what", "; ".join(said) + ". " + caption, caption)
+    caption += f" {rest} more are not drawn." if rest else ""
+    listed = [f"{n} ({_cost(its['members'][n])})" + (f" from {' and '.join(said[n])}" if said[n] else "") for n in order]
+    return figures.save(figure, "family", "What was made from what", "; ".join(listed) + ". " + caption, caption)
+
+
+def _order(names: list[str], on: Mapping[str, list[str]]) -> list[str]:
+    """Return the members, each behind all that it was made from and as near to it as can be."""
+    made: list[str] = []
+
+    def place(name: str) -> None:
+        if name not in made and all(parent in made or parent not in names for parent in on.get(name, ())):
+            made.append(name)
+            for child in (n for n in names if name in on.get(n, ())):
+                place(child)
+
+    for name in names:
+        place(name)
+    return made + [n for n in names if n not in made]
 
 
 def _generation(name: str, on: Mapping[str, list[str]], below: tuple[str, ...]) -> int:
