@@ -11,6 +11,7 @@ from typing import Any
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 Answer = tuple[Any, Callable[[], None]]
+_MOST_COLUMNS = 16  # of a table in a terminal
 
 
 def run(args: Any) -> Answer:
@@ -340,6 +341,8 @@ def _print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
 
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = list(dict.fromkeys(k for row in rows for k in row))
+    if len(columns) > _MOST_COLUMNS:
+        return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:

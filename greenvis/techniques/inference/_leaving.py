@@ -178,6 +178,11 @@ class Outer:
     def __init__(self, exits: Exits, inner: Callable[..., Any]) -> None:
         self.exits, self.__wrapped__ = exits, inner  # the name by which inspect.signature finds the model's own
 
+    @property
+    def __code__(self) -> Any:
+        """The model's own, by which torch.export says where a forward stands."""
+        return self.__wrapped__.__code__  # type: ignore[attr-defined]
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         exits, mode = self.exits, self.exits.mode
