@@ -37,7 +37,8 @@ def run(
     result = rank(bases, str(recipe), images=images, runs=runs)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1))
+        kept = {**result, "data": recipe.name, "record": Path(result["record"]).name}  # no paths of this machine
+        (out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
         (out / "report.md").write_text(_report(result))
     return result
 
