@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError, nearest
-
-Answer = tuple[Any, Callable[[], None]]
-_MOST_COLUMNS = 16  # of a table in a terminal
+from greenvis.terminal import Answer, console, options, print_rows, reported, teller
 
 
 def run(args: Any) -> Answer:
@@ -27,7 +25,7 @@ def run(args: Any) -> Answer:
     options: dict[str, Any] = {
         "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
         "command": ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))],
-        "say": _quiet if args.json else _say,
+        "say": teller(args),
     }  # fmt: skip
     failed: dict[str, str] = {}
     if args.on == "ray":
@@ -46,14 +44,14 @@ def run(args: Any) -> Answer:
         raise GreenvisError(
             f"{len(failed)} runs failed ({listed}); {page} has the others, and the same command goes on from here"
         )
-    return _reported(page)
+    return reported(page)
 
 
 def plan(args: Any) -> Answer:
     """Predict what a recipe will cost."""
     from greenvis.plan import plan
 
-    found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=_quiet if args.json else _say)
+    found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args))
 
     def show() -> None:
         from greenvis.report.words import duration, si
@@ -69,7 +67,7 @@ def plan(args: Any) -> Answer:
             figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
             band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
             rows.append({"arm": name, "runs": arm.get("runs", ""), **figures, "energy between": band})
-        _print_rows(rows, "predicted for training and evaluation, all seeds")
+        print_rows(rows, "predicted for training and evaluation, all seeds")
 
     return found, show
 
@@ -79,7 +77,7 @@ def report(args: Any) -> Answer:
     from greenvis.report import report
 
     page = report(args.paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
-    return _reported(page)
+    return reported(page)
 
 
 def overview(args: Any) -> Answer:
@@ -90,27 +88,13 @@ def overview(args: Any) -> Answer:
     return found, lambda: print(markdown(found), end="")
 
 
-def _reported(page: Path) -> Answer:
-    results = json.loads((page.parent / "results.json").read_text())
-
-    def show() -> None:
-        from rich.markup import escape
-
-        from greenvis.report import table
-
-        _console().print(table(results))
-        _console().print(f"report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
-
-    return {"report": str(page), "results": results}, show
-
-
 def techniques(args: Any) -> Answer:
     """List the techniques."""
     from greenvis import registry
 
     found = [(name, registry.find(name)) for name in registry.names()]
     rows = [{"name": n, "stage": t.stage, "does": _effect(t)} for n, t in found]
-    return rows, lambda: _print_rows(rows, "techniques")
+    return rows, lambda: print_rows(rows, "techniques")
 
 
 def explain(args: Any) -> Answer:
@@ -133,7 +117,7 @@ def explain(args: Any) -> Answer:
 
     def show() -> None:
         print(f"{args.technique} (stage {kind.stage})\n\n{inspect.getdoc(kind)}\n")
-        _print_rows([{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows], "settings")
+        print_rows([{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows], "settings")
 
     return {"name": args.technique, "stage": kind.stage, "doc": inspect.getdoc(kind), "schema": form}, show
 
@@ -151,7 +135,7 @@ def inspect(args: Any) -> Answer:
     from greenvis import views
 
     rows = [{"part": part, "found": found} for part, found in views.describe(views.view(_model(args)))]
-    return rows, lambda: _print_rows(rows, args.model)
+    return rows, lambda: print_rows(rows, args.model)
 
 
 def flops(args: Any) -> Answer:
@@ -174,7 +158,7 @@ def flops(args: Any) -> Answer:
         out["notes"].append("the work may depend on the image: --data NAME counts real ones, one by one")
 
     def show() -> None:
-        _print_rows([{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], args.model)
+        print_rows([{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], args.model)
         forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
         print(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
         print(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
@@ -198,10 +182,10 @@ def doctor(args: Any) -> Answer:
 
         for row in rows:
             said = ", ".join(str(row[k]) for k in ("source", "provenance", "band") if row.get(k))
-            _console().print(Text(f"{row['what']}: {said}"))
+            console().print(Text(f"{row['what']}: {said}"))
             for key in ("why", "better"):
                 if row.get(key):
-                    _console().print(Padding(Text(f"{key}: {row[key]}", style="dim"), (0, 0, 0, 4)))
+                    console().print(Padding(Text(f"{key}: {row[key]}", style="dim"), (0, 0, 0, 4)))
 
     return rows, show
 
@@ -284,7 +268,7 @@ def bench(args: Any) -> Answer:
     if args.all and "per_family" not in signature(run).parameters:
         raise BadInput(f"--all is for coverage, which draws from timm's models; {args.name} has no such sample")
     out = run(Path(args.out) if args.out else None, **({"per_family": None} if args.all else {}))
-    return out, lambda: _print_rows(out["rows"], f"bench {args.name}")
+    return out, lambda: print_rows(out["rows"], f"bench {args.name}")
 
 
 # -- helpers ----------------------------------------------------------------------------------------------------------
@@ -293,34 +277,7 @@ def bench(args: Any) -> Answer:
 def _model(args: Any) -> Any:
     from greenvis import models
 
-    return models.build(args.model, trust=args.trust, **_options(args)).eval()
-
-
-def _options(args: Any) -> dict[str, Any]:
-    """Return the model options given on the command line."""
-    import yaml
-
-    options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k, None) is not None}
-    for text in args.option:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
-        options[key] = yaml.safe_load(value)
-    return options
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _quiet(text: str) -> None:
-    pass
+    return models.build(args.model, trust=args.trust, **options(args)).eval()
 
 
 def _effect(kind: type) -> str:
@@ -331,20 +288,4 @@ def _effect(kind: type) -> str:
 def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:
     from greenvis.report import brief
 
-    _print_rows(brief.rows(rows), title)
-
-
-def _print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    if len(columns) > _MOST_COLUMNS:
-        return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text("" if row.get(c) is None else str(row[c])) for c in columns))
-    _console().print(table)
+    print_rows(brief.rows(rows), title)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from greenvis import verbs
+from greenvis.terminal import Answer, options, print_rows, teller
 
 
-def rank(args: Any) -> verbs.Answer:
+def rank(args: Any) -> Answer:
     """Rank candidate bases for new data, without training."""
     from greenvis.rank import METHODS, rank
     from greenvis.report.words import si
 
-    say = verbs._quiet if args.json else verbs._say
     found = rank(
-        args.bases, args.data, images=args.images, by=args.by, runs=args.runs, trust=args.trust, say=say, **verbs._options(args)
+        args.bases,
+        args.data,
+        images=args.images,
+        by=args.by,
+        runs=args.runs,
+        trust=args.trust,
+        say=teller(args),
+        **options(args),
     )
 
     def show() -> None:
@@ -28,7 +34,7 @@ def rank(args: Any) -> verbs.Answer:
             }
             for row in found["rows"]
         ]
-        verbs._print_rows(rows, f"bases for {found['data']}, by {found['by']} of {found['images']} training images")
+        print_rows(rows, f"bases for {found['data']}, by {found['by']} of {found['images']} training images")
         spent = found["energy_j"]
         text = f"the ranking took {si(spent['value'], 'J')} ({si(spent['low'], 'J')} – {si(spent['high'], 'J')})"
         if found["tuning_energy_j"]:

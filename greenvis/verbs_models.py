@@ -5,22 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from greenvis import verbs
+from greenvis.terminal import Answer, reported, teller
 
 
-def probe(args: Any) -> verbs.Answer:
+def probe(args: Any) -> Answer:
     """Evaluate a saved model: probes, fine-tuning, few labels, nearest neighbours."""
     from greenvis import probe as probing
     from greenvis.report import report
 
-    say = verbs._quiet if args.json else verbs._say
     protocol = args.protocol or probing.PROTOCOL
-    folder, recipe = probing.probe(args.run, protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=say)
+    folder, recipe = probing.probe(
+        args.run, protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args)
+    )
     out = args.out or Path("reports") / recipe.name
-    return verbs._reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title))
+    return reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title))
 
 
-def card(args: Any) -> verbs.Answer:
+def card(args: Any) -> Answer:
     """Say what a saved model was made from, and what all of it cost."""
     from greenvis import lineage
     from greenvis.report.words import si

@@ -60,9 +60,9 @@ ALLOWED: dict[str, set[str]] = {
     "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "sweep", "on_ray"},
 }
 # files that belong to one unit: split only to keep each short
-PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data", "weights": "models",
-           "libraries": "models", "plain": "models", "checkpoint": "train", "continual": "train", "verbs_bases": "verbs",
-           "verbs_models": "verbs"}  # fmt: skip
+PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data",
+           "weights": "models", "libraries": "models", "plain": "models", "checkpoint": "train",
+           "continual": "train", "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs"}  # fmt: skip
 
 
 def _unit(module: str) -> str:

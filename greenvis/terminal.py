@@ -1,0 +1,76 @@
+"""What commands share: how an answer is shown in a terminal, and options that several of them take."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from greenvis.errors import BadInput
+
+Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
+MOST_COLUMNS = 16  # of a table in a terminal
+
+
+def reported(page: Path) -> Answer:
+    """Return the results of a report that was just written, and what shows them as a table."""
+    results = json.loads((page.parent / "results.json").read_text())
+
+    def show() -> None:
+        from rich.markup import escape
+
+        from greenvis.report import table
+
+        console().print(table(results))
+        console().print(f"report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
+
+    return {"report": str(page), "results": results}, show
+
+
+def options(args: Any) -> dict[str, Any]:
+    """Return the model options given on the command line."""
+    import yaml
+
+    options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k, None) is not None}
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def console() -> Any:
+    """Return the terminal."""
+    from rich.console import Console
+
+    return Console()
+
+
+def say(text: str) -> None:
+    """Tell how far the work has come, beside the answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def teller(args: Any) -> Callable[[str], None]:
+    """Return what tells how the work goes on: `say`, and nothing where the answer is for programs."""
+    return (lambda text: None) if args.json else say
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Print rows as a table, or in a line where they have more columns than a terminal shows."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    if len(columns) > MOST_COLUMNS:
+        return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text("" if row.get(c) is None else str(row[c])) for c in columns))
+    console().print(table)
