@@ -193,7 +193,7 @@ class Session:
                 peak_memory_mb=memory.peak_mb(),
                 **live.facts(),
             )
-            model = self._fold(job, live)
+            model = self.fold(job, live)
             with tracker.phase("measure"):
                 x = next(iter(data.batches(images.test, 64)))[0]
                 tracker.fact(**measure(model, x, tracker))
@@ -335,7 +335,7 @@ class Session:
         for line in lineage.ancestors(job):
             tracker.uses(**line)
 
-    def _fold(self, job: Job, live: Wrapped) -> nn.Module:
+    def fold(self, job: Job, live: Wrapped) -> nn.Module:
         """Return the model as it will be served: merged where that is possible."""
         blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
         return live.model.eval() if blocked else live.merge().eval()

@@ -65,7 +65,7 @@ def test_one_image_is_read_until_it_is_steady(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(measure, "ROUND_S", 0.0)  # one call a reading
     plug = Plug(lambda call: 4.0 if call < 20 and call % 2 else 8.0)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        found = measure._serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
+        found = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
     assert found["rounds"] > measure.LEAST  # 4 and 8 joules in turn are not steady
     assert found["spread"] <= measure.STEADY
     assert found["value"] == 1.0
@@ -77,7 +77,7 @@ def test_unsteady_readings_end_in_time_and_say_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     plug = Plug(lambda call: 1.0 + call % 2)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        found = measure._serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
+        found = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
     assert found["rounds"] == measure.LEAST
     assert found["spread"] > measure.STEADY
 

@@ -42,7 +42,7 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
         "flops_unhandled": count.unhandled,
         "params": sum(p.numel() for p in model.parameters()),
         "latency_ms": {"p50": single["p50"], "p95": single["p95"], "batch_size": 1},
-        **_serve(model, x, run),
+        **serve(model, x, run),
     }
 
 
@@ -58,7 +58,7 @@ def median_spread(values: Sequence[float]) -> float:
     return (high - low) / math.sqrt(len(values)) / middle if middle else 0.0
 
 
-def _serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
+def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     """Serve batches until the readings are steady; return images per second and the energy of one image by the run's meter."""
     model.eval()
     seconds: list[float] = []  # an image
