@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
 
@@ -29,6 +30,8 @@ PROPERTIES: dict[str, str] = {
     "batch_independence": "each sample's output independent of the rest of its batch",
     "trainable_base": "a base whose own weights train",
     "single_output": "one output for each sample",
+    "gradients": "gradients for what it trains",
+    "bare_layers": "layers that nothing is wrapped around",
 }
 
 
@@ -36,8 +39,10 @@ class Technique(BaseModel):
     """A request for one technique: its fields are the recipe schema, the constructor and the documentation at once.
 
     Subclasses set `name`, `stage` and write `install`. `needs` and `breaks` are keys of `PROPERTIES` (or words of
-    a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`. `order` is the place within the
-    stage: one that adds layers of its own comes (1) after those that change the model's (0), which must not find them.
+    a plug-in's own): a pair where one breaks what the other needs is refused by `wrap`. Nobody lists that what freezes the base
+    breaks "trainable_base" (unless it needs that itself), and that what declares trainables needs "gradients". `order` is the
+    place within the stage: one that adds layers of its own comes (1) after those that change the model's (0), which must not
+    find them.
 
     For the contract (`greenvis.testing`): `examples` are arguments it tries; a callable among them is called with the host
     model. `neutral` are those that make an example leave outputs unchanged: none where it does so when fresh, None where
@@ -298,12 +303,15 @@ def refuse_conflicts(techniques: Sequence[Technique]) -> None:
     twice = [n for n in names if names.count(n) > 1]
     if twice:
         raise BadInput(f"technique '{twice[0]}' is listed twice; list it once (one instance holds all its settings)")
-    for a in techniques:
-        for b in techniques:
-            clash = sorted(a.breaks & b.needs) if a is not b else []
-            if clash:
-                what = " and ".join(PROPERTIES.get(c, c) for c in clash)
-                raise BadInput(
-                    f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, "
-                    f"which '{a.name}' breaks; remove one"
-                )
+    for a, b in permutations(techniques, 2):
+        refuse_clash(a, b, a.breaks & b.needs)
+
+
+def refuse_clash(a: Technique, b: Technique, clash: frozenset[str]) -> None:
+    """Raise BadInput where `a` breaks something (keys of `PROPERTIES`) that `b` needs."""
+    if clash:
+        what = " and ".join(PROPERTIES.get(c, c) for c in sorted(clash))
+        raise BadInput(
+            f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, which '{a.name}' breaks; remove one, or "
+            "use them in separate stages"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from greenvis import ranks
 from greenvis.deltas import Deltas
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
-from greenvis.technique import STAGES, Installed, Samples, Task, Technique, logits_of, refuse_conflicts
+from greenvis.technique import STAGES, Installed, Samples, Task, Technique, logits_of, refuse_clash, refuse_conflicts
 
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
@@ -78,6 +79,8 @@ class Wrapped(Deltas):
                     f"'{pretext}' and '{technique.name}' do not go together: '{pretext}' is a pretext, which trains the whole "
                     f"model without its answers, and '{technique.name}' learns from these; use them in separate stages"
                 )
+        for (a, one), (b, other) in permutations(self._pairs(), 2):
+            refuse_clash(a, b, _broken(a, one) & _needed(b, other))
 
     def _put_in(self, technique: Technique) -> Installed:
         """Install one technique; a refusal names those that changed the model before it."""
@@ -96,6 +99,12 @@ class Wrapped(Deltas):
         if missing:
             raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
         self._owned[technique.name] = {id(named[n]): named[n] for n in live.trainable}
+
+    @property
+    def declared(self) -> dict[str, nn.Parameter]:
+        """The parameters that techniques train and save, by the names they have now."""
+        owned = {key for of_one in self._owned.values() for key in of_one}
+        return {n: p for n, p in self.model.named_parameters() if id(p) in owned}
 
     def _freeze(self) -> None:
         if any(live.freezes for live in self.installed):  # what one technique freezes, another's own parameters must survive
@@ -283,3 +292,15 @@ class Wrapped(Deltas):
 
     def _pairs(self) -> Iterator[tuple[Technique, Installed]]:
         return zip(self.techniques, self.installed, strict=False)
+
+
+def _broken(technique: Technique, live: Installed) -> frozenset[str]:
+    """Return what a technique breaks as it was put in: one that freezes all but its own leaves no base to train."""
+    frozen = live.freezes and "trainable_base" not in technique.needs
+    return technique.breaks | ({"trainable_base"} if frozen else set())
+
+
+def _needed(technique: Technique, live: Installed) -> frozenset[str]:
+    """Return what a technique needs as it was put in: one that trains something needs its gradients."""
+    trains = bool(live.trainable) and "gradients" not in technique.breaks
+    return technique.needs | ({"gradients"} if trains else set())

@@ -116,13 +116,11 @@ class Trial:
     def training(self) -> None:
         """Every declared trainable gets a gradient, steps stay finite, a delta loads into a new model, and merge equals."""
         live = self.wrapped()
-        declared = {n for i in live.installed for n in i.trainable}
         self._loss(live).backward()
-        named = dict(live.model.named_parameters(remove_duplicate=False))
-        without = [n for n in sorted(declared) if named[n].grad is None]
+        without = [n for n, p in live.declared.items() if p.grad is None]
         if without:
             raise Broken(f"declared trainable, but without a gradient: {some(without)}")
-        frozen = [n for n, p in named.items() if p.grad is not None and not p.requires_grad]
+        frozen = [n for n, p in live.model.named_parameters() if p.grad is not None and not p.requires_grad]
         if frozen:
             raise Broken(f"frozen, but with a gradient: {some(frozen)}")
         live.model.zero_grad(set_to_none=True)

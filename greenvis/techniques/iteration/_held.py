@@ -18,6 +18,7 @@ class Held:
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.values = parameter.detach().clone()
+        parameter.requires_grad_()  # else it takes no hook; `wrap` decides in the end who learns
         self.hook = parameter.register_hook(lambda grad: grad.masked_fill(self.frozen(), 0.0))
 
     def frozen(self) -> Tensor:

@@ -23,7 +23,6 @@ class LayerDecay(Technique):
 
     name: ClassVar[str] = "layer_decay"
     stage: ClassVar[Stage] = "base"
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
 
     decay: Annotated[float, Field(gt=0, le=1, description="factor from a block to the one before it")] = 0.65
     input_shape: Annotated[

@@ -47,6 +47,7 @@ class Lora(Technique):
 
     name: ClassVar[str] = "lora"
     stage: ClassVar[Stage] = "weights"
+    breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"rank": 2},
         {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},

@@ -45,6 +45,8 @@ class LoraStream(Technique):
 
     name: ClassVar[str] = "lora_stream"
     stage: ClassVar[Stage] = "weights"
+    needs: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"rank": 2},
         {"rank": 2, "targets": ["conv"], "mode": "arithmetic", "head": "freeze"},

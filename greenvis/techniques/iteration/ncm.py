@@ -43,6 +43,7 @@ class Ncm(Technique):
 
     name: ClassVar[str] = "ncm"
     stage: ClassVar[Stage] = "objective"
+    breaks: ClassVar[frozenset[str]] = frozenset({"gradients"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"metric": "cosine"}, {})
 
     metric: Annotated[Metric, Field(description="euclidean needs a classifier with a bias")] = "euclidean"

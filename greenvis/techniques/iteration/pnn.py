@@ -38,7 +38,6 @@ class Pnn(Technique):
     name: ClassVar[str] = "pnn"
     stage: ClassVar[Stage] = "weights"
     order: ClassVar[int] = 1
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"width": 4},)
 
     width: Annotated[int, Field(ge=1, description="hidden units of each adapter between two columns")] = 16
