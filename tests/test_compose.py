@@ -35,7 +35,10 @@ def _net() -> nn.Module:
         ([gv.LinearProbe(), gv.PackNet()], "'linear_probe' and 'packnet' do not go together: 'packnet' needs a base whose own"),
         ([gv.Adapter(width=4), gv.Hat()], "'adapter' and 'hat' do not go together: 'hat' needs a base whose own weights train"),
         ([gv.Bitfit(), gv.Ncm()], "'ncm' and 'bitfit' do not go together: 'bitfit' needs gradients for what it trains"),
-        ([gv.Lora(rank=2), gv.LoraStream(rank=2)], "'lora' and 'lora_stream' do not go together: 'lora_stream' needs layers that"),
+        (
+            [gv.Lora(rank=2), gv.LoraStream(rank=2)],
+            "'lora' and 'lora_stream' do not go together: 'lora_stream' needs layers that",
+        ),
     ],
 )
 def test_a_pair_is_refused_by_what_each_does_as_it_was_put_in(pair: list[gv.Technique], why: str) -> None:
