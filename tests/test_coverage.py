@@ -69,6 +69,13 @@ def test_tools_say_what_works_and_what_refuses() -> None:
     assert all(found == {"works"} for found in outcomes.values()), rows
 
 
+@pytest.mark.parametrize("technique", ["mae", "reuse", "token_prune"])
+def test_a_block_that_runs_again_in_the_backward_sees_the_tokens_it_saw(technique: str) -> None:
+    """What these hand to a block lies beside its arguments: gradient checkpointing must find it again."""
+    row = tools.table([technique], ["timm-vit"], ["gradient checkpointing"])[0]
+    assert row["gradient checkpointing"] == "works", row
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("technique", ["lora", "adapter", "prompt", "side"])
 def test_compiles_exports_and_trains_on_two_ranks(technique: str) -> None:

@@ -136,7 +136,7 @@ def test_in_training_attention_is_masked_by_the_decisions() -> None:
     live, pruned = _prune(model, keep=0.5, blocks=[1, 2], weight=3.0)
     model.train()
     logits = model(x)
-    policies = [pruned.flow.policy[i] for i in (1, 2)]
+    policies = [pruned.flow.decided[i] for i in (1, 2)]
     assert (policies[1] <= policies[0]).all()
     assert 0 < policies[1].mean() < policies[0].mean() < 1
     want = _masked(model, x, {1: policies[0], 2: policies[1]})
@@ -158,7 +158,7 @@ def test_predictors_learn_the_share_to_keep() -> None:
         optimizer.zero_grad()
         live.loss(x, None, logits).backward()
         optimizer.step()
-    assert pruned.flow.policy[1].mean().item() == pytest.approx(0.25, abs=0.15)
+    assert pruned.flow.decided[1].mean().item() == pytest.approx(0.25, abs=0.15)
 
 
 @pytest.mark.parametrize("fuse", [False, True])

@@ -110,19 +110,20 @@ class TokenPrune(Technique):
 class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
-    places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of them count, (batch, tokens).
-    length: how many tokens there were first.
+    places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of them count, (batch, tokens);
+    decided: which do from this block on. length: how many tokens there were first.
     """
 
     def __init__(self, prefix: int, keep: float, fuse: bool) -> None:
         self.prefix, self.keep, self.fuse, self.length = prefix, keep, fuse, 0
         self.places: dict[int, Tensor] = {}
         self.policy: dict[int, Tensor] = {}
+        self.decided: dict[int, Tensor] = {}
         self.shares: dict[int, float] = {}
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.places, self.policy):
+        for kept in (self.places, self.policy, self.decided):
             kept.update(rows_of(kept, rows, batch))
 
 
@@ -181,7 +182,7 @@ class Predicted(Pruning):
 
     def mask(self, given: Tensor | None) -> Tensor | None:
         """Add the mask of the tokens that were decided against."""
-        given, policy = super().mask(given), self.flow.policy.get(self.number)
+        given, policy = super().mask(given), self._policy
         if policy is None or not self.block.module.training:
             return given
         seen = policy_mask(torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1))
@@ -191,8 +192,6 @@ class Predicted(Pruning):
         """Decide in front of the block, then run it."""
         flow, i = self.flow, self.number
         args, kwargs = self._come(args, kwargs)
-        if self.order == 1:
-            flow.policy.pop(i, None)
         if self.order and self.block.module.training:
             self._decide(main(args, kwargs)[:, flow.prefix :])
         elif self.order:
@@ -201,17 +200,22 @@ class Predicted(Pruning):
                 args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
             args, kwargs = with_main(args, kwargs, x)
         output = self.block.whole(*args, **kwargs)
-        for kept in (flow.places, flow.policy):
+        for kept, going in ((flow.places, flow.places.get(i)), (flow.policy, self._policy)):
             kept.pop(i + 1, None)
-            if i in kept:
-                kept[i + 1] = kept[i]
+            if going is not None:
+                kept[i + 1] = going
         return output
+
+    @property
+    def _policy(self) -> Tensor | None:
+        """Which tokens count from this block on; what it was given stays as it was, for the block may run again."""
+        return self.flow.decided.get(self.number, self.flow.policy.get(self.number))
 
     def _decide(self, patches: Tensor) -> None:
         flow, i = self.flow, self.number
         before = flow.policy.get(i, patches.new_ones(patches.shape[:2], dtype=torch.float32))
         scores = self.block.module.get_submodule(_CHILD)(patches, before.unsqueeze(-1).to(patches.dtype))
-        flow.policy[i] = decide(scores, before)
+        flow.decided[i] = decide(scores, before)
 
     def _remove(self, x: Tensor) -> Tensor:
         flow = self.flow
@@ -291,7 +295,7 @@ class InstalledTokenPrune(Installed):
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"token_prune": weight · ratio_loss} of the decisions of this step's forward."""
-        decided = [(self.flow.policy[i], share) for i, share in self.flow.shares.items() if i in self.flow.policy]
+        decided = [(self.flow.decided[i], share) for i, share in self.flow.shares.items() if i in self.flow.decided]
         if not decided:
             return {}
         policies, shares = zip(*decided, strict=True)

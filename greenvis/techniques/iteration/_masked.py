@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
 
 from greenvis.errors import BadInput
 from greenvis.techniques.iteration._seams import first, row_of_blocks
@@ -38,6 +39,7 @@ class Encoder:
         self.prefix = found.prefix_tokens
         self.grid = grid_of(length - self.prefix, found.input_shape, what)
         self._keep: Tensor | None = None
+        self._entered = WeakIdKeyDictionary()  # what the first block was given: visible patches; for it may run again
         self._outputs: list[Tensor] = []
         self._normed: Tensor | None = None
         model.get_submodule(self.blocks[0]).register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -80,16 +82,14 @@ class Encoder:
             self._outputs.clear()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._keep is None:
+        name = None if args else next(n for n, value in kwargs.items() if isinstance(value, Tensor))
+        x = args[0] if name is None else kwargs[name]
+        keep = self._entered.get(x) if self._keep is None else self._keep  # gradient checkpointing runs it in the backward
+        if keep is None:
             return None
-        if args:
-            return (self._shown(args[0]), *args[1:]), kwargs
-        name = next(n for n, value in kwargs.items() if isinstance(value, Tensor))
-        return args, {**kwargs, name: self._shown(kwargs[name])}
-
-    def _shown(self, x: Tensor) -> Tensor:
-        assert self._keep is not None
-        return torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], self._keep)], 1)
+        self._entered[x] = keep
+        x = torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], keep)], 1)
+        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     def _note(self, block: nn.Module, args: Any, output: Any) -> None:
         if self._keep is not None:
