@@ -319,7 +319,8 @@ class Session:
             found[field] = (
                 models.build(file, trust=self.trust, folder=used.recipe.folder) if trained else self.build(used, weights=False)
             )
-        return placed(technique, job.recipe.folder).with_runs(found)
+        shape = tuple(self.jobs.images(job.recipe).test[0][0].shape)
+        return placed(technique, job.recipe.folder).with_runs(found).for_images(shape)
 
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
         learning = sum(p.numel() for p in live.trainable.values())

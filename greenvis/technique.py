@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -68,6 +68,11 @@ class Technique(BaseModel):
                 super().__init__(**fields)
             except ValidationError as error:
                 raise BadInput(explain(error, type(self), lambda *key: type(self).__name__)) from error
+
+    def for_images(self, shape: tuple[int, ...]) -> Self:
+        """Return the request for images (channels, height, width), where it asks for their shape and was given none."""
+        missing = "input_shape" in type(self).model_fields and dict(self)["input_shape"] is None
+        return self.model_copy(update={"input_shape": shape}) if missing else self
 
     def install(self, model: nn.Module) -> Installed:
         """Change `model` in place and return the live change.

@@ -180,3 +180,17 @@ def test_a_launcher_of_several_processes_is_refused_with_what_to_do(tmp_path: Pa
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BadInput, match="Start it without the launcher"):
         experiment.run(_write(tmp_path), runs=tmp_path / "runs")
+
+
+def test_techniques_see_images_of_the_size_that_is_trained_on(tmp_path: Path) -> None:
+    """A convolutional network takes images of any size: what an exit saves is counted on the data's."""
+    path = _write(
+        tmp_path,
+        "name: sized\ndata: {name: digits, train: 40, test: 20, img_size: 32, in_chans: 3}\nmodel: {ref: torchvision/resnet18}\n"
+        "train: {epochs: 1, batch_size: 20, seeds: [0], threads: 1}\nmeter: {codecarbon: false}\n"
+        "arms: {early: {techniques: [{early_exit: {at: [0.5]}}]}}\n",
+    )
+    experiment.run(path, runs=tmp_path / "runs")
+    facts = _runs(tmp_path / "runs")[0].facts
+    never = next(p for p in facts["operating_points"] if p["setting"] == "never")
+    assert never["macs"] == pytest.approx(facts["macs"], rel=0.01)

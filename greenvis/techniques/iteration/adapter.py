@@ -135,6 +135,10 @@ class _Behind(nn.Module):
     def put(self, model: nn.Module, path: str) -> None:
         _hold(seat(model, path), self).register_forward_hook(self.after)
 
+    def forward(self, x: Any) -> Any:
+        """Return x as it is: some parts run every module they hold."""
+        return x
+
     def after(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Return the adapted output."""
         x = first(output)
