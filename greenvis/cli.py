@@ -153,6 +153,20 @@ def _model_verbs(verb: _Verb) -> None:
     p.add_argument("--trust", action="store_true")
     p.add_argument("--runs", default="runs", help="folder of run records (default: runs)")
 
+    p = verb("advise", verbs_bases.advise, "advise which way to train a model for new data: short trials, energy, a recipe")
+    _model_options(p, "also run:RECIPE/ARM (what an arm left), or its folder")
+    p.add_argument("--data", required=True, help="a data set by name, or a recipe's file, whose data it is then")
+    p.add_argument("--target-accuracy", type=float, metavar="A", help="0 to 1: take the cheapest plan predicted to reach it")
+    p.add_argument("--budget", metavar="ENERGY", help="the most that training and serving may take together: 5Wh, 0.2kWh, 18kJ")
+    p.add_argument("--serve", type=float, default=1e6, metavar="N", help="images the model will answer (default: 1,000,000)")
+    p.add_argument("--teacher", metavar="MODEL", help="a trained model to learn from: as MODEL")
+    p.add_argument("--plans", help="a file of plans to weigh (default: greenvis/advise.yaml)")
+    p.add_argument("--share", type=float, default=0.25, help="of the training images, in the longest trial (default: 0.25)")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set data.train=2000")
+    p.add_argument("--fresh", action="store_true", help="try again what was tried before")
+    p.add_argument("--runs", default="runs", help="folder of run records (default: runs)")
+    p.add_argument("--out", help="the recipe to write (default: RUNS/advise-DATA-MODEL/recipe.yaml)")
+
 
 def _record_verbs(verb: _Verb) -> None:
     """Meters and what they recorded."""
@@ -186,8 +200,9 @@ def _verbs(parser: argparse.ArgumentParser) -> list[str]:
     return list(groups[0].choices)
 
 
-def _model_options(p: argparse.ArgumentParser) -> None:
-    p.add_argument("model", help="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH")
+def _model_options(p: argparse.ArgumentParser, more: str = "") -> None:
+    kinds = "timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH"
+    p.add_argument("model", help=f"{kinds}; {more}" if more else kinds)
     p.add_argument("--img-size", type=int)
     p.add_argument("--in-chans", type=int)
     p.add_argument("--num-classes", type=int)

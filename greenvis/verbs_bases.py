@@ -47,3 +47,59 @@ def rank(args: Any) -> Answer:
             print("fewer than three of these bases were fine-tuned on this data on record, so nothing says how right this is")
 
     return found, show
+
+
+def advise(args: Any) -> Answer:
+    """Compare the ways to train a model for new data by short trials, and write the recipe of the one to take."""
+    from greenvis.advise import advise
+    from greenvis.candidates import PLANS
+
+    found = advise(
+        args.model,
+        args.data,
+        target_accuracy=args.target_accuracy,
+        budget=args.budget,
+        serve=args.serve,
+        teacher=args.teacher,
+        plans=args.plans or PLANS,
+        share=args.share,
+        out=args.out,
+        overrides=args.set,
+        runs=args.runs,
+        fresh=args.fresh,
+        trust=args.trust,
+        say=teller(args),
+        **options(args),
+    )
+    return found, lambda: _show_advice(found)
+
+
+def _show_advice(found: dict[str, Any]) -> None:
+    from greenvis.extrapolate import BUSY_BAND
+    from greenvis.report.words import count, gain, si
+
+    served, images = count(found["serve"]), count(found["images"])
+    rows = []
+    for row in found["rows"]:
+        its = row["accuracy"]
+        rows.append(
+            {
+                "plan": row["plan"],
+                "accuracy": f"{gain('accuracy', its['value'])} ({its['low'] * 100:.0f} – {its['high'] * 100:.0f})",
+                "training": si(row["train_energy_j"]["value"], "J"),
+                "1,000 images": si(row["serve_energy_j"]["value"], "J"),
+                f"with {served}": si(row["total_energy_j"]["value"], "J"),
+                "front": ", ".join(["yes"] * row["front"] + ["taken"] * (row["plan"] == found["pick"])),
+            }
+        )
+    print_rows(rows, f"{found['model']} for {found['data']}, {images} training images: predicted")
+    for plan, why in found["refused"].items():
+        print(f"left out: {plan}: {why}")
+    sizes = ", ".join(str(n) for n in sorted({t["images"] for row in found["rows"] for t in row["trials"]}))
+    spent = si(found["trials_energy_j"], "J")
+    print(f"from trials on {sizes} images, tested on {found['held']} others of the training images, which took {spent}")
+    print("accuracy: the error falls on as a power of the images; in brackets with half and one and a half times that slope")
+    print(f"and the sampling error. Energy: ±{BUSY_BAND:.0%}. Front: no other plan is both cheaper and more accurate")
+    print(f"{found['pick'] or 'none'}: {found['why']}")
+    if found["recipe"]:
+        print(f"greenvis run {found['recipe']}")

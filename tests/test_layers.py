@@ -52,17 +52,20 @@ ALLOWED: dict[str, set[str]] = {
     "on_ray": {"recipe", "jobs", "experiment"},
     "plan": ENGINE | {"jobs", "experiment", "stages", "subset"},
     "probe": ENGINE | {"experiment", "jobs", "lineage"},
-    "bench": ENGINE | {"experiment", "rank", "testing"},
+    "advise": ENGINE | {"experiment", "jobs", "lineage", "rank", "report"},
+    "bench": ENGINE | {"advise", "experiment", "rank", "testing"},
     "integrations": {"technique", "wrap", "meters"},
     "export": {"jobs", "models", "record", "report", "technique"},
     "__main__": {"cli"},
     "cli": {"verbs"},
-    "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "sweep", "on_ray"},
+    "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "advise", "sweep",
+              "on_ray"},
 }
 # files that belong to one unit: split only to keep each short
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data",
            "weights": "models", "libraries": "models", "plain": "models", "checkpoint": "train",
-           "continual": "train", "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs"}  # fmt: skip
+           "continual": "train", "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
+           "candidates": "advise", "trials": "advise", "extrapolate": "advise"}  # fmt: skip
 
 
 def _unit(module: str) -> str:

@@ -1,0 +1,269 @@
+"""Advice: which plans fit, what short trials foretell, which plan is taken, and what is refused before anything is spent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+from greenvis import cli, experiment, record
+from greenvis.advise import advise, choose, joules
+from greenvis.candidates import PLANS, source
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.extrapolate import accuracy, energy
+from greenvis.recipe import load_recipe
+
+SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
+REF = "timm/vit_tiny_patch16_224"
+OVER = ["data.train=160", "data.test=40", "train.threads=1", "train.epochs=2"]
+OPTIONS = [word for key, value in SMALL.items() for word in ("--option", f"{key}={value}")]
+FEW = """\
+train: {batch_size: 10, eval_every: 0}
+arms:
+  all: {}
+  merged: {techniques: [{token_merge: {r: $merge}}]}
+  head: {train: {lr: 1.0e-2}, techniques: [{linear_probe: {cache: true}}]}
+  narrow: {techniques: [{lora: {targets: [conv]}}]}
+  taught: {techniques: [{distill: {teacher: $teacher}}]}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of plans."""
+    place = tmp_path_factory.mktemp("advised")
+    (place / "few.yaml").write_text(FEW)
+    return place
+
+
+@pytest.fixture(scope="module")
+def advice(folder: Path) -> dict[str, Any]:
+    """Advice on three classes of digits."""
+    over = [*OVER, "data.classes=[0,1,2]"]
+    return advise(
+        REF,
+        "digits",
+        serve=1000,
+        plans=folder / "few.yaml",
+        overrides=over,
+        runs=folder / "runs",
+        out=folder / "advised.yaml",
+        **SMALL,
+    )
+
+
+def test_every_plan_that_fits_is_tried_and_the_others_say_why_not(advice: dict[str, Any]) -> None:
+    assert {row["plan"] for row in advice["rows"]} == {"all", "merged", "head"}
+    assert "no 'conv'" in advice["refused"]["narrow"]
+    assert "--teacher" in advice["refused"]["taught"]
+    sizes = {row["plan"]: [t["images"] for t in row["trials"]] for row in advice["rows"]}
+    assert all(its[:2] == [10, 20] for its in sizes.values())
+    assert sum(its[2:] == [40] for its in sizes.values()) >= 2
+    assert advice["held"] == 120
+    for row in advice["rows"]:
+        for key in ("accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"):
+            assert 0 <= row[key]["low"] <= row[key]["value"] <= row[key]["high"]
+        for bound in ("value", "low", "high"):
+            total = row["train_energy_j"][bound] + row["serve_energy_j"][bound]
+            assert row["total_energy_j"][bound] == pytest.approx(total)  # 1,000 images are served
+    plain = [row["serve_energy_j"]["value"] for row in advice["rows"] if row["plan"] != "merged"]
+    assert plain[0] == plain[1], "what serves the same model costs the same"
+
+
+def test_the_front_is_what_nothing_beats(advice: dict[str, Any]) -> None:
+    for row in advice["rows"]:
+        beaten = any(
+            other["total_energy_j"]["value"] < row["total_energy_j"]["value"]
+            and other["accuracy"]["value"] >= row["accuracy"]["value"]
+            for other in advice["rows"]
+        )
+        assert row["front"] != beaten
+
+
+def test_trials_are_metered_runs_and_no_test_image_is_looked_at(advice: dict[str, Any], folder: Path) -> None:
+    runs = [record.read(path) for path in record.find([folder / "runs"])]
+    tried = [run for run in runs if "trial" in run.facts]
+    assert len(tried) == sum(len(row["trials"]) for row in advice["rows"])
+    assert all(run.status == "done" for run in tried)
+    assert {run.sum("samples", "train/epoch1") for run in tried} == {10, 20, 40}
+    assert not list((folder / "runs").rglob("done.json")), "a trial is no finished run"
+
+
+def test_the_recipe_written_runs(advice: dict[str, Any], folder: Path) -> None:
+    assert advice["recipe"] == str(folder / "advised.yaml")
+    recipe = load_recipe(folder / "advised.yaml")
+    assert list(recipe.arms) == [advice["pick"]]
+    left = experiment.run(recipe, overrides=(), runs=folder / "runs")
+    done = json.loads((left / advice["pick"] / "seed0/done.json").read_text())
+    assert 0 <= done["accuracy"] <= 1
+    assert set(load_recipe(advice["plans"]).arms) == {"all", "merged", "head"}
+
+
+def test_what_was_tried_before_is_kept(advice: dict[str, Any], folder: Path) -> None:
+    before = len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts])
+    again = advise(
+        REF, "digits", serve=1000, plans=folder / "few.yaml", overrides=[*OVER, "data.classes=[0,1,2]"], runs=folder / "runs",
+        target_accuracy=1.0, budget=1e-3, **SMALL,
+    )  # fmt: skip
+    assert len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts]) == before
+    assert [row["trials"] for row in again["rows"]] == [row["trials"] for row in advice["rows"]]
+    assert again["pick"] is None
+    assert again["recipe"] is None
+    assert "raise the budget" in again["why"]
+
+
+def test_the_command_says_the_same_as_json(advice: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sets = [word for text in [*OVER, "data.classes=[0,1,2]"] for word in ("--set", text)]
+    words = ["advise", REF, "--data", "digits", "--plans", str(folder / "few.yaml"), "--runs", str(folder / "runs"), "--serve"]
+    words += ["1000", *sets, *OPTIONS]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr().out
+    assert "taken" in shown
+    assert "left out: narrow" in shown
+    assert cli.main([*words, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pick"] == advice["pick"]
+
+
+def test_plans_that_come_with_greenvis_are_filled_in_for_the_model() -> None:
+    content, lacking = source(REF, "digits", teacher=REF, options=SMALL)
+    known = yaml.safe_load(PLANS.read_text())["arms"]
+    assert set(content["arms"]) == set(known)
+    assert not lacking
+    assert content["arms"]["full-merged"]["techniques"] == [{"token_merge": {"r": 4}}]  # half of 16 patches, in two blocks
+    assert content["arms"]["distilled"]["techniques"][0]["distill"]["teacher"] == REF
+    assert content["data"] == {"img_size": 8, "in_chans": 3, "name": "digits"}
+    _, lacking = source("timm/resnet10t", "digits")
+    assert set(lacking) == {"full-merged", "lora-merged", "distilled"}
+
+
+def test_a_file_s_weights_are_a_start_with_a_new_classifier(advice: dict[str, Any], folder: Path) -> None:
+    experiment.run(folder / "advised.yaml", runs=folder / "runs")
+    arm = f"run:{load_recipe(folder / 'advised.yaml').name}/{advice['pick']}"
+    content, _ = source(arm, "digits", runs=folder / "runs")
+    assert content["model"]["ref"] == REF
+    assert content["model"]["init"].endswith("seed0/model.safetensors")
+    assert "num_classes" not in content["model"]
+    assert content["data"] == {"img_size": 8, "in_chans": 3, "name": "digits"}
+    assert content["name"].startswith("advise-digits-")
+
+
+def test_a_recipe_gives_its_data_with_absolute_paths(tmp_path: Path) -> None:
+    for label in ("a", "b"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "images" / label / "0.png")
+    its = tmp_path / "its.yaml"
+    its.write_text("name: its\ndata: {name: 'folder:images', train: 100, seed: 3}\nmodel: {ref: plain/mlp}\narms: {a: {}}\n")
+    content, _ = source(REF, str(its), options=SMALL)
+    images = f"folder:{tmp_path / 'images'}"
+    assert content["data"] == {"img_size": 8, "in_chans": 3, "name": images, "train": 100, "seed": 3}
+
+
+def test_accuracy_goes_on_as_a_power_of_the_images() -> None:
+    points = [(n, 1 - 2.0 * n**-0.5) for n in (25, 50, 100)]
+    its = accuracy(points, 400, tested=10**9)
+    assert its["value"] == pytest.approx(1 - 2.0 * 400**-0.5)
+    assert its["low"] == pytest.approx(1 - 0.2 * 4**-0.25, abs=1e-4)
+    assert its["high"] == pytest.approx(1 - 0.2 * 4**-0.75, abs=1e-4)
+    few = accuracy(points, 400, tested=50)
+    assert few["low"] < its["low"] < its["high"] < few["high"]
+    assert accuracy(points, 100, tested=10**9)["value"] == pytest.approx(points[-1][1])  # no further: what was seen
+    worse = accuracy([(25, 0.5), (50, 0.4)], 400, tested=10**9)
+    assert worse["value"] == pytest.approx(0.4)  # a curve that rose promises nothing
+    assert accuracy([(25, 1.0), (50, 1.0)], 400, tested=100)["value"] > 0.99
+
+
+def test_energy_has_a_fixed_part_and_one_an_image() -> None:
+    points = [(n, 3.0 + 0.1 * n, 0.02 * n) for n in (25, 50, 100)]
+    assert energy(points, 400)["value"] == pytest.approx(3 + 40 + 8)
+    falling = [(25, 10.0, 1.0), (50, 8.0, 2.0)]
+    assert energy(falling, 400)["value"] >= 8.0 + 16  # an image never costs less than nothing
+    its = energy(points, 400)
+    assert its["low"] < its["value"] < its["high"]
+
+
+def _row(plan: str, value: float, joules: float, low: float | None = None) -> dict[str, Any]:
+    return {
+        "plan": plan,
+        "accuracy": {"value": value, "low": value if low is None else low},
+        "total_energy_j": {"value": joules},
+    }
+
+
+def test_the_cheapest_that_reaches_the_target_is_taken() -> None:
+    rows = [_row("a", 0.70, 10), _row("b", 0.90, 50, low=0.80), _row("c", 0.95, 200), _row("d", 0.945, 150)]
+    assert choose(rows, 0.85)[0] == "b"
+    assert "may miss it" in choose(rows, 0.85)[1]
+    assert choose(rows, 0.5) == ("a", "the cheapest that is predicted to reach 50.0%")
+    assert choose(rows, 0.99)[0] == "c"
+    assert "no plan is predicted to reach 99.0%; c comes closest" in choose(rows, 0.99)[1]
+    assert choose(rows, 0.92, 100) == ("b", "no plan is predicted to reach 92.0% within the budget; b comes closest")
+    assert choose(rows)[0] == "d"  # a point below the best is close enough
+    assert choose(rows, None, 20)[0] == "a"
+    assert choose(rows, 0.5, 5)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5Wh", 18000.0), ("0.2 kWh", 720_000.0), ("18kJ", 18000.0), (3, 3.0), ("1e3", 1000.0), ("2e-3MJ", 2000.0)],
+)
+def test_energy_is_read_with_its_unit(text: str | float, value: float) -> None:
+    assert joules(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"data_name": "digit"}, "did you mean 'digits'"),
+        ({"model": "timm/vit_tiny_patch16_22"}, "did you mean"),
+        ({"model": "run:nowhere/arm"}, "left no model"),
+        ({"target_accuracy": 85.0}, "85 % is 0.85"),
+        ({"target_accuracy": 0.0}, "above 0 and up to 1"),
+        ({"budget": "-5Wh"}, "must be above 0"),
+        ({"budget": "5Whr"}, "did you mean 'Wh'"),
+        ({"budget": "lots"}, "no unit of energy"),
+        ({"budget": "Wh"}, "give a number and a unit"),
+        ({"serve": -1}, "0 or more"),
+        ({"share": 0.9}, "up to 0.5"),
+        ({"out": "no/such/folder/recipe.yaml"}, "is not a folder"),
+        ({"plans": "nowhere.yaml"}, "cannot read the plans"),
+        ({"teacher": "timm/resnet1"}, "did you mean"),
+        ({"overrides": ["data.train=30"]}, "too few to try plans"),
+        ({"overrides": ["train.epoch=3"]}, "did you mean 'epochs'"),
+        ({"overrides": ["data.img_size=12"]}, "cannot take images"),
+    ],
+)
+def test_refuses_before_anything_is_spent(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+    asked = {
+        "model": REF,
+        "data_name": "digits",
+        "runs": tmp_path / "runs",
+        **(SMALL if "model" not in options else {}),
+        **options,
+    }
+    with pytest.raises(BadInput, match=says):
+        advise(**asked)
+    assert not list(record.find([tmp_path / "runs"])) if (tmp_path / "runs").exists() else True
+
+
+def test_a_file_that_is_no_advice_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("name: mine\n")
+    with pytest.raises(BadInput, match="no advice wrote it"):
+        advise(REF, "digits", out=tmp_path / "mine.yaml", runs=tmp_path / "runs", **SMALL)
+    assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
+
+
+def test_a_plan_that_fails_is_left_out_and_said(tmp_path: Path) -> None:
+    (tmp_path / "plans.yaml").write_text(
+        "train: {batch_size: 10}\narms: {all: {}, wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n"
+    )
+    options: dict[str, Any] = {"overrides": [*OVER, "data.classes=[0,1]"], "runs": tmp_path / "runs", **SMALL}
+    found = advise(REF, "digits", plans=tmp_path / "plans.yaml", **options)
+    assert [row["plan"] for row in found["rows"]] == ["all"]
+    assert "the loss is" in found["refused"]["wild"]
+    (tmp_path / "wild.yaml").write_text("train: {batch_size: 10}\narms: {wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n")
+    with pytest.raises(GreenvisError, match="no plan could be trained"):
+        advise(REF, "digits", plans=tmp_path / "wild.yaml", **options)
