@@ -1,0 +1,238 @@
+"""`greenvis bench advise`: is the plan that advice takes the cheapest? All plans are run. A quarter of an hour on one core.
+
+Bases that are not trained yet are (recipes/peft/base.yaml, recipes/reuse/rank-bases.yaml). Finished trials and runs are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from greenvis import experiment, price, record
+from greenvis.advise import advise, choose
+from greenvis.candidates import PLANS
+from greenvis.errors import BadInput
+from greenvis.meters.header import cpu
+from greenvis.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+Host = tuple[str, dict[str, Any], Path | None]  # the model, its options, the recipe that trains it if one does
+HOSTS: dict[str, Host] = {
+    "vit": ("run:peft-base/base", {}, RECIPES / "peft/base.yaml"),
+    "resnet10t": ("run:rank-bases/resnet", {}, RECIPES / "reuse/rank-bases.yaml"),
+    "efficientnet-lite0": ("timm/tf_efficientnet_lite0", {"pretrained": "efficientnet-lite0", "img_size": 32}, None),
+}
+DATA: dict[str, tuple[str, ...]] = {  # none of it did a base learn
+    "fashion-mnist": ("data.classes=[5,6,7,8,9]", "data.train=800", "data.test=500"),
+    "digits": ("data.train=800", "data.test=450"),
+}
+TRAIN = ("train.epochs=4", "train.threads=1")
+SERVED = 10_000
+GIVEN_UP = 0.01  # the target: what plain fine-tuning reaches, less this
+FORETOLD = ("accuracy", "train_energy_j", "serve_energy_j", "total_energy_j")
+FAIR = 0.1  # a regret up to here is fine
+
+
+def run(
+    out: Path | None = None,
+    hosts: Mapping[str, Host] = HOSTS,
+    data: Mapping[str, Sequence[str]] = DATA,
+    overrides: Sequence[str] = TRAIN,
+    plans: str | Path = PLANS,
+    runs: str | Path = "runs",
+) -> dict[str, Any]:
+    """Return {"rows": [{"host", "data", "target", "pick", "best", "regret", …}], "cells", …}: a row for each cell.
+
+    A cell is a host and a data set: advice is asked for, every plan that fits is trained on all the images, and the plan that
+    advice takes for a target is set against the cheapest that reached it. regret: energy of training and serving of the one
+    over that of the other, less 1; None where the pick missed the target. overrides: of all recipes. out: a folder to write
+    report.md and results.json to. Raises BadInput where the recipes of bases are not there (they come with the repository).
+    """
+    started, cells = time.monotonic(), []
+    for ref, _, recipe in hosts.values():
+        if recipe is not None:
+            _train_base(ref, recipe, runs)
+    for host, (ref, options, _) in hosts.items():
+        for name, own in data.items():
+            asked: dict[str, Any] = {"serve": SERVED, "plans": plans, "overrides": [*own, *overrides], "runs": runs, **options}
+            found = advise(ref, name, **asked)
+            every = load_recipe(found["plans"])
+            spent = measured(experiment.run(every, runs=runs), list(every.arms))
+            plain = next(plan for plan, spec in every.arms.items() if not spec.techniques)
+            cells.append({"host": host, "data": name, **judged(found, spent, plain)})
+    result = {
+        "rows": [cell["row"] for cell in cells],
+        "cells": cells,
+        "served": SERVED,
+        "overrides": list(overrides),
+        "machine": cpu(),
+        "seconds": round(time.monotonic() - started),
+    }
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "report.md").write_text(_markdown(result))
+    return result
+
+
+def _train_base(ref: str, path: Path, runs: str | Path) -> None:
+    if not path.is_file():
+        raise BadInput(f"the recipe {path} is not there: run this benchmark in a copy of the repository")
+    recipe, arm = load_recipe(path), ref.rpartition("/")[2]
+    experiment.run(recipe.model_copy(update={"arms": {arm: recipe.arms[arm]}}), runs=runs)
+
+
+def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j", "run_j"} of each plan's run below `folder`.
+
+    run_j: of the whole run, with evaluation and measuring. serve_energy_j: of 1,000 images; of plans that serve models of the same MACs and parameters the median, since the rest of
+    their difference is the machine's.
+    """
+    found: dict[str, dict[str, float]] = {}
+    alike: dict[tuple[Any, Any], list[float]] = {}
+    keys: dict[str, tuple[Any, Any]] = {}
+    for plan in plans:
+        done = json.loads((folder / plan / "seed0/done.json").read_text())
+        its = next(run for run in map(record.read, record.find([folder / plan])) if run.id == done["run"])
+        keys[plan] = (its.facts["macs"], its.facts["params"])
+        alike.setdefault(keys[plan], []).append(1000 * its.facts["inference_energy_j"]["value"])
+        training, whole = (price.run_energy(its, phase).value or 0.0 for phase in ("train", None))
+        found[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": whole}
+    for plan, its in found.items():
+        its["serve_energy_j"] = statistics.median(alike[keys[plan]])
+        its["total_energy_j"] = its["train_energy_j"] + SERVED / 1000 * its["serve_energy_j"]
+    return found
+
+
+def judged(found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], plain: str) -> dict[str, Any]:
+    """Return {"row", "plans", "sweep"}: the advice against what was measured, for a target and for many.
+
+    spent: as `measured` gives. plain: the plan without techniques; the target is its accuracy less `GIVEN_UP`. sweep: the same
+    for each accuracy that any plan reached as the target.
+    """
+    rows = found["rows"]
+    told = {row["plan"]: row for row in rows}
+    target = max(spent[plain]["accuracy"] - GIVEN_UP, 0.01)
+    main = regret(rows, spent, target)
+    sweep = [regret(rows, spent, its["accuracy"]) for its in spent.values() if its["accuracy"] > 0]
+    plans = []
+    for plan, its in spent.items():
+        if plan in told:  # its trials may have failed where the run did not
+            predicted = {key: told[plan][key] for key in FORETOLD}
+            plans.append({"plan": plan, "predicted": predicted, "measured": dict(its), "front": told[plan]["front"]})
+    inside = dict.fromkeys(FORETOLD, 0)
+    for its in plans:
+        for key, figure in its["predicted"].items():
+            inside[key] += figure["low"] <= its["measured"][key] <= figure["high"]
+    cost = {plan: its["total_energy_j"] for plan, its in spent.items()}
+    row = {
+        "target": f"{target:.1%}", "pick": main["pick"], "best": main["best"],
+        "regret": None if main["regret"] is None else f"{main['regret']:.1%}",
+        "missed": None if main["missed"] is None else f"{100 * main['missed']:.1f} points",
+        f"{plain} over best": f"{cost[plain] / cost[main['best']] - 1:.1%}",
+        "in range": f"{inside['accuracy']}/{len(plans)}", "energy in band": f"{inside['total_energy_j']}/{len(plans)}",
+        "trials": f"{found['trials_energy_j']:.0f} J", "all runs": f"{sum(its['run_j'] for its in spent.values()):.0f} J",
+    }  # fmt: skip
+    return {"row": row, "main": main, "plans": plans, "refused": dict(found["refused"]), "sweep": sweep}
+
+
+def regret(rows: Sequence[Mapping[str, Any]], spent: Mapping[str, Mapping[str, float]], target: float) -> dict[str, Any]:
+    """Return {"target", "pick", "best", "regret", "missed"}: what advice takes for a target against the best there was.
+
+    best: the cheapest plan whose measured accuracy reaches the target. regret: energy of the pick over its, less 1; None where
+    the pick misses the target, and then `missed` is by how much.
+    """
+    pick, _ = choose(rows, target)
+    assert pick is not None
+    reach = [plan for plan, its in spent.items() if its["accuracy"] >= target]
+    best = min(reach, key=lambda plan: spent[plan]["total_energy_j"])
+    short = target - spent[pick]["accuracy"]
+    over = spent[pick]["total_energy_j"] / spent[best]["total_energy_j"] - 1
+    return {
+        "target": target, "pick": pick, "best": best,
+        "regret": over if short <= 0 else None, "missed": short if short > 0 else None,
+    }  # fmt: skip
+
+
+def _markdown(result: Mapping[str, Any]) -> str:
+    cells = result["cells"]
+    fair = [c for c in cells if c["main"]["regret"] is not None and c["main"]["regret"] <= FAIR]
+    sweep = [one for cell in cells for one in cell["sweep"]]
+    regrets = sorted(one["regret"] for one in sweep if one["regret"] is not None)
+    misses = sorted(one["missed"] for one in sweep if one["missed"] is not None)
+    columns = list(dict.fromkeys(k for row in result["rows"] for k in row))
+    lines = [
+        "# Advice: is the plan it takes the cheapest that reaches the target?", "",
+        f"`greenvis bench advise --out reports/advice`, {result['seconds']} s, {', '.join(result['overrides'])}. Advice on "
+        f"{len({c['host'] for c in cells})} hosts and {len({c['data'] for c in cells})} data sets; then every plan was trained "
+        "on all the images, one seed, and the plan that advice takes was set against the cheapest plan that really reached the "
+        f"target. Energy is that of training and of serving {result['served']:,} images. The target is what plain fine-tuning "
+        f"reached, less {100 * GIVEN_UP:g} point.", "",
+        f"**The pick is within {FAIR:.0%} of the best in {len(fair)} of {len(cells)} cells.** With each accuracy that any plan "
+        f"reached as the target ({len(sweep)} targets), the pick reached it {len(regrets)} times, "
+        f"{sum(r <= FAIR for r in regrets)} of them within {FAIR:.0%} of the best"
+        + (f" (median regret {statistics.median(regrets):.1%}, greatest {regrets[-1]:.1%})" if regrets else "")
+        + (f", and missed it {len(misses)} times, by {100 * statistics.median(misses):.1f} points in the median and "
+           f"{100 * misses[-1]:.1f} at most." if misses else "."), "",
+        "| host | data | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|",
+    ]  # fmt: skip
+    for cell in cells:
+        shown = ["–" if cell["row"].get(k) is None else str(cell["row"][k]) for k in columns]
+        lines.append(f"| {cell['host']} | {cell['data']} | {' | '.join(shown)} |")
+    lines += [
+        "", "in range: plans whose measured accuracy lies in the predicted range, which is a rule of thumb (see "
+        "`greenvis.extrapolate`); energy in band: of training and serving. trials: what the advice cost; all runs: what "
+        "running every plan cost. Energy as `greenvis doctor` says.", "", *_why(cells),
+    ]  # fmt: skip
+    for cell in cells:
+        lines += ["", f"## {cell['host']}, {cell['data']}", "", *_plans(cell)]
+    return "\n".join(lines) + "\n"
+
+
+def _why(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a line for each cell whose pick is not within `FAIR` of the best: what was foretold of the two, and what came."""
+    lines = []
+    for cell in cells:
+        main, by = cell["main"], {p["plan"]: p for p in cell["plans"]}
+        if main["regret"] is not None and main["regret"] <= FAIR:
+            continue
+        how = f"{main['regret']:.1%} over the best" if main["missed"] is None else f"{100 * main['missed']:.1f} points short"
+        told = "; ".join(_told(by[plan]) for plan in (main["pick"], main["best"]) if plan in by)
+        lines.append(f"- {cell['host']}, {cell['data']}: the pick is {how}. {told}.")
+    return ["Where it is not, and why:", "", *lines] if lines else []
+
+
+def _told(plan: Mapping[str, Any]) -> str:
+    told, seen = ((its["accuracy"], its["total_energy_j"]) for its in (plan["predicted"], plan["measured"]))
+    return (
+        f"{plan['plan']} was foretold {told[0]['value']:.1%} for {told[1]['value']:.0f} J and reached {seen[0]:.1%} for "
+        f"{seen[1]:.0f} J"
+    )
+
+
+def _plans(cell: Mapping[str, Any]) -> list[str]:
+    heads = (
+        "plan",
+        "accuracy, predicted",
+        "measured",
+        "training, predicted",
+        "measured",
+        "1,000 images, predicted",
+        "measured",
+    )
+    lines = ["| " + " | ".join([*heads, "total, predicted", "measured"]) + " |", "|---" * (len(heads) + 2) + "|"]
+    for its in sorted(cell["plans"], key=lambda p: p["measured"]["total_energy_j"]):
+        told, seen = its["predicted"], its["measured"]
+        accuracy = told["accuracy"]
+        shown = [
+            f"{accuracy['value']:.1%} ({100 * accuracy['low']:.0f}–{100 * accuracy['high']:.0f})",
+            f"{seen['accuracy']:.1%}",
+        ]
+        for key, form in (("train_energy_j", ".1f"), ("serve_energy_j", ".2f"), ("total_energy_j", ".0f")):
+            shown += [f"{told[key]['value']:{form}} J", f"{seen[key]:{form}} J"]
+        lines.append(f"| {its['plan']}{' (front)' if its['front'] else ''} | {' | '.join(shown)} |")
+    return [*lines, "", *(f"- left out: {plan}: {why}" for plan, why in cell["refused"].items())]
