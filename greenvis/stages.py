@@ -35,9 +35,8 @@ class Layers(Technique):
         for one in self.of:
             found = view(model, probe=False).role(one) if one in ROLES else surgery.find(model, [one], nn.Module)
             paths |= set(found)
-        learned = {id(p) for path in paths for p in model.get_submodule(path).parameters()}
-        surgery.freeze(model, but=[p for p in model.parameters() if id(p) in learned])
-        return Installed(tuple(n for n, p in model.named_parameters() if id(p) in learned), freezes=True)
+        learned = [p for path in paths for p in model.get_submodule(path).parameters()]
+        return Installed(surgery.freeze(model, but=learned), freezes=True)
 
 
 def of(job: Job) -> list[Job]:

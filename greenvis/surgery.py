@@ -123,17 +123,25 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
     return len(places)
 
 
-def freeze(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> None:
-    """Stop every parameter from training except those in `but`, and hold the statistics of frozen batch norms.
+def names_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
+    """Return the names that these parameters have in `model`, in its order; a shared one has its first."""
+    wanted = {id(p) for p in parameters}
+    return tuple(n for n, p in model.named_parameters() if id(p) in wanted)
+
+
+def freeze(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> tuple[str, ...]:
+    """Stop every parameter from training except those in `but`, whose names it returns; hold frozen batch norms' statistics.
 
     A frozen BatchNorm still drifts in train mode, so it is held in eval whenever it runs, also after `model.train()`.
     """
-    spared = {id(p) for p in but}
-    for parameter in model.parameters():
-        parameter.requires_grad_(id(parameter) in spared)
+    names = names_of(model, but)
+    spared = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in spared)
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
             hold_in_eval(module)
+    return names
 
 
 def hold_in_eval(module: nn.Module) -> None:

@@ -11,7 +11,7 @@ import torch
 from greenvis import registry
 from greenvis.errors import GreenvisError
 from greenvis.technique import Technique
-from greenvis.views import view
+from greenvis.views import View, known, view
 
 # each technique's requests, tried in this order until one attaches
 REQUESTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -66,14 +66,16 @@ def _row(name: str) -> dict[str, str] | None:
     found = view(model, probe=False)
     tried = {t: [registry.find(t)(**request) for request in requests] for t, requests in REQUESTS.items()}
     kind = "attention" if found.attention else "convolution or MLP"
-    return {"kind": kind, **{t: _first(name, requests) for t, requests in tried.items()}}
+    return {"kind": kind, **{t: _first(name, found, requests) for t, requests in tried.items()}}
 
 
-def _first(name: str, requests: Sequence[Technique]) -> str:
+def _first(name: str, found: View, requests: Sequence[Technique]) -> str:
     reasons = []
     for request in requests:
+        model = _build(name)
         try:
-            request.install(_build(name))
+            with known(model, found):  # looking at it again would take half of the time
+                request.install(model)
         except GreenvisError as error:
             reasons.append(str(error))
         except Exception as error:  # anything else a technique raises is a failure

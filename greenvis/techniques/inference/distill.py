@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _teachers as teaching
 from greenvis.techniques.inference._kd import dkd_loss, kd_loss, kd_task_loss, labels_of
@@ -295,8 +296,7 @@ class InstalledDistill(Installed):
         if home is None:
             raise BadInput(f"{type(model).__name__} runs every module it holds, so projections have no place in it")
         home.add_module(_CHILD, self._projections)
-        mine = {id(p) for p in self._projections.parameters()}
-        self.trainable = tuple(n for n, p in model.named_parameters() if id(p) in mine)
+        self.trainable = names_of(model, self._projections.parameters())
 
     def _task(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def weighted(logits: Tensor, *rest: Any, **more: Any) -> Tensor:

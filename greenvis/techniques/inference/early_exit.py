@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from greenvis import ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
-from greenvis.surgery import freeze
+from greenvis.surgery import freeze, names_of
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _places
 from greenvis.techniques.inference._calibration import Calibration, choose
@@ -106,8 +106,7 @@ class InstalledEarlyExit(Installed):
     """
 
     def __init__(self, request: EarlyExit, exits: Exits, found: _places.Found, costs: list[float]) -> None:
-        added = {id(p) for head in exits.heads for p in head.parameters()}
-        names = tuple(n for n, p in exits.model.named_parameters() if id(p) in added)
+        names = names_of(exits.model, (p for head in exits.heads for p in head.parameters()))
         super().__init__(names, freezes=request.base == "freeze")
         self.request, self.exits, self.costs = request, exits, costs
         self.paths, self.example, self.macs = found.paths, found.view.example, found.macs

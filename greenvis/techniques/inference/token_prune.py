@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.inference._halves import Block, cut_mask, halves, main, masked_attention, rotated, set_mask, with_main
 from greenvis.techniques.inference._keys import Source, sources
@@ -83,8 +84,7 @@ class TokenPrune(Technique):
         follow(model, flow)
         if found.example.device.type != "meta":
             check_runs(model, found.example, [], f"{self.keep:.0%} of the tokens kept in blocks {places}")
-        ids = {id(p) for p in added}
-        live = InstalledTokenPrune(flow, self.weight, tuple(n for n, p in model.named_parameters() if id(p) in ids))
+        live = InstalledTokenPrune(flow, self.weight, names_of(model, added))
         live.unmergeable = "pruning tokens is a change of the run, not of weights; keep the model wrapped"
         return live
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.views import View
 from greenvis.views.quiet import quiet
 
@@ -46,5 +47,4 @@ class Representation:
         classifier = self.model.get_submodule(self.head)
         weight = next(p for p in classifier.parameters() if p.is_floating_point())
         classifier.add_module(name, part.to(device=weight.device, dtype=weight.dtype))
-        added = {id(p) for p in part.parameters()}
-        return tuple(n for n, p in self.model.named_parameters() if id(p) in added)
+        return names_of(self.model, part.parameters())

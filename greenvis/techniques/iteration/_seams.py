@@ -63,11 +63,8 @@ def with_first(value: Any, new: Tensor) -> Any:
 
 def train_only(model: nn.Module, added: list[nn.Parameter], found: View, head: str) -> tuple[str, ...]:
     """Freeze all but what was added and, unless `head` is "freeze", the classifier; return the names that train."""
-    learned = {id(p) for p in added}
-    if head == "train":
-        learned |= {id(p) for path in found.heads for p in model.get_submodule(path).parameters()}
-    freeze(model, but=[p for p in model.parameters() if id(p) in learned])
-    return tuple(n for n, p in model.named_parameters() if id(p) in learned)
+    heads = found.heads if head == "train" else ()
+    return freeze(model, but=[*added, *(p for path in heads for p in model.get_submodule(path).parameters())])
 
 
 def patches_matter(model: nn.Module, found: View, path: str) -> bool:

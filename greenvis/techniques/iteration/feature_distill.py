@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques._frozen import Kept, mark
 from greenvis.techniques.inference._features import as_map
@@ -73,8 +74,7 @@ class FeatureDistill(Technique):
         weight = next(p for p in model.parameters() if p.is_floating_point())
         projection = nn.Linear(shape[1], shown.width).to(device=weight.device, dtype=weight.dtype)
         place.add_module(_CHILD, projection)
-        added = {id(p) for p in projection.parameters()}
-        names = tuple(n for n, p in model.named_parameters() if id(p) in added)
+        names = names_of(model, projection.parameters())
         form = {"channels": layout.channels, "prefix": found.prefix_tokens, "aspect": aspect}
         return InstalledFeatureDistill(self, names, model, place, projection, shown, found.input_shape, form)
 

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._held import Mask, hold_norms
@@ -87,8 +88,7 @@ class Hat(Technique):
             gates.append(Gate(down.weight).train(down.training))
             down.add_module(_CHILD, gates[-1])
             down.register_forward_pre_hook(gates[-1].shut)
-        known = {*map(id, body.values()), *(id(g.embedding) for g in gates), *spared}
-        trainable = tuple(n for n, p in model.named_parameters() if id(p) in known)
+        trainable = names_of(model, (*body.values(), *(g.embedding for g in gates), *heads))
         return InstalledHat(self, model, list(zip(gated, gates, strict=True)), list(body.values()), heads, trainable)
 
 

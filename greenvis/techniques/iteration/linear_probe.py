@@ -38,7 +38,5 @@ class LinearProbe(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""
         found = view(model, self.input_shape, probe=False)
-        learned = {id(p) for path in found.role("head") for p in model.get_submodule(path).parameters()}
-        freeze(model, but=[p for p in model.parameters() if id(p) in learned])
-        names = tuple(n for n, p in model.named_parameters() if id(p) in learned)
+        names = freeze(model, but=[p for path in found.role("head") for p in model.get_submodule(path).parameters()])
         return InstalledPrefix(model, names, found.example, self.cache) if self.cache else Installed(names, freezes=True)

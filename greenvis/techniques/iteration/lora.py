@@ -103,10 +103,8 @@ class Lora(Technique):
             for parent, name in places[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
         keep_off_the_fast_path(model, layers)
-        learned = {id(p) for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n}
-        learned |= {id(p) for p in heads}
-        freeze(model, but=[p for p in model.parameters() if id(p) in learned])
-        trainable = tuple(n for n, p in model.named_parameters() if id(p) in learned)
+        learned = [p for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n]
+        trainable = freeze(model, but=[*learned, *heads])
         return InstalledLora(self, model, layers, trainable, ranks)
 
     def _check(self) -> None:

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, nearest, some
-from greenvis.surgery import find, freeze, places_of
+from greenvis.surgery import find, freeze, names_of, places_of
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, to_float32
@@ -177,8 +177,7 @@ class InstalledLoraStream(Installed):
             for i in range(tasks):
                 for parameter in _change(layer, i):
                     parameter.requires_grad_(i == tasks - 1)
-        learning = {id(p) for p in self._learns(tasks - 1)}
-        self.trainable = tuple(n for n, p in self.model.named_parameters() if id(p) in learning)
+        self.trainable = names_of(self.model, self._learns(tasks - 1))
 
     def begin_task(self, task: Task) -> None:
         """Freeze the earlier tasks' changes and add this one's."""

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration import _tec as tec
 from greenvis.techniques.iteration._masked import Encoder
@@ -87,8 +88,7 @@ class Mae(Technique):
         weight = encoder.weight
         parts = Parts(encoder, self.decoder_depth, self.decoder_dim, width).to(device=weight.device, dtype=weight.dtype)
         model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
-        added = {id(p) for p in parts.parameters()}
-        return InstalledMae(self, tuple(n for n, p in model.named_parameters() if id(p) in added), encoder, parts)
+        return InstalledMae(self, names_of(model, parts.parameters()), encoder, parts)
 
     def targets(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return what is to be reconstructed of images (batch, channels, height, width): (batch, patches, features)."""

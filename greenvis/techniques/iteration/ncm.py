@@ -55,11 +55,10 @@ class Ncm(Technique):
         """Freeze all but the classifier. Raises BadInput where that is no linear layer on one feature vector an image."""
         found = view(model, self.input_shape, probe=False)
         heads = [_linear(model, found, path, self.metric) for path in found.role("head")]
-        learned = {id(p) for head in heads for p in head.parameters()}
-        freeze(model, but=[p for p in model.parameters() if id(p) in learned])
+        names = freeze(model, but=[p for head in heads for p in head.parameters()])
         for module in model.modules():
             hold_in_eval(module)
-        return InstalledNcm(self.metric, heads, tuple(n for n, p in model.named_parameters() if id(p) in learned))
+        return InstalledNcm(self.metric, heads, names)
 
 
 def _linear(model: nn.Module, found: View, path: str, metric: Metric) -> nn.Linear:

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_unflatten
 
 from greenvis.errors import BadInput
 from greenvis.modes import in_mode
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._bottleneck import Bottleneck
 from greenvis.techniques.iteration._latent import taken_apart
@@ -107,8 +108,7 @@ class InstalledPnn(Installed):
             place.adapters.append(nets)
             added += [p for net in nets for p in net.parameters()]
         self._fill(self.start)
-        new = {id(p) for p in added}
-        self.trainable = self.own + tuple(n for n, p in self.model.named_parameters() if id(p) in new)
+        self.trainable = self.own + names_of(self.model, added)
 
     def end_task(self, loader: Any) -> None:
         """Keep the column as it is."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.errors import BadInput
+from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques._frozen import Kept, mark
 from greenvis.techniques.iteration import _tec as tec
@@ -123,8 +124,7 @@ class Reuse(Technique):
         if token is not None:
             adapter = tec.TokenMlp(encoder.dim, 4 * encoder.dim).to(**kind)
             adapt_token(token, adapter)
-        added = {id(p) for p in (*parts.parameters(), *(adapter.parameters() if adapter is not None else ()))}
-        names = tuple(n for n, p in model.named_parameters() if id(p) in added)
+        names = names_of(model, (*parts.parameters(), *(adapter.parameters() if adapter is not None else ())))
         fold = partial(fold_token, token, adapter) if token is not None and adapter is not None else None
         return InstalledReuse(self, names, encoder, parts, shown, fold)
 
