@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, some
 
 _HELD = "_greenvis_held_in_eval"
+_PASSING = "_greenvis_passing"  # also an attribute of classes whose objects are such hooks
 
 
 class Snapshot:
@@ -147,8 +148,19 @@ def freeze(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> tuple[str, ...
 def hold_in_eval(module: nn.Module) -> None:
     """Put `module` into eval mode each time it runs, whatever `train()` set."""
     if _HELD not in vars(module):
-        module.register_forward_pre_hook(_to_eval)
+        module.register_forward_pre_hook(passing(_to_eval))
         vars(module)[_HELD] = True
+
+
+def passing(hook: Any) -> Any:
+    """Mark a hook that nobody misses where its module is skipped: what it does serves that one forward of that module."""
+    hook.__dict__[_PASSING] = True
+    return hook
+
+
+def is_passing(hook: Any) -> bool:
+    """Whether a hook is marked so (an object's class may be, too)."""
+    return getattr(hook, _PASSING, False)
 
 
 def _to_eval(module: nn.Module, inputs: object) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _LOOKED_AT = "_greenvis_looked_at"
+_LEARNING = "_greenvis_learning"
 
 
 @contextmanager
@@ -44,6 +45,21 @@ def quiet(model: nn.Module) -> Iterator[None]:
 def looked_at(model: nn.Module) -> bool:
     """Whether this model runs in `quiet`, to be seen whole: nothing may leave the forward early."""
     return _LOOKED_AT in vars(model)
+
+
+@contextmanager
+def learning(model: nn.Module) -> Iterator[None]:
+    """Within, heads that learn beside the model's own answer run as in a training step, whatever the modes are."""
+    vars(model)[_LEARNING] = True
+    try:
+        yield
+    finally:
+        vars(model).pop(_LEARNING, None)
+
+
+def is_learning(model: nn.Module) -> bool:
+    """Whether this model runs in `learning`."""
+    return _LEARNING in vars(model)
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:

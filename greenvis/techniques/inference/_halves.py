@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import passing
 from greenvis.techniques.iteration._seams import first, row_of_blocks
 from greenvis.views import View
 from greenvis.views.quiet import quiet
@@ -243,7 +244,7 @@ def set_mask(module: nn.Module, mask: Callable[[Tensor | None], Tensor | None]) 
     """
     name = _mask_name(module)
     place = list(inspect.signature(type(module).forward).parameters).index(name) - 1
-    module.register_forward_pre_hook(partial(_put, mask, name, place), with_kwargs=True)
+    module.register_forward_pre_hook(passing(partial(_put, mask, name, place)), with_kwargs=True)
 
 
 def _put(

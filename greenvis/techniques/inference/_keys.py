@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greenvis.errors import BadInput
+from greenvis.surgery import passing
 from greenvis.techniques.inference._halves import Block, main
 from greenvis.views import View
 from greenvis.views.quiet import quiet
@@ -52,12 +53,12 @@ class Source:
         return value.transpose(1, 2) if self.layout == "heads first" else value
 
     def watch(self, model: nn.Module, keep: Any) -> None:
-        """Call keep(value) with what `read` takes each time the attention runs."""
+        """Call keep(value) with what `read` takes each time the attention runs, for the block it is in to read."""
         module = model.get_submodule(self.path)
         if self.layout == "packed":
-            module.register_forward_pre_hook(partial(_taken, keep), with_kwargs=True)
+            module.register_forward_pre_hook(passing(partial(_taken, keep)), with_kwargs=True)
         else:
-            module.register_forward_hook(partial(_given, keep))
+            module.register_forward_hook(passing(partial(_given, keep)))
 
 
 def _taken(keep: Any, module: nn.Module, args: Any, kwargs: Any) -> None:

@@ -15,7 +15,7 @@ from greenvis.errors import GreenvisError
 from greenvis.technique import logits_of
 from greenvis.techniques.inference._exits import NEVER, agreements, certainty
 from greenvis.techniques.inference._rows import rows_of, tell
-from greenvis.views.quiet import looked_at
+from greenvis.views.quiet import is_learning, looked_at
 
 Mode = Literal["collect", "record", "leave", "stop"]
 _ANSWERS = ("logits", "image_embeds", "pooler_output", "out")  # where `logits_of` finds them
@@ -92,9 +92,16 @@ class Exits:
         self.tally = [0] * (len(self.heads) + 1)
 
     @property
+    def training(self) -> bool:
+        """Whether the exits train; the model need not, where its frozen part is held in eval."""
+        return any(head.training for head in self.heads)
+
+    @property
     def mode(self) -> Mode | None:
         """What the next forward does; None: nothing but the model's own work."""
-        if self.model.training:
+        if is_learning(self.model):
+            return "collect"
+        if self.training:
             return "collect" if torch.is_grad_enabled() else None
         if self.only is not None:
             return "stop"
@@ -125,6 +132,8 @@ class Exits:
 class Place:
     """Behind a block: asks the exit's head, and returns the block's output for those that go on."""
 
+    _greenvis_passing = True  # where the block is skipped, the head is handed what was kept
+
     def __init__(self, exits: Exits, number: int) -> None:
         self.exits, self.number = exits, number
 
@@ -134,7 +143,7 @@ class Place:
         x = output[0] if isinstance(output, tuple) else output
         now = _current(exits)
         if now is None:
-            if exits.model.training and torch.is_grad_enabled():  # checkpointing runs the block again, and wants the same work
+            if exits.training and torch.is_grad_enabled():  # checkpointing runs the block again, and wants the same work
                 exits.heads[k](x.detach() if exits.detach else x)
             return None
         if now.mode == "stop":
@@ -188,7 +197,7 @@ class Outer:
         exits, mode = self.exits, self.exits.mode
         if mode is None:
             output = self.__wrapped__(*args, **kwargs)
-            if not exits.model.training and not torch.compiler.is_compiling():
+            if not exits.training and not torch.compiler.is_compiling():
                 exits.tally[-1] += len(logits_of(output))
             return output
         tensors = [(name, t) for name, t in (*enumerate(args), *kwargs.items()) if isinstance(t, Tensor)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -20,6 +21,13 @@ class Follower:
         """Return tokens (batch, remaining, channels) of this forward as there were at first, (batch, length, channels)."""
         return tokens
 
+    def carried(self, path: str) -> dict[str, Tensor]:
+        """Return what the block at `path` finds of this forward beside its input, each float32 (batch, …)."""
+        return {}
+
+    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
+        """Let the block at `path` find what `carried` gave for these samples, though nothing before it runs."""
+
 
 def follow(model: nn.Module, follower: Follower) -> None:
     """Let `follower` know when samples leave the batch."""
@@ -37,6 +45,20 @@ def whole(model: nn.Module, value: Tensor) -> Tensor:
     for follower in vars(model).get(_FOLLOWERS, ()) if value.dim() == 3 else ():
         value = follower.give_back(value)
     return value
+
+
+def carried(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Return what followers carry to the block at `path`, by the number of the follower and a name of its own."""
+    listed = enumerate(vars(model).get(_FOLLOWERS, ()))
+    return {f"{i}.{name}": value for i, follower in listed for name, value in follower.carried(path).items()}
+
+
+def put_back(model: nn.Module, path: str, found: Mapping[str, Tensor]) -> None:
+    """Give followers back what `carried` gave."""
+    for i, follower in enumerate(vars(model).get(_FOLLOWERS, ())):
+        mine = {name.removeprefix(f"{i}."): value for name, value in found.items() if name.startswith(f"{i}.")}
+        if mine:
+            follower.put_back(path, mine)
 
 
 def rows_of(value: Any, rows: Tensor, batch: int) -> Any:

@@ -53,7 +53,7 @@ def drop_unused(model: nn.Module, exits: Exits, example: Tensor) -> None:
         for name, child in parent._modules.items():
             if child in whole and child not in stopped and all(isinstance(t, Tensor) for t in _parts(whole[child][1])):
                 parent._modules[name] = blanks.setdefault(child, Blank(*whole[child]))
-    exits.heads[:] = [head if k == only else nn.Identity() for k, head in enumerate(exits.heads)]
+    exits.heads[:] = [head if k == only else nn.Identity().eval() for k, head in enumerate(exits.heads)]
 
 
 def _parts(output: Any) -> tuple[Any, ...]:

@@ -83,7 +83,8 @@ class TokenMerge(Technique):
         for module, m in zip(where, merging[1:], strict=True):  # before the first merge all sizes are 1
             set_mask(module, m.mask)
         restore = self.restore == "always" or (self.restore == "auto" and patches_matter(model, found, blocks[-1].path))
-        merging[-1].restore = restore
+        merging[-1].restore = flow.restores = restore
+        flow.numbers = {m.block.path: m.number for m in merging}
         for m in merging:
             m.put(model)
         follow(model, flow)
@@ -98,7 +99,8 @@ class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
     steps: the matching of each block that merged. size, places: of the tokens each block is given, how many of the first ones
-    each stands for, and where it stood among them. length: how many they were.
+    each stands for, and where it stood among them. length: how many they were. numbers: of the blocks, by path. restores:
+    whether all tokens are given back behind the last.
     """
 
     def __init__(self, prefix: int) -> None:
@@ -107,6 +109,8 @@ class Flow(Follower):
         self.size: dict[int, Tensor] = {}
         self.places: dict[int, Tensor] = {}
         self.length = 0
+        self.numbers: dict[str, int] = {}
+        self.restores = False
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
@@ -123,6 +127,24 @@ class Flow(Follower):
             if matching.remaining == tokens.shape[1]:
                 return _matching.unmerge(tokens, _matching.token_map(steps))
         return tokens
+
+    def carried(self, path: str) -> dict[str, Tensor]:
+        """Return sizes and places of the tokens that the block at `path` is given."""
+        number = self.numbers.get(path)
+        if number is None or number not in self.size:
+            return {}
+        if self.restores:
+            raise BadInput(
+                f"cache: tokens that merged before '{path}' are given back behind it, and how they merged is not kept: leave "
+                "`cache` off, or set `restore: never` of the merging"
+            )
+        return {"size": self.size[number].float(), "places": self.places[number].float()}
+
+    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
+        """Take sizes and places; how tokens merged before is then unknown."""
+        number = self.numbers[path]
+        self.size[number], self.places[number] = found["size"], found["places"].long()
+        self.steps = {i: m for i, m in self.steps.items() if i >= number}
 
     def upto(self, block: int | None) -> list[Matching]:
         """Return the matchings of the blocks before number `block`, in order."""
