@@ -154,3 +154,17 @@ def test_refusals_say_what_to_do() -> None:
     live = gv.wrap(HOSTS["timm-vit"].build(), [gv.Replay(size=8, latent=2), gv.Lora(rank=2)])
     with pytest.raises(GreenvisError, match=r"below 'blocks\.2' learns"):
         _step(live, 0)
+
+
+def test_lwf_compares_the_images_and_not_what_joined_them() -> None:
+    """Replayed features have no image that the earlier model could be shown."""
+    torch.manual_seed(5)
+    live: Any = gv.wrap(HOSTS["timm-vit"].build(), [gv.Replay(size=8, latent=2, batch_size=4), gv.Lwf()])
+    x, y = torch.rand(4, 3, 32, 32), torch.arange(4) % 5
+    live.end_task([(x, y)])
+    _step(live, 0)
+    shown, told = live.batch(x, y)
+    logits = live.model(shown)
+    assert len(logits) == len(told) == 8
+    alone = live.terms(shown, told, logits[:4])["lwf"]
+    assert live.terms(shown, told, logits)["lwf"] == alone > 0

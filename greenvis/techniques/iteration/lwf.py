@@ -86,6 +86,7 @@ class InstalledLwf(Installed):
         now = logits_of(logits)
         with self.phase("earlier"), in_mode(self.model, False), torch.no_grad():
             before = logits_of(functional_call(self.model, self.earlier, (x,)))
+        now = now[: len(before)]  # behind the images may stand features that were replayed, of which there is no image
         if before.shape != now.shape:
             raise GreenvisError(
                 f"the earlier model answers with {tuple(before.shape)}, the model with {tuple(now.shape)}: lwf needs an output "
