@@ -184,7 +184,8 @@ def _put(value: Any, filled: Mapping[str, Any]) -> Any:
 
 def _short(ref: str) -> str:
     """Return a model's reference in few words, for names of files."""
-    return ref.removeprefix("run:").removesuffix("/model.safetensors").rpartition(":")[2].strip("/").removeprefix("timm/")
+    place = Path(ref.removeprefix("timm/").rpartition(":")[2])
+    return "/".join((place.parent if place.suffix == ".safetensors" else place).parts[-2:])
 
 
 def _slug(text: str) -> str:

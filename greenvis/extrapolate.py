@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import nnls
 
+from greenvis.plan import BUSY_BAND
+
 Figure = dict[str, float]  # {"value", "low", "high"}
 SURE = 1.96  # standard errors each way: 95 %
 UNSURE = 0.5  # of the slope of a learning curve, each way
-BUSY_BAND = 0.3  # of energy: busy neighbours alone moved the same work by a quarter, as `greenvis.plan` says
 
 
 def accuracy(points: Sequence[tuple[int, float]], images: int, tested: int) -> Figure:

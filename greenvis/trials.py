@@ -76,6 +76,7 @@ class Trials:
         self.held = data.ImageSet(its.train.split, its.train.ids, plain).take(last)
         self.found: dict[str, list[Trial]] = {name: [] for name in jobs}
         self.failed: dict[str, str] = {}
+        self._plain_j: float | None = None  # to serve one image by the model's own structure
 
     def run(self, images: float) -> None:
         """Try every plan twice and at least half of them a third time: those ahead on accuracy against energy.
@@ -86,7 +87,10 @@ class Trials:
             names = list(self.found) if number < len(self.sizes) - 1 else self._ahead(images)
             for name in names:
                 try:
-                    self.found[name].append(self._trial(self.jobs[name], size, number > 0))
+                    trial = self._trial(self.jobs[name], size, number > 0)
+                    self.found[name].append(trial)
+                    if trial.plain and self._plain_j is None:
+                        self._plain_j = trial.served_j
                 except GreenvisError as error:
                     self.failed[name] = str(error)
             self.found = {name: trials for name, trials in self.found.items() if name not in self.failed}
@@ -95,10 +99,10 @@ class Trials:
 
     def served_j(self, name: str) -> float:
         """Return the joules of one image a plan serves: its own last reading, or that of another plan with the same model."""
-        trials = self.found[name]
-        if trials[-1].plain:
-            trials = [t for its in self.found.values() for t in its if t.plain]
-        return next(t.served_j for t in reversed(trials) if t.served_j is not None)
+        own = [t.served_j for t in self.found[name] if t.served_j is not None]
+        found = self._plain_j if self.found[name][-1].plain else own[-1]
+        assert found is not None
+        return found
 
     def foretold(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
         """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's whole training.
@@ -128,21 +132,20 @@ class Trials:
         return ahead
 
     def _trial(self, job: Job, size: int, serving: bool) -> Trial:
-        known = any(t.plain and t.served_j is not None for its in self.found.values() for t in its)
         before = None if self.fresh else self._on_record(job, size)
-        if before is not None and (before.served_j is not None or not serving or (before.plain and known)):
+        if before is not None and (before.served_j is not None or not serving or (before.plain and self._plain_j is not None)):
             self.say(f"{job.arm.name}: {size} images, tried before")
             return before
         self.say(f"{job.arm.name}: {size} images")
         with train.threads(job.arm.train.threads), tempfile.TemporaryDirectory() as folder:
             live = wrap(self.session.build(job), self.session.techniques(job))
             try:
-                path = self._run(job, live, size, Path(folder), serving, known)
+                path = self._run(job, live, size, Path(folder), serving)
             finally:
                 live.undo()
         return _read(record.read(path))
 
-    def _run(self, job: Job, live: Wrapped, size: int, folder: Path, serving: bool, known: bool) -> Path:
+    def _run(self, job: Job, live: Wrapped, size: int, folder: Path, serving: bool) -> Path:
         """Train on the first `size` images, and return the record."""
         spec = job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
         shown = self._train.take(self._order[:size])
@@ -163,7 +166,7 @@ class Trials:
             )
             plain = not any(i.unmergeable for i in live.installed)
             facts: dict[str, Any] = {"images": size, "accuracy": progress.accuracy, "plain": plain}
-            if serving and not (plain and known):
+            if serving and not (plain and self._plain_j is not None):
                 x = next(iter(data.batches(self.held, BATCH)))[0]
                 served = serve(self.session.fold(job, live), x, run).get("inference_energy_j")
                 facts["served_j"] = served and served["value"]

@@ -75,7 +75,7 @@ def advise(args: Any) -> Answer:
 
 
 def _show_advice(found: dict[str, Any]) -> None:
-    from greenvis.extrapolate import BUSY_BAND
+    from greenvis.plan import BUSY_BAND
     from greenvis.report.words import count, gain, si
 
     served, images = count(found["serve"]), count(found["images"])

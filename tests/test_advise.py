@@ -12,6 +12,7 @@ from PIL import Image
 
 from greenvis import cli, experiment, record
 from greenvis.advise import advise, choose, joules
+from greenvis.bench import advise as bench
 from greenvis.candidates import PLANS, source
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.extrapolate import accuracy, energy
@@ -149,6 +150,52 @@ def test_a_file_s_weights_are_a_start_with_a_new_classifier(advice: dict[str, An
     assert "num_classes" not in content["model"]
     assert content["data"] == {"img_size": 8, "in_chans": 3, "name": "digits"}
     assert content["name"].startswith("advise-digits-")
+
+
+def test_a_teacher_makes_another_plan(advice: dict[str, Any], folder: Path) -> None:
+    experiment.run(folder / "advised.yaml", runs=folder / "runs")
+    teacher = folder / "runs" / load_recipe(folder / "advised.yaml").name / advice["pick"] / "seed0"
+    plans = "train: {batch_size: 10}\narms: {taught: {techniques: [{distill: {teacher: $teacher, cache: true}}]}}\n"
+    (folder / "taught.yaml").write_text(plans)
+    over = [*OVER, "data.classes=[0,1,2]"]
+    options: dict[str, Any] = {"plans": folder / "taught.yaml", "overrides": over, "runs": folder / "taught", **SMALL}
+    found = advise(REF, "digits", teacher=str(teacher), **options)
+    assert found["pick"] == "taught"
+    assert str(teacher / "model.safetensors") in Path(found["recipe"]).read_text()
+    assert found["rows"][0]["serve_energy_j"]["value"] > 0
+
+
+def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "few.yaml").write_text("train: {batch_size: 10}\narms: {all: {}, merged: {techniques: [token_merge]}}\n")
+    data = {"digits": ("data.classes=[0,1,2]", *OVER)}
+    options: dict[str, Any] = {"plans": tmp_path / "few.yaml", "runs": tmp_path / "runs", "overrides": ()}
+    found = bench.run(tmp_path, hosts={"tiny": (REF, SMALL, None)}, data=data, **options)
+    (cell,) = found["cells"]
+    assert {its["plan"] for its in cell["plans"]} == {"all", "merged"}
+    for its in cell["plans"]:
+        run = record.read(next(record.find([tmp_path / "runs/advise-digits-vit_tiny_patch16_224-plans" / its["plan"]])))
+        assert its["measured"]["accuracy"] == run.facts["accuracy"]
+        total = its["measured"]["train_energy_j"] + bench.SERVED / 1000 * its["measured"]["serve_energy_j"]
+        assert its["measured"]["total_energy_j"] == pytest.approx(total)
+    assert json.loads((tmp_path / "results.json").read_text()) == found
+    text = (tmp_path / "report.md").read_text()
+    assert "greenvis bench advise --out reports/advice" in text
+    assert str(tmp_path) not in text + (tmp_path / "results.json").read_text()
+    with pytest.raises(BadInput, match="run this benchmark in a copy of the repository"):
+        bench.run(hosts={"base": ("run:nowhere/arm", {}, tmp_path / "nowhere.yaml")}, data=data, **options)
+
+
+def test_regret_is_the_energy_of_the_pick_over_that_of_the_best() -> None:
+    rows = [_row("a", 0.90, 10), _row("b", 0.85, 5)]
+    spent = {"a": {"accuracy": 0.92, "total_energy_j": 12.0}, "b": {"accuracy": 0.91, "total_energy_j": 8.0}}
+    its = bench.regret(rows, spent, 0.88)
+    assert (its["pick"], its["best"], its["missed"]) == ("a", "b", None)
+    assert its["regret"] == pytest.approx(0.5)
+    assert bench.regret(rows, spent, 0.80) == {"target": 0.80, "pick": "b", "best": "b", "regret": 0.0, "missed": None}
+    spent["b"]["accuracy"] = 0.70
+    missed = bench.regret(rows, spent, 0.80)
+    assert missed["regret"] is None
+    assert missed["missed"] == pytest.approx(0.10)
 
 
 def test_a_recipe_gives_its_data_with_absolute_paths(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ ALLOWED: dict[str, set[str]] = {
     "on_ray": {"recipe", "jobs", "experiment"},
     "plan": ENGINE | {"jobs", "experiment", "stages", "subset"},
     "probe": ENGINE | {"experiment", "jobs", "lineage"},
-    "advise": ENGINE | {"experiment", "jobs", "lineage", "rank", "report"},
+    "advise": ENGINE | {"experiment", "jobs", "lineage", "plan", "rank", "report"},
     "bench": ENGINE | {"advise", "experiment", "rank", "testing"},
     "integrations": {"technique", "wrap", "meters"},
     "export": {"jobs", "models", "record", "report", "technique"},

@@ -89,8 +89,8 @@ def _train_base(ref: str, path: Path, runs: str | Path) -> None:
 def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
     """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j", "run_j"} of each plan's run below `folder`.
 
-    run_j: of the whole run, with evaluation and measuring. serve_energy_j: of 1,000 images; of plans that serve models of the same MACs and parameters the median, since the rest of
-    their difference is the machine's.
+    run_j: of the whole run, with evaluation and measuring. serve_energy_j: of 1,000 images; of plans that serve models of the
+    same MACs and parameters the median, since the rest of their difference is the machine's.
     """
     found: dict[str, dict[str, float]] = {}
     alike: dict[tuple[Any, Any], list[float]] = {}
