@@ -41,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except GreenvisError as error:
         code = 2 if isinstance(error, BadInput) else 1
+        if error.told:
+            return code
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "exit": code}))
         print(f"greenvis: {error}", file=sys.stderr)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from greenvis import models
+from greenvis import models, ranks
 from greenvis.errors import BadInput, nearest, some
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Deltas:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the delta only: parameters that learn, learned or were added; buffers that changed; techniques' state."""
+        ranks.refuse_sharding(self.model)
         changed = self._snapshot.changed_buffers() | self._learned
         before = {id(t) for t in self._snapshot._tensors}
         saved = self.model.state_dict(keep_vars=True)

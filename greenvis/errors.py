@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 
 class GreenvisError(Exception):
-    """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with 1."""
+    """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with 1.
+
+    told: whether another of several processes says the same.
+    """
+
+    told: bool = False
 
 
 class BadInput(GreenvisError):

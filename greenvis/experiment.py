@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from greenvis import continual, data, knn, lineage, models, record, stages, stream, subset, train
+from greenvis import continual, data, knn, lineage, loggers, models, ranks, record, stages, stream, subset, train
 from greenvis.errors import BadInput, some
 from greenvis.jobs import (
     CHECKPOINT_FILE,
@@ -22,6 +22,7 @@ from greenvis.jobs import (
     WEIGHTS_FILE,
     Job,
     Jobs,
+    check_shares,
     forget,
     located,
     locked,
@@ -52,22 +53,20 @@ def run(
     """Train every arm of a recipe with every seed, metered, and return the folder of its records.
 
     Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint.
-    Everything that can be checked is, before anything is written. log_with: trackers ("tensorboard", "wandb", "mlflow")
-    that get accuracy, loss and joules as training goes, too. Raises BadInput, GreenvisError.
+    Everything that can be checked is, before anything is written. Under torchrun or accelerate launch all processes train each
+    arm together, on their shares of each batch; each writes a record of its own, and the first all else. log_with: trackers
+    ("tensorboard", "wandb", "mlflow") that get accuracy, loss and joules as training goes, too. Raises BadInput, GreenvisError.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise BadInput(
-            "a recipe runs as one process; this is one of several. Start it without the launcher, or wrap your own loop "
-            "with gv.wrap and gv.track, which may run on several (examples/accelerate_loop.py)"
-        )
-    train.check_loggers(log_with)
+    ranks.join()
+    loggers.check(log_with)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    session = Session(Path(runs), trust, command, say, log_with)
-    jobs = session.plan(recipe)
-    with locked(Path(runs) / recipe.name):
+    session = Session(Path(runs), trust, command, say if ranks.index() == 0 else lambda text: None, log_with)
+    jobs = ranks.together(partial(session.plan, recipe))
+    with ExitStack() as held:
+        ranks.together(partial(held.enter_context, locked(Path(runs) / recipe.name)))
         for job in jobs:
-            if fresh and job.recipe is recipe:
+            if fresh and job.recipe is recipe and ranks.index() == 0:
                 forget(job)
             session.finish(job)
     return Path(runs) / recipe.name
@@ -92,7 +91,7 @@ class Session:
 
     def finish(self, job: Job) -> None:
         """Run a job unless it is done."""
-        if job.done() is not None:
+        if ranks.first(lambda: job.done() is not None):
             self.say(f"{job.name} seed {job.seed}: done before, kept")
             return
         self.say(f"{job.name} seed {job.seed}: training")
@@ -114,6 +113,7 @@ class Session:
             located(at, subset.check, self.jobs.images(job.recipe).train, job.arm.subset.per_class)
         model = self.build(job, weights=False)
         images = self.jobs.images(job.recipe)
+        check_shares(job, images)
         lineage.check_range(job, images.facts())
         stages.check(job, model, self._ready)
         live = located(where, wrap, model, self._ready(job))
@@ -172,7 +172,7 @@ class Session:
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
         memory.reset_peak()
-        with self.tracker(job, self.runs, job.recipe.meter.codecarbon) as tracker:
+        with self.tracker(job, self.runs, job.recipe.meter.codecarbon and ranks.count() == 1) as tracker:
             with tracker.phase("setup"):
                 model = self.build(job)
                 live = wrap(model, () if job.arm.stages else self.techniques(job))
@@ -195,17 +195,25 @@ class Session:
             )
             model = self.fold(job, live)
             with tracker.phase("measure"):
-                x = next(iter(data.batches(images.test, 64)))[0]
-                tracker.fact(**measure(model, x, tracker))
-                if live.operating_points():
-                    device = next(iter(model.parameters())).device
-                    answer = lambda x: logits_of(model(x.to(device)))  # noqa: E731
-                    points = compare(live.operating_points, answer, lambda: data.batches(images.test, 64), tracker)
-                    tracker.fact(operating_points=points)
-        place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
-        models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
-        write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
-        forget(job, done=False)
+                ranks.first(lambda: self._measure(live, model, images, tracker))
+
+        def keep() -> None:
+            place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
+            models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
+            write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
+            forget(job, done=False)
+
+        ranks.wait()  # until the record of each process is whole: the card counts them all
+        ranks.first(keep)
+
+    def _measure(self, live: Wrapped, model: nn.Module, images: data.Data, tracker: Tracker) -> None:
+        """Record what the finished model costs to serve, at each of the settings it can be switched between."""
+        x = next(iter(data.batches(images.test, 64)))[0]
+        tracker.fact(**measure(model, x, tracker))
+        if live.operating_points():
+            answer = lambda x: logits_of(model(x.to(next(model.parameters()).device)))  # noqa: E731
+            points = compare(live.operating_points, answer, lambda: data.batches(images.test, 64), tracker)
+            tracker.fact(operating_points=points)
 
     def _calibrate(self, job: Job, live: Wrapped, tracker: Tracker, accuracy: float | None) -> float | None:
         """Let techniques choose on the images held out; return the accuracy of the model as it then is."""
@@ -273,7 +281,8 @@ class Session:
             return images.train
         with tracker.phase("subset"):
             file = job.folder / f"{job.inputs}-{SUBSET_FILE}"
-            its = subset.make(images.train, seed=job.seed, file=file, count=tracker.flops, **spec.model_dump())
+            make = partial(subset.make, images.train, seed=job.seed, file=file, count=tracker.flops, **spec.model_dump())
+            its = ranks.together(make)  # the first makes it, and the others find its file
         tracker.fact(data={**images.facts(), "train": len(its), "subset": spec.model_dump(), "chosen_from": len(images.train)})
         return its
 
@@ -294,7 +303,7 @@ class Session:
         meter = job.recipe.meter
         header = {
             "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
-            "attempt": len(list(job.folder.glob("*" + record.SUFFIX))) + 1,
+            "attempt": ranks.first(lambda: len(list(job.folder.glob("*.rank0" + record.SUFFIX)))) + 1,
             "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
         }  # fmt: skip
         return track(

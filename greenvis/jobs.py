@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from greenvis import data, models
+from greenvis import data, models, ranks
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.recipe import Arm, Recipe, load_recipe
 from greenvis.technique import Samples, Technique
@@ -193,9 +193,42 @@ def forget(job: Job, done: bool = True) -> None:
             checkpoint.unlink()
 
 
+def check_shares(job: Job, images: data.Data) -> None:
+    """Raise BadInput where processes that train together could not share a job's batches, or what its techniques hold."""
+    many, where = ranks.count(), job.recipe.where("arms", job.arm.name)
+    if many == 1:
+        return
+    if job.arm.stream is not None:
+        raise BadInput(
+            f"{job.recipe.where('data', 'stream')}: a recipe learns a stream of tasks as one process, and this is one of "
+            f"{many}: start it without the launcher, or give each process its share in a loop of your own (gv.wrap, gv.track)"
+        )
+    apart = [t.name for arm in (job.arm, *job.arm.stages) for t in arm.techniques if t.apart]
+    if apart:
+        raise BadInput(
+            f"{where}: each process holds a part of what '{apart[0]}' keeps, which one checkpoint cannot: start the recipe "
+            "without the launcher, or run a loop of your own (gv.wrap, gv.track)"
+        )
+    number = len(images.train) if job.arm.subset is None else job.arm.subset.per_class * len(images.classes)
+    for size in {arm.train.batch_size for arm in job.arm.stages or (job.arm,)}:
+        last = min(size, number % size or size)
+        if last < many:
+            raise BadInput(
+                f"{where}: batches of {size} out of {number} images end with one of {last}, which {many} processes cannot "
+                "share: choose another train.batch_size (it is that of all processes together)"
+            )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one process. The lock goes with the process, however it ends."""
+    """Hold the folder for one process, or for those that train together. The lock goes with the process, however it ends."""
+    if ranks.index():
+        if not (folder / ".lock").exists():
+            raise GreenvisError(
+                f"process {ranks.index()} on {os.uname().nodename} does not see {folder}: give --runs a folder that all share"
+            )
+        yield
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")

@@ -27,14 +27,15 @@ def ancestors(job: Job) -> list[dict[str, Any]]:
 
 def card(job: Job, accuracy: float | None) -> dict[str, Any]:
     """Return what a finished job's weight file says of itself: data, recipe, cost, and all that it was made from."""
-    runs = _records(job)
-    facts = runs[-1].facts if runs else {}
+    attempts = _attempts(job)
+    last = attempts[-1][0] if attempts else None
+    facts = last.facts if last else {}
     return {
-        "run": runs[-1].id if runs else "",
+        "run": last.id if last else "",
         "arm": job.name,
         "seed": job.seed,
         "accuracy": accuracy,
-        "energy_j": _energy(price.add(map(price.run_energy, runs))),
+        "energy_j": _energy(price.add(map(price.merged_energy, attempts))),
         "data": facts.get("data"),
         "techniques": facts.get("techniques"),
         "uses": ancestors(job),
@@ -94,13 +95,13 @@ def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
     child = f"{job.name} seed {job.seed}"
     named = {ref: t.role for t in _techniques(job) for ref in t.runs().values()}
     for ref, used in job.uses.items():
-        runs = _records(used)
+        attempts = _attempts(used)
         line = {
             "role": "base" if ref == job.arm.model.init else named[ref],
             "name": used.name,
             "seed": used.seed,
-            "runs": [run.id for run in runs],
-            "energy_j": _energy(price.add(map(price.run_energy, runs))),
+            "runs": [processes[0].id for processes in attempts],
+            "energy_j": _energy(price.add(map(price.merged_energy, attempts))),
         }
         _add(found, line, [child])
         _collect(used, found)
@@ -135,10 +136,14 @@ def _techniques(job: Job) -> Iterable[Any]:
     return [t for arm in (job.arm, *job.arm.stages) for t in arm.techniques]
 
 
-def _records(job: Job) -> list[record.Run]:
-    """Return the records of all attempts at a job, in order."""
-    runs = map(record.read, record.find([job.folder] if job.folder.is_dir() else []))
-    return sorted((r for r in runs if r.header.get("inputs") == job.inputs), key=lambda r: r.header.get("clock_s", 0.0))
+def _attempts(job: Job) -> list[list[record.Run]]:
+    """Return the records of all attempts at a job, in order: of each attempt its processes', the first process's first."""
+    found: dict[str, list[record.Run]] = {}
+    for run in map(record.read, record.find([job.folder] if job.folder.is_dir() else [])):
+        if run.header.get("inputs") == job.inputs:
+            found.setdefault(run.id, []).append(run)
+    attempts = [sorted(runs, key=lambda r: r.header.get("rank", 0)) for runs in found.values()]
+    return sorted(attempts, key=lambda runs: runs[0].header.get("clock_s", 0.0))
 
 
 def _energy(total: Reading) -> dict[str, Any]:

@@ -95,6 +95,12 @@ def merge(runs: Sequence[Run]) -> Merged:
     return out
 
 
+def merged_energy(runs: Sequence[Run]) -> Reading:
+    """Return the energy of the ranks of one run together, in joules."""
+    spent = [reading for components in merge(runs).energy.values() for reading in components.values()]
+    return add(spent) if spent else Reading("energy_j", None, reason="no sample was recorded")
+
+
 def charged(runs: Sequence[Run]) -> list[list[Mapping[str, Any]]]:
     """Return the components each rank is charged for: a machine's counter only on the rank of its host that saw most of it.
 

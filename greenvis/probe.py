@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from greenvis import experiment, lineage, models
+from greenvis import experiment, lineage, models, ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import WEIGHTS_FILE
 from greenvis.recipe import Recipe, load_recipe
@@ -35,6 +35,7 @@ def probe(
     labels used. Arms that the model cannot take are left out, and said. overrides: of the recipes made ("train.epochs=3"). Each
     seed's recipe is written beside its records. Raises BadInput where there is no model with a card.
     """
+    ranks.alone("greenvis probe")
     folders = _finished(Path(run))
     arms = _protocol(Path(protocol))
     recipe: Recipe | None = None

@@ -2,22 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from greenvis.errors import BadInput, GreenvisError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.hooks import RemovableHandle
 
 T = TypeVar("T")
+_SHARDING = ("FSDP", "DeepSpeed", "Megatron_LM")  # as accelerate's environment variables spell them
+_WHOLE = (
+    "cuts a model's parameters up, and techniques (their terms, deltas, merge and undo) need them whole: use plain data "
+    "parallelism (DDP: torchrun, accelerate launch --multi_gpu), or train without gv.wrap and meter with gv.track alone"
+)
+
+
+def launched() -> int:
+    """Return how many processes a launcher (torchrun, accelerate launch) started, this one among them; 1 without one."""
+    number = os.environ.get("WORLD_SIZE", "")
+    return int(number) if number.isdigit() else 1
+
+
+def alone(what: str) -> None:
+    """Raise BadInput where this is one of several processes, and `what` is for one."""
+    if launched() > 1:
+        raise BadInput(f"{what} runs as one process, and this is one of {launched()}: start it without the launcher")
+
+
+def join() -> None:
+    """Meet the other processes, where a launcher started some. Raises BadInput where it is to shard the model."""
+    if launched() > 1:
+        refuse_sharding()
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.accelerator.is_available())  # else it takes no notice of a launcher where there is no GPU
+
+
+def leave() -> None:
+    """Part from the other processes, when the work is done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def refuse_sharding(model: nn.Module | None = None) -> None:
+    """Raise BadInput for FSDP, DeepSpeed and the like: asked for by `accelerate launch`, or at work on `model` already."""
+    wanted = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") for name in _SHARDING}
+    asked = [name for name, value in wanted.items() if value.lower() in ("1", "true", "yes")]
+    tensors = sys.modules.get("torch.distributed.tensor")  # whoever shards by it has imported it
+    sharded = sys.modules.get("torch.distributed.fsdp")
+    for module in model.modules() if model is not None else ():
+        if sharded is not None and isinstance(module, (sharded.FullyShardedDataParallel, sharded.FSDPModule)):
+            asked.append("FSDP")
+        elif type(module).__name__ == "DeepSpeedEngine":
+            asked.append("DeepSpeed")
+    for parameter in model.parameters() if model is not None else ():
+        if tensors is not None and isinstance(parameter, tensors.DTensor):
+            asked.append("a sharding into DTensors (FSDP2, tensor parallelism)")
+        elif hasattr(parameter, "ds_id"):
+            asked.append("DeepSpeed ZeRO")
+    if asked:
+        raise BadInput(f"{asked[0]} {_WHOLE}")
 
 
 def count() -> int:
     """Return how many processes train together: 1 where none was asked for."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def index() -> int:
+    """Return this process's number, from 0."""
+    return dist.get_rank() if count() > 1 else 0
+
+
+def wait() -> None:
+    """Wait until all processes have come here."""
+    if count() > 1:
+        dist.barrier()
+
+
+def part_ways() -> None:
+    """Let each process draw random numbers of its own from here on; the first goes on as it would alone."""
+    if index():
+        torch.manual_seed(int(torch.randint(2**62, ())) + index())
+
+
+class _Shares:
+    """Batches of a sampler, of each the part that falls to this process; parts differ by one sample at most."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self.batches:
+            yield torch.tensor(batch).tensor_split(count())[index()].tolist()
+
+
+def share(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return the loader with this process's part of each of its batches; the parts of all processes make the whole batch."""
+    if count() == 1:
+        return loader
+    kept = {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "generator", "pin_memory")}
+    return DataLoader(loader.dataset, batch_sampler=_Shares(loader.batch_sampler), **kept)
+
+
+def weight(samples: int) -> float:
+    """Return what a mean over this process's samples counts for, so that the mean over processes is that over all samples."""
+    if count() == 1:
+        return 1.0
+    total = torch.tensor(samples, device=_device())
+    dist.all_reduce(total)
+    return samples * count() / int(total)
+
+
+def together(ask: Callable[[], T]) -> T:
+    """Ask in every process, in the first before the others (who find what it made), and return to each its own answer.
+
+    What one raises, all raise, so that none waits for it; an error that another process has to tell is marked as `told`.
+    """
+    if count() == 1:
+        return ask()
+    answer: Any = None
+    error: Exception | None = None
+    if index():
+        dist.barrier()
+    try:
+        answer = ask()
+    except Exception as raised:  # whatever it is, the others must hear of it
+        error = raised
+    if not index():
+        dist.barrier()
+    heard: list[Any] = [None] * count()
+    own = None if error is None else (isinstance(error, BadInput), _words(error))
+    dist.all_gather_object(heard, own)
+    first = next((i for i, one in enumerate(heard) if one is not None), None)
+    if first is None:
+        return answer
+    bad, words = heard[first]
+    if error is None or first != index():
+        error = (BadInput if bad else GreenvisError)(words)
+        error.told = True
+    raise error
+
+
+def _words(error: Exception) -> str:
+    return str(error) if isinstance(error, GreenvisError) else f"{type(error).__name__}: {error}"
+
+
+def _device() -> torch.device:
+    """Return where tensors must be that the processes exchange."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 def add_up(total: Mapping[str, Tensor], seen: int) -> int:

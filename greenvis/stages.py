@@ -11,7 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis import surgery, weights
+from greenvis import ranks, surgery, weights
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import BOUNDARY, CHECKPOINT_FILE, Job, located
 from greenvis.meters.track import Tracker
@@ -101,7 +101,7 @@ def train(
         if len(rows) == len(stages):
             break
         live.merge()
-        weights.write(file, weights.whole(model), {"rows": rows})
+        ranks.first(lambda: weights.write(file, weights.whole(model), {"rows": rows}))
         checkpoint.unlink(missing_ok=True)
     now = live.model.state_dict()
     changed = {n: t for n, t in now.items() if n not in started or not torch.equal(t.detach().cpu(), started[n])}

@@ -55,6 +55,7 @@ class Technique(BaseModel):
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
     role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
+    apart: ClassVar[bool] = False  # whether each of several processes holds a state of its own, as a share of a buffer
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 
 from greenvis import checkpoint as states
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis import loggers, ranks
+from greenvis.errors import GreenvisError, some
 from greenvis.meters.track import Tracker
 from greenvis.modes import in_mode
 from greenvis.recipe import TrainSpec
@@ -29,7 +32,6 @@ from greenvis.technique import Samples, logits_of, only
 from greenvis.wrap import Wrapped
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
-LOGGERS = ("tensorboard", "wandb", "mlflow")  # of accelerate's trackers; none of them meters energy
 
 
 @dataclass
@@ -88,7 +90,9 @@ def fit(
     batches, batches_per_epoch, samples, phase, done: see `Part`.
     score(model): what stands for the accuracy where no classifier is trained.
     checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody here.
-    log_with: accelerate's trackers (`LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's folder.
+    log_with: accelerate's trackers (`loggers.LOGGERS`) that get accuracy, loss and the joules so far, too, in the record's
+    folder; of several processes the first logs, without joules, which only a report adds up. Those train on their shares of
+    each batch (`greenvis.ranks.share`): batches must come in a DataLoader.
     Raises GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
     loop = Loop(live, spec, run, seed, checkpoint, log_with)
@@ -97,10 +101,12 @@ def fit(
 
     def test() -> None:
         with run.phase("eval"):
+            model = loop.accelerator.unwrap_model(loop.model)
+            ranks.agree(model.buffers())  # statistics of batch norms are each process's own
             if score is not None:
-                accuracy = score(loop.model)
+                accuracy = ranks.first(partial(score, model))
             else:
-                accuracy = evaluate(loop.model, test_batches(), loop.accelerator)
+                accuracy = evaluate(model, test_batches(), loop.accelerator)
         loop.log(accuracy=accuracy)
         progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
         progress.accuracy, progress.reached = accuracy, accuracy >= (spec.target_accuracy or math.inf)
@@ -123,6 +129,7 @@ class Loop:
         self.live, self.spec, self.run, self.seed, self.file = live, spec, run, seed, file
         self.accelerator = _accelerator(spec, log_with, run.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
+        ranks.part_ways()
         self._left = states.read(file) if file is not None and file.exists() else None
         self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
 
@@ -140,6 +147,7 @@ class Loop:
         if self._left is not None:
             states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
             self._left = None
+            ranks.part_ways()
             self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
 
     def save(self) -> None:
@@ -152,13 +160,13 @@ class Loop:
         epoch = self.part.done + self.progress.epoch
         self.run.log(epoch=epoch, step=self.progress.step, **values)
         if self.accelerator.log_with:
-            spent = self.run.energy().value
+            spent = self.run.energy().value if ranks.count() == 1 else None
             also = {"epoch": epoch} | ({} if spent is None else {"energy_j": spent})
             self.accelerator.log(values | also, step=self.progress.step)
 
     def logging(self) -> AbstractContextManager[None]:
         """Return the context in which the trackers asked for are at work."""
-        return _logging(self.accelerator, self.run, self.spec, self.seed)
+        return loggers.at_work(self.accelerator, self.run, self.spec, self.seed)
 
     def train(self, test: Callable[[], None] | None = None) -> None:
         """Train all epochs of the part, or what a checkpoint left of them; test: what to do for an evaluation."""
@@ -176,15 +184,17 @@ class Loop:
         model.train()
         saved_at = time.monotonic()
         losses: list[Tensor] = []
-        loader = accelerator.prepare(part.batches(progress.epoch, progress.batch))
+        loader = _shown(accelerator, part.batches(progress.epoch, progress.batch))
         for x, y, *positions in self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"):
             if part.samples is not None:
                 live.show(part.samples(progress.epoch, positions[0]))
             with accelerator.accumulate(model):
                 x, y = live.batch(x, y)
                 with accelerator.autocast():
-                    loss = _loss(live, model, self.criterion, x, y)
+                    loss = _loss(live, model, self.criterion, x, y) * ranks.weight(len(y))
                 accelerator.backward(loss)
+                if not losses:
+                    _all_reached(live)
                 if accelerator.sync_gradients and self.spec.clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
                 optimizer.step()
@@ -205,7 +215,28 @@ class Loop:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if losses:
             _finite(losses[-1], progress, self.run.notes)
-            self.log(loss=torch.stack(losses).float().mean().item())
+            mean = torch.stack(losses).float().mean()
+            ranks.mean([mean])
+            self.log(loss=mean.item())
+
+
+def _shown(accelerator: Accelerator, batches: Any) -> Any:
+    """Return batches as they come to the device; to each of several processes its share."""
+    if ranks.count() == 1:
+        return accelerator.prepare(batches)
+    if not isinstance(batches, DataLoader):
+        raise GreenvisError(f"several processes share the batches of a DataLoader, not of a {type(batches).__name__}")
+    return prepare_data_loader(ranks.share(batches), accelerator.device, num_processes=1, process_index=0, put_on_device=True)
+
+
+def _all_reached(live: Wrapped) -> None:
+    """Raise GreenvisError where several processes would wait for a gradient that does not come."""
+    without = [] if ranks.count() == 1 or live.pretext else [n for n, p in live.trainable.items() if p.grad is None]
+    if without:
+        raise GreenvisError(
+            f"{some(without)} got no gradient, and several processes wait for each other's: freeze what the loss does not "
+            "reach, or train as one process"
+        )
 
 
 def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any) -> Tensor:
@@ -224,20 +255,21 @@ def accuracies(
     model: nn.Module, batches: Iterable[Any], among: Mapping[str, Sequence[int] | None], accelerator: Accelerator | None = None
 ) -> dict[str, float]:
     """Return top-1 accuracy, 0 to 1, by name, among the classes that stand under that name (None: all), from one pass."""
-    right, seen = dict.fromkeys(among, 0), 0
-    loader = accelerator.prepare(batches) if accelerator is not None else batches
+    right, seen = torch.zeros(len(among), dtype=torch.int64), 0
+    loader = _shown(accelerator, batches) if accelerator is not None else batches
     with in_mode(model, False), torch.inference_mode():
         for x, y in loader:
+            if not len(y):  # a batch of fewer samples than there are processes
+                continue
             with accelerator.autocast() if accelerator is not None else nullcontext():
                 logits = logits_of(model(x))
             every = [only(logits, classes).argmax(dim=-1) == y for classes in among.values()]
-            hits = torch.stack(every, 1)
-            if accelerator is not None:
-                hits = cast(Tensor, accelerator.gather_for_metrics(hits))
-            seen += len(hits)
-            for name, n in zip(among, hits.sum(0).tolist(), strict=True):
-                right[name] += n
-    return {name: n / max(seen, 1) for name, n in right.items()}
+            right = right.to(y.device) + torch.stack(every).sum(1)
+            seen += len(y)
+    if accelerator is not None:
+        right = right.to(accelerator.device)
+        seen = ranks.add_up({"right": right}, seen)
+    return {name: n / max(seen, 1) for name, n in zip(among, right.tolist(), strict=True)}
 
 
 def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
@@ -262,44 +294,21 @@ def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[schedule]
 
 
-def check_loggers(names: Iterable[str]) -> None:
-    """Raise BadInput for a tracker that accelerate does not know under this name, or whose package is missing."""
-    for name in names:
-        if name not in LOGGERS:
-            raise BadInput(f"no tracker '{name}' to log with{nearest(name, LOGGERS)}")
-        if importlib.util.find_spec(name) is None:
-            raise BadInput(f"logging with {name} needs the package {name}, which is not installed: pip install {name}")
-
-
-@contextmanager
-def _logging(accelerator: Accelerator, run: Tracker, spec: TrainSpec, seed: int) -> Iterator[None]:
-    """Start the trackers asked for, and end them however the training ends."""
-    if not accelerator.log_with:
-        yield
-        return
-    name = f"{run.header.get('arm') or run.name}/seed{seed}"
-    settings = {k: v for k, v in spec.model_dump().items() if isinstance(v, (bool, int, float, str))}
-    options = {"wandb": {"name": name, "dir": str(run.path.parent)}, "mlflow": {"run_name": name}}
-    accelerator.init_trackers(run.name, config={**settings, "arm": name, "run": run.id}, init_kwargs=options)
-    try:
-        yield
-    finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()  # not end_training, which would end the processes' group under later arms
-
-
 def _accelerator(spec: TrainSpec, log_with: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Return a fresh accelerator: its state is global, and arms of one process may differ in precision."""
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != spec.precision:
         AcceleratorState._reset_state()
     GradientState._reset_state()
-    check_loggers(log_with)
+    ranks.refuse_sharding()
+    loggers.check(log_with)
     logging: dict[str, Any] = {"log_with": list(log_with), "project_dir": folder} if log_with else {}
     return Accelerator(mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate, **logging)
 
 
 def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
-    value = loss.detach().item()
+    shared = loss.detach().clone()
+    ranks.mean([shared])  # what is not finite in one process ends all
+    value = shared.item()
     if not math.isfinite(value):
         before = f" (noted before: {notes[-1]})" if notes else ""
         raise GreenvisError(

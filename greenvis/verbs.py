@@ -12,15 +12,16 @@ from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.terminal import Answer, console, options, print_rows, reported, teller
 
 
-def run(args: Any) -> Answer:
+def run(args: Any) -> Answer | int:
     """Train a recipe's arms and write its report."""
-    from greenvis import experiment, on_ray, sweep
+    from greenvis import experiment, on_ray, ranks, sweep
     from greenvis.report import report
 
     engines = ("one-by-one", "ray")
     if args.on not in engines:
         raise BadInput(f"cannot run on '{args.on}'{nearest(args.on, engines)}")
-    recipes = sweep.load(args.recipe, args.set)
+    ranks.join()
+    recipes = ranks.together(lambda: sweep.load(args.recipe, args.set))
     first, several = recipes[0][0], len(recipes) > 1
     options: dict[str, Any] = {
         "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
@@ -29,9 +30,14 @@ def run(args: Any) -> Answer:
     }  # fmt: skip
     failed: dict[str, str] = {}
     if args.on == "ray":
+        ranks.alone("greenvis run --on ray")
         folders, failed = on_ray.run(recipes, **options)
     else:
         folders = [experiment.run(recipe, **options) for recipe, _ in recipes]
+    if ranks.index():
+        ranks.leave()
+        return 0  # the first of several processes reports
+    ranks.leave()
     page = report(
         folders,
         out=args.out or Path("reports") / (Path(args.recipe).stem if several else first.name),

@@ -23,7 +23,8 @@ _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDi
 def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
     """Install techniques on `model`, in place and undoable.
 
-    Raises BadInput for a conflict, a model that does not fit, or a model already wrapped; the model is then unchanged.
+    Raises BadInput for a conflict, a model that does not fit, is wrapped already, or is to be sharded (FSDP, DeepSpeed); the
+    model is then unchanged.
     """
     requests = [techniques] if isinstance(techniques, Technique) else list(techniques)
     if not isinstance(model, nn.Module):
@@ -37,6 +38,7 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
             f"this {type(model).__name__} is wrapped already (with {some(_LIVE[model]) or 'nothing'}): give all techniques "
             "to one wrap(), or call undo() or merge() first"
         )
+    ranks.refuse_sharding(model)
     requests.sort(key=lambda t: (STAGES.index(t.stage), t.order, t.name))
     refuse_conflicts(requests)
     return Wrapped(model, requests)
@@ -51,6 +53,7 @@ class Wrapped(Deltas):
         self.installed: list[Installed] = []
         self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
         self._learned: set[int] = set()  # parameters that earlier tasks trained
+        self._steps = 0  # asked for terms so often
         self._shared: list[Any] = []  # what makes processes share a pretext's gradients
         self._snapshot = Snapshot(model)
         Deltas.__init__(self)
@@ -138,6 +141,9 @@ class Wrapped(Deltas):
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
+        if not self._steps:  # whoever prepared the model after `wrap` may have cut it up
+            ranks.refuse_sharding(self.model)
+        self._steps += 1
         if self.pretext and not self._shared and ranks.count() > 1:  # its forward passes DistributedDataParallel by
             self._shared = ranks.share_gradients(self.trainable.values())
         out: dict[str, Tensor] = {}

@@ -176,10 +176,13 @@ def test_two_processes_do_not_run_one_recipe_into_one_folder(finished: Path) -> 
         experiment.run(finished / "tiny.yaml", runs=finished / "runs")
 
 
-def test_a_launcher_of_several_processes_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_shards_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(BadInput, match="Start it without the launcher"):
-        experiment.run(_write(tmp_path), runs=tmp_path / "runs")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch --use_fsdp` sets it
+    path = _write(tmp_path)
+    with pytest.raises(BadInput, match=r"FSDP cuts .* use plain data parallelism"):
+        experiment.run(path, runs=tmp_path / "runs")
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_techniques_see_images_of_the_size_that_is_trained_on(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import data, train
+from greenvis import data, loggers, train
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.recipe import TrainSpec
 from greenvis.record import find, read
@@ -159,7 +159,7 @@ def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path, 
         _fit(tmp_path, spec, Batches(), log_with=["tensorbord"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install wandb"):
-        train.check_loggers(["wandb"])
+        loggers.check(["wandb"])
 
 
 class _Watch(Technique):

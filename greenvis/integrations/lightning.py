@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
+from greenvis import ranks
 from greenvis.meters.steps import samples_in
 from greenvis.meters.track import Tracker, track
 from greenvis.wrap import Wrapped
@@ -32,7 +33,8 @@ class GreenCallback(Callback):
         self._steps = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the meter."""
+        """Start the meter. Raises BadInput for FSDP and DeepSpeed."""
+        ranks.refuse_sharding(trainer.strategy.model)
         self._open.enter_context(self.run)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

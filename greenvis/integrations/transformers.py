@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from greenvis import ranks
 from greenvis.errors import BadInput
 from greenvis.meters.track import Tracker, track
 from greenvis.technique import logits_of
@@ -23,7 +24,8 @@ class GreenCallback(TrainerCallback):
         GreenTrainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
     name and options are those of `gv.track`; `run` is the tracked run. task_loss: of logits (batch, classes) and labels.
-    Raises BadInput where the trainer is not a `GreenTrainer`, or where codecarbon would meter the same run again.
+    Raises BadInput where the trainer is not a `GreenTrainer`, where codecarbon would meter the same run again, and for FSDP and
+    DeepSpeed; several processes (DDP) may train.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class GreenCallback(TrainerCallback):
                 f"report_to={reporters} lets codecarbon meter this run as well: name the trackers you want without it, or "
                 'report_to="none"'
             )
+        ranks.refuse_sharding(self.live.model)
         self._open.enter_context(self.run)
         self._open.enter_context(self.run.phase("train"))
         hook = self.live.model.register_forward_pre_hook(self._seen, with_kwargs=True)

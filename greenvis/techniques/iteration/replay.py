@@ -64,6 +64,7 @@ class Replay(Technique):
 
     name: ClassVar[str] = "replay"
     stage: ClassVar[Stage] = "objective"
+    apart: ClassVar[bool] = True
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"size": 6},
         {"size": 5, "method": "derpp", "policy": "balanced"},

@@ -1,0 +1,78 @@
+"""What processes agree on, as one of them and on real shards; for launches see test_two_ranks.py, test_recipe_ranks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.utils.data import DataLoader, TensorDataset
+
+import greenvis as gv
+from greenvis import ranks
+from greenvis.errors import BadInput
+
+
+def _net() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone: what shards a model wants one."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    yield
+    ranks.leave()
+
+
+def test_one_process_takes_every_batch_whole_and_hears_its_own_errors() -> None:
+    loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=2)
+    assert ranks.share(loader) is loader
+    assert (ranks.index(), ranks.weight(3), ranks.launched()) == (0, 1.0, 1)
+    assert ranks.together(lambda: 7) == 7
+    with pytest.raises(BadInput) as caught:
+        ranks.together(lambda: gv.Lora(rank=0))
+    assert not caught.value.told
+    state = torch.get_rng_state()
+    ranks.part_ways()
+    ranks.wait()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_is_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks.alone("this")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(BadInput, match="this runs as one process, and this is one of 3: start it without the launcher"):
+        ranks.alone("this")
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
+def test_a_sharding_that_accelerate_is_to_do_is_refused_and_nothing_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _net()
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
+    with pytest.raises(BadInput, match=f"^{name} cuts a model's parameters up, .* use plain data parallelism"):
+        gv.wrap(model, [])
+    monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")
+    assert gv.wrap(model, []).undo() is model
+
+
+@pytest.mark.usefixtures("group")
+def test_a_sharded_model_is_refused() -> None:
+    for sharded in (fully_shard(_net()), FullyShardedDataParallel(_net(), device_id=torch.device("cpu"))):
+        with pytest.raises(BadInput, match="cuts a model's parameters up"):
+            gv.wrap(sharded, [])
+
+
+@pytest.mark.usefixtures("group")
+def test_a_model_that_is_sharded_after_wrap_is_refused_at_its_first_step_and_by_its_delta() -> None:
+    model = _net()
+    live = gv.wrap(model, [])
+    fully_shard(model)
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        live.loss(torch.ones(2, 4), torch.tensor([0, 1]), torch.ones(2, 2))
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        live.state_dict()
