@@ -52,10 +52,10 @@ def run(
 ) -> Path:
     """Train every arm of a recipe with every seed, metered, and return the folder of its records.
 
-    Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint.
-    Everything that can be checked is, before anything is written. Under torchrun or accelerate launch all processes train each
-    arm together, on their shares of each batch; each writes a record of its own, and the first all else. log_with: trackers
-    ("tensorboard", "wandb", "mlflow") that get accuracy, loss and joules as training goes, too. Raises BadInput, GreenvisError.
+    Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint. All
+    that can be checked is, before anything is written. Several processes (torchrun, accelerate launch) train each arm together,
+    on their shares of each batch; each writes its own record, the first all else. log_with: see `train.fit`. Raises BadInput,
+    GreenvisError.
     """
     ranks.join()
     loggers.check(log_with)
@@ -107,13 +107,12 @@ class Session:
             return
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
+        images = self.jobs.images(job.recipe)
         located(job.recipe.where("data", "stream"), self.stream, job)
         if job.arm.subset is not None:
-            at = job.recipe.where("arms", job.arm.name, "subset")
-            located(at, subset.check, self.jobs.images(job.recipe).train, job.arm.subset.per_class)
-        model = self.build(job, weights=False)
-        images = self.jobs.images(job.recipe)
+            located(job.recipe.where("arms", job.arm.name, "subset"), subset.check, images.train, job.arm.subset.per_class)
         check_shares(job, images)
+        model = self.build(job, weights=False)
         lineage.check_range(job, images.facts())
         stages.check(job, model, self._ready)
         live = located(where, wrap, model, self._ready(job))
