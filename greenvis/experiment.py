@@ -252,14 +252,14 @@ class Session:
                 test,
                 spec,
                 tracker,
-                samples=partial(samples_of(own, self.runs), done),
+                samples=partial(samples_of(own, job.caches(self.runs)), done),
                 phase=phase,
                 done=done,
                 score=(lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test())) if untaught else None,
                 **options,
             )
         assert job.arm.stream is not None
-        known = [samples_of(part, self.runs) for part in its.train]
+        known = [samples_of(part, job.caches(self.runs)) for part in its.train]
         progress = continual.fit_stream(
             live,
             its,

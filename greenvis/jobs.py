@@ -42,6 +42,10 @@ class Job:
         """How reports call it."""
         return f"{self.recipe.name}/{self.arm.name}"
 
+    def caches(self, runs: Path) -> Path:
+        """Return the folder below which it keeps outputs of frozen parts: its own, or that of all runs."""
+        return self.folder if self.recipe.meter.own_caches else runs
+
     def done(self) -> dict[str, Any] | None:
         """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
         try:

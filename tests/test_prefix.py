@@ -187,6 +187,16 @@ def test_a_recipe_gives_the_same_weights_for_less(finished: Path, end: str) -> N
     assert facts["bytes"] > 120 * 16 * 4
 
 
+def test_a_run_with_caches_of_its_own_computes_all_it_uses(finished: Path, tmp_path: Path) -> None:
+    overrides = ["meter.own_caches=true", "train.epochs=2"]
+    gv.run(finished / "tiny.yaml", runs=tmp_path / "runs", overrides=overrides)
+    for arm in ("kept", "kept-last"):
+        facts = _run(tmp_path, arm).facts["prefix_cache"]
+        assert (facts["misses"], facts["hits"], facts["earlier"]) == (120, 120, 0)
+        assert list((tmp_path / "runs" / "tiny" / arm / "seed0" / ".cache").glob("*/values.bin"))
+    assert not (tmp_path / "runs" / ".cache").exists()
+
+
 def test_the_report_says_what_was_kept(finished: Path) -> None:
     found = gv.report([finished / "runs"], out=finished / "report")
     text = (finished / "report" / "report.md").read_text()
