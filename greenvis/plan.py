@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from greenvis import data, price, record, stages, subset, train
+from greenvis import data, price, ranks, record, stages, subset, train
 from greenvis.experiment import Session
 from greenvis.jobs import PLAN_FILE, Job
 from greenvis.recipe import Recipe, load_recipe
@@ -39,6 +39,7 @@ def plan(
     for all seeds of an arm; an arm this recipe builds on is listed by its name. Kept beside the records, so that the
     report can set it against what was spent. Raises BadInput, GreenvisError.
     """
+    ranks.alone("greenvis plan")
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     session = Session(Path(runs), trust, (), say)

@@ -116,13 +116,13 @@ def share(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(loader.dataset, batch_sampler=_Shares(loader.batch_sampler), **kept)
 
 
-def weight(samples: int) -> float:
+def weight(samples: int) -> float | Tensor:
     """Return what a mean over this process's samples counts for, so that the mean over processes is that over all samples."""
     if count() == 1:
         return 1.0
     total = torch.tensor(samples, device=_device())
     dist.all_reduce(total)
-    return samples * count() / int(total)
+    return samples * count() / total  # a tensor: to look at its value would hold up a GPU at every step
 
 
 def together(ask: Callable[[], T]) -> T:
@@ -205,8 +205,15 @@ def first(ask: Callable[[], T]) -> T:
     dist.broadcast_object_list(held, 0)
     answer, error = held[0]
     if error is not None:
-        raise error
+        raise agreed(error)
     return answer
+
+
+def agreed(error: Exception) -> Exception:
+    """Return an error that all processes are about to raise, marked as `told` in all but the first."""
+    if isinstance(error, GreenvisError):
+        error.told = index() > 0
+    return error
 
 
 def share_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:

@@ -233,10 +233,8 @@ def _all_reached(live: Wrapped) -> None:
     """Raise GreenvisError where several processes would wait for a gradient that does not come."""
     without = [] if ranks.count() == 1 or live.pretext else [n for n, p in live.trainable.items() if p.grad is None]
     if without:
-        raise GreenvisError(
-            f"{some(without)} got no gradient, and several processes wait for each other's: freeze what the loss does not "
-            "reach, or train as one process"
-        )
+        said = f"{some(without)} got no gradient, and several processes wait for each other's"
+        raise ranks.agreed(GreenvisError(f"{said}: freeze what the loss does not reach, or train as one process"))
 
 
 def _loss(live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any) -> Tensor:
@@ -311,10 +309,8 @@ def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
     value = shared.item()
     if not math.isfinite(value):
         before = f" (noted before: {notes[-1]})" if notes else ""
-        raise GreenvisError(
-            f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
-            f"or look at the data{before}"
-        )
+        said = f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, set train.clip_norm, "
+        raise ranks.agreed(GreenvisError(f"{said}or look at the data{before}"))
 
 
 class _Steady:

@@ -5,20 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import TrainingArguments
 
 import greenvis as gv
 from greenvis import ranks
 from greenvis.errors import BadInput
+from greenvis.integrations.lightning import GreenCallback as InLightning
+from greenvis.integrations.transformers import GreenCallback as InTransformers
 
 
 def _net() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+class _Module(pl.LightningModule):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch: list[torch.Tensor], batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0]).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 @pytest.fixture
@@ -76,3 +92,20 @@ def test_a_model_that_is_sharded_after_wrap_is_refused_at_its_first_step_and_by_
         live.loss(torch.ones(2, 4), torch.tensor([0, 1]), torch.ones(2, 2))
     with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
         live.state_dict()
+
+
+@pytest.mark.usefixtures("group")
+def test_trainers_refuse_a_model_that_was_sharded_after_wrap(tmp_path: Path) -> None:
+    model = _net()
+    live = gv.wrap(model, [])
+    fully_shard(model)
+    trainer = pl.Trainer(
+        max_epochs=1, callbacks=[InLightning(live, "sharded", dir=tmp_path / "runs")], accelerator="cpu", logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        trainer.fit(_Module(model), DataLoader(TensorDataset(torch.ones(4, 4), torch.zeros(4)), batch_size=2))
+    given = TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        InTransformers(live, "sharded", dir=tmp_path / "runs").on_train_begin(given, None, None)
+    assert not (tmp_path / "runs").exists()

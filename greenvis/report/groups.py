@@ -17,6 +17,7 @@ from typing import Any
 from greenvis import price, record
 from greenvis.errors import BadInput
 from greenvis.record import Reading, Run
+from greenvis.report import kept
 
 OTHER = "other"  # time in no phase: set-up, loading
 APART = ("measure", "report")  # stages that are not part of making the model: latency and FLOP measurement
@@ -253,7 +254,7 @@ def _merge(parts: list[Part]) -> Attempt:
         _start(h),
         status,
         h,
-        first.facts,
+        kept.merged([p.facts for p in parts]) if len(parts) > 1 else first.facts,
         first.uses,
         list(dict.fromkeys(n for p in parts for n in p.notes)),
         merged.totals,

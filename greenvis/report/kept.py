@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from greenvis.report.words import si
@@ -19,6 +19,19 @@ def rows(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 if isinstance(entry, Mapping) and all(isinstance(entry.get(key), int) for key in COUNTS):
                     found.setdefault(str(entry.get("part")), []).append(entry)
     return [{"part": part, **{k: sum(e[k] for e in each) / len(each) for k in COUNTS}} for part, each in found.items()]
+
+
+def merged(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first process's facts, with what was computed and read back by all processes of the run."""
+    out = dict(facts[0])
+    for key, value in out.items():
+        every = [one[key] for one in facts if key in one]
+        if isinstance(value, list) and all(isinstance(entry, Mapping) and "misses" in entry for entry in value):
+            out[key] = [
+                {**entry, **{k: sum(its[i].get(k, 0) for its in every if i < len(its)) for k in COUNTS if k != "bytes"}}
+                for i, entry in enumerate(value)
+            ]
+    return out
 
 
 def section(found: Mapping[str, Any]) -> dict[str, Any]:
