@@ -142,6 +142,7 @@ class ReportSpec(_Section):
     baseline: str | None = Field(default=None, description="the arm the others are measured against; the first where absent")
     metric: Literal["accuracy"] = "accuracy"
     title: str | None = None
+    note: str | None = Field(default=None, description="what its author has to say of the outcome, shown below the verdict")
 
 
 class MeterSpec(_Section):

@@ -44,6 +44,7 @@ def run(args: Any) -> Answer | int:
         baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
         metric=first.report.metric,
         title=first.report.title,
+        note=first.report.note,
     )
     if failed:
         listed = "; ".join(f"{name}: {why}" for name, why in failed.items())

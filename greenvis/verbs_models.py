@@ -18,7 +18,7 @@ def probe(args: Any) -> Answer:
         args.run, protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args)
     )
     out = args.out or Path("reports") / recipe.name
-    return reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title))
+    return reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title, note=recipe.report.note))
 
 
 def card(args: Any) -> Answer:

@@ -49,11 +49,13 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
             runs, NASTY, seed, name=NASTY, header=header, facts=facts, notes=(NASTY,), uses=[synthetic.teacher(name=NASTY)]
         )
     synthetic.write(runs, "=HYPERLINK(1)\x00\x1b[31m", name=NASTY, end="failed", header=header)
-    return report(runs, out=tmp_path_factory.mktemp("out"), title=NASTY).parent
+    return report(runs, out=tmp_path_factory.mktemp("out"), title=NASTY, note=f"noted {NASTY}").parent
 
 
 def test_html_holds_our_tags_only(nasty: Path) -> None:
     text = (nasty / "index.html").read_text()
+    assert "noted" in text[: text.index('id="arms"')]
+    assert "noted" in (nasty / "report.md").read_text().partition("## What was gained")[0]
     tags = _Tags()
     tags.feed(text)
     names = {t for t, _ in tags.seen}

@@ -24,13 +24,15 @@ def report(
     grid: float | str | Mapping[str, Any] | None = None,
     title: str | None = None,
     served: float = SERVED,
+    note: str | None = None,
 ) -> Path:
     """Write a report of the runs recorded at `paths` and return the path of its index.html.
 
     paths: records, folders of them or glob patterns. out: the folder to write, reports/<name> by default. baseline: the
     arm others are compared with (default: the one called "baseline"). grid: a zone ("SWE", see `greenvis.grid`), g CO2e per
     kWh, or a carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images
-    at which making and using a model are added up. Raises BadInput where there is nothing to report.
+    at which making and using a model are added up. note: shown below the verdict, as its author's words. Raises BadInput where
+    there is nothing to report.
     """
     with _no_collection():
         found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served)
@@ -38,7 +40,7 @@ def report(
 
         folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
         try:
-            return page.write(found, folder, title or found["name"])
+            return page.write(found, folder, title or found["name"], note)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 

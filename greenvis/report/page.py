@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-def write(found: dict[str, Any], folder: Path, title: str) -> Path:
+def write(found: dict[str, Any], folder: Path, title: str, note: str | None = None) -> Path:
     """Write all files of a report into `folder` and return the path of its index.html."""
     drawings = charts.draw(found)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write(found: dict[str, Any], folder: Path, title: str) -> Path:
     _put(folder / "results.csv", to_csv(found))
     for name, text in exports.files(found).items():
         _put(folder / "exports" / name, text)
-    view = _view(found, title, drawings)
+    view = _view(found, title, drawings) | {"note": note and figures.clean(note)}
     _put(folder / "report.md", render("report.md.j2", view))
     _put(folder / "index.html", render("index.html.j2", view))
     return folder / "index.html"
