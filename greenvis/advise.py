@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from greenvis.errors import BadInput, nearest
 from greenvis.experiment import Session
 from greenvis.jobs import locked
 from greenvis.report.stats import pareto
-from greenvis.trials import Trials, as_dict
+from greenvis.trials import Trials
 
 SERVED = 1_000_000  # images a model will answer, where nobody says
 SHARE = 0.25  # of the training images, in the longest trial
@@ -65,36 +66,36 @@ def advise(
     folder = Path(runs) / name
     with locked(folder):
         recipe = candidates.written(folder / "plans.yaml", {**content, "name": f"{name}-plans"}, overrides)
-        tried = recipe.model_copy(update={"name": f"{name}-trials"})
-        jobs, more = candidates.fitting(session, tried)
+        jobs, more = candidates.fitting(session, recipe.model_copy(update={"name": f"{name}-trials"}))
         whole = yaml.safe_load(recipe.text())
         whole["arms"] = {plan: arm for plan, arm in whole["arms"].items() if plan in jobs}
         candidates.written(folder / "plans.yaml", whole)
         trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
         trials.run(serve)
-    rows = [{"plan": plan, **trials.foretold(plan, serve), "trials": as_dict(its)} for plan, its in trials.found.items()]
-    rows.sort(key=lambda row: row["total_energy_j"]["value"])
-    front = pareto({row["plan"]: (row["total_energy_j"]["value"], row["accuracy"]["value"]) for row in rows})
+    rows = _rows(trials, serve)
     pick, why = choose(rows, target_accuracy, most)
     found: dict[str, Any] = {
-        "rows": [{**row, "front": row["plan"] in front} for row in rows],
+        "rows": rows,
         "refused": {**refused, **more, **trials.failed},
-        "pick": pick,
-        "why": why,
-        "recipe": None,
-        "plans": str(folder / "plans.yaml"),
+        "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
         "trials_energy_j": math.fsum(t.total_j for its in trials.found.values() for t in its),
-        "model": model,
-        "data": data_name,
-        "images": trials.images,
-        "held": len(trials.held),
-        "serve": serve,
-        "target_accuracy": target_accuracy,
-        "budget_j": most,
-    }
+        "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
+        "serve": serve, "target_accuracy": target_accuracy, "budget_j": most,
+    }  # fmt: skip
     if pick is not None:
         found["recipe"] = str(_write(Path(out) if out else folder / "recipe.yaml", whole, name, found))
     return found
+
+
+def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
+    """Return what is foretold of each plan, in order of total energy, and whether it is on the Pareto front."""
+    told = {plan: trials.foretold(plan, serve) for plan in trials.found}
+    points = {plan: (its["total_energy_j"]["value"], its["accuracy"]["value"]) for plan, its in told.items()}
+    front = pareto(points)
+    return [
+        {"plan": plan, **told[plan], "front": plan in front, "trials": [asdict(trial) for trial in trials.found[plan]]}
+        for plan in sorted(points, key=lambda plan: points[plan][0])
+    ]
 
 
 def choose(

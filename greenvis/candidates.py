@@ -41,6 +41,8 @@ def source(
     data.check(**{k: v for k, v in place.items() if k != "normalise"})
     reference = _reference(ref, runs)
     given = dict(options or {})
+    if isinstance(start := given.get("pretrained"), str) and Path(start).expanduser().is_file():
+        given["pretrained"] = str(Path(start).expanduser().resolve())
     model = models.build(reference, trust=trust, **given)
     filled = _tokens(model) | ({"$teacher": _reference(teacher, runs)} if teacher is not None else {})
     if teacher is not None:

@@ -21,8 +21,8 @@ def accuracy(points: Sequence[tuple[int, float]], images: int, tested: int) -> F
     points: (images, accuracy) of those, in order. tested: how many images each accuracy is of. The error falls as a power of
     the training images (Cortes et al., 1993; Hestness et al., 2017): the value goes on from the last point with the slope that
     least squares give on logarithms, 0 where the error rose. The range is that of slopes half as steep and half as steep again,
-    each with the last point's sampling error (95 %). It is a rule of thumb, not an interval with a level: reports/advice says
-    how often it held. Curves that bend (a floor of wrong labels, a late start) leave it.
+    each with the last point's sampling error (95 %). It is a rule of thumb, not an interval with a level: `greenvis bench
+    advise` says how often it holds. Curves that bend (a floor of wrong labels, a late start) leave it.
     """
     errors = [min(max(1 - a, 0.5 / tested), 1.0) for _, a in points]
     logs = np.log([n for n, _ in points])
@@ -41,8 +41,8 @@ def energy(points: Sequence[tuple[int, float, float]], images: int) -> Figure:
     """Return the joules of a training on `images`, from shorter ones by the same schedule.
 
     points: (images, joules of the first epoch, joules of the later ones). The later ones cost so much an image. The first has a
-    part that is always spent, too, and an image costs what it costs to see for the first time (a frozen part's outputs are kept
-    from then on). Least squares of relative errors, neither part below zero.
+    part that is always spent, too, and an image costs what it costs to see for the first time: a frozen part's outputs are kept
+    from then on, which the few steps of `greenvis.plan` do not see. Least squares of relative errors, neither part below zero.
     """
     first = np.array([joules for _, joules, _ in points])
     rows = np.array([[1.0, n] for n, _, _ in points]) / first[:, None]

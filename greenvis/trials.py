@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,3 @@ def _read(run: record.Run) -> Trial:
     if first.value is None or spent.value is None or total.value is None:
         raise GreenvisError(f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`")
     return Trial(first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **run.facts["trial"])
-
-
-def as_dict(trials: list[Trial]) -> list[dict[str, Any]]:
-    """Return trials as a program reads them."""
-    return [asdict(trial) for trial in trials]

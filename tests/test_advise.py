@@ -167,9 +167,9 @@ def test_a_teacher_makes_another_plan(advice: dict[str, Any], folder: Path) -> N
 
 def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "few.yaml").write_text("train: {batch_size: 10}\narms: {all: {}, merged: {techniques: [token_merge]}}\n")
-    data = {"digits": ("data.classes=[0,1,2]", *OVER)}
-    options: dict[str, Any] = {"plans": tmp_path / "few.yaml", "runs": tmp_path / "runs", "overrides": ()}
-    found = bench.run(tmp_path, hosts={"tiny": (REF, SMALL, None)}, data=data, **options)
+    data = {"digits": ("data.classes=[0,1,2]",)}
+    options: dict[str, Any] = {"plans": tmp_path / "few.yaml", "runs": tmp_path / "runs", "overrides": OVER}
+    found = bench.run(tmp_path, hosts={"tiny": (REF, SMALL, None, 160)}, data=data, **options)
     (cell,) = found["cells"]
     assert {its["plan"] for its in cell["plans"]} == {"all", "merged"}
     for its in cell["plans"]:
@@ -182,7 +182,7 @@ def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(folder: Path, t
     assert "greenvis bench advise --out reports/advice" in text
     assert str(tmp_path) not in text + (tmp_path / "results.json").read_text()
     with pytest.raises(BadInput, match="run this benchmark in a copy of the repository"):
-        bench.run(hosts={"base": ("run:nowhere/arm", {}, tmp_path / "nowhere.yaml")}, data=data, **options)
+        bench.run(hosts={"base": ("run:nowhere/arm", {}, tmp_path / "nowhere.yaml", 160)}, data=data, **options)
 
 
 def test_regret_is_the_energy_of_the_pick_over_that_of_the_best() -> None:
