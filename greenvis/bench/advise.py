@@ -168,7 +168,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
     misses = sorted(one["missed"] for one in sweep if one["missed"] is not None)
     columns = list(result["rows"][0])
     lines = [
-        "# Advice: is the plan it takes the cheapest that reaches the target?", "",
+        "# Advice: its pick beside the cheapest plan that reached the target", "",
         f"`greenvis bench advise --out reports/advice`, {result['cpu_s']} s of CPU time, {', '.join(result['overrides'])}. "
         f"Advice on {len({c['host'] for c in cells})} hosts and {len({c['data'] for c in cells})} data sets; then every plan "
         "was trained on all the images, one seed, and the plan that advice takes was set against the cheapest plan that really "
