@@ -152,7 +152,9 @@ class MeterSpec(_Section):
     intensity: Annotated[float, Field(ge=0, description="grams of CO2e per kWh")] | None = None
     pue: Annotated[float, Field(ge=1)] = 1.0
     codecarbon: bool = Field(default=True, description="record codecarbon's own figure as a cross-check")
-    own_caches: bool = Field(False, description="no run reads what another computed of a frozen part: each pays for all it uses")
+    own_caches: bool = Field(
+        False, description="no run reads what another computed of a frozen part: each pays for all it uses"
+    )
 
 
 class Arm(BaseModel):

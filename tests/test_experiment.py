@@ -189,7 +189,8 @@ def test_techniques_see_images_of_the_size_that_is_trained_on(tmp_path: Path) ->
     """A convolutional network takes images of any size: what an exit saves is counted on the data's."""
     path = _write(
         tmp_path,
-        "name: sized\ndata: {name: digits, train: 40, test: 20, img_size: 32, in_chans: 3}\nmodel: {ref: torchvision/resnet18}\n"
+        "name: sized\nmodel: {ref: torchvision/resnet18}\n"
+        "data: {name: digits, train: 40, test: 20, img_size: 32, in_chans: 3}\n"
         "train: {epochs: 1, batch_size: 20, seeds: [0], threads: 1}\nmeter: {codecarbon: false}\n"
         "arms: {early: {techniques: [{early_exit: {at: [0.5]}}]}}\n",
     )

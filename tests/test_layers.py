@@ -58,8 +58,8 @@ ALLOWED: dict[str, set[str]] = {
     "export": {"jobs", "models", "record", "report", "technique"},
     "__main__": {"cli"},
     "cli": {"verbs"},
-    "verbs": ENGINE | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "advise", "sweep",
-              "on_ray"},
+    "verbs": ENGINE
+    | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "advise", "sweep", "on_ray"},
 }
 # files that belong to one unit: split only to keep each short
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data",
