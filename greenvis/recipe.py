@@ -153,7 +153,7 @@ class MeterSpec(_Section):
     pue: Annotated[float, Field(ge=1)] = 1.0
     codecarbon: bool = Field(default=True, description="record codecarbon's own figure as a cross-check")
     own_caches: bool = Field(
-        False, description="no run reads what another computed of a frozen part: each pays for all it uses"
+        default=False, description="no run reads what another computed of a frozen part: each pays for all it uses"
     )
 
 

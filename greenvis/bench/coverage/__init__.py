@@ -67,6 +67,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`greenvis bench coverage{'' if result['per_family'] else ' --all'} --out OUT`; "
         f"{' + '.join(map(str, result['seconds'].values()))} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
+        *([result["note"], ""] if result.get("note") else ()),  # of one who put the results together
         "## The contract", "",
         "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral when fresh, bit-exact",
         "undo, every declared trainable gets a gradient, finite steps, delta saved and loaded, merge, resume, roll-back.",
