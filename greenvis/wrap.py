@@ -53,7 +53,7 @@ class Wrapped(Deltas):
         self.installed: list[Installed] = []
         self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
         self._learned: set[int] = set()  # parameters that earlier tasks trained
-        self._steps = 0  # asked for terms so often
+        self._stepped = False  # whether terms were asked for
         self._shared: list[Any] = []  # what makes processes share a pretext's gradients
         self._snapshot = Snapshot(model)
         Deltas.__init__(self)
@@ -111,9 +111,9 @@ class Wrapped(Deltas):
 
     def _freeze(self) -> None:
         if any(live.freezes for live in self.installed):  # what one technique freezes, another's own parameters must survive
-            owned = {key for of_one in self._owned.values() for key in of_one}
-            for parameter in self.model.parameters():
-                parameter.requires_grad_(id(parameter) in owned)
+            declared = self.declared
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(name in declared)
 
     # -- the seams of a training step ---------------------------------------------------------------------------------
 
@@ -141,9 +141,9 @@ class Wrapped(Deltas):
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
-        if not self._steps:  # whoever prepared the model after `wrap` may have cut it up
+        if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             ranks.refuse_sharding(self.model)
-        self._steps += 1
+            self._stepped = True
         if self.pretext and not self._shared and ranks.count() > 1:  # its forward passes DistributedDataParallel by
             self._shared = ranks.share_gradients(self.trainable.values())
         out: dict[str, Tensor] = {}

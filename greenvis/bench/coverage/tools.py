@@ -221,8 +221,8 @@ def _gradients(live: Wrapped, model: nn.Module, x: Tensor, y: Tensor) -> dict[st
         logits = logits_of(model(x))
         loss = live.criterion(F.cross_entropy)(logits.float(), y) + live.loss(x, y, logits)
     loss.backward()
-    declared = {n for i in live.installed for n in i.trainable} if live.pretext else set(live.trainable)
-    missing = [n for n, p in live.trainable.items() if p.grad is None and n in declared]  # a pretext trains no classifier
+    learning = live.declared if live.pretext else live.trainable  # a pretext trains no classifier
+    missing = [n for n, p in learning.items() if p.grad is None]
     if missing:
         raise Broken(f"no gradient for {missing[0]}")
     return {n: p.grad.clone() for n, p in live.trainable.items() if p.grad is not None}
