@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from greenvis import candidates
+from greenvis import candidates, ranks
 from greenvis.candidates import PLANS
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import Session
@@ -57,6 +57,7 @@ def advise(
     "trials_energy_j", "data", "model", "images", "serve", "target_accuracy", "budget_j"}; figures as {"value", "low", "high"}.
     Raises BadInput before anything is spent.
     """
+    ranks.alone("greenvis advise")
     most = None if budget is None else joules(budget)
     _check(target_accuracy, serve, share, out)
     content, refused = candidates.source(

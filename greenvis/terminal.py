@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from greenvis.errors import BadInput
 
 Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
 MOST_COLUMNS = 16  # of a table in a terminal
+WIDE = 200  # characters of a line that no terminal shows
 
 
 def reported(page: Path) -> Answer:
@@ -43,10 +45,10 @@ def options(args: Any) -> dict[str, Any]:
 
 
 def console() -> Any:
-    """Return the terminal."""
+    """Return the terminal; what goes to a file or another program is not folded to 80 columns, unless COLUMNS says so."""
     from rich.console import Console
 
-    return Console()
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else WIDE)
 
 
 def say(text: str) -> None:
@@ -70,7 +72,7 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     if len(columns) > MOST_COLUMNS:
         return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
     for column in columns:
-        table.add_column(column, overflow="fold")
+        table.add_column(column.replace("_", " "), overflow="fold")  # words are where a heading breaks
     for row in rows:
         table.add_row(*(Text("" if row.get(c) is None else str(row[c])) for c in columns))
     console().print(table)

@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 import greenvis as gv
 from greenvis import ranks
+from greenvis.advise import advise
 from greenvis.errors import BadInput
 from greenvis.integrations.lightning import GreenCallback as InLightning
 from greenvis.integrations.transformers import GreenCallback as InTransformers
@@ -59,11 +60,14 @@ def test_one_process_takes_every_batch_whole_and_hears_its_own_errors() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ranks.alone("this")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(BadInput, match="this runs as one process, and this is one of 3: start it without the launcher"):
         ranks.alone("this")
+    with pytest.raises(BadInput, match="greenvis advise runs as one process"):
+        advise("plain/mlp", "digits", runs=tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
