@@ -160,6 +160,24 @@ def test_only_what_was_shown_before_comes_back() -> None:
     assert facts["buffer_bytes"] == 50 * (12 * 4 + 8)
 
 
+@pytest.mark.parametrize("policy", ["reservoir", "ring", "balanced"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_waits_to_be_stored_is_as_it_was_offered(policy: str, exact: bool) -> None:
+    """Storing in bulk, when it is asked for, gives what storing at once does; batches are written over meanwhile."""
+    waits, at_once = (Buffer(7, policy, 3, exact) for _ in range(2))
+    for step in range(300):
+        x, y = _batch(step, 3)
+        at_once.offer(x.clone(), y)
+        assert "x" in at_once.columns  # asks for all
+        waits.offer(x, y)
+        x.fill_(torch.nan)
+        if step % 4 == 1:
+            rows = waits.draw(2)
+            assert torch.equal(rows, at_once.draw(2))
+            assert all(torch.equal(a, b) for a, b in zip(waits.take(rows), at_once.take(rows), strict=True))
+    assert {k: v.tolist() for k, v in waits.state_dict().items()} == {k: v.tolist() for k, v in at_once.state_dict().items()}
+
+
 def test_a_buffer_of_bytes_is_a_quarter() -> None:
     exact, small = (Buffer(100, "reservoir", 0, exact) for exact in (True, False))
     for buffer in (exact, small):

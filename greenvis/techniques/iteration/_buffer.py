@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 LEVELS = 255
+_AT_MOST = 256  # examples that wait to be stored
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -27,7 +28,8 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dequantise(levels: Tensor, low: Tensor, scale: Tensor) -> Tensor:
     """Return float32 like levels: what `quantise` was given, to within half a level."""
     shape = (*low.shape, *(1,) * (levels.ndim - 2)) if levels.ndim > 2 else low.shape
-    return torch.addcmul(low.view(shape), levels.float(), scale.view(shape))
+    out = torch.empty(levels.shape, device=levels.device)  # of its own memory format, whichever those of low and scale suggest
+    return torch.mul(levels, scale.view(shape), out=out).add_(low.view(shape))
 
 
 def reservoir_slot(seen: int, size: int, randint: Callable[[int], int]) -> int:
@@ -114,13 +116,16 @@ class Buffer:
     """Up to `size` examples: images (as uint8 levels, unless `exact`), labels, and whatever else belongs to each.
 
     policy: "reservoir", "ring", "balanced", "greedy", or "gradient", which wants a float `score` (n,) with each offer.
-    Everything lies in main memory. Draws come from a generator of its own, which its state holds: a saved and loaded buffer
-    goes on exactly.
+    Everything lies in main memory; what is kept of a batch waits, copied, until it is asked for or more has come with it, so
+    that a step pays a part of what storing costs. Draws come from a generator of its own, which its state holds: a saved and
+    loaded buffer goes on exactly.
     """
 
     def __init__(self, size: int, policy: str, seed: int, exact: bool = False) -> None:
         self.size, self.policy, self.exact = size, policy, exact
-        self.columns: dict[str, Tensor] = {}
+        self._columns: dict[str, Tensor] = {}
+        self._waiting: list[tuple[dict[int, int], dict[str, Tensor]]] = []  # to be stored: labels by slot, and all else
+        self._due: set[int] = set()  # the slots of those
         self.filled = self.seen = 0
         self.random = random.Random(seed)  # a draw for each image offered: torch's would take longer than the images' storage
         self._labels: list[int] = []  # of what is kept; the slots' ages and the classes' counts go with it
@@ -148,44 +153,65 @@ class Buffer:
 
     def offer(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Let the policy keep what it wants of a batch: x (n, …), y int64 (n,), more: float tensors (n, …)."""
-        kept: dict[int, int] = {}  # a slot taken twice holds the later one
         labels = y.tolist()
         scores = more["score"].tolist() if "score" in more else [0.0] * len(labels)
-        for row, (label, score) in enumerate(zip(labels, scores, strict=True)):
-            if self.policy == "reservoir":  # first, because it is asked at every image of every step
-                slot = reservoir_slot(self.seen, self.size, self.random.randrange)
-            else:
-                slot = self._slot(label, score)
-                self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
+        kept: dict[int, int] = {}  # rows by slot: one taken twice holds the later
+        for row, slot in enumerate(self._slots(labels, scores)):
             if slot >= 0:
                 kept[slot] = row
-                self._label(slot, label, score)
+                self._label(slot, labels[row], scores[row])
             self.seen += 1
         if kept:
-            self._put(list(kept), x, y, list(kept.values()), more)
+            self._wait(kept, labels, {"x": x, **more})
 
     def replace(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Hold exactly these examples from now on."""
-        self.filled, self._labels, self._ages, self._scores, self.columns = 0, [], [], [], {}
-        for slot, label in enumerate(y.tolist()):
+        self.filled, self._labels, self._ages, self._scores, self._columns = 0, [], [], [], {}
+        self._waiting, self._due = [], set()
+        labels = y.tolist()
+        for slot, label in enumerate(labels):
             self._label(slot, label, 0.0)
-        if len(y):
-            self._put(list(range(len(y))), x, y, list(range(len(y))), more)
+        if labels:
+            self._wait({row: row for row in range(len(labels))}, labels, {"x": x, **more})
 
     def draw(self, count: int) -> Tensor:
         """Return distinct random rows, int64 (≤ count,)."""
-        return torch.tensor(self.random.sample(range(self.filled), min(count, self.filled)), dtype=torch.int64)
+        if self.filled < 2 * count:
+            return torch.tensor(self.random.sample(range(self.filled), min(count, self.filled)), dtype=torch.int64)
+        rows: dict[int, None] = {}  # as `sample` does where few of many are wanted, in a third of its time
+        while len(rows) < count:
+            rows[int(self.random.random() * self.filled)] = None
+        return torch.tensor(list(rows))
 
     def take(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return x float32 (n, …) and y int64 (n,) of these rows."""
-        its = {
-            name: self.columns[name].index_select(0, rows).to(device)
-            for name in ("x", "low", "scale", "y")
-            if name in self.columns
-        }
-        return its["x"] if self.exact else dequantise(its["x"], its["low"], its["scale"]), its["y"]
+        y = self.column("y", rows).to(device)
+        x = self._columns["x"].index_select(0, rows).to(device)
+        if not self.exact:
+            x = dequantise(x, *self._columns["range"].index_select(0, rows).to(device).unbind(1))
+        return x, y
+
+    def column(self, name: str, rows: Tensor) -> Tensor:
+        """Return what is stored under this name in these rows: "x" (levels, unless exact), "y", or more that was offered."""
+        if not self._due.isdisjoint(rows.tolist()):
+            self._store()
+        return self._columns[name].index_select(0, rows)
+
+    @property
+    def columns(self) -> dict[str, Tensor]:
+        """All that is stored, by name, (size, …) each: "x", "y", "range" (low and scale, by channel) and more."""
+        self._store()
+        return self._columns
+
+    def _slots(self, labels: list[int], scores: list[float]) -> Iterable[int]:
+        """Return where each new item goes, or -1; to be taken one by one, as each is noted before the next is decided."""
+        if self.policy == "reservoir":  # all at once: it looks at none of them, and is asked at every step
+            return [reservoir_slot(self.seen + row, self.size, self.random.randrange) for row in range(len(labels))]
+        return (self._slot(label, score) for label, score in zip(labels, scores, strict=True))
 
     def _slot(self, label: int, score: float) -> int:
+        seen = self._seen_by_class.get(label, 0)
+        self._seen_by_class[label] = seen + 1
         randint = self.random.randrange
         match self.policy:
             case "ring":
@@ -195,7 +221,7 @@ class Buffer:
             case "gradient":
                 return gradient_slot(self._scores, score, self.size, self.random)
             case _:
-                return balanced_slot(self._labels, label, self._seen_by_class.get(label, 0), self.size, randint)
+                return balanced_slot(self._labels, label, seen, self.size, randint)
 
     def _label(self, slot: int, label: int, score: float) -> None:
         if slot == self.filled:
@@ -206,19 +232,32 @@ class Buffer:
         else:
             self._labels[slot], self._ages[slot], self._scores[slot] = label, self.seen, score
 
-    def _put(self, slots: list[int], x: Tensor, y: Tensor, rows: list[int], more: Mapping[str, Tensor]) -> None:
-        at, chosen = torch.tensor([slots, rows])
-        taken = {
-            name: values.detach().index_select(0, chosen.to(values.device)).cpu()
-            for name, values in (("x", x), ("y", y), *more.items())
-        }
+    def _wait(self, kept: Mapping[int, int], labels: Sequence[int], batch: Mapping[str, Tensor]) -> None:
+        """Note rows of a batch, by the slots they are for. Copied: whoever made the batch may write over it."""
+        rows = torch.tensor(list(kept.values()))
+        copies = {name: its.index_select(0, rows.to(its.device)).detach() for name, its in batch.items()}
+        self._waiting.append(({slot: labels[row] for slot, row in kept.items()}, copies))
+        self._due.update(kept)
+        if len(self._due) >= _AT_MOST:
+            self._store()
+
+    def _store(self) -> None:
+        if not self._waiting:
+            return
+        slots = [slot for its, _ in self._waiting for slot in its]
+        last = {slot: place for place, slot in enumerate(slots)}  # a slot given twice holds the later one
+        at, chosen = torch.tensor([list(last), list(last.values())])
+        taken = {name: torch.cat([its[name] for _, its in self._waiting]).cpu()[chosen] for name in self._waiting[0][1]}
+        taken["y"] = torch.tensor([label for its, _ in self._waiting for label in its.values()])[chosen]
+        self._waiting, self._due = [], set()
         if not self.exact:
-            taken |= dict(zip(("x", "low", "scale"), quantise(taken["x"]), strict=True))
+            taken["x"], low, scale = quantise(taken["x"])
+            taken["range"] = torch.stack([low, scale], 1)
         for name, values in taken.items():
-            if name not in self.columns:
-                dtype = torch.float32 if name in more else values.dtype
-                self.columns[name] = torch.zeros(self.size, *values.shape[1:], dtype=dtype)
-            self.columns[name].index_copy_(0, at, values.to(self.columns[name].dtype))
+            if name not in self._columns:
+                dtype = values.dtype if name in ("x", "y", "range") else torch.float32
+                self._columns[name] = torch.zeros(self.size, *values.shape[1:], dtype=dtype)
+            self._columns[name].index_copy_(0, at, values.to(self._columns[name].dtype))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the examples and all that decides which come next."""
@@ -234,15 +273,15 @@ class Buffer:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         self.filled, self.seen = (int(v) for v in state["seen"])
-        self.columns = {}
+        self._columns, self._waiting, self._due = {}, [], set()
         for name, values in state.items():
             if name.startswith("column."):
                 column = torch.zeros(self.size, *values.shape[1:], dtype=values.dtype)
                 column[: self.filled] = values.cpu()
-                self.columns[name.removeprefix("column.")] = column
-        self._labels = self.columns["y"][: self.filled].tolist() if self.filled else []
+                self._columns[name.removeprefix("column.")] = column
+        self._labels = self._columns["y"][: self.filled].tolist() if self.filled else []
         self._ages = state["ages"].tolist()
         self._seen_by_class = {int(c): int(n) for c, n in state["seen_by_class"]}
-        self._scores = self.columns["score"][: self.filled].tolist() if "score" in self.columns else [0.0] * self.filled
+        self._scores = self._columns["score"][: self.filled].tolist() if "score" in self._columns else [0.0] * self.filled
         version, _, gauss = self.random.getstate()
         self.random.setstate((version, tuple(state["random"].tolist()), gauss))

@@ -176,8 +176,8 @@ class InstalledReplay(Installed):
         if not len(self.buffer):
             return None
         rows = self.buffer.draw(count)
-        if first and "logits" in self.buffer.columns:
-            self._wanted = self.buffer.columns["logits"][rows].to(device)
+        if first and self.request.method in ("der", "derpp"):
+            self._wanted = self.buffer.column("logits", rows).to(device)
         return self.buffer.take(rows, device)
 
     def _taken(self, entered: Tensor) -> None:
