@@ -31,9 +31,9 @@ def test_a_step_replays_as_many_as_are_new(load: object, monkeypatch: pytest.Mon
 
 
 def test_rows_set_each_arm_against_the_rival() -> None:
-    rows = replay._rows("mlp", {replay.PEER_ARM: [4.0, 4.0], replay.OURS: [1.0, 3.0], replay.BARE: [1.0]})
+    rows = replay._rows("mlp", {replay.PEER_ARM: [4.0, 8.0, 4.0], replay.OURS: [1.0, 4.0, 3.0], replay.BARE: [1.0, 1.0, 1.0]})
     ours = rows[1]
-    assert (ours["vs_peer"], ours["without_the_model_ms"], ours["target"]) == (0.5, 1000.0, "<= 0.5: yes")
+    assert (ours["vs_peer"], ours["without_the_model_ms"], ours["target"]) == (0.5, 2000.0, "<= 0.5: yes")
     assert rows[0]["target"] == ""
 
 
@@ -42,5 +42,5 @@ def test_measured_beside_the_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("avalanche")
     monkeypatch.setattr(replay, "MODELS", {"mlp": (*replay.MODELS["mlp"][:2], 640, 10)})
     found = replay.run(tmp_path, rounds=1)
-    assert [row["arm"] for row in found["rows"]] == [replay.PEER_ARM, replay.OURS, replay.LOADED, replay.BARE]
+    assert [row["arm"] for row in found["rows"]] == [replay.PEER_ARM, replay.OURS, replay.EXACT, replay.LOADED, replay.BARE]
     assert "| mlp | avalanche-lib |" in (tmp_path / "report.md").read_text()
