@@ -75,7 +75,7 @@ def test_features_are_bytes_by_channel(name: str, layer: int) -> None:
     small, whole = both
     assert small.columns["x"].dtype == torch.uint8
     assert small.columns["range"].shape == (len(small.columns["x"]), 2, small.columns["x"].shape[1])
-    taken, exact_x = small.take(torch.arange(4))[0], whole.take(torch.arange(4))[0]
+    taken, exact_x = small.take(range(4))[0], whole.take(range(4))[0]
     spread = exact_x.flatten(2).amax(2) - exact_x.flatten(2).amin(2)
     assert ((taken - exact_x).flatten(2).abs().amax(2) <= spread / 509 + 1e-6).all()
 

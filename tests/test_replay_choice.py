@@ -49,10 +49,10 @@ def test_goes_on_exactly_from_anywhere(labels: list[int], size: int, seed: int, 
     for buffer in (whole, second):
         buffer.offer(x[cut:], y[cut:])
     assert torch.equal(second.labels, whole.labels)
-    assert torch.equal(second.draw(5), whole.draw(5))
+    assert second.draw(5) == whole.draw(5)
     assert second.facts() == whole.facts()
     if len(whole):
-        rows = torch.arange(len(whole))
+        rows = range(len(whole))
         assert torch.equal(second.take(rows)[0], whole.take(rows)[0])
 
 
@@ -61,9 +61,9 @@ def test_greedy_keeps_who_came_first() -> None:
     assert greedy_slot([0, 1], 1, 2, lambda below: 0) == -1
     buffer = Buffer(4, "greedy", 0, exact=True)
     buffer.offer(torch.arange(10.0)[:, None], torch.zeros(10, dtype=torch.int64))
-    assert sorted(buffer.take(torch.arange(4))[0].flatten().tolist()) == [0, 1, 2, 3]
+    assert sorted(buffer.take(range(4))[0].flatten().tolist()) == [0, 1, 2, 3]
     buffer.offer(torch.arange(10.0, 20.0)[:, None], torch.ones(10, dtype=torch.int64))
-    x, y = buffer.take(torch.arange(4))
+    x, y = buffer.take(range(4))
     assert sorted(x[y == 1].flatten().tolist()) == [10, 11]
 
 
@@ -116,7 +116,7 @@ def test_gradient_selection_works_in_a_loop_and_goes_on_exactly(tmp_path: Path) 
     second.load(tmp_path)
     steps(second, range(5, 8))
     assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
-    scores = whole.installed[0].buffer.columns["score"]  # type: ignore[attr-defined]
+    scores = whole.installed[0].buffer.state_dict()["scores"]  # type: ignore[attr-defined]
     assert len(scores.unique()) > 4
     assert 0 <= scores.min() <= scores.max() <= 2
 
@@ -134,7 +134,7 @@ def test_never_a_test_image_nor_one_of_a_task_to_come(kind: Any, policy: Any, tm
 
     def look(loader: Any) -> None:
         end(loader)
-        kept.append(buffer.take(torch.arange(len(buffer)))[0].flatten(1))
+        kept.append(buffer.take(range(len(buffer)))[0].flatten(1))
 
     live.installed[0].end_task = look  # type: ignore[method-assign]
     spec = TrainSpec(epochs=1, batch_size=16, lr=0.01)

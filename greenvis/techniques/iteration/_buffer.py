@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+Array = np.ndarray[Any, Any]
 LEVELS = 255
 _AT_MOST = 256  # examples that wait to be stored
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantise(x: Array) -> tuple[Array, Array, Array]:
     """Return (levels uint8 like x, low, scale): each image's own range, by channel, in 255 steps.
 
-    x: (n, channels, …), or (n, values). Images that hold 8-bit pixels, normalised or not, come back as they were where their
-    range is the full one; else within 1/510 of their range.
+    x: float32 (n, channels, …), or (n, values). Images that hold 8-bit pixels, normalised or not, come back as they were where
+    their range is the full one; else within 1/510 of their range.
     """
-    flat = x.detach().float().flatten(2) if x.ndim > 2 else x.detach().float().unsqueeze(1)
-    low, high = torch.aminmax(flat, dim=2, keepdim=True)
-    scale = (high - low).div_(LEVELS)
-    levels = (flat - low).div_(scale.clamp_min(torch.finfo(torch.float32).tiny)).round_().to(torch.uint8)
-    return levels.view(x.shape), low.squeeze(2), scale.squeeze(2)
+    flat = x.reshape(len(x), x.shape[1] if x.ndim > 2 else 1, -1)
+    low = flat.min(2)
+    scale = (flat.max(2) - low) / np.float32(LEVELS)
+    levels = np.rint((flat - low[..., None]) / np.maximum(scale, np.finfo(np.float32).tiny)[..., None])
+    return levels.astype(np.uint8).reshape(x.shape), low, scale
 
 
-def dequantise(levels: Tensor, low: Tensor, scale: Tensor) -> Tensor:
-    """Return float32 like levels: what `quantise` was given, to within half a level."""
+def dequantise(levels: Array, low: Array, scale: Array, device: torch.device | str = "cpu") -> Tensor:
+    """Return float32 like levels: what `quantise` was given, to within half a level. Bytes are what goes to a GPU."""
     shape = (*low.shape, *(1,) * (levels.ndim - 2)) if levels.ndim > 2 else low.shape
-    out = torch.empty(levels.shape, device=levels.device)  # of its own memory format, whichever those of low and scale suggest
-    return torch.mul(levels, scale.view(shape), out=out).add_(low.view(shape))
+    if torch.device(device).type == "cpu":
+        x = levels.astype(np.float32)
+        x *= scale.reshape(shape)
+        x += low.reshape(shape)
+        return torch.from_numpy(x)
+    on = [torch.from_numpy(its).to(device) for its in (levels, low.reshape(shape), scale.reshape(shape))]
+    return on[0].float().mul_(on[2]).add_(on[1])
 
 
 def reservoir_slot(seen: int, size: int, randint: Callable[[int], int]) -> int:
@@ -123,9 +131,9 @@ class Buffer:
 
     def __init__(self, size: int, policy: str, seed: int, exact: bool = False) -> None:
         self.size, self.policy, self.exact = size, policy, exact
-        self._columns: dict[str, Tensor] = {}
-        self._waiting: list[tuple[dict[int, int], dict[str, Tensor]]] = []  # to be stored: labels by slot, and all else
-        self._due: set[int] = set()  # the slots of those
+        self._columns: dict[str, Array] = {}  # NumPy's: on a few images its calls take a third of torch's
+        self._waiting: list[tuple[list[int], dict[str, Array]]] = []  # slots, and what is to be stored in them
+        self._due: set[int] = set()  # all those slots
         self.filled = self.seen = 0
         self.random = random.Random(seed)  # a draw for each image offered: torch's would take longer than the images' storage
         self._labels: list[int] = []  # of what is kept; the slots' ages and the classes' counts go with it
@@ -138,8 +146,8 @@ class Buffer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of memory that the examples take, those to come included."""
-        return sum(column.nbytes for column in self.columns.values())
+        """Bytes of memory that the examples take, those to come included; a label takes 8."""
+        return 8 * self.size + sum(column.nbytes for column in self.columns.values())
 
     def facts(self) -> dict[str, int]:
         """Return what a run record says: examples, bytes in memory, and on disk as saved."""
@@ -154,7 +162,7 @@ class Buffer:
     def offer(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Let the policy keep what it wants of a batch: x (n, …), y int64 (n,), more: float tensors (n, …)."""
         labels = y.tolist()
-        scores = more["score"].tolist() if "score" in more else [0.0] * len(labels)
+        scores = more.pop("score").tolist() if "score" in more else [0.0] * len(labels)
         kept: dict[int, int] = {}  # rows by slot: one taken twice holds the later
         for row, slot in enumerate(self._slots(labels, scores)):
             if slot >= 0:
@@ -162,7 +170,7 @@ class Buffer:
                 self._label(slot, labels[row], scores[row])
             self.seen += 1
         if kept:
-            self._wait(kept, labels, {"x": x, **more})
+            self._wait(list(kept), list(kept.values()), {"x": x, **more})
 
     def replace(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
         """Hold exactly these examples from now on."""
@@ -172,36 +180,37 @@ class Buffer:
         for slot, label in enumerate(labels):
             self._label(slot, label, 0.0)
         if labels:
-            self._wait({row: row for row in range(len(labels))}, labels, {"x": x, **more})
+            self._wait([*range(len(labels))], [*range(len(labels))], {"x": x, **more})
 
-    def draw(self, count: int) -> Tensor:
-        """Return distinct random rows, int64 (≤ count,)."""
+    def draw(self, count: int) -> list[int]:
+        """Return distinct random rows, at most count."""
         if self.filled < 2 * count:
-            return torch.tensor(self.random.sample(range(self.filled), min(count, self.filled)), dtype=torch.int64)
+            return self.random.sample(range(self.filled), min(count, self.filled))
         rows: dict[int, None] = {}  # as `sample` does where few of many are wanted, in a third of its time
         while len(rows) < count:
             rows[int(self.random.random() * self.filled)] = None
-        return torch.tensor(list(rows))
+        return list(rows)
 
-    def take(self, rows: Tensor, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    def take(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return x float32 (n, …) and y int64 (n,) of these rows."""
-        y = self.column("y", rows).to(device)
-        x = self._columns["x"].index_select(0, rows).to(device)
-        if not self.exact:
-            x = dequantise(x, *self._columns["range"].index_select(0, rows).to(device).unbind(1))
-        return x, y
+        self._settle(rows)
+        y = torch.tensor([self._labels[row] for row in rows], dtype=torch.int64, device=device)
+        x = self._columns["x"].take(rows, 0)
+        if self.exact:
+            return torch.from_numpy(x).to(device), y
+        its = self._columns["range"].take(rows, 0)
+        return dequantise(x, its[:, 0], its[:, 1], device), y
 
-    def column(self, name: str, rows: Tensor) -> Tensor:
-        """Return what is stored under this name in these rows: "x" (levels, unless exact), "y", or more that was offered."""
-        if not self._due.isdisjoint(rows.tolist()):
-            self._store()
-        return self._columns[name].index_select(0, rows)
+    def column(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Return what was offered under this name beside the images of these rows, float32 (n, …)."""
+        self._settle(rows)
+        return torch.from_numpy(self._columns[name].take(rows, 0))
 
     @property
     def columns(self) -> dict[str, Tensor]:
-        """All that is stored, by name, (size, …) each: "x", "y", "range" (low and scale, by channel) and more."""
+        """All that is stored, by name, (size, …) each: "x", "range" (low and scale, by channel) and more; labels apart."""
         self._store()
-        return self._columns
+        return {name: torch.from_numpy(its) for name, its in self._columns.items()}
 
     def _slots(self, labels: list[int], scores: list[float]) -> Iterable[int]:
         """Return where each new item goes, or -1; to be taken one by one, as each is noted before the next is decided."""
@@ -232,39 +241,40 @@ class Buffer:
         else:
             self._labels[slot], self._ages[slot], self._scores[slot] = label, self.seen, score
 
-    def _wait(self, kept: Mapping[int, int], labels: Sequence[int], batch: Mapping[str, Tensor]) -> None:
-        """Note rows of a batch, by the slots they are for. Copied: whoever made the batch may write over it."""
-        rows = torch.tensor(list(kept.values()))
-        copies = {name: its.index_select(0, rows.to(its.device)).detach() for name, its in batch.items()}
-        self._waiting.append(({slot: labels[row] for slot, row in kept.items()}, copies))
-        self._due.update(kept)
+    def _wait(self, slots: list[int], rows: list[int], batch: Mapping[str, Tensor]) -> None:
+        """Note rows of a batch for these slots. Copied: whoever made the batch may write over it."""
+        self._waiting.append((slots, {name: _rows(its, rows) for name, its in batch.items()}))
+        self._due.update(slots)
         if len(self._due) >= _AT_MOST:
+            self._store()
+
+    def _settle(self, rows: Sequence[int]) -> None:
+        if not self._due.isdisjoint(rows):
             self._store()
 
     def _store(self) -> None:
         if not self._waiting:
             return
-        slots = [slot for its, _ in self._waiting for slot in its]
-        last = {slot: place for place, slot in enumerate(slots)}  # a slot given twice holds the later one
-        at, chosen = torch.tensor([list(last), list(last.values())])
-        taken = {name: torch.cat([its[name] for _, its in self._waiting]).cpu()[chosen] for name in self._waiting[0][1]}
-        taken["y"] = torch.tensor([label for its, _ in self._waiting for label in its.values()])[chosen]
+        last = {slot: place for place, slot in enumerate(slot for its, _ in self._waiting for slot in its)}  # the later of two
+        at, chosen = list(last), list(last.values())
+        taken = {name: np.concatenate([its[name] for _, its in self._waiting])[chosen] for name in self._waiting[0][1]}
         self._waiting, self._due = [], set()
         if not self.exact:
             taken["x"], low, scale = quantise(taken["x"])
-            taken["range"] = torch.stack([low, scale], 1)
+            taken["range"] = np.stack([low, scale], 1)
         for name, values in taken.items():
             if name not in self._columns:
-                dtype = values.dtype if name in ("x", "y", "range") else torch.float32
-                self._columns[name] = torch.zeros(self.size, *values.shape[1:], dtype=dtype)
-            self._columns[name].index_copy_(0, at, values.to(self._columns[name].dtype))
+                self._columns[name] = np.zeros((self.size, *values.shape[1:]), values.dtype)
+            self._columns[name][at] = values
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the examples and all that decides which come next."""
         counts = sorted(self._seen_by_class.items())
         return {
             **{f"column.{k}": v[: self.filled].clone() for k, v in self.columns.items()},
+            "labels": self.labels,
             "ages": torch.tensor(self._ages, dtype=torch.int64),
+            "scores": torch.tensor(self._scores, dtype=torch.float64),
             "seen": torch.tensor([self.filled, self.seen]),
             "seen_by_class": torch.tensor(counts, dtype=torch.int64).reshape(-1, 2),
             "random": torch.tensor(self.random.getstate()[1], dtype=torch.int64),
@@ -276,12 +286,19 @@ class Buffer:
         self._columns, self._waiting, self._due = {}, [], set()
         for name, values in state.items():
             if name.startswith("column."):
-                column = torch.zeros(self.size, *values.shape[1:], dtype=values.dtype)
-                column[: self.filled] = values.cpu()
+                column = np.zeros((self.size, *values.shape[1:]), values.cpu().numpy().dtype)
+                column[: self.filled] = values.cpu().numpy()
                 self._columns[name.removeprefix("column.")] = column
-        self._labels = self._columns["y"][: self.filled].tolist() if self.filled else []
+        self._labels = state["labels"].tolist()
         self._ages = state["ages"].tolist()
         self._seen_by_class = {int(c): int(n) for c, n in state["seen_by_class"]}
-        self._scores = self._columns["score"][: self.filled].tolist() if "score" in self._columns else [0.0] * self.filled
+        self._scores = state["scores"].tolist()
         version, _, gauss = self.random.getstate()
         self.random.setstate((version, tuple(state["random"].tolist()), gauss))
+
+
+def _rows(its: Tensor, rows: list[int]) -> Array:
+    """Return a copy of some rows, float32."""
+    if its.device.type == "cpu" and its.dtype == torch.float32:
+        return its.detach().numpy()[rows]
+    return its.detach()[rows].float().cpu().numpy()

@@ -47,7 +47,9 @@ class InstalledGdumb(Installed):
         device = next(self.model.parameters()).device
         with self.phase("gdumb"), in_mode(self.model, True):
             for _ in range(self.epochs):
-                for rows in self.buffer.draw(len(self.buffer)).split(self.batch_size):
+                shuffled = self.buffer.draw(len(self.buffer))
+                for start in range(0, len(shuffled), self.batch_size):
+                    rows = shuffled[start : start + self.batch_size]
                     if len(rows) == 1 and len(self.buffer) > 1:
                         continue  # a batch norm has nothing to say of one image
                     x, y = self.buffer.take(rows, device)

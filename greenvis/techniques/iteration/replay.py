@@ -227,7 +227,7 @@ class InstalledReplay(Installed):
         for x, y, features in self._features(loader):
             for label in y.unique().tolist():
                 found.setdefault(label, []).append((x[y == label], features[y == label]))
-        old_x, old_y = self.buffer.take(torch.arange(len(self.buffer))) if len(self.buffer) else (None, torch.zeros(0))
+        old_x, old_y = self.buffer.take(range(len(self.buffer))) if len(self.buffer) else (None, torch.zeros(0))
         before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in found]
         share = max(1, self.buffer.size // (len(before) + len(found)))
         xs = [] if old_x is None else [old_x[old_y == c][:share] for c in before]
