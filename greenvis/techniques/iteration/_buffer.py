@@ -12,7 +12,7 @@ from torch import Tensor
 
 Array = np.ndarray[Any, Any]
 LEVELS = 255
-_AT_MOST = 256  # examples that wait to be stored
+_AT_MOST = 32  # examples that wait to be stored, in float32
 
 
 def quantise(x: Array) -> tuple[Array, Array, Array]:
@@ -172,7 +172,7 @@ class Buffer:
         if kept:
             self._wait(list(kept), list(kept.values()), {"x": x, **more})
 
-    def replace(self, x: Tensor, y: Tensor, **more: Tensor) -> None:
+    def replace(self, x: Tensor, y: Tensor) -> None:
         """Hold exactly these examples from now on."""
         self.filled, self._labels, self._ages, self._scores, self._columns = 0, [], [], [], {}
         self._waiting, self._due = [], set()
@@ -180,7 +180,7 @@ class Buffer:
         for slot, label in enumerate(labels):
             self._label(slot, label, 0.0)
         if labels:
-            self._wait([*range(len(labels))], [*range(len(labels))], {"x": x, **more})
+            self._wait([*range(len(labels))], [*range(len(labels))], {"x": x})
 
     def draw(self, count: int) -> list[int]:
         """Return distinct random rows, at most count."""
