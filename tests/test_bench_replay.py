@@ -25,9 +25,8 @@ def test_a_step_replays_as_many_as_are_new(load: object, monkeypatch: pytest.Mon
     model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     seconds = replay._ours(model, replay._task(640, 0), replay._task(6 * 32, 1), load)  # type: ignore[arg-type]
     assert sizes == [32] + [64] * 25
-    assert len(seconds) == 5
-    assert min(seconds) > 0
-    assert len(replay._bare(replay._model("mlp"), replay._task(6 * 64, 1))) == 5
+    assert seconds > 0
+    assert replay._bare(replay._model("mlp"), replay._task(6 * 64, 1)) > 0
 
 
 def test_rows_set_each_arm_against_the_rival() -> None:
@@ -40,7 +39,7 @@ def test_rows_set_each_arm_against_the_rival() -> None:
 @pytest.mark.slow
 def test_measured_beside_the_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("avalanche")
-    monkeypatch.setattr(replay, "MODELS", {"mlp": (*replay.MODELS["mlp"][:2], 640, 10)})
+    monkeypatch.setattr(replay, "MODELS", {"mlp": (*replay.MODELS["mlp"][:2], 640)})
     found = replay.run(tmp_path, rounds=1)
     assert [row["arm"] for row in found["rows"]] == [replay.PEER_ARM, replay.OURS, replay.EXACT, replay.LOADED, replay.BARE]
     assert "| mlp | avalanche-lib |" in (tmp_path / "report.md").read_text()
