@@ -194,7 +194,7 @@ class Buffer:
     def take(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return x float32 (n, …) and y int64 (n,) of these rows."""
         self._settle(rows)
-        y = torch.tensor([self._labels[row] for row in rows], dtype=torch.int64, device=device)
+        y = torch.from_numpy(np.array([self._labels[row] for row in rows], dtype=np.int64)).to(device)
         x = self._columns["x"].take(rows, 0)
         if self.exact:
             return torch.from_numpy(x).to(device), y
@@ -299,6 +299,6 @@ class Buffer:
 
 def _rows(its: Tensor, rows: list[int]) -> Array:
     """Return a copy of some rows, float32."""
-    if its.device.type == "cpu" and its.dtype == torch.float32:
-        return its.detach().numpy()[rows]
+    if its.is_cpu and its.dtype == torch.float32:
+        return its.detach().numpy().take(rows, 0)
     return its.detach()[rows].float().cpu().numpy()
