@@ -280,6 +280,20 @@ def test_older_figures_of_the_same_folder_go(study: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "figures" / "tasks-7.svg").exists()
 
 
+def test_the_verdict_names_no_arm_that_had_all_tasks_at_once(found: dict[str, Any]) -> None:
+    from greenvis.report.verdict import headline, sentence
+
+    arms = {
+        a: {**row, "continual": {"averages": [None, 0.9] if a == "lora" else [0.8, 0.7]}} for a, row in found["arms"].items()
+    }
+    stream = {**found, "arms": arms}
+    assert headline(found) == "lora" != headline(stream)
+    assert sentence(stream, "lora").startswith("lora, trained on all tasks at once as no stream allows, reached ")
+    assert sentence(stream, "frozen") == sentence(found, "frozen")
+    only = {**stream, "order": ["baseline", "lora"]}
+    assert headline(only) == "lora"
+
+
 def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tmp_path: Path) -> None:
     from greenvis.report.verdict import headline, sentence
 

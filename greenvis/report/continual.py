@@ -46,6 +46,12 @@ def _means(curves: Iterable[list[float | None]]) -> list[float | None]:
     return [None if None in column else sum(column) / len(column) for column in zip(*curves, strict=False)]
 
 
+def all_at_once(row: Row) -> bool:
+    """Whether an arm trained on all tasks at once (joint), a bound that no stream allows: it knows the last accuracy only."""
+    before = (row.get("continual") or {}).get("averages", [])[:-1]
+    return bool(before) and all(value is None for value in before)
+
+
 def columns() -> list[Column]:
     """Return the columns of the table on tasks."""
     return [

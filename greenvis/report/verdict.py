@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from greenvis.report import words
+from greenvis.report import continual, words
 
 SURE_WITHOUT_A_TEST = 0.95  # with one seed no test is possible: a ratio below this is taken as cheaper
 
@@ -24,11 +24,13 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     """Return the arm of the verdict, and what to say first where no arm saved energy and kept the gain.
 
     In order: the cheapest of the arms that cost less and lose nothing; the best that gains; of those that cost less and lose,
-    the one that loses least; else the best. "Loses nothing": not shown worse, and no worse than seeds scatter.
+    the one that loses least; else the best. "Loses nothing": not shown worse, and no worse than seeds scatter. An arm that
+    trained on all tasks of a stream at once is a bound: it is named where there is no other.
     """
     arms, base, metric = found["arms"], found["baseline"], found["metric"]
     sign = -1 if found["lower_is_better"] else 1
-    rivals = [a for a in found["order"] if arms[a]["vs_baseline"]]
+    compared = [a for a in found["order"] if arms[a]["vs_baseline"]]
+    rivals = [a for a in compared if not continual.all_at_once(arms[a])] or compared
 
     def gain(a: str) -> float:
         return sign * arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")
@@ -76,7 +78,8 @@ def sentence(found: dict[str, Any], label: str) -> str:
         tried = ", ".join(f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items())
         return f"{label} has no finished run ({tried}); {words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
     scored = row[metric]["mean"] is not None
-    reached = f"{label} reached {words.spread(metric, row[metric])}" if scored else f"{label} (no {metric} recorded)"
+    bound = ", trained on all tasks at once as no stream allows," if continual.all_at_once(row) else ""
+    reached = f"{label}{bound} reached {words.spread(metric, row[metric])}" if scored else f"{label} (no {metric} recorded)"
     if scored and metric != "accuracy":
         reached += f" {metric}"
     vs = row["vs_baseline"]
