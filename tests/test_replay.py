@@ -230,6 +230,13 @@ def test_dark_experience_matches_what_the_network_said_then() -> None:
     assert torch.allclose(fresh.installed[0].buffer.columns["logits"][:4], then)  # type: ignore[attr-defined]
 
 
+def test_dark_experience_without_the_extra_term_says_what_is_missing() -> None:
+    live = gv.wrap(_net(), gv.Replay(method="der"))
+    live.batch(*_batch())
+    with pytest.raises(GreenvisError, match=r"add `live.loss\(x, y, logits\)` in each step"):
+        live.step_end()
+
+
 def test_herding_chooses_at_a_tasks_end_and_shares_among_classes() -> None:
     model = _net()
     live = gv.wrap(model, gv.Replay(size=8, policy="herding", batch_size=2))

@@ -77,7 +77,6 @@ def markdown(result: Mapping[str, Any], names: Sequence[str], hosts: Sequence[st
         "The pair is held to the contract of a single technique: neutral when fresh, bit-exact undo, a gradient to every",
         "declared trainable, delta saved and loaded, merge, resume, roll-back. A cell says on how many hosts the pair works,",
         f"of those that take each of the two alone; – where it is refused. **{fails} fail.**", "",
-        *([result["note"], ""] if result.get("note") else ()),  # of one who put the results together
         f"| | {' | '.join(names[1:])} |", "|---" * len(names) + "|",
     ]  # fmt: skip
     for i, a in enumerate(names[:-1]):

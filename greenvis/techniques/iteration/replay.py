@@ -143,6 +143,7 @@ class InstalledReplay(Installed):
         self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
         self._outputs = 0
         self._last = False  # whether no task comes after this one
+        self._keeps_logits = request.method in ("der", "derpp")
         if request.method != "er":
             self.criterion = self._criterion
 
@@ -176,7 +177,7 @@ class InstalledReplay(Installed):
         if not len(self.buffer):
             return None
         rows = self.buffer.draw(count)
-        if first and self.request.method in ("der", "derpp"):
+        if first and self._keeps_logits:
             self._wanted = self.buffer.column("logits", rows).to(device)
         return self.buffer.take(rows, device)
 
@@ -185,7 +186,7 @@ class InstalledReplay(Installed):
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"der": alpha · MSE to the kept logits}, where the method has it."""
-        if self.request.method not in ("der", "derpp"):
+        if not self._keeps_logits:
             return {}
         if logits is None:
             raise GreenvisError("replay of logits needs logits; a pretext technique gives none: use method er")
@@ -201,6 +202,10 @@ class InstalledReplay(Installed):
         for new in self._new:
             if "x" not in new:
                 raise GreenvisError(f"the layer of latent replay did not run in this step: {self.request.latent!r}")
+            if self._keeps_logits and "logits" not in new:
+                raise GreenvisError(
+                    "replay keeps what the model said, and was not told it: add `live.loss(x, y, logits)` in each step"
+                )
             if self.request.policy == "gradient":
                 device = new["x"].device
                 kept = (
