@@ -43,7 +43,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
         epoch, position = index if isinstance(index, tuple) else (0, index)
-        x, y = self.batch([position], epoch)
+        x, y = self.batch([range(len(self))[position]], epoch)
         return x[0], int(y[0])
 
     def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Tensor, int]]:
@@ -59,7 +59,7 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         rows = torch.as_tensor(positions, dtype=torch.int64)
         images = self.split.images
         if isinstance(images, Tensor):
-            x = self.transform.fit(images[rows])
+            x = self.transform.fit(images.index_select(0, rows))
         else:
             x = torch.stack([self.transform.fit(images[i]) for i in rows.tolist()])
         x = self.transform.change(x, self.ids[rows].numpy(), epoch)

@@ -57,6 +57,14 @@ def test_digits_are_split_by_class_with_no_image_in_both() -> None:
     assert sorted(torch.cat([d.train.targets, d.test.targets]).bincount().tolist())[0] == 174  # as in scikit-learn
 
 
+def test_images_are_counted_from_both_ends() -> None:
+    train = data.load("digits", train=50).train
+    assert torch.equal(train[-1][0], train[49][0])
+    assert train[-1][1] == train[49][1]
+    with pytest.raises(IndexError):
+        train[50]
+
+
 def test_training_images_are_normalised() -> None:
     d = data.load("digits")
     x, y = d.train.batch(range(len(d.train)))

@@ -113,7 +113,7 @@ def _task(count: int, number: int) -> tuple[Tensor, Tensor]:
 def _slices(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield shuffled batches as `greenvis.data` does, indexed at once."""
     for rows in torch.randperm(len(y)).split(size):
-        yield x[rows], y[rows]
+        yield x.index_select(0, rows), y[rows]
 
 
 def _loaded(x: Tensor, y: Tensor, size: int) -> Iterator[Any]:
