@@ -143,9 +143,9 @@ class Wrapped(Deltas):
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             ranks.refuse_sharding(self.model)
+            if self.pretext and ranks.count() > 1:  # its forward passes DistributedDataParallel by
+                self._shared = ranks.share_gradients(self.trainable.values())
             self._stepped = True
-        if self.pretext and not self._shared and ranks.count() > 1:  # its forward passes DistributedDataParallel by
-            self._shared = ranks.share_gradients(self.trainable.values())
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():

@@ -16,14 +16,8 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.errors import GreenvisError
 from greenvis.herding import herding
-from greenvis.techniques.iteration._buffer import (
-    Buffer,
-    balanced_slot,
-    dequantise,
-    quantise,
-    reservoir_slot,
-    ring_slot,
-)
+from greenvis.techniques.iteration._buffer import Buffer, dequantise, quantise
+from greenvis.techniques.iteration._policies import balanced_slot, reservoir_slots, ring_slot
 from greenvis.techniques.iteration.replay import er_ace_loss
 
 FIXTURE = json.loads((Path(__file__).parent / "data" / "reservoir.json").read_text())
@@ -43,9 +37,10 @@ def test_reservoir_decides_as_the_reference() -> None:
     its = FIXTURE["mammoth"]
     draws = np.random.RandomState(its["numpy_seed"])
     kept: dict[int, int] = {}
-    for item in range(its["stream_length"]):
-        slot = reservoir_slot(item, its["buffer_size"], lambda below: int(draws.randint(0, below)))
-        assert slot == its["decisions"][item]
+    items = np.arange(its["stream_length"])
+    slots = reservoir_slots(items, its["buffer_size"], lambda bounds: np.array([draws.randint(0, b) for b in bounds]))
+    assert slots == its["decisions"]
+    for item, slot in enumerate(slots):
         if slot >= 0:
             kept[slot] = item
     assert [kept[i] for i in range(its["buffer_size"])] == its["final_buffer"]
@@ -176,6 +171,33 @@ def test_what_waits_to_be_stored_is_as_it_was_offered(policy: str, exact: bool) 
             assert rows == at_once.draw(2)
             assert all(torch.equal(a, b) for a, b in zip(waits.take(rows), at_once.take(rows), strict=True))
     assert {k: v.tolist() for k, v in waits.state_dict().items()} == {k: v.tolist() for k, v in at_once.state_dict().items()}
+
+
+@pytest.mark.parametrize("policy", ["reservoir", "ring"])
+def test_what_is_drawn_ahead_is_what_the_buffer_holds_when_it_is_given(policy: str) -> None:
+    """Whatever comes between, whatever number is asked for; and one loaded from a state between two draws goes on alike."""
+    buffer, twin = Buffer(40, policy, 0), Buffer(40, policy, 1)
+    x, y = torch.rand(400, 3, 2, 2), torch.randint(3, (400,))
+    seen: Counter[int] = Counter()
+    for step in range(100):
+        if step % 9 == 8:
+            twin = Buffer(40, policy, 1)
+            twin.load_state_dict(buffer.state_dict())
+        new, count = slice(4 * step, 4 * step + 4), 3 if step % 7 == 6 else 5
+        buffer.offer(x[new], y[new])
+        rows, images, labels = buffer.sample(count)
+        assert len(set(rows)) == min(count, len(buffer))
+        assert torch.equal(images, buffer.take(rows)[0])
+        assert torch.equal(labels, buffer.take(rows)[1])
+        seen.update(rows)
+        if step >= 8:
+            twin.offer(x[new], y[new])
+            again = twin.sample(count)
+            assert again[0] == rows
+            assert torch.equal(again[1], images)
+            assert torch.equal(again[2], labels)
+    assert len(buffer.sample(50)[0]) == 40
+    assert all(seen[row] for row in range(40))
 
 
 def test_a_buffer_of_bytes_is_a_quarter() -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis import continual, data, stream
 from greenvis.recipe import TrainSpec
-from greenvis.techniques.iteration._buffer import Buffer, gradient_slot, greedy_slot
+from greenvis.techniques.iteration._buffer import Buffer
 from greenvis.techniques.iteration._gradients import closeness, sample_gradients
+from greenvis.techniques.iteration._policies import gradient_slot, greedy_slot
 from greenvis.wrap import wrap
 
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=300)

@@ -1,18 +1,23 @@
-"""Examples kept for replay: which ones stay (by chance, age, class, gradient or herding), and how they are stored."""
+"""Examples kept for replay: how they are stored, and which come back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from greenvis.techniques.iteration._policies import balanced_slot, gradient_slot, greedy_slot, reservoir_slots, ring_slot
+
 Array = np.ndarray[Any, Any]
 LEVELS = 255
-_AT_MOST = 32  # examples that wait to be stored, in float32
+_WAITING = 32  # examples that wait to be stored, at most
+_AHEAD = 4  # steps whose draws are taken out at once: on a few images calls cost more than their work
+_FATES = 1024  # items of a reservoir whose fate is drawn at once, for the same reason
+_VALUES = 1 << 20  # at most, of what waits and of what is drawn ahead: 4 MB of float32 each
 
 
 def quantise(x: Array) -> tuple[Array, Array, Array]:
@@ -31,93 +36,8 @@ def quantise(x: Array) -> tuple[Array, Array, Array]:
 def dequantise(levels: Array, low: Array, scale: Array, device: torch.device | str = "cpu") -> Tensor:
     """Return float32 like levels: what `quantise` was given, to within half a level. Bytes are what goes to a GPU."""
     shape = (*low.shape, *(1,) * (levels.ndim - 2)) if levels.ndim > 2 else low.shape
-    if torch.device(device).type == "cpu":
-        x = levels.astype(np.float32)
-        x *= scale.reshape(shape)
-        x += low.reshape(shape)
-        return torch.from_numpy(x)
     on = [torch.from_numpy(its).to(device) for its in (levels, low.reshape(shape), scale.reshape(shape))]
     return on[0].float().mul_(on[2]).add_(on[1])
-
-
-def reservoir_slot(seen: int, size: int, randint: Callable[[int], int]) -> int:
-    """Return the slot of the item that comes after `seen` others, or -1 where it is passed over (Vitter, 1985, algorithm R).
-
-    randint(n) draws from 0 to n - 1; it is asked once the `size` slots are full. After n items each is kept with size / n.
-    """
-    if seen < size:
-        return seen
-    slot = randint(seen + 1)
-    return slot if slot < size else -1
-
-
-def ring_slot(labels: Sequence[int], ages: Sequence[int], label: int, size: int) -> int:
-    """Return the slot of a new item of class `label`: each class keeps its latest size // classes (Chaudhry et al., 2019).
-
-    labels, ages: of the items there; a smaller age is older. The oldest of the class goes, or of the largest class while
-    its own has room.
-    """
-    if len(labels) < size:
-        return len(labels)
-    counts = _counts(labels)
-    own = counts.get(label, 0)
-    share = size // (len(counts) + (own == 0))
-    leaves = label if own and own >= share else max(counts, key=lambda c: (counts[c], -c))
-    return min((i for i, c in enumerate(labels) if c == leaves), key=lambda i: ages[i])
-
-
-def balanced_slot(labels: Sequence[int], label: int, seen: int, size: int, randint: Callable[[int], int]) -> int:
-    """Return the slot of a new item of class `label`, -1 to pass it over (CBRS: Chrysakis and Moens, 2020, algorithm 1).
-
-    seen: items of its class so far, without it. While its class is not among the largest it takes a random item's place of
-    the largest; else it enters its own class's reservoir. Balance holds whatever the stream's imbalance.
-    """
-    slot = greedy_slot(labels, label, size, randint)
-    if slot >= 0:
-        return slot
-    own = [i for i, c in enumerate(labels) if c == label]
-    place = randint(seen + 1)
-    return own[place] if place < len(own) else -1
-
-
-def greedy_slot(labels: Sequence[int], label: int, size: int, randint: Callable[[int], int]) -> int:
-    """Return the slot of a new item of class `label`, -1 to pass it over (GDumb: Prabhu et al., 2020, algorithm 1).
-
-    While its class is not among the largest it takes a random item's place of the largest; else it is passed over: first
-    come, first kept.
-    """
-    if len(labels) < size:
-        return len(labels)
-    counts = _counts(labels)
-    most = max(counts.values())
-    if counts.get(label, 0) == most:
-        return -1
-    largest = sorted(c for c, n in counts.items() if n == most)
-    chosen = largest[randint(len(largest))]
-    there = [i for i, c in enumerate(labels) if c == chosen]
-    return there[randint(len(there))]
-
-
-def gradient_slot(scores: Sequence[float], score: float, size: int, draw: random.Random) -> int:
-    """Return the slot of a new item, -1 to pass it over (GSS-greedy: Aljundi et al., 2019, algorithm 2).
-
-    scores: of the items there, 1 + the greatest cosine of an item's gradient to those of others, when it came; score: of the
-    new one. Only one that pulls another way (below 1) can enter; it meets an item drawn in proportion to its score.
-    """
-    if len(scores) < size:
-        return len(scores)
-    total = sum(scores)
-    if score >= 1 or total <= 0:
-        return -1
-    slot = draw.choices(range(len(scores)), weights=scores)[0]
-    return slot if draw.random() < scores[slot] / (scores[slot] + max(score, 0.0)) else -1
-
-
-def _counts(labels: Sequence[int]) -> dict[int, int]:
-    out: dict[int, int] = {}
-    for label in labels:
-        out[label] = out.get(label, 0) + 1
-    return out
 
 
 class Buffer:
@@ -132,8 +52,12 @@ class Buffer:
     def __init__(self, size: int, policy: str, seed: int, exact: bool = False) -> None:
         self.size, self.policy, self.exact = size, policy, exact
         self._columns: dict[str, Array] = {}  # NumPy's: on a few images its calls take a third of torch's
-        self._waiting: list[tuple[list[int], dict[str, Array]]] = []  # slots, and what is to be stored in them
-        self._due: set[int] = set()  # all those slots
+        self._waiting: dict[str, Array] = {}  # float32, the first rows of which are to be stored
+        self._due: list[int] = []  # in these slots
+        self._fates: list[int] = []  # of a reservoir's next items: their slots, or -1
+        self._drawn: list[list[int]] = []  # the next steps' rows, the last first
+        self._ready: list[tuple[Tensor, Tensor]] = []  # what these rows held when they were taken out
+        self._changed: set[int] = set()  # slots that got another example since then
         self.filled = self.seen = 0
         self.random = random.Random(seed)  # a draw for each image offered: torch's would take longer than the images' storage
         self._labels: list[int] = []  # of what is kept; the slots' ages and the classes' counts go with it
@@ -167,18 +91,18 @@ class Buffer:
         for row, slot in enumerate(self._slots(labels, scores)):
             if slot >= 0:
                 kept[slot] = row
-                self._label(slot, labels[row], scores[row])
-            self.seen += 1
+                self._label(slot, labels[row], scores[row], self.seen + row)
+        self.seen += len(labels)
         if kept:
             self._wait(list(kept), list(kept.values()), {"x": x, **more})
 
     def replace(self, x: Tensor, y: Tensor) -> None:
         """Hold exactly these examples from now on."""
         self.filled, self._labels, self._ages, self._scores, self._columns = 0, [], [], [], {}
-        self._waiting, self._due = [], set()
+        self._due, self._drawn, self._ready = [], [], []
         labels = y.tolist()
         for slot, label in enumerate(labels):
-            self._label(slot, label, 0.0)
+            self._label(slot, label, 0.0, self.seen)
         if labels:
             self._wait([*range(len(labels))], [*range(len(labels))], {"x": x})
 
@@ -186,10 +110,35 @@ class Buffer:
         """Return distinct random rows, at most count."""
         if self.filled < 2 * count:
             return self.random.sample(range(self.filled), min(count, self.filled))
-        rows: dict[int, None] = {}  # as `sample` does where few of many are wanted, in a third of its time
+        rows: dict[int, None] = {}  # as `sample` does where few of many are wanted, in a fifth of its time
+        uniform, filled = self.random.random, self.filled
         while len(rows) < count:
-            rows[int(self.random.random() * self.filled)] = None
+            rows[int(uniform() * filled)] = None
         return list(rows)
+
+    def sample(self, count: int, device: torch.device | str = "cpu") -> tuple[list[int], Tensor, Tensor]:
+        """Return (rows, x, y) of distinct random examples, at most count: a `draw`, and what its rows hold now.
+
+        A full buffer draws for several steps and takes all theirs out of bytes at once; what changes meanwhile is taken again.
+        """
+        if self.filled < self.size or count > self.size:
+            rows = self.draw(count)
+            return rows, *self.take(rows, device)
+        if not self._drawn or len(self._drawn[-1]) < count:
+            self._drawn, self._ready = [self.draw(count) for _ in range(self._steps_ahead(count))], []
+        if not self._ready or self._ready[-1][0].device != torch.device(device):
+            each = len(self._drawn[-1])
+            x, y = self.take([row for rows in self._drawn for row in rows], device)
+            self._ready, self._changed = [*zip(x.split(each), y.split(each), strict=True)], set()
+        rows, (x, y) = self._drawn.pop()[:count], self._ready.pop()
+        if len(rows) < len(y) or not self._changed.isdisjoint(rows):
+            x, y = self.take(rows, device)
+        return rows, x, y
+
+    def _steps_ahead(self, count: int) -> int:
+        self._store()
+        values = self._columns["x"][0].size
+        return max(1, min(_AHEAD, _VALUES // (count * values)))
 
     def take(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return x float32 (n, …) and y int64 (n,) of these rows."""
@@ -214,8 +163,12 @@ class Buffer:
 
     def _slots(self, labels: list[int], scores: list[float]) -> Iterable[int]:
         """Return where each new item goes, or -1; to be taken one by one, as each is noted before the next is decided."""
-        if self.policy == "reservoir":  # all at once: it looks at none of them, and is asked at every step
-            return [reservoir_slot(self.seen + row, self.size, self.random.randrange) for row in range(len(labels))]
+        if self.policy == "reservoir":  # ahead: it looks at none of them, and is asked at every step
+            if len(self._fates) < len(labels):
+                first = self.seen + len(self._fates)
+                self._fates += reservoir_slots(np.arange(first, first + len(labels) + _FATES), self.size, self._below)
+            now, self._fates = self._fates[: len(labels)], self._fates[len(labels) :]
+            return now
         return (self._slot(label, score) for label, score in zip(labels, scores, strict=True))
 
     def _slot(self, label: int, score: float) -> int:
@@ -232,40 +185,51 @@ class Buffer:
             case _:
                 return balanced_slot(self._labels, label, seen, self.size, randint)
 
-    def _label(self, slot: int, label: int, score: float) -> None:
+    def _below(self, bounds: Array) -> Array:
+        """Return a random integer from 0 to bound - 1 for each, int64."""
+        bits = np.frombuffer(self.random.randbytes(8 * len(bounds)), "<u8") >> np.uint64(11)
+        return (bits * (bounds * 2.0**-53)).astype(np.int64)
+
+    def _label(self, slot: int, label: int, score: float, age: int) -> None:
         if slot == self.filled:
             self._labels.append(label)
-            self._ages.append(self.seen)
+            self._ages.append(age)
             self._scores.append(score)
             self.filled += 1
         else:
-            self._labels[slot], self._ages[slot], self._scores[slot] = label, self.seen, score
+            self._labels[slot], self._ages[slot], self._scores[slot] = label, age, score
 
     def _wait(self, slots: list[int], rows: list[int], batch: Mapping[str, Tensor]) -> None:
         """Note rows of a batch for these slots. Copied: whoever made the batch may write over it."""
-        self._waiting.append((slots, {name: _rows(its, rows) for name, its in batch.items()}))
-        self._due.update(slots)
-        if len(self._due) >= _AT_MOST:
-            self._store()
+        if not self._waiting:
+            room = max(1, min(_WAITING, _VALUES // max(1, batch["x"][0].numel())))
+            self._waiting = {name: np.empty((room, *its.shape[1:]), np.float32) for name, its in batch.items()}
+        self._changed.update(slots)
+        while rows:
+            start, room = len(self._due), len(self._waiting["x"]) - len(self._due)
+            for name, its in batch.items():
+                _copy(its, rows[:room], self._waiting[name][start : start + len(rows)])
+            self._due += slots[:room]
+            slots, rows = slots[room:], rows[room:]
+            if rows:
+                self._store()
 
     def _settle(self, rows: Sequence[int]) -> None:
-        if not self._due.isdisjoint(rows):
+        if self._due and not set(self._due).isdisjoint(rows):
             self._store()
 
     def _store(self) -> None:
-        if not self._waiting:
+        if not self._due:
             return
-        last = {slot: place for place, slot in enumerate(slot for its, _ in self._waiting for slot in its)}  # the later of two
-        at, chosen = list(last), list(last.values())
-        taken = {name: np.concatenate([its[name] for _, its in self._waiting])[chosen] for name in self._waiting[0][1]}
-        self._waiting, self._due = [], set()
+        taken = {name: its[: len(self._due)] for name, its in self._waiting.items()}
         if not self.exact:
             taken["x"], low, scale = quantise(taken["x"])
             taken["range"] = np.stack([low, scale], 1)
         for name, values in taken.items():
             if name not in self._columns:
                 self._columns[name] = np.zeros((self.size, *values.shape[1:]), values.dtype)
-            self._columns[name][at] = values
+            self._columns[name][self._due] = values  # of two for one slot the later stays
+        self._due = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the examples and all that decides which come next."""
@@ -277,13 +241,16 @@ class Buffer:
             "scores": torch.tensor(self._scores, dtype=torch.float64),
             "seen": torch.tensor([self.filled, self.seen]),
             "seen_by_class": torch.tensor(counts, dtype=torch.int64).reshape(-1, 2),
+            "fates": torch.tensor(self._fates, dtype=torch.int64),
+            "drawn": torch.tensor(self._drawn, dtype=torch.int64),
             "random": torch.tensor(self.random.getstate()[1], dtype=torch.int64),
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         self.filled, self.seen = (int(v) for v in state["seen"])
-        self._columns, self._waiting, self._due = {}, [], set()
+        self._columns, self._waiting, self._due, self._ready = {}, {}, [], []
+        self._fates, self._drawn = state["fates"].tolist(), state["drawn"].tolist()
         for name, values in state.items():
             if name.startswith("column."):
                 column = np.zeros((self.size, *values.shape[1:]), values.cpu().numpy().dtype)
@@ -297,8 +264,9 @@ class Buffer:
         self.random.setstate((version, tuple(state["random"].tolist()), gauss))
 
 
-def _rows(its: Tensor, rows: list[int]) -> Array:
-    """Return a copy of some rows, float32."""
-    if its.is_cpu and its.dtype == torch.float32:
-        return its.detach().numpy().take(rows, 0)
-    return its.detach()[rows].float().cpu().numpy()
+def _copy(its: Tensor, rows: list[int], to: Array) -> None:
+    """Copy some rows of a tensor into a float32 array."""
+    if its.is_cpu and its.dtype == torch.float32 and not its.requires_grad:
+        its.numpy().take(rows, 0, to, "clip")  # "raise", the default, would copy twice
+    else:
+        to[:] = its.detach()[rows].float().cpu().numpy()

@@ -176,10 +176,10 @@ class InstalledReplay(Installed):
             return self.generator.draw(count, device) if self.generator.classes else None
         if not len(self.buffer):
             return None
-        rows = self.buffer.draw(count)
+        rows, x, y = self.buffer.sample(count, device)
         if first and self._keeps_logits:
             self._wanted = self.buffer.column("logits", rows).to(device)
-        return self.buffer.take(rows, device)
+        return x, y
 
     def _taken(self, entered: Tensor) -> None:
         self._new[-1]["x"] = entered
