@@ -1,4 +1,4 @@
-"""`greenvis bench replay`: a training step with a replay buffer, beside that of avalanche-lib. A minute or two on one core.
+"""`greenvis bench replay`: a training step with a replay buffer, beside that of avalanche-lib. Five minutes on one core.
 
 avalanche-lib is no part of greenvis: `pip install 'greenvis[bench]'`, or into a second environment that shares nothing with it.
 """
@@ -45,7 +45,7 @@ PEER_ARM, OURS, EXACT, BARE = "avalanche-lib", "greenvis", "greenvis, exact", "n
 LOADED = "greenvis, torch's DataLoader"
 
 
-def run(out: Path | None = None, rounds: int = 9, threads: int = 1) -> dict[str, Any]:
+def run(out: Path | None = None, rounds: int = 15, threads: int = 1) -> dict[str, Any]:
     """Return {"rows": [{"model", "arm", "step_ms", "vs_peer", "without_the_model_ms", "target"}], …}: medians over rounds, of
     the ratio to the peer within a round.
 

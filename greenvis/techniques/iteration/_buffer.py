@@ -16,7 +16,7 @@ Array = np.ndarray[Any, Any]
 LEVELS = 255
 _WAITING = 32  # examples that wait to be stored, at most
 _AHEAD = 4  # steps whose draws are taken out at once: on a few images calls cost more than their work
-_FATES = 1024  # items of a reservoir whose fate is drawn at once, for the same reason
+_FATES = 256  # items of a reservoir whose fate is drawn at once, for the same reason
 _VALUES = 1 << 20  # at most, of what waits and of what is drawn ahead: 4 MB of float32 each
 
 
