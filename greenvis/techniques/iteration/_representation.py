@@ -1,4 +1,4 @@
-"""What cheap pretexts train: the vector that a model's classifier is handed, from the model's own forward."""
+"""What cheap pretexts train and herding compares: the vector that a model's classifier is handed, from its own forward."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Representation:
             raise BadInput(f"{type(model).__name__} shows no classifier, so nothing says which of its outputs is to be trained")
         self.model, self.head = model, found.heads[0]
         if found.example.device.type == "meta":
-            raise BadInput(f"{type(model).__name__} has no weights yet (device meta): load them before this pretext")
+            raise BadInput(f"{type(model).__name__} has no weights yet (device meta): load them first")
         with quiet(model), torch.no_grad():
             self.dim = self(found.example).shape[1]
 

@@ -21,6 +21,7 @@ from greenvis.techniques.iteration._gdumb import InstalledGdumb
 from greenvis.techniques.iteration._generator import Generator
 from greenvis.techniques.iteration._gradients import closeness
 from greenvis.techniques.iteration._latent import Entrance
+from greenvis.techniques.iteration._representation import Representation
 from greenvis.views import view
 from greenvis.views.quiet import quiet
 
@@ -252,18 +253,13 @@ class InstalledReplay(Installed):
 
     def _features(self, loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield x, y and what the classifier is given for x, (batch, values), on the CPU."""
-        seen: list[Tensor] = []
+        representation = None
         device = next(self.model.parameters()).device
-        head = ""
         for x, y in loader:
-            head = head or view(self.model, tuple(x.shape[1:]), probe=False).heads[0]
-            hook = self.model.get_submodule(head).register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-            try:
-                with quiet(self.model):
-                    self.model(x.to(device))
-            finally:
-                hook.remove()
-            yield x.cpu(), y.cpu(), seen.pop().detach().float().flatten(1).cpu()
+            representation = representation or Representation(self.model, view(self.model, tuple(x.shape[1:]), probe=False))
+            with quiet(self.model):
+                features = representation(x.to(device))
+            yield x.cpu(), y.cpu(), features.float().cpu()
 
     def _criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the task loss over the parts of the batch, as the method has it."""
