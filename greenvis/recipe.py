@@ -66,7 +66,7 @@ class DataSpec(_Section):
 
 
 class ModelSpec(_Section):
-    """A model by reference; further keys are options of the model (img_size, num_classes, embed_dim, …)."""
+    """A model by reference; further keys are options of the model (img_size, num_classes, memory_format, …)."""
 
     model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
 

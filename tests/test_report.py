@@ -330,6 +330,21 @@ def test_what_loses_is_not_the_headline_without_saying_so(tmp_path: Path) -> Non
     assert opening(results(tmp_path)).startswith("good reached 90.3\u00a0% ± 0.3 with 1.9 times less")
 
 
+def test_adjusting_for_many_arms_lets_no_arm_pass_that_loses_by_its_own_interval(tmp_path: Path) -> None:
+    from greenvis.report.verdict import headline
+
+    base = (0.68, 0.73, 0.77, 0.72, 0.70)
+    for seed, accuracy in enumerate(base):
+        synthetic.write(tmp_path, "baseline", seed, accuracy=accuracy, cpu_s=400 + seed)
+        synthetic.write(tmp_path, "cheapest", seed, accuracy=accuracy - (0.01, 0.09, 0.06, 0.02, 0.08)[seed], cpu_s=100 + seed)
+        synthetic.write(tmp_path, "other", seed, accuracy=accuracy - (0.03, -0.03, 0.01, -0.02, 0.02)[seed], cpu_s=150 + seed)
+    found = results(tmp_path)
+    lost = found["arms"]["cheapest"]["vs_baseline"]["accuracy"]
+    assert lost["p_adjusted"] > 0.05
+    assert lost["high"] < 0
+    assert headline(found) == "other"
+
+
 def test_an_arm_that_goes_on_from_the_baseline_is_judged_by_its_inference(tmp_path: Path) -> None:
     from greenvis.report.verdict import opening
 
