@@ -44,9 +44,9 @@ class Buffer:
     """Up to `size` examples: images (as uint8 levels, unless `exact`), labels, and whatever else belongs to each.
 
     policy: "reservoir", "ring", "balanced", "greedy", or "gradient", which wants a float `score` (n,) with each offer.
-    Everything lies in main memory; what is kept of a batch waits, copied, until it is asked for or more has come with it, so
-    that a step pays a part of what storing costs. Draws come from a generator of its own, which its state holds: a saved and
-    loaded buffer goes on exactly.
+    Everything lies in main memory; what is kept of a batch waits, copied, until it is asked for or more has come with it, and
+    what is drawn is drawn for some steps at once, so that a step pays a part of what either costs: up to 4 MB of float32 each,
+    beside `nbytes`. Draws come from a generator of its own, which its state holds: a saved and loaded buffer goes on exactly.
     """
 
     def __init__(self, size: int, policy: str, seed: int, exact: bool = False) -> None:
