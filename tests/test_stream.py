@@ -24,6 +24,7 @@ model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 1
 train: {epochs: 2, batch_size: 20, lr: 3.0e-3, threads: 1, checkpoint_every_s: 0.02}
 arms:
   plain: {}
+  er: {techniques: [{replay: {size: 30, batch_size: 4}}]}
   told: {stream: {kind: task, tasks: 3}}
   free: {stream: {kind: free, head: growing}}
   turned: {stream: {kind: domain, tasks: 3}}
@@ -163,8 +164,11 @@ def test_every_arm_leaves_its_matrix(finished: Path) -> None:
     assert [x["task"] for x in runs["plain"].logs if "task" in x] == [1, 2, 3, 4, 5]
 
 
-def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(finished: Path, tmp_path: Path) -> None:
-    only = _write(tmp_path, "".join(line for line in RECIPE.splitlines(True) if "{stream: {" not in line or "data" in line))
+@pytest.mark.parametrize("arm", ["plain", "er"])
+def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(arm: str, finished: Path, tmp_path: Path) -> None:
+    only = _write(
+        tmp_path, "".join(line for line in RECIPE.splitlines(True) if line[:2] != "  " or line.startswith(f"  {arm}:"))
+    )
     command = [sys.executable, "-m", "greenvis", "run", str(only), "--runs", str(tmp_path / "runs"), "--json"]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "report")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -175,8 +179,8 @@ def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(finished: P
     process.communicate()
     assert [r.header["arm"] for r in (record.read(p) for p in record.find([tmp_path / "runs"])) if r.status == "crashed"]
     experiment.run(only, runs=tmp_path / "runs")
-    assert _matrix(tmp_path) == _matrix(finished)
-    one, other = (load_file(f / "runs/tiny/plain/seed0/model.safetensors") for f in (tmp_path, finished))
+    assert _matrix(tmp_path, arm) == _matrix(finished, arm)
+    one, other = (load_file(f / f"runs/tiny/{arm}/seed0/model.safetensors") for f in (tmp_path, finished))
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
@@ -187,6 +191,6 @@ def _in_task(folder: Path, task: int) -> bool:
     return False
 
 
-def _matrix(folder: Path) -> Any:
-    runs = [record.read(path) for path in record.find([folder / "runs/tiny/plain"])]
+def _matrix(folder: Path, arm: str) -> Any:
+    runs = [record.read(path) for path in record.find([folder / "runs/tiny" / arm])]
     return next(r.facts["task_accuracy"] for r in runs if r.status == "done")
