@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from greenvis.techniques.iteration._policies import balanced_slot, gradient_slot, greedy_slot, reservoir_slots, ring_slot
+from greenvis.techniques.iteration._policies import (
+    Array,
+    balanced_slot,
+    gradient_slot,
+    greedy_slot,
+    reservoir_slots,
+    ring_slot,
+)
 
-Array = np.ndarray[Any, Any]
 LEVELS = 255
 _WAITING = 32  # examples that wait to be stored, at most
 _AHEAD = 4  # steps whose draws are taken out at once: on a few images calls cost more than their work
