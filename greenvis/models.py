@@ -2,9 +2,9 @@
 
 Options mean the same for all libraries and are put into each one's own words: pretrained (true, a path, "package:NAME", or
 a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size, embed_dim, depth, num_heads. A model that takes images of
-any size accepts img_size and does without. memory_format: "channels_last" (how four-dimensional weights lie, and so what a
-convolution works on; depthwise ones take up to a third less time and energy on a processor) or "contiguous". Other options
-pass as the library has them.
+any size accepts img_size and does without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie,
+and so what a convolution works on: networks of depthwise ones are often quicker with the former on a processor, some others
+slower. Other options pass as the library has them.
 """
 
 from __future__ import annotations
@@ -99,14 +99,14 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
         raise BadInput(f"unknown model reference '{ref}'{hint}")
     rest = {k: v for k, v in given.items() if k not in ("pretrained", "memory_format") and v is not None}
     memory_format = given.get("memory_format")
-    if memory_format is not None and str(memory_format) not in FORMATS:
+    if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}")
     pretrained = given.get("pretrained")
     if file is not None and pretrained:
         raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
     if isinstance(pretrained, str):
         pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
-    return Request(ref, library, name, folder, pretrained, rest, file, FORMATS.get(str(memory_format)))
+    return Request(ref, library, name, folder, pretrained, rest, file, FORMATS.get(memory_format))
 
 
 def _load_own(model: nn.Module, request: Request) -> None:
