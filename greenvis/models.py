@@ -106,7 +106,7 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
         raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
     if isinstance(pretrained, str):
         pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
-    return Request(ref, library, name, folder, pretrained, rest, file, FORMATS.get(memory_format))
+    return Request(ref, library, name, folder, pretrained, rest, file, FORMATS[memory_format] if memory_format else None)
 
 
 def _load_own(model: nn.Module, request: Request) -> None:
