@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from greenvis.experiment import run
+    from greenvis.folding import fold_norms
     from greenvis.meters.track import track
     from greenvis.recipe import load_recipe
     from greenvis.report import report
@@ -54,6 +55,7 @@ _HOMES = {
     "report": "report",
     "run": "experiment",
     "load_recipe": "recipe",
+    "fold_norms": "folding",
     "Technique": "technique",
     "Installed": "technique",
 }
@@ -62,7 +64,7 @@ __all__ = [
     "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill", "GreenvisError", "Hat",
     "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial",
     "Pnn", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr", "Technique", "TokenMerge",
-    "TokenPrune", "Wrapped", "load_recipe", "report", "run", "track", "wrap",
+    "TokenPrune", "Wrapped", "fold_norms", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import nn
 
 from greenvis import continual, data, knn, lineage, loggers, models, ranks, record, stages, stream, subset, train
 from greenvis.errors import BadInput, some
+from greenvis.folding import fold_norms, folded
 from greenvis.jobs import (
     CHECKPOINT_FILE,
     DONE_FILE,
@@ -26,6 +27,7 @@ from greenvis.jobs import (
     forget,
     located,
     locked,
+    model_options,
     placed,
     predicted,
     samples_of,
@@ -137,13 +139,15 @@ class Session:
                 f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data has "
                 f"{len(images.classes)} classes: set num_classes of the model"
             )
+        if job.arm.model.fold_norms:
+            located(where, fold_norms, model, x)
 
     def _ready(self, job: Job) -> list[Technique]:
         return self.techniques(job, trained=False)
 
     def build(self, job: Job, weights: bool = True) -> nn.Module:
         """Build the arm's model, from its own random state; with `weights`, load what `init` names."""
-        spec, options = job.arm.model, self._options(job)
+        spec, options = job.arm.model, model_options(job, self.jobs.images(job.recipe))
         torch.manual_seed(job.seed)
         where = (
             job.recipe.where("arms", job.arm.name, "model")
@@ -156,13 +160,6 @@ class Session:
             path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
             located(where, models.load_weights, model, path, head="match" if spec.classifier == "keep" else "replace")
         return model
-
-    def _options(self, job: Job) -> dict[str, Any]:
-        """Return the model's options; of a library's model, classes and channels follow the data unless they are given."""
-        spec, images = job.arm.model, self.jobs.images(job.recipe)
-        if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
-            return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
-        return spec.options
 
     # -- the run ------------------------------------------------------------------------------------------------------
 
@@ -192,12 +189,11 @@ class Session:
                 peak_memory_mb=memory.peak_mb(),
                 **live.facts(),
             )
-            model = self.fold(job, live)
-            with tracker.phase("measure"):
+            with self.served(job, live) as model, tracker.phase("measure"):
                 ranks.first(lambda: self._measure(live, model, images, tracker))
 
         def keep() -> None:
-            place = {"ref": job.arm.model.ref, "options": self._options(job), "folder": job.recipe.folder}
+            place = {"ref": job.arm.model.ref, "options": model_options(job, images), "folder": job.recipe.folder}
             models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
             write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
             forget(job, done=False)
@@ -333,7 +329,8 @@ class Session:
     def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
         learning = sum(p.numel() for p in live.trainable.values())
         tracker.fact(
-            model={"ref": job.arm.model.ref, "options": job.arm.model.options, "init": job.arm.model.init},
+            model={"ref": job.arm.model.ref, "options": job.arm.model.options, "init": job.arm.model.init}
+            | ({"fold_norms": True} if job.arm.model.fold_norms else {}),
             data=self.jobs.images(job.recipe).facts(),
             techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
             train=job.arm.train.model_dump(),
@@ -344,7 +341,10 @@ class Session:
         for line in lineage.ancestors(job):
             tracker.uses(**line)
 
-    def fold(self, job: Job, live: Wrapped) -> nn.Module:
-        """Return the model as it will be served: merged where that is possible."""
-        blocked = [t.name for t, i in zip(live.techniques, live.installed, strict=True) if i.unmergeable]
-        return live.model.eval() if blocked else live.merge().eval()
+    @contextmanager
+    def served(self, job: Job, live: Wrapped) -> Iterator[nn.Module]:
+        """Hold the model within as it will be served: merged where that is possible, its norms folded where that is wanted."""
+        model = live.finish()
+        x = next(iter(data.batches(self.jobs.images(job.recipe).test, 2)))[0]
+        with folded(model, x.to(next(model.parameters()).device)) if job.arm.model.fold_norms else nullcontext():
+            yield model

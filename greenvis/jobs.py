@@ -92,9 +92,10 @@ class Jobs:
         key = (str(recipe.path.resolve()), arm.name, seed)
         if key not in self._jobs:
             uses = {ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()}
+            usual = {"classifier": "new", "fold_norms": False}  # left out: what runs were known by before there was a choice
             inputs = {
                 "data": self.images(recipe).facts(),
-                "model": arm.model.model_dump(exclude=set() if arm.model.classifier == "keep" else {"classifier"}),
+                "model": arm.model.model_dump(exclude={f for f, value in usual.items() if getattr(arm.model, f) == value}),
                 "train": arm.train.model_dump(exclude=UNHASHED),
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
                 "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
@@ -255,6 +256,14 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(content, indent=2, default=str))
     os.replace(part, path)
+
+
+def model_options(job: Job, images: data.Data) -> dict[str, Any]:
+    """Return the model's options; of a library's model, classes and channels follow the data unless they are given."""
+    spec = job.arm.model
+    if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
+        return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
+    return spec.options
 
 
 def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, int, Tensor], Samples]:

@@ -73,6 +73,7 @@ class ModelSpec(_Section):
     ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH")
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
     classifier: Literal["new", "keep"] = Field("new", description="begin with a new classifier, or with that of `init`")
+    fold_norms: bool = Field(False, description="measure it with its batch norms folded into the convolutions before them")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -168,7 +168,8 @@ class Trials:
             facts: dict[str, Any] = {"images": size, "accuracy": progress.accuracy, "plain": plain}
             if serving and not (plain and self._plain_j is not None):
                 x = next(iter(data.batches(self.held, BATCH)))[0]
-                served = serve(self.session.fold(job, live), x, run).get("inference_energy_j")
+                with self.session.served(job, live) as model:
+                    served = serve(model, x, run).get("inference_energy_j")
                 facts["served_j"] = served and served["value"]
             run.fact(trial=facts)
         assert run.path is not None

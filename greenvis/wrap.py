@@ -264,6 +264,11 @@ class Wrapped(Deltas):
             live.merge()
         return self.model
 
+    def finish(self) -> nn.Module:
+        """Return the model in eval as it will be served: merged where every technique can be, else with them in it."""
+        model = self.model if any(live.unmergeable for live in self.installed) else self.merge()
+        return model.eval()
+
     def undo(self) -> nn.Module:
         """Return the model as it was before `wrap`, bit for bit: weights, keys, hooks, flags, mode. Training is undone too."""
         self._release()
