@@ -194,7 +194,8 @@ class Installed:
         """Return settings between which the finished model can be switched without training, for a report to compare.
 
         Each call gives new contexts. A setting holds within its context; what the context gave then holds facts of what was
-        answered within: lists of counts ("exits": how many samples left where), and numbers that are means over images.
+        answered within: lists of counts ("exits": how many samples left where), and numbers that are means over images. Under
+        "answer" it may say how a stream of batches is answered: an iterator of images to one of their logits, in order.
         """
         return {}
 

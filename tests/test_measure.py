@@ -106,7 +106,7 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     x = torch.eye(2)[[0, 1, 1, 0, 1]]
     y = torch.tensor([0, 1, 1, 1, 0])
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        rows = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run)
+        rows = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
     names = list(cheap)
     assert order == [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
     assert [r["setting"] for r in rows] == names

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
 PASSES, PASSES_S = 3, 30.0  # passes over the images where settings of one model are compared, if there is time for them;
 MORE_S = 4.0  # more while they are unsteady and take no longer in all
+TURN = 16  # batches that a setting answers before the next one's turn
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
@@ -104,13 +106,15 @@ def compare(
     answer: Callable[[Any], Tensor],
     batches: Callable[[], Iterable[Any]],
     run: Tracker,
+    turn: int = TURN,
 ) -> list[dict[str, Any]]:
     """Return what a model that can be switched reaches and costs at each setting: accuracy, joules an image, facts of its own.
 
     points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of what was answered within:
-    lists of counts, which add up, and numbers, means over images. answer: images to logits. batches: (x, y) to serve, and
-    again in each pass; reading them is not counted. Settings take turns at every batch, in turned order at every other one, so
-    that a neighbour's load meets all alike. Passes are repeated until the ratio of energies to the first setting's is steady;
+    lists of counts, which add up, and numbers, means over images; and, under "answer", how it answers an iterator of images by
+    one of logits, where that is not batch by batch. answer: images to logits. batches: (x, y) to serve, and again in each
+    pass; reading them is not counted. Settings take turns at every `turn` batches, in turned order at every other turn, so that
+    a neighbour's load meets all alike. Passes are repeated until the ratio of energies to the first setting's is steady;
     joules are the median pass's. "spread": of that ratio, a share.
     """
     rights: dict[str, int] = {}
@@ -121,20 +125,23 @@ def compare(
         answer(next(iter(batches()))[0])  # the first setting is not to pay for a cold start
     while len(passes) < 1 or _again(passes, time.perf_counter() - started):
         spent: dict[str, list[float]] = {}
-        for i, (x, y) in enumerate(batches()):
+        for i, part in enumerate(_parts(batches(), turn)):
+            size = sum(len(y) for _, y in part)
             contexts = [*points().items()]
             for name, point in contexts if (i + len(passes)) % 2 == 0 else contexts[::-1]:
                 with point as told, torch.inference_mode(), run.phase("serve"):
-                    before = run.energy()
-                    hits = answer(x).argmax(-1).cpu() == y
+                    before, own = run.energy(), told.pop("answer", None)
+                    given = (x for x, _ in part)
+                    answers = map(answer, given) if own is None else own(given)
+                    hits = sum(int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True))
                     joules = _spent(before, run.energy())
-                    run.add(samples=len(y))
+                    run.add(samples=size)
                 known &= joules is not None
                 spent[name] = [a + b for a, b in zip(spent.get(name, (0.0,) * 3), joules or (0.0,) * 3, strict=True)]
                 if not passes:
-                    rights[name] = rights.get(name, 0) + int(hits.sum())
-                    facts.setdefault(name, []).append((len(y), told))
-            images += 0 if passes else len(y)
+                    rights[name] = rights.get(name, 0) + hits
+                    facts.setdefault(name, []).append((size, told))
+            images += 0 if passes else size
         passes.append(spent)
     rows = []
     for name in [*points()]:
@@ -143,6 +150,13 @@ def compare(
         row = {"setting": name, "accuracy": rights[name] / images, "inference_energy_j": joules if known else None}
         rows.append(row | {"images": images} | _together(facts[name]))
     return rows
+
+
+def _parts(batches: Iterable[Any], turn: int) -> Iterator[list[tuple[Any, Tensor]]]:
+    """Yield lists of so many batches (x, y)."""
+    there = iter(batches)
+    while part := [(x, y) for x, y, *_ in islice(there, turn)]:
+        yield part
 
 
 def _again(passes: Sequence[Mapping[str, Sequence[float]]], seconds: float) -> bool:

@@ -53,7 +53,11 @@ class ExitHead(nn.Module):
 
 @dataclass
 class Pass:
-    """One forward under way. rows: where the samples still in stood in the batch."""
+    """One forward under way. rows: where the samples still in stood in the batch, or their numbers in a stream.
+
+    waiting: where samples of several batches wait behind exits to go on together (`_regroup`). since: an exit; those who
+    wait there take this forward over.
+    """
 
     mode: Mode
     rows: Tensor
@@ -62,10 +66,18 @@ class Pass:
     left: list[Tensor] = field(default_factory=list)  # where those stood
     before: Tensor | None = None
     count: Tensor | None = None
+    waiting: Any = None
+    since: int | None = None
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these of the samples still in, int64 (remaining,)."""
+        self.rows = self.rows[rows]
+        if self.before is not None and self.count is not None:
+            self.before, self.count = self.before[rows], self.count[rows]
 
 
 class AllLeft(Exception):
-    """No sample remains, so the rest of the forward is not run. Caught by `Outer`, never seen outside."""
+    """No sample goes on, so the rest of the forward is not run. Caught by whoever began the pass, never seen outside."""
 
 
 class Exits:
@@ -141,7 +153,7 @@ class Place:
         """A forward hook."""
         exits, k = self.exits, self.number
         x = output[0] if isinstance(output, tuple) else output
-        now = _current(exits)
+        now = current(exits)
         if now is None:
             if exits.training and torch.is_grad_enabled():  # checkpointing runs the block again, and wants the same work
                 exits.heads[k](x.detach() if exits.detach else x)
@@ -152,6 +164,8 @@ class Place:
                 if not torch.compiler.is_compiling():  # whoever traces keeps a stack that exceptions would upset
                     raise AllLeft
             return None
+        if now.since is not None:
+            return now.waiting.take_over(k, now) if k == now.since else None
         if now.mode == "leave" and exits.criterion != "patience" and exits.thresholds[k] == NEVER:
             return None
         logits = exits.heads[k](x.detach() if exits.detach and now.mode == "collect" else x)
@@ -170,13 +184,14 @@ class Place:
             now.answers.append(logits[gone])
             now.left.append(now.rows[gone])
             self.exits.tally[self.number] += len(gone)
+        if now.waiting is not None:
+            now.keep(go)
+            return now.waiting.exchange(self.number, now, rows_of(output, go, len(sure)))
         if not len(go):
             raise AllLeft
         if len(go) == len(sure):
             return None
-        now.rows = now.rows[go]
-        if now.before is not None and now.count is not None:
-            now.before, now.count = now.before[go], now.count[go]
+        now.keep(go)
         tell(self.exits.model, go, len(sure))
         return rows_of(output, go, len(sure))
 
@@ -195,6 +210,8 @@ class Outer:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model."""
         exits, mode = self.exits, self.exits.mode
+        if (begun := current(exits)) is not None and begun.waiting is not None:
+            return self.__wrapped__(*args, **kwargs)
         if mode is None:
             output = self.__wrapped__(*args, **kwargs)
             if not exits.training and not torch.compiler.is_compiling():
@@ -208,7 +225,7 @@ class Outer:
             _refuse_companions(tensors, batch)
         now = Pass(mode, torch.arange(batch, device=tensors[0][1].device))
         output = None
-        with _under_way(exits, now), suppress(AllLeft):
+        with under_way(exits, now), suppress(AllLeft):
             output = self.__wrapped__(*args, **kwargs)
         if mode == "collect":
             exits.seen = now.logits
@@ -260,12 +277,14 @@ def _refuse_companions(tensors: list[tuple[Any, Tensor]], batch: int) -> None:
         )
 
 
-def _current(exits: Exits) -> Pass | None:
+def current(exits: Exits) -> Pass | None:
+    """Return the pass that this thread runs, if any."""
     return getattr(_running, "passes", {}).get(id(exits))
 
 
 @contextmanager
-def _under_way(exits: Exits, now: Pass) -> Iterator[None]:
+def under_way(exits: Exits, now: Pass) -> Iterator[None]:
+    """Run a forward within as this pass."""
     if not hasattr(_running, "passes"):
         _running.passes = {}
     before = _running.passes.get(id(exits))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 _FOLLOWERS = "_greenvis_followers"
@@ -32,6 +33,11 @@ class Follower:
 def follow(model: nn.Module, follower: Follower) -> None:
     """Let `follower` know when samples leave the batch."""
     vars(model).setdefault(_FOLLOWERS, []).append(follower)
+
+
+def followed(model: nn.Module) -> bool:
+    """Whether something is held for each sample of a forward of this model."""
+    return bool(vars(model).get(_FOLLOWERS))
 
 
 def tell(model: nn.Module, rows: Tensor, batch: int) -> None:
@@ -72,3 +78,20 @@ def rows_of(value: Any, rows: Tensor, batch: int) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{f.name: rows_of(getattr(value, f.name), rows, batch) for f in fields(value)})
     return value
+
+
+def joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return what is laid out by sample in each of `parts` as one, the first part's samples first; else the first part's.
+
+    sizes: how many samples each part holds. The counterpart of `rows_of`.
+    """
+    one = parts[0]
+    if isinstance(one, Tensor):
+        return torch.cat([*parts]) if one.dim() and all(len(p) == n for p, n in zip(parts, sizes, strict=True)) else one
+    if isinstance(one, tuple):
+        return tuple(joined(p, sizes) for p in zip(*parts, strict=True))
+    if isinstance(one, dict):
+        return {k: joined([p[k] for p in parts], sizes) for k in one}
+    if is_dataclass(one) and not isinstance(one, type):
+        return replace(one, **{f.name: joined([getattr(p, f.name) for p in parts], sizes) for f in fields(one)})
+    return one

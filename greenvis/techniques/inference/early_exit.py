@@ -21,6 +21,8 @@ from greenvis.techniques.inference import _places
 from greenvis.techniques.inference._calibration import Calibration, choose
 from greenvis.techniques.inference._exits import NEVER, confidences, self_distillation
 from greenvis.techniques.inference._leaving import Exits, Outer
+from greenvis.techniques.inference._regroup import answer
+from greenvis.techniques.inference._rows import followed
 from greenvis.techniques.inference._upto import UpTo, drop_unused
 
 SWEEP = {"max_prob": (0.99, 0.95, 0.9, 0.8, 0.6), "entropy": (0.95, 0.9, 0.8, 0.6, 0.4), "patience": ()}
@@ -34,7 +36,8 @@ class EarlyExit(Technique):
     (a norm and a linear layer each), in training and for good, and small batches gain less. A convolutional network's first
     stages, on large maps, take more time than their share of the MACs, so less than the MACs say is saved there. In training
     the model gives its own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave once
-    thresholds are set, by `threshold` or `calibrate`; until then nothing changes. Whoever leaves has no other outputs (hidden
+    thresholds are set, by `threshold` or `calibrate`; until then nothing changes. `regrouped` answers a stream of batches by
+    whole batches behind each exit, where small ones use the machine less well. Whoever leaves has no other outputs (hidden
     states): those are None.
 
     at: a number (after so many blocks), a share of the forward's MACs (0 to 1), or a module's path. criterion: "max_prob",
@@ -151,9 +154,15 @@ class InstalledEarlyExit(Installed):
             self.thresholds = state["thresholds"].tolist()
 
     @contextmanager
-    def at(self, thresholds: Iterable[float] | float) -> Iterator[dict[str, Any]]:
-        """Hold these thresholds (one for all, or one each) within; then the mapping says how many left at each exit."""
-        before, facts = list(self.thresholds), {}
+    def at(self, thresholds: Iterable[float] | float, regroup: bool = False) -> Iterator[dict[str, Any]]:
+        """Hold these thresholds (one for all, or one each) within; then the mapping says how many left at each exit.
+
+        regroup: the mapping holds under "answer" how a stream of batches is answered by `regrouped`.
+        """
+        before, facts = list(self.thresholds), dict[str, Any]()
+        if regroup:
+            device = next(iter(self.exits.model.parameters())).device
+            facts["answer"] = lambda batches: answer(self.exits, (x.to(device) for x in batches), None)
         self.thresholds = [thresholds] * len(self.paths) if isinstance(thresholds, (int, float)) else thresholds
         never = all(t == NEVER for t in self.thresholds)
         self.exits.tally = [0] * (len(self.paths) + 1)
@@ -172,7 +181,10 @@ class InstalledEarlyExit(Installed):
         if self.request.criterion == "patience":
             points |= {str(t): self.at(t) for t in range(len(self.paths) - 1, 0, -1)}
         if any(t < NEVER for t in self.thresholds):
-            points["calibrated" if self.calibration else "set"] = self.at(list(self.thresholds))
+            name = "calibrated" if self.calibration else "set"
+            points[name] = self.at(list(self.thresholds))
+            if not followed(self.exits.model):
+                points[f"{name}, regrouped"] = self.at(list(self.thresholds), regroup=True)
         return points
 
     def calibrate(self, loader: Iterable[Any]) -> Mapping[str, Any]:
@@ -222,6 +234,22 @@ def calibrate(
     installed.thresholds = found.thresholds
     installed.calibration = found
     return found
+
+
+def regrouped(live: Any, batches: Iterable[Tensor], size: int | None = None) -> Iterator[Tensor]:
+    """Answer a stream of batches so that behind each exit samples of several batches go on together, as one whole batch.
+
+    batches: images (batch, channels, height, width) on the model's device. size: samples from which a batch goes on behind an
+    exit; the first batch's own where absent. Yields the logits (batch, classes) of each batch in order, in inference mode,
+    once all its samples are answered: those of the last ones when `batches` ends. The answers are those that the model gives
+    batch by batch, up to rounding; up to `size` − 1 samples wait behind each exit meanwhile. Saves energy where small batches
+    use the machine less well, for answers that come later (dynamic rebatching, DREX: Liu et al., 2025). What still waits at
+    the end goes on behind a forward of one image an exit. Raises BadInput beside token merging, GreenvisError in training mode.
+    """
+    installed = _of(live)
+    if size is not None and size < 1:
+        raise BadInput(f"size is {size}: give the number of samples that go on together, such as 64")
+    return answer(installed.exits, batches, size)
 
 
 def export(live: Any, exit: int) -> nn.Module:
