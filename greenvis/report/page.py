@@ -67,7 +67,7 @@ def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[st
         "tasks": _table(found, continual.columns()),
         "cycle": _table(found, tables.cycle(found)),
         "paybacks": _paybacks(found),
-        "settings": {"head": settings.HEAD, "rows": settings.table(found)},
+        "settings": {"head": settings.HEAD, "rows": (switched := settings.table(found)), "note": settings.note(switched)},
         "drawings": drawings,
         "honesty": honesty.sections(found),
         "assumed_grid": any(g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)),

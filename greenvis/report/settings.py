@@ -15,6 +15,9 @@ HEAD = ("Arm", "Setting", "Accuracy", "Energy of 1,000 images", "÷ never", "MAC
         "Leaves at exit 1, 2, … end")  # fmt: skip
 
 
+REBATCHED = "Rebatched: behind an exit, images of several batches go on together, as a whole batch."
+
+
 def settings(arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each setting, means over finished seeds; [] where the arm has none.
 
@@ -55,6 +58,11 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
                 " · ".join(f"{share:.0%}" for share in s["exits"]) or MISSING,
             ])  # fmt: skip
     return rows
+
+
+def note(rows: list[list[str]]) -> str:
+    """Return what the table's readers must know beside it, "" where nothing."""
+    return REBATCHED if any("rebatched" in row[1] for row in rows) else ""
 
 
 def _rows(fact: Any) -> dict[str, Mapping[str, Any]]:

@@ -55,7 +55,7 @@ class ExitHead(nn.Module):
 class Pass:
     """One forward under way. rows: where the samples still in stood in the batch, or their numbers in a stream.
 
-    waiting: where samples of several batches wait behind exits to go on together (`_regroup`). since: an exit; those who
+    waiting: where samples of several batches wait behind exits to go on together (`_rebatch`). since: an exit; those who
     wait there take this forward over.
     """
 

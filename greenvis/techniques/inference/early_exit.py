@@ -21,7 +21,7 @@ from greenvis.techniques.inference import _places
 from greenvis.techniques.inference._calibration import Calibration, choose
 from greenvis.techniques.inference._exits import NEVER, confidences, self_distillation
 from greenvis.techniques.inference._leaving import Exits, Outer
-from greenvis.techniques.inference._regroup import answer
+from greenvis.techniques.inference._rebatch import answer
 from greenvis.techniques.inference._rows import followed
 from greenvis.techniques.inference._upto import UpTo, drop_unused
 
@@ -36,7 +36,7 @@ class EarlyExit(Technique):
     (a norm and a linear layer each), in training and for good, and small batches gain less. A convolutional network's first
     stages, on large maps, take more time than their share of the MACs, so less than the MACs say is saved there. In training
     the model gives its own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave once
-    thresholds are set, by `threshold` or `calibrate`; until then nothing changes. `regrouped` answers a stream of batches by
+    thresholds are set, by `threshold` or `calibrate`; until then nothing changes. `rebatched` answers a stream of batches by
     whole batches behind each exit, where small ones use the machine less well. Whoever leaves has no other outputs (hidden
     states): those are None.
 
@@ -154,13 +154,13 @@ class InstalledEarlyExit(Installed):
             self.thresholds = state["thresholds"].tolist()
 
     @contextmanager
-    def at(self, thresholds: Iterable[float] | float, regroup: bool = False) -> Iterator[dict[str, Any]]:
+    def at(self, thresholds: Iterable[float] | float, rebatch: bool = False) -> Iterator[dict[str, Any]]:
         """Hold these thresholds (one for all, or one each) within; then the mapping says how many left at each exit.
 
-        regroup: the mapping holds under "answer" how a stream of batches is answered by `regrouped`.
+        rebatch: the mapping holds under "answer" how a stream of batches is answered by `rebatched`.
         """
         before, facts = list(self.thresholds), dict[str, Any]()
-        if regroup:
+        if rebatch:
             device = next(iter(self.exits.model.parameters())).device
             facts["answer"] = lambda batches: answer(self.exits, (x.to(device) for x in batches), None)
         self.thresholds = [thresholds] * len(self.paths) if isinstance(thresholds, (int, float)) else thresholds
@@ -184,7 +184,7 @@ class InstalledEarlyExit(Installed):
             name = "calibrated" if self.calibration else "set"
             points[name] = self.at(list(self.thresholds))
             if not followed(self.exits.model):
-                points[f"{name}, regrouped"] = self.at(list(self.thresholds), regroup=True)
+                points[f"{name}, rebatched"] = self.at(list(self.thresholds), rebatch=True)
         return points
 
     def calibrate(self, loader: Iterable[Any]) -> Mapping[str, Any]:
@@ -236,7 +236,7 @@ def calibrate(
     return found
 
 
-def regrouped(live: Any, batches: Iterable[Tensor], size: int | None = None) -> Iterator[Tensor]:
+def rebatched(live: Any, batches: Iterable[Tensor], size: int | None = None) -> Iterator[Tensor]:
     """Answer a stream of batches so that behind each exit samples of several batches go on together, as one whole batch.
 
     batches: images (batch, channels, height, width) on the model's device. size: samples from which a batch goes on behind an

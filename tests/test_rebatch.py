@@ -18,7 +18,7 @@ import greenvis as gv
 from greenvis import record
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.technique import logits_of
-from greenvis.techniques.inference.early_exit import InstalledEarlyExit, regrouped
+from greenvis.techniques.inference.early_exit import InstalledEarlyExit, rebatched
 from greenvis.wrap import Wrapped
 
 
@@ -50,7 +50,7 @@ def test_answers_are_those_of_each_batch_alone(host: str, criterion: str) -> Non
     with installed.at(thresholds) as facts:
         want = one_by_one(live, batches)
     with installed.at(thresholds) as told:
-        got = [*regrouped(live, iter(batches))]
+        got = [*rebatched(live, iter(batches))]
     assert told["exits"] == facts["exits"]
     assert told["macs"] == facts["macs"]
     assert criterion == "patience" or all(facts["exits"])
@@ -59,13 +59,13 @@ def test_answers_are_those_of_each_batch_alone(host: str, criterion: str) -> Non
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@given(st.lists(st.integers(1, 7), max_size=6), st.integers(1, 20), st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2))
+@given(st.lists(st.integers(0, 7), max_size=6), st.integers(1, 20), st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2))
 @settings(max_examples=30, deadline=None)
 def test_any_sizes_and_thresholds(sizes: list[int], size: int, limits: list[float]) -> None:
     live, installed, _ = _SHARED
     batches = stream("timm-vit", sizes)
     installed.thresholds = limits
-    got = [*regrouped(live, batches, size)]
+    got = [*rebatched(live, batches, size)]
     assert [len(a) for a in got] == sizes
     for a, b in zip(got, one_by_one(live, batches), strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -88,7 +88,7 @@ def test_whole_batches_go_on_and_nobody_waits_long() -> None:
             yield x
 
     open_ = []
-    for done, _answer in enumerate(regrouped(live, handing()), 1):
+    for done, _answer in enumerate(rebatched(live, handing()), 1):
         open_.append(len(handed) - done)
     assert all(n == 6 for n in seen[:-1])
     assert len(seen) == -(-sum(seen) // 6) > 1
@@ -99,36 +99,36 @@ def test_without_thresholds_all_go_to_the_end() -> None:
     live, installed, _ = wrapped()
     batches = stream("timm-vit", [3, 3])
     with installed.at(float("inf")) as facts:
-        got = [*regrouped(live, batches)]
+        got = [*rebatched(live, batches)]
     assert facts["exits"] == [0, 0, 6]
     assert torch.equal(torch.cat(got), torch.cat(one_by_one(live, batches)))
-    assert [*regrouped(live, [])] == []
+    assert [*rebatched(live, [])] == []
 
 
 def test_what_cannot_wait_is_refused() -> None:
     live, _, x = wrapped()
     with pytest.raises(BadInput, match="size is 0: give"):
-        regrouped(live, [x], 0)
+        rebatched(live, [x], 0)
     live.model.train()
     with pytest.raises(GreenvisError, match=r"call model.eval\(\) first"):
-        next(regrouped(live, [x]))
+        next(rebatched(live, [x]))
     merging = gv.wrap(HOSTS["timm-vit"].build().eval(), [gv.TokenMerge(r=2), gv.EarlyExit(at=(1, 2), threshold=0.2)])
     with pytest.raises(BadInput, match=r"while tokens merge.*batch by batch"):
-        next(regrouped(merging, [x]))
+        next(rebatched(merging, [x]))
     assert [*merging.operating_points()][-1] == "set"
     with pytest.raises(BadInput, match="has no early exits"):
-        regrouped(gv.wrap(HOSTS["timm-vit"].build(), ()), [x])
+        rebatched(gv.wrap(HOSTS["timm-vit"].build(), ()), [x])
 
 
-def test_a_recipe_reports_the_regrouped_setting(tmp_path: Path) -> None:
+def test_a_recipe_reports_the_rebatched_setting(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     gv.run(tmp_path / "tiny.yaml", runs=tmp_path / "runs")
     facts = next(r.facts for r in map(record.read, record.find([tmp_path / "runs"])) if r.header["arm"] == "frozen")
     points = {p["setting"]: p for p in facts["operating_points"]}
-    each, together = points["calibrated"], points["calibrated, regrouped"]
+    each, together = points["calibrated"], points["calibrated, rebatched"]
     assert {k: together[k] for k in ("accuracy", "exits", "macs", "images")} == {
         k: each[k] for k in ("accuracy", "exits", "macs", "images")
     }
     gv.report([tmp_path / "runs"], out=tmp_path / "out")
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["frozen"]["operating_points"]
-    assert "calibrated, regrouped" in [r["setting"] for r in rows]
+    assert "calibrated, rebatched" in [r["setting"] for r in rows]

@@ -70,7 +70,7 @@ class _Answers:
 
     def __init__(self) -> None:
         self.first = 0  # number of the first sample held
-        self.logits: Tensor | None = None
+        self.logits = torch.empty(0)
         self.there = torch.zeros(0, dtype=torch.bool)
         self.batches: list[int] = []
 
@@ -80,11 +80,8 @@ class _Answers:
 
     def take(self, rows: Tensor, logits: Tensor) -> None:
         at = rows - self.first
-        if self.logits is None or len(self.logits) < len(self.there):
-            grown = logits.new_empty(len(self.there), *logits.shape[1:])
-            if self.logits is not None:
-                grown[: len(self.logits)] = self.logits
-            self.logits = grown
+        known = self.logits if len(self.logits) else logits[:0]
+        self.logits = torch.cat([known, known.new_empty(len(self.there) - len(known), *logits.shape[1:])])
         self.logits[at] = logits.to(self.logits.dtype)
         self.there[at.cpu()] = True
 
@@ -93,14 +90,12 @@ class _Answers:
         while self.batches and bool(self.there[: self.batches[0]].all()):
             size = self.batches.pop(0)
             self.first += size
-            done, self.there = self.logits, self.there[size:]
-            assert done is not None
-            self.logits = done[size:]
-            yield done[:size]
+            done, self.logits, self.there = self.logits[:size], self.logits[size:], self.there[size:]
+            yield done
 
 
 def answer(exits: Exits, batches: Iterable[Tensor], size: int | None) -> Iterator[Tensor]:
-    """Yield the logits of each batch, as `early_exit.regrouped` says."""
+    """Yield the logits of each batch, as `early_exit.rebatched` says."""
     if exits.training or exits.model.training:
         raise GreenvisError("samples leave early in eval only: call model.eval() first")
     if followed(exits.model):
@@ -108,18 +103,18 @@ def answer(exits: Exits, batches: Iterable[Tensor], size: int | None) -> Iterato
             "samples cannot wait for others while tokens merge: what is known of their tokens would have to wait as well; "
             "answer batch by batch"
         )
-    waiting, answers, start, one = None, _Answers(), 0, None
+    waiting, answers, start, one = Waiting(exits, size or 0), _Answers(), 0, None
     for x in batches:
-        waiting = waiting or Waiting(exits, size or len(x))
         answers.expect(len(x))
-        rows = torch.arange(start, start + len(x), device=x.device)
-        start, one = start + len(x), x[:1]
-        _run(exits, x, rows, waiting, None, answers)
-        _go_on(exits, one, waiting, waiting.size, answers)
+        if len(x):
+            waiting.size, one = waiting.size or len(x), x[:1]
+        _run(exits, x, torch.arange(start, start + len(x), device=x.device), waiting, None, answers)
+        start += len(x)
+        if one is not None:
+            _go_on(exits, one, waiting, waiting.size, answers)
         yield from answers.whole()
-    if waiting is None or one is None:
-        return
-    _go_on(exits, one, waiting, 1, answers)
+    if one is not None:
+        _go_on(exits, one, waiting, 1, answers)
     yield from answers.whole()
 
 
