@@ -12,6 +12,8 @@ from torch import nn
 from greenvis.errors import BadInput
 from greenvis.surgery import Snapshot
 from greenvis.views import describe, example_input, reached, view
+from greenvis.views.layout import layouts
+from greenvis.views.trace import trace
 
 # host: attentions, mlps, blocks, prefix tokens, heads of the first attention, classifier
 EXPECTED = {
@@ -222,3 +224,18 @@ def test_attention_pooling_and_tokens_behind() -> None:
 
     found = view(Behind(**size), probe=False)
     assert (found.prefix_tokens, found.prefix_position) == (1, "behind")
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "axis"),
+    [
+        ("timm-resnet", "bn1", 1),
+        ("timm-resnet", "act1", 1),
+        ("timm-resnet", "maxpool", 1),
+        ("timm-swin", "layers.1.blocks.0.norm1", -1),
+        ("timm-convnext", "stages.1.blocks.0.norm", -1),
+    ],
+)
+def test_parts_without_weights_to_tell_by_lie_as_their_neighbours_do(name: str, path: str, axis: int) -> None:
+    seen = trace(HOSTS[name].build(), torch.rand(1, *HOSTS[name].input_shape))
+    assert layouts(seen, [path])[path].channels == axis

@@ -39,9 +39,16 @@ def layouts(seen: Trace, paths: Iterable[str]) -> dict[str, Layout]:
 
 
 def _channels(seen: Trace, path: str, inputs: tuple[int, ...], output: tuple[int, ...]) -> int:
-    """A map has its channels first where a convolution in the part takes or gives that very map; else they are last."""
+    """A map has its channels first where a convolution in the part takes or gives that very map; else they are last.
+
+    Of a part without weights to tell by (a norm, an activation) what takes or gives the same shape elsewhere tells.
+    """
     if len(output) != 4:
         return -1
     within = path + "."
-    convs = [c for c in seen.calls if c.kind == "conv" and (c.path == path or c.path.startswith(within))]
-    return 1 if any(c.in_shape == inputs or c.out_shape == output for c in convs) else -1
+    inside = [c for c in seen.calls if c.path == path or c.path.startswith(within)]
+    convs = [c for c in inside if c.kind == "conv"]
+    if any(c.kind != "norm" for c in inside):
+        return 1 if any(c.in_shape == inputs or c.out_shape == output for c in convs) else -1
+    kinds = {c.kind for c in seen.calls if output in (c.in_shape, c.out_shape)}
+    return 1 if "conv" in kinds and "linear" not in kinds else -1
