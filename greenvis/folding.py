@@ -47,7 +47,6 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
     """
     what = type(model).__name__
     example = example_input(model) if x is None else x
-    model.eval()
     with quiet(model):
         found = _pairs(model, example)
         before = logits_of(model(example))
@@ -63,10 +62,15 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
         with quiet(model):
             after = logits_of(model(example))
         if not _close(before, after):
-            raise BadInput(f"{what} answers otherwise with its batch norms folded: something else reads what they read")
+            raise BadInput(
+                f"{what} answers otherwise with its batch norms folded, because something else reads what one of those "
+                "convolutions gives: use it as it is"
+            )
     except BaseException:
         folding.undo()
         raise
+    for module in (model, *(old for old, _ in swaps)):
+        module.eval()
     return folding
 
 
@@ -97,7 +101,7 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
         elif id(args[0]) in given and module.running_mean is not None:
             conv, taken, _ = given[id(args[0])]
             fused: nn.Module = fuse_conv_bn_eval(conv, module, conv.transposed).requires_grad_(False)  # type: ignore[type-var]
-            fused._forward_hooks.clear()
+            fused._forward_hooks.clear()  # this one
             fused._forward_pre_hooks.clear()
             rest = nn.Sequential(*module.children()) if [*module.children()] else nn.Identity()
             if _close(output, rest.eval()(fused(taken))):  # now: what follows may change either in place
@@ -114,10 +118,10 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
 
 def _plain(module: nn.Module) -> bool:
     """Whether it can be folded, nobody listens to it and nobody has changed how it runs."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if isinstance(module, _ConvNd) and module.transposed and module.groups > 1:  # torch folds none of these
         return False
-    return "forward" not in vars(module) and not hasattr(module, "parametrizations") and all(map(is_passing, hooks))
+    changed = "forward" in vars(module) or hasattr(module, "parametrizations") or module._forward_hooks
+    return not changed and all(map(is_passing, module._forward_pre_hooks.values()))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -76,6 +76,7 @@ def test_a_folded_model_answers_the_same_and_comes_back(host: str) -> None:
     modules, state = [*model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
     with torch.no_grad():
         want, there = logits_of(model(x)), norms(model)
+        model.train()
         with folded(model, x):
             got, left = logits_of(model(x)), norms(model)
         again = logits_of(model(x))
@@ -128,10 +129,11 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changes() -> None:
         "no batch norm": Block(nn.Conv2d(4, 4, 3), nn.Identity()),
     }
     for said, model in cases.items():
-        lived(model)
+        lived(model).train()
         modules = [*model.modules()]
         with pytest.raises(BadInput, match=said):
             fold_norms(model, x)
+        assert all(m.training for m in modules)
         assert [id(m) for m in model.modules()] == [id(m) for m in modules]
         assert all(not m._forward_hooks for m in modules if m is not hooked.norm)
 
@@ -154,16 +156,20 @@ def test_weights_stay_channels_last() -> None:
     assert expand.bias is not None
 
 
-def test_samples_leave_a_folded_model_as_before() -> None:
-    live = gv.wrap(lived(HOSTS["timm-resnet"].build()), gv.EarlyExit(at=(1, 2), threshold=0.25))
+@pytest.mark.parametrize("at", [(1, 2), ("bn1", "layer1")])
+def test_samples_leave_a_folded_model_as_before(at: tuple[int | str, ...]) -> None:
+    live = gv.wrap(lived(HOSTS["timm-resnet"].build()), gv.EarlyExit(at=at, threshold=0.25))
     x = torch.rand(6, *HOSTS["timm-resnet"].input_shape)
     model = live.finish()
     for head in live.installed[0].exits.heads:  # type: ignore[attr-defined]
         nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        want = model(x)
-        with folded(model, x):
+        with live.operating_points()["set"] as before:
+            want = model(x)
+        with folded(model, x), live.operating_points()["set"] as after:
             torch.testing.assert_close(model(x), want, atol=1e-5, rtol=1e-5)
+    assert after["exits"] == before["exits"]
+    assert sum(after["exits"][:2]) > 0
 
 
 RECIPE = """\

@@ -169,7 +169,7 @@ class InstalledEarlyExit(Installed):
         try:
             yield facts
         finally:
-            self.thresholds, gone = before, self.exits.tally
+            self.thresholds, gone = before, list(self.exits.tally)
             total = max(sum(gone), 1)
             facts["exits"] = gone
             spent = sum(n * c for n, c in zip(gone, self.costs, strict=True)) / total
