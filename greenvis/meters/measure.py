@@ -21,8 +21,8 @@ LOOK_S = 0.5  # seconds of inference for latency
 ROUND_S, GPU_ROUND_S = 0.1, 0.5  # of one reading of throughput and energy; a GPU's counter moves about every tenth of a second
 STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
-PASSES, PASSES_S = 3, 30.0  # passes over the images where settings of one model are compared, if there is time for them;
-MORE_S = 4.0  # more while they are unsteady and take no longer in all
+PASSES, PASSES_S = 3, 60.0  # passes over the images where settings of one model are compared, more while they are unsteady,
+# as far as they fit into so many seconds
 TURN = 16  # batches that a setting answers before the next one's turn
 
 
@@ -163,7 +163,7 @@ def _again(passes: Sequence[Mapping[str, Sequence[float]]], seconds: float) -> b
     """Say whether another pass is wanted, and likely to be over in time."""
     unsteady = any(_steadiness(passes, name).get("spread", math.inf) > STEADY for name in [*passes[0]][1:])
     then = seconds * (len(passes) + 1) / len(passes)
-    return then < PASSES_S if len(passes) < PASSES else unsteady and then < MORE_S
+    return then < PASSES_S and (len(passes) < PASSES or unsteady)
 
 
 def _steadiness(passes: Sequence[Mapping[str, Sequence[float]]], name: str) -> dict[str, float]:
