@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -114,7 +116,7 @@ def compare(
     lists of counts, which add up, and numbers, means over images; and, under "answer", how it answers an iterator of images by
     one of logits, where that is not batch by batch. answer: images to logits. batches: (x, y) to serve, and again in each
     pass; reading them is not counted. Settings take turns at every `turn` batches, in turned order at every other turn, so that
-    a neighbour's load meets all alike. Passes are repeated until the ratio of energies to the first setting's is steady;
+    a neighbour's load meets all alike, and each begins with fresh memory, which lies better or worse by chance. Passes are repeated until the ratio of energies to the first setting's is steady;
     joules are the median pass's. "spread": of that ratio, a share.
     """
     rights: dict[str, int] = {}
@@ -129,6 +131,7 @@ def compare(
             size = sum(len(y) for _, y in part)
             contexts = [*points().items()]
             for name, point in contexts if (i + len(passes)) % 2 == 0 else contexts[::-1]:
+                _give_memory_back()
                 with point as told, torch.inference_mode(), run.phase("serve"):
                     before, own = run.energy(), told.pop("answer", None)
                     given = (x for x, _ in part)
@@ -150,6 +153,13 @@ def compare(
         row = {"setting": name, "accuracy": rights[name] / images, "inference_energy_j": joules if known else None}
         rows.append(row | {"images": images} | _together(facts[name]))
     return rows
+
+
+def _give_memory_back() -> None:
+    """Have glibc return what is free, so that what follows works on other pages than what came before."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)  # type: ignore[union-attr]
 
 
 def _parts(batches: Iterable[Any], turn: int) -> Iterator[list[tuple[Any, Tensor]]]:
