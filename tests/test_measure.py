@@ -86,7 +86,7 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     drift = 1.5  # the machine gets dearer with every call: what is measured last would pay most
     order: list[str] = []
     cheap = {"whole": 1.0, "half": 0.5, "tenth": 0.1}
-    plug = Plug(lambda call: cheap[order[-1]] * drift ** (call // 3))
+    plug = Plug(lambda call: cheap[order[-1]] * drift ** (call // 6))  # 6 calls: each setting, warming up and counted
 
     def points() -> dict[str, Any]:
         return {name: setting(name) for name in cheap}
@@ -99,8 +99,7 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
         facts |= {"exits": [1, 2], "macs": float(len(order))}
 
     def answer(x: Tensor) -> Tensor:
-        if order:
-            plug.work()
+        plug.work()
         return x
 
     x = torch.eye(2)[[0, 1, 1, 0, 1]]
@@ -108,11 +107,12 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         rows = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
     names = list(cheap)
-    assert order == [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
+    turns = [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
+    assert order == [name for name in turns for _ in ("warming up", "counted")]
     assert [r["setting"] for r in rows] == names
     assert [r["accuracy"] for r in rows] == [0.6] * 3
     assert [r["exits"] for r in rows] == [[2, 4]] * 3
-    assert [r["macs"] for r in rows] == [(3 * 1 + 2 * 6) / 5, (3 * 2 + 2 * 5) / 5, (3 * 3 + 2 * 4) / 5]
+    assert [r["macs"] for r in rows] == [(3 * 2 + 2 * 12) / 5, (3 * 4 + 2 * 10) / 5, (3 * 6 + 2 * 8) / 5]
     joules = [r["inference_energy_j"] for r in rows]
     assert [j["value"] / joules[0]["value"] for j in joules] == pytest.approx([1.0, 0.5, 0.1])
     assert [j["passes"] for j in joules] == [measure.PASSES] * 3

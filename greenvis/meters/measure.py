@@ -25,7 +25,7 @@ STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
 PASSES, PASSES_S = 3, 60.0  # passes over the images where settings of one model are compared, more while they are unsteady,
 # as far as they fit into so many seconds
-TURN = 16  # batches that a setting answers before the next one's turn
+TURN, WARM = 16, 2  # batches that a setting answers before the next one's turn, and some before they count
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
@@ -116,15 +116,14 @@ def compare(
     lists of counts, which add up, and numbers, means over images; and, under "answer", how it answers an iterator of images by
     one of logits, where that is not batch by batch. answer: images to logits. batches: (x, y) to serve, and again in each
     pass; reading them is not counted. Settings take turns at every `turn` batches, in turned order at every other turn, so that
-    a neighbour's load meets all alike, and each begins with fresh memory, which lies better or worse by chance. Passes are repeated until the ratio of energies to the first setting's is steady;
+    a neighbour's load meets all alike. Each turn begins with fresh memory, which lies better or worse by chance, and two
+    batches beforehand that are not counted. Passes are repeated until the ratio of energies to the first setting's is steady;
     joules are the median pass's. "spread": of that ratio, a share.
     """
     rights: dict[str, int] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     passes: list[dict[str, list[float]]] = []
     images, known, started = 0, True, time.perf_counter()
-    with torch.inference_mode():
-        answer(next(iter(batches()))[0])  # the first setting is not to pay for a cold start
     while len(passes) < 1 or _again(passes, time.perf_counter() - started):
         spent: dict[str, list[float]] = {}
         for i, part in enumerate(_parts(batches(), turn)):
@@ -132,11 +131,11 @@ def compare(
             contexts = [*points().items()]
             for name, point in contexts if (i + len(passes)) % 2 == 0 else contexts[::-1]:
                 _give_memory_back()
+                with points()[name] as told, torch.inference_mode():
+                    _hits(part[:WARM], told, answer)
                 with point as told, torch.inference_mode(), run.phase("serve"):
-                    before, own = run.energy(), told.pop("answer", None)
-                    given = (x for x, _ in part)
-                    answers = map(answer, given) if own is None else own(given)
-                    hits = sum(int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True))
+                    before = run.energy()
+                    hits = _hits(part, told, answer)
                     joules = _spent(before, run.energy())
                     run.add(samples=size)
                 known &= joules is not None
@@ -153,6 +152,13 @@ def compare(
         row = {"setting": name, "accuracy": rights[name] / images, "inference_energy_j": joules if known else None}
         rows.append(row | {"images": images} | _together(facts[name]))
     return rows
+
+
+def _hits(part: Sequence[tuple[Any, Tensor]], told: dict[str, Any], answer: Callable[[Any], Tensor]) -> int:
+    """Answer these batches, as the setting that gave `told` does, and return how many answers are right."""
+    own, given = told.pop("answer", None), (x for x, _ in part)
+    answers = map(answer, given) if own is None else own(given)
+    return sum(int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True))
 
 
 def _give_memory_back() -> None:
