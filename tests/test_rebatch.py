@@ -112,10 +112,12 @@ def test_what_cannot_wait_is_refused() -> None:
     live.model.train()
     with pytest.raises(GreenvisError, match=r"call model.eval\(\) first"):
         next(rebatched(live, [x]))
-    merging = gv.wrap(HOSTS["timm-vit"].build().eval(), [gv.TokenMerge(r=2), gv.EarlyExit(at=(1, 2), threshold=0.2)])
-    with pytest.raises(BadInput, match=r"while tokens merge.*batch by batch"):
-        next(rebatched(merging, [x]))
-    assert [*merging.operating_points()][-1] == "set"
+    for other in (gv.TokenMerge(r=2), gv.TokenPrune(blocks=(1,), method="class_attention")):
+        live = gv.wrap(HOSTS["timm-vit"].build().eval(), [other, gv.EarlyExit(at=(1, 2), threshold=0.2)])
+        live.model.eval()
+        with pytest.raises(BadInput, match=r"where tokens merge or are pruned.*batch by batch"):
+            next(rebatched(live, [x]))
+        assert [*live.operating_points()][-1] == "set"
     with pytest.raises(BadInput, match="has no early exits"):
         rebatched(gv.wrap(HOSTS["timm-vit"].build(), ()), [x])
 

@@ -100,7 +100,7 @@ def answer(exits: Exits, batches: Iterable[Tensor], size: int | None) -> Iterato
         raise GreenvisError("samples leave early in eval only: call model.eval() first")
     if followed(exits.model):
         raise BadInput(
-            "samples cannot wait for others while tokens merge: what is known of their tokens would have to wait as well; "
+            "samples cannot wait for others where tokens merge or are pruned: what is known of them would have to wait, too; "
             "answer batch by batch"
         )
     waiting, answers, start, one = Waiting(exits, size or 0), _Answers(), 0, None

@@ -244,7 +244,8 @@ def rebatched(live: Any, batches: Iterable[Tensor], size: int | None = None) -> 
     once all its samples are answered: those of the last ones when `batches` ends. The answers are those that the model gives
     batch by batch, up to rounding; up to `size` − 1 samples wait behind each exit meanwhile. Saves energy where small batches
     use the machine less well, for answers that come later (dynamic rebatching, DREX: Liu et al., 2025). What still waits at
-    the end goes on behind a forward of one image an exit. Raises BadInput beside token merging, GreenvisError in training mode.
+    the end goes on behind a forward of one image an exit. Raises BadInput where tokens merge or are pruned, too, and
+    GreenvisError in training mode.
     """
     installed = _of(live)
     if size is not None and size < 1:
