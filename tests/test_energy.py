@@ -58,19 +58,54 @@ def test_a_child_seen_alive_and_then_reaped_is_not_doubled(kind: type[ProcessTre
     assert 0.59 <= readings[-1] <= 0.6 + 0.3
 
 
-def test_grandchildren_and_orphans_are_counted_once(tmp_path: Path) -> None:
+GRANDCHILD = "import subprocess, sys\nb = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
+ENDS = BURN.format(s=0.4) + "\nprint('burnt', flush=True)"
+WAITS = ENDS + "\ntime.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("grandchild", "child_then"),
+    [
+        (WAITS, "b.stdout.readline(); print('now', flush=True); sys.stdin.read(); b.kill()"),  # both live
+        (ENDS, "b.communicate(); print('now', flush=True); sys.stdin.read()"),  # the living child waited for its own
+        (ENDS, "b.communicate(); print('now', flush=True)"),  # and the child has ended, too
+    ],
+)
+def test_what_a_grandchild_used_is_counted_once(grandchild: str, child_then: str) -> None:
     tree = ProcessTree()
     before = tree.cpu_s()
-    done = tmp_path / "done"
-    grandchild = BURN.format(s=0.6) + f"\nopen({str(done)!r}, 'w').close()"
-    script = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {grandchild!r}]); time.sleep(0.3)"
-    process = subprocess.Popen([sys.executable, "-c", script])
-    while not done.exists():  # the child ends first: its own child goes to init
-        process.poll()
-        tree.cpu_s()
-        time.sleep(0.05)
-    time.sleep(0.2)
-    assert 0.55 <= tree.cpu_s() - before <= 0.6 + 0.5
+    process = subprocess.Popen(
+        [sys.executable, "-c", GRANDCHILD.format(code=grandchild) + child_then], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"now\n"
+    if "sys.stdin" not in child_then:
+        process.wait()
+    tree._walked = -1.0  # the next reading lists the tree anew, however soon it comes
+    assert 0.4 * 0.97 <= tree.cpu_s() - before <= 0.4 + 0.4
+    process.communicate()
+    assert 0.4 * 0.97 <= tree.cpu_s() - before <= 0.4 + 0.4
+
+
+def test_an_orphan_goes_on_counting(tmp_path: Path) -> None:
+    tree = ProcessTree()
+    before = tree.cpu_s()
+    begun, go = tmp_path / "begun", tmp_path / "go"
+    for fifo in (begun, go):
+        os.mkfifo(fifo)
+    orphan = f"open({str(begun)!r}, 'w').close(); open({str(go)!r}).read()\n{BURN.format(s=0.4)}\n"
+    orphan += f"open({str(begun)!r}, 'w').close(); open({str(go)!r}).read()"
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]); sys.stdin.read()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE)
+    begun.read_text()  # it lives
+    tree._walked = -1.0
+    tree.cpu_s()
+    process.communicate()  # its parent ends: it goes to init
+    go.write_text("")
+    begun.read_text()  # it has burnt
+    tree._walked = -1.0
+    assert 0.4 * 0.97 <= tree.cpu_s() - before <= 0.4 + 0.5
+    go.write_text("")
 
 
 def test_shared_memory_of_forked_children_exists_once() -> None:

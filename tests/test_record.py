@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greenvis import price
+from greenvis import price, record
 from greenvis.errors import BadInput
 from greenvis.record import Run, Writer, find, read
 
@@ -49,6 +49,27 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     assert (energy.low, energy.value, energy.high) == (33 + 105, 44 + 105, 66 + 105)
     assert energy.provenance == "estimated"
     assert price.add(r for parts in price.phases(run).values() for r in parts.values()).value == energy.value
+
+
+def test_lines_are_on_the_disk_when_a_run_ends_and_every_few_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[int] = []
+
+    def sync(fd: int, real=os.fdatasync) -> None:
+        real(fd)
+        synced.append(os.fstat(fd).st_size)
+
+    monkeypatch.setattr(os, "fdatasync", sync)
+    path = tmp_path / "a.jsonl"
+    writer = Writer(path, HEADER)
+    writer.line("note", {"text": "soon after"})
+    assert synced == []
+    monkeypatch.setattr(record, "SYNC_EVERY_S", 0.0)  # as if that long had passed
+    writer.line("note", {"text": "later"})
+    assert synced == [path.stat().st_size]
+    monkeypatch.undo()
+    monkeypatch.setattr(os, "fdatasync", sync)
+    writer.close("done")
+    assert synced[1:] == [path.stat().st_size]
 
 
 def test_repricing_changes_grams_and_nothing_else(tmp_path: Path) -> None:
