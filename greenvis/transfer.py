@@ -21,7 +21,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 N_SIGMA, STEP = 0.6, 0.5  # of PED; its authors choose them by hand, data set by data set: these are among theirs
 MAX_STEPS, EXIT_RATIO = 6, 0.5
 _ITERATIONS, _TOLERANCE = 11, 1e-3  # of LogME's fixed point
-_SOFTENING = 5.0  # of SFDA's shrinkage
+_LEAST_DEVIATION = 1e-3  # of a dimension, by which PED divides
+_SOFTENING, _LEAST_SHRINKAGE = 5.0, 1e-10  # of SFDA: without the floor fewer images than dimensions have no discriminant
 _MULTIPLICATIONS = 5  # of SFDA's power iteration
 
 
@@ -73,14 +74,17 @@ def h_score(features: Any, labels: Any) -> float:
 def sfda(features: Any, labels: Any) -> float:
     """Return the self-challenging Fisher score (SFDA: Shao et al., 2022), the mean chance of the right class, 0 to 1.
 
-    A regularised linear discriminant says how sure each image's class is; every image is then drawn towards the other classes
-    by as much as it is unsure, and a second discriminant judges these harder images. Costs two discriminants.
+    A linear discriminant, its within-class covariance shrunk by max(exp(-5 · its largest eigenvalue), 1e-10), says how sure
+    each image's class is; every image is then drawn towards the mean of the other classes' means, each class counting once, by
+    as much as it is unsure, and a second discriminant with the same shrinkage judges these harder images. Costs two
+    discriminants.
     """
     x, y = checked(features, labels)
-    means, counts = _means(x, y)
-    others = (x.sum(0) - means * counts[:, None]) / (len(x) - counts)[:, None]
+    means, _ = _means(x, y)
+    others = (means.sum(0) - means) / (len(means) - 1)
     spread = x - means[y]
-    shrinkage = math.exp(-_SOFTENING * _largest_eigenvalue(spread.T @ spread / len(x)))
+    largest = _largest_eigenvalue(spread.T @ spread / len(x))
+    shrinkage = max(math.exp(-_SOFTENING * largest), _LEAST_SHRINKAGE)
     rows = np.arange(len(x))
     chances = np.exp(_chances(x, y, shrinkage))
     sure = (chances[rows, y] / chances.sum(1))[:, None]
@@ -103,13 +107,13 @@ def ped(features: Any, labels: Any, general: Any = None, *, n_sigma: float = N_S
 
     Score what comes back with `logme`, `h_score` or `sfda`. Fine-tuning parts classes that overlap: each class is a ball
     about its mean whose radius is `n_sigma` deviations, balls that overlap push each other apart along the line of their
-    centres, and classes move as whole bodies for a time `step`, again and again, up to six times, until they move by less than
-    half of what they did first; that last step is not taken. Classes that do not overlap stay where they are. general:
-    features (images, dim) of general images whose deviations are the unit of each dimension (ImageNet's, in the paper); the
-    features themselves where absent. Costs a mean and a variance a class.
+    centres, and classes move as whole bodies for a time `step`, again and again, up to six times, until they move by no more
+    than half of what they did first; that last step is not taken. Classes that do not overlap stay where they are. general:
+    features (images, dim) of general images whose deviations, 1e-3 at least, are the unit of each dimension (ImageNet's, in the
+    paper); the features themselves where absent. Costs a mean and a variance a class.
     """
     steps = ped_steps(features, labels, general, n_sigma=n_sigma, step=step)
-    kept = [fall for fall in steps if fall.ratio >= EXIT_RATIO]
+    kept = [fall for fall in steps if fall.ratio > EXIT_RATIO]
     return kept[-1].features if kept else checked(features, labels)[0]
 
 
@@ -119,7 +123,7 @@ def ped_steps(features: Any, labels: Any, general: Any = None, *, n_sigma: float
     scale = x.std(0) if general is None else np.asarray(general, dtype=np.float64).std(0)
     if scale.shape != x.shape[1:]:
         raise BadInput(f"ped: general features of {scale.shape} dimensions beside features of {x.shape[1:]}")
-    scale = np.where(scale > 0, scale, 1.0)
+    scale = np.maximum(scale, _LEAST_DEVIATION)
     means, counts = _means(x / scale, y)
     radii = n_sigma * np.sqrt(_within(x / scale, means, y, counts))
     moved = np.zeros_like(means)
@@ -132,7 +136,7 @@ def ped_steps(features: Any, labels: Any, general: Any = None, *, n_sigma: float
         moved = moved + change
         ratio = size / steps[0].moved if steps else 1.0
         steps.append(Fall(x + (moved * scale)[y], size, ratio))
-        if ratio < EXIT_RATIO:
+        if ratio <= EXIT_RATIO:
             break
     return steps
 

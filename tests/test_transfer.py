@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.special import softmax
 
 from greenvis.errors import BadInput
 from greenvis.transfer import h_score, logme, ped, ped_steps, sfda
@@ -26,6 +27,68 @@ def _blobs(apart: float, count: int = 40, dim: int = 6, seed: int = 0) -> tuple[
 def test_scores_are_the_published_ones() -> None:
     assert logme(X, Y) == pytest.approx(FIXTURE["base_scores"]["LogME"], abs=1e-9)
     assert sfda(X, Y) == pytest.approx(FIXTURE["base_scores"]["SFDA"], abs=1e-9)
+
+
+def _by_definition(x: Any, y: Any) -> float:
+    """SFDA with its authors' choices, from Gaussian densities: no solver of the tested code."""
+
+    def posteriors(points: Any, shrinkage: float) -> Any:
+        classes = range(int(y.max()) + 1)
+        means = np.stack([points[y == c].mean(0) for c in classes])
+        within = sum((y == c).mean() * np.cov(points[y == c].T, bias=True) for c in classes)
+        unit = np.trace(within) / len(within) * np.eye(len(within))
+        values, vectors = np.linalg.eigh((1 - shrinkage) * within + shrinkage * unit)
+        white = vectors / np.sqrt(values)
+        gaps = ((points @ white)[:, None] - (means @ white)[None]) ** 2
+        return softmax(np.log(np.bincount(y) / len(y)) - gaps.sum(-1) / 2, axis=1)
+
+    within = sum((y == c).mean() * np.cov(x[y == c].T, bias=True) for c in range(int(y.max()) + 1))
+    vector = within.sum(1)
+    for _ in range(5):  # the power iteration as published: not yet the eigenvalue where two are close
+        vector = within @ vector / np.linalg.norm(within @ vector)
+    shrinkage = max(math.exp(-5 * np.linalg.norm(within @ vector)), 1e-10)
+    sure = softmax(posteriors(x, shrinkage), axis=1)[np.arange(len(y)), y][:, None]
+    means = [x[y == c].mean(0) for c in range(int(y.max()) + 1)]
+    others = np.stack([np.mean([m for k, m in enumerate(means) if k != c], axis=0) for c in y])
+    return float(posteriors(sure * x + (1 - sure) * others, shrinkage)[np.arange(len(y)), y].mean())
+
+
+UNEQUAL = {  # images of each class, dimensions, scale of the features (which decides the shrinkage), distance of the classes
+    "unequal classes": ((70, 20, 7), 6, 0.3, 1.0),
+    "two classes, one of three images": ((3, 50), 5, 0.5, 0.5),
+    "fewer images than dimensions": ((31, 9, 5), 64, 0.4, 1.0),
+    "fewer images than dimensions, wide features": ((40, 25, 11, 5), 120, 3.0, 0.3),
+}
+
+
+@pytest.mark.parametrize("case", UNEQUAL)
+def test_sfda_is_its_authors_definition(case: str) -> None:
+    counts, dim, scale, apart = UNEQUAL[case]
+    draw = np.random.default_rng(3)
+    y = draw.permutation(np.repeat(np.arange(len(counts)), counts))
+    x = scale * (draw.normal(size=(len(y), dim)) + apart * draw.normal(size=(len(counts), dim))[y])
+    assert sfda(x, y) == pytest.approx(_by_definition(x, y), abs=1e-6)
+
+
+def test_sfda_tells_classes_apart_in_more_dimensions_than_images() -> None:
+    """Chance, 0.200, without the floor of the shrinkage: nothing was left to invert."""
+    draw = np.random.default_rng(0)
+    y = np.arange(500) % 5
+    x = 3 * draw.normal(size=(500, 512)) + 2 * draw.normal(size=(5, 512))[y]
+    assert sfda(x, y) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_ped_divides_by_no_deviation_under_a_thousandth() -> None:
+    """A dimension that hardly varies is no unit: classes that it alone sets apart are not blown up to overlap or part."""
+    x, y = _blobs(1.0)
+    flat = np.concatenate([x, 1e-6 * np.random.default_rng(1).normal(size=(len(x), 2))], 1)
+    general = np.concatenate([x, np.zeros((len(x), 2))], 1)
+    for unit in (None, general):
+        found, wanted = ped_steps(flat, y, unit), ped_steps(x, y, None if unit is None else general[:, :6])
+        assert len(found) == len(wanted) >= 1
+        assert found[0].moved == pytest.approx(wanted[0].moved, rel=1e-2)
+    scale, unit = np.maximum(flat.std(0), 1e-3), np.stack([-np.ones(8), np.ones(8)])
+    assert np.allclose(ped_steps(flat, y)[0].features, ped_steps(flat / scale, y, unit)[0].features * scale)
 
 
 @pytest.mark.parametrize("case", sorted(FIXTURE["steps"]))
