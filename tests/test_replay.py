@@ -17,7 +17,7 @@ import greenvis as gv
 from greenvis.errors import GreenvisError
 from greenvis.herding import herding
 from greenvis.techniques.iteration._buffer import Buffer, dequantise, quantise
-from greenvis.techniques.iteration._policies import balanced_slot, reservoir_slots, ring_slot
+from greenvis.techniques.iteration._policies import reservoir_slots, ring_slot
 from greenvis.techniques.iteration.replay import er_ace_loss
 
 FIXTURE = json.loads((Path(__file__).parent / "data" / "reservoir.json").read_text())
@@ -81,7 +81,6 @@ def test_ring_keeps_each_classes_latest() -> None:
     x, y = buffer.take(range(6))
     assert {int(c): sorted(x[y == c].flatten().tolist()) for c in y.unique()} == {0: [6, 7], 1: [14, 15], 2: [22, 23]}
     assert ring_slot([0, 1], [0, 1], 2, 2) == 0
-    assert balanced_slot([0, 0, 1], 1, 1, 3, lambda below: 0) == 0
 
 
 def test_herding_follows_the_running_mean() -> None:

@@ -14,6 +14,7 @@ from greenvis.techniques.iteration._policies import (
     balanced_slot,
     gradient_slot,
     greedy_slot,
+    largest,
     reservoir_slots,
     ring_slot,
 )
@@ -69,6 +70,7 @@ class Buffer:
         self._ages: list[int] = []
         self._scores: list[float] = []
         self._seen_by_class: dict[int, int] = {}
+        self._full: set[int] = set()  # classes that are the largest, or once were, of a buffer with no slot left
 
     def __len__(self) -> int:
         return self.filled
@@ -177,18 +179,23 @@ class Buffer:
         return (self._slot(label, score) for label, score in zip(labels, scores, strict=True))
 
     def _slot(self, label: int, score: float) -> int:
-        seen = self._seen_by_class.get(label, 0)
-        self._seen_by_class[label] = seen + 1
-        randint = self.random.randrange
+        slot = self._chosen(label, score)
+        self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
+        return slot
+
+    def _chosen(self, label: int, score: float) -> int:
+        randint, before = self.random.randrange, self._seen_by_class
         match self.policy:
             case "ring":
                 return ring_slot(self._labels, self._ages, label, self.size)
             case "greedy":
-                return greedy_slot(self._labels, label, self.size, randint)
+                return greedy_slot(self._labels, label, before, self.size, randint)
             case "gradient":
                 return gradient_slot(self._scores, score, self.size, self.random)
             case _:
-                return balanced_slot(self._labels, label, seen, self.size, randint)
+                if self.filled == self.size:
+                    self._full |= largest(self._labels)
+                return balanced_slot(self._labels, label, before.get(label, 0), self._full, self.size, randint)
 
     def _below(self, bounds: Array) -> Array:
         """Return a random integer from 0 to bound - 1 for each, int64."""
@@ -246,6 +253,7 @@ class Buffer:
             "scores": torch.tensor(self._scores, dtype=torch.float64),
             "seen": torch.tensor([self.filled, self.seen]),
             "seen_by_class": torch.tensor(counts, dtype=torch.int64).reshape(-1, 2),
+            "full": torch.tensor(sorted(self._full), dtype=torch.int64),
             "fates": torch.tensor(self._fates, dtype=torch.int64),
             "drawn": torch.tensor(self._drawn, dtype=torch.int64),
             "random": torch.tensor(self.random.getstate()[1], dtype=torch.int64),
@@ -264,6 +272,7 @@ class Buffer:
         self._labels = state["labels"].tolist()
         self._ages = state["ages"].tolist()
         self._seen_by_class = {int(c): int(n) for c, n in state["seen_by_class"]}
+        self._full = set(state["full"].tolist())
         self._scores = state["scores"].tolist()
         version, _, gauss = self.random.getstate()
         self.random.setstate((version, tuple(state["random"].tolist()), gauss))

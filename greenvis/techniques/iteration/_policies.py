@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,36 +39,49 @@ def ring_slot(labels: Sequence[int], ages: Sequence[int], label: int, size: int)
     return min((i for i, c in enumerate(labels) if c == leaves), key=lambda i: ages[i])
 
 
-def balanced_slot(labels: Sequence[int], label: int, seen: int, size: int, randint: Callable[[int], int]) -> int:
+def largest(labels: Sequence[int]) -> set[int]:
+    """Return the classes with the most items here."""
+    counts = _counts(labels)
+    most = max(counts.values(), default=0)
+    return {label for label, count in counts.items() if count == most}
+
+
+def balanced_slot(
+    labels: Sequence[int], label: int, seen: int, full: Collection[int], size: int, randint: Callable[[int], int]
+) -> int:
     """Return the slot of a new item of class `label`, -1 to pass it over (CBRS: Chrysakis and Moens, 2020, algorithm 1).
 
-    seen: items of its class so far, without it. While its class is not among the largest it takes a random item's place of
-    the largest; else it enters its own class's reservoir. Balance holds whatever the stream's imbalance.
+    seen: items of its class so far, without it. full: classes that are the largest, or were at any time since all slots were
+    taken; a full class stays full. An item of another class takes a random item's place of the largest; one of a full class
+    enters its own class's reservoir. So classes are balanced whatever the stream's imbalance, and what is here of each is
+    drawn evenly from all that came of it.
     """
-    slot = greedy_slot(labels, label, size, randint)
-    if slot >= 0:
-        return slot
+    if len(labels) < size:
+        return len(labels)
+    if label not in full:
+        return _one_of_the_largest(labels, randint)
     own = [i for i, c in enumerate(labels) if c == label]
     place = randint(seen + 1)
     return own[place] if place < len(own) else -1
 
 
-def greedy_slot(labels: Sequence[int], label: int, size: int, randint: Callable[[int], int]) -> int:
+def greedy_slot(labels: Sequence[int], label: int, classes: Collection[int], size: int, randint: Callable[[int], int]) -> int:
     """Return the slot of a new item of class `label`, -1 to pass it over (GDumb: Prabhu et al., 2020, algorithm 1).
 
-    While its class is not among the largest it takes a random item's place of the largest; else it is passed over: first
-    come, first kept.
+    classes: those that came before. A new class always enters, one that came before while it holds fewer than
+    size // len(classes) items: first come, first kept. Once all slots are taken it is a random item of the largest class that
+    goes. Slots stay empty where classes have their share.
     """
-    if len(labels) < size:
-        return len(labels)
-    counts = _counts(labels)
-    most = max(counts.values())
-    if counts.get(label, 0) == most:
+    if label in classes and _counts(labels).get(label, 0) >= size // len(classes):
         return -1
-    largest = sorted(c for c, n in counts.items() if n == most)
-    chosen = largest[randint(len(largest))]
-    there = [i for i, c in enumerate(labels) if c == chosen]
-    return there[randint(len(there))]
+    return len(labels) if len(labels) < size else _one_of_the_largest(labels, randint)
+
+
+def _one_of_the_largest(labels: Sequence[int], randint: Callable[[int], int]) -> int:
+    most = sorted(largest(labels))
+    chosen = most[randint(len(most))]
+    slots = [i for i, c in enumerate(labels) if c == chosen]
+    return slots[randint(len(slots))]
 
 
 def gradient_slot(scores: Sequence[float], score: float, size: int, draw: random.Random) -> int:
