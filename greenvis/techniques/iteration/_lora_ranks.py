@@ -60,7 +60,9 @@ class Ranks:
                 f"adalora weighs ranks by their gradients, and '{missing[0]}' has none: call step_end() of the wrapped model "
                 "between optimizer.step() and optimizer.zero_grad()"
             )
-        self.tuner.update_and_allocate(self.step)
+        # a gradient that is not finite is of a step that a scaler skipped: one such would spoil the running means for good
+        if settled or all(p.grad.isfinite().all() for _, p in self.factors if p.grad is not None):
+            self.tuner.update_and_allocate(self.step)
         self.step += 1
 
     def _plan(self, total_steps: int | None) -> None:

@@ -14,7 +14,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
 from greenvis import ranks
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, some
 from greenvis.modes import in_mode
 from greenvis.technique import logits_of
 from greenvis.techniques.iteration._lora_layers import NAME
@@ -94,6 +94,13 @@ def gradients(model: nn.Module, paths: Sequence[str], config: LoraConfig, calibr
 
     with in_mode(model, False):
         preprocess_loraga(model, config, step)
+    noted = {path: getattr(model.get_submodule(path), "_peft_loraga_grad", None) for path in paths}
+    bad = [path for path, g in noted.items() if g is None or not g.isfinite().all()]
+    if bad:
+        raise BadInput(
+            f"lora_ga starts from gradients, and {some(bad)} got none that is finite: give the model in float32 (half "
+            "precision has no scaler here), and finite images"
+        )
 
 
 def checked(calibration: Any) -> tuple[Tensor, Tensor]:

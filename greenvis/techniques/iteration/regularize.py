@@ -33,12 +33,12 @@ def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher =
     count = 0
     for x, y in _placed(model, loader, least=1 if definition == "batch" else _TOGETHER):
         if definition == "batch":
-            found = _gradients(model, names, lambda x=x, y=y: F.cross_entropy(logits_of(model(x)), y))
+            found = _gradients(model, names, lambda x=x, y=y: F.cross_entropy(_logits(model, x), y))
             _add(total, {n: g.square() for n, g in found.items()})
             count += 1
             continue
         with torch.no_grad():
-            p = logits_of(model(x)).softmax(-1)
+            p = _logits(model, x).softmax(-1)
         for label in range(p.shape[1]) if definition == "true" else (None,):
             labels = y if label is None else torch.full_like(y, label)
             chance = p.gather(1, labels[:, None]).squeeze(1)
@@ -57,7 +57,7 @@ def mas(model: nn.Module, names: list[str], loader: Any, definition: Literal["sa
     count = 0
     for x, _ in _placed(model, loader):
         for part in x.split(1 if definition == "sample" else len(x)):
-            found = _gradients(model, names, lambda x=part: logits_of(model(x)).square().sum(1).mean())
+            found = _gradients(model, names, lambda x=part: _logits(model, x).square().sum(1).mean())
             _add(total, {n: len(part) * g.abs() for n, g in found.items()})
         count += len(x)
     count = ranks.add_up(total, count)
@@ -119,7 +119,7 @@ class InstalledRegularize(Installed):
         self._path: dict[str, Tensor] = {}  # of SI: −gradient · change so far, where the task and where the step began
         self._start: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
-        self._grads: dict[str, Tensor] = {}
+        self._grads: dict[str, Tensor] = {}  # the tensors themselves: what a trainer does to them until `step_end` counts
         self._hooks: list[RemovableHandle] = []
         self._hooked: set[int] = set()
         self._lr: float | None = None
@@ -140,11 +140,12 @@ class InstalledRegularize(Installed):
         return {"regularize": self.request.weight * (penalty(now, held, self.anchor) + self.rest)}
 
     def step_end(self) -> None:
-        """Add the step to the path of each weight."""
-        ranks.mean(self._grads.values())  # noted before DistributedDataParallel had the others'
+        """Add the step to the path of each weight. A step that was skipped moved nothing, and its gradients are not finite."""
         with torch.no_grad():
-            for name, gradient in self._grads.items():
+            for name, noted in self._grads.items():
                 parameter = self.model.get_parameter(name)
+                gradient = noted if parameter.grad is None else parameter.grad  # None: cleared already
+                gradient = gradient.to(self._path[name].dtype).nan_to_num(0.0, 0.0, 0.0)
                 if name in self.importance:  # the task's own gradient, without the penalty's
                     pull = self.importance[name] * (self._last[name] - self.anchor[name])
                     gradient = gradient - 2 * self.request.weight * pull
@@ -158,7 +159,9 @@ class InstalledRegularize(Installed):
         now = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
         if request.method == "si":
             self._follow()
-            new = {n: path_importance(self._path[n], now[n] - self._start[n], request.damping) for n in now}
+            new = {
+                n: path_importance(self._path[n], (now[n] - self._start[n]).to(_precise(now[n])), request.damping) for n in now
+            }
             self._path, self._start = {}, {}
         else:
             with in_mode(self.model, False), self.phase("importance"):
@@ -207,7 +210,7 @@ class InstalledRegularize(Installed):
         """Note each weight's gradient as it comes, and where the task began."""
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad and name not in self._path:
-                self._path[name] = torch.zeros_like(parameter)
+                self._path[name] = torch.zeros_like(parameter, dtype=_precise(parameter))
                 self._start[name] = parameter.detach().clone()
                 self._last[name] = parameter.detach().clone()
             if parameter.requires_grad and id(parameter) not in self._hooked:
@@ -217,7 +220,7 @@ class InstalledRegularize(Installed):
     def _note(self, name: str) -> Callable[[Tensor], None]:
         def note(parameter: Tensor) -> None:
             assert parameter.grad is not None
-            self._grads[name] = parameter.grad.detach().clone()
+            self._grads[name] = parameter.grad.detach()
 
         return note
 
@@ -248,18 +251,36 @@ def _squares(model: nn.Module, names: list[str], x: Tensor, y: Tensor, weights: 
     """Return by parameter the sum over samples of weight · gradient² of the cross entropy."""
     total = _zeros(model, names)
     for rows, found in sample_gradients(model, names, x, y):
-        _add(total, {n: torch.einsum("b,b...->...", weights[rows], g.square()) for n, g in found.items()})
+        _add(
+            total,
+            {
+                n: torch.einsum("b,b...->...", weights[rows].to(_precise(g)), g.to(_precise(g)).square())
+                for n, g in found.items()
+            },
+        )
     return total
 
 
 def _gradients(model: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     parameters = [model.get_parameter(n) for n in names]
     found = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    return {n: torch.zeros_like(p) if g is None else g for n, p, g in zip(names, parameters, found, strict=True)}
+    pairs = zip(names, parameters, found, strict=True)
+    return {n: (torch.zeros_like(p) if g is None else g).to(_precise(p)) for n, p, g in pairs}
+
+
+def _logits(model: nn.Module, x: Tensor) -> Tensor:
+    logits = logits_of(model(x))
+    return logits.to(_precise(logits))
 
 
 def _zeros(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    return {n: torch.zeros_like(model.get_parameter(n)) for n in names}
+    named = {n: model.get_parameter(n) for n in names}
+    return {n: torch.zeros_like(p, dtype=_precise(p)) for n, p in named.items()}
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    """Return the precision to add up in: the square of a small gradient is 0 in half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
