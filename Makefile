@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo flagship test test-slow lint readme clean
+.PHONY: demo flagship test test-slow gpu lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
@@ -16,6 +16,9 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+gpu: $(VENV)/.demo
+	$(BIN)/greenvis bench gpu --out reports/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -18,17 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import models, registry
+from greenvis.bench import _exiting
+from greenvis.bench._exiting import AT
 from greenvis.meters import flops
 from greenvis.meters.header import cpu
 from greenvis.meters.track import Tracker, track
-from greenvis.views import example_input
-from greenvis.wrap import wrap
 
 MODEL = "timm/deit_tiny_patch16_224"
 BATCHES = (1, 4, 16, 64)
 LEAVING = (0.0, 0.2, 0.4, 0.7, 1.0)  # of those who come to an exit: how many leave there, at each of three
-AT = (0.25, 0.5, 0.75)
 TARGET = 0.85  # of the MACs saved, at the largest batch: the energy saved
 PLAIN, NEVER = "unmodified", "never"
 
@@ -54,19 +52,12 @@ def run(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     try:
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            plain, exiting = models.build(model).eval(), models.build(model).eval()
-            live = wrap(exiting, registry.find("early_exit").model_validate({"at": AT}))
-            installed: Any = live.installed[0]
-            shape = tuple(example_input(plain).shape[1:])
-            x = _images(images, shape).to(device)
-            for head in installed.exits.heads:  # fresh heads are equally unsure of everything
-                nn.init.normal_(head.linear.weight)
+        plain, installed = _exiting.build_with_exits(model)
+        x = _exiting.images(images, plain).to(device)
         plain.to(device)
-        exiting.to(device).eval()
-        arms = {PLAIN: None, NEVER: [float("inf")] * len(AT), **_thresholds(installed, x, leaving)}
-        macs = flops.count(plain, (shape[0], shape[1], shape[2]), cross_check=False).macs
+        installed.exits.model.to(device)
+        arms = {PLAIN: None, NEVER: [float("inf")] * len(AT), **_exiting.thresholds(installed, x, leaving)}
+        macs = flops.count(plain, x[:1], cross_check=False).macs
         with tempfile.TemporaryDirectory() as folder, track("exits", dir=folder) as tracker:
             rows = []
             for batch in batches:
@@ -84,27 +75,6 @@ def run(
         (out / "report.md").write_text(_markdown(result, out))
         _draw(result, out / "figures" / "exits.svg")
     return result
-
-
-def _images(count: int, shape: tuple[int, ...]) -> Tensor:
-    """Return images (count, channels, height, width) of coarse patterns and different contrast, which exits tell apart."""
-    coarse = torch.randn(count, shape[0], 8, 8) * torch.linspace(0.2, 2.0, count)[:, None, None, None]
-    return nn.functional.interpolate(coarse, size=shape[1:], mode="bilinear")
-
-
-def _thresholds(installed: Any, x: Tensor, leaving: Sequence[float]) -> dict[str, list[float]]:
-    """Return thresholds by name, at which each share of those who come to an exit leaves there."""
-    sure = installed.sureness([(part, torch.zeros(len(part))) for part in x.split(16)])
-    found: dict[str, list[float]] = {}
-    for share in leaving:
-        still, limits = torch.ones(len(x), dtype=torch.bool), []
-        for row in sure[:-1]:
-            there = row[still].sort(descending=True).values
-            gone = round(share * len(there))
-            limits.append(2.0 if not gone else float(there[gone - 1 : gone + 1].mean()) if gone < len(there) else 0.0)
-            still &= row < limits[-1]
-        found[f"{share:.0%} leave"] = limits
-    return found
 
 
 def _measured(

@@ -1,0 +1,68 @@
+"""The page of the GPU kit: one table per cell, and on top where the figures come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+FORMS = {
+    "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}", "speedup": "{:.2f}",
+    "energy_ratio": "{:.2f}", "spread": "{:.2f}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}", "realised": "{:.2f}",
+    "peak_mb": "{:,.0f}", "trained": "{:,}", "seconds": "{:.2f}", "integrated_j": "{:.4g}", "ratio": "{:.3f}",
+    "watts": "{:.0f}",
+}  # fmt: skip
+HEADS = {
+    "ms": "ms per call", "units_per_s": "images/s", "gpu_j": "GPU J", "total_j": "total J", "speedup": "times as fast",
+    "energy_ratio": "energy ×", "gmacs": "GMACs", "macs_ratio": "MACs ×", "peak_mb": "peak MB",
+    "trained": "parameters trained", "integrated_j": "power × time, J", "ratio": "counter ÷ power",
+}  # fmt: skip
+
+
+def brief(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row as a table shows it: without what the meter saw, numbers in three digits."""
+    return {
+        HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value)
+        for key, value in row.items()
+        if key != "observed"
+    }
+
+
+def write(out: Path, result: Mapping[str, Any]) -> None:
+    """Write results.json and report.md."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / "report.md").write_text(_markdown(result))
+
+
+def _markdown(result: Mapping[str, Any]) -> str:
+    device = result["device"]
+    lines = [f"# What techniques save on a GPU: {device['name']}", ""]
+    if device["rehearsal"]:
+        lines += [
+            "**A rehearsal on a processor, with tiny sizes: no figure here says anything of a GPU.** It shows that the kit "
+            "runs. `make gpu` on a machine with a CUDA GPU measures.", "",
+        ]  # fmt: skip
+    seen = device["versions"]
+    lines += [
+        f"`greenvis bench gpu`, torch {seen['torch']}, timm {seen.get('timm', '?')}, CUDA {device['cuda'] or 'none'}, "
+        f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs in accuracy stands in other "
+        "reports. Settings of a cell take turns; medians over rounds, ratios of what ran in the same round to the cell's first "
+        "setting of that model and batch; `spread` is the range of the energy ratio. Joules are per image; the total adds "
+        "processor and memory (`greenvis doctor` says how) to the GPU's counter.", "",
+    ]  # fmt: skip
+    for cell in result["cells"]:
+        lines += [f"## {cell['cell']}", "", f"{cell['about']} ({cell['seconds']:.0f} s)", ""]
+        if cell["reason"]:
+            lines += [f"Not measured: {cell['reason']}", ""]
+        lines += _table([brief(row) for row in cell["rows"]])
+    return "\n".join(lines)
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return [*lines, *("| " + " | ".join(str(row.get(h, "–")) for h in heads) + " |" for row in rows), ""]

@@ -1,0 +1,160 @@
+"""Cells of serving: token merging, early exit and low precision against the unmodified model with its fused attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis import models, registry
+from greenvis.bench import _exiting
+from greenvis.bench.gpu._measure import Bench, NotMeasured, measure
+from greenvis.meters import flops
+from greenvis.views import example_input
+from greenvis.wrap import wrap
+
+TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+PLAIN, NEVER = "unmodified", "never"
+
+
+def build(bench: Bench, ref: str, technique: str | None = None, **fields: Any) -> nn.Module:
+    """Return a model of this library reference in eval mode, bf16, on the device; tiny ones in a rehearsal."""
+    options = TINY if bench.small else {}
+    model = models.build(ref, **options).eval()
+    if technique is not None:
+        wrap(model, registry.find(technique).model_validate(fields))
+    return model.to(bench.device, torch.bfloat16)
+
+
+def label(bench: Bench, ref: str) -> str:
+    """Return what a table calls the model."""
+    return "a tiny ViT in its place" if bench.small else ref.removeprefix("timm/")
+
+
+def images(bench: Bench, model: nn.Module, count: int) -> Tensor:
+    """Return random images (count, channels, height, width) in the model's precision, on its device."""
+    shape = example_input(model).shape[1:]
+    generator = torch.Generator().manual_seed(0)
+    weight = next(model.parameters())
+    return torch.rand(count, *shape, generator=generator).to(weight.device, weight.dtype)
+
+
+def forward(model: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
+    """Return a call that serves these images."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            return model(x)
+
+    return call
+
+
+def tokens(bench: Bench, compiled: bool = False) -> list[dict[str, Any]]:
+    """ViT-B/16 and ViT-L/16 with token merging at the r its authors give figures for (13 and 7; Bolya et al., 2023)."""
+    rows = []
+    paper, batch = (("timm/vit_base_patch16_224", 13), ("timm/vit_large_patch16_224", 7)), bench.pick(256, 4)
+    for ref, r in bench.pick(paper, (("timm/vit_base_patch16_224", 2),)):
+        plain, merged = build(bench, ref), build(bench, ref, "token_merge", r=r)
+        x = images(bench, plain, batch)
+        macs = [flops.count(m, x[:1], cross_check=False).macs for m in (plain, merged)]
+        served = [torch.compile(m) for m in (plain, merged)] if compiled else [plain, merged]
+        arms = {PLAIN: (forward(served[0], x), batch), f"merged, r {r}": (forward(served[1], x), batch)}
+        for row, count in zip(measure(bench, arms), macs, strict=True):
+            rows.append(
+                {"model": label(bench, ref), "batch": batch, **row, "gmacs": count / 1e9, "macs_ratio": count / macs[0]}
+            )
+    return rows
+
+
+def tokens_compiled(bench: Bench) -> list[dict[str, Any]]:
+    """The same, with both models compiled."""
+    return tokens(bench, compiled=True)
+
+
+def exits(bench: Bench) -> list[dict[str, Any]]:
+    """ViT-B/16 with three exits, where samples that are sure leave the batch, at several batch sizes."""
+    ref, rows = "timm/vit_base_patch16_224", []
+    plain, installed = _exiting.build_with_exits(ref, **(TINY if bench.small else {}))
+    exiting: nn.Module = installed.exits.model
+    for model in (plain, exiting):
+        model.to(bench.device, torch.bfloat16)
+    x = _exiting.images(bench.pick(512, 16), plain).to(bench.device, torch.bfloat16)
+    limits = {NEVER: [float("inf")] * len(_exiting.AT), **_exiting.thresholds(installed, x, (0.2, 0.4, 0.7))}
+    whole = flops.count(plain, x[:1], cross_check=False).macs
+    for batch in bench.pick((1, 8, 64, 512), (1, 8)):
+        # one call serves the same images at each batch size, at batch 1 fewer of them
+        parts = x[: bench.pick(64 if batch == 1 else 512, 16)].split(batch)
+        arms = {PLAIN: (_serve(plain, parts, None, None), sum(map(len, parts)))}
+        shares = {PLAIN: 1.0}
+        for name, at in limits.items():
+            arms[name] = (_serve(exiting, parts, installed, at), sum(map(len, parts)))
+            with installed.at(at) as facts, torch.inference_mode():
+                for part in parts:
+                    exiting(part)
+            shares[name] = facts["macs"] / whole
+        for row in measure(bench, arms):
+            share, energy = shares[row["setting"]], row["energy_ratio"]
+            realised = (1 - energy) / (1 - share) if energy is not None and share < 0.95 else None
+            rows.append({"model": label(bench, ref), "batch": batch, **row, "macs_ratio": share, "realised": realised})
+    return rows
+
+
+def _serve(model: nn.Module, parts: tuple[Tensor, ...], installed: Any, at: Any) -> Callable[[], None]:
+    def call() -> None:
+        with torch.inference_mode(), nullcontext() if at is None else installed.at(at):
+            for part in parts:
+                model(part)
+
+    return call
+
+
+def precision(bench: Bench) -> list[dict[str, Any]]:
+    """ViT-B/16 in fp32, TF32, bf16 and int8 (torchao's dynamic quantisation, where it is installed)."""
+    ref, batch = "timm/vit_base_patch16_224", bench.pick(256, 4)
+    bf16 = build(bench, ref)
+    x = images(bench, bf16, batch)
+    fp32 = models.build(ref, **(TINY if bench.small else {})).eval().to(bench.device)
+    arms = {"fp32": (_matmul("highest", forward(fp32, x.float())), batch)}
+    missing = []
+    if bench.device.type == "cuda":
+        arms["tf32"] = (_matmul("high", forward(fp32, x.float())), batch)
+    else:
+        missing.append(_absent("tf32", "no tensor cores here"))
+    arms["bf16"] = (forward(bf16, x), batch)
+    try:
+        arms["int8, compiled"] = (forward(_int8(build(bench, ref)), x), batch)
+    except NotMeasured as why:
+        missing.append(_absent("int8", str(why)))
+    rows = [*measure(bench, arms), *missing]
+    return [{"model": label(bench, ref), "batch": batch, **row} for row in rows]
+
+
+def _absent(setting: str, why: str) -> dict[str, Any]:
+    return {"setting": setting, "not_measured": why}
+
+
+def _matmul(how: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    def wrapped() -> Any:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(how)
+        try:
+            return call()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return wrapped
+
+
+def _int8(model: nn.Module) -> nn.Module:
+    try:
+        from torchao.quantization import (  # type: ignore[import-not-found]
+            Int8DynamicActivationInt8WeightConfig,
+            quantize_,
+        )
+    except ImportError as error:
+        raise NotMeasured("torchao is not installed: pip install torchao") from error
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(model)  # type: ignore[return-value]  # without it each layer is dearer than in bf16
