@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -130,19 +130,27 @@ def names_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[str,
     return tuple(n for n, p in model.named_parameters() if id(p) in wanted)
 
 
-def freeze(model: nn.Module, but: Iterable[nn.Parameter] = ()) -> tuple[str, ...]:
+def freeze(
+    model: nn.Module, but: Iterable[nn.Parameter] = (), follows: Callable[[str], bool] = lambda path: False
+) -> tuple[str, ...]:
     """Stop every parameter from training except those in `but`, whose names it returns; hold frozen batch norms' statistics.
 
     A frozen BatchNorm still drifts in train mode, so it is held in eval whenever it runs, also after `model.train()`.
+    follows: whether the one at a path keeps following its inputs though it may have no parameter that trains.
     """
     names = names_of(model, but)
     spared = set(names)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in spared)
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-            hold_in_eval(module)
+    hold_norms(model, but=lambda path, norm: follows(path) or any(p.requires_grad for p in norm.parameters()))
     return names
+
+
+def hold_norms(model: nn.Module, but: Callable[[str, nn.Module], bool] = lambda path, norm: False) -> None:
+    """Keep the statistics that batch norms have now, also in training, except those for which `but` is true."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not but(path, module):
+            hold_in_eval(module)
 
 
 def hold_in_eval(module: nn.Module) -> None:

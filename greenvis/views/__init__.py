@@ -38,8 +38,10 @@ class View:
     """What a model consists of; every entry is a path for `model.get_submodule`, in order of execution.
 
     example: the images (batch, channels, height, width) it was seen on. prefix_tokens: class, distillation and register tokens
-    before the patches. functional: layers whose weight is read by another module. computed: layers that use something
-    computed from their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
+    before the patches. heads: the last layers before the logits. classifier: the modules around them that read one vector an
+    image, of one layer or several. functional: layers whose weight is read by another module. computed: layers that use
+    something computed from their weight (standardised). flags: "windowed", "rope", "fixed_grid", "batch_dependent",
+    "batch_norm".
     layouts: shapes in and out of blocks, attentions, MLPs and their first and last layers. prefix_position: "before" or
     "behind" the patches. pooling: what the classifier gets of the positions: "mean", "max", "attention", "prefix token".
     """
@@ -52,6 +54,7 @@ class View:
     linears: tuple[str, ...]
     norms: tuple[str, ...]
     heads: tuple[str, ...]
+    classifier: tuple[str, ...]
     blocks: tuple[str, ...]
     patch_embed: str | None
     prefix_tokens: int
@@ -81,6 +84,10 @@ class View:
             before = now
         return tuple(tuple(run) for run in runs)
 
+    def in_classifier(self, path: str) -> bool:
+        """Whether a module or parameter belongs to the classifier."""
+        return any(path == c or path.startswith(c + ".") for c in self.classifier)
+
     def role(self, name: str) -> tuple[str, ...]:
         """Return the paths that play a role. Raises BadInput for an unknown role, or one that nothing plays here."""
         if name not in ROLES:
@@ -103,11 +110,12 @@ class View:
                     for p in ((a.path,) if a.kind == "multihead" else (*a.inputs, *((a.out,) if a.out else ())))
                 )
             case "mlp":
-                return unique(p for m in self.mlps for p in (m.up, m.gate, m.down) if p is not None)
+                layers = (p for m in self.mlps for p in (m.up, m.gate, m.down) if p is not None)
+                return unique(p for p in layers if not self.in_classifier(p))
             case "conv":
-                return tuple(p for p in self.convs if p not in self.heads and p != self.patch_embed)
+                return tuple(p for p in self.convs if not self.in_classifier(p) and p != self.patch_embed)
             case "linear":
-                return tuple(p for p in self.linears if p not in self.heads)
+                return tuple(p for p in self.linears if not self.in_classifier(p))
             case "norm":
                 return self.norms
             case "head":
@@ -161,6 +169,7 @@ def view(model: nn.Module, example: Tensor | tuple[int, int, int] | None = None,
         linears=unique(c.path for c in linears),
         norms=unique(c.path for c in seen.calls if c.kind == "norm"),
         heads=heads,
+        classifier=parts.classifier(seen, heads),
         blocks=blocks,
         patch_embed=patch_embed,
         prefix_tokens=prefix,
@@ -223,7 +232,7 @@ def describe(found: View) -> list[tuple[str, str]]:
         ("linear layers", _counted(found.linears)),
         ("norms", _counted(found.norms)),
         ("pooling", found.pooling or "none seen"),
-        ("classifier", some(found.heads) or "none"),
+        ("classifier", some(found.classifier) or "none"),
         ("flags", ", ".join(sorted(found.flags)) or "none"),
     ]
     return rows

@@ -113,6 +113,33 @@ def heads(seen: Trace) -> tuple[str, ...]:
     return tuple(paths) if all(last[p].out_features == classes for p in paths) else ()
 
 
+def classifier(seen: Trace, heads: tuple[str, ...]) -> tuple[str, ...]:
+    """The modules that make up the classifier: of each last layer, the module around it all of whose layers read one vector an
+    image (a head of several layers, VGG's three), and which is not the whole model."""
+    return unique(_around(seen, head) for head in heads)
+
+
+def _around(seen: Trace, head: str) -> str:
+    best = path = head
+    while path := _parent(path):
+        inside = [c for c in seen.calls if _within(c.path, path)]
+        outside = [c for c in seen.calls if not _within(c.path, path) and c.kind != "norm"]
+        attends = any(_within(s, path) for a in seen.attentions for s in a.stack[-1:])
+        if attends or not outside or not all(_one_vector(c) for c in inside):
+            break
+        layers = sum(c.kind != "norm" for c in inside)
+        if all(_one_vector(c) for c in outside) and layers > len(outside):  # a multi-layer perceptron: most of it is no head
+            break
+        if len(inside) > sum(_within(c.path, best) for c in seen.calls):
+            best = path
+    return best
+
+
+def _one_vector(call: Call) -> bool:
+    """Whether a layer's input has no positions: (batch, features), whatever axes of one lie around the features."""
+    return math.prod(call.in_shape[1:]) == max(call.in_shape[1:], default=1)
+
+
 def patch_embed(seen: Trace, tokens: bool) -> str | None:
     """Return the path of the layer that makes patches of the image, if one does."""
     first = next((c for c in seen.calls if c.kind != "norm"), None)

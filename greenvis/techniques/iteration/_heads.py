@@ -11,8 +11,14 @@ from greenvis.views import View
 
 
 def head_parameters(model: nn.Module, found: View) -> list[nn.Parameter]:
-    """Return the parameters of the model's classifiers."""
-    return [p for path in found.heads for p in model.get_submodule(path).parameters()]
+    """Return the parameters of the model's classifier, all its layers.
+
+    Where the last layer trains and others of the classifier were frozen before, those stay so: that was somebody's choice.
+    """
+    last = [p for path in found.heads for p in model.get_submodule(path).parameters()]
+    every = [p for path in found.classifier for p in model.get_submodule(path).parameters()]
+    chosen = bool(last) and all(p.requires_grad for p in last)
+    return [p for p in every if p.requires_grad or not chosen]
 
 
 class TaskHeads:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from greenvis.surgery import hold_in_eval
-
 
 class Held:
     """One parameter and which of its elements are frozen, as `frozen` says: no gradient reaches them, and `hold` undoes what
@@ -48,10 +46,3 @@ class Mask(Held):
         """Return the mask."""
         self.mask = self.mask.to(self.parameter.device)
         return self.mask
-
-
-def hold_norms(model: nn.Module) -> None:
-    """Keep the statistics that batch norms have now, also in training."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            hold_in_eval(module)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import freeze
 from greenvis.technique import logits_of
+from greenvis.techniques.iteration._heads import head_parameters
 from greenvis.views import View, reached
 from greenvis.views.quiet import quiet
 
@@ -63,8 +64,9 @@ def with_first(value: Any, new: Tensor) -> Any:
 
 def train_only(model: nn.Module, added: list[nn.Parameter], found: View, head: str) -> tuple[str, ...]:
     """Freeze all but what was added and, unless `head` is "freeze", the classifier; return the names that train."""
-    heads = found.heads if head == "train" else ()
-    return freeze(model, but=[*added, *(p for path in heads for p in model.get_submodule(path).parameters())])
+    if head != "train":
+        return freeze(model, but=added)
+    return freeze(model, but=[*added, *head_parameters(model, found)], follows=found.in_classifier)
 
 
 def patches_matter(model: nn.Module, found: View, path: str) -> bool:

@@ -8,8 +8,9 @@ from pydantic import Field
 from torch import nn
 
 from greenvis.errors import BadInput
-from greenvis.surgery import freeze, hold_in_eval
+from greenvis.surgery import freeze, hold_norms, names_of
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._heads import head_parameters
 from greenvis.views import reached, view
 
 
@@ -36,9 +37,9 @@ class Bitfit(Technique):
         if not names:
             raise BadInput(f"{type(model).__name__} has no bias that reaches its output; use lora or norm_tune")
         if self.head == "train":
-            names |= {n for n in live if n.rpartition(".")[0] in found.heads}
-        freeze(model, but=[p for n, p in model.named_parameters() if n in names])
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                hold_in_eval(module)
-        return Installed(tuple(n for n, _ in model.named_parameters() if n in names), freezes=True)
+            names |= live & set(names_of(model, head_parameters(model, found)))
+        trained = [p for n, p in model.named_parameters() if n in names]
+        follows = found.in_classifier if self.head == "train" else lambda path: False
+        freeze(model, but=trained, follows=follows)
+        hold_norms(model, but=lambda path, norm: follows(path))
+        return Installed(names_of(model, trained), freezes=True)

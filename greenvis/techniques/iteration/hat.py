@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
-from greenvis.surgery import names_of
+from greenvis.surgery import hold_norms, names_of
 from greenvis.technique import Installed, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
-from greenvis.techniques.iteration._held import Mask, hold_norms
+from greenvis.techniques.iteration._held import Mask
 from greenvis.views import View, reached, view
 from greenvis.views.parts import Mlp
 from greenvis.views.quiet import quiet

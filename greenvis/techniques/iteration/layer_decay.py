@@ -73,7 +73,7 @@ def layer_numbers(found: View, names: Sequence[str]) -> dict[str, int]:
             if numbers[i] is None and inside:
                 before = [n for n in numbers[:i] if n is not None]
                 outside[path] = last if i > inside[-1] else max(before, default=0)
-    outside |= dict.fromkeys(found.heads, last)
+    outside |= dict.fromkeys(found.classifier, last)
 
     def of(name: str) -> int:
         owner = block_of(name)

@@ -8,14 +8,16 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
-from greenvis.surgery import freeze
 from greenvis.technique import Installed, Stage, Technique
 from greenvis.techniques.iteration._prefix import InstalledPrefix
+from greenvis.techniques.iteration._seams import train_only
 from greenvis.views import view
 
 
 class LinearProbe(Technique):
     """Train only the classifier; all below is frozen, its batch norms held (the baseline any adaptation must beat).
+
+    A classifier of several layers trains whole (VGG's three, too: freeze the first ones before, and they stay frozen).
 
     Saves the whole backward but the head's, and all optimizer memory but the head's. Costs accuracy where the features do
     not fit the task. Dropout and stochastic depth of the frozen part stay as `model.train()` sets them; with `cache`, all but
@@ -38,5 +40,6 @@ class LinearProbe(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""
         found = view(model, self.input_shape, probe=False)
-        names = freeze(model, but=[p for path in found.role("head") for p in model.get_submodule(path).parameters()])
+        found.role("head")  # refuses a model that shows none
+        names = train_only(model, [], found, "train")
         return InstalledPrefix(model, names, found.example, self.cache) if self.cache else Installed(names, freezes=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze, places_of
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._heads import head_parameters
 from greenvis.techniques.iteration._lora_layers import (
     NAME,
     Multihead,
@@ -92,7 +93,7 @@ class Lora(Technique):
         self._check()
         found = view(model, self.input_shape, probe=False)
         paths = self._targets(model, found)
-        heads = [p for path in found.heads for p in model.get_submodule(path).parameters()] if self.head == "train" else []
+        heads = head_parameters(model, found) if self.head == "train" else []
         places = {path: places_of(model, model.get_submodule(path)) for path in paths}
         ranks = self._inject(model, paths)
         layers: dict[str, Any] = {}
@@ -104,7 +105,8 @@ class Lora(Technique):
                 parent._modules[name] = layer
         keep_off_the_fast_path(model, layers)
         learned = [p for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n]
-        trainable = freeze(model, but=[*learned, *heads])
+        follows = found.in_classifier if heads else lambda path: False
+        trainable = freeze(model, but=[*learned, *heads], follows=follows)
         return InstalledLora(self, model, layers, trainable, ranks)
 
     def _check(self) -> None:
@@ -153,9 +155,8 @@ class Lora(Technique):
         outer = [p for p in hits if p not in inner]
         if not outer:
             raise BadInput(f"'{hits[0]}' is read as a weight by its nn.MultiheadAttention: target '{inner[hits[0]]}' itself")
-        special = {*found.heads, found.patch_embed}
-        named = [p for p in outer if p not in special] or outer
-        if self.head == "train" and set(named) <= set(found.heads):
+        named = [p for p in outer if not found.in_classifier(p) and p != found.patch_embed] or outer
+        if self.head == "train" and all(map(found.in_classifier, named)):
             raise BadInput(f"'{pattern}' names the classifier {some(named)}, which trains in full; set head: freeze")
         ran = {*found.linears, *found.convs, *(a.path for a in found.attention)}
         live = [p for p in named if p in ran]

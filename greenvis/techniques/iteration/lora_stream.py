@@ -85,7 +85,10 @@ class LoraStream(Technique):
             for parent, name in places[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
         keep_off_the_fast_path(model, layers)
-        return InstalledLoraStream(self, model, layers, heads)
+        live = InstalledLoraStream(self, model, layers, heads)
+        freeze(model, but=live.learns(0), follows=found.in_classifier if heads else lambda path: False)
+        live.use([1.0])
+        return live
 
     def _paths(self, model: nn.Module, found: View) -> list[str]:
         """Return the paths to change, in the model's order. Raises BadInput before anything is touched."""
@@ -97,17 +100,15 @@ class LoraStream(Technique):
             except BadInput as error:
                 raise BadInput(f"{error}{'' if role or not target.isalpha() else nearest(target, ROLES)}") from None
             if not role:
-                hits = tuple(p for p in hits if p not in (*found.heads, found.patch_embed)) or hits
+                hits = tuple(p for p in hits if not found.in_classifier(p) and p != found.patch_embed) or hits
             why = {p: _why_not(model, found, p) for p in hits}
             good = [p for p in hits if not why[p]]
             if not good or (not role and len(good) < len(hits)):
                 bad = next(p for p in hits if why[p])
                 raise BadInput(f"lora_stream cannot change '{bad}', which '{target}' names: {why[bad]}")
             chosen.update(good)
-        if self.head == "train" and chosen & set(found.heads):
-            raise BadInput(
-                f"{some(sorted(chosen & set(found.heads)))} is the classifier, which trains in full; set head: freeze"
-            )
+        if self.head == "train" and (inside := sorted(filter(found.in_classifier, chosen))):
+            raise BadInput(f"{some(inside)} is the classifier, which trains in full; set head: freeze")
         return [p for p, _ in model.named_modules() if p in chosen]
 
 
@@ -155,9 +156,8 @@ class InstalledLoraStream(Installed):
     def __init__(self, request: LoraStream, model: nn.Module, layers: dict[str, Any], heads: list[nn.Parameter]) -> None:
         super().__init__(freezes=True)
         self.request, self.model, self.layers, self.heads = request, model, layers, TaskHeads(heads)
+        self.factors: list[float] = []
         self.held: list[float] | None = None  # the factors to go back to after a test that told its task
-        freeze(model, but=self._learns(0))
-        self.use([1.0])
 
     def use(self, factors: Sequence[float]) -> None:
         """Use each task's change times a factor: 0 leaves it out, a negative one takes it away (task negation).
@@ -177,7 +177,7 @@ class InstalledLoraStream(Installed):
             for i in range(tasks):
                 for parameter in _change(layer, i):
                     parameter.requires_grad_(i == tasks - 1)
-        self.trainable = names_of(self.model, self._learns(tasks - 1))
+        self.trainable = names_of(self.model, self.learns(tasks - 1))
 
     def begin_task(self, task: Task) -> None:
         """Freeze the earlier tasks' changes and add this one's."""
@@ -236,7 +236,8 @@ class InstalledLoraStream(Installed):
             module = self.model.get_submodule(path)
             module._parameters["weight"] = nn.Parameter(weight, self.model.get_parameter(f"{path}.weight").requires_grad)
 
-    def _learns(self, task: int) -> list[nn.Parameter]:
+    def learns(self, task: int) -> list[nn.Parameter]:
+        """Return what trains in task number `task`."""
         return [*self.heads.parameters, *(p for layer in self.layers.values() for p in _change(layer, task))]
 
     @staticmethod

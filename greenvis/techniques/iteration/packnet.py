@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from greenvis import ranks
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
+from greenvis.surgery import hold_norms
 from greenvis.technique import Installed, Stage, Task, Technique, logits_of, only
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
-from greenvis.techniques.iteration._held import Held, hold_norms
+from greenvis.techniques.iteration._held import Held
 from greenvis.views import View, reached, view
 
 MOST_TASKS = 255  # owners are kept as bytes

@@ -9,8 +9,9 @@ from pydantic import Field
 from torch import nn
 
 from greenvis.errors import BadInput
-from greenvis.surgery import freeze
+from greenvis.surgery import freeze, names_of
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques.iteration._heads import head_parameters
 from greenvis.techniques.iteration._prefix import InstalledPrefix
 from greenvis.views import reached, view
 
@@ -44,12 +45,15 @@ class Partial(Technique):
         if self.blocks > len(blocks):
             raise BadInput(f"blocks is {self.blocks}, but {type(model).__name__} has {len(blocks)}: give 1 to {len(blocks)}")
         chosen = blocks[-self.blocks :]
-        behind = {*chosen, *found.heads}
+        behind = {*chosen}
         for layers in (found.linears, found.convs, found.norms, tuple(a.path for a in found.attention)):  # each in order
             first = next((i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))), len(layers))
             behind |= set(layers[first:])
         live = reached(model, found.example)
-        names = {n for n in live if n.startswith(tuple(f"{p}." for p in behind))}
-        freeze(model, but=[p for n, p in model.named_parameters() if n in names])
+        classifier = set(names_of(model, head_parameters(model, found)))
+        names = {
+            n for n in live if n in classifier or n.startswith(tuple(f"{p}." for p in behind if not found.in_classifier(p)))
+        }
+        freeze(model, but=[p for n, p in model.named_parameters() if n in names], follows=found.in_classifier)
         trained = tuple(n for n, _ in model.named_parameters() if n in names)
         return InstalledPrefix(model, trained, found.example, self.cache) if self.cache else Installed(trained, freezes=True)

@@ -122,8 +122,8 @@ class PromptPool(Technique):
         pool = Pool(self, rows, torch.empty(self.pool, width, **kind).uniform_(-1, 1), found.prefix_tokens)
         asker = None
         if self.query == "class":
-            heads = [model.get_submodule(path) for path in found.heads]
-            asker = Asker(pool, heads, _mark(model, heads) if self.cache else "")
+            heads = [model.get_submodule(path) for path in found.classifier]
+            asker = Asker(pool, heads, _readers(model, found), _mark(model, heads) if self.cache else "")
             asker.put(model)
         pool.put(model, blocks[0], blocks[-1], _CHILD)
         check_runs(model, found.example, [pool.rows], f"{self.top_n} prompts of {self.length}")
@@ -192,8 +192,8 @@ class Asker:
     weights: what tells the frozen model from another, where queries are to be kept; else "".
     """
 
-    def __init__(self, pool: Pool, heads: list[nn.Module], weights: str) -> None:
-        self.pool, self.heads, self.kept = pool, heads, None
+    def __init__(self, pool: Pool, heads: list[nn.Module], readers: list[nn.Module], weights: str) -> None:
+        self.pool, self.heads, self.readers, self.kept = pool, heads, readers, None
         self.samples: Callable[[], Samples | None] = lambda: None
         if weights:
             self.kept = Kept("the model without prompts: what its head reads", weights)
@@ -219,7 +219,7 @@ class Asker:
         self.pool.asking = True
         try:
             with in_mode(model, False), torch.no_grad():
-                return _run(model, self.heads[0] if self.heads else None, args, kwargs)
+                return _run(model, self.readers, args, kwargs)
         finally:
             self.pool.asking = False
 
@@ -271,9 +271,8 @@ def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
 
 def _feature(model: nn.Module, found: View) -> Tensor:
     """Return what the head reads for the example. Raises BadInput where that is no vector per image."""
-    head = model.get_submodule(found.heads[0]) if found.heads else None
     with quiet(model):
-        feature = _run(model, head, (found.example,), {})
+        feature = _run(model, _readers(model, found), (found.example,), {})
     if feature.ndim != 2:
         raise BadInput(
             f"the head of {type(model).__name__} reads {tuple(feature.shape)}, not one vector (batch, dim) per image, so it "
@@ -282,14 +281,19 @@ def _feature(model: nn.Module, found: View) -> Tensor:
     return feature
 
 
-def _run(model: nn.Module, head: nn.Module | None, args: Any, kwargs: Any) -> Tensor:
-    """Return what `head` reads in a forward of `model`, or the model's output where there is no head."""
+def _readers(model: nn.Module, found: View) -> list[nn.Module]:
+    """Return the classifier's layers: what the first of them reads does not change while they train."""
+    return [model.get_submodule(p) for p in (*found.norms, *found.linears, *found.convs) if found.in_classifier(p)]
+
+
+def _run(model: nn.Module, readers: list[nn.Module], args: Any, kwargs: Any) -> Tensor:
+    """Return what the first of `readers` reads in a forward of `model`, or the model's output where there are none."""
     read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(partial(_note, read)) if head is not None else None
+    hooks = [module.register_forward_pre_hook(partial(_note, read)) for module in readers]
     try:
         output = model(*args, **kwargs)
     finally:
-        if hook is not None:
+        for hook in hooks:
             hook.remove()
     return (read[0] if read else logits_of(output)).detach()
 
