@@ -181,7 +181,7 @@ def located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def predicted(job: Job) -> dict[str, Any] | None:
-    """Return what `greenvis plan` said of a job like this one, if it was asked."""
+    """Return what `greenvis plan` said of a job like this one, if it was asked: observations, {"value", "low", "high"} each."""
     try:
         arm = json.loads((job.folder.parent.parent / PLAN_FILE).read_text())["arms"][job.name]
     except (OSError, ValueError, KeyError):

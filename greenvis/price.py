@@ -62,6 +62,14 @@ def run_energy(run: Run, phase: str | None = None) -> Reading:
     return add(chosen) if chosen else Reading("energy_j", None, reason="no sample was recorded")
 
 
+def forecast(figures: Mapping[str, Mapping[str, float]], components: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return {"value", "low", "high"} in joules of quantities foretold as such; the coefficients' own band is not in it."""
+    listed = list(components)
+    bounds = ("value", "low", "high")
+    spent = {b: add(energy({q: f[b] for q, f in figures.items()}, listed).values()).value for b in bounds}
+    return {b: value or 0.0 for b, value in spent.items()}
+
+
 def phases(run: Run) -> dict[str, dict[str, Reading]]:
     """Return energy by phase and component. Phases are disjoint: their sum is the run."""
     return {p: energy(t, run.header.get("components") or []) for p, t in run.totals.items()}

@@ -73,8 +73,10 @@ def plan(args: Any) -> Answer:
         for name, arm in [*found["arms"].items(), ("total", found["total"])]:
             figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
             band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
-            rows.append({"arm": name, "runs": arm.get("runs", ""), **figures, "energy between": band})
-        print_rows(rows, "predicted for training and evaluation, all seeds")
+            rows.append(
+                {"arm": name, "runs": arm.get("runs", ""), "done": arm.get("done", ""), **figures, "energy between": band}
+            )
+        print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
 
     return found, show
 

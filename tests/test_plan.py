@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from greenvis import experiment, record
+from greenvis import experiment, record, train
 from greenvis.errors import BadInput
 from greenvis.plan import plan
 
@@ -36,6 +36,7 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
     assert not list(record.find([tmp_path / "runs"])), "a plan is no run"
     for figure in found["total"].values():
         assert 0 < figure["low"] < figure["value"] < figure["high"]
+    assert all(arm["done"] == 0 for arm in found["arms"].values())
     assert found["arms"]["planned/student"]["each"]["flops"]["value"] > found["arms"]["planned/plain"]["each"]["flops"]["value"]
 
     experiment.run(path, runs=tmp_path / "runs")
@@ -45,8 +46,52 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
         assert predicted == found["arms"][f"planned/{run.header['arm']}"]["each"]
         assert predicted["flops"]["low"] <= run.sum("flops", "train") <= predicted["flops"]["high"]
         spent = (run.sum("cpu_s", "train") or 0) + (run.sum("cpu_s", "eval") or 0)
-        seconds = predicted["energy_j"]["value"] / 4.0  # watts of a busy CPU, the central coefficient; RAM is little
-        assert 0.3 < spent / seconds < 3.0
+        assert "energy_j" not in predicted, "observations, which the report prices like what was spent"
+        assert 0.3 < spent / predicted["cpu_s"]["value"] < 3.0
+
+    again = plan(path, runs=tmp_path / "runs")
+    assert {name: (arm["runs"], arm["done"]) for name, arm in again["arms"].items()} == {
+        "planned/plain": (0, 2),
+        "planned/teacher": (0, 1),
+        "planned/student": (0, 2),
+    }
+    assert all(figure == {"value": 0.0, "low": 0.0, "high": 0.0} for figure in again["total"].values())
+    assert all(arm["each"] == found["arms"][name]["each"] for name, arm in again["arms"].items())
+    more = plan(path, runs=tmp_path / "runs", overrides=["train.seeds=[0, 1, 2]"])
+    assert {name: (arm["runs"], arm["done"]) for name, arm in more["arms"].items()} == {
+        "planned/plain": (1, 2),
+        "planned/teacher": (0, 1),
+        "planned/student": (1, 2),
+    }
+    each = more["arms"]["planned/plain"]["each"]["flops"]["value"]
+    assert more["arms"]["planned/plain"]["flops"]["value"] == pytest.approx(each)
+
+
+@pytest.mark.parametrize(
+    "arms",
+    [
+        "plain: {}",
+        "plain: {subset: {method: random, per_class: 20}}",
+        "plain: {stages: [{train: {epochs: 1}}, {train: {epochs: 2}}]}",
+    ],
+)
+def test_what_an_interrupted_run_has_done_is_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arms: str) -> None:
+    path = tmp_path / "planned.yaml"
+    path.write_text(RECIPE.split("arms:")[0].replace("[0, 1]", "[0]") + f"arms:\n  {arms}\nmeter: {{codecarbon: false}}\n")
+    whole = plan(path, runs=tmp_path / "runs")["arms"]["planned/plain"]
+
+    def save(loop: train.Loop, real=train.Loop.save) -> None:
+        real(loop)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Loop, "save", save)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(path, runs=tmp_path / "runs")
+    rest = plan(path, runs=tmp_path / "runs")["arms"]["planned/plain"]
+    assert (rest["runs"], rest["done"]) == (1, 0)
+    assert rest["flops"]["value"] / rest["each"]["flops"]["value"] == pytest.approx(2 / 3, rel=0.02)
+    assert rest["each"]["flops"]["value"] == pytest.approx(whole["each"]["flops"]["value"], rel=0.02)
 
 
 def test_a_plan_of_other_inputs_is_not_claimed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from greenvis.record import Reading
 from greenvis.report import arms as arms_
 from greenvis.report.groups import SeedRun
 
+BOUNDS = ("value", "low", "high")
 STAGES = ("train", "teacher", "eval")  # what a plan predicts: not set-up, not measurement
 
 
@@ -54,12 +55,19 @@ def _actual(run: SeedRun, grid: arms_.Intensity | None) -> dict[str, float | Non
 
 def _band(run: SeedRun, said: Mapping[str, Any], key: str, grid: arms_.Intensity | None) -> tuple[float, float, float] | None:
     """Return (value, low, high) of a prediction; None where the fact does not have the three numbers."""
-    figure = said.get("energy_j" if key == "carbon_g" else key)
-    bounds = [figure.get(b) for b in ("value", "low", "high")] if isinstance(figure, Mapping) else []
-    numbers = [float(b) for b in bounds if isinstance(b, (int, float)) and math.isfinite(b)]
-    if len(numbers) < 3:
+    figures = {q: f for q, f in said.items() if isinstance(f, Mapping) and all(_number(f.get(b)) for b in BOUNDS)}
+    figure = figures.get("energy_j" if key == "carbon_g" else key)
+    if figure is None and key in ("energy_j", "carbon_g") and run.done:  # observations, priced as the run itself is
+        components = run.done.header.get("components") or []
+        figure = price.forecast(figures, components) if any(c.get("observation") in figures for c in components) else None
+    if figure is None:
         return None
+    numbers = [float(figure[b]) for b in BOUNDS]
     if key == "carbon_g" and run.done:
         grams = [arms_.attempt_grams(run.done, Reading("energy_j", j), grid).value for j in numbers]
         numbers = [g for g in grams if g is not None]
     return (numbers[0], numbers[1], numbers[2]) if len(numbers) == 3 else None
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
