@@ -11,55 +11,74 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from greenvis.record import Provenance, Reading, Run
+from greenvis.record import PARTLY_UNKNOWN, PROVENANCES, UNSEEN, Reading, Run
 
 MODEL = "linear-1"  # name and version of the pricing model
 JOULES_PER_KWH = 3.6e6
 YEAR_S = 365.25 * 86400
+WHOLE, NEVER_S = 0.999, 1e-9  # unseen for more than this share of the time: all of it; for no more than this: never
+STILL_S = 2.0  # a part as short as this may end between two steps of a counter that is well
 
 
 def energy(totals: Mapping[str, float], components: Iterable[Mapping[str, Any]]) -> dict[str, Reading]:
     """Return each component's energy, in joules, for one phase's totals (or their sum).
 
     components: the header's list: {"name", "source", "observation", "coefficient": {"low", "central", "high"},
-    "provenance", "reason"}. A component whose observation is absent reads None, with the reason.
+    "provenance", "reason"}. A component whose observation is absent, or of which nothing was seen, reads None, with the
+    reason; one that was seen in part is "partly unknown".
     """
-    out = {}
-    for c in components:
-        seen, k = totals.get(c.get("observation") or ""), c.get("coefficient") or {}
-        if seen is None or "central" not in k:
-            out[c["name"]] = Reading("energy_j", None, method=c.get("source", ""), reason=c.get("reason") or "not observed")
-        else:
-            out[c["name"]] = Reading(
-                "energy_j", seen * k["central"], seen * k.get("low", k["central"]), seen * k.get("high", k["central"]),
-                method=c.get("source", ""), provenance=c.get("provenance", "estimated"),
-            )  # fmt: skip
-    return out
+    return {c["name"]: _component(totals, c) for c in components}
+
+
+def _component(totals: Mapping[str, float], c: Mapping[str, Any]) -> Reading:
+    quantity, k, source = c.get("observation") or "", c.get("coefficient") or {}, c.get("source", "")
+    seen, provenance, reason = totals.get(quantity), c.get("provenance", "estimated"), ""
+    if seen is None or "central" not in k:
+        return Reading("energy_j", None, None, None, source, provenance, c.get("reason") or "not observed")
+    unseen, wall = totals.get(quantity + UNSEEN, 0.0), totals.get("wall_s", 0.0)
+    if 0 < unseen > WHOLE * wall or (seen <= 0 and quantity.endswith("_j")):
+        provenance = PARTLY_UNKNOWN if unseen > 0 or wall > STILL_S else provenance
+        reason = f"{source}: the counter stood still or told nothing that can be believed"
+        return Reading("energy_j", None, None, None, source, provenance, reason)
+    if abs(unseen) > NEVER_S:
+        provenance, reason = PARTLY_UNKNOWN, f"{source}: {abs(unseen):.2g} s of {wall:.3g} s were not seen in this part"
+    return Reading(
+        "energy_j", seen * k["central"], seen * k.get("low", k["central"]), seen * k.get("high", k["central"]),
+        source, provenance, reason,
+    )  # fmt: skip
 
 
 def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
-    """Add readings bound by bound; missing ones are left out and named. The weakest provenance is the sum's."""
+    """Add readings bound by bound; missing ones are left out and named. The weakest provenance is the sum's.
+
+    A missing reading weakens the sum where it is known to have spent something ("partly unknown").
+    """
     listed = list(readings)
     there = [r for r in listed if r.value is not None]
+    reason = "; ".join(dict.fromkeys(r.reason for r in listed if r.reason))
+    counted = [r.provenance for r in listed if r.value is not None or r.provenance == PARTLY_UNKNOWN]
+    weakest = PROVENANCES[max(map(PROVENANCES.index, counted), default=1)]
     if not there:
-        return Reading(name, None, reason="; ".join(dict.fromkeys(r.reason for r in listed if r.reason)) or "not observed")
-    order: tuple[Provenance, ...] = ("measured", "estimated", "constant")
+        return Reading(name, None, provenance=weakest, reason=reason or "not observed")
     return Reading(
         name,
         math.fsum(r.value or 0.0 for r in there),
         math.fsum((r.value if r.low is None else r.low) or 0.0 for r in there),
         math.fsum((r.value if r.high is None else r.high) or 0.0 for r in there),
         method=" + ".join(dict.fromkeys(r.method for r in there if r.method)),
-        provenance=order[max(order.index(r.provenance) for r in there)],
-        reason="; ".join(dict.fromkeys(r.reason for r in listed if r.value is None and r.reason)),
+        provenance=weakest,
+        reason=reason,
     )
 
 
 def run_energy(run: Run, phase: str | None = None) -> Reading:
     """Return the energy of a run, in joules, whole or for one phase and those below it."""
-    parts = phases(run)
-    chosen = [r for p, c in parts.items() if phase is None or p == phase or p.startswith(phase + "/") for r in c.values()]
-    return add(chosen) if chosen else Reading("energy_j", None, reason="no sample was recorded")
+    chosen = [t for p, t in run.totals.items() if phase is None or p == phase or p.startswith(phase + "/")]
+    if not chosen:
+        return Reading("energy_j", None, reason="no sample was recorded")
+    quantities = {q: None for totals in chosen for q in totals}
+    together = {q: math.fsum(t.get(q, 0.0) for t in chosen) for q in quantities}  # what one phase missed, the next may have
+    return add(energy(together, run.header.get("components") or []).values())
 
 
 def forecast(figures: Mapping[str, Mapping[str, float]], components: Iterable[Mapping[str, Any]]) -> dict[str, float]:
@@ -138,7 +157,9 @@ def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) ->
     """Return grams of CO2e. intensity: {"value": g/kWh, "low", "high", "zone", "source", "assumed"}; PUE is a ratio ≥ 1."""
     value = intensity.get("value")
     if energy_j.value is None or value is None:
-        return Reading("carbon_g", None, reason=energy_j.reason or "no carbon intensity is known")
+        reason = energy_j.reason or "no carbon intensity is known"
+        return Reading("carbon_g", None, provenance=energy_j.provenance, reason=reason)
+    assumed = intensity.get("assumed") and energy_j.provenance != PARTLY_UNKNOWN
     k = pue / JOULES_PER_KWH
     return Reading(
         "carbon_g",
@@ -146,7 +167,7 @@ def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) ->
         (energy_j.low if energy_j.low is not None else energy_j.value) * k * intensity.get("low", value),
         (energy_j.high if energy_j.high is not None else energy_j.value) * k * intensity.get("high", value),
         method=f"{intensity.get('zone', '?')} {value:g} g/kWh × PUE {pue:g}",
-        provenance="constant" if intensity.get("assumed") else energy_j.provenance,
+        provenance="constant" if assumed else energy_j.provenance,
     )
 
 

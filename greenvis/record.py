@@ -8,10 +8,13 @@ Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic
                quantity below), coefficient {low, central, high, unit}, provenance, citation, reason, devices}]; pricing
                (the model's version); pue; carbon_intensity {value (g/kWh), zone, year, source, assumed}; embodied.
                Written again after the first second, so that damage to one line cannot cost the run.
-    component  one entry of components that turned out otherwise (a counter that stood still): replaces that name's
+    component  one entry of components that turned out otherwise (a device without a counter): replaces that name's, or is
+               added
     sample     phase ("" is none, "train/epoch3" lies in "train"), and that phase's running totals, without those below
                it: wall_s, cpu_s (with children), ram_gb_s, cpu_j, dram_j, gpu_j, meter_j (counters), steal_s, steps,
-               samples, flops (whichever are observed); mono_s and clock_s say when
+               samples, flops (whichever are observed); "cpu_j_unseen_s" and the like: the seconds for which that quantity's
+               counter told nothing that can be believed (below 0 where it then gave what belongs to phases before);
+               mono_s and clock_s say when
     log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy, loss
     fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones
     uses       another run this one builds on, or one that such a run does: role, name, runs, of (its children by name and
@@ -41,7 +44,10 @@ SUFFIX = ".jsonl"
 SYNC_EVERY_S = 5.0
 KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
 
-Provenance = Literal["measured", "estimated", "constant"]
+PARTLY_UNKNOWN: Literal["partly unknown"] = "partly unknown"  # provenance of a figure from which something is missing
+Provenance = Literal["measured", "estimated", "constant", "partly unknown"]
+PROVENANCES: tuple[Provenance, ...] = ("measured", "estimated", "constant", "partly unknown")  # the weakest last
+UNSEEN = "_unseen_s"  # follows a quantity's name: the seconds for which its counter told nothing that can be believed
 
 
 class Reading(NamedTuple):  # no dataclass in this file: its import costs a fifth of a tracker's start
@@ -227,13 +233,18 @@ def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
     elif kind == "uses":
         run.uses.append(values)
     elif kind == "component":
-        known = run.header.get("components")
-        run.header["components"] = [values if c.get("name") == values.get("name") else c for c in known or []]
+        run.header["components"] = replaced(run.header.get("components") or [], values)
     elif kind == "note":
         run.notes.append(str(values.get("text", "")))
     elif kind == "end":
         run.end = values
     return True
+
+
+def replaced(components: Iterable[Mapping[str, Any]], new: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the components with `new` in the place of its name's, or after them."""
+    out = {c.get("name"): c for c in components}
+    return [*(out | {new.get("name"): new}).values()]
 
 
 def _plain(value: Any) -> Any:

@@ -17,13 +17,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from greenvis.errors import BadInput, nearest
+from greenvis.meters import devices, host
+from greenvis.meters.counter import Counter, readings
 from greenvis.meters.nvml import Nvml, open_nvml
 from greenvis.meters.processes import TICK_S, PortableTree, ProcessTree, open_tree
-from greenvis.meters.rapl import POWERCAP, open_rapl
+from greenvis.meters.rapl import POWERCAP, Rapl, open_rapl
+from greenvis.meters.wall import WallMeter
 
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 OVERRIDE = "GREENVIS_COEFFICIENTS"  # environment variable: the user's own coefficients file
 CHEAP_S = 0.05  # counters that cost a driver call are read at most this often when phases are short
+HEADROOM = 1.25  # CPU time is counted in ticks and found late: a little more than all CPUs may show up at once
+SLEPT_S = 1.0  # a machine that slept for longer may have begun its counters anew
 ONE = {"low": 1.0, "central": 1.0, "high": 1.0, "unit": "J per J"}
 
 
@@ -57,9 +62,8 @@ class Meter:
         table = load_coefficients(coefficients)
         self._tree = _tree()
         self._rapl, why_rapl = open_rapl(powercap)
-        self._nvml, why_nvml = open_nvml()
-        self._wall_meter = wall_meter
-        self.components = _components(table, self._rapl is not None, why_rapl, self._nvml, why_nvml)
+        self._nvml, self._why_nvml = open_nvml()
+        self.components = _components(table, self._rapl is not None, why_rapl, self._nvml, self._why_nvml)
         if self._tree is None:  # neither CPU time nor memory can be read here
             self.components = [c for c in self.components if c["observation"] not in ("cpu_s", "ram_gb_s")]
             if self._rapl is None:
@@ -67,50 +71,92 @@ class Meter:
         if self._rapl is not None and "dram_j" in self._rapl.read():
             ram = _counted("ram", "rapl", "dram_j", "RAPL's memory counter advances with the package's")
             self.components = [ram if c["name"] == "ram" else c for c in self.components]
+        now, slept = host.clocks()
+        self._opened, self._slept = now, slept
+        self._wall = None if wall_meter is None else WallMeter(wall_meter, now)
         if wall_meter is not None:
             self.components = [_counted("machine", "wall meter", "meter_j", "read by the user's own function")]
-        self._corrected = False
-        self._slow: dict[str, float] = {}
+        self._cpu = Counter("CPU time", HEADROOM * host.cpus(), now)
+        self._ram = Counter("resident memory", HEADROOM * host.memory_gb(), now)
+        self.model_on: set[str] = set()  # kinds of the devices the tracked model lies on
+        self._mapped = False  # whether the GPUs read were compared with those that torch opened
+        self._missing: dict[str, Any] | None = None
         self._slow_at = -1.0
-        self._ram_gb_s = 0.0
-        self._resident = (time.monotonic(), 0.0)
-        self._steal_from = _steal_ticks()
-        self.read()
+        self._gb_s, self._resident = 0.0, (now, 0.0)
+        self._steal_s, self._steal_from = 0.0, host.steal_ticks()
+        self._read(now, slept, full=True)
 
     def read(self, full: bool = True) -> dict[str, float]:
-        """Return running totals: wall_s, cpu_s, ram_gb_s, and steal_s, cpu_j, dram_j, gpu_j, meter_j where there are such."""
-        used: dict[str, float] = {}
-        now = time.monotonic()
-        if self._tree is not None:
-            used["cpu_s"] = self._tree.cpu_s()
-            gb, (before, gb_before) = self._tree.resident_gb(), self._resident
-            self._ram_gb_s += (gb + gb_before) / 2 * (now - before)
-            self._resident = (now, gb)
-            used["ram_gb_s"] = self._ram_gb_s
-        if full or now - self._slow_at > CHEAP_S:
-            self._read_slow(full)
-            self._slow_at = now
-        return {"wall_s": now, **used, **self._slow}
+        """Return running totals: wall_s, cpu_s, ram_gb_s, and steal_s, cpu_j, dram_j, gpu_j, meter_j where there are such.
 
-    def _read_slow(self, full: bool) -> None:
-        if self._rapl is not None:
-            self._slow.update(self._rapl.read())
-        if self._nvml is not None:
-            self._slow.update(self._nvml.read())
-        if self._wall_meter is not None:
-            try:
-                self._slow["meter_j"] = float(self._wall_meter())
-            except Exception:  # the user's function: a plug out of reach must not end the training
-                self._slow.setdefault("meter_j", 0.0)
+        Beside a counter that was not to be believed for some time stands that time ("cpu_j_unseen_s").
+        """
+        return self._read(*host.clocks(), full)
+
+    def _read(self, now: float, slept: float, full: bool) -> dict[str, float]:
+        if slept - self._slept > SLEPT_S:
+            for counter in self._slow_counters():
+                counter.lose(now, f"the machine slept for {slept - self._slept:.0f} s")
+            self._slept = slept
+        out = {"wall_s": now}
+        if self._tree is not None:
+            out |= self._read_process(self._tree, now)
+        fresh = full or now - self._slow_at > CHEAP_S
+        for counter in self._slow_counters():
+            out |= counter.read(now) if fresh else counter.so_far(now)
         if full and self._steal_from is not None:
-            self._slow["steal_s"] = ((_steal_ticks() or 0) - self._steal_from) * TICK_S
+            self._steal_s = max(self._steal_s, ((host.steal_ticks() or 0) - self._steal_from) * TICK_S)
+        if self._steal_from is not None:
+            out["steal_s"] = self._steal_s
+        if fresh:
+            self._slow_at = now
+        return out
+
+    def _read_process(self, tree: ProcessTree | PortableTree, now: float) -> dict[str, float]:
+        self._cpu.take(now, tree.cpu_s())
+        gb, (before, gb_before) = tree.resident_gb(), self._resident
+        if gb > 0:
+            self._gb_s += (gb + gb_before) / 2 * (now - before)
+            self._resident = (now, gb)
+        self._ram.take(now, self._gb_s if gb > 0 else None, "no memory is resident")
+        return readings("cpu_s", [self._cpu], now) | readings("ram_gb_s", [self._ram], now)
+
+    def _slow_counters(self) -> list[Rapl | Nvml | WallMeter]:
+        return [c for c in (self._rapl, self._nvml, self._wall) if c is not None]
+
+    def new_notes(self) -> list[str]:
+        """Return in words what was amiss with the readings since the last call."""
+        return [note for c in (*self._slow_counters(), self._cpu, self._ram) for note in c.new_notes()]
 
     def corrections(self) -> list[dict[str, Any]]:
-        """Return the GPU component anew, once, if its counter proved to stand still."""
-        if self._corrected or self._nvml is None or self._wall_meter is not None or not self._nvml.stalled():
+        """Return the GPU component anew where it turned out otherwise than at the start.
+
+        A device in use that no counter covers gives a component without a figure;
+        CUDA devices are told by the UUIDs that torch knows once it has opened them.
+        """
+        if self._wall is not None:  # it sees them all
             return []
-        self._corrected = True
-        return [_missing("gpu", "NVML's counter opened but stood still")]
+        kinds = self.model_on | devices.in_use()
+        out: list[dict[str, Any]] = []
+        if not self._mapped and (uuids := devices.uuids()) is not None:
+            self._mapped = True
+            out += self._use_cards(uuids)
+        missing = devices.uncounted(kinds - {"cuda"} if self._nvml is not None else kinds, self._why_nvml)
+        if missing is not None and missing != self._missing:
+            self._missing = missing
+            out.append(missing if self._nvml is None else missing | {"name": "other gpu"})
+        return out
+
+    def _use_cards(self, uuids: list[str]) -> list[dict[str, Any]]:
+        """Read the cards torch uses from now on, where they are others than those read so far."""
+        before = self._nvml
+        reader, self._why_nvml = open_nvml(uuids)
+        if before is not None and reader is not None:
+            if set(reader.devices) == set(before.devices):
+                return []
+            reader, _ = open_nvml(uuids, self._opened, before.so_far(time.monotonic())["gpu_j"])
+        self._nvml = reader
+        return [] if reader is None else [_gpu(reader, self._why_nvml)]
 
     def live_pids(self) -> list[int]:
         """Return the live descendants that were counted at the last reading."""
@@ -216,12 +262,7 @@ def _components(table: Mapping[str, Any], rapl: bool, why_rapl: str, nvml: Nvml 
         "coefficient": ram_table, "provenance": "estimated", "citation": ram_table["citation"],
         "reason": "no live memory counter",
     }  # fmt: skip
-    if nvml is None:
-        gpu = _missing("gpu", why_nvml)
-    else:
-        gpu = _counted("gpu", "nvml", "gpu_j", why_nvml) | {"devices": nvml.devices, "hardware": nvml.names}
-        if not nvml.counter:
-            gpu["provenance"] = "estimated"
+    gpu = _missing("gpu", why_nvml) if nvml is None else _gpu(nvml, why_nvml)
     for component in (cpu, ram, gpu):
         component["table"] = table["version"]
     return [cpu, ram] if nvml is None and why_nvml.startswith("no NVIDIA") else [cpu, ram, gpu]
@@ -232,6 +273,11 @@ def _counted(name: str, source: str, observation: str, reason: str) -> dict[str,
         "name": name, "source": source, "scope": "machine", "observation": observation, "coefficient": ONE,
         "provenance": "measured", "citation": "", "reason": reason,
     }  # fmt: skip
+
+
+def _gpu(nvml: Nvml, why: str) -> dict[str, Any]:
+    gpu = _counted("gpu", "nvml", "gpu_j", why) | {"devices": nvml.devices, "hardware": nvml.names}
+    return gpu if nvml.counter else gpu | {"provenance": "estimated"}
 
 
 def _missing(name: str, reason: str) -> dict[str, Any]:
@@ -278,12 +324,3 @@ def cpu_name() -> str:
 
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
-
-
-def _steal_ticks() -> int | None:
-    """Return the ticks other machines took from this one since boot, or None where the system does not say."""
-    try:
-        with open("/proc/stat", "rb") as f:
-            return int(f.readline().split()[8])
-    except (OSError, IndexError, ValueError):
-        return None

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from greenvis.meters.energy import Source
+from greenvis.meters.counter import Counter, new_notes
+from greenvis.meters.energy import Meter, Source
+from greenvis.record import UNSEEN
+
+MOST_W = 20_000.0  # of a whole machine: above the largest of eight GPUs
+MOST = {"cpu_s": 4096.0, "ram_gb_s": 65536.0}  # CPUs and GB that one machine may have
 
 
 class Ledger:
     """Nested phases over one source. Phases are disjoint paths ("train/epoch3"): they sum to the run exactly.
+
+    Whatever the source, what prices energy is believed only step by step: see `meters.counter`.
 
     Not safe for threads by itself: the tracker holds a lock around it.
     """
@@ -16,7 +23,10 @@ class Ledger:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.totals: dict[str, dict[str, float]] = {}
-        self._last = source.read()
+        self._counters: dict[str, Counter] = {}
+        first = source.read()
+        self._opened = first["wall_s"]
+        self._last = self._believed(first)
         self._stack: list[str] = []
         self._changed: set[str] = set()
 
@@ -42,13 +52,34 @@ class Ledger:
 
     def cut(self, *, full: bool = True) -> None:
         """Read the source and give the difference to the current phase."""
-        now = self.source.read(full)
+        now = self._believed(self.source.read(full))
         phase = self.phase
         totals = self.totals.setdefault(phase, {})
         for quantity, value in now.items():
             totals[quantity] = totals.get(quantity, 0.0) + value - self._last.get(quantity, 0.0)
+        totals["wall_s"] = max(0.0, totals["wall_s"])  # a clock that was put back
         self._last.update(now)
         self._changed.add(phase)
+
+    def new_notes(self) -> list[str]:
+        """Return what was amiss with the source's readings since the last call."""
+        own = self.source.new_notes() if isinstance(self.source, Meter) else []
+        return own + new_notes(self._counters.values())
+
+    def _believed(self, reading: dict[str, float]) -> dict[str, float]:
+        """Return the reading with the counters' impossible steps left out, and the seconds they leave unseen."""
+        out, now = dict(reading), reading["wall_s"]
+        for quantity, value in reading.items():
+            if quantity in MOST or quantity.endswith("_j"):
+                counter = self._counters.get(quantity)
+                if counter is None:
+                    most = MOST.get(quantity, MOST_W)
+                    counter = self._counters[quantity] = Counter(quantity, most, self._opened)
+                counter.take(now, value)
+                out[quantity] = counter.total
+                if counter.doubted:
+                    out[quantity + UNSEEN] = reading.get(quantity + UNSEEN, 0.0) + counter.unseen_s(now)
+        return out
 
     def add(self, phase: str | None = None, **quantities: float) -> None:
         """Add counts (samples, steps, flops) to a phase; None: the current one."""

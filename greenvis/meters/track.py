@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from greenvis import price
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.meters import carbon, endings, steps
+from greenvis.meters import carbon, devices, endings, steps
 from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.phase import Phase, Whole
-from greenvis.record import SCHEMA, SUFFIX, Reading, Writer
+from greenvis.record import SCHEMA, SUFFIX, Reading, Writer, replaced
 
 if TYPE_CHECKING:
     from greenvis.meters.crosscheck import CrossCheck
@@ -140,7 +140,7 @@ class Tracker:
         os.environ[headers.RUN_ENV] = f"{self.id}:{os.getpid()}"
         endings.enter(self)
         self._describe_live()
-        self._check_disk()
+        self._correct()
         self._thread = threading.Thread(target=self._sample, name="greenvis-track", daemon=True)
         self._thread.start()
         return self
@@ -154,7 +154,7 @@ class Tracker:
             self._flush()
             if self._crosscheck is not None and status != "stopped":  # a signal leaves no time for another's end
                 self._witness(self._crosscheck)
-            self._check_disk()  # while a note can still be written
+            self._correct()  # while a note can still be written
             self._writer.close(status, reason)
             self._check_disk()
             self._state = "ended"
@@ -291,12 +291,16 @@ class Tracker:
                     copied = True
                 self._ledger.cut()
                 self._flush()
-                for component in self._ledger.source.corrections():
-                    self.header["components"] = [
-                        component if c["name"] == component["name"] else c for c in self.header["components"]
-                    ]
-                    self._writer.line("component", component)
-                self._check_disk()
+                self._correct()
+
+    def _correct(self) -> None:
+        """Write what the source and the disk say of themselves that was not known before."""
+        for component in self._ledger.source.corrections():
+            self.header["components"] = replaced(self.header["components"], component)
+            self._writer.line("component", component)
+        for text in self._ledger.new_notes():
+            self.note(text)
+        self._check_disk()
 
     def _check_disk(self) -> None:
         """Warn once, and only in words, of a disk that does not take the record."""
@@ -331,6 +335,8 @@ class Tracker:
         if hasattr(self.live, "meter"):
             self.live.meter(self)
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+        if isinstance(self._ledger.source, Meter):
+            self._ledger.source.model_on = {devices.kind_of(p.device.type) for p in model.parameters()}
         facts: dict[str, Any] = {"params": sum(n for n, _ in sizes), "trainable_params": sum(n for n, grad in sizes if grad)}
         if hasattr(self.live, "recipe_form"):
             facts["techniques"] = self.live.recipe_form()

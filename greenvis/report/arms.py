@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from greenvis import price
-from greenvis.record import Reading
+from greenvis.record import PROVENANCES, Reading
 from greenvis.report import continual, kept, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
 from greenvis.report.teachers import teachers
 
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
 LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
-ORDER = ("measured", "estimated", "constant")
 
 Intensity = Mapping[str, Any]
 
@@ -212,7 +211,7 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
             v, p = fact["value"], fact.get("provenance")
             found[run.seed] = Reading(
                 "inference_energy_j", v, fact.get("low", v), fact.get("high", v), str(fact.get("method") or "fact"),
-                p if p in ORDER else "estimated",
+                p if p in PROVENANCES else "estimated",
             )  # fmt: skip
         elif run.done and run.done.inference_j and run.done.inference_j.value is not None:
             found[run.seed] = run.done.inference_j

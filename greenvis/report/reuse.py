@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from greenvis import price
-from greenvis.record import Reading
+from greenvis.record import PROVENANCES, Reading
 from greenvis.report import arms as arms_
 from greenvis.report.groups import Attempt, SeedRun
 
@@ -31,7 +31,7 @@ def use_energy(use: Mapping[str, Any]) -> Reading:
     v, p = e.get("value"), e.get("provenance")
     if not isinstance(v, (int, float)):
         return Reading("energy_j", None, reason=f"the cost of {use.get('name')} is not known")
-    return Reading("energy_j", v, e.get("low", v), e.get("high", v), "reused", p if p in arms_.ORDER else "estimated")
+    return Reading("energy_j", v, e.get("low", v), e.get("high", v), "reused", p if p in PROVENANCES else "estimated")
 
 
 def users(runs: Iterable[SeedRun]) -> Counter[str]:
