@@ -206,13 +206,28 @@ def _read_file(paths: Sequence[Path], row: int) -> Tensor:
     try:
         with Image.open(paths[row]) as image:
             return _to_tensor(image)
-    except OSError as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"cannot read the image {paths[row]}: {error}") from error
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
-    upright = ImageOps.exif_transpose(image).convert("RGB")
+    """Return uint8 (3, height, width), upright. Raises ValueError where pixels are of no known range."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of those, 0 to 65,535
+        raise ValueError("its pixels are whole numbers of 32 bits, of no known range: save it with 8 or 16 bits")
+    upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
     return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return grey pixels of 16 bits, or of 0 to 1, in 8 bits: a plain conversion would cut off all above 255, or below 1."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    least, greatest = pixels.min().item(), pixels.max().item()
+    most = 1.0 if image.mode == "F" else 65_535
+    if not 0 <= least <= greatest <= most:
+        raise ValueError(f"its pixels of mode {image.mode} are {least:g} to {greatest:g}, and 0 to {most:g} can be shown")
+    return Image.fromarray(np.rint(pixels * (255 / most)).astype(np.uint8))
 
 
 def hf_folder(path: Path) -> None:
@@ -261,7 +276,10 @@ def _hf_split(part: Any, image: str, label: str) -> Split:
 
 
 def _read_row(part: Any, image: str, row: int) -> Tensor:
-    return _to_tensor(part[row][image])
+    try:
+        return _to_tensor(part[row][image])
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"hf-datasets: cannot read the image of row {row}: {error}") from error
 
 
 def synthetic(train: int, test: int, seed: int, img_size: int, in_chans: int, classes: int = 10) -> Source:

@@ -396,3 +396,41 @@ def test_images_are_held_out_of_the_training_set_and_nowhere_else() -> None:
     assert data.load("digits", train=200, test=50, held_out=80, augment="crop").held_out.transform.augment == "none"
     with pytest.raises(BadInput, match="1400"):
         data.load("digits", train=1300, held_out=100)
+
+
+@pytest.mark.parametrize(("suffix", "mode"), [("png", "I;16"), ("tiff", "I;16"), ("pgm", "I")])
+def test_grey_pixels_of_sixteen_bits_are_scaled(tmp_path: Path, suffix: str, mode: str) -> None:
+    pixels = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+    Image.fromarray(pixels).save(tmp_path / f"deep.{suffix}")
+    with Image.open(tmp_path / f"deep.{suffix}") as image:
+        assert image.mode == mode
+        shown = sources._to_tensor(image)
+    assert shown.shape == (3, 256, 256)
+    assert torch.equal(shown[0], torch.from_numpy(np.rint(pixels / 257).astype(np.uint8)))
+    assert torch.equal(shown[0], shown[2])
+
+
+def test_grey_pixels_from_0_to_1_are_scaled_and_others_refused(tmp_path: Path) -> None:
+    for name, pixels in (
+        ("unit", np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3)),
+        ("wide", np.array([[0.0, 2.0]], dtype=np.float32)),
+        ("broken", np.array([[0.0, np.nan]], dtype=np.float32)),
+        ("whole", np.array([[0, 200]], dtype=np.int32)),
+    ):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.tiff")
+    paths = [tmp_path / f"{name}.tiff" for name in ("unit", "wide", "broken", "whole")]
+    assert sources._read_file(paths, 0)[1].flatten().tolist() == [0, 51, 102, 153, 204, 255]
+    for row in (1, 2, 3):
+        with pytest.raises(BadInput, match=f"{paths[row].name}: its pixels"):
+            sources._read_file(paths, row)
+
+
+def test_a_folder_of_deep_pictures_is_not_white(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            Image.fromarray(rng.integers(0, 65536, (9, 7), dtype=np.uint16)).save(tmp_path / name / f"{i}.png")
+    train = data.load(f"folder:{tmp_path}", img_size=8, in_chans=1).train
+    assert 0.3 < train.transform.mean[0] < 0.7
+    assert train.transform.std[0] > 0.1
