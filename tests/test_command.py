@@ -68,6 +68,20 @@ def test_a_command_that_is_not_there_is_refused(tmp_path: Path) -> None:
         track_command([], dir=tmp_path)
 
 
+@pytest.mark.parametrize(("text", "mode"), [("", 0o644), ("#!/no/such/interpreter\n", 0o755), ("\x00\x01", 0o755)])
+def test_what_cannot_be_started_leaves_no_run(tmp_path: Path, text: str, mode: int) -> None:
+    program = tmp_path / "program"
+    program.write_text(text)
+    program.chmod(mode)
+    (tmp_path / "old").mkdir()
+    for folder in (tmp_path / "new" / "runs", tmp_path / "old"):
+        with pytest.raises(BadInput, match="cannot start"):
+            track_command([str(program)], dir=folder)
+        with pytest.raises(BadInput, match="cannot start"):
+            track_command(["no-such-program"], dir=folder)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["old", "program"]
+
+
 def test_doctor_names_source_and_reason_of_each_component() -> None:
     rows = {r["what"]: r for r in doctor()}
     assert {"cpu", "ram", "gpu", "grid", "codecarbon"} <= set(rows)

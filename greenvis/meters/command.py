@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput
@@ -22,17 +23,20 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
     """Run a command to its end under a tracker and return its exit code (128 + n where signal n ended it) and the tracker.
 
     options: those of `track`. Signals meant for the command (SIGINT, SIGTERM, SIGHUP) are passed on to it.
-    Raises BadInput where the command cannot be started.
+    Raises BadInput where the command cannot be started; no record is left then.
     """
     if not words:
         raise BadInput("no command was given: greenvis track -- python train.py")
     run = track(name or _name(words), **options, header={"command": list(words)})
+    folder = Path(options.get("dir", "runs")).absolute()
+    before = next(place for place in (folder, *folder.parents) if place.exists())
     with _orphans_come_here(), run:
         ours = set(children(os.getpid())) if sys.platform == "linux" else set()
         try:
             process = subprocess.Popen(list(words))
         except OSError as error:
             run.stop("failed", str(error))
+            _leave_nothing(run.path, before)
             raise BadInput(f"cannot start '{words[0]}': {error.strerror or error}") from error
         with _passed_on(process):
             code = process.wait()
@@ -42,6 +46,16 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
         if code:
             run.stop("stopped" if code > 128 else "failed", f"the command ended with {code}")
     return code, run
+
+
+def _leave_nothing(record: Path, before: Path) -> None:
+    """Remove the record of a command that never ran, and the folders made for it: those below what was there before."""
+    record.unlink(missing_ok=True)
+    for folder in record.parents:
+        if folder == before:
+            return
+        with contextlib.suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def _name(words: Sequence[str]) -> str:
