@@ -68,12 +68,16 @@ def plan(
         if making:
             left += [making[0] for job in ahead if not (job.folder / f"{job.inputs}-{SUBSET_FILE}").exists()]
         arms[name] |= _priced(_summed(left), parts[0][1])
-    total = {key: {b: math.fsum(a[key][b] for a in arms.values()) for b in BOUNDS} for key in FIGURES}
-    found = {"arms": arms, "total": total}
+    found = {"arms": arms, "total": total(arms)}
     path = Path(runs) / recipe.name / PLAN_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found
+
+
+def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return what arms cost together."""
+    return {key: {b: math.fsum(arm[key][b] for arm in arms.values()) for b in BOUNDS} for key in FIGURES}
 
 
 def _shares_left(session: Session, job: Job) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from greenvis import experiment, lineage, models, ranks
+from greenvis import experiment, lineage, models, ranks, sweep
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import WEIGHTS_FILE
 from greenvis.recipe import Recipe, load_recipe
@@ -41,7 +41,8 @@ def probe(
     recipe: Recipe | None = None
     for folder in folders:
         card = lineage.read_card(folder)
-        path = _write(_source(card, arms), Path(runs))
+        source = _source(card, arms)
+        path = _write({**source, "name": sweep.named(source["name"], overrides)}, Path(runs))
         recipe = _usable(load_recipe(path, overrides), folder, trust, say)
         experiment.run(recipe, runs=runs, trust=trust, command=["greenvis", "probe", str(run)], say=say)
     assert recipe is not None

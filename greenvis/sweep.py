@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 from greenvis.errors import BadInput
+from greenvis.jobs import UNHASHED
 from greenvis.recipe import Recipe, load_recipe
+
+BRACKETS = " []{}'\""
+LONGEST = 120  # characters of a name, which is a folder's
 
 
 def values(text: str) -> list[str]:
@@ -28,20 +33,45 @@ def values(text: str) -> list[str]:
 def load(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Recipe, list[str]]]:
     """Return (recipe, the overrides that make it) for every combination of the values, the last key's turning fastest.
 
-    Of several, each is named after the values it has: "digits.lr-0.1". Raises BadInput as `load_recipe` does.
+    Each is named after the settings it has ("digits.lr-0.1"), so that none takes the place of another's records and report.
+    Raises BadInput as `load_recipe` does.
     """
     choices = [values(text) for text in overrides]
-    if all(len(choice) == 1 for choice in choices):
-        return [(load_recipe(path, overrides), list(overrides))]
-    name = load_recipe(path, [choice[0] for choice in choices]).name
-    swept = [i for i, choice in enumerate(choices) if len(choice) > 1]
-    keys = [choices[i][0].partition("=")[0] for i in swept]
-    last = [key.rpartition(".")[2] for key in keys]
-    shown = last if len(set(last)) == len(last) else keys
     out = []
     for chosen in product(*choices):
-        its = [f"{key}-{chosen[i].partition('=')[2]}" for key, i in zip(shown, swept, strict=True)]
-        called = re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([name, *its]))
-        made = [*chosen, f'name="{called}"']
-        out.append((load_recipe(path, made), made))
+        recipe = load_recipe(path, chosen)
+        called = named(recipe.name, chosen, [text for text, choice in zip(chosen, choices, strict=True) if len(choice) > 1])
+        made = [*chosen, f'name="{called}"'] if called != recipe.name else [*chosen]
+        out.append((load_recipe(path, made) if called != recipe.name else recipe, made))
     return out
+
+
+def title(path: str | Path, overrides: Sequence[str]) -> str:
+    """Return the name of what all the values give together, a sweep's report: "digits.lr-0.1-0.01"."""
+    name = load_recipe(path, [values(text)[0] for text in overrides]).name
+    return named(name, overrides, [text for text in overrides if len(values(text)) > 1])
+
+
+def named(name: str, overrides: Sequence[str], always: Sequence[str] = ()) -> str:
+    """Return a recipe's name with the overrides in it that change what is trained; as it is where they give it one.
+
+    always: overrides that are named all the same, a sweep's.
+    """
+    pairs = [(key, value) for key, _, value in (text.partition("=") for text in overrides)]
+    swept = {text.partition("=")[0] for text in always}
+    own = any(key == "name" for key, _ in pairs)
+    shown = {key: value for key, value in pairs if key in swept or not (own or _is_aside(key))}
+    last = [key.rpartition(".")[2] for key in shown]
+    keys = last if len(set(last)) == len(last) else [*shown]
+    parts = [f"{key}-{value.strip(BRACKETS)}" for key, value in zip(keys, shown.values(), strict=True)]
+    called = re.sub(r"[^A-Za-z0-9._-]+", "-", ".".join([name, *parts])).rstrip("-")
+    if len(called) <= LONGEST:
+        return called
+    return f"{called[:LONGEST]}-{hashlib.sha256(called.encode()).hexdigest()[:8]}"
+
+
+def _is_aside(key: str) -> bool:
+    """Whether a setting changes nothing that is trained: where and how it runs, what its report says, which seeds."""
+    parts = key.split(".")
+    of_training = parts[-1] in UNHASHED and parts[-2:-1] == ["train"]
+    return parts[0] in ("name", "report", "meter") or key in ("data.root", "data.download") or of_training

@@ -37,19 +37,43 @@ def folder(tmp_path: Path) -> Path:
 
 def test_one_value_is_no_sweep(folder: Path) -> None:
     ((recipe, overrides),) = sweep.load(folder / "tiny.yaml", ["train.epochs=3", "train.seeds=[0, 1]", 'report.title="a, b"'])
-    assert (recipe.name, recipe.train.epochs, recipe.train.seeds, recipe.report.title) == ("tiny", 3, (0, 1), "a, b")
-    assert len(overrides) == 3
+    made = (recipe.name, recipe.train.epochs, recipe.train.seeds, recipe.report.title)
+    assert made == ("tiny.epochs-3", 3, (0, 1), "a, b")
+    assert sweep.load(folder / "tiny.yaml", overrides)[0][0].text() == recipe.text()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ([], "tiny"),
+        (["train.seeds=[0]", "arms.plain.train.workers=2", "report.title=x", "meter.country=FRA"], "tiny"),
+        (["arms.plain.train.lr=0.1"], "tiny.lr-0.1"),
+        (["train.lr=0.1", "name=own"], "own"),
+        (["train.lr=0.1,0.2", "name=own", "train.epochs=2"], "own.lr-0.1"),
+        (["data.classes=[0, 1, 2]"], "tiny.classes-0-1-2"),
+    ],
+)
+def test_what_changes_the_training_has_a_name_of_its_own(folder: Path, overrides: list[str], name: str) -> None:
+    assert sweep.load(folder / "tiny.yaml", overrides)[0][0].name == name
+
+
+def test_a_long_name_is_cut_and_stays_unique(folder: Path) -> None:
+    names = {sweep.named("tiny", [f"model.pretrained={'x' * 200}{end}"]) for end in "ab"}
+    assert len(names) == 2
+    assert all(len(name) < 140 for name in names)
 
 
 def test_every_combination_is_a_recipe_of_its_own(folder: Path) -> None:
     made = sweep.load(folder / "tiny.yaml", ["train.lr=0.1,0.01", "train.epochs=1, 2,2", "train.batch_size=10"])
     assert [r.name for r, _ in made] == [
-        "tiny.lr-0.1.epochs-1", "tiny.lr-0.1.epochs-2", "tiny.lr-0.01.epochs-1", "tiny.lr-0.01.epochs-2"
+        f"tiny.lr-{lr}.epochs-{epochs}.batch_size-10" for lr in ("0.1", "0.01") for epochs in (1, 2)
     ]  # fmt: skip
     assert [(r.train.lr, r.train.epochs) for r, _ in made] == [(0.1, 1), (0.1, 2), (0.01, 1), (0.01, 2)]
     assert all(r.train.batch_size == 10 for r, _ in made)
     again = [sweep.load(folder / "tiny.yaml", overrides) for _, overrides in made]
     assert [its[0][0].text() for its in again] == [r.text() for r, _ in made]
+    title = sweep.title(folder / "tiny.yaml", ["train.lr=0.1,0.01", "train.batch_size=10"])
+    assert title == "tiny.lr-0.1-0.01.batch_size-10"
 
 
 def test_keys_that_end_alike_are_told_apart(folder: Path) -> None:
