@@ -46,6 +46,8 @@ def source(
     model = models.build(reference, trust=trust, **given)
     filled = _tokens(model) | ({"$teacher": _reference(teacher, runs)} if teacher is not None else {})
     if teacher is not None:
+        if "$teacher" not in _words(content["arms"]):
+            raise BadInput(f"no plan of {plans} learns from a teacher, so --teacher would change nothing: leave it out")
         models.check(filled["$teacher"], trust=trust)
     arms: dict[str, Any] = {}
     lacking: dict[str, str] = {}

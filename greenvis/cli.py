@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from greenvis import __version__, verbs, verbs_bases, verbs_models
 from greenvis.errors import BadInput, GreenvisError, nearest
@@ -18,19 +18,23 @@ from greenvis.errors import BadInput, GreenvisError, nearest
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are ours: one line, with the nearest right name."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message.removeprefix('argument ')} (see {self.prog} --help)")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    known = _verbs(parser)
-    if words and not words[0].startswith("-") and words[0] not in known:
-        print(f"greenvis: unknown command '{words[0]}'{nearest(words[0], known)}", file=sys.stderr)
-        return 2
-    args = parser.parse_args(words)
-    if not hasattr(args, "call"):
-        parser.print_help()
-        return 0
+    args = argparse.Namespace(json="--json" in words[: words.index("--") if "--" in words else None])
     try:
+        args = _parsed(parser, words)
+        if not hasattr(args, "call"):
+            parser.print_help()
+            return 0
         answer = args.call(args)
         if isinstance(answer, int):
             return answer
@@ -58,8 +62,45 @@ def main(argv: Sequence[str] | None = None) -> int:
 _Verb = Callable[[str, Callable[[Any], verbs.Answer | int], str], argparse.ArgumentParser]
 
 
+def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
+    """Return what the words say. Raises BadInput for a command or an option that is not known, with the nearest."""
+    commands = _commands(parser)
+    if not words or words[0].startswith("-"):
+        return parser.parse_args(words)
+    if words[0] not in commands:
+        raise BadInput(f"unknown command '{words[0]}'{nearest(words[0], commands)}")
+    options = commands[words[0]]._option_string_actions
+    args, unknown = parser.parse_known_args(_joined(words, options))
+    if unknown and unknown[0].startswith("-"):
+        raise BadInput(f"{words[0]} has no option {unknown[0]}{nearest(unknown[0].partition('=')[0], options)}")
+    if unknown:
+        raise BadInput(f"{words[0]} cannot use '{unknown[0]}' (see greenvis {words[0]} --help)")
+    return args
+
+
+def _joined(words: list[str], options: dict[str, argparse.Action]) -> list[str]:
+    """Write "--sort -energy" as "--sort=-energy": a value that begins with - would be taken for an option."""
+    out: list[str] = []
+    for i, word in enumerate(words):
+        action = options.get(out[-1]) if out else None
+        if word == "--":
+            return out + words[i:]
+        if action is not None and action.nargs is None and word[:1] == "-" and word.partition("=")[0] not in options:
+            out[-1] += f"={word}"
+        else:
+            out.append(word)
+    return out
+
+
+def _positive(text: str) -> int:
+    """Return a whole number above 0."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number above 0")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "greenvis", description="Make vision models cheaper to train, adapt and run, and prove it.", epilog=EXIT_CODES
     )
     parser.add_argument("--version", action="version", version=f"greenvis {__version__}")
@@ -102,7 +143,8 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("--runs", default="runs")
 
     p = verb("report", verbs.report, "write a report from run records made anywhere")
-    p.add_argument("paths", nargs="+", help="records, or folders of them")
+    p.add_argument("paths", nargs="+", help="records, folders of them, or runs as `greenvis ls` shows them: id, RECIPE/ARM")
+    p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p.add_argument("--out", help="folder of the report (default: reports/NAME)")
     p.add_argument("--baseline", help="the arm the others are measured against")
     p.add_argument("--grid", help="price the carbon with another grid: a zone as SWE, or g CO2e per kWh; changes grams only")
@@ -113,7 +155,8 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("folder", nargs="?", default="reports", help="folder in which each report has a folder (default: reports)")
 
     p = verb("export", verbs.export, "write a finished run's model as torch.export, ONNX, safetensors or a Hub folder, checked")
-    p.add_argument("run", help="the folder of a finished run: runs/RECIPE/ARM/seed0")
+    p.add_argument("run", help="the folder of a finished run, runs/RECIPE/ARM/seed0, or its id")
+    p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p.add_argument("--to", required=True, metavar="FORM", help="torch.export, onnx, safetensors or hub")
     p.add_argument("--out", help="the folder to make (default: exports/RECIPE-ARM-seedN)")
     p.add_argument("--trust", action="store_true")
@@ -136,14 +179,15 @@ def _model_verbs(verb: _Verb) -> None:
     p = verb(
         "probe", verbs_models.probe, "evaluate a saved model: linear probe, adapters, nearest neighbours, few labels, tuning"
     )
-    p.add_argument("run", help="a finished run's folder, runs/RECIPE/ARM/seed0, or its arm's, with all its seeds")
+    p.add_argument("run", help="a finished run's folder, runs/RECIPE/ARM/seed0, its id, or its arm's folder, with all seeds")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a value: --set train.epochs=3")
     p.add_argument("--protocol", help="a file of arms to evaluate with (default: greenvis/probe.yaml)")
     p.add_argument("--trust", action="store_true")
-    p.add_argument("--runs", default="runs", help="folder of the new run records (default: runs)")
+    p.add_argument("--runs", default="runs", help="folder of the new run records, and where an id is looked up (default: runs)")
     p.add_argument("--out", help="folder of the report (default: reports/probe-RECIPE-ARM)")
     p = verb("card", verbs_models.card, "say what a saved model was made from, and what all of it cost")
-    p.add_argument("file", help="a weight file of greenvis, or a finished run's folder")
+    p.add_argument("file", help="a weight file of greenvis, a finished run's folder, or its id")
+    p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p = verb("rank", verbs_bases.rank, "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)")
     p.add_argument(
         "bases", nargs="+", metavar="BASE", help="a model reference, run:RECIPE/ARM (what an arm left), or its folder"
@@ -182,14 +226,16 @@ def _record_verbs(verb: _Verb) -> None:
     p = verb("ls", verbs.ls, "list recorded runs")
     p.add_argument("paths", nargs="*", default=["runs"])
     p.add_argument("--where", default="", help="only runs in whose name, arm, id or status this occurs")
-    p.add_argument("--sort", default="started_s", help="column to sort by; - before it for descending")
+    p.add_argument("--sort", default="", help="column to sort by, - before it for descending: -energy (default: when it began)")
     p.add_argument("--group", help="one row for each value of these columns: name,arm")
     p = verb("compare", verbs.compare, "compare two runs figure by figure")
-    p.add_argument("a")
-    p.add_argument("b")
+    p.add_argument("a", help="a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it")
+    p.add_argument("b", help="as A")
+    p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p = verb("diff", verbs.diff, "fail (exit 1) where run B costs more than run A allows: a gate for CI")
-    p.add_argument("a")
-    p.add_argument("b")
+    p.add_argument("a", help="a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it")
+    p.add_argument("b", help="as A")
+    p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p.add_argument("--max-energy", default="+5%", help="the most B's energy may exceed A's (default: +5%%)")
     p = verb("bench", verbs.bench, "run a side-by-side benchmark")
     p.add_argument("name", nargs="?", help="which; all are listed without it")
@@ -197,16 +243,16 @@ def _record_verbs(verb: _Verb) -> None:
     p.add_argument("--all", action="store_true", help="coverage: attach to every model timm lists, not to a sample (an hour)")
 
 
-def _verbs(parser: argparse.ArgumentParser) -> list[str]:
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
-    return list(groups[0].choices)
+    return dict(groups[0].choices)
 
 
 def _model_options(p: argparse.ArgumentParser, more: str = "") -> None:
     kinds = "timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH"
     p.add_argument("model", help=f"{kinds}; {more}" if more else kinds)
-    p.add_argument("--img-size", type=int)
-    p.add_argument("--in-chans", type=int)
-    p.add_argument("--num-classes", type=int)
+    p.add_argument("--img-size", type=_positive, metavar="PIXELS", help="height and width of its images")
+    p.add_argument("--in-chans", type=_positive, metavar="N", help="channels of its images")
+    p.add_argument("--num-classes", type=int, metavar="N", help="classes it tells apart")
     p.add_argument("--option", action="append", default=[], metavar="KEY=VALUE", help="any further option of the model")
     p.add_argument("--trust", action="store_true")

@@ -134,6 +134,7 @@ class Session:
             ) from error
         finally:
             live.undo()
+        located(where, models.check_size, job.arm.model.options, x.shape)
         if logits.ndim != 2 or logits.shape[1] < len(images.classes):
             raise BadInput(
                 f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data has "

@@ -50,6 +50,8 @@ def read_card(place: str | Path) -> dict[str, Any]:
     known. Raises BadInput where there is no card.
     """
     path = Path(place)
+    if path.is_dir() and not (path / WEIGHTS_FILE).is_file() and (seeds := sorted(path.glob(f"*/{WEIGHTS_FILE}"))):
+        raise BadInput(f"{path} holds several models, one a seed: give one of them, as {seeds[0].parent}")
     path = path / WEIGHTS_FILE if path.is_dir() else path
     stored = weights.metadata(path)
     its = stored.get("card") or {}

@@ -9,7 +9,7 @@ slower. Other options pass as the library has them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from greenvis.errors import BadInput, nearest
 from greenvis.libraries import Request
 from greenvis.weights import fingerprint, keep, kept, load_weights
 
-__all__ = ["build", "check", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
+__all__ = ["build", "check", "check_size", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
 
 KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -101,12 +101,31 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
     memory_format = given.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}")
+    if not _is_size(given.get("img_size")):
+        raise BadInput(f"img_size is {given['img_size']!r}; it is a side in pixels, or [height, width]")
     pretrained = given.get("pretrained")
     if file is not None and pretrained:
         raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
     if isinstance(pretrained, str):
         pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
     return Request(ref, library, name, folder, pretrained, rest, file, FORMATS[memory_format] if memory_format else None)
+
+
+def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Raise BadInput where `img_size` says otherwise than the images (…, height, width) that a model took all the same."""
+    size = options.get("img_size")
+    asked = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if size is None or asked == tuple(shape[-2:]) or any(str(key).startswith("dynamic") for key in options):
+        return
+    raise BadInput(
+        f"the model's img_size is {size}, which changes nothing here: it takes images of any size, and the data's are "
+        f"{shape[-2]}×{shape[-1]}; set data.img_size, or leave the model's out"
+    )
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    return value is None or all(isinstance(side, int) and side > 0 for side in sides)
 
 
 def _load_own(model: nn.Module, request: Request) -> None:

@@ -11,7 +11,7 @@ from scipy.stats import kendalltau, weightedtau
 from torch import nn
 
 from greenvis import data, knn, models, price, record, transfer, views
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.jobs import UNHASHED, WEIGHTS_FILE
 from greenvis.meters.track import Tracker, track
 from greenvis.recipe import load_recipe
@@ -49,9 +49,11 @@ def rank(
         raise BadInput(f"ranking takes two bases or more, each once, not {len(set(bases))}: greenvis rank BASE BASE …")
     if len(set(bases)) != len(bases):
         raise BadInput("a base is listed twice; list each once")
+    if options and all(_arm(base) is not None or base.startswith("file:") for base in bases):
+        raise BadInput(f"{some(options)} would change none of these bases: options are for those of a library")
     built = {base: _build(base, Path(runs), trust, options) for base in bases}
     wanted = _data(data_name)
-    shapes = {base: _shape(base, model, Path(runs)) for base, model in built.items()}
+    shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
     shown = {shape: _images(wanted, shape, images) for shape in dict.fromkeys(shapes.values())}
     rows: list[dict[str, Any]] = []
     with track("rank", dir=runs) as run:
@@ -157,13 +159,16 @@ def _arm(base: str) -> str | None:
     return "/".join(Path(base).resolve().parts[-3:-1]) if (Path(base) / WEIGHTS_FILE).is_file() else None
 
 
-def _shape(base: str, model: nn.Module, runs: Path) -> tuple[int, ...]:
-    """Return (channels, height, width) of the images a base is shown: those a run trained on, else what the model says."""
+def _shape(base: str, model: nn.Module, runs: Path, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return (channels, height, width) of the images a base is shown: those a run trained on, else what it is asked for or
+    says.
+    """
     if _arm(base) is not None:
         for path in record.find([weights_of(base, runs).parent]):
             if facts := record.read(path).facts.get("data"):
                 return facts["in_chans"], facts["img_size"], facts["img_size"]
-    return tuple(views.example_input(model).shape[1:])
+    size = None if base.startswith("file:") else options.get("img_size")
+    return tuple(views.example_input(model, size=size).shape[1:])
 
 
 def weights_of(base: str, runs: str | Path) -> Path:

@@ -31,6 +31,24 @@ def reported(page: Path) -> Answer:
     return {"report": str(page), "results": results}, show
 
 
+def left_by(text: str, runs: str) -> str:
+    """Return the folder of the model that a run left, by its id in `runs` as `greenvis ls` shows it; a path as it is.
+
+    Raises BadInput where the run left none, or another run's came after it.
+    """
+    from greenvis import record
+
+    run = None if os.path.exists(text) else record.by_id(text, runs)
+    if run is None:
+        return record.named(text, runs)
+    folder = run[1][0].parent
+    done = folder / "done.json"
+    left = json.loads(done.read_text()).get("run") if done.is_file() else None
+    if left != run[0]:
+        raise BadInput(f"run {run[0]} left no model; {folder} holds " + (f"that of run {left}" if left else "none"))
+    return str(folder)
+
+
 def options(args: Any) -> dict[str, Any]:
     """Return the model options given on the command line."""
     import yaml

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.terminal import Answer, console, options, print_rows, reported, teller
+from greenvis.terminal import Answer, console, left_by, options, print_rows, reported, teller
 
 
 def run(args: Any) -> Answer | int:
@@ -40,7 +40,7 @@ def run(args: Any) -> Answer | int:
     ranks.leave()
     page = report(
         folders,
-        out=args.out or Path("reports") / (Path(args.recipe).stem if several else first.name),
+        out=args.out or Path("reports") / (sweep.title(args.recipe, args.set) if several else first.name),
         baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
         metric=first.report.metric,
         title=first.report.title,
@@ -55,10 +55,15 @@ def run(args: Any) -> Answer | int:
 
 
 def plan(args: Any) -> Answer:
-    """Predict what a recipe will cost."""
-    from greenvis.plan import plan
+    """Predict what a recipe, or each of a sweep, will cost."""
+    from greenvis import sweep
+    from greenvis.plan import plan, total
 
-    found = plan(args.recipe, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args))
+    options: dict[str, Any] = {"runs": args.runs, "trust": args.trust, "say": teller(args)}
+    arms = {}
+    for recipe, _ in sweep.load(args.recipe, args.set):
+        arms |= plan(recipe, **options)["arms"]
+    found = {"arms": arms, "total": total(arms)}
 
     def show() -> None:
         from greenvis.report.words import duration, si
@@ -83,9 +88,11 @@ def plan(args: Any) -> Answer:
 
 def report(args: Any) -> Answer:
     """Write a report from records."""
+    from greenvis import record
     from greenvis.report import report
 
-    page = report(args.paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
+    paths = [record.named(path, args.runs) for path in args.paths]
+    page = report(paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
     return reported(page)
 
 
@@ -143,21 +150,21 @@ def inspect(args: Any) -> Answer:
     """Show a model's parts."""
     from greenvis import views
 
-    rows = [{"part": part, "found": found} for part, found in views.describe(views.view(_model(args)))]
+    model, x = _model(args)
+    rows = [{"part": part, "found": found} for part, found in views.describe(views.view(model, x))]
     return rows, lambda: print_rows(rows, args.model)
 
 
 def flops(args: Any) -> Answer:
     """Count a model's MACs and FLOPs."""
-    from greenvis import data, views
+    from greenvis import data
     from greenvis.meters import flops
     from greenvis.recipe import parse_techniques
     from greenvis.wrap import wrap
 
-    model = _model(args)
-    x = views.example_input(model)
+    model, x = _model(args)
     if args.techniques:
-        wrap(model, parse_techniques(args.techniques))
+        wrap(model, [t.for_images(tuple(x.shape[1:])) for t in parse_techniques(args.techniques)])
     count = flops.count(model, x, train=True)
     out = count.as_dict()
     if args.data:
@@ -222,25 +229,28 @@ def ls(args: Any) -> Answer:
     """List recorded runs."""
     from greenvis.report.listing import group, ls
 
-    rows = ls(args.paths, where=args.where, sort=args.sort)
+    rows = ls(args.paths, where=args.where, sort="started_s" if args.group else args.sort or "started_s")
     if args.group:
-        rows = group(rows, args.group.split(","))
+        rows = group(rows, args.group.split(","), args.sort)
     return rows, lambda: _print_brief(rows, f"{len(rows)} {'groups' if args.group else 'runs'}")
 
 
 def compare(args: Any) -> Answer:
     """Compare two runs."""
+    from greenvis import record
     from greenvis.report.listing import compare
 
-    rows = compare(args.a, args.b)
+    rows = compare(*(record.named(side, args.runs) for side in (args.a, args.b)))
     return rows, lambda: _print_brief(rows, f"{args.a} and {args.b}")
 
 
 def diff(args: Any) -> int:
     """Compare two runs against a limit: exit 0 within it, 1 over it."""
+    from greenvis import record
     from greenvis.report.listing import diff
 
-    fine, rows = diff(args.a, args.b, max_energy=args.max_energy)
+    a, b = (record.named(side, args.runs) for side in (args.a, args.b))
+    fine, rows = diff(a, b, max_energy=args.max_energy)
     if args.json:
         print(json.dumps({"ok": fine, "rows": rows}, default=str))
     else:
@@ -252,7 +262,7 @@ def export(args: Any) -> Answer:
     """Write a finished run's model in another form."""
     from greenvis.export import export
 
-    found = export(args.run, args.to, args.out, trust=args.trust)
+    found = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
 
     def show() -> None:
         print(f"{found['path']}: {found['to']}; greatest difference from the live model {found['max_difference']:.1e}")
@@ -270,6 +280,8 @@ def bench(args: Any) -> Answer:
 
     names = [m.name for m in pkgutil.iter_modules(greenvis.bench.__path__) if not m.name.startswith("_")]
     if args.name is None:
+        if args.out or args.all:
+            raise BadInput("name the benchmark to run: greenvis bench NAME; without a name they are listed")
         return names, lambda: print("\n".join(names))
     if args.name not in names:
         raise BadInput(f"unknown benchmark '{args.name}'{nearest(args.name, names)}")
@@ -283,10 +295,13 @@ def bench(args: Any) -> Answer:
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
-def _model(args: Any) -> Any:
-    from greenvis import models
+def _model(args: Any) -> tuple[Any, Any]:
+    """Return the model, and an image batch of the size asked for: many take images of any, and are built for none."""
+    from greenvis import models, views
 
-    return models.build(args.model, trust=args.trust, **options(args)).eval()
+    asked = options(args)
+    model = models.build(args.model, trust=args.trust, **asked).eval()
+    return model, views.example_input(model, size=asked.get("img_size"))
 
 
 def _effect(kind: type) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from greenvis.terminal import Answer, reported, teller
+from greenvis.terminal import Answer, left_by, reported, teller
 
 
 def probe(args: Any) -> Answer:
@@ -15,7 +15,7 @@ def probe(args: Any) -> Answer:
 
     protocol = args.protocol or probing.PROTOCOL
     folder, recipe = probing.probe(
-        args.run, protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args)
+        left_by(args.run, args.runs), protocol=protocol, overrides=args.set, runs=args.runs, trust=args.trust, say=teller(args)
     )
     out = args.out or Path("reports") / recipe.name
     return reported(report([folder], out=out, baseline=recipe.baseline, title=recipe.report.title, note=recipe.report.note))
@@ -26,7 +26,7 @@ def card(args: Any) -> Answer:
     from greenvis import lineage
     from greenvis.report.words import si
 
-    found = lineage.read_card(args.file)
+    found = lineage.read_card(left_by(args.file, args.runs))
 
     def cost(energy: dict[str, Any]) -> str:
         if energy["value"] is None:

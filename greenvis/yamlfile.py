@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, nearest
 
 Key = tuple[str | int, ...]
 
@@ -78,6 +78,9 @@ def override(source: dict[str, Any], lines: dict[Key, str], text: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise BadInput(f"--set takes KEY=VALUE, as in --set train.epochs=3; got '{text}'")
+    arms = source.get("arms")
+    if len(keys) > 2 and keys[0] == "arms" and isinstance(arms, dict) and keys[1] not in arms:
+        raise BadInput(f"--set {text}: no arm '{keys[1]}'{nearest(keys[1], arms)}")
     place: Any = source
     for i, key in enumerate(keys[:-1]):
         place = place[int(key)] if isinstance(place, list) and key.isdigit() and int(key) < len(place) else (

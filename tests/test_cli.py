@@ -125,6 +125,17 @@ def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> N
         (["report", "nowhere"], "nowhere"),
         (["track", "--"], "takes a command"),
         (["bench", "metre"], "did you mean 'meter'?"),
+        (["bench", "--all"], "name the benchmark to run"),
+        (["ls", "--srt", "arm"], "ls has no option --srt; did you mean '--sort'?"),
+        (["ls", "--sort"], "--sort: expected one argument"),
+        (["ls", "--sort", "typo", "--where", "nothing"], "cannot sort by 'typo'"),
+        (["ls", "tests", "--group", "amr", "--where", "nothing"], "cannot group by 'amr'; did you mean 'arm'?"),
+        (["explain"], "required: technique"),
+        (["flops", "timm/resnet18", "extra"], "flops cannot use 'extra'"),
+        (["flops", "timm/resnet18", "--img-size", "0"], "0 is no whole number above 0"),
+        (["flops", "timm/resnet18", "--option", "img_size=wide"], "img_size is 'wide'"),
+        (["flops", "plain/mlp", "--img-size", "28", "--in-chnas", "1"], "did you mean '--in-chans'?"),
+        (["rank", "run:a/b", "run:a/c", "--data", "digits", "--option", "pretrained=true"], "would change none of these bases"),
     ],
 )
 def test_bad_input_exits_2_with_one_helpful_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +148,89 @@ def test_bad_input_exits_2_with_one_helpful_line(words: list[str], message: str,
 
 def test_with_json_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in _json(capsys, "explain", "lorra", code=2)["error"]
+
+
+@pytest.mark.parametrize(
+    "model", ["timm/resnet50", "torchvision/resnet18", "hf/resnet", "timm/vit_tiny_patch16_224", "plain/mlp"]
+)
+def test_the_size_asked_for_is_the_size_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    macs = {}
+    for size in (64, 128):
+        (rows, counted) = (_json(capsys, verb, model, "--img-size", str(size)) for verb in ("inspect", "flops"))
+        shape = next(row["found"] for row in rows if row["part"] == "input")
+        assert shape.endswith(f"×{size}×{size}")
+        assert _json(capsys, "flops", model, "--option", f"img_size={size}")["macs"] == counted["macs"]
+        macs[size] = counted["macs"]
+    assert 3.5 < macs[128] / macs[64] < 5  # four times the pixels
+
+
+def test_a_value_may_begin_with_a_dash(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = str(ran / "runs")
+    down = _json(capsys, "ls", runs, "--sort", "-energy")
+    assert [r["run"] for r in down] == [r["run"] for r in _json(capsys, "ls", runs, "--sort=-energy_j")]
+    assert [r["run"] for r in down] == [r["run"] for r in _json(capsys, "ls", runs, "--sort", "energy")][::-1]
+    plain, longer = f"{runs}/tiny/plain", f"{runs}/tiny/longer"
+    assert _json(capsys, "diff", plain, longer, "--max-energy", "-99.9%", code=1)["ok"] is False
+    groups = _json(capsys, "ls", runs, "--group", "arm", "--sort", "-accuracy")
+    assert [g["accuracy"] for g in groups] == sorted((g["accuracy"] for g in groups), reverse=True)
+    script = "import sys; sys.exit(sys.argv[1:] != ['--sort', '-energy'])"
+    track = ["track", "--dir", str(ran / "tracked"), "--", sys.executable, "-c", script, "--sort", "-energy"]
+    assert cli.main(track) == 0  # a command's own words stay as they are
+
+
+def test_a_run_is_named_as_ls_shows_it(
+    ran: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ran)
+    ids = {row["arm"]: row["run"] for row in _json(capsys, "ls")}
+    assert cli.main(["ls"]) == 0
+    shown = capsys.readouterr().out
+    assert all(run[-12:] in shown for run in ids.values())
+    plain, end = ids["plain"], ids["longer"][-12:]
+    rows = _json(capsys, "compare", plain, end)
+    assert {row["arm"] for row in rows} == {"plain → longer"}
+    assert rows == _json(capsys, "compare", "tiny/plain", "run:tiny/longer")
+    assert rows == _json(capsys, "compare", plain, end, "--runs", str(ran / "runs"))
+    assert _json(capsys, "diff", plain, end, "--max-energy", "+100000%")["ok"] is True
+    out = tmp_path / "report"
+    assert set(_json(capsys, "report", plain, end, "--out", str(out))["results"]["arms"]) == {"plain", "longer"}
+    assert _json(capsys, "card", plain)["run"] == plain
+    exported = _json(capsys, "export", end, "--to", "safetensors", "--out", str(tmp_path / "model"))
+    assert exported["max_difference"] == 0
+    few = tmp_path / "few.yaml"
+    few.write_text("arms: {linear: {techniques: [linear_probe]}}\ntrain: {epochs: 1}\n")
+    options = ["--protocol", str(few), "--set", "meter.codecarbon=false", "--out", str(tmp_path / "probe")]
+    assert list(_json(capsys, "probe", end, *options)["results"]["arms"]) == ["linear"]
+    assert "no record or folder" in _json(capsys, "compare", "nothing-of-this", plain, code=2)["error"]
+    assert "is one end of" in _json(capsys, "compare", plain[:8], plain, code=2)["error"]
+
+
+def test_an_id_is_known_by_what_a_renamed_record_says(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (old,) = (ran / "runs/tiny/plain").rglob("*.jsonl")
+    (tmp_path / "renamed.jsonl").write_bytes(old.read_bytes())
+    run = _json(capsys, "ls", str(tmp_path))[0]["run"]
+    assert _json(capsys, "compare", run, run, "--runs", str(tmp_path))
+    assert "left no model" in _json(capsys, "card", run, "--runs", str(tmp_path), code=2)["error"]
+
+
+def test_other_settings_overwrite_neither_run_nor_report(ran: Path, tmp_path: Path) -> None:
+    def greenvis(*words: str) -> str:
+        command = [sys.executable, "-m", "greenvis", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for place in ("runs", "reports"):
+        subprocess.run(["cp", "-r", str(ran / place), str(tmp_path)], check=True)
+    (tmp_path / "tiny.yaml").write_text(TINY.replace("arms: {plain: {}, longer: {train: {epochs: 2}}}", "arms: {plain: {}}"))
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    greenvis("plan", "tiny.yaml", "--set", "train.lr=0.01,0.02")
+    said = greenvis("run", "tiny.yaml", "--set", "train.epochs=3")
+    assert "reports/tiny.epochs-3/index.html" in said
+    said = greenvis("run", "tiny.yaml", "--set", "train.lr=0.01,0.02")
+    assert "reports/tiny.lr-0.01-0.02/index.html" in said
+    assert {p: p.read_bytes() for p in before} == before
+    assert "epochs: 3" in json.dumps(json.loads((tmp_path / "reports/tiny.epochs-3/results.json").read_text())["recipe"])
 
 
 def test_techniques_explain_and_schema(capsys: pytest.CaptureFixture[str]) -> None:

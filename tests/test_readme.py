@@ -7,7 +7,7 @@ from pathlib import Path
 
 from readme import BEGIN, END, FIRST, LAST, flagship, measured, techniques
 
-from greenvis.cli import _parser, _verbs
+from greenvis.cli import _commands, _parser
 from greenvis.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +22,7 @@ def test_the_table_of_techniques_is_the_registry() -> None:
 def test_every_command_named_exists() -> None:
     commands = set(re.findall(r"(?:`|^)greenvis ([a-z]+)\b", TEXT, re.M))
     assert commands
-    assert commands <= set(_verbs(_parser()))
+    assert commands <= set(_commands(_parser()))
 
 
 def test_links_lead_somewhere() -> None:

@@ -82,6 +82,7 @@ def test_overrides_change_one_value_and_name_themselves_when_wrong(tmp_path: Pat
     recipe = load_recipe(path, ["arms.distilled.techniques.0.distill.temperature=7"])
     assert recipe.arm("distilled").techniques[0].recipe_form()["temperature"] == 7
     for text, message in [
+        ("arms.bigg.train.epochs=9", "no arm 'bigg'"),
         ("train.epoch=9", "--set train.epoch=9: train.epoch: unknown field 'epoch'; did you mean 'epochs'?"),
         ("train", "takes KEY=VALUE"),
         ("name.x=1", "'name' holds no keys"),

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,12 @@ COMPARED = (
     "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j", "wall_s", "train_flops", "macs", "params",
     "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb",
 )  # fmt: skip
+COLUMNS = (
+    "run", "name", "arm", "seed", "rank", "status", "started_s", "accuracy", "energy_j", "energy_low_j", "energy_high_j",
+    "provenance", "carbon_g", "wall_s", "path",
+)  # fmt: skip
+SUMS = ("energy_j", "carbon_g", "wall_s")
+WORDS = {"co₂e": "carbon_g", "co2e": "carbon_g", "time": "wall_s"}  # how a terminal heads a column
 MOMENTS = ("mono_s", "clock_s")
 _PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
@@ -35,38 +41,50 @@ def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str,
     where: keep rows in whose name, arm, run id or status this text occurs. sort: a column, "-" before it for descending;
     rows without a value come last. Files that are no records are left out. Raises BadInput for an unknown column.
     """
+    key = column(sort.removeprefix("-"), COLUMNS, "sort")
     rows = []
     for path, _ in record_files(_listed(paths)):
         row = _row(path)
         if row and (not where or any(where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status"))):
             rows.append(row)
-    key, down = sort.removeprefix("-"), sort.startswith("-")
-    if rows and key not in rows[0]:
-        raise BadInput(f"cannot sort by '{key}'{nearest(key, rows[0])}")
-    there = sorted((r for r in rows if r[key] is not None), key=lambda r: (r[key], r["run"]), reverse=down)
-    return there + [r for r in rows if r[key] is None]
+    return _sorted(rows, key, sort.startswith("-"), lambda row: row["run"])
 
 
-def group(rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm")) -> list[dict[str, Any]]:
+def group(rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm"), sort: str = "") -> list[dict[str, Any]]:
     """Return `ls` rows put together: one row for each value of the columns `by`, with runs, done, means and sums.
 
-    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums over all.
+    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums over all. sort: as in `ls`, by
+    a column of the groups; those of `by` where it is empty. Raises BadInput for an unknown column.
     """
-    columns = list(by)
+    columns = [column(name, COLUMNS, "group") for name in by]
+    heads = (*columns, "runs", "done", "accuracy", *SUMS)
+    key = column(sort.removeprefix("-"), heads, "sort these groups") if sort else ""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        unknown = [c for c in columns if c not in row]
-        if unknown:
-            raise BadInput(f"cannot group by '{unknown[0]}'{nearest(unknown[0], row)}")
         groups.setdefault(tuple(row[c] for c in columns), []).append(row)
     out = []
-    for key, found in sorted(groups.items(), key=lambda kv: tuple(map(str, kv[0]))):
-        scores = {i: r["accuracy"] for i, r in enumerate(found) if r["status"] == "done" and r["accuracy"] is not None}
-        sums = {k: math.fsum(r[k] for r in found if r[k] is not None) for k in ("energy_j", "carbon_g", "wall_s")}
-        done = sum(r["status"] == "done" for r in found)
+    for values, members in sorted(groups.items(), key=lambda kv: tuple(map(str, kv[0]))):
+        scores = {i: r["accuracy"] for i, r in enumerate(members) if r["status"] == "done" and r["accuracy"] is not None}
+        sums = {k: math.fsum(r[k] for r in members if r[k] is not None) for k in SUMS}
+        done = sum(r["status"] == "done" for r in members)
         mean = stats.summary(scores)["mean"]
-        out.append(dict(zip(columns, key, strict=True)) | {"runs": len(found), "done": done, "accuracy": mean} | sums)
-    return out
+        out.append(dict(zip(columns, values, strict=True)) | {"runs": len(members), "done": done, "accuracy": mean} | sums)
+    return _sorted(out, key, sort.startswith("-"), lambda row: tuple(str(row[c]) for c in columns)) if key else out
+
+
+def column(name: str, columns: Sequence[str], doing: str) -> str:
+    """Return the column that a name means: its own, one without its unit, or as a terminal heads it. Raises BadInput."""
+    wanted = WORDS.get(name.lower(), name.lower())
+    match = next((c for c in columns if wanted in (c, c.rpartition("_")[0])), None)
+    if match is None:
+        raise BadInput(f"cannot {doing} by '{name}'{nearest(wanted, columns)}")
+    return match
+
+
+def _sorted(rows: list[dict[str, Any]], key: str, down: bool, then: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+    """Return rows by the values of a column, those without one last."""
+    known = sorted((r for r in rows if r[key] is not None), key=lambda r: (r[key], then(r)), reverse=down)
+    return known + [r for r in rows if r[key] is None]
 
 
 def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy") -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,13 +183,20 @@ def view(model: nn.Module, example: Tensor | tuple[int, int, int] | None = None,
     )
 
 
-def example_input(model: nn.Module, shape: tuple[int, int, int] | None = None) -> Tensor:
+def example_input(model: nn.Module, shape: tuple[int, int, int] | None = None, size: Any = None) -> Tensor:
     """Return an image batch (1, channels, height, width) that `model` takes: of `shape`, else as its configuration says or by
     trial, where it is placed and in its precision.
 
-    Raises BadInput with the sizes that were tried.
+    size: side, or (height, width), where the shape is not given. Raises BadInput with the sizes that were tried, or where the
+    model does not take images of this one.
     """
-    return trace_any(model).input if shape is None else image(model, shape)
+    if shape is not None:
+        return image(model, shape)
+    seen = trace_any(model).input
+    height, width = tuple(seen.shape[2:]) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    if tuple(seen.shape[2:]) == (height, width):
+        return seen
+    return trace(model, image(model, (seen.shape[1], height, width))).input
 
 
 def reached(model: nn.Module, example: Tensor, among: Collection[str] | None = None) -> frozenset[str]:
