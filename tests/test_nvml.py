@@ -11,7 +11,7 @@ import pytest
 
 import greenvis as gv
 from greenvis import price
-from greenvis.meters import nvml
+from greenvis.meters import devices, nvml
 from greenvis.meters.energy import Meter
 from greenvis.record import read
 
@@ -25,6 +25,8 @@ class Driver(ModuleType):
     def __init__(self, count: int = 3, *, counter: bool = True) -> None:
         super().__init__("pynvml")
         self.energy, self.power, self.counter = [1000] * count, 50_000, counter
+        self.cards = ["Test GPU"] * count
+        self.lost: set[int] = set()  # off the bus
 
     def nvmlInit(self) -> None:  # noqa: N802
         pass
@@ -36,7 +38,7 @@ class Driver(ModuleType):
         return index
 
     def nvmlDeviceGetName(self, handle: int) -> bytes:  # noqa: N802
-        return b"Test GPU"
+        return self.cards[handle].encode()
 
     def nvmlDeviceGetUUID(self, handle: int) -> str:  # noqa: N802
         return f"GPU-{handle}"
@@ -44,6 +46,10 @@ class Driver(ModuleType):
     def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
         if not self.counter:
             raise self.NVMLError("not supported")
+        if handle in self.lost:
+            error = self.NVMLError("GPU is lost")
+            error.value = 15
+            raise error
         return self.energy[handle]
 
     def nvmlDeviceGetPowerUsage(self, handle: int) -> int:  # noqa: N802
@@ -105,6 +111,87 @@ def test_a_counter_that_stands_still_is_taken_back(driver: Driver, tmp_path: Pat
     assert parts["gpu"].value is None
     assert "stood still" in parts["gpu"].reason
     assert found.header["components"] == run.header["components"]
+
+
+def test_a_driver_that_began_anew_takes_no_joules_back(driver: Driver, tmp_path: Path) -> None:
+    meter = Meter(powercap=tmp_path)
+    driver.energy = [3000, 1000, 2000]
+    assert meter.read()["gpu_j"] == 3.0
+    driver.energy = [0, 1500, 2000]
+    reading = meter.read()
+    assert reading["gpu_j"] == 3.5
+    assert reading["gpu_j_unseen_s"] > 0
+    assert price.energy(reading, meter.components)["gpu"].provenance == "partly unknown"
+    assert [note.split(":")[0] for note in meter.new_notes()] == ["NVML GPU-0"]
+
+
+def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(driver: Driver, tmp_path: Path) -> None:
+    meter = Meter(powercap=tmp_path)
+    driver.lost = {1}
+    driver.energy = [3000, 1000, 1000]
+    reading = meter.read()
+    assert reading["gpu_j"] == 2.0
+    assert reading["gpu_j_unseen_s"] > 0
+    assert "GPU is lost" in meter.new_notes()[0]
+
+
+def test_a_gpu_out_of_reach_at_first_has_no_baseline(driver: Driver, tmp_path: Path) -> None:
+    driver.lost, driver.energy = {0, 1, 2}, [10**12] * 3
+    meter = Meter(powercap=tmp_path)
+    assert price.energy(meter.read(), meter.components)["gpu"].value is None
+    driver.lost = set()
+    meter.read()
+    driver.energy = [10**12 + 5000] * 3
+    reading = meter.read()
+    assert reading["gpu_j"] == 15.0
+    assert reading["gpu_j_unseen_s"] > 0
+
+
+def test_unlike_cards_by_number_wait_for_torch_to_tell_their_uuids(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver.cards = ["T4", "H100", "T4"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with gv.track("t", dir=tmp_path, interval_s=60) as run:
+        assert "cannot be told" in next(c for c in run.header["components"] if c["name"] == "gpu")["reason"]
+        monkeypatch.setattr(devices, "in_use", lambda: {"cuda"})
+        monkeypatch.setattr(devices, "uuids", lambda: ["1"])
+        run._correct()
+        run.energy()
+        driver.energy = [9000, 3000, 9000]
+    gpu = next(c for c in read(run.path).header["components"] if c["name"] == "gpu")
+    assert (gpu["devices"], gpu["hardware"], gpu["source"]) == (["GPU-1"], ["H100"], "nvml")
+    reading = price.energy({q: read(run.path).sum(q) for q in ("wall_s", "gpu_j", "gpu_j_unseen_s")}, [gpu])["gpu"]
+    assert (reading.value, reading.provenance) == (2.0, "partly unknown")  # the time before is not known
+
+
+def test_other_cards_than_the_mask_said_are_read_once_torch_has_opened_them(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    meter = Meter(powercap=tmp_path)
+    driver.energy = [2000, 1000, 1000]
+    assert meter.read()["gpu_j"] == 1.0
+    monkeypatch.setattr(devices, "uuids", lambda: ["GPU-2"])
+    (gpu,) = meter.corrections()
+    assert gpu["devices"] == ["GPU-2"]
+    driver.energy = [9000, 9000, 4000]
+    reading = meter.read()
+    assert reading["gpu_j"] == 4.0  # never less than before
+    assert reading["gpu_j_unseen_s"] > 0
+    assert meter.corrections() == []
+
+
+@pytest.mark.parametrize(("uuids", "mask"), [(["0", "1", "2"], None), (["1"], "1")])
+def test_the_cards_torch_opens_are_mostly_those_read(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uuids: list[str], mask: str | None
+) -> None:
+    if mask:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    meter = Meter(powercap=tmp_path)
+    monkeypatch.setattr(devices, "in_use", lambda: {"cuda"})
+    monkeypatch.setattr(devices, "uuids", lambda: uuids)
+    assert meter.corrections() == []
 
 
 def test_no_driver_is_no_gpu_and_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from greenvis.bench import _exiting
 from greenvis.bench._exiting import AT
 from greenvis.meters import flops
+from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.header import cpu
 from greenvis.meters.track import Tracker, track
 
@@ -97,13 +98,13 @@ def _measured(
 
 
 def _serve(model: nn.Module, parts: Sequence[Tensor], found: dict[str, Any], run: Tracker) -> None:
-    clock = time.perf_counter if parts[0].is_cuda else time.process_time
+    waiting = asynchronous(model, parts[0])
+    clock = time.perf_counter if waiting else time.process_time
     before, began = run.energy().value, clock()
     for part in parts:
         start = time.perf_counter()
         model(part)
-        if part.is_cuda:
-            torch.cuda.synchronize()
+        wait(waiting)
         found["calls"].append(time.perf_counter() - start)
     found["seconds"].append(clock() - began)
     after = run.energy().value

@@ -20,6 +20,7 @@ from torch import nn
 
 from greenvis import models, registry
 from greenvis.meters import flops
+from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
 from greenvis.meters.track import Tracker, track
 from greenvis.wrap import wrap
@@ -98,18 +99,13 @@ def _measured(
             arm.to(device)(x[:2])
         for i in range(rounds):
             for name in [*arms][:: 1 if i % 2 == 0 else -1]:
-                _wait(device)
+                wait([device])
                 before, start = run.energy().value, clock()
                 arms[name](x)
-                _wait(device)
+                wait([device])
                 seconds, after = clock() - start, run.energy().value
                 found[name].append((seconds, None if before is None or after is None else after - before))
     return found
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _rows(batch: int, found: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.meters import flops, speed
+from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.track import Tracker
 from greenvis.record import Reading
 
@@ -67,23 +68,24 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     model.eval()
     seconds: list[float] = []  # an image
     joules: list[tuple[float, float, float] | None] = []  # an image: central, low, high
+    waiting = asynchronous(model, x)
     with torch.inference_mode(), run.phase("serve"):
         model(x)
-        look, end = GPU_ROUND_S if x.is_cuda else ROUND_S, time.perf_counter() + MOST_S
+        wait(waiting)  # what was asked for before is not this round's
+        look, end = GPU_ROUND_S if waiting else ROUND_S, time.perf_counter() + MOST_S
         while len(seconds) < LEAST or (_unsteady(seconds, joules) and time.perf_counter() < end):
             before, started, images = run.energy(), time.perf_counter(), 0
             while images == 0 or time.perf_counter() - started < look:
                 model(x)
                 images += len(x)
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
+            wait(waiting)
             seconds.append((time.perf_counter() - started) / images)
             joules.append(_spent(before, run.energy(), images))
             run.add(samples=images)
     out: dict[str, Any] = {"images_per_s": 1 / statistics.median(seconds)}
     known = [j for j in joules if j is not None]
-    if len(known) == len(joules):
-        value, low, high = sorted(known)[len(known) // 2]
+    value, low, high = sorted(known)[len(known) // 2] if known else (0.0, 0.0, 0.0)
+    if len(known) == len(joules) and value > 0:  # a counter that stands still in most rounds steps too rarely for them
         out["inference_energy_j"] = {
             "value": value, "low": low, "high": high, "provenance": run.energy().provenance, "batch_size": len(x),
             "spread": median_spread([j[0] for j in known]), "rounds": len(known),

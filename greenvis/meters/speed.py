@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.meters.devices import asynchronous, wait
 from greenvis.modes import in_mode
 
 WARM_UP = 3
@@ -24,15 +25,16 @@ def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 1
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
         raise BadInput(f"latency needs a batch of at least one image, (batch, …), not {getattr(x, 'shape', x)!r}")
     times: list[float] = []
+    waiting = asynchronous(model, x)
     with in_mode(model, False), torch.inference_mode():
         for _ in range(WARM_UP):
             model(x)
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < most):
-            _wait(x)
+            wait(waiting)
             start = time.perf_counter()
             model(x)
-            _wait(x)
+            wait(waiting)
             times.append((time.perf_counter() - start) * 1000)
     times.sort()
     return {
@@ -57,11 +59,6 @@ def throughput(
             break
         out[size] = size / found["mean"] * 1000
     return out
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize(x.device)
 
 
 def _quantile(ordered: list[float], q: float) -> float:
