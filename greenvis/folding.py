@@ -12,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from greenvis.answers import main_output
 from greenvis.errors import BadInput
 from greenvis.surgery import is_passing, replace
-from greenvis.technique import logits_of
 from greenvis.views import example_input
 from greenvis.views.quiet import quiet
 
@@ -49,7 +49,7 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
     example = example_input(model) if x is None else x
     with quiet(model):
         found = _pairs(model, example)
-        before = logits_of(model(example))
+        before = main_output(model(example))
     if not found:
         norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
         has = f"{norms} batch norms, none of them right behind a convolution that can take it up" if norms else "no batch norm"
@@ -60,7 +60,7 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
     folding = Folding(model, tuple(path for path, _ in found), swaps)
     try:
         with quiet(model):
-            after = logits_of(model(example))
+            after = main_output(model(example))
         if not _close(before, after):
             raise BadInput(
                 f"{what} answers otherwise with its batch norms folded, because something else reads what one of those "

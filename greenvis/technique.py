@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from greenvis.answers import TASKS
+from greenvis.answers import logits_of as logits_of
+from greenvis.answers import only as only
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 if TYPE_CHECKING:
@@ -58,6 +60,8 @@ class Technique(BaseModel):
     apart: ClassVar[bool] = False  # whether each of several processes holds a state of its own, as a share of a buffer
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
+    tasks: ClassVar[frozenset[str]] = frozenset(TASKS)  # it is right for; `wrap` and each step refuse the others
+    instead: ClassVar[str] = ""  # what such a refusal says to do
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     neutral: ClassVar[Mapping[str, Any] | None] = {}
     nothing: ClassVar[Mapping[str, Any] | None] = None
@@ -221,37 +225,6 @@ class Installed:
 
     def undo(self) -> None:
         """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model itself."""
-
-
-def logits_of(output: Any) -> Tensor:
-    """Return the logits (batch, classes) in a model's output: a tensor, a transformers output, or a tuple of heads.
-
-    Two heads of equal shape (DeiT's class and distillation token in training) are averaged, as DeiT does at test time.
-    """
-    for key in ("logits", "image_embeds", "pooler_output", "out"):
-        if isinstance(output, Mapping) and output.get(key) is not None:
-            return output[key]
-        if getattr(output, key, None) is not None:
-            return getattr(output, key)
-    if isinstance(output, (tuple, list)) and output:
-        if len(output) == 2 and getattr(output[0], "shape", 0) == getattr(output[1], "shape", 1):
-            return (output[0] + output[1]) / 2
-        return logits_of(output[0])
-    if hasattr(output, "shape"):
-        return cast(Any, output)
-    raise GreenvisError(
-        f"cannot find logits in a model output of type {type(output).__name__}; return a tensor "
-        "(batch, classes) or an object with `.logits`"
-    )
-
-
-def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
-    """Return the logits (batch, outputs) with all but `classes` at -inf, so that those alone compete; None: all do."""
-    if classes is None:
-        return logits
-    away = logits.new_ones(logits.shape[1]).bool()
-    away[list(classes)] = False
-    return logits.masked_fill(away, -math.inf)
 
 
 def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., str], at: tuple[str | int, ...] = ()) -> str:

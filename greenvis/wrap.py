@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import ranks
+from greenvis import answers, ranks
 from greenvis.deltas import Deltas
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import Snapshot
-from greenvis.technique import STAGES, Installed, Samples, Task, Technique, logits_of, refuse_clash, refuse_conflicts
+from greenvis.technique import STAGES, Installed, Samples, Task, Technique, refuse_clash, refuse_conflicts
 
 _LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
@@ -67,6 +67,7 @@ class Wrapped(Deltas):
         _LIVE[model] = tuple(t.name for t in techniques)
 
     def _install(self) -> None:
+        self._refuse(answers.task_said(self.model))
         for technique in self.techniques:
             self.installed.append(self._put_in(technique))
             self._own(technique, self.installed[-1])
@@ -102,6 +103,18 @@ class Wrapped(Deltas):
         if missing:
             raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
         self._owned[technique.name] = {id(named[n]): named[n] for n in live.trainable}
+
+    def _refuse(self, task: str | None) -> None:
+        """Raise BadInput where a technique is not right for what the answers and labels are."""
+        if task is not None:
+            for technique in self.techniques:
+                answers.refuse_task(technique.name, technique.tasks, technique.instead, task)
+
+    def _check(self, logits: Any, y: Any) -> None:
+        """Refuse answers and labels that a technique would read wrongly, before it does."""
+        strict = any(technique.tasks < answers.TASKS.keys() for technique in self.techniques)
+        if strict and (logits is not None or answers.is_tensor(y)):
+            self._refuse(answers.task_of(None if logits is None else answers.logits_of(logits), y))
 
     @property
     def declared(self) -> dict[str, nn.Parameter]:
@@ -146,6 +159,7 @@ class Wrapped(Deltas):
             if self.pretext and ranks.count() > 1:  # its forward passes DistributedDataParallel by
                 self._shared = ranks.share_gradients(self.trainable.values())
             self._stepped = True
+        self._check(logits, y)
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():
@@ -159,14 +173,21 @@ class Wrapped(Deltas):
         terms = self.terms(x, y, logits)
         if terms:
             return torch.stack(list(terms.values())).sum()
-        return torch.zeros((), device=logits_of(logits).device if logits is not None else None)
+        return torch.zeros((), device=next((t.device for t in (*self.model.parameters(), *self.model.buffers())), None))
 
     def criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the task loss to use: a technique's, built on the given one, or the given one itself."""
         for live in self.installed:
             if live.criterion is not None:
-                return live.criterion(task_loss)
+                return self._checked(live.criterion(task_loss))
         return task_loss
+
+    def _checked(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def loss(logits: Any, y: Any = None, *rest: Any, **more: Any) -> Tensor:
+            self._check(logits, y)
+            return criterion(logits, y, *rest, **more)
+
+        return loss
 
     def step_end(self) -> None:
         """Call after each optimizer step, before the gradients are cleared: some techniques weigh parameters by them."""

@@ -497,6 +497,6 @@ def test_calibrate_wants_exits_and_samples() -> None:
     with pytest.raises(BadInput, match="no samples"):
         calibrate(live, [], budget=0.5)
     with pytest.raises(BadInput, match="6 held-out samples"):
-        calibrate(live, [(x, torch.zeros(6))], budget=0.5)
+        calibrate(live, [(x, torch.zeros(6, dtype=torch.int64))], budget=0.5)
     with pytest.raises(BadInput, match="either"):
-        calibrate(live, [(x, torch.zeros(6))])
+        calibrate(live, [(x, torch.zeros(6, dtype=torch.int64))])

@@ -282,7 +282,7 @@ def test_herding_chooses_at_a_tasks_end_and_shares_among_classes() -> None:
 
 def test_labels_of_another_kind_are_refused() -> None:
     live = gv.wrap(_net(), gv.Replay())
-    with pytest.raises(GreenvisError, match="one label each"):
+    with pytest.raises(GreenvisError, match="one class number per image"):
         live.batch(torch.rand(2, 3, 2, 2), torch.rand(2, 4))
     with pytest.raises(gv.BadInput, match="should be 'er'"):
         gv.Replay(method="deer")  # type: ignore[arg-type]

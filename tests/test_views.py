@@ -35,7 +35,7 @@ EXPECTED = {
     "transformers-dinov2": (2, 2, 2, 1, 2, ("classifier",)),
     "transformers-swin": (4, 4, 4, 0, 2, ("classifier",)),
     "transformers-convnext": (0, 4, 4, 0, None, ("classifier",)),
-    "transformers-clip": (2, 2, 2, 1, 2, ("visual_projection",)),
+    "transformers-clip": (2, 2, 2, 1, 2, ("classifier",)),
     "plain": (2, 1, 0, 0, 2, ("classify",)),
 }
 
@@ -199,7 +199,7 @@ def test_one_model_of_each_timm_family() -> None:
         ("timm-convnext", "", [1, 1, 2, 1], "mean"),
         ("torchvision-vit", "before", [2], "prefix token"),
         ("torchvision-mobilenet", "", [1, 2, 2], "mean"),
-        ("transformers-clip", "before", [2], "prefix token"),
+        ("transformers-clip", "before", [2], "mean"),
         ("plain", "", [], "mean"),
     ],
 )

@@ -158,9 +158,9 @@ def _transformers_convnext() -> nn.Module:
 
 
 def _transformers_clip() -> nn.Module:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+    from transformers import CLIPConfig, CLIPForImageClassification
 
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**_TINY, num_hidden_layers=2, projection_dim=CLASSES))
+    return CLIPForImageClassification(CLIPConfig(vision_config={**_TINY, "num_hidden_layers": 2}, **_LABELS))
 
 
 class Plain(nn.Module):

@@ -10,8 +10,8 @@ from typing import Literal, TypeVar
 
 from torch import nn
 
+from greenvis.answers import main_output
 from greenvis.errors import GreenvisError
-from greenvis.technique import logits_of
 from greenvis.views.trace import AttentionCall, Call, Trace, weights_in
 
 T = TypeVar("T")
@@ -100,7 +100,7 @@ def mlps(seen: Trace) -> tuple[Mlp, ...]:
 def heads(seen: Trace) -> tuple[str, ...]:
     """The last layers before the logits, if nothing but averaging comes after them."""
     try:
-        logits = logits_of(seen.output)
+        logits = main_output(seen.output)
     except GreenvisError:
         return ()
     tags = seen.tags_of(logits)

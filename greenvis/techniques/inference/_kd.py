@@ -73,11 +73,6 @@ def hard_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
 
 
-def labels_of(target: Tensor) -> Tensor:
-    """Return class numbers int64 (batch,), of class numbers or of probabilities (batch, classes)."""
-    return target.argmax(-1) if target.dim() > 1 else target
-
-
 def _rest(logits: Tensor, rest: Tensor) -> Tensor:
     """Return the logits of all classes but the label, (batch, classes − 1)."""
     return logits[rest].view(len(logits), -1)

@@ -101,8 +101,16 @@ class Loss(BaseModel):
         """Return the weight in an epoch, counted from 0."""
         return self.weight * min((epoch + 1) / self.warmup_epochs, 1.0) if self.warmup_epochs else self.weight
 
+    @property
+    def reads_labels(self) -> bool:
+        """Whether it looks at the right class, and not only at what the teacher says."""
+        return self.kind == "dkd" or self.smoothing is not None
+
     def answer(self, student: Tensor, log_answers: Tensor, target: Tensor | None, temperature: float) -> Tensor:
-        """Return the loss on answers. log_answers: logarithms of the teacher's answers softened by the temperature."""
+        """Return the loss on answers (rows, classes): a row per image or pixel, and its class number in `target`.
+
+        log_answers: logarithms of the teacher's answers softened by the temperature.
+        """
         logits = log_answers * temperature
         if self.hard:
             return _kd.hard_loss(student, logits)
@@ -117,7 +125,7 @@ class Loss(BaseModel):
 def _labels(target: Tensor | None, what: str) -> Tensor:
     if target is None:
         raise BadInput(f"'{what}' compares answers for the right class, so it needs labels; give them, or use plain kd")
-    return _kd.labels_of(target)
+    return target
 
 
 @dataclass(frozen=True)

@@ -43,8 +43,8 @@ def find(model: nn.Module, at: Sequence[int | float | str], shape: tuple[int, in
     found = view(model, shape, probe=False)
     seen = trace(model, found.example)
     logits = logits_of(seen.output)
-    if logits.dim() != 2 or len(logits) != len(found.example):
-        raise BadInput(f"exits answer with (batch, classes), and {what} gives {tuple(logits.shape)}")
+    if logits.dim() != 2 or len(logits) != len(found.example) or logits.shape[1] < 2:
+        raise BadInput(f"exits answer with (batch, classes), two or more, and {what} gives {tuple(logits.shape)}")
     named = [p for p in at if isinstance(p, str)]
     for path in named:
         if path not in seen.executed or not path:

@@ -93,21 +93,24 @@ class Taught:
             for module, training in modes:
                 module.training = training
 
-    def outputs(self, x: Tensor, places: Sequence[Place], samples: Samples | None) -> dict[str, Tensor]:
-        """Return the logits, under `ANSWER`, and what is at the places, by their keys, for images (batch, channels, h, w)."""
+    def outputs(self, x: Tensor, places: Sequence[Place], samples: Samples | None, answers: bool = True) -> dict[str, Tensor]:
+        """Return the logits, under `ANSWER`, and what is at the places, by their keys, for images (batch, channels, h, w).
+
+        answers: False where only features are compared: the teacher need not have an answer then.
+        """
         once: dict[str, Tensor] = {}
 
         def compute() -> dict[str, Tensor]:
             if not once:
-                once.update(self._run(x, places))
+                once.update(self._run(x, places, answers))
             return once
 
         with torch.no_grad(), self._at_precision(x.device.type):
             if self._kept is None:
                 return compute()
-            answers, features = self._kept
-            found = answers.layers(samples, compute, (ANSWER,), x.device)
-            return {**features.layers(samples, compute, [p.key for p in places], x.device), **found} if places else found
+            on_answers, on_features = self._kept
+            found = on_answers.layers(samples, compute, (ANSWER,), x.device) if answers else {}
+            return {**on_features.layers(samples, compute, [p.key for p in places], x.device), **found} if places else found
 
     def facts(self) -> list[dict[str, Any]]:
         """Return what its caches did."""
@@ -121,7 +124,7 @@ class Taught:
                 new = ahead[name].detach().to(own.device)
                 own.lerp_(new.to(own.dtype), 1 - momentum) if own.is_floating_point() else own.copy_(new)
 
-    def _run(self, x: Tensor, places: Sequence[Place]) -> dict[str, Tensor]:
+    def _run(self, x: Tensor, places: Sequence[Place], answers: bool) -> dict[str, Tensor]:
         if next(iter(self.module.parameters()), x).device != x.device:
             self.module.to(x.device)
         x = x.expand(-1, 3, -1, -1) if self._coloured and x.dim() == 4 and x.shape[1] == 1 else x
@@ -131,8 +134,8 @@ class Taught:
         try:
             self.module.eval()
             with _slow_path() if places else nullcontext():
-                answer = logits_of(self._forward(x))
-            return {**taps.take(), ANSWER: answer}
+                output = self._forward(x)
+            return {**taps.take(), **({ANSWER: logits_of(output)} if answers else {})}
         except GreenvisError:
             raise
         except Exception as error:

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from greenvis.answers import CLASSES, PIXELS_TOO, TASKS, class_numbers, class_rows
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.inference import _teachers as teaching
-from greenvis.techniques.inference._kd import dkd_loss, kd_loss, kd_task_loss, labels_of
+from greenvis.techniques.inference._kd import dkd_loss, kd_loss, kd_task_loss
 from greenvis.techniques.inference._layers import Place, Taps
 from greenvis.techniques.inference._losses import Comparison, Loss, Projections, compare
 from greenvis.techniques.inference._taught import ANSWER, ITSELF, Keep, Taught, Teacher, built
@@ -41,17 +42,20 @@ class Distill(Technique):
     `teacher_epochs` stops asking early; `precision` and `compile` make each forward cheaper. Adds a term "distill_KIND" for
     each loss.
 
-    teacher "ema" is the student's own running mean (Tarvainen & Valpola, 2017). A teacher of three colours sees grey images
-    in all three. With a "token" loss the task is learned by the class token's head alone, as in DeiT. Losses on features
-    project the student's channels to the teacher's where they must (trained along, saved in the delta, gone after
-    merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be pruned or
-    added; merged ones count as the patches they hold. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several
-    teachers `facts` say how much they contradict each other. That a model's last exit teaches its earlier ones is an option
-    of the technique that gives it exits (there called `distill`, too).
+    teacher "ema" is the student's own running mean (Tarvainen & Valpola, 2017). Each teacher is shown the images in its own
+    channels, and with its own mean and deviation where it and the student say theirs; its answers go to the student's
+    classes of the same names, where both name them. Of a segmentation model answers are compared over classes at each
+    pixel, a mean over pixels. With a "token" loss the task is learned by the class token's head alone, as in DeiT. Losses
+    on features project the student's channels to the teacher's where they must (trained along, saved in the delta, gone
+    after merge or undo), pool maps to the smaller grid, and lay patches of tokens out as a map: so tokens must not be
+    pruned or added; merged ones count as the patches they hold. `residual` is in the spirit of MonoTAKD (Liu et al., 2024).
+    Of several teachers `facts` say how much they contradict each other. That a model's last exit teaches its earlier ones
+    is an option of the technique that gives it exits (there called `distill`, too).
     """
 
     name: ClassVar[str] = "distill"
     stage: ClassVar[Stage] = "objective"
+    instead: ClassVar[str] = "distil features (hint, cosine, attention_transfer, rkd), which compare no classes"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"teacher": copy.deepcopy, "temperature": 2.0},
         {
@@ -114,6 +118,17 @@ class Distill(Technique):
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What another technique must not break: features of tokens are compared place by place."""
         return frozenset() if all(loss.on_answers for loss in self.losses) else frozenset({"token_places"})
+
+    @property
+    def tasks(self) -> frozenset[str]:  # type: ignore[override]
+        """What it is right for: answers are compared as distributions over classes, features whatever the answer is."""
+        if not self._answers:
+            return frozenset(TASKS)
+        return CLASSES if any(loss.kind == "token" for loss in self.losses) else PIXELS_TOO
+
+    @property
+    def _answers(self) -> bool:
+        return any(loss.on_answers for loss in self.losses)
 
     @property
     def _itself(self) -> bool:
@@ -217,23 +232,24 @@ class InstalledDistill(Installed):
             return {}
         own = self._taps.take()
         heads = list(self._head_taps.take().values())
-        student = logits_of(logits).float()
         if self.request.cache and self.samples is None and not self.steps:
             self.note("distill: nothing is cached, for the loop does not say which samples a batch holds (`Wrapped.show`), "
                       "or another technique changes the batch")  # fmt: skip
         with self.phase("teacher"):
-            told = {n: t.outputs(x, self._places[n], self.samples) for n, t in self.teachers.items()}
+            answers = self.request._answers
+            told = {n: t.outputs(x, self._places[n], self.samples, answers) for n, t in self.teachers.items()}
         out: dict[str, Tensor] = {}
-        if any(loss.on_answers for loss in self.request.losses):
-            self._check_answers(student, told)
+        student, target = torch.empty(0), None
+        if answers:
+            student, target = self._compared_rows(logits_of(logits).float(), told, y)
             logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
             self._conflicts.add(student, logits, self.request.temperature)
-            out.update(self._learn_weights(logits, y))
+            out.update(self._learn_weights(logits, target))
         for i, (loss, (name, comparison)) in enumerate(self._compared):
             if comparison is None:
                 temperature = loss.temperature or self.request.temperature
                 whose = heads[1].float() if loss.kind == "token" else student
-                value = loss.answer(whose, self._together(loss, told, y, temperature), y, temperature)
+                value = loss.answer(whose, self._together(loss, told, target, temperature), target, temperature)
             else:
                 value = comparison.value(own, told[name], x.shape[-2] / x.shape[-1], getattr(self._projections, str(i), None))
             key = f"distill_{loss.kind}"
@@ -308,36 +324,40 @@ class InstalledDistill(Installed):
 
         return weighted
 
-    def _check_answers(self, student: Tensor, told: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def _compared_rows(self, student: Tensor, told: Mapping[str, dict[str, Tensor]], y: Any) -> tuple[Tensor, Tensor | None]:
+        """Return the student's answers as rows and, where they are read, their class numbers; make the teachers' rows, too."""
         for outputs in told.values():
             if outputs[ANSWER].shape != student.shape:
                 raise GreenvisError(
                     f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's {tuple(student.shape)}: both must "
                     "answer for the same classes; set num_classes of the teacher, or distil features only"
                 )
+            outputs[ANSWER] = class_rows(outputs[ANSWER])
+        read = any(loss.reads_labels for loss in self.request.losses) or self.request.combine in ("confidence", "learned")
+        target = class_numbers(y, student, "distill") if read and y is not None else None
+        return class_rows(student), target
 
-    def _together(self, loss: Loss, told: Mapping[str, Mapping[str, Tensor]], y: Any, temperature: float) -> Tensor:
-        """Return the logarithms of what the teachers answer together, softened, (batch, classes)."""
+    def _together(self, loss: Loss, told: Mapping[str, Mapping[str, Tensor]], target: Any, temperature: float) -> Tensor:
+        """Return the logarithms of what the teachers answer together, softened, (rows, classes)."""
         names = [loss.teacher] if loss.teacher else list(told)
         logits = torch.stack([told[n][ANSWER].float() for n in names])
         if len(names) == 1:
             return F.log_softmax(logits[0] / temperature, dim=-1)
         prior = [t.weight for t in self.request._all().values()]
-        if self.request.combine == "confidence" and y is None:
+        if self.request.combine == "confidence" and target is None:
             raise BadInput("combine: confidence weighs teachers by the right class, so it needs labels; use agreement without")
-        target = labels_of(y) if y is not None else None
         learned = getattr(self._projections, "teachers", None)
         weights = teaching.weights_of(
             self.request.combine, logits, target, prior, temperature, learned.detach() if learned is not None else None
         )
         return teaching.mixed(F.log_softmax(logits / temperature, dim=-1), weights)
 
-    def _learn_weights(self, logits: Tensor, y: Any) -> dict[str, Tensor]:
+    def _learn_weights(self, logits: Tensor, target: Tensor | None) -> dict[str, Tensor]:
         """Return the loss that the teachers' learned weights minimise: that of their common answer for the right class."""
         learned = getattr(self._projections, "teachers", None)
         if learned is None:
             return {}
-        if y is None:
+        if target is None:
             raise BadInput("combine: learned learns from the right class, so it needs labels; use agreement without")
         weights = teaching.weights_of("learned", logits, None, [1.0] * len(logits), 1.0, learned)
-        return {"distill_teachers": F.nll_loss(teaching.mixed(F.log_softmax(logits, dim=-1), weights), labels_of(y))}
+        return {"distill_teachers": F.nll_loss(teaching.mixed(F.log_softmax(logits, dim=-1), weights), target)}

@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis import ranks
+from greenvis.answers import CLASSES, is_tensor, refuse_task, task_of
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
 from greenvis.surgery import freeze, names_of
@@ -47,6 +48,8 @@ class EarlyExit(Technique):
     name: ClassVar[str] = "early_exit"
     stage: ClassVar[Stage] = "exits"
     needs: ClassVar[frozenset[str]] = frozenset({"batch_independence"})
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = "an exit is sure of one class; a smaller model, or fewer tokens, answers any task for less"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {},
         {"at": (0.4,), "base": "freeze", "distill": 0.5},
@@ -136,6 +139,8 @@ class InstalledEarlyExit(Installed):
             raise GreenvisError(
                 "early_exit adds its loss to a forward of the model in training mode: call model.train() and model(x)"
             )
+        if not is_tensor(y):
+            raise BadInput(f"early_exit learns from labels, one tensor (batch,), not {type(y).__name__}")
         total = []
         for weight, early in zip(self.request.weights or [1.0] * len(seen), seen, strict=True):
             loss = F.cross_entropy(early, y)
@@ -229,6 +234,7 @@ def calibrate(
     """
     installed = _of(live)
     logits, targets = installed.logits(loader)
+    refuse_task(EarlyExit.name, EarlyExit.tasks, EarlyExit.instead, task_of(logits[-1], targets))
     how: dict[str, Any] = {"target_drop": target_drop, "budget": budget, "confidence": confidence}
     found = ranks.first(lambda: choose(logits, targets, installed.costs, installed.request.criterion, **how))
     installed.thresholds = found.thresholds

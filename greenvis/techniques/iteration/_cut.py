@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from greenvis import surgery
+from greenvis.answers import main_output
 from greenvis.errors import BadInput, some
-from greenvis.technique import logits_of
 from greenvis.techniques.inference._rows import carried, put_back
 from greenvis.views.quiet import learning, quiet
 
@@ -278,14 +278,14 @@ def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
     x = torch.cat([x, x.flip(-1) + 0.5])
 
     with quiet(model), learning(model):
-        live = skipped = logits_of(model.forward(x))
+        live = skipped = main_output(model.forward(x))
         kept = frozen_part(model, cut, (x,), {})
         cut.carried = tuple(name for name in kept if name not in cut.places)
         model.forward(x.flip(0))  # what it leaves behind must not be what the trained parts read
         for cut.real in (False, True):
             try:
                 with skipping(model, cut, kept, len(x)):
-                    skipped = logits_of(model.forward(x))
+                    skipped = main_output(model.forward(x))
                 break
             except RuntimeError:  # what is written to in place must be real memory
                 if cut.real:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from greenvis.answers import require_class_numbers
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, logits_of
 from greenvis.techniques.iteration._buffer import Buffer
@@ -22,14 +23,16 @@ class InstalledGdumb(Installed):
 
     pretext: ClassVar[bool] = True
 
-    def __init__(self, model: nn.Module, buffer: Buffer, epochs: int, lr: float, batch_size: int | None) -> None:
+    def __init__(self, model: nn.Module, buffer: Buffer, epochs: int, lr: float, batch_size: int | None, instead: str) -> None:
         super().__init__()
         self.model, self.buffer, self.epochs, self.lr = model, buffer, epochs, lr
         self.batch_size = batch_size or BATCH_SIZE
+        self._instead = instead
         self.start = {n: t.detach().clone() for n, t in [*model.named_parameters(), *model.named_buffers()]}
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Offer the images to the buffer."""
+        require_class_numbers(y, "gdumb", self._instead)
         self.buffer.offer(x, y)
         return x, y
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from greenvis import surgery
+from greenvis.answers import main_output
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.technique import logits_of
 from greenvis.views import View, view
 from greenvis.views.quiet import quiet
 
@@ -98,7 +98,7 @@ class Entrance:
         """Raise BadInput where something of what lies below goes past the layer: kept examples have no such thing."""
         with quiet(model):
             with self._watched() as seen:
-                wanted = logits_of(model(example))
+                wanted = main_output(model(example))
             kept = seen[0][1:]
 
             def join(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -108,7 +108,7 @@ class Entrance:
 
             handle = self.module.register_forward_pre_hook(join, with_kwargs=True)
             try:
-                got = logits_of(model(example[:1]))
+                got = main_output(model(example[:1]))
                 fits = got.shape == wanted.shape and torch.allclose(got.float(), wanted.float(), rtol=1e-3, atol=1e-4)
             except RuntimeError:  # of shapes that disagree: what goes past has another batch
                 fits = False

@@ -111,9 +111,11 @@ def checked(calibration: Any) -> tuple[Tensor, Tensor]:
         and all(isinstance(t, Tensor) for t in pair)
         and pair[0].dim() == 4
         and pair[1].shape == pair[0].shape[:1]
+        and not pair[1].is_floating_point()
     ):
         return pair[0], pair[1]
     raise BadInput(
         "init lora_ga starts from the gradient of labelled images: give calibration=(images, labels), tensors of shape (batch, "
-        "channels, height, width) and (batch,); a recipe has none to give, so use eva, which looks at the first batch"
+        "channels, height, width) and class numbers (batch,); a recipe has none to give, so use eva, which looks at the first "
+        "batch"
     )

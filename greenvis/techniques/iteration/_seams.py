@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.answers import main_output
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.surgery import freeze
-from greenvis.technique import logits_of
 from greenvis.techniques.iteration._heads import head_parameters
 from greenvis.views import View, reached
 from greenvis.views.quiet import quiet
@@ -88,7 +88,7 @@ def patches_matter(model: nn.Module, found: View, path: str) -> bool:
         hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
         try:
             with quiet(model):
-                output = logits_of(model(found.example))
+                output = main_output(model(found.example))
         finally:
             for hook in hooks:
                 hook.remove()

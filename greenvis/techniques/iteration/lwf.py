@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from greenvis.answers import PIXELS_TOO, class_rows
 from greenvis.errors import GreenvisError
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Task, Technique, logits_of
@@ -24,7 +25,7 @@ def lwf_loss(
 ) -> Tensor:
     """Return the distance of softened answers for earlier classes (LwF: Li and Hoiem, 2016, eq. 2), a scalar.
 
-    Both logits: (batch, classes); `classes` are the earlier ones, all where None. Summed over them, averaged over the batch,
+    Both logits: (rows, classes); `classes` are the earlier ones, all where None. Summed over them, averaged over the rows,
     without a factor T². "kl" and "cross_entropy" differ by the old answers' entropy: another value, the same gradient.
     """
     if classes is not None:
@@ -46,11 +47,13 @@ class Lwf(Technique):
 
     Saves a buffer and training again. Costs, from the second task on, a forward of the earlier model each step, in the
     phase "earlier", and a copy of the weights that learn. Temperature 2 and no factor T², as libraries have it. Where the test
-    does not say the task, it does not keep classes apart.
+    does not say the task, it does not keep classes apart. Of a segmentation model every pixel is a sample.
     """
 
     name: ClassVar[str] = "lwf"
     stage: ClassVar[Stage] = "objective"
+    tasks: ClassVar[frozenset[str]] = PIXELS_TOO
+    instead: ClassVar[str] = "hold the weights by importances that read no labels (MAS, SI)"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"weight": 0.5},)
 
     weight: Annotated[float, Field(ge=0, description="factor of the term")] = 1.0
@@ -93,7 +96,8 @@ class InstalledLwf(Installed):
                 "for every class from the start"
             )
         r = self.request
-        return {"lwf": r.weight * lwf_loss(now, before.to(now.dtype), self.classes or None, r.temperature, r.form)}
+        now, before = class_rows(now), class_rows(before.to(now.dtype))
+        return {"lwf": r.weight * lwf_loss(now, before, self.classes or None, r.temperature, r.form)}
 
     def end_task(self, loader: Any) -> None:
         """Go a share of the way back to the earlier weights, if asked; from now on these are the earlier ones."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis import ranks
+from greenvis.answers import CLASSES, require_class_numbers
 from greenvis.errors import BadInput
 from greenvis.surgery import freeze, hold_in_eval
 from greenvis.technique import Installed, Stage, Technique
@@ -44,6 +45,8 @@ class Ncm(Technique):
     name: ClassVar[str] = "ncm"
     stage: ClassVar[Stage] = "objective"
     breaks: ClassVar[frozenset[str]] = frozenset({"gradients"})
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = "a mean is that of the images of one class: train a classifier"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"metric": "cosine"}, {})
 
     metric: Annotated[Metric, Field(description="euclidean needs a classifier with a bias")] = "euclidean"
@@ -94,6 +97,7 @@ class InstalledNcm(Installed):
         """Return a loss of 0 with a gradient of 0, which takes in the step's features."""
 
         def loss(logits: Tensor, y: Tensor) -> Tensor:
+            require_class_numbers(y, "ncm", "give labels as they are, without mixing or smoothing them")
             hot = F.one_hot(y, len(self.seen)).double()
             new = {str(i): hot.T @ self._given.pop(id(head)).flatten(1).double() for i, head in enumerate(self.heads)}
             new["seen"] = hot.sum(0)

@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis import ranks
+from greenvis.answers import CLASSES
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.modes import in_mode
 from greenvis.surgery import hold_norms
@@ -51,6 +52,8 @@ class PackNet(Technique):
     name: ClassVar[str] = "packnet"
     stage: ClassVar[Stage] = "weights"
     needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = "its training after pruning is by cross entropy; hold the weights by importances (MAS, SI)"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"keep": 0.25, "retrain_epochs": 0})
 
     keep: Annotated[float, Field(gt=0, le=1, description="share of a layer's free weights that each task keeps")] = 0.5

@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import models
+from greenvis.answers import main_output
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.modes import in_mode
-from greenvis.technique import Installed, Samples, Stage, Technique, logits_of
+from greenvis.technique import Installed, Samples, Stage, Technique
 from greenvis.techniques._frozen import Kept
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
 from greenvis.techniques.iteration._seams import check_runs, first, train_only, with_first
@@ -295,7 +296,7 @@ def _run(model: nn.Module, readers: list[nn.Module], args: Any, kwargs: Any) -> 
     finally:
         for hook in hooks:
             hook.remove()
-    return (read[0] if read else logits_of(output)).detach()
+    return (read[0] if read else main_output(output)).detach()
 
 
 def _note(read: list[Tensor], module: nn.Module, args: Any) -> None:

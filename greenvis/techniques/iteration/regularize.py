@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from greenvis import ranks
+from greenvis.answers import CLASSES, TASKS, require_class_numbers
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, Stage, Technique, logits_of
 from greenvis.techniques.iteration._gradients import sample_gradients
@@ -32,6 +33,7 @@ def fisher(model: nn.Module, names: list[str], loader: Any, definition: Fisher =
     total = _zeros(model, names)
     count = 0
     for x, y in _placed(model, loader, least=1 if definition == "batch" else _TOGETHER):
+        require_class_numbers(y, "a Fisher information", Regularize.instead)
         if definition == "batch":
             found = _gradients(model, names, lambda x=x, y=y: F.cross_entropy(_logits(model, x), y))
             _add(total, {n: g.square() for n, g in found.items()})
@@ -89,6 +91,7 @@ class Regularize(Technique):
 
     name: ClassVar[str] = "regularize"
     stage: ClassVar[Stage] = "objective"
+    instead: ClassVar[str] = "weigh by what reads no labels: method mas, or si"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"weight": 10.0}, {"method": "si", "weight": 1.0})
 
     method: Literal["ewc", "mas", "si"] = "ewc"
@@ -101,6 +104,11 @@ class Regularize(Technique):
         float | None, Field(ge=0, le=1, description="factor on old importances at a task's end, 1; of mas: their share, 0.5")
     ] = None
     damping: Annotated[float, Field(gt=0, description="of si: added to the squared change")] = 0.1
+
+    @property
+    def tasks(self) -> frozenset[str]:  # type: ignore[override]
+        """What it is right for: a Fisher information is that of a class per image; MAS and SI read no labels."""
+        return CLASSES if self.method == "ewc" else frozenset(TASKS)
 
     def install(self, model: nn.Module) -> Installed:
         """Leave the model as it is."""

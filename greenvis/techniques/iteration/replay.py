@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import ranks
+from greenvis.answers import CLASSES, require_class_numbers
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.herding import herding
 from greenvis.modes import in_mode
@@ -66,6 +67,8 @@ class Replay(Technique):
     name: ClassVar[str] = "replay"
     stage: ClassVar[Stage] = "objective"
     apart: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = "its buffer keeps a class number for each image; hold the weights by importances (MAS, SI)"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
         {"size": 6},
         {"size": 5, "method": "derpp", "policy": "balanced"},
@@ -126,7 +129,7 @@ class Replay(Technique):
             raise BadInput(f"replay: size {self.size} leaves nothing for each of {count} processes: keep at least {count}")
         buffer = Buffer(size, self.policy, (torch.initial_seed() + rank) % 2**63, self.exact)
         if self.method == "gdumb":
-            return InstalledGdumb(model, buffer, self.epochs, self.lr, self.batch_size)
+            return InstalledGdumb(model, buffer, self.epochs, self.lr, self.batch_size, self.instead)
         return InstalledReplay(self, model, buffer)
 
 
@@ -150,8 +153,9 @@ class InstalledReplay(Installed):
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch with examples from the buffer behind it; with `latent` they join y here, and x at the layer."""
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor) or y.ndim != 1:
-            raise GreenvisError("replay needs a batch of one tensor of images and one label each, (batch, …) and (batch,)")
+        if not isinstance(x, Tensor):
+            raise BadInput(f"replay needs a batch of one tensor of images, (batch, …), not {type(x).__name__}")
+        require_class_numbers(y, "replay", Replay.instead)
         r = self.request
         if self.generator is None:
             self._new.append({"y": y} if self.entrance is not None else {"x": x, "y": y})
