@@ -3,13 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo flagship test test-slow gpu lint readme clean
+.PHONY: demo test test-slow gpu lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
-
-flagship: $(VENV)/.demo
-	$(BIN)/greenvis run recipes/flagship.yaml --out runs/flagship-report
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -1,4 +1,4 @@
-"""What the flagship recipe puts together: light tuning above a kept prefix, a kept teacher, merging tokens, early exits."""
+"""Techniques that go together: light tuning above a kept prefix, a kept teacher, merging tokens, early exits."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from hosts import HOSTS
 from torch import Tensor
 
 import greenvis as gv
-from greenvis import recipe, registry
+from greenvis import registry
 from greenvis.errors import BadInput
 from greenvis.technique import Samples, Technique, logits_of
 from greenvis.testing import check_together
 from greenvis.wrap import Wrapped, wrap
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "flagship.yaml"
 PARTS: dict[str, dict[str, Any]] = {
     "partial": {"cache": True},
     "token_merge": {"r": 2},
@@ -45,12 +44,6 @@ def test_a_probe_and_exits_of_a_frozen_base_keep_it_too() -> None:
     parts = _together(["linear_probe", "token_merge", "early_exit"], {"linear_probe": {"cache": True}})
     result = check_together(parts, HOSTS["timm-vit"])
     assert result.outcome == "works", str(result)
-
-
-def test_the_recipe_holds_this_combination() -> None:
-    flagship = recipe.load_recipe(RECIPE).arm("flagship")
-    assert {t.name for t in flagship.techniques} == set(PARTS)
-    assert all(t.recipe_form().get("cache") for t in flagship.techniques if t.name in ("partial", "distill"))
 
 
 def _steps(x: Tensor, y: Tensor, folder: Path | None, *, r: int = 2, exits: Any = ("blocks.0",)) -> Wrapped:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from readme import BEGIN, END, FIRST, LAST, flagship, measured, techniques
+from readme import BEGIN, END, measured, techniques
 
 from greenvis.cli import _commands, _parser
 from greenvis.recipe import load_recipe
@@ -49,8 +49,3 @@ def test_the_recipe_shown_is_valid(tmp_path: Path) -> None:
 
 def test_what_was_measured_is_what_the_reports_say() -> None:
     assert TEXT.split(BEGIN)[1].split(END)[0] == measured(), "make readme"
-
-
-def test_the_flagship_stands_first_with_the_figures_of_its_report() -> None:
-    assert TEXT.split(FIRST)[1].split(LAST)[0] == flagship(), "make readme"
-    assert TEXT.index("](reports/flagship/") == TEXT.index("](")
