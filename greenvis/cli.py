@@ -143,12 +143,13 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("--runs", default="runs")
 
     p = verb("report", verbs.report, "write a report from run records made anywhere")
-    p.add_argument("paths", nargs="+", help="records, folders of them, or runs as `greenvis ls` shows them: id, RECIPE/ARM")
+    p.add_argument("paths", nargs="+", help="records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; or one results.json")
     p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p.add_argument("--out", help="folder of the report (default: reports/NAME)")
     p.add_argument("--baseline", help="the arm the others are measured against")
     p.add_argument("--grid", help="price the carbon with another grid: a zone as SWE, or g CO2e per kWh; changes grams only")
-    p.add_argument("--served", type=float, default=1e6, metavar="N", help="images a model will answer (default: 1,000,000)")
+    p.add_argument("--served", type=float, metavar="N", help="images a model will answer (default: 1,000,000)")
+    p.add_argument("--margin", type=float, metavar="POINTS", help="points of accuracy an arm may lose and still keep it (0.5)")
     p.add_argument("--title", help="headline of the report")
 
     p = verb("overview", verbs.overview, "many reports at a glance: what each technique saved and cost, as Markdown")

@@ -142,6 +142,7 @@ class ReportSpec(_Section):
 
     baseline: str | None = Field(default=None, description="the arm the others are measured against; the first where absent")
     metric: Literal["accuracy"] = "accuracy"
+    margin: Annotated[float, Field(ge=0, description="points of the metric that an arm may lose and still keep it")] = 0.5
     title: str | None = None
     note: str | None = Field(default=None, description="what its author has to say of the outcome, shown below the verdict")
 

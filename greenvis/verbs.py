@@ -43,6 +43,7 @@ def run(args: Any) -> Answer | int:
         out=args.out or Path("reports") / (sweep.title(args.recipe, args.set) if several else first.name),
         baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
         metric=first.report.metric,
+        margin=first.report.margin,
         title=first.report.title,
         note=first.report.note,
     )
@@ -91,9 +92,8 @@ def report(args: Any) -> Answer:
     from greenvis import record
     from greenvis.report import report
 
-    paths = [record.named(path, args.runs) for path in args.paths]
-    page = report(paths, out=args.out, baseline=args.baseline, grid=args.grid, title=args.title, served=args.served)
-    return reported(page)
+    wanted = {k: getattr(args, k) for k in ("out", "baseline", "grid", "title", "served", "margin")}
+    return reported(report([record.named(path, args.runs) for path in args.paths], **wanted))
 
 
 def overview(args: Any) -> Answer:

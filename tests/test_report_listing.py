@@ -132,7 +132,7 @@ def test_rows_and_results_fit_a_terminal(study: Path) -> None:
     assert compared["images_per_s"]["a"] == "212"
     assert compared["peak_memory_mb"]["a"] == "903 MB"
     [gated] = brief.rows(diff(study / "baseline", study / "lora", "-60%")[1])
-    assert (gated["ok"], gated["limit"]) == ("NO", "-60.0 %")
+    assert (gated["ok"], gated["limit"]) == ("NO", "−60.0 %")
     assert brief.rows(group(ls(study)))[0]["energy_j"].endswith("J")
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(results(study)))

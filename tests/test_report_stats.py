@@ -7,31 +7,29 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import ttest_rel
+from scipy.stats import t, ttest_rel
 
 from greenvis.report import stats, words
 
 numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
 
 
-@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9))
-def test_the_paired_test_is_scipys(pairs: list[tuple[float, float]]) -> None:
+@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9), st.integers(1, 20))
+def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(pairs: list[tuple[float, float]], arms: int) -> None:
     a, b = zip(*pairs, strict=True)
-    d = stats.difference(dict(enumerate(a)), dict(enumerate(b)))
+    d = stats.difference(dict(enumerate(a)), dict(enumerate(b)), arms)
     assert d is not None
     diffs = [x - y for x, y in pairs]
     if max(diffs) - min(diffs) < 1e-6:
-        assert d["p_value"] in (1.0, None)
+        assert d["low"] == pytest.approx(d["high"], abs=1e-5)
         return
-    assert d["p_value"] == pytest.approx(ttest_rel(a, b).pvalue, rel=1e-6, abs=1e-12)
-    low, high = ttest_rel(a, b).confidence_interval(0.95)
+    low, high = ttest_rel(a, b).confidence_interval(1 - 0.05 / arms)
     assert (d["low"], d["high"]) == (pytest.approx(low, rel=1e-6, abs=1e-6), pytest.approx(high, rel=1e-6, abs=1e-6))
 
 
-def test_one_pair_or_the_same_difference_allow_no_test() -> None:
-    assert stats.t_test([1.0]) is None
-    assert stats.t_test([2.0, 2.0, 2.0]) is None
-    assert stats.t_test([0.0, 0.0]) == 1.0
+def test_one_pair_has_no_interval_and_the_same_difference_a_point() -> None:
+    assert stats.interval([1.0]) == (None, None)
+    assert stats.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     assert stats.difference({0: 1.0}, {1: 1.0}) is None
     assert stats.summary({}) == {"mean": None, "std": None, "n": 0}
 
@@ -44,14 +42,43 @@ def test_a_ratio_is_its_inverse_turned_round() -> None:
     assert forth["ratio"] == pytest.approx(1 / back["ratio"])
     assert forth["low"] == pytest.approx(1 / back["high"])
     unpaired = stats.ratio({7: 2.0}, {8: 4.0})
-    assert unpaired == {"ratio": 0.5, "low": None, "high": None, "n": 0, "p_value": None}
+    assert unpaired == {"ratio": 0.5, "low": None, "high": None, "n": 0}
     assert stats.ratio({0: 1.0}, {0: 0.0}) is None
     assert stats.ratio({}, {0: 1.0}) is None
 
 
-def test_holm_grows_with_the_number_of_comparisons() -> None:
-    assert stats.holm({"a": 0.01, "b": 0.04, "c": None}) == {"a": 0.02, "b": 0.04, "c": None}
-    assert stats.holm({"a": 0.03, "b": 0.031}) == {"a": 0.06, "b": 0.06}
+def test_a_ratios_interval_is_that_of_its_logarithm() -> None:
+    a, b = {0: 2.0, 1: 3.0, 2: 5.0}, {0: 4.0, 1: 3.5, 2: 11.0}
+    r = stats.ratio(a, b, 7)
+    d = stats.difference({s: math.log(v) for s, v in a.items()}, {s: math.log(v) for s, v in b.items()}, 7)
+    assert r is not None
+    assert d is not None
+    assert [math.log(r[k]) for k in ("ratio", "low", "high")] == pytest.approx([d[k] for k in ("mean", "low", "high")])
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "verdict"),
+    [(0.0, 0.004, "keeps"), (-0.001, 0.003, "keeps"), (0.02, 0.02, "keeps"), (-0.02, 0.01, "loses"),
+     (-0.01, 0.006, "not yet decided"), (0.02, 0.03, "not yet decided"), (-0.003, 0.0, "keeps"), (-0.006, 0.0, "loses")],
+)  # fmt: skip
+def test_the_whole_interval_decides_against_the_margin(mean: float, half: float, verdict: str) -> None:
+    d = {"mean": mean, "low": mean - half, "high": mean + half, "n": 3}
+    assert stats.decide(d, 0.005)["verdict"] == verdict
+    turned = {"mean": -mean, "low": -mean - half, "high": -mean + half, "n": 3}
+    assert stats.decide(turned, 0.005, lower_is_better=True)["verdict"] == verdict
+
+
+def test_as_many_more_seeds_as_said_decide_it_and_one_fewer_do_not() -> None:
+    seeds = [0.010, -0.002, 0.001]  # mean 0.3 points, scatter 0.6
+    d = stats.difference(dict(enumerate(seeds)), dict.fromkeys(range(3), 0.0), 4)
+    assert d is not None
+    said = stats.decide(d, 0.005, 4)
+    assert said["verdict"] == "not yet decided"
+    std, room = stats.summary(dict(enumerate(seeds)))["std"], d["mean"] + 0.005
+    halves = {n: t.ppf(1 - 0.05 / 8, n - 1) * std / math.sqrt(n) for n in (2 + said["more_seeds"], 3 + said["more_seeds"])}
+    assert [half < room for half in halves.values()] == [False, True]
+    assert stats.decide({"mean": -0.005, "low": -0.01, "high": 0.0, "n": 3}, 0.005)["more_seeds"] is None  # no number would
+    assert stats.decide({"mean": 0.1, "low": None, "high": None, "n": 1}, 0.005)["verdict"] == "not yet decided"
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
@@ -85,21 +112,43 @@ def test_units(value: float | None, unit: str, text: str) -> None:
 
 def test_ratios_in_words() -> None:
     assert words.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy") == "2.1 times less energy (1.9–2.3)"
-    assert words.times({"ratio": 3.0, "low": None, "high": None}) == "3.0 times more"
+    assert words.times({"ratio": 3.0, "low": None, "high": None}) == "–"  # one seed gives no ratio
     assert words.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy") == "12 % more energy (9.0–14)"
-    assert words.times({"ratio": 0.95, "low": 0.9, "high": 1.02}) == "5.0 % less (10 % less to 2.0 % more)"
-    assert words.times({"ratio": 1.0, "low": None, "high": None}) == "the same"
+    assert words.times({"ratio": 0.8, "low": 0.7, "high": 0.9}) == "20 % less (10–30)"
+    assert (
+        words.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy") == "no difference shown in energy (×0.950, 0.900–1.02)"
+    )
+    assert words.times({"ratio": 0.2, "low": 1e-9, "high": 0.9}) == "5.0 times less (1.1–over 100)"
+    assert words.times({"ratio": 1.0, "low": 1.0, "high": 1.0}) == "the same"
     assert words.times(None) == "–"
 
 
-def test_no_more_is_claimed_than_shown() -> None:
-    d = stats.difference({0: 0.90, 1: 0.91, 2: 0.89}, {0: 0.89, 1: 0.91, 2: 0.90})
-    assert d is not None
-    assert words.significance(d).startswith("no difference shown (p = ")
-    assert words.significance(stats.difference({0: 0.9}, {0: 0.8})) == "one seed: no spread is known"
-    assert "no seed in common" in words.significance(None)
-    assert not words.shown({"n": 3, "p_value": 0.01, "p_adjusted": 0.06})
-    assert words.significance({"n": 3, "p_value": 1e-9}) == "difference shown (p < 0.001, 3 seeds)"
+@pytest.mark.parametrize("low", [-0.02, -0.001, 0.001])
+@pytest.mark.parametrize("high", [-0.0005, 0.0, 0.03])
+def test_what_is_shown_is_what_the_interval_leaves_out(low: float, high: float) -> None:
+    d = {"low": low, "high": high, "n": 3}
+    assert words.shown(d) == (not low <= 0 <= high)
+    r = {"ratio": 1.0, "low": 1 + low, "high": 1 + high, "n": 3}
+    assert words.shown(r) == (not low <= 0 <= high)
+    assert not words.shown({**d, "low": None})
+
+
+def test_what_is_decided_in_words() -> None:
+    d = {"low": -0.01, "high": 0.01, "n": 3, "verdict": "not yet decided", "more_seeds": 9}
+    assert words.decided(d, "0.5 points") == "not yet decided at 0.5 points, about 9 more seeds would tell"
+    assert "more seeds than could be run" in words.decided({**d, "more_seeds": None})
+    assert words.decided({**d, "verdict": "keeps"}, "1 point") == "kept within 1 point"
+    assert words.decided({**d, "verdict": "loses"}, "1 point") == "loses more than 1 point"
+    assert words.decided({**d, "n": 1}) == "one seed: not decided"
+    assert "no seed in common" in words.decided(None)
+
+
+@pytest.mark.parametrize(("value", "text"), [(-0.04, "0.0"), (0.0, "0.0"), (-0.06, "−0.1"), (1.25, "1.2"), (-12.0, "−12.0")])
+def test_nothing_has_no_sign(value: float, text: str) -> None:
+    assert words.fixed(value) == text
+    assert words.gain("accuracy", value / 100) == f"{text}\u00a0%"
+    assert words.fixed(value, sign=True) == (text if text[0] in "0−" else f"+{text}")
+    assert words.points("accuracy", -0.00004) == "0.00 points"
 
 
 def test_counts_and_times_in_words() -> None:

@@ -36,7 +36,7 @@ def test_the_report_shows_it_and_only_where_there_is_one(tmp_path: Path) -> None
             run.fact(accuracy=0.5, **facts)
     gv.report([tmp_path], out=tmp_path / "out")
     shown = (tmp_path / "out" / "report.md").read_text()
-    assert "| two | 0.50 → 0.25 | 1.00 → 0.50 | \\-0.25 → 0.12 | a 0.75, b 0.25 |" in shown
+    assert "| two | 0.50 → 0.25 | 1.00 → 0.50 | −0.25 → 0.12 | a 0.75, b 0.25 |" in shown
     assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["two"]["teachers"]["conflict"]["kl"] == [
         1.0,
         0.5,

@@ -15,51 +15,67 @@ from greenvis.grid import given, lookup
 
 SERVED = 1_000_000  # images: the usage at which making and using a model are added up, unless told
 
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+
 
 def report(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    paths: Paths,
     out: str | os.PathLike[str] | None = None,
     baseline: str | None = None,
     metric: str = "accuracy",
     grid: float | str | Mapping[str, Any] | None = None,
     title: str | None = None,
-    served: float = SERVED,
+    served: float | None = None,
     note: str | None = None,
+    margin: float | None = None,
 ) -> Path:
     """Write a report of the runs recorded at `paths` and return the path of its index.html.
 
-    paths: records, folders of them or glob patterns. out: the folder to write, reports/<name> by default. baseline: the
-    arm others are compared with (default: the one called "baseline"). grid: a zone ("SWE", see `greenvis.grid`), g CO2e per
-    kWh, or a carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images
-    at which making and using a model are added up. note: shown below the verdict, as its author's words. Raises BadInput where
-    there is nothing to report.
+    paths: records, folders of them or glob patterns; or one results.json, which is compared and put into words anew. out: the
+    folder to write, reports/<name> by default. baseline: the arm others are compared with (default: the one called "baseline").
+    grid: a zone ("SWE", see `greenvis.grid`), g CO2e per kWh, or a carbon intensity {"value", "low", "high", "zone", "source"},
+    in place of the recorded one. served: the images at which making and using a model are added up. note: shown below the
+    verdict, as its author's words. margin: points of a share (0.5), or units of another metric (0), that an arm may lose and
+    still keep it. Raises BadInput where there is nothing to report.
     """
     with _no_collection():
-        found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served)
-        from greenvis.report import page
+        found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
+        found["title"], found["note"] = title or found["title"], note or found["note"]
+        from greenvis.report import page, stored
 
-        folder = Path(out) if out is not None else Path("reports") / _file_name(found["name"])
+        place = stored.file(paths)
+        folder = Path(out) if out is not None else place.parent if place else Path("reports") / _file_name(found["name"])
         try:
-            return page.write(found, folder, title or found["name"], note)
+            return page.write(found, folder)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
 
 def results(
-    paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]],
+    paths: Paths,
     baseline: str | None = None,
     metric: str = "accuracy",
     grid: float | str | Mapping[str, Any] | None = None,
-    served: float = SERVED,
+    served: float | None = None,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Return what `report` writes to results.json, writing nothing."""
-    from greenvis.report import build, groups
+    from greenvis.report import build, groups, stored
 
-    if not (isinstance(served, (int, float)) and 1 <= served < 1e18):
-        raise BadInput(f"served is {served!r}; give the number of images the model will answer, 1 or more")
+    for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
+        if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
+            what = (
+                "number of images the model will answer, 1 or more"
+                if name == "served"
+                else "points that may be lost, 0 or more"
+            )
+            raise BadInput(f"{name} is {value!r}; give the {what}")
+    if place := stored.file(paths):
+        return stored.again(place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, notes = groups.load(listed, metric)
-    return build.results(runs, notes, baseline=baseline, metric=metric, grid=_intensity(grid), served=round(served))
+    options: dict[str, Any] = {"baseline": baseline, "metric": metric, "grid": _intensity(grid), "margin": margin}
+    return build.results(runs, notes, served=round(SERVED if served is None else served), **options)
 
 
 @contextmanager

@@ -97,12 +97,12 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
     done = list(arm.done.values())
     scores = per_seed(arm, lambda r: score(r, metric))
     out: dict[str, Any] = {
-        metric: {**stats.summary(scores), "by_seed": _text_keys(scores)},
+        metric: {**stats.summary(scores), "by_seed": text_keys(scores)},
         "status": "done" if len(done) == len(arm.runs) else ("partly done" if done else "incomplete"),
         "seeds": sorted(arm.done),
         "attempts": dict(sorted(Counter(a.status for r in arm.runs for a in r.attempts).items())),
         "train_energy_j": mean_reading([r.making_j for r in done])
-        | {"by_seed": _text_keys(per_seed(arm, lambda r: r.making_j.value))},
+        | {"by_seed": text_keys(per_seed(arm, lambda r: r.making_j.value))},
         "total_energy_j": mean_reading([r.whole_j for r in done]),
         "carbon_g": mean_reading([grams(r, grid, apart=False) for r in done]),
         "total_carbon_g": mean_reading([grams(r, grid) for r in done]),
@@ -116,6 +116,7 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
         "train_flops": stats.summary(per_seed(arm, train_flops))["mean"],
         **{k: stats.summary(per_seed(arm, fact(k)))["mean"] for k in PLAIN},
         "std": {k: stats.summary(per_seed(arm, of))["std"] for k, of in TIMED.items()},
+        "by_seed": {k: text_keys(per_seed(arm, of)) for k, of in COMPARED.items()},
     }
     grids = [grid or a.header.get("carbon_intensity") or {} for r in done for a in r.chain]
     out["zones"] = sorted({str(g.get("zone")) for g in grids if g.get("zone")})
@@ -123,7 +124,7 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
     return {**out, **_extras(arm, done)}
 
 
-def _text_keys(values: Mapping[int, float]) -> dict[str, float]:
+def text_keys(values: Mapping[int, float]) -> dict[str, float]:
     return {str(s): v for s, v in values.items()}
 
 
@@ -267,6 +268,11 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
 TIMED: dict[str, Callable[[SeedRun], float | None]] = {
     "wall_s": wall, "latency_p50_ms": latency_p50, "images_per_s": fact("images_per_s"),
     "peak_memory_mb": fact("peak_memory_mb"),
+}  # fmt: skip
+# what is compared with the baseline beside the metric and the readings that have their own values by seed
+COMPARED: dict[str, Callable[[SeedRun], float | None]] = {
+    "total_energy": lambda r: r.whole_j.value, "train_flops": train_flops, "wall": wall, "latency_p50": latency_p50,
+    **{k: fact(k) for k in PLAIN},
 }  # fmt: skip
 
 

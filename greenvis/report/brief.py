@@ -8,7 +8,7 @@ from typing import Any
 from greenvis.report import figures, tables, words
 from greenvis.report.words import MISSING, si
 
-HEADS = {"train_energy_j": "Energy", "carbon_g": "CO₂e"}
+HEADS = {"train_energy_j": "Energy", "train_energy_with_reuse_j": "Energy, with base", "carbon_g": "CO₂e, own"}
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
@@ -18,8 +18,10 @@ def table(found: Mapping[str, Any]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
-    kept = (found["metric"], "vs_metric", "train_energy_j", "vs_train_energy", "carbon_g")
-    columns = [c for c in tables.used(dict(found), tables.costs(dict(found))) if c.key in kept]
+    listed = tables.used(dict(found), tables.costs(dict(found)))
+    whole = [c for c in listed if c.key.endswith("train_energy_with_reuse_j")] != []
+    energy = ("train_energy_with_reuse_j", "vs_train_energy_with_reuse") if whole else ("train_energy_j", "vs_train_energy")
+    columns = [c for c in listed if c.key in (found["metric"], "vs_metric", *energy, "carbon_g")]
     out = Table(title=escape(figures.clean(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
@@ -29,8 +31,8 @@ def table(found: Mapping[str, Any]) -> Any:
     for row in tables.cells(dict(found), columns):
         texts = []
         for column, cell in zip(columns, row["cells"], strict=True):
-            text = f"[bold]{escape(cell['text'])}[/bold]" if cell["best"] else escape(cell["text"])
-            sub = cell["sub"].split(" (p")[0].split(":")[0] if column.key.startswith("vs_") else ""
+            text = f"[bold]{escape(cell['text'])}[/bold]" if cell["shown"] else escape(cell["text"])
+            sub = cell["sub"] if column.key.startswith("vs_") else ""
             texts.append(text + (f"\n[dim]{escape(sub)}[/dim]" if sub else ""))
         status = "" if row["status"] == "done" else f"\n[dim]{row['status']}[/dim]"
         out.add_row(escape(figures.short(row["arm"], 28)) + status, *texts)
@@ -66,8 +68,15 @@ def _compared(row: Mapping[str, Any]) -> dict[str, str]:
         "quantity": quantity,
         "a": _number(quantity, row["a"]),
         "b": _number(quantity, row["b"]),
-        "change": MISSING if change is None else f"{change:+.1f} %",
+        "change": _change(quantity, row["a"], row["b"], change),
     }
+
+
+def _change(quantity: str, a: float | None, b: float | None, percent: float | None) -> str:
+    """Return a change in per cent, that of a share of 1 in points."""
+    if words.share(quantity):
+        return MISSING if a is None or b is None else words.points(quantity, b - a)
+    return MISSING if percent is None else f"{words.fixed(percent, sign=True)} %"
 
 
 def _gated(row: Mapping[str, Any]) -> dict[str, str]:
@@ -75,8 +84,8 @@ def _gated(row: Mapping[str, Any]) -> dict[str, str]:
         "arm": figures.clean(row["arm"]),
         "a": si(row["a_j"], "J"),
         "b": si(row["b_j"], "J"),
-        "change": MISSING if row["ratio"] is None else f"{(row['ratio'] - 1) * 100:+.1f} %",
-        "limit": f"{(row['limit'] - 1) * 100:+.1f} %",
+        "change": MISSING if row["ratio"] is None else f"{words.fixed((row['ratio'] - 1) * 100, sign=True)} %",
+        "limit": f"{words.fixed((row['limit'] - 1) * 100, sign=True)} %",
         "ok": "yes" if row["ok"] else "NO",
         "why": figures.clean(row["why"]),
     }

@@ -1,12 +1,14 @@
 """Seed runs to the results of a report: one plain dict, the same for the same records wherever they lie.
 
-results.json, schema 1 (units stand in the keys; null is "not known", never 0):
+results.json, schema 2 (units stand in the keys; null is "not known", never 0):
 
-    name, baseline, metric, lower_is_better, order     what is compared, and the order of the arms
+    name, title, note, baseline, metric, lower_is_better, order     what is compared, and the order of the arms
+    margin, comparisons                                how much of the metric may be lost (points of a share); arms compared
     served                                             images at which the full cycle is added up
     arms.ARM   means over finished seeds:
       METRIC             {mean, std, n, by_seed}, the gain ("accuracy" by default, a share of 1)
       train_energy_j     {value, low, high, provenance, method, std, n, by_seed}: all that led to the result but measurement
+      train_energy_with_reuse_j                          likewise, with all it builds on whose cost is known: the whole line
       total_energy_j, carbon_g, total_carbon_g           likewise; carbon_g is of train_energy_j
       energy_by_phase_j, energy_by_component_j           parts of total_energy_j
       inference_energy_j {value, …, reason}              of one image
@@ -15,12 +17,14 @@ results.json, schema 1 (units stand in the keys; null is "not known", never 0):
       operating_points [{setting, accuracy, inference_energy_j, energy_ratio, macs, macs_ratio, realised, exits, energy_spread}]
                          of a model that can be switched after training; ratios to the setting "never"
       embodied_g, sci {e_kwh, i_g_per_kwh, m_g, g_per_image}, full_cycle {make_j, serve_j, total_whole_j, …}
-      uses [{role, name, runs, of, energy_j, used_by_runs}]  what it builds on, beside: in no figure above
+      uses [{role, name, runs, of, energy_j, used_by_runs}]  what it builds on; energy_j.value is null where nobody knows
       base_reuse {whole_j, whole_g, shared_j, shared_g}  its cost, charged whole and shared among the runs here
       std {wall_s, latency_p50_ms, images_per_s, peak_memory_mb}: standard deviation over seeds
       spent {energy_j, carbon_g, unfinished_energy_j, repeated_energy_j, older_inputs_energy_j}: sums, nothing left out
-      vs_baseline        by quantity {ratio, low, high, n, p_value}, paired by seed (low, high: lowest and highest seed);
-                         METRIC {mean, low, high, n, p_value, p_adjusted}: difference with its 95 % interval;
+      by_seed            {QUANTITY: {seed: value}} of what is compared and has no values by seed above
+      vs_baseline        by quantity {ratio, low, high, n}, paired by seed; METRIC {mean, low, high, n, verdict, more_seeds}:
+                         the difference, and whether the arm keeps the metric (`stats.decide`). low, high: an interval that
+                         holds together with those of all `comparisons` arms with 95 % (`stats.interval`), null for one seed;
                          payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}; verdict is "at once",
                          "pays back", "ahead until", "never", or "not shown" where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
@@ -37,11 +41,12 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import family, forecast, provenance, reuse, settings, versus
+from greenvis.report import family, forecast, provenance, reuse, settings, versus, words
 from greenvis.report.arms import Arm
 from greenvis.report.groups import SeedRun
 
-SCHEMA = 1
+SCHEMA = 2
+MARGIN = 0.5  # points of a share of 1 that may be lost, unless told
 RESERVED = (*arms_.PLAIN, "status", "seeds", "attempts", "uses", "spent", "latency_ms", "wall_s", "train_flops")
 
 
@@ -53,11 +58,13 @@ def results(
     metric: str = "accuracy",
     grid: Mapping[str, Any] | None = None,
     served: float = 1_000_000,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """Return the results: {"schema", "name", "baseline", "metric", "arms", "totals", "environment", …}.
 
     grid: a carbon intensity that replaces the recorded ones; it changes grams and nothing else. served: images a model
-    answers in its life, for the full cycle.
+    answers in its life, for the full cycle. margin: how much of the metric may be lost: points of a share of 1 (0.5 unless the
+    records say otherwise), the metric's own unit else (0 unless told).
     Raises BadInput for an unknown baseline or a metric that names something else.
     """
     if metric in RESERVED or metric.endswith(("_j", "_g")):
@@ -69,19 +76,22 @@ def results(
     table = {a.label: _row(a, metric, grid, users) for a in listed}
     if all(t[metric]["n"] == 0 for t in table.values()) and any(a.done for a in listed):
         _unknown_metric(metric, listed)
-    versus.compare(table, {a.label: a for a in listed}, base, metric)
+    versus.reach(table, {a.label: a for a in listed}, base, metric)
     for arm in listed:
         table[arm.label]["curve"] = {str(s): [list(p) for p in versus.thin(versus.curve(r))] for s, r in arm.done.items()}
         table[arm.label]["sci"] = versus.sci(table[arm.label], last[arm.label])
-        table[arm.label]["full_cycle"] = versus.full_cycle(table[arm.label], served)
     names = sorted({g.name for g in groups})
-    return {
+    found = {
         "schema": SCHEMA,
         "name": names[0]
         if len(names) == 1
         else " + ".join(names[:3]) + (f" + {len(names) - 3} more" if len(names) > 3 else ""),
+        "title": None,
+        "note": None,
         "baseline": base,
         "metric": metric,
+        "margin": _margin(listed, metric) if margin is None else margin,
+        "comparisons": 0,
         "served": served,
         "lower_is_better": versus.lower_is_better(metric),
         "arms": table,
@@ -91,6 +101,8 @@ def results(
         "family": family.family(listed),
         **provenance.describe(listed, grid, notes),
     }
+    versus.compare(found)
+    return found
 
 
 def _row(arm: Arm, metric: str, grid: Mapping[str, Any] | None, users: Mapping[str, int]) -> dict[str, Any]:
@@ -133,6 +145,13 @@ def _baseline(asked: str | None, listed: list[Arm]) -> str | None:
         return asked
     named = sorted((x.start_s, str(x.header.get("baseline"))) for a in listed for r in a.runs for x in r.attempts)
     return next((b for b in (*(n for _, n in reversed(named)), "baseline") if b in labels), None)
+
+
+def _margin(listed: list[Arm], metric: str) -> float:
+    """The margin the newest records state, else half a point of a share of 1, and nothing of what has other units."""
+    stated = [(a.start_s, a.header.get("margin")) for arm in listed for r in arm.runs for a in r.attempts]
+    known = [(at, float(m)) for at, m in stated if isinstance(m, (int, float)) and not isinstance(m, bool) and m >= 0]
+    return max(known)[1] if known else MARGIN if words.share(metric) else 0.0
 
 
 def _unknown_metric(metric: str, listed: list[Arm]) -> None:

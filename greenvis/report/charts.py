@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import continual, family, figures, stats, words
+from greenvis.report import continual, family, figures, stats, verdict, words
 from greenvis.report.figures import Drawing, short
 
 Results = dict[str, Any]
@@ -36,12 +36,13 @@ def _most(labels: list[str]) -> tuple[list[str], str]:
 
 
 def gain_vs_energy(found: Results) -> Drawing | None:
-    """The metric against training energy, with spread over seeds and the Pareto front."""
+    """The metric against the energy of the whole line, with spread over seeds and the front of the means."""
     metric, arms = found["metric"], found["arms"]
+    line = {a: arms[a]["train_energy_with_reuse_j"] for a in found["order"]}
     points = {
-        a: (arms[a]["train_energy_j"]["value"], arms[a][metric]["mean"])
+        a: (line[a]["value"], arms[a][metric]["mean"])
         for a in found["order"]
-        if arms[a]["train_energy_j"]["value"] is not None and arms[a][metric]["mean"] is not None
+        if line[a]["value"] is not None and arms[a][metric]["mean"] is not None
     }
     if not points:
         return None
@@ -58,18 +59,20 @@ def gain_vs_energy(found: Results) -> Drawing | None:
             lw=1.2,
             ls="--",
             zorder=1,
-            label="Pareto front",
+            label="front of the means",
         )
     others = [points[a] for a in points if a not in named]
     if others:
         ax.plot([x for x, _ in others], [y * k for _, y in others], "o", ms=3, color=figures.GRID, mec=figures.MUTED, mew=0.5)
     for a in named:
         (x, y), look = points[a], {**looks[a], "linestyle": "none", "ms": 8}
-        std_x, std_y = arms[a]["train_energy_j"]["std"], arms[a][metric]["std"]
+        std_x, std_y = line[a]["std"], arms[a][metric]["std"]
         ax.plot(x, y * k, label=short(a), zorder=3, **look)
         error: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
         ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **error)
-    ax.set_xlabel("training energy (less is better)")
+    reused = any(row["uses"] for row in arms.values())
+    energy = "energy, base and teacher included" if reused else "training energy"
+    ax.set_xlabel(f"{energy} (less is better)")
     ax.set_ylabel(_axis(found))
     ax.margins(0.14)
     figures.unit_axis(ax.xaxis, "J")
@@ -79,10 +82,9 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     best = ", ".join(short(a, 40) for a in front[:12])
     spread = any(arms[a][metric]["std"] for a in named)
     bars = "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
-    caption = f"On the Pareto front: {best}. {bars}{rest}"
-    return figures.save(
-        figure, "gain-vs-energy", f"{metric.capitalize()} against training energy", f"{what}. {caption}", caption
-    )
+    lacking = verdict.not_counted(*arms.values())
+    caption = f"On the front of the means, whose scatter may well change it: {best}. {bars}{lacking}{rest}"
+    return figures.save(figure, "gain-vs-energy", f"{metric.capitalize()} against {energy}", f"{what}. {caption}", caption)
 
 
 def _axis(found: Results) -> str:
@@ -111,7 +113,7 @@ def energy_to_gain(found: Results) -> Drawing | None:
     )
     if target is not None:
         ax.axhline(target * k, color=figures.MUTED, lw=1, ls=":", label=f"final {short(str(found['baseline']), 14)}")
-    ax.set_xlabel("energy spent so far")
+    ax.set_xlabel("energy of own training so far")
     ax.set_ylabel(_axis(found))
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
@@ -125,12 +127,12 @@ def energy_to_gain(found: Results) -> Drawing | None:
                 f"{short(a, 40)} {'after ' + words.si(e['mean'], 'J') if e['n'] else 'never'}{missed if e['n'] else ''}"
             )
     level = words.gain(metric, target)
-    desc = (
-        f"One line a seed. Reached {level}, the baseline's final {metric}, and stayed there: {'; '.join(reached)}."
-        if reached
-        else "One line a seed."
+    desc = "One line a seed, own training only."
+    if reached:
+        desc += f" Reached {level}, the baseline's final {metric}, and stayed there: {'; '.join(reached)}."
+    return figures.save(
+        figure, "energy-to-gain", f"{metric.capitalize()} over the energy of own training", desc + rest, desc + rest
     )
-    return figures.save(figure, "energy-to-gain", f"{metric.capitalize()} over the energy spent", desc + rest, desc + rest)
 
 
 def by_phase(found: Results) -> Drawing | None:
@@ -164,7 +166,7 @@ def by_phase(found: Results) -> Drawing | None:
         )
         for a in there
     )
-    caption = f"Mean over seeds; “other” is time in no phase.{rest}"
+    caption = f"Mean over seeds, own training and measurement; “other” is time in no phase.{rest}"
     return figures.save(figure, "energy-by-phase", "Energy by phase", f"{parts}. {caption}", caption)
 
 
@@ -264,7 +266,8 @@ def payback(found: Results) -> Drawing | None:
         ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
     said = " ".join(words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels)
-    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed. Thin: the energy of one image shows no difference."
+    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the energy of one image shows no "
+    how += f"difference. Dotted: base and teacher charged whole.{verdict.not_counted(*arms.values())}"
     return figures.save(
         figure,
         "payback",

@@ -55,14 +55,14 @@ def all_at_once(row: Row) -> bool:
 def columns() -> list[Column]:
     """Return the columns of the table on tasks."""
     return [
-        _share("average_incremental_accuracy", "Average incremental accuracy", "more"),
-        _share("forgetting", "Forgetting (best before − last)", "less"),
-        _share("forgetting_first", "Forgetting (when learned − last)", "less"),
-        _share("backward_transfer", "Backward transfer", "more"),
-        _share("plasticity", "Plasticity (each task when learned)", "more"),
-        _figure("task_energy_j", "Energy a task", "J", "less"),
-        _figure("accuracy_per_kj", "Accuracy (per cent) a kilojoule", "", "more"),
-        _figure("buffer_bytes", "Replay buffer", "B", "less"),
+        _share("average_incremental_accuracy", "Average incremental accuracy"),
+        _share("forgetting", "Forgetting (best before − last)"),
+        _share("forgetting_first", "Forgetting (when learned − last)"),
+        _share("backward_transfer", "Backward transfer"),
+        _share("plasticity", "Plasticity (each task when learned)"),
+        _figure("task_energy_j", "Energy a task", "J"),
+        _figure("accuracy_per_kj", "Accuracy (per cent) a kilojoule", ""),
+        _figure("buffer_bytes", "Replay buffer", "B"),
     ]
 
 
@@ -71,18 +71,16 @@ def _value(row: Row, key: str, part: str = "mean") -> float | None:
     return found[part] if found else None
 
 
-def _share(key: str, title: str, better: str) -> Column:
+def _share(key: str, title: str) -> Column:
     def text(row: Row) -> str:
         mean, std = _value(row, key), _value(row, key, "std")
-        return MISSING if mean is None else f"{100 * mean:.1f}" + ("" if std is None else f" ± {100 * std:.1f}")
+        return MISSING if mean is None else words.fixed(100 * mean) + ("" if std is None else f" ± {100 * std:.1f}")
 
-    return Column(f"continual_{key}", f"{title}, %", lambda r: _value(r, key), text, better=better,
-                  noise=lambda r: _value(r, key, "std"))  # fmt: skip
+    return Column(f"continual_{key}", f"{title}, %", lambda r: _value(r, key), text)
 
 
-def _figure(key: str, title: str, unit: str, better: str) -> Column:
-    return Column(f"continual_{key}", title, lambda r: _value(r, key), lambda r: si(_value(r, key), unit), better=better,
-                  noise=lambda r: _value(r, key, "std"))  # fmt: skip
+def _figure(key: str, title: str, unit: str) -> Column:
+    return Column(f"continual_{key}", title, lambda r: _value(r, key), lambda r: si(_value(r, key), unit))
 
 
 def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.price import JOULES_PER_KWH
-from greenvis.report import figures, to_json, verdict, words
+from greenvis.report import figures, reuse, to_json, verdict, words
 
 NAMES = {
     "model-card.md": "Hub model card",
@@ -51,7 +51,7 @@ def model_card(found: dict[str, Any], arm: str) -> str:
         meta["co2_eq_emissions"] = {
             "emissions": grams["value"],
             "source": how,
-            "training_type": "fine-tuning" if _tuned(row) else "pre-training",
+            **_training_type(found, row),
             "geographical_location": ", ".join(row["zones"]) or "unknown",
             "hardware_used": ", ".join(_hardware(found)) or "unknown",
         }
@@ -73,12 +73,8 @@ def model_card(found: dict[str, Any], arm: str) -> str:
     body = [
         f"# {md(found['name'])}: {md(arm)}",
         md(verdict.sentence(found, arm)),
-        md(f"Training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). {carbon} Mean of {n} seed(s)."),
-        *(
-            [f"Teacher or base, not included: {md(words.si(row['base_reuse']['whole_j']['value'], 'J'))}."]
-            if row["base_reuse"]
-            else []
-        ),
+        md(f"Own training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). {carbon} Mean of {n} seed(s)."),
+        *([md(_line(row))] if row["uses"] else []),
     ]
     return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
 
@@ -172,6 +168,7 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
                 "2e_known_or_estimated": row["train_energy_j"]["provenance"],
                 "2e_method": row["train_energy_j"].get("method"),
                 "2e_base_energy_kwh": _per_kwh(row["base_reuse"]["whole_j"]) if row["base_reuse"] else None,
+                "2e_not_counted": reuse.unknown(row),
             }
             for a, row in ((a, found["arms"][a]) for a in found["order"])
         },
@@ -179,7 +176,7 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _per_kwh(reading: dict[str, Any]) -> dict[str, float | None]:
-    return {k: None if reading[k] is None else reading[k] / JOULES_PER_KWH for k in ("value", "low", "high")}
+    return {k: None if reading.get(k) is None else reading[k] / JOULES_PER_KWH for k in ("value", "low", "high")}
 
 
 def bibtex(found: dict[str, Any]) -> str:
@@ -204,9 +201,24 @@ def _tex(text: str) -> str:
     return "".join(special.get(c, c) for c in figures.clean(text))
 
 
+def _line(row: dict[str, Any]) -> str:
+    """Return what the whole line of a model took, and what of it nobody knows."""
+    line = words.si(row["train_energy_with_reuse_j"]["value"], "J")
+    names = ", ".join(dict.fromkeys(f"{u['role']} {u['name']}" for u in row["uses"]))
+    return f"With all it builds on ({names}): {line}.{verdict.not_counted(row)}"
+
+
 def _tuned(row: dict[str, Any]) -> bool:
-    """Whether the arm starts from a trained base."""
-    return any(u["role"] == "base" for u in row["uses"])
+    """Whether the arm starts from a trained base, or trains a part of a model only."""
+    learned, whole = row["trainable_params"], row["params"]
+    return any(u["role"] == "base" for u in row["uses"]) or (learned is not None and whole is not None and learned < whole)
+
+
+def _training_type(found: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+    """Return the Hub's word for how the arm was trained; none where the records do not say what it began with."""
+    if _tuned(row):
+        return {"training_type": "fine-tuning"}
+    return {"training_type": "pre-training"} if found["models"] else {}
 
 
 def _hardware(found: dict[str, Any]) -> list[str]:

@@ -120,5 +120,5 @@ def _generation(name: str, on: Mapping[str, list[str]], below: tuple[str, ...]) 
 
 
 def _cost(member: Mapping[str, Any]) -> str:
-    own, line = words.si(member["own_j"], "J"), words.si(member["line_j"], "J")
+    own, line = (words.si(member[k], "J") if member[k] is not None else "not known" for k in ("own_j", "line_j"))
     return own if member["own_j"] == member["line_j"] else f"{own}, line {line}"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import kept, teachers, words
+from greenvis.report import kept, teachers, verdict, words
 from greenvis.report.words import si
 
 Section = dict[str, Any]  # {"title", "items": [text], "table": None | {"head", "rows"}}
@@ -39,14 +39,30 @@ def _counted(found: dict[str, Any]) -> list[str]:
     return [
         "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, training, evaluation, a "
         "teacher's forward passes, and every start that broke off before the one that finished. The mean over finished seeds.",
-        "Training a teacher or a base in another run is shown beside and is not in the training energy.",
-        f"Finished seeds an arm: {seeds}. Ratios to the baseline are paired by seed: geometric mean, lowest and highest seed.",
+        "A teacher or a base that another run trained is charged whole in “base and teacher included”, which comparisons "
+        "rest on first; own training is the run's own share. What others trained, at a cost nobody knows, is in neither.",
+        f"Finished seeds an arm: {seeds}. Ratios and differences to the baseline are paired by seed; a ratio is a geometric "
+        "mean.",
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on one host share them, so they "
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
         *_repeated(found),
-        "“Difference shown” is a two-sided t test paired by seed at 5 %, adjusted for the number of arms (Holm). With few "
-        "seeds it misses small differences: “no difference shown” is not “no difference”.",
+        *_intervals(found),
         f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; no certification is claimed.",
+    ]
+
+
+def _intervals(found: dict[str, Any]) -> list[str]:
+    """Say what the intervals are, and that sentences, marks and tables rest on them alone."""
+    if not found["comparisons"]:
+        return ["No arm is compared with a baseline by two seeds or more: nothing is said to be better or cheaper."]
+    m, lost = found["comparisons"], verdict.margin(found)
+    return [
+        "Intervals of differences and ratios are Student's t, paired by seed, each at "
+        f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % (Bonferroni). “Shown”, “keeps”, “loses” "
+        "and bold are read off them and nothing else: a difference is shown where its interval leaves out no change.",
+        f"An arm keeps the {found['metric']} where its whole interval lies above −{lost}, loses it where the whole interval "
+        "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean and scatter stay. One seed "
+        "decides nothing.",
     ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from greenvis import price
 from greenvis.errors import BadInput, nearest, some
 from greenvis.record import SCHEMA, Run
-from greenvis.report import results, stats
+from greenvis.report import results, stats, stored
 from greenvis.report.groups import record_files
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
@@ -159,16 +159,7 @@ def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]
     file = given / "results.json" if (given / "results.json").is_file() else given
     if file.suffix != ".json":
         return results([path], metric=metric)["arms"]
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        arms = found["arms"]
-        if not isinstance(arms, dict):
-            raise TypeError("arms is not an object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BadInput(f"{file} is not a results.json of greenvis: {error}") from error
-    if found.get("schema", 0) > SCHEMA:
-        raise BadInput(f"{file} has schema {found['schema']}; this greenvis reads up to {SCHEMA}: upgrade it")
-    return arms
+    return stored.read(file)["arms"]
 
 
 def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> dict[str, str]:

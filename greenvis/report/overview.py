@@ -1,4 +1,4 @@
-"""Many reports at a glance: what each technique saved and cost, and what each report found, as Markdown for a README."""
+"""Many reports at a glance: what each technique saved and cost, and what each report shows, as Markdown for a README."""
 
 from __future__ import annotations
 
@@ -9,26 +9,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from greenvis.errors import BadInput
-from greenvis.report import verdict
-from greenvis.report.words import MISSING, factor, points, shown
+import yaml
 
-HEAD = ("technique", "measured in", "arm", "accuracy", "energy to train", "energy of an image")
+from greenvis.errors import BadInput
+from greenvis.report import reuse, stored, verdict
+from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
+
+HEAD = (
+    "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher included", "own share",
+    "energy of an image", "differs in",
+)  # fmt: skip
+ALONE = "the technique alone"
+ASIDE = ("seeds", "threads", "workers", "checkpoint_every_s")  # settings of `train` that change no result
 
 
 def overview(folder: str | Path) -> dict[str, Any]:
     """Return {"techniques": [rows of `HEAD`], "reports": [{"name", "path", "command", "found"}]} of all reports in a folder.
 
-    A technique's rows are the arms that differ from their report's baseline by that technique alone: accuracy against the
-    baseline's, energies as ratios to its; bold where the seeds show a difference. found: a report's first sentence, or its
-    title where it compares no arms. Raises BadInput for a folder without reports.
+    A technique's rows are the arms that have that technique and no other more than their report's baseline: accuracy against
+    the baseline's, energies as ratios to its, each with its interval; bold where that leaves out no change. "differs in" comes
+    from comparing the two arms' recipes: the technique alone, or what else. found: a report's first sentence, or its title
+    where it compares no arms. Raises BadInput for a folder without reports.
     """
     rows: list[dict[str, str]] = []
     reports: list[dict[str, str]] = []
     for path in sorted(Path(folder).glob("*/report.md")):
         its = {"name": path.parent.name, "path": path.as_posix()}
         try:
-            found = json.loads((path.parent / "results.json").read_text())
+            found = json.loads((path.parent / stored.NAME).read_text())
         except (OSError, ValueError) as error:
             raise BadInput(f"{path.parent} holds a report.md, but no results.json to read: {error}") from error
         if "baseline" not in found:
@@ -37,6 +45,7 @@ def overview(folder: str | Path) -> dict[str, Any]:
             title = text.partition("\n")[0].removeprefix("# ")
             reports.append({**its, "command": command[1] if command else "", "found": f"{title}."})
             continue
+        found = stored.read(path.parent / stored.NAME)
         rows += [{**row, "measured in": path.as_posix()} for row in _rows(found)]
         reports.append({**its, "command": " ".join(found["command"]), "found": verdict.opening(found)})
     if not reports:
@@ -54,33 +63,80 @@ def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
     for (technique, path, base), rows in grouped.items():
         first = [f"`{technique}`", f"[{Path(path).parent.name}]({_link(path, beside)}), against {base}"]
         lines.append("| " + " | ".join([*first, *("<br>".join(row[k] for row in rows) for k in HEAD[2:])]) + " |")
-    lines += ["", "Energies are ratios to that arm's. Bold: a difference that the seeds show.", ""]
+    lines += [
+        "",
+        "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the interval leaves out no "
+        "change. Kept: all of it lies above −0.5 points (or the report's own margin); lost: below; else it is open. Energies "
+        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in no figure.",
+        "",
+    ]
     for its in found["reports"]:
         lines.append(f"- **[{its['name']}]({_link(its['path'], beside)})**, `{its['command']}`: {its['found']}")
     return "\n".join(lines) + "\n"
 
 
 def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    base = found["baseline"]
+    base, metric = found["baseline"], found["metric"]
     if base is None:
         return
     common = _names(found["arms"][base])
     for label in found["order"]:
         arm = found["arms"][label]
         own = [name for name in _names(arm) if name not in common]
-        against = arm.get("vs_baseline")
+        against = arm["vs_baseline"]
         if label == base or not against or len(own) != 1:
             continue
-        change = against.get("accuracy")
-        gain = MISSING if change is None else points(found["metric"], change["mean"])
+        change = against[metric]
+        known = bool(change) and change["low"] is not None
+        gain = f"{points(metric, change['mean'])} ({interval(metric, change)})" if known else MISSING
+        lacking = " + not known" if reuse.unknown(arm) else ""
         yield {
             "technique": own[0],
             "against": base,
             "arm": label,
             "accuracy": f"**{gain}**" if shown(change) else gain,
-            "energy to train": _ratio(against.get("train_energy")),
-            "energy of an image": _ratio(against.get("inference_energy")),
+            "kept?": {"keeps": "kept", "loses": "lost"}.get(change["verdict"], "open") if known else "one seed",
+            "energy to train, base and teacher included": _ratio(against["train_energy_with_reuse"]) + lacking,
+            "own share": _ratio(against["train_energy"]),
+            "energy of an image": _ratio(against["inference_energy"]),
+            "differs in": ", ".join(differences(found["recipe"], label, base)) or ALONE,
         }
+
+
+def differences(recipes: list[Any], arm: str, base: str) -> list[str]:
+    """Return in what two arms of recipes (YAML) differ beside their techniques: "train.lr"; "" alone where nothing says."""
+    known = [r for r in map(_read, recipes) if arm in r["arms"] and base in r["arms"]]
+    out = {d for r in known for d in _different(_resolved(r, arm), _resolved(r, base))}
+    return sorted(out) if known else ["no recipe at hand"]
+
+
+def _read(text: Any) -> dict[str, Any]:
+    recipe = yaml.safe_load(text) if isinstance(text, str) else text
+    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("arms"), dict) else {"arms": {}}
+
+
+def _resolved(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return an arm with the recipe's own model, train and stream filled in, as `Recipe.arm` does; without its techniques."""
+    spec, model = recipe["arms"][name] or {}, recipe.get("model") or {}
+    own = spec.get("model") or {}
+    other = own.get("ref", model.get("ref")) != model.get("ref")
+    train = {**(recipe.get("train") or {}), **(spec.get("train") or {})}
+    return {
+        "model": {**({} if other else model), **own},
+        "train": {k: v for k, v in train.items() if k not in ASIDE},
+        "stream": {**((recipe.get("data") or {}).get("stream") or {}), **(spec.get("stream") or {})},
+        **{k: v for k, v in spec.items() if k not in ("model", "train", "stream", "techniques")},
+    }
+
+
+def _different(a: Any, b: Any, at: str = "") -> Iterator[str]:
+    """Yield the paths at which two values differ: into sections, not into what they hold."""
+    if not (isinstance(a, dict) and isinstance(b, dict)) or at.count(".") > 1:
+        if a != b:
+            yield at.removesuffix(".")
+        return
+    for key in {**a, **b}:
+        yield from _different(a.get(key), b.get(key), f"{at}{key}.")
 
 
 def _names(arm: Mapping[str, Any]) -> list[str]:
@@ -88,7 +144,11 @@ def _names(arm: Mapping[str, Any]) -> list[str]:
 
 
 def _ratio(change: Mapping[str, Any] | None) -> str:
-    return f"**{factor(change)}**" if shown(change) else factor(change)
+    text = factor(change)
+    if text == MISSING:
+        return text
+    text += f" ({factor_band(change).removeprefix('×')})"
+    return f"**{text}**" if shown(change) else text
 
 
 def _link(path: str, beside: str | Path) -> str:

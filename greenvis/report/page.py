@@ -18,7 +18,7 @@ TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-def write(found: dict[str, Any], folder: Path, title: str, note: str | None = None) -> Path:
+def write(found: dict[str, Any], folder: Path) -> Path:
     """Write all files of a report into `folder` and return the path of its index.html."""
     drawings = charts.draw(found)
     (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write(found: dict[str, Any], folder: Path, title: str, note: str | None = No
     _put(folder / "results.csv", to_csv(found))
     for name, text in exports.files(found).items():
         _put(folder / "exports" / name, text)
-    view = _view(found, title, drawings) | {"note": note and figures.clean(note)}
+    view = _view(found, drawings)
     _put(folder / "report.md", render("report.md.j2", view))
     _put(folder / "index.html", render("index.html.j2", view))
     return folder / "index.html"
@@ -52,12 +52,14 @@ def render(template: str, view: dict[str, Any]) -> str:
     return env.get_template(template).render(view).rstrip() + "\n"
 
 
-def _view(found: dict[str, Any], title: str, drawings: list[Drawing]) -> dict[str, Any]:
+def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
     """What the templates show."""
     top = verdict.headline(found)
     return {
         "r": found,
-        "title": figures.clean(title),
+        "title": figures.clean(found["title"] or found["name"]),
+        "note": found["note"] and figures.clean(found["note"]),
+        "margin": verdict.margin(found),
         "verdict": verdict.opening(found),
         "others": [verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])][:20],
         "more_arms": max(0, len(found["order"]) - 22),
@@ -90,9 +92,9 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
             continue
         p, base = vs["payback"], str(found["baseline"])
         text = words.payback(p["own"] if p else None, a, base)
-        if p and p["own"]["verdict"] != "not shown" and (found["arms"][a]["uses"] or found["arms"][base]["uses"]):
+        if p and p["own"]["verdict"] != "not shown" and (charged := verdict.builds_on(found, a)):
             whole = words.payback(p["with_reuse"], a, base)
-            also = f" Charging {verdict.builds_on(found, a)} as well"
+            also = f" Charging {charged} as well"
             text += f"{also} changes nothing in this." if whole == text else f"{also}: {whole}"
         out.append(text)
     return out
@@ -102,7 +104,7 @@ def to_csv(found: dict[str, Any]) -> str:
     """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a formula."""
     metric = found["metric"]
     columns = [*tables.costs(found), *tables.sizes(), *continual.columns(), *tables.cycle(found)]
-    readings = ("train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j")
+    readings = ("train_energy_with_reuse_j", "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j")
     head = ["arm", "status", "seeds", f"{metric}_std", *dict.fromkeys(c.key for c in columns if c.key not in readings)]
     head += [k + end for k in readings for end in ("", "_low", "_high", "_provenance")]
     by_key = {c.key: c for c in columns}

@@ -9,6 +9,7 @@ from typing import Any
 from greenvis import price
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt
+from greenvis.report.reuse import use_energy
 
 
 def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
@@ -67,6 +68,7 @@ def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
 def _not_counted(attempts: list[Attempt]) -> list[str]:
     """What the joules and grams leave out, in words."""
     out = ["network, storage and other machines", "runs made outside these records (tuning, earlier trials)"]
+    out += sorted({not_counted(u) for a in attempts for u in a.uses if use_energy(u).value is None})
     missing: dict[str, set[str]] = {}
     for a in attempts:
         for stage in a.energy.values():
@@ -82,6 +84,11 @@ def _not_counted(attempts: list[Attempt]) -> list[str]:
     if any(a.missing_ranks for a in attempts):
         out.append("processes whose record is missing (ranks without a file)")
     return out
+
+
+def not_counted(use: Mapping[str, Any]) -> str:
+    """Return what to say of a base or teacher at a cost that nobody knows."""
+    return f"what it took to make {use['name']} (a {use['role']}): not known"
 
 
 def _crosscheck(listed: list[Arm]) -> list[dict[str, Any]]:

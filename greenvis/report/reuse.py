@@ -1,4 +1,4 @@
-"""What an arm builds on (a teacher, a base): never added to its own cost, shown whole and shared among its users."""
+"""What an arm builds on (a teacher, a base): beside its own cost, with it as the whole line, and shared among its users."""
 
 from __future__ import annotations
 
@@ -34,22 +34,36 @@ def use_energy(use: Mapping[str, Any]) -> Reading:
     return Reading("energy_j", v, e.get("low", v), e.get("high", v), "reused", p if p in PROVENANCES else "estimated")
 
 
+def unknown(row: Mapping[str, Any]) -> list[str]:
+    """Return the names of what a row builds on at a cost that nobody knows: the weights of others."""
+    return list(dict.fromkeys(u["name"] for u in row["uses"] if u["energy_j"]["value"] is None))
+
+
+def with_reuse(run: SeedRun) -> Reading:
+    """Return the energy of the whole line: that of the run and of all it builds on, as far as it is known."""
+    made = run.making_j
+    return made if made.value is None else price.add([made, *map(use_energy, uses_of(run).values())])
+
+
 def users(runs: Iterable[SeedRun]) -> Counter[str]:
     """Return how many finished seed runs of a report use each teacher or base (by `use_key`)."""
     return Counter(k for r in runs if r.done for k in uses_of(r))
 
 
 def reuse(done: list[SeedRun], shared_by: Mapping[str, int], grid: arms_.Intensity | None) -> dict[str, Any]:
-    """Return {"uses", "base_reuse": None | {"whole_j", "whole_g", "shared_j", "shared_g"}} of one arm's finished seeds.
+    """Return {"uses", "base_reuse": None | {"whole_j", …}, "train_energy_with_reuse_j"} of one arm's finished seeds.
 
-    whole: charged in full to each seed. shared: divided by the number of runs of this report that use it. Grams are
-    priced with the grid and PUE of the run that uses it: its own are not in a `uses` line.
+    whole: charged in full to each seed. shared: divided by the number of runs of this report that use it. What has no known
+    cost is in neither. Grams are priced with the grid and PUE of the run that uses it: its own are not in a `uses` line.
     """
     listed: dict[str, Mapping[str, Any]] = {}
     for run in done:
         listed |= uses_of(run)
+    line = [with_reuse(r) for r in done]
+    by_seed = {str(r.seed): x.value for r, x in zip(done, line, strict=True) if x.value is not None}
+    out: dict[str, Any] = {"train_energy_with_reuse_j": arms_.mean_reading(line) | {"by_seed": by_seed}}
     if not listed:
-        return {"uses": [], "base_reuse": None}
+        return {**out, "uses": [], "base_reuse": None}
     rows = [
         {
             "role": str(u.get("role")), "name": str(u.get("name")), "runs": sorted(map(str, u.get("runs") or [])),
@@ -61,6 +75,7 @@ def reuse(done: list[SeedRun], shared_by: Mapping[str, int], grid: arms_.Intensi
     whole = [price.add(use_energy(u) for u in uses_of(r).values()) for r in done]
     grams = [arms_.attempt_grams(r.done, w, grid) for r, w in zip(done, whole, strict=True) if r.done]
     return {
+        **out,
         "uses": rows,
         "base_reuse": {
             "whole_j": arms_.mean_reading(whole),
@@ -74,10 +89,9 @@ def reuse(done: list[SeedRun], shared_by: Mapping[str, int], grid: arms_.Intensi
 def _shared(
     done: list[SeedRun], shared_by: Mapping[str, int], cost: Callable[[Attempt, Mapping[str, Any]], Reading]
 ) -> float | None:
-    """Return the mean over seeds of what falls on one run; seeds with an unknown cost are left out."""
+    """Return the mean over seeds of what falls on one run of the parts whose cost is known; None where none is."""
     sums = []
     for run in done:
         parts = [(cost(run.done, u).value, shared_by[k]) for k, u in uses_of(run).items() if run.done]
-        if all(v is not None for v, _ in parts):
-            sums.append(math.fsum((v or 0.0) / n for v, n in parts))
-    return math.fsum(sums) / len(sums) if sums else None
+        sums.append([v / n for v, n in parts if v is not None])
+    return math.fsum(x for known in sums for x in known) / len(sums) if any(sums) else None

@@ -1,4 +1,4 @@
-"""The statistics of a report: spread over seeds, ratios and differences paired by seed, Pareto front, payback."""
+"""The statistics of a report: spread over seeds, intervals of ratios and differences paired by seed, payback."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 ALPHA = 0.05
+MOST_SEEDS = 1000  # where more would be needed to decide, none is named
 
 Seeds = Mapping[Any, float]  # seed -> value
 
@@ -21,63 +22,75 @@ def summary(values: Seeds) -> dict[str, Any]:
     return {"mean": mean, "std": std, "n": len(v)}
 
 
-def ratio(arm: Seeds, base: Seeds) -> dict[str, Any] | None:
-    """Return arm ÷ base: the geometric mean over the seeds both have, with the lowest and highest single seed.
+def ratio(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | None:
+    """Return arm ÷ base over the seeds both have: the geometric mean and its interval (see `interval`), on the logarithm.
 
     Pairing cancels what both share (the host, its coefficients, the seed). The geometric mean makes "2 times less" and
-    "half" the same statement. Without a common seed it is the ratio of means, with no spread. None if not defined.
+    "half" the same statement. Without a common seed it is the ratio of means, with no interval. None if not defined.
     """
     pairs = [(arm[s], base[s]) for s in arm if s in base]
-    paired = bool(pairs)
+    n = len(pairs)
     if not pairs:
         pairs = [(m, b) for m, b in [(summary(arm)["mean"], summary(base)["mean"])] if m is not None and b is not None]
     if not pairs or any(b <= 0 or a < 0 for a, b in pairs):
         return None
-    ratios = [a / b for a, b in pairs]
-    mean = math.exp(math.fsum(map(math.log, ratios)) / len(ratios)) if min(ratios) > 0 else 0.0
-    spread = paired and len(ratios) > 1
-    out = {"ratio": mean, "low": min(ratios) if spread else None, "high": max(ratios) if spread else None}
-    p = t_test([math.log(r) for r in ratios]) if spread and min(ratios) > 0 else None
-    return {**out, "n": len(ratios) if paired else 0, "p_value": p}
+    if min(a for a, _ in pairs) == 0:
+        return {"ratio": 0.0, "low": None, "high": None, "n": n}
+    logs = [math.log(a / b) for a, b in pairs]
+    low, high = interval(logs, comparisons)
+    mean = math.exp(math.fsum(logs) / len(logs))
+    return {"ratio": mean, "low": None if low is None else _exp(low), "high": None if high is None else _exp(high), "n": n}
 
 
-def difference(arm: Seeds, base: Seeds) -> dict[str, Any] | None:
-    """Return arm − base over the seeds both have: mean, 95 % confidence interval of the mean, p of a paired t test."""
+def difference(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | None:
+    """Return arm − base over the seeds both have: the mean, and its interval (see `interval`)."""
     diffs = [arm[s] - base[s] for s in arm if s in base]
     if not diffs:
         return None
-    s = summary(dict(enumerate(diffs)))
-    half = None
-    if s["std"] is not None:
-        from scipy.special import stdtrit
-
-        half = float(stdtrit(len(diffs) - 1, 1 - ALPHA / 2)) * s["std"] / math.sqrt(len(diffs))
-    low, high = (None, None) if half is None else (s["mean"] - half, s["mean"] + half)
-    return {"mean": s["mean"], "low": low, "high": high, "n": len(diffs), "p_value": t_test(diffs)}
+    low, high = interval(diffs, comparisons)
+    return {"mean": math.fsum(diffs) / len(diffs), "low": low, "high": high, "n": len(diffs)}
 
 
-def t_test(diffs: Sequence[float]) -> float | None:
-    """Return the two-sided p of "the mean difference is 0" (Student's t, paired); None for fewer than two pairs."""
-    s = summary(dict(enumerate(diffs)))
+def interval(values: Sequence[float], comparisons: int = 1) -> tuple[float | None, float | None]:
+    """Return the interval of a mean by Student's t, (None, None) for fewer than two values.
+
+    Each of `comparisons` intervals is drawn at 1 - 0.05 ÷ comparisons (Bonferroni): all together hold with 95 %.
+    """
+    s = summary(dict(enumerate(values)))
     if s["std"] is None:
-        return None
-    scale = max(abs(d) for d in diffs)
-    if s["std"] <= 1e-12 * scale or scale == 0:  # the same difference at every seed: the test is not defined
-        return 1.0 if scale == 0 else None
-    from scipy.special import stdtr  # what scipy.stats.ttest_rel comes to, without its second of import
-
-    return float(2 * stdtr(len(diffs) - 1, -abs(s["mean"]) / (s["std"] / math.sqrt(len(diffs)))))
+        return None, None
+    half = quantile(len(values), comparisons) * s["std"] / math.sqrt(len(values))
+    return s["mean"] - half, s["mean"] + half
 
 
-def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Return p values adjusted for the number of comparisons made (Holm, 1979); None stays None."""
-    known = sorted((p, k) for k, p in p_values.items() if p is not None)
-    out: dict[str, float | None] = dict.fromkeys(p_values)
-    worst = 0.0
-    for i, (p, key) in enumerate(known):
-        worst = max(worst, min(1.0, p * (len(known) - i)))
-        out[key] = worst
-    return out
+def quantile(n: int, comparisons: int = 1) -> float:
+    """Return how many standard errors of n values an interval reaches to each side."""
+    from scipy.special import stdtrit  # scipy.stats takes a second to import
+
+    return float(stdtrit(n - 1, 1 - ALPHA / (2 * max(1, comparisons))))
+
+
+def decide(d: Mapping[str, Any], margin: float, comparisons: int = 1, lower_is_better: bool = False) -> dict[str, Any]:
+    """Return {"verdict", "more_seeds"} of a difference: does an arm keep the metric, at most `margin` below the baseline?
+
+    verdict: "keeps" where the whole interval lies at or above -margin, "loses" where the whole interval lies below it,
+    else "not yet decided". more_seeds: about how many more would decide it, were mean and scatter to stay as they are;
+    None where it is decided, or where one seed tells no scatter, or more than `MOST_SEEDS` would be needed.
+    """
+    sign = -1 if lower_is_better else 1
+    if d["low"] is None:
+        return {"verdict": "not yet decided", "more_seeds": None}
+    worst, best = sorted((sign * d["low"], sign * d["high"]))
+    if worst >= -margin or best < -margin:
+        return {"verdict": "keeps" if worst >= -margin else "loses", "more_seeds": None}
+    std = (best - worst) / 2 * math.sqrt(d["n"]) / quantile(d["n"], comparisons)
+    room = abs(sign * d["mean"] + margin)
+    enough = (n for n in range(d["n"] + 1, MOST_SEEDS + 1) if quantile(n, comparisons) * std / math.sqrt(n) < room)
+    return {"verdict": "not yet decided", "more_seeds": next((n - d["n"] for n in enough), None)}
+
+
+def _exp(value: float) -> float:
+    return math.exp(max(-700.0, min(700.0, value)))
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:

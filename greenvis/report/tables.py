@@ -1,4 +1,4 @@
-"""The tables of a report, once for HTML, Markdown and CSV: what each column says, which value is best, how it is known."""
+"""The tables of a report, once for HTML, Markdown and CSV: what columns say, what is shown, how it is known."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from greenvis.report import words
+from greenvis.report import reuse, words
 from greenvis.report.words import MISSING, si
 
 Row = dict[str, Any]
@@ -15,7 +15,7 @@ MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
 @dataclass(frozen=True)
 class Column:
-    """One column: `number` for the CSV and for finding the best, `text` for people, `sub` a second line."""
+    """One column: `number` for the CSV, `text` for people, `sub` a second line, `shown`: a difference is."""
 
     key: str
     title: str
@@ -23,14 +23,18 @@ class Column:
     text: Callable[[Row], str]
     sub: Callable[[Row], str] = lambda row: ""
     badge: Callable[[Row], str | None] = lambda row: None
-    better: str = ""  # "less", "more" or neither
-    noise: Callable[[Row], float | None] = lambda row: None  # standard deviation over seeds
+    shown: Callable[[Row], bool] = lambda row: False
 
 
 def costs(found: dict[str, Any]) -> list[Column]:
-    """Return the columns of the first table: what was gained and what it cost."""
+    """Return the columns of the first table: what was gained and what it cost, with all it builds on first."""
     metric = found["metric"]
-    better = "less" if found["lower_is_better"] else "more"
+    reused = any(row["uses"] for row in found["arms"].values())
+    line = [
+        _reading("train_energy_with_reuse_j", "Energy, base and teacher included", "J"),
+        _ratio("train_energy_with_reuse", "Energy ÷ baseline, base and teacher included"),
+    ]
+    own = "Own training energy" if reused else "Training energy"
     return [
         Column(
             metric,
@@ -39,38 +43,33 @@ def costs(found: dict[str, Any]) -> list[Column]:
             lambda r: words.spread(metric, r[metric]),
             lambda r: _seeds(r),
             lambda r: "measured" if r[metric]["n"] else None,
-            better,
-            lambda r: r[metric]["std"],
         ),
         Column(
             "vs_metric",
             f"{metric.capitalize()} vs baseline",
             lambda r: _vs(r, metric, "mean"),
             lambda r: words.points(metric, _vs(r, metric, "mean")),
-            lambda r: words.significance(r["vs_baseline"][metric]) if r["vs_baseline"] else "",
+            lambda r: _decided(r, metric),
+            shown=lambda r: bool(r["vs_baseline"]) and words.shown(r["vs_baseline"][metric]),
         ),
-        _reading("train_energy_j", "Training energy", "J"),
-        Column(
-            "vs_train_energy",
-            "Training energy ÷ baseline",
-            lambda r: _vs(r, "train_energy", "ratio"),
-            lambda r: words.factor(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else MISSING,
-            lambda r: _energy_test(r["vs_baseline"]["train_energy"]) if r["vs_baseline"] else "",
-        ),
+        *(line if reused else ()),
+        _reading("train_energy_j", own, "J"),
+        _ratio("train_energy", f"{own} ÷ baseline"),
         _reading(
-            "carbon_g", "Carbon (CO₂e)", "g", lambda r: "assumed grid" if r["assumed_grid"] else r["carbon_g"]["provenance"]
+            "carbon_g",
+            "Carbon of own training (CO₂e)" if reused else "Carbon (CO₂e)",
+            "g",
+            lambda r: "assumed grid" if r["assumed_grid"] else r["carbon_g"]["provenance"],
         ),
         Column(
             "reuse_j",
-            "Builds on (not included)",
+            "Builds on",
             lambda r: r["base_reuse"]["whole_j"]["value"] if r["base_reuse"] else None,
-            lambda r: si(r["base_reuse"]["whole_j"]["value"], "J") if r["base_reuse"] else "nothing",
+            _builds_on,
             lambda r: _reused(r),
             lambda r: r["base_reuse"]["whole_j"]["provenance"] if r["base_reuse"] else None,
         ),
-        Column(
-            "wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"]), better="less", noise=_std("wall_s")
-        ),
+        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"])),
     ]
 
 
@@ -88,24 +87,13 @@ def sizes() -> list[Column]:
             lambda r: (r["latency_ms"] or {}).get("p50"),
             lambda r: si(_ms(r, "p50"), "s"),
             lambda r: f"p95 {si(_ms(r, 'p95'), 's')}" if _ms(r, "p95") is not None else "",
-            better="less",
-            noise=_std("latency_p50_ms"),
         ),
-        Column(
-            "images_per_s",
-            "Images/s",
-            lambda r: r["images_per_s"],
-            lambda r: si(r["images_per_s"]),
-            better="more",
-            noise=_std("images_per_s"),
-        ),
+        Column("images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"])),
         Column(
             "peak_memory_mb",
             "Peak memory",
             lambda r: r["peak_memory_mb"],
             lambda r: si(None if r["peak_memory_mb"] is None else r["peak_memory_mb"] * 1e6, "B"),
-            better="less",
-            noise=_std("peak_memory_mb"),
         ),
     ]
 
@@ -118,8 +106,8 @@ def cycle(found: dict[str, Any]) -> list[Column]:
             "reuse_whole_j",
             "Builds on, charged whole",
             lambda r: r["full_cycle"]["reuse_whole_j"],
-            lambda r: si(r["full_cycle"]["reuse_whole_j"], "J"),
-            lambda r: _grams(r, "whole_g"),
+            _builds_on,
+            lambda r: _reused(r),
         ),
         Column(
             "reuse_shared_j",
@@ -135,9 +123,8 @@ def cycle(found: dict[str, Any]) -> list[Column]:
             lambda r: si(r["inference_energy_j"]["value"], "J"),
             lambda r: _band(r["inference_energy_j"], "J"),
             lambda r: r["inference_energy_j"]["provenance"],
-            "less",
-            lambda r: r["inference_energy_j"].get("std"),
         ),
+        _ratio("inference_energy", "One image ÷ baseline"),
         Column(
             "wh_per_1000_images",
             "Wh per 1,000 images",
@@ -166,9 +153,8 @@ def cycle(found: dict[str, Any]) -> list[Column]:
 
 
 def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -> list[dict[str, Any]]:
-    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "best"}]}."""
+    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "shown"}]}."""
     arms = found["arms"]
-    best = {c.key: _best(found, c) for c in columns if c.better}
     return [
         {
             "arm": a,
@@ -181,7 +167,7 @@ def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -
                     "text": c.text(arms[a]),
                     "sub": c.sub(arms[a]),
                     "badge": c.badge(arms[a]),
-                    "best": a in best.get(c.key, ()),
+                    "shown": c.shown(arms[a]),
                 }
                 for c in columns
             ],
@@ -191,24 +177,9 @@ def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -
 
 
 def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
-    """Return the columns in which at least one arm has a value."""
-    return [c for c in columns if any(c.number(found["arms"][a]) is not None for a in found["order"])]
-
-
-def _best(found: dict[str, Any], column: Column) -> set[str]:
-    """Return the arms with the best value, and those that the scatter of seeds does not tell from it; none if most are."""
-    values = {a: v for a in found["order"] if (v := column.number(found["arms"][a])) is not None}
-    if not values:
-        return set()
-    top = (min if column.better == "less" else max)(values, key=values.__getitem__)
-    said = {a: column.text(found["arms"][a]) for a in values}
-    noise = {a: column.noise(found["arms"][a]) or 0.0 for a in values}
-    alike = {a for a, v in values.items() if said[a] == said[top] or abs(v - values[top]) < noise[a] + noise[top]}
-    return alike if len(alike) <= len(values) / 2 else set()  # what most share is no distinction
-
-
-def _std(key: str) -> Callable[[Row], float | None]:
-    return lambda r: r["std"][key]
+    """Return the columns in which at least one arm has a value, or something to say of what it builds on."""
+    rows = found["arms"].values()
+    return [c for c in columns if any(c.number(r) is not None or (c.text is _builds_on and r["uses"]) for r in rows)]
 
 
 def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None] | None = None) -> Column:
@@ -219,13 +190,23 @@ def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None]
         lambda r: si(r[key]["value"], unit),
         lambda r: _band(r[key], unit),
         badge or (lambda r: r[key]["provenance"]),
-        "less",
-        lambda r: r[key].get("std"),
+    )
+
+
+def _ratio(key: str, title: str) -> Column:
+    """Return the column of an energy's ratio to the baseline, with its interval below."""
+    return Column(
+        f"vs_{key}",
+        title,
+        lambda r: _vs(r, key, "ratio"),
+        lambda r: words.factor(r["vs_baseline"][key]) if r["vs_baseline"] else MISSING,
+        lambda r: _interval(r["vs_baseline"][key]) if r["vs_baseline"] else "",
+        shown=lambda r: bool(r["vs_baseline"]) and words.shown(r["vs_baseline"][key]),
     )
 
 
 def _plain(key: str, title: str, unit: str = "") -> Column:
-    return Column(key, title, lambda r: r[key], lambda r: si(r[key], unit), better="less")
+    return Column(key, title, lambda r: r[key], lambda r: si(r[key], unit))
 
 
 def _band(reading: Row, unit: str) -> str:
@@ -253,14 +234,35 @@ def _techniques(row: Row) -> str:
     return ", ".join(map(str, names))
 
 
-def _energy_test(r: Row | None) -> str:
-    """Return the range over seeds and what the test says: "×0.47–0.49; difference shown (p = 0.001, 3 seeds)"."""
-    return "; ".join(x for x in (words.factor_band(r), words.significance(r)) if x)
+def _interval(r: Row | None) -> str:
+    """Return the interval of a ratio and whether it tells a difference: "×0.87–1.12, no difference shown"."""
+    if not r or not r["n"]:
+        return "no seed in common: not comparable by pairs"
+    if r["low"] is None:
+        return "one seed: no interval"
+    return words.factor_band(r) + ("" if words.shown(r) else ", no difference shown")
+
+
+def _decided(row: Row, metric: str) -> str:
+    """Return the interval of the metric and what it decides: "−1.48 to +2.07: keeps"."""
+    if not row["vs_baseline"]:
+        return ""
+    d = row["vs_baseline"][metric]
+    return ": ".join(x for x in (words.interval(metric, d) if d else "", words.decided(d)) if x)
+
+
+def _builds_on(row: Row) -> str:
+    """Return what a row builds on in joules; what nobody knows is "not known", never 0."""
+    if not row["uses"]:
+        return "nothing"
+    known = si(row["base_reuse"]["whole_j"]["value"], "J") if row["base_reuse"]["whole_j"]["value"] is not None else ""
+    return " + ".join(x for x in (known, "not known" if reuse.unknown(row) else "") if x)
 
 
 def _reused(row: Row) -> str:
-    """Return what a row builds on: "base, 116 mg CO₂e"."""
-    return ", ".join(x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x)
+    """Return what a row builds on: "base, 116 mg CO₂e; not counted: the weights of others"."""
+    said = ", ".join(x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x)
+    return said + (f"; not counted: {', '.join(names)}" if (names := reuse.unknown(row)) else "")
 
 
 def _grams(row: Row, key: str) -> str:
@@ -276,7 +278,7 @@ def _users(row: Row) -> str:
 
 def _vs(row: Row, key: str, part: str) -> float | None:
     vs = row["vs_baseline"]
-    return vs[key][part] if vs and vs[key] else None
+    return vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None  # one seed: no interval, no comparison
 
 
 def _ms(row: Row, key: str) -> float | None:

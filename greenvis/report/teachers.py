@@ -57,4 +57,4 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _span(ends: list[float] | None) -> str:
-    return words.MISSING if ends is None else " → ".join(f"{v:.2f}" for v in ends)
+    return words.MISSING if ends is None else " → ".join(words.fixed(v, 2) for v in ends)

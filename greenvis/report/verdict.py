@@ -1,12 +1,10 @@
-"""The sentence on top of a report: what was gained, what it cost, how sure that is."""
+"""The sentence on top of a report: what was gained, what it cost with all it builds on, how sure that is."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from greenvis.report import continual, words
-
-SURE_WITHOUT_A_TEST = 0.95  # with one seed no test is possible: a ratio below this is taken as cheaper
+from greenvis.report import continual, reuse, words
 
 
 def headline(found: dict[str, Any]) -> str:
@@ -21,12 +19,11 @@ def opening(found: dict[str, Any]) -> str:
 
 
 def _choice(found: dict[str, Any]) -> tuple[str, str]:
-    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the gain.
+    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the metric.
 
-    In order: the cheapest of the arms that cost less and lose nothing; the best that gains; of those that cost less and lose,
-    the one that loses least; else the best. "Loses nothing": no worse than seeds scatter, and its own 95 % interval reaches
-    no loss (not adjusted for the number of arms: that would let more of them pass). An arm that trained on all tasks of a
-    stream at once is a bound: it is named where there is no other.
+    In order: the cheapest of the arms that keep the metric and cost less, both by their intervals; the best that gains; of
+    those that cost less the one that loses least; else the best. An arm that trained on all tasks of a stream at once is a
+    bound: it is named where there is no other.
     """
     arms, base, metric = found["arms"], found["baseline"], found["metric"]
     sign = -1 if found["lower_is_better"] else 1
@@ -40,37 +37,34 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
         scored = [a for a in found["order"] if arms[a][metric]["mean"] is not None]
         best = max(scored, key=gain) if scored else found["order"][0]
         return (base if base in scored and base is not None else best), ""
-    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][_cost(found, a)])]
-    kept = [a for a in cheap if _keeps(found, a, sign)]
-    if kept:
-        return min(kept, key=lambda a: arms[a]["vs_baseline"][_cost(found, a)]["ratio"]), ""
+    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][cost(found, a)])]
+    keep = [a for a in cheap if keeps(found, a)]
+    if keep:
+        return min(keep, key=lambda a: arms[a]["vs_baseline"][cost(found, a)]["ratio"]), ""
     better = [a for a in rivals if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)]
-    if better:
-        return max(better, key=gain), f"No arm is shown to cost less than {base} and keep its {metric}. "
-    if cheap:
-        return max(cheap, key=gain), f"No arm is shown to cost less than {base} and keep its {metric}. "
+    lacking = f"No arm is shown to cost less than {base} and keep its {metric}. "
+    if better or cheap:
+        return max(better or cheap, key=gain), lacking
     return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
 
 
-def _cost(found: dict[str, Any], label: str) -> str:
-    """Return which energy an arm is judged by: that of one image where it goes on from the baseline's own trained model."""
+def cost(found: dict[str, Any], label: str) -> str:
+    """Return the energy an arm is judged by: with all it builds on; one image's where it goes on from the baseline itself."""
     whole = f"{found['name']}/{found['baseline']}"
-    return "inference_energy" if any(u["name"] == whole for u in found["arms"][label]["uses"]) else "train_energy"
+    goes_on = any(u["name"] == whole for u in found["arms"][label]["uses"])
+    return "inference_energy" if goes_on else "train_energy_with_reuse"
 
 
 def _cheaper(r: dict[str, Any] | None) -> bool:
-    """Whether less energy than the baseline's is shown, or, where no test is possible, plain."""
-    return bool(r) and (r["ratio"] < 1 and words.shown(r) if r["n"] > 1 else r["ratio"] < SURE_WITHOUT_A_TEST)
+    """Whether the interval shows less energy than the baseline's."""
+    return bool(r) and r["ratio"] < 1 and words.shown(r)
 
 
-def _keeps(found: dict[str, Any], label: str, sign: int) -> bool:
+def keeps(found: dict[str, Any], label: str) -> bool:
+    """Whether an arm's interval lies within the margin, or there is no metric at all that it could lose."""
     arms, metric = found["arms"], found["metric"]
     d = arms[label]["vs_baseline"][metric]
-    if not d:  # nothing to lose was recorded
-        return all(row[metric]["mean"] is None for row in arms.values())
-    scatter = sum(arms[a][metric]["std"] or 0.0 for a in (label, found["baseline"]))
-    best = d["high"] if sign > 0 else d["low"]
-    return sign * d["mean"] >= -scatter and (best is None or sign * best >= 0)
+    return d["verdict"] == "keeps" if d else all(row[metric]["mean"] is None for row in arms.values())
 
 
 def sentence(found: dict[str, Any], label: str) -> str:
@@ -85,25 +79,44 @@ def sentence(found: dict[str, Any], label: str) -> str:
     if scored and metric != "accuracy":
         reached += f" {metric}"
     vs = row["vs_baseline"]
-    if not vs:
-        spent = row["train_energy_j"]
-        joules = f"{words.si(spent['value'], 'J')} of training energy" if spent["value"] is not None else ""
-        if not scored:
-            return f"{label} took {joules or 'an unknown energy'}; no {metric} was recorded{_one_seed(row)}."
-        cost = f" for {joules}" if joules else ""
-        return reached + cost + _one_seed(row) + "."
-    key = _cost(found, label)
-    goes_on = f", going on from {base}," if key == "inference_energy" else ""
-    return f"{reached}{goes_on} with {_energy(vs[key], base, key)}; {_gain(found, label)}.{reused(found, label)}{_partly(row)}"
+    if not vs or len(row["seeds"]) == 1:
+        return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(row)
+    key = cost(found, label)
+    if key == "inference_energy":
+        said = f"{reached}, going on from {base}, with {_energy(found, label, key, 'energy an image')}; {_gain(found, label)}."
+        said += f" Making it: {_energy(found, label, 'train_energy_with_reuse', 'energy')}."
+    else:
+        what = "energy" if builds_on(found, label) else "training energy"
+        said = f"{reached} with {_energy(found, label, key, what)}; {_gain(found, label)}."
+    return said + not_counted(row, found["arms"][base]) + _partly(row)
 
 
-def _energy(r: dict[str, Any] | None, base: str | None, key: str) -> str:
-    what = {"train_energy": "training energy", "inference_energy": "energy an image"}[key]
-    if not r:
+def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
+    """Return the sentence on an arm that is compared with none, or by one seed: joules, and no ratio."""
+    line = row["train_energy_with_reuse_j"]["value"]
+    joules = words.si(line, "J") if line is not None else ""
+    what = "energy, with all it builds on" if line != row["train_energy_j"]["value"] else "training energy"
+    one = " (one seed: no spread is known)" if len(row["seeds"]) == 1 else ""
+    if not scored:
+        return f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {metric} was recorded{one}."
+    return reached + (f" for {joules} of {what}" if joules else "") + one + "."
+
+
+def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
+    """Return an arm's energy beside the baseline's: "2.1 times less energy (1.9–2.3) than full", and its own share."""
+    vs, base = found["arms"][label]["vs_baseline"], found["baseline"]
+    r = vs[key]
+    if not r or r["low"] is None:
         return f"an unknown share of the {what} of {base}"
-    if r["n"] > 1 and r["p_value"] is not None and not words.shown(r):
-        return f"no difference shown in {what} to {base}: {words.times(r)}"
-    return f"{words.times(r, what)} {'as' if abs(r['ratio'] - 1) < 0.005 else 'than'} {base}"
+    text = f"{words.times(r, what)} {'than' if words.shown(r) else 'to'} {base}"
+    if r["low"] == r["high"] == 1:
+        text = f"{words.times(r, what)} as {base}"
+    own = vs["train_energy"]
+    charged = builds_on(found, label)
+    if key != "train_energy_with_reuse" or not charged:
+        return text
+    share = f"; own training {words.factor(own)}, {words.factor_band(own).removeprefix('×')}" if own and own["low"] else ""
+    return f"{text} ({charged} included{share})"
 
 
 def _gain(found: dict[str, Any], label: str) -> str:
@@ -111,31 +124,29 @@ def _gain(found: dict[str, Any], label: str) -> str:
     d = found["arms"][label]["vs_baseline"][metric]
     if not d:
         return f"no {metric} to compare"
-    text = f"{metric} {words.points(metric, d['mean'])}"
-    if d["low"] is not None and d["n"] > 1:
-        ends = [words.points(metric, d[k]).removesuffix(" points") for k in ("low", "high")]
-        text += f" (95\u00a0% interval {ends[0]} to {ends[1]})"
-    return f"{text}: {words.significance(d)}"
+    band = words.interval(metric, d)
+    text = f"{metric} {words.points(metric, d['mean'])}" + (f" (95\u00a0% interval {band})" if band else "")
+    return f"{text}: {words.decided(d, margin(found))}"
 
 
-def reused(found: dict[str, Any], label: str) -> str:
-    """Say what the ratio becomes with the training it builds on charged whole, where that differs."""
-    vs = found["arms"][label]["vs_baseline"]
-    own, whole = vs["train_energy"], vs["train_energy_with_reuse"]
-    if not own or not whole or abs(own["ratio"] - whole["ratio"]) < 1e-9:
-        return ""
-    return f" Charging {builds_on(found, label)} as well: {words.times(whole, 'energy')}."
+def margin(found: dict[str, Any]) -> str:
+    """Return how much may be lost, in words: "0.5 points"."""
+    metric = found["metric"]
+    unit = ("point" if found["margin"] == 1 else "points") if words.share(metric) else f"of {metric}"
+    return f"{found['margin']:g} {unit}"
+
+
+def not_counted(*rows: dict[str, Any]) -> str:
+    """Name what the rows build on at a cost that nobody knows."""
+    names = list(dict.fromkeys(n for row in rows for n in reuse.unknown(row)))
+    return f" Not counted, for its cost is not known: {', '.join(names)}." if names else ""
 
 
 def builds_on(found: dict[str, Any], label: str) -> str:
-    """Return what is charged in a comparison of an arm to the baseline: "the base of full and lora"."""
-    owners = [a for a in (found["baseline"], label) if found["arms"][a]["uses"]]
-    roles = dict.fromkeys(u["role"] for a in owners for u in found["arms"][a]["uses"])
-    return f"the {' and '.join(roles)} of {' and '.join(owners)}"
-
-
-def _one_seed(row: dict[str, Any]) -> str:
-    return " (one seed: no spread is known)" if len(row["seeds"]) == 1 else ""
+    """Return what is charged in a comparison of an arm to the baseline: "the base of full and lora"; "" for nothing."""
+    known = {a: [u for u in found["arms"][a]["uses"] if u["energy_j"]["value"] is not None] for a in (found["baseline"], label)}
+    roles = dict.fromkeys(u["role"] for uses in known.values() for u in uses)
+    return f"the {' and '.join(roles)} of {' and '.join(a for a, uses in known.items() if uses)}" if roles else ""
 
 
 def _partly(row: dict[str, Any]) -> str:

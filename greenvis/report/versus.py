@@ -1,4 +1,4 @@
-"""What an arm is worth: ratios to the baseline paired by seed, payback, the full cycle, SCI."""
+"""What an arm is worth: ratios to the baseline paired by seed, what they decide, payback, the full cycle, SCI."""
 
 from __future__ import annotations
 
@@ -7,65 +7,53 @@ from typing import Any
 
 from greenvis import price
 from greenvis.report import arms as arms_
-from greenvis.report import reuse, stats, words
+from greenvis.report import stats, words
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
 
+READINGS = ("train_energy_j", "train_energy_with_reuse_j", "inference_energy_j")  # an arm's readings that are compared
 
-def compare(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | None, metric: str) -> None:
-    """Add to each arm its ratios to the baseline, paired by seed, and when it pays back."""
-    for label in table:
-        table[label]["vs_baseline"] = None
-    if base is None or not arms[base].done:
+
+def compare(found: dict[str, Any]) -> None:
+    """Put into each arm of the results how it compares with the baseline, from values by seed: `vs_baseline`, `full_cycle`.
+
+    Everything here is derived: `results.json` of older rules, or with another baseline or margin, is compared anew by this.
+    """
+    table, base, metric = found["arms"], found["baseline"], found["metric"]
+    for row in table.values():
+        row["vs_baseline"] = None
+        row["full_cycle"] = full_cycle(row, found["served"])
+    if base is None or not table[base]["seeds"]:
         return
-    target = table[base][metric]["mean"]
-    of_base, of_arm = _by_seed(arms[base], metric), {}
-    for label, arm in arms.items():
-        table[label]["energy_to_baseline_j"] = _energy_to(arm, target, lower_is_better(metric))
-        if label == base or not arm.done:
-            continue
-        of_arm[label] = own = _by_seed(arm, metric)
-        gain = stats.difference(own.pop(metric), of_base[metric])
-        ratios = {k: stats.ratio(v, of_base[k]) for k, v in own.items()}
-        table[label]["vs_baseline"] = {**ratios, metric: gain}
-    for key in ("train_energy", "inference_energy", metric):
-        rows = {k: t["vs_baseline"][key] for k, t in table.items() if t["vs_baseline"] and t["vs_baseline"][key]}
-        for label, p in stats.holm({k: v["p_value"] for k, v in rows.items()}).items():
-            rows[label]["p_adjusted"] = p
-    for label, own in of_arm.items():
-        vs = table[label]["vs_baseline"]
-        vs["payback"] = _payback(own, of_base, vs["inference_energy"])
+    by_seed = {label: _by_seed(row, metric) for label, row in table.items() if row["seeds"]}
+    rivals = [a for a in by_seed if a != base]
+    found["comparisons"] = many = sum(len({*table[a]["seeds"]} & {*table[base]["seeds"]}) > 1 for a in rivals)
+    for label in rivals:
+        own, bases = by_seed[label], by_seed[base]
+        vs = {k: stats.ratio(own[k], bases[k], many) for k in own if k != metric and k in bases}
+        gain = stats.difference(own[metric], bases[metric], many)
+        vs[metric] = gain and gain | stats.decide(gain, allowed(found), many, found["lower_is_better"])
+        vs["payback"] = _payback(own, bases, vs["inference_energy"])
+        table[label]["vs_baseline"] = vs
 
 
-def _by_seed(arm: Arm, metric: str) -> dict[str, dict[int, float]]:
-    """Return what is compared, by quantity and finished seed; the metric among it."""
-    quantities = {
-        "train_energy": lambda r: r.making_j.value,
-        "total_energy": lambda r: r.whole_j.value,
-        "train_energy_with_reuse": _with_reuse,
-        "inference_energy": lambda r: arms_.inference([r])["value"],
-        "train_flops": arms_.train_flops,
-        "wall": arms_.wall,
-        "latency_p50": arms_.latency_p50,
-        **{k: arms_.fact(k) for k in arms_.PLAIN},
-        metric: lambda r: arms_.score(r, metric),
-    }
-    return {k: arms_.per_seed(arm, f) for k, f in quantities.items()}
+def allowed(found: dict[str, Any]) -> float:
+    """Return how much of the metric may be lost, in its own unit: `margin` is in points for a share of 1."""
+    return found["margin"] / 100 if words.share(found["metric"]) else found["margin"]
 
 
-def _with_reuse(run: SeedRun) -> float | None:
-    uses = [reuse.use_energy(u) for u in reuse.uses_of(run).values()]
-    if any(u.value is None for u in uses):
-        return None
-    return price.add([run.making_j, *uses]).value
+def _by_seed(row: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    """Return what is compared, by quantity and seed; the metric among it."""
+    readings = {k.removesuffix("_j"): row[k].get("by_seed") or {} for k in READINGS}
+    return {**row["by_seed"], **readings, metric: row[metric]["by_seed"]}
 
 
 def _payback(
-    own: dict[str, dict[int, float]], base: dict[str, dict[int, float]], use: dict[str, Any] | None
+    own: dict[str, dict[str, float]], base: dict[str, dict[str, float]], use: dict[str, Any] | None
 ) -> dict[str, Any] | None:
     """Break-even images against the baseline, without and with what each builds on; the range is over seeds.
 
-    Where no test shows that one image costs less or more, dividing by that difference would divide by noise.
+    Where the interval does not show that one image costs less or more, dividing by that difference would divide by noise.
     """
     infer, infer_b = own["inference_energy"], base["inference_energy"]
     out: dict[str, Any] = {}
@@ -74,17 +62,24 @@ def _payback(
         means = [stats.summary(x)["mean"] for x in (make, make_b, infer, infer_b)]
         if any(m is None for m in means):
             return None
-        out[key] = stats.payback(means[0] - means[1], means[3] - means[2])
-        if use and use["n"] != 1 and not words.shown(use):
+        if not words.shown(use):
             out[key] = {"verdict": "not shown", "images": None, "low": None, "high": None, "seeds_agree": None}
             continue
+        out[key] = stats.payback(means[0] - means[1], means[3] - means[2])
         seeds = [s for s in make if s in make_b and s in infer and s in infer_b]
         single = [stats.payback(make[s] - make_b[s], infer_b[s] - infer[s]) for s in seeds]
         agree = len(single) > 1 and all(x["verdict"] == out[key]["verdict"] for x in single)
         images = [x["images"] for x in single if x["images"] is not None]
         out[key] |= {"low": min(images) if agree and images else None, "high": max(images) if agree and images else None}
-        out[key]["seeds_agree"] = agree if len(single) > 1 else None
+        out[key]["seeds_agree"] = agree
     return out
+
+
+def reach(table: dict[str, dict[str, Any]], arms: dict[str, Arm], base: str | None, metric: str) -> None:
+    """Add to each arm the joules at which it reached the baseline's final metric."""
+    if base is not None and arms[base].done:
+        for label, arm in arms.items():
+            table[label]["energy_to_baseline_j"] = _energy_to(arm, table[base][metric]["mean"], lower_is_better(metric))
 
 
 def _energy_to(arm: Arm, target: float | None, lower: bool) -> dict[str, Any] | None:
@@ -116,7 +111,10 @@ def thin(points: list[tuple[float, float]], most: int = 100) -> list[tuple[float
 
 
 def full_cycle(row: dict[str, Any], served: float) -> dict[str, Any]:
-    """Joules to make the model once and use it on `served` images, with what it reuses charged whole and shared."""
+    """Joules to make the model once and use it on `served` images, with what it reuses charged whole and shared.
+
+    What others made, at a cost nobody knows, is in none of these: `uses` names it.
+    """
     make, infer, base = row["train_energy_j"]["value"], row["inference_energy_j"]["value"], row["base_reuse"]
     whole, shared = (base["whole_j"]["value"], base["shared_j"]) if base else (0.0, 0.0)
     serve = None if infer is None else infer * served
@@ -127,8 +125,8 @@ def full_cycle(row: dict[str, Any], served: float) -> dict[str, Any]:
         "reuse_whole_j": whole,
         "reuse_shared_j": shared,
         "serve_j": serve,
-        "total_whole_j": math.fsum((make or 0.0, whole, serve or 0.0)) if known and whole is not None else None,
-        "total_shared_j": math.fsum((make or 0.0, shared, serve or 0.0)) if known and shared is not None else None,
+        "total_whole_j": math.fsum((make or 0.0, whole or 0.0, serve or 0.0)) if known else None,
+        "total_shared_j": math.fsum((make or 0.0, shared or 0.0, serve or 0.0)) if known else None,
         "wh_per_1000_images": None if infer is None else infer * 1000 / 3600,
     }
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from greenvis.report.stats import ALPHA
-
 MISSING = "–"
 _PREFIX = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
 _SHARES = ("accuracy", "top1", "top5", "f1", "miou", "map", "auc", "recall", "precision")
@@ -68,16 +66,31 @@ def gain(metric: str, value: float | None) -> str:
     """Return a metric's value: "88.9 %" for shares, three figures else."""
     if value is None:
         return MISSING
-    return f"{value * 100:.1f}\u00a0%" if share(metric) else figures(value)
+    return f"{fixed(value * 100)}\u00a0%" if share(metric) else figures(value)
+
+
+def fixed(value: float, digits: int = 1, *, sign: bool = False) -> str:
+    """Return `value` with that many decimals: "−1.4", with `sign` also "+1.4"; what rounds to nothing has no sign."""
+    text = f"{value:+.{digits}f}"
+    if not float(text):
+        return text[1:]
+    return text.replace("-", "−") if sign or value < 0 else text[1:]
 
 
 def points(metric: str, value: float | None) -> str:
     """Return a signed difference of the metric: "+1.5 points" for shares."""
     if value is None:
         return MISSING
-    text = f"{value * 100:+.2f}" if share(metric) else f"{'+' if value >= 0 else '-'}{figures(abs(value))}"
-    text = text[1:] if not float(text.replace(",", "")) else text  # no sign for nothing
-    return text.replace("-", "−") + (" points" if share(metric) else "")
+    if share(metric):
+        return f"{fixed(value * 100, 2, sign=True)} points"
+    return ("+" if value > 0 else "−" if value < 0 else "") + figures(abs(value))
+
+
+def interval(metric: str, d: Mapping[str, Any]) -> str:
+    """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is none."""
+    if d["low"] is None:
+        return ""
+    return " to ".join(points(metric, d[k]).removesuffix(" points") for k in ("low", "high"))
 
 
 def spread(metric: str, s: Mapping[str, Any]) -> str:
@@ -94,74 +107,70 @@ def spread(metric: str, s: Mapping[str, Any]) -> str:
 
 
 def times(r: Mapping[str, Any] | None, what: str = "") -> str:
-    """Return a ratio to the baseline in words: "2.1 times less energy (1.9–2.3)"; the range is over seeds."""
-    if not r or r["ratio"] is None or r["ratio"] <= 0:
+    """Return a ratio to the baseline in words, with its interval, as far as that interval goes.
+
+    "2.1 times less energy (1.9–2.3)", "12 % more energy (9.0–14)"; "no difference shown in energy (×0.95, 0.88–1.02)" where the
+    interval reaches 1; MISSING without an interval: one seed tells no difference from scatter.
+    """
+    if not r or r["low"] is None:
         return MISSING
     ratio, low, high = r["ratio"], r["low"], r["high"]
-    what = f" {what}" if what else ""
-    if abs(ratio - 1) < 0.005:
-        return f"the same{what}" + (
-            f" ({figures(low)}–{figures(high)} times)" if low is not None and high is not None and high - low > 0.005 else ""
-        )
+    if low == high == 1:
+        return f"the same {what}".strip()
+    if not shown(r):
+        return f"no difference shown{f' in {what}' if what else ''} ({factor(r)}, {factor_band(r).removeprefix('×')})"
     less = ratio < 1
-    k = 1 / ratio if less else ratio
-    if k < 1.5:
-        return _percent(r, what)
-    ends = "" if low is None or high is None else [1 / high, 1 / low] if less and low > 0 else [low, high]
-    band = f" ({_ratio(ends[0])}–{_ratio(ends[1])})" if ends else ""
-    return f"{_ratio(k)} times {'less' if less else 'more'}{what}{band}"
+    what = f"{'less' if less else 'more'} {what}".strip()
+    k, near, far = (1 / ratio, 1 / high, 1 / low) if less else (ratio, low, high)
+    if k >= 1.5:
+        ends = [_end(x, 2 if x >= 1.095 and x < 100 else 3) for x in (near, far)]
+        return f"{figures(k, 2 if k < 100 else 3)} times {what}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})")
+    change, *ends = [figures(abs(x - 1) * 100, 2) for x in ((ratio, high, low) if less else (ratio, low, high))]
+    return f"{change} % {what}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})")
 
 
-def _percent(r: Mapping[str, Any], what: str) -> str:
-    """Return a small ratio as "12 % more energy (9–14)"; a band that crosses 1 keeps its signs."""
-    change = (r["ratio"] - 1) * 100
-    text = f"{figures(abs(change), 2)} % {'less' if change < 0 else 'more'}{what}"
-    if r["low"] is None or r["high"] is None:
-        return text
-    ends = [(r["low"] - 1) * 100, (r["high"] - 1) * 100]
-    if ends[0] < 0 < ends[1]:
-        return f"{text} ({figures(-ends[0], 2)} % less to {figures(ends[1], 2)} % more)"
-    near, far = sorted(map(abs, ends))
-    return f"{text} ({figures(near, 2)}–{figures(far, 2)})"
+def _end(k: float, digits: int = 3) -> str:
+    """Return an end of an interval of a ratio; one too far off to matter is not written out."""
+    return "over 100" if k > 100 else "under 0.01" if k < 0.01 else figures(k, digits)
 
 
-def _ratio(k: float) -> str:
-    return figures(k, 2 if k >= 1.095 and k < 100 else 3)
+def decided(d: Mapping[str, Any] | None, margin: str = "") -> str:
+    """Return what the interval of the metric says: "keeps", "loses", or "not yet decided", and how many seeds would tell.
 
-
-def significance(d: Mapping[str, Any] | None) -> str:
-    """Return what a paired test says: "difference shown", "no difference shown", or why nothing can be said."""
-    if not d or not d.get("n"):
+    margin: how much may be lost, in words, if that is to be said.
+    """
+    if not d or not d["n"]:
         return "no seed in common: not comparable by pairs"
     if d["n"] == 1:
-        return "one seed: no spread is known"
-    p = d.get("p_adjusted", d.get("p_value"))
-    if p is None:
-        return f"the same difference at all {d['n']} seeds: no test possible"
-    return f"{'difference shown' if p < ALPHA else 'no difference shown'} ({p_text(p)}, {d['n']} seeds)"
-
-
-def p_text(p: float) -> str:
-    """Return "p = 0.031", or "p < 0.001"."""
-    return "p < 0.001" if p < 0.001 else f"p = {figures(p, 2)}"
+        return "one seed: not decided"
+    if d["verdict"] == "keeps":
+        return f"kept within {margin}" if margin else "keeps"
+    if d["verdict"] == "loses":
+        return f"loses more than {margin}" if margin else "loses"
+    more = d["more_seeds"]
+    seeds = "one more seed" if more == 1 else f"{more} more seeds"
+    told = f"about {seeds} would tell" if more else "more seeds than could be run would tell"
+    return f"not yet decided{f' at {margin}' if margin else ''}, {told}"
 
 
 def shown(d: Mapping[str, Any] | None) -> bool:
-    """Return whether a difference is shown: by a paired test, or by being the same at each of several seeds."""
-    if not d or d["n"] < 2:
+    """Return whether the interval of a difference lies on one side of 0, or that of a ratio on one side of 1."""
+    if not d or d["low"] is None:
         return False
-    p = d.get("p_adjusted", d.get("p_value"))
-    return p is None or p < ALPHA
+    same = 1 if "ratio" in d else 0
+    return d["low"] > same or d["high"] < same
 
 
 def factor(r: Mapping[str, Any] | None) -> str:
-    """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"."""
-    return MISSING if not r or r["ratio"] is None else f"×{figures(r['ratio'], 2 if 0.995 <= r['ratio'] < 1.005 else 3)}"
+    """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"; MISSING for one seed."""
+    if not r or r["low"] is None:
+        return MISSING
+    return f"×{figures(r['ratio'], 2 if 0.995 <= r['ratio'] < 1.005 else 3)}"
 
 
 def factor_band(r: Mapping[str, Any] | None) -> str:
-    """Return the lowest and highest seed of a ratio: "×0.47–0.49"."""
-    return "" if not r or r["low"] is None or r["high"] is None else f"×{figures(r['low'])}–{figures(r['high'])}"
+    """Return the interval of a ratio: "×0.47–0.49"."""
+    return "" if not r or r["low"] is None else f"×{_end(r['low'])}–{_end(r['high'])}"
 
 
 def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
@@ -171,7 +180,7 @@ def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
     n, band = count(p["images"]), ""
     if p["low"] is not None and p["high"] is not None and p["verdict"] in ("pays back", "ahead until"):
         band = f" ({count(p['low'])}–{count(p['high'])} over seeds)"
-    unsure = {True: "", False: " The seeds do not agree.", None: " One seed: an indication, no more."}[p["seeds_agree"]]
+    unsure = "" if p["seeds_agree"] else " The seeds do not agree."
     text = {
         "at once": f"{arm} is ahead of {base} from the first image",
         "pays back": f"{arm} pays back after {n} images{band}",

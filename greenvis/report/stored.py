@@ -1,0 +1,64 @@
+"""A results.json read back: compared and put into words anew, where the records it came from are not at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from greenvis import record
+from greenvis.errors import BadInput, nearest
+from greenvis.report import build, versus
+
+NAME = "results.json"
+
+
+def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
+    """Return the results.json that `paths` names, by itself or by its folder if that holds no records; None for records."""
+    listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if len(listed) != 1:
+        return None
+    path = Path(listed[0])
+    if path.suffix == ".json":
+        return path
+    there = (path / NAME).is_file() and next(iter(record.find([path])), None) is None
+    return path / NAME if there else None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the results in a file. Raises BadInput for what is none, or of another schema."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found["arms"], dict) or not isinstance(found.get("schema", 0), int):
+            raise TypeError("arms is not an object")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not a {NAME} of greenvis: {error}") from error
+    schema = found.get("schema", 0)
+    if schema != build.SCHEMA:
+        way = "upgrade it" if schema > build.SCHEMA else "make the report again from its run records"
+        raise BadInput(f"{path} has schema {schema}, and this greenvis reads {build.SCHEMA}: {way}")
+    return found
+
+
+def again(
+    path: Path, *, baseline: str | None, metric: str, grid: Any, served: float | None, margin: float | None
+) -> dict[str, Any]:
+    """Return stored results compared anew, with another baseline, usage or margin if told. Raises BadInput.
+
+    Joules and grams stay as they are: to price them anew, and for another metric, the records are needed.
+    """
+    found = read(path)
+    if grid is not None or metric not in ("accuracy", found["metric"]):
+        raise BadInput(
+            f"{path} holds figures that are priced, of {found['metric']}: a grid or another metric wants run records"
+        )
+    if baseline is not None and baseline not in found["arms"]:
+        raise BadInput(f"no arm '{baseline}' to be the baseline{nearest(baseline, found['arms'])}")
+    changed = {"baseline": baseline, "served": served and round(served), "margin": margin}
+    found |= {key: value for key, value in changed.items() if value is not None}
+    if baseline is not None:
+        found["order"] = [baseline, *(a for a in found["order"] if a != baseline)]
+    versus.compare(found)
+    return found
