@@ -143,7 +143,9 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("--runs", default="runs")
 
     p = verb("report", verbs.report, "write a report from run records made anywhere")
-    p.add_argument("paths", nargs="+", help="records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; or one results.json")
+    p.add_argument(
+        "paths", nargs="+", help="records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; or one results.json"
+    )
     p.add_argument("--runs", default="runs", help="folder in which ids are looked up (default: runs)")
     p.add_argument("--out", help="folder of the report (default: reports/NAME)")
     p.add_argument("--baseline", help="the arm the others are measured against")

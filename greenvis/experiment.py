@@ -300,8 +300,7 @@ class Session:
         header = {
             "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
             "attempt": ranks.first(lambda: len(list(job.folder.glob("*.rank0" + record.SUFFIX)))) + 1,
-            "baseline": job.recipe.baseline, "margin": job.recipe.report.margin, "recipe": job.recipe.text(),
-            "command": self.command,
+            "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
         }  # fmt: skip
         return track(
             job.recipe.name, dir=folder, country=meter.country, intensity=meter.intensity, pue=meter.pue,

@@ -378,11 +378,12 @@ def test_every_interval_is_corrected_for_the_number_of_arms(tmp_path: Path, quan
 
 def test_the_margin_is_the_recipes_or_the_readers(tmp_path: Path) -> None:
     for seed in range(3):
-        header = {"margin": 3.0}
+        header = {"recipe": "report: {margin: 3, title: Study}"}
         synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed, header=header)
         synthetic.write(tmp_path, "less", seed, accuracy=0.88 + 0.0021 * seed, cpu_s=200 + seed, header=header)
     for margin, stated, verdict in ((None, 3.0, "keeps"), (0.5, 0.5, "loses"), (2.0, 2.0, "not yet decided")):
         found = results(tmp_path, margin=margin)
+        assert found["title"] == "Study"
         assert (found["margin"], found["arms"]["less"]["vs_baseline"]["accuracy"]["verdict"]) == (stated, verdict)
     with pytest.raises(BadInput, match="points that may be lost"):
         results(tmp_path, margin=-1)

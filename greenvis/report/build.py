@@ -39,6 +39,8 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
 from greenvis.report import family, forecast, provenance, reuse, settings, versus, words
@@ -64,7 +66,7 @@ def results(
 
     grid: a carbon intensity that replaces the recorded ones; it changes grams and nothing else. served: images a model
     answers in its life, for the full cycle. margin: how much of the metric may be lost: points of a share of 1 (0.5 unless the
-    records say otherwise), the metric's own unit else (0 unless told).
+    recipe says otherwise), the metric's own unit else (0 unless told).
     Raises BadInput for an unknown baseline or a metric that names something else.
     """
     if metric in RESERVED or metric.endswith(("_j", "_g")):
@@ -80,17 +82,17 @@ def results(
     for arm in listed:
         table[arm.label]["curve"] = {str(s): [list(p) for p in versus.thin(versus.curve(r))] for s, r in arm.done.items()}
         table[arm.label]["sci"] = versus.sci(table[arm.label], last[arm.label])
-    names = sorted({g.name for g in groups})
+    names, stated = sorted({g.name for g in groups}), _stated(listed)
     found = {
         "schema": SCHEMA,
         "name": names[0]
         if len(names) == 1
         else " + ".join(names[:3]) + (f" + {len(names) - 3} more" if len(names) > 3 else ""),
-        "title": None,
-        "note": None,
+        "title": stated.get("title"),
+        "note": stated.get("note"),
         "baseline": base,
         "metric": metric,
-        "margin": _margin(listed, metric) if margin is None else margin,
+        "margin": _margin(stated, metric) if margin is None else margin,
         "comparisons": 0,
         "served": served,
         "lower_is_better": versus.lower_is_better(metric),
@@ -147,11 +149,22 @@ def _baseline(asked: str | None, listed: list[Arm]) -> str | None:
     return next((b for b in (*(n for _, n in reversed(named)), "baseline") if b in labels), None)
 
 
-def _margin(listed: list[Arm], metric: str) -> float:
-    """The margin the newest records state, else half a point of a share of 1, and nothing of what has other units."""
-    stated = [(a.start_s, a.header.get("margin")) for arm in listed for r in arm.runs for a in r.attempts]
-    known = [(at, float(m)) for at, m in stated if isinstance(m, (int, float)) and not isinstance(m, bool) and m >= 0]
-    return max(known)[1] if known else MARGIN if words.share(metric) else 0.0
+def _stated(listed: list[Arm]) -> dict[str, Any]:
+    """What the newest recipe in the records says under `report`: title, note, margin; {} where none is recorded."""
+    recipes = [(a.start_s, a.header.get("recipe")) for arm in listed for r in arm.runs for a in r.attempts]
+    texts = [(at, text) for at, text in recipes if isinstance(text, str)]
+    try:
+        recipe = yaml.safe_load(max(texts)[1]) if texts else None
+    except yaml.YAMLError:  # a header of other hands
+        recipe = None
+    said = recipe.get("report") if isinstance(recipe, dict) else None
+    return said if isinstance(said, dict) else {}
+
+
+def _margin(stated: Mapping[str, Any], metric: str) -> float:
+    """The margin the recipe states, else half a point of a share of 1, and nothing of what has other units."""
+    margin = stated.get("margin")
+    return float(margin) if isinstance(margin, (int, float)) and margin >= 0 else MARGIN if words.share(metric) else 0.0
 
 
 def _unknown_metric(metric: str, listed: list[Arm]) -> None:
