@@ -14,7 +14,8 @@ Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic
                it: wall_s, cpu_s (with children), ram_gb_s, cpu_j, dram_j, gpu_j, meter_j (counters), steal_s, steps,
                samples, flops (whichever are observed); "cpu_j_unseen_s" and the like: the seconds for which that quantity's
                counter told nothing that can be believed (below 0 where it then gave what belongs to phases before);
-               mono_s and clock_s say when
+               "paused_wall_s", "paused_cpu_j" and the like: what passed, and what counters saw, while the process or what it
+               runs was stopped: in no total above, and not the run's energy; mono_s and clock_s say when
     log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy, loss
     fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones
     uses       another run this one builds on, or one that such a run does: role, name, runs, of (its children by name and
@@ -45,6 +46,7 @@ SUFFIX = ".jsonl"
 SYNC_EVERY_S = 5.0
 LEAST_OF_AN_ID = 6  # characters of one end of it that name a run
 KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
+PAUSED = "paused_"  # before a quantity's name: of the time in which the process stood still
 
 PARTLY_UNKNOWN: Literal["partly unknown"] = "partly unknown"  # provenance of a figure from which something is missing
 Provenance = Literal["measured", "estimated", "constant", "partly unknown"]

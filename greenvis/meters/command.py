@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput
+from greenvis.meters.phase import Standstill
 from greenvis.meters.processes import children
 from greenvis.meters.track import Tracker, track
 
@@ -39,6 +40,7 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
             _leave_nothing(run.path, before)
             raise BadInput(f"cannot start '{words[0]}': {error.strerror or error}") from error
         with _passed_on(process):
+            _wait_through_stops(process, run)
             code = process.wait()
         _reap_orphans(run, ours)
         code = code if code >= 0 else 128 - code
@@ -56,6 +58,20 @@ def _leave_nothing(record: Path, before: Path) -> None:
             return
         with contextlib.suppress(OSError):  # not empty
             folder.rmdir()
+
+
+def _wait_through_stops(process: subprocess.Popen[Any], run: Tracker) -> None:
+    """Return when the command has ended; what passes while it is stopped is not charged to it."""
+    if sys.platform != "linux":
+        return
+    moved = os.WSTOPPED | os.WCONTINUED
+    while (now := os.waitid(os.P_PID, process.pid, os.WEXITED | moved | os.WNOWAIT)) is not None:
+        if now.si_code not in (os.CLD_STOPPED, os.CLD_CONTINUED):
+            return
+        os.waitid(os.P_PID, process.pid, moved)
+        if now.si_code == os.CLD_STOPPED:
+            with Standstill(run):
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WCONTINUED | os.WNOWAIT)
 
 
 def _name(words: Sequence[str]) -> str:

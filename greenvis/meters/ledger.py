@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from greenvis.meters.counter import Counter, new_notes
 from greenvis.meters.energy import Meter, Source
-from greenvis.record import UNSEEN
+from greenvis.meters.pause import Pauses
+from greenvis.record import PAUSED, UNSEEN
 
 MOST_W = 20_000.0  # of a whole machine: above the largest of eight GPUs
 MOST = {"cpu_s": 4096.0, "ram_gb_s": 65536.0}  # CPUs and GB that one machine may have
@@ -16,12 +17,14 @@ class Ledger:
     """Nested phases over one source. Phases are disjoint paths ("train/epoch3"): they sum to the run exactly.
 
     Whatever the source, what prices energy is believed only step by step: see `meters.counter`.
-
+    What passes while the process stands still is kept apart, as "paused_wall_s" and the like: it is not the run's.
     Not safe for threads by itself: the tracker holds a lock around it.
     """
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, interval_s: float = 1.0) -> None:
         self.source = source
+        self.paused = False  # said from outside: what is metered stands still, though this process does not
+        self._pauses = Pauses(interval_s)
         self.totals: dict[str, dict[str, float]] = {}
         self._counters: dict[str, Counter] = {}
         first = source.read()
@@ -55,8 +58,14 @@ class Ledger:
         now = self._believed(self.source.read(full))
         phase = self.phase
         totals = self.totals.setdefault(phase, {})
+        still = self._pauses.share()
+        still = 1.0 if self.paused else still
         for quantity, value in now.items():
-            totals[quantity] = totals.get(quantity, 0.0) + value - self._last.get(quantity, 0.0)
+            step = value - self._last.get(quantity, 0.0)
+            if still and quantity != "cpu_s":  # processor time is work, whenever it was used
+                totals[PAUSED + quantity] = totals.get(PAUSED + quantity, 0.0) + step * still
+                step *= 1 - still
+            totals[quantity] = totals.get(quantity, 0.0) + step
         totals["wall_s"] = max(0.0, totals["wall_s"])  # a clock that was put back
         self._last.update(now)
         self._changed.add(phase)

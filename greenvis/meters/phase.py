@@ -1,4 +1,4 @@
-"""The two contexts of a tracker: a phase of the run, and the lock its state is changed under."""
+"""The contexts of a tracker: a phase of the run, a time in which it stands still, the lock its state is changed under."""
 
 from __future__ import annotations
 
@@ -31,6 +31,28 @@ class Phase:
         with Whole(t):
             if t._state == "running":
                 t._ledger.leave(self._path)
+
+
+class Standstill:
+    """A time in which what the tracker meters is stopped, though this process is not: nothing of it is charged to the run."""
+
+    __slots__ = ("_tracker",)
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+
+    def __enter__(self) -> None:
+        self._say(True)
+
+    def __exit__(self, *_: object) -> None:
+        self._say(False)
+
+    def _say(self, paused: bool) -> None:
+        t = self._tracker
+        with Whole(t):
+            if t._state == "running":
+                t._ledger.cut()
+                t._ledger.paused = paused
 
 
 class Whole:

@@ -50,11 +50,11 @@ class ProcessTree:
         return self._total
 
     def resident_gb(self) -> float:
-        """Return resident memory in GB (1e9 bytes). With children, pages shared among them are divided between them."""
+        """Return resident memory in GB (1e9 bytes) of what runs; pages shared with children are divided between them."""
         if not self._seen:
             return _resident(self._pid) / GB
         now = time.monotonic()
-        return sum(_resident(p) * self._share_of(p, now) for p in (self._pid, *self._seen)) / GB
+        return sum(_resident(p) * self._share_of(p, now) for p in (self._pid, *self._seen) if not _stopped(p)) / GB
 
     def live_pids(self) -> list[int]:
         """Return the live descendants found when the tree was last read."""
@@ -185,6 +185,14 @@ def _stat(pid: int) -> tuple[int, float] | None:
     except (OSError, IndexError):
         return None
     return int(fields[19]), sum(map(int, fields[11:15])) * TICK_S
+
+
+def _stopped(pid: int) -> bool:
+    """Say whether a process is stopped by a signal: it holds its memory, but does nothing with it."""
+    try:
+        return _read(f"/proc/{pid}/stat").rsplit(b")", 1)[1].split()[0] in (b"T", b"t")
+    except (OSError, IndexError):
+        return False
 
 
 def _resident(pid: int) -> int:

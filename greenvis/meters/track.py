@@ -133,7 +133,7 @@ class Tracker:
             from greenvis.meters.crosscheck import CrossCheck
 
             self._crosscheck = CrossCheck(self.header)
-        self._ledger = Ledger(source)
+        self._ledger = Ledger(source, self._interval_s)
         self._writer = Writer(self.path, self.header)
         self._state = "running"
         self._outer_env = os.environ.get(headers.RUN_ENV)

@@ -142,6 +142,11 @@ def _runs(found: dict[str, Any]) -> list[str]:
             f"{found['damaged_lines']} damaged line(s) in the records were skipped; totals are cumulative, so a damaged line "
             "costs at most what was observed since the one before."
         )
+    if found.get("paused_s"):
+        out.append(
+            f"Processes stood still for {words.duration(found['paused_s'])} (stopped or suspended): what the machine and their "
+            "memory drew meanwhile is in the records, but not charged to the runs."
+        )
     if found["missing_ranks"]:
         out.append(f"{found['missing_ranks']} process record(s) are missing: the energy is too low by them.")
     return out

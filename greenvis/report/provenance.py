@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis import price
+from greenvis.record import PAUSED
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt
 from greenvis.report.reuse import use_energy
@@ -38,6 +39,7 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
         "crosscheck": _crosscheck(listed),
         "steal_s": _total(attempts, "steal_s"),
         "cpu_s": _total(attempts, "cpu_s"),
+        "paused_s": _total(attempts, PAUSED + "wall_s"),
         "damaged_lines": sum(a.damaged_lines for a in attempts),
         "missing_ranks": sum(len(a.missing_ranks) for a in attempts),
         "notes": sorted({n for a in attempts for n in a.notes} | set(notes)),
