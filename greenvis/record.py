@@ -3,7 +3,8 @@
 Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic clock, clock_s the wall clock's Unix time):
 
     header     run, name, arm, seed, inputs, attempt: which run; rank, world_size, launch: which process of it;
-               host, boot_id, pid, clock_s, mono_s: where and when it began; nested_in: the run that counts this one, too;
+               host, boot_id, pid, clock_s, mono_s: where and when it began; parents: pids of the processes above it;
+               nested_in: the run that counts this one, too;
                versions, cpu, command, git; components [{name, source, scope "process" or "machine", observation (a
                quantity below), coefficient {low, central, high, unit}, provenance, citation, reason, devices}]; pricing
                (the model's version); pue; carbon_intensity {value (g/kWh), zone, year, source, assumed}; embodied.
@@ -138,6 +139,7 @@ class Run:
         self.uses: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.end: dict[str, Any] | None = None
+        self.last_s: float | None = None  # on the machine's monotonic clock: when it was last written
         self.damaged_lines = 0
 
     @property
@@ -179,6 +181,24 @@ def read(path: str | os.PathLike[str]) -> Run:
     run = Run(path, {k: v for k, v in header.items() if k != "type"})
     run.damaged_lines = damaged + sum(not _take(run, kind, line) for kind, line in lines)
     return run
+
+
+def timeline(path: str | os.PathLike[str]) -> Iterator[tuple[float, float, str, dict[str, float]]]:
+    """Yield what phases observed from one moment of a record to the next: (from, to, phase, {quantity: step}).
+
+    Moments are of the machine's monotonic clock; at each one, all phases that changed are written.
+    """
+    run = read(path)
+    totals, at = Run(run.path, run.header), float(run.header.get("mono_s") or 0.0)
+    before = at
+    for kind, line in _lines(Path(path).read_bytes())[0]:
+        moment = line.get("mono_s", at)
+        old = totals.totals.get(str(line.get("phase")), {})
+        if kind == "sample" and isinstance(moment, (int, float)) and _take(totals, kind, line):
+            if moment != at:
+                before, at = at, moment
+            phase = line["phase"]
+            yield before, at, phase, {q: v - old.get(q, 0.0) for q, v in totals.totals[phase].items()}
 
 
 def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
@@ -265,6 +285,9 @@ def _first_id(path: Path) -> str:
 
 def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
     """Put one line into `run`; False where its shape is wrong."""
+    moment = line.get("mono_s")
+    if isinstance(moment, (int, float)) and math.isfinite(moment):
+        run.last_s = max(moment, moment if run.last_s is None else run.last_s)
     if kind == "sample":
         phase = line.get("phase")
         if not isinstance(phase, str):

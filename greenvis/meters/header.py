@@ -62,13 +62,23 @@ def outer_run() -> str | None:
     return None
 
 
+def _parents() -> list[int]:
+    """Return the pids of the processes above this one, the nearest first: a tracker in one of them counts it."""
+    out: list[int] = []
+    above = os.getppid()
+    while above > 1 and above not in out:
+        out.append(above)
+        above = _status(above)[0]
+    return out
+
+
 def describe() -> dict[str, Any]:
     """Return the header's facts about process, machine and code."""
     rank, world = ranks()
     return {
         "rank": rank, "world_size": world, "launch": launch(),
         "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?"),
-        "boot_id": boot_id(), "pid": os.getpid(), "clock_s": time.time(), "mono_s": time.monotonic(),
+        "boot_id": boot_id(), "pid": os.getpid(), "parents": _parents(), "clock_s": time.time(), "mono_s": time.monotonic(),
         "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(here()),
     }  # fmt: skip
 

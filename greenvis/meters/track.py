@@ -122,7 +122,10 @@ class Tracker:
         if self._state != "new":
             raise GreenvisError(f"the run '{self.name}' was started already; a new track(…) makes a new run")
         self._identify()
-        outer = next((t.id for t in reversed(endings.active()) if isinstance(t, Tracker)), None) or headers.outer_run()
+        self._thread_id = threading.get_ident()
+        around = (self._thread_id, threading.main_thread().ident)  # of another thread's tracker nothing says that it is around
+        active = [t for t in reversed(endings.active()) if isinstance(t, Tracker) and t._thread_id in around]
+        outer = next((t.id for t in active), None) or headers.outer_run()
         described = headers.describe()
         source = self._open_source()
         self.header: dict[str, Any] = {

@@ -28,7 +28,9 @@ results.json, schema 2 (units stand in the keys; null is "not known", never 0):
                          payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}; verdict is "at once",
                          "pays back", "ahead until", "never", or "not shown" where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
-    totals, incomplete                                   everything these records burnt; seed runs that never finished
+    totals, incomplete                                   everything these records burnt, once; seed runs that never finished
+      totals.overlapping {starts, seen_j, counted_j}     starts that ran beside others on one counter, or in one process: what
+                         they read together, and what of that is counted; arms have equal shares of what several saw
     family {members {NAME: {own_j, line_j}}, links [{of, on, role}]}, null where nothing builds on anything
     environment, recipe, command, git, data, models, sources, carbon_intensity, pue, crosscheck, not_counted, notes, …
 """
@@ -187,12 +189,18 @@ def _order(listed: list[Arm], base: str | None) -> list[str]:
 
 def _totals(listed: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything these records burnt, whatever became of it."""
-    attempts = [a for arm in listed for r in arm.all for a in r.attempts if not a.inside]
+    every = [a for arm in listed for r in arm.all for a in r.attempts]
+    attempts, overlapping = [a for a in every if not a.inside], [a for a in every if a.seen_j.value is not None]
     return {
-        "nested_runs": sum(a.inside for arm in listed for r in arm.all for a in r.attempts),
-        "energy_j": arms_.sum_reading(a.whole_j for a in attempts),
-        "carbon_g": arms_.sum_reading(arms_.attempt_grams(a, a.whole_j, grid) for a in attempts),
-        "unfinished_energy_j": arms_.sum_reading(a.whole_j for a in attempts if a.status != "done"),
+        "nested_runs": len(every) - len(attempts),
+        "energy_j": arms_.sum_reading(a.own_j for a in attempts),
+        "carbon_g": arms_.sum_reading(arms_.attempt_grams(a, a.own_j, grid) for a in attempts),
+        "unfinished_energy_j": arms_.sum_reading(a.own_j for a in attempts if a.status != "done"),
+        "overlapping": {
+            "starts": len(overlapping),
+            "seen_j": arms_.sum_reading(a.seen_j for a in overlapping),
+            "counted_j": arms_.sum_reading(a.own_j for a in overlapping),
+        },
         "runs": sum(len(arm.all) for arm in listed),
         "attempts": dict(sorted(Counter(a.status for a in attempts).items())),
     }

@@ -17,11 +17,12 @@ from typing import Any
 from greenvis import price, record
 from greenvis.errors import BadInput
 from greenvis.record import Reading, Run
-from greenvis.report import kept
+from greenvis.report import kept, overlap
 
 OTHER = "other"  # time in no phase: set-up, loading
 APART = ("measure", "report")  # stages that are not part of making the model: latency and FLOP measurement
 CURVE_POINTS = 400
+NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
 
 @dataclass(slots=True)
@@ -39,6 +40,7 @@ class Part:
     inference: tuple[float, dict[str, float]] | None  # samples, totals of the phases that timed inference
     damaged_lines: int
     reason: str
+    own: overlap.Totals | None = None  # of its totals what counts once among all runs; None: all
 
 
 @dataclass
@@ -60,7 +62,9 @@ class Attempt:
     missing_ranks: list[int]
     damaged_lines: int
     reason: str
-    inside: bool = False  # another record here already counts this process as its child
+    own_j: Reading  # what of its energy counts in a sum of all runs: not what another record counts as well
+    seen_j: Reading  # what its counters saw, with what other runs saw at the same time
+    inside: bool = False  # another record here already counts all of it
 
     @cached_property
     def whole_j(self) -> Reading:
@@ -150,7 +154,7 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
         raise BadInput(
             f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. Run something first."
         )
-    return _group(parts.values()), sorted(notes)
+    return _group(list(parts.values())), sorted(notes)
 
 
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
@@ -174,6 +178,7 @@ def _boil(run: Run, metric: str) -> Part:
         if stage(phase) == "measure" and totals.get("samples", 0) > 0:
             _add(timed, totals)
     small = Run(run.path, run.header)
+    small.last_s = run.last_s
     small.totals.update(stages)
     return Part(
         run.id,
@@ -217,33 +222,83 @@ def _weights(run: Run) -> dict[str, float]:
     return {q: w for q, w in priced.items() if w is not None}
 
 
-def _group(parts: Iterable[Part]) -> list[SeedRun]:
+def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
+    """Give records that overlap their shares of what they saw in common. Returns what each of them saw, by its id()."""
+    known = {p: part for part in parts if (p := overlap.span(part.run)) is not None}
+    seen: dict[int, Reading] = {}
+    for its, pieces in overlap.pieces(list(known)).items():
+        part = known[its]
+        run, before = part.run, _making(part.run)
+        seen[id(part)] = _total(r for c in price.phases(run).values() for r in c.values())
+        header, shared, own = overlap.divided(run, pieces, run.header)
+        run.header, run.totals, part.own = header, _by_stage(shared), _by_stage(own)
+        after = _making(run)
+        part.curve = [(j * after / before, y) for j, y in part.curve] if before else part.curve
+        timed = [t for phase, t in shared.items() if stage(phase) == "measure" and t.get("samples", 0) > 0]
+        if part.inference:
+            part.inference = (part.inference[0], _sum(timed))
+    return seen
+
+
+def _making(run: Run) -> float:
+    return _total(r for s, c in price.phases(run).items() if s not in APART for r in c.values()).value or 0.0
+
+
+def _by_stage(phases: overlap.Totals) -> overlap.Totals:
+    out: overlap.Totals = {}
+    for phase, totals in phases.items():
+        _add(out.setdefault(stage(phase), {}), totals)
+    return out
+
+
+def _sum(listed: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for totals in listed:
+        _add(out, totals)
+    return out
+
+
+def _group(parts: list[Part]) -> list[SeedRun]:
+    seen = _count_once(parts)
     by_run: dict[str, list[Part]] = {}
     for part in parts:
         by_run.setdefault(part.id, []).append(part)
     groups: dict[tuple[str, str, int, str], SeedRun] = {}
     for run_id in sorted(by_run):
-        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank))
+        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank), seen)
         h = attempt.header
         name = str(h.get("name") or "run")
         key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
         groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
     for attempt in (a for g in groups.values() for a in g.attempts):
-        attempt.inside = attempt.header.get("nested_in") in by_run
+        whole = attempt.whole_j.value
+        if attempt.header.get("nested_in") in by_run and not all(map(overlap.span, (p.run for p in by_run[attempt.id]))):
+            attempt.inside = True  # it does not say when it ran
+        else:
+            attempt.inside = bool(whole) and (attempt.own_j.value or 0.0) < NOTHING * whole
+        if attempt.inside:
+            attempt.own_j = attempt.own_j._replace(value=0.0, low=0.0, high=0.0)
     for group in groups.values():
         group.attempts.sort(key=lambda a: (a.number, a.start_s, a.id))
     return [groups[key] for key in sorted(groups)]
 
 
-def _merge(parts: list[Part]) -> Attempt:
+def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
     """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes' quantities summed."""
     first = parts[0]
     h = first.run.header
     runs = [p.run for p in parts]
     merged = price.merge(runs)
+    charged = price.charged(runs)
+    every = [
+        reading
+        for part, components in zip(parts, charged, strict=True)
+        for totals in (part.run.totals if part.own is None else part.own).values()
+        for reading in price.energy(totals, components).values()
+    ]
     timed = [
         _scaled(price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0])
-        for part, components in zip(parts, price.charged(runs), strict=True)
+        for part, components in zip(parts, charged, strict=True)
         if part.inference
     ]
     statuses = {p.status for p in parts}
@@ -264,6 +319,8 @@ def _merge(parts: list[Part]) -> Attempt:
         merged.missing_ranks,
         sum(p.damaged_lines for p in parts),
         next((p.reason for p in parts if p.status == status), ""),
+        _total(every),
+        _total(seen[id(p)] for p in parts if id(p) in seen),
     )
 
 

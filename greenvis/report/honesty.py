@@ -121,6 +121,13 @@ def _runs(found: dict[str, Any]) -> list[str]:
         out.append(f"Starts that led to no shown result (repeated with --fresh, or broken off since) took {si(repeated, 'J')}.")
     if t["nested_runs"]:
         out.append(f"{t['nested_runs']} start(s) ran inside another record's process: counted once in the total, by the outer.")
+    if both := t.get("overlapping", {}).get("starts") and t["overlapping"]:
+        out.append(
+            f"{both['starts']} start(s) overlap: they ran at the same time on one counter of the whole machine, or in one "
+            f"process. Together they read {si(both['seen_j']['value'], 'J')}, and {si(both['counted_j']['value'], 'J')} of it "
+            "is counted: each joule once. What runs saw side by side is divided among them in equal parts, for nothing tells "
+            "whose it was; a run that lies inside another shows what it saw."
+        )
     older = sum(found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"])
     if older:
         out.append(
