@@ -1,11 +1,13 @@
 """Grid carbon intensity by country or region, from the data files codecarbon ships (codecarbon itself is not imported).
 
-Standard library only. Zones: ISO-3 country ("FRA"); US state ("USA-CA"); Canadian or Chinese province ("CAN-ontario",
-"CHN-BJ"); Nordic bidding zone ("SE3", "NO4"); cloud region ("gcp:europe-west1", "aws:us-east-1", "azure:westeurope").
+Standard library only. Zones: ISO-3 country ("FRA"); US state ("USA-CA"); Canadian or Chinese province ("CAN-ontario" or
+"CAN-ON", "CHN-BJ"); Nordic bidding zone ("SE3", "NO4"); Google Cloud region ("gcp:europe-west1"). codecarbon ships no figures
+of other clouds' regions: for those the zone is where the machines stand.
 """
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib.util
 import json
@@ -17,6 +19,25 @@ from typing import Any
 from greenvis.errors import BadInput, nearest
 
 G_PER_KWH_OF_LBS_PER_MWH = 0.45359237
+WORLD_YEAR = 2018  # of the world average: the IEA's Global Energy & CO2 Status Report of 2019 reports on the year before
+PROVINCES = {
+    "AB": "alberta", "BC": "british columbia", "MB": "manitoba", "NB": "new brunswick", "NL": "newfoundland and labrador",
+    "NS": "nova scotia", "NT": "northwest territories", "NU": "nunavut", "ON": "ontario", "PE": "prince edward island",
+    "QC": "quebec", "SK": "saskatchewan", "YT": "yukon",
+}  # fmt: skip
+# what people write that is no ISO 3166 code or name: licence plates, sports, short and old names
+OTHER_WORDS = {
+    "UK": "GBR", "EN": "GBR", "ENG": "GBR", "SCO": "GBR", "WAL": "GBR", "NIR": "GBR", "BRITAIN": "GBR", "ENGLAND": "GBR",
+    "SCOTLAND": "GBR", "WALES": "GBR", "GREAT BRITAIN": "GBR", "GER": "DEU", "SUI": "CHE", "NED": "NLD", "HOL": "NLD",
+    "HOLLAND": "NLD", "DEN": "DNK", "SPA": "ESP", "POR": "PRT", "GRE": "GRC", "EL": "GRC", "CRO": "HRV", "SLO": "SVN",
+    "BUL": "BGR", "LAT": "LVA", "LIT": "LTU", "ROM": "ROU", "IRE": "IRL", "KSA": "SAU", "UAE": "ARE", "RSA": "ZAF",
+    "KOREA": "KOR", "JAP": "JPN", "TPE": "TWN", "INA": "IDN", "MAS": "MYS", "PHI": "PHL", "VIE": "VNM", "SIN": "SGP",
+    "AMERICA": "USA", "RUSSIA": "RUS",
+}  # fmt: skip
+NO_COUNTRY = {
+    **dict.fromkeys(("WORLD", "WLD", "GLOBAL"), "; leave the country out for the world's average"),
+    **dict.fromkeys(("EU", "EUR", "EUROPE", "EU27"), "; no average of Europe is known here: give a country, or intensity="),
+}
 
 
 def given(intensity: float) -> dict[str, Any]:
@@ -53,17 +74,60 @@ def lookup(zone: str | None) -> dict[str, Any]:
     if country in nordic["data"]:
         z = nordic["data"][country]
         return _entry(z["emission_factor"], country, z["description"], z["year"], nordic["metadata"]["source"])
-    names = {m["country_name"].lower(): code for code, m in mix.items()}
-    if word.lower() in names:
-        raise BadInput(f"country '{zone}' is not an ISO-3 code; did you mean '{names[word.lower()]}'?")
-    raise BadInput(
-        f"no carbon intensity for country '{zone}' (ISO-3 codes such as 'FRA'){nearest(country, [*mix, *nordic['data']])}"
-    )
+    names = {c: m["country_name"] for c, m in mix.items()} | {c: z["description"] for c, z in nordic["data"].items()}
+    raise BadInput(f"no carbon intensity for country '{zone}' (ISO-3 codes such as 'FRA'){_hint(word.upper(), names)}")
+
+
+def _hint(word: str, names: Mapping[str, str]) -> str:
+    """Return "; did you mean 'GBR' (United Kingdom)?" for what such a word can mean: no country rather than a wrong one.
+
+    names: of the zones there are, by code.
+    """
+    if word in NO_COUNTRY:
+        return NO_COUNTRY[word]
+    by_name = {name.upper(): code for code, name in names.items()}
+    meant = OTHER_WORDS | _iso_words() | by_name
+    code, region = meant.get(f"{int(word):03}" if word.isdecimal() else word), _regions().get(word)
+    if code and code not in names:
+        return f"; nothing is known of {code} here: give intensity= in g CO2e per kWh"
+    codes = [code] if code else []
+    if not codes and not region and len(word) == 3:
+        codes = [c for c in names if c[:2] == word[:2]]
+    if not codes and not region and len(word) > 3:
+        codes = [by_name[n] for n in difflib.get_close_matches(word, by_name, n=3, cutoff=0.75)]
+    shown = [f"'{c}' ({names[c]})" for c in codes[:4]] + ([f"'{region}'"] if region else [])
+    many = f"; {len(names)} zones are known, or give intensity= in g CO2e per kWh"
+    return f"; did you mean {' or '.join(shown)}?" if shown else many
+
+
+def _regions() -> dict[str, str]:
+    """Return the zones of states and provinces by their names."""
+    states = _load("2023/usa_emissions.json")
+    out = {k.upper(): f"USA-{v['regionCode']}" for k, v in states.items() if not k.startswith("_")}
+    out |= {name.upper(): f"CAN-{code}" for code, name in PROVINCES.items()}
+    china = _load("2023/china_provincial_emissions.json")["data"]
+    return out | {n.upper(): f"CHN-{code[3:]}" for code, v in china.items() for n in v["names"]}
+
+
+@functools.cache
+def _iso_words() -> dict[str, str]:
+    """Return ISO-3 codes by ISO-2 code, number and name, from the package that codecarbon brings along; {} without it."""
+    spec = importlib.util.find_spec("pycountry")
+    if spec is None or not spec.submodule_search_locations:
+        return {}
+    try:
+        file = Path(next(iter(spec.submodule_search_locations))) / "databases" / "iso3166-1.json"
+        entries = json.loads(file.read_text(encoding="utf-8"))["3166-1"]
+    except (OSError, ValueError, KeyError):
+        return {}
+    keys = ("alpha_2", "alpha_3", "numeric", "name", "common_name", "official_name")
+    return {e[k].upper(): e["alpha_3"] for e in entries for k in keys if k in e}
 
 
 def _world() -> dict[str, Any]:
     by_source = _load("carbon_intensity_per_source.json")
-    out = _entry(by_source["world_average"], "world", "world average", None, by_source["world_average_source"])
+    source = f"IEA, Global Energy & CO2 Status Report 2019, by way of codecarbon: {by_source['world_average_source']}"
+    out = _entry(by_source["world_average"], "world", "world average", WORLD_YEAR, source)
     return out | {"assumed": True}
 
 
@@ -88,7 +152,8 @@ def _region(word: str, country: str, region: str) -> dict[str, Any]:
             found["emission_factor"], f"CHN-{region}", found["description"], found["year"], table["metadata"]["source"]
         )
     if country in ("CAN", "CA"):
-        found = _pick(word, region, {k.upper(): (k, v) for k, v in _load("2023/canada_energy_mix.json").items()})
+        provinces = {k.upper(): (k, v) for k, v in _load("2023/canada_energy_mix.json").items()}
+        found = _pick(word, PROVINCES.get(region, region).upper(), provinces)
         return _entry(
             _of_mix(found[1]), f"CAN-{found[0]}", found[0], 2023, "codecarbon's generation mix × its factor per source"
         )
@@ -114,6 +179,12 @@ def _cloud(word: str) -> dict[str, Any]:
     provider, _, region = word.partition(":")
     with open(_folder() / "cloud" / "impact.csv", encoding="utf-8-sig", newline="") as f:
         rows = {(r["provider"], r["region"]): r for r in csv.DictReader(f)}
+    providers = sorted({p for p, _ in rows})
+    if provider not in providers:
+        raise BadInput(
+            f"no carbon intensity is at hand for regions of '{provider}' (zone '{word}'), only of {', '.join(providers)}: "
+            "give the country or state the machines stand in, as 'IRL' or 'USA-VA', or intensity= in g CO2e per kWh"
+        )
     if (provider, region) not in rows:
         raise BadInput(f"no carbon intensity for cloud region '{word}'{nearest(word, [':'.join(k) for k in rows])}")
     row = rows[provider, region]
