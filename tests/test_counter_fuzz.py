@@ -1,0 +1,268 @@
+"""Counters under a fuzzer: whatever they do, no energy is negative, impossible, or "measured" where nothing was.
+
+A machine with two packages, a memory counter, three GPUs and a plug, read by two meters at once. What it truly used is known;
+its counters begin anew, wrap, freeze, jump, cannot be read; clocks jump, and the machine sleeps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from test_nvml import Driver
+
+from greenvis import price
+from greenvis.meters import energy, host, nvml, rapl, wall
+from greenvis.meters.counter import GRACE_S, Counter
+from greenvis.meters.energy import Meter
+from greenvis.meters.ledger import Ledger
+
+CPUS, MEMORY_GB, WRAPS_AT_J = 4, 16.0, 65_536.0
+ZONES = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "dram"}
+WATTS = {"intel-rapl:0": 90.0, "intel-rapl:1": 60.0, "intel-rapl:0:0": 12.0, "gpu0": 300.0, "gpu1": 40.0, "gpu2": 700.0,
+         "plug": 1500.0}  # fmt: skip
+MOST_W = {"cpu_j": 2 * rapl.MOST_W, "dram_j": rapl.MOST_W, "gpu_j": 3 * nvml.MOST_W, "meter_j": wall.MOST_W}
+
+
+class Host:
+    """The machine. `used` holds what each device truly used since boot, `shown` what its counter says; None: unreadable."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.now, self.slept = folder, 1000.0, 0.0
+        self.used = dict.fromkeys(WATTS, 0.0)
+        self.shown: dict[str, float | None] = dict.fromkeys(WATTS, 5000.0)
+        self.frozen: set[str] = set()
+        self.cpu_s, self.gb = 7.0, 0.5
+        for zone, name in ZONES.items():
+            (folder / zone).mkdir()
+            (folder / zone / "name").write_text(name)
+            (folder / zone / "max_energy_range_uj").write_text(str(int(WRAPS_AT_J * 1e6)))
+            self.show(zone, 5000.0)
+
+    def show(self, device: str, value: float | None) -> None:
+        self.shown[device] = value
+        if device in ZONES:
+            if value is not None:
+                value = self.shown[device] = value % WRAPS_AT_J
+            # in place: the meter holds the file open
+            (self.folder / device / "energy_uj").write_text("?" if value is None else f"{int(value * 1e6)}")
+
+    def run(self, seconds: float) -> None:
+        self.now += seconds
+        self.cpu_s += seconds * 2.5
+        for device, watts in WATTS.items():
+            self.used[device] += watts * seconds
+            if device not in self.frozen and (value := self.shown[device]) is not None:
+                self.show(device, value + watts * seconds)
+
+    def plug(self) -> float:
+        if (value := self.shown["plug"]) is None:
+            raise OSError("plug out of reach")
+        return value
+
+
+class Gpus(Driver):
+    def __init__(self, machine: Host) -> None:
+        super().__init__(3)
+        self.machine = machine
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: int) -> int:  # noqa: N802
+        if (value := self.machine.shown[f"gpu{handle}"]) is None:
+            error = self.NVMLError("Unknown Error")
+            error.value = 999
+            raise error
+        return int(value * 1000)
+
+
+class Tree:
+    def __init__(self, machine: Host) -> None:
+        self.machine = machine
+
+    def cpu_s(self) -> float:
+        return self.machine.cpu_s
+
+    def resident_gb(self) -> float:
+        return self.machine.gb
+
+
+DEVICES = st.sampled_from([*WATTS])
+EVENTS = st.one_of(
+    st.tuples(st.just("run"), st.floats(1e-4, 20.0)),
+    st.tuples(st.just("run"), st.floats(0.01, 1.5)),
+    st.tuples(st.just("read"), st.booleans()),
+    st.tuples(st.just("phase"), st.sampled_from(["train", "eval"])),
+    st.tuples(st.just("reset"), DEVICES, st.floats(0, 50)),
+    st.tuples(st.just("jump"), DEVICES, st.floats(-1e9, 1e12)),
+    st.tuples(st.just("garbage"), DEVICES, st.sampled_from([float("inf"), 1e300, -5.0])),
+    st.tuples(st.just("unreadable"), DEVICES),
+    st.tuples(st.just("readable"), DEVICES, st.floats(0, 60_000)),
+    st.tuples(st.just("freeze"), DEVICES),
+    st.tuples(st.just("thaw"), DEVICES),
+    st.tuples(st.just("sleep"), st.floats(2.0, 1e5), st.booleans()),
+    st.tuples(st.just("clock"), st.floats(-50.0, 4000.0)),
+    st.tuples(st.just("reaped"), st.floats(0, 1e6)),
+    st.tuples(st.just("memory"), st.sampled_from([0.0, 0.1, 15.0, 1e9])),
+)
+
+
+def happen(machine: Host, what: tuple[Any, ...]) -> None:
+    kind, *rest = what
+    if kind == "run":
+        machine.run(rest[0])
+    elif kind in ("reset", "readable") or (kind == "garbage" and rest[0] not in ZONES):
+        machine.show(rest[0], rest[1])
+    elif kind == "jump":
+        machine.show(rest[0], max(0.0, (machine.shown[rest[0]] or 0.0) + rest[1]))
+    elif kind == "unreadable":
+        machine.show(rest[0], None)
+    elif kind == "freeze":
+        machine.frozen.add(rest[0])
+    elif kind == "thaw":
+        machine.frozen.discard(rest[0])
+    elif kind == "sleep":
+        machine.slept += rest[0]
+        for device in WATTS:
+            if rest[1] and machine.shown[device] is not None:
+                machine.show(device, 0.5)
+    elif kind == "clock":
+        machine.now += rest[0]
+    elif kind == "reaped":
+        machine.cpu_s += rest[0]
+    elif kind == "memory":
+        machine.gb = rest[0]
+
+
+@pytest.fixture(scope="module")
+def driver_file(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("driver") / "version"
+    path.write_text("NVRM")
+    return str(path)
+
+
+def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> Meter:
+    """Open a meter on the machine, its RAPL counters advancing under the short load it begins with."""
+    load = itertools.count(1)
+
+    def work(*_: Any) -> float:
+        machine.run(0.001)
+        return next(load) * 0.001
+
+    enter = stack.enter_context
+    enter(mock.patch.object(host, "clocks", side_effect=lambda: (machine.now, machine.slept)))
+    enter(mock.patch.object(host, "cpus", return_value=CPUS))
+    enter(mock.patch.object(host, "memory_gb", return_value=MEMORY_GB))
+    enter(mock.patch.object(energy, "open_tree", return_value=Tree(machine)))
+    enter(mock.patch.object(nvml, "DRIVER", (driver_file,)))
+    enter(mock.patch.dict(sys.modules, {"pynvml": Gpus(machine)}))
+    enter(mock.patch.dict(os.environ))
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    clock = mock.Mock(monotonic=lambda: machine.now, perf_counter=work)
+    enter(mock.patch.object(rapl, "time", clock))
+    enter(mock.patch.object(nvml, "time", clock))
+    return Meter(wall_meter=machine.plug if plug else None, powercap=machine.folder)
+
+
+@settings(max_examples=300, deadline=None)
+@given(events=st.lists(EVENTS, max_size=60), early=st.lists(EVENTS, max_size=3), plug=st.booleans())
+def test_no_energy_is_negative_impossible_or_measured_where_nothing_was(
+    driver_file: str, events: list[tuple[Any, ...]], early: list[tuple[Any, ...]], plug: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        machine = Host(Path(folder))
+        for what in early:  # before the meters are opened
+            happen(machine, what)
+        owners = [Ledger(opened(machine, driver_file, stack, plug=plug)) for _ in range(2)]
+        began, elapsed, calm = dict(machine.used), 0.0, True
+        clock = machine.now
+        for what in [*events, ("read", True)]:
+            if what[0] == "read":
+                elapsed, clock = elapsed + max(0.0, machine.now - clock), machine.now
+                for owner in owners:
+                    owner.cut(full=what[1])
+            elif what[0] == "phase":
+                elapsed, clock = elapsed + max(0.0, machine.now - clock), machine.now
+                for owner in owners:
+                    owner.leave(owner.enter(what[1]))
+            else:
+                happen(machine, what)
+                calm &= what[0] == "run"
+        for owner in owners:
+            judge(owner, elapsed)
+        if calm and not early and elapsed > 0.1:
+            exact(owners[0], machine, began)
+
+
+def judge(owner: Ledger, elapsed: float) -> None:
+    """Hold a ledger against what cannot be."""
+    sums, components = owner.sums(), owner.source.components
+    assert sums["wall_s"] >= 0
+    for totals in [*owner.totals.values(), sums]:
+        for quantity, value in totals.items():
+            if not quantity.endswith("_unseen_s"):
+                assert value >= -1e-9, quantity
+    for quantity, watts in (MOST_W | {"cpu_s": 1.25 * CPUS, "ram_gb_s": 1.25 * MEMORY_GB}).items():
+        assert sums.get(quantity, 0.0) <= watts * (elapsed + GRACE_S) * (1 + 1e-9) + 1e-6, quantity
+    for name, reading in price.energy(sums, components).items():
+        component = next(c for c in components if c["name"] == name)
+        unseen = sums.get(component["observation"] + "_unseen_s", 0.0)
+        if reading.value is None:
+            event(f"{name} unknown")
+            assert reading.reason
+            continue
+        assert 0 <= (reading.low or 0.0) <= reading.value <= (reading.high or 0.0)
+        if unseen > 1e-9:
+            event(f"{name} partly unknown")
+            assert reading.provenance == "partly unknown"
+            assert unseen < sums["wall_s"] + 1e-6
+        elif component["provenance"] == "measured":
+            event(f"{name} measured")
+            assert reading.value > 0
+    if any(quantity.endswith("_unseen_s") for quantity in sums):
+        assert owner.new_notes()
+
+
+def exact(owner: Ledger, machine: Host, began: dict[str, float]) -> None:
+    """A machine that nothing happened to is measured to the joule."""
+    event("nothing happened")
+    used = {device: machine.used[device] - began[device] for device in WATTS}
+    sums = owner.sums()
+    want = {
+        "cpu_j": used["intel-rapl:0"] + used["intel-rapl:1"], "dram_j": used["intel-rapl:0:0"],
+        "gpu_j": sum(used[f"gpu{i}"] for i in range(3)),
+    }  # fmt: skip
+    for quantity, joules in want.items():
+        assert sums[quantity] == pytest.approx(joules, rel=1e-3, abs=2.0)
+    assert not [q for q in sums if q.endswith("_unseen_s") and abs(sums[q]) > 1e-9]
+
+
+READINGS = st.one_of(
+    st.floats(allow_nan=True, allow_infinity=True), st.integers(), st.none(), st.text(max_size=3), st.booleans(),
+    st.floats(0, 1e4),
+)  # fmt: skip
+
+
+@given(
+    readings=st.lists(st.tuples(st.floats(-5, 50), READINGS), max_size=60),
+    most=st.floats(0.1, 1e5), wraps_at=st.sampled_from([0.0, 100.0, 65_536.0]), patience=st.sampled_from([0.0, 2.0, 1e9]),
+)  # fmt: skip
+def test_a_single_counter_fed_with_anything(
+    readings: list[tuple[float, Any]], most: float, wraps_at: float, patience: float
+) -> None:
+    counter, now, before, elapsed = Counter("c", most, 0.0, wraps_at=wraps_at, patience_s=patience), 0.0, 0.0, 0.0
+    for step, reading in readings:
+        now, elapsed = now + step, elapsed + max(0.0, step)
+        counter.take(now, reading)
+        assert counter.total >= before
+        assert counter.unseen_s(now) >= 0
+        before = counter.total
+    assert counter.total <= most * (elapsed + GRACE_S) * (1 + 1e-9)
+    assert len(counter.new_notes()) <= 6
