@@ -76,8 +76,9 @@ def sfda(features: Any, labels: Any) -> float:
 
     A linear discriminant, its within-class covariance shrunk by max(exp(-5 · its largest eigenvalue), 1e-10), says how sure
     each image's class is; every image is then drawn towards the mean of the other classes' means, each class counting once, by
-    as much as it is unsure, and a second discriminant with the same shrinkage judges these harder images. Costs two
-    discriminants.
+    as much as it is unsure, and a second discriminant with the same shrinkage judges these harder images. Both are judged on
+    the images they were made from: with as many dimensions as images any labels score about 1, so compare bases that have far
+    fewer. Costs two discriminants.
     """
     x, y = checked(features, labels)
     means, _ = _means(x, y)

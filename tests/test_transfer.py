@@ -76,6 +76,7 @@ def test_sfda_tells_classes_apart_in_more_dimensions_than_images() -> None:
     y = np.arange(500) % 5
     x = 3 * draw.normal(size=(500, 512)) + 2 * draw.normal(size=(5, 512))[y]
     assert sfda(x, y) == pytest.approx(1.0, abs=1e-3)
+    assert sfda(x, draw.permutation(y)) == pytest.approx(1.0, abs=1e-3)  # and any labels, as the docstring says
 
 
 def test_ped_divides_by_no_deviation_under_a_thousandth() -> None:

@@ -59,6 +59,9 @@ def _report(result: dict[str, Any]) -> str:
         scores = " | ".join(f"{row[method]:.3f}" for method in METHODS)
         tuned = f"{row['tuned_accuracy']:.4f}" if "tuned_accuracy" in row else "not on record"
         lines.append(f"| {row['base']} | {tuned} | {scores} | {row['dim']} | {row['energy_j']:.2f} |")
+    if wide := [row["base"] for row in rows if row["dim"] >= result["images"]]:
+        lines += ["", f"sfda says nothing of {', '.join(wide)}: with as many dimensions as images any labels score about 1. "
+                  "Its correlation below counts these scores all the same."]  # fmt: skip
     if result["correlation"]:
         lines += ["", "| score | weighted tau | tau |", "|---|---|---|"]
         lines += [f"| {m} | {c['weighted_tau']:+.3f} | {c['tau']:+.3f} |" for m, c in result["correlation"].items()]
