@@ -125,6 +125,90 @@ def test_queries_read_off_a_multihead_are_those_it_uses() -> None:
     assert torch.allclose(q, seen[0] @ mha.in_proj_weight[:width].T + mha.in_proj_bias[:width], atol=1e-6)
 
 
+TOKENS = [{"kind": kind} for kind in ("hint", "cosine", "attention_transfer", "review", "minilm")]
+
+
+def _lesson(loss: dict[str, Any], teacher: nn.Module, **student: Any) -> tuple[Tensor, Tensor, Any]:
+    """Return the term, its gradient for what each token of the last layer holds, and the wrapped student."""
+    torch.manual_seed(3)
+    model = _vit(**student)
+    live = gv.wrap(model, gv.Distill(teacher=teacher, losses=[{"layers": "last", **loss}]))
+    where = model.blocks[-1].attn.qkv if loss["kind"] == "minilm" else model.blocks[-1]
+    held: list[Tensor] = []
+    hook = where.register_forward_hook(lambda module, args, output: held.append(output))
+    x, y = _batch()
+    term = live.terms(x, y, live.model(x))[f"distill_{loss['kind']}"]
+    hook.remove()
+    (gradient,) = torch.autograd.grad(term, held[0], retain_graph=True)
+    return term, gradient, live
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("loss", TOKENS, ids=lambda k: k["kind"])
+def test_class_and_register_tokens_get_a_lesson(loss: dict[str, Any], registers: int) -> None:
+    """The classifier reads the class token: it must not be what the teacher says nothing of, unless asked for."""
+    teacher = _vit(depth=3, dim=24, reg_tokens=registers)
+    for tokens, taught in (("all", True), ("patches", False)):
+        _, gradient, _ = _lesson({**loss, "tokens": tokens}, teacher, reg_tokens=registers)
+        assert bool(gradient[:, 0].abs().sum() > 0) is taught
+        assert all(bool(gradient[:, 1 + i].abs().sum() > 0) is taught for i in range(registers))
+        assert gradient[:, 1 + registers :].abs().sum() > 0
+    assert torch.equal(_lesson(loss, teacher)[0], _lesson({**loss, "tokens": "all"}, teacher)[0])
+
+
+@pytest.mark.parametrize("registers", [(0, 0), (2, 2), (0, 4), (4, 1)])
+def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, int]) -> None:
+    """Against the formulas, on the tokens as the two models give them."""
+    own, theirs = registers
+    teacher = _vit(depth=3, reg_tokens=theirs).eval()
+    x, _ = _batch()
+    for kind in ("cosine", "hint", "attention_transfer", "minilm"):
+        term, _, live = _lesson({"kind": kind}, teacher, reg_tokens=own)
+        both = []
+        for model, count in ((live.model, own), (teacher, theirs)):
+            read: list[Tensor] = []
+            hook = (model.blocks[-1].attn.qkv if kind == "minilm" else model.blocks[-1]).register_forward_hook(
+                lambda module, args, output, read=read: read.append(output)
+            )
+            with torch.no_grad():
+                model(x)
+            hook.remove()
+            tokens = read[0]
+            both.append(torch.cat([tokens[:, : 1 + min(own, theirs)], tokens[:, 1 + count :]], 1))
+        s, t = both
+        match kind:
+            case "cosine":
+                wanted = (1 - F.cosine_similarity(s, t, dim=2)).mean()
+            case "hint":
+                ((projection,),) = live.installed[0]._projections.get_submodule("0")
+                wanted = F.mse_loss(s @ projection.weight[:, :, 0, 0].T + projection.bias, t)
+            case "attention_transfer":
+                wanted = F.mse_loss(*(F.normalize(m.square().mean(2)) for m in (s, t)))
+            case _:
+                wanted = torch.zeros(())
+                for a, b in ((0, 1), (2, 2)):
+                    logs = []
+                    for m in (s, t):
+                        q, k = (m.chunk(3, 2)[i].unflatten(2, (2, 8)).transpose(1, 2) for i in (a, b))
+                        logs.append((q @ k.mT / 8**0.5).log_softmax(-1))
+                    wanted = wanted + (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
+        assert torch.allclose(term, wanted, atol=1e-5), kind
+
+
+def test_a_teacher_without_class_token_teaches_patches() -> None:
+    for kind in ("hint", "cosine", "attention_transfer", "review"):
+        terms = [_lesson({"kind": kind, "tokens": t}, _cnn().eval())[1][:, 0].abs().sum() for t in ("all", "patches")]
+        assert terms == [0, 0]
+
+
+def test_tokens_behind_the_patches_are_put_first() -> None:
+    tokens = torch.randn(2, 11, 3)
+    turned = torch.cat([tokens[:, 2:], tokens[:, :2]], 1)
+    first, behind = Place("x", prefix=2), Place("x", prefix=2, behind=True)
+    assert torch.equal(behind.map(turned, 1.0), first.map(tokens, 1.0))
+    assert torch.equal(behind.tokens(turned, 1), first.tokens(tokens, 1))
+
+
 def test_triple_loss_is_three_terms() -> None:
     live = gv.wrap(_vit(), gv.Distill(teacher=_vit(dim=32), losses=[{"kind": "kd"}, {"kind": "cosine", "weight": 0.5}]))
     assert set(_step(live, *_batch())) == {"distill_kd", "distill_cosine"}

@@ -37,6 +37,16 @@ def as_map(features: Tensor, channels: int, prefix: int = 0, aspect: float = 1.0
     return features[:, prefix:].transpose(1, 2).unflatten(2, (height, patches // height))
 
 
+def prefix_of(features: Tensor, count: int) -> Tensor:
+    """Return the first `count` tokens before the patches as a map of one row, (batch, channels, 1, count), in float32."""
+    return features[:, :count].mT.unsqueeze(2).float()
+
+
+def beside(prefix: Tensor, patches: Tensor) -> Tensor:
+    """Return the places of both maps in one row, the prefix first: (batch, channels, 1, count + height · width)."""
+    return torch.cat([prefix, patches.flatten(2).unsqueeze(2)], 3)
+
+
 def on_one_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return both maps on the smaller of their grids, by average pooling."""
     size = (min(a.shape[2], b.shape[2]), min(a.shape[3], b.shape[3]))

@@ -69,7 +69,10 @@ def corrected_targets(teacher_logits: Tensor, target: Tensor, temperature: float
 
 
 def hard_loss(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """Return the cross-entropy with the class the teacher chose, a scalar (DeiT: Touvron et al., 2021, equation 3)."""
+    """Return the cross-entropy with the class the teacher chose, a scalar.
+
+    The second term of DeiT's equation 3 (Touvron et al., 2021) without its factor 1/2, which is a weight's affair.
+    """
     return F.cross_entropy(student_logits, teacher_logits.argmax(-1))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError, nearest, some
-from greenvis.techniques.inference._features import as_map
+from greenvis.techniques.inference._features import as_map, prefix_of
 from greenvis.techniques.inference._rows import whole
 from greenvis.views import Attention, View
 from greenvis.views.quiet import quiet
@@ -27,8 +27,9 @@ PROJECTIONS: tuple[Part, ...] = ("q", "k", "v")
 class Place:
     """One tensor to read in each forward: a module's output or input, or the queries, keys or values of an attention.
 
-    path: the module a tap sits on. channels: the axis of the channels, 1 or -1. prefix: tokens before the patches.
-    fused: the module's output holds queries, keys and values side by side. width: how many channels.
+    path: the module a tap sits on. channels: the axis of the channels, 1 or -1. prefix: class and register tokens, which are
+    no patches; behind: whether they come after them. fused: the module's output holds queries, keys and values side by side.
+    width: how many channels.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Place:
     prefix: int = 0
     fused: bool = False
     width: int = 0
+    behind: bool = False
 
     @property
     def key(self) -> str:
@@ -60,7 +62,14 @@ class Place:
 
     def map(self, features: Tensor, aspect: float) -> Tensor:
         """Return what was read as a map (batch, channels, height, width), in float32. aspect: height / width of the image."""
-        return as_map(features, self.channels, self.prefix, aspect).float()
+        return as_map(self._prefix_first(features), self.channels, self.prefix, aspect).float()
+
+    def tokens(self, features: Tensor, count: int) -> Tensor:
+        """Return the first `count` class and register tokens as a map of one row (batch, channels, 1, count), in float32."""
+        return prefix_of(self._prefix_first(features), count)
+
+    def _prefix_first(self, features: Tensor) -> Tensor:
+        return features.roll(self.prefix, 1) if self.behind else features
 
 
 class Taps:
@@ -138,7 +147,8 @@ def features(model: nn.Module, found: View, layers: Layers) -> list[Place]:
         else:
             for path in _paths(model, layer, whole, "block"):
                 laid = found.layouts.get(path)
-                chosen[Place(path, "output", laid.channels if laid else 0, found.prefix_tokens)] = None
+                behind = found.prefix_position == "behind"
+                chosen[Place(path, "output", laid.channels if laid else 0, found.prefix_tokens, behind=behind)] = None
     return _measured(model, found, list(chosen))
 
 
@@ -167,7 +177,8 @@ def attentions(model: nn.Module, found: View, layers: Layers) -> list[tuple[Atte
                 paths = {"q": one.qkv or one.q, "k": one.qkv or one.k, "v": one.qkv or one.v}
             if None in paths.values():
                 raise BadInput(f"'{path}' of {what} does not show its queries, keys and values; name another attention")
-            places = [Place(str(p), part, -1, found.prefix_tokens, bool(one.qkv)) for part, p in paths.items()]
+            behind = found.prefix_position == "behind"
+            places = [Place(str(p), n, -1, found.prefix_tokens, bool(one.qkv), behind=behind) for n, p in paths.items()]
             out.append((one, {p.part: p for p in _measured(model, found, places)}))
     return out
 
@@ -213,5 +224,6 @@ def _measured(model: nn.Module, found: View, places: Sequence[Place]) -> list[Pl
                 "vector of its own; name another layer"
             )
         axis = place.channels or (1 if len(shape) == 4 else -1)
-        out.append(Place(place.path, place.part, axis, place.prefix, place.fused, shape[axis]))
+        prefix = place.prefix if len(shape) == 3 else 0
+        out.append(replace(place, channels=axis, prefix=prefix, width=shape[axis], behind=place.behind and prefix > 0))
     return out

@@ -26,12 +26,12 @@ _OWN: Mapping[str, tuple[str, ...]] = {
     "kd": ("temperature", "hard", "smoothing"),
     "dkd": ("temperature", "alpha", "beta"),
     "token": ("temperature", "hard"),
-    "hint": ("residual",),
-    "attention_transfer": ("p",),
-    "review": ("width",),
+    "hint": ("residual", "tokens"),
+    "attention_transfer": ("p", "tokens"),
+    "review": ("width", "tokens"),
     "rkd": ("distance", "angle"),
-    "cosine": (),
-    "minilm": ("relations", "heads"),
+    "cosine": ("tokens",),
+    "minilm": ("relations", "heads", "tokens"),
 }
 
 
@@ -39,10 +39,13 @@ class Loss(BaseModel):
     """One comparison of student and teacher. A setting of another kind is refused.
 
     On answers: "kd" (Hinton et al., 2015), "dkd" (decoupled: Zhao et al., 2022), "token" (a distillation token with a head of
-    its own: DeiT, Touvron et al., 2021). On features: "hint" (FitNets: Romero et al., 2015), "attention_transfer" (Zagoruyko &
-    Komodakis, 2017), "review" (levels fused from the last to the first: in the manner of ReviewKD, Chen et al., 2021), "cosine"
-    (hidden states, as in DistilBERT: Sanh et al., 2019), "rkd" (distances and angles in a batch: Park et al., 2019), "minilm"
-    (relations of queries, keys and values: Wang et al., 2020, 2021). Sums over pairs of layers.
+    its own: DeiT, Touvron et al., 2021; its equation 3 is `hard`, with task_weight 0.5 and weight 0.5). On features: "hint"
+    (FitNets: Romero et al., 2015), "attention_transfer" (Zagoruyko & Komodakis, 2017), "review" (levels fused from the last to
+    the first: in the manner of ReviewKD, Chen et al., 2021), "cosine" (hidden states, as in DistilBERT: Sanh et al., 2019),
+    "rkd" (distances and angles in a batch: Park et al., 2019), "minilm" (relations of queries, keys and values: Wang et al.,
+    2020, 2021). Sums over pairs of layers. Of a transformer's layer all but rkd compare all tokens, as the papers on
+    transformers do: patches on one grid, and as many class and register tokens as both have, in their order. Where one has
+    none, as a residual network, patches alone: a classifier of the class token then has no lesson of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,6 +84,9 @@ class Loss(BaseModel):
         "vv",
     )
     heads: Annotated[int | None, Field(ge=1, description="of the relations; as many as both have where absent")] = None
+    tokens: Annotated[
+        Literal["all", "patches"], Field(description="whether class and register tokens are compared beside the patches")
+    ] = "all"
 
     @model_validator(mode="after")
     def _only_its_own(self) -> Loss:
@@ -154,34 +160,61 @@ class Comparison:
         """Return the loss of features read in one forward, by the keys of their places."""
         s = {n: p.map(student[p.key], aspect) for n, p in self.student.items()}
         t = {n: p.map(teacher[p.key], aspect) for n, p in self.teacher.items()}
-        if self.loss.kind == "minilm":
-            return self._relations(s, t)
-        maps, targets = list(s.values()), list(t.values())
-        pairs = [of.on_one_grid(a, b) for a, b in zip(maps, targets, strict=True)]
+        if self.loss.kind == "rkd":
+            return _sum([self._rkd(s[n].mean((2, 3)), t[n].mean((2, 3))) for n in s])
+        if self.loss.kind == "review":
+            return self._review(s, t, self._prefixes(student, teacher), modules)
+        pairs = {n: of.on_one_grid(s[n], t[n]) for n in s}
+        for n, (a, b) in self._prefixes(student, teacher).items():
+            pairs[n] = of.beside(a, pairs[n][0]), of.beside(b, pairs[n][1])
         match self.loss.kind:
+            case "minilm":
+                return self._relations(pairs)
             case "attention_transfer":
+                maps, targets = zip(*pairs.values(), strict=True)
                 return of.attention_transfer_loss(maps, targets, self.loss.p)
-            case "review":
-                fused = modules(maps, [m.shape[2:] for m in targets])
-                return _sum([of.hierarchical_loss(a, b) for a, b in zip(fused, targets, strict=True)])
-            case "rkd":
-                return _sum([self._rkd(a.mean((2, 3)), b.mean((2, 3))) for a, b in zip(maps, targets, strict=True)])
             case "cosine":
                 through = modules or [nn.Identity()] * len(pairs)
-                return _sum([of.cosine_loss(m(a), b) for m, (a, b) in zip(through, pairs, strict=True)])
+                return _sum([of.cosine_loss(m(a), b) for m, (a, b) in zip(through, pairs.values(), strict=True)])
             case _:
-                return _sum([_hint(m, a, b) for m, (a, b) in zip(modules, pairs, strict=True)])
+                return _sum([_hint(m, a, b) for m, (a, b) in zip(modules, pairs.values(), strict=True)])
+
+    def shared_prefix(self, name: str) -> int:
+        """Return how many class and register tokens of a pair are compared."""
+        return min(self.student[name].prefix, self.teacher[name].prefix) if self.loss.tokens == "all" else 0
+
+    def _prefixes(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        shared = {n: count for n in self.student if (count := self.shared_prefix(n))}
+        sides = ((self.student, student), (self.teacher, teacher))
+        return {n: tuple(p[n].tokens(read[p[n].key], count) for p, read in sides) for n, count in shared.items()}  # type: ignore[misc]
+
+    def _review(
+        self, s: Mapping[str, Tensor], t: Mapping[str, Tensor], prefixes: Mapping[str, tuple[Tensor, Tensor]], modules: Any
+    ) -> Tensor:
+        """Return the loss of fused maps, and of tokens that are no patches, each fused as a map of one place."""
+
+        def fused(maps: Sequence[Tensor], targets: Sequence[Tensor]) -> list[Tensor]:
+            out = modules(maps, [m.shape[2:] for m in targets])
+            return [of.hierarchical_loss(a, b) for a, b in zip(out, targets, strict=True)]
+
+        terms = fused([*s.values()], [*t.values()])
+        if len(prefixes) == len(s):
+            count = min(a.shape[3] for a, _ in prefixes.values())
+            single = [[m[..., :count].permute(0, 3, 1, 2).flatten(0, 1)[..., None] for m in pair] for pair in prefixes.values()]
+            places = [of.on_one_grid(s[n], t[n])[0][0, 0].numel() for n in s]
+            apart = fused([a for a, _ in single], [b for _, b in single])
+            terms = [(a * n + b * count) / (n + count) for a, b, n in zip(terms, apart, places, strict=True)]
+        return _sum(terms)
 
     def _rkd(self, student: Tensor, teacher: Tensor) -> Tensor:
         far = self.loss.distance * of.rkd_distance_loss(student, teacher)
         return far + self.loss.angle * of.rkd_angle_loss(student, teacher)
 
-    def _relations(self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]) -> Tensor:
+    def _relations(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Tensor:
         terms = []
-        for at in dict.fromkeys(name[:-1] for name in student):
+        for at in dict.fromkeys(name[:-1] for name in pairs):
             for a, b in self.loss.relations:
-                both = [of.on_one_grid(student[at + part], teacher[at + part]) for part in (a, b)]
-                s, t = ((x.flatten(2).mT, y.flatten(2).mT) for x, y in zip(*both, strict=True))
+                s, t = ((x.flatten(2).mT, y.flatten(2).mT) for x, y in zip(pairs[at + a], pairs[at + b], strict=True))
                 terms.append(of.relation_loss(s, t, self.heads))
         return _sum(terms)
 
