@@ -90,6 +90,24 @@ def test_patience_counts_answers_that_stay() -> None:
     assert _exits.confidences(logits, "patience").tolist() == [[0, 0, 0], [1, 0, 1], [2, 1, 2], [0, 2, 3]]
 
 
+def test_as_sure_as_the_threshold_is_sure_enough() -> None:
+    """MSDNet's and BranchyNet's rule: ≥. Patience leaves at its number of answers, not after it."""
+    sure = torch.tensor([[0.5, 0.5, 0.25], [0.75, 0.25, 0.75], [0.0, 0.0, 0.0]])
+    assert _exits.leaves_at(sure, [0.5, 0.75, _exits.ALWAYS]).tolist() == [0, 0, 1]
+    assert _exits.leaves_at(torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.0, 1.0]]), [1.0, 1.0, 1.0]).tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("criterion", ["max_prob", "entropy"])
+def test_a_model_s_sample_as_sure_as_the_threshold_leaves(criterion: str) -> None:
+    live, installed, x = wrapped(criterion=criterion)
+    logits, _ = installed.logits([(x, torch.zeros(6))])
+    for row in range(6):
+        sure = _exits.certainty(logits[0], criterion)
+        with installed.at([float(sure[row]), _exits.NEVER]) as facts, torch.no_grad():
+            live.model(x)
+        assert facts["exits"][0] == int((sure >= sure[row]).sum())
+
+
 @given(st.integers(2, 5), st.integers(1, 60), st.floats(0.05, 4), st.integers(0, 9), st.sampled_from([2, 1000]))
 @settings(max_examples=40, deadline=None)
 def test_the_shares_asked_for_leave(exits: int, samples: int, p: float, seed: int, values: int) -> None:
@@ -328,6 +346,28 @@ def test_a_calibrated_drop_is_kept_on_new_samples(criterion: str) -> None:
     at = _exits.leaves_at(_exits.confidences(fresh, criterion), (*found.thresholds, _exits.ALWAYS))
     early = fresh.argmax(-1).gather(0, at[None])[0]
     assert float((fresh[-1].argmax(-1) == labels).float().mean() - (early == labels).float().mean()) <= 0.02
+
+
+def test_samples_that_choose_thresholds_do_not_judge_them() -> None:
+    """Half of them, and no sample both: the bound is for samples that had no part in the choice.
+
+    Asked from outside: a label that matters belongs to a judge, and what a judge's exits say changes no threshold.
+    """
+    logits, y = answers(60)
+    asked: dict[str, Any] = {"costs": [1.0, 2.0, 3.0], "criterion": "max_prob", "budget": 0.7}
+    base = choose(logits, y, **asked)
+    judges, proposers = [], []
+    for row in range(60):
+        wrong = y.clone()
+        wrong[row] = (logits[-1, row].argmax() + 1) % 4 if logits[-1, row].argmax() == y[row] else logits[-1, row].argmax()
+        judges += [row] if choose(logits, wrong, **asked).whole_accuracy != base.whole_accuracy else []
+        turned = logits.clone()
+        turned[:2, row] = 100 * nn.functional.one_hot(torch.tensor(0), 4)  # surer than any
+        proposers += [row] if choose(turned, y, **asked).thresholds != base.thresholds else []
+    assert len(judges) == base.samples == 30
+    assert proposers
+    assert not set(judges) & set(proposers)
+    assert base.accuracy * 30 == pytest.approx(round(base.accuracy * 30))
 
 
 def test_few_samples_promise_nothing_and_nobody_leaves() -> None:

@@ -80,6 +80,10 @@ def test_adalora_equals_peft() -> None:
         optimizer.step()
         peft.base_model.update_and_allocate(step)
         optimizer.zero_grad()
+    term = live.installed[0].terms(X, Y, ours(X))["adalora"]
+    factors = [f for n in ("fc", "mid") for f in (getattr(ours, n).lora_A["default"], getattr(ours, n).lora_B["default"].T)]
+    distances = [torch.linalg.norm(f @ f.T - torch.eye(len(f))).item() for f in factors]
+    assert term.item() == pytest.approx(0.3 * sum(distances) / 4)  # their mean, however many layers
     _train(live, 20)
     for n in ("fc", "mid"):
         ours_e, theirs_e = (getattr(m, n).lora_E["default"] for m in (ours, theirs.inner))
@@ -143,6 +147,12 @@ def test_eva_equals_peft() -> None:
         assert torch.allclose(a, b, atol=1e-6)
     assert torch.allclose(a @ a.T, torch.eye(3), atol=1e-5)
     assert torch.equal(ours(X), before)
+    fed: list[Tensor] = []
+    hook = ours.mid.register_forward_pre_hook(lambda module, args: fed.append(args[0].reshape(-1, args[0].shape[-1])))
+    ours(X)
+    hook.remove()
+    principal = torch.linalg.svd(fed[0] - fed[0].mean(0), full_matrices=False).Vh[:3]  # about the mean, as the sentence says
+    assert torch.allclose((a @ principal.T).abs(), torch.eye(3), atol=1e-3)
     start = ours.fc.lora_A["default"].weight.clone()
     live.batch(X.flip(0) * 2, Y)  # the first batch only
     assert torch.equal(ours.fc.lora_A["default"].weight, start)

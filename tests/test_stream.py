@@ -12,10 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
+from torch import nn
 
-from greenvis import data, experiment, record, stream
+import greenvis as gv
+from greenvis import continual, data, experiment, record, stream
 from greenvis.errors import BadInput
+from greenvis.recipe import TrainSpec
+from greenvis.wrap import wrap
 
 RECIPE = """\
 name: tiny
@@ -194,3 +199,34 @@ def _in_task(folder: Path, task: int) -> bool:
 def _matrix(folder: Path, arm: str) -> Any:
     runs = [record.read(path) for path in record.find([folder / "runs/tiny" / arm])]
     return next(r.facts["task_accuracy"] for r in runs if r.status == "done")
+
+
+def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
+    """Over the classes that compete: all of a single head. One step by hand."""
+    its = stream.make(data.load("digits", train=40, test=20), kind="domain", tasks=2)
+
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    logits, y = torch.randn(6, 10), torch.arange(6)
+    target = 0.7 * F.one_hot(y, 10) + 0.03
+    assert torch.allclose(its.task_loss(0, 0.3)(logits, y), -(target * logits.log_softmax(1)).sum(1).mean())
+    weights = []
+    for smoothing in (0.0, 0.3):
+        live = wrap(net(), [])
+        spec = TrainSpec(epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant",
+                         label_smoothing=smoothing)  # fmt: skip
+        with gv.track("smooth", dir=tmp_path, codecarbon=False) as run:
+            continual.fit_stream(live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run)
+        by_hand = net()
+        for part in its.train:
+            x, y = part.batch(torch.arange(len(part)))
+            its.task_loss(0, smoothing)(by_hand(x), y).backward()
+            with torch.no_grad():
+                for p in by_hand.parameters():
+                    p.sub_(0.1 * p.grad)
+                    p.grad = None
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(live.model.parameters(), by_hand.parameters(), strict=True))
+        weights.append(next(iter(by_hand.parameters())).detach())
+    assert not torch.allclose(*weights, atol=1e-4)

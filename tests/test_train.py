@@ -23,9 +23,9 @@ Y = (X.sum(1) > 0).long()
 Batch = tuple[Tensor, Tensor]
 
 
-def _net() -> nn.Module:
+def _net(dropout: float = 0.3) -> nn.Module:
     torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.ReLU(), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.ReLU(), nn.Linear(8, 2))
 
 
 class Batches:
@@ -44,9 +44,14 @@ class Batches:
 
 
 def _fit(
-    folder: Path, spec: TrainSpec, batches: Callable[..., Any], checkpoint: Path | None = None, **more: Any
+    folder: Path,
+    spec: TrainSpec,
+    batches: Callable[..., Any],
+    checkpoint: Path | None = None,
+    dropout: float = 0.3,
+    **more: Any,
 ) -> tuple[nn.Module, train.Progress]:
-    live = gv.wrap(_net(), [])
+    live = gv.wrap(_net(dropout), [])
     with gv.track("fit", live, dir=folder) as run:
         test = lambda: [(X, Y)]  # noqa: E731
         progress = train.fit(live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint, **more)
@@ -88,6 +93,21 @@ def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
     assert progress.epoch < 50
     assert progress.accuracy is not None
     assert progress.accuracy >= 0.8
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_labels_are_smoothed_by_what_the_recipe_says(tmp_path: Path, smoothing: float) -> None:
+    """One step of plain SGD by hand: the share of all classes in the target, as in `F.cross_entropy`."""
+    spec = TrainSpec(
+        epochs=1, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant", label_smoothing=smoothing
+    )
+    model, _ = _fit(tmp_path, spec, lambda epoch, start: [(X, Y)] * (start == 0), dropout=0.0)
+    mine: Any = _net(dropout=0.0)
+    logs = mine(X).log_softmax(1)
+    target = (1 - smoothing) * torch.nn.functional.one_hot(Y, 2) + smoothing / 2
+    (-(target * logs).sum(1).mean()).backward()
+    for a, b in zip(model.parameters(), mine.parameters(), strict=True):
+        assert torch.allclose(a, b - 0.5 * b.grad, atol=1e-6)
 
 
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:

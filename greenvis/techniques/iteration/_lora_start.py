@@ -25,10 +25,12 @@ _ROUNDS = 100  # of the same images; PEFT looks until two rounds agree
 
 
 def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
-    """Set each layer's A to the leading right-singular vectors of what it is fed (Paischer et al., 2024), every rank kept.
+    """Set each layer's A to the directions in which what it is fed varies most, as PEFT's EVA does (Paischer et al., 2024).
 
-    layers: PEFT's, by path, around Linears. images: (batch, channels, height, width). Raises BadInput where they give a
-    layer fewer rows than it has ranks.
+    They are principal components, so about the mean of what is fed, from an incremental PCA of the same images again and
+    again. Every layer keeps its rank: EVA's shifting of ranks between layers is left out (PEFT's rho = 1). layers: PEFT's, by
+    path, around Linears. images: (batch, channels, height, width). Raises BadInput where they give a layer fewer rows than it
+    has ranks.
     """
     root = nn.Sequential(model)  # PEFT takes a model with PEFT's layers for a PeftModel, by an attribute
     names = {f"0.{path}.base_layer": layer for path, layer in layers.items()}
