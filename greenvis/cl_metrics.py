@@ -31,8 +31,9 @@ def average_incremental_accuracy(matrix: Matrix) -> float | None:
 def forgetting_by_task(matrix: Matrix, definition: Literal["max", "first"] = "max") -> list[float | None]:
     """Return what each task but the last lost by the end.
 
-    "max": its best accuracy after any earlier task, less the last (Chaudhry et al., 2018, eq. 3; mammoth, l2p). "first": its
-    accuracy when it was learned, less the last (avalanche).
+    "max": its best accuracy from when it was learned to before the last task, less that after the last (Chaudhry et al., 2018,
+    eq. 3). Negative where the last task helped, unlike the forgetting of mammoth and l2p-pytorch, whose best includes the last
+    and what was there before the task was learned. "first": its accuracy when it was learned, less the last (avalanche).
     """
     out: list[float | None] = []
     for i, last in enumerate(matrix[-1][:-1]):

@@ -37,6 +37,28 @@ def test_the_others_by_their_formula() -> None:
     assert cl.energy_normalised_accuracy(MATRIX, 2000.0) == pytest.approx(66.8 / 2)
 
 
+HELPED = [[0.9, 0.3, 0.1], [0.7, 0.8, 0.2], [0.95, 0.85, 0.6]]  # the last task helped both before it
+
+
+def test_forgetting_is_negative_where_the_last_task_helped() -> None:
+    """Chaudhry's best is of before the last task: 0.9 and 0.8. One that counts the last, as mammoth's, is never negative."""
+    assert cl.forgetting_by_task(HELPED) == pytest.approx([0.9 - 0.95, 0.8 - 0.85])
+    assert cl.forgetting(HELPED) == pytest.approx(-0.05)
+    best = [max(row[i] for row in HELPED) - HELPED[-1][i] for i in range(2)]
+    assert best == [0, 0]
+    assert cl.forgetting_by_task([[0.5, 0.9], [0.4, 0.6]]) == pytest.approx([0.1])  # one task: the last is no part of it
+    assert cl.forgetting_by_task([[0.2, 0.9, 0.0], [0.2, 0.4, 0.0], [0.2, 0.3, 0.5]])[1] == pytest.approx(0.1)  # once learned
+
+
+@pytest.mark.parametrize("matrix", [HELPED, [[0.6, 0.0], [0.8, 0.7]], [[0.5, 0.1, 0.0], [0.4, 0.9, 0.2], [0.45, 0.7, 0.3]]])
+def test_first_is_avalanche_s_also_where_tasks_gain(matrix: list[list[float]]) -> None:
+    """Accuracy when learned less the last, a mean over the tasks before the last; what tasks gained counts against it."""
+    lost = [matrix[i][i] - matrix[-1][i] for i in range(len(matrix) - 1)]
+    assert cl.forgetting_by_task(matrix, "first") == pytest.approx(lost)
+    assert cl.forgetting(matrix, "first") == pytest.approx(sum(lost) / len(lost))
+    assert cl.backward_transfer(matrix) == pytest.approx(-sum(lost) / len(lost))
+
+
 def test_what_was_not_measured_is_none() -> None:
     joint = [[None, None], [0.8, 0.9]]
     assert cl.average_accuracy(joint) == pytest.approx(0.85)

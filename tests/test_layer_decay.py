@@ -53,6 +53,19 @@ def test_layers_of_every_library(name: str, at: dict[str, int]) -> None:
     assert len(rates) == len(list(model.parameters()))
 
 
+def test_a_part_s_own_parameters_learn_with_the_part() -> None:
+    """An attention pool's query lies behind the last block, though no layer of its own holds it; positions lie before."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    model = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5, global_pool="map", class_token=False
+    )
+    rates = _rates(wrap(model, LayerDecay(decay=0.5)))
+    for name in ("attn_pool.latent", "attn_pool.kv.weight", "attn_pool.mlp.fc1.bias", "head.weight"):
+        assert rates[name] == 1.0, name
+    assert rates["pos_embed"] == rates["patch_embed.proj.weight"] == 0.125
+
+
 def test_changes_nothing_but_rates() -> None:
     model = HOSTS["timm-vit"].build()
     before = Snapshot(model)

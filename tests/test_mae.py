@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS
+from scipy import ndimage
 from torch import Tensor
 
 from greenvis.errors import BadInput
@@ -59,10 +61,30 @@ def test_histograms_point_where_the_gradient_points(angle: int, bin_: int) -> No
     x = (math.cos(turned) * column + math.sin(turned) * row).expand(1, 1, 16, 16)
     features = hog(x, (2, 2))
     assert features.shape == (1, 4, 36)
-    assert torch.allclose(features.norm(dim=-1), torch.ones(1, 4))
+    assert torch.allclose(features.unflatten(-1, (4, 9)).norm(dim=-1), torch.ones(1, 4, 4))  # by cell
     inner = features.unflatten(-1, (4, 9))[0, 0, 3]  # the cell of patch 0 that no edge of the image touches
     assert inner.argmax() == bin_
     assert (inner > 0).sum() == 1
+
+
+@pytest.mark.parametrize(("side", "grid", "cell"), [(16, 2, 4), (12, 3, 4), (20, 2, 5)])
+def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
+    """Sobel's gradients at mirrored edges, votes by size, each cell of each channel of length 1: pixel by pixel."""
+    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    patch = side // grid
+    cells = patch // cell
+    wanted = np.zeros((grid, grid, 3, cells, cells, 9))
+    for channel in range(3):
+        pixels = x[0, channel].numpy()
+        across, down = (ndimage.sobel(pixels, axis, mode="mirror") for axis in (1, 0))
+        for row in range(side):
+            for column in range(side):
+                a, d = across[row, column], down[row, column]
+                bin_ = math.floor(math.atan2(a, d) / math.pi * 9) % 9
+                at = (row // patch, column // patch, channel, row % patch // cell, column % patch // cell, bin_)
+                wanted[at] += math.hypot(a, d)
+    wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
+    assert np.allclose(hog(x, (grid, grid))[0].numpy(), wanted.reshape(grid * grid, -1), atol=1e-6)
 
 
 def test_the_loss_counts_masked_patches_only() -> None:

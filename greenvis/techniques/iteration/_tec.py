@@ -44,7 +44,7 @@ def normalise_tokens(features: Tensor, eps: float = EPS) -> Tensor:
 def normalise_channels(features: Tensor, eps: float = EPS) -> Tensor:
     """Return (batch, patches, channels) with zero mean and unit unbiased variance over the channels, by patch.
 
-    MAE's normalisation of pixels (He et al., 2022), and that of feature distillation (Wei et al., 2022).
+    MAE's normalisation of pixels (He et al., 2022).
     """
     return (features - features.mean(-1, keepdim=True)) / (features.var(-1, keepdim=True) + eps).sqrt()
 

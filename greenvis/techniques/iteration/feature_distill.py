@@ -17,7 +17,6 @@ from greenvis.techniques._frozen import Kept, mark
 from greenvis.techniques.inference._features import as_map
 from greenvis.techniques.iteration._bases import Base, given_base
 from greenvis.techniques.iteration._seams import first, seat
-from greenvis.techniques.iteration._tec import normalise_channels
 from greenvis.views import view
 
 _CHILD = "feature_distill"
@@ -26,10 +25,17 @@ _CHILD = "feature_distill"
 def whitened_loss(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
     """Return the smooth L1 distance of predicted features from a base's whitened ones, both (batch, places, channels).
 
-    (Wei et al., 2022, equation 2.) Squared below a difference of `beta`, absolute above. The target has mean 0 and variance 1
-    over the channels of each place already.
+    (Wei et al., 2022, equation 2.) Squared below a difference of `beta`, absolute above. The target is `whitened` already.
     """
     return F.smooth_l1_loss(predicted.float(), target.float(), beta=beta)
+
+
+def whitened(features: Tensor) -> Tensor:
+    """Return features (batch, places, channels) with mean 0 and variance 1 over the channels of each place.
+
+    A layer norm without weights, as Wei et al. (2022) have it: of the biased variance.
+    """
+    return F.layer_norm(features.float(), features.shape[-1:])
 
 
 class FeatureDistill(Technique):
@@ -127,12 +133,12 @@ class InstalledFeatureDistill(Installed):
 
         def ask() -> Tensor:
             with self.phase("base_reuse"):
-                return normalise_channels(self.base.ask(x).features.float())
+                return whitened(self.base.ask(x).features)
 
         if self.samples is None or self.request.cache == "off":
             return ask()
         if self._kept is None:
-            part = f"base {self.base.what}: last block whitened, on {self.base.grid}"
+            part = f"base {self.base.what}: last block under a layer norm, on {self.base.grid}"
             note = lambda text: self.note(text)  # noqa: E731
             self._kept = Kept(part, mark(self.base.model), dtype=self.request.cache, note=note)
         return self._kept.outputs(self.samples, ask, x.device)

@@ -13,12 +13,13 @@ from greenvis.views import View, view
 
 
 class LayerDecay(Technique):
-    """Fine-tune each block with a smaller learning rate than the one behind it (ELECTRA: Clark et al., 2020; for vision
-    transformers BEiT: Bao et al., 2022).
+    """Fine-tune each block with a smaller learning rate than the one behind it, as BEiT (Bao et al., 2022) and MAE do.
 
     Saves and costs nothing a step; a pretrained model tends to reach its accuracy in fewer epochs. With L blocks, layer 0
-    (embeddings and what else lies before the blocks) to L + 1 (final norm and classifier) learn at lr · decay^(L + 1 − layer);
-    parameters that other techniques add learn at lr. A masked autoencoder wants 0.65 to 0.75.
+    (embeddings and what else lies before the blocks) to L + 1 (all behind the last block, classifier included) learn at
+    lr · decay^(L + 1 − layer); what stands between two blocks counts with the one before; parameters that other techniques add
+    learn at lr. The idea is ELECTRA's (Clark et al., 2020), whose last block is two factors below the classifier, not one; timm
+    counts a final norm with the last block. A masked autoencoder wants 0.65 to 0.75.
     """
 
     name: ClassVar[str] = "layer_decay"
@@ -80,6 +81,9 @@ def layer_numbers(found: View, names: Sequence[str]) -> dict[str, int]:
         if owner is not None:
             return owner
         path = name.rpartition(".")[0]
-        return max((n for p, n in outside.items() if path == p or path.startswith(p + ".")), default=0)
+        around = [n for p, n in outside.items() if path == p or path.startswith(p + ".")]
+        if not around and not any(b.startswith(path + ".") for b in number):  # a part's own parameter: with the part's layers
+            around = [min((n for p, n in outside.items() if path and p.startswith(path + ".")), default=0)]
+        return max(around, default=0)
 
     return {name: of(name) for name in names}

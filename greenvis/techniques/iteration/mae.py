@@ -32,11 +32,14 @@ def patchify(images: Tensor, grid: tuple[int, int]) -> Tensor:
 def hog(images: Tensor, grid: tuple[int, int], bins: int = _BINS) -> Tensor:
     """Return histograms of oriented gradients (MaskFeat: Wei et al., 2022), (batch, patches, features).
 
-    Each pixel's gradient counts with its size in one of `bins` unsigned directions, channel by channel, over cells of a patch
-    (two to a side where it has 8 pixels or more, else one); each channel's histograms of a patch have length 1.
+    Each pixel's gradient, by Sobel's filters, counts with its size in one of `bins` unsigned directions, channel by channel,
+    over cells of a patch (two to a side where it has 8 pixels or more, else one); each cell's histogram has length 1. As the
+    authors' code has it without its Gaussian window, for cells of any size.
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")
-    across, down = x[..., 1:-1, 2:] - x[..., 1:-1, :-2], x[..., 2:, 1:-1] - x[..., :-2, 1:-1]
+    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    across = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
     size = torch.hypot(across, down)
     direction = (torch.atan2(across, down) / math.pi % 1 * bins).floor().long() % bins
     votes = torch.zeros(*images.shape, bins, dtype=size.dtype, device=size.device)
@@ -45,8 +48,8 @@ def hog(images: Tensor, grid: tuple[int, int], bins: int = _BINS) -> Tensor:
     patch = images.shape[-1] // grid[1]
     cells = 2 if patch >= 8 and patch % 2 == 0 else 1
     pooled = patchify(F.adaptive_avg_pool2d(votes, (grid[0] * cells, grid[1] * cells)), grid)
-    by_channel = pooled.unflatten(-1, (cells * cells, images.shape[1], bins)).movedim(3, 2).flatten(3)
-    return F.normalize(by_channel, dim=-1).flatten(2)
+    by_cell = pooled.unflatten(-1, (cells * cells, images.shape[1], bins))
+    return F.normalize(by_cell, dim=-1).movedim(3, 2).flatten(2)
 
 
 class Mae(Technique):
