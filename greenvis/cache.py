@@ -24,11 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from greenvis import files
 from greenvis.cache_files import caches, is_idle, last_used, locked, remove, reserve, size_of
 from greenvis.errors import BadInput, GreenvisError
 
 SCHEMA = 1
 MAX_BYTES = 8 * 2**30
+FILES = ("in-use", "key.json", "values.bin", "index.bin")
 THERE = np.uint64(1 << 32)
 KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -196,9 +198,12 @@ class Cache:
             return False
         use = -1
         try:
+            for path in (self.path, *(self.path / name for name in FILES)):
+                if path.is_symlink():
+                    raise ValueError(f"{path.name} is a link")
             use = os.open(self.path / "in-use", os.O_RDWR)
             fcntl.flock(use, fcntl.LOCK_SH)
-            head = json.loads((self.path / "key.json").read_text())
+            head = files.read_json(self.path / "key.json", "key")
             shape = tuple(head.pop("shape"))
             count, entry = self.length * self.views, self._entry(shape)
             sizes = (size_of(self.path / "values.bin"), size_of(self.path / "index.bin"))
@@ -207,7 +212,7 @@ class Cache:
             self._values = np.memmap(self.path / "values.bin", entry, "r+", shape=(count,))
             self._index = np.memmap(self.path / "index.bin", np.uint64, "r+", shape=(count,))
             os.utime(self.path / "key.json")  # the time of the last use
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, BadInput) as error:
             if use >= 0:
                 os.close(use)
             self._note(f"cache {self.path} is not whole ({error}); it is made anew")
@@ -264,11 +269,11 @@ class Cache:
         closest: dict[str, tuple[Any, Any]] | None = None
         for path in caches(self.folder):
             try:
-                head = json.loads((path / "key.json").read_text())
+                head = files.read_json(path / "key.json", "key")
                 old, new = (
                     {**h["key"], **{k: v for k, v in h.items() if k not in ("key", "shape")}} for h in (head, self._head)
                 )
-            except (OSError, ValueError, KeyError, TypeError):
+            except (BadInput, KeyError, TypeError, AttributeError):
                 continue
             changed = {k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)}
             if changed.keys() & set(self._about):

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from greenvis import files
+
 
 def caches(folder: Path) -> Iterator[Path]:
     """Yield the folder of each cache there is, finished ones only."""
@@ -54,6 +56,8 @@ def remove(path: Path) -> None:
         os.rename(path, gone)
     except FileNotFoundError:
         return
+    if gone.is_symlink():
+        gone.unlink()
     shutil.rmtree(gone, ignore_errors=True)
 
 
@@ -61,7 +65,7 @@ def remove(path: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder's lock: one process at a time creates or removes caches in it."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    lock = files.lock(folder / ".lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

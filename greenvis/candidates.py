@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from torch import nn
 
-from greenvis import data, lineage, models, views
+from greenvis import data, files, lineage, models, views, yamlfile
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import Session
 from greenvis.jobs import Job
@@ -72,7 +72,7 @@ def written(path: Path, content: Mapping[str, Any], overrides: Sequence[str] = (
     """Write a recipe and read it back. Raises BadInput for what it says, GreenvisError where it cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+        files.write(path, comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise GreenvisError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     return load_recipe(path, overrides)
@@ -102,10 +102,7 @@ def fitting(session: Session, recipe: Recipe) -> tuple[dict[str, Job], dict[str,
 
 
 def _plans(path: Path) -> dict[str, Any]:
-    try:
-        read = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"cannot read the plans {path}: {error}") from error
+    read = yamlfile.parse(files.read_text(path, "plans", yamlfile.MOST_BYTES), str(path))
     arms = read.get("arms") if isinstance(read, dict) else None
     if not isinstance(arms, dict) or not all(isinstance(arm, dict | None) for arm in arms.values()):
         raise BadInput(f"the plans {path} are a recipe's train and arms; it has no arms (see {PLANS})")

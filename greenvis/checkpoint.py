@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.optim.lr_scheduler import LambdaLR
 
+from greenvis import files
 from greenvis.errors import GreenvisError
 from greenvis.wrap import Wrapped
 
@@ -34,18 +34,15 @@ def save(path: Path, live: Wrapped, optimizer: Any, scheduler: LambdaLR, acceler
         },
     }
     content["scheduler"].pop("lr_lambdas", None)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with files.replacing(path) as part:
+        torch.save(content, part)
 
 
 def read(path: Path) -> dict[str, Any]:
     """Return what `save` wrote. Raises GreenvisError for a damaged file."""
     try:
+        if not path.is_file():
+            raise OSError("not a regular file")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise GreenvisError(f"the checkpoint {path} cannot be read ({error}); remove it to start this arm again") from error

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from greenvis import __version__, verbs, verbs_bases, verbs_models
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest, printable
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
 
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "exit": code}))
-        print(f"greenvis: {error}", file=sys.stderr)
+        print(f"greenvis: {printable(str(error))}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
         print("greenvis: stopped; the same command goes on from here", file=sys.stderr)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from greenvis import models, ranks
+from greenvis import files, models, ranks
 from greenvis.errors import BadInput, nearest, some
 
 if TYPE_CHECKING:
@@ -109,8 +109,8 @@ class Deltas:
             (DELTA_FILE, lambda p: save_file(state, p)),
             (CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2))),
         ):
-            write(folder / (name + ".part"))
-            os.replace(folder / (name + ".part"), folder / name)
+            with files.replacing(folder / name) as part:
+                write(part)
         return folder
 
     def load(self, folder: str | os.PathLike[str]) -> None:
@@ -120,9 +120,9 @@ class Deltas:
     def _read(self, folder: Path) -> dict[str, Tensor]:
         """Return a saved delta. Raises BadInput for other techniques, another base, or a damaged file."""
         try:
-            card = json.loads((folder / CARD_FILE).read_text())
+            card = files.read_json(folder / CARD_FILE, "card of a delta")
             state = load_file(folder / DELTA_FILE)
-        except (OSError, ValueError, SafetensorError) as error:
+        except (OSError, ValueError, SafetensorError, BadInput) as error:
             raise BadInput(f"cannot load a delta from {folder}: {error}") from error
         if card.get("techniques") != self.recipe_form():
             raise BadInput(

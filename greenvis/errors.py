@@ -22,7 +22,7 @@ class BadInput(GreenvisError):
 def nearest(wanted: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there is."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{close[0]}'?"
     return f"; known: {some(names)}" if names else ""
@@ -33,3 +33,8 @@ def some(names: Iterable[str], most: int = 6) -> str:
     listed = list(names)
     shown = ", ".join(f"'{n}'" for n in listed[:most])
     return shown + (f", … (+{len(listed) - most})" if len(listed) > most else "")
+
+
+def printable(text: str) -> str:
+    """Return a text as a terminal may get it: lines kept, every other control character (escape sequences) replaced."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from greenvis import data, models, ranks
+from greenvis import data, files, models, ranks
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.recipe import Arm, Recipe, load_recipe
 from greenvis.technique import Samples, Technique
@@ -49,10 +49,14 @@ class Job:
     def done(self) -> dict[str, Any] | None:
         """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
         try:
-            left = json.loads((self.folder / DONE_FILE).read_text())
-        except (OSError, ValueError):
+            left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
+        except BadInput:
             return None
-        return left if left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists() else None
+        return (
+            left
+            if isinstance(left, dict) and left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists()
+            else None
+        )
 
 
 class Jobs:
@@ -106,7 +110,7 @@ class Jobs:
                 inputs["subset"] = arm.subset.model_dump()
             if arm.stages:
                 inputs["stages"] = [_stage(its) for its in arm.stages]
-            if its := files(arm, recipe.folder):
+            if its := model_files(arm, recipe.folder):
                 inputs["files"] = [file.is_file() and _digest(file) for _, file in its]
             digest = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:16]
             folder = self.runs / recipe.name / arm.name / f"seed{seed}"
@@ -136,7 +140,7 @@ class Jobs:
         return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
 
 
-def files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
+def model_files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
     """Return the files of models an arm begins with, "file:PATH" in its recipe, as (role, path)."""
     named: list[tuple[str, Any]] = [("base", arm.model.init), ("base", arm.model.ref)]
     named += [(t.role, value) for one in (arm, *arm.stages) for t in one.techniques for value in t.recipe_form().values()]
@@ -183,10 +187,10 @@ def located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 def predicted(job: Job) -> dict[str, Any] | None:
     """Return what `greenvis plan` said of a job like this one, if it was asked: observations, {"value", "low", "high"} each."""
     try:
-        arm = json.loads((job.folder.parent.parent / PLAN_FILE).read_text())["arms"][job.name]
-    except (OSError, ValueError, KeyError):
+        arm = files.read_json(job.folder.parent.parent / PLAN_FILE, "plan")["arms"][job.name]
+        return arm["each"] if arm["inputs"] == job.inputs else None
+    except (BadInput, KeyError, TypeError):
         return None
-    return arm["each"] if arm["inputs"] == job.inputs else None
 
 
 def forget(job: Job, done: bool = True) -> None:
@@ -236,7 +240,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / ".lock").open("w")
+        file = os.fdopen(files.lock(folder / ".lock"), "w")
     except OSError as error:
         raise GreenvisError(
             f"cannot write to {folder}: {error.strerror or error}; choose another folder with --runs"
@@ -253,9 +257,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def write_json(path: Path, content: Any) -> None:
     """Write `content`, whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=2, default=str))
-    os.replace(part, path)
+    files.write(path, json.dumps(content, indent=2, default=str))
 
 
 def model_options(job: Job, images: data.Data) -> dict[str, Any]:

@@ -4,14 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis import price, record, weights
 from greenvis.errors import BadInput
-from greenvis.jobs import WEIGHTS_FILE, Job, files
+from greenvis.jobs import WEIGHTS_FILE, Job, model_files
 from greenvis.record import Reading
+from greenvis.technique import explain
 
 KEYS = ("run", "arm", "seed", "energy_j")  # what a weight file's card must hold to be an ancestor
+MOST_ROWS = 1000  # of a family tree
+_Name = Annotated[str, Field(max_length=300)]
+_Joules = Annotated[float, Field(ge=0)] | None
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Energy(_Loose):
+    value: _Joules
+    low: _Joules = None
+    high: _Joules = None
+    provenance: Literal["measured", "estimated", "constant"] = "estimated"
+
+
+class _Use(_Loose):
+    role: _Name
+    name: _Name
+    seed: int
+    runs: Annotated[list[_Name], Field(max_length=10_000)]
+    energy_j: _Energy
+    of: Annotated[list[_Name], Field(max_length=MOST_ROWS)]
+
+
+class _Card(_Loose):
+    """What a weight file's card must be to be believed: written by strangers, it may hold anything."""
+
+    run: _Name
+    arm: _Name
+    seed: int
+    energy_j: _Energy
+    uses: Annotated[list[_Use], Field(max_length=MOST_ROWS)] = []
+    recipe: Annotated[str, Field(max_length=10**6)] = ""
+    data: dict[str, Any] | None = None
+    techniques: list[Any] | None = None
+
+
+def _checked(path: Path, card: Any) -> dict[str, Any]:
+    """Return a card as the schema has it. Raises BadInput with the file and the field."""
+    try:
+        return _Card.model_validate(card).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise BadInput(explain(error, _Card, lambda *key: f"{path}: its card")) from error
 
 
 def ancestors(job: Job) -> list[dict[str, Any]]:
@@ -55,8 +102,9 @@ def read_card(place: str | Path) -> dict[str, Any]:
     path = path / WEIGHTS_FILE if path.is_dir() else path
     stored = weights.metadata(path)
     its = stored.get("card") or {}
-    if any(key not in its for key in KEYS):
+    if not isinstance(its, dict) or any(key not in its for key in KEYS):
         raise BadInput(f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it")
+    its = _checked(path, its)
     parts = [_reading(entry["energy_j"]) for entry in (its, *its.get("uses", ()))]
     known = all(part.value is not None for part in parts)
     total = price.add(parts) if known else Reading("energy_j", None, reason="the cost of a part is not known")
@@ -64,12 +112,19 @@ def read_card(place: str | Path) -> dict[str, Any]:
 
 
 def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
-    """Return a card's family as (depth, role, entry), the model itself first; one that two build on stands below both."""
+    """Return a card's family as (depth, role, entry), the model itself first.
+
+    One that two build on stands below both, what it builds on in its turn below the first.
+    """
     rows: list[tuple[int, str, dict[str, Any]]] = []
+    shown: set[str] = set()
 
     def below(entry: Mapping[str, Any], role: str, above: tuple[str, ...]) -> None:
         rows.append((len(above), role, dict(entry)))
         name = _key(entry)
+        if name in shown or len(rows) >= MOST_ROWS:
+            return
+        shown.add(name)
         for use in its.get("uses", ()):
             if name in use["of"] and _key(use) not in above:
                 below(use, use["role"], (*above, name))
@@ -125,13 +180,13 @@ def _key(entry: Mapping[str, Any]) -> str:
 
 def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     """Yield the weight files of greenvis that a job begins with, as (role, path, card)."""
-    for role, path in files(job.arm, job.recipe.folder):
+    for role, path in model_files(job.arm, job.recipe.folder):
         try:
             card = weights.metadata(path).get("card") or {}
         except BadInput:  # of another kind: it has no card, and whether it can be used is for others to say
             continue
-        if all(key in card for key in KEYS):
-            yield role, path, card
+        if isinstance(card, dict) and all(key in card for key in KEYS):
+            yield role, path, _checked(path, card)
 
 
 def _techniques(job: Job) -> Iterable[Any]:
@@ -153,7 +208,8 @@ def _energy(total: Reading) -> dict[str, Any]:
 
 
 def _reading(energy: Mapping[str, Any]) -> Reading:
-    return Reading("energy_j", energy["value"], energy["low"], energy["high"], "reused", energy["provenance"], "not known")
+    band = (energy.get(key) for key in ("value", "low", "high"))
+    return Reading("energy_j", *band, "reused", energy.get("provenance", "estimated"), "not known")
 
 
 def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:

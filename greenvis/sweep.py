@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Sequence
 from itertools import product
@@ -14,6 +15,7 @@ from greenvis.recipe import Recipe, load_recipe
 
 BRACKETS = " []{}'\""
 LONGEST = 120  # characters of a name, which is a folder's
+MOST = 1000  # recipes of one sweep
 
 
 def values(text: str) -> list[str]:
@@ -37,6 +39,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Recipe, 
     Raises BadInput as `load_recipe` does.
     """
     choices = [values(text) for text in overrides]
+    if math.prod(map(len, choices)) > MOST:
+        raise BadInput(f"--set asks for {math.prod(map(len, choices)):,} recipes; at most {MOST:,} run as one sweep")
     out = []
     for chosen in product(*choices):
         recipe = load_recipe(path, chosen)

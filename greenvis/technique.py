@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from greenvis.answers import TASKS
 from greenvis.answers import logits_of as logits_of
 from greenvis.answers import only as only
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest, printable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Technique(BaseModel):
     nothing does. `nothing` are arguments that match nothing in any model, so that `install` must refuse.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     name: ClassVar[str]
     stage: ClassVar[Stage]
@@ -227,6 +227,9 @@ class Installed:
         """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model itself."""
 
 
+MOST_PROBLEMS = 20  # of one message
+
+
 def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., str], at: tuple[str | int, ...] = ()) -> str:
     """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
     out = []
@@ -245,6 +248,8 @@ def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., 
         line = f"{where(*key)}: {path}: {said}"
         if line not in out:
             out.append(line)
+        if len(out) == MOST_PROBLEMS:
+            return "\n".join([*out, f"… and {error.error_count() - MOST_PROBLEMS} more"])
     return "\n".join(out)
 
 
@@ -272,8 +277,10 @@ def _choices(kind: Any, loc: tuple[Any, ...]) -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """Format a value for a message, cut short."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    """Format a value for a message, cut short and printable."""
+    if isinstance(value, int) and abs(value) > 10**18:  # Python refuses to write thousands of digits
+        return f"a whole number of {value.bit_length()} bits"
+    text = printable(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) < 60 else text[:57] + "…"
 
 

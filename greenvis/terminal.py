@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from greenvis import yamlfile
 from greenvis.errors import BadInput
 
 Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
@@ -51,14 +52,12 @@ def left_by(text: str, runs: str) -> str:
 
 def options(args: Any) -> dict[str, Any]:
     """Return the model options given on the command line."""
-    import yaml
-
     options = {k: getattr(args, k) for k in ("img_size", "in_chans", "num_classes") if getattr(args, k, None) is not None}
     for text in args.option:
         key, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
-        options[key] = yaml.safe_load(value)
+        options[key] = yamlfile.parse(value, f"--option {key[:80]}")
     return options
 
 

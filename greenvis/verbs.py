@@ -14,14 +14,19 @@ from greenvis.terminal import Answer, console, left_by, options, print_rows, rep
 
 def run(args: Any) -> Answer | int:
     """Train a recipe's arms and write its report."""
-    from greenvis import experiment, on_ray, ranks, sweep
+    from greenvis import sweep
+    from greenvis.meters import header
+
+    alone = header.ranks()[1] == 1
+    recipes = sweep.load(args.recipe, args.set) if alone else []  # what is wrong is said before torch is imported
+    from greenvis import experiment, on_ray, ranks
     from greenvis.report import report
 
     engines = ("one-by-one", "ray")
     if args.on not in engines:
         raise BadInput(f"cannot run on '{args.on}'{nearest(args.on, engines)}")
     ranks.join()
-    recipes = ranks.together(lambda: sweep.load(args.recipe, args.set))
+    recipes = recipes or ranks.together(lambda: sweep.load(args.recipe, args.set))
     first, several = recipes[0][0], len(recipes) > 1
     options: dict[str, Any] = {
         "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
@@ -58,11 +63,13 @@ def run(args: Any) -> Answer | int:
 def plan(args: Any) -> Answer:
     """Predict what a recipe, or each of a sweep, will cost."""
     from greenvis import sweep
+
+    recipes = sweep.load(args.recipe, args.set)  # what is wrong is said before torch is imported
     from greenvis.plan import plan, total
 
     options: dict[str, Any] = {"runs": args.runs, "trust": args.trust, "say": teller(args)}
     arms = {}
-    for recipe, _ in sweep.load(args.recipe, args.set):
+    for recipe, _ in recipes:
         arms |= plan(recipe, **options)["arms"]
     found = {"arms": arms, "total": total(arms)}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from greenvis import files
 from greenvis.errors import BadInput, some
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 METADATA_KEY = "greenvis"
 KEPT = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
 _BESIDE = "_greenvis_beside"
+
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".npz", ".npy", ".h5", ".tar", ".zip")
 
 
 def first_line(error: BaseException) -> str:
@@ -170,8 +172,6 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write safetensors with `metadata` as JSON; the file appears whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     seen: set[int] = set()
     tensors = {}
     for name, value in state.items():
@@ -180,23 +180,19 @@ def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
             tensor = tensor.clone()  # safetensors refuses tensors that share memory (tied weights)
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(metadata)})
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with files.replacing(path) as part:
+        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(metadata)})
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
     """Return what `write` stored beside the tensors. Raises BadInput for a file that greenvis did not write."""
     try:
         with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})[METADATA_KEY])
+            stored = json.loads((file.metadata() or {})[METADATA_KEY])
+        if not isinstance(stored, dict):
+            raise TypeError("no mapping")
     except FileNotFoundError as error:
         raise BadInput(f"no weights at {path}") from error
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
         raise BadInput(f"{path} is not a safetensors file written by greenvis, which names its own model") from error
+    return stored

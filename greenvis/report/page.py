@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import re
 import shlex
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from greenvis import files
 from greenvis.report import charts, continual, exports, figures, honesty, settings, tables, to_json, verdict, words
 from greenvis.report.figures import Drawing
 
@@ -26,14 +25,14 @@ def write(found: dict[str, Any], folder: Path) -> Path:
         if old.stem not in {d.name for d in drawings}:
             old.unlink()
     for drawing in drawings:
-        _put(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
-    _put(folder / "results.json", to_json(found))
-    _put(folder / "results.csv", to_csv(found))
+        files.write(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
+    files.write(folder / "results.json", to_json(found))
+    files.write(folder / "results.csv", to_csv(found))
     for name, text in exports.files(found).items():
-        _put(folder / "exports" / name, text)
+        files.write(folder / "exports" / name, text)
     view = _view(found, drawings)
-    _put(folder / "report.md", render("report.md.j2", view))
-    _put(folder / "index.html", render("index.html.j2", view))
+    files.write(folder / "report.md", render("report.md.j2", view))
+    files.write(folder / "index.html", render("index.html.j2", view))
     return folder / "index.html"
 
 
@@ -150,17 +149,3 @@ def fence(text: Any) -> str:
 def shell(command: Any) -> str:
     """Return a recorded command, text or a list of words, as one would type it."""
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command)
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(fd, "w", encoding="utf-8", errors="replace", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
