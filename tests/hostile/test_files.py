@@ -1,0 +1,131 @@
+"""Folders full of links: what lies behind them never changes; and what is read is a regular file of a stated size."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from greenvis import cache_files, checkpoint, files, jobs, weights
+from greenvis.cache import Cache
+from greenvis.errors import BadInput, GreenvisError
+from tests.hostile.bounds import everything
+
+
+@pytest.fixture
+def canary(tmp_path: Path) -> Path:
+    """Return a folder that nobody may change."""
+    folder = tmp_path / "canary"
+    folder.mkdir()
+    (folder / "file").write_text("mine")
+    (folder / "figures").mkdir()
+    (folder / "figures" / "old.svg").write_text("mine, too")
+    return folder
+
+
+WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
+    "text": ("x.txt", lambda folder: files.write(folder / "x.txt", "new")),
+    "json": ("done.json", lambda folder: jobs.write_json(folder / "done.json", {"a": 1})),
+    "weights": ("m.safetensors", lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {})),
+    "weights' part": ("m.safetensors.part", lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {})),
+    "json's part": ("done.json.part", lambda folder: jobs.write_json(folder / "done.json", {"a": 1})),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_link_is_replaced_and_its_target_stays(name: str, canary: Path, tmp_path: Path) -> None:
+    link, write = WRITERS[name]
+    folder, before = tmp_path / "own", everything(canary)
+    folder.mkdir()
+    (folder / link).symlink_to(canary / "file")
+    write(folder)
+    assert everything(canary) == before
+    written = folder / link.removesuffix(".part")
+    assert written.is_file()
+    assert not written.is_symlink()
+    assert [p for p in folder.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_lock_that_is_a_link_is_refused(canary: Path, tmp_path: Path) -> None:
+    before = everything(canary)
+    for target in (canary / "file", canary / "absent"):
+        folder = tmp_path / target.name
+        folder.mkdir()
+        (folder / ".lock").symlink_to(target)
+        with pytest.raises(GreenvisError, match="is a link"), jobs.locked(folder):
+            pass
+        with pytest.raises(GreenvisError, match="is a link"), cache_files.locked(folder):
+            pass
+    assert everything(canary) == before
+
+
+@pytest.mark.parametrize("name", ["values.bin", "index.bin", "in-use", "key.json"])
+def test_a_cache_whose_files_are_links_is_made_anew(name: str, canary: Path, tmp_path: Path) -> None:
+    made = Cache(tmp_path / "caches", {"part": "a"}, length=4)
+    made.put([0, 1, 2, 3], torch.ones(4, 3))
+    made.close()
+    file = made.path / name
+    (canary / "copy").write_bytes(file.read_bytes())
+    file.unlink()
+    file.symlink_to(canary / "copy")
+    before = everything(canary)
+    notes: list[str] = []
+    again = Cache(tmp_path / "caches", {"part": "a"}, length=4, note=notes.append)
+    again.put([0], torch.zeros(1, 3))
+    again.close()
+    assert everything(canary) == before
+    assert any("not whole" in note for note in notes)
+
+
+def test_a_folder_of_ours_that_is_a_link_is_refused(canary: Path, tmp_path: Path) -> None:
+    before = everything(canary)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "figures").symlink_to(canary / "figures")
+    with pytest.raises(GreenvisError, match="figures is a link"):
+        files.own_folder(tmp_path / "out" / "figures" / "deep", tmp_path / "out")
+    (tmp_path / "chosen").symlink_to(canary)  # the user's own choice
+    assert files.own_folder(tmp_path / "chosen" / "new", tmp_path / "chosen").is_dir()
+    (canary / "new").rmdir()
+    assert everything(canary) == before
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    files.write(path, "old")
+    with pytest.raises(RuntimeError), files.replacing(path) as part:
+        part.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+def test_only_regular_files_of_a_stated_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2 * 2**30)
+    unix = socket.socket(socket.AF_UNIX)
+    unix.bind(str(tmp_path / "socket"))
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "bad").write_bytes(b"\xff{")
+    (tmp_path / "deep").write_text("[" * 200_000)
+    for name in ("pipe", "sparse", "socket", "loop", "bad", "deep", ".", "absent", "a\0b", "/dev/zero", "/dev/full"):
+        with pytest.raises(BadInput, match="cannot read the plan") as error:
+            files.read_json(tmp_path / name, "plan")
+        assert "\0" not in str(error.value)
+    unix.close()
+    (tmp_path / "good").write_text(json.dumps({"a": 1}))
+    assert files.read_json(tmp_path / "good") == {"a": 1}
+
+
+def test_marks_and_checkpoints_that_are_odd_are_no_marks(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    for content in (b"", b"x" * 100, b"PK\x03\x04" + b"\0" * 100):
+        path.write_bytes(content)
+        with pytest.raises(GreenvisError, match="cannot be read"):
+            checkpoint.read(path)
