@@ -139,8 +139,8 @@ CARDS: dict[str, Any] = {
 
 
 def stored(path: Path, content: Any) -> Path:
-    """Write a weight file with this content as greenvis's own."""
-    text = content if isinstance(content, str) else json.dumps({"ref": REF, "options": {}, "card": content})
+    """Write a weight file with this card, as greenvis's own."""
+    text = json.dumps({"ref": REF, "options": {}, "card": content})
     save_file({"a": torch.zeros(1)}, path, metadata={weights.METADATA_KEY: text})
     return path
 
@@ -157,9 +157,12 @@ def test_a_good_card_is_read(tmp_path: Path) -> None:
     assert read["total_j"]["value"] == 2.0
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", "[" * 100_000, "{", '{"ref": 1}', '{"ref": "timm/x"}', '{"a": ' * 50_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "3", "[" * 100_000, "{", '{"ref": 1}', '{"ref": "timm/x"}', '{"a": ' * 50_000]
+)
 def test_metadata_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
-    path = stored(tmp_path / "model.safetensors", text)
+    path = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={weights.METADATA_KEY: text})
     with pytest.raises(BadInput):
         models.build(f"file:{path}")
     with pytest.raises(BadInput):
