@@ -98,9 +98,14 @@ def test_a_folder_of_ours_that_is_a_link_is_refused(canary: Path, tmp_path: Path
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "x"
     files.write(path, "old")
-    with pytest.raises(RuntimeError), files.replacing(path) as part:
-        part.write_text("half")
-        raise RuntimeError
+
+    def fail() -> None:
+        with files.replacing(path) as part:
+            part.write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 

@@ -61,7 +61,7 @@ def options(path: str) -> dict[str, dict[str, Any]]:
 def test_options_that_read_files_need_trust(library: str, name: str, bomb: Path) -> None:
     given = options(str(bomb))[name]
     for call in (models.check, models.build):
-        with pytest.raises(BadInput, match="can make the library read a file.*--trust"):
+        with pytest.raises(BadInput, match=r"can make the library read a file.*--trust"):
             call(library, **given)
     assert not (bomb.parent / "canary").exists()
 
@@ -71,7 +71,7 @@ def test_a_card_cannot_name_them_either(name: str, bomb: Path) -> None:
     path = bomb.parent / "model.safetensors"
     stored = {"ref": REF, "options": options(str(bomb))[name], "card": {}}
     save_file({"a": torch.zeros(1)}, path, metadata={weights.METADATA_KEY: json.dumps(stored)})
-    with pytest.raises(BadInput, match="can make the library read a file|has its own weights"):
+    with pytest.raises(BadInput, match=r"can make the library read a file|has its own weights"):
         models.build(f"file:{path}")
     assert not (bomb.parent / "canary").exists()
 
@@ -80,7 +80,7 @@ def test_a_pickle_is_never_run(bomb: Path) -> None:
     for given in ({"pretrained": str(bomb)}, {"pretrained": bomb.name}):
         with pytest.raises(BadInput, match="cannot be read as plain weights"):
             models.build(REF, folder=bomb.parent, **given)
-    with pytest.raises(BadInput, match="not a whole safetensors file|cannot be read"):
+    with pytest.raises(BadInput, match=r"not a whole safetensors file|cannot be read"):
         weights.read_state(bomb.rename(bomb.with_suffix(".safetensors")))
     assert not (bomb.parent / "canary").exists()
 
@@ -148,7 +148,7 @@ def stored(path: Path, content: Any) -> Path:
 @pytest.mark.parametrize("name", CARDS)
 def test_odd_cards_are_refused_with_the_field(name: str, tmp_path: Path) -> None:
     path = stored(tmp_path / "model.safetensors", CARDS[name])
-    with pytest.raises(BadInput, match="its card|no card"):
+    with pytest.raises(BadInput, match=r"its card|no card"):
         lineage.read_card(path)
 
 
