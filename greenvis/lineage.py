@@ -208,8 +208,8 @@ def _energy(total: Reading) -> dict[str, Any]:
 
 
 def _reading(energy: Mapping[str, Any]) -> Reading:
-    band = (energy.get(key) for key in ("value", "low", "high"))
-    return Reading("energy_j", *band, "reused", energy.get("provenance", "estimated"), "not known")
+    value, low, high = (energy.get(key) for key in ("value", "low", "high"))
+    return Reading("energy_j", value, low, high, "reused", energy.get("provenance", "estimated"), "not known")
 
 
 def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -151,7 +151,8 @@ def override(source: dict[str, Any], lines: dict[Key, str], text: str) -> None:
     index = _index(keys[-1], place)
     if isinstance(place, list) and index is None:
         raise BadInput(f"--set {shown}: '{keys[-1]}' is no index of that list of {len(place)}")
-    place[keys[-1] if index is None else index] = parsed
+    last: Any = keys[-1] if index is None else index
+    place[last] = parsed
     lines[tuple(int(k) if _is_number(k) else k for k in keys)] = f"--set {shown}"
 
 
