@@ -19,6 +19,7 @@ from scipy.stats import ttest_1samp
 from greenvis import grid, price, record
 from greenvis.errors import BadInput
 from greenvis.report import report, results, to_json
+from greenvis.report.folder import LIST
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +280,13 @@ def test_results_json_is_what_results_returns(study: Path, found: dict[str, Any]
 
 
 def test_older_figures_of_the_same_folder_go(study: Path, tmp_path: Path) -> None:
-    (tmp_path / "figures").mkdir()
-    (tmp_path / "figures" / "tasks-7.svg").write_text("old")
     report(study, out=tmp_path)
+    (tmp_path / "figures" / "tasks-7.svg").write_text("old")
+    (tmp_path / "figures" / "mine.svg").write_text("of the user's")
+    marked = json.loads((tmp_path / LIST).read_text())
+    (tmp_path / LIST).write_text(json.dumps({"files": [*marked["files"], "figures/tasks-7.svg"]}))
+    report(study, out=tmp_path)
+    assert (tmp_path / "figures" / "mine.svg").exists()
     assert not (tmp_path / "figures" / "tasks-7.svg").exists()
 
 

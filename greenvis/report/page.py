@@ -9,9 +9,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from greenvis import files
 from greenvis.report import charts, continual, exports, figures, honesty, settings, tables, to_json, verdict, words
 from greenvis.report.figures import Drawing
+from greenvis.report.folder import publish
 
 TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
@@ -20,19 +20,13 @@ FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 def write(found: dict[str, Any], folder: Path) -> Path:
     """Write all files of a report into `folder` and return the path of its index.html."""
     drawings = charts.draw(found)
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    for old in (folder / "figures").glob("*.svg"):  # of an earlier report with other arms
-        if old.stem not in {d.name for d in drawings}:
-            old.unlink()
-    for drawing in drawings:
-        files.write(folder / "figures" / f"{drawing.name}.svg", drawing.svg)
-    files.write(folder / "results.json", to_json(found))
-    files.write(folder / "results.csv", to_csv(found))
-    for name, text in exports.files(found).items():
-        files.write(folder / "exports" / name, text)
     view = _view(found, drawings)
-    files.write(folder / "report.md", render("report.md.j2", view))
-    files.write(folder / "index.html", render("index.html.j2", view))
+    contents: dict[str, str | bytes] = {f"figures/{d.name}.svg": d.svg for d in drawings}
+    contents |= {"results.json": to_json(found), "results.csv": to_csv(found)}
+    contents |= {f"exports/{name}": text for name, text in exports.files(found).items()}
+    contents["report.md"] = render("report.md.j2", view)
+    contents["index.html"] = render("index.html.j2", view)  # last: where it is, all is there
+    publish(folder, contents)
     return folder / "index.html"
 
 

@@ -15,6 +15,7 @@ import torch
 from greenvis import cache_files, checkpoint, files, jobs, weights
 from greenvis.cache import Cache
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.report import folder as report_folder
 from tests.hostile.bounds import everything
 
 
@@ -93,6 +94,93 @@ def test_a_folder_of_ours_that_is_a_link_is_refused(canary: Path, tmp_path: Path
     assert files.own_folder(tmp_path / "chosen" / "new", tmp_path / "chosen").is_dir()
     (canary / "new").rmdir()
     assert everything(canary) == before
+
+
+RESULTS = json.dumps({"schema": 1, "arms": {}})
+
+
+def test_a_report_replaces_what_a_report_wrote_and_nothing_else(tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    report_folder.publish(site, {"index.html": "a", "figures/old.svg": "a", "exports/co2.md": "a"})
+    (site / "figures" / "mine.svg").write_text("mine")
+    (site / "notes.txt").write_text("mine")
+    report_folder.publish(site, {"index.html": "b", "figures/new.svg": "b"})
+    assert {k for k, v in everything(site).items() if v is not None} == {
+        ".greenvis-report.json", "figures/mine.svg", "figures/new.svg", "index.html", "notes.txt"
+    }  # fmt: skip
+    assert (site / "index.html").read_text() == "b"
+
+
+@pytest.mark.parametrize(
+    "mark", ["", "{}", "[", '{"files": 3}', '{"files": ["index.html/../file", "../file", "/etc/passwd", 3]}']
+)
+def test_a_folder_of_the_users_is_refused_whatever_its_mark_says(mark: str, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    (tmp_path / "file").write_text("mine")
+    (site / "index.html").write_text("mine")
+    if mark:
+        (site / report_folder.LIST).write_text(mark)
+    before = everything(tmp_path)
+    with pytest.raises(BadInput, match=r"holds 'index.html', which no report of greenvis wrote"):
+        report_folder.publish(site, {"index.html": "b"})
+    assert everything(tmp_path) == before
+
+
+def test_a_report_of_an_earlier_greenvis_is_known_by_its_results(tmp_path: Path) -> None:
+    (tmp_path / "figures").mkdir()
+    for name in ("index.html", "figures/old.svg", "README.md"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "results.json").write_text(RESULTS)
+    report_folder.publish(tmp_path, {"index.html": "b"})
+    assert (tmp_path / "README.md").read_text() == "old"
+    assert not (tmp_path / "figures" / "old.svg").exists()
+
+
+def test_a_report_is_not_written_through_links(canary: Path, tmp_path: Path) -> None:
+    before = everything(canary)
+    site = tmp_path / "site"
+    report_folder.publish(site, {"index.html": "a", "figures/old.svg": "a"})
+    (site / "index.html").unlink()
+    (site / "index.html").symlink_to(canary / "file")
+    (site / report_folder.LIST).rename(site / "kept")
+    (site / report_folder.LIST).symlink_to(site / "kept")
+    report_folder.publish(site, {"index.html": "b", "figures/old.svg": "b"})
+    assert everything(canary) == before
+    (site / "figures" / "old.svg").unlink()
+    (site / "figures").rmdir()
+    (site / "figures").symlink_to(canary / "figures")
+    with pytest.raises(GreenvisError, match="figures is a link"):
+        report_folder.publish(site, {"index.html": "b", "figures/x.svg": "b"})
+    with pytest.raises(BadInput, match=r"holds 'figures/old.svg'"):
+        report_folder.publish(site, {"index.html": "b", "figures/old.svg": "b"})
+    assert everything(canary) == before
+
+
+def test_a_report_killed_between_any_two_writes_is_made_whole_by_the_next(tmp_path: Path, monkeypatch: Any) -> None:
+    first = {"index.html": "a", "results.json": "a", "figures/a.svg": "a"}
+    second = {"index.html": "b", "results.json": "b", "figures/b.svg": "b"}
+    replace, left = os.replace, 0
+
+    def dying(source: Any, target: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    for killed_at in range(1, 6):
+        site = tmp_path / str(killed_at)
+        report_folder.publish(site, first)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            left = killed_at
+            with pytest.raises(KeyboardInterrupt):
+                report_folder.publish(site, second)
+        report_folder.publish(site, second)
+        assert {k: v for k, v in everything(site).items() if v is not None and not k.startswith(".")} == {
+            k: v.encode() for k, v in second.items()
+        }
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
