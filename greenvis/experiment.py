@@ -18,7 +18,6 @@ from greenvis.errors import BadInput, some
 from greenvis.folding import fold_norms, folded
 from greenvis.jobs import (
     CHECKPOINT_FILE,
-    DONE_FILE,
     SUBSET_FILE,
     WEIGHTS_FILE,
     Job,
@@ -31,7 +30,6 @@ from greenvis.jobs import (
     placed,
     predicted,
     samples_of,
-    write_json,
 )
 from greenvis.meters import memory
 from greenvis.meters.measure import compare, measure
@@ -93,12 +91,18 @@ class Session:
 
     def finish(self, job: Job) -> None:
         """Run a job unless it is done."""
-        if ranks.first(lambda: job.done() is not None):
-            self.say(f"{job.name} seed {job.seed}: done before, kept")
-            return
-        self.say(f"{job.name} seed {job.seed}: training")
-        with train.threads(job.arm.train.threads):
-            self._train(job)
+        name = f"{job.name} seed {job.seed}"
+        waiting = partial(self.say, f"{name}: another process is at it; waiting for it to end")
+        with ExitStack() as held:  # other recipes may build on the same run
+            ranks.together(partial(held.enter_context, locked(job.folder, waiting)))
+            if ranks.first(lambda: job.done() is not None):
+                others = job.other_versions()
+                self.say(f"{name}: done before, kept" + (f" (made with other versions: {others})" if others else ""))
+                return
+            spoiled = "; the weights that lie there are not those its run left, so it trains again" if job.spoiled() else ""
+            self.say(f"{name}: training{spoiled}")
+            with train.threads(job.arm.train.threads):
+                self._train(job)
 
     # -- before anything is written -----------------------------------------------------------------------------------
 
@@ -196,7 +200,7 @@ class Session:
         def keep() -> None:
             place = {"ref": job.arm.model.ref, "options": model_options(job, images), "folder": job.recipe.folder}
             models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
-            write_json(job.folder / DONE_FILE, {"inputs": job.inputs, "run": tracker.id, "accuracy": accuracy})
+            job.finished(tracker.id, accuracy)
             forget(job, done=False)
 
         ranks.wait()  # until the record of each process is whole: the card counts them all

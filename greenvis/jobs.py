@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from greenvis import data, files, models, ranks
+from greenvis import data, files, models, ranks, weights
 from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.meters.header import versions
 from greenvis.recipe import Arm, Recipe, load_recipe
 from greenvis.technique import Samples, Technique
 
@@ -47,16 +48,43 @@ class Job:
         return self.folder if self.recipe.meter.own_caches else runs
 
     def done(self) -> dict[str, Any] | None:
-        """Return what its finished run left, or None where it is yet to run (or ran with other inputs)."""
+        """Return what its finished run left, or None where it is yet to run, ran with other inputs, or left other weights."""
+        left = self._mark()
+        return left if left is not None and self._has_weights_of(left) else None
+
+    def spoiled(self) -> bool:
+        """Whether it was done once, but its weights are no longer those that its run left."""
+        left = self._mark()
+        return left is not None and not self._has_weights_of(left)
+
+    def finished(self, run: str, accuracy: float | None) -> None:
+        """Mark it as done. The mark names run and weights: a process killed before leaves a mark that fits neither."""
+        digest = _digest(self.folder / WEIGHTS_FILE)
+        mark = {"inputs": self.inputs, "run": run, "accuracy": accuracy, "weights": digest, "versions": versions()}
+        write_json(self.folder / DONE_FILE, mark)
+
+    def other_versions(self) -> str:
+        """Return in words which libraries its finished run had in other versions than there are now; "" where none."""
+        then = (self._mark() or {}).get("versions")
+        then, now = then if isinstance(then, dict) else {}, versions()
+        return ", ".join(f"{name} {then[name]} then, {now[name]} now" for name in now if then.get(name, now[name]) != now[name])
+
+    def _mark(self) -> dict[str, Any] | None:
         try:
             left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
         except BadInput:
             return None
-        return (
-            left
-            if isinstance(left, dict) and left.get("inputs") == self.inputs and (self.folder / WEIGHTS_FILE).exists()
-            else None
-        )
+        return left if isinstance(left, dict) and left.get("inputs") == self.inputs else None
+
+    def _has_weights_of(self, mark: dict[str, Any]) -> bool:
+        path = self.folder / WEIGHTS_FILE
+        try:
+            if "weights" in mark:
+                return _digest(path) == mark["weights"]
+            weights.metadata(path)  # of an earlier greenvis, which noted no digest: at least it is whole
+        except (OSError, BadInput):
+            return False
+        return True
 
 
 class Jobs:
@@ -229,8 +257,11 @@ def check_shares(job: Job, images: data.Data) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one process, or for those that train together. The lock goes with the process, however it ends."""
+def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the folder for one process, or for those that train together. The lock goes with the process, however it ends.
+
+    wait: called before it waits for another process that holds the folder; without, that is a GreenvisError.
+    """
     if ranks.index():
         if not (folder / ".lock").exists():
             raise GreenvisError(
@@ -249,9 +280,12 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise GreenvisError(
-                f"another process is running this recipe into {folder}; wait for it, or use another --runs"
-            ) from error
+            if wait is None:
+                raise GreenvisError(
+                    f"another process is running this recipe into {folder}; wait for it, or use another --runs"
+                ) from error
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -179,8 +179,7 @@ def finish(order: Order) -> None:
     session = Session(order.runs, order.trust, order.command, lambda text: None, order.log_with)
     jobs = session.jobs.of(load_recipe(order.recipe, order.overrides))
     job = next(job for job in jobs if job.folder == order.folder)
-    with locked(job.folder):
-        session.finish(job)
+    session.finish(job)
 
 
 @contextmanager

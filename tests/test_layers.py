@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": BELOW_REPORT | {"cl_metrics"},
     "train": {"technique", "wrap", "recipe", "record", "price", "meters", "stream"},
     "testing": {"technique", "wrap", "recipe", "registry", "train", "surgery", "views"},
-    "jobs": {"data", "models", "recipe", "technique"},
+    "jobs": {"data", "meters", "models", "recipe", "technique"},
     "lineage": BELOW_REPORT | {"jobs", "models", "technique"},
     "subset": {"data", "models", "herding"},
     "stages": {"technique", "surgery", "views", "models", "wrap", "train", "meters", "jobs"},

@@ -1,0 +1,149 @@
+"""Finished runs that are not what they seem: weights, record and mark name each other, and one base is trained once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from greenvis import experiment, jobs
+from greenvis.recipe import load_recipe
+
+TINY = """\
+name: {name}
+data: {{name: digits, train: 64, test: 32, img_size: 8}}
+model: {{ref: plain/mlp, img_size: 8, hidden: [8]}}
+train: {{epochs: 1, batch_size: 32, seeds: [0]{more}}}
+meter: {{codecarbon: false}}
+arms:
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Return a recipe of one arm."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(name="tiny", more="") + "  full: {}\n")
+    return path
+
+
+def run(recipe: Path, *overrides: str) -> tuple[Path, list[str]]:
+    """Run it; return the seed's folder and what was said."""
+    said: list[str] = []
+    experiment.run(recipe, overrides=overrides, runs=recipe.parent / "runs", say=said.append)
+    return recipe.parent / "runs" / "tiny" / "full" / "seed0", said
+
+
+def mark(folder: Path) -> dict[str, Any]:
+    """Return the mark of a finished run."""
+    return json.loads((folder / jobs.DONE_FILE).read_text())
+
+
+def test_mark_card_and_record_name_each_other(recipe: Path) -> None:
+    from greenvis import lineage, record
+
+    folder, _ = run(recipe)
+    records = [record.read(path) for path in folder.glob("*.jsonl")]
+    assert {r.id for r in records} == {mark(folder)["run"]} == {lineage.read_card(folder)["run"]}
+    assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("how", ["truncated", "of another run", "gone", "empty", "a link to nothing"])
+def test_weights_that_are_not_the_runs_are_made_again(how: str, recipe: Path) -> None:
+    folder, _ = run(recipe)
+    path, right = folder / jobs.WEIGHTS_FILE, load_file(folder / jobs.WEIGHTS_FILE)
+    whole = path.read_bytes()
+    path.unlink()
+    if how == "of another run":
+        run(recipe, "train.lr=0.5", "name=tiny")
+        other = path.read_bytes()
+        assert other != whole
+        run(recipe)
+        path.write_bytes(other)
+    elif how != "gone":
+        path.symlink_to("nowhere") if "link" in how else path.write_bytes(whole[: len(whole) // 2 if how == "truncated" else 0])
+    _, said = run(recipe)
+    assert any("training; the weights that lie there are not those its run left" in line for line in said)
+    again = load_file(path)
+    assert all((again[name] == right[name]).all() for name in right)
+    assert any("done before, kept" in line for line in run(recipe)[1])
+
+
+@pytest.mark.parametrize("text", ["", "[", "[]", "3", '{"inputs": 3}', '{"inputs": null, "weights": 3}', "\0"])
+def test_a_mark_that_is_none_means_not_done(text: str, recipe: Path) -> None:
+    folder, _ = run(recipe)
+    (folder / jobs.DONE_FILE).write_text(text)
+    assert any("training" in line for line in run(recipe)[1])
+
+
+def test_a_run_of_an_earlier_greenvis_counts_as_done(recipe: Path) -> None:
+    folder, _ = run(recipe)
+    old = {key: mark(folder)[key] for key in ("inputs", "run", "accuracy")}
+    (folder / jobs.DONE_FILE).write_text(json.dumps(old))
+    assert any("done before, kept" in line for line in run(recipe)[1])
+
+
+def test_other_versions_are_said(recipe: Path) -> None:
+    folder, _ = run(recipe)
+    old = mark(folder)
+    old["versions"]["torch"] = "1.0"
+    (folder / jobs.DONE_FILE).write_text(json.dumps(old))
+    assert any("kept (made with other versions: torch 1.0 then" in line for line in run(recipe)[1])
+
+
+def test_killed_before_any_of_its_writes_the_next_run_ends_right(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rename of a run is a place to die at; the run before it had other settings."""
+    folder, _ = run(recipe)
+    right = load_file(folder / jobs.WEIGHTS_FILE)
+    replace, left = os.replace, 0
+
+    def dying(source: Any, target: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    killed_at, ended = 0, False
+    while not ended:
+        killed_at += 1
+        run(recipe, "train.lr=0.5", "name=tiny")  # other weights lie there under a mark of their own
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", dying)
+            left = killed_at
+            try:
+                run(recipe)
+                ended = True
+            except KeyboardInterrupt:
+                pass
+        _, said = run(recipe)
+        now = load_file(folder / jobs.WEIGHTS_FILE)
+        assert all((now[name] == right[name]).all() for name in right), (killed_at, said)
+        assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
+    assert killed_at >= 3  # weights, mark, …: if nothing was written by renames, nothing was tried
+
+
+def test_two_recipes_on_one_base_train_it_once(tmp_path: Path) -> None:
+    base = tmp_path / "base.yaml"
+    base.write_text(TINY.format(name="base", more="") + "  full: {}\n")
+    for name in ("one", "two"):
+        text = TINY.format(name=name, more="") + "  tuned: {model: {init: 'run:base'}}\n"
+        (tmp_path / f"{name}.yaml").write_text(text)
+    command = [sys.executable, "-m", "greenvis", "run"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    started = [
+        subprocess.Popen([*command, f"{name}.yaml"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for name in ("one", "two")
+    ]
+    said = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert len(list((tmp_path / "runs" / "base" / "full" / "seed0").glob("*.jsonl"))) == 1
+    assert len({load_recipe(tmp_path / f"{name}.yaml").name for name in ("one", "two")}) == 2
+    weights = [load_file(tmp_path / "runs" / name / "tuned" / "seed0" / jobs.WEIGHTS_FILE) for name in ("one", "two")]
+    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
