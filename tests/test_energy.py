@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -247,6 +248,29 @@ def test_the_users_coefficients_and_wall_meter_come_first(tmp_path: Path) -> Non
     ledger = Ledger(meter)
     ledger.cut()
     assert price.energy(ledger.sums(), meter.components)["machine"].value == 7.0
+
+
+def test_the_band_of_an_unnamed_processor_covers_every_server_processor_of_the_table() -> None:
+    table = load_coefficients()
+    general, ratio = table["cpu_w_per_busy_cpu"], table["cpu_band_of_tdp"]
+    servers = [p for p in table["processors"] if re.search("EPYC|Platinum|Gold", p["match"])]
+    assert len(servers) >= 8
+    for p in servers:
+        watts = p["tdp_w"] / p["threads"]
+        assert general["low"] <= ratio["low"] * watts <= ratio["high"] * watts <= general["high"], p["match"]
+    cited = [float(w) for w in re.findall(r"(\d\.\d+) W \(", general["citation"])]
+    assert len(cited) == 4
+    assert all(any(abs(w - p["tdp_w"] / p["threads"]) < 0.006 for p in servers) for w in cited)
+    assert min(cited) == pytest.approx(min(p["tdp_w"] / p["threads"] for p in servers), abs=0.006)
+
+
+def test_a_coefficient_says_what_it_is_of_and_from_where() -> None:
+    table = load_coefficients()
+    assert table["cpu_band_of_tdp"]["low"] <= 1 / 1.4
+    assert table["cpu_band_of_tdp"]["high"] >= 1 / 0.6
+    assert "arXiv:2509.22092" in table["cpu_band_of_tdp"]["citation"]
+    assert "resident" in table["ram_w_per_gb"]["citation"]
+    assert "no check of the watts" in table["cpu_w_per_busy_cpu"]["citation"]
 
 
 @pytest.mark.parametrize(

@@ -189,7 +189,7 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
     out = [
         f"codecarbon ran beside {len(checks)} run(s) and read {words.figures(min(ratios))} to {words.figures(max(ratios))} "
         f"times our energy, {where if not unknown else where + f' ({unknown} without)'}. Without a live counter it, too, "
-        "multiplies CPU time by watts: this checks the observation and the sums, not the coefficient."
+        "multiplies CPU time by watts, by default the same 4 W: this checks the observation and the sums, not the watts."
     ]
     out += [
         f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our {si(c['own_j'], 'J')} "
