@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import interrupted
 import pytest
 from safetensors.torch import load_file
 
@@ -105,23 +104,20 @@ def test_the_same_recipe_gives_the_same_weights(finished: Path, tmp_path: Path) 
 
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_weights_and_keeps_the_energy(finished: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "greenvis", "run", str(_write(tmp_path)), "--runs", str(tmp_path / "runs"), "--json"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "report")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.rglob("student/seed0/*checkpoint.pt")) and time.monotonic() < deadline and process.poll() is None:
-        time.sleep(0.01)
-    assert process.poll() is None, process.stderr and process.stderr.read()
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    words = ["run", str(_write(tmp_path)), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--json"]
+    moment = "'student/seed0' in path and epoch == 1 and batch == 4"
+    cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
+    assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
     killed = [r for r in _runs(tmp_path / "runs") if r.status == "crashed"]
     assert [(r.header["arm"], r.header["seed"]) for r in killed] == [("student", 0)]
 
-    done = subprocess.run([*command, "--out", str(tmp_path / "report")], capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "greenvis", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert _same_weights(finished / "runs", tmp_path / "runs")
     attempts = _runs(tmp_path / "runs/tiny/student/seed0")
     assert len(attempts) == 2
-    assert any("resumed at epoch" in note for note in attempts[1].notes)
+    assert "resumed at epoch 1, batch 4" in attempts[1].notes
     student = json.loads(done.stdout)["results"]["arms"]["student"]
     spent = [sum(price.run_energy(r).value or 0 for r in _runs(tmp_path / f"runs/tiny/student/seed{s}")) for s in (0, 1)]
     assert student["total_energy_j"]["value"] == pytest.approx(sum(spent) / 2, rel=1e-6)

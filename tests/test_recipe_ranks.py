@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import interrupted
 import psutil
 import pytest
 import torch
@@ -151,24 +152,27 @@ def test_the_report_counts_each_process_once(finished: tuple[Path, Path]) -> Non
 def test_a_killed_recipe_goes_on_with_another_number_of_processes(
     first: int, finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    settings = ("--set", "train.checkpoint_every_s=0.01")
+    settings = ("--set", interrupted.EVERY_STEP)
     _write(tmp_path)
     launchers: dict[int, tuple[str, ...]] = {1: (), 2: TORCHRUN}
+    reached = tmp_path / "reached"
+    command = _command(tmp_path, launchers[first], *settings)
+    at = command.index("greenvis")
+    command[at - 1 : at + 1] = [interrupted.__file__, "epoch == 1 and batch == 4"]
     process = subprocess.Popen(
-        _command(tmp_path, launchers[first], *settings), env=os.environ | {"OMP_NUM_THREADS": "1"},
+        command, env=os.environ | {"OMP_NUM_THREADS": "1", "INTERRUPTED_FILE": str(reached)},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    end = time.monotonic() + 200
-    while not list(tmp_path.rglob("*-checkpoint.pt")) and process.poll() is None and time.monotonic() < end:
+    while not reached.exists() and process.poll() is None:
         time.sleep(0.01)
     started = psutil.Process(process.pid)
     for one in (*started.children(recursive=True), started):  # a launcher's processes lead sessions of their own
         one.kill()
     process.wait()
-    assert list(tmp_path.rglob("*-checkpoint.pt")), "it ended before it could be killed"
+    assert reached.exists(), "it ended before it could be killed"
     done = _run(tmp_path, launchers[3 - first], *settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert any("resumed at epoch" in n for path in record.find([tmp_path / "runs"]) for n in record.read(path).notes)
+    assert any("resumed at epoch 1, batch 4" in n for path in record.find([tmp_path / "runs"]) for n in record.read(path).notes)
     assert _apart(finished[0], tmp_path, "plain") <= 1e-6
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+import interrupted
 import pytest
 import torch
 import torch.nn.functional as F
@@ -174,26 +173,15 @@ def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(arm: str, f
     only = _write(
         tmp_path, "".join(line for line in RECIPE.splitlines(True) if line[:2] != "  " or line.startswith(f"  {arm}:"))
     )
-    command = [sys.executable, "-m", "greenvis", "run", str(only), "--runs", str(tmp_path / "runs"), "--json"]
-    process = subprocess.Popen([*command, "--out", str(tmp_path / "report")], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None and not _in_task(tmp_path, 3):
-        time.sleep(0.005)
-    assert process.poll() is None, process.stderr and process.stderr.read()
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    words = ["run", str(only), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--json"]
+    moment = "task == 2 and epoch == 1 and batch == 2"
+    cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
+    assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert [r.header["arm"] for r in (record.read(p) for p in record.find([tmp_path / "runs"])) if r.status == "crashed"]
     experiment.run(only, runs=tmp_path / "runs")
     assert _matrix(tmp_path, arm) == _matrix(finished, arm)
     one, other = (load_file(f / f"runs/tiny/{arm}/seed0/model.safetensors") for f in (tmp_path, finished))
     assert all(torch.equal(one[k], other[k]) for k in one)
-
-
-def _in_task(folder: Path, task: int) -> bool:
-    for path in folder.rglob("*.jsonl*"):
-        if f'"task": {task - 1}' in (text := path.read_text()) or f'"task":{task - 1}' in text:
-            return True
-    return False
 
 
 def _matrix(folder: Path, arm: str) -> Any:
