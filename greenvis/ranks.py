@@ -58,8 +58,9 @@ def refuse_sharding(model: nn.Module | None = None) -> None:
     asked = [name for name, value in wanted.items() if value.lower() in ("1", "true", "yes")]
     tensors = sys.modules.get("torch.distributed.tensor")  # whoever shards by it has imported it
     sharded = sys.modules.get("torch.distributed.fsdp")
+    kinds = () if sharded is None else (sharded.FullyShardedDataParallel, sharded.FSDPModule)
     for module in model.modules() if model is not None else ():
-        if sharded is not None and isinstance(module, (sharded.FullyShardedDataParallel, sharded.FSDPModule)):
+        if isinstance(module, kinds) or "_is_fsdp_managed_module" in vars(module):  # how the first FSDP marks what lies in it
             asked.append("FSDP")
         elif type(module).__name__ == "DeepSpeedEngine":
             asked.append("DeepSpeed")

@@ -99,6 +99,17 @@ def test_a_model_that_is_sharded_after_wrap_is_refused_at_its_first_step_and_by_
 
 
 @pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("original", [True, False])
+def test_a_model_that_the_first_fsdp_was_put_around_is_refused_at_its_first_step(original: bool) -> None:
+    live = gv.wrap(_net(), [])
+    FullyShardedDataParallel(live.model, device_id=torch.device("cpu"), use_orig_params=original)
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        live.loss(torch.ones(2, 4), torch.tensor([0, 1]), torch.ones(2, 2))
+    with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
+        live.state_dict()
+
+
+@pytest.mark.usefixtures("group")
 def test_trainers_refuse_a_model_that_was_sharded_after_wrap(tmp_path: Path) -> None:
     model = _net()
     live = gv.wrap(model, [])
