@@ -148,6 +148,8 @@ def check(
         least = 4 if option == "img_size" else 1
         if value is not None and value < least:
             raise BadInput(f"data: {option} is {value}; it must be at least {least}")
+    if views is not None and augment == "none":
+        raise BadInput("data: views changes nothing with augment: none, which has one; leave it out, or set augment")
     if kind in SIZES:
         for option, value, most in zip(("train", "test"), (_sum(train, held_out), test), SIZES[kind], strict=True):
             _enough(name, option, value, most)

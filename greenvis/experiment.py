@@ -97,7 +97,9 @@ class Session:
             ranks.together(partial(held.enter_context, locked(job.folder, waiting)))
             if ranks.first(lambda: job.done() is not None):
                 others = job.other_versions()
-                self.say(f"{name}: done before, kept" + (f" (made with other versions: {others})" if others else ""))
+                unlogged = f": nothing to log with {some(self.log_with)} (--fresh trains again)" if self.log_with else ""
+                made = f" (made with other versions: {others})" if others else ""
+                self.say(f"{name}: done before, kept{made}{unlogged}")
                 return
             spoiled = "; the weights that lie there are not those its run left, so it trains again" if job.spoiled() else ""
             self.say(f"{name}: training{spoiled}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
-from greenvis import registry, yamlfile
+from greenvis import recipe_checks, registry, yamlfile
 from greenvis.errors import BadInput, nearest
-from greenvis.technique import Technique, explain, shown
+from greenvis.technique import Technique, explain, refuse_idle, shown
 from greenvis.yamlfile import Key
 
 Where = Callable[..., str]  # key path -> "file:line"
@@ -130,6 +130,13 @@ class SubsetSpec(_Section):
     lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
     batch: Annotated[int, Field(ge=1, le=10**6, description="of condensed: real images a class and iteration")] = 32
     width: Annotated[int, Field(ge=1, le=4096, description="channels of the random networks (herding, condensed)")] = 32
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        made = ("method", ("condensed",))
+        return refuse_idle(
+            self, {**dict.fromkeys(("iterations", "lr", "batch"), made), "width": ("method", ("herding", "condensed"))}
+        )
 
 
 class ArmSpec(_Section):
@@ -299,8 +306,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{where('report', 'baseline')}: report.baseline '{recipe.baseline}' is no arm"
             f"{nearest(recipe.baseline, recipe.arms)}"
         )
-    for name in recipe.arms:
-        recipe.arm(name)
+    recipe_checks.refuse_idle(recipe)
     return recipe
 
 

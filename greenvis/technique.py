@@ -9,9 +9,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from greenvis.answers import TASKS
 from greenvis.answers import logits_of as logits_of
@@ -37,6 +37,21 @@ PROPERTIES: dict[str, str] = {
 }
 
 
+OnlyWith = Mapping[str, tuple[str, tuple[Any, ...]]]  # by field: another field, and the values of it that count
+M = TypeVar("M", bound=BaseModel)
+
+
+def refuse_idle(spec: M, only_with: OnlyWith) -> M:
+    """Return `spec`. Raises ValueError where a field that differs from its default changes nothing beside another's value."""
+    for name, (other, values) in only_with.items():
+        chosen = getattr(spec, other)
+        if chosen not in values and getattr(spec, name) != type(spec).model_fields[name].default:
+            raise ValueError(
+                f"'{name}' changes nothing with {other}: {chosen}; it is of {other}: {' or '.join(map(str, values))}"
+            )
+    return spec
+
+
 class Technique(BaseModel):
     """A request for one technique: its fields are the recipe schema, the constructor and the documentation at once.
 
@@ -54,6 +69,7 @@ class Technique(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     name: ClassVar[str]
+    only_with: ClassVar[OnlyWith] = {}  # fields that change nothing but with these values of another, and may not be set then
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
     role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
@@ -73,6 +89,10 @@ class Technique(BaseModel):
                 super().__init__(**fields)
             except ValidationError as error:
                 raise BadInput(explain(error, type(self), lambda *key: type(self).__name__)) from error
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        return refuse_idle(self, self.only_with)
 
     def for_images(self, shape: tuple[int, ...]) -> Self:
         """Return the request for images (channels, height, width), where it asks for their shape and was given none."""
@@ -241,11 +261,13 @@ def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., 
             said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
         elif problem["type"] == "missing":
             said = f"'{loc[-1]}' is missing"
+        elif problem["type"] == "value_error":  # of a check of ours, which has the value in its words
+            said = str(problem.get("ctx", {}).get("error", problem["msg"]))
         else:
             said = problem["msg"][:1].lower() + problem["msg"][1:] + f", not {shown(problem['input'])}"
             if problem["type"] == "literal_error":
                 said += nearest(str(problem["input"]), _choices(kind, loc))
-        line = f"{where(*key)}: {path}: {said}"
+        line = f"{where(*key)}: {path + ': ' if path else ''}{said}"
         if line not in out:
             out.append(line)
         if len(out) == MOST_PROBLEMS:

@@ -152,6 +152,8 @@ def test_another_recipe_can_be_built_on(tmp_path: Path) -> None:
         ("img_size: 8,", "img_size: 16,", "cannot take images of 1×8×8"),
         ("depth: 2,", "num_classes: 3, depth: 2,", "the data has 10 classes"),
         ("embed_dim: 16", "embed_dimm: 16", "did you mean 'embed_dim'"),
+        (RECIPE.splitlines()[2][7:], "{ref: torchvision/resnet18, img_size: 64}", "which changes nothing here"),
+        ("train: 200", "train: 200, views: 2", "views changes nothing with augment: none"),
         ("embed_dim: 32", "init: 'run:student'", "circle"),
         ("ref: timm/vit_tiny_patch16_224", "ref: 'torch.nn:Identity'", "--trust"),
         ("{}", "{techniques: [{lora: {targets: ['atn.*']}}]}", "no Linear matches 'atn.*'"),

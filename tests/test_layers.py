@@ -68,7 +68,8 @@ ALLOWED: dict[str, set[str]] = {
 # files that belong to one unit: split only to keep each short
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "sources": "data", "transform": "data",
            "weights": "models", "libraries": "models", "plain": "models", "checkpoint": "train", "loggers": "train",
-           "continual": "train", "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
+           "recipe_checks": "recipe", "continual": "train",
+           "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
            "candidates": "advise", "trials": "advise", "extrapolate": "advise"}  # fmt: skip
 
 

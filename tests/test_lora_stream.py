@@ -74,7 +74,8 @@ def test_orthogonality_is_the_papers_sum() -> None:
 @pytest.mark.parametrize("mode", ["orthogonal", "arithmetic"])
 def test_computes_the_base_and_the_sum_of_changes(mode: Any) -> None:
     model = _vit()
-    live = wrap(model, LoraStream(rank=2, alpha=3.0, targets=("blocks.0.mlp.fc1",), mode=mode, scale=0.3))
+    scale = {"scale": 0.3} if mode == "arithmetic" else {}
+    live = wrap(model, LoraStream(rank=2, alpha=3.0, targets=("blocks.0.mlp.fc1",), mode=mode, **scale))
     _train(live, range(3))
     layer, x = model.blocks[0].mlp.fc1, torch.randn(5, 16)
     changes = [1.5 * layer.lora_B[f"task{i}"].weight @ layer.lora_A[f"task{i}"].weight for i in range(3)]

@@ -143,3 +143,41 @@ def test_techniques_on_the_command_line() -> None:
     ]:
         with pytest.raises(BadInput, match=message):
             parse_techniques(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("lr: 0.1", "lr: 0.1, momentum: 0.5", "train.momentum changes nothing in any arm: it is of optimizer: sgd"),
+        ("lr: 0.1", "lr: 0.1, eval_every: 0, target_accuracy: 0.9", "train.target_accuracy changes nothing in any arm"),
+        ("hidden: [4]", "hidden: [4], classifier: keep", "model.classifier changes nothing in any arm"),
+        ("a: {}", "a: {train: {momentum: 0.5}}", "train.momentum changes nothing in arm 'a'"),
+        ("a: {}", "a: {model: {classifier: keep}}", "model.classifier changes nothing in arm 'a'"),
+        ("a: {}", "a: {subset: {method: random, iterations: 5}}", "'iterations' changes nothing with method: random"),
+        ("a: {}", "a: {subset: {width: 8}}", "'width' changes nothing with method: random"),
+        ("a: {}", "a: {techniques: [{regularize: {damping: 1.0}}]}", "'damping' changes nothing with method: ewc"),
+        ("train: 60", "train: 60, stream: {kind: class, domain: permute}", "data.stream.domain changes nothing in any arm"),
+        ("train: 60", "train: 60, stream: {blur: 0.1}", "data.stream.blur changes nothing in any arm: it is of kind: free"),
+    ],
+)
+def test_a_setting_that_changes_nothing_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
+    text = "name: idle\ndata: {name: digits, train: 60}\nmodel: {ref: plain/mlp, hidden: [4]}\ntrain: {lr: 0.1}\n"
+    text += "arms: {a: {}, b: {}}\n"
+    assert load_recipe(_write(tmp_path, text)).arms
+    with pytest.raises(BadInput) as caught:
+        load_recipe(_write(tmp_path, text.replace(old, new)))
+    assert message in str(caught.value)
+    assert ".yaml:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("a: {}", "a: {train: {optimizer: sgd}}"),  # the recipe's momentum is this arm's
+        ("lr: 0.1", "lr: 0.1, optimizer: sgd"),
+        ("b: {}", "b: {stages: [{train: {optimizer: sgd}}]}"),
+    ],
+)
+def test_a_setting_that_one_arm_uses_may_stand_above_all(old: str, new: str, tmp_path: Path) -> None:
+    text = "name: used\ndata: {name: digits}\nmodel: {ref: plain/mlp}\ntrain: {lr: 0.1, momentum: 0.5}\narms: {a: {}, b: {}}\n"
+    assert load_recipe(_write(tmp_path, text.replace(old, new))).arms

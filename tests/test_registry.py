@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -73,3 +74,19 @@ def _copy(tmp_path: Path) -> Path:
     import shutil
 
     return Path(shutil.copytree(OUTSIDE, tmp_path / "outside"))
+
+
+@pytest.mark.parametrize("name", [n for n in registry.names() if registry.find(n).only_with])
+def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> None:
+    kind = registry.find(name)
+    for field, (other, values) in kind.only_with.items():
+        default = kind.model_fields[field].default
+        changed = not default if isinstance(default, bool) else "batch" if isinstance(default, str) else default + 2
+        with pytest.raises(BadInput, match=f"'{field}' changes nothing with {other}"):
+            kind(**{field: changed, other: next(v for v in _values(kind, other) if v not in values)})
+        assert dict(kind(**{field: changed, other: values[0]}))[field] == changed
+        assert kind(**{field: default, other: next(v for v in _values(kind, other) if v not in values)})
+
+
+def _values(kind: type, field: str) -> tuple[object, ...]:
+    return get_args(kind.model_fields[field].annotation)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput
 from greenvis.surgery import names_of
-from greenvis.technique import Installed, Stage, Technique
+from greenvis.technique import Installed, OnlyWith, Stage, Technique
 from greenvis.techniques.inference._halves import Block, cut_mask, halves, main, masked_attention, rotated, set_mask, with_main
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._pruning import Predictor, best, class_attention, decide, fused, policy_mask, ratio_loss
@@ -35,6 +35,7 @@ class TokenPrune(Technique):
     """
 
     name: ClassVar[str] = "token_prune"
+    only_with: ClassVar[OnlyWith] = {"weight": ("method", ("predictor",))}
     stage: ClassVar[Stage] = "tokens"
     needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
     breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places", "attention_maps"})

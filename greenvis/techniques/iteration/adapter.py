@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
-from greenvis.technique import Installed, Stage, Technique
+from greenvis.technique import Installed, OnlyWith, Stage, Technique
 from greenvis.techniques.iteration._bottleneck import Bottleneck, ConvBottleneck, Grid, Mona
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, seat, train_only, with_first
 from greenvis.views import View, view
@@ -32,6 +32,7 @@ class Adapter(Technique):
     """
 
     name: ClassVar[str] = "adapter"
+    only_with: ClassVar[OnlyWith] = {"kernel_size": ("variant", ("conv",))}
     stage: ClassVar[Stage] = "weights"
     order: ClassVar[int] = 1
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput, nearest, some
 from greenvis.surgery import find, freeze, names_of, places_of
-from greenvis.technique import Installed, Stage, Task, Technique
+from greenvis.technique import Installed, OnlyWith, Stage, Task, Technique
 from greenvis.techniques.iteration._heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration._lora_layers import inner_linears, keep_off_the_fast_path, merged, to_float32
 from greenvis.views import View, view
@@ -44,6 +44,7 @@ class LoraStream(Technique):
     """
 
     name: ClassVar[str] = "lora_stream"
+    only_with: ClassVar[OnlyWith] = {"weight": ("mode", ("orthogonal",)), "scale": ("mode", ("arithmetic",))}
     stage: ClassVar[Stage] = "weights"
     needs: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
     breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})

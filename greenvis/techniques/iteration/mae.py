@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput
 from greenvis.surgery import names_of
-from greenvis.technique import Installed, Stage, Technique
+from greenvis.technique import Installed, OnlyWith, Stage, Technique
 from greenvis.techniques.iteration import _tec as tec
 from greenvis.techniques.iteration._masked import Encoder
 from greenvis.views import view
@@ -64,6 +64,7 @@ class Mae(Technique):
     """
 
     name: ClassVar[str] = "mae"
+    only_with: ClassVar[OnlyWith] = {"normalise": ("target", ("pixels",))}
     stage: ClassVar[Stage] = "objective"
     needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"decoder_depth": 2}, {"decoder_depth": 1, "target": "hog"})

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from greenvis import ranks
 from greenvis.answers import CLASSES, TASKS, require_class_numbers
 from greenvis.modes import in_mode
-from greenvis.technique import Installed, Stage, Technique, logits_of
+from greenvis.technique import Installed, OnlyWith, Stage, Technique, logits_of
 from greenvis.techniques.iteration._gradients import sample_gradients
 
 Fisher = Literal["sample", "batch", "weighted", "true"]
@@ -90,6 +90,9 @@ class Regularize(Technique):
     """
 
     name: ClassVar[str] = "regularize"
+    only_with: ClassVar[OnlyWith] = {
+        "fisher": ("method", ("ewc", "mas")), "online": ("method", ("ewc",)), "damping": ("method", ("si",)),
+    }  # fmt: skip
     stage: ClassVar[Stage] = "objective"
     instead: ClassVar[str] = "weigh by what reads no labels: method mas, or si"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"weight": 10.0}, {"method": "si", "weight": 1.0})

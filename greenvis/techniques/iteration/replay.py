@@ -16,7 +16,7 @@ from greenvis.answers import CLASSES, require_class_numbers
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.herding import herding
 from greenvis.modes import in_mode
-from greenvis.technique import Installed, Stage, Task, Technique, logits_of
+from greenvis.technique import Installed, OnlyWith, Stage, Task, Technique, logits_of
 from greenvis.techniques.iteration._buffer import Buffer
 from greenvis.techniques.iteration._gdumb import InstalledGdumb
 from greenvis.techniques.iteration._generator import Generator
@@ -65,6 +65,9 @@ class Replay(Technique):
     """
 
     name: ClassVar[str] = "replay"
+    only_with: ClassVar[OnlyWith] = {
+        "alpha": ("method", ("der", "derpp")), "beta": ("method", ("derpp",)), "lr": ("method", ("gdumb",)),
+    }  # fmt: skip
     stage: ClassVar[Stage] = "objective"
     apart: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = CLASSES
