@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow gpu lint readme clean
+.PHONY: demo test test-slow test-oldest gpu lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
@@ -13,6 +13,11 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+test-oldest: $(VENV)/.uv pyproject.toml  # what strangers' files may do, with the lowest versions that pyproject.toml allows
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" -e .
+	$(VENV)-oldest/bin/python -m pytest tests/hostile
 
 gpu: $(VENV)/.demo
 	$(BIN)/greenvis bench gpu --out reports/gpu
@@ -40,4 +45,4 @@ $(VENV)/.dev: $(VENV)/.uv pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VENV)-oldest runs
