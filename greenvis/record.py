@@ -285,6 +285,13 @@ def _first_id(path: Path) -> str:
 
 def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
     """Put one line into `run`; False where its shape is wrong."""
+    try:
+        return _put(run, kind, line)
+    except (TypeError, ValueError, AttributeError, OverflowError):  # a word for a number, a number beyond all floats: noise
+        return False
+
+
+def _put(run: Run, kind: str, line: dict[str, Any]) -> bool:
     moment = line.get("mono_s")
     if isinstance(moment, (int, float)) and math.isfinite(moment):
         run.last_s = max(moment, moment if run.last_s is None else run.last_s)
@@ -292,10 +299,7 @@ def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
         phase = line.get("phase")
         if not isinstance(phase, str):
             return False
-        try:
-            numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v)}
-        except OverflowError:  # a whole number beyond all floats: noise
-            return False
+        numbers = {k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v)}
         for moment in ("mono_s", "clock_s"):
             numbers.pop(moment, None)
         before = run.totals.get(phase)

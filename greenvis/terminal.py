@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis import yamlfile
+from greenvis import files, yamlfile
 from greenvis.errors import BadInput
 
 Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
@@ -19,7 +18,7 @@ WIDE = 200  # characters of a line that no terminal shows
 
 def reported(page: Path) -> Answer:
     """Return the results of a report that was just written, and what shows them as a table."""
-    results = json.loads((page.parent / "results.json").read_text())
+    results = files.read_json(page.parent / "results.json", "results", 256 * 2**20)
 
     def show() -> None:
         from rich.markup import escape
@@ -44,7 +43,8 @@ def left_by(text: str, runs: str) -> str:
         return record.named(text, runs)
     folder = run[1][0].parent
     done = folder / "done.json"
-    left = json.loads(done.read_text()).get("run") if done.is_file() else None
+    mark = files.read_json(done, "mark of a finished run") if done.is_file() else {}
+    left = mark.get("run") if isinstance(mark, dict) else None
     if left != run[0]:
         raise BadInput(f"run {run[0]} left no model; {folder} holds " + (f"that of run {left}" if left else "none"))
     return str(folder)

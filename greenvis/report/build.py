@@ -125,7 +125,7 @@ def to_arms(groups: list[SeedRun]) -> list[Arm]:
     arms: list[Arm] = []
     names = Counter(arm for _, arm in kinds)
     for (name, arm), runs in sorted(kinds.items()):
-        newest = max(runs, key=lambda r: (r.newest_s, r.inputs)).inputs
+        newest = _newest(runs)
         label = arm if names[arm] == 1 else f"{name}/{arm}"
         arms.append(Arm(label, [r for r in runs if r.inputs == newest], [r for r in runs if r.inputs != newest]))
     taken = {a.label for a in arms}
@@ -138,6 +138,22 @@ def to_arms(groups: list[SeedRun]) -> list[Arm]:
             taken.add(label)
             arms.append(Arm(label, [run]))
     return arms
+
+
+def _newest(runs: list[SeedRun]) -> str:
+    """Return the inputs that an arm was last run with: by attempts at the same seed, which count on, else by the clock.
+
+    A clock may have been set back; the numbers of attempts only grow, but each seed has its own.
+    """
+    newest = runs[0]
+    for run in runs[1:]:
+        others = [(r.seed, max(a.number for a in r.attempts)) for r in runs if r.inputs == newest.inputs]
+        last = dict(others)
+        own = [(r.seed, max(a.number for a in r.attempts)) for r in runs if r.inputs == run.inputs]
+        common = [number - last[seed] for seed, number in own if seed in last]
+        later = sum(common) > 0 if any(common) else (run.newest_s, run.inputs) > (newest.newest_s, newest.inputs)
+        newest = run if later and run.inputs != newest.inputs else newest
+    return newest.inputs
 
 
 def _baseline(asked: str | None, listed: list[Arm]) -> str | None:

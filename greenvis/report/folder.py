@@ -9,6 +9,7 @@ from pathlib import Path
 
 from greenvis import files
 from greenvis.errors import BadInput, some
+from greenvis.report.stored import MOST_BYTES
 
 LIST = ".greenvis-report.json"  # the mark of a folder of ours: the files we wrote there
 # what a report may consist of; whatever a list says, nothing else is touched
@@ -56,7 +57,7 @@ def written(folder: Path) -> set[str]:
 
 def _unlisted(folder: Path) -> set[str]:
     try:
-        results = files.read_json(folder / "results.json", "results", most=256 * 2**20)
+        results = files.read_json(folder / "results.json", "results", MOST_BYTES)
     except BadInput:
         return set()
     if not (isinstance(results, dict) and isinstance(results.get("schema"), int) and isinstance(results.get("arms"), dict)):

@@ -17,7 +17,7 @@ from typing import Any
 from greenvis import price, record
 from greenvis.errors import BadInput
 from greenvis.record import Reading, Run
-from greenvis.report import kept, overlap
+from greenvis.report import kept, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
 APART = ("measure", "report")  # stages that are not part of making the model: latency and FLOP measurement
@@ -133,21 +133,29 @@ def stage(phase: str) -> str:
 def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> tuple[list[SeedRun], list[str]]:
     """Read every record among `paths` (files, folders, glob patterns) and group them. Returns the groups and notes.
 
-    A record met twice (the same run id and rank) counts once. Raises BadInput where there is no record at all.
+    A record met twice (the same run id and rank) counts once, the more complete one. What cannot be believed is left out,
+    with a note. Raises BadInput where there is no record at all.
     """
     parts: dict[tuple[str, int], Part] = {}
     notes, files = [], 0
     for path, asked in record_files(paths):
         files += 1
         try:
-            part = _boil(record.read(path), metric)
+            run = record.read(path)
+            notes += schema.check(run)
+            part = _boil(run, metric)
         except BadInput as error:
             if asked:
                 raise
             notes.append(f"{path.name} was left out: {str(error).replace(str(path), path.name)}")
             continue
         known = parts.get((part.id, part.rank))
-        if known is None or sum(map(len, part.run.totals.values())) > sum(map(len, known.run.totals.values())):
+        if known is not None and _origin(known) != _origin(part):
+            named = part.run.path.name.startswith(f"{part.id}.")  # as the run itself named its record
+            kept_, left = (part, known) if named and not known.run.path.name.startswith(f"{part.id}.") else (known, part)
+            notes.append(f"{left.run.path.name} was left out: it claims the id of {kept_.run.path.name}, but is another run's")
+            parts[part.id, part.rank] = kept_
+        elif known is None or _completeness(part) > _completeness(known):
             parts[part.id, part.rank] = part
     if not parts:
         where = ", ".join(f"'{p}'" for p in paths)
@@ -155,6 +163,21 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
             f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. Run something first."
         )
     return _group(list(parts.values())), sorted(notes)
+
+
+def _origin(part: Part) -> list[Any]:
+    """Return what tells one run from another that claims its id: where and when it began, and as what."""
+    return [part.run.header.get(key) for key in ("host", "boot_id", "pid", "clock_s", "name", "arm", "seed", "inputs")]
+
+
+def _completeness(part: Part) -> tuple[bool, float, int]:
+    """Return what orders two copies of one record: one that ended first, then the later, then the larger."""
+    totals = part.run.totals.values()
+    return (
+        part.run.end is not None,
+        max(part.run.last_s or 0.0, math.fsum(t.get("wall_s", 0.0) for t in totals)),
+        sum(map(len, totals)),
+    )
 
 
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
@@ -180,6 +203,7 @@ def _boil(run: Run, metric: str) -> Part:
     small = Run(run.path, run.header)
     small.last_s = run.last_s
     small.totals.update(stages)
+    small.end = run.end
     return Part(
         run.id,
         _int(run.header.get("rank")),

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis import price
+from greenvis import files, price
 from greenvis.errors import BadInput, nearest, some
-from greenvis.record import SCHEMA, Run
-from greenvis.report import results, stats, stored
+from greenvis.record import MOST_BYTES, SCHEMA, Run
+from greenvis.report import results, schema, stats, stored
 from greenvis.report.groups import record_files
+from greenvis.report.schema import MOST
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -227,8 +228,8 @@ def quick(path: Path) -> Run | None:
     The same numbers as `record.read`, without parsing what later lines replace. None where it is no record of a known schema.
     """
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
+        lines = files.read(path, "record", MOST_BYTES).split(b"\n")
+    except BadInput:
         return None
     header = next((x for x in map(_parsed, lines) if x and x.get("type") == "header"), None)
     if header is None or not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
@@ -238,11 +239,15 @@ def quick(path: Path) -> Run | None:
     try:
         parsed = json.loads(b"[" + b",".join(wanted) + b"]")  # all at once is several times faster
         undamaged = len(parsed) == len(wanted)
-    except ValueError:
+    except (ValueError, RecursionError):
         parsed, undamaged = [], False
     for line in parsed if undamaged else map(_parsed, reversed(lines)):
         if isinstance(line, dict):
             _keep(run, line)
+    try:
+        schema.check(run)
+    except BadInput:
+        return None
     return run
 
 
@@ -268,7 +273,7 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
     """Put a line into a run that is read backwards: what is there already came later and stays."""
     kind = line.pop("type", None)
     if kind == "sample" and isinstance(line.get("phase"), str):
-        numbers = {k: float(v) for k, v in line.items() if v.__class__ in (float, int) and -math.inf < v < math.inf}
+        numbers = {k: float(v) for k, v in line.items() if v.__class__ in (float, int) and -MOST < v < MOST}
         for moment in MOMENTS:
             numbers.pop(moment, None)
         later = run.totals.get(line["phase"])
@@ -287,6 +292,6 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
 def _parsed(raw: bytes) -> dict[str, Any] | None:
     try:
         line = json.loads(raw) if raw else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return line if isinstance(line, dict) else None

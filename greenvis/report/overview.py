@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from greenvis import files
 from greenvis.errors import BadInput
 from greenvis.report import reuse, stored, verdict
 from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
@@ -36,11 +36,11 @@ def overview(folder: str | Path) -> dict[str, Any]:
     for path in sorted(Path(folder).glob("*/report.md")):
         its = {"name": path.parent.name, "path": path.as_posix()}
         try:
-            found = json.loads((path.parent / stored.NAME).read_text())
-        except (OSError, ValueError) as error:
+            found = files.read_json(path.parent / stored.NAME, "results", stored.MOST_BYTES)
+        except BadInput as error:
             raise BadInput(f"{path.parent} holds a report.md, but no results.json to read: {error}") from error
-        if "baseline" not in found:
-            text = path.read_text()
+        if not isinstance(found, dict) or "baseline" not in found:
+            text = files.read_text(path, "report")
             command = re.search(r"`(greenvis [^`]+)`", text)
             title = text.partition("\n")[0].removeprefix("# ")
             reports.append({**its, "command": command[1] if command else "", "found": f"{title}."})

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from greenvis import record
+from greenvis import files, record
 from greenvis.errors import BadInput, nearest
 from greenvis.report import build, versus
 
 NAME = "results.json"
+MOST_BYTES = 256 * 2**20
 
 
 def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
@@ -30,10 +30,10 @@ def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Pa
 def read(path: Path) -> dict[str, Any]:
     """Return the results in a file. Raises BadInput for what is none, or of another schema."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = files.read_json(path, "results", MOST_BYTES)
         if not isinstance(found["arms"], dict) or not isinstance(found.get("schema", 0), int):
             raise TypeError("arms is not an object")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise BadInput(f"{path} is not a {NAME} of greenvis: {error}") from error
     schema = found.get("schema", 0)
     if schema != build.SCHEMA:

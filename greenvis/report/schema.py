@@ -1,0 +1,173 @@
+"""What a record must be to be believed: types, ranges, finite numbers. Strangers write records, and disks break."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from greenvis.errors import BadInput, printable
+from greenvis.record import Run
+
+MOST = 1e18  # of any total: joules, seconds, FLOPs in thousands of millions of millions
+MOST_DEPTH = 12
+MOST_SAID = 5  # problems said of one record
+
+_Word = Annotated[str, Field(max_length=1000)]
+_Count = Annotated[float, Field(ge=0, le=1e24)]
+_Moment = Annotated[float, Field(ge=0, le=1e12)]
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Band(_Loose):
+    value: _Count | None = None
+    low: _Count | None = None
+    high: _Count | None = None
+    provenance: _Word | None = None
+
+
+class _Coefficient(_Loose):
+    low: _Count | None = None
+    central: _Count | None = None
+    high: _Count | None = None
+
+
+class _Component(_Loose):
+    name: _Word
+    source: _Word | None = None
+    scope: _Word | None = None
+    observation: _Word | None = None
+    coefficient: _Coefficient | None = None
+    provenance: Literal["measured", "estimated", "constant", "partly unknown"] = "estimated"
+    reason: _Word | None = None
+    citation: Annotated[str, Field(max_length=5000)] | None = None
+    devices: Annotated[list[_Word], Field(max_length=1000)] | None = None
+
+
+class _Intensity(_Loose):
+    value: Annotated[float, Field(ge=0, le=1e5)] | None = None
+    low: Annotated[float, Field(ge=0, le=1e5)] | None = None
+    high: Annotated[float, Field(ge=0, le=1e5)] | None = None
+    zone: _Word | None = None
+    source: _Word | None = None
+    assumed: bool | None = None
+
+
+class _Embodied(_Loose):
+    kg: _Count
+    lifetime_years: Annotated[float, Field(gt=0, le=1000)] = 4.0
+    share: Annotated[float, Field(ge=0, le=1)] = 1.0
+
+
+class _Header(_Loose):
+    run: _Word
+    name: _Word | None = None
+    arm: _Word | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
+    inputs: _Word | None = None
+    attempt: Annotated[int, Field(ge=0, le=10**6)] = 1
+    rank: Annotated[int, Field(ge=0, lt=10**5)] = 0
+    world_size: Annotated[int, Field(ge=1, le=10**5)] = 1
+    host: _Word | None = None
+    boot_id: _Word | None = None
+    pid: Annotated[int, Field(ge=0)] | None = None
+    clock_s: _Moment | None = None
+    mono_s: _Moment | None = None
+    nested_in: _Word | None = None
+    versions: dict[str, _Word] | None = None
+    cpu: dict[str, Any] | None = None
+    command: list[_Word] | Annotated[str, Field(max_length=100_000)] | None = None
+    git: _Word | None = None
+    baseline: _Word | None = None
+    recipe: Annotated[str, Field(max_length=10**6)] | dict[str, Any] | None = None
+    components: Annotated[list[_Component], Field(max_length=100)] | None = None
+    pue: Annotated[float, Field(ge=1, le=100)] | None = None
+    carbon_intensity: _Intensity | None = None
+    embodied: _Embodied | None = None
+
+
+class _Facts(_Loose):
+    accuracy: float | None = None
+    latency_ms: dict[str, _Count] | None = None
+    inference_energy_j: _Band | None = None
+    operating_points: Annotated[list[dict[str, Any]], Field(max_length=1000)] | None = None
+    predicted: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
+    model: dict[str, Any] | None = None
+    codecarbon: dict[str, Any] | None = None
+    task_accuracy: Annotated[list[list[float | None]], Field(max_length=10_000)] | None = None
+    techniques: list[Any] | None = None
+    train: dict[str, Any] | None = None
+    macs: _Count | None = None
+    params: _Count | None = None
+    trainable_params: _Count | None = None
+    delta_bytes: _Count | None = None
+    peak_memory_mb: _Count | None = None
+    images_per_s: _Count | None = None
+    threads: _Count | None = None
+    epochs: _Count | None = None
+
+
+class _Use(_Loose):
+    role: _Word
+    name: _Word
+    runs: Annotated[list[_Word], Field(max_length=10_000)]
+    energy_j: _Band
+    of: list[_Word] | None = None
+
+
+def check(run: Run) -> list[str]:
+    """Leave out of a record what cannot be, and return in words what that was. Raises BadInput where its header cannot be."""
+    problems = _problems(_Header, run.header)
+    if problems:
+        raise BadInput(f"{run.path}: its header cannot be believed: {_said(problems)}")
+    out: list[str] = []
+    for key, why in _problems(_Facts, run.facts).items():
+        run.facts.pop(key, None)
+        out.append(f"its fact '{key}' {why}")
+    uses = [use for use in run.uses if not _problems(_Use, use)]
+    if len(uses) < len(run.uses):
+        out.append(f"{len(run.uses) - len(uses)} of the runs it says it uses")
+        run.uses[:] = uses
+    logs = [log for log in run.logs if _is_plain({key: value for key, value in log.items() if key != "totals"})]
+    if len(logs) < len(run.logs):
+        out.append(f"{len(run.logs) - len(logs)} of its logs, not finite or nested too deeply")
+        run.logs[:] = logs
+    odd = [phase for phase, totals in run.totals.items() if any(not 0 <= value <= MOST for value in totals.values())]
+    for phase in odd:
+        del run.totals[phase]
+        out.append(f"its phase '{phase}', with totals below 0 or beyond all measure")
+    return [f"{run.path.name}: left out: {printable(line)}" for line in out[:MOST_SAID]]
+
+
+def _problems(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is wrong, by top-level key."""
+    out = {str(key): "is nested too deeply or not finite" for key, value in values.items() if not _is_plain(value)}
+    try:
+        kind.model_validate(values)
+    except ValidationError as error:
+        for problem in error.errors():
+            out.setdefault(str(problem["loc"][0]), f"is refused: {problem['msg'][:1].lower() + problem['msg'][1:]}")
+    return out
+
+
+def _said(problems: Mapping[str, str]) -> str:
+    return "; ".join(f"{printable(key)} {why}" for key, why in [*problems.items()][:MOST_SAID])
+
+
+def _is_plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value of JSON is finite, whole numbers fit a float, and it is not nested without end."""
+    if depth > MOST_DEPTH:
+        return False
+    if isinstance(value, dict):
+        return all(_is_plain(inner, depth + 1) for inner in value.values())
+    if isinstance(value, list):
+        return all(_is_plain(inner, depth + 1) for inner in value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return True
+    return math.isfinite(value) if isinstance(value, float) else abs(value) <= 10**300
