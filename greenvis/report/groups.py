@@ -160,7 +160,8 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
     if not parts:
         where = ", ".join(f"'{p}'" for p in paths)
         raise BadInput(
-            f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. Run something first."
+            f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. "
+            + (f"Left out: {notes[0]}" if notes else "Run something first.")
         )
     return _group(list(parts.values())), sorted(notes)
 

@@ -70,7 +70,7 @@ class _Header(_Loose):
     arm: _Word | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] = 0
     inputs: _Word | None = None
-    attempt: Annotated[int, Field(ge=0, le=10**6)] = 1
+    attempt: Annotated[int, Field(ge=-(10**6), le=10**6)] = 1
     rank: Annotated[int, Field(ge=0, lt=10**5)] = 0
     world_size: Annotated[int, Field(ge=1, le=10**5)] = 1
     host: _Word | None = None
@@ -82,7 +82,7 @@ class _Header(_Loose):
     versions: dict[str, _Word] | None = None
     cpu: dict[str, Any] | None = None
     command: list[_Word] | Annotated[str, Field(max_length=100_000)] | None = None
-    git: _Word | None = None
+    git: _Word | dict[str, Any] | None = None
     baseline: _Word | None = None
     recipe: Annotated[str, Field(max_length=10**6)] | dict[str, Any] | None = None
     components: Annotated[list[_Component], Field(max_length=100)] | None = None
