@@ -104,7 +104,7 @@ def test_what_is_no_results_json(tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     for text in ("{}", "[", '{"arms": []}'):
         file.write_text(text)
-        with pytest.raises(BadInput, match="is not a results|cannot read the results"):
+        with pytest.raises(BadInput, match=r"is not a results|cannot read the results"):
             compare(file, file)
     file.write_text('{"arms": {}, "schema": 99}')
     with pytest.raises(BadInput, match="schema 99"):
