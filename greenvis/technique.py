@@ -173,8 +173,11 @@ class Installed:
     def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
         self.trainable = trainable
         self.freezes = freezes
-        self.phase: Callable[[str], AbstractContextManager[Any]] = lambda name: nullcontext()
-        self.note: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3)  # a tracked run's record, else
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy of the model belongs to no run, and is shown other batches
+        return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on, before the forward."""
@@ -200,6 +203,14 @@ class Installed:
         A resumed run calls it for each task so far, in order, without training, and then loads the state: what it adds must
         depend on the tasks alone, and nothing may be added elsewhere.
         """
+
+    def keeps_of(self, path: str) -> str:
+        """Say what this technique knows of the module at `path` that a new one there (a larger classifier) would not have.
+
+        Asked when somebody has replaced it; "" where nothing hangs on the old one: the new one's parameters then take the place
+        of its in `trainable`. The default speaks for techniques that are nothing but names of parameters.
+        """
+        return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
 
     def test_task(self, task: Task | None) -> None:
         """Before an evaluation that tells which task its images are of; None: they are not told, or the evaluation is over."""
@@ -248,6 +259,10 @@ class Installed:
 
 
 MOST_PROBLEMS = 20  # of one message
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
 
 
 def explain(error: ValidationError, kind: type[BaseModel], where: Callable[..., str], at: tuple[str | int, ...] = ()) -> str:

@@ -60,8 +60,9 @@ def test_the_sequence_equals_the_authors_port() -> None:
     with torch.no_grad():
         pool.rows.copy_(case["state_dict"]["prompt"])
         pool.keys.copy_(case["state_dict"]["prompt_key"])
-    pool.query = case["cls_features"]
-    assert torch.allclose(pool.prompted(case["x_embed"]), case["prompted_embedding"], atol=1e-6)
+    pool.ask(case["cls_features"])
+    x = case["x_embed"]
+    assert torch.allclose(pool.with_rows(x, pool.rows_for(x)), case["prompted_embedding"], atol=1e-6)
     term = live.terms(None, None, None)["prompt_pool"]
     assert torch.allclose(term, -0.1 * case["reduce_sim"], atol=1e-6)
 
@@ -142,6 +143,7 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
     model.eval()
     with torch.no_grad():
         chosen = nearest_prompts(similarities(pool.query, pool.keys), 2)
+        pool.ask(pool.query)
         pool.rows_for(model.patch_embed(x))
     assert torch.equal(torch.bincount(chosen.flatten(), minlength=6).double(), first)
     assert live.installed[0].facts()["prompt_pool_shares"] == [round(s, 4) for s in live.installed[0].shares.tolist()]  # type: ignore[attr-defined]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import GreenvisError
 from greenvis.technique import logits_of
+from greenvis.techniques._doors import refuse_tracing
 from greenvis.techniques.inference._exits import NEVER, agreements, certainty
 from greenvis.techniques.inference._rows import rows_of, tell
 from greenvis.views.quiet import is_learning, looked_at
@@ -153,6 +154,7 @@ class Place:
         """A forward hook."""
         exits, k = self.exits, self.number
         x = output[0] if isinstance(output, tuple) else output
+        refuse_tracing(x, "who leaves early")
         now = current(exits)
         if now is None:
             if exits.training and torch.is_grad_enabled():  # checkpointing runs the block again, and wants the same work

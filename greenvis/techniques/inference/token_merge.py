@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques._doors import Doors, Passing, refuse_tracing
 from greenvis.techniques.inference import _matching
 from greenvis.techniques.inference._halves import (
     Block,
@@ -37,8 +38,9 @@ class TokenMerge(Technique):
     models it costs more time than it saves. Class, distillation and register tokens are never merged. A merged token is the
     mean of its patches, and counts in attention as many times as it has patches (`proportional`), still in the fused kernel.
     A head that reads the patches (pooling, dense outputs) is given all of them back, each with the value it merged into, so
-    that a mean is weighted by size; so is whoever learns from features between the blocks. Rotary embeddings go with the
-    tokens. Blocks must be pre-norm with global attention.
+    that a mean is weighted by size; so is whoever learns from features between the blocks, or asks for them by another door
+    (hidden states, timm's forward_intermediates): maps lie where their patches do. Rotary embeddings go with the tokens.
+    Blocks must be pre-norm with global attention.
     """
 
     name: ClassVar[str] = "token_merge"
@@ -69,25 +71,31 @@ class TokenMerge(Technique):
         numbers = parse_r(len(blocks), self.r)
         start = next((i for i, n in enumerate(numbers) if n), None)
         if start is None:
-            return InstalledTokenMerge(Flow(found.prefix_tokens))
+            return InstalledTokenMerge(Flow(found.prefix_tokens, Doors(model, [])))
         if "rope" in found.flags and not all(b.rotary for b in blocks):
             raise BadInput(
                 f"{type(model).__name__} rotates queries and keys by their place (RoPE), but its blocks are not handed the "
                 "embedding, so it cannot go with merged tokens"
             )
         keys = sources(model, found, blocks, "key")
-        flow = Flow(found.prefix_tokens)
+        flow = Flow(found.prefix_tokens, Doors(model, (b.module for b in blocks[start:])))
         parts = zip(blocks, keys, numbers, strict=True)
         merging = [Merging(b, k, n, flow, i, self.proportional) for i, (b, k, n) in enumerate(parts)][start:]
         where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
         for module, m in zip(where, merging[1:], strict=True):  # before the first merge all sizes are 1
             set_mask(module, m.mask)
+        merging[0].starts = True
         restore = self.restore == "always" or (self.restore == "auto" and patches_matter(model, found, blocks[-1].path))
         merging[-1].restore = flow.restores = restore
         flow.numbers = {m.block.path: m.number for m in merging}
         for m in merging:
             m.put(model)
         follow(model, flow)
+        never = self.restore == "never"
+        flow.doors.put(*["forward_features"] if never else [])  # what it gives is what the head reads
+        if not flow.doors.settle(found.example, maps_only=never) and self.restore == "auto" and not restore:
+            merging[-1].restore = flow.restores = True  # the model's own output holds the tokens
+            flow.doors.settle(found.example)
         if found.example.device.type != "meta":
             check_runs(model, found.example, [], f"r = {self.r}")
         live = InstalledTokenMerge(flow)
@@ -99,22 +107,23 @@ class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
     steps: the matching of each block that merged. size, places: of the tokens each block is given, how many of the first ones
-    each stands for, and where it stood among them. length: how many they were. numbers: of the blocks, by path. restores:
-    whether all tokens are given back behind the last.
+    each stands for, and where it stood among them. maps: in which of them each first one lies, where they are laid out.
+    length: how many they were. numbers: of the blocks, by path. restores: whether all tokens are given back behind the last.
     """
 
-    def __init__(self, prefix: int) -> None:
-        self.prefix = prefix
-        self.steps: dict[int, Matching] = {}
-        self.size: dict[int, Tensor] = {}
-        self.places: dict[int, Tensor] = {}
+    def __init__(self, prefix: int, doors: Doors) -> None:
+        self.prefix, self.doors = prefix, doors
+        self.steps: dict[int, Matching] = Passing()
+        self.size: dict[int, Tensor] = Passing()
+        self.places: dict[int, Tensor] = Passing()
+        self.maps: dict[int, Tensor] = Passing()
         self.length = 0
         self.numbers: dict[str, int] = {}
         self.restores = False
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.steps, self.size, self.places):
+        for kept in (self.steps, self.size, self.places, self.maps):
             kept.update(rows_of(kept, rows, batch))
 
     def give_back(self, tokens: Tensor) -> Tensor:
@@ -133,7 +142,7 @@ class Flow(Follower):
         number = self.numbers.get(path)
         if number is None or number not in self.size:
             return {}
-        if self.restores:
+        if self.restores or self.doors.laid_out:
             raise BadInput(
                 f"cache: tokens that merged before '{path}' are given back behind it, and how they merged is not kept: leave "
                 "`cache` off, or set `restore: never` of the merging"
@@ -143,6 +152,7 @@ class Flow(Follower):
     def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
         """Take sizes and places; how tokens merged before is then unknown."""
         number = self.numbers[path]
+        self.doors.begin()
         self.size[number], self.places[number] = found["size"], found["places"].long()
         self.steps = {i: m for i, m in self.steps.items() if i >= number}
 
@@ -157,7 +167,7 @@ class Merging:
 
     def __init__(self, block: Block, key: Source, r: int, flow: Flow, number: int, proportional: bool) -> None:
         self.block, self.key, self.r, self.flow, self.number = block, key, r, flow, number
-        self.proportional, self.restore = proportional, False
+        self.proportional, self.restore, self.starts = proportional, False, False
         self._value: Tensor | None = None
 
     def put(self, model: nn.Module) -> None:
@@ -181,10 +191,16 @@ class Merging:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and merge between its attention and its MLP."""
         flow, i = self.flow, self.number
+        if self.starts:
+            refuse_tracing(main(args, kwargs), "which tokens merge")
+            flow.doors.begin()
         if i not in flow.size:
             flow.length = main(args, kwargs).shape[1]
-        elif self.block.rotary:
-            args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+        else:
+            if flow.doors.laid_out:
+                args, kwargs = with_main(args, kwargs, _matching.unmerge(main(args, kwargs), flow.places[i]))
+            if self.block.rotary:
+                args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
         if not self.r:
             output = self.block.whole(*args, **kwargs)
             self._pass_on(None)
@@ -193,6 +209,8 @@ class Merging:
             x = self._merged(first(between))
             args, kwargs = with_main(args, kwargs, x)
             output = self.block.feed(*args, **kwargs)
+        if flow.doors.laid_out:
+            return with_first(output, _matching.unmerge(first(output), flow.maps[i + 1])) if i + 1 in flow.maps else output
         if self.restore and (steps := flow.upto(None)):
             output = with_first(output, _matching.unmerge(first(output), _matching.token_map(steps)))
         return output
@@ -213,13 +231,17 @@ class Merging:
 
     def _pass_on(self, matching: Matching | None, size: Tensor | None = None) -> None:
         flow, i = self.flow, self.number
-        for kept, now in ((flow.steps, i), (flow.size, i + 1), (flow.places, i + 1)):
+        for kept, now in ((flow.steps, i), (flow.size, i + 1), (flow.places, i + 1), (flow.maps, i + 1)):
             kept.pop(now, None)
         if matching is not None and size is not None:
             flow.steps[i], flow.size[i + 1] = matching, size
             flow.places[i + 1] = flow.places[i].gather(1, matching.kept) if i in flow.places else matching.kept
-        elif i in flow.size:
-            flow.size[i + 1], flow.places[i + 1] = flow.size[i], flow.places[i]
+            if flow.doors.laid_out:
+                flow.maps[i + 1] = matching.map.gather(1, flow.maps[i]) if i in flow.maps else matching.map
+        else:
+            for kept in (flow.size, flow.places, flow.maps):
+                if i in kept:
+                    kept[i + 1] = kept[i]
 
     def _keep(self, value: Tensor) -> None:
         self._value = value.detach()
@@ -231,6 +253,10 @@ class InstalledTokenMerge(Installed):
     def __init__(self, flow: Flow) -> None:
         super().__init__()
         self.flow = flow
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
 
     def token_map(self, block: int | None = None) -> Tensor | None:
         """Return in which token each of the first ones lies behind the blocks before number `block` (None: behind the last).

@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
 from greenvis.surgery import names_of
 from greenvis.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.techniques._doors import Doors, Passing, refuse_tracing
 from greenvis.techniques.inference._halves import Block, cut_mask, halves, main, masked_attention, rotated, set_mask, with_main
 from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._pruning import Predictor, best, class_attention, decide, fused, policy_mask, ratio_loss
 from greenvis.techniques.inference._rows import Follower, follow, rows_of
-from greenvis.techniques.iteration._seams import check_runs, first, patches_matter
-from greenvis.trainers import refuse_recomputed
+from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, with_first
 from greenvis.views import View, view
 
 _CHILD = "token_prune"
@@ -32,7 +33,9 @@ class TokenPrune(Technique):
     model; in training all tokens stay and attention is masked by Gumbel-softmax decisions, so training costs more, not less,
     and gets the term "token_prune" (the squared distance from the share to keep). The paper also distils from the unpruned
     model: add `distill` (weight 0.5, temperature 1). "class_attention" removes tokens between attention and MLP and saves in
-    training, too; `fuse` hands the rest on as one token. The head must read the class token, not the patches.
+    training, too; `fuse` hands the rest on as one token. The head must read the class token, not the patches. Whoever asks for
+    features between the blocks by another door (hidden states, timm's forward_intermediates) gets a row for each patch at its
+    place, of those that left with the value they had.
     """
 
     name: ClassVar[str] = "token_prune"
@@ -69,9 +72,9 @@ class TokenPrune(Technique):
         blocks = halves(model, found, "token pruning")
         places = self._places(len(blocks))
         self._check(model, found, blocks)
-        flow = Flow(found.prefix_tokens, self.keep, self.fuse)
         added: list[nn.Parameter] = []
         start = places[0]
+        flow = Flow(found.prefix_tokens, self.keep, self.fuse, Doors(model, (b.module for b in blocks[start:])))
         if self.method == "predictor":
             pruning: list[Pruning] = [Predicted(b, i, flow) for i, b in enumerate(blocks)]
         else:
@@ -84,6 +87,8 @@ class TokenPrune(Technique):
             set_mask(attention, p.mask)
             p.block.module.forward = p.forward
         follow(model, flow)
+        flow.doors.put()
+        flow.doors.settle(found.example)
         if found.example.device.type != "meta":
             check_runs(model, found.example, [], f"{self.keep:.0%} of the tokens kept in blocks {places}")
         live = InstalledTokenPrune(flow, self.weight, names_of(model, added))
@@ -113,20 +118,40 @@ class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
     places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of them count, (batch, tokens);
-    decided: which do from this block on. length: how many tokens there were first.
+    decided: which do from this block on. length: how many tokens there were first. fused: which of a block's tokens are others
+    fused, bool (batch, tokens); they have no place. beside: what a block gave, where its fused ones cannot be laid out.
     """
 
-    def __init__(self, prefix: int, keep: float, fuse: bool) -> None:
-        self.prefix, self.keep, self.fuse, self.length = prefix, keep, fuse, 0
-        self.places: dict[int, Tensor] = {}
-        self.policy: dict[int, Tensor] = {}
-        self.decided: dict[int, Tensor] = {}
+    def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors) -> None:
+        self.prefix, self.keep, self.fuse, self.doors, self.length = prefix, keep, fuse, doors, 0
+        self.places: dict[int, Tensor] = Passing()
+        self.policy: dict[int, Tensor] = Passing()
+        self.decided: dict[int, Tensor] = Passing()
+        self.fused: dict[int, Tensor] = Passing()
+        self.beside: dict[int, Tensor] = Passing()
         self.shares: dict[int, float] = {}
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.places, self.policy, self.decided):
+        for kept in (self.places, self.policy, self.decided, self.fused, self.beside):
             kept.update(rows_of(kept, rows, batch))
+
+    def gathered(self, i: int, x: Tensor) -> Tensor:
+        """Return the tokens block number `i` is to work on, of the whole row that another door shows (batch, length, dim)."""
+        if not self.doors.laid_out or i not in self.places:
+            return x
+        tokens = x.gather(1, self.places[i].unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return torch.where(self.fused[i].unsqueeze(-1), self.beside[i], tokens) if i in self.fused else tokens
+
+    def laid_out(self, i: int, before: Tensor, tokens: Tensor) -> Tensor:
+        """Return what block number `i` is given as a whole row, where another door shows it: what left as it was `before`."""
+        if not self.doors.laid_out or i not in self.places:
+            return tokens
+        index, row = self.places[i], before
+        if i in self.fused:
+            self.beside[i] = tokens
+            index, row = index.masked_fill(self.fused[i], self.length), F.pad(before, (0, 0, 0, 1))
+        return row.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)[:, : self.length]
 
 
 class Pruning:
@@ -154,9 +179,14 @@ class Pruning:
         """Note the first sequence; return the arguments with rotary embeddings of the tokens that are left."""
         flow, i = self.flow, self.number
         if self.order == 1:
+            refuse_tracing(main(args, kwargs), "which tokens are pruned")
+            flow.doors.begin()
             flow.places.clear()
+            flow.fused.clear()
             flow.length = main(args, kwargs).shape[1]
-        elif self.block.rotary and i in flow.places:
+            return args, kwargs
+        args, kwargs = with_main(args, kwargs, flow.gathered(i, main(args, kwargs)))
+        if self.block.rotary and i in flow.places:
             args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
         return args, kwargs
 
@@ -165,8 +195,10 @@ class Pruning:
         flow = self.flow
         prefix = torch.arange(flow.prefix, device=x.device).expand(len(x), -1)
         index = torch.cat([prefix, kept + flow.prefix], 1)
-        old = flow.places.get(self.number)
+        old, fused = flow.places.get(self.number), flow.fused.get(self.number)
         flow.places[at] = index if old is None else old.gather(1, index)
+        if fused is not None:
+            flow.fused[at] = fused.gather(1, index)
         return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
@@ -187,14 +219,12 @@ class Predicted(Pruning):
         given, policy = super().mask(given), self._policy
         if policy is None or not self.block.module.training:
             return given
-        if policy.requires_grad:  # what decided lies outside of a block that is checkpointed
-            refuse_recomputed(TokenPrune.name)
         seen = policy_mask(torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1))
         return seen if given is None else seen + given
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decide in front of the block, then run it."""
-        flow, i = self.flow, self.number
+        flow, i, before = self.flow, self.number, main(args, kwargs)
         args, kwargs = self._come(args, kwargs)
         if self.order and self.block.module.training:
             self._decide(main(args, kwargs)[:, flow.prefix :])
@@ -208,7 +238,7 @@ class Predicted(Pruning):
             kept.pop(i + 1, None)
             if going is not None:
                 kept[i + 1] = going
-        return output
+        return with_first(output, flow.laid_out(i + 1, before, first(output)))
 
     @property
     def _policy(self) -> Tensor | None:
@@ -247,16 +277,19 @@ class Attended(Pruning):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the halves, and remove tokens in between."""
-        flow, i = self.flow, self.number
+        flow, i, before = self.flow, self.number, main(args, kwargs)
         args, kwargs = self._come(args, kwargs)
-        flow.places.pop(i + 1, None)
-        if i in flow.places:
-            flow.places[i + 1] = flow.places[i]
-        if not self.order:
-            return self.block.whole(*args, **kwargs)
-        x = self._removed(first(self.block.attend(*args, **kwargs)))
-        args, kwargs = with_main(args, kwargs, x)
-        return self.block.feed(*args, **kwargs)
+        for kept in (flow.places, flow.fused):
+            kept.pop(i + 1, None)
+            if i in kept:
+                kept[i + 1] = kept[i]
+        if self.order:
+            x = self._removed(first(self.block.attend(*args, **kwargs)))
+            args, kwargs = with_main(args, kwargs, x)
+            output = self.block.feed(*args, **kwargs)
+        else:
+            output = self.block.whole(*args, **kwargs)
+        return with_first(output, flow.laid_out(i + 1, before, first(output)))
 
     def _removed(self, x: Tensor) -> Tensor:
         flow, values, self._values = self.flow, self._values, {}
@@ -274,8 +307,10 @@ class Attended(Pruning):
         out = self._leave(x, kept, self.number + 1)
         if not flow.fuse:
             return out
-        places = flow.places[self.number + 1]
-        flow.places[self.number + 1] = torch.cat([places, places[:, -1:]], 1)  # the rest has no place; masks need one
+        places, at = flow.places[self.number + 1], self.number + 1
+        flow.places[at] = torch.cat([places, places[:, -1:]], 1)  # the rest has no place; masks need one
+        before = flow.fused.get(at, torch.zeros_like(places, dtype=torch.bool))
+        flow.fused[at] = F.pad(before, (0, 1), value=True)
         return torch.cat([out, fused(patches, attention, kept)], 1)
 
     def _keep_query(self, value: Tensor) -> None:
@@ -291,6 +326,10 @@ class InstalledTokenPrune(Installed):
     def __init__(self, flow: Flow, weight: float, trainable: tuple[str, ...]) -> None:
         super().__init__(trainable)
         self.flow, self.weight = flow, weight
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
 
     @property
     def kept(self) -> Tensor | None:

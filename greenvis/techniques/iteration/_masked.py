@@ -51,6 +51,12 @@ class Encoder:
             norm.register_forward_hook(self._note_norm)
         self._check(found)
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy starts between two forwards
+        return {**vars(self), "_entered": None, "_outputs": [], "_normed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _entered=WeakIdKeyDictionary())
+
     @property
     def patches(self) -> int:
         """Patches of an image."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -9,44 +10,86 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.techniques._doors import Doors, Passing
+from greenvis.techniques.inference._halves import main, with_main
 from greenvis.techniques.iteration._seams import first, row_of_blocks, with_first
 from greenvis.views import View
 from greenvis.views.quiet import quiet
 
 
 class Joined(nn.Module):
-    """Tokens that join a sequence (batch, length, dim) behind its prefix, and leave it again: `length` of them."""
+    """Tokens that join a sequence (batch, length, dim) behind its prefix, and leave it again: `length` of them.
+
+    away: while it stays out of the sequence. between: its tokens on their way from block to block, where another door than the
+    model's own forward is shown the sequence without them.
+    """
 
     def __init__(self, prefix: int, length: int) -> None:
         super().__init__()
         self.prefix, self.length = prefix, length
+        self.away = False
+        self.between: dict[int, Tensor] = Passing()
 
     def rows_for(self, x: Tensor) -> Tensor:
         """Return the tokens (batch, length, dim) that join x (batch, tokens, dim)."""
         raise NotImplementedError
 
-    def put(self, model: nn.Module, enter: str, leave: str, child: str) -> None:
-        """Live in block `enter` as `child`, join the sequence before it and leave it behind block `leave`."""
-        block = model.get_submodule(enter)
-        block.add_module(child, self.train(block.training))
-        block.register_forward_pre_hook(self.join, with_kwargs=True)
-        model.get_submodule(leave).register_forward_hook(self.leave)
+    def passed(self, number: int, x: Tensor) -> None:
+        """Look at what enters a block while these are away: number 0 is the first they would join in."""
 
-    def join(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the block's arguments, with the tokens in the first tensor."""
-        if args:
-            return (self.prompted(args[0]), *args[1:]), kwargs
-        name = next(n for n, value in kwargs.items() if isinstance(value, Tensor))
-        return args, {**kwargs, name: self.prompted(kwargs[name])}
+    def put(self, model: nn.Module, paths: Sequence[str], child: str, doors: Doors) -> None:
+        """Live in the first of these blocks as `child`, join the sequence in it and leave it behind the last."""
+        blocks = [model.get_submodule(path) for path in paths]
+        blocks[0].add_module(child, self.train(blocks[0].training))
+        for number, block in enumerate(blocks):
+            block.forward = Carrying(self, block, doors, number, number == len(blocks) - 1)  # type: ignore[method-assign]
 
-    def prompted(self, x: Tensor) -> Tensor:
-        """Return x (batch, tokens, dim) as (batch, tokens + length, dim)."""
-        return torch.cat([x[:, : self.prefix], self.rows_for(x).to(x.dtype), x[:, self.prefix :]], 1)
+    def with_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Return x (batch, tokens, dim) with the tokens in it."""
+        return torch.cat([x[:, : self.prefix], rows.to(x.dtype), x[:, self.prefix :]], 1)
 
-    def leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        """Return the block's output without the tokens."""
-        x = first(output)
-        return with_first(output, torch.cat([x[:, : self.prefix], x[:, self.prefix + self.length :]], 1))
+    def leave(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a sequence without the tokens, and those."""
+        start, end = self.prefix, self.prefix + self.length
+        return torch.cat([x[:, :start], x[:, end:]], 1), x[:, start:end]
+
+    def last(self, x: Tensor, rows: Tensor, laid_out: bool) -> Tensor:
+        """Return what goes on behind the last block, of the sequence without the tokens, and of what became of these."""
+        return x
+
+
+class Carrying:
+    """A block's forward with the tokens in its sequence."""
+
+    def __init__(self, joined: Joined, block: nn.Module, doors: Doors, number: int, last: bool) -> None:
+        self.joined, self.block, self.doors, self.number, self.last = joined, block, doors, number, last
+        self.inner = vars(block).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block."""
+        joined, doors, i = self.joined, self.doors, self.number
+        x = main(args, kwargs)
+        if joined.away:
+            joined.passed(i, x)
+            return self._run(args, kwargs)
+        if not i:
+            doors.begin()
+        rows = joined.rows_for(x) if not i else joined.between[i] if doors.laid_out else None
+        if rows is not None:
+            x = joined.with_rows(x, rows)
+        output = self._run(*with_main(args, kwargs, x))
+        if not self.last and not doors.laid_out:
+            return output
+        x, rows = joined.leave(first(output))
+        if self.last:
+            return with_first(output, joined.last(x, rows, doors.laid_out))
+        joined.between[i + 1] = rows
+        return with_first(output, x)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        if self.inner is not None:
+            return self.inner(*args, **kwargs)
+        return type(self.block).forward(self.block, *args, **kwargs)
 
 
 def prompt_blocks(model: nn.Module, found: View) -> list[str]:

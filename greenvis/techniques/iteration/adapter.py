@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
+from greenvis.surgery import passing
 from greenvis.technique import Installed, OnlyWith, Stage, Technique
 from greenvis.techniques.iteration._bottleneck import Bottleneck, ConvBottleneck, Grid, Mona
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, seat, train_only, with_first
@@ -82,6 +84,8 @@ class Adapter(Technique):
             added += net.parameters()
         if self.variant in ("conv", "mona"):
             model.register_forward_pre_hook(grid.watch, with_kwargs=True)
+            for path in found.convs[:1]:  # which every door leads through
+                model.get_submodule(path).register_forward_pre_hook(passing(partial(grid.watch)), with_kwargs=True)
         check_runs(model, found.example, added, f"{self.variant} adapters")
         live = Installed(train_only(model, added, found, self.head), freezes=True)
         live.unmergeable = "an adapter is a non-linear network of its own, not a change of weights; keep the model wrapped"

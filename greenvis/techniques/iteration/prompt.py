@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from greenvis import ranks
 from greenvis.errors import BadInput
 from greenvis.technique import Installed, Stage, Technique
+from greenvis.techniques._doors import Doors
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
 from greenvis.techniques.iteration._seams import check_runs, train_only
 from greenvis.views import view
@@ -80,13 +81,15 @@ class Prompt(Technique):
         bound = math.sqrt(6 / (patch + dim))
         weight = next(p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point())
         put: list[Prompts] = []
-        for i, path in enumerate(blocks):
-            if self.depth == "shallow" and i:
-                break
+        for _ in blocks if self.depth == "deep" else blocks[:1]:
             rows = torch.empty(self.tokens, dim, device=weight.device, dtype=weight.dtype).uniform_(-bound, bound)
             prompts = Prompts(rows, found.prefix_tokens, self.dropout)
-            prompts.put(model, path, path if self.depth == "deep" else blocks[-1], _CHILD)
             put.append(prompts)
+        doors = Doors(model, [model.get_submodule(path) for path in blocks])
+        for path, prompts in zip(blocks, put, strict=False):
+            prompts.put(model, [path] if self.depth == "deep" else blocks, _CHILD, doors)
+        doors.put()
+        doors.settle(found.example)
         added = [prompts.rows for prompts in put]
         check_runs(model, found.example, added, f"{self.tokens} {self.depth} prompts")
         names = train_only(model, added, found, self.head)
@@ -119,6 +122,10 @@ class InstalledPrompt(Installed):
             )
         return {}
 
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return whether the prompts have started, where that is not when they are put in."""
         return {} if self.uniform else {"started": torch.tensor(self.started)}
@@ -128,11 +135,11 @@ class InstalledPrompt(Installed):
         self.started = self.uniform or bool(state.get("started", True))
 
     def _start(self, images: Tensor) -> None:
-        with quiet(self.model):  # which gives back what `noted` was
+        with quiet(self.model):  # which gives back what `noted` and `away` were
             for prompts in self.put:
-                prompts.noted = []
+                prompts.away = True
             self.model(images)
-            found = [torch.cat([t.flatten(0, 1) for t in p.noted or ()]).float() for p in self.put]
+            found = [torch.cat([t.flatten(0, 1) for t in p.noted]).float() for p in self.put]
         starts = [prototypes(tokens, prompts.length) for tokens, prompts in zip(found, self.put, strict=True)]
         with torch.no_grad():
             for prompts, start in zip(self.put, starts, strict=True):
@@ -147,19 +154,12 @@ class Prompts(Joined):
         super().__init__(prefix, len(rows))
         self.rows = nn.Parameter(rows)
         self.dropout = nn.Dropout(dropout)
-        self.noted: list[Tensor] | None = None  # a list while patch tokens are only looked at
+        self.noted: list[Tensor] = []  # patch tokens, while these are away
 
-    def join(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Return the block's arguments, with the prompts in the first tensor, or note its patch tokens."""
-        if self.noted is None:
-            return super().join(block, args, kwargs)
-        x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        self.noted.append(x[:, self.prefix :])
-        return args, kwargs
-
-    def leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        """Return the block's output without the prompts."""
-        return super().leave(block, args, output) if self.noted is None else output
+    def passed(self, number: int, x: Tensor) -> None:
+        """Note the patch tokens."""
+        if not number:
+            self.noted.append(x[:, self.prefix :])
 
     def rows_for(self, x: Tensor) -> Tensor:
         """Return the rows as (batch, tokens, dim)."""

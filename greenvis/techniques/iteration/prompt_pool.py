@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -16,9 +16,10 @@ from greenvis.answers import main_output
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.modes import in_mode
 from greenvis.technique import Installed, Samples, Stage, Technique
+from greenvis.techniques._doors import Doors, Passing, again, refuse_tracing
 from greenvis.techniques._frozen import Kept
 from greenvis.techniques.iteration._prompts import Joined, prompt_blocks
-from greenvis.techniques.iteration._seams import check_runs, first, train_only, with_first
+from greenvis.techniques.iteration._seams import check_runs, train_only
 from greenvis.views import View, view
 from greenvis.views.quiet import quiet
 
@@ -126,7 +127,10 @@ class PromptPool(Technique):
             heads = [model.get_submodule(path) for path in found.classifier]
             asker = Asker(pool, heads, _readers(model, found), _mark(model, heads) if self.cache else "")
             asker.put(model)
-        pool.put(model, blocks[0], blocks[-1], _CHILD)
+        doors = Doors(model, [model.get_submodule(path) for path in blocks])
+        pool.put(model, blocks, _CHILD, doors)
+        doors.put()
+        doors.settle(found.example)
         check_runs(model, found.example, [pool.rows], f"{self.top_n} prompts of {self.length}")
         live = InstalledPromptPool(train_only(model, [pool.rows, pool.keys], found, self.head), pool, asker)
         live.unmergeable = "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
@@ -148,13 +152,27 @@ class Pool(Joined):
         self.rows, self.keys = nn.Parameter(rows), nn.Parameter(keys)
         for name in ("picked", "before"):
             self.register_buffer(name, torch.zeros(len(rows), dtype=torch.float64, device=rows.device))
-        self.asking = False
-        self.query: Tensor | None = None
-        self.pull: Tensor | None = None
+        # "query": (batch, dim), "asked" too until it is used; "pull": how near the picked prompts are
+        self.now: dict[str, Tensor] = Passing()
+
+    @property
+    def query(self) -> Tensor | None:
+        """What the model asked gave for the batch, (batch, dim)."""
+        return self.now.get("query")
+
+    def ask(self, query: Tensor) -> None:
+        """Take the query for the next pass."""
+        self.now.update(query=query, asked=query)
 
     def rows_for(self, x: Tensor) -> Tensor:
         """Pick by the query and return the prompts (batch, top_n · length, dim)."""
-        query = x[:, self.prefix :].mean(1).detach() if self.query is None else self.query
+        refuse_tracing(x, "which prompts an image picks")
+        if self.request.query == "class" and not again() and self.now.pop("asked", None) is None:
+            raise GreenvisError(
+                "prompt_pool asks the whole model which prompts to take, and this call of its blocks went past that: call the "
+                "model itself, or set query: patch"
+            )
+        query = x[:, self.prefix :].mean(1).detach() if self.request.query == "patch" else self.now["query"]
         similarity = similarities(query, self.keys.to(query.dtype))
         learning = self.training and torch.is_grad_enabled()
         index = nearest_prompts(similarity, self.request.top_n, self._penalty(similarity) if learning else None)
@@ -162,7 +180,7 @@ class Pool(Joined):
             index = majority(index, len(self.keys)).expand(len(x), -1)
         if learning:
             self.picked += torch.bincount(index.flatten(), minlength=len(self.keys))
-        self.pull = reduce_sim(similarity, index)
+        self.now["pull"] = reduce_sim(similarity, index)
         return self.rows[index].flatten(1, 2)
 
     def _penalty(self, similarity: Tensor) -> Tensor | None:
@@ -172,19 +190,16 @@ class Pool(Joined):
         share = (self.before / self.before.sum()).to(similarity.dtype)
         return (1 - self.request.diversity + self.request.diversity * share).clamp(min=1e-6)  # unused ones: by distance still
 
-    def join(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Join the sequence, but not while the frozen model is asked."""
-        return (args, kwargs) if self.asking else super().join(block, args, kwargs)
-
-    def leave(self, block: nn.Module, args: Any, output: Any) -> Any:
-        """Leave the sequence; with readout "prompts" every token becomes the mean of the prompts' outputs."""
-        if self.asking:
-            return output
-        x, output = first(output), super().leave(block, args, output)
+    def last(self, x: Tensor, rows: Tensor, laid_out: bool) -> Tensor:
+        """Return the sequence; with readout "prompts" every token of it becomes the mean of the prompts' outputs."""
         if self.request.readout == "class":
-            return output
-        mean = x[:, self.prefix : self.prefix + self.length].mean(1, keepdim=True)
-        return with_first(output, mean.expand_as(first(output)))
+            return x
+        if laid_out:
+            raise GreenvisError(
+                "prompt_pool puts the prompts' mean in the place of every token, so there are no features of patches to give: "
+                "set readout: class"
+            )
+        return rows.mean(1, keepdim=True).expand_as(x)
 
 
 class Asker:
@@ -195,9 +210,12 @@ class Asker:
 
     def __init__(self, pool: Pool, heads: list[nn.Module], readers: list[nn.Module], weights: str) -> None:
         self.pool, self.heads, self.readers, self.kept = pool, heads, readers, None
-        self.samples: Callable[[], Samples | None] = lambda: None
+        self.samples: Samples | None = None
         if weights:
             self.kept = Kept("the model without prompts: what its head reads", weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "samples": None}  # a copy is shown other batches
 
     def put(self, model: nn.Module) -> None:
         """Ask before each forward of `model`."""
@@ -205,24 +223,24 @@ class Asker:
 
     def ask(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the query (batch, dim) in the pool: of the model, or read back."""
-        if self.pool.asking:
+        if self.pool.away:
             return
-        if self.kept is None or self.samples() is None or not model.training:
-            self.pool.query = self.answer(model, args, kwargs)
+        if self.kept is None or self.samples is None or not model.training:
+            self.pool.ask(self.answer(model, args, kwargs))
             return
         spared = {id(p) for part in (self.pool, *self.heads) for p in part.parameters()}
         if moving := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in spared]:
             raise GreenvisError(f"the queries cannot be kept, for {some(moving)} trains and changes them; set cache: false")
-        self.pool.query = self.kept.outputs(self.samples(), lambda: self.answer(model, args, kwargs), self.pool.keys.device)
+        self.pool.ask(self.kept.outputs(self.samples, lambda: self.answer(model, args, kwargs), self.pool.keys.device))
 
     def answer(self, model: nn.Module, args: Any, kwargs: Any) -> Tensor:
         """Return the query: one forward without prompts, in eval mode, without gradients; modes are given back."""
-        self.pool.asking = True
+        self.pool.away = True
         try:
             with in_mode(model, False), torch.no_grad():
                 return _run(model, self.readers, args, kwargs)
         finally:
-            self.pool.asking = False
+            self.pool.away = False
 
 
 class InstalledPromptPool(Installed):
@@ -231,21 +249,37 @@ class InstalledPromptPool(Installed):
     def __init__(self, trainable: tuple[str, ...], pool: Pool, asker: Asker | None) -> None:
         super().__init__(trainable, freezes=True)
         self.pool = pool
+        self.asker = asker
         self.kept = asker.kept if asker is not None else None
-        if asker is not None:
-            asker.samples = lambda: self.samples
         if self.kept is not None:
-            self.kept.note = lambda text: self.note(text)
+            self.kept.note = self._tell
+
+    @property
+    def samples(self) -> Samples | None:
+        """Which samples the current batch holds."""
+        return self.asker.samples if self.asker is not None else None
+
+    @samples.setter
+    def samples(self, samples: Samples | None) -> None:  # type: ignore[override]
+        if self.asker is not None:
+            self.asker.samples = samples
+
+    def _tell(self, text: str) -> None:
+        self.note(text)  # a tracked run may begin after this
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"prompt_pool": -pull · reduce_sim} of the forward just done."""
-        pulled, self.pool.pull = self.pool.pull, None
+        pulled = self.pool.now.pop("pull", None)
         return {} if pulled is None else {"prompt_pool": -self.pool.request.pull * pulled}
 
     def end_task(self, loader: Any) -> None:
         """Count this task's picks among the earlier ones."""
         self.pool.before += self.pool.picked
         self.pool.picked.zero_()
+
+    def keeps_of(self, path: str) -> str:
+        """Return "" where no query was kept of the earlier model."""
+        return "the queries that were kept" if self.kept is not None else ""
 
     @property
     def shares(self) -> Tensor:
