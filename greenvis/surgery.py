@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput, some
 
 _HELD = "_greenvis_held_in_eval"
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 _PASSING = "_greenvis_passing"  # also an attribute of classes whose objects are such hooks
 
 
@@ -23,20 +30,14 @@ class Snapshot:
     Copies lie in CPU memory; `forget_unchanged` drops those of frozen tensors that still equal the model's.
     """
 
-    def __init__(self, model: nn.Module, also: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
-        modules = dict.fromkeys([*model.modules(), *also])
-        self._modules = [(m, type(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in modules]
+        self._modules = [(m, type(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in model.modules()]
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._values: dict[int, Tensor] = {}
         self._places: dict[int, int] | None = None  # by id of a tensor
         self.keep_values()
-
-    @property
-    def modules(self) -> list[nn.Module]:
-        """The modules it gives back."""
-        return [m for m, _, _ in self._modules]
 
     def keep_values(self) -> None:
         """Copy every tensor of which no copy is held yet."""
@@ -164,6 +165,22 @@ def hold_in_eval(module: nn.Module) -> None:
     if _HELD not in vars(module):
         module.register_forward_pre_hook(passing(_to_eval))
         vars(module)[_HELD] = True
+
+
+def rehang(old: nn.Module, new: nn.Module) -> None:
+    """Hang on the modules of `new`, which `old` was converted into, the hooks that hung on those of `old`."""
+    others = dict(new.named_modules())
+    for path, module in old.named_modules():
+        if path in others and others[path] is not module:
+            for name in HOOKS:
+                getattr(others[path], name).update(getattr(module, name))
+            if _HELD in vars(module):
+                vars(others[path])[_HELD] = True
+
+
+def holds_in_eval(hook: Any) -> bool:
+    """Whether this hook is that of `hold_in_eval`."""
+    return hook is _to_eval
 
 
 def passing(hook: Any) -> Any:

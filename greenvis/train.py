@@ -129,7 +129,6 @@ class Loop:
         self.live, self.spec, self.run, self.seed, self.file = live, spec, run, seed, file
         self.accelerator = _accelerator(spec, log_with, run.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
-        self.mean = ranks.SampleMean()
         ranks.part_ways()
         self._left = states.read(file) if file is not None and file.exists() else None
         self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
@@ -172,12 +171,18 @@ class Loop:
     def train(self, test: Callable[[], None] | None = None) -> None:
         """Train all epochs of the part, or what a checkpoint left of them; test: what to do for an evaluation."""
         spec, progress = self.spec, self.progress
+        first = progress.step
         while progress.epoch < spec.epochs and not progress.reached:
             self._epoch()
             due = (spec.eval_every and progress.epoch % spec.eval_every == 0) or progress.epoch == spec.epochs
             if test is not None and due:
                 test()
             self.save()
+        if progress.step > first + 1 and (still := self.live.unmoved()):
+            raise GreenvisError(
+                f"{some(still)}: none of the parameters it trains has moved in {progress.step - first} steps; is lr 0, or do "
+                "they get no gradient?"
+            )
 
     def _epoch(self) -> None:
         live, model, part, progress = self.live, self.model, self.part, self.progress
@@ -185,7 +190,6 @@ class Loop:
         model.train()
         saved_at = time.monotonic()
         losses: list[Tensor] = []
-        weights: list[Tensor] = []
         loader = _shown(accelerator, part.batches(progress.epoch, progress.batch))
         for x, y, *positions in self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"):
             if part.samples is not None:
@@ -193,15 +197,10 @@ class Loop:
             with accelerator.accumulate(model):
                 x, y = live.batch(x, y)
                 with accelerator.autocast():
-                    loss = _loss(live, model, self.criterion, x, y)
-                weight = self.mean.weight(len(y))
-                weights.append(torch.as_tensor(weight, dtype=torch.float32, device=loss.device))
-                losses.append(loss.detach() * weight)
-                accelerator.backward(loss * weight)
-                if len(losses) == 1:
+                    loss = _loss(live, model, self.criterion, x, y) * ranks.weight(len(y))
+                accelerator.backward(loss)
+                if not losses:
                     _all_reached(live)
-                if accelerator.sync_gradients:
-                    self.mean.settle(model.parameters(), self.spec.accumulate * ranks.count())
                 if accelerator.sync_gradients and self.spec.clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
                 optimizer.step()
@@ -211,6 +210,7 @@ class Loop:
                     progress.step += 1
                 optimizer.zero_grad()
             progress.batch += 1
+            losses.append(loss.detach())
             if len(losses) % CHECK_EVERY == 1:
                 _finite(loss, progress, self.run.notes)
             if accelerator.sync_gradients and time.monotonic() - saved_at > self.spec.checkpoint_every_s:
@@ -221,9 +221,9 @@ class Loop:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if losses:
             _finite(losses[-1], progress, self.run.notes)
-            sums = torch.stack([torch.stack(values).float().sum() for values in (losses, weights)])
-            ranks.mean([sums])
-            self.log(loss=(sums[0] / sums[1]).item())
+            mean = torch.stack(losses).float().mean()
+            ranks.mean([mean])
+            self.log(loss=mean.item())
 
 
 def _shown(accelerator: Accelerator, batches: Any) -> Any:

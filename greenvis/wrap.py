@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import permutations
@@ -10,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import answers, ranks, trainers
-from greenvis.deltas import LIVE, Deltas
+from greenvis import answers, ranks
+from greenvis.deltas import Deltas
 from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.intact import Optimizers, Watch, forget_compiled, refuse_compiled
+from greenvis.owners import Owners
 from greenvis.surgery import Snapshot
 from greenvis.technique import STAGES, Installed, Samples, Task, Technique, refuse_clash, refuse_conflicts
+
+_LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
@@ -30,31 +35,34 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
         if not isinstance(request, Technique):
             hint = f"; write {request.__name__}(…)" if isinstance(request, type) else ""
             raise BadInput(f"wrap() takes techniques, not {request!r}{hint}")
-    if model in LIVE:
+    if model in _LIVE:
         raise BadInput(
-            f"this {type(model).__name__} is wrapped already (with {some(LIVE[model][0]) or 'nothing'}): give all techniques "
+            f"this {type(model).__name__} is wrapped already (with {some(_LIVE[model]) or 'nothing'}): give all techniques "
             "to one wrap(), or call undo() or merge() first"
         )
+    if any(isinstance(hook, Watch) and hook.parts for hook in model._forward_pre_hooks.values()):
+        raise BadInput(
+            f"this {type(model).__name__} is a copy of a wrapped one, with all that hangs on it: wrap a copy of the plain one"
+        )
     ranks.refuse_sharding(model)
+    refuse_compiled(model)
     requests.sort(key=lambda t: (STAGES.index(t.stage), t.order, t.name))
     refuse_conflicts(requests)
     return Wrapped(model, requests)
 
 
-class Wrapped(Deltas):
+class Wrapped(Owners, Deltas):
     """A model with techniques live on it, and the seams a training loop calls. `model` is the user's own object."""
 
     def __init__(self, model: nn.Module, techniques: Sequence[Technique]) -> None:
         self.model = model
         self.techniques = tuple(techniques)
         self.installed: list[Installed] = []
-        self._owned: dict[str, dict[int, nn.Parameter]] = {}  # by technique: the parameters it declares
         self._learned: set[int] = set()  # parameters that earlier tasks trained
         self._stepped = False  # whether terms were asked for
-        self.trained_on = 1  # samples of the last batch that terms were asked for
         self._shared: list[Any] = []  # what makes processes share a pretext's gradients
-        self._used: Any = None  # a hook, see `_watch`
         self._snapshot = Snapshot(model)
+        Owners.__init__(self)
         Deltas.__init__(self)
         try:
             self._install()
@@ -63,7 +71,10 @@ class Wrapped(Deltas):
             self._snapshot.restore()
             raise
         self._snapshot.forget_unchanged()
-        self._enter()
+        self._watch = Watch(self) if techniques else None
+        self._optimizers = Optimizers(self)
+        forget_compiled()
+        _LIVE[model] = tuple(t.name for t in techniques)
 
     def _install(self) -> None:
         self._refuse(answers.task_said(self.model))
@@ -84,7 +95,6 @@ class Wrapped(Deltas):
                 )
         for (a, one), (b, other) in permutations(self._pairs(), 2):
             refuse_clash(a, b, _broken(a, one) & _needed(b, other))
-        self._watch()
 
     def _put_in(self, technique: Technique) -> Installed:
         """Install one technique; a refusal names those that changed the model before it."""
@@ -95,14 +105,6 @@ class Wrapped(Deltas):
             if not before:
                 raise
             raise BadInput(f"'{technique.name}', put in after {some(before)}: {error}; if it fits alone, remove one") from error
-
-    def _own(self, technique: Technique, live: Installed) -> None:
-        """Note the parameters a technique declares now: a later one may move them to other names."""
-        named = dict(self.model.named_parameters(remove_duplicate=False))
-        missing = [n for n in live.trainable if n not in named]
-        if missing:
-            raise GreenvisError(f"{technique.name} declares {some(missing)} trainable, but the model has no such parameter")
-        self._owned[technique.name] = {id(named[n]): named[n] for n in live.trainable}
 
     def _refuse(self, task: str | None) -> None:
         """Raise BadInput where a technique is not right for what the answers and labels are."""
@@ -115,28 +117,6 @@ class Wrapped(Deltas):
         strict = any(technique.tasks < answers.TASKS.keys() for technique in self.techniques)
         if strict and (logits is not None or answers.is_tensor(y)):
             self._refuse(answers.task_of(None if logits is None else answers.logits_of(logits), y))
-
-    def _watch(self) -> None:
-        """Notice what a trainer does to the gradients of what techniques declare."""
-        for technique, live in self._pairs():
-            reads = type(live).terms is not Installed.terms
-            trainers.watch(self.model, technique.name, self._owned[technique.name].values(), reads)
-        if self._used is not None:
-            self._used.remove()
-        declared = self.declared
-        self._used = self.model.register_forward_hook(trainers.UsedInTerms(declared)) if declared else None
-
-    @property
-    def declared(self) -> dict[str, nn.Parameter]:
-        """The parameters that techniques train and save, by the names they have now."""
-        owned = {key for of_one in self._owned.values() for key in of_one}
-        return {n: p for n, p in self.model.named_parameters() if id(p) in owned}
-
-    def _freeze(self) -> None:
-        if any(live.freezes for live in self.installed):  # what one technique freezes, another's own parameters must survive
-            declared = self.declared
-            for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(name in declared)
 
     # -- the seams of a training step ---------------------------------------------------------------------------------
 
@@ -155,6 +135,7 @@ class Wrapped(Deltas):
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on: replay adds samples here; otherwise unchanged."""
+        self._settle()
         given = x
         for live in self.installed:
             x, y = live.batch(x, y)
@@ -164,13 +145,14 @@ class Wrapped(Deltas):
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the model's output that has them."""
+        self._settle()
+        self.begin_training()
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             ranks.refuse_sharding(self.model)
             if self.pretext and ranks.count() > 1:  # its forward passes DistributedDataParallel by
                 self._shared = ranks.share_gradients(self.trainable.values())
             self._stepped = True
         self._check(logits, y)
-        self.trained_on = next((len(v) for v in (y, x) if hasattr(v, "__len__")), self.trained_on)
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():
@@ -212,6 +194,7 @@ class Wrapped(Deltas):
 
     def begin_task(self, task: Task) -> None:
         """Call before a task of a stream, and before its optimizer is built: techniques may add parameters here."""
+        self._settle()
         self._learned |= {id(p) for p in self.trainable.values()} if task.index else set()
         for technique, live in self._pairs():
             declared = live.trainable
@@ -219,7 +202,9 @@ class Wrapped(Deltas):
             if live.trainable is not declared:
                 self._own(technique, live)
         self._freeze()
-        self._watch()
+        self._optimizers.reset()
+        if self._watch is not None:
+            self._watch.note()
 
     def test_task(self, task: Task | None) -> None:
         """Call before an evaluation on images of one task if they are said to be of it, and with None when it is over."""
@@ -266,6 +251,7 @@ class Wrapped(Deltas):
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimizer groups: the techniques' own first, every other trainable parameter at `lr`."""
+        self._settle()
         groups = [g for live in self.installed for g in live.param_groups(lr)]
         taken = [id(p) for g in groups for p in g["params"]]
         if len(taken) != len(set(taken)):
@@ -284,20 +270,21 @@ class Wrapped(Deltas):
 
         Raises GreenvisError, with nothing changed, where a technique cannot be folded. `undo` still works afterwards.
         """
-        self.check_foldable()
+        for technique, live in self._pairs():
+            if live.unmergeable:
+                raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
+        self._settle()
         self._snapshot.keep_values()
         self._release()
-        self.fold()
-        return self.model
-
-    def fold(self) -> None:
-        """Give the model its own structure back and fold the techniques into its weights: a part of `merge`."""
         modes = {module: module.training for module in self.model.modules()}
         self._snapshot.restore(values=False)
+        if self._watch is not None:
+            self._watch.put_adopted()
         for module in self.model.modules():
             module.training = modes.get(module, self.model.training)
         for live in reversed(self.installed):
             live.merge()
+        return self.model
 
     def finish(self) -> nn.Module:
         """Return the model in eval as it will be served: merged where every technique can be, else with them in it."""
@@ -316,7 +303,10 @@ class Wrapped(Deltas):
         self._shared.clear()
         for live in reversed(self.installed):
             live.undo()
-        LIVE.pop(self.model, None)
+        if _LIVE.pop(self.model, None) is not None:
+            self._optimizers.release()
+            self._start = None
+            forget_compiled()
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

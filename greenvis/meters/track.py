@@ -157,6 +157,8 @@ class Tracker:
             self._flush()
             if self._crosscheck is not None and status != "stopped":  # a signal leaves no time for another's end
                 self._witness(self._crosscheck)
+            for name in self.live.unmoved() if status == "done" and hasattr(self.live, "unmoved") else ():
+                self.note(f"{name}: none of the parameters it trains has moved since the first step")
             self._correct()  # while a note can still be written
             self._writer.close(status, reason)
             self._check_disk()
@@ -259,11 +261,6 @@ class Tracker:
 
             self._step_flops = StepFlops(getattr(self.live, "model", self.live))
         return self._step_flops.step(self, batch)
-
-    @property
-    def lost(self) -> str:
-        """Why the record on the disk is not whole; "" where it is."""
-        return self._writer.problem if self._state != "new" and self._writer.lost else ""
 
     # -- inside -------------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,10 @@ class InstalledPrefix(Installed):
         sums = {k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "bytes")}
         return {"prefix_cache": {"part": found[0]["part"], **sums}} if found else {}
 
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
     def undo(self) -> None:
         """Let go of the cache's files."""
         for _, kept in self._cuts.values():

@@ -272,6 +272,10 @@ class InstalledLora(Installed):
         if self.ranks is not None:
             self.ranks.advance(self.total_steps)
 
+    def keeps_of(self, path: str) -> str:
+        """Return "" but for the layers around which it put its own."""
+        return "its factors" if any(path.startswith(layer) for layer in self.layers) else ""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return how far the allocation of ranks is, and whether the factors have started."""
         state = self.ranks.state_dict() if self.ranks is not None else {}

@@ -154,6 +154,10 @@ class InstalledReplay(Installed):
         if request.method != "er":
             self.criterion = self._criterion
 
+    def keeps_of(self, path: str) -> str:
+        """Say that kept logits are of so many classes."""
+        return "its buffer keeps logits of the earlier classes" if self.request.method in ("der", "derpp") else ""
+
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch with examples from the buffer behind it; with `latent` they join y here, and x at the layer."""
         if not isinstance(x, Tensor):
