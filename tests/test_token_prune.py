@@ -24,7 +24,7 @@ from greenvis.techniques.inference.token_prune import InstalledTokenPrune, Token
 from greenvis.wrap import wrap
 
 DATA = Path(__file__).parent / "data"
-PRUNED = ("timm-vit", "timm-deit-distilled", "timm-deit3", "timm-dinov2-registers", "torchvision-vit", "transformers-vit")  # fmt: skip
+PRUNED = ("timm-vit", "timm-deit-distilled", "timm-deit3", "timm-dinov2-registers", "torchvision-vit", "transformers-vit")
 
 
 def _vit(**more: Any) -> Any:
