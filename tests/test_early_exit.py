@@ -108,6 +108,18 @@ def test_a_model_s_sample_as_sure_as_the_threshold_leaves(criterion: str) -> Non
         assert facts["exits"][0] == int((sure >= sure[row]).sum())
 
 
+def test_a_model_s_sample_of_so_much_patience_leaves() -> None:
+    """Three exits that always agree: with patience 1 all leave at the second, which has agreed once, with 2 at the third."""
+    live, installed, x = wrapped(at=(1, 2, 3), criterion="patience")
+    for head in installed.exits.heads:
+        nn.init.zeros_(head.linear.weight)
+        nn.init.eye_(head.linear.bias[None])
+    for patience, exits in ((1, [0, 6, 0, 0]), (2, [0, 0, 6, 0])):
+        with installed.at(patience) as facts, torch.no_grad():
+            live.model(x)
+        assert facts["exits"] == exits
+
+
 @given(st.integers(2, 5), st.integers(1, 60), st.floats(0.05, 4), st.integers(0, 9), st.sampled_from([2, 1000]))
 @settings(max_examples=40, deadline=None)
 def test_the_shares_asked_for_leave(exits: int, samples: int, p: float, seed: int, values: int) -> None:
