@@ -100,6 +100,12 @@ class Data:
         """Channels: 1 or 3."""
         return self.train.transform.in_chans
 
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What a model trained on it knows (`models.describe`)."""
+        form = self.train.transform
+        return {"mean": form.mean, "std": form.std, "classes": self.classes}
+
     def facts(self) -> dict[str, Any]:
         """Return what a run record says about its data; `classes`, `train` and `test` are counts."""
         t = self.train.transform

@@ -166,6 +166,7 @@ class Session:
         if spec.init and (weights or used is None):
             path = used.folder / WEIGHTS_FILE if used else job.recipe.folder / spec.init.removeprefix("file:")
             located(where, models.load_weights, model, path, head="match" if spec.classifier == "keep" else "replace")
+        models.describe(model, **self.jobs.images(job.recipe).inputs)  # what it is shown from here on
         return model
 
     # -- the run ------------------------------------------------------------------------------------------------------

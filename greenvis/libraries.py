@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from greenvis import weights
+from greenvis import preprocessing, weights
 from greenvis.errors import BadInput, nearest, some
 
 HF_WORDS = {
@@ -162,6 +162,9 @@ def _build_torchvision(request: Request) -> nn.Module:
     model = models.get_model(request.name, **options)
     set_in_chans(model, channels)
     _place_pretrained(model, state, "the published weights")
+    seen, names = published.transforms(), published.meta["categories"]
+    same = options.get("num_classes", len(names)) == len(names)
+    preprocessing.describe(model, mean=seen.mean, std=seen.std, classes=names if same else None)
     return model
 
 

@@ -20,10 +20,14 @@ from torch import nn
 from greenvis import libraries, weights
 from greenvis.errors import BadInput, nearest
 from greenvis.libraries import Request
+from greenvis.preprocessing import Pixels, Renormalise, classes_of, describe, description, order_of, pixels_of
 from greenvis.technique import shown
 from greenvis.weights import fingerprint, keep, kept, load_weights
 
-__all__ = ["build", "check", "check_size", "file_of", "fingerprint", "keep", "kept", "load_weights", "origin", "save"]
+__all__ = [
+    "Pixels", "Renormalise", "build", "check", "check_size", "classes_of", "describe", "description", "file_of",
+    "fingerprint", "keep", "kept", "load_weights", "order_of", "origin", "pixels_of", "save",
+]  # fmt: skip
 
 KINDS = ("timm/NAME", "torchvision/NAME", "hf/NAME_OR_PATH", "plain/mlp", "package.module:function", "file:PATH")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -73,10 +77,14 @@ def save(
     card: Mapping[str, Any] | None = None,
     folder: str | Path = ".",
 ) -> None:
-    """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as one safetensors file."""
+    """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as one safetensors file.
+
+    What the model says of its images and classes (`describe`) goes with them.
+    """
     ref, options = origin(ref, folder=folder, **options)
     kept = {k: v for k, v in options.items() if k != "pretrained"}
-    weights.write(path, weights.whole(model), {"ref": ref, "options": kept, "card": dict(card or {})})
+    about = {"ref": ref, "options": kept, "card": dict(card or {}), "inputs": description(model)}
+    weights.write(path, weights.whole(model), about)
 
 
 def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
@@ -179,3 +187,5 @@ def _load_own(model: nn.Module, request: Request) -> None:
     own = model.state_dict()
     changed = any(n in state and state[n].shape != own[n].shape for n in weights.head_names(model))
     weights.place(model, state, head="replace" if changed else "match", source=f"the weights in {request.file}")
+    said = weights.metadata(request.file).get("inputs") or {}  # none of an older file: then nothing is known
+    describe(model, **{**said, "classes": None if changed else said.get("classes")})

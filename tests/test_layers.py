@@ -67,7 +67,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 # files that belong to one unit: split only to keep each short
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "intact": "wrap", "owners": "wrap", "sources": "data", "transform": "data",
-           "weights": "models", "libraries": "models", "plain": "models", "checkpoint": "train", "loggers": "train",
+           "weights": "models", "libraries": "models", "plain": "models", "preprocessing": "models",
+           "checkpoint": "train", "loggers": "train",
            "recipe_checks": "recipe", "continual": "train",
            "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
            "candidates": "advise", "trials": "advise", "extrapolate": "advise"}  # fmt: skip

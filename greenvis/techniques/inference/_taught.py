@@ -62,17 +62,26 @@ class Taught:
         compile: bool = False,
         keep: Keep | None = None,
         note: Callable[[str], None] | None = None,
+        student: nn.Module | None = None,
+        names: bool = True,
     ) -> None:
         self.name, self.module, self.size, self.precision = name, module, size, precision
         self.weight = 1.0
         self._forward: Callable[..., Any] = torch.compile(module) if compile else module
         stem = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-        self._coloured = stem is not None and stem.in_channels == 3
+        channels = stem.in_channels if stem is not None and stem.in_channels in (1, 3) else None
+        source = models.pixels_of(student) if student is not None else None
+        who = f"the teacher '{name}' ({type(module).__name__})"
+        self.shown = models.Renormalise(who, source, models.pixels_of(module), channels, note or (lambda text: None))
+        classes = [models.classes_of(m) if m is not None and names else None for m in (student, module)]
+        self._order = models.order_of(classes[0], classes[1], who)
+        self._classes = len(classes[1] or ())
         self._kept: tuple[Kept, Kept] | None = None
         if keep is not None:
             at, weights = f" at {size} pixels" if size else "", mark(module)
             options: dict[str, Any] = {"dtype": keep.dtype, "max_bytes": keep.max_bytes, "note": note}
-            what = f"teacher {type(module).__name__}{at} ({precision or 'as trained'})"
+            what = f"teacher {type(module).__name__}{at} ({precision or 'as trained'}){self.shown.key}"
+            what += f" (classes {self._order})" if self._order else ""
             answers = Kept(f"{what}: answers", weights, top_k=keep.top_k, **options)
             self._kept = answers, Kept(f"{what}: features", weights, **options)
 
@@ -127,7 +136,7 @@ class Taught:
     def _run(self, x: Tensor, places: Sequence[Place], answers: bool) -> dict[str, Tensor]:
         if next(iter(self.module.parameters()), x).device != x.device:
             self.module.to(x.device)
-        x = x.expand(-1, 3, -1, -1) if self._coloured and x.dim() == 4 and x.shape[1] == 1 else x
+        x = self.shown(x)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
         taps = Taps(self.module, places)
@@ -135,7 +144,7 @@ class Taught:
             self.module.eval()
             with _slow_path() if places else nullcontext():
                 output = self._forward(x)
-            return {**taps.take(), **({ANSWER: logits_of(output)} if answers else {})}
+            return {**taps.take(), **({ANSWER: self._by_name(logits_of(output))} if answers else {})}
         except GreenvisError:
             raise
         except Exception as error:
@@ -145,6 +154,17 @@ class Taught:
             ) from error
         finally:
             taps.remove()
+
+    def _by_name(self, logits: Tensor) -> Tensor:
+        """Return the logits in the order of the student's classes, where both say their names."""
+        if self._order is None:
+            return logits
+        if logits.shape[1] != self._classes:
+            raise BadInput(
+                f"the teacher '{self.name}' names {self._classes} classes and answers for {logits.shape[1]}: say their names "
+                "with greenvis.models.describe(model, classes=…)"
+            )
+        return logits[:, self._order]
 
     def _at_precision(self, device: str) -> Any:
         if self.precision is None:

@@ -4,10 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from greenvis.answers import class_numbers, class_rows
+from greenvis.errors import GreenvisError
+from greenvis.techniques.inference._taught import ANSWER
+
+
+def compared_rows(student: Tensor, told: Mapping[str, dict[str, Tensor]], y: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the student's answers as rows, one per image or pixel, and their class numbers, where labels are given.
+
+    told: each teacher's outputs, whose answers become rows, too. Raises GreenvisError for another shape.
+    """
+    for outputs in told.values():
+        if outputs[ANSWER].shape != student.shape:
+            raise GreenvisError(
+                f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's {tuple(student.shape)}: both must "
+                "answer for the same classes; set num_classes of the teacher, or distil features only"
+            )
+        outputs[ANSWER] = class_rows(outputs[ANSWER])
+    return class_rows(student), class_numbers(y, student, "distillation") if y is not None else None
 
 
 def mixed(log_answers: Tensor, weights: Tensor) -> Tensor:

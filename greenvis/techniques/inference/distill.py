@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from greenvis.answers import CLASSES, PIXELS_TOO, TASKS, class_numbers, class_rows
+from greenvis.answers import CLASSES, PIXELS_TOO, TASKS
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique, logits_of
@@ -193,7 +193,8 @@ class InstalledDistill(Installed):
         self.epoch = self.steps = 0
         keep = Keep.model_validate({}) if request.cache is True else request.cache or None
         options = (request.precision, request.compile, keep, lambda text: self.note(text))
-        self.teachers = {n: Taught(n, modules[n], t.size, *options) for n, t in request._all().items()}
+        names = {n: any(loss.on_answers and loss.teacher in (n, None) for loss in request.losses) for n in modules}
+        self.teachers = {n: Taught(n, modules[n], t.size, *options, model, names[n]) for n, t in request._all().items()}
         self._model = model
         self._compared = list(zip(request.losses, compared, strict=True))
         self._places: dict[str, list[Place]] = {n: [] for n in modules}
@@ -241,7 +242,8 @@ class InstalledDistill(Installed):
         out: dict[str, Tensor] = {}
         student, target = torch.empty(0), None
         if answers:
-            student, target = self._compared_rows(logits_of(logits).float(), told, y)
+            reads = any(loss.reads_labels for loss in self.request.losses) or self.request.combine in ("confidence", "learned")
+            student, target = teaching.compared_rows(logits_of(logits).float(), told, y if reads else None)
             logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
             self._conflicts.add(student, logits, self.request.temperature)
             out.update(self._learn_weights(logits, target))
@@ -273,7 +275,11 @@ class InstalledDistill(Installed):
         kept = [fact for t in self.teachers.values() for fact in t.facts()]
         learned = getattr(self._projections, "teachers", None)
         weights = {} if learned is None else dict(zip(self.teachers, learned.detach().softmax(0).tolist(), strict=True))
-        found = {"distill_cache": kept, "distill_conflict": self._conflicts.history, "distill_teachers": weights}
+        shown = {n: t.shown.fact for n, t in self.teachers.items() if t.shown.fact}
+        found = {
+            "distill_cache": kept, "distill_conflict": self._conflicts.history, "distill_teachers": weights,
+            "distill_images": shown,
+        }  # fmt: skip
         return {name: value for name, value in found.items() if value}
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -323,19 +329,6 @@ class InstalledDistill(Installed):
             return self.request.task_weight * task_loss(logits, *rest, **more)
 
         return weighted
-
-    def _compared_rows(self, student: Tensor, told: Mapping[str, dict[str, Tensor]], y: Any) -> tuple[Tensor, Tensor | None]:
-        """Return the student's answers as rows and, where they are read, their class numbers; make the teachers' rows, too."""
-        for outputs in told.values():
-            if outputs[ANSWER].shape != student.shape:
-                raise GreenvisError(
-                    f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's {tuple(student.shape)}: both must "
-                    "answer for the same classes; set num_classes of the teacher, or distil features only"
-                )
-            outputs[ANSWER] = class_rows(outputs[ANSWER])
-        read = any(loss.reads_labels for loss in self.request.losses) or self.request.combine in ("confidence", "learned")
-        target = class_numbers(y, student, "distill") if read and y is not None else None
-        return class_rows(student), target
 
     def _together(self, loss: Loss, told: Mapping[str, Mapping[str, Tensor]], target: Any, temperature: float) -> Tensor:
         """Return the logarithms of what the teachers answer together, softened, (rows, classes)."""

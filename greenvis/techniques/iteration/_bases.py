@@ -27,19 +27,22 @@ class Base:
     """A frozen model that is asked for its patch features and its last block's attention.
 
     image: (channels, height, width) the images have; grid: (rows, columns) its answers are brought to. layers: how many of
-    the last blocks' outputs are averaged, of those with the last one's shape. It is handed images of another size or number
-    of channels than its own resized. Raises BadInput where it cannot run, or shows no attention although `attention` asks.
+    the last blocks' outputs are averaged, of those with the last one's shape. source: how the images are normalised, where
+    that is known. It is handed images of another size, number of channels, mean or deviation than its own converted. Raises
+    BadInput where it cannot run, or shows no attention although `attention` asks.
     """
 
     def __init__(
-        self, model: nn.Module, image: tuple[int, int, int], grid: tuple[int, int], layers: int, attention: bool
-    ) -> None:
+        self, model: nn.Module, image: tuple[int, int, int], grid: tuple[int, int], layers: int, attention: bool,
+        source: models.Pixels | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.what, self.grid, self.attention = model, type(model).__name__, grid, attention
         try:
             found = view(model, image, probe=False)
         except BadInput:  # not of this size, or not of these channels: its own
             found = view(model, probe=False)
         self.input_shape, self._prefix = found.input_shape, found.prefix_tokens
+        self.images = models.Renormalise(f"the base {self.what}", source, models.pixels_of(model), found.input_shape[0])
         if not found.blocks:
             raise BadInput(f"the base {self.what} shows no blocks whose outputs could be a target")
         last = found.layouts.get(found.blocks[-1])
@@ -52,7 +55,7 @@ class Base:
             raise BadInput(f"the base {self.what} has no attention to learn from; set targets: [feature]")
         self.heads = 0
         with in_mode(model, False):
-            shown = self(found.example)
+            shown = self._look(found.example)
         if shown.logits is not None:
             self.heads = shown.logits.shape[1]
         if not shown.features.isfinite().all():
@@ -69,7 +72,10 @@ class Base:
             return self(x.to(weight.dtype))
 
     def __call__(self, x: Tensor) -> Shown:
-        """Return what the base shows of images x, without a gradient."""
+        """Return what the base shows of images x (batch, channels, height, width), without a gradient."""
+        return self._look(fitted(self.images(x), self.input_shape[1:]))
+
+    def _look(self, x: Tensor) -> Shown:
         outputs: list[Tensor] = []
         scores = _Scores()
 
@@ -86,9 +92,9 @@ class Base:
             with _slow_path(), torch.no_grad():
                 if self.attention:
                     with scores:
-                        self.model(fitted(x, self.input_shape))
+                        self.model(x)
                 else:
-                    self.model(fitted(x, self.input_shape))
+                    self.model(x)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -167,13 +173,11 @@ def _slow_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def fitted(x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-    """Return images x as (batch, *shape): grey made colour or colour grey, resized where the size is another."""
-    if x.shape[1] != shape[0]:
-        x = x.mean(1, keepdim=True).expand(-1, shape[0], -1, -1)
-    if x.shape[2:] == shape[1:]:
+def fitted(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return images x (batch, channels, height, width) at another size, where theirs is another."""
+    if x.shape[2:] == size:
         return x
-    return F.interpolate(x, shape[1:], mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False, antialias=True)
 
 
 def resampled(patches: Tensor, own: tuple[int, int], grid: tuple[int, int]) -> Tensor:

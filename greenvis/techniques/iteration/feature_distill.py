@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis import models
 from greenvis.errors import BadInput
 from greenvis.surgery import names_of
 from greenvis.technique import Installed, Stage, Technique
@@ -42,10 +43,11 @@ class FeatureDistill(Technique):
     """Pretrain a model to give a frozen base's last features, whitened over their channels (FD: Wei et al., 2022).
 
     Saves the energy already spent on the base; costs a forward of the base for each image in the phase "base_reuse": once,
-    where views of the images repeat (`data.augment: none`, or `data.views`), for its features are kept on disk. A step costs
-    what a supervised one does, for all patches are shown. A pretext: labels are not used, and the classifier stays untrained.
-    Adds the term "feature_distill", from a linear projection of the model's last block that `merge` drops. The base may be any
-    model with blocks, of another width, grid or library; it never changes. (Of the paper's, a relative position bias and
+    where views of the images repeat (`data.augment: none`, or `data.views`), for its features are kept on disk. A step
+    costs what a supervised one does, for all patches are shown. A pretext: labels are not used, and the classifier stays
+    untrained. Adds the term "feature_distill", from a linear projection of the model's last block that `merge` drops. The
+    base may be any model with blocks, of another width, grid or library; it never changes, and is shown the images in its
+    own size, channels, mean and deviation, as far as both say theirs. (Of the paper's, a relative position bias and
     stochastic depth are the model's own affair.)
     """
 
@@ -76,7 +78,7 @@ class FeatureDistill(Technique):
             )
         aspect = found.input_shape[1] / found.input_shape[2]
         shape = as_map(found.example.new_zeros(layout.output), layout.channels, found.prefix_tokens, aspect).shape
-        shown = Base(base, found.input_shape, (shape[2], shape[3]), 1, attention=False)
+        shown = Base(base, found.input_shape, (shape[2], shape[3]), 1, False, models.pixels_of(model))
         weight = next(p for p in model.parameters() if p.is_floating_point())
         projection = nn.Linear(shape[1], shown.width).to(device=weight.device, dtype=weight.dtype)
         place.add_module(_CHILD, projection)
@@ -108,6 +110,7 @@ class InstalledFeatureDistill(Installed):
         self._modes = [(m, m.training) for m in base.model.modules()]
         self._kept: Kept | None = None
         self._seen_as = (image, base.grid)
+        self._see(base)
         base.model.eval()
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
@@ -123,13 +126,17 @@ class InstalledFeatureDistill(Installed):
         predicted = self.projection(features.flatten(2).transpose(1, 2))
         return {"feature_distill": whitened_loss(predicted, target, self.request.beta)}
 
+    def _see(self, base: Base) -> None:
+        self.base = base
+        base.images.note = lambda text: self.note(text)
+
     def _target(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Return the base's features, whitened, (batch, places, channels) on a grid: kept from earlier or asked for."""
         shape = (x.shape[1], x.shape[2], x.shape[3])
         if (shape, grid) != self._seen_as:  # a model that takes images of any size shows its grid only now
             self._seen_as = (shape, grid)
             self._close()
-            self.base = Base(self.base.model, shape, grid, 1, attention=False)
+            self._see(Base(self.base.model, shape, grid, 1, False, self.base.images.source))
 
         def ask() -> Tensor:
             with self.phase("base_reuse"):
@@ -138,14 +145,15 @@ class InstalledFeatureDistill(Installed):
         if self.samples is None or self.request.cache == "off":
             return ask()
         if self._kept is None:
-            part = f"base {self.base.what}: last block under a layer norm, on {self.base.grid}"
+            part = f"base {self.base.what}: last block under a layer norm, on {self.base.grid}{self.base.images.key}"
             note = lambda text: self.note(text)  # noqa: E731
             self._kept = Kept(part, mark(self.base.model), dtype=self.request.cache, note=note)
         return self._kept.outputs(self.samples, ask, x.device)
 
     def facts(self) -> Mapping[str, Any]:
-        """Return how many of the base's features were read back and computed."""
-        return {"feature_distill_targets": [self._kept.facts()]} if self._kept is not None else {}
+        """Return how many of the base's features were read back and computed, and how it was shown the images."""
+        kept = {"feature_distill_targets": [self._kept.facts()]} if self._kept is not None else {}
+        return {**kept, "feature_distill_images": self.base.images.fact} if self.base.images.fact else kept
 
     def undo(self) -> None:
         """Close the cache and give the base its own modes back."""

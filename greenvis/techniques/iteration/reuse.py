@@ -30,16 +30,17 @@ class Reuse(Technique):
     """Pretrain a vision transformer from a frozen base by masked reconstruction of the base's features and attention (TEC:
     Gao et al., 2022).
 
-    Saves the energy already spent on the base, against pretraining from scratch; 75 % of the patches never enter the encoder.
-    Costs a forward of the base for each image in the phase "base_reuse": once, where views of the images repeat (`data.augment:
-    none`, or `data.views`), for its targets are kept on disk. A pretext: labels are not used, and the classifier stays
-    untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a head of its own behind one
-    shared decoder: the mean of the base's last blocks, normalised over the patches (masked patches count), and the attention
-    of the last block, rows of the class token and of the patches it attends to most. The class token passes an MLP, which
-    `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis inspect`
-    understands: of another width, depth, grid or library, without a class token (the mean query stands for it), or without
-    attention (targets: [feature]); it never changes. It is handed the very images of the loop, brought to its size and channels
-    but not to another mean and deviation: data normalised otherwise than the base's own gives it another picture.
+    Saves the energy already spent on the base, against pretraining from scratch; 75 % of the patches never enter the
+    encoder. Costs a forward of the base for each image in the phase "base_reuse": once, where views of the images repeat
+    (`data.augment: none`, or `data.views`), for its targets are kept on disk. A pretext: labels are not used, and the
+    classifier stays untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a head of
+    its own behind one shared decoder: the mean of the base's last blocks, normalised over the patches (masked patches
+    count), and the attention of the last block, rows of the class token and of the patches it attends to most. The class
+    token passes an MLP, which `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model
+    that `greenvis inspect` understands: of another width, depth, grid or library, without a class token (the mean query
+    stands for it), or without attention (targets: [feature]); it never changes. It is handed the images of the loop in its
+    own size and channels, and with its own mean and deviation where both it and the model say theirs
+    (`greenvis.models.describe`).
     """
 
     name: ClassVar[str] = "reuse"
@@ -110,7 +111,8 @@ class Reuse(Technique):
             raise BadInput(
                 f"mask_ratio {self.mask_ratio} of {encoder.patches} patches leaves none hidden or none visible: choose another"
             )
-        shown = [Base(base, found.input_shape, encoder.grid, self.last_layers, asks) for base in bases]
+        source = models.pixels_of(model)
+        shown = [Base(base, found.input_shape, encoder.grid, self.last_layers, asks, source) for base in bases]
         token = class_token(model, found, encoder.blocks[0]) if self.input_adapter is not False else None
         if token is None and self.input_adapter:
             raise BadInput(f"{type(model).__name__} shows no class token for an input adapter; leave `input_adapter` out")
@@ -179,6 +181,7 @@ class InstalledReuse(Installed):
         self._beside = models.kept(encoder.model, tec.KEPT_ADAPTERS)  # of an earlier pretraining
         for base in bases:
             base.model.eval()
+            base.images.note = lambda text: self.note(text)
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"reuse_feature", "reuse_attention"}: means over the bases, of images x (batch, channels, height, width)."""
@@ -214,7 +217,7 @@ class InstalledReuse(Installed):
             exact = request.cache == "fp32" or self.encoder.patches > _EXACT_IN_HALF
             kept = f"{len(base.blocks)} blocks normalised over {request.normalise}, {request.rows} rows, on {base.grid}"
             self._kept[index] = Kept(
-                f"base {base.what}: {kept}",
+                f"base {base.what}: {kept}{base.images.key}",
                 mark(base.model),
                 dtype="fp32" if exact else "fp16",
                 note=lambda text: self.note(text),
@@ -222,8 +225,10 @@ class InstalledReuse(Installed):
         return self._kept[index].layers(samples, ask, names, x.device)
 
     def facts(self) -> Mapping[str, Any]:
-        """Return how many of the bases' targets were read back and computed."""
-        return {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
+        """Return how many of the bases' targets were read back and computed, and how bases were shown the images."""
+        kept = {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
+        shown = [base.images.fact for base in self.bases if base.images.fact]
+        return {**kept, "reuse_images": shown} if shown else kept
 
     def merge(self) -> None:
         """Fold the class token's MLP into the token; all else that was added is gone, but for adapters to keep."""
