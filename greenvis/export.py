@@ -20,9 +20,13 @@ from greenvis import models, record
 from greenvis.errors import BadInput, nearest
 from greenvis.jobs import WEIGHTS_FILE
 from greenvis.report import exports, results
+from greenvis.report.page import md
 from greenvis.technique import logits_of
 
 FORMS = ("torch.export", "onnx", "safetensors", "hub")
+_TIMM_FIELDS = (
+    "architecture", "input_size", "fixed_input_size", "min_input_size", "pool_size", "first_conv", "classifier", "num_classes"
+)  # fmt: skip
 TOLERANCE = 1e-4  # of the greatest absolute logit: other kernels round otherwise
 
 
@@ -31,9 +35,10 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, trust: bo
 
     run: the folder of a finished run (runs/RECIPE/ARM/seedN). to: one of `FORMS`; "hub" is a folder that timm or
     transformers loads back. The exported model is loaded again and answers two images: max_difference is the greatest
-    absolute difference of its logits from the live model's; safetensors and hub give the same bits. The card
-    (README.md, Markdown with metadata) says what training it cost. Raises BadInput for a run without a model or a
-    model the form cannot hold; nothing is left behind then.
+    absolute difference of its logits from the live model's; safetensors and hub give the same bits. Every form holds the
+    names of the classes and how images are prepared, as this run did it. The card (README.md, Markdown with metadata) says
+    what training it cost, what the weights began as, and what was done. Raises BadInput for a run without a model or a model
+    the form cannot hold; nothing is left behind then.
     """
     folder = Path(run)
     if to not in FORMS:
@@ -51,11 +56,12 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, trust: bo
     target.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     try:
-        answer = _WRITERS[to](_Job(model, x, part, ref, options, facts["data"]))
+        job = _Job(model, x, part, ref, options, facts)
+        answer = _WRITERS[to](job)
         difference = (answer - live).abs().max().item()
         if difference > TOLERANCE * max(1.0, live.abs().max().item()):
             raise BadInput(f"the model exported to {to} answers otherwise, by {difference:.2e}: it is not written")
-        (part / "README.md").write_text(card)
+        (part / "README.md").write_text(card + _done(job, to, difference))
         part.chmod(0o755)
         if target.exists():
             raise BadInput(f"{target} is there already; remove it, or choose another --out")
@@ -82,14 +88,59 @@ def _shape(facts: dict[str, Any]) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class _Job:
-    """A model to write into `folder`, two images to try it on, where it is from and what images it knows."""
+    """A model to write into `folder`, two images to try it on, where it is from and the facts of its run."""
 
     model: nn.Module
     x: Tensor
     folder: Path
     ref: str
     options: dict[str, Any]
-    data: dict[str, Any]
+    facts: dict[str, Any]
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """How images were prepared (`greenvis.transform.Transform`), and the names of the classes, None where not known."""
+        data, classes = self.facts["data"], models.classes_of(self.model)
+        return {
+            "input_size": [data["in_chans"], data["img_size"], data["img_size"]],
+            "mean": data["mean"],
+            "std": data["std"],
+            "resize": "shorter side, bilinear with antialiasing, then the centre",
+            "pixels": "0 to 1 before mean and std",
+            "labels": None if classes is None else list(classes),
+        }
+
+    @property
+    def began(self) -> str:
+        """What the weights were before the run."""
+        model = self.facts.get("model") or {}
+        pretrained = (model.get("options") or {}).get("pretrained")
+        if model.get("init"):
+            return f"began as those of {Path(model['init']).name if model['init'].startswith('file:') else model['init']}"
+        if not pretrained:
+            return "trained from scratch by this run"
+        if pretrained is not True:
+            return f"began as {Path(str(pretrained)).name}, whose licence applies"
+        cfg: Any = getattr(self.model, "pretrained_cfg", None) or {}
+        said = ", ".join(str(cfg[k]) for k in ("hf_hub_id", "license") if cfg.get(k))
+        return f"began as the published weights of {self.ref}" + (f" ({said})" if said else "") + ", whose licence applies"
+
+
+def _done(job: _Job, to: str, difference: float) -> str:
+    """Return the card's section on what was exported, and how."""
+    inputs = job.inputs
+    names = ", ".join(inputs["labels"] or ()) or "not known, numbered from 0"
+    techniques = [next(iter(t)) for t in job.facts.get("techniques") or ()]
+    channels, side, _ = inputs["input_size"]
+    lines = [
+        f"Form: {to}; its answers differ by at most {difference:.1e} from the model's",
+        f"Model: {job.ref}; weights {job.began}",
+        f"Trained with: {', '.join(techniques) or 'no technique'}; what merges is merged into the weights",
+        f"Images: (batch, {channels}, {side}, {side}); {inputs['resize']}; {inputs['pixels']} "
+        f"(mean {inputs['mean']}, std {inputs['std']})",
+        f"Classes: {names}",
+    ]
+    return "\n## What was exported\n\n" + "".join(f"- {md(line)}.\n" for line in lines)
 
 
 def _torch_export(job: _Job) -> Tensor:
@@ -97,7 +148,7 @@ def _torch_export(job: _Job) -> Tensor:
         program = torch.export.export(job.model, (job.x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     except Exception as error:  # whatever the tracer stumbles over
         raise BadInput(f"torch.export cannot take {job.ref}: {str(error).splitlines()[0]}") from error
-    torch.export.save(program, job.folder / "model.pt2")
+    torch.export.save(program, job.folder / "model.pt2", extra_files={"inputs.json": json.dumps(job.inputs)})
     with torch.no_grad():
         again = torch.export.load(job.folder / "model.pt2").module()
         return torch.cat([logits_of(again(one)) for one in job.x.split(1)])  # another batch size than the traced one
@@ -107,16 +158,20 @@ def _onnx(job: _Job) -> Tensor:
     missing = [n for n in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(n) is None]
     if missing:
         raise BadInput(f"export to onnx needs {', '.join(missing)}: pip install 'greenvis[onnx]'")
+    import onnx
     import onnxruntime
 
     path = job.folder / "model.onnx"
     try:
         torch.onnx.export(
             _Logits(job.model).eval(), (job.x,), path, dynamo=True, external_data=False, verbose=False,
-            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
+            input_names=["images"], output_names=["logits"], dynamic_shapes=({0: "batch"},),
         )  # fmt: skip
     except Exception as error:
         raise BadInput(f"ONNX cannot hold {job.ref}: {str(error).splitlines()[0]}") from error
+    written = onnx.load(path)
+    onnx.helper.set_model_props(written, {key: json.dumps(value) for key, value in job.inputs.items() if value is not None})
+    onnx.save(written, path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return torch.cat([torch.from_numpy(session.run(["logits"], {"images": one.numpy()})[0]) for one in job.x.split(1)])
 
@@ -124,7 +179,7 @@ def _onnx(job: _Job) -> Tensor:
 def _safetensors(job: _Job) -> Tensor:
     state = {k: v.contiguous().clone() for k, v in job.model.state_dict().items()}
     save_file(state, job.folder / "model.safetensors")
-    (job.folder / "model.json").write_text(json.dumps({"ref": job.ref, "options": job.options}, indent=2))
+    (job.folder / "model.json").write_text(json.dumps({"ref": job.ref, "options": job.options, "inputs": job.inputs}, indent=2))
     again = models.build(job.ref, trust=True, **job.options)  # trusted a moment ago, when the live one was built
     models.load_weights(again, job.folder / "model.safetensors")
     with torch.no_grad():
@@ -134,21 +189,48 @@ def _safetensors(job: _Job) -> Tensor:
 def _hub(job: _Job) -> Tensor:
     library = job.ref.partition("/")[0]
     if library == "timm":
-        import timm
-        from timm.models import save_for_hf
-
-        seen = {"input_size": tuple(job.x.shape[1:]), "mean": tuple(job.data["mean"]), "std": tuple(job.data["std"])}
-        save_for_hf(job.model, str(job.folder), safe_serialization=True, data_config=seen)
-        again: nn.Module = timm.create_model(f"local-dir:{job.folder}", pretrained=True)
+        again = _timm_hub(job)
     elif library == "hf":
-        from transformers import AutoModelForImageClassification
-
-        cast(Any, job.model).save_pretrained(job.folder)
-        again = AutoModelForImageClassification.from_pretrained(job.folder)
+        again = _transformers_hub(job)
     else:
         raise BadInput(f"a Hub folder is loaded by timm or transformers; {job.ref} is neither's: export to safetensors")
     with torch.no_grad():
         return logits_of(again.eval()(job.x))
+
+
+def _timm_hub(job: _Job) -> nn.Module:
+    """Write what timm loads: of its own configuration only what is so of these weights, for they are not its."""
+    import timm
+    from timm.models import save_for_hf
+
+    model, inputs = cast(Any, job.model), job.inputs
+    before = model.pretrained_cfg
+    model.pretrained_cfg = {key: before[key] for key in _TIMM_FIELDS if key in before}
+    config = {"label_names": inputs["labels"]} if inputs["labels"] else {}
+    seen = {key: tuple(inputs[key]) for key in ("input_size", "mean", "std")}
+    seen |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    try:
+        save_for_hf(model, str(job.folder), config, safe_serialization=True, data_config=seen)
+    finally:
+        model.pretrained_cfg = before
+    return timm.create_model(f"local-dir:{job.folder}", pretrained=True)
+
+
+def _transformers_hub(job: _Job) -> nn.Module:
+    """Write what transformers loads: the model with the names of its classes, and an image processor that does as we did."""
+    from transformers import AutoModelForImageClassification, CLIPImageProcessor
+
+    model, inputs = cast(Any, job.model), job.inputs
+    if inputs["labels"]:
+        model.config.id2label = dict(enumerate(inputs["labels"]))
+        model.config.label2id = {name: i for i, name in enumerate(inputs["labels"])}
+    model.save_pretrained(job.folder)
+    channels, height, width = inputs["input_size"]
+    CLIPImageProcessor(  # the one that brings the shorter side to size and crops the centre
+        size={"shortest_edge": height}, crop_size={"height": height, "width": width}, resample=2, do_convert_rgb=channels == 3,
+        image_mean=inputs["mean"], image_std=inputs["std"],
+    ).save_pretrained(job.folder)  # fmt: skip
+    return AutoModelForImageClassification.from_pretrained(job.folder)
 
 
 class _Logits(nn.Module):

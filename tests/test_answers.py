@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from hosts import HOSTS
 from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis.answers import class_numbers, logits_of, main_output, task_of
 from greenvis.errors import BadInput
-from tests.hosts import HOSTS
 
 CLASSES, SHAPE = 3, (3, 32, 48)  # unequal, so that a wrong axis shows
 

@@ -21,6 +21,7 @@ arms:
   lora: {techniques: [{lora: {rank: 2}}]}
   hf: {model: {ref: hf/vit, img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, num_heads: 2}}
   net: {model: {ref: torchvision/shufflenet_v2_x0_5}}
+  tuned: {model: {init: run:lora}}
 meter: {codecarbon: false}
 """
 
@@ -56,6 +57,89 @@ def test_a_hub_folder_is_loaded_by_the_library_alone(runs: Path, tmp_path: Path)
     export(runs / "hf/seed0", "hub", tmp_path / "hf")
     live = models.build(f"file:{runs / 'hf/seed0/model.safetensors'}").eval()
     assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()(x).logits, live(x).logits)
+
+
+CLASSES = [str(i) for i in range(10)]
+
+
+def _statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    form = data.load("digits", train=40, test=20).train.transform
+    return form.mean, form.std
+
+
+def test_a_timm_folder_claims_nothing_of_timms_own_weights(runs: Path, tmp_path: Path) -> None:
+    import timm
+
+    export(runs / "lora/seed0", "hub", tmp_path / "out")
+    written = (tmp_path / "out" / "config.json").read_text()
+    assert not [word for word in ("augreg", "in21k", "license", "apache", "bicubic", "storage.googleapis") if word in written]
+    config = json.loads(written)
+    assert config["label_names"] == CLASSES
+    own = config["pretrained_cfg"]
+    assert (own["crop_pct"], own["crop_mode"], own["interpolation"]) == (1.0, "center", "bilinear")
+    assert (tuple(own["mean"]), tuple(own["std"]), own["input_size"], own["num_classes"]) == (*_statistics(), [1, 8, 8], 10)
+    again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
+    assert models.classes_of(again) == tuple(CLASSES)
+    assert models.pixels_of(again) == _statistics()
+
+
+def test_a_transformers_folder_prepares_images_as_the_run_did(runs: Path, tmp_path: Path) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    export(runs / "hf/seed0", "hub", tmp_path / "out")
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert again.config.id2label == dict(enumerate(CLASSES))
+    assert models.pixels_of(again) == _statistics()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    image = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
+    want = data.load("digits", train=40, test=20).train.transform.normalise(image[None])
+    got = processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_onnx_names_classes_statistics_and_the_batch_axis(runs: Path, tmp_path: Path) -> None:
+    import onnx
+
+    for arm in ("lora", "hf", "net"):
+        export(runs / arm / "seed0", "onnx", tmp_path / arm)
+        model = onnx.load(tmp_path / arm / "model.onnx")
+        said = {p.key: json.loads(p.value) for p in model.metadata_props if p.key in ("labels", "mean", "std", "input_size")}
+        mean, std = _statistics()
+        assert said == {"labels": CLASSES, "mean": list(mean), "std": list(std), "input_size": [1, 8, 8]}
+        for tensor in (model.graph.input[0], model.graph.output[0]):
+            assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
+
+
+def test_every_form_and_its_card_say_what_was_done(runs: Path, tmp_path: Path) -> None:
+    mean, _ = _statistics()
+    for form in FORMS:
+        export(runs / "lora/seed0", form, tmp_path / form)
+        card = (tmp_path / form / "README.md").read_text()
+        for words in (f"Form: {form}", "trained from scratch by this run", "Trained with: lora", str(mean[0]), "0, 1, 2, 3",
+                      "(batch, 1, 8, 8)", "shorter side, bilinear"):  # fmt: skip
+            assert words in card, (form, words)
+    assert json.loads((tmp_path / "safetensors" / "model.json").read_text())["inputs"]["labels"] == CLASSES
+    extra = {"inputs.json": ""}
+    torch.export.load(tmp_path / "torch.export" / "model.pt2", extra_files=extra)
+    assert json.loads(extra["inputs.json"])["mean"] == list(mean)
+    export(runs / "tuned/seed0", "safetensors", tmp_path / "tuned")
+    assert "began as those of run:lora" in (tmp_path / "tuned" / "README.md").read_text()
+
+
+def test_weights_that_began_as_published_ones_say_whose(runs: Path) -> None:
+    import timm
+
+    from greenvis.export import _Job
+
+    model = timm.create_model("vit_tiny_patch16_224", depth=1)
+    facts = {"data": {}, "model": {"options": {"pretrained": True}}}
+    job = _Job(model, torch.empty(0), runs, "timm/vit_tiny_patch16_224", {}, facts)
+    assert job.began == (
+        "began as the published weights of timm/vit_tiny_patch16_224 (timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, "
+        "apache-2.0), whose licence applies"
+    )
+    facts["model"] = {"options": {"pretrained": "somewhere/else/own.safetensors"}}
+    assert job.began == "began as own.safetensors, whose licence applies"
 
 
 def test_what_cannot_be_exported_says_so_and_leaves_nothing(runs: Path, tmp_path: Path) -> None:
