@@ -429,6 +429,21 @@ def test_compiles_to_one_graph(backend: str) -> None:
             assert torch.allclose(compiled(images), model(images), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["timm-vit", "torchvision-vit", "transformers-vit"])
+def test_the_onnx_exporter_that_would_lose_tokens_is_refused(name: str, tmp_path: Path) -> None:
+    import io
+
+    model, (images, _) = HOSTS[name].build().eval(), HOSTS[name].batch()
+    _merge(model, r=3)
+    with pytest.raises(BadInput, match="dynamo=True"):
+        torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False, verbose=False)
+    assert logits_of(model(images)).isfinite().all()
+    traced = (
+        torch.jit.trace(model, images, strict=False, check_trace=False) if name != "transformers-vit" else model
+    )  # a trace adds all
+    assert torch.allclose(logits_of(traced(images)), logits_of(model(images)), atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["timm-vit", "timm-eva02", "torchvision-vit", "transformers-vit"])
 def test_exported_to_onnx_gives_equal_outputs(name: str, tmp_path: Path) -> None:

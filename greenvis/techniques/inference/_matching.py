@@ -165,7 +165,15 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def _added(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """Return x with rows[b, i] added to x[b, index[b, i]]; repeated places add up."""
+    """Return x with rows[b, i] added to x[b, index[b, i]]; repeated places add up.
+
+    Raises BadInput for the ONNX exporter that traces, in whose graph only one of several tokens in a place would be added.
+    """
+    if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise BadInput(
+            "the old ONNX exporter adds only one of the tokens that merge into one place, and would give other answers: call "
+            "torch.onnx.export(…, dynamo=True)"
+        )
     batch, length, channels = x.shape
     first = torch.arange(batch, device=x.device).unsqueeze(1) * length
     flat = x.view(batch * length, channels)
