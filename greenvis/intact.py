@@ -125,6 +125,15 @@ class Watch:
                 out.append((path, child, held.get(name)))
         return out
 
+    def refuse_lost(self, base: set[int]) -> None:
+        """Raise GreenvisError where what came since stands in a part that goes with its technique. base: ids of the others."""
+        for (path, name), new in self._adopted.items():
+            if id(self.model.get_submodule(path)) not in base:
+                raise GreenvisError(
+                    f"'{path}.{name}' became a {type(new).__name__} inside what a technique had put in, which cannot be folded "
+                    "then: merge first, then convert the model"
+                )
+
     def put_adopted(self) -> None:
         """Put what came since into the model that has its own structure back, without what hung there."""
         for (path, name), new in self._adopted.items():

@@ -274,6 +274,8 @@ class Wrapped(Owners, Deltas):
             if live.unmergeable:
                 raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
         self._settle()
+        if self._watch is not None:
+            self._watch.refuse_lost({id(module) for module, _, _ in self._snapshot._modules})
         self._snapshot.keep_values()
         self._release()
         modes = {module: module.training for module in self.model.modules()}

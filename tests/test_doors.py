@@ -139,6 +139,18 @@ def test_hidden_states_set_in_the_configuration() -> None:
     assert [tuple(h.shape) for h in live.model(X).hidden_states] == [(2, 65, 32)] * 5
 
 
+@pytest.mark.parametrize("name", MERGING)
+def test_a_backbone_of_transformers_gives_whole_maps(name: str) -> None:
+    from transformers import Dinov2Backbone, Dinov2Config
+
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, out_indices=[2, 4]
+    )
+    model = gv.wrap(Dinov2Backbone(config).eval(), [ALL[name]]).model
+    assert [tuple(m.shape) for m in model(X).feature_maps] == [(2, 32, 8, 8)] * 2
+
+
 def test_a_transformer_without_a_head_gives_all_its_tokens() -> None:
     with torch.no_grad():
         assert gv.wrap(transformer(ViTModel), [gv.TokenMerge(r=8)]).model(X).last_hidden_state.shape == (2, 65, 32)

@@ -170,6 +170,30 @@ def test_a_frozen_weight_that_was_replaced_is_refused() -> None:
         live.param_groups(0.1)
 
 
+@pytest.mark.parametrize("technique", [gv.Lora(rank=2), gv.LinearProbe()], ids=lambda t: t.name)
+def test_what_is_quantised_after_wrap(technique: gv.Technique) -> None:
+    live = gv.wrap(vit(), [technique])
+    x = torch.rand(2, 3, 16, 16)
+    plain = live.model.eval()(x)
+    for block in live.model.blocks:
+        part = block.attn.qkv if technique.name == "lora" else block.attn
+        name = "base_layer" if technique.name == "lora" else "qkv"
+        setattr(part, name, torch.ao.nn.quantized.dynamic.Linear.from_float(_with_qconfig(getattr(part, name))))
+    if technique.name == "lora":
+        with pytest.raises(gv.GreenvisError, match="merge first, then convert"):
+            live.merge()
+    else:
+        merged = live.merge()
+        torch.testing.assert_close(merged(x), plain, rtol=0.2, atol=0.05)
+        assert not isinstance(merged.blocks[0].attn.qkv, nn.Linear)
+    assert torch.equal(live.undo().eval()(x), vit().eval()(x))
+
+
+def _with_qconfig(linear: Any) -> Any:
+    linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return linear
+
+
 # -- converted --------------------------------------------------------------------------------------------------------------
 
 

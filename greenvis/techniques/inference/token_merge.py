@@ -85,7 +85,8 @@ class TokenMerge(Technique):
         for module, m in zip(where, merging[1:], strict=True):  # before the first merge all sizes are 1
             set_mask(module, m.mask)
         merging[0].starts = True
-        restore = self.restore == "always" or (self.restore == "auto" and patches_matter(model, found, blocks[-1].path))
+        reads = self.restore == "auto" and bool(found.heads) and patches_matter(model, found, blocks[-1].path)
+        restore = self.restore == "always" or reads
         merging[-1].restore = flow.restores = restore
         flow.numbers = {m.block.path: m.number for m in merging}
         for m in merging:
