@@ -224,6 +224,10 @@ class InstalledReuse(Installed):
             )
         return self._kept[index].layers(samples, ask, names, x.device)
 
+    def keeps_of(self, path: str) -> str:
+        """Nothing: its parts are asked for where they hang."""
+        return ""
+
     def facts(self) -> Mapping[str, Any]:
         """Return how many of the bases' targets were read back and computed, and how bases were shown the images."""
         kept = {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
