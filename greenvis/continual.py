@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -51,7 +52,7 @@ def fit_stream(
             live.begin_task(task)
     with loop.logging():
         for index in range(progress.task, len(stream.tasks)):
-            before = run.energy().value
+            before, begun = run.observed(), time.monotonic()
             if restart:
                 live.load_state_dict(start)
             if stream.told:
@@ -66,8 +67,9 @@ def fit_stream(
             for name, row in found.items():
                 rows = progress.rows.setdefault(name, [[None] * count for _ in range(count - len(stream.tasks))])
                 rows.append(cast("list[float | None]", row))
-            spent = run.energy().value
-            progress.energy_j.append(None if resumed or before is None or spent is None else spent - before)
+            spent = {q: v - before.get(q, 0.0) for q, v in run.observed().items()}
+            spent |= {"from_s": begun, "to_s": time.monotonic()}
+            progress.observed.append(None if resumed else spent)
             resumed = False  # of the others nothing lies in an earlier record
             progress.accuracy = math.fsum(found[MATRIX]) / count
             loop.log(task=index + 1, accuracy=progress.accuracy)

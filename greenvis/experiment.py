@@ -35,6 +35,7 @@ from greenvis.meters import memory
 from greenvis.meters.measure import compare, measure
 from greenvis.meters.track import Tracker, track
 from greenvis.recipe import Recipe, load_recipe
+from greenvis.startup import Beginning, warm_up
 from greenvis.technique import Technique, logits_of
 from greenvis.wrap import Wrapped, wrap
 
@@ -49,19 +50,21 @@ def run(
     command: Sequence[str] = (),
     say: Callable[[str], None] = lambda text: None,
     log_with: Sequence[str] = (),
+    fresh_process: bool = False,
 ) -> Path:
     """Train every arm of a recipe with every seed, metered, and return the folder of its records.
 
     Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from its last checkpoint. All
     that can be checked is, before anything is written. Several processes (torchrun, accelerate launch) train each arm together,
-    on their shares of each batch; each writes its own record, the first all else. log_with: see `train.fit`. Raises BadInput,
-    GreenvisError.
+    on their shares of each batch; each writes its own record, the first all else. log_with: see `train.fit`. fresh_process:
+    this process was started for this call, so that all it has done is booked as start-up. Raises BadInput, GreenvisError.
     """
     ranks.join()
     loggers.check(log_with)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    session = Session(Path(runs), trust, command, say if ranks.index() == 0 else lambda text: None, log_with)
+    told = say if ranks.index() == 0 else lambda text: None
+    session = Session(Path(runs), trust, command, told, log_with, fresh_process)
     jobs = ranks.together(partial(session.plan, recipe))
     with ExitStack() as held:
         ranks.together(partial(held.enter_context, locked(Path(runs) / recipe.name)))
@@ -76,10 +79,11 @@ class Session:
     """Checks and runs the jobs of one call."""
 
     def __init__(
-        self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None], log_with: Sequence[str] = ()
-    ) -> None:
+        self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None], log_with: Sequence[str] = (),
+        fresh_process: bool = False,
+    ) -> None:  # fmt: skip
         self.runs, self.trust, self.command, self.say, self.log_with = runs, trust, list(command), say, log_with
-        self.jobs = Jobs(runs)
+        self.jobs, self.beginning = Jobs(runs), Beginning(fresh_process)
         self._checked: set[tuple[str, str]] = set()
 
     def plan(self, recipe: Recipe) -> list[Job]:
@@ -175,8 +179,9 @@ class Session:
         images = self.jobs.images(job.recipe)
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
-        memory.reset_peak()
         with self.tracker(job, self.runs, job.recipe.meter.codecarbon and ranks.count() == 1) as tracker:
+            self.beginning.book(tracker, job, partial(warm_up, self))
+            memory.reset_peak()
             with tracker.phase("setup"):
                 model = self.build(job)
                 live = wrap(model, () if job.arm.stages else self.techniques(job))
@@ -274,7 +279,7 @@ class Session:
             restart=job.arm.stream.restart,
             **options,
         )
-        tracker.fact(stream=its.facts(), task_energy_j=progress.energy_j, **progress.rows)
+        tracker.fact(stream=its.facts(), task_observed=progress.observed, **progress.rows)
         return progress
 
     def training(self, job: Job, tracker: Tracker) -> data.ImageSet:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis import price, record, weights
 from greenvis.errors import BadInput
 from greenvis.jobs import WEIGHTS_FILE, Job, model_files
-from greenvis.record import Reading
+from greenvis.record import Provenance, Reading
 from greenvis.technique import explain
 
-KEYS = ("run", "arm", "seed", "energy_j")  # what a weight file's card must hold to be an ancestor
-MOST_ROWS = 1000  # of a family tree
+KEYS = ("run", "arm", "seed")  # what a weight file's card must hold to be an ancestor, beside its cost
+COST = ("observed", "energy_j")  # as observations; in older cards as joules
+MOST_ROWS, MOST_COMPONENTS = 1000, 100  # of a family tree; of a meter
 _Name = Annotated[str, Field(max_length=300)]
-_Joules = Annotated[float, Field(ge=0)] | None
+_Amount = Annotated[float, Field(ge=0)]
+_Joules = _Amount | None
 
 
 class _Loose(BaseModel):
@@ -28,7 +30,28 @@ class _Energy(_Loose):
     value: _Joules
     low: _Joules = None
     high: _Joules = None
-    provenance: Literal["measured", "estimated", "constant"] = "estimated"
+    provenance: Provenance = "estimated"
+
+
+class _Coefficient(_Loose):
+    low: _Amount = 0.0
+    central: _Amount = 0.0
+    high: _Amount = 0.0
+
+
+class _Component(_Loose):
+    name: _Name
+    source: _Name = ""
+    observation: _Name = ""
+    coefficient: _Coefficient = _Coefficient()
+    repeatability: _Coefficient | None = None
+    provenance: Provenance = "estimated"
+    reason: Annotated[str, Field(max_length=10_000)] = ""
+
+
+class _Observed(_Loose):
+    components: Annotated[list[_Component], Field(max_length=MOST_COMPONENTS)]
+    totals: Annotated[dict[_Name, float], Field(max_length=10 * MOST_COMPONENTS)]
 
 
 class _Use(_Loose):
@@ -36,7 +59,8 @@ class _Use(_Loose):
     name: _Name
     seed: int
     runs: Annotated[list[_Name], Field(max_length=10_000)]
-    energy_j: _Energy
+    observed: list[_Observed] | None = None
+    energy_j: _Energy | None = None
     of: Annotated[list[_Name], Field(max_length=MOST_ROWS)]
 
 
@@ -46,7 +70,8 @@ class _Card(_Loose):
     run: _Name
     arm: _Name
     seed: int
-    energy_j: _Energy
+    observed: list[_Observed] | None = None
+    energy_j: _Energy | None = None
     uses: Annotated[list[_Use], Field(max_length=MOST_ROWS)] = []
     recipe: Annotated[str, Field(max_length=10**6)] = ""
     data: dict[str, Any] | None = None
@@ -62,10 +87,11 @@ def _checked(path: Path, card: Any) -> dict[str, Any]:
 
 
 def ancestors(job: Job) -> list[dict[str, Any]]:
-    """Return what a job builds on, and what that builds on in its turn: {"role", "name", "seed", "runs", "energy_j", "of"}.
+    """Return what a job builds on, and what that builds on in its turn: {"role", "name", "seed", "runs", "observed", "of"}.
 
-    role: "base" or "teacher". runs: ids of its records; energy_j: what they cost together. of: the names of those of its
-    children that are in this family, so that a family tree can be drawn. Each stands there once, however many build on it.
+    role: "base" or "teacher". runs: ids of its records; observed: what they took together (`price.spent` prices it). of: the
+    names of those of its children that are in this family, so that a family tree can be drawn. Each stands there once,
+    however many build on it.
     """
     found: dict[str, dict[str, Any]] = {}
     _collect(job, found)
@@ -82,7 +108,7 @@ def card(job: Job, accuracy: float | None) -> dict[str, Any]:
         "arm": job.name,
         "seed": job.seed,
         "accuracy": accuracy,
-        "energy_j": _energy(price.add(map(price.merged_energy, attempts))),
+        "observed": price.observed(attempts),
         "data": facts.get("data"),
         "techniques": facts.get("techniques"),
         "uses": ancestors(job),
@@ -91,7 +117,7 @@ def card(job: Job, accuracy: float | None) -> dict[str, Any]:
 
 
 def read_card(place: str | Path) -> dict[str, Any]:
-    """Return the card of a weight file, or of a finished run's folder, with "file" and "ref" of its model, and "total_j".
+    """Return the card of a weight file, or of a finished run's folder, with "file", "ref", "energy_j" and "total_j".
 
     total_j: its own energy and that of all it was made from, each counted once; its value is None where one is not
     known. Raises BadInput where there is no card.
@@ -102,13 +128,15 @@ def read_card(place: str | Path) -> dict[str, Any]:
     path = path / WEIGHTS_FILE if path.is_dir() else path
     stored = weights.metadata(path)
     its = stored.get("card") or {}
-    if not isinstance(its, dict) or any(key not in its for key in KEYS):
+    if not _is_card(its):
         raise BadInput(f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it")
-    its = _checked(path, its)
-    parts = [_reading(entry["energy_j"]) for entry in (its, *its.get("uses", ()))]
+    its = _priced(_checked(path, its))
+    its["uses"] = [_priced(use) for use in its.get("uses", ())]
+    parts = [_reading(entry["energy_j"]) for entry in (its, *its["uses"])]
     known = all(part.value is not None for part in parts)
     total = price.add(parts) if known else Reading("energy_j", None, reason="the cost of a part is not known")
-    return {"file": str(path), "ref": stored.get("ref"), "options": stored.get("options"), **its, "total_j": _energy(total)}
+    more = {"ref": stored.get("ref"), "options": stored.get("options")}
+    return {"file": str(path), **more, **its, "total_j": price.reading(total)}
 
 
 def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
@@ -158,12 +186,12 @@ def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
             "name": used.name,
             "seed": used.seed,
             "runs": [processes[0].id for processes in attempts],
-            "energy_j": _energy(price.add(map(price.merged_energy, attempts))),
+            "observed": price.observed(attempts),
         }
         _add(found, line, [child])
         _collect(used, found)
     for role, _, its in _cards(job):
-        line = {"role": role, "name": its["arm"], "seed": its["seed"], "runs": [its["run"]], "energy_j": its["energy_j"]}
+        line = {"role": role, "name": its["arm"], "seed": its["seed"], "runs": [its["run"]], **_cost(its)}
         _add(found, line, [child])
         for use in its.get("uses", ()):
             _add(found, use, use["of"])
@@ -185,7 +213,7 @@ def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
             card = weights.metadata(path).get("card") or {}
         except BadInput:  # of another kind: it has no card, and whether it can be used is for others to say
             continue
-        if isinstance(card, dict) and all(key in card for key in KEYS):
+        if _is_card(card):
             yield role, path, _checked(path, card)
 
 
@@ -203,13 +231,25 @@ def _attempts(job: Job) -> list[list[record.Run]]:
     return sorted(attempts, key=lambda runs: runs[0].header.get("clock_s", 0.0))
 
 
-def _energy(total: Reading) -> dict[str, Any]:
-    return {"value": total.value, "low": total.low, "high": total.high, "provenance": total.provenance}
+def _is_card(its: Any) -> bool:
+    return isinstance(its, dict) and all(key in its for key in KEYS) and any(its.get(key) is not None for key in COST)
+
+
+def _cost(its: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card says of its cost, in its own words."""
+    return {key: its[key] for key in COST if key in its}
+
+
+def _priced(its: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of a card with its joules."""
+    if its.get("observed") is not None:
+        return {**its, "energy_j": price.reading(price.spent(its["observed"]))}
+    return {**its, "energy_j": its.get("energy_j") or price.reading(Reading("energy_j", None))}
 
 
 def _reading(energy: Mapping[str, Any]) -> Reading:
-    value, low, high = (energy.get(key) for key in ("value", "low", "high"))
-    return Reading("energy_j", value, low, high, "reused", energy.get("provenance", "estimated"), "not known")
+    low, high, provenance = energy.get("low"), energy.get("high"), energy.get("provenance") or "estimated"
+    return Reading("energy_j", energy["value"], low, high, "reused", provenance, "not known")
 
 
 def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:

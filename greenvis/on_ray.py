@@ -176,7 +176,7 @@ def finish(order: Order) -> None:
         raise GreenvisError(
             f"{os.uname().nodename} does not see {order.runs}: give --runs a folder that every machine of the cluster shares"
         )
-    session = Session(order.runs, order.trust, order.command, lambda text: None, order.log_with)
+    session = Session(order.runs, order.trust, order.command, lambda text: None, order.log_with, fresh_process=True)
     jobs = session.jobs.of(load_recipe(order.recipe, order.overrides))
     job = next(job for job in jobs if job.folder == order.folder)
     session.finish(job)

@@ -2,18 +2,31 @@
 
 energy_j = sum over components of coefficient × observed quantity (watts per busy CPU × CPU-seconds, watts per GB ×
 GB-seconds, 1 × joules of a live counter). carbon_g = energy_j / 3.6e6 × PUE × g/kWh.
+A component's band is that of its coefficient and, where it states one, of its repeatability: both bounds are multiplied.
 Bands within a host are fully correlated: bounds add, they are never combined in squares.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from greenvis.record import PARTLY_UNKNOWN, PROVENANCES, UNSEEN, Reading, Run
+from greenvis.record import PARTLY_UNKNOWN, PROVENANCES, STARTUP, UNSEEN, Reading, Run
 
 MODEL = "linear-1"  # name and version of the pricing model
+PRICED = (
+    "name",
+    "source",
+    "scope",
+    "observation",
+    "coefficient",
+    "provenance",
+    "reason",
+    "devices",
+    "repeatability",
+)  # of a component
 JOULES_PER_KWH = 3.6e6
 YEAR_S = 365.25 * 86400
 WHOLE, NEVER_S = 0.999, 1e-9  # unseen for more than this share of the time: all of it; for no more than this: never
@@ -42,10 +55,9 @@ def _component(totals: Mapping[str, float], c: Mapping[str, Any]) -> Reading:
         return Reading("energy_j", None, None, None, source, provenance, reason)
     if abs(unseen) > NEVER_S:
         provenance, reason = PARTLY_UNKNOWN, f"{source}: {abs(unseen):.2g} s of {wall:.3g} s were not seen in this part"
-    return Reading(
-        "energy_j", seen * k["central"], seen * k.get("low", k["central"]), seen * k.get("high", k["central"]),
-        source, provenance, reason,
-    )  # fmt: skip
+    again = c.get("repeatability") or {}  # how far the same work reads apart on another day
+    low, high = k.get("low", k["central"]) * again.get("low", 1.0), k.get("high", k["central"]) * again.get("high", 1.0)
+    return Reading("energy_j", seen * k["central"], seen * low, seen * high, source, provenance, reason)
 
 
 def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
@@ -72,8 +84,8 @@ def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
 
 
 def run_energy(run: Run, phase: str | None = None) -> Reading:
-    """Return the energy of a run, in joules, whole or for one phase and those below it."""
-    chosen = [t for p, t in run.totals.items() if phase is None or p == phase or p.startswith(phase + "/")]
+    """Return the energy of a run, in joules, but for its process' start, or of one phase and those below it."""
+    chosen = [t for p, t in run.totals.items() if (p != STARTUP if phase is None else (p + "/").startswith(phase + "/"))]
     if not chosen:
         return Reading("energy_j", None, reason="no sample was recorded")
     quantities = {q: None for totals in chosen for q in totals}
@@ -151,6 +163,137 @@ def charged(runs: Sequence[Run]) -> list[list[Mapping[str, Any]]]:
 def _counter(run: Run, component: Mapping[str, Any]) -> tuple[Any, ...]:
     h = run.header
     return h.get("host"), h.get("boot_id"), component.get("name"), tuple(component.get("devices") or ())
+
+
+def observed(attempts: Iterable[Sequence[Run]]) -> list[dict[str, Any]]:
+    """Return what runs cost together, as observations: [{"components", "totals"}], one for each way of metering.
+
+    attempts: each the records of one run's processes. `spent` prices it.
+    """
+    out: list[dict[str, Any]] = []
+    for runs in attempts:
+        for run, listed in zip(runs, charged(runs), strict=True):
+            components = [{k: c[k] for k in PRICED if k in c} for c in listed]
+            totals = {q: v for q in _quantities(components) if (v := run.sum(q)) is not None}
+            totals = {q: v - (run.sum(q, STARTUP) or 0.0) for q, v in totals.items()}
+            same = next((entry for entry in out if entry["components"] == components), None)
+            if same is None:
+                out.append({"components": components, "totals": totals})
+            else:
+                same["totals"] = {q: same["totals"].get(q, 0.0) + totals.get(q, 0.0) for q in {**same["totals"], **totals}}
+    return out
+
+
+def alike(entries: Iterable[Mapping[str, Any]], components: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return `observed` without the components that are the reader's own: these price it, whatever they come to be."""
+    own = [{k: c[k] for k in PRICED if k in c} for c in components]
+    return [{k: v for k, v in entry.items() if k != "components" or v != own} for entry in entries]
+
+
+def spent(entries: Iterable[Mapping[str, Any]], components: Sequence[Mapping[str, Any]] = ()) -> Reading:
+    """Return the energy of what `observed` gave; components: those that price an entry without its own."""
+    listed = [r for e in entries for r in energy(e["totals"], e.get("components", components)).values()]
+    return add(listed) if listed else Reading("energy_j", None, reason="not observed")
+
+
+def facts(run: Run) -> dict[str, Any]:
+    """Return a run's facts with the joules of what they observe: inference_energy_j, also of settings, and task_energy_j.
+
+    Older records hold those joules themselves.
+    """
+    out, components = dict(run.facts), run.header.get("components") or []
+    if isinstance(out.get("inference"), Mapping) and (served := image(out["inference"], components)) is not None:
+        out["inference_energy_j"] = served
+    rows = out.get("operating_points")
+    if isinstance(rows, list) and all(isinstance(r, Mapping) and isinstance(r.get("passes"), list) for r in rows):
+        out["operating_points"] = settings(rows, components)
+    if isinstance(out.get("task_observed"), list):
+        out["task_energy_j"] = [None if t is None else joules(t, components).value for t in out["task_observed"]]
+    return out
+
+
+def uses(run: Run) -> list[dict[str, Any]]:
+    """Return what a run builds on, with the joules of what its lines observe."""
+    components = run.header.get("components") or []
+    return [
+        {**use, "energy_j": reading(spent(use["observed"], components))} if isinstance(use.get("observed"), list) else use
+        for use in run.uses
+    ]
+
+
+def reading(energy_j: Reading) -> dict[str, Any]:
+    """Return a reading as records and weight cards hold it."""
+    return {"value": energy_j.value, "low": energy_j.low, "high": energy_j.high, "provenance": energy_j.provenance}
+
+
+def joules(seen: Mapping[str, float], components: Iterable[Mapping[str, Any]]) -> Reading:
+    """Return the energy of what all components observed together."""
+    return add(energy(seen, components).values())
+
+
+def image(served: Mapping[str, Any], components: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return the joules of one image: of repeated readings {"samples", observations} the median, with its spread.
+
+    None where a reading tells no energy.
+    """
+    rounds = [(r["samples"], _step(r, components)) for r in served.get("rounds") or []]
+    if not rounds or any(j.value is None for _, j in rounds):
+        return None
+    each = sorted((j.value or 0.0) / n for n, j in rounds)
+    n, middle = sorted(rounds, key=lambda r: (r[1].value or 0.0) / r[0])[len(rounds) // 2]
+    if not middle.value:  # a counter that stands still in most rounds steps too rarely for them
+        return None
+    bounds = {k: (getattr(middle, k) or 0.0) / n for k in ("value", "low", "high")}
+    more = {"provenance": middle.provenance, "spread": median_spread(each), "rounds": len(rounds)}
+    return {**bounds, **more, "batch_size": served.get("batch_size")}
+
+
+def settings(rows: Sequence[Mapping[str, Any]], components: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return settings of one model with their joules: each has "images" and "passes", the observations of each pass over them.
+
+    The joules are the median pass's; "spread" is of the ratio to the first setting's.
+    """
+    passes = [[_step(p, components) for p in row["passes"]] for row in rows]
+    out = []
+    for row, own in zip(rows, passes, strict=True):
+        served = None
+        if own and all(j.value is not None for each in passes for j in each):
+            middle = sorted(own, key=lambda j: j.value or 0.0)[len(own) // 2]
+            served = {k: (getattr(middle, k) or 0.0) / row["images"] for k in ("value", "low", "high")}
+            served |= steadiness([j.value or 0.0 for j in own], [j.value or 0.0 for j in passes[0]])
+        out.append({**{k: v for k, v in row.items() if k != "passes"}, "inference_energy_j": served})
+    return out
+
+
+def _step(seen: Mapping[str, float], components: Sequence[Mapping[str, Any]]) -> Reading:
+    """Return the joules of a short time: a counter that did not step in it says nothing of its own health."""
+    told = joules(seen, components)
+    still = told.value is None and any(c.get("observation") in seen for c in components)
+    return told._replace(value=0.0, low=0.0, high=0.0) if still else told
+
+
+def steadiness(own: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
+    """Return the number of passes, and the spread of the ratio of their energies to the first setting's if there is one."""
+    ratios = [a / b for a, b in zip(own, first, strict=True) if b]
+    return {"passes": len(own)} | ({"spread": median_spread(ratios)} if len(ratios) > 1 else {})
+
+
+def median_spread(values: Sequence[float]) -> float:
+    """Return how far a median of these positive readings is off by chance, as a share of it: quartile range ÷ √count.
+
+    That is about its standard error, and one reading that a neighbour on the machine disturbed does not move it. Infinite
+    for fewer than two.
+    """
+    if len(values) < 2:
+        return math.inf
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / math.sqrt(len(values)) / middle if middle else 0.0
+
+
+def _quantities(components: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what is observed for the components' sake."""
+    seen = [str(c["observation"]) for c in components if c.get("observation")]
+    return list(dict.fromkeys([*seen, *(q + UNSEEN for q in seen), "wall_s"]))
 
 
 def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) -> Reading:

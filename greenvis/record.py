@@ -18,9 +18,11 @@ Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic
                "paused_wall_s", "paused_cpu_j" and the like: what passed, and what counters saw, while the process or what it
                runs was stopped: in no total above, and not the run's energy; mono_s and clock_s say when
     log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy, loss
-    fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones
+    fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …); later facts replace earlier ones.
+               inference {batch_size, rounds}, operating_points [{setting, images, passes, …}], task_observed hold what
+               readings of serving and tasks observed, with from_s and to_s; `price.facts` gives their joules
     uses       another run this one builds on, or one that such a run does: role, name, runs, of (its children by name and
-               seed), energy_j {value, low, high, provenance}; never added
+               seed), observed [{totals, components where they are not this record's own}]; never added
     note       text: a warning in words
     end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
 
@@ -50,6 +52,7 @@ LEAST_OF_AN_ID = 6  # characters of one end of it that name a run
 MOST_BYTES = 256 * 2**20  # of one record
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC
 KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
+STARTUP = "startup"  # phase: imports, checks, first calls of a process, before the arm whose record holds it; in no arm
 PAUSED = "paused_"  # before a quantity's name: of the time in which the process stood still
 
 PARTLY_UNKNOWN: Literal["partly unknown"] = "partly unknown"  # provenance of a figure from which something is missing

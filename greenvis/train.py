@@ -38,7 +38,8 @@ CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
 class Progress:
     """How far a training has come; saved in its checkpoint.
 
-    Of a stream, task: which; rows: accuracies on its tasks, a row a task; energy_j: each task's, None where it was interrupted.
+    Of a stream, task: which; rows: accuracies on its tasks, a row a task; observed: what each task took, None where it was
+    interrupted.
     """
 
     epoch: int = 0
@@ -49,7 +50,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
     task: int = 0
     rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    energy_j: list[float | None] = field(default_factory=list)
+    observed: list[dict[str, float] | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

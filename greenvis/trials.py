@@ -169,8 +169,7 @@ class Trials:
             if serving and not (plain and self._plain_j is not None):
                 x = next(iter(data.batches(self.held, BATCH)))[0]
                 with self.session.served(job, live) as model:
-                    served = serve(model, x, run).get("inference_energy_j")
-                facts["served_j"] = served and served["value"]
+                    facts["served"] = serve(model, x, run)["inference"]
             run.fact(trial=facts)
         assert run.path is not None
         return run.path
@@ -191,4 +190,7 @@ def _read(run: record.Run) -> Trial:
     first, spent, total = (price.run_energy(run, phase) for phase in ("train/epoch1", "train", None))
     if first.value is None or spent.value is None or total.value is None:
         raise GreenvisError(f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`")
-    return Trial(first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **run.facts["trial"])
+    its = dict(run.facts["trial"])
+    if served := price.image(its.pop("served", {}), run.header["components"]):
+        its["served_j"] = served["value"]
+    return Trial(first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **its)

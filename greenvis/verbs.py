@@ -38,7 +38,7 @@ def run(args: Any) -> Answer | int:
         ranks.alone("greenvis run --on ray")
         folders, failed = on_ray.run(recipes, **options)
     else:
-        folders = [experiment.run(recipe, **options) for recipe, _ in recipes]
+        folders = [experiment.run(recipe, **options, fresh_process=not i) for i, (recipe, _) in enumerate(recipes)]
     if ranks.index():
         ranks.leave()
         return 0  # the first of several processes reports

@@ -75,7 +75,7 @@ def test_every_arm_and_seed_is_recorded(finished: Path) -> None:
 
 def test_what_an_arm_builds_on_is_named_with_its_energy(finished: Path) -> None:
     runs = {(r.header["arm"], r.header["seed"]): r for r in _runs(finished / "runs")}
-    (used,) = runs["student", 1].uses
+    (used,) = price.uses(runs["student", 1])
     teacher = runs["teacher", 0]
     assert (used["role"], used["name"], used["runs"]) == ("teacher", "tiny/teacher", [teacher.id])
     assert used["energy_j"]["value"] == pytest.approx(price.run_energy(teacher).value)

@@ -69,7 +69,7 @@ ALLOWED: dict[str, set[str]] = {
 PART_OF = {"cache_files": "cache", "deltas": "wrap", "intact": "wrap", "owners": "wrap", "sources": "data", "transform": "data",
            "weights": "models", "libraries": "models", "plain": "models", "preprocessing": "models",
            "checkpoint": "train", "loggers": "train",
-           "recipe_checks": "recipe", "continual": "train",
+           "recipe_checks": "recipe", "continual": "train", "startup": "experiment",
            "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
            "candidates": "advise", "trials": "advise", "extrapolate": "advise"}  # fmt: skip
 

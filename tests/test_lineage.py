@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 import greenvis as gv
-from greenvis import lineage, probe, record
+from greenvis import lineage, price, probe, record
 from greenvis.cli import main
 from greenvis.errors import BadInput
 from greenvis.price import run_energy
@@ -52,7 +52,9 @@ def _run(folder: Path, arm: str) -> record.Run:
 
 
 def test_a_record_names_the_whole_lineage_and_who_builds_on_whom(finished: Path) -> None:
-    lines = {use["name"]: use for use in _run(finished, "youngest").uses}
+    youngest = _run(finished, "youngest")
+    assert all("energy_j" not in use and "components" not in use["observed"][0] for use in youngest.uses)  # metered alike
+    lines = {use["name"]: use for use in price.uses(youngest)}
     assert {name: sorted(use["of"]) for name, use in lines.items()} == {
         "family/young": ["family/youngest seed 0"],
         "family/old": ["family/young seed 0", "family/youngest seed 0"],

@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis import price
 from greenvis.meters import measure
-from greenvis.meters.measure import compare, median_spread
+from greenvis.meters.measure import compare
+from greenvis.price import median_spread
 
 
 class Plug:
@@ -65,7 +67,8 @@ def test_one_image_is_read_until_it_is_steady(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(measure, "ROUND_S", 0.0)  # one call a reading
     plug = Plug(lambda call: 4.0 if call < 20 and call % 2 else 8.0)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        found = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
+        served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
+        found = price.image(served, run.header["components"])
     assert found["rounds"] > measure.LEAST  # 4 and 8 joules in turn are not steady
     assert found["spread"] <= measure.STEADY
     assert found["value"] == 1.0
@@ -77,7 +80,8 @@ def test_unsteady_readings_end_in_time_and_say_so(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     plug = Plug(lambda call: 1.0 + call % 2)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        found = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference_energy_j"]
+        served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
+        found = price.image(served, run.header["components"])
     assert found["rounds"] == measure.LEAST
     assert found["spread"] > measure.STEADY
 
@@ -105,7 +109,8 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     x = torch.eye(2)[[0, 1, 1, 0, 1]]
     y = torch.tensor([0, 1, 1, 1, 0])
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
-        rows = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
+        observed = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
+        rows = price.settings(observed, run.header["components"])
     names = list(cheap)
     turns = [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
     assert order == [name for name in turns for _ in ("warming up", "counted")]

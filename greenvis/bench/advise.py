@@ -101,7 +101,7 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
         done = json.loads((folder / plan / "seed0/done.json").read_text())
         its = next(run for run in map(record.read, record.find([folder / plan])) if run.id == done["run"])
         keys[plan] = (its.facts["macs"], its.facts["params"])
-        alike.setdefault(keys[plan], []).append(1000 * its.facts["inference_energy_j"]["value"])
+        alike.setdefault(keys[plan], []).append(1000 * price.facts(its)["inference_energy_j"]["value"])
         training, whole = (price.run_energy(its, phase).value or 0.0 for phase in ("train", None))
         found[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": whole}
     for plan, its in found.items():

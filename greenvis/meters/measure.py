@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis import price
 from greenvis.meters import flops, speed
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.track import Tracker
-from greenvis.record import Reading
+from greenvis.price import median_spread
 
 LOOK_S = 0.5  # seconds of inference for latency
 ROUND_S, GPU_ROUND_S = 0.1, 0.5  # of one reading of throughput and energy; a GPU's counter moves about every tenth of a second
@@ -26,11 +27,12 @@ STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
 PASSES, PASSES_S = 3, 60.0  # passes over the images where settings of one model are compared, more while they are unsteady,
 # as far as they fit into so many seconds
+UNCOUNTED = ("at_s", "samples", "steps", "flops", "steal_s")  # of a reading: no energy is told by it
 TURN, WARM = 16, 2  # batches that a setting answers before the next one's turn, and some before they count
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Return MACs, parameters, latency, throughput and energy of one image (joules), with their spread and repetitions.
+    """Return MACs, parameters, latency, throughput and what serving was observed to take (`price.image` prices it).
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
@@ -51,58 +53,43 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     }
 
 
-def median_spread(values: Sequence[float]) -> float:
-    """Return how far a median of these positive readings is off by chance, as a share of it: quartile range ÷ √count.
-
-    That is about its standard error, and one reading that a neighbour on the machine disturbed does not move it. Infinite
-    for fewer than two.
-    """
-    if len(values) < 2:
-        return math.inf
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / math.sqrt(len(values)) / middle if middle else 0.0
-
-
 def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Serve batches until the readings are steady; return images per second and the energy of one image by the run's meter."""
+    """Serve batches until the readings are steady; return images per second and what each reading observed."""
     model.eval()
     seconds: list[float] = []  # an image
-    joules: list[tuple[float, float, float] | None] = []  # an image: central, low, high
+    rounds: list[dict[str, float]] = []  # what was observed
     waiting = asynchronous(model, x)
     with torch.inference_mode(), run.phase("serve"):
         model(x)
         wait(waiting)  # what was asked for before is not this round's
         look, end = GPU_ROUND_S if waiting else ROUND_S, time.perf_counter() + MOST_S
-        while len(seconds) < LEAST or (_unsteady(seconds, joules) and time.perf_counter() < end):
-            before, started, images = run.energy(), time.perf_counter(), 0
+        while len(seconds) < LEAST or (_unsteady(seconds, rounds, run) and time.perf_counter() < end):
+            before, started, images = _seen(run), time.perf_counter(), 0
             while images == 0 or time.perf_counter() - started < look:
                 model(x)
                 images += len(x)
             wait(waiting)
             seconds.append((time.perf_counter() - started) / images)
-            joules.append(_spent(before, run.energy(), images))
+            rounds.append(_since(before, run) | {"samples": images})
             run.add(samples=images)
-    out: dict[str, Any] = {"images_per_s": 1 / statistics.median(seconds)}
-    known = [j for j in joules if j is not None]
-    value, low, high = sorted(known)[len(known) // 2] if known else (0.0, 0.0, 0.0)
-    if len(known) == len(joules) and value > 0:  # a counter that stands still in most rounds steps too rarely for them
-        out["inference_energy_j"] = {
-            "value": value, "low": low, "high": high, "provenance": run.energy().provenance, "batch_size": len(x),
-            "spread": median_spread([j[0] for j in known]), "rounds": len(known),
-        }  # fmt: skip
-    return out
+    return {"images_per_s": 1 / statistics.median(seconds), "inference": {"batch_size": len(x), "rounds": rounds}}
 
 
-def _unsteady(seconds: Sequence[float], joules: Sequence[tuple[float, float, float] | None]) -> bool:
-    return median_spread([s if j is None else j[0] for s, j in zip(seconds, joules, strict=True)]) > STEADY
+def _unsteady(seconds: Sequence[float], rounds: Sequence[Mapping[str, float]], run: Tracker) -> bool:
+    served = price.image({"rounds": rounds}, run.header["components"])
+    return (median_spread(seconds) if served is None else served["spread"]) > STEADY
 
 
-def _spent(before: Reading, after: Reading, images: int = 1) -> tuple[float, float, float] | None:
-    """Return the joules between two readings, central, low and high, by image; None where the meter does not know."""
-    if before.value is None or after.value is None:
-        return None
-    low, high = ((getattr(after, key) or 0.0) - (getattr(before, key) or 0.0) for key in ("low", "high"))
-    return (after.value - before.value) / images, low / images, high / images
+def _seen(run: Tracker) -> dict[str, float]:
+    """Return what was observed so far, and when that is."""
+    return run.observed() | {"at_s": time.monotonic()}
+
+
+def _since(before: Mapping[str, float], run: Tracker) -> dict[str, float]:
+    """Return what was observed since `_seen`, and from when to when."""
+    now = _seen(run)
+    seen = {q: v - before.get(q, 0.0) for q, v in now.items() if q not in UNCOUNTED}
+    return seen | {"from_s": before["at_s"], "to_s": now["at_s"]}
 
 
 def compare(
@@ -112,48 +99,52 @@ def compare(
     run: Tracker,
     turn: int = TURN,
 ) -> list[dict[str, Any]]:
-    """Return what a model that can be switched reaches and costs at each setting: accuracy, joules an image, facts of its own.
+    """Return what a model that can be switched reaches and costs at each setting: accuracy, observations, facts of its own.
 
     points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of what was answered within:
     lists of counts, which add up, and numbers, means over images; and, under "answer", how it answers an iterator of images by
     one of logits, where that is not batch by batch. answer: images to logits. batches: (x, y) to serve, and again in each
     pass; reading them is not counted. Settings take turns at every `turn` batches, in turned order at every other turn, so that
     a neighbour's load meets all alike. Each turn begins with fresh memory, which lies better or worse by chance, and two
-    batches beforehand that are not counted. Passes are repeated until the ratio of energies to the first setting's is steady;
-    joules are the median pass's. "spread": of that ratio, a share.
+    batches beforehand that are not counted. Passes are repeated until the ratio of energies to the first setting's is steady.
+    "passes": what each observed (`price.settings` prices them).
     """
     rights: dict[str, int] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
-    passes: list[dict[str, list[float]]] = []
-    images, known, started = 0, True, time.perf_counter()
-    while len(passes) < 1 or _again(passes, time.perf_counter() - started):
-        spent: dict[str, list[float]] = {}
+    passes: dict[str, list[dict[str, float]]] = {}
+    images, started = 0, time.perf_counter()
+    while not passes or _again(passes, time.perf_counter() - started, run):
+        number = len(next(iter(passes.values()), []))
+        spent: dict[str, dict[str, float]] = {}
         for i, part in enumerate(_parts(batches(), turn)):
             size = sum(len(y) for _, y in part)
             contexts = [*points().items()]
-            for name, point in contexts if (i + len(passes)) % 2 == 0 else contexts[::-1]:
+            for name, point in contexts if (i + number) % 2 == 0 else contexts[::-1]:
                 _give_memory_back()
                 with points()[name] as told, torch.inference_mode():
                     _hits(part[:WARM], told, answer)
                 with point as told, torch.inference_mode(), run.phase("serve"):
-                    before = run.energy()
+                    before = _seen(run)
                     hits = _hits(part, told, answer)
-                    joules = _spent(before, run.energy())
+                    spent[name] = _summed(spent.get(name), _since(before, run))
                     run.add(samples=size)
-                known &= joules is not None
-                spent[name] = [a + b for a, b in zip(spent.get(name, (0.0,) * 3), joules or (0.0,) * 3, strict=True)]
-                if not passes:
+                if not number:
                     rights[name] = rights.get(name, 0) + hits
                     facts.setdefault(name, []).append((size, told))
-            images += 0 if passes else size
-        passes.append(spent)
-    rows = []
-    for name in [*points()]:
-        value, low, high = sorted(p[name] for p in passes)[len(passes) // 2]
-        joules = {"value": value / images, "low": low / images, "high": high / images} | _steadiness(passes, name)
-        row = {"setting": name, "accuracy": rights[name] / images, "inference_energy_j": joules if known else None}
-        rows.append(row | {"images": images} | _together(facts[name]))
-    return rows
+            images += 0 if number else size
+        for name, seen in spent.items():
+            passes.setdefault(name, []).append(seen)
+    return [
+        {"setting": name, "accuracy": rights[name] / images, "images": images, "passes": passes[name]} | _together(facts[name])
+        for name in [*points()]
+    ]
+
+
+def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict[str, float]:
+    """Return what was observed in both, from the first's beginning to the second's end."""
+    if sums is None:
+        return dict(more)
+    return {q: v + sums.get(q, 0.0) for q, v in more.items()} | {"from_s": sums["from_s"], "to_s": more["to_s"]}
 
 
 def _hits(part: Sequence[tuple[Any, Tensor]], told: dict[str, Any], answer: Callable[[Any], Tensor]) -> int:
@@ -177,18 +168,13 @@ def _parts(batches: Iterable[Any], turn: int) -> Iterator[list[tuple[Any, Tensor
         yield part
 
 
-def _again(passes: Sequence[Mapping[str, Sequence[float]]], seconds: float) -> bool:
+def _again(passes: Mapping[str, Sequence[Mapping[str, float]]], seconds: float, run: Tracker) -> bool:
     """Say whether another pass is wanted, and likely to be over in time."""
-    unsteady = any(_steadiness(passes, name).get("spread", math.inf) > STEADY for name in [*passes[0]][1:])
-    then = seconds * (len(passes) + 1) / len(passes)
-    return then < PASSES_S and (len(passes) < PASSES or unsteady)
-
-
-def _steadiness(passes: Sequence[Mapping[str, Sequence[float]]], name: str) -> dict[str, float]:
-    """Return the number of passes, and the spread of the ratio of energies to the first setting's if there is one."""
-    first = next(iter(passes[0]))
-    ratios = [p[name][0] / p[first][0] for p in passes if p[first][0]]
-    return {"passes": len(passes)} | ({"spread": median_spread(ratios)} if len(ratios) > 1 else {})
+    made = len(next(iter(passes.values())))
+    spent = {name: [price.joules(p, run.header["components"]).value or 0.0 for p in own] for name, own in passes.items()}
+    first, *rest = spent.values()
+    unsteady = any(price.steadiness(own, first).get("spread", math.inf) > STEADY for own in rest)
+    return seconds * (made + 1) / made < PASSES_S and (made < PASSES or unsteady)
 
 
 def _together(parts: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:

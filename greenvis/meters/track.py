@@ -231,11 +231,19 @@ class Tracker:
         self.notes.append(text)
         self._line("note", {"text": text})
 
-    def uses(self, role: str, name: str, runs: Iterable[str], energy_j: Reading | Mapping[str, Any], **more: Any) -> None:
-        """Record that this run builds on others (a teacher, a base), whose energy is shown beside it, never added."""
+    def uses(
+        self, role: str, name: str, runs: Iterable[str], energy_j: Reading | Mapping[str, Any] | None = None, **more: Any
+    ) -> None:
+        """Record that this run builds on others (a teacher, a base), whose energy is shown beside it, never added.
+
+        energy_j: what they cost; or observed: the same as observations (`price.observed`), priced when it is read.
+        """
         if isinstance(energy_j, Reading):
             energy_j = {k: v for k, v in energy_j._asdict().items() if k != "name"}
-        self._line("uses", {"role": role, "name": name, "runs": list(runs), "energy_j": dict(energy_j), **more})
+        cost = {} if energy_j is None else {"energy_j": dict(energy_j)}
+        if "observed" in more and self._state == "running":
+            more["observed"] = price.alike(more["observed"], self.header["components"])
+        self._line("uses", {"role": role, "name": name, "runs": list(runs), **cost, **more})
 
     def add(self, phase: str | None = None, **quantities: float) -> None:
         """Add counts (samples, steps, flops) to a phase by its path; None: the current one."""
@@ -245,12 +253,16 @@ class Tracker:
 
     def energy(self) -> Reading:
         """Return the energy of this run so far, in joules, every counter read anew."""
+        if self._state == "new":
+            return Reading("energy_j", None, reason="the run was not started")
+        return price.joules(self.observed(), self.header["components"])
+
+    def observed(self) -> dict[str, float]:
+        """Return what was observed in this run so far (CPU-seconds, GB-seconds, a counter's joules, …), all read anew."""
         with self._whole():
             if self._state == "running":
                 self._ledger.cut()
-            if self._state == "new":
-                return Reading("energy_j", None, reason="the run was not started")
-            return price.add(price.energy(self._ledger.sums(), self.header["components"]).values())
+            return {} if self._state == "new" else self._ledger.sums()
 
     def flops(self, batch: Any) -> AbstractContextManager[Any]:
         """Return a context that adds the FLOPs of the step run in it to the current phase."""

@@ -28,7 +28,9 @@ results.json, schema 2 (units stand in the keys; null is "not known", never 0):
                          payback {own, with_reuse}: {verdict, images, low, high, seeds_agree}; verdict is "at once",
                          "pays back", "ahead until", "never", or "not shown" where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones, assumed_grid
+    noise_floor {training, serving}                      {ratio, arms}: how far arms that did the same work read apart
     totals, incomplete                                   everything these records burnt, once; seed runs that never finished
+      totals.startup_j                                   of that, what `starts` processes took to start: in no arm
       totals.overlapping {starts, seen_j, counted_j}     starts that ran beside others on one counter, or in one process: what
                          they read together, and what of that is counted; arms have equal shares of what several saw
     family {members {NAME: {own_j, line_j}}, links [{of, on, role}]}, null where nothing builds on anything
@@ -96,6 +98,7 @@ def results(
         "metric": metric,
         "margin": _margin(stated, metric) if margin is None else margin,
         "comparisons": 0,
+        "noise_floor": None,
         "served": served,
         "lower_is_better": versus.lower_is_better(metric),
         "arms": table,
@@ -112,6 +115,7 @@ def results(
 def _row(arm: Arm, metric: str, grid: Mapping[str, Any] | None, users: Mapping[str, int]) -> dict[str, Any]:
     done = list(arm.done.values())
     row = arms_.numbers(arm, metric, grid) | reuse.reuse(done, users, grid)
+    row |= {"inputs": None if arm.runs[0].tracked else arm.runs[0].inputs or None}  # the same in two arms: the same work
     planned, switched = forecast.predicted(done, grid), settings.settings(arm)
     return row | ({"predicted": planned} if planned else {}) | ({"operating_points": switched} if switched else {})
 
@@ -212,6 +216,8 @@ def _totals(listed: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]
         "energy_j": arms_.sum_reading(a.own_j for a in attempts),
         "carbon_g": arms_.sum_reading(arms_.attempt_grams(a, a.own_j, grid) for a in attempts),
         "unfinished_energy_j": arms_.sum_reading(a.own_j for a in attempts if a.status != "done"),
+        "startup_j": arms_.sum_reading(a.startup_j for a in every if a.startup_j.value is not None),
+        "starts": sum(a.startup_j.value is not None for a in every),
         "overlapping": {
             "starts": len(overlapping),
             "seen_j": arms_.sum_reading(a.seen_j for a in overlapping),

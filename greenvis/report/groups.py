@@ -16,11 +16,11 @@ from typing import Any
 
 from greenvis import price, record
 from greenvis.errors import BadInput
-from greenvis.record import Reading, Run
+from greenvis.record import STARTUP, Reading, Run
 from greenvis.report import kept, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
-APART = ("measure", "report")  # stages that are not part of making the model: latency and FLOP measurement
+APART = ("measure", "report", STARTUP)  # stages that are not part of making the model: latency and FLOP measurement
 CURVE_POINTS = 400
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
@@ -32,9 +32,7 @@ class Part:
     id: str
     rank: int
     status: str
-    run: Run  # header and totals by stage, no logs
-    facts: dict[str, Any]
-    uses: list[dict[str, Any]]
+    run: Run  # header, facts, what it uses and totals by stage, no logs
     notes: list[str]
     curve: list[tuple[float, float]]  # (joules so far in this record, metric)
     inference: tuple[float, dict[str, float]] | None  # samples, totals of the phases that timed inference
@@ -62,6 +60,7 @@ class Attempt:
     missing_ranks: list[int]
     damaged_lines: int
     reason: str
+    startup_j: Reading  # what starting its process took: imports, checks, first calls; in the total, in no arm
     own_j: Reading  # what of its energy counts in a sum of all runs: not what another record counts as well
     seen_j: Reading  # what its counters saw, with what other runs saw at the same time
     inside: bool = False  # another record here already counts all of it
@@ -202,6 +201,7 @@ def _boil(run: Run, metric: str) -> Part:
         if stage(phase) == "measure" and totals.get("samples", 0) > 0:
             _add(timed, totals)
     small = Run(run.path, run.header)
+    small.facts, small.uses = run.facts, run.uses
     small.last_s = run.last_s
     small.totals.update(stages)
     small.end = run.end
@@ -210,8 +210,6 @@ def _boil(run: Run, metric: str) -> Part:
         _int(run.header.get("rank")),
         run.status,
         small,
-        run.facts,
-        run.uses,
         run.notes,
         _curve(run, metric),
         (timed["samples"], timed) if timed else None,
@@ -262,6 +260,7 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
         timed = [t for phase, t in shared.items() if stage(phase) == "measure" and t.get("samples", 0) > 0]
         if part.inference:
             part.inference = (part.inference[0], _sum(timed))
+        run.facts = overlap.facts(run.facts, pieces)
     return seen
 
 
@@ -334,16 +333,17 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
         _start(h),
         status,
         h,
-        kept.merged([p.facts for p in parts]) if len(parts) > 1 else first.facts,
-        first.uses,
+        kept.merged([price.facts(r) for r in runs]) if len(parts) > 1 else price.facts(first.run),
+        price.uses(first.run),
         list(dict.fromkeys(n for p in parts for n in p.notes)),
-        merged.totals,
-        merged.energy,
+        {s: t for s, t in merged.totals.items() if s != STARTUP},
+        {s: c for s, c in merged.energy.items() if s != STARTUP},
         _share(first, parts, merged),
         price.add(timed) if timed else None,
         merged.missing_ranks,
         sum(p.damaged_lines for p in parts),
         next((p.reason for p in parts if p.status == status), ""),
+        _total(merged.energy.get(STARTUP, {}).values()),
         _total(every),
         _total(seen[id(p)] for p in parts if id(p) in seen),
     )

@@ -121,6 +121,11 @@ def _runs(found: dict[str, Any]) -> list[str]:
         out.append(f"Starts that led to no shown result (repeated with --fresh, or broken off since) took {si(repeated, 'J')}.")
     if t["nested_runs"]:
         out.append(f"{t['nested_runs']} start(s) ran inside another record's process: counted once in the total, by the outer.")
+    if t.get("starts"):
+        out.append(
+            f"Starting {t['starts']} process(es) took {si(t['startup_j']['value'], 'J')}: imports, checks, reading data, first "
+            "calls of the libraries. It is in the total, and in no arm."
+        )
     if both := t.get("overlapping", {}).get("starts") and t["overlapping"]:
         out.append(
             f"{both['starts']} start(s) overlap: they ran at the same time on one counter of the whole machine, or in one "
@@ -164,8 +169,8 @@ def _spent(totals: dict[str, Any]) -> str:
     if e is None:
         return "energy unknown"
     return (
-        f"{si(e, 'J')} ({words.figures(e / 3600)} Wh)"
-        + (f", {si(g, 'g')} CO₂e" if g is not None else "")
+        f"{words.reading(totals['energy_j'], 'J')} ({words.figures(e / 3600, 2)} Wh)"
+        + (f", {words.reading(totals['carbon_g'], 'g')} CO₂e" if g is not None else "")
         + f"; {words.lamp(e)} (10 W × time)"
     )
 

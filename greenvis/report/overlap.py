@@ -18,6 +18,13 @@ from typing import Any
 
 from greenvis.record import Run, timeline
 
+OBSERVED = (
+    "inference",
+    "rounds",
+    "operating_points",
+    "passes",
+    "task_observed",
+)  # facts that hold observations, or lists of them
 TOLERANCE = 0.05  # of its length: so much later than what it lies in may a run end and still lie in it
 WALL, WALL_SHARE = "wall_s", "wall_share_s"  # time itself is not divided, only what it is priced for
 
@@ -95,6 +102,21 @@ def divided(run: Run, parts: Sequence[Piece], header: Mapping[str, Any]) -> tupl
     least = {q: min((p.shares.get(q, 1.0) for p in parts), default=1.0) for q in used}
     components = [_component(c, least.get(c.get("observation") or "", 1.0)) for c in header.get("components") or []]
     return {**header, "components": components}, shared, own
+
+
+def facts(run_facts: Mapping[str, Any], parts: Sequence[Piece]) -> dict[str, Any]:
+    """Return a record's facts with its share of what they observe of serving and tasks."""
+
+    def shared(seen: Any) -> Any:
+        if isinstance(seen, list):
+            return [shared(one) for one in seen]
+        if not isinstance(seen, Mapping):
+            return seen
+        if not {"from_s", "to_s"} <= seen.keys():
+            return {key: shared(value) if key in OBSERVED else value for key, value in seen.items()}
+        return {q: v * _mean(parts, seen["from_s"], seen["to_s"], q)[0] for q, v in seen.items()}
+
+    return {key: shared(value) if key in OBSERVED else value for key, value in run_facts.items()}
 
 
 def _component(c: Mapping[str, Any], least: float) -> dict[str, Any]:

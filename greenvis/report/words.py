@@ -32,6 +32,15 @@ def si(value: float | None, unit: str = "", digits: int = 3) -> str:
     return f"{figures(value / scale, digits)} {prefix}{unit}".strip()
 
 
+def reading(r: Mapping[str, Any], unit: str) -> str:
+    """Return a reading's value with the figures its band and its scatter deserve: two, or three where both are below 0.5 %."""
+    value = r.get("value")
+    if not value:
+        return si(value, unit)
+    ends = [abs(r[k] - value) for k in ("low", "high") if r.get(k) is not None] + [r.get("std") or 0.0]
+    return si(value, unit, 3 if max(ends) < 0.005 * abs(value) else 2)
+
+
 def count(value: float | None) -> str:
     """Return a whole number with separators, or three figures and a word above a million: "41,000", "1.2 million"."""
     if value is None or not math.isfinite(value):
