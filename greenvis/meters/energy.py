@@ -255,11 +255,13 @@ def _components(table: Mapping[str, Any], rapl: bool, why_rapl: str, nvml: Nvml 
         cpu = {
             "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
             "coefficient": coefficient, "provenance": "estimated", "citation": coefficient["citation"], "reason": why_rapl,
+            "repeatability": table["repeatability"],
         }  # fmt: skip
     ram_table = table["ram_w_per_gb"]
     ram = {
         "name": "ram", "source": "resident memory model", "scope": "process", "observation": "ram_gb_s",
         "coefficient": ram_table, "provenance": "estimated", "citation": ram_table["citation"],
+        "repeatability": table["repeatability"],
         "reason": "no live memory counter",
     }  # fmt: skip
     gpu = _missing("gpu", why_nvml) if nvml is None else _gpu(nvml, why_nvml)

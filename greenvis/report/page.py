@@ -9,7 +9,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from greenvis.report import charts, continual, exports, figures, honesty, settings, tables, to_json, verdict, words
+from greenvis.report import charts, continual, exports, figures, floor, honesty, settings, tables, to_json, verdict, words
 from greenvis.report.figures import Drawing
 from greenvis.report.folder import publish
 
@@ -65,6 +65,7 @@ def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
         "settings": {"head": settings.HEAD, "rows": (switched := settings.table(found)), "note": settings.note(switched)},
         "drawings": drawings,
         "honesty": honesty.sections(found),
+        "noise_floor": floor.sentence(found),
         "assumed_grid": any(g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)),
         "words": words,
         "exports": exports.NAMES,

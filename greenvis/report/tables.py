@@ -120,7 +120,7 @@ def cycle(found: dict[str, Any]) -> list[Column]:
             "inference_energy_j",
             "One image",
             lambda r: r["inference_energy_j"]["value"],
-            lambda r: si(r["inference_energy_j"]["value"], "J"),
+            lambda r: words.reading(r["inference_energy_j"], "J"),
             lambda r: _band(r["inference_energy_j"], "J"),
             lambda r: r["inference_energy_j"]["provenance"],
         ),
@@ -187,7 +187,7 @@ def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None]
         key,
         title,
         lambda r: r[key]["value"],
-        lambda r: si(r[key]["value"], unit),
+        lambda r: words.reading(r[key], unit),
         lambda r: _band(r[key], unit),
         badge or (lambda r: r[key]["provenance"]),
     )
@@ -213,7 +213,7 @@ def _band(reading: Row, unit: str) -> str:
     """Return the band of a reading: "1.98–4.01 kJ"."""
     if reading["value"] is None or reading["low"] is None or reading["low"] == reading["high"]:
         return ""
-    low, high = si(reading["low"], unit), si(reading["high"], unit)
+    low, high = si(reading["low"], unit, 2), si(reading["high"], unit, 2)
     same = low.split(" ")[-1] == high.split(" ")[-1]
     return f"{low.rsplit(' ', 1)[0] if same else low}–{high}"
 

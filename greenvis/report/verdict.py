@@ -94,7 +94,7 @@ def sentence(found: dict[str, Any], label: str) -> str:
 def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
     """Return the sentence on an arm that is compared with none, or by one seed: joules, and no ratio."""
     line = row["train_energy_with_reuse_j"]["value"]
-    joules = words.si(line, "J") if line is not None else ""
+    joules = words.reading(row["train_energy_with_reuse_j"], "J") if line is not None else ""
     what = "energy, with all it builds on" if line != row["train_energy_j"]["value"] else "training energy"
     one = " (one seed: no spread is known)" if len(row["seeds"]) == 1 else ""
     if not scored:

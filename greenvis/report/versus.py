@@ -7,7 +7,7 @@ from typing import Any
 
 from greenvis import price
 from greenvis.report import arms as arms_
-from greenvis.report import stats, words
+from greenvis.report import floor, stats, words
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
 
@@ -25,12 +25,14 @@ def compare(found: dict[str, Any]) -> None:
         row["full_cycle"] = full_cycle(row, found["served"])
     if base is None or not table[base]["seeds"]:
         return
+    found["noise_floor"] = floor.floors(found)
     by_seed = {label: _by_seed(row, metric) for label, row in table.items() if row["seeds"]}
     rivals = [a for a in by_seed if a != base]
     found["comparisons"] = many = sum(len({*table[a]["seeds"]} & {*table[base]["seeds"]}) > 1 for a in rivals)
     for label in rivals:
         own, bases = by_seed[label], by_seed[base]
         vs = {k: stats.ratio(own[k], bases[k], many) for k in own if k != metric and k in bases}
+        vs = floor.widened(vs, found)
         gain = stats.difference(own[metric], bases[metric], many)
         vs[metric] = gain and gain | stats.decide(gain, allowed(found), many, found["lower_is_better"])
         vs["payback"] = _payback(own, bases, vs["inference_energy"])

@@ -1,0 +1,65 @@
+"""The noise floor: how far arms that do the same work read apart. What is smaller is no difference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import combinations
+from typing import Any
+
+from greenvis.report import stats, words
+
+TRAINING = ("train_energy", "total_energy", "train_energy_with_reuse")  # quantities to which each floor belongs
+SERVING = ("inference_energy",)
+
+
+def floors(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those compared}, or None.
+
+    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving: arms that answer with the same
+    MACs and parameters. Results of before there were inputs say neither.
+    """
+    rows = {a: r for a, r in found["arms"].items() if "inputs" in r and r["seeds"]}
+    return {
+        "training": _apart(rows, lambda r: r["inputs"], "train_energy_j"),
+        "serving": _apart(
+            rows, lambda r: (r["macs"], r["params"]) if r["macs"] and r["params"] else None, "inference_energy_j"
+        ),
+    }
+
+
+def _apart(rows: Mapping[str, Any], work: Any, reading: str) -> dict[str, Any] | None:
+    pairs = [
+        (math.exp(abs(math.log(r["ratio"]))), a, b)
+        for a, b in combinations(rows, 2)
+        if work(rows[a]) is not None and work(rows[a]) == work(rows[b])
+        and (r := stats.ratio(rows[a][reading].get("by_seed") or {}, rows[b][reading].get("by_seed") or {})) and r["ratio"] > 0
+    ]  # fmt: skip
+    if not pairs:
+        return None
+    return {"ratio": max(ratio for ratio, *_ in pairs), "arms": [a for a in rows if any(a in pair for pair in pairs)]}
+
+
+def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ratios to the baseline with the floor in their intervals."""
+    out = dict(vs)
+    for kind, quantities in (("training", TRAINING), ("serving", SERVING)):
+        floor = found["noise_floor"][kind]
+        for q in quantities if floor else ():
+            r = out.get(q)
+            if r and r["low"] is not None:
+                out[q] = {**r, "low": r["low"] / floor["ratio"], "high": r["high"] * floor["ratio"]}
+    return out
+
+
+def sentence(found: Mapping[str, Any]) -> str:
+    """Say what the floor of the tables is."""
+    kinds = {"training": "training", "serving": "one image"}
+    known = {kind: f for kind in kinds if (f := (found.get("noise_floor") or {}).get(kind))}
+    said = [f"{kinds[k]} ×{words.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})" for k, f in known.items()]
+    if not said:
+        return "Noise floor: not known, for no two arms did the same work."
+    return (
+        f"Noise floor, by which arms that did the same work read apart: {'; '.join(said)}. It is in the intervals of energies: "
+        "a smaller difference is none."
+    )

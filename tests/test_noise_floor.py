@@ -1,0 +1,110 @@
+"""What is smaller than the noise is no saving: arms of equal work, the band of a repeated reading, the digits it deserves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import greenvis as gv
+from greenvis import price
+from greenvis.meters.energy import Meter
+from greenvis.record import Writer
+from greenvis.report import results, words
+
+CPU = {
+    "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s", "provenance": "estimated",
+    "coefficient": {"low": 3.0, "central": 4.0, "high": 6.0},
+}  # fmt: skip
+
+
+def write(folder: Path, arm: str, inputs: str, cpu_s: list[float], macs: float = 5.0, image_j: float = 1.0) -> None:
+    for seed, seconds in enumerate(cpu_s):
+        head = {
+            "run": f"{arm}{seed}",
+            "name": "n",
+            "arm": arm,
+            "seed": seed,
+            "inputs": inputs,
+            "components": [CPU],
+            "baseline": "plain",
+        }
+        writer = Writer(folder / f"{arm}-{seed}.jsonl", head)
+        writer.line("sample", {"phase": "train", "cpu_s": seconds, "wall_s": seconds})
+        rounds = [{"samples": 1, "cpu_s": image_j / 4 * (1 + 0.001 * seed), "wall_s": 1.0}] * 3
+        served = {"batch_size": 1, "rounds": rounds}
+        writer.line("fact", {"accuracy": 0.9 + 0.001 * seed, "macs": macs, "params": 10, "inference": served})
+        writer.close("done")
+
+
+def energies(folder: Path, arm: str) -> dict:
+    return results([folder])["arms"][arm]["vs_baseline"]
+
+
+def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
+    write(tmp_path, "plain", "same", [20.0, 20.1, 20.2])
+    write(tmp_path, "again", "same", [10.0, 10.1, 10.2])  # half as much, at every seed
+    found = results([tmp_path])
+    assert found["noise_floor"]["training"]["ratio"] == pytest.approx(2, rel=0.02)
+    assert found["noise_floor"]["training"]["arms"] == ["plain", "again"]
+    for key in ("train_energy", "total_energy", "train_energy_with_reuse"):
+        assert not words.shown(found["arms"]["again"]["vs_baseline"][key])
+    gv.report([tmp_path], out=tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "no difference shown" in text
+    assert "arms that did the same work read apart: training ×2" in text
+
+
+@pytest.mark.parametrize(("third", "shown"), [([18.0, 18.1, 18.2], False), ([2.0, 2.1, 2.2], True)])
+def test_the_floor_is_in_every_interval(tmp_path: Path, third: list[float], shown: bool) -> None:
+    write(tmp_path, "plain", "same", [20.0, 20.1, 20.2])
+    write(tmp_path, "third", "other", third)
+    assert words.shown(energies(tmp_path, "third")["train_energy"])  # nothing yet says how far equal work reads apart
+    write(tmp_path, "again", "same", [14.0, 14.1, 14.2])
+    assert words.shown(energies(tmp_path, "third")["train_energy"]) is shown
+
+
+def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
+    write(tmp_path, "plain", "a", [20.0, 20.1], image_j=1.0)
+    write(tmp_path, "other", "b", [10.0, 10.1], image_j=0.8)
+    write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
+    floor = results([tmp_path])["noise_floor"]
+    assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
+    assert not words.shown(energies(tmp_path, "other")["inference_energy"])
+    assert words.shown(energies(tmp_path, "small")["inference_energy"])
+
+
+def test_one_seed_gives_no_percentage(tmp_path: Path) -> None:
+    write(tmp_path, "plain", "a", [20.0])
+    write(tmp_path, "other", "b", [10.0])
+    gv.report([tmp_path], out=tmp_path / "out")
+    first = (tmp_path / "out" / "report.md").read_text().partition("## ")[0]
+    assert "less" not in first
+    assert "Noise floor: not known" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_band_holds_the_same_work_on_another_day(tmp_path: Path) -> None:
+    again = {
+        c["name"]: c.get("repeatability")
+        for c in Meter().components
+        if c["source"] in ("cpu-time model", "resident memory model")
+    }
+    assert all(r["low"] < 1 < r["high"] for r in again.values())
+    repeatable = {**CPU, "repeatability": {"low": 0.5, "central": 1.0, "high": 2.0}}
+    reading = price.energy({"cpu_s": 10.0}, [repeatable])["cpu"]
+    assert (reading.low, reading.value, reading.high) == (15.0, 40.0, 120.0)
+    old = price.energy({"cpu_s": 10.0}, [CPU])["cpu"]  # older records say nothing of it
+    assert (old.low, old.value, old.high) == (30.0, 40.0, 60.0)
+
+
+@pytest.mark.parametrize(
+    ("reading", "text"),
+    [
+        ({"value": 1234.0, "low": 900.0, "high": 1800.0}, "1.2 kJ"),
+        ({"value": 1234.0, "low": 1234.0, "high": 1234.0, "std": 40.0}, "1.2 kJ"),
+        ({"value": 1234.0, "low": 1234.0, "high": 1234.0, "std": 1.0}, "1.23 kJ"),
+        ({"value": None, "low": None, "high": None}, "–"),
+    ],
+)
+def test_figures_have_the_digits_they_deserve(reading: dict, text: str) -> None:
+    assert words.reading(reading, "J") == text
