@@ -192,7 +192,7 @@ def alike(entries: Iterable[Mapping[str, Any]], components: Iterable[Mapping[str
 
 def spent(entries: Iterable[Mapping[str, Any]], components: Sequence[Mapping[str, Any]] = ()) -> Reading:
     """Return the energy of what `observed` gave; components: those that price an entry without its own."""
-    listed = [r for e in entries for r in energy(e["totals"], e.get("components", components)).values()]
+    listed = [joules(e.get("totals"), e.get("components", components)) for e in entries if isinstance(e, Mapping)]
     return add(listed) if listed else Reading("energy_j", None, reason="not observed")
 
 
@@ -226,9 +226,15 @@ def reading(energy_j: Reading) -> dict[str, Any]:
     return {"value": energy_j.value, "low": energy_j.low, "high": energy_j.high, "provenance": energy_j.provenance}
 
 
-def joules(seen: Mapping[str, float], components: Iterable[Mapping[str, Any]]) -> Reading:
-    """Return the energy of what all components observed together."""
-    return add(energy(seen, components).values())
+def joules(seen: Any, components: Iterable[Mapping[str, Any]]) -> Reading:
+    """Return the energy of what all components observed together; what is no number is not observed."""
+    return add(energy(_numbers(seen), components).values())
+
+
+def _numbers(seen: Any) -> dict[str, float]:
+    """Return the numbers among what a record says was observed: records may come from other hands."""
+    listed = seen.items() if isinstance(seen, Mapping) else ()
+    return {str(q): v for q, v in listed if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)}
 
 
 def image(served: Mapping[str, Any], components: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -236,8 +242,10 @@ def image(served: Mapping[str, Any], components: Sequence[Mapping[str, Any]]) ->
 
     None where a reading tells no energy.
     """
-    rounds = [(r["samples"], _step(r, components)) for r in served.get("rounds") or []]
-    if not rounds or any(j.value is None for _, j in rounds):
+    listed = served.get("rounds")
+    seen = [_numbers(r) for r in listed] if isinstance(listed, list) else []
+    rounds = [(r.get("samples", 0.0), _step(r, components)) for r in seen]
+    if not rounds or any(n <= 0 or j.value is None for n, j in rounds):
         return None
     each = sorted((j.value or 0.0) / n for n, j in rounds)
     n, middle = sorted(rounds, key=lambda r: (r[1].value or 0.0) / r[0])[len(rounds) // 2]
@@ -253,13 +261,14 @@ def settings(rows: Sequence[Mapping[str, Any]], components: Sequence[Mapping[str
 
     The joules are the median pass's; "spread" is of the ratio to the first setting's.
     """
-    passes = [[_step(p, components) for p in row["passes"]] for row in rows]
+    passes = [[_step(_numbers(p), components) for p in row["passes"]] for row in rows]
     out = []
     for row, own in zip(rows, passes, strict=True):
         served = None
-        if own and all(j.value is not None for each in passes for j in each):
+        images = _numbers(row).get("images", 0.0)
+        if own and images > 0 and all(len(each) == len(own) and None not in [j.value for j in each] for each in passes):
             middle = sorted(own, key=lambda j: j.value or 0.0)[len(own) // 2]
-            served = {k: (getattr(middle, k) or 0.0) / row["images"] for k in ("value", "low", "high")}
+            served = {k: (getattr(middle, k) or 0.0) / images for k in ("value", "low", "high")}
             served |= steadiness([j.value or 0.0 for j in own], [j.value or 0.0 for j in passes[0]])
         out.append({**{k: v for k, v in row.items() if k != "passes"}, "inference_energy_j": served})
     return out

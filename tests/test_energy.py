@@ -105,8 +105,9 @@ def test_an_orphan_goes_on_counting(tmp_path: Path) -> None:
     go.write_text("")
     begun.read_text()  # it has burnt
     tree._walked = -1.0
-    assert 0.4 * 0.97 <= tree.cpu_s() - before <= 0.4 + 0.5
-    go.write_text("")
+    used = tree.cpu_s() - before
+    go.write_text("")  # it may end
+    assert 0.4 * 0.97 <= used <= 0.4 + 0.5
 
 
 def test_shared_memory_of_forked_children_exists_once() -> None:

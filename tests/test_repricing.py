@@ -129,3 +129,23 @@ def test_a_card_holds_observations_and_an_old_one_still_reads(finished: Path) ->
     assert card["total_j"]["value"] == pytest.approx(sum(parts))
     old = {"value": 1.0, "low": 1.0, "high": 1.0, "provenance": "estimated"}
     assert lineage._priced({"energy_j": old})["energy_j"] == old
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"inference": {"rounds": [{"samples": "many", "cpu_s": 1.0}]}},
+        {"inference": {"rounds": 3}},
+        {"inference": {"rounds": [{"samples": 0, "cpu_s": 1.0}]}},
+        {"operating_points": [{"setting": "never", "passes": [3, None]}]},
+        {"operating_points": [{"setting": "never", "images": 5, "passes": [{}]}, {"setting": "b", "images": 5, "passes": []}]},
+        {"task_observed": [None, "x", {"cpu_s": "1"}]},
+    ],
+)
+def test_observations_of_other_hands_are_unknown_and_no_crash(tmp_path: Path, facts: dict[str, Any]) -> None:
+    with gv.track("t", dir=tmp_path) as run:
+        run.fact(accuracy=0.5, **facts)
+        run.uses("base", "b", ["r"], observed=[])
+    found = results([run.path])["arms"]["t"]
+    assert found["inference_energy_j"]["value"] is None
+    assert found["uses"][0]["energy_j"]["value"] is None
