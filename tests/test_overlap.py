@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,9 @@ def gpu(*devices: str) -> dict[str, Any]:
 def write(folder: Path, name: str, begin: float, end: float, watts: float = 100.0, **header: Any) -> None:
     """Write the record of a run that saw `watts` of everything it observes, sampled about each second."""
     head = {
-        "run": name, "name": name, "arm": name, "seed": 0, "inputs": name, "host": "h", "boot_id": "b", "pid": name,
-        "parents": [], "mono_s": begin, "clock_s": 1e9 + begin, "nested_in": None, "components": [RAPL],
+        "run": name, "name": name, "arm": name, "seed": 0, "inputs": name, "host": "h", "boot_id": "b",
+        "pid": zlib.crc32(name.encode()), "parents": [], "mono_s": begin, "clock_s": 1e9 + begin, "nested_in": None,
+        "components": [RAPL],
     } | header  # fmt: skip
     writer = Writer(folder / f"{name}.jsonl", head)
     for i in range(1, math.ceil(end - begin) + 1):

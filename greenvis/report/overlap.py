@@ -17,6 +17,7 @@ from itertools import pairwise
 from typing import Any
 
 from greenvis.record import Run, timeline
+from greenvis.report.schema import possible
 
 OBSERVED = (
     "inference",
@@ -93,6 +94,8 @@ def divided(run: Run, parts: Sequence[Piece], header: Mapping[str, Any]) -> tupl
     for begin, end, phase, seen in timeline(run.path):
         into, counted = shared.setdefault(phase, {}), own.setdefault(phase, {})
         for quantity, value in seen.items():
+            if not possible(quantity, value):
+                continue
             share, once = _mean(parts, begin, end, quantity)
             kept = WALL_SHARE if quantity == WALL and WALL in used else quantity
             if kept != quantity:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis.errors import BadInput, printable
-from greenvis.record import Run
+from greenvis.record import UNSEEN, Run
 
 MOST = 1e18  # of any total: joules, seconds, FLOPs in thousands of millions of millions
 MOST_DEPTH = 12
@@ -43,6 +43,7 @@ class _Component(_Loose):
     scope: _Word | None = None
     observation: _Word | None = None
     coefficient: _Coefficient | None = None
+    repeatability: _Coefficient | None = None
     provenance: Literal["measured", "estimated", "constant", "partly unknown"] = "estimated"
     reason: _Word | None = None
     citation: Annotated[str, Field(max_length=5000)] | None = None
@@ -76,6 +77,7 @@ class _Header(_Loose):
     host: _Word | None = None
     boot_id: _Word | None = None
     pid: Annotated[int, Field(ge=0)] | None = None
+    parents: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000)] | None = None
     clock_s: _Moment | None = None
     mono_s: _Moment | None = None
     nested_in: _Word | None = None
@@ -91,7 +93,17 @@ class _Header(_Loose):
     embodied: _Embodied | None = None
 
 
+_Seen = Annotated[dict[_Word, float], Field(max_length=1000)]  # observations by quantity
+
+
+class _Served(_Loose):
+    batch_size: _Count | None = None
+    rounds: Annotated[list[_Seen], Field(max_length=100_000)]
+
+
 class _Facts(_Loose):
+    inference: _Served | None = None
+    task_observed: Annotated[list[_Seen | None], Field(max_length=10_000)] | None = None
     accuracy: float | None = None
     latency_ms: dict[str, _Count] | None = None
     inference_energy_j: _Band | None = None
@@ -113,11 +125,17 @@ class _Facts(_Loose):
     epochs: _Count | None = None
 
 
+class _Observed(_Loose):
+    components: Annotated[list[_Component], Field(max_length=100)] | None = None
+    totals: _Seen
+
+
 class _Use(_Loose):
     role: _Word
     name: _Word
     runs: Annotated[list[_Word], Field(max_length=10_000)]
-    energy_j: _Band
+    energy_j: _Band | None = None
+    observed: Annotated[list[_Observed], Field(max_length=1000)] | None = None
     of: list[_Word] | None = None
 
 
@@ -138,11 +156,16 @@ def check(run: Run) -> list[str]:
     if len(logs) < len(run.logs):
         out.append(f"{len(run.logs) - len(logs)} of its logs, not finite or nested too deeply")
         run.logs[:] = logs
-    odd = [phase for phase, totals in run.totals.items() if any(not 0 <= value <= MOST for value in totals.values())]
+    odd = [phase for phase, totals in run.totals.items() if not all(possible(q, value) for q, value in totals.items())]
     for phase in odd:
         del run.totals[phase]
         out.append(f"its phase '{phase}', with totals below 0 or beyond all measure")
     return [f"{run.path.name}: left out: {printable(line)}" for line in out[:MOST_SAID]]
+
+
+def possible(quantity: str, value: float) -> bool:
+    """Whether a total can be; only seconds that a counter did not see may be made up for in another phase."""
+    return (-MOST if quantity.endswith(UNSEEN) else 0) <= value <= MOST
 
 
 def _problems(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
