@@ -46,7 +46,7 @@ def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
     write(tmp_path, "again", "same", [10.0, 10.1, 10.2])  # half as much, at every seed
     found = results([tmp_path])
     assert found["noise_floor"]["training"]["ratio"] == pytest.approx(2, rel=0.02)
-    assert found["noise_floor"]["training"]["arms"] == ["plain", "again"]
+    assert sorted(found["noise_floor"]["training"]["arms"]) == ["again", "plain"]
     for key in ("train_energy", "total_energy", "train_energy_with_reuse"):
         assert not words.shown(found["arms"]["again"]["vs_baseline"][key])
     gv.report([tmp_path], out=tmp_path / "out")
@@ -79,7 +79,7 @@ def test_one_seed_gives_no_percentage(tmp_path: Path) -> None:
     write(tmp_path, "other", "b", [10.0])
     gv.report([tmp_path], out=tmp_path / "out")
     first = (tmp_path / "out" / "report.md").read_text().partition("## ")[0]
-    assert "less" not in first
+    assert not re.search(r"(%|times) (less|more)", first)
     assert "Noise floor: not known" in (tmp_path / "out" / "report.md").read_text()
 
 
