@@ -62,11 +62,12 @@ class Ledger:
         still = 1.0 if self.paused else still
         for quantity, value in now.items():
             step = value - self._last.get(quantity, 0.0)
+            if quantity == "wall_s":
+                step = max(0.0, step)  # a clock that was put back takes no time away
             if still and quantity != "cpu_s":  # processor time is work, whenever it was used
                 totals[PAUSED + quantity] = totals.get(PAUSED + quantity, 0.0) + step * still
                 step *= 1 - still
             totals[quantity] = totals.get(quantity, 0.0) + step
-        totals["wall_s"] = max(0.0, totals["wall_s"])  # a clock that was put back
         self._last.update(now)
         self._changed.add(phase)
 
