@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -52,10 +53,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"greenvis: {printable(str(error))}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break into the end
         print("greenvis: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # the machine failed, or we did: one line, never a traceback in a user's face
+        if os.environ.get("GREENVIS_DEBUG"):
+            raise
+        from greenvis.failures import describe
+
+        text = printable(describe(error))
+        if getattr(args, "json", False):
+            print(json.dumps({"error": text, "exit": 1}))
+        print(f"greenvis: {text}", file=sys.stderr)
         return 1
 
 

@@ -87,6 +87,11 @@ class Writer:
         self._synced = time.monotonic()
         self.line("header", {"schema": SCHEMA, **header})
 
+    @property
+    def lost(self) -> bool:
+        """Whether there are lines that the disk did not take."""
+        return bool(self._held)
+
     def line(self, type: str, values: Mapping[str, Any]) -> None:
         """Write one line. Lines the disk refuses are held and tried again at the next call."""
         if os.getpid() != self._pid:  # a forked child: the record is its parent's

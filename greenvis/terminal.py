@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis import files, yamlfile
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, printable
 
 Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
 MOST_COLUMNS = 16  # of a table in a terminal
@@ -70,7 +70,7 @@ def console() -> Any:
 
 def say(text: str) -> None:
     """Tell how far the work has come, beside the answer."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def teller(args: Any) -> Callable[[str], None]:
@@ -84,12 +84,12 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     if len(columns) > MOST_COLUMNS:
         return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
     for column in columns:
         table.add_column(column.replace("_", " "), overflow="fold")  # words are where a heading breaks
     for row in rows:
-        table.add_row(*(Text("" if row.get(c) is None else str(row[c])) for c in columns))
+        table.add_row(*(Text("" if row.get(c) is None else printable(str(row[c]))) for c in columns))
     console().print(table)

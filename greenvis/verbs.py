@@ -222,13 +222,18 @@ def track(args: Any) -> Answer | int:
         raise BadInput("greenvis track takes a command after --: greenvis track -- python train.py")
     code, run = track_command(words, name=args.name, country=args.country, dir=args.dir)
     energy = run.energy()
-    said = {"record": str(run.path), "exit": code, "energy_j": energy.value, "low": energy.low, "high": energy.high}
+    said = {
+        "record": None if run.lost else str(run.path),
+        "exit": code,
+        "energy_j": energy.value,
+        "low": energy.low,
+        "high": energy.high,
+    }
     text = (
         "unknown" if energy.value is None else f"{energy.value:.1f} J ({energy.low:.1f}–{energy.high:.1f}, {energy.provenance})"
     )
-    print(
-        json.dumps(said) if args.json else f"greenvis: {text}; record: {run.path}", file=sys.stdout if args.json else sys.stderr
-    )
+    kept = f"the record is lost: {run.lost}" if run.lost else f"record: {run.path}"
+    print(json.dumps(said) if args.json else f"greenvis: {text}; {kept}", file=sys.stdout if args.json else sys.stderr)
     return code
 
 

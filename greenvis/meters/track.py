@@ -274,6 +274,11 @@ class Tracker:
             self._step_flops = StepFlops(getattr(self.live, "model", self.live))
         return self._step_flops.step(self, batch)
 
+    @property
+    def lost(self) -> str:
+        """Why the record on the disk is not whole; "" where it is."""
+        return self._writer.problem if self._state != "new" and self._writer.lost else ""
+
     # -- inside -------------------------------------------------------------------------------------------------------
 
     def busy_here(self) -> bool:

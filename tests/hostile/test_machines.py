@@ -1,0 +1,117 @@
+"""Machines that fail in the middle: one clear line, the right exit code, and what was saved stays whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from greenvis import checkpoint, failures, record
+
+RECIPE = """\
+name: tiny
+data: {name: digits, train: 256, test: 32, img_size: 8}
+model: {ref: plain/mlp, img_size: 8, hidden: [512, 512]}
+train: {epochs: 200, batch_size: 8, checkpoint_every_s: 0.01, eval_every: 0}
+meter: {codecarbon: false}
+arms: {full: {}}
+"""
+
+
+def start(folder: Path, *words: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+    """Start greenvis there."""
+    (folder / "tiny.yaml").write_text(RECIPE)
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-u", "-m", "greenvis", *words]
+    return subprocess.Popen(
+        command, cwd=folder, env=env, preexec_fn=limit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def no_more_than(size: int) -> Callable[[], None]:
+    """Return what lets no file of a process grow beyond so many bytes: to it, the disk is full."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_full_disk_at_a_checkpoint(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", "tiny.yaml", limit=no_more_than(100_000))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "the disk is full, or takes no more" in err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert list((tmp_path / "runs").rglob("*.part")) == []
+    (run,) = [record.read(p) for p in (tmp_path / "runs").rglob("*.jsonl")]
+    assert run.status == "failed"
+
+
+def test_track_says_that_its_record_is_lost(tmp_path: Path) -> None:
+    process = start(tmp_path, "track", "--json", "--", "true", limit=no_more_than(0))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert json.loads(out.splitlines()[-1])["record"] is None
+    process = start(tmp_path, "track", "--", "true", limit=no_more_than(0))
+    _, err = process.communicate(timeout=120)
+    assert "the record is lost: cannot write" in err
+    assert "record: " not in err.replace("the record is lost: ", "")
+
+
+def test_two_interrupts(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", "tiny.yaml")
+    assert process.stderr is not None
+    for line in process.stderr:  # waits for the training to begin, not for a time
+        if "training" in line:
+            break
+    while not list((tmp_path / "runs").rglob("*checkpoint.pt")):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    (run,) = [record.read(p) for p in (tmp_path / "runs").rglob("*.jsonl")]
+    assert run.status == "stopped"
+    (saved,) = (tmp_path / "runs").rglob("*checkpoint.pt")
+    assert checkpoint.read(saved)["progress"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(28, "No space left on device", "x"), r"disk is full.*\(x\)"),
+        (OSError(24, "Too many open files"), "ulimit"),
+        (OSError(30, "Read-only file system", "x"), "not allowed to write"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "loads images was killed"),
+        (RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file"), "disk is full"),
+        (KeyError("a"), "GREENVIS_DEBUG"),
+    ],
+)
+def test_each_failure_is_a_line(error: Exception, says: str) -> None:
+    import re
+
+    text = failures.describe(error)
+    assert re.search(says, text)
+    assert "\n" not in text
+
+
+def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
+    code = "from greenvis import cli, verbs; verbs.ls = lambda args: 1 / 0; import sys; sys.exit(cli.main(['ls', '.']))"
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    for debug in ("", "1"):
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env={**env, "GREENVIS_DEBUG": debug}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode == 1
+        assert ("Traceback" in done.stderr) == bool(debug)
+        assert "ZeroDivisionError" in done.stderr
