@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-oldest gpu lint readme clean
+.PHONY: demo test test-slow test-oldest fuzz gpu lint readme clean
 
 demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
@@ -16,8 +16,11 @@ test-slow: $(VENV)/.dev
 
 test-oldest: $(VENV)/.uv pyproject.toml  # what strangers' files may do, with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" -e .
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" "hypothesis>=6.100" -e .
 	$(VENV)-oldest/bin/python -m pytest tests/hostile
+
+fuzz: $(VENV)/.dev  # about ten minutes
+	GREENVIS_FUZZ=4000 $(BIN)/python -m pytest tests/hostile/test_fuzz.py
 
 gpu: $(VENV)/.demo
 	$(BIN)/greenvis bench gpu --out reports/gpu

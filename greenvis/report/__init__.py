@@ -46,7 +46,8 @@ def report(
         place = stored.file(paths)
         folder = Path(out) if out is not None else place.parent if place else Path("reports") / _file_name(found["name"])
         try:
-            return page.write(found, folder)
+            with stored.believed(place):
+                return page.write(found, folder)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
@@ -71,7 +72,8 @@ def results(
             )
             raise BadInput(f"{name} is {value!r}; give the {what}")
     if place := stored.file(paths):
-        return stored.again(place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
+        with stored.believed(place):
+            return stored.again(place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     runs, notes = groups.load(listed, metric)
     options: dict[str, Any] = {"baseline": baseline, "metric": metric, "grid": _intensity(grid), "margin": margin}

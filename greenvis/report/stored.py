@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from greenvis import files, record
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.report import build, versus
 
 NAME = "results.json"
@@ -25,6 +26,19 @@ def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Pa
         return path
     there = (path / NAME).is_file() and next(iter(record.find([path])), None) is None
     return path / NAME if there else None
+
+
+@contextmanager
+def believed(path: Path | None) -> Iterator[None]:
+    """Turn what goes wrong within into BadInput, where `path` names results: a stranger's may lack or mistype anything."""
+    try:
+        yield
+    except (GreenvisError, OSError):
+        raise
+    except Exception as error:
+        if path is None:
+            raise
+        raise BadInput(f"{path} is not a whole {NAME} of greenvis: {type(error).__name__}: {error}") from error
 
 
 def read(path: Path) -> dict[str, Any]:
