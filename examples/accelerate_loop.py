@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 import torchvision
-from accelerate import Accelerator
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import greenvis as gv
+from greenvis.integrations.accelerate import GreenAccelerator
 
 torch.manual_seed(0)
 digits: Any = load_digits()
@@ -25,7 +25,7 @@ model = torchvision.models.resnet18(num_classes=10)
 criterion = nn.CrossEntropyLoss()
 live = gv.wrap(model, gv.Distill(teacher=copy.deepcopy(model), weight=0.1))  # greenvis: before prepare
 
-accelerator = Accelerator(cpu=True)
+accelerator = GreenAccelerator(live, cpu=True)  # greenvis: weighs by samples, saves what techniques hold
 optimizer = torch.optim.SGD(live.param_groups(lr=0.02), momentum=0.9)  # greenvis
 prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 with gv.track("accelerate-loop", live, dir=tempfile.mkdtemp()) as run:  # greenvis

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenvis import files, models, ranks
-from greenvis.errors import BadInput, nearest, some
+from greenvis.errors import BadInput, GreenvisError, nearest, some
+from greenvis.surgery import Snapshot
 
 if TYPE_CHECKING:
-    from greenvis.surgery import Snapshot
     from greenvis.technique import Installed, Technique
 
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
+BESIDE = "greenvis."  # before the names of what techniques put beside a model's own state
+_FORM = "techniques"
+_COMING = "_greenvis_coming"  # that, between the two hooks of `load_state_dict`
+
+LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], weakref.ref[Deltas]]] = weakref.WeakKeyDictionary()
 
 
 class Deltas:
@@ -36,11 +42,23 @@ class Deltas:
         self._unnamed: dict[str, Tensor] = {}  # what the model held before the first switch
         self.in_use: str | None = None
 
+    def _enter(self) -> None:
+        """Note that the techniques are at work on the model."""
+        self.model.register_load_state_dict_pre_hook(_take_out)
+        self.model.register_load_state_dict_post_hook(_give)
+        LIVE[self.model] = tuple(t.name for t in self.techniques), weakref.ref(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the techniques are at work: until `merge` or `undo`."""
+        return self.model in LIVE and LIVE[self.model][1]() is self
+
     if TYPE_CHECKING:
 
         @property
         def trainable(self) -> dict[str, nn.Parameter]: ...
         def recipe_form(self) -> list[Any]: ...
+        def fold(self) -> None: ...
         def _pairs(self) -> Iterator[tuple[Technique, Installed]]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -55,6 +73,42 @@ class Deltas:
         for technique, live in self._pairs():
             state.update({f"{technique.name}.{k}": v for k, v in live.state_dict().items()})
         return state
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """Return what the state of the model would be after `merge`, in CPU memory; the model itself stays as it is.
+
+        A plain model of the same kind, without greenvis, takes it. Raises GreenvisError where a technique cannot be folded.
+        """
+        if not self.active:
+            return _copies(self.model.state_dict())
+        self.check_foldable()
+        now = Snapshot(self.model, also=self._snapshot.modules)
+        try:
+            self.fold()
+            return _copies(self.model.state_dict())
+        finally:
+            now.restore()
+
+    def check_foldable(self) -> None:
+        """Raise GreenvisError where a technique cannot be folded into the model's own weights."""
+        for technique, live in self._pairs():
+            if live.unmergeable:
+                raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
+
+    def state_beside(self) -> dict[str, Tensor]:
+        """Return what the techniques are and hold, under names to put beside those of the model's own `state_dict`.
+
+        A model with the same techniques takes both back by its `load_state_dict`; any other refuses. Of several processes each
+        has to save for itself what it holds alone (a share of a replay buffer), which is not in here.
+        """
+        shared = [(t, live) for t, live in self._pairs() if not t.apart or ranks.count() == 1]
+        own = {f"{BESIDE}{t.name}.{k}": v.detach() for t, live in shared for k, v in live.state_dict().items()}
+        return self.form_beside() | own
+
+    def form_beside(self) -> dict[str, Tensor]:
+        """Return what the techniques are, as `state_beside`, without what they hold."""
+        form = json.dumps(self.recipe_form(), sort_keys=True).encode()
+        return {BESIDE + _FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this model and techniques."""
@@ -188,12 +242,45 @@ class Deltas:
 
     def _copied(self) -> dict[str, Tensor]:
         """Return the delta as copies in CPU memory, which share nothing with the model."""
-        return {k: v.detach().cpu().contiguous().clone() for k, v in self.state_dict().items()}
+        return _copies(self.state_dict())
 
     def _base_fingerprint(self, state: Mapping[str, Tensor]) -> str:
         """Return the fingerprint of what lies under a delta, with the values it had before `wrap`."""
         there = self.model.state_dict(keep_vars=True)
         return models.fingerprint({n: self._snapshot.original(t) for n, t in there.items() if f"model.{n}" not in state})
+
+
+def _take_out(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a model's `load_state_dict`: take out what `state_beside` returned, which was put beside its state.
+
+    Raises BadInput where it is of other techniques.
+    """
+    mine = {k.removeprefix(prefix + BESIDE): state.pop(k) for k in [*state] if k.startswith(prefix + BESIDE)}
+    live = LIVE[model][1]() if model in LIVE else None
+    if not mine or live is None:
+        return
+    form = json.loads(bytes(mine.pop(_FORM).cpu().tolist()))
+    if form != live.recipe_form():
+        raise BadInput(f"this state was saved with {form}, but the model is wrapped with {live.recipe_form()}")
+    vars(model)[_COMING] = mine
+
+
+def _give(model: nn.Module, keys: Any) -> None:
+    """After it: give that to the techniques, some of which look at the model's weights."""
+    live, mine = LIVE[model][1]() if model in LIVE else None, vars(model).pop(_COMING, None)
+    if live is None or not mine:  # the form alone: what they hold lies elsewhere
+        return
+    for technique, installed in live._pairs():
+        start = f"{technique.name}."
+        own = {k.removeprefix(start): v for k, v in mine.items() if k.startswith(start)}
+        if own or not technique.apart:
+            installed.load_state_dict(own)
+        elif ranks.count() == 1:
+            raise BadInput(f"this state is of several processes, each of which held a part of what '{technique.name}' keeps")
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
 def _bytes(state: Mapping[str, Tensor]) -> int:

@@ -117,13 +117,43 @@ def share(loader: DataLoader[Any]) -> DataLoader[Any]:
     return DataLoader(loader.dataset, batch_sampler=_Shares(loader.batch_sampler), **kept)
 
 
-def weight(samples: int) -> float | Tensor:
-    """Return what a mean over this process's samples counts for, so that the mean over processes is that over all samples."""
-    if count() == 1:
-        return 1.0
-    total = torch.tensor(samples, device=_device())
-    dist.all_reduce(total)
-    return samples * count() / total  # a tensor: to look at its value would hold up a GPU at every step
+class SampleMean:
+    """Make the gradient of an optimizer step that of the mean over all its samples, of every micro-batch and process.
+
+    Trainers weigh micro-batches alike, and processes, whatever each holds: an uneven last batch, replayed samples. A loss that
+    is a mean over its batch is to be multiplied by `weight` before its backward; `settle` puts right by how much once all
+    samples of the step are known. Where all batches are of one size nothing is changed, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self._unit: int | Tensor | None = None
+        self._samples: int | Tensor = 0
+
+    def weight(self, samples: int | Tensor, unit: int | Tensor | None = None) -> float | Tensor:
+        """Return what a micro-batch counts for, in units: where absent, the step's first batch (of the process with most)."""
+        if unit is not None:
+            self._unit = unit
+        elif self._unit is None:
+            self._unit = samples
+            if count() > 1:
+                self._unit = torch.as_tensor(samples).to(_device(), copy=True)
+                dist.all_reduce(self._unit, dist.ReduceOp.MAX)
+        self._samples += samples
+        return samples / self._unit
+
+    def settle(self, parameters: Iterable[nn.Parameter], divisor: int) -> None:
+        """After a step's last backward, make the gradients the mean; divisor: by what the trainer divides their sum."""
+        assert self._unit is not None
+        total = self._samples
+        unit, self._unit, self._samples = self._unit, None, 0
+        if count() > 1:
+            total = torch.as_tensor(total).to(_device(), copy=True)
+            dist.all_reduce(total)
+        factor = unit * divisor / total
+        if isinstance(factor, torch.Tensor) or factor != 1.0:
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
 
 
 def together(ask: Callable[[], T]) -> T:

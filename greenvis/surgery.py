@@ -30,14 +30,20 @@ class Snapshot:
     Copies lie in CPU memory; `forget_unchanged` drops those of frozen tensors that still equal the model's.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, also: Iterable[nn.Module] = ()) -> None:
         self.model = model
-        self._modules = [(m, type(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in model.modules()]
+        modules = dict.fromkeys([*model.modules(), *also])
+        self._modules = [(m, type(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in modules]
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._values: dict[int, Tensor] = {}
         self._places: dict[int, int] | None = None  # by id of a tensor
         self.keep_values()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules it gives back."""
+        return [m for m, _, _ in self._modules]
 
     def keep_values(self) -> None:
         """Copy every tensor of which no copy is held yet."""

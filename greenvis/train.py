@@ -130,6 +130,7 @@ class Loop:
         self.live, self.spec, self.run, self.seed, self.file = live, spec, run, seed, file
         self.accelerator = _accelerator(spec, log_with, run.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
+        self.mean = ranks.SampleMean()
         ranks.part_ways()
         self._left = states.read(file) if file is not None and file.exists() else None
         self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
@@ -191,6 +192,7 @@ class Loop:
         model.train()
         saved_at = time.monotonic()
         losses: list[Tensor] = []
+        weights: list[Tensor] = []
         loader = _shown(accelerator, part.batches(progress.epoch, progress.batch))
         for x, y, *positions in self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"):
             if part.samples is not None:
@@ -198,10 +200,15 @@ class Loop:
             with accelerator.accumulate(model):
                 x, y = live.batch(x, y)
                 with accelerator.autocast():
-                    loss = _loss(live, model, self.criterion, x, y) * ranks.weight(len(y))
-                accelerator.backward(loss)
-                if not losses:
+                    loss = _loss(live, model, self.criterion, x, y)
+                weight = self.mean.weight(len(y))
+                weights.append(torch.as_tensor(weight, dtype=torch.float32, device=loss.device))
+                losses.append(loss.detach() * weight)
+                accelerator.backward(loss * weight)
+                if len(losses) == 1:
                     _all_reached(live)
+                if accelerator.sync_gradients:
+                    self.mean.settle(model.parameters(), self.spec.accumulate * ranks.count())
                 if accelerator.sync_gradients and self.spec.clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
                 optimizer.step()
@@ -211,7 +218,6 @@ class Loop:
                     progress.step += 1
                 optimizer.zero_grad()
             progress.batch += 1
-            losses.append(loss.detach())
             if len(losses) % CHECK_EVERY == 1:
                 _finite(loss, progress, self.run.notes)
             if accelerator.sync_gradients and time.monotonic() - saved_at > self.spec.checkpoint_every_s:
@@ -222,9 +228,9 @@ class Loop:
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if losses:
             _finite(losses[-1], progress, self.run.notes)
-            mean = torch.stack(losses).float().mean()
-            ranks.mean([mean])
-            self.log(loss=mean.item())
+            sums = torch.stack([torch.stack(values).float().sum() for values in (losses, weights)])
+            ranks.mean([sums])
+            self.log(loss=(sums[0] / sums[1]).item())
 
 
 def _shown(accelerator: Accelerator, batches: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import permutations
@@ -11,15 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import answers, ranks
-from greenvis.deltas import Deltas
+from greenvis import answers, ranks, trainers
+from greenvis.deltas import LIVE, Deltas
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.intact import Optimizers, Watch, forget_compiled, refuse_compiled
 from greenvis.owners import Owners
 from greenvis.surgery import Snapshot
 from greenvis.technique import STAGES, Installed, Samples, Task, Technique, refuse_clash, refuse_conflicts
-
-_LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
 
 
 def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
@@ -35,9 +32,9 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
         if not isinstance(request, Technique):
             hint = f"; write {request.__name__}(…)" if isinstance(request, type) else ""
             raise BadInput(f"wrap() takes techniques, not {request!r}{hint}")
-    if model in _LIVE:
+    if model in LIVE:
         raise BadInput(
-            f"this {type(model).__name__} is wrapped already (with {some(_LIVE[model]) or 'nothing'}): give all techniques "
+            f"this {type(model).__name__} is wrapped already (with {some(LIVE[model][0]) or 'nothing'}): give all techniques "
             "to one wrap(), or call undo() or merge() first"
         )
     if any(isinstance(hook, Watch) and hook.parts for hook in model._forward_pre_hooks.values()):
@@ -60,7 +57,9 @@ class Wrapped(Owners, Deltas):
         self.installed: list[Installed] = []
         self._learned: set[int] = set()  # parameters that earlier tasks trained
         self._stepped = False  # whether terms were asked for
+        self.trained_on = 1  # samples of the last batch that terms were asked for
         self._shared: list[Any] = []  # what makes processes share a pretext's gradients
+        self._used: Any = None  # a hook, see `_watch_trainers`
         self._snapshot = Snapshot(model)
         Owners.__init__(self)
         Deltas.__init__(self)
@@ -74,7 +73,7 @@ class Wrapped(Owners, Deltas):
         self._watch = Watch(self) if techniques else None
         self._optimizers = Optimizers(self)
         forget_compiled()
-        _LIVE[model] = tuple(t.name for t in techniques)
+        self._enter()
 
     def _install(self) -> None:
         self._refuse(answers.task_said(self.model))
@@ -95,6 +94,7 @@ class Wrapped(Owners, Deltas):
                 )
         for (a, one), (b, other) in permutations(self._pairs(), 2):
             refuse_clash(a, b, _broken(a, one) & _needed(b, other))
+        self._watch_trainers()
 
     def _put_in(self, technique: Technique) -> Installed:
         """Install one technique; a refusal names those that changed the model before it."""
@@ -117,6 +117,16 @@ class Wrapped(Owners, Deltas):
         strict = any(technique.tasks < answers.TASKS.keys() for technique in self.techniques)
         if strict and (logits is not None or answers.is_tensor(y)):
             self._refuse(answers.task_of(None if logits is None else answers.logits_of(logits), y))
+
+    def _watch_trainers(self) -> None:
+        """Notice what a trainer does to the gradients of what techniques declare."""
+        for technique, live in self._pairs():
+            reads = type(live).terms is not Installed.terms
+            trainers.watch(self.model, technique.name, self._owned[technique.name].values(), reads)
+        if self._used is not None:
+            self._used.remove()
+        declared = self.declared
+        self._used = self.model.register_forward_hook(trainers.UsedInTerms(declared)) if declared else None
 
     # -- the seams of a training step ---------------------------------------------------------------------------------
 
@@ -153,6 +163,7 @@ class Wrapped(Owners, Deltas):
                 self._shared = ranks.share_gradients(self.trainable.values())
             self._stepped = True
         self._check(logits, y)
+        self.trained_on = next((len(v) for v in (y, x) if hasattr(v, "__len__")), self.trained_on)
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
             for name, value in live.terms(x, y, logits).items():
@@ -205,6 +216,7 @@ class Wrapped(Owners, Deltas):
         self._optimizers.reset()
         if self._watch is not None:
             self._watch.note()
+        self._watch_trainers()
 
     def test_task(self, task: Task | None) -> None:
         """Call before an evaluation on images of one task if they are said to be of it, and with None when it is over."""
@@ -270,14 +282,17 @@ class Wrapped(Owners, Deltas):
 
         Raises GreenvisError, with nothing changed, where a technique cannot be folded. `undo` still works afterwards.
         """
-        for technique, live in self._pairs():
-            if live.unmergeable:
-                raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
+        self.check_foldable()
         self._settle()
         if self._watch is not None:
             self._watch.refuse_lost({id(module) for module, _, _ in self._snapshot._modules})
         self._snapshot.keep_values()
         self._release()
+        self.fold()
+        return self.model
+
+    def fold(self) -> None:
+        """Give the model its own structure back and fold the techniques into its weights: a part of `merge`."""
         modes = {module: module.training for module in self.model.modules()}
         self._snapshot.restore(values=False)
         if self._watch is not None:
@@ -286,7 +301,6 @@ class Wrapped(Owners, Deltas):
             module.training = modes.get(module, self.model.training)
         for live in reversed(self.installed):
             live.merge()
-        return self.model
 
     def finish(self) -> nn.Module:
         """Return the model in eval as it will be served: merged where every technique can be, else with them in it."""
@@ -305,7 +319,7 @@ class Wrapped(Owners, Deltas):
         self._shared.clear()
         for live in reversed(self.installed):
             live.undo()
-        if _LIVE.pop(self.model, None) is not None:
+        if LIVE.pop(self.model, None) is not None:
             self._optimizers.release()
             self._start = None
             forget_compiled()

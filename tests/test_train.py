@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import greenvis as gv
 from greenvis import data, loggers, train
@@ -108,6 +109,32 @@ def test_labels_are_smoothed_by_what_the_recipe_says(tmp_path: Path, smoothing: 
     (-(target * logs).sum(1).mean()).backward()
     for a, b in zip(model.parameters(), mine.parameters(), strict=True):
         assert torch.allclose(a, b - 0.5 * b.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2, 3])
+def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: int) -> None:
+    """Batches of 12, 12, 12 and 4: each step is that of one big batch, the last of an epoch too."""
+    batches = [(X[i : i + 12], Y[i : i + 12]) for i in range(0, 40, 12)]
+    net = lambda: torch.nn.utils.skip_init(nn.Linear, 6, 2)  # noqa: E731
+    start = {"weight": torch.ones(2, 6) / 3, "bias": torch.zeros(2)}
+    spec = TrainSpec(
+        epochs=1, accumulate=accumulate, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant", clip_norm=0.2
+    )
+    model, mine = net(), net()
+    model.load_state_dict(start)
+    mine.load_state_dict(start)
+    live = gv.wrap(model, [])
+    with gv.track("fit", live, dir=tmp_path) as run:
+        train.fit(live, lambda epoch, start: DataLoader(batches, batch_size=None), 4, lambda: [(X, Y)], spec, run)
+    for first in range(0, 4, accumulate):
+        x, y = (torch.cat(part) for part in zip(*batches[first : first + accumulate], strict=True))
+        mine.zero_grad()
+        torch.nn.functional.cross_entropy(mine(x), y).backward()
+        torch.nn.utils.clip_grad_norm_(mine.parameters(), 0.2)
+        with torch.no_grad():
+            for parameter in mine.parameters():
+                parameter -= 0.5 * parameter.grad
+    assert all(torch.allclose(v, mine.state_dict()[k], atol=1e-6) for k, v in model.state_dict().items())
 
 
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:

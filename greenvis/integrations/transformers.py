@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from greenvis import ranks
 from greenvis.errors import BadInput
+from greenvis.integrations import _state
 from greenvis.meters.track import Tracker, track
-from greenvis.technique import logits_of
+from greenvis.technique import Installed, logits_of
 from greenvis.wrap import Wrapped
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
 class GreenCallback(TrainerCallback):
@@ -23,41 +30,86 @@ class GreenCallback(TrainerCallback):
         green = GreenCallback(live, "pets")
         GreenTrainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
-    name and options are those of `gv.track`; `run` is the tracked run. task_loss: of logits (batch, classes) and labels.
-    Raises BadInput where the trainer is not a `GreenTrainer`, where codecarbon would meter the same run again, and for FSDP and
-    DeepSpeed; several processes (DDP) may train.
+    name and options are those of `gv.track`; `run` is the tracked run, a new one at each `train()`.
+    task_loss: of logits (batch, classes) and labels, a mean over them; where absent, cross entropy with the arguments' label
+    smoothing. An optimizer step learns the mean over all its samples, replayed ones included, however many micro-batches and
+    processes (DDP) they came in.
+    Raises BadInput where the trainer is not a `GreenTrainer`, where codecarbon would meter the same run again, for
+    DataParallel, FSDP and DeepSpeed, and for settings that would be without effect.
     """
 
     def __init__(
-        self, live: Wrapped, name: str, *, task_loss: Callable[..., Tensor] = F.cross_entropy, image_key: str = "pixel_values",
+        self, live: Wrapped, name: str, *, task_loss: Callable[..., Tensor] | None = None, image_key: str = "pixel_values",
         label_key: str = "labels", **options: Any,
     ) -> None:  # fmt: skip
+        _state.check_live(live, "GreenCallback")
         self.live = live
-        self.run: Tracker = track(name, live, **options)
-        self._criterion = live.criterion(task_loss)
+        self._new_run = partial(track, name, live, **options)
+        self.run: Tracker = self._new_run()
+        self._started = False
+        self._task_loss = task_loss
+        self._criterion = live.criterion(task_loss or F.cross_entropy)
         self._image_key, self._label_key = image_key, label_key
         self._images: Any = None
-        self._shown = False
+        self._shown = self._asked = False
         self._samples = 0
+        self._mean = ranks.SampleMean()
+        self._changes_batches = any(type(i).batch is not Installed.batch for i in live.installed)
         self._open = ExitStack()
         self._eval: AbstractContextManager[Any] | None = None
 
     def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-        """Return the task loss plus, in training, the techniques' terms: what Trainer calls as `compute_loss_func`."""
+        """Return the task loss plus, in training, the techniques' terms: what Trainer calls as `compute_loss_func`.
+
+        num_items_in_batch: labels of all micro-batches and processes of the step, before techniques added any; the loss is then
+        this batch's part of their mean, as Trainer wants it.
+        """
         logits = logits_of(outputs)
+        count: Any = num_items_in_batch
         if not self.live.model.training:
-            return self._criterion(logits, labels)
-        self._samples += len(labels)
-        if not self._shown:
-            self._open.close()
+            return self._criterion(logits, labels) * (1.0 if count is None else _items(labels) / count)
+        if not self._shown and self.live.techniques:
             raise BadInput("techniques want each batch before the forward, where Trainer offers no place: use GreenTrainer")
-        return self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
+        self._samples += len(labels)
+        self._asked = True
+        value = self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
+        if count is None or self._changes_batches:  # what is to be divided by is known when the step is complete
+            return value * self._mean.weight(_items(labels), count)
+        return value * (_items(labels) / count)
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a training batch as the techniques want it."""
-        self._shown = True
+        self._shown, self._asked = True, False
         x, y = self.live.batch(inputs[self._image_key], inputs[self._label_key])
         return {**inputs, self._image_key: x, self._label_key: y}
+
+    def settle(self, counted: bool) -> None:
+        """After the last backward of an optimizer step: make its gradient the mean over what was trained on.
+
+        counted: whether Trainer gave `num_items_in_batch`, and so took the number of processes into account.
+        """
+        if not counted or self._changes_batches:
+            self._mean.settle(self.live.model.parameters(), 1 if counted else ranks.count())
+
+    def check(self, args: TrainingArguments) -> None:
+        """Take what the arguments say of the loss. Raises BadInput for what would be without effect, or wrong."""
+        if args.n_gpu > 1:
+            raise BadInput(
+                f"DataParallel copies the model to {args.n_gpu} GPUs at each step, without its techniques: use torchrun"
+            )
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            raise BadInput("average_tokens_across_devices=False weighs processes alike, whatever they hold: leave it True")
+        if args.label_smoothing_factor and self._task_loss is not None:
+            raise BadInput(
+                f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a task_loss of your own: smooth there"
+            )
+        if args.label_smoothing_factor:
+            self._criterion = self.live.criterion(partial(F.cross_entropy, label_smoothing=args.label_smoothing_factor))
+
+    def fail(self, error: BaseException) -> None:
+        """End the run as failed."""
+        self._eval = None
+        self._open.__exit__(type(error), error, error.__traceback__)
 
     # -- what Trainer calls -------------------------------------------------------------------------------------------
 
@@ -70,14 +122,24 @@ class GreenCallback(TrainerCallback):
                 'report_to="none"'
             )
         ranks.refuse_sharding(self.live.model)
+        if state is not None:
+            self.check(args)
+            self.live.plan(state.max_steps)
+        self._open.close()
+        if self._started:
+            self.run = self._new_run()
+        self._started = True
         self._open.enter_context(self.run)
         self._open.enter_context(self.run.phase("train"))
         hook = self.live.model.register_forward_pre_hook(self._seen, with_kwargs=True)
         self._open.callback(hook.remove)
 
-    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
-        """Let schedules of techniques go on."""
+    def on_optimizer_step(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+        """Let schedules of techniques go on, while the gradients are there."""
         self.live.step_end()
+
+    def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
+        """Count the step."""
         self.run.add(steps=1, samples=self._samples)
         self._samples = 0
 
@@ -117,13 +179,98 @@ class GreenCallback(TrainerCallback):
 class GreenTrainer(Trainer):
     """A Trainer that counts the FLOPs of each step and shows batches to the techniques, which may change them (replay).
 
-    Needs a `GreenCallback` among its callbacks.
+    Needs a `GreenCallback` among its callbacks, whose `loss` it takes as `compute_loss_func`.
+    `save_model` writes plain weights, which `from_pretrained` takes, where the techniques can be folded into them; else none,
+    so that nobody takes the weights without their techniques. Beside them, in the folder "greenvis", lies what was learned and
+    what techniques hold: a resume takes it from there, and `live.load(folder / "greenvis")`.
     """
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._said = False  # that checkpoints hold no plain weights
+        green = self._green()
+        if green is not None:
+            green.check(self.args)
+            self.compute_loss_func = self.compute_loss_func or green.loss
+
+    def _green(self) -> GreenCallback | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, GreenCallback)), None)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as Trainer does; a training that fails ends its run as failed."""
+        try:
+            return super().train(*args, **kwargs)
+        except BaseException as error:
+            if (green := self._green()) is not None:
+                green.fail(error)
+            raise
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Train on the batch as the techniques want it, as Trainer does."""
-        green = next((c for c in self.callback_handler.callbacks if isinstance(c, GreenCallback)), None)
+        green = self._green()
         if green is None:
             raise BadInput("GreenTrainer needs callbacks=[GreenCallback(live, name)]")
         with green.run.flops(inputs):
-            return super().training_step(model, green.batch(inputs), *args, **kwargs)
+            changed = green.batch(inputs)
+            loss = super().training_step(model, changed, num_items_in_batch, *args, **kwargs)
+        if not green._asked:
+            raise BadInput("the techniques' terms are in no loss: give compute_loss_func=green.loss, or none")
+        if self.accelerator.sync_gradients:
+            green.settle(num_items_in_batch is not None)
+        if num_items_in_batch is None:
+            return loss / self.current_gradient_accumulation_steps
+        before, after = (batch[green._label_key] for batch in (inputs, changed))
+        return loss if before is after else loss * (_items(before) / _items(after)).to(loss)  # for the log: a mean of its own
+
+    # -- saving -------------------------------------------------------------------------------------------------------
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Write plain weights where there are some, and what is needed to go on beside them."""
+        green = self._green()
+        if green is None or not green.live.active:
+            super()._save(output_dir, state_dict)
+            return
+        live, folder = green.live, Path(output_dir or str(self.args.output_dir))
+        reason = next((f"{t.name} {i.unmergeable}" for t, i in live._pairs() if i.unmergeable), None)
+        if reason is None:
+            super()._save(output_dir, live.plain_state_dict() if self.args.should_save else {})
+        elif self.args.should_save:
+            self._save_without_weights(folder, reason)
+        _state.save(live, folder / _state.FOLDER)
+
+    def _save_without_weights(self, folder: Path, reason: str) -> None:
+        """Write configuration and processor; what was learned goes into the folder "greenvis" alone."""
+        way = f"wrap a plain model with the same techniques and call live.load('{folder / _state.FOLDER}')"
+        stale = [name for name in _WEIGHTS if (folder / name).exists()]
+        if stale:
+            raise BadInput(f"{folder} holds {stale[0]} of another model, which from_pretrained would load: save elsewhere")
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in (getattr(self.model, "config", None), self.processing_class):
+            if part is not None:
+                part.save_pretrained(folder)
+        torch.save(self.args, folder / "training_args.bin")
+        said = "%s gets no weights of its own, for from_pretrained would load them without their techniques (%s): %s"
+        if not self._said:
+            logging.getLogger(__name__).warning(said, folder, reason, way)
+        self._said = True
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        green = self._green()
+        if green is None or not green.live.active:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            _state.load(green.live, Path(resume_from_checkpoint) / _state.FOLDER)
+
+    def _load_best_model(self) -> None:
+        green, best = self._green(), self.state.best_model_checkpoint
+        if green is None or not green.live.active or best is None:
+            super()._load_best_model()
+        else:
+            _state.load(green.live, Path(best) / _state.FOLDER)
+
+
+def _items(labels: Tensor) -> Tensor:
+    """Return how many labels count, as Trainer counts them."""
+    return labels.ne(-100).sum()

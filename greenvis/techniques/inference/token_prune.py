@@ -20,6 +20,7 @@ from greenvis.techniques.inference._keys import Source, sources
 from greenvis.techniques.inference._pruning import Predictor, best, class_attention, decide, fused, policy_mask, ratio_loss
 from greenvis.techniques.inference._rows import Follower, follow, rows_of
 from greenvis.techniques.iteration._seams import check_runs, first, patches_matter, with_first
+from greenvis.trainers import refuse_recomputed
 from greenvis.views import View, view
 
 _CHILD = "token_prune"
@@ -219,6 +220,8 @@ class Predicted(Pruning):
         given, policy = super().mask(given), self._policy
         if policy is None or not self.block.module.training:
             return given
+        if policy.requires_grad:  # what decided lies outside of a block that is checkpointed
+            refuse_recomputed(TokenPrune.name)
         seen = policy_mask(torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1))
         return seen if given is None else seen + given
 
