@@ -76,7 +76,7 @@ class _Header(_Loose):
     world_size: Annotated[int, Field(ge=1, le=10**5)] = 1
     host: _Word | None = None
     boot_id: _Word | None = None
-    pid: Annotated[int, Field(ge=0)] | None = None
+    pid: Annotated[int, Field(ge=0)] | _Word | None = None
     parents: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=10_000)] | None = None
     clock_s: _Moment | None = None
     mono_s: _Moment | None = None
