@@ -124,7 +124,7 @@ def _facts(accuracy: float | None, arm: str) -> dict[str, Any]:
         "images_per_s": 212.0,
         "peak_memory_mb": 903.0,
         "data": {"name": "fashion-mnist", "checksum": "sha256:5f1e", "train": 12000},
-        "model": {"ref": "timm/vit_tiny_patch16_224", "fingerprint": "ab12"},
+        "model": {"ref": "timm/vit_tiny_patch16_224", "options": {"variant": arm}, "fingerprint": "ab12"},
         "recipe": "name: fashion-lora\narms: {baseline: {}}\n",
     }
 

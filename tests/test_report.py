@@ -312,7 +312,7 @@ def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tm
     assert (
         "accuracy −0.20 points (95\u00a0% interval −0.92 to +0.52): not yet decided at 0.5 points, about 3 more seeds" in said
     )
-    assert sentence(found, "frozen").startswith("frozen reached 81.0\u00a0% for 538 J of training energy (one seed")
+    assert sentence(found, "frozen").startswith("frozen reached 81.0\u00a0% for 540 J of training energy (one seed")
     assert "%" not in sentence(found, "frozen").partition("for")[2]  # one seed is compared with nothing
     said = sentence(found, "distilled")
     assert "3.7 times more energy (3.6–3.8) than baseline (the teacher of distilled included; own training ×1.13" in said
@@ -324,7 +324,7 @@ def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tm
     alone = results(study / "frozen")
     assert (
         sentence(alone, headline(alone))
-        == "frozen reached 81.0\u00a0% for 538 J of training energy (one seed: no spread is known)."
+        == "frozen reached 81.0\u00a0% for 540 J of training energy (one seed: no spread is known)."
     )
 
 

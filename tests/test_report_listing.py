@@ -138,4 +138,4 @@ def test_rows_and_results_fit_a_terminal(study: Path) -> None:
     console.print(table(results(study)))
     lines = console.export_text().split("\n")
     assert len(lines) < 30
-    assert all("466 mg" in x for x in lines if "88.9" in x)  # no column is cut off
+    assert all("470 mg" in x for x in lines if "88.9" in x)  # no column is cut off

@@ -116,8 +116,15 @@ def _row(arm: Arm, metric: str, grid: Mapping[str, Any] | None, users: Mapping[s
     done = list(arm.done.values())
     row = arms_.numbers(arm, metric, grid) | reuse.reuse(done, users, grid)
     row |= {"inputs": None if arm.runs[0].tracked else arm.runs[0].inputs or None}  # the same in two arms: the same work
+    row |= {"network": _network(row, done)}
     planned, switched = forecast.predicted(done, grid), settings.settings(arm)
     return row | ({"predicted": planned} if planned else {}) | ({"operating_points": switched} if switched else {})
+
+
+def _network(row: Mapping[str, Any], done: list[SeedRun]) -> list[Any] | None:
+    """Return what is the same in two arms whose finished networks are; None where the records do not say."""
+    model = next((r.done.facts.get("model") for r in done if r.done), None)
+    return [model.get("ref"), model.get("options"), row["macs"], row["params"]] if isinstance(model, Mapping) else None
 
 
 def to_arms(groups: list[SeedRun]) -> list[Arm]:

@@ -16,15 +16,13 @@ SERVING = ("inference_energy",)
 def floors(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those compared}, or None.
 
-    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving: arms that answer with the same
-    MACs and parameters. Results of before there were inputs say neither.
+    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving: arms whose finished networks
+    are the same: of one model, with as many MACs and parameters. Results of before there were inputs say neither.
     """
     rows = {a: r for a, r in found["arms"].items() if "inputs" in r and r["seeds"]}
     return {
         "training": _apart(rows, lambda r: r["inputs"], "train_energy_j"),
-        "serving": _apart(
-            rows, lambda r: (r["macs"], r["params"]) if r["macs"] and r["params"] else None, "inference_energy_j"
-        ),
+        "serving": _apart(rows, lambda r: r["network"], "inference_energy_j"),
     }
 
 
