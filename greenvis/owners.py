@@ -44,8 +44,7 @@ class Owners:
         if hanging:
             raise BadInput(f"{start}a technique had put {hanging} on it{end}")
         owned = {name: [p for p in old if id(p) in of_one] for name, of_one in self._owned.items()}
-        learning = sum(p.requires_grad for p in new)  # a fixed table (of positions) is nobody's, in old and new
-        part = [name for name, mine in owned.items() if 0 < len(mine) < len(old) and len(mine) != learning]
+        part = [name for name, parameters in owned.items() if 0 < len(parameters) < len(old)]
         if part:
             raise BadInput(f"{start}{some(part)} trains a part of it{end}")
         if any(owned.values()) and not new:
@@ -65,7 +64,7 @@ class Owners:
         for technique, live in self._pairs():
             mine = self._owned[technique.name]
             if gone & mine.keys():
-                mine = {k: p for k, p in mine.items() if k not in gone} | {id(p): p for p in new if p.requires_grad}
+                mine = {k: p for k, p in mine.items() if k not in gone} | {id(p): p for p in new}
                 self._owned[technique.name] = mine
                 live.trainable = tuple(n for n, p in named.items() if id(p) in mine)
         self._freeze()
