@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -253,3 +254,34 @@ def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) 
         assert [view for view, *_ in installed.saw] == [0, 0, 1, 1]
         assert all(y == images.targets[at].tolist() for _, at, y in installed.saw)
         assert sorted(i for _, at, _ in installed.saw[:2] for i in at) == list(range(6))
+
+
+class Unread(Technique):
+    """Adds a parameter, and reads it only times a factor."""
+
+    name: ClassVar[str] = "unread"
+    stage: ClassVar[Stage] = "weights"
+    factor: float = 0.0
+
+    def install(self, model: nn.Module) -> Installed:
+        extra = nn.Parameter(torch.ones(2))
+        model[4].register_parameter("extra", extra)  # type: ignore[index,union-attr]
+        model[4].register_forward_hook(partial(_scaled, self.factor))  # type: ignore[index]
+        return Installed(("4.extra",))
+
+
+def _scaled(factor: float, module: Any, args: Any, output: Tensor) -> Tensor:
+    return output + factor * module.extra
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.0])
+def test_a_training_in_which_what_a_technique_trains_stands_still_fails(tmp_path: Path, factor: float) -> None:
+    live = gv.wrap(_net(), [Unread(factor=factor)])
+    spec = TrainSpec(epochs=2, batch_size=10, lr=0.01, weight_decay=0.0)
+    with gv.track("fit", live, dir=tmp_path) as run:
+        if factor:
+            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)
+            assert live.unmoved() == []
+            return
+        with pytest.raises(GreenvisError, match="'unread': none of the parameters it trains has moved in 8 steps"):
+            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)
