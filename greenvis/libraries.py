@@ -272,11 +272,17 @@ def _with_hf_options(request: Request, stored: Any, given: dict[str, Any]) -> An
     return config
 
 
+def hf_weights(request: Request) -> Path | None:
+    """Return the local folder whose weights `hf/PATH` begins with, if it is one that holds any."""
+    place = (request.folder / Path(request.name).expanduser()).resolve()
+    return place if (place / "config.json").is_file() and any(place.glob("*.safetensors")) else None
+
+
 def _build_hf(request: Request) -> nn.Module:
     from transformers import AutoModelForImageClassification as Classifier
 
     config, place = _hf_config(request)
-    has_weights = place is not None and any(place.glob("*.safetensors"))
+    has_weights = hf_weights(request) is not None
     if request.pretrained is False or (request.pretrained is None and not has_weights):
         return Classifier.from_config(config)
     if isinstance(request.pretrained, Path):

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from greenvis import price, record, weights
+from greenvis import models, price, record, weights
 from greenvis.errors import BadInput
 from greenvis.jobs import WEIGHTS_FILE, Job, model_files
 from greenvis.record import Provenance, Reading
 from greenvis.technique import explain
 
+NOT_KNOWN = {"value": None, "low": None, "high": None}  # joules of what others made
 KEYS = ("run", "arm", "seed")  # what a weight file's card must hold to be an ancestor, beside its cost
 COST = ("observed", "energy_j")  # as observations; in older cards as joules
 MOST_ROWS, MOST_COMPONENTS = 1000, 100  # of a family tree; of a meter
@@ -57,7 +58,7 @@ class _Observed(_Loose):
 class _Use(_Loose):
     role: _Name
     name: _Name
-    seed: int
+    seed: int | None
     runs: Annotated[list[_Name], Field(max_length=10_000)]
     observed: list[_Observed] | None = None
     energy_j: _Energy | None = None
@@ -92,6 +93,7 @@ def ancestors(job: Job) -> list[dict[str, Any]]:
     role: "base" or "teacher". runs: ids of its records; observed: what they took together (`price.spent` prices it). of: the
     names of those of its children that are in this family, so that a family tree can be drawn. Each stands there once,
     however many build on it.
+    Weights that others made are among them, by name, with no runs, and an energy nobody knows.
     """
     found: dict[str, dict[str, Any]] = {}
     _collect(job, found)
@@ -190,6 +192,8 @@ def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
         }
         _add(found, line, [child])
         _collect(used, found)
+    for role, name in _by_others(job):
+        _add(found, {"role": role, "name": name, "seed": None, "runs": [], "energy_j": NOT_KNOWN}, [child])
     for role, _, its in _cards(job):
         line = {"role": role, "name": its["arm"], "seed": its["seed"], "runs": [its["run"]], **_cost(its)}
         _add(found, line, [child])
@@ -215,6 +219,21 @@ def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
             continue
         if _is_card(card):
             yield role, path, _checked(path, card)
+
+
+def _by_others(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield (role, name) of the weights a job begins with that no run of greenvis made: nobody here knows what they cost."""
+    spec, ours = job.arm.model, {path for _, path, _ in _cards(job)}
+    published = models.published(spec.ref, folder=job.recipe.folder, **spec.options)
+    if published and spec.init is None:  # what `init` names takes the place of published weights
+        yield "base", published
+    for role, path in model_files(job.arm, job.recipe.folder):
+        if path not in ours:
+            yield role, f"{path.name}, a file that says nothing of its making"
+    for technique in _techniques(job):
+        for ref in technique.recipe_form().values():
+            if isinstance(ref, str) and ref.startswith("hf/") and (name := models.published(ref)):
+                yield technique.role, name
 
 
 def _techniques(job: Job) -> Iterable[Any]:

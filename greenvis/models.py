@@ -98,6 +98,16 @@ def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, 
     return stored["ref"], {**stored["options"], **options}
 
 
+def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | None:
+    """Return a name for the weights of others that `build` begins with, those of a library or a file; None for random ones."""
+    request = _take_apart(ref, True, Path(folder), options)
+    given = options.get("pretrained")
+    local = libraries.hf_weights(request) if request.library == "hf" and request.pretrained is None else None
+    if not request.pretrained and local is None:
+        return None
+    return f"{ref} with published weights" + (f" ({given})" if isinstance(given, str) else "")
+
+
 def file_of(ref: str, folder: str | Path = ".") -> Path:
     """Return the path that "file:PATH" names, relative to `folder`."""
     return (Path(folder) / Path(ref.removeprefix("file:")).expanduser()).resolve()

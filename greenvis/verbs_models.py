@@ -30,7 +30,7 @@ def card(args: Any) -> Answer:
 
     def cost(energy: dict[str, Any]) -> str:
         if energy["value"] is None:
-            return "cost unknown"
+            return "cost not known"
         return f"{si(energy['value'], 'J')} ({si(energy['low'], 'J')} – {si(energy['high'], 'J')}, {energy['provenance']})"
 
     def show() -> None:
@@ -40,7 +40,8 @@ def card(args: Any) -> Answer:
         print(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
         print("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
         for depth, role, entry in lineage.tree(found):
-            print(f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}, seed {entry['seed']}: {cost(entry['energy_j'])}")
+            seed = "" if entry["seed"] is None else f", seed {entry['seed']}"
+            print(f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}{seed}: {cost(entry['energy_j'])}")
         print(f"with all it was made from: {cost(found['total_j'])}")
         print(f"\nits recipe:\n\n{found.get('recipe', '')}")
 

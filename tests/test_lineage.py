@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import ViTConfig, ViTForImageClassification
 
 import greenvis as gv
 from greenvis import lineage, price, probe, record
 from greenvis.cli import main
 from greenvis.errors import BadInput
 from greenvis.price import run_energy
+from greenvis.report import exports
 
 RECIPE = """\
 name: family
@@ -203,3 +206,60 @@ def test_a_report_of_nothing_that_builds_on_anything_has_no_family(finished: Pat
     gv.report([_place(finished, "old")], out=tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["family"] is None
     assert not (tmp_path / "figures" / "family.svg").exists()
+
+
+@pytest.mark.parametrize("way", ["pretrained", "init", "hf"])
+def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path, way: str) -> None:
+    from greenvis import models
+
+    size = "img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2"
+    given: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
+    save_file(models.build("timm/vit_tiny_patch16_224", **given).state_dict(), tmp_path / "theirs.safetensors")
+    refs = {
+        "pretrained": f"timm/vit_tiny_patch16_224, {size}, pretrained: theirs.safetensors",
+        "init": f'timm/vit_tiny_patch16_224, {size}, init: "file:theirs.safetensors"',
+        "hf": "hf/theirs",
+    }
+    if way == "hf":
+        config: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 16, "num_labels": 10}
+        config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+        ViTForImageClassification(ViTConfig(**config)).save_pretrained(tmp_path / "theirs")
+    text = RECIPE.partition("model:")[0] + (
+        f"model: {{ref: {refs[way]}}}\ntrain: {{epochs: 1, batch_size: 50, eval_every: 0, threads: 1}}\n"
+        "arms:\n  first: {}\n  probe: {techniques: [linear_probe]}\n"
+        '  second: {model: {ref: plain/mlp, img_size: 8, hidden: [8]}, techniques: [{distill: {teacher: "run:first"}}]}\n'
+        "meter: {codecarbon: false}\n"
+    )
+    gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
+    folder = gv.report([tmp_path / "runs"], out=tmp_path / "out", baseline="first").parent
+    found = json.loads((folder / "results.json").read_text())
+    (name,) = {u["name"] for u in found["arms"]["first"]["uses"]}
+    assert "theirs" in name
+    for arm in ("first", "probe", "second"):
+        uses = {u["name"]: u for u in found["arms"][arm]["uses"]}
+        assert (uses[name]["role"], uses[name]["energy_j"]["value"]) == ("base", None)
+    second = found["arms"]["second"]
+    (taught,) = [u["energy_j"]["value"] for u in second["uses"] if u["name"] == "family/first"]
+    line = second["train_energy_j"]["value"] + taught
+    assert second["train_energy_with_reuse_j"]["value"] == pytest.approx(line)  # what is known, and no zero for the rest
+    assert found["family"]["members"]["family/second"]["line_j"] is None
+    assert any(name in text and "not known" in text for text in found["not_counted"])
+    page = (folder / "report.md").read_text()
+    assert f"Not counted, for its cost is not known: {name}" in page.replace("\\_", "_")
+    assert "| not known<br>base; not counted: " in page
+    assert "| 0 J" not in re.findall(r"^\| probe .*$", page, re.M)[0]
+    card = exports.model_card(found, "probe")
+    assert '"training_type": "fine-tuning"' in card
+    assert name in card.replace("\\_", "_")
+    place = tmp_path / "runs" / "family" / "probe" / "seed0"
+    assert lineage.read_card(place)["total_j"]["value"] is None
+    assert main(["card", str(place)]) == 0
+
+
+def test_random_weights_are_nobodys() -> None:
+    from greenvis import models
+
+    assert models.published("timm/vit_tiny_patch16_224", pretrained=True) == "timm/vit_tiny_patch16_224 with published weights"
+    assert models.published("timm/vit_tiny_patch16_224", pretrained=None) is None
+    assert models.published("hf/vit") is None
+    assert models.published("plain/mlp", hidden=[8]) is None

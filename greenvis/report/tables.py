@@ -31,7 +31,7 @@ def costs(found: dict[str, Any]) -> list[Column]:
     metric = found["metric"]
     reused = any(row["uses"] for row in found["arms"].values())
     line = [
-        _reading("train_energy_with_reuse_j", "Energy, base and teacher included", "J"),
+        _reading("train_energy_with_reuse_j", "Energy, base and teacher included", "J", lacks=reuse.unknown),
         _ratio("train_energy_with_reuse", "Energy ÷ baseline, base and teacher included"),
     ]
     own = "Own training energy" if reused else "Training energy"
@@ -182,12 +182,19 @@ def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
     return [c for c in columns if any(c.number(r) is not None or (c.text is _builds_on and r["uses"]) for r in rows)]
 
 
-def _reading(key: str, title: str, unit: str, badge: Callable[[Row], str | None] | None = None) -> Column:
+def _reading(
+    key: str,
+    title: str,
+    unit: str,
+    badge: Callable[[Row], str | None] | None = None,
+    lacks: Callable[[Row], list[str]] = lambda row: [],
+) -> Column:
+    """Return the column of a reading, with its band below. lacks: the names of what is not in it."""
     return Column(
         key,
         title,
         lambda r: r[key]["value"],
-        lambda r: words.reading(r[key], unit),
+        lambda r: words.reading(r[key], unit) + (" + not known" if lacks(r) else ""),
         lambda r: _band(r[key], unit),
         badge or (lambda r: r[key]["provenance"]),
     )
