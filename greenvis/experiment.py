@@ -250,6 +250,7 @@ class Session:
             shown = data.ImageSet(own.split, own.ids, plain)
             test = partial(data.batches, images.test, tests, workers=spec.workers)
             new = job.arm.model.init is not None and job.arm.model.classifier == "new"
+            held = None if images.held_out is None else partial(data.batches, images.held_out, tests, workers=spec.workers)
             untaught = live.pretext or (new and spec.epochs == 0)
             if untaught:
                 why = "a pretext trains no classifier" if live.pretext else "no classifier was trained"
@@ -264,6 +265,7 @@ class Session:
                 samples=partial(samples_of(own, job.caches(self.runs)), done),
                 phase=phase,
                 done=done,
+                held_out=held,
                 score=(lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test())) if untaught else None,
                 **options,
             )

@@ -50,7 +50,9 @@ class DataSpec(_Section):
     name: str = Field(description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic")
     train: Positive | None = Field(default=None, description="number of training images; all where absent")
     test: Positive | None = Field(default=None, description="number of test images; all where absent")
-    held_out: Positive | None = Field(default=None, description="training images kept from all training, to calibrate on")
+    held_out: Positive | None = Field(
+        default=None, description="training images kept from all training, to choose on: thresholds, when to stop"
+    )
     img_size: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
         default=None, description="side in pixels; the data's own where absent"
     )
@@ -105,7 +107,9 @@ class TrainSpec(_Section):
         default=None, description="CPU threads of torch; its own choice where absent"
     )
     eval_every: Annotated[int, Field(ge=0, description="epochs between evaluations; 0: at the end only")] = 1
-    target_accuracy: Annotated[float, Field(gt=0, le=1, description="stop when a test accuracy reaches it")] | None = None
+    target_accuracy: (
+        Annotated[float, Field(gt=0, le=1, description="stop when it is reached on data.held_out, or on the test")] | None
+    ) = None
     checkpoint_every_s: Annotated[float, Field(gt=0, description="seconds between checkpoints within an epoch")] = 60.0
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
 
@@ -157,7 +161,9 @@ class ReportSpec(_Section):
 
     baseline: str | None = Field(default=None, description="the arm the others are measured against; the first where absent")
     metric: Literal["accuracy"] = "accuracy"
-    margin: Annotated[float, Field(ge=0, description="points of the metric that an arm may lose and still keep it")] = 0.5
+    margin: Annotated[float, Field(ge=0, le=100, description="points of the metric that an arm may lose and still keep it")] = (
+        0.5
+    )
     title: str | None = None
     note: str | None = Field(default=None, description="what its author has to say of the outcome, shown below the verdict")
 

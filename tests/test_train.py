@@ -138,6 +138,20 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
     assert all(torch.allclose(v, mine.state_dict()[k], atol=1e-6) for k, v in model.state_dict().items())
 
 
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(tmp_path: Path, held_out: bool) -> None:
+    spec = TrainSpec(epochs=3, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8)
+    unreachable = [(X, 1 - Y), (X, Y)]  # half of them are wrong, whatever the model answers
+    more: dict[str, Any] = {"held_out": lambda: unreachable} if held_out else {}
+    _, progress = _fit(tmp_path, spec, Batches(), **more)
+    assert progress.accuracy is not None
+    assert progress.accuracy >= 0.8  # the test reached it in either case
+    assert (progress.reached, progress.epoch) == ((False, 3) if held_out else (True, progress.epoch))
+    run = read(next(iter(find([tmp_path]))))
+    assert any("looked for on test images" in note for note in run.notes) == (not held_out)
+    assert [log["held_out_accuracy"] for log in run.logs if "held_out_accuracy" in log] == [0.5] * 3 * held_out
+
+
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:
     model, progress = _fit(tmp_path, TrainSpec(epochs=0), Batches())
     assert progress.accuracy == pytest.approx(train.evaluate(model, [(X, Y)]))

@@ -47,7 +47,23 @@ def _counted(found: dict[str, Any]) -> list[str]:
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
         *_repeated(found),
         *_intervals(found),
+        *_chosen(found),
         f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; no certification is claimed.",
+    ]
+
+
+def _chosen(found: dict[str, Any]) -> list[str]:
+    """Say on which images choices were made: held out ones, or, for all that is known, the test's."""
+    held = sorted({d["held_out"] for d in found["data"] if isinstance(d, dict) and d.get("held_out")})
+    if held:
+        many = " or ".join(f"{n:,}" for n in held)
+        return [
+            f"{many} training images were held out; thresholds and a target accuracy are chosen on them. On which images "
+            "learning rates and epochs were chosen is not on record: where it was on the test, accuracies are too good."
+        ]
+    return [
+        "No validation images were held out: learning rates, epochs and whatever else was chosen was chosen on test images "
+        "or not at all, so that accuracies may be too good."
     ]
 
 
