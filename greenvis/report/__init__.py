@@ -31,23 +31,28 @@ def report(
 ) -> Path:
     """Write a report of the runs recorded at `paths` and return the path of its index.html.
 
-    paths: records, folders of them or glob patterns; or one results.json, which is compared and put into words anew. out: the
-    folder to write, reports/<name> by default. baseline: the arm others are compared with (default: the one called "baseline").
-    grid: a zone ("SWE", see `greenvis.grid`), g CO2e per kWh, or a carbon intensity {"value", "low", "high", "zone", "source"},
-    in place of the recorded one. served: the images at which making and using a model are added up. note: shown below the
-    verdict, as its author's words. margin: points of a share (0.5), or units of another metric (0), that an arm may lose and
+    paths: records, folders of them or glob patterns; a report's folder, for the records packed in it; or one results.json,
+    which is compared and put into words anew. out: the folder to write, reports/<name> by default. baseline: the arm others
+    are compared with (default: the one called "baseline"). grid: a zone ("SWE", see `greenvis.grid`), g CO2e per kWh, or a
+    carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images at which
+    making and using a model are added up. note: shown below the verdict, as its author's words. margin: points of a share
+    (0.5), or units of another metric (0), that an arm may lose and
     still keep it. Raises BadInput where there is nothing to report.
     """
+    paths = _listed(paths)
     with _no_collection():
         found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
         found["title"], found["note"] = title or found["title"], note or found["note"]
-        from greenvis.report import page, stored
+        from greenvis.report import archive, page, stored
 
         place = stored.file(paths)
-        folder = Path(out) if out is not None else place.parent if place else Path("reports") / _file_name(found["name"])
+        beside = place and place.parent / archive.NAME
+        with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
+            packed = archive.pack(each)
+        folder = place.parent if place else Path("reports") / _file_name(found["name"])
         try:
             with stored.believed(place):
-                return page.write(found, folder)
+                return page.write(found, folder if out is None else Path(out), packed)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
@@ -61,7 +66,7 @@ def results(
     margin: float | None = None,
 ) -> dict[str, Any]:
     """Return what `report` writes to results.json, writing nothing."""
-    from greenvis.report import build, groups, stored
+    from greenvis.report import archive, build, groups, stored
 
     for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
         if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
@@ -74,10 +79,14 @@ def results(
     if place := stored.file(paths):
         with stored.believed(place):
             return stored.again(place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
-    listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    runs, notes = groups.load(listed, metric)
+    with archive.unpacked(_listed(paths)) as each:
+        runs, notes = groups.load(each, metric)
     options: dict[str, Any] = {"baseline": baseline, "metric": metric, "grid": _intensity(grid), "margin": margin}
     return build.results(runs, notes, served=round(SERVED if served is None else served), **options)
+
+
+def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
 @contextmanager

@@ -9,7 +9,20 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from greenvis.report import charts, continual, exports, figures, floor, honesty, settings, tables, to_json, verdict, words
+from greenvis.report import (
+    archive,
+    charts,
+    continual,
+    exports,
+    figures,
+    floor,
+    honesty,
+    settings,
+    tables,
+    to_json,
+    verdict,
+    words,
+)
 from greenvis.report.figures import Drawing
 from greenvis.report.folder import publish
 
@@ -17,11 +30,12 @@ TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-def write(found: dict[str, Any], folder: Path) -> Path:
-    """Write all files of a report into `folder` and return the path of its index.html."""
+def write(found: dict[str, Any], folder: Path, packed: bytes | None = None) -> Path:
+    """Write all files of a report into `folder`, `packed` records among them, and return the path of its index.html."""
     drawings = charts.draw(found)
-    view = _view(found, drawings)
+    view = _view(found, drawings) | {"packed": packed is not None}
     contents: dict[str, str | bytes] = {f"figures/{d.name}.svg": d.svg for d in drawings}
+    contents |= {archive.NAME: packed} if packed else {}
     contents |= {"results.json": to_json(found), "results.csv": to_csv(found)}
     contents |= {f"exports/{name}": text for name, text in exports.files(found).items()}
     contents["report.md"] = render("report.md.j2", view)

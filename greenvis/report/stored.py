@@ -10,21 +10,21 @@ from typing import Any
 
 from greenvis import files, record
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.report import build, versus
+from greenvis.report import archive, build, versus
 
 NAME = "results.json"
 MOST_BYTES = 256 * 2**20
 
 
 def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
-    """Return the results.json that `paths` names, by itself or by its folder if that holds no records; None for records."""
+    """Return the results.json that `paths` names, itself or by a folder without records, packed or not; None for records."""
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if len(listed) != 1:
         return None
     path = Path(listed[0])
     if path.suffix == ".json":
         return path
-    there = (path / NAME).is_file() and next(iter(record.find([path])), None) is None
+    there = (path / NAME).is_file() and archive.inside(path) is None and next(iter(record.find([path])), None) is None
     return path / NAME if there else None
 
 

@@ -1,0 +1,109 @@
+"""Run records beside their report: in one compressed file, so that anybody can price the evidence anew."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from greenvis import files, record
+from greenvis.errors import BadInput
+from greenvis.report.groups import record_files
+
+NAME = "records.jsonl.xz"
+MOST = 200_000  # bytes of an archive: it is committed with its report
+MOST_RAW = 32 * 2**20  # bytes of records; more would take long to pack, and not fit
+MOST_READ = 256 * 2**20  # bytes an archive may unpack to
+BETWEEN = b'{"type":"record"}\n'  # before each record
+
+
+def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
+    """Return the records among `paths` as one archive, each once, in an order that does not depend on where they lie.
+
+    Where the whole is larger than `MOST`, running totals that later ones replace are left out; None where that is not enough.
+    """
+    found: dict[tuple[str, str], bytes] = {}
+    size = 0
+    for path, _ in record_files(paths):
+        size += path.stat().st_size
+        if size > MOST_RAW:
+            return None
+        raw = path.read_bytes()
+        key = _key(raw)
+        if key and len(raw) > len(found.get(key, b"")):
+            found[key] = raw
+    listed = [found[key] for key in sorted(found)]
+    for form in (listed, map(_thin, listed)) if listed else ():
+        packed = lzma.compress(b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in form), preset=6)
+        if len(packed) <= MOST:
+            return packed
+    return None
+
+
+@contextmanager
+def unpacked(paths: Iterable[str | os.PathLike[str]]) -> Iterator[list[str | os.PathLike[str]]]:
+    """Hold `paths` with each archive, or folder that holds one and no record, replaced by a folder of its records."""
+    with ExitStack() as held:
+        out: list[str | os.PathLike[str]] = []
+        for path in paths:
+            packed = inside(path)
+            out.append(path if packed is None else _unpack(packed, Path(held.enter_context(tempfile.TemporaryDirectory()))))
+        yield out
+
+
+def inside(path: str | os.PathLike[str]) -> Path | None:
+    """Return the archive that a path is, or that its folder holds where no record lies there; None for other paths."""
+    place = Path(path)
+    if place.name.endswith(record.SUFFIX + ".xz"):
+        return place
+    packed = place / NAME
+    return packed if packed.is_file() and next(iter(record.find([place])), None) is None else None
+
+
+def _unpack(packed: Path, folder: Path) -> Path:
+    raw = files.read(packed, "archive of run records")
+    unpacker = lzma.LZMADecompressor()
+    try:
+        whole = unpacker.decompress(raw, MOST_READ)
+    except lzma.LZMAError as error:
+        raise BadInput(f"{packed} is not an archive of run records: {error}") from error
+    if not unpacker.eof:
+        why = "it is cut off" if unpacker.needs_input else f"it unpacks to more than {MOST_READ:,} bytes"
+        raise BadInput(f"{packed} cannot be read: {why}")
+    for i, one in enumerate((b"\n" + whole).split(b"\n" + BETWEEN)[1:]):
+        (folder / f"{packed.parent.name}-{i:05d}{record.SUFFIX}").write_bytes(one)
+    return folder
+
+
+def _key(raw: bytes) -> tuple[str, str] | None:
+    """Return a record's run and rank; None where no line of it is a header."""
+    for text in raw.split(b"\n"):
+        line = _parsed(text)
+        if isinstance(line, dict) and line.get("type") == "header":
+            return str(line.get("run")), str(line.get("rank"))
+    return None
+
+
+def _thin(raw: bytes) -> bytes:
+    """Leave out samples that a later one of their phase replaces before anything else is written."""
+    out: list[bytes] = []
+    last: dict[str, bytes] = {}
+    for text in raw.split(b"\n"):
+        line = _parsed(text) if text.startswith(b'{"type":"sample"') else None
+        if isinstance(line, dict) and isinstance(line.get("phase"), str):
+            last[line["phase"]] = text
+        elif text:
+            out += [*last.values(), text]
+            last = {}
+    return b"\n".join([*out, *last.values()])
+
+
+def _parsed(text: bytes) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None

@@ -1,0 +1,118 @@
+"""Run records are packed beside their report, small enough to be committed, and are read back to the same results."""
+
+from __future__ import annotations
+
+import json
+import lzma
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import synthetic
+
+from greenvis import record
+from greenvis.cli import main
+from greenvis.errors import BadInput
+from greenvis.report import archive, report, results, to_json
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study with a crash, an older version, a run that failed: all of it must come back."""
+    return synthetic.study(tmp_path_factory.mktemp("runs"))
+
+
+def test_a_reports_folder_gives_the_results_its_records_gave(study: Path, tmp_path: Path) -> None:
+    folder = report(study, out=tmp_path / "out").parent
+    assert (folder / archive.NAME).stat().st_size <= archive.MOST
+    assert to_json(results(folder)) == to_json(results(study))
+    assert to_json(results(folder / archive.NAME)) == to_json(results(study))
+    assert results(folder, grid=50.0)["arms"]["lora"]["carbon_g"] == results(study, grid=50.0)["arms"]["lora"]["carbon_g"]
+    assert str(study) not in lzma.decompress((folder / archive.NAME).read_bytes()).decode()
+
+
+def test_a_report_made_again_from_its_folder_is_the_same_and_keeps_its_records(study: Path, tmp_path: Path) -> None:
+    folder = report(study, out=tmp_path / "out", title="Study", note="so it was").parent
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert main(["report", str(folder), "--out", str(folder), "--title", "Study", "--json"]) == 0
+    after = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+    assert after[archive.NAME] == before[archive.NAME]
+    assert json.loads(after["results.json"])["arms"] == json.loads(before["results.json"])["arms"]
+    report(folder / "results.json")  # put into words anew, in its own place
+    assert {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()} == before | {
+        name: (folder / name).read_bytes() for name in ("index.html", "report.md", "results.json")
+    }
+
+
+def test_results_alone_are_compared_anew(study: Path, tmp_path: Path) -> None:
+    folder = report(study, out=tmp_path / "out").parent
+    (folder / archive.NAME).unlink()
+    again = results(folder)
+    assert to_json(again) == to_json(results(study))
+    other = results(folder, baseline="lora", margin=5.0, served=10.0)
+    assert (other["baseline"], other["order"][0], other["margin"]) == ("lora", "lora", 5.0)
+    fresh = results(study, baseline="lora", margin=5.0, served=10.0)
+    for arm in fresh["arms"]:
+        assert other["arms"][arm]["vs_baseline"] == fresh["arms"][arm]["vs_baseline"]
+        assert other["arms"][arm]["full_cycle"] == fresh["arms"][arm]["full_cycle"]
+    for options, says in (
+        ({"grid": "SWE"}, "wants run records"),
+        ({"metric": "loss"}, "wants run records"),
+        ({"baseline": "lorra"}, "did you mean 'lora'"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            results(folder, **options)
+    stale = {**again, "schema": 1}
+    (folder / "results.json").write_text(json.dumps(stale))
+    with pytest.raises(BadInput, match="make the report again from its run records"):
+        results(folder)
+
+
+def _long(folder: Path, seed: int, lines: int) -> dict[str, Any]:
+    """Write a record with so many samples between two logs, of figures that do not compress."""
+    path = synthetic.write(folder, "long", seed)
+    text = path.read_text().splitlines()
+    head, tail = text[:3], text[3:]
+    rng, rows = random.Random(seed), []
+    for i in range(lines):
+        rows.append(f'{{"type":"sample","phase":"train/epoch0","wall_s":{i + rng.random()},"cpu_s":{i + rng.random()}}}')
+    path.write_text("\n".join([*head, *rows, *tail]) + "\n")
+    return {"path": path, "size": path.stat().st_size}
+
+
+def test_records_too_large_lose_what_later_totals_replace_and_no_joule(tmp_path: Path) -> None:
+    for seed in range(2):
+        _long(tmp_path / "runs", seed, 15_000)
+    whole = lzma.compress(b"".join(p.read_bytes() for p in record.find([tmp_path / "runs"])))
+    assert len(whole) > archive.MOST
+    folder = report(tmp_path / "runs", out=tmp_path / "out").parent
+    assert (folder / archive.NAME).stat().st_size <= archive.MOST
+    kept, made = results(folder)["arms"]["long"], results(tmp_path / "runs")["arms"]["long"]
+    assert kept["train_energy_j"] == made["train_energy_j"]
+    assert kept["curve"] == made["curve"]
+
+
+def test_what_does_not_fit_is_not_packed_and_the_report_says_so(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archive, "MOST", 100)
+    folder = report(study, out=tmp_path / "out").parent
+    assert not (folder / archive.NAME).exists()
+    assert "run records are not beside them" in (folder / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"no archive", "not an archive of run records"),
+        (lzma.compress(b'{"type":"record"}\n' + b"x" * 1000)[:-20], "cut off"),
+        (lzma.compress(b"\0" * (1 << 16)), "unpacks to more than"),
+        (lzma.compress(b'{"type":"record"}\n{"type":"note"}\n'), "no run record"),
+    ],
+)
+def test_a_broken_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+    monkeypatch.setattr(archive, "MOST_READ", 1 << 15)
+    (tmp_path / archive.NAME).write_bytes(content)
+    with pytest.raises(BadInput, match=says):
+        results(tmp_path)
