@@ -152,8 +152,7 @@ class Optimizers:
     def __init__(self, live: Wrapped) -> None:
         self._live: Callable[[], Wrapped | None] = weakref.ref(live)
         self._fit: weakref.WeakSet[Optimizer] = weakref.WeakSet()
-        self._handle = register_optimizer_step_pre_hook(self._before)
-        weakref.finalize(live, self._handle.remove)
+        _watching.add(self)
 
     def reset(self) -> None:
         """Look at each again: techniques train other parameters now."""
@@ -161,9 +160,10 @@ class Optimizers:
 
     def release(self) -> None:
         """Look no more."""
-        self._handle.remove()
+        _watching.discard(self)
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def check(self, optimizer: Optimizer) -> None:
+        """Raise GreenvisError where this optimizer is about to step and something that should train is in none."""
         live = self._live()
         if live is None or optimizer in self._fit:
             return
@@ -181,6 +181,17 @@ class Optimizers:
                 "live.param_groups(lr); set requires_grad to False where they are not to learn"
             )
         self._fit.add(optimizer)
+
+
+_watching: weakref.WeakSet[Optimizers] = weakref.WeakSet()
+
+
+def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    for optimizers in list(_watching):
+        optimizers.check(optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)  # one for good: torch goes through its hooks while models are collected
 
 
 def _nobody() -> None:

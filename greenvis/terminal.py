@@ -89,7 +89,8 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     if len(columns) > MOST_COLUMNS:
         return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
     for column in columns:
-        table.add_column(column.replace("_", " "), overflow="fold")  # words are where a heading breaks
+        copied = column == "run"  # a name to copy stays on one line; words are where a heading breaks
+        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=copied)
     for row in rows:
         table.add_row(*(Text("" if row.get(c) is None else printable(str(row[c]))) for c in columns))
     console().print(table)

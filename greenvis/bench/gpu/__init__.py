@@ -118,8 +118,8 @@ def _cell(cell: Cell, bench: Bench, described: dict[str, Any], out: Path | None,
             rows = cell.rows(bench)
         except NotMeasured as why:
             reason = str(why)
-        except (RuntimeError, OSError, BadInput) as error:  # out of memory, a compiler that refuses
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+        except Exception as error:  # out of memory, a compiler that refuses, a library that is another there
+            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     said = {
