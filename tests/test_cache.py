@@ -120,6 +120,22 @@ def test_a_flipped_bit_costs_that_sample_only(tmp_path: Path) -> None:
     assert torch.equal(whole, x)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU that holds what it has read")
+def test_what_a_gpu_holds_is_what_lies_on_disk(tmp_path: Path) -> None:
+    x = torch.randn(10, 4)
+    cache = _cache(tmp_path)
+    cache.put(range(10), x)
+    for rows in ([1, 2, 3], [3, 2, 1], [*range(10)], [1, 9]):
+        values = cache.get(rows, device="cuda:0")
+        assert values is not None
+        assert torch.equal(values.cpu(), x[rows])
+    cache.put([9], x[:1])
+    values = cache.get([9, 1], device="cuda:0")
+    assert values is not None
+    assert torch.equal(values.cpu(), x[[0, 1]])
+    assert torch.equal(cache.get([9, 1]), x[[0, 1]])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("damage", ["cut values", "cut index", "no index", "bad key"])
 def test_files_that_are_not_whole_are_made_anew(tmp_path: Path, damage: str) -> None:
     cache = _cache(tmp_path)

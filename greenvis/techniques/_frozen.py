@@ -78,7 +78,7 @@ class Kept:
             return _computed(compute, names)
         caches = {name: self._cache(samples, name, device) for name in names}
         rows = samples.view * samples.length + samples.positions.cpu().numpy()
-        found = self._read(samples, caches)
+        found = self._read(samples, caches, device)
         if len(found) == len(caches):
             self.hits += len(rows)
             earlier = int(next(iter(caches.values()))[1][rows].sum())
@@ -92,12 +92,14 @@ class Kept:
                 cache.put(samples.positions, computed[name], samples.view)
                 before[rows] = False
             rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
-            found = {**computed, **(self._read(samples, caches) if rounds else {})}
+            found = {**computed, **(self._read(samples, caches, device) if rounds else {})}
         return {name: value.to(device) for name, value in found.items()}
 
-    def _read(self, samples: Samples, caches: Mapping[str, tuple[Cache, np.ndarray]]) -> dict[str, Tensor]:
+    def _read(
+        self, samples: Samples, caches: Mapping[str, tuple[Cache, np.ndarray]], device: torch.device | str | None
+    ) -> dict[str, Tensor]:
         """Return what is there, by layer."""
-        found = {name: cache.get(samples.positions, samples.view) for name, (cache, _) in caches.items()}
+        found = {name: cache.get(samples.positions, samples.view, device) for name, (cache, _) in caches.items()}
         return {name: value for name, value in found.items() if value is not None}
 
     def facts(self) -> dict[str, Any]:

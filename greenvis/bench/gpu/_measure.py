@@ -44,12 +44,12 @@ class Bench:
 
 
 def measure(bench: Bench, arms: Mapping[str, tuple[Callable[[], Any], int]]) -> list[dict[str, Any]]:
-    """Return one row per setting: {"setting", "ms", "units_per_s", "gpu_j", "total_j", "speedup", "energy_ratio", "spread",
-    "observed"}.
+    """Return one row per setting: {"setting", "ms", "units_per_s", "gpu_j", "total_j", "speedup", "energy_ratio", "low",
+    "high", "observed"}.
 
     arms: by name, a call and how many units (images) it works on. Settings take turns in each round, in turned order every
     other one; ms is per call, joules are per unit, medians over rounds; speedup and energy_ratio are medians of each round's
-    own ratio to the first setting; spread is the range of that energy ratio (of the time's, where energy is not known).
+    own ratio to the first setting; low and high are the range of that energy ratio (of the time's, where energy is not known).
     observed: what the meter saw in each round, from which other coefficients can price it.
     """
     calls = {name: _calls(bench, call) for name, (call, _) in arms.items()}
@@ -105,7 +105,8 @@ def _row(name: str, rounds: list[dict[str, Any]], first: list[dict[str, Any]]) -
         "total_j": _median([per_unit(r, "total_j") for r in rounds]),
         "speedup": 1 / statistics.median(ratios("seconds")),
         "energy_ratio": statistics.median(energy) if energy else None,
-        "spread": max(judged) - min(judged),
+        "low": min(judged),
+        "high": max(judged),
         "observed": [r["observed"] | {"units": r["units"]} for r in rounds],
     }
 

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 FORMS = {
     "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}", "speedup": "{:.2f}",
-    "energy_ratio": "{:.2f}", "spread": "{:.2f}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}", "realised": "{:.2f}",
+    "energy_ratio": "{:.2f}", "range": "{}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}", "realised": "{:.2f}",
     "peak_mb": "{:,.0f}", "trained": "{:,}", "seconds": "{:.2f}", "integrated_j": "{:.4g}", "ratio": "{:.3f}",
-    "watts": "{:.0f}",
+    "averaged_ratio": "{:.3f}", "watts": "{:.0f}",
 }  # fmt: skip
 HEADS = {
     "ms": "ms per call", "units_per_s": "images/s", "gpu_j": "GPU J", "total_j": "total J", "speedup": "times as fast",
     "energy_ratio": "energy ×", "gmacs": "GMACs", "macs_ratio": "MACs ×", "peak_mb": "peak MB",
     "trained": "parameters trained", "integrated_j": "power × time, J", "ratio": "counter ÷ power",
+    "averaged_ratio": "counter ÷ power averaged by the driver",
 }  # fmt: skip
 
 
 def brief(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as a table shows it: without what the meter saw, numbers in three digits."""
-    return {
-        HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value)
-        for key, value in row.items()
-        if key != "observed"
+    shown = {
+        "range" if k == "low" else k: f"{v:.2f} – {row['high']:.2f}" if k == "low" else v
+        for k, v in row.items()
+        if k not in ("high", "observed")
     }
+    return {HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value) for key, value in shown.items()}
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
@@ -49,15 +51,34 @@ def _markdown(result: Mapping[str, Any]) -> str:
         f"`greenvis bench gpu`, torch {seen['torch']}, timm {seen.get('timm', '?')}, CUDA {device['cuda'] or 'none'}, "
         f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs in accuracy stands in other "
         "reports. Settings of a cell take turns; medians over rounds, ratios of what ran in the same round to the cell's first "
-        "setting of that model and batch; `spread` is the range of the energy ratio. Joules are per image; the total adds "
-        "processor and memory (`greenvis doctor` says how) to the GPU's counter.", "",
+        "setting of that model and batch; `range` is the least and the greatest energy ratio of a round. Joules are per image; "
+        "the total adds processor and memory (`greenvis doctor` says how) to the GPU's counter.", "",
     ]  # fmt: skip
+    lines += _verdicts(result["cells"]) if not device["rehearsal"] else []
     for cell in result["cells"]:
         lines += [f"## {cell['cell']}", "", f"{cell['about']} ({cell['seconds']:.0f} s)", ""]
         if cell["reason"]:
             lines += [f"Not measured: {cell['reason']}", ""]
         lines += _table([brief(row) for row in cell["rows"]])
     return "\n".join(lines)
+
+
+def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the first screen: what saved energy in each round, what cost more in each, and what the rounds do not decide."""
+    groups: dict[str, list[str]] = {"Saved energy in each round": [], "Cost more in each round": [], "Not decided": []}
+    saved, dearer, open_ = groups.values()
+    for cell in cells:
+        first = cell["rows"][0]["setting"] if cell["rows"] else None
+        for row in cell["rows"]:
+            if row["setting"] == first or row.get("energy_ratio") is None:
+                continue
+            where = ", ".join(str(v) for v in (row.get("model"), f"batch {row['batch']}") if v)
+            text = f"{cell['cell']}: {row['setting']} ({where}) ×{row['energy_ratio']:.2f}"
+            (saved if row["high"] < 1 else dearer if row["low"] > 1 else open_).append(text)
+    heading = ["## In brief", "", "Energy per image, against the first setting of the same model and batch.", ""]
+    return heading + [
+        line for head, texts in groups.items() if texts for line in (f"**{head}**", "", *(f"- {t}" for t in texts), "")
+    ]
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
