@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from greenvis import candidates, ranks
+from greenvis import candidates, files, ranks
 from greenvis.candidates import PLANS
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import Session
@@ -160,7 +161,7 @@ def _check(target: float | None, serve: float, share: float, out: str | Path | N
     path = Path(out)
     if path.is_dir() or not path.parent.is_dir():
         raise BadInput(f"cannot write a recipe to {path}: {'that is' if path.is_dir() else f'{path.parent} is not'} a folder")
-    if path.exists() and not path.read_text(errors="replace").startswith(MADE):
+    if path.exists() and not files.read_text(path, "recipe").startswith(MADE):
         raise BadInput(f"{path} is there and no advice wrote it; give another name with --out, or move it away")
 
 
@@ -168,11 +169,14 @@ def _write(path: Path, whole: Mapping[str, Any], name: str, found: Mapping[str, 
     """Write the recipe of the plan that is taken."""
     row = next(row for row in found["rows"] if row["plan"] == found["pick"])
     accuracy, spent, served = (row[key] for key in ("accuracy", "train_energy_j", "serve_energy_j"))
-    comment = (
-        f"{MADE} {found['model']} --data {found['data']}`: {found['why']}.\n# Predicted: accuracy {accuracy['value']:.3f} "
-        f"({accuracy['low']:.3f} to {accuracy['high']:.3f}), training {spent['value']:.0f} J ({spent['low']:.0f} to "
-        f"{spent['high']:.0f}), serving {served['value']:.2f} J per 1,000 images.\n#\n#   greenvis run {path}\n"
+    lines = (
+        f"{MADE.removeprefix('# ')} {shlex.join(map(str, (found['model'], '--data', found['data'])))}`: {found['why']}.",
+        f"Predicted: accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to {accuracy['high']:.3f}), training "
+        f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
+        f"serving {served['value']:.2f} J per 1,000 images.",
+        "",
+        f"  greenvis run {shlex.quote(str(path))}",
     )
     content = {**whole, "name": name, "arms": {found["pick"]: whole["arms"][found["pick"]]}}
-    candidates.written(path, content, comment=comment)
+    candidates.written(path, content, comment=lines)
     return path

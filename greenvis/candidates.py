@@ -11,7 +11,7 @@ import yaml
 from torch import nn
 
 from greenvis import data, files, lineage, models, views, yamlfile
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput, GreenvisError, one_line
 from greenvis.experiment import Session
 from greenvis.jobs import Job
 from greenvis.rank import weights_of
@@ -68,11 +68,15 @@ def source(
     }, lacking
 
 
-def written(path: Path, content: Mapping[str, Any], overrides: Sequence[str] = (), comment: str = "") -> Recipe:
-    """Write a recipe and read it back. Raises BadInput for what it says, GreenvisError where it cannot be written."""
+def written(path: Path, content: Mapping[str, Any], overrides: Sequence[str] = (), comment: Sequence[str] = ()) -> Recipe:
+    """Write a recipe below a comment, and read it back.
+
+    Raises BadInput for what it says, GreenvisError where it cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.write(path, comment + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+        head = "".join(f"# {one_line(line)}".rstrip() + "\n" for line in comment)
+        files.write(path, head + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
     except OSError as error:
         raise GreenvisError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
     return load_recipe(path, overrides)

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from greenvis import __version__, verbs, verbs_bases, verbs_models
-from greenvis.errors import BadInput, GreenvisError, nearest, printable
+from greenvis import __version__, terminal, verbs, verbs_bases, verbs_models
+from greenvis.errors import BadInput, GreenvisError, nearest
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(answer, int):
             return answer
         if args.json:
-            print(json.dumps(answer[0], indent=2, default=str, ensure_ascii=False))
+            print(terminal.json_text(answer[0], indent=2))
         else:
             answer[1]()
         return 0
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "exit": code}))
-        print(f"greenvis: {printable(str(error))}", file=sys.stderr)
+        print(terminal.message(error), file=sys.stderr)
         return code
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break into the end
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         from greenvis.failures import describe
 
-        text = printable(describe(error))
+        text = describe(error)
         if getattr(args, "json", False):
             print(json.dumps({"error": text, "exit": 1}))
-        print(f"greenvis: {text}", file=sys.stderr)
+        print(terminal.message(text), file=sys.stderr)
         return 1
 
 

@@ -24,17 +24,23 @@ def nearest(wanted: str, known: Iterable[str]) -> str:
     names = sorted(set(known))
     close = difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{close[0]}'?"
+        return f"; did you mean '{one_line(close[0])}'?"
     return f"; known: {some(names)}" if names else ""
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
     """Format names for a message: "'a', 'b', … (+22)"."""
     listed = list(names)
-    shown = ", ".join(f"'{n}'" for n in listed[:most])
+    shown = ", ".join(f"'{one_line(n)}'" for n in listed[:most])
     return shown + (f", … (+{len(listed) - most})" if len(listed) > most else "")
 
 
 def printable(text: str) -> str:
     """Return a text as a terminal may get it: lines kept, every other control character (escape sequences) replaced."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    shown = "\n\t\N{WORD JOINER}"  # the last takes no room and does nothing; Markdown of ours has it
+    return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def one_line(text: object) -> str:
+    """Return a name, or what holds some, as a terminal may get it within a line: it cannot begin a line of its own."""
+    return printable("".join(" " if c.isspace() else c for c in str(text)))

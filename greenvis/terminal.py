@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis import files, yamlfile
-from greenvis.errors import BadInput, printable
+from greenvis.errors import BadInput, one_line, printable
 
 Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
 MOST_COLUMNS = 16  # of a table in a terminal
@@ -21,12 +22,12 @@ def reported(page: Path) -> Answer:
     results = files.read_json(page.parent / "results.json", "results", 256 * 2**20)
 
     def show() -> None:
-        from rich.markup import escape
+        from rich.text import Text
 
         from greenvis.report import table
 
         console().print(table(results))
-        console().print(f"report: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
+        console().print(Text.assemble("report: ", (one_line(page), "bold")), soft_wrap=True)
 
     return {"report": str(page), "results": results}, show
 
@@ -73,6 +74,27 @@ def say(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def write(text: object) -> None:
+    """Print a line of an answer; names in it, from files of any origin, change neither the terminal nor other lines."""
+    print(one_line(text))
+
+
+def write_block(text: str) -> None:
+    """Print a text of several lines, such as a recipe or Markdown."""
+    print(printable(text).rstrip("\n"))
+
+
+def message(error: object) -> str:
+    """Return what went wrong as the terminal gets it; lines after the first are indented: none can look like ours."""
+    return f"greenvis: {printable(str(error))}".replace("\n", "\n  ")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON for programs, in which a terminal that shows it finds no control character either."""
+    text = json.dumps(value, indent=indent, default=str, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
 def teller(args: Any) -> Callable[[str], None]:
     """Return what tells how the work goes on: `say`, and nothing where the answer is for programs."""
     return (lambda text: None) if args.json else say
@@ -84,13 +106,13 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(printable(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     columns = list(dict.fromkeys(k for row in rows for k in row))
     if len(columns) > MOST_COLUMNS:
-        return print(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
+        return write(f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has them, --out a report")
     for column in columns:
         copied = column == "run"  # a name to copy stays on one line; words are where a heading breaks
-        table.add_column(column.replace("_", " "), overflow="fold", no_wrap=copied)
+        table.add_column(Text(one_line(column.replace("_", " "))), overflow="fold", no_wrap=copied)
     for row in rows:
-        table.add_row(*(Text("" if row.get(c) is None else printable(str(row[c]))) for c in columns))
+        table.add_row(*(Text("" if row.get(c) is None else one_line(row[c])) for c in columns))
     console().print(table)

@@ -8,8 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.terminal import Answer, console, left_by, options, print_rows, reported, teller
+from greenvis.errors import BadInput, GreenvisError, nearest, one_line
+from greenvis.terminal import (
+    Answer,
+    console,
+    json_text,
+    left_by,
+    message,
+    options,
+    print_rows,
+    reported,
+    teller,
+    write,
+    write_block,
+)
 
 
 def run(args: Any) -> Answer | int:
@@ -108,7 +120,7 @@ def overview(args: Any) -> Answer:
     from greenvis.report.overview import markdown, overview
 
     found = overview(args.folder)
-    return found, lambda: print(markdown(found), end="")
+    return found, lambda: write_block(markdown(found))
 
 
 def techniques(args: Any) -> Answer:
@@ -139,7 +151,8 @@ def explain(args: Any) -> Answer:
     ]
 
     def show() -> None:
-        print(f"{args.technique} (stage {kind.stage})\n\n{inspect.getdoc(kind)}\n")
+        write_block(f"{args.technique} (stage {kind.stage})\n\n{inspect.getdoc(kind)}")
+        print()
         print_rows([{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows], "settings")
 
     return {"name": args.technique, "stage": kind.stage, "doc": inspect.getdoc(kind), "schema": form}, show
@@ -183,12 +196,12 @@ def flops(args: Any) -> Answer:
     def show() -> None:
         print_rows([{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], args.model)
         forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
-        print(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
-        print(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
+        write(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
+        write(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
         if spread := out.get("distribution"):
-            print("MACs of an image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
+            write("MACs of an image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
         for note in out["notes"]:
-            print(f"note: {note}")
+            write(f"note: {note}")
 
     return out, show
 
@@ -205,10 +218,10 @@ def doctor(args: Any) -> Answer:
 
         for row in rows:
             said = ", ".join(str(row[k]) for k in ("source", "provenance", "band") if row.get(k))
-            console().print(Text(f"{row['what']}: {said}"))
+            console().print(Text(one_line(f"{row['what']}: {said}")))
             for key in ("why", "better"):
                 if row.get(key):
-                    console().print(Padding(Text(f"{key}: {row[key]}", style="dim"), (0, 0, 0, 4)))
+                    console().print(Padding(Text(one_line(f"{key}: {row[key]}"), style="dim"), (0, 0, 0, 4)))
 
     return rows, show
 
@@ -233,7 +246,7 @@ def track(args: Any) -> Answer | int:
         "unknown" if energy.value is None else f"{energy.value:.1f} J ({energy.low:.1f}–{energy.high:.1f}, {energy.provenance})"
     )
     kept = f"the record is lost: {run.lost}" if run.lost else f"record: {run.path}"
-    print(json.dumps(said) if args.json else f"greenvis: {text}; {kept}", file=sys.stdout if args.json else sys.stderr)
+    print(json_text(said) if args.json else message(f"{text}; {kept}"), file=sys.stdout if args.json else sys.stderr)
     return code
 
 
@@ -264,7 +277,7 @@ def diff(args: Any) -> int:
     a, b = (record.named(side, args.runs) for side in (args.a, args.b))
     fine, rows = diff(a, b, max_energy=args.max_energy)
     if args.json:
-        print(json.dumps({"ok": fine, "rows": rows}, default=str))
+        print(json_text({"ok": fine, "rows": rows}))
     else:
         _print_brief(rows, "within the limit" if fine else "over the limit")
     return 0 if fine else 1
@@ -277,7 +290,7 @@ def export(args: Any) -> Answer:
     found = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
 
     def show() -> None:
-        print(f"{found['path']}: {found['to']}; greatest difference from the live model {found['max_difference']:.1e}")
+        write(f"{found['path']}: {found['to']}; greatest difference from the live model {found['max_difference']:.1e}")
 
     return found, show
 

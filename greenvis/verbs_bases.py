@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
-from greenvis.terminal import Answer, options, print_rows, teller
+from greenvis.terminal import Answer, options, print_rows, teller, write
 
 
 def rank(args: Any) -> Answer:
@@ -39,12 +40,12 @@ def rank(args: Any) -> Answer:
         text = f"the ranking took {si(spent['value'], 'J')} ({si(spent['low'], 'J')} – {si(spent['high'], 'J')})"
         if found["tuning_energy_j"]:
             text += f"; fine-tuning each of them once took {si(found['tuning_energy_j'], 'J')}"
-        print(text)
+        write(text)
         for method, its in (found["correlation"] or {}).items():
             taus = f"weighted tau {its['weighted_tau']:+.2f}, tau {its['tau']:+.2f}"
-            print(f"{method} against real fine-tuning of {its['bases']} bases: {taus}")
+            write(f"{method} against real fine-tuning of {its['bases']} bases: {taus}")
         if found["correlation"] is None:
-            print("fewer than three of these bases were fine-tuned on this data on record, so nothing says how right this is")
+            write("fewer than three of these bases were fine-tuned on this data on record, so nothing says how right this is")
 
     return found, show
 
@@ -94,12 +95,12 @@ def _show_advice(found: dict[str, Any]) -> None:
         )
     print_rows(rows, f"{found['model']} for {found['data']}, {images} training images: predicted")
     for plan, why in found["refused"].items():
-        print(f"left out: {plan}: {why}")
+        write(f"left out: {plan}: {why}")
     sizes = ", ".join(str(n) for n in sorted({t["images"] for row in found["rows"] for t in row["trials"]}))
     spent = si(found["trials_energy_j"], "J")
-    print(f"from trials on {sizes} images, tested on {found['held']} others of the training images, which took {spent}")
-    print("accuracy: the error falls on as a power of the images; in brackets with half and one and a half times that slope")
-    print(f"and the sampling error. Energy: ±{BUSY_BAND:.0%}. Front: no other plan is both cheaper and more accurate")
-    print(f"{found['pick'] or 'none'}: {found['why']}")
+    write(f"from trials on {sizes} images, tested on {found['held']} others of the training images, which took {spent}")
+    write("accuracy: the error falls on as a power of the images; in brackets with half and one and a half times that slope")
+    write(f"and the sampling error. Energy: ±{BUSY_BAND:.0%}. Front: no other plan is both cheaper and more accurate")
+    write(f"{found['pick'] or 'none'}: {found['why']}")
     if found["recipe"]:
-        print(f"greenvis run {found['recipe']}")
+        write(f"greenvis run {shlex.quote(str(found['recipe']))}")

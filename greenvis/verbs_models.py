@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from greenvis.terminal import Answer, left_by, reported, teller
+from greenvis.terminal import Answer, left_by, reported, teller, write, write_block
 
 
 def probe(args: Any) -> Answer:
@@ -36,13 +36,13 @@ def card(args: Any) -> Answer:
     def show() -> None:
         data = found.get("data") or {}
         accuracy = found.get("accuracy")
-        print(f"{found['file']}: {found['ref']}")
-        print(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
-        print("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
+        write(f"{found['file']}: {found['ref']}")
+        write(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
+        write("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
         for depth, role, entry in lineage.tree(found):
             seed = "" if entry["seed"] is None else f", seed {entry['seed']}"
-            print(f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}{seed}: {cost(entry['energy_j'])}")
-        print(f"with all it was made from: {cost(found['total_j'])}")
-        print(f"\nits recipe:\n\n{found.get('recipe', '')}")
+            write(f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}{seed}: {cost(entry['energy_j'])}")
+        write(f"with all it was made from: {cost(found['total_j'])}")
+        write_block(f"\nits recipe:\n\n{found.get('recipe', '')}")
 
     return found, show

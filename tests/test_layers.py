@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipe": {"technique", "registry", "yamlfile"},
     "meters": BELOW_REPORT,
     "cl_metrics": set(),
-    "report": BELOW_REPORT | {"cl_metrics"},
+    "report": BELOW_REPORT | {"cl_metrics", "yamlfile"},
     "train": {"technique", "wrap", "recipe", "record", "price", "meters", "stream"},
     "testing": {"technique", "wrap", "recipe", "registry", "train", "surgery", "views"},
     "jobs": {"data", "meters", "models", "recipe", "technique"},

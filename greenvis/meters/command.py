@@ -35,10 +35,10 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
         ours = set(children(os.getpid())) if sys.platform == "linux" else set()
         try:
             process = subprocess.Popen(list(words))
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a word with a zero byte is a ValueError
             run.stop("failed", str(error))
             _leave_nothing(run.path, before)
-            raise BadInput(f"cannot start '{words[0]}': {error.strerror or error}") from error
+            raise BadInput(f"cannot start '{words[0]}': {getattr(error, 'strerror', None) or error}") from error
         with _passed_on(process):
             _wait_through_stops(process, run)
             code = process.wait()

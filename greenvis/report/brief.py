@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from greenvis.errors import one_line
 from greenvis.report import figures, tables, words
 from greenvis.report.words import MISSING, si
 
@@ -15,28 +16,33 @@ UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 def table(found: Mapping[str, Any]) -> Any:
     """Return results as a rich table: one row an arm, what was gained and what it cost."""
     from rich import box
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     listed = tables.used(dict(found), tables.costs(dict(found)))
     whole = [c for c in listed if c.key.endswith("train_energy_with_reuse_j")] != []
     energy = ("train_energy_with_reuse_j", "vs_train_energy_with_reuse") if whole else ("train_energy_j", "vs_train_energy")
     columns = [c for c in listed if c.key in (found["metric"], "vs_metric", *energy, "carbon_g")]
-    out = Table(title=escape(figures.clean(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out = Table(title=Text(one_line(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")
         head = "vs baseline" if against else HEADS.get(column.key, column.title)
-        out.add_column(escape(head), justify="right", no_wrap=not against, width=16 if against else None)
+        out.add_column(Text(one_line(head)), justify="right", no_wrap=not against, width=16 if against else None)
     for row in tables.cells(dict(found), columns):
         texts = []
         for column, cell in zip(columns, row["cells"], strict=True):
-            text = f"[bold]{escape(cell['text'])}[/bold]" if cell["shown"] else escape(cell["text"])
+            text = Text(one_line(cell["text"]), style="bold" if cell["shown"] else "")
             sub = cell["sub"] if column.key.startswith("vs_") else ""
-            texts.append(text + (f"\n[dim]{escape(sub)}[/dim]" if sub else ""))
-        status = "" if row["status"] == "done" else f"\n[dim]{row['status']}[/dim]"
-        out.add_row(escape(figures.short(row["arm"], 28)) + status, *texts)
+            texts.append(_below(text, sub))
+        status = "" if row["status"] == "done" else row["status"]
+        out.add_row(_below(Text(figures.short(row["arm"], 28)), status), *texts)
     return out
+
+
+def _below(text: Any, more: str) -> Any:
+    """Return a rich text with a dim line below it; as it is where there is none."""
+    return text.append(f"\n{one_line(more)}", style="dim") if more else text
 
 
 def rows(listed: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -43,8 +43,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
-
+from greenvis import yamlfile
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
 from greenvis.report import family, forecast, provenance, reuse, settings, versus, words
@@ -183,8 +182,8 @@ def _stated(listed: list[Arm]) -> dict[str, Any]:
     recipes = [(a.start_s, a.header.get("recipe")) for arm in listed for r in arm.runs for a in r.attempts]
     texts = [(at, text) for at, text in recipes if isinstance(text, str)]
     try:
-        recipe = yaml.safe_load(max(texts)[1]) if texts else None
-    except yaml.YAMLError:  # a header of other hands
+        recipe = yamlfile.parse(max(texts)[1], "its recipe") if texts else None
+    except BadInput:  # a header of other hands
         recipe = None
     said = recipe.get("report") if isinstance(recipe, dict) else None
     return said if isinstance(said, dict) else {}

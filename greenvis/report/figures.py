@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from greenvis.errors import printable
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -113,9 +115,9 @@ def save(figure: Figure, name: str, title: str, desc: str, caption: str) -> Draw
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": "greenvis", "Format": None, "Type": None})
     text = re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.S)
     text = re.sub(r"<!--.*?-->\s*", "", text, flags=re.S)
-    head = f'<title id="t">{escape(title)}</title>\n <desc id="d">{escape(desc)}</desc>'
+    head = f'<title id="t">{escape(clean(title))}</title>\n <desc id="d">{escape(clean(desc))}</desc>'
     text = re.sub(r"(<svg[^>]*)>", lambda m: f'{m[1]} role="img" aria-labelledby="t d">\n {head}', text, count=1)
-    return Drawing(name, title, desc, caption, text)
+    return Drawing(name, title, desc, caption, printable(text))
 
 
 def style(i: int) -> dict[str, Any]:

@@ -8,11 +8,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from greenvis import files
+from greenvis import files, yamlfile
 from greenvis.errors import BadInput
-from greenvis.report import reuse, stored, verdict
+from greenvis.report import page, reuse, stored, verdict
 from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
 
 HEAD = (
@@ -47,7 +45,7 @@ def overview(folder: str | Path) -> dict[str, Any]:
             continue
         found = stored.read(path.parent / stored.NAME)
         rows += [{**row, "measured in": path.as_posix()} for row in _rows(found)]
-        reports.append({**its, "command": " ".join(found["command"]), "found": verdict.opening(found)})
+        reports.append({**its, "command": page.shell(found["command"]), "found": verdict.opening(found)})
     if not reports:
         raise BadInput(f"{folder} holds no reports: give the folder in which each report has a folder of its own")
     rows.sort(key=lambda row: (row["technique"], row["measured in"]))
@@ -61,8 +59,8 @@ def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
     for row in found["techniques"]:
         grouped.setdefault((row["technique"], row["measured in"], row["against"]), []).append(row)
     for (technique, path, base), rows in grouped.items():
-        first = [f"`{technique}`", f"[{Path(path).parent.name}]({_link(path, beside)}), against {base}"]
-        lines.append("| " + " | ".join([*first, *("<br>".join(row[k] for row in rows) for k in HEAD[2:])]) + " |")
+        first = [page.code(technique), f"{_link(Path(path).parent.name, path, beside)}, against {page.md(base)}"]
+        lines.append("| " + " | ".join([*first, *("<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:])]) + " |")
     lines += [
         "",
         "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the interval leaves out no "
@@ -71,7 +69,8 @@ def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
         "",
     ]
     for its in found["reports"]:
-        lines.append(f"- **[{its['name']}]({_link(its['path'], beside)})**, `{its['command']}`: {its['found']}")
+        said = f"{page.code(its['command'])}: {page.md(its['found'])}"
+        lines.append(f"- **{_link(its['name'], its['path'], beside)}**, {said}")
     return "\n".join(lines) + "\n"
 
 
@@ -111,7 +110,10 @@ def differences(recipes: list[Any], arm: str, base: str) -> list[str]:
 
 
 def _read(text: Any) -> dict[str, Any]:
-    recipe = yaml.safe_load(text) if isinstance(text, str) else text
+    try:
+        recipe = yamlfile.parse(text, "its recipe") if isinstance(text, str) else text
+    except BadInput:  # a record of other hands
+        recipe = None
     return recipe if isinstance(recipe, dict) and isinstance(recipe.get("arms"), dict) else {"arms": {}}
 
 
@@ -151,5 +153,10 @@ def _ratio(change: Mapping[str, Any] | None) -> str:
     return f"**{text}**" if shown(change) else text
 
 
-def _link(path: str, beside: str | Path) -> str:
-    return Path(os.path.relpath(path, beside)).as_posix()
+def _link(text: str, path: str, beside: str | Path) -> str:
+    return page.link(text, Path(os.path.relpath(path, beside)).as_posix())
+
+
+def _cell(row: Mapping[str, str], key: str) -> str:
+    """Return a cell: figures have Markdown of ours, names become text."""
+    return page.md(row[key]) if key in ("arm", "differs in") else row[key]

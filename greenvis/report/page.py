@@ -8,7 +8,9 @@ import re
 import shlex
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from greenvis.errors import printable
 from greenvis.report import (
     archive,
     charts,
@@ -45,7 +47,7 @@ def write(found: dict[str, Any], folder: Path, packed: bytes | None = None) -> P
 
 
 def render(template: str, view: dict[str, Any]) -> str:
-    """Render a template; HTML is escaped by jinja, Markdown by `md`."""
+    """Render a template; HTML is escaped by jinja, Markdown by `md`. No control character reaches either."""
     import jinja2
 
     env = jinja2.Environment(
@@ -54,6 +56,7 @@ def render(template: str, view: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is markup already
     )
     env.filters.update(md=md, fence=fence, clean=figures.clean, shell=shell)
     return env.get_template(template).render(view).rstrip() + "\n"
@@ -134,6 +137,7 @@ def _cell(value: Any) -> Any:
         return ""
     if not isinstance(value, str):
         return repr(value)
+    value = figures.clean(value)
     return "'" + value if value.lstrip().startswith(FORMULA) or value.startswith(FORMULA) else value
 
 
@@ -147,9 +151,20 @@ def md(text: Any) -> str:
     return text.replace("@", "@\u2060")  # a word joiner: no mention, no mail link
 
 
+def code(text: Any) -> str:
+    """Return a name or a command as code within a line of Markdown; as plain text where a backtick or a bar would end it."""
+    text = " ".join(figures.clean(str(text)).split())
+    return md(text) if not text or set(text) & set("`|\\") else f"`{text}`"
+
+
+def link(text: Any, path: str) -> str:
+    """Return a link in Markdown to a file beside; a path is never taken for another scheme or the end of the link."""
+    return f"[{md(text)}]({quote(path)})"
+
+
 def fence(text: Any) -> str:
     """Return text as a fenced code block that its own backticks cannot end."""
-    body = str(text).replace("\r", "")
+    body = printable(str(text).replace("\r", ""))
     longest = max((len(m) for m in re.findall(r"`+", body)), default=0)
     ticks = "`" * max(3, longest + 1)
     return f"{ticks}text\n{body.rstrip()}\n{ticks}"
