@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from accelerate import Accelerator
 
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.track import Tracker
 from greenvis.recipe import TrainSpec
 
@@ -32,6 +33,7 @@ def at_work(accelerator: Accelerator, run: Tracker, spec: TrainSpec, seed: int) 
         return
     name = f"{run.header.get('arm') or run.name}/seed{seed}"
     settings = {k: v for k, v in spec.model_dump().items() if isinstance(v, (bool, int, float, str))}
+    _no_links(Path(accelerator.logging_dir or run.path.parent) / run.name)
     options = {"wandb": {"name": name, "dir": str(run.path.parent)}, "mlflow": {"run_name": name}}
     accelerator.init_trackers(run.name, config={**settings, "arm": name, "run": run.id}, init_kwargs=options)
     try:
@@ -39,3 +41,10 @@ def at_work(accelerator: Accelerator, run: Tracker, spec: TrainSpec, seed: int) 
     finally:
         for tracker in accelerator.trackers:
             tracker.finish()  # not end_training, which would end the processes' group under later arms
+
+
+def _no_links(folder: Path) -> None:
+    """Raise GreenvisError where a tracker, which opens files as it likes, would write through a link."""
+    for path in (folder, *folder.rglob("*")):
+        if path.is_symlink():
+            raise GreenvisError(f"{path} is a link, which is not written through; remove it, then try again")

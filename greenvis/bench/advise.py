@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis import experiment, price, record
+from greenvis import experiment, files, price, record
 from greenvis.advise import advise, choose
 from greenvis.candidates import PLANS
 from greenvis.errors import BadInput
@@ -76,8 +76,8 @@ def run(
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "report.md").write_text(_markdown(result))
+        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
+        files.write(out / "report.md", _markdown(result))
     return result
 
 

@@ -10,7 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from greenvis import registry
+from greenvis import files, registry
 from greenvis.bench._hosts import HOSTS
 from greenvis.technique import Technique
 from greenvis.testing import Host, Result, check_technique, check_together
@@ -53,8 +53,8 @@ def run(out: Path | None = None, techniques: Sequence[str] | None = None, hosts:
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (out / "report.md").write_text(markdown(result, names, hosts))
+        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        files.write(out / "report.md", markdown(result, names, hosts))
     return result
 
 

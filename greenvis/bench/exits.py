@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis import files
 from greenvis.bench import _exiting
 from greenvis.bench._exiting import AT
 from greenvis.meters import flops
@@ -72,8 +73,8 @@ def run(
     }  # fmt: skip
     if out is not None:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "report.md").write_text(_markdown(result, out))
+        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
+        files.write(out / "report.md", _markdown(result, out))
         _draw(result, out / "figures" / "exits.svg")
     return result
 

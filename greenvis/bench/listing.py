@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from greenvis import files
 from greenvis.record import Writer
 
 ARMS, SEEDS = 2500, 4
@@ -34,12 +35,12 @@ def run(out: Path | None = None) -> dict[str, Any]:
     found = {"rows": rows}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+        files.write(out / "results.json", json.dumps(found, indent=1) + "\n")
         head = "| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|\n"
         body = "".join("| " + " | ".join(str(v) for v in row.values()) + " |\n" for row in rows)
         machine = f"`greenvis bench listing --out {out}`, {os.cpu_count()} logical CPUs; `lines` are those of each record."
         text = f"# Many runs at once\n\n{machine}\n\n{head}{body}"
-        (out / "report.md").write_text(text)
+        files.write(out / "report.md", text)
     return found
 
 

@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from greenvis import experiment
+from greenvis import experiment, files
 from greenvis.errors import BadInput
 from greenvis.rank import METHODS, rank
 from greenvis.recipe import load_recipe
@@ -38,8 +38,8 @@ def run(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         kept = {**result, "data": recipe.name, "record": Path(result["record"]).name}  # no paths of this machine
-        (out / "results.json").write_text(json.dumps(kept, indent=1) + "\n")
-        (out / "report.md").write_text(_report(result))
+        files.write(out / "results.json", json.dumps(kept, indent=1) + "\n")
+        files.write(out / "report.md", _report(result))
     return result
 
 

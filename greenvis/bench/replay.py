@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from greenvis import models, registry
+from greenvis import files, models, registry
 from greenvis.errors import BadInput
 from greenvis.meters.header import cpu
 from greenvis.wrap import wrap
@@ -73,8 +73,8 @@ def run(out: Path | None = None, rounds: int = 15, threads: int = 1) -> dict[str
     }  # fmt: skip
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "report.md").write_text(_markdown(result, out))
+        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
+        files.write(out / "report.md", _markdown(result, out))
     return result
 
 

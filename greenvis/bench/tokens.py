@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from greenvis import models, registry
+from greenvis import files, models, registry
 from greenvis.meters import flops
 from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
@@ -70,8 +70,8 @@ def run(
     }  # fmt: skip
     if out is not None:
         (out / "figures").mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "report.md").write_text(_markdown(result, out))
+        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
+        files.write(out / "report.md", _markdown(result, out))
         _draw(result, out / "figures" / "tokens.svg")
     return result
 

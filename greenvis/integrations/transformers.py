@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from greenvis import ranks
+from greenvis import files, ranks
 from greenvis.errors import BadInput
 from greenvis.integrations import _state
 from greenvis.meters.track import Tracker, track
@@ -250,7 +250,8 @@ class GreenTrainer(Trainer):
         for part in (getattr(self.model, "config", None), self.processing_class):
             if part is not None:
                 part.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        with files.replacing(folder / "training_args.bin") as part:
+            torch.save(self.args, part)
         said = "%s gets no weights of its own, for from_pretrained would load them without their techniques (%s): %s"
         if not self._said:
             logging.getLogger(__name__).warning(said, folder, reason, way)

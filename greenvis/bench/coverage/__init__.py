@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from greenvis import registry
+from greenvis import files, registry
 from greenvis.bench._hosts import HOSTS
 from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
@@ -51,8 +51,8 @@ def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequenc
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (out / "report.md").write_text(markdown(result))
+        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        files.write(out / "report.md", markdown(result))
     return result
 
 

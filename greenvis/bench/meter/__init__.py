@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from greenvis import price
+from greenvis import files, price
 from greenvis.bench.meter import scenes
 from greenvis.meters.header import cpu
 
@@ -31,8 +31,8 @@ def run(out: Path | None = None) -> dict[str, Any]:
     result = {"rows": rows, "machine": _machine(), "seconds": round(time.monotonic() - started)}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "results.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        (out / "report.md").write_text(_markdown(result))
+        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        files.write(out / "report.md", _markdown(result))
     return result
 
 
