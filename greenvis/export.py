@@ -72,9 +72,7 @@ def export(run: str | Path, to: str, out: str | Path | None = None, *, trust: bo
 
 
 def _card(folder: Path) -> tuple[str, dict[str, Any]]:
-    paths = record.find([folder])
-    runs = [record.read(p) for p in paths]
-    done = [r for r in runs if r.facts.get("data")]
+    done = [r for r in record.readable([folder]) if r.facts.get("data")]
     if not done:
         raise BadInput(f"{folder} holds no record of how its model was made")
     found = results([folder])

@@ -11,6 +11,10 @@ _MEMORY = "out of memory: set train.batch_size lower, or use a smaller model"
 _DISK = "the disk is full, or takes no more"
 _WORDS = (
     (r"DataLoader worker .*(exited|killed)", "a process that loads images was killed: set train.workers lower"),
+    (
+        r"(Connection (closed|reset) by peer|Broken pipe|gloo/|NCCL)",
+        "another process of this training ended, or its network did",
+    ),
     (r"(out of memory|can't allocate|cannot allocate|bad_alloc)", _MEMORY),
     (r"(No space left|file write failed|unexpected pos|PytorchStreamWriter)", f"{_DISK}: free some space"),
 )

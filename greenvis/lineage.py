@@ -243,7 +243,7 @@ def _techniques(job: Job) -> Iterable[Any]:
 def _attempts(job: Job) -> list[list[record.Run]]:
     """Return the records of all attempts at a job, in order: of each attempt its processes', the first process's first."""
     found: dict[str, list[record.Run]] = {}
-    for run in map(record.read, record.find([job.folder] if job.folder.is_dir() else [])):
+    for run in record.readable([job.folder] if job.folder.is_dir() else []):
         if run.header.get("inputs") == job.inputs:
             found.setdefault(run.id, []).append(run)
     attempts = [sorted(runs, key=lambda r: r.header.get("rank", 0)) for runs in found.values()]

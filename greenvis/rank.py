@@ -164,8 +164,8 @@ def _shape(base: str, model: nn.Module, runs: Path, options: Mapping[str, Any]) 
     says.
     """
     if _arm(base) is not None:
-        for path in record.find([weights_of(base, runs).parent]):
-            if facts := record.read(path).facts.get("data"):
+        for its in record.readable([weights_of(base, runs).parent]):
+            if facts := its.facts.get("data"):
                 return facts["in_chans"], facts["img_size"], facts["img_size"]
     size = None if base.startswith("file:") else options.get("img_size")
     return tuple(views.example_input(model, size=size).shape[1:])

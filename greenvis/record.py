@@ -191,6 +191,21 @@ def read(path: str | os.PathLike[str]) -> Run:
     return run
 
 
+def readable(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Run]:
+    """Yield the records among and below `paths`; what is none is left out with a warning, but for files without a byte.
+
+    A process killed before its first line leaves such a file; it observed nothing.
+    """
+    import warnings  # late: a tracker's start pays for each import
+
+    for path in find(paths):
+        try:
+            yield read(path)
+        except BadInput as error:
+            if path.stat().st_size:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+
+
 def timeline(path: str | os.PathLike[str]) -> Iterator[tuple[float, float, str, dict[str, float]]]:
     """Yield what phases observed from one moment of a record to the next: (from, to, phase, {quantity: step}).
 

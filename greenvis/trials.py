@@ -177,7 +177,7 @@ class Trials:
     def _on_record(self, job: Job, size: int) -> Trial | None:
         """Return the last trial with the same inputs that a run before this one left."""
         folder = self.session.runs / job.recipe.name / job.arm.name
-        runs = [record.read(path) for path in record.find([folder])] if folder.is_dir() else []
+        runs = [*record.readable([folder])] if folder.is_dir() else []
         same = []
         for run in runs:
             its = run.facts.get("trial") or {}

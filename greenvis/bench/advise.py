@@ -72,7 +72,7 @@ def run(
         "served": SERVED,
         "overrides": list(overrides),
         "machine": cpu(),
-        "cpu_s": round(sum(record.read(path).sum("cpu_s") or 0.0 for path in record.find(folders))),
+        "cpu_s": round(sum(its.sum("cpu_s") or 0.0 for its in record.readable(folders))),
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
     keys: dict[str, tuple[Any, Any]] = {}
     for plan in plans:
         done = json.loads((folder / plan / "seed0/done.json").read_text())
-        its = next(run for run in map(record.read, record.find([folder / plan])) if run.id == done["run"])
+        its = next(run for run in record.readable([folder / plan]) if run.id == done["run"])
         keys[plan] = (its.facts["macs"], its.facts["params"])
         alike.setdefault(keys[plan], []).append(1000 * price.facts(its)["inference_energy_j"]["value"])
         training, whole = (price.run_energy(its, phase).value or 0.0 for phase in ("train", None))

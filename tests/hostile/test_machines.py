@@ -92,6 +92,8 @@ def test_two_interrupts(tmp_path: Path) -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "loads images was killed"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1"), "another process of this"),
+        (RuntimeError("NCCL communicator was aborted on rank 1."), "another process of this"),
         (RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file"), "disk is full"),
         (KeyError("a"), "GREENVIS_DEBUG"),
     ],

@@ -147,3 +147,17 @@ def test_two_recipes_on_one_base_train_it_once(tmp_path: Path) -> None:
     assert len({load_recipe(tmp_path / f"{name}.yaml").name for name in ("one", "two")}) == 2
     weights = [load_file(tmp_path / "runs" / name / "tuned" / "seed0" / jobs.WEIGHTS_FILE) for name in ("one", "two")]
     assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+
+
+def test_a_record_without_a_line_does_not_stop_the_next_run(recipe: Path) -> None:
+    """A process killed between making its record and the first line of it leaves a file without a byte."""
+    folder = recipe.parent / "runs" / "tiny" / "full" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "a.rank0.jsonl").touch()
+    run(recipe)
+    assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
+    (folder / jobs.DONE_FILE).unlink()
+    (folder / "b.rank0.jsonl").write_text("no record\n")
+    with pytest.warns(UserWarning, match=r"left out: .*b\.rank0\.jsonl is not a greenvis record"):
+        run(recipe)
+    assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
