@@ -36,6 +36,7 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
+    x = x.to(next(model.parameters(), x).device)
     count = flops.count(model, x[:1])
     macs, spread = count.macs, {}
     if any(note.startswith(flops.WITH_DATA) for note in count.notes):  # it may do more for some images than for others

@@ -21,6 +21,9 @@ HEADS = {
 }  # fmt: skip
 
 
+MARGIN = 0.03  # equal arms of a cell differ by this much in most rounds
+
+
 def brief(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row as a table shows it: without what the meter saw, numbers in three digits."""
     shown = {
@@ -65,7 +68,11 @@ def _markdown(result: Mapping[str, Any]) -> str:
 
 def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return the first screen: what saved energy in each round, what cost more in each, and what the rounds do not decide."""
-    groups: dict[str, list[str]] = {"Saved energy in each round": [], "Cost more in each round": [], "Not decided": []}
+    groups: dict[str, list[str]] = {
+        f"Saved more than {MARGIN:.0%} of the energy in each round": [],
+        f"Cost more than {MARGIN:.0%} of it in each round": [],
+        "Neither": [],
+    }
     saved, dearer, open_ = groups.values()
     for cell in cells:
         first = cell["rows"][0]["setting"] if cell["rows"] else None
@@ -74,7 +81,7 @@ def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
                 continue
             where = ", ".join(str(v) for v in (row.get("model"), f"batch {row['batch']}") if v)
             text = f"{cell['cell']}: {row['setting']} ({where}) ×{row['energy_ratio']:.2f}"
-            (saved if row["high"] < 1 else dearer if row["low"] > 1 else open_).append(text)
+            (saved if row["high"] < 1 - MARGIN else dearer if row["low"] > 1 + MARGIN else open_).append(text)
     heading = ["## In brief", "", "Energy per image, against the first setting of the same model and batch.", ""]
     return heading + [
         line for head, texts in groups.items() if texts for line in (f"**{head}**", "", *(f"- {t}" for t in texts), "")
