@@ -35,6 +35,7 @@ MAX_BYTES = 8 * 2**30
 FILES = ("in-use", "key.json", "values.bin", "index.bin")
 THERE = np.uint64(1 << 32)
 NEAR_SHARE = 0.25  # of a GPU's free memory may hold entries of one cache
+SAME = 1e-3  # of the largest output: what another batch, kernel or device may change
 KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
@@ -115,7 +116,8 @@ class Cache:
         if checked and self._near is not None and self._near.device == torch.device(device or "cpu"):
             return self._near[torch.from_numpy(rows).to(self._near.device)]
         entries = self._values[rows]
-        damaged = rows[_sums(entries) != marks] if not checked else ()
+        astray = self._astray(entries)
+        damaged = rows[astray if checked else astray | (_sums(entries) != marks)]
         if len(damaged):
             self._index[damaged] = 0
             self._note(f"cache {self.path}: {len(damaged)} kept outputs are damaged; they are computed anew")
@@ -151,6 +153,33 @@ class Cache:
         self._index[rows] = 0  # a reader between the two writes finds nothing, not a half
         self._values[rows] = entries
         self._index[rows] = _sums(entries)
+
+    def agrees(self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0, eps: float = 0.0) -> bool:
+        """Return whether what is there of these samples is what `put` would leave of `outputs`, but for rounding.
+
+        Checksums tell accidents; this tells values that others put there. eps: of the coarsest format computed in.
+        """
+        entries, live = self._values[self._rows(indices, view)], outputs.detach().float().cpu()
+        if tuple(live.shape[1:]) != self._shape or self._astray(entries).any():
+            return False
+        there = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
+        if self.top_k is not None:  # two as good as equal may change places: compare those that are there
+            at = torch.from_numpy(entries["at"].astype(np.int64))
+            rest = live.scatter(1, at, float("-inf")).logsumexp(1, keepdim=True)
+            there = torch.cat([there, torch.from_numpy(entries["rest"].copy())[:, None]], 1)
+            live = torch.cat([live.gather(1, at), rest], 1)
+        own = torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0.0
+        eps = max(eps, own, float(np.finfo(KINDS[self.dtype]).eps))
+        largest = live[live.isfinite()].abs().max() if live.isfinite().any() else torch.ones(())
+        return torch.allclose(there, live, rtol=0.0, atol=float(largest) * max(SAME, 8 * eps), equal_nan=True)
+
+    def forget(self) -> None:
+        """Let nothing count that is there, for any process."""
+        if self._is_open():
+            self._index[:] = 0
+            self.close()
+        with locked(self.folder):
+            remove(self.path)
 
     def close(self) -> None:
         """Write to disk and let go of the files."""
@@ -190,6 +219,12 @@ class Cache:
             raise BadInput(f"cache: outputs up to {outputs.abs().max():g} do not fit in fp16; use fp32")
         entries["values"] = outputs.numpy()
         return entries
+
+    def _astray(self, entries: np.ndarray) -> np.ndarray:
+        """Return which entries name classes that there are none of, bool (B,)."""
+        if self.top_k is None:
+            return np.zeros(len(entries), bool)
+        return np.asarray((entries["at"] >= self._shape[0]).any(axis=1))
 
     def _unpack(self, entries: np.ndarray) -> Tensor:
         values = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))

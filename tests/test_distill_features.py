@@ -354,7 +354,7 @@ def test_cached_and_live_teachers_give_the_same_weights(tmp_path: Path, losses: 
     assert all((f["hits"], f["misses"]) == (12, 12) for f in facts["distill_cache"])
     with pytest.warns(UserWarning, match="computed by an earlier run"):
         again, _, never = _train(True, tmp_path, losses)
-    assert never == 0
+    assert never == 4  # the first batch that an earlier run left is asked for again, and compared
     assert all(torch.equal(v, again[n]) for n, v in live.items())
 
 

@@ -6,12 +6,16 @@ import multiprocessing
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from greenvis.cache import _sums
 from greenvis.errors import BadInput
+from greenvis.meters.flop_mode import FlopMode
 from greenvis.technique import Samples
 from greenvis.techniques._frozen import Kept, mark
 
@@ -55,7 +59,9 @@ def test_computed_once_and_the_same_after(tmp_path: Path) -> None:
     kept.close()
     other = Kept("teacher: logits", mark(part.layer), note=notes.append)
     assert torch.equal(other.outputs(_samples(tmp_path, [3, 2, 1]), part.of([3, 2, 1]))[2], first[1])
-    assert (part.runs, other.facts()["earlier"]) == (3, 3)
+    assert (part.runs, other.facts()["earlier"], other.facts()["checked"]) == (4, 3, 3)  # the first batch is compared
+    other.outputs(_samples(tmp_path, [1, 2]), part.of([1, 2]))
+    assert (part.runs, other.facts()["hits"]) == (4, 5)
     assert len(notes) == 1
     assert "'teacher: logits' were computed by an earlier run" in notes[0]
 
@@ -140,6 +146,101 @@ def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
     assert torch.equal(kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]]))
     assert part.runs == 2
     assert "damaged" in notes[0]
+
+
+def _forge(folder: Path, factor: float, at: slice) -> None:
+    """Change values in every cache there, and give them the checksums that fit."""
+    for path in folder.glob("*/values.bin"):
+        index = np.memmap(path.with_name("index.bin"), np.uint64, "r+")
+        values = np.memmap(path, np.uint8, "r+").reshape(len(index), -1)
+        there = np.flatnonzero(index)[at]
+        values[there] = (values[there].view(np.float32) * factor).view(np.uint8)
+        index[there] = _sums(values[there].copy().view(f"V{values.shape[1]}")[:, 0])
+
+
+def _epochs(kept: Kept, part: _Part, folder: Path, number: int) -> list[Tensor]:
+    every = range(0, len(X), 4)
+    return [
+        kept.outputs(_samples(folder, [*range(i, i + 4)]), part.of([*range(i, i + 4)])) for _ in range(number) for i in every
+    ]
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.01, -1.0, float("nan"), float("inf")])
+def test_changed_values_whose_checksum_fits_are_noticed(tmp_path: Path, factor: float) -> None:
+    part, notes = _Part(), []
+    first = Kept("teacher", mark(part.layer))
+    _epochs(first, part, tmp_path, 1)
+    first.close()
+    _forge(tmp_path, factor, slice(None))
+    again = Kept("teacher", mark(part.layer), note=notes.append)
+    seen = _epochs(again, part, tmp_path, 2)
+    assert torch.equal(torch.cat(seen[3:]), part.layer(X))
+    assert torch.equal(torch.cat(seen[:3]), part.layer(X))
+    assert notes == ["cache: kept outputs of 'teacher' are not what it gives now; all are computed anew"]
+    assert (again.misses, again.hits, again.earlier) == (12, 12, 0)
+    again.close()
+    unchanged = Kept("teacher", mark(part.layer))
+    _epochs(unchanged, part, tmp_path, 2)
+    assert (unchanged.misses, unchanged.hits, unchanged.earlier) == (0, 24, 24)
+
+
+def test_what_is_changed_in_one_place_shows_in_time_and_is_said(tmp_path: Path) -> None:
+    part, notes = _Part(), []
+    first = Kept("teacher", mark(part.layer))
+    _epochs(first, part, tmp_path, 1)
+    first.close()
+    _forge(tmp_path, 2.0, slice(8, 12))  # the last batch of three
+    again = Kept("teacher", mark(part.layer), note=notes.append)
+    seen = _epochs(again, part, tmp_path, 400)
+    assert torch.equal(torch.cat(seen[-3:]), part.layer(X))
+    assert any("were read before that showed: --fresh" in note for note in notes)
+    assert again.checked < again.hits / 20
+
+
+@pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"top_k": 3}])
+def test_what_was_rounded_is_compared_as_it_was_rounded(tmp_path: Path, options: dict[str, Any]) -> None:
+    part, notes = _Part(8), []
+    for _ in range(2):
+        kept = Kept("teacher", mark(part.layer), note=notes.append, **options)
+        _epochs(kept, part, tmp_path, 1)
+        kept.close()
+    assert (kept.misses, kept.hits, kept.checked) == (0, 12, 4)
+    assert not any("not what it gives" in note for note in notes)
+
+
+def test_top_k_of_classes_that_there_are_not_is_damage(tmp_path: Path) -> None:
+    part, notes = _Part(8), []
+    first = Kept("teacher", mark(part.layer), top_k=3)
+    _epochs(first, part, tmp_path, 1)
+    first.close()
+    _forge(tmp_path, -8.0, slice(None))  # the places are changed with the values
+    again = Kept("teacher", mark(part.layer), top_k=3, note=notes.append)
+    _epochs(again, part, tmp_path, 1)
+    assert again.misses == 12
+    assert all("damaged" in note for note in notes)
+    assert len(notes) == 3
+
+
+def test_half_precision_agrees_with_itself_in_batches_of_other_sizes(tmp_path: Path) -> None:
+    part, notes = _Part(), []
+    with torch.autocast("cpu", torch.bfloat16):
+        first = Kept("teacher", mark(part.layer))
+        _epochs(first, part, tmp_path, 1)
+        first.close()
+        again = Kept("teacher", mark(part.layer), note=notes.append)
+        again.outputs(_samples(tmp_path, [*range(7)]), part.of([*range(7)]))
+    assert (again.hits, again.checked) == (7, 7)
+    assert not any("not what it gives" in note for note in notes)
+
+
+def test_a_comparison_adds_no_flops_to_the_steps(tmp_path: Path) -> None:
+    part = _Part()
+    for flops in (12 * 6 * 3 * 2, 0):
+        kept = Kept("teacher", mark(part.layer))
+        with FlopMode(lambda: "") as mode:
+            _epochs(kept, part, tmp_path, 1)
+        kept.close()
+        assert sum(mode.by_place.values()) == flops
 
 
 def test_other_precision_is_another_cache(tmp_path: Path) -> None:

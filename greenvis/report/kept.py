@@ -23,12 +23,12 @@ def rows(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def merged(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the first process's facts, with what was computed and read back by all processes of the run."""
-    out = dict(facts[0])
+    out, added = dict(facts[0]), {*COUNTS, "checked"} - {"bytes"}
     for key, value in out.items():
         every = [one[key] for one in facts if key in one]
         if isinstance(value, list) and all(isinstance(entry, Mapping) and "misses" in entry for entry in value):
             out[key] = [
-                {**entry, **{k: sum(its[i].get(k, 0) for its in every if i < len(its)) for k in COUNTS if k != "bytes"}}
+                {**entry, **{k: sum(its[i].get(k, 0) for its in every if i < len(its)) for k in entry if k in added}}
                 for i, entry in enumerate(value)
             ]
     return out

@@ -8,6 +8,7 @@ A technique holds one `Kept` for each frozen part and asks it for the current ba
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from greenvis import models
 from greenvis.cache import Cache
@@ -22,6 +24,7 @@ from greenvis.errors import BadInput
 from greenvis.technique import Samples
 
 _ONE = "output"
+CHECK_EVERY = 64  # of so many batches that an earlier run left, one is computed again and compared; and the first
 
 
 def mark(module: nn.Module) -> str:
@@ -36,6 +39,9 @@ class Kept:
     give each sample's output whatever else is in the batch (eval mode). dtype, top_k, max_bytes: of the cache. Outputs come
     back as float32, the same from the first epoch on: also those just computed are rounded as the cache rounds them.
     note: told, in words, which part of the key changed since an earlier run, and of damaged files.
+
+    What an earlier run left is not believed for its checksums alone: the first batch of it, and one in 64 of the others, is
+    computed again and compared (FLOPs of that are not counted); where they differ all is computed anew, and said.
     """
 
     def __init__(
@@ -51,7 +57,8 @@ class Kept:
         self.part, self.weights, self.note = part, weights, note
         self._options: dict[str, Any] = {"dtype": dtype, "top_k": top_k, "max_bytes": max_bytes}
         self._caches: dict[tuple[Any, ...], tuple[Cache, np.ndarray]] = {}
-        self.hits = self.misses = self.earlier = 0
+        self.hits = self.misses = self.earlier = self.checked = 0
+        self._dice, self._seen = random.Random(weights), set[Path]()
 
     def outputs(
         self, samples: Samples | None, compute: Callable[[], Tensor], device: torch.device | str | None = None
@@ -75,25 +82,51 @@ class Kept:
         A batch of which anything is missing is computed whole.
         """
         if samples is None:
-            return _computed(compute, names)
+            return {name: value.float() for name, value in _computed(compute, names).items()}
         caches = {name: self._cache(samples, name, device) for name in names}
         rows = samples.view * samples.length + samples.positions.cpu().numpy()
         found = self._read(samples, caches, device)
-        if len(found) == len(caches):
+        whole = len(found) == len(caches)
+        earlier = int(next(iter(caches.values()))[1][rows].sum()) if whole else 0
+        computed: dict[str, Tensor] = {}
+        if earlier and self._is_due(caches):
+            with _disable_current_modes():  # who counts this step's FLOPs would take it for part of each step
+                computed = _computed(compute, names)
+            self.checked += len(rows)
+            whole = self._agree(samples, caches, computed, _precision(device)[1])
+        if whole:
             self.hits += len(rows)
-            earlier = int(next(iter(caches.values()))[1][rows].sum())
             if earlier and not self.earlier and self.note is not None:
                 self.note(f"cache: outputs of '{self.part}' were computed by an earlier run; its record has their energy")
             self.earlier += earlier
         else:
-            computed = _computed(compute, names)
+            computed = computed or _computed(compute, names)
             self.misses += len(rows)
             for name, (cache, before) in caches.items():
                 cache.put(samples.positions, computed[name], samples.view)
                 before[rows] = False
             rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
             found = {**computed, **(self._read(samples, caches, device) if rounds else {})}
-        return {name: value.to(device) for name, value in found.items()}
+        return {name: value.float().to(device) for name, value in found.items()}
+
+    def _is_due(self, caches: Mapping[str, tuple[Cache, np.ndarray]]) -> bool:
+        """Return whether this batch is one to compare: the first of a cache, then one in CHECK_EVERY."""
+        new = {cache.path for cache, _ in caches.values()} - self._seen
+        self._seen |= new
+        return bool(new) or self._dice.random() < 1 / CHECK_EVERY
+
+    def _agree(
+        self, samples: Samples, caches: Mapping[str, tuple[Cache, np.ndarray]], live: Mapping[str, Tensor], eps: float
+    ) -> bool:
+        """Return whether what is kept is what the part gives now; what is not is forgotten, and said."""
+        wrong = [n for n, (cache, _) in caches.items() if not cache.agrees(samples.positions, live[n], samples.view, eps)]
+        for cache, before in (caches[name] for name in wrong):
+            cache.forget()
+            before[:] = False
+        if wrong and self.note is not None:
+            read = f"; {self.earlier} were read before that showed: --fresh trains without them" if self.earlier else ""
+            self.note(f"cache: kept outputs of '{self.part}' are not what it gives now; all are computed anew{read}")
+        return not wrong
 
     def _read(
         self, samples: Samples, caches: Mapping[str, tuple[Cache, np.ndarray]], device: torch.device | str | None
@@ -103,9 +136,19 @@ class Kept:
         return {name: value for name, value in found.items() if value is not None}
 
     def facts(self) -> dict[str, Any]:
-        """Return what a report says: samples read back and computed, bytes on disk, and reads of what another run computed."""
+        """Return what a report says: samples read back and computed, bytes on disk, and reads of what another run computed.
+
+        checked: of those read back, how many were computed as well, to compare them.
+        """
         size = sum(cache.nbytes for cache, _ in self._caches.values())
-        return {"part": self.part, "hits": self.hits, "misses": self.misses, "earlier": self.earlier, "bytes": size}
+        return {
+            "part": self.part,
+            "hits": self.hits,
+            "misses": self.misses,
+            "earlier": self.earlier,
+            "checked": self.checked,
+            "bytes": size,
+        }
 
     def close(self) -> None:
         """Write to disk and let go of the files."""
@@ -117,8 +160,7 @@ class Kept:
         return {**vars(self), "_caches": {}}  # a copy opens files of its own
 
     def _cache(self, samples: Samples, name: str, device: torch.device | str | None) -> tuple[Cache, np.ndarray]:
-        kind = torch.device(device or "cpu").type
-        precision = str(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else "as the weights"
+        precision = _precision(device)[0]
         place = (samples.folder, *sorted(samples.key.items()), samples.length, samples.views, name, precision)
         if place not in self._caches:
             self._caches[place] = self._open(samples, {"layer": name, "precision": precision})
@@ -144,7 +186,16 @@ class Kept:
         return cache, torch.cat([cache.has(every, view) for view in range(samples.views)]).numpy()
 
 
+def _precision(device: torch.device | str | None) -> tuple[str, float]:
+    """Return in what precision is computed now, in words, and its eps; 0 where the weights say."""
+    kind = torch.device(device or "cpu").type
+    if not torch.is_autocast_enabled(kind):
+        return "as the weights", 0.0
+    dtype = torch.get_autocast_dtype(kind)
+    return str(dtype), torch.finfo(dtype).eps
+
+
 def _computed(compute: Callable[[], Mapping[str, Tensor]], names: Sequence[str]) -> dict[str, Tensor]:
     with torch.no_grad():
         found = compute()
-    return {name: found[name].detach().float() for name in names}
+    return {name: found[name].detach() for name in names}

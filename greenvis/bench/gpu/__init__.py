@@ -7,7 +7,6 @@ when the same command is given again. All weights are random: what a technique c
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from greenvis import files
 from greenvis.bench.gpu import _counter, _page, _serving, _training
 from greenvis.bench.gpu._measure import Bench, NotMeasured
 from greenvis.errors import BadInput, nearest, some
@@ -128,8 +128,5 @@ def _cell(cell: Cell, bench: Bench, described: dict[str, Any], out: Path | None,
         "seconds": round(time.monotonic() - started, 1), "rows": rows,
     }  # fmt: skip
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".part")
-        whole.write_text(json.dumps(said, indent=1) + "\n")
-        os.replace(whole, path)
+        files.write(files.own_folder(path.parent, path.parent.parent) / path.name, json.dumps(said, indent=1) + "\n")
     return said

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from greenvis import files
+
 FORMS = {
     "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}", "speedup": "{:.2f}",
     "energy_ratio": "{:.2f}", "range": "{}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}", "realised": "{:.2f}",
@@ -37,8 +39,8 @@ def brief(row: Mapping[str, Any]) -> dict[str, Any]:
 def write(out: Path, result: Mapping[str, Any]) -> None:
     """Write results.json and report.md."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "report.md").write_text(_markdown(result))
+    files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
+    files.write(out / "report.md", _markdown(result))
 
 
 def _markdown(result: Mapping[str, Any]) -> str:

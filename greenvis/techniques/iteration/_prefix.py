@@ -48,7 +48,7 @@ class InstalledPrefix(Installed):
     def facts(self) -> Mapping[str, Any]:
         """Return {"prefix_cache": hits, misses, bytes, …}."""
         found = [kept.facts() for _, kept in self._cuts.values()]
-        sums = {k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "bytes")}
+        sums = {k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "checked", "bytes")}
         return {"prefix_cache": {"part": found[0]["part"], **sums}} if found else {}
 
     def keeps_of(self, path: str) -> str:
