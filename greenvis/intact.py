@@ -57,8 +57,8 @@ class Watch:
         self._attributes: dict[str, Any] = {}  # of the model, that changed with them
         modules = [*self.model.modules()]
         parts = any(i.freezes or i.trainable for i in live.installed) or any("forward" in vars(m) for m in modules)
-        self.parts = parts  # whether a copy of the model is no plain one
-        if parts or any(map(_ours, (hook for m in modules for hook in _hooks(m)))):
+        self.parts = parts and bool(live.installed)  # whether a copy of the model is no plain one
+        if self.parts or any(map(_ours, (hook for m in modules for hook in _hooks(m)))):
             self.model.register_forward_pre_hook(self, prepend=True)
         self.note()
 

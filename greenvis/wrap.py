@@ -70,7 +70,7 @@ class Wrapped(Owners, Deltas):
             self._snapshot.restore()
             raise
         self._snapshot.forget_unchanged()
-        self._watch = Watch(self) if techniques else None
+        self._watch = Watch(self)
         self._optimizers = Optimizers(self)
         forget_compiled()
         self._enter()

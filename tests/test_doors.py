@@ -250,11 +250,14 @@ def test_a_traced_feature_extractor_is_right_or_refused(name: str) -> None:
         model = gv.wrap(build(), [technique]).model
     except gv.BadInput:
         return
-    layer = "encoder.layers.encoder_layer_1.mlp"
+    layer = "encoder.layers.encoder_layer_1"
     try:
-        extractor = create_feature_extractor(model, {layer: "map", "heads": "logits"})
+        extractor = create_feature_extractor(model, {f"{layer}.mlp": "mlp", layer: "block", "heads": "logits"})
     except gv.GreenvisError:
         return
+    seen: list[Tensor] = []
+    model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
     with torch.no_grad():
         output = extractor(X)
         torch.testing.assert_close(output["logits"], model(X), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output["block"], seen[-1], rtol=1e-4, atol=1e-5)

@@ -55,6 +55,8 @@ def other_weight(model: Any) -> None:
 
 
 TAKE: dict[str, Callable[[], list[gv.Technique]]] = {
+    "no technique": list,
+    "prompt_pool": lambda: [gv.PromptPool(pool=3, length=1, top_n=1)],
     "lora": lambda: [gv.Lora(rank=2)],
     "linear_probe": lambda: [gv.LinearProbe()],
     "bitfit": lambda: [gv.Bitfit()],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -124,8 +124,8 @@ class PromptPool(Technique):
         pool = Pool(self, rows, torch.empty(self.pool, width, **kind).uniform_(-1, 1), found.prefix_tokens)
         asker = None
         if self.query == "class":
-            heads = [model.get_submodule(path) for path in found.classifier]
-            asker = Asker(pool, heads, _readers(model, found), _mark(model, heads) if self.cache else "")
+            heads = _at(model, found.classifier)
+            asker = Asker(pool, found.classifier, _readers(found), _mark(model, heads) if self.cache else "")
             asker.put(model)
         doors = Doors(model, [model.get_submodule(path) for path in blocks])
         pool.put(model, blocks, _CHILD, doors)
@@ -205,10 +205,11 @@ class Pool(Joined):
 class Asker:
     """Runs the frozen model without prompts before each forward, for the feature its head would read.
 
-    weights: what tells the frozen model from another, where queries are to be kept; else "".
+    heads, readers: paths, for somebody may put another classifier there. weights: what tells the frozen model from another,
+    where queries are to be kept; else "".
     """
 
-    def __init__(self, pool: Pool, heads: list[nn.Module], readers: list[nn.Module], weights: str) -> None:
+    def __init__(self, pool: Pool, heads: Sequence[str], readers: Sequence[str], weights: str) -> None:
         self.pool, self.heads, self.readers, self.kept = pool, heads, readers, None
         self.samples: Samples | None = None
         if weights:
@@ -228,7 +229,7 @@ class Asker:
         if self.kept is None or self.samples is None or not model.training:
             self.pool.ask(self.answer(model, args, kwargs))
             return
-        spared = {id(p) for part in (self.pool, *self.heads) for p in part.parameters()}
+        spared = {id(p) for part in (self.pool, *_at(model, self.heads)) for p in part.parameters()}
         if moving := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in spared]:
             raise GreenvisError(f"the queries cannot be kept, for {some(moving)} trains and changes them; set cache: false")
         self.pool.ask(self.kept.outputs(self.samples, lambda: self.answer(model, args, kwargs), self.pool.keys.device))
@@ -238,7 +239,8 @@ class Asker:
         self.pool.away = True
         try:
             with in_mode(model, False), torch.no_grad():
-                return _run(model, self.readers, args, kwargs)
+                gone = self.readers and not _at(model, self.readers)  # with the classifier around them
+                return _run(model, self.heads if gone else self.readers, args, kwargs)
         finally:
             self.pool.away = False
 
@@ -307,7 +309,7 @@ def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
 def _feature(model: nn.Module, found: View) -> Tensor:
     """Return what the head reads for the example. Raises BadInput where that is no vector per image."""
     with quiet(model):
-        feature = _run(model, _readers(model, found), (found.example,), {})
+        feature = _run(model, _readers(found), (found.example,), {})
     if feature.ndim != 2:
         raise BadInput(
             f"the head of {type(model).__name__} reads {tuple(feature.shape)}, not one vector (batch, dim) per image, so it "
@@ -316,15 +318,21 @@ def _feature(model: nn.Module, found: View) -> Tensor:
     return feature
 
 
-def _readers(model: nn.Module, found: View) -> list[nn.Module]:
+def _readers(found: View) -> list[str]:
     """Return the classifier's layers: what the first of them reads does not change while they train."""
-    return [model.get_submodule(p) for p in (*found.norms, *found.linears, *found.convs) if found.in_classifier(p)]
+    return [p for p in (*found.norms, *found.linears, *found.convs) if found.in_classifier(p)]
 
 
-def _run(model: nn.Module, readers: list[nn.Module], args: Any, kwargs: Any) -> Tensor:
+def _at(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    """Return the modules that stand at these paths now."""
+    named = dict(model.named_modules())
+    return [named[path] for path in paths if path in named]
+
+
+def _run(model: nn.Module, readers: Sequence[str], args: Any, kwargs: Any) -> Tensor:
     """Return what the first of `readers` reads in a forward of `model`, or the model's output where there are none."""
     read: list[Tensor] = []
-    hooks = [module.register_forward_pre_hook(partial(_note, read)) for module in readers]
+    hooks = [module.register_forward_pre_hook(partial(_note, read)) for module in _at(model, readers)]
     try:
         output = model(*args, **kwargs)
     finally:
