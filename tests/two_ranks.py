@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 tests/two_ranks.py OUT_FOLDER [CASE …]
 
 Each global batch is cut into as many shares as there are processes; a share's loss counts by its part of the batch, so that an
-uneven last batch weighs as it does in one process.
+uneven last batch weighs as it does in one process. All is in float64, where the order of sums does not show.
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ CASES: dict[str, Any] = {
 
 def main(out: Path, names: list[str]) -> None:
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     for name in names or CASES:
         folder = out / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ def whitened_loss(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tenso
 
     (Wei et al., 2022, equation 2.) Squared below a difference of `beta`, absolute above. The target is `whitened` already.
     """
-    return F.smooth_l1_loss(predicted.float(), target.float(), beta=beta)
+    return F.smooth_l1_loss(_precise(predicted), _precise(target), beta=beta)
 
 
 def whitened(features: Tensor) -> Tensor:
@@ -36,7 +37,7 @@ def whitened(features: Tensor) -> Tensor:
 
     A layer norm without weights, as Wei et al. (2022) have it: of the biased variance.
     """
-    return F.layer_norm(features.float(), features.shape[-1:])
+    return F.layer_norm(_precise(features), features.shape[-1:])
 
 
 class FeatureDistill(Technique):
@@ -165,3 +166,8 @@ class InstalledFeatureDistill(Installed):
         if self._kept is not None:
             self._kept.close()
         self._kept = None
+
+
+def _precise(features: Tensor) -> Tensor:
+    """Return features in float32 at least."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))
