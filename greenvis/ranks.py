@@ -156,6 +156,30 @@ class SampleMean:
                     parameter.grad.mul_(factor)
 
 
+def part_weights(parts: Iterable[int], like: Tensor) -> list[float | Tensor]:
+    """Return what the mean over each part of this process's batch counts for, where the loss is weighed by all its samples.
+
+    A loss that adds up means over parts (new and replayed images) is then the one over every process's parts, though each holds
+    them in other shares. All ones in a single process.
+    """
+    counts = torch.tensor([*parts], dtype=torch.float64)
+    if count() == 1:
+        return [1.0] * len(counts)
+    total = counts.to(_device(), copy=True)
+    dist.all_reduce(total)
+    weights = counts.to(total.device) / total.clamp_min(1) * (total.sum() / counts.sum().clamp_min(1))
+    return list(weights.to(like))
+
+
+def any_of(flags: Tensor) -> Tensor:
+    """Return which of these flags are set in any process."""
+    if count() == 1:
+        return flags
+    number = flags.to(torch.int32, copy=True)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.bool()
+
+
 def together(ask: Callable[[], T]) -> T:
     """Ask in every process, in the first before the others (who find what it made), and return to each its own answer.
 

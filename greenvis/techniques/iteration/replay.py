@@ -37,12 +37,15 @@ def er_ace_loss(
     """Return the asymmetric loss of ER-ACE (Caccia et al., 2022, eq. 3), a scalar.
 
     logits: (fresh + replayed, classes), the new images first. New ones compete among the classes of their own batch, so
-    that they do not push earlier classes down; replayed ones among all. Each part is a mean of its own.
+    that they do not push earlier classes down; replayed ones among all. Each part is a mean of its own. Of several processes
+    the batch is all of theirs.
     """
-    away = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
-    away[y[:fresh].unique()] = False
-    loss = task_loss(logits[:fresh].masked_fill(away, torch.finfo(logits.dtype).min), y[:fresh])
-    return loss + task_loss(logits[fresh:], y[fresh:]) if len(y) > fresh else loss
+    own = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    own[y[:fresh].unique()] = True
+    away = ~ranks.any_of(own)
+    new, old = ranks.part_weights((fresh, len(y) - fresh), logits)
+    loss = new * task_loss(logits[:fresh].masked_fill(away, torch.finfo(logits.dtype).min), y[:fresh])
+    return loss + old * task_loss(logits[fresh:], y[fresh:]) if len(y) > fresh else loss
 
 
 class Replay(Technique):
@@ -146,6 +149,7 @@ class InstalledReplay(Installed):
         self.generator = Generator(torch.initial_seed() % 2**63) if request.source == "generator" else None
         self.steps = 0
         self._parts: list[int] = []  # of the batch now: how many are new, and of each draw
+        self._first: list[int] = []  # those of the optimizer step's first batch, empty before it
         self._wanted: Tensor | None = None  # the kept logits of the first draw
         self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
         self._outputs = 0
@@ -177,10 +181,29 @@ class InstalledReplay(Installed):
                     xs.append(old[0].to(x.dtype))
                     ys.append(old[1])
                     self._parts.append(len(old[1]))
+        self._check_accumulation()
         if self.entrance is not None:
             self.entrance.open(self._taken, torch.cat(xs) if xs else None)
             return x, torch.cat(ys) if xs else y
         return (torch.cat([x, *xs]), torch.cat(ys)) if xs else (x, y)
+
+    def _check_accumulation(self) -> None:
+        """Refuse a further batch of an optimizer step where the loss, of means over parts, is not that of one big batch."""
+        if not self._first:
+            self._first = self._parts
+            return
+        method, first = self.request.method, self._first
+        uneven = [n * first[0] for n in self._parts] != [n * self._parts[0] for n in first]
+        if method != "er_ace" and not (self._keeps_logits and uneven):
+            return
+        self._first = []
+        self._new.clear()
+        why = f"takes a mean over each part, and after {first} new and replayed images come {self._parts}"
+        raise BadInput(
+            f"replay with {method} cannot accumulate gradients here: it "
+            f"{'has new images compete among the classes of one batch' if method == 'er_ace' else why}. Use one batch an "
+            "optimizer step, or method er (der: every 1, share 1); a loop of your own calls live.step_end() after each step"
+        )
 
     def _earlier(self, count: int, device: torch.device, first: bool) -> tuple[Tensor, Tensor] | None:
         """Return (x, y) of earlier examples, None while there are none."""
@@ -204,10 +227,13 @@ class InstalledReplay(Installed):
             raise GreenvisError("replay of logits needs logits; a pretext technique gives none: use method er")
         now = logits_of(logits)
         self._new[-1]["logits"] = now[: self._parts[0]].detach()
+        weights = self._weigh(now)
         if self._wanted is None:
             return {}
         first = self._parts[0]
-        return {"der": self.request.alpha * F.mse_loss(now[first : first + self._parts[1]], self._wanted.to(now.dtype))}
+        return {
+            "der": self.request.alpha * weights[1] * F.mse_loss(now[first : first + self._parts[1]], self._wanted.to(now.dtype))
+        }
 
     def step_end(self) -> None:
         """Offer the new examples to the buffer."""
@@ -228,6 +254,7 @@ class InstalledReplay(Installed):
             if self.request.policy != "herding":
                 self.buffer.offer(**new)
         self._new.clear()
+        self._first = []
 
     def begin_task(self, task: Task) -> None:
         """Note whether another task comes."""
@@ -272,6 +299,10 @@ class InstalledReplay(Installed):
                 features = representation(x.to(device))
             yield x.cpu(), y.cpu(), features.float().cpu()
 
+    def _weigh(self, logits: Tensor) -> list[float | Tensor]:
+        """Return what a mean over each part of the batch counts for; every process asks at the same place."""
+        return ranks.part_weights((*self._parts, 0, 0)[:3], logits)
+
     def _criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the task loss over the parts of the batch, as the method has it."""
 
@@ -279,11 +310,12 @@ class InstalledReplay(Installed):
             fresh = self._parts[0]
             if self.request.method == "er_ace":
                 return er_ace_loss(logits, y, fresh, task_loss)
-            own = task_loss(logits[:fresh], y[:fresh])
+            weights = self._weigh(logits)
+            own = weights[0] * task_loss(logits[:fresh], y[:fresh])
             if self.request.method == "der" or len(self._parts) < 3:
                 return own
             again = slice(fresh + self._parts[1], None)
-            return own + self.request.beta * task_loss(logits[again], y[again])
+            return own + self.request.beta * weights[2] * task_loss(logits[again], y[again])
 
         return loss
 
