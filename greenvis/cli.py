@@ -231,7 +231,8 @@ def _model_verbs(verb: _Verb) -> None:
 
 def _record_verbs(verb: _Verb) -> None:
     """Meters and what they recorded."""
-    verb("doctor", verbs.doctor, "say where each energy figure comes from on this machine, and why")
+    p = verb("doctor", verbs.doctor, "say where each energy figure comes from on this machine, and why")
+    p.add_argument("--repeat", action="store_true", help="do the same work for a minute: how far it reads apart, for the bands")
     p = verb("track", verbs.track, "meter any command and its children: greenvis track -- python train.py")
     p.add_argument("--name", default="command")
     p.add_argument("--country", help="ISO-3 code of the grid, as FRA")

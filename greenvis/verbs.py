@@ -208,8 +208,11 @@ def flops(args: Any) -> Answer:
 
 def doctor(args: Any) -> Answer:
     """Say where each figure comes from here."""
+    from greenvis.meters import header, repeat
     from greenvis.meters.doctor import doctor
 
+    if args.repeat:
+        repeat.measure(header.cpu()["name"], say=teller(args))
     rows = doctor()
 
     def show() -> None:

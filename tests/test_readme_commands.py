@@ -19,7 +19,14 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip() and not line.startswith("make ")
 ]
-MINUTES = ("advise", "probe", "torchrun", "--on ray", "0.01,0.003")  # words of commands that only the slow test runs
+MINUTES = (
+    "advise",
+    "probe",
+    "torchrun",
+    "--on ray",
+    "0.01,0.003",
+    "--repeat",
+)  # words of commands that only the slow test runs
 
 
 def _clone(folder: Path) -> dict[str, str]:

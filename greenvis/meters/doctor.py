@@ -8,7 +8,7 @@ from typing import Any
 from greenvis.errors import BadInput
 from greenvis.grid import lookup
 from greenvis.meters import header
-from greenvis.meters.energy import Meter
+from greenvis.meters.energy import Meter, load_coefficients
 
 
 def doctor(country: str | None = None) -> list[dict[str, Any]]:
@@ -26,6 +26,7 @@ def doctor(country: str | None = None) -> list[dict[str, Any]]:
     rows.append(
         _plain("steal", "/proc/stat" if steal is not None else "none", "measured", "time other machines took from this one", "")
     )
+    rows.append(_repeatability())
     rows.append(_grid(country))
     rows += [_library(name, why) for name, why in _LIBRARIES]
     return rows
@@ -52,6 +53,17 @@ def _row(c: dict[str, Any]) -> dict[str, Any]:
     return {
         "what": c["name"], "source": c["source"], "provenance": c.get("provenance", ""), "band": band,
         "why": c.get("reason", ""), "better": better,
+    }  # fmt: skip
+
+
+def _repeatability() -> dict[str, Any]:
+    """Say how far the same work reads apart here: measured, or the default."""
+    k = load_coefficients()["repeatability"]
+    known = k["citation"].startswith("measured")
+    return {
+        "what": "repeatability", "source": "the same work, again" if known else "default",
+        "provenance": "measured" if known else "estimated", "band": f"×{k['low']:.2g} – ×{k['high']:.2g}", "why": k["citation"],
+        "better": "greenvis doctor --repeat, today and on another day: a minute each",
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from greenvis.errors import BadInput, nearest
-from greenvis.meters import devices, host
+from greenvis.meters import devices, host, repeat
 from greenvis.meters.counter import Counter, readings
 from greenvis.meters.nvml import Nvml, open_nvml
 from greenvis.meters.processes import TICK_S, PortableTree, ProcessTree, open_tree
@@ -199,6 +199,7 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     Raises BadInput for a file that is not such a table.
     """
     table = json.loads(COEFFICIENTS.read_text())
+    table["repeatability"] = repeat.band(cpu_name(), table["repeatability"])
     path = path or os.environ.get(OVERRIDE)
     if not path:
         return table

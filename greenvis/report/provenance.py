@@ -63,6 +63,7 @@ def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for c, n in seen.values():
         keep = {k: c.get(k) for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")}
+        keep |= {"repeatability": c["repeatability"]} if c.get("repeatability") else {}
         rows.setdefault(json.dumps(keep, sort_keys=True), {**keep, "attempts": 0})["attempts"] += n
     return [rows[k] for k in sorted(rows)]
 
