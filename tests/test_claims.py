@@ -296,3 +296,33 @@ def test_a_row_that_names_no_other_difference_has_none() -> None:
         assert (arm.model, arm.stream, arm.subset) == (base.model, base.stream, base.subset), row
         assert arm.train.model_copy(update={"seeds": ()}) == base.train.model_copy(update={"seeds": ()}), row
         assert len(arm.techniques) == len(base.techniques) + 1
+
+
+def _choices(page: str) -> list[str]:
+    return re.findall(r"^- (?:[\d, or]+ training images were held out|No validation images were held out).*", page, re.M)
+
+
+@each
+def test_every_report_says_on_which_images_choices_were_made(path: Path) -> None:
+    """Thresholds and targets on images held out, or that none were; never nothing, never both."""
+    found = _found(path)
+    (said,) = _choices(_page(path))
+    held = any(d.get("held_out") for d in found["data"] if isinstance(d, dict))
+    assert ("were held out; thresholds" in said) == held
+    assert ("may be too good" in said) != held
+    calibrated = any("early_exit" in t for a in found["arms"].values() for t in a.get("techniques") or ())
+    assert held or not calibrated
+    reached = any(found["arms"][a].get("energy_to_baseline_j") for a in found["order"])
+    assert ("is read off test images, epoch by epoch" in _page(path)) == reached
+
+
+@each
+def test_joules_and_grams_have_two_figures_where_they_are_estimated(path: Path) -> None:
+    """Three only of what was measured, with a scatter below half a per cent (`words.reading`)."""
+    if any(s["provenance"] == "measured" for s in _found(path)["sources"]):
+        pytest.skip("a counter told these")
+    body = _page(path).partition("### Environment")[0]
+    long = re.findall(r"(?<![\d.,])(?:\d[\d,]*\.?\d*) [kMGmµn]?(?:J|g)\b(?! CO₂e per kWh)", body)
+    assert long
+    assert not [text for text in long if len(re.sub(r"^0+|\D", "", text.split()[0].replace(".", "")).rstrip("0")) > 2]
+    assert "Noise floor" in body

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.errors import one_line
-from greenvis.report import figures, tables, words
+from greenvis.report import figures, floor, tables, words
 from greenvis.report.words import MISSING, si
 
 HEADS = {"train_energy_j": "Energy", "train_energy_with_reuse_j": "Energy, with base", "carbon_g": "CO₂e, own"}
@@ -24,6 +24,7 @@ def table(found: Mapping[str, Any]) -> Any:
     energy = ("train_energy_with_reuse_j", "vs_train_energy_with_reuse") if whole else ("train_energy_j", "vs_train_energy")
     columns = [c for c in listed if c.key in (found["metric"], "vs_metric", *energy, "carbon_g")]
     out = Table(title=Text(one_line(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out.caption = Text(one_line(floor.sentence(found)))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")

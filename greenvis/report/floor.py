@@ -11,6 +11,7 @@ from greenvis.report import stats, words
 
 TRAINING = ("train_energy", "total_energy", "train_energy_with_reuse")  # quantities to which each floor belongs
 SERVING = ("inference_energy",)
+_BRIEF = (("training", "training"), ("image", "serving"))
 
 
 def floors(found: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,13 @@ def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
             if r and r["low"] is not None:
                 out[q] = {**r, "low": r["low"] / floor["ratio"], "high": r["high"] * floor["ratio"]}
     return out
+
+
+def brief(found: Mapping[str, Any]) -> str:
+    """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
+    floor = found.get("noise_floor") or {}
+    said = [f"{k} ×{words.figures(max(f['ratio'], 1.001), 3)}" for k, f in ((w, floor.get(t)) for w, t in _BRIEF) if f]
+    return ", ".join(said) or "unknown"
 
 
 def sentence(found: Mapping[str, Any]) -> str:

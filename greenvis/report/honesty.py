@@ -45,6 +45,7 @@ def _counted(found: dict[str, Any]) -> list[str]:
         "mean.",
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on one host share them, so they "
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
+        _repeatability(found),
         *_repeated(found),
         *_intervals(found),
         *_chosen(found),
@@ -54,16 +55,22 @@ def _counted(found: dict[str, Any]) -> list[str]:
 
 def _chosen(found: dict[str, Any]) -> list[str]:
     """Say on which images choices were made: held out ones, or, for all that is known, the test's."""
+    reached = any(found["arms"][a].get("energy_to_baseline_j") for a in found["order"])
+    read = (
+        [f"Where an arm reached the baseline's {found['metric']} is read off test images, epoch by epoch."] if reached else []
+    )
     held = sorted({d["held_out"] for d in found["data"] if isinstance(d, dict) and d.get("held_out")})
     if held:
         many = " or ".join(f"{n:,}" for n in held)
         return [
             f"{many} training images were held out; thresholds and a target accuracy are chosen on them. On which images "
-            "learning rates and epochs were chosen is not on record: where it was on the test, accuracies are too good."
+            "learning rates and epochs were chosen is not on record: where it was on the test, accuracies are too good.",
+            *read,
         ]
     return [
         "No validation images were held out: learning rates, epochs and whatever else was chosen was chosen on test images "
-        "or not at all, so that accuracies may be too good."
+        "or not at all, so that accuracies may be too good.",
+        *read,
     ]
 
 
@@ -80,6 +87,18 @@ def _intervals(found: dict[str, Any]) -> list[str]:
         "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean and scatter stay. One seed "
         "decides nothing.",
     ]
+
+
+def _repeatability(found: dict[str, Any]) -> str:
+    """Say how far the same work reads apart at another time, and whether bands hold that."""
+    bands = [s["repeatability"] for s in found["sources"] if s.get("provenance") == "estimated" and s.get("repeatability")]
+    said = {f"×{k['low']:.3g}–{k['high']:.3g}, {k.get('citation') or 'of unknown origin'}" for k in bands}
+    if said:
+        return f"Bands hold how far the same work reads apart from one time to another: {'; '.join(sorted(said))}."
+    return (
+        "How far the same work reads apart from one time to another is in no band here: on a shared machine of two CPUs, up to "
+        "×1.78 between two days."
+    )
 
 
 def _repeated(found: dict[str, Any]) -> list[str]:

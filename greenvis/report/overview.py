@@ -10,12 +10,12 @@ from typing import Any
 
 from greenvis import files, yamlfile
 from greenvis.errors import BadInput
-from greenvis.report import page, reuse, stored, verdict
+from greenvis.report import floor, page, reuse, stored, verdict
 from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
 
 HEAD = (
     "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher included", "own share",
-    "energy of an image", "differs in",
+    "energy of an image", "noise floor", "differs in",
 )  # fmt: skip
 ALONE = "the technique alone"
 ASIDE = ("seeds", "threads", "workers", "checkpoint_every_s")  # settings of `train` that change no result
@@ -44,7 +44,8 @@ def overview(folder: str | Path) -> dict[str, Any]:
             reports.append({**its, "command": command[1] if command else "", "found": f"{title}."})
             continue
         found = stored.read(path.parent / stored.NAME)
-        rows += [{**row, "measured in": path.as_posix()} for row in _rows(found)]
+        apart = floor.brief(found)
+        rows += [{**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(found)]
         reports.append({**its, "command": page.shell(found["command"]), "found": verdict.opening(found)})
     if not reports:
         raise BadInput(f"{folder} holds no reports: give the folder in which each report has a folder of its own")
@@ -65,7 +66,8 @@ def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
         "",
         "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the interval leaves out no "
         "change. Kept: all of it lies above −0.5 points (or the report's own margin); lost: below; else it is open. Energies "
-        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in no figure.",
+        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in no figure. Noise floor: how "
+        "far arms that did the same work read apart; unknown where none did.",
         "",
     ]
     for its in found["reports"]:

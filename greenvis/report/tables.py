@@ -294,4 +294,4 @@ def _ms(row: Row, key: str) -> float | None:
 
 
 def _small(value: float | None) -> str:
-    return MISSING if value is None else words.figures(value)
+    return MISSING if value is None else words.figures(value, 2)

@@ -8,6 +8,7 @@ from typing import Any
 
 MISSING = "–"
 _PREFIX = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+ESTIMATED = ("J", "g")  # units of figures that no reading here tells to three figures
 _SHARES = ("accuracy", "top1", "top5", "f1", "miou", "map", "auc", "recall", "precision")
 
 
@@ -19,8 +20,9 @@ def figures(value: float, digits: int = 3) -> str:
     return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
-def si(value: float | None, unit: str = "", digits: int = 3) -> str:
-    """Return `value` with an SI prefix: "3.53 kJ", "0.46 g" as "465 mg", "1.26 G"."""
+def si(value: float | None, unit: str = "", digits: int = 0) -> str:
+    """Return `value` with an SI prefix: "3.5 kJ", "460 mg", "1.26 G". digits: two of joules and grams, else three."""
+    digits = digits or (2 if unit in ESTIMATED else 3)
     if value is None or not math.isfinite(value):
         return MISSING
     if value == 0:
