@@ -5,6 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import importlib.util
+import io
+import math
+import os
+import stat
+import warnings
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,15 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from greenvis.errors import BadInput, some
+from greenvis import files
+from greenvis.errors import BadInput, one_line, some
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 DOWNLOADS = Path("~/.cache/greenvis").expanduser()
 FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")  # of no other a decoder is asked: some start programs
+MOST_IMAGE = 256 * 2**20  # bytes of an image's file
+MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
+MOST_IDX = 64 * 2**20  # bytes of an IDX file: Fashion-MNIST's largest has 47 million
 TEST_NAMES = ("test", "val", "valid", "validation")
 TEST_SHARE = 0.2
 
@@ -121,6 +132,9 @@ def fashion_mnist(root: Path | None, download: bool) -> Source:
         place = _download_fashion(root or DOWNLOADS)
     parts = [_read_idx(place, part, kind) for part in ("train", "t10k") for kind in ("images", "labels")]
     images, labels, test_images, test_labels = (torch.from_numpy(p) for p in parts)
+    for x, y in ((images, labels), (test_images, test_labels)):
+        if len(x) != len(y) or not len(y) or int(y.max()) >= len(FASHION):
+            raise BadInput(f"{place}: {len(x)} images and {len(y)} labels of {len(FASHION)} classes do not go together")
     train = Split(images[:, None], labels.long())
     test = Split(test_images[:, None], test_labels.long())
     return Source(train, test, FASHION, sha256(p.tobytes() for p in parts), 28, 1)
@@ -146,13 +160,14 @@ def _read_idx(place: Path, part: str, kind: str) -> np.ndarray:
     path = _idx_path(place, part, kind)
     assert path is not None  # fashion_folder found it
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+        raw = files.read(path, f"IDX file of {kind}", MOST_IDX)
+        raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MOST_IDX + 1) if path.suffix == ".gz" else raw
+    except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"cannot read {path}: {error}; get the file anew") from error
     axes = 3 if kind == "images" else 1
-    head = np.frombuffer(raw, ">i4", count=min(axes + 1, len(raw) // 4))
+    head = np.frombuffer(raw, ">u4", count=min(axes + 1, len(raw) // 4))
     shape = tuple(int(n) for n in head[1:])
-    if not len(head) or head[0] != 0x0800 + axes or len(raw) != 4 * (axes + 1) + np.prod(shape):
+    if not len(head) or head[0] != 0x0800 + axes or len(raw) != 4 * (axes + 1) + math.prod(shape):
         raise BadInput(f"{path} is not a whole IDX file of {kind}; get the file anew")
     return np.frombuffer(raw, np.uint8, offset=4 * (axes + 1)).reshape(shape).copy()
 
@@ -163,17 +178,17 @@ def image_folder(path: Path) -> Source:
     own = (path / "train").is_dir()
     if inner is not None and not own:
         raise BadInput(f"{path} has a folder '{inner.name}' but none named 'train' beside it")
-    files, classes = _class_files(path / "train" if own else path)
-    labels = torch.tensor([label for _, label in files])
-    train = Split(Lazy(partial(_read_file, [f for f, _ in files]), range(len(files))), labels)
+    images, classes = _class_files(path / "train" if own else path)
+    labels = torch.tensor([label for _, label in images])
+    train = Split(Lazy(partial(_read_file, [f for f, _ in images]), range(len(images))), labels)
     if own and inner is not None:
-        test_files, _ = _class_files(inner, classes)
-        test_labels = torch.tensor([label for _, label in test_files])
-        test = Split(Lazy(partial(_read_file, [f for f, _ in test_files]), range(len(test_files))), test_labels)
-        files = files + test_files
+        test_images, _ = _class_files(inner, classes)
+        test_labels = torch.tensor([label for _, label in test_images])
+        test = Split(Lazy(partial(_read_file, [f for f, _ in test_images]), range(len(test_images))), test_labels)
+        images = images + test_images
     else:
-        train, test = divide(train, test=max(1, round(TEST_SHARE * len(files))))
-    chunks = (c for f, _ in files for c in (str(f.relative_to(path)).encode(), f.read_bytes()))
+        train, test = divide(train, test=max(1, round(TEST_SHARE * len(images))))
+    chunks = (c for f, _ in images for c in (str(f.relative_to(path)).encode(), f))
     return Source(train, test, classes, sha256(chunks), 224, 3)
 
 
@@ -182,6 +197,7 @@ def class_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise BadInput(f"no folder at {path}")
     found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    _named(found)
     if len(found) < 2:
         raise BadInput(f"{path} has {len(found)} sub-folders; one for each class is needed, at least two")
     return found
@@ -193,21 +209,55 @@ def _class_files(path: Path, classes: tuple[str, ...] | None = None) -> tuple[li
     unknown = [f.name for f in folders if f.name not in names]
     if unknown:
         raise BadInput(f"{path} has classes that train has not: {some(unknown)}")
-    files: list[tuple[Path, int]] = []
+    out: list[tuple[Path, int]] = []
     for folder in folders:
-        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+        images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise BadInput(f"no images in {folder}; looked for {some(sorted(IMAGE_SUFFIXES), 10)}")
-        files += [(image, names.index(folder.name)) for image in images]
-    return files, names
+        _named(images)
+        for image in images:
+            _regular(image)
+        out += [(image, names.index(folder.name)) for image in images]
+    return out, names
+
+
+def _named(paths: Iterable[Path]) -> None:
+    """Raise BadInput for a name that is not UTF-8: no record could hold it."""
+    for path in paths:
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):
+            raise BadInput(f"the name of {one_line(path)} is not UTF-8: rename it, or take it out")
+
+
+def _regular(path: Path) -> None:
+    """Raise BadInput for what has an image's name and is none: a folder, a pipe, a link to nothing, a file beyond all size."""
+    try:
+        seen = path.stat()
+    except OSError as error:
+        raise BadInput(f"cannot read the image {one_line(path)}: {error.strerror}") from error
+    if not stat.S_ISREG(seen.st_mode):
+        raise BadInput(f"cannot read the image {one_line(path)}: it is no regular file; take it out")
+    if seen.st_size > MOST_IMAGE:
+        raise BadInput(f"cannot read the image {one_line(path)}: {seen.st_size:,} bytes, and at most {MOST_IMAGE:,} are read")
 
 
 def _read_file(paths: Sequence[Path], row: int) -> Tensor:
+    return _decode(files.read(paths[row], "image", MOST_IMAGE), f"image {paths[row]}")
+
+
+def _decode(data: bytes, what: str) -> Tensor:
+    """Return uint8 (3, height, width). Raises BadInput, saying `what` it is, where the bytes are no image of bounded size."""
     try:
-        with Image.open(paths[row]) as image:
-            return _to_tensor(image)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"cannot read the image {paths[row]}: {error}") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if (pixels := math.prod(image.size)) > MOST_PIXELS:
+                    raise ValueError(f"it has {pixels:,} pixels, and at most {MOST_PIXELS:,} are decoded")
+                return _to_tensor(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of strangers' bytes stumble in many ways
+        said = "no image of a known format" if isinstance(error, UnidentifiedImageError) else error or type(error).__name__
+        raise BadInput(f"cannot read the {what}: {said}") from error
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
@@ -264,22 +314,27 @@ def hf_datasets(path: Path) -> Source:
     else:
         test = _hf_split(parts[test_name], image, label)
     stored = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith((".", "cache-")))
-    chunks = (c for p in stored for c in (str(p.relative_to(path)).encode(), p.read_bytes()))
+    chunks = (c for p in stored for c in (os.fsencode(p.relative_to(path)), p))
     return Source(train, test, tuple(features[label].names), sha256(chunks), 224, 3)
 
 
 def _hf_split(part: Any, image: str, label: str) -> Split:
+    import datasets
+
     labels = torch.tensor(part[label][:])
+    classes = len(part.features[label].names)
     if len(labels) and int(labels.min()) < 0:
         raise BadInput("hf-datasets: some rows have no label (-1); drop them, or use a labelled split for the test")
+    if len(labels) and int(labels.max()) >= classes:
+        raise BadInput(f"hf-datasets: some rows have the label {int(labels.max())}, but {classes} classes are named")
+    part = part.cast_column(image, datasets.Image(decode=False))
     return Split(Lazy(partial(_read_row, part, image), range(len(labels))), labels)
 
 
 def _read_row(part: Any, image: str, row: int) -> Tensor:
-    try:
-        return _to_tensor(part[row][image])
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"hf-datasets: cannot read the image of row {row}: {error}") from error
+    stored = part[row][image]
+    data = stored["bytes"] if stored["bytes"] is not None else files.read(stored["path"], "image", MOST_IMAGE)
+    return _decode(data, f"image of row {row} (hf-datasets)")
 
 
 def synthetic(train: int, test: int, seed: int, img_size: int, in_chans: int, classes: int = 10) -> Source:
@@ -307,10 +362,15 @@ def _smooth(count: int, img_size: int, in_chans: int, rng: torch.Generator) -> T
     return torch.nn.functional.interpolate(coarse, size=(img_size, img_size), mode="bilinear", align_corners=False)
 
 
-def sha256(chunks: Iterable[bytes]) -> str:
-    """Return the hex digest over all chunks, with each one's length so that their borders count."""
+def sha256(chunks: Iterable[bytes | Path]) -> str:
+    """Return the hex digest over all chunks, or files in pieces, with each one's length so that their borders count."""
     digest = hashlib.sha256()
     for chunk in chunks:
-        digest.update(len(chunk).to_bytes(8, "little"))
-        digest.update(chunk)
+        digest.update((len(chunk) if isinstance(chunk, bytes) else chunk.stat().st_size).to_bytes(8, "little"))
+        if isinstance(chunk, bytes):
+            digest.update(chunk)
+            continue
+        with chunk.open("rb") as file:
+            while piece := file.read(2**20):
+                digest.update(piece)
     return digest.hexdigest()
