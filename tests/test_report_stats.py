@@ -103,8 +103,8 @@ def test_energy_to_a_target_must_stay_reached() -> None:
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
-    [(3530.8, "J", "3.53 kJ"), (0.46588, "g", "466 mg"), (999.9, "J", "1.00 kJ"), (0.0, "J", "0 J"), (None, "J", "–"),
-     (5717416, "", "5.72 M"), (12.0, "", "12.0"), (math.inf, "J", "–"), (-1500.0, "J", "-1.50 kJ")],
+    [(3530.8, "J", "3.5 kJ"), (0.46588, "g", "470 mg"), (999.9, "J", "1.0 kJ"), (0.0, "J", "0 J"), (None, "J", "–"),
+     (5717416, "", "5.72 M"), (12.0, "", "12.0"), (math.inf, "J", "–"), (-1500.0, "J", "-1.5 kJ")],
 )  # fmt: skip
 def test_units(value: float | None, unit: str, text: str) -> None:
     assert words.si(value, unit) == text
