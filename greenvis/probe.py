@@ -68,7 +68,10 @@ def _protocol(path: Path) -> dict[str, Any]:
 
 def _source(card: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's content: the protocol, for the model and the data of a card."""
-    given = (yaml.safe_load(card["recipe"]) or {})["data"]
+    whole = yamlfile.parse(card["recipe"], f"{card['file']}: the recipe in its card")
+    given = whole.get("data") if isinstance(whole, dict) else None
+    if not isinstance(given, dict):
+        raise BadInput(f"{card['file']}: the recipe in its card names no data")
     data = {k: v for k, v in given.items() if k in _DATA}
     facts = card["data"]
     arms = {}

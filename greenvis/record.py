@@ -214,7 +214,7 @@ def timeline(path: str | os.PathLike[str]) -> Iterator[tuple[float, float, str, 
     run = read(path)
     totals, at = Run(run.path, run.header), float(run.header.get("mono_s") or 0.0)
     before = at
-    for kind, line in _lines(Path(path).read_bytes())[0]:
+    for kind, line in _lines(files.read(path, "record", MOST_BYTES))[0]:
         moment = line.get("mono_s", at)
         old = totals.totals.get(str(line.get("phase")), {})
         if kind == "sample" and isinstance(moment, (int, float)) and _take(totals, kind, line):
@@ -282,10 +282,10 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
     """
     if len(word) < LEAST_OF_AN_ID:
         return None
-    files = sorted(Path(runs).rglob(f"*{SUFFIX}"))
+    listed = [path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()]  # a pipe would hang
     for id_of in (lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0], _first_id):  # files may be renamed
         ids: dict[str, list[Path]] = {}
-        for path in files:
+        for path in listed:
             if (run := id_of(path)).startswith(word) or run.endswith(word):
                 ids.setdefault(run, []).append(path)
         if len(ids) > 1 and word not in ids:
@@ -297,10 +297,14 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
 
 
 def _first_id(path: Path) -> str:
-    """Return the run's id of the first line that has one, reading no further."""
+    """Return the run's id of the first line that has one, of those at the beginning."""
     try:
         with path.open("rb") as file:
-            headers = (line for line in map(_parsed, file) if isinstance(line, dict) and line.get("type") == "header")
+            headers = (
+                line
+                for line in map(_parsed, file.read(2**20).split(b"\n"))
+                if isinstance(line, dict) and line.get("type") == "header"
+            )
             return str(next(headers, {}).get("run", ""))
     except OSError:
         return ""

@@ -300,5 +300,5 @@ def test_replay_gives_the_recorded_joules(tmp_path: Path) -> None:
     ledger.leave(path)
     ledger.cut()
     assert {p: t["gpu_j"] for p, t in ledger.totals.items()} == {"": 600.0, "train": 300.0}
-    with pytest.raises(BadInput, match="not a meter log"):
+    with pytest.raises(BadInput, match=r"the meter log .* it is a folder"):
         Replay(tmp_path)

@@ -16,16 +16,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from greenvis.errors import BadInput, nearest
+from greenvis import files
+from greenvis.errors import BadInput, nearest, one_line
 from greenvis.meters import devices, host, repeat
 from greenvis.meters.counter import Counter, readings
 from greenvis.meters.nvml import Nvml, open_nvml
 from greenvis.meters.processes import TICK_S, PortableTree, ProcessTree, open_tree
 from greenvis.meters.rapl import POWERCAP, Rapl, open_rapl
 from greenvis.meters.wall import WallMeter
+from greenvis.record import MOST_BYTES
 
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 OVERRIDE = "GREENVIS_COEFFICIENTS"  # environment variable: the user's own coefficients file
+MOST = 1e6  # of any coefficient of a user's: watts, ratios
 CHEAP_S = 0.05  # counters that cost a driver call are read at most this often when phases are short
 HEADROOM = 1.25  # CPU time is counted in ticks and found late: a little more than all CPUs may show up at once
 SLEPT_S = 1.0  # a machine that slept for longer may have begun its counters anew
@@ -172,11 +175,11 @@ class Replay:
 
     def __init__(self, log: str | os.PathLike[str]) -> None:
         try:
-            lines = [json.loads(text) for text in Path(log).read_text().splitlines() if text.strip()]
+            lines = [json.loads(text) for text in files.read_text(log, "meter log", MOST_BYTES).splitlines() if text.strip()]
             self.components: list[dict[str, Any]] = lines[0]["components"]
             self._readings: list[dict[str, float]] = lines[1:]
             self._readings[0]["wall_s"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise BadInput(f"{log} is not a meter log (a line of components, then lines with wall_s): {error!r}") from error
         self._next = 0
 
@@ -203,18 +206,18 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     path = path or os.environ.get(OVERRIDE)
     if not path:
         return table
-    try:
-        given = json.loads(Path(path).read_text())
-        items = list(given.items())
-    except (OSError, ValueError, AttributeError) as error:
-        raise BadInput(f"cannot read the coefficients file {path}: {error}") from error
-    for key, value in items:
+    given = files.read_json(path, "coefficients file")
+    if not isinstance(given, dict):
+        raise BadInput(f"cannot read the coefficients file {path}: it is no mapping")
+    for key, value in given.items():
         if key == "wall_meter":
             table["cpu_w_per_busy_cpu"] = _from_wall_meter(path, value)
         elif key not in table:
             raise BadInput(f"{path}: unknown coefficient '{key}'{nearest(key, [*table, 'wall_meter'])}")
-        elif key in ("version", "processors"):
-            table[key] = value
+        elif key == "version":
+            table[key] = one_line(value)[:200]
+        elif key == "processors":
+            table[key] = _processors(path, value)
         else:
             table[key] = _checked(path, key, value)
         if key in ("cpu_w_per_busy_cpu", "wall_meter"):
@@ -226,25 +229,46 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
 def _checked(path: Any, key: str, value: Any) -> dict[str, Any]:
     try:
         low, central, high = (float(value[k]) for k in ("low", "central", "high"))
-        if not 0 <= low <= central <= high < float("inf"):
-            raise ValueError("0 <= low <= central <= high does not hold")
-    except (TypeError, KeyError, ValueError) as error:
+        if not 0 <= low <= central <= high <= MOST:
+            raise ValueError(f"0 <= low <= central <= high <= {MOST:,} does not hold")
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise BadInput(f'{path}: {key} needs numbers {{"low", "central", "high"}} in order: {error}') from error
-    return {"citation": f"given by the user in {path}", **value}
+    words = {k: one_line(value[k])[:5000] for k in ("unit", "citation") if k in value}
+    return {"citation": f"given by the user in {path}", **words, "low": low, "central": central, "high": high}
+
+
+def _processors(path: Any, value: Any) -> list[dict[str, Any]]:
+    """Return a table of processors, as ours: a part of the name, its thermal design power and its threads."""
+    try:
+        return [
+            {
+                "match": str(row["match"])[:200] if row["match"] else _refuse("an empty match is in every name"),
+                "tdp_w": watts if 0 < (watts := float(row["tdp_w"])) <= MOST else _refuse("tdp_w is out of range"),
+                "threads": threads if 0 < (threads := float(row["threads"])) <= MOST else _refuse("threads is out of range"),
+                "citation": one_line(row.get("citation", f"given by the user in {path}"))[:5000],
+            }
+            for row in value
+        ]
+    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+        raise BadInput(f'{path}: processors is a list of {{"match", "tdp_w", "threads"}}: {error}') from error
+
+
+def _refuse(why: str) -> Any:
+    raise ValueError(why)
 
 
 def _from_wall_meter(path: Any, value: Any) -> dict[str, Any]:
     """Turn a plug's readings into watts per busy CPU: low is the extra draw of work alone, high adds the idle machine."""
     try:
         idle, busy, cpus = (float(value[k]) for k in ("idle_w", "busy_w", "busy_cpus"))
-        if not (0 <= idle < busy and cpus > 0):
-            raise ValueError("0 <= idle_w < busy_w and busy_cpus > 0 do not hold")
-    except (TypeError, KeyError, ValueError) as error:
+        if not (0 <= idle < busy <= MOST and 0 < cpus <= MOST):
+            raise ValueError(f"0 <= idle_w < busy_w <= {MOST:,} and busy_cpus > 0 do not hold")
+    except (TypeError, KeyError, ValueError, OverflowError) as error:
         raise BadInput(f'{path}: wall_meter needs {{"idle_w", "busy_w", "busy_cpus"}}: {error}') from error
     low, high = (busy - idle) / cpus, busy / cpus
     return {
         "low": low, "central": high, "high": high, "unit": "W per busy logical CPU",
-        "citation": value.get("citation", f"wall meter, {path}: {idle:g} W idle, {busy:g} W with {cpus:g} CPUs busy"),
+        "citation": one_line(value.get("citation", f"wall meter, {path}: {idle:g} W idle, {busy:g} W with {cpus:g} CPUs busy")),
     }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ NAME = "records.jsonl.xz"
 MOST = 200_000  # bytes of an archive: it is committed with its report
 MOST_RAW = 32 * 2**20  # bytes of records; more would take long to pack, and not fit
 MOST_READ = 256 * 2**20  # bytes an archive may unpack to
+MOST_RECORDS = 100_000
 BETWEEN = b'{"type":"record"}\n'  # before each record
 
 
@@ -74,6 +75,8 @@ def _unpack(packed: Path, folder: Path) -> Path:
     if not unpacker.eof:
         why = "it is cut off" if unpacker.needs_input else f"it unpacks to more than {MOST_READ:,} bytes"
         raise BadInput(f"{packed} cannot be read: {why}")
+    if whole.count(BETWEEN) > MOST_RECORDS:
+        raise BadInput(f"{packed} cannot be read: it holds more than {MOST_RECORDS:,} records")
     for i, one in enumerate((b"\n" + whole).split(b"\n" + BETWEEN)[1:]):
         (folder / f"{packed.parent.name}-{i:05d}{record.SUFFIX}").write_bytes(one)
     return folder

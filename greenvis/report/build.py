@@ -186,7 +186,8 @@ def _stated(listed: list[Arm]) -> dict[str, Any]:
     except BadInput:  # a header of other hands
         recipe = None
     said = recipe.get("report") if isinstance(recipe, dict) else None
-    return said if isinstance(said, dict) else {}
+    said = said if isinstance(said, dict) else {}
+    return {k: v for k, v in said.items() if k == "margin" or isinstance(v, str)}
 
 
 def _margin(stated: Mapping[str, Any], metric: str) -> float:

@@ -152,7 +152,7 @@ def check(run: Run) -> list[str]:
     if len(uses) < len(run.uses):
         out.append(f"{len(run.uses) - len(uses)} of the runs it says it uses")
         run.uses[:] = uses
-    logs = [log for log in run.logs if _is_plain({key: value for key, value in log.items() if key != "totals"})]
+    logs = [log for log in run.logs if is_plain({key: value for key, value in log.items() if key != "totals"})]
     if len(logs) < len(run.logs):
         out.append(f"{len(run.logs) - len(logs)} of its logs, not finite or nested too deeply")
         run.logs[:] = logs
@@ -170,7 +170,7 @@ def possible(quantity: str, value: float) -> bool:
 
 def _problems(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
     """Return what is wrong, by top-level key."""
-    out = {str(key): "is nested too deeply or not finite" for key, value in values.items() if not _is_plain(value)}
+    out = {str(key): "is nested too deeply or not finite" for key, value in values.items() if not is_plain(value)}
     try:
         kind.model_validate(values)
     except ValidationError as error:
@@ -183,14 +183,14 @@ def _said(problems: Mapping[str, str]) -> str:
     return "; ".join(f"{printable(key)} {why}" for key, why in [*problems.items()][:MOST_SAID])
 
 
-def _is_plain(value: Any, depth: int = 0) -> bool:
+def is_plain(value: Any, depth: int = 0, most: int = MOST_DEPTH) -> bool:
     """Whether a value of JSON is finite, whole numbers fit a float, and it is not nested without end."""
-    if depth > MOST_DEPTH:
+    if depth > most:
         return False
     if isinstance(value, dict):
-        return all(_is_plain(inner, depth + 1) for inner in value.values())
+        return all(is_plain(inner, depth + 1, most) for inner in value.values())
     if isinstance(value, list):
-        return all(_is_plain(inner, depth + 1) for inner in value)
+        return all(is_plain(inner, depth + 1, most) for inner in value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return True
     return math.isfinite(value) if isinstance(value, float) else abs(value) <= 10**300

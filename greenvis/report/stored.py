@@ -10,7 +10,7 @@ from typing import Any
 
 from greenvis import files, record
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.report import archive, build, versus
+from greenvis.report import archive, build, shape, versus
 
 NAME = "results.json"
 MOST_BYTES = 256 * 2**20
@@ -43,16 +43,16 @@ def believed(path: Path | None) -> Iterator[None]:
 
 def read(path: Path) -> dict[str, Any]:
     """Return the results in a file. Raises BadInput for what is none, or of another schema."""
-    try:
-        found = files.read_json(path, "results", MOST_BYTES)
-        if not isinstance(found["arms"], dict) or not isinstance(found.get("schema", 0), int):
-            raise TypeError("arms is not an object")
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path} is not a {NAME} of greenvis: {error}") from error
+    found = files.read_json(path, "results", MOST_BYTES)
+    if not isinstance(found, dict) or not isinstance(found.get("arms"), dict):
+        raise BadInput(f"{path} is not a {NAME} of greenvis: it has no arms")
     schema = found.get("schema", 0)
+    if not isinstance(schema, int):
+        raise BadInput(f"{path} is not a {NAME} of greenvis: its schema is no number")
     if schema != build.SCHEMA:
         way = "upgrade it" if schema > build.SCHEMA else "make the report again from its run records"
-        raise BadInput(f"{path} has schema {schema}, and this greenvis reads {build.SCHEMA}: {way}")
+        raise BadInput(f"{path} has schema {str(schema)[:20]}, and this greenvis reads {build.SCHEMA}: {way}")
+    shape.check(found, path)
     return found
 
 
