@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from greenvis import experiment, jobs
-from greenvis.recipe import load_recipe
+from greenvis import experiment, jobs, record
 
 TINY = """\
 name: {name}
@@ -46,7 +45,7 @@ def mark(folder: Path) -> dict[str, Any]:
 
 
 def test_mark_card_and_record_name_each_other(recipe: Path) -> None:
-    from greenvis import lineage, record
+    from greenvis import lineage
 
     folder, _ = run(recipe)
     records = [record.read(path) for path in folder.glob("*.jsonl")]
@@ -129,24 +128,67 @@ def test_killed_before_any_of_its_writes_the_next_run_ends_right(recipe: Path, m
     assert killed_at >= 3  # weights, mark, …: if nothing was written by renames, nothing was tried
 
 
-def test_two_recipes_on_one_base_train_it_once(tmp_path: Path) -> None:
-    base = tmp_path / "base.yaml"
-    base.write_text(TINY.format(name="base", more="") + "  full: {}\n")
-    for name in ("one", "two"):
-        text = TINY.format(name=name, more="") + "  tuned: {model: {init: 'run:base'}}\n"
-        (tmp_path / f"{name}.yaml").write_text(text)
-    command = [sys.executable, "-m", "greenvis", "run"]
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+ON_GO = (  # everything is imported before the word comes, so that both begin in the same moment
+    "import sys; from greenvis import cli, experiment; from greenvis.report import report; print('ready', flush=True); "
+    "sys.stdin.read(); sys.exit(cli.main(sys.argv[1:]))"
+)
+
+
+def together(folder: Path, *names: str) -> list[str]:
+    """Run the recipes in processes that begin together; return what each said."""
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     started = [
-        subprocess.Popen([*command, f"{name}.yaml"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for name in ("one", "two")
+        subprocess.Popen([sys.executable, "-c", ON_GO, "run", f"{name}.yaml"], cwd=folder, env=env, text=True, **pipes)
+        for name in names
     ]
-    said = [process.communicate(timeout=300) for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    assert len(list((tmp_path / "runs" / "base" / "full" / "seed0").glob("*.jsonl"))) == 1
-    assert len({load_recipe(tmp_path / f"{name}.yaml").name for name in ("one", "two")}) == 2
-    weights = [load_file(tmp_path / "runs" / name / "tuned" / "seed0" / jobs.WEIGHTS_FILE) for name in ("one", "two")]
-    assert all((weights[0][key] == weights[1][key]).all() for key in weights[0])
+    for process in started:
+        assert process.stdout.readline() == "ready\n"
+    for process in started:
+        process.stdin.close()
+    said = []
+    for process in started:
+        process.stdout.read()
+        said.append(process.stderr.read())
+        assert process.wait(300) == 0, said
+    return said
+
+
+def figures(runs: Path) -> dict[str, Any]:
+    """Return, by run, its accuracy, its curve, and its weights."""
+    left = {}
+    for path in record.find([runs]):
+        its = record.read(path)
+        curve = [{k: v for k, v in line.items() if k in ("epoch", "step", "loss", "accuracy")} for line in its.logs]
+        weights = {name: t.tolist() for name, t in load_file(path.parent / jobs.WEIGHTS_FILE).items()}
+        assert its.status == "done"
+        assert str(path.parent) not in left
+        left[str(path.parent.relative_to(runs))] = (its.facts["accuracy"], curve, weights)
+    return left
+
+
+@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
+def test_two_recipes_on_one_base_train_it_once(rounds: int, tmp_path: Path) -> None:
+    def write(folder: Path) -> Path:
+        folder.mkdir()
+        (folder / "base.yaml").write_text(TINY.format(name="base", more="") + "  full: {}\n")
+        for name in ("one", "two"):
+            text = TINY.format(name=name, more="") + "  tuned: {model: {init: 'run:base'}}\n"
+            (folder / f"{name}.yaml").write_text(text)
+        return folder
+
+    alone = write(tmp_path / "alone")
+    for name in ("one", "two"):
+        together(alone, name)
+    right = figures(alone / "runs")
+    assert set(right) == {"base/full/seed0", "one/tuned/seed0", "two/tuned/seed0"}
+    assert all(len(curve) == 2 and weights for _, curve, weights in right.values())
+    for number in range(rounds):
+        folder = write(tmp_path / str(number))
+        said = together(folder, "one", "two")
+        assert figures(folder / "runs") == right
+        assert sum(text.count("base/full seed 0: training") for text in said) == 1
+        assert sum(text.count("base/full seed 0: done before, kept") for text in said) == 1
 
 
 def test_a_record_without_a_line_does_not_stop_the_next_run(recipe: Path) -> None:
