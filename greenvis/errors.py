@@ -37,7 +37,7 @@ def some(names: Iterable[str], most: int = 6) -> str:
 
 def printable(text: str) -> str:
     """Return a text as a terminal may get it: lines kept, every other control character (escape sequences) replaced."""
-    shown = "\n\t\N{WORD JOINER}"  # the last takes no room and does nothing; Markdown of ours has it
+    shown = "\n\t\N{WORD JOINER}\N{NO-BREAK SPACE}"  # these take no room or a space's, and do nothing: pages of ours have them
     return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 

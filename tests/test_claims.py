@@ -326,3 +326,9 @@ def test_joules_and_grams_have_two_figures_where_they_are_estimated(path: Path) 
     assert long
     assert not [text for text in long if len(re.sub(r"^0+|\D", "", text.split()[0].replace(".", "")).rstrip("0")) > 2]
     assert "Noise floor" in body
+
+
+@each
+def test_no_character_of_a_page_was_replaced(path: Path) -> None:
+    for name in ("index.html", "report.md"):
+        assert "\ufffd" not in (path.parent / name).read_text()

@@ -54,7 +54,7 @@ TAGS = """\
 html head meta title link style body a header p h1 h2 h3 nav main section ul li span b div table caption thead tbody tr th td
 figure figcaption pre code strong em br img ol"""
 DRAWN = "svg desc g path defs use rect text clippath tspan marker line polyline circle image"
-OURS, JOINER = {*TAGS.split(), *DRAWN.split()}, "\N{WORD JOINER}"
+OURS, JOINER = {*TAGS.split(), *DRAWN.split()}, "\N{WORD JOINER}\N{NO-BREAK SPACE}"
 
 
 def safe_html(text: str) -> None:
