@@ -19,8 +19,14 @@ test-oldest: $(VENV)/.uv pyproject.toml  # what strangers' files may do, with th
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" "hypothesis>=6.100" -e .
 	$(VENV)-oldest/bin/python -m pytest tests/hostile
 
-fuzz: $(VENV)/.dev  # about ten minutes
-	GREENVIS_FUZZ=4000 $(BIN)/python -m pytest tests/hostile/test_fuzz.py
+# seconds for all readers together: about half for shapes (Hypothesis), half for bytes (atheris)
+FUZZ_S ?= 600
+READERS := recipe record card coefficients results cache
+
+fuzz: $(VENV)/.dev
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[fuzz]'
+	GREENVIS_FUZZ=$$(($(FUZZ_S) * 3)) $(BIN)/python -m pytest tests/hostile/test_fuzz.py
+	for reader in $(READERS); do PYTHONPATH=. $(BIN)/python tests/hostile/fuzz_atheris.py $$reader -max_total_time=$$(($(FUZZ_S) / 12)) || exit 1; done
 
 gpu: $(VENV)/.demo
 	$(BIN)/greenvis bench gpu --out reports/gpu
