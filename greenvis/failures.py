@@ -15,7 +15,7 @@ _WORDS = (
         r"(Connection (closed|reset) by peer|Broken pipe|gloo/|NCCL)",
         "another process of this training ended, or its network did",
     ),
-    (r"(out of memory|can't allocate|cannot allocate|bad_alloc)", _MEMORY),
+    (r"(out of memory|can't allocate|cannot allocate|bad_alloc|failed to map segment)", _MEMORY),
     (r"(No space left|file write failed|unexpected pos|PytorchStreamWriter)", f"{_DISK}: free some space"),
 )
 
@@ -33,7 +33,7 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"{_MEMORY}; {ON}"
     first = str(error).strip().partition("\n")[0][:300]
-    if isinstance(error, (RuntimeError, OSError)):
+    if isinstance(error, (RuntimeError, OSError, ImportError)):
         for pattern, words in _WORDS:
             if re.search(pattern, str(error), re.IGNORECASE):
                 return f"{words}; {ON} ({first})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 import signal
 import subprocess
@@ -12,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, GreenvisError
 from greenvis.meters.phase import Standstill
 from greenvis.meters.processes import children
 from greenvis.meters.track import Tracker, track
@@ -38,7 +39,10 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
         except (OSError, ValueError) as error:  # a word with a zero byte is a ValueError
             run.stop("failed", str(error))
             _leave_nothing(run.path, before)
-            raise BadInput(f"cannot start '{words[0]}': {getattr(error, 'strerror', None) or error}") from error
+            machine = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+            raise (GreenvisError if machine else BadInput)(
+                f"cannot start '{words[0]}': {getattr(error, 'strerror', None) or error}"
+            ) from error
         with _passed_on(process):
             _wait_through_stops(process, run)
             code = process.wait()

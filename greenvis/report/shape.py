@@ -287,6 +287,10 @@ def check(found: Any, path: Path) -> None:
         read = _Results.model_validate(found)
         for label, row in found["arms"].items():
             _in_arm(row.get(read.metric), label)
+            if row["uses"] and row["base_reuse"] is None:
+                raise _Odd(f"arms.{one_line(label)[:100]}: it uses others, and base_reuse is missing")
+            if any(row[key]["value"] is not None and "method" not in row[key] for key in ("train_energy_j", "carbon_g")):
+                raise _Odd(f"arms.{one_line(label)[:100]}: a reading without its method")
     except ValidationError as error:
         said = [f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}" for e in error.errors()[:MOST_SAID]]
         raise BadInput(f"{path} is not a results.json of greenvis: {'; '.join(said)}") from error

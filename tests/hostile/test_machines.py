@@ -89,6 +89,7 @@ def test_two_interrupts(tmp_path: Path) -> None:
         (OSError(24, "Too many open files"), "ulimit"),
         (OSError(30, "Read-only file system", "x"), "not allowed to write"),
         (MemoryError(), "out of memory"),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "loads images was killed"),
@@ -104,6 +105,23 @@ def test_each_failure_is_a_line(error: Exception, says: str) -> None:
     text = failures.describe(error)
     assert re.search(says, text)
     assert "\n" not in text
+
+
+@pytest.mark.parametrize("bytes_", [300 * 2**20, 1500 * 2**20])
+def test_no_memory_to_begin_with(bytes_: int, tmp_path: Path) -> None:
+    process = start(tmp_path, "run", "tiny.yaml", limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_)))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    (line,) = err.strip().splitlines()
+    assert line.startswith("greenvis: out of memory")
+
+
+@pytest.mark.parametrize("most", [5, 6, 8])  # with fewer Python itself does not start
+def test_hardly_any_file_descriptors(most: int, tmp_path: Path) -> None:
+    process = start(tmp_path, "track", "--", "true", limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)))
+    _, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    assert process.returncode == 0 or (process.returncode == 1 and "too many open files" in err.lower()), err
 
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:

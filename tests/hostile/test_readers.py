@@ -146,7 +146,7 @@ WRONG_IN_ARM = {
     "train_energy_j": [None, {}, 3, {"value": "x"}], "inference_energy_j": [None, {}, []],
     "vs_baseline": [3, [], {"accuracy": 3}],
     "curve": [None, {"0": 3}, {"0": [[1]]}], "spent": [None, {}], "sci": [None, {}], "latency_ms": [3, {"p50": "x"}],
-    "macs": [-1, "x", 1e300], "by_seed": [None, 3], "std": [None, {"wall_s": "x"}], "base_reuse": [3, {}],
+    "macs": [-1, "x", 1e300], "by_seed": [None, 3], "std": [None, {"wall_s": "x"}], "base_reuse": [3, {}, None],
     "techniques": [3, "x"],
     "energy_by_phase_j": [None, {"train": "x"}], "zones": [None, 3], "attempts": [None, {"done": "x"}],
 }  # fmt: skip
