@@ -1,4 +1,5 @@
-"""A convolutional network of your own that answers early: exits trained and calibrated, folded, and served in full batches."""
+"""A convolutional network of your own that answers early: exits trained and calibrated, folded, and
+served in full batches."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import greenvis as gv
-from greenvis.techniques.inference.early_exit import rebatched
+from greenvis.techniques.inference.exits.early_exit import rebatched
 
 torch.manual_seed(0)
 digits: Any = load_digits()
@@ -24,7 +25,9 @@ stream, answers = images[1400:].split(64), labels[1400:]
 
 def block(width: int, out: int) -> nn.Sequential:
     """A convolution, a batch norm and an activation."""
-    return nn.Sequential(nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(width, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()
+    )
 
 
 def accuracy(logits: list[Tensor]) -> float:
@@ -34,7 +37,9 @@ def accuracy(logits: list[Tensor]) -> float:
 
 blocks = [block(1, 32), *(block(32, 32) for _ in range(5))]
 model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-live = gv.wrap(model, gv.EarlyExit(at=("1", "3"), target_drop=0.03, confidence=0.9, input_shape=(1, 8, 8)))
+live = gv.wrap(
+    model, gv.EarlyExit(at=("1", "3"), target_drop=0.03, confidence=0.9, input_shape=(1, 8, 8))
+)
 optimizer = torch.optim.AdamW(live.param_groups(lr=3e-3))
 with gv.track("early-exit", live, dir=tempfile.mkdtemp()) as run:
     for _ in range(8):
@@ -45,12 +50,19 @@ with gv.track("early-exit", live, dir=tempfile.mkdtemp()) as run:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    found = live.calibrate(held_out)["early_exit"]  # thresholds that lose no more than the target, on images never trained on
-    print(f"thresholds {found['thresholds']}, kept: {found['met']}; {found['cost']:.0%} of the MACs")
+    found = live.calibrate(held_out)[
+        "early_exit"
+    ]  # thresholds that lose no more than the target, on images never trained on
+    print(
+        f"thresholds {found['thresholds']}, kept: {found['met']}; {found['cost']:.0%} of the MACs"
+    )
     folding = gv.fold_norms(live.finish(), images[:2])
     print(f"{len(folding.convolutions)} batch norms folded")
     with torch.inference_mode(), run.phase("serve"):
         print(f"accuracy {accuracy([model(x) for x in stream]):.3f} batch by batch")
-        print(f"accuracy {accuracy([*rebatched(live, stream)]):.3f} with those who go on in full batches")
+        print(
+            f"accuracy {accuracy([*rebatched(live, stream)]):.3f} with those who go on in full "
+            "batches"
+        )
 
 print(f"energy {run.energy().value:.1f} J")

@@ -1,4 +1,5 @@
-"""A Lightning Trainer with LoRA: a callback meters it; the module's own step adds the techniques' terms."""
+"""A Lightning Trainer with LoRA: a callback meters it; the module's own step adds the techniques'
+terms."""
 
 from __future__ import annotations
 
@@ -24,7 +25,14 @@ images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
 labels = torch.tensor(digits.target)
 
 net = timm.create_model(
-    "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=32, depth=2, num_heads=2, num_classes=10
+    "vit_tiny_patch16_224",
+    img_size=8,
+    patch_size=2,
+    in_chans=1,
+    embed_dim=32,
+    depth=2,
+    num_heads=2,
+    num_classes=10,
 )
 live = gv.wrap(net, gv.Lora(rank=4))  # greenvis
 
@@ -52,7 +60,8 @@ class Module(pl.LightningModule):
 out = tempfile.mkdtemp()
 green = GreenCallback(live, "lightning", dir=out)  # greenvis
 trainer = pl.Trainer(
-    max_epochs=2, callbacks=[green], accelerator="cpu", default_root_dir=out, logger=False, enable_checkpointing=False,
+    max_epochs=2, callbacks=[green], accelerator="cpu", default_root_dir=out, logger=False,
+    enable_checkpointing=False,
     enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
 )  # fmt: skip
 trainer.fit(
@@ -61,4 +70,8 @@ trainer.fit(
     DataLoader(TensorDataset(images[600:800], labels[600:800]), batch_size=100),
 )
 print(live.summary())
-print("report:", gv.report([green.run.path], out=f"{out}/report"), "with the energy of training and evaluation apart")
+print(
+    "report:",
+    gv.report([green.run.path], out=f"{out}/report"),
+    "with the energy of training and evaluation apart",
+)

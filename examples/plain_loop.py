@@ -1,4 +1,5 @@
-"""Your own PyTorch loop with greenvis around it: the lines marked `# greenvis` are all that is added."""
+"""Your own PyTorch loop with greenvis around it: the lines marked `# greenvis` are all that is
+added."""
 
 from __future__ import annotations
 
@@ -23,7 +24,14 @@ loader = DataLoader(TensorDataset(images[:1000], labels[:1000]), batch_size=50, 
 def vit(width: int) -> nn.Module:
     """A tiny vision transformer for 8 × 8 images."""
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, embed_dim=width, depth=2, num_heads=2, num_classes=10
+        "vit_tiny_patch16_224",
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        embed_dim=width,
+        depth=2,
+        num_heads=2,
+        num_classes=10,
     )
 
 

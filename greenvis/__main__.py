@@ -2,6 +2,6 @@
 
 import sys
 
-from greenvis.cli import main
+from greenvis.cli.main import main
 
 sys.exit(main())

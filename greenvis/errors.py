@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 
 class GreenvisError(Exception):
-    """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with 1.
+    """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with
+    1.
 
     told: whether another of several processes says the same.
     """
@@ -16,11 +17,13 @@ class GreenvisError(Exception):
 
 
 class BadInput(GreenvisError):
-    """The input (recipe, option, model, data) cannot be used. Nothing was changed. The CLI exits with 2."""
+    """The input (recipe, option, model, data) cannot be used. Nothing was changed. The CLI exits
+    with 2."""
 
 
 def nearest(wanted: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there is."""
+    """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there
+    is."""
     names = sorted(set(known))
     close = difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.6)
     if close:
@@ -36,11 +39,17 @@ def some(names: Iterable[str], most: int = 6) -> str:
 
 
 def printable(text: str) -> str:
-    """Return a text as a terminal may get it: lines kept, every other control character (escape sequences) replaced."""
-    shown = "\n\t\N{WORD JOINER}\N{NO-BREAK SPACE}"  # these take no room or a space's, and do nothing: pages of ours have them
-    return "".join(c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text)
+    """Return a text as a terminal may get it: lines kept, every other control character (escape
+    sequences) replaced."""
+    # these take no room or a space's, and do nothing: pages of ours have
+    # them
+    shown = "\n\t\N{WORD JOINER}\N{NO-BREAK SPACE}"
+    return "".join(
+        c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text
+    )
 
 
 def one_line(text: object) -> str:
-    """Return a name, or what holds some, as a terminal may get it within a line: it cannot begin a line of its own."""
+    """Return a name, or what holds some, as a terminal may get it within a line: it cannot begin a
+    line of its own."""
     return printable("".join(" " if c.isspace() else c for c in str(text)))

@@ -1,4 +1,5 @@
-"""Train a small net inside a host trainer and note all it was shown: what `test_host_updates.py` compares with one big batch.
+"""Train a small net inside a host trainer and note all it was shown: what `test_host_updates.py`
+compares with one big batch.
 
 torchrun --nproc-per-node 2 tests/host_updates.py OUT_FOLDER HOST …
 """
@@ -19,11 +20,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import TrainingArguments
 
 import greenvis as gv
-from greenvis import ranks
+from greenvis.core import distributed
+from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.integrations.accelerate import GreenAccelerator
 from greenvis.integrations.lightning import GreenCallback as InLightning
 from greenvis.integrations.transformers import GreenCallback, GreenTrainer
-from greenvis.technique import Installed, Stage, Technique
 
 IMAGES, BATCH, CLASSES, LR = 23, 4, 3, 0.5  # of one process the last of six batches holds 3
 HOSTS = ("transformers", "lightning", "accelerate")
@@ -123,7 +124,9 @@ def wrapped(kind: str) -> gv.Wrapped:
     for installed in live.installed:
         if hasattr(installed, "buffer"):
             generator = torch.Generator().manual_seed(3)
-            installed.buffer.offer(torch.randn(4, 5, generator=generator), torch.arange(4) % CLASSES)
+            installed.buffer.offer(
+                torch.randn(4, 5, generator=generator), torch.arange(4) % CLASSES
+            )
     return live
 
 
@@ -133,24 +136,30 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
     smoothing = 0.1 if "smoothing" in kind else 0.0
     loss = functools.partial(F.cross_entropy, label_smoothing=smoothing)
     optimizer = torch.optim.SGD(live.param_groups(LR), lr=LR)
-    loader = DataLoader(Rows(False, ranks.index(), ranks.count()), batch_size=BATCH)
+    loader = DataLoader(Rows(False, distributed.index(), distributed.count()), batch_size=BATCH)
     if host == "transformers":
         arguments = TrainingArguments(
-            str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH, gradient_accumulation_steps=accumulate,
-            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True, max_grad_norm=0.0, logging_strategy="no",
-            remove_unused_columns=False, label_smoothing_factor=smoothing, lr_scheduler_type="constant",
+            str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH,
+            gradient_accumulation_steps=accumulate,
+            report_to="none", save_strategy="no", use_cpu=True, disable_tqdm=True,
+            max_grad_norm=0.0, logging_strategy="no",
+            remove_unused_columns=False, label_smoothing_factor=smoothing,
+            lr_scheduler_type="constant",
         )  # fmt: skip
         green = GreenCallback(live, "h", dir=folder)
         GreenTrainer(
-            live.model, arguments, train_dataset=Rows(True), callbacks=[green], compute_loss_func=green.loss,
+            live.model, arguments, train_dataset=Rows(True), callbacks=[green],
+            compute_loss_func=green.loss,
             optimizers=(optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)),
         ).train()  # fmt: skip
     elif host == "lightning":
         trainer = pl.Trainer(
-            max_epochs=1, callbacks=[InLightning(live, "h", dir=folder)], accelerator="cpu", devices=ranks.launched(),
-            accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            max_epochs=1, callbacks=[InLightning(live, "h", dir=folder)], accelerator="cpu",
+            devices=distributed.launched(),
+            accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-            strategy="ddp" if ranks.launched() > 1 else "auto",
+            strategy="ddp" if distributed.launched() > 1 else "auto",
         )  # fmt: skip
         trainer.fit(Module(live, loss), loader)
     else:
@@ -158,7 +167,9 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
         model = accelerator.prepare(live.model)
         model.train()
         for number, (x, y) in enumerate(loader):
-            accelerator.gradient_state._set_sync_gradients((number + 1) % accumulate == 0 or number + 1 == len(loader))
+            accelerator.gradient_state._set_sync_gradients(
+                (number + 1) % accumulate == 0 or number + 1 == len(loader)
+            )
             x, y = live.batch(x, y)
             logits = model(x)["logits"]
             accelerator.backward(loss(logits, y) + live.loss(x, y, logits))
@@ -167,19 +178,22 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
                 live.step_end()
                 optimizer.zero_grad()
     (noted,) = (i for i in live.installed if isinstance(i, Noted))
-    return {"state": {k: v.detach().clone() for k, v in live.model.state_dict().items()}, "shown": noted.shown}
+    return {
+        "state": {k: v.detach().clone() for k, v in live.model.state_dict().items()},
+        "shown": noted.shown,
+    }
 
 
 def main(out: Path, hosts: list[str]) -> None:
     torch.set_num_threads(1)
-    ranks.join()
+    distributed.join()
     for host in hosts:
         for kind in KINDS:
             for accumulate in ACCUMULATE:
                 left = train(host, kind, accumulate, out)
-                torch.save(left, out / f"{host}-{kind}-{accumulate}-{ranks.index()}.pt")
-                ranks.wait()
-    ranks.leave()
+                torch.save(left, out / f"{host}-{kind}-{accumulate}-{distributed.index()}.pt")
+                distributed.wait()
+    distributed.leave()
 
 
 if __name__ == "__main__":

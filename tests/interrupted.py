@@ -1,9 +1,12 @@
-"""Run greenvis and end it by kill -9 at an exact moment: right after the checkpoint that a condition is true of was written.
+"""Run greenvis and end it by kill -9 at an exact moment: right after the checkpoint that a
+condition is true of was written.
 
 python interrupted.py "'student/seed0' in path and epoch == 1 and batch == 3" run tiny.yaml …
 
-The condition sees path (the checkpoint's, as text) and what `train.Progress` holds. In the environment, INTERRUPTED_FILE names
-a file to write instead, with the process at rest from then on: for those who have several processes to kill.
+The condition sees path (the checkpoint's, as text) and what `train.Progress` holds. In the
+environment, INTERRUPTED_FILE names
+a file to write instead, with the process at rest from then on: for those who have several processes
+to kill.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from greenvis import checkpoint, cli
+from greenvis.cli import main as cli
+from greenvis.experiment import checkpoint
 
-EVERY_STEP = "train.checkpoint_every_s=1e-9"  # for --set: so that a checkpoint is written after every step
+EVERY_STEP = (
+    "train.checkpoint_every_s=1e-9"  # for --set: so that a checkpoint is written after every step
+)
 
 
 def main() -> int:
@@ -26,7 +32,9 @@ def main() -> int:
     condition, words = compile(sys.argv[1], "condition", "eval"), sys.argv[2:]
     save = checkpoint.save
 
-    def save_and_end(path: Path, live: Any, optimizer: Any, scheduler: Any, accelerator: Any, progress: Any) -> None:
+    def save_and_end(
+        path: Path, live: Any, optimizer: Any, scheduler: Any, accelerator: Any, progress: Any
+    ) -> None:
         save(path, live, optimizer, scheduler, accelerator, progress)
         if eval(condition, {"path": str(path), **asdict(progress)}):
             if file := os.environ.get("INTERRUPTED_FILE"):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from greenvis import registry
 from greenvis.report.overview import markdown, overview
+from greenvis.techniques import registry
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- from here on: greenvis overview -->\n", "<!-- to here -->"
@@ -14,7 +14,10 @@ BEGIN, END = "<!-- from here on: greenvis overview -->\n", "<!-- to here -->"
 
 def techniques() -> dict[str, str]:
     """Return the first paragraph of each technique's documentation."""
-    return {name: " ".join((registry.find(name).__doc__ or "").split("\n\n")[0].split()) for name in registry.names()}
+    return {
+        name: " ".join((registry.find(name).__doc__ or "").split("\n\n")[0].split())
+        for name in registry.names()
+    }
 
 
 def measured() -> str:
@@ -29,7 +32,11 @@ def main() -> None:
     head, _, rest = text.partition(BEGIN)
     text = head + BEGIN + measured() + END + rest.partition(END)[2]
     table = "".join(f"| `{name}` | {does} |\n" for name, does in techniques().items())
-    path.write_text(re.sub(r"(\| name \| what it does \|\n\|---\|---\|\n)(?:\|.*\n)+", lambda m: m[1] + table, text))
+    path.write_text(
+        re.sub(
+            r"(\| name \| what it does \|\n\|---\|---\|\n)(?:\|.*\n)+", lambda m: m[1] + table, text
+        )
+    )
 
 
 if __name__ == "__main__":

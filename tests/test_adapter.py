@@ -1,4 +1,5 @@
-"""Adapters compute what their papers say, learn from the first step on, and leave the rest of the model alone."""
+"""Adapters compute what their papers say, learn from the first step on, and leave the rest of the
+model alone."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.adapter import Adapter
 
 VARIANTS = ("houlsby", "adaptformer", "conv", "mona")
 
@@ -36,9 +37,14 @@ def _bottleneck(net: nn.Module, x: Tensor, act: Any) -> Tensor:
 def _mona(net: Any, x: Tensor) -> Tensor:
     """The formula of the paper, on a map (batch, channels, height, width)."""
     tokens = x.permute(0, 2, 3, 1)
-    tokens = net.s1 * F.layer_norm(tokens, tokens.shape[-1:], net.norm.weight, net.norm.bias) + net.s2 * tokens
+    tokens = (
+        net.s1 * F.layer_norm(tokens, tokens.shape[-1:], net.norm.weight, net.norm.bias)
+        + net.s2 * tokens
+    )
     low = (tokens @ net.down.weight[:, :, 0, 0].T + net.down.bias).permute(0, 3, 1, 2)
-    filters = [F.conv2d(low, f.weight, f.bias, padding="same", groups=low.shape[1]) for f in net.filters]
+    filters = [
+        F.conv2d(low, f.weight, f.bias, padding="same", groups=low.shape[1]) for f in net.filters
+    ]
     low = low + torch.stack(filters).mean(0)
     low = low + F.conv2d(low, net.mix.weight, net.mix.bias)
     return F.conv2d(F.gelu(low), net.up.weight, net.up.bias)
@@ -81,7 +87,14 @@ def test_mona_filters_the_grid_and_leaves_prefix_tokens(size: tuple[int, int]) -
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=(32, 32), patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=5, reg_tokens=4, dynamic_img_size=True
+        img_size=(32, 32),
+        patch_size=8,
+        embed_dim=16,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        reg_tokens=4,
+        dynamic_img_size=True,
     ).eval()
     images, seen = torch.randn(2, 3, *size), {}
     model.blocks[0].register_forward_hook(lambda m, i, o: seen.update(before=o))
@@ -102,7 +115,11 @@ def test_mona_filters_the_grid_and_leaves_prefix_tokens(size: tuple[int, int]) -
 
 @pytest.mark.parametrize(
     ("name", "path", "axis"),
-    [("torchvision-swin", "features.1.0", -1), ("timm-convnext", "stages.0.blocks.0", 1), ("timm-resnet", "layer1.0", 1)],
+    [
+        ("torchvision-swin", "features.1.0", -1),
+        ("timm-convnext", "stages.0.blocks.0", 1),
+        ("timm-resnet", "layer1.0", 1),
+    ],
 )
 def test_conv_adapts_maps_of_either_order(name: str, path: str, axis: int) -> None:
     model = HOSTS[name].build().eval()
@@ -133,7 +150,9 @@ def test_all_of_a_fresh_adapter_learns(variant: Any) -> None:
     for _ in range(3):
         F.cross_entropy(model.train()(images), labels).backward()
         optimizer.step()
-        moved |= {n for n, p in live.trainable.items() if p.grad is not None and p.grad.abs().max() > 0}
+        moved |= {
+            n for n, p in live.trainable.items() if p.grad is not None and p.grad.abs().max() > 0
+        }
         optimizer.zero_grad()
     assert moved == set(live.trainable)
     assert {n.split(".")[0] for n in live.trainable} == {"blocks", "head"}
@@ -199,7 +218,7 @@ def test_a_deep_copy_has_adapters_of_its_own(variant: Any) -> None:
 
 @pytest.mark.parametrize("order", [0, 1])
 def test_goes_with_lora(order: int) -> None:
-    from greenvis.techniques.iteration.lora import Lora
+    from greenvis.techniques.iteration.peft.lora import Lora
 
     model = HOSTS["timm-vit"].build().eval()
     x = torch.rand(2, 3, 32, 32)
@@ -219,7 +238,8 @@ def test_a_block_that_is_a_sequential_is_not_given_a_child() -> None:
             super().__init__()
             self.stem = nn.Conv2d(3, 8, 3, 2, 1)
             self.stages = nn.ModuleList(
-                nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1)) for _ in range(2)
+                nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, 1, 1))
+                for _ in range(2)
             )
             self.head = nn.Linear(8, 5)
 
@@ -259,6 +279,12 @@ def test_refusals_change_nothing(name: str, request_: dict[str, Any], says: str)
 
 
 def test_refuses_nonsense() -> None:
-    for wrong in ({"width": 0}, {"variant": "adaptorformer"}, {"scale": 0}, {"kernel_size": 2}, {"reduction": 4}):
+    for wrong in (
+        {"width": 0},
+        {"variant": "adaptorformer"},
+        {"scale": 0},
+        {"kernel_size": 2},
+        {"reduction": 4},
+    ):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Adapter(**wrong)  # type: ignore[arg-type]

@@ -1,4 +1,5 @@
-"""Probing with adapters: nothing but adapters and classifier learns, kept adapters go on, and only the token's folds away."""
+"""Probing with adapters: nothing but adapters and classifier learns, kept adapters go on, and only
+the token's folds away."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from greenvis import models
+from greenvis.core.surgery import Snapshot
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.techniques.iteration import _tec as tec
-from greenvis.techniques.iteration.adapter_probe import AdapterProbe
-from greenvis.techniques.iteration.reuse import Reuse
-from greenvis.wrap import wrap
+from greenvis.techniques._shared import tec as tec
+from greenvis.techniques.iteration.peft.adapter_probe import AdapterProbe
+from greenvis.techniques.iteration.reuse.reuse import Reuse
 
-SIZE = {"img_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 4, "num_heads": 2, "num_classes": 5}
+SIZE = {
+    "img_size": 16,
+    "patch_size": 4,
+    "embed_dim": 24,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 5,
+}
 REF = "timm/vit_tiny_patch16_224"
 
 
@@ -60,7 +68,10 @@ def test_learns_adapters_and_classifier_only() -> None:
     live = wrap(model, AdapterProbe(encoder_adapters=2, input_adapter=True))
     _step(live, _images())
     now = model.state_dict()
-    assert [n for n, t in before.items() if n in now and not torch.equal(t, now[n])] == ["head.weight", "head.bias"]
+    assert [n for n, t in before.items() if n in now and not torch.equal(t, now[n])] == [
+        "head.weight",
+        "head.bias",
+    ]
     assert all("adapter" in n or n.startswith("head.") for n in live.trainable)
     live.undo()
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in before.items())
@@ -114,7 +125,8 @@ def test_refuses_with_nothing_changed() -> None:
     model, bare = _vit(), _vit(class_token=False, global_pool="avg")
     other = _vit(depth=2)
     models.keep(other, tec.KEPT_ADAPTERS, tec.EncoderAdapters(24, 4, 2, 32).state_dict())
-    cases = [(model, {"encoder_adapters": 0}, "is a linear probe"), (bare, {"input_adapter": True}, "no class token"),
+    cases = [(model, {"encoder_adapters": 0}, "is a linear probe"), (bare, {"input_adapter": True},
+    "no class token"),
              (other, {}, "begins with new ones")]  # fmt: skip
     for one, request, says in cases:
         before = Snapshot(one)

@@ -1,4 +1,5 @@
-"""Advice: which plans fit, what short trials foretell, which plan is taken, and what is refused before anything is spent."""
+"""Advice: which plans fit, what short trials foretell, which plan is taken, and what is refused
+before anything is spent."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ import pytest
 import yaml
 from PIL import Image
 
-from greenvis import cli, experiment, record
-from greenvis.advise import advise, choose, joules
 from greenvis.bench import advise as bench
-from greenvis.candidates import PLANS, source
+from greenvis.cli import main as cli
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.extrapolate import accuracy, energy
-from greenvis.recipe import load_recipe
+from greenvis.experiment import session
+from greenvis.experiment.recipe import load_recipe
+from greenvis.meters import record
+from greenvis.planning.advise import advise, choose, joules
+from greenvis.planning.candidates import PLANS, source
+from greenvis.planning.extrapolate import accuracy, energy
 
 SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
 REF = "timm/vit_tiny_patch16_224"
@@ -85,7 +88,9 @@ def test_the_front_is_what_nothing_beats(advice: dict[str, Any]) -> None:
         assert row["front"] != beaten
 
 
-def test_trials_are_metered_runs_and_no_test_image_is_looked_at(advice: dict[str, Any], folder: Path) -> None:
+def test_trials_are_metered_runs_and_no_test_image_is_looked_at(
+    advice: dict[str, Any], folder: Path
+) -> None:
     runs = [record.read(path) for path in record.find([folder / "runs"])]
     tried = [run for run in runs if "trial" in run.facts]
     assert len(tried) == sum(len(row["trials"]) for row in advice["rows"])
@@ -98,7 +103,7 @@ def test_the_recipe_written_runs(advice: dict[str, Any], folder: Path) -> None:
     assert advice["recipe"] == str(folder / "advised.yaml")
     recipe = load_recipe(folder / "advised.yaml")
     assert list(recipe.arms) == [advice["pick"]]
-    left = experiment.run(recipe, overrides=(), runs=folder / "runs")
+    left = session.run(recipe, overrides=(), runs=folder / "runs")
     done = json.loads((left / advice["pick"] / "seed0/done.json").read_text())
     assert 0 <= done["accuracy"] <= 1
     assert set(load_recipe(advice["plans"]).arms) == {"all", "merged", "head"}
@@ -107,19 +112,35 @@ def test_the_recipe_written_runs(advice: dict[str, Any], folder: Path) -> None:
 def test_what_was_tried_before_is_kept(advice: dict[str, Any], folder: Path) -> None:
     before = len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts])
     again = advise(
-        REF, "digits", serve=1000, plans=folder / "few.yaml", overrides=[*OVER, "data.classes=[0,1,2]"], runs=folder / "runs",
+        REF, "digits", serve=1000, plans=folder / "few.yaml", overrides=[*OVER,
+        "data.classes=[0,1,2]"], runs=folder / "runs",
         target_accuracy=1.0, budget=1e-3, **SMALL,
     )  # fmt: skip
-    assert len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts]) == before
+    assert (
+        len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts])
+        == before
+    )
     assert [row["trials"] for row in again["rows"]] == [row["trials"] for row in advice["rows"]]
     assert again["pick"] is None
     assert again["recipe"] is None
     assert "raise the budget" in again["why"]
 
 
-def test_the_command_says_the_same_as_json(advice: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_says_the_same_as_json(
+    advice: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sets = [word for text in [*OVER, "data.classes=[0,1,2]"] for word in ("--set", text)]
-    words = ["advise", REF, "--data", "digits", "--plans", str(folder / "few.yaml"), "--runs", str(folder / "runs"), "--serve"]
+    words = [
+        "advise",
+        REF,
+        "--data",
+        "digits",
+        "--plans",
+        str(folder / "few.yaml"),
+        "--runs",
+        str(folder / "runs"),
+        "--serve",
+    ]
     words += ["1000", *sets, *OPTIONS]
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
@@ -134,15 +155,19 @@ def test_plans_that_come_with_greenvis_are_filled_in_for_the_model() -> None:
     known = yaml.safe_load(PLANS.read_text())["arms"]
     assert set(content["arms"]) == set(known)
     assert not lacking
-    assert content["arms"]["full-merged"]["techniques"] == [{"token_merge": {"r": 4}}]  # half of 16 patches, in two blocks
+    assert content["arms"]["full-merged"]["techniques"] == [
+        {"token_merge": {"r": 4}}
+    ]  # half of 16 patches, in two blocks
     assert content["arms"]["distilled"]["techniques"][0]["distill"]["teacher"] == REF
     assert content["data"] == {"img_size": 8, "in_chans": 3, "name": "digits"}
     _, lacking = source("timm/resnet10t", "digits")
     assert set(lacking) == {"full-merged", "lora-merged", "distilled"}
 
 
-def test_a_file_s_weights_are_a_start_with_a_new_classifier(advice: dict[str, Any], folder: Path) -> None:
-    experiment.run(folder / "advised.yaml", runs=folder / "runs")
+def test_a_file_s_weights_are_a_start_with_a_new_classifier(
+    advice: dict[str, Any], folder: Path
+) -> None:
+    session.run(folder / "advised.yaml", runs=folder / "runs")
     arm = f"run:{load_recipe(folder / 'advised.yaml').name}/{advice['pick']}"
     content, _ = source(arm, "digits", runs=folder / "runs")
     assert content["model"]["ref"] == REF
@@ -153,45 +178,83 @@ def test_a_file_s_weights_are_a_start_with_a_new_classifier(advice: dict[str, An
 
 
 def test_a_teacher_makes_another_plan(advice: dict[str, Any], folder: Path) -> None:
-    experiment.run(folder / "advised.yaml", runs=folder / "runs")
+    session.run(folder / "advised.yaml", runs=folder / "runs")
     teacher = folder / "runs" / load_recipe(folder / "advised.yaml").name / advice["pick"] / "seed0"
-    plans = "train: {batch_size: 10}\narms: {taught: {techniques: [{distill: {teacher: $teacher, cache: true}}]}}\n"
+    plans = (
+        "train: {batch_size: 10}\narms: {taught: {techniques: [{distill: {teacher: $teacher, "
+        "cache: true}}]}}\n"
+    )
     (folder / "taught.yaml").write_text(plans)
     over = [*OVER, "data.classes=[0,1,2]"]
-    options: dict[str, Any] = {"plans": folder / "taught.yaml", "overrides": over, "runs": folder / "taught", **SMALL}
+    options: dict[str, Any] = {
+        "plans": folder / "taught.yaml",
+        "overrides": over,
+        "runs": folder / "taught",
+        **SMALL,
+    }
     found = advise(REF, "digits", teacher=str(teacher), **options)
     assert found["pick"] == "taught"
     assert str(teacher / "model.safetensors") in Path(found["recipe"]).read_text()
     assert found["rows"][0]["serve_energy_j"]["value"] > 0
 
 
-def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "few.yaml").write_text("train: {batch_size: 10}\narms: {all: {}, merged: {techniques: [token_merge]}}\n")
+def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(
+    folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "few.yaml").write_text(
+        "train: {batch_size: 10}\narms: {all: {}, merged: {techniques: [token_merge]}}\n"
+    )
     data = {"digits": ("data.classes=[0,1,2]",)}
-    options: dict[str, Any] = {"plans": tmp_path / "few.yaml", "runs": tmp_path / "runs", "overrides": OVER}
+    options: dict[str, Any] = {
+        "plans": tmp_path / "few.yaml",
+        "runs": tmp_path / "runs",
+        "overrides": OVER,
+    }
     found = bench.run(tmp_path, hosts={"tiny": (REF, SMALL, None, 160)}, data=data, **options)
     (cell,) = found["cells"]
     assert {its["plan"] for its in cell["plans"]} == {"all", "merged"}
     for its in cell["plans"]:
-        run = record.read(next(record.find([tmp_path / "runs/advise-digits-vit_tiny_patch16_224-plans" / its["plan"]])))
+        run = record.read(
+            next(
+                record.find(
+                    [tmp_path / "runs/advise-digits-vit_tiny_patch16_224-plans" / its["plan"]]
+                )
+            )
+        )
         assert its["measured"]["accuracy"] == run.facts["accuracy"]
-        total = its["measured"]["train_energy_j"] + bench.SERVED / 1000 * its["measured"]["serve_energy_j"]
+        total = (
+            its["measured"]["train_energy_j"]
+            + bench.SERVED / 1000 * its["measured"]["serve_energy_j"]
+        )
         assert its["measured"]["total_energy_j"] == pytest.approx(total)
     assert json.loads((tmp_path / "results.json").read_text()) == found
     text = (tmp_path / "report.md").read_text()
     assert "greenvis bench advise --out reports/advice" in text
     assert str(tmp_path) not in text + (tmp_path / "results.json").read_text()
     with pytest.raises(BadInput, match="run this benchmark in a copy of the repository"):
-        bench.run(hosts={"base": ("run:nowhere/arm", {}, tmp_path / "nowhere.yaml", 160)}, data=data, **options)
+        bench.run(
+            hosts={"base": ("run:nowhere/arm", {}, tmp_path / "nowhere.yaml", 160)},
+            data=data,
+            **options,
+        )
 
 
 def test_regret_is_the_energy_of_the_pick_over_that_of_the_best() -> None:
     rows = [_row("a", 0.90, 10), _row("b", 0.85, 5)]
-    spent = {"a": {"accuracy": 0.92, "total_energy_j": 12.0}, "b": {"accuracy": 0.91, "total_energy_j": 8.0}}
+    spent = {
+        "a": {"accuracy": 0.92, "total_energy_j": 12.0},
+        "b": {"accuracy": 0.91, "total_energy_j": 8.0},
+    }
     its = bench.regret(rows, spent, 0.88)
     assert (its["pick"], its["best"], its["missed"]) == ("a", "b", None)
     assert its["regret"] == pytest.approx(0.5)
-    assert bench.regret(rows, spent, 0.80) == {"target": 0.80, "pick": "b", "best": "b", "regret": 0.0, "missed": None}
+    assert bench.regret(rows, spent, 0.80) == {
+        "target": 0.80,
+        "pick": "b",
+        "best": "b",
+        "regret": 0.0,
+        "missed": None,
+    }
     spent["b"]["accuracy"] = 0.70
     missed = bench.regret(rows, spent, 0.80)
     assert missed["regret"] is None
@@ -203,10 +266,19 @@ def test_a_recipe_gives_its_data_with_absolute_paths(tmp_path: Path) -> None:
         (tmp_path / "images" / label).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / label / "0.png")
     its = tmp_path / "its.yaml"
-    its.write_text("name: its\ndata: {name: 'folder:images', train: 100, seed: 3}\nmodel: {ref: plain/mlp}\narms: {a: {}}\n")
+    its.write_text(
+        "name: its\ndata: {name: 'folder:images', train: 100, seed: 3}\nmodel: {ref: "
+        "plain/mlp}\narms: {a: {}}\n"
+    )
     content, _ = source(REF, str(its), options=SMALL)
     images = f"folder:{tmp_path / 'images'}"
-    assert content["data"] == {"img_size": 8, "in_chans": 3, "name": images, "train": 100, "seed": 3}
+    assert content["data"] == {
+        "img_size": 8,
+        "in_chans": 3,
+        "name": images,
+        "train": 100,
+        "seed": 3,
+    }
 
 
 def test_accuracy_goes_on_as_a_power_of_the_images() -> None:
@@ -217,7 +289,9 @@ def test_accuracy_goes_on_as_a_power_of_the_images() -> None:
     assert its["high"] == pytest.approx(1 - 0.2 * 4**-0.75, abs=1e-4)
     few = accuracy(points, 400, tested=50)
     assert few["low"] < its["low"] < its["high"] < few["high"]
-    assert accuracy(points, 100, tested=10**9)["value"] == pytest.approx(points[-1][1])  # no further: what was seen
+    assert accuracy(points, 100, tested=10**9)["value"] == pytest.approx(
+        points[-1][1]
+    )  # no further: what was seen
     worse = accuracy([(25, 0.5), (50, 0.4)], 400, tested=10**9)
     assert worse["value"] == pytest.approx(0.4)  # a curve that rose promises nothing
     assert accuracy([(25, 1.0), (50, 1.0)], 400, tested=100)["value"] > 0.99
@@ -241,13 +315,21 @@ def _row(plan: str, value: float, joules: float, low: float | None = None) -> di
 
 
 def test_the_cheapest_that_reaches_the_target_is_taken() -> None:
-    rows = [_row("a", 0.70, 10), _row("b", 0.90, 50, low=0.80), _row("c", 0.95, 200), _row("d", 0.945, 150)]
+    rows = [
+        _row("a", 0.70, 10),
+        _row("b", 0.90, 50, low=0.80),
+        _row("c", 0.95, 200),
+        _row("d", 0.945, 150),
+    ]
     assert choose(rows, 0.85)[0] == "b"
     assert "may miss it" in choose(rows, 0.85)[1]
     assert choose(rows, 0.5) == ("a", "the cheapest that is predicted to reach 50.0%")
     assert choose(rows, 0.99)[0] == "c"
     assert "no plan is predicted to reach 99.0%; c comes closest" in choose(rows, 0.99)[1]
-    assert choose(rows, 0.92, 100) == ("b", "no plan is predicted to reach 92.0% within the budget; b comes closest")
+    assert choose(rows, 0.92, 100) == (
+        "b",
+        "no plan is predicted to reach 92.0% within the budget; b comes closest",
+    )
     assert choose(rows)[0] == "d"  # a point below the best is close enough
     assert choose(rows, None, 20)[0] == "a"
     assert choose(rows, 0.5, 5)[0] is None
@@ -255,7 +337,14 @@ def test_the_cheapest_that_reaches_the_target_is_taken() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("5Wh", 18000.0), ("0.2 kWh", 720_000.0), ("18kJ", 18000.0), (3, 3.0), ("1e3", 1000.0), ("2e-3MJ", 2000.0)],
+    [
+        ("5Wh", 18000.0),
+        ("0.2 kWh", 720_000.0),
+        ("18kJ", 18000.0),
+        (3, 3.0),
+        ("1e3", 1000.0),
+        ("2e-3MJ", 2000.0),
+    ],
 )
 def test_energy_is_read_with_its_unit(text: str | float, value: float) -> None:
     assert joules(text) == pytest.approx(value)
@@ -283,7 +372,9 @@ def test_energy_is_read_with_its_unit(text: str | float, value: float) -> None:
         ({"overrides": ["data.img_size=12"]}, "cannot take images"),
     ],
 )
-def test_refuses_before_anything_is_spent(tmp_path: Path, options: dict[str, Any], says: str) -> None:
+def test_refuses_before_anything_is_spent(
+    tmp_path: Path, options: dict[str, Any], says: str
+) -> None:
     asked = {
         "model": REF,
         "data_name": "digits",
@@ -307,10 +398,16 @@ def test_a_plan_that_fails_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "plans.yaml").write_text(
         "train: {batch_size: 10}\narms: {all: {}, wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n"
     )
-    options: dict[str, Any] = {"overrides": [*OVER, "data.classes=[0,1]"], "runs": tmp_path / "runs", **SMALL}
+    options: dict[str, Any] = {
+        "overrides": [*OVER, "data.classes=[0,1]"],
+        "runs": tmp_path / "runs",
+        **SMALL,
+    }
     found = advise(REF, "digits", plans=tmp_path / "plans.yaml", **options)
     assert [row["plan"] for row in found["rows"]] == ["all"]
     assert "the loss is" in found["refused"]["wild"]
-    (tmp_path / "wild.yaml").write_text("train: {batch_size: 10}\narms: {wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n")
+    (tmp_path / "wild.yaml").write_text(
+        "train: {batch_size: 10}\narms: {wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n"
+    )
     with pytest.raises(GreenvisError, match="no plan could be trained"):
         advise(REF, "digits", plans=tmp_path / "wild.yaml", **options)

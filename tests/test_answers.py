@@ -1,4 +1,5 @@
-"""What a model's answer and its labels are: named or refused, and compared over classes whatever their shape."""
+"""What a model's answer and its labels are: named or refused, and compared over classes whatever
+their shape."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from hosts import HOSTS
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.answers import class_numbers, logits_of, main_output, task_of
 from greenvis.errors import BadInput
+from greenvis.tasks.answers import class_numbers, logits_of, main_output, task_of
 
 CLASSES, SHAPE = 3, (3, 32, 48)  # unequal, so that a wrong axis shows
 
@@ -25,20 +26,30 @@ def _plain(classes: int = CLASSES) -> nn.Module:
 def _lraspp(classes: int = CLASSES) -> nn.Module:
     from torchvision.models.segmentation import lraspp_mobilenet_v3_large
 
-    return lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=classes).eval()
+    return lraspp_mobilenet_v3_large(
+        weights=None, weights_backbone=None, num_classes=classes
+    ).eval()
 
 
 def _segformer(classes: int = CLASSES) -> nn.Module:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     sizes: dict[str, Any] = {
-        "hidden_sizes": [16, 32], "patch_sizes": [3, 3], "strides": [4, 2], "sr_ratios": [2, 1], "decoder_hidden_size": 16
+        "hidden_sizes": [16, 32], "patch_sizes": [3, 3], "strides": [4, 2], "sr_ratios": [2, 1],
+        "decoder_hidden_size": 16
     }  # fmt: skip
     config = SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], num_attention_heads=[1, 2], mlp_ratios=[2, 2], num_labels=classes, **sizes
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        num_labels=classes,
+        **sizes,
     )
     model = SegformerForSemanticSegmentation(config).eval()
-    nn.init.normal_(model.decode_head.classifier.weight, std=2.0)  # it starts so near zero that nothing would differ
+    nn.init.normal_(
+        model.decode_head.classifier.weight, std=2.0
+    )  # it starts so near zero that nothing would differ
     return model
 
 
@@ -46,7 +57,13 @@ SEGMENTERS = {"plain": _plain, "torchvision": _lraspp, "transformers": _segforme
 
 
 def _net(outputs: int = 5) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, outputs))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, outputs),
+    )
 
 
 class _Returns(nn.Module):
@@ -66,17 +83,33 @@ def test_a_segmenters_answer_is_named(kind: str) -> None:
 
 
 def test_what_cannot_be_named_is_refused() -> None:
-    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        CLIPVisionConfig,
+        CLIPVisionModel,
+        CLIPVisionModelWithProjection,
+    )
 
-    tiny: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1}
+    tiny: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+    }
     vision = {**tiny, "image_size": 32, "patch_size": 8}
-    clip = CLIPModel(CLIPConfig(vision_config=vision, text_config={**tiny, "vocab_size": 20}, projection_dim=8))
+    clip = CLIPModel(
+        CLIPConfig(vision_config=vision, text_config={**tiny, "vocab_size": 20}, projection_dim=8)
+    )
     x = torch.rand(2, 3, 32, 32)
     ids = torch.tensor([[1, 2, 3]])
     a, b = torch.rand(2, 5), torch.rand(2, 5)
     for output, words in [
         (clip(input_ids=ids, pixel_values=x), "logits_per_image"),
-        (CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=8))(x), "embeddings"),
+        (
+            CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=8))(x),
+            "embeddings",
+        ),
         (CLIPVisionModel(CLIPVisionConfig(**vision))(x), "embeddings"),
         ((a, b), r"'\(2, 5\)', '\(2, 5\)'"),
         ([a, torch.rand(2, 7)], "say which"),
@@ -91,7 +124,9 @@ def test_what_cannot_be_named_is_refused() -> None:
     for output in (a, (a,), (a, None), {"logits": a, "loss": None}, {"out": a, "aux": b}):
         assert logits_of(output) is a
     assert main_output({"colour": a, "shape": b}) is a  # to compare two runs by, not as logits
-    assert main_output(CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=8))(x)).shape == (2, 8)
+    assert main_output(
+        CLIPVisionModelWithProjection(CLIPVisionConfig(**vision, projection_dim=8))(x)
+    ).shape == (2, 8)
 
 
 def test_tasks_are_told_by_shapes_and_values() -> None:
@@ -136,7 +171,9 @@ def _pixelwise(term: Any, student: Tensor, teacher: Tensor, y: Tensor) -> Tensor
     for b in range(len(student)):
         for i in range(student.shape[2]):
             for j in range(student.shape[3]):
-                values.append(term(student[b, :, i, j][None], teacher[b, :, i, j][None], y[b, i, j][None]))
+                values.append(
+                    term(student[b, :, i, j][None], teacher[b, :, i, j][None], y[b, i, j][None])
+                )
     return torch.stack(values).mean()
 
 
@@ -159,7 +196,9 @@ def test_distilled_segmenters_are_compared_over_classes_at_each_pixel(kind: str)
         live.undo()
         assert got == pytest.approx(_rows_mean(term, s, t, y).item(), rel=1e-4)
         want = _pixelwise(term, s[small], t[small], y[:, :3, :5])  # and rows are pixels
-        assert _rows_mean(term, s[small], t[small], y[:, :3, :5]).item() == pytest.approx(want.item(), rel=1e-4)
+        assert _rows_mean(term, s[small], t[small], y[:, :3, :5]).item() == pytest.approx(
+            want.item(), rel=1e-4
+        )
 
 
 def gv_kd(a: Tensor, b: Tensor, temperature: float) -> Tensor:
@@ -167,8 +206,10 @@ def gv_kd(a: Tensor, b: Tensor, temperature: float) -> Tensor:
     return temperature**2 * (p * (p.log() - q)).sum(1).mean()
 
 
-def gv_dkd(a: Tensor, b: Tensor, y: Tensor, alpha: float, beta: float, temperature: float) -> Tensor:
-    from greenvis.techniques.inference.distill import dkd_loss
+def gv_dkd(
+    a: Tensor, b: Tensor, y: Tensor, alpha: float, beta: float, temperature: float
+) -> Tensor:
+    from greenvis.techniques.inference.distill.distill import dkd_loss
 
     return dkd_loss(a, b, y, alpha, beta, temperature)
 
@@ -182,7 +223,9 @@ def test_several_teachers_of_segmenters_and_labels_that_are_no_classes() -> None
     student, x = _plain(), torch.rand(2, *SHAPE)
     y = torch.randint(0, CLASSES, (2, *SHAPE[1:]))
     for combine in ("fixed", "agreement", "confidence", "learned"):
-        live = gv.wrap(student, gv.Distill(teachers={"a": _plain(), "b": _plain()}, combine=combine))
+        live = gv.wrap(
+            student, gv.Distill(teachers={"a": _plain(), "b": _plain()}, combine=combine)
+        )
         assert live.loss(x, y, student(x)).isfinite()
         live.undo()
     y[0, 0, 0] = 255
@@ -231,8 +274,12 @@ READ_CLASSES = {
     "packnet": lambda model: gv.PackNet(),
 }
 WRONG = {
-    "multilabel": lambda: torch.tensor([[1.0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]),
-    "integer multilabel": lambda: torch.tensor([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]),
+    "multilabel": lambda: torch.tensor(
+        [[1.0, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    ),
+    "integer multilabel": lambda: torch.tensor(
+        [[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0]]
+    ),
     "regression": lambda: torch.tensor([0.5, 2.0, -1.0, 0.1]),
     "several numbers": lambda: torch.randn(4, 5),
 }
@@ -281,7 +328,9 @@ def test_a_configuration_that_names_its_task_is_read_at_once() -> None:
 @pytest.mark.parametrize("labels", WRONG)
 def test_what_reads_no_labels_takes_any(labels: str) -> None:
     x, y = torch.rand(4, 3, 32, 32), WRONG[labels]()
-    cosine = gv.Distill(teacher=_net(7), losses=({"kind": "cosine", "layers": ("0",)},), input_shape=(3, 32, 32))
+    cosine = gv.Distill(
+        teacher=_net(7), losses=({"kind": "cosine", "layers": ("0",)},), input_shape=(3, 32, 32)
+    )
     for technique in (gv.Regularize(method="mas"), gv.Regularize(method="si"), gv.Bitfit(), cosine):
         model = _net()
         live = gv.wrap(model, technique)
@@ -289,7 +338,9 @@ def test_what_reads_no_labels_takes_any(labels: str) -> None:
         live.end_task([(x, y)])
 
 
-@pytest.mark.parametrize("form", [lambda z: {"colour": z, "shape": z}, lambda z: (z, z), lambda z: [{"scores": z}]])
+@pytest.mark.parametrize(
+    "form", [lambda z: {"colour": z, "shape": z}, lambda z: (z, z), lambda z: [{"scores": z}]]
+)
 def test_without_a_technique_that_reads_answers_any_output_will_do(form: Any) -> None:
     x, y = torch.rand(2, 3, 32, 32), torch.tensor([0, 1])
     model = _Returns(form)

@@ -1,4 +1,5 @@
-"""The cheap baselines train what they say, freeze the rest and its statistics, and say what they miss."""
+"""The cheap baselines train what they say, freeze the rest and its statistics, and say what they
+miss."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ import torch
 from hosts import HOSTS
 from torch import nn
 
+from greenvis.core.technique import Technique, logits_of
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.technique import Technique, logits_of
-from greenvis.techniques.iteration.bitfit import Bitfit
-from greenvis.techniques.iteration.linear_probe import LinearProbe
-from greenvis.techniques.iteration.norm_tune import NormTune
-from greenvis.techniques.iteration.partial import Partial
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.bitfit import Bitfit
+from greenvis.techniques.iteration.peft.linear_probe import LinearProbe
+from greenvis.techniques.iteration.peft.norm_tune import NormTune
+from greenvis.techniques.iteration.peft.partial import Partial
 
 
 def _learned(name: str, technique: Technique) -> set[str]:
@@ -55,7 +56,13 @@ def test_the_backward_of_partial_stops() -> None:
 
 @pytest.mark.parametrize(
     ("technique", "moves"),
-    [(LinearProbe(), 0), (Bitfit(), 0), (NormTune(statistics="hold"), 0), (NormTune(), 17), (Partial(), 3)],
+    [
+        (LinearProbe(), 0),
+        (Bitfit(), 0),
+        (NormTune(statistics="hold"), 0),
+        (NormTune(), 17),
+        (Partial(), 3),
+    ],
 )
 def test_statistics_of_batch_norms(technique: Technique, moves: int) -> None:
     """Those of frozen norms never move; those of trained ones do, unless held."""
@@ -66,7 +73,14 @@ def test_statistics_of_batch_norms(technique: Technique, moves: int) -> None:
     model.train()
     logits_of(model(torch.rand(4, 3, 64, 64))).square().mean().backward()
     optimizer.step()
-    assert sum(not torch.equal(b, before[n]) for n, b in model.named_buffers() if n.endswith("running_mean")) == moves
+    assert (
+        sum(
+            not torch.equal(b, before[n])
+            for n, b in model.named_buffers()
+            if n.endswith("running_mean")
+        )
+        == moves
+    )
     live.undo()
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
 

@@ -1,4 +1,5 @@
-"""The GPU kit, rehearsed on this machine: cells measure, lie in one folder, and are not measured twice."""
+"""The GPU kit, rehearsed on this machine: cells measure, lie in one folder, and are not measured
+twice."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ SETTINGS = {
     "pipeline": {"ViT-B/16 serves", "loading, 0 workers", "loading, 1 workers"},
 }
 
-rehearsal = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU this measures for minutes: make gpu")
+rehearsal = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="on a GPU this measures for minutes: make gpu"
+)
 
 
 def cell(result: dict, name: str) -> dict:
@@ -58,7 +61,10 @@ def test_goes_on_with_the_cells_that_are_missing(tmp_path: Path) -> None:
     first = gpu.run(tmp_path, cells=["precision"], **QUICK)
     both = gpu.run(tmp_path, cells=["precision", "tokens"], **QUICK)
     assert cell(both, "precision") == json.loads(json.dumps(cell(first, "precision")))
-    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == ["precision.json", "tokens.json"]
+    assert sorted(p.name for p in (tmp_path / "cells").iterdir()) == [
+        "precision.json",
+        "tokens.json",
+    ]
 
 
 @rehearsal
@@ -69,7 +75,9 @@ def test_begins_no_cell_that_would_end_too_late(tmp_path: Path) -> None:
 
 
 @rehearsal
-def test_one_cell_that_breaks_does_not_take_the_others_along(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_cell_that_breaks_does_not_take_the_others_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def broken(bench: object) -> list:
         raise RuntimeError("CUDA error: out of memory\nand more")
 

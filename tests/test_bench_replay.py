@@ -11,7 +11,9 @@ from greenvis.bench import replay
 from greenvis.errors import BadInput
 
 
-def test_without_the_rival_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_rival_it_says_how_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "avalanche", None)  # as if it were not there
     with pytest.raises(BadInput, match=r"pip install 'greenvis\[bench\]'"):
         replay.run(tmp_path / "out")
@@ -30,9 +32,20 @@ def test_a_step_replays_as_many_as_are_new(load: object, monkeypatch: pytest.Mon
 
 
 def test_rows_set_each_arm_against_the_rival() -> None:
-    rows = replay._rows("mlp", {replay.PEER_ARM: [4.0, 8.0, 4.0], replay.OURS: [1.0, 4.0, 3.0], replay.BARE: [1.0, 1.0, 1.0]})
+    rows = replay._rows(
+        "mlp",
+        {
+            replay.PEER_ARM: [4.0, 8.0, 4.0],
+            replay.OURS: [1.0, 4.0, 3.0],
+            replay.BARE: [1.0, 1.0, 1.0],
+        },
+    )
     ours = rows[1]
-    assert (ours["vs_peer"], ours["without_the_model_ms"], ours["target"]) == (0.5, 2000.0, "<= 0.5: yes")
+    assert (ours["vs_peer"], ours["without_the_model_ms"], ours["target"]) == (
+        0.5,
+        2000.0,
+        "<= 0.5: yes",
+    )
     assert rows[0]["target"] == ""
 
 
@@ -41,5 +54,11 @@ def test_measured_beside_the_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     pytest.importorskip("avalanche")
     monkeypatch.setattr(replay, "MODELS", {"mlp": (*replay.MODELS["mlp"][:2], 640)})
     found = replay.run(tmp_path, rounds=1)
-    assert [row["arm"] for row in found["rows"]] == [replay.PEER_ARM, replay.OURS, replay.EXACT, replay.LOADED, replay.BARE]
+    assert [row["arm"] for row in found["rows"]] == [
+        replay.PEER_ARM,
+        replay.OURS,
+        replay.EXACT,
+        replay.LOADED,
+        replay.BARE,
+    ]
     assert "| mlp | avalanche-lib |" in (tmp_path / "report.md").read_text()

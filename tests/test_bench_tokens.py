@@ -12,7 +12,9 @@ from greenvis.bench import tokens
 
 @pytest.mark.slow
 def test_measures_each_setting_and_writes_it(tmp_path: Path) -> None:
-    found = tokens.run(tmp_path, "timm/vit_tiny_patch16_224", schedules=(0, (16, -1)), batches=(1, 2), rounds=2)
+    found = tokens.run(
+        tmp_path, "timm/vit_tiny_patch16_224", schedules=(0, (16, -1)), batches=(1, 2), rounds=2
+    )
     assert [(row["batch"], row["r"]) for row in found["rows"]] == [
         (n, r) for n in (1, 2) for r in ("unmodified", "0", "(16, -1)")
     ]

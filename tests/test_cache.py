@@ -14,13 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from greenvis.cache import Cache
+from greenvis.data.output_cache import Cache
 from greenvis.errors import BadInput, GreenvisError
 
 KEY = {"data": "abc", "transform": "resize 28", "weights": "f00"}
 
 
-def _cache(folder: Path, notes: list[str] | None = None, key: dict[str, str] = KEY, **options: Any) -> Cache:
+def _cache(
+    folder: Path, notes: list[str] | None = None, key: dict[str, str] = KEY, **options: Any
+) -> Cache:
     options = {"length": 10, **options}
     return Cache(folder, key, note=(notes if notes is not None else []).append, **options)
 
@@ -190,7 +192,9 @@ def test_size_is_bounded_and_the_least_recently_used_make_room(tmp_path: Path) -
     assert not list((tmp_path / "small").glob("*/"))
 
 
-def test_a_full_disk_is_an_error_not_a_crash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_an_error_not_a_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -232,7 +236,9 @@ def _fill(folder: Path, indices: range, forever: bool = False) -> None:
 def _right(folder: Path) -> int:
     """Return how many samples are there; each must be right."""
     cache = _cache(folder, length=400)
-    there = [i for i in range(400) if (got := cache.get([i])) is None or torch.equal(got, _values(i))]
+    there = [
+        i for i in range(400) if (got := cache.get([i])) is None or torch.equal(got, _values(i))
+    ]
     assert len(there) == 400
     return int(cache.has(range(400)).sum())
 
@@ -250,7 +256,9 @@ def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
 
 
 def test_a_killed_writer_leaves_only_right_values(tmp_path: Path) -> None:
-    worker = multiprocessing.get_context("fork").Process(target=_fill, args=(tmp_path, range(400), True))
+    worker = multiprocessing.get_context("fork").Process(
+        target=_fill, args=(tmp_path, range(400), True)
+    )
     worker.start()
     deadline = time.monotonic() + 30
     while not list(tmp_path.glob("*/values.bin")) and time.monotonic() < deadline:

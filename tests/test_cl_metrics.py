@@ -1,4 +1,5 @@
-"""The metrics of continual learning against three libraries' values, and what a report makes of them."""
+"""The metrics of continual learning against three libraries' values, and what a report makes of
+them."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from greenvis import cl_metrics as cl
 from greenvis.report import continual, report, results
+from greenvis.tasks import continual as cl
 
 FIXTURE = json.loads((Path(__file__).parent / "data" / "cl_metrics.json").read_text())
 MATRIX = FIXTURE["accuracy_matrix"]
@@ -17,9 +18,13 @@ MATRIX = FIXTURE["accuracy_matrix"]
 
 def test_they_equal_each_librarys() -> None:
     assert cl.average_accuracy(MATRIX) == pytest.approx(FIXTURE["average_final_accuracy"])
-    assert cl.average_incremental_accuracy(MATRIX) == pytest.approx(FIXTURE["average_incremental_accuracy"])
+    assert cl.average_incremental_accuracy(MATRIX) == pytest.approx(
+        FIXTURE["average_incremental_accuracy"]
+    )
     its = FIXTURE["avalanche"]
-    assert cl.forgetting_by_task(MATRIX, "first") == pytest.approx(list(its["forgetting_per_exp"].values()))
+    assert cl.forgetting_by_task(MATRIX, "first") == pytest.approx(
+        list(its["forgetting_per_exp"].values())
+    )
     assert cl.forgetting(MATRIX, "first") == pytest.approx(its["stream_forgetting"])
     assert cl.backward_transfer(MATRIX) == pytest.approx(its["stream_bwt"])
     its = FIXTURE["mammoth"]
@@ -37,22 +42,35 @@ def test_the_others_by_their_formula() -> None:
     assert cl.energy_normalised_accuracy(MATRIX, 2000.0) == pytest.approx(66.8 / 2)
 
 
-HELPED = [[0.9, 0.3, 0.1], [0.7, 0.8, 0.2], [0.95, 0.85, 0.6]]  # the last task helped both before it
+HELPED = [
+    [0.9, 0.3, 0.1],
+    [0.7, 0.8, 0.2],
+    [0.95, 0.85, 0.6],
+]  # the last task helped both before it
 
 
 def test_forgetting_is_negative_where_the_last_task_helped() -> None:
-    """Chaudhry's best is of before the last task: 0.9 and 0.8. One that counts the last, as mammoth's, is never negative."""
+    """Chaudhry's best is of before the last task: 0.9 and 0.8. One that counts the last, as
+    mammoth's, is never negative."""
     assert cl.forgetting_by_task(HELPED) == pytest.approx([0.9 - 0.95, 0.8 - 0.85])
     assert cl.forgetting(HELPED) == pytest.approx(-0.05)
     best = [max(row[i] for row in HELPED) - HELPED[-1][i] for i in range(2)]
     assert best == [0, 0]
-    assert cl.forgetting_by_task([[0.5, 0.9], [0.4, 0.6]]) == pytest.approx([0.1])  # one task: the last is no part of it
-    assert cl.forgetting_by_task([[0.2, 0.9, 0.0], [0.2, 0.4, 0.0], [0.2, 0.3, 0.5]])[1] == pytest.approx(0.1)  # once learned
+    assert cl.forgetting_by_task([[0.5, 0.9], [0.4, 0.6]]) == pytest.approx(
+        [0.1]
+    )  # one task: the last is no part of it
+    assert cl.forgetting_by_task([[0.2, 0.9, 0.0], [0.2, 0.4, 0.0], [0.2, 0.3, 0.5]])[
+        1
+    ] == pytest.approx(0.1)  # once learned
 
 
-@pytest.mark.parametrize("matrix", [HELPED, [[0.6, 0.0], [0.8, 0.7]], [[0.5, 0.1, 0.0], [0.4, 0.9, 0.2], [0.45, 0.7, 0.3]]])
+@pytest.mark.parametrize(
+    "matrix",
+    [HELPED, [[0.6, 0.0], [0.8, 0.7]], [[0.5, 0.1, 0.0], [0.4, 0.9, 0.2], [0.45, 0.7, 0.3]]],
+)
 def test_first_is_avalanche_s_also_where_tasks_gain(matrix: list[list[float]]) -> None:
-    """Accuracy when learned less the last, a mean over the tasks before the last; what tasks gained counts against it."""
+    """Accuracy when learned less the last, a mean over the tasks before the last; what tasks gained
+    counts against it."""
     lost = [matrix[i][i] - matrix[-1][i] for i in range(len(matrix) - 1)]
     assert cl.forgetting_by_task(matrix, "first") == pytest.approx(lost)
     assert cl.forgetting(matrix, "first") == pytest.approx(sum(lost) / len(lost))
@@ -62,7 +80,12 @@ def test_first_is_avalanche_s_also_where_tasks_gain(matrix: list[list[float]]) -
 def test_what_was_not_measured_is_none() -> None:
     joint = [[None, None], [0.8, 0.9]]
     assert cl.average_accuracy(joint) == pytest.approx(0.85)
-    for metric in (cl.forgetting, cl.plasticity, cl.backward_transfer, cl.average_incremental_accuracy):
+    for metric in (
+        cl.forgetting,
+        cl.plasticity,
+        cl.backward_transfer,
+        cl.average_incremental_accuracy,
+    ):
         assert metric(joint) is None
     assert cl.forgetting([[0.9]]) is None
     assert cl.joules_per_task([None, 2.0]) is None
@@ -94,7 +117,16 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
 
 def test_from_which_number_of_tasks_replay_saves() -> None:
     linear, quadratic = [3.0, 6.0, 9.0, 12.0], [1.0, 3.0, 6.0, 10.0]
-    assert continual.cheaper("er", linear, "again", quadratic) == "er does not cost less than again within 4 tasks."
+    assert (
+        continual.cheaper("er", linear, "again", quadratic)
+        == "er does not cost less than again within 4 tasks."
+    )
     more = [*quadratic, 15.0, 21.0, 28.0]
-    assert continual.cheaper("er", [3.0 * t for t in range(1, 8)], "again", more) == "er costs less than again from 6 tasks on."
-    assert continual.cheaper("er", [0.5], "again", [1.0]) == "er costs less than again from the first task on."
+    assert (
+        continual.cheaper("er", [3.0 * t for t in range(1, 8)], "again", more)
+        == "er costs less than again from 6 tasks on."
+    )
+    assert (
+        continual.cheaper("er", [0.5], "again", [1.0])
+        == "er costs less than again from the first task on."
+    )

@@ -1,4 +1,5 @@
-"""A classifier of several layers, of one's own making, trains whole, and nothing else takes its layers."""
+"""A classifier of several layers, of one's own making, trains whole, and nothing else takes its
+layers."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torchvision
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.views import view
+from greenvis.models.structure import view
 
 
 class Own(nn.Module):
@@ -25,10 +26,16 @@ class Own(nn.Module):
 
 HEADS: dict[str, Callable[[int], nn.Module]] = {
     "linear": lambda width: nn.Linear(width, 3),
-    "two layers": lambda width: nn.Sequential(nn.Linear(width, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 3)),
-    "nested": lambda width: nn.Sequential(nn.Sequential(nn.Linear(width, 12), nn.GELU()), nn.Linear(12, 3)),
+    "two layers": lambda width: nn.Sequential(
+        nn.Linear(width, 12), nn.ReLU(), nn.Dropout(), nn.Linear(12, 3)
+    ),
+    "nested": lambda width: nn.Sequential(
+        nn.Sequential(nn.Linear(width, 12), nn.GELU()), nn.Linear(12, 3)
+    ),
     "class": Own,
-    "a norm without parameters": lambda width: nn.Sequential(nn.BatchNorm1d(width, affine=False), nn.Linear(width, 3)),
+    "a norm without parameters": lambda width: nn.Sequential(
+        nn.BatchNorm1d(width, affine=False), nn.Linear(width, 3)
+    ),
 }
 TECHNIQUES = {
     "linear_probe": gv.LinearProbe(),
@@ -51,7 +58,13 @@ TECHNIQUES = {
 def vit() -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=3
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=3,
     )
 
 
@@ -70,7 +83,9 @@ def test_it_trains_whole(name: str, head: str) -> None:
     optimizer.step()
     after = model.head.state_dict()
     still = [n for n, value in before.items() if n not in after or torch.equal(value, after[n])]
-    assert not still, "weights, and statistics of its norms, which see these features for the first time"
+    assert not still, (
+        "weights, and statistics of its norms, which see these features for the first time"
+    )
 
 
 @pytest.mark.parametrize("name", ["linear_probe", "norm_tune", "bitfit", "partial"])
@@ -84,7 +99,12 @@ def test_it_trains_whole_in_a_convolutional_network(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "classifier"),
-    [("vgg11", "classifier"), ("mobilenet_v3_small", "classifier"), ("vit_b_16", "heads.head"), ("swin_t", "head")],
+    [
+        ("vgg11", "classifier"),
+        ("mobilenet_v3_small", "classifier"),
+        ("vit_b_16", "heads.head"),
+        ("swin_t", "head"),
+    ],
 )
 def test_what_is_the_classifier_in_torchvision(name: str, classifier: str) -> None:
     with torch.device("meta"):

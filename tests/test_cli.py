@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from greenvis import cli
-from greenvis.recipe import load_recipe
+from greenvis.cli import main as cli
+from greenvis.experiment.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
@@ -44,7 +44,11 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_writes_records_and_a_report(ran: Path) -> None:
     results = json.loads((ran / "reports/tiny/results.json").read_text())
-    assert (results["name"], results["baseline"], sorted(results["arms"])) == ("tiny", "plain", ["longer", "plain"])
+    assert (results["name"], results["baseline"], sorted(results["arms"])) == (
+        "tiny",
+        "plain",
+        ["longer", "plain"],
+    )
     arm = results["arms"]["longer"]
     for key in ("train_energy_j", "carbon_g"):
         assert arm[key]["low"] < arm[key]["value"] < arm[key]["high"]
@@ -64,27 +68,54 @@ def test_run_writes_records_and_a_report(ran: Path) -> None:
     assert arm["vs_baseline"]
     assert results["command"]
     assert "embed_dim: 8" in json.dumps(results["recipe"])
-    assert {p.name for p in (ran / "reports/tiny").iterdir()} >= {"index.html", "report.md", "results.json", "figures"}
+    assert {p.name for p in (ran / "reports/tiny").iterdir()} >= {
+        "index.html",
+        "report.md",
+        "results.json",
+        "figures",
+    }
 
 
-def test_a_report_of_copied_records_is_the_same(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_copied_records_is_the_same(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     subprocess.run(["cp", "-r", str(ran / "runs"), str(tmp_path / "elsewhere")], check=True)
-    _json(capsys, "report", str(tmp_path / "elsewhere"), "--out", str(tmp_path / "out"), "--baseline", "plain")
-    assert (tmp_path / "out/results.json").read_bytes() == (ran / "reports/tiny/results.json").read_bytes()
+    _json(
+        capsys,
+        "report",
+        str(tmp_path / "elsewhere"),
+        "--out",
+        str(tmp_path / "out"),
+        "--baseline",
+        "plain",
+    )
+    assert (tmp_path / "out/results.json").read_bytes() == (
+        ran / "reports/tiny/results.json"
+    ).read_bytes()
 
 
-def test_another_grid_changes_grams_and_nothing_else(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_grid_changes_grams_and_nothing_else(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     here = _json(capsys, "report", str(ran / "runs"), "--out", str(tmp_path / "a"))["results"]
-    there = _json(capsys, "report", str(ran / "runs"), "--out", str(tmp_path / "b"), "--grid", "SWE")["results"]
+    there = _json(
+        capsys, "report", str(ran / "runs"), "--out", str(tmp_path / "b"), "--grid", "SWE"
+    )["results"]
     for arm in here["arms"]:
         assert here["arms"][arm]["train_energy_j"] == there["arms"][arm]["train_energy_j"]
-        assert here["arms"][arm]["carbon_g"]["value"] > 1.2 * there["arms"][arm]["carbon_g"]["value"]
+        assert (
+            here["arms"][arm]["carbon_g"]["value"] > 1.2 * there["arms"][arm]["carbon_g"]["value"]
+        )
 
 
-def test_runs_can_be_listed_compared_and_gated(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_can_be_listed_compared_and_gated(
+    ran: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = _json(capsys, "ls", str(ran / "runs"))
     assert sorted(r["arm"] for r in rows) == ["longer", "plain"]
-    plain, longer = (str(next((ran / f"runs/tiny/{arm}").rglob("*.jsonl"))) for arm in ("plain", "longer"))
+    plain, longer = (
+        str(next((ran / f"runs/tiny/{arm}").rglob("*.jsonl"))) for arm in ("plain", "longer")
+    )
     assert _json(capsys, "compare", plain, longer)
     assert _json(capsys, "diff", plain, plain)["ok"] is True
     assert _json(capsys, "diff", plain, longer, "--max-energy", "+100000%")["ok"] is True
@@ -93,7 +124,10 @@ def test_runs_can_be_listed_compared_and_gated(ran: Path, capsys: pytest.Capture
 
 def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> None:
     script = tmp_path / "burn.py"
-    script.write_text("import sys, time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: pass\nsys.exit(3)\n")
+    script.write_text(
+        "import sys, time\nend = time.process_time() + 0.5\nwhile time.process_time() < end: "
+        "pass\nsys.exit(3)\n"
+    )
     command = [
         sys.executable,
         "-m",
@@ -129,16 +163,27 @@ def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> N
         (["ls", "--srt", "arm"], "ls has no option --srt; did you mean '--sort'?"),
         (["ls", "--sort"], "--sort: expected one argument"),
         (["ls", "--sort", "typo", "--where", "nothing"], "cannot sort by 'typo'"),
-        (["ls", "tests", "--group", "amr", "--where", "nothing"], "cannot group by 'amr'; did you mean 'arm'?"),
+        (
+            ["ls", "tests", "--group", "amr", "--where", "nothing"],
+            "cannot group by 'amr'; did you mean 'arm'?",
+        ),
         (["explain"], "required: technique"),
         (["flops", "timm/resnet18", "extra"], "flops cannot use 'extra'"),
         (["flops", "timm/resnet18", "--img-size", "0"], "0 is no whole number above 0"),
         (["flops", "timm/resnet18", "--option", "img_size=wide"], "img_size is 'wide'"),
-        (["flops", "plain/mlp", "--img-size", "28", "--in-chnas", "1"], "did you mean '--in-chans'?"),
-        (["rank", "run:a/b", "run:a/c", "--data", "digits", "--option", "pretrained=true"], "would change none of these bases"),
+        (
+            ["flops", "plain/mlp", "--img-size", "28", "--in-chnas", "1"],
+            "did you mean '--in-chans'?",
+        ),
+        (
+            ["rank", "run:a/b", "run:a/c", "--data", "digits", "--option", "pretrained=true"],
+            "would change none of these bases",
+        ),
     ],
 )
-def test_bad_input_exits_2_with_one_helpful_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_exits_2_with_one_helpful_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(words) == 2
     said = capsys.readouterr()
     assert message in said.err
@@ -151,15 +196,28 @@ def test_with_json_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize(
-    "model", ["timm/resnet50", "torchvision/resnet18", "hf/resnet", "timm/vit_tiny_patch16_224", "plain/mlp"]
+    "model",
+    [
+        "timm/resnet50",
+        "torchvision/resnet18",
+        "hf/resnet",
+        "timm/vit_tiny_patch16_224",
+        "plain/mlp",
+    ],
 )
-def test_the_size_asked_for_is_the_size_counted(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_asked_for_is_the_size_counted(
+    model: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     macs = {}
     for size in (64, 128):
-        (rows, counted) = (_json(capsys, verb, model, "--img-size", str(size)) for verb in ("inspect", "flops"))
+        (rows, counted) = (
+            _json(capsys, verb, model, "--img-size", str(size)) for verb in ("inspect", "flops")
+        )
         shape = next(row["found"] for row in rows if row["part"] == "input")
         assert shape.endswith(f"×{size}×{size}")
-        assert _json(capsys, "flops", model, "--option", f"img_size={size}")["macs"] == counted["macs"]
+        assert (
+            _json(capsys, "flops", model, "--option", f"img_size={size}")["macs"] == counted["macs"]
+        )
         macs[size] = counted["macs"]
     assert 3.5 < macs[128] / macs[64] < 5  # four times the pixels
 
@@ -167,14 +225,28 @@ def test_the_size_asked_for_is_the_size_counted(model: str, capsys: pytest.Captu
 def test_a_value_may_begin_with_a_dash(ran: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = str(ran / "runs")
     down = _json(capsys, "ls", runs, "--sort", "-energy")
-    assert [r["run"] for r in down] == [r["run"] for r in _json(capsys, "ls", runs, "--sort=-energy_j")]
-    assert [r["run"] for r in down] == [r["run"] for r in _json(capsys, "ls", runs, "--sort", "energy")][::-1]
+    assert [r["run"] for r in down] == [
+        r["run"] for r in _json(capsys, "ls", runs, "--sort=-energy_j")
+    ]
+    assert [r["run"] for r in down] == [
+        r["run"] for r in _json(capsys, "ls", runs, "--sort", "energy")
+    ][::-1]
     plain, longer = f"{runs}/tiny/plain", f"{runs}/tiny/longer"
     assert _json(capsys, "diff", plain, longer, "--max-energy", "-99.9%", code=1)["ok"] is False
     groups = _json(capsys, "ls", runs, "--group", "arm", "--sort", "-accuracy")
     assert [g["accuracy"] for g in groups] == sorted((g["accuracy"] for g in groups), reverse=True)
     script = "import sys; sys.exit(sys.argv[1:] != ['--sort', '-energy'])"
-    track = ["track", "--dir", str(ran / "tracked"), "--", sys.executable, "-c", script, "--sort", "-energy"]
+    track = [
+        "track",
+        "--dir",
+        str(ran / "tracked"),
+        "--",
+        sys.executable,
+        "-c",
+        script,
+        "--sort",
+        "-energy",
+    ]
     assert cli.main(track) == 0  # a command's own words stay as they are
 
 
@@ -193,19 +265,33 @@ def test_a_run_is_named_as_ls_shows_it(
     assert rows == _json(capsys, "compare", plain, end, "--runs", str(ran / "runs"))
     assert _json(capsys, "diff", plain, end, "--max-energy", "+100000%")["ok"] is True
     out = tmp_path / "report"
-    assert set(_json(capsys, "report", plain, end, "--out", str(out))["results"]["arms"]) == {"plain", "longer"}
+    assert set(_json(capsys, "report", plain, end, "--out", str(out))["results"]["arms"]) == {
+        "plain",
+        "longer",
+    }
     assert _json(capsys, "card", plain)["run"] == plain
     exported = _json(capsys, "export", end, "--to", "safetensors", "--out", str(tmp_path / "model"))
     assert exported["max_difference"] == 0
     few = tmp_path / "few.yaml"
     few.write_text("arms: {linear: {techniques: [linear_probe]}}\ntrain: {epochs: 1}\n")
-    options = ["--protocol", str(few), "--set", "meter.codecarbon=false", "--out", str(tmp_path / "probe")]
+    options = [
+        "--protocol",
+        str(few),
+        "--set",
+        "meter.codecarbon=false",
+        "--out",
+        str(tmp_path / "probe"),
+    ]
     assert list(_json(capsys, "probe", end, *options)["results"]["arms"]) == ["linear"]
-    assert "no record or folder" in _json(capsys, "compare", "nothing-of-this", plain, code=2)["error"]
+    assert (
+        "no record or folder" in _json(capsys, "compare", "nothing-of-this", plain, code=2)["error"]
+    )
     assert "is one end of" in _json(capsys, "compare", plain[:8], plain, code=2)["error"]
 
 
-def test_an_id_is_known_by_what_a_renamed_record_says(ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_id_is_known_by_what_a_renamed_record_says(
+    ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (old,) = (ran / "runs/tiny/plain").rglob("*.jsonl")
     (tmp_path / "renamed.jsonl").write_bytes(old.read_bytes())
     run = _json(capsys, "ls", str(tmp_path))[0]["run"]
@@ -222,7 +308,9 @@ def test_other_settings_overwrite_neither_run_nor_report(ran: Path, tmp_path: Pa
 
     for place in ("runs", "reports"):
         subprocess.run(["cp", "-r", str(ran / place), str(tmp_path)], check=True)
-    (tmp_path / "tiny.yaml").write_text(TINY.replace("arms: {plain: {}, longer: {train: {epochs: 2}}}", "arms: {plain: {}}"))
+    (tmp_path / "tiny.yaml").write_text(
+        TINY.replace("arms: {plain: {}, longer: {train: {epochs: 2}}}", "arms: {plain: {}}")
+    )
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     greenvis("plan", "tiny.yaml", "--set", "train.lr=0.01,0.02")
     said = greenvis("run", "tiny.yaml", "--set", "train.epochs=3")
@@ -230,7 +318,9 @@ def test_other_settings_overwrite_neither_run_nor_report(ran: Path, tmp_path: Pa
     said = greenvis("run", "tiny.yaml", "--set", "train.lr=0.01,0.02")
     assert "reports/tiny.lr-0.01-0.02/index.html" in said
     assert {p: p.read_bytes() for p in before} == before
-    assert "epochs: 3" in json.dumps(json.loads((tmp_path / "reports/tiny.epochs-3/results.json").read_text())["recipe"])
+    assert "epochs: 3" in json.dumps(
+        json.loads((tmp_path / "reports/tiny.epochs-3/results.json").read_text())["recipe"]
+    )
 
 
 def test_techniques_explain_and_schema(capsys: pytest.CaptureFixture[str]) -> None:
@@ -247,7 +337,9 @@ def test_flops_and_inspect_of_a_model(capsys: pytest.CaptureFixture[str]) -> Non
     out = _json(capsys, "flops", "torchvision/resnet18", "--img-size", "64")
     assert out["flops"] == 2 * out["macs"]
     assert {"macs", "flops", "train_flops", "unhandled", "counters"} <= set(out)
-    lora = _json(capsys, "flops", "timm/deit_tiny_patch16_224", "--techniques", '[{"lora": {"rank": 4}}]')
+    lora = _json(
+        capsys, "flops", "timm/deit_tiny_patch16_224", "--techniques", '[{"lora": {"rank": 4}}]'
+    )
     plain = _json(capsys, "flops", "timm/deit_tiny_patch16_224")
     assert lora["macs"] > plain["macs"]
     assert lora["train_flops"] < plain["train_flops"]
@@ -290,11 +382,15 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     assert f"greenvis run {path.relative_to(ROOT)}" in head
 
 
-def test_flops_of_a_model_whose_work_depends_on_the_image(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flops_of_a_model_whose_work_depends_on_the_image(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     exits = '[{"early_exit": {"at": [0.5], "threshold": 0.11}}]'
     model = ["timm/test_vit", "--option", "num_classes=10", "--option", "img_size=32"]
     out = _json(capsys, "flops", *model, "--techniques", exits, "--data", "digits")
     assert out["distribution"]["images"] == 64
     assert out["distribution"]["min"] <= out["distribution"]["mean"] <= out["distribution"]["max"]
-    assert any("--data" in note for note in _json(capsys, "flops", *model, "--techniques", exits)["notes"])
+    assert any(
+        "--data" in note for note in _json(capsys, "flops", *model, "--techniques", exits)["notes"]
+    )
     assert "distribution" not in _json(capsys, "flops", *model)

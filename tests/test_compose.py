@@ -1,4 +1,5 @@
-"""The matrix of pairs: what goes together, what is refused with both names, what one of the two refuses alone."""
+"""The matrix of pairs: what goes together, what is refused with both names, what one of the two
+refuses alone."""
 
 from __future__ import annotations
 
@@ -15,8 +16,16 @@ from greenvis.errors import BadInput
 
 def test_pairs_work_are_refused_or_do_not_arise(tmp_path: Path) -> None:
     found = compose.run(tmp_path, ["bitfit", "prompt", "side"], ["timm-vit", "timm-resnet"])
-    assert [row["pair"] for row in found["rows"]] == ["bitfit + prompt", "bitfit + side", "prompt + side"]
-    assert found["rows"][0] == {"pair": "bitfit + prompt", "timm-vit": "works", "timm-resnet": "alone"}
+    assert [row["pair"] for row in found["rows"]] == [
+        "bitfit + prompt",
+        "bitfit + side",
+        "prompt + side",
+    ]
+    assert found["rows"][0] == {
+        "pair": "bitfit + prompt",
+        "timm-vit": "works",
+        "timm-resnet": "alone",
+    }
     assert not [row for row in found["rows"] if "fails" in row.values()]
     assert not found["unclear"]
     assert json.loads((tmp_path / "results.json").read_text()) == found
@@ -32,16 +41,27 @@ def _net() -> nn.Module:
 @pytest.mark.parametrize(
     ("pair", "why"),
     [
-        ([gv.LinearProbe(), gv.PackNet()], "'linear_probe' and 'packnet' do not go together: 'packnet' needs a base whose own"),
-        ([gv.Adapter(width=4), gv.Hat()], "'adapter' and 'hat' do not go together: 'hat' needs a base whose own weights train"),
-        ([gv.Bitfit(), gv.Ncm()], "'ncm' and 'bitfit' do not go together: 'bitfit' needs gradients for what it trains"),
+        (
+            [gv.LinearProbe(), gv.PackNet()],
+            "'linear_probe' and 'packnet' do not go together: 'packnet' needs a base whose own",
+        ),
+        (
+            [gv.Adapter(width=4), gv.Hat()],
+            "'adapter' and 'hat' do not go together: 'hat' needs a base whose own weights train",
+        ),
+        (
+            [gv.Bitfit(), gv.Ncm()],
+            "'ncm' and 'bitfit' do not go together: 'bitfit' needs gradients for what it trains",
+        ),
         (
             [gv.Lora(rank=2), gv.LoraStream(rank=2)],
             "'lora' and 'lora_stream' do not go together: 'lora_stream' needs layers that",
         ),
     ],
 )
-def test_a_pair_is_refused_by_what_each_does_as_it_was_put_in(pair: list[gv.Technique], why: str) -> None:
+def test_a_pair_is_refused_by_what_each_does_as_it_was_put_in(
+    pair: list[gv.Technique], why: str
+) -> None:
     model = _net()
     before = [(n, id(p), p.requires_grad) for n, p in model.named_parameters()]
     with pytest.raises(BadInput, match=f"{why}.*; remove one, or use them in separate stages"):

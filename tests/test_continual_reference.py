@@ -1,4 +1,5 @@
-"""Split Fashion-MNIST, class-incremental, against reference rules run in miniature: mean ± 3 standard deviations, or above."""
+"""Split Fashion-MNIST, class-incremental, against reference rules run in miniature: mean ± 3
+standard deviations, or above."""
 
 from __future__ import annotations
 
@@ -8,9 +9,13 @@ from typing import Any
 
 import pytest
 
-from greenvis import cl_metrics, experiment, record
+from greenvis.experiment import session
+from greenvis.meters import record
+from greenvis.tasks import continual as cl_metrics
 
-REFERENCE = json.loads((Path(__file__).parent / "data" / "miniature_reference.json").read_text())["split_fmnist"]["rows"]
+REFERENCE = json.loads((Path(__file__).parent / "data" / "miniature_reference.json").read_text())[
+    "split_fmnist"
+]["rows"]
 RECIPE = Path(__file__).parent.parent / "recipes/continual/split-fashion.yaml"
 ARMS: dict[str, dict[str, Any]] = {
     "finetune": {"method": "none", "lr": 0.03},
@@ -29,15 +34,19 @@ ARMS: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["finetune", "er-500", "derpp-500"])
 def test_one_seed_lies_within_the_reference(tmp_path: Path, arm: str) -> None:
-    experiment.run(_only(tmp_path, arm), runs=tmp_path / "runs", overrides=["train.seeds=[0]"])
+    session.run(_only(tmp_path, arm), runs=tmp_path / "runs", overrides=["train.seeds=[0]"])
     (run,) = [record.read(path) for path in record.find([tmp_path / "runs"])]
     (row,) = [r for r in REFERENCE if all(r[k] == v for k, v in ARMS[arm].items())]
     its = row["final_class_il"]
     accuracy = 100 * run.facts["accuracy"]
-    assert accuracy > its["mean"] - 3 * max(its["std"], 0.3)  # below one test image in a thousand no spread is known
+    assert accuracy > its["mean"] - 3 * max(
+        its["std"], 0.3
+    )  # below one test image in a thousand no spread is known
     forgotten = cl_metrics.forgetting(run.facts["task_accuracy"])
     assert forgotten is not None
-    assert 100 * forgotten < row["forgetting_max"]["mean"] + 3 * max(row["forgetting_max"]["std"], 0.3)
+    assert 100 * forgotten < row["forgetting_max"]["mean"] + 3 * max(
+        row["forgetting_max"]["std"], 0.3
+    )
     assert 100 * (cl_metrics.average_accuracy(run.facts["task_accuracy_known"]) or 0) > 60
 
 
@@ -55,18 +64,30 @@ def _only(folder: Path, arm: str) -> Path:
 
 def test_the_recipe_has_the_protocol_of_the_reference() -> None:
     """Every setting of the table is an arm, with its learning rate, buffer and weights."""
-    from greenvis.recipe import load_recipe
+    from greenvis.experiment.recipe import load_recipe
 
     recipe = load_recipe(RECIPE)
     for name, wanted in ARMS.items():
         (row,) = [r for r in REFERENCE if all(r[k] == v for k, v in wanted.items())]
         arm = recipe.arm(name)
-        assert (arm.train.lr, arm.train.batch_size, arm.train.epochs, arm.train.momentum) == (row["lr"], 10, 1, 0)
+        assert (arm.train.lr, arm.train.batch_size, arm.train.epochs, arm.train.momentum) == (
+            row["lr"],
+            10,
+            1,
+            0,
+        )
         for technique in arm.techniques:
             form = technique.model_dump()
             if row["buffer"]:
-                assert (form["size"], form["batch_size"]) == (row["buffer"], row["replay_minibatch"])
+                assert (form["size"], form["batch_size"]) == (
+                    row["buffer"],
+                    row["replay_minibatch"],
+                )
             if row["method"] == "derpp":
                 assert (form["alpha"], form["beta"]) == (row["alpha"], row["beta"])
     assert recipe.data.stream is not None
-    assert (recipe.data.stream.tasks, recipe.data.stream.order, recipe.data.normalise) == (5, "given", False)
+    assert (recipe.data.stream.tasks, recipe.data.stream.order, recipe.data.normalise) == (
+        5,
+        "given",
+        False,
+    )

@@ -1,4 +1,5 @@
-"""Every technique greenvis registers, on every host: works, or refuses with a reason. Never fails."""
+"""Every technique greenvis registers, on every host: works, or refuses with a reason. Never
+fails."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from hosts import HOSTS
 from torch import Tensor, nn
 
-from greenvis import registry
-from greenvis.technique import Installed, Stage, Technique
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.techniques import registry
 from greenvis.testing import Result, check_technique
 
 # technique: on how many hosts at least one of its examples works
@@ -45,14 +46,24 @@ WORKS = {
     "token_merge": 9,
     "token_prune": 7,
 }
-# each time: two techniques, in so many of their examples, on all hosts; every technique and example on a few; slow: all
+# each time: two techniques, in so many of their examples, on all hosts; every technique and example
+# on a few; slow:
+# all
 PROOF = {"distill": 1, "lora": 2}
-FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "transformers-swin", "plain")
+FEW = (
+    "timm-deit-distilled",
+    "torchvision-vit",
+    "torchvision-mobilenet",
+    "transformers-swin",
+    "plain",
+)
 
 
 @pytest.mark.parametrize("name", PROOF)
 def test_contract(name: str) -> None:
-    results = check_technique(registry.find(name), HOSTS, registry.find(name).examples[: PROOF[name]])
+    results = check_technique(
+        registry.find(name), HOSTS, registry.find(name).examples[: PROOF[name]]
+    )
     assert not [str(r) for r in results if r.outcome == "fails"]
     assert all(len(r.reason) > 20 for r in results if r.outcome == "refuses")
     assert len({r.host for r in results if r.outcome == "works"}) >= WORKS[name]
@@ -62,7 +73,9 @@ def test_contract(name: str) -> None:
 def test_contract_on_a_few(name: str) -> None:
     results = check_technique(registry.find(name), [HOSTS[n] for n in FEW])
     assert not [str(r) for r in results if r.outcome == "fails"]
-    assert len({r.host for r in results if r.outcome == "works"}) >= (len(FEW) - 1 if WORKS[name] > 10 else 2)
+    assert len({r.host for r in results if r.outcome == "works"}) >= (
+        len(FEW) - 1 if WORKS[name] > 10 else 2
+    )
 
 
 @pytest.mark.slow
@@ -86,7 +99,9 @@ class _Scale(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
-        last.register_parameter("scale", nn.Parameter(torch.ones(()) * (2 if self.broken == "neutral" else 1)))
+        last.register_parameter(
+            "scale", nn.Parameter(torch.ones(()) * (2 if self.broken == "neutral" else 1))
+        )
         if self.broken != "gradient":
             last.register_forward_hook(lambda m, i, o: o * m.scale)
         names = tuple(n for n, _ in model.named_parameters() if n.endswith("scale"))

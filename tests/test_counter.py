@@ -1,4 +1,5 @@
-"""A counter is believed step by step: resets, wraps, gaps, plugs out of reach, machines that slept."""
+"""A counter is believed step by step: resets, wraps, gaps, plugs out of reach, machines that
+slept."""
 
 from __future__ import annotations
 
@@ -9,12 +10,11 @@ from typing import Any
 import pytest
 
 import greenvis as gv
-from greenvis import price
-from greenvis.meters import energy, host, rapl
+from greenvis.meters import energy, host, pricing, rapl
 from greenvis.meters.counter import GRACE_S, Counter
 from greenvis.meters.energy import ONE, Meter
 from greenvis.meters.ledger import Ledger
-from greenvis.record import read
+from greenvis.meters.record import read
 
 LIFETIME = 3.6e8  # J a plug has counted since it was bought
 
@@ -43,13 +43,18 @@ def plugged(tmp_path: Path, *script: float | str | None) -> gv.track:
 @pytest.mark.parametrize(
     ("script", "joules", "provenance", "word"),
     [
-        ((0, LIFETIME, LIFETIME + 5, LIFETIME + 10), 10.0, "measured", "cannot be"),  # dropped before the run began
+        # dropped before the run
+        # began
+        ((0, LIFETIME, LIFETIME + 5, LIFETIME + 10), 10.0, "measured", "cannot be"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, LIFETIME + 10), 10.0, "measured", ""),
         ((None, None, LIFETIME, LIFETIME + 5), 5.0, "partly unknown", "out of reach"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, 1.0, 6.0), 10.0, "partly unknown", "cannot be"),
-        ((LIFETIME, LIFETIME, None, None, LIFETIME + 5), 5.0, "measured", "out of reach"),  # the gap is bridged
+        # the gap is
+        # bridged
+        ((LIFETIME, LIFETIME, None, None, LIFETIME + 5), 5.0, "measured", "out of reach"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, None), 5.0, "partly unknown", "out of reach"),
-        ((LIFETIME, LIFETIME, LIFETIME + 5, 9e99, LIFETIME + 9), 5.0, "partly unknown", "cannot be"),
+        ((LIFETIME, LIFETIME, LIFETIME + 5, 9e99, LIFETIME + 9), 5.0, "partly unknown", "cannot "
+                                                                                        "be"),
         ((LIFETIME, LIFETIME, "nan", LIFETIME + 4), 4.0, "measured", "nan"),
         ((None,), None, "partly unknown", "out of reach"),
         (("watts",), None, "partly unknown", "watts"),
@@ -59,7 +64,7 @@ def test_a_plug_is_believed_only_where_it_can_be(
     tmp_path: Path, script: tuple[Any, ...], joules: float | None, provenance: str, word: str
 ) -> None:
     run = plugged(tmp_path, *script)
-    for reading in (run.energy(), price.run_energy(read(run.path))):
+    for reading in (run.energy(), pricing.run_energy(read(run.path))):
         assert (reading.value, reading.provenance) == (joules, provenance)
     assert word in "; ".join(run.notes) if word else run.notes == []
     assert read(run.path).notes == run.notes
@@ -79,10 +84,10 @@ def test_a_phase_that_was_not_seen_says_so_and_the_run_is_whole(tmp_path: Path) 
             with run.phase(name):
                 run.energy()
     record = read(run.path)
-    parts = {name: reading["machine"] for name, reading in price.phases(record).items()}
+    parts = {name: reading["machine"] for name, reading in pricing.phases(record).items()}
     assert parts["dark"].value is None
     assert parts["light"].provenance == "partly unknown"  # it holds what the dark phase used
-    whole = price.run_energy(record)
+    whole = pricing.run_energy(record)
     assert (whole.value, whole.provenance) == (9.0, "measured")
 
 
@@ -102,7 +107,9 @@ def put(zone: Path, joules: float) -> None:
 @pytest.mark.parametrize(
     ("values", "range_uj", "joules", "doubted"),
     [
-        ((5000.0, 5010.0, 2.0, 4.0), "262143328850", 12.0, True),  # began anew: the step is dropped, not taken for a wrap
+        # began anew: the step is dropped, not taken for a
+        # wrap
+        ((5000.0, 5010.0, 2.0, 4.0), "262143328850", 12.0, True),
         ((262143.0, 4.0), "262143328850", 4.32885, False),
         ((9.0, 0.5), "10000000", 1.5, False),
         ((9.0, 0.5), None, 0.0, True),  # where it wraps is not known
@@ -135,7 +142,9 @@ def test_rapl_read_too_seldom_to_see_it_wrap_is_not_believed(zone: Path) -> None
     assert reading["cpu_j_unseen_s"] == pytest.approx(3600, abs=1)
 
 
-def test_a_machine_that_slept_may_have_begun_its_counters_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_slept_may_have_begun_its_counters_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock = [100.0, 0.0]
     monkeypatch.setattr(host, "clocks", lambda: (clock[0], clock[1]))
     meter = Meter(wall_meter=Plug(50.0, 51.0, 58.0, 60.0), powercap=tmp_path)
@@ -155,7 +164,14 @@ class Machine:
     def __init__(self, *rows: dict[str, float]) -> None:
         self.rows, self.next = rows, 0
         self.components = [
-            {"name": q, "source": q, "scope": "machine", "observation": q, "coefficient": ONE, "provenance": "measured"}
+            {
+                "name": q,
+                "source": q,
+                "scope": "machine",
+                "observation": q,
+                "coefficient": ONE,
+                "provenance": "measured",
+            }
             for q in rows[-1]
             if q != "wall_s"
         ]
@@ -178,7 +194,9 @@ class Machine:
         ([{"cpu_s": 5.0}, {"cpu_s": 9e9}, {"cpu_s": 9e9 + 1}], {"cpu_s": 1.0}),
     ],
 )  # fmt: skip
-def test_no_source_is_believed_blindly(totals: list[dict[str, float]], sums: dict[str, float]) -> None:
+def test_no_source_is_believed_blindly(
+    totals: list[dict[str, float]], sums: dict[str, float]
+) -> None:
     source = Machine(*({"wall_s": float(i)} | row for i, row in enumerate(totals)))
     ledger = Ledger(source)
     for _ in totals[1:]:
@@ -197,7 +215,9 @@ def test_a_clock_that_goes_back_takes_no_time_away() -> None:
     assert seconds == [5.0, 5.0, 7.0]
 
 
-def test_processor_time_and_memory_are_counters_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processor_time_and_memory_are_counters_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Tree:
         cpu, gb = 5.0, 1.0
 
@@ -215,14 +235,20 @@ def test_processor_time_and_memory_are_counters_too(tmp_path: Path, monkeypatch:
     for now, tree.cpu, tree.gb in ((1.0, 6.5, 1.0), (2.0, 9000.0, 0.0), (3.0, 9001.0, 1.0)):
         clock[0] = now
         ledger.cut()
-    parts = price.energy(ledger.sums(), meter.components)
-    assert ledger.sums()["cpu_s"] == 2.5  # reaped by this process, but never its own: 9000 CPU-seconds within a second
+    parts = pricing.energy(ledger.sums(), meter.components)
+    assert (
+        ledger.sums()["cpu_s"] == 2.5
+    )  # reaped by this process, but never its own: 9000 CPU-seconds within a second
     assert parts["cpu"].provenance == "partly unknown"
     assert ledger.sums()["ram_gb_s"] == pytest.approx(3.0)
     assert parts["ram"].provenance == "estimated"
 
 
-def steps(counter: Counter, readings: list[tuple[float, Any]], each: Callable[[float], None] = lambda now: None) -> None:
+def steps(
+    counter: Counter,
+    readings: list[tuple[float, Any]],
+    each: Callable[[float], None] = lambda now: None,
+) -> None:
     for now, reading in readings:
         counter.take(now, reading)
         each(now)
@@ -236,7 +262,9 @@ def test_small_steps_in_a_row_do_not_outgrow_the_power() -> None:
 
 def test_a_counter_that_moves_rarely_is_believed_for_the_whole_time_since() -> None:
     counter = Counter("c", 100.0, 0.0)
-    steps(counter, [(float(i), 3600.0 * (i // 72)) for i in range(200)])  # whole watt-hours, at 50 W
+    steps(
+        counter, [(float(i), 3600.0 * (i // 72)) for i in range(200)]
+    )  # whole watt-hours, at 50 W
     assert counter.total == 7200.0
     assert counter.unseen_s(200.0) == 0
 

@@ -1,7 +1,9 @@
-"""Counters under a fuzzer: whatever they do, no energy is negative, impossible, or "measured" where nothing was.
+"""Counters under a fuzzer: whatever they do, no energy is negative, impossible, or "measured" where
+nothing was.
 
-A machine with two packages, a memory counter, three GPUs and a plug, read by two meters at once. What it truly used is known;
-its counters begin anew, wrap, freeze, jump, cannot be read; clocks jump, and the machine sleeps.
+A machine with two packages, a memory counter, three GPUs and a plug, read by two meters at once.
+What it truly used is known; its counters begin anew, wrap, freeze, jump, cannot be read; clocks
+jump, and the machine sleeps.
 """
 
 from __future__ import annotations
@@ -20,21 +22,27 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from test_nvml import Driver
 
-from greenvis import price
-from greenvis.meters import energy, host, nvml, rapl, wall
+from greenvis.meters import energy, host, nvml, pricing, rapl, wall
 from greenvis.meters.counter import GRACE_S, Counter
 from greenvis.meters.energy import Meter
 from greenvis.meters.ledger import Ledger
 
 CPUS, MEMORY_GB, WRAPS_AT_J = 4, 16.0, 65_536.0
 ZONES = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "dram"}
-WATTS = {"intel-rapl:0": 90.0, "intel-rapl:1": 60.0, "intel-rapl:0:0": 12.0, "gpu0": 300.0, "gpu1": 40.0, "gpu2": 700.0,
+WATTS = {"intel-rapl:0": 90.0, "intel-rapl:1": 60.0, "intel-rapl:0:0": 12.0, "gpu0": 300.0,
+"gpu1": 40.0, "gpu2": 700.0,
          "plug": 1500.0}  # fmt: skip
-MOST_W = {"cpu_j": 2 * rapl.MOST_W, "dram_j": rapl.MOST_W, "gpu_j": 3 * nvml.MOST_W, "meter_j": wall.MOST_W}
+MOST_W = {
+    "cpu_j": 2 * rapl.MOST_W,
+    "dram_j": rapl.MOST_W,
+    "gpu_j": 3 * nvml.MOST_W,
+    "meter_j": wall.MOST_W,
+}
 
 
 class Host:
-    """The machine. `used` holds what each device truly used since boot, `shown` what its counter says; None: unreadable."""
+    """The machine. `used` holds what each device truly used since boot, `shown` what its counter
+    says; None: unreadable."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.now, self.slept = folder, 1000.0, 0.0
@@ -54,7 +62,9 @@ class Host:
             if value is not None:
                 value = self.shown[device] = value % WRAPS_AT_J
             # in place: the meter holds the file open
-            (self.folder / device / "energy_uj").write_text("?" if value is None else f"{int(value * 1e6)}")
+            (self.folder / device / "energy_uj").write_text(
+                "?" if value is None else f"{int(value * 1e6)}"
+            )
 
     def run(self, seconds: float) -> None:
         self.now += seconds
@@ -161,7 +171,8 @@ def driver_file(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> Meter:
-    """Open a meter on the machine, its RAPL counters advancing under the short load it begins with."""
+    """Open a meter on the machine, its RAPL counters advancing under the short load it begins
+    with."""
     load = itertools.count(1)
 
     def work(*_: Any) -> float:
@@ -194,7 +205,9 @@ def test_no_energy_is_negative_impossible_or_measured_where_nothing_was(
         for what in early:  # before the meters are opened
             happen(machine, what)
         owners, since = [], []
-        for _ in range(2):  # the second's opening load takes time that only the first one's window holds
+        for _ in range(
+            2
+        ):  # the second's opening load takes time that only the first one's window holds
             owners.append(Ledger(opened(machine, driver_file, stack, plug=plug)))
             since.append(machine.now)
         began, elapsed, calm = dict(machine.used), 0.0, True
@@ -205,7 +218,9 @@ def test_no_energy_is_negative_impossible_or_measured_where_nothing_was(
                 longest = max(longest, machine.now - clock)
                 elapsed, clock = elapsed + max(0.0, machine.now - clock), machine.now
                 for owner in owners:
-                    owner.cut(full=what[1]) if what[0] == "read" else owner.leave(owner.enter(what[1]))
+                    owner.cut(full=what[1]) if what[0] == "read" else owner.leave(
+                        owner.enter(what[1])
+                    )
             else:
                 happen(machine, what)
                 calm &= what[0] == "run"
@@ -225,7 +240,7 @@ def judge(owner: Ledger, elapsed: float) -> None:
                 assert value >= -1e-9, quantity
     for quantity, watts in (MOST_W | {"cpu_s": 1.25 * CPUS, "ram_gb_s": 1.25 * MEMORY_GB}).items():
         assert sums.get(quantity, 0.0) <= watts * (elapsed + GRACE_S) * (1 + 1e-9) + 1e-6, quantity
-    for name, reading in price.energy(sums, components).items():
+    for name, reading in pricing.energy(sums, components).items():
         component = next(c for c in components if c["name"] == name)
         unseen = sums.get(component["observation"] + "_unseen_s", 0.0)
         if reading.value is None:
@@ -259,14 +274,20 @@ def exact(owner: Ledger, machine: Host, began: dict[str, float]) -> None:
 
 
 ROUNDS = st.lists(
-    st.tuples(DEVICES, st.sampled_from(["", "", "reset", "dark", "light", "sleep"]), st.floats(0.01, 1.0)), max_size=30
+    st.tuples(
+        DEVICES, st.sampled_from(["", "", "reset", "dark", "light", "sleep"]), st.floats(0.01, 1.0)
+    ),
+    max_size=30,
 )
 
 
 @settings(max_examples=100, deadline=None)
 @given(rounds=ROUNDS, plug=st.booleans())
-def test_what_is_called_measured_is_what_was_used(driver_file: str, rounds: list[tuple[str, str, float]], plug: bool) -> None:
-    """Counters that begin anew and cannot be read, read once a second: missed energy is never passed over in silence."""
+def test_what_is_called_measured_is_what_was_used(
+    driver_file: str, rounds: list[tuple[str, str, float]], plug: bool
+) -> None:
+    """Counters that begin anew and cannot be read, read once a second: missed energy is never
+    passed over in silence."""
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         machine = Host(Path(folder))
         owner = Ledger(opened(machine, driver_file, stack, plug=plug))
@@ -284,10 +305,11 @@ def test_what_is_called_measured_is_what_was_used(driver_file: str, rounds: list
             machine.run(seconds)
             owner.cut()
         parts = {
-            "cpu": ("intel-rapl:0", "intel-rapl:1"), "ram": ("intel-rapl:0:0",), "gpu": ("gpu0", "gpu1", "gpu2"),
+            "cpu": ("intel-rapl:0", "intel-rapl:1"), "ram": ("intel-rapl:0:0",), "gpu": ("gpu0",
+            "gpu1", "gpu2"),
             "machine": ("plug",),
         }  # fmt: skip
-        for name, reading in price.energy(owner.sums(), owner.source.components).items():
+        for name, reading in pricing.energy(owner.sums(), owner.source.components).items():
             truth = sum(machine.used[d] - began[d] for d in parts[name])
             if reading.value is not None:
                 assert reading.value <= truth * 1.0001 + 0.02
@@ -297,19 +319,26 @@ def test_what_is_called_measured_is_what_was_used(driver_file: str, rounds: list
 
 
 READINGS = st.one_of(
-    st.floats(allow_nan=True, allow_infinity=True), st.integers(), st.none(), st.text(max_size=3), st.booleans(),
+    st.floats(allow_nan=True, allow_infinity=True), st.integers(), st.none(), st.text(max_size=3),
+    st.booleans(),
     st.floats(0, 1e4),
 )  # fmt: skip
 
 
 @given(
     readings=st.lists(st.tuples(st.floats(-5, 50), READINGS), max_size=60),
-    most=st.floats(0.1, 1e5), wraps_at=st.sampled_from([0.0, 100.0, 65_536.0]), patience=st.sampled_from([0.0, 2.0, 1e9]),
+    most=st.floats(0.1, 1e5), wraps_at=st.sampled_from([0.0, 100.0, 65_536.0]),
+    patience=st.sampled_from([0.0, 2.0, 1e9]),
 )  # fmt: skip
 def test_a_single_counter_fed_with_anything(
     readings: list[tuple[float, Any]], most: float, wraps_at: float, patience: float
 ) -> None:
-    counter, now, before, elapsed = Counter("c", most, 0.0, wraps_at=wraps_at, patience_s=patience), 0.0, 0.0, 0.0
+    counter, now, before, elapsed = (
+        Counter("c", most, 0.0, wraps_at=wraps_at, patience_s=patience),
+        0.0,
+        0.0,
+        0.0,
+    )
     for step, reading in readings:
         now, elapsed = now + step, elapsed + max(0.0, step)
         counter.take(now, reading)

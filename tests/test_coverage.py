@@ -10,11 +10,11 @@ import pytest
 import timm
 from hosts import HOSTS
 
-from greenvis import registry
 from greenvis.bench import coverage
 from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
-from greenvis.wrap import wrap
+from greenvis.core.wrap import wrap
+from greenvis.techniques import registry
 
 
 def test_the_sample_has_every_family_and_is_always_the_same() -> None:
@@ -26,23 +26,45 @@ def test_the_sample_has_every_family_and_is_always_the_same() -> None:
 
 def test_attaches_or_says_why_not() -> None:
     rows = attach(
-        [("deit", "deit_tiny_patch16_224"), ("resnet", "resnet18"), ("vision_transformer_sam", "samvit_base_patch16")]
+        [
+            ("deit", "deit_tiny_patch16_224"),
+            ("resnet", "resnet18"),
+            ("vision_transformer_sam", "samvit_base_patch16"),
+        ]
     )
-    assert [r["model"] for r in rows] == ["deit_tiny_patch16_224", "resnet18"]  # the third has no classifier
+    assert [r["model"] for r in rows] == [
+        "deit_tiny_patch16_224",
+        "resnet18",
+    ]  # the third has no classifier
     deit, resnet = rows
     assert [deit[t] for t in REQUESTS] == ["attaches"] * 3
-    assert (resnet["lora"], resnet["adapter"], resnet["kind"]) == ("attaches", "attaches", "convolution or MLP")
+    assert (resnet["lora"], resnet["adapter"], resnet["kind"]) == (
+        "attaches",
+        "attaches",
+        "convolution or MLP",
+    )
     assert "ResNet has none" in resnet["prompt"]
     whole = counts(rows)[-1]
-    assert whole == {"kind": "all", "models": 2, "lora": 2, "adapter": 2, "prompt": 1, "at least one": 2, "fails": 0}
+    assert whole == {
+        "kind": "all",
+        "models": 2,
+        "lora": 2,
+        "adapter": 2,
+        "prompt": 1,
+        "at least one": 2,
+        "fails": 0,
+    }
 
 
 def test_writes_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coverage, "HOSTS", {n: HOSTS[n] for n in ("transformers-vit", "timm-resnet")})
+    monkeypatch.setattr(
+        coverage, "HOSTS", {n: HOSTS[n] for n in ("transformers-vit", "timm-resnet")}
+    )
     monkeypatch.setattr(coverage, "sample", lambda per_family: [("resnet", "resnet10t")])
     monkeypatch.setattr(coverage.tools, "table", lambda names: [
         {"technique": "prompt", "host": "timm-vit", "DDP": "works", "pickle": "fails: Broken: |x|"},
-        {"technique": "prompt", "host": "timm-resnet", "DDP": "refuses: no attention", "pickle": "refuses: no attention"},
+        {"technique": "prompt", "host": "timm-resnet", "DDP": "refuses: no attention",
+        "pickle": "refuses: no attention"},
     ])  # fmt: skip
     result = coverage.run(tmp_path, techniques=["prompt", "linear_probe"])
     assert result["rows"] == [
@@ -65,13 +87,18 @@ def test_tools_say_what_works_and_what_refuses() -> None:
     checks = [t for t in tools.TOOLS if t not in ("torch.compile", "torch.export")]
     rows = tools.table(["lora", "prompt", "side"], tools=checks)
     outcomes = {(r["technique"], r["host"]): {r[t].partition(":")[0] for t in checks} for r in rows}
-    assert outcomes.pop(("prompt", "timm-resnet")) == outcomes.pop(("side", "timm-resnet")) == {"refuses"}
+    assert (
+        outcomes.pop(("prompt", "timm-resnet"))
+        == outcomes.pop(("side", "timm-resnet"))
+        == {"refuses"}
+    )
     assert all(found == {"works"} for found in outcomes.values()), rows
 
 
 @pytest.mark.parametrize("technique", ["mae", "reuse", "token_prune"])
 def test_a_block_that_runs_again_in_the_backward_sees_the_tokens_it_saw(technique: str) -> None:
-    """What these hand to a block lies beside its arguments: gradient checkpointing must find it again."""
+    """What these hand to a block lies beside its arguments: gradient checkpointing must find it
+    again."""
     row = tools.table([technique], ["timm-vit"], ["gradient checkpointing"])[0]
     assert row["gradient checkpointing"] == "works", row
 
@@ -80,10 +107,14 @@ def test_a_block_that_runs_again_in_the_backward_sees_the_tokens_it_saw(techniqu
 @pytest.mark.parametrize("technique", ["lora", "adapter", "prompt", "side"])
 def test_compiles_exports_and_trains_on_two_ranks(technique: str) -> None:
     rows = tools.table([technique], ["timm-vit"], ["torch.compile", "torch.export", "DDP"])
-    assert [v for r in rows for k, v in r.items() if k not in ("technique", "host")] == ["works"] * 3
+    assert [v for r in rows for k, v in r.items() if k not in ("technique", "host")] == [
+        "works"
+    ] * 3
 
 
-@pytest.mark.parametrize("tool", ["bf16 autocast", "gradient checkpointing", "copy.deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "tool", ["bf16 autocast", "gradient checkpointing", "copy.deepcopy", "pickle"]
+)
 def test_the_checks_see_what_is_broken(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook that gives other numbers each time."""
     count = iter(range(1000))

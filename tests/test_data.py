@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
-from greenvis import data, sources
+from greenvis import data
+from greenvis.data import datasets, sources
+from greenvis.data.transforms import AUGMENTS, mix
 from greenvis.errors import BadInput
-from greenvis.transform import AUGMENTS, mix
 
 needs_fashion = pytest.mark.skipif(
-    not sources.DEBIAN.is_dir(), reason="Fashion-MNIST is not here: apt-get install dataset-fashion-mnist"
+    not sources.DEBIAN.is_dir(),
+    reason="Fashion-MNIST is not here: apt-get install dataset-fashion-mnist",
 )
 
 
@@ -54,7 +56,9 @@ def test_digits_are_split_by_class_with_no_image_in_both() -> None:
     assert not _prints(d.train) & _prints(d.test)
     share = d.test.targets.bincount() / torch.cat([d.train.targets, d.test.targets]).bincount()
     assert torch.all((share - 450 / 1797).abs() < 0.01)
-    assert sorted(torch.cat([d.train.targets, d.test.targets]).bincount().tolist())[0] == 174  # as in scikit-learn
+    assert (
+        sorted(torch.cat([d.train.targets, d.test.targets]).bincount().tolist())[0] == 174
+    )  # as in scikit-learn
 
 
 def test_images_are_counted_from_both_ends() -> None:
@@ -79,7 +83,9 @@ def test_normalise_equals_the_reference_formula() -> None:
     stored = d.train.split.images
     assert isinstance(stored, torch.Tensor)
     t = d.train.transform
-    assert torch.allclose(d.train.batch([3])[0], (stored[3:4] / 255 - t.mean[0]) / t.std[0], atol=1e-6)
+    assert torch.allclose(
+        d.train.batch([3])[0], (stored[3:4] / 255 - t.mean[0]) / t.std[0], atol=1e-6
+    )
 
 
 def test_subsets_are_stratified_nested_and_drawn_by_seed() -> None:
@@ -156,7 +162,9 @@ def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors_half() -> None:
     assert torch.all((windows - y).abs().amax((2, 3, 4)).min(0).values < 1e-6)
     flipped = data.load("digits", train=200, augment="crop-flip").train.batch(range(200))[0]
     assert 60 < int((flipped - y).abs().amax((1, 2, 3)).gt(1e-6).sum()) < 140
-    assert torch.equal(torch.where((flipped == y).all(-1, True).all(-2, True), y, flipped.flip(-1)), y)
+    assert torch.equal(
+        torch.where((flipped == y).all(-1, True).all(-2, True), y, flipped.flip(-1)), y
+    )
 
 
 def test_the_test_set_is_never_augmented() -> None:
@@ -173,7 +181,9 @@ def test_global_random_state_is_untouched() -> None:
 
 
 def test_mix_is_splitmix64() -> None:
-    assert mix(np.array([0]))[0] == 0xE220A8397B1DCDAF  # the first output of the reference generator seeded with 0
+    assert (
+        mix(np.array([0]))[0] == 0xE220A8397B1DCDAF
+    )  # the first output of the reference generator seeded with 0
     assert len(set(mix(np.arange(1000), 1, 2).tolist())) == 1000
 
 
@@ -193,7 +203,11 @@ def test_batches_shuffle_by_seed_and_epoch_and_tell_positions() -> None:
     train = data.load("digits", train=50).train
 
     def visits(**options: int) -> list[int]:
-        return [int(p) for _, _, ps in data.batches(train, 7, shuffle=True, positions=True, **options) for p in ps]
+        return [
+            int(p)
+            for _, _, ps in data.batches(train, 7, shuffle=True, positions=True, **options)
+            for p in ps
+        ]
 
     assert sorted(visits()) == list(range(50))
     assert visits(epoch=1) == visits(epoch=1) != visits(epoch=2)
@@ -221,10 +235,16 @@ def test_img_size_and_channels_are_brought_to_what_is_asked() -> None:
     assert grey.train[0][0].shape == (1, 32, 32)
 
 
-def test_images_brought_to_size_at_once_or_by_batch_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = data.load("digits", train=20, test=10, img_size=20, in_chans=3, augment="crop").train.batch(range(20))
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
-    by_batch = data.load("digits", train=20, test=10, img_size=20, in_chans=3, augment="crop").train.batch(range(20))
+def test_images_brought_to_size_at_once_or_by_batch_are_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_once = data.load(
+        "digits", train=20, test=10, img_size=20, in_chans=3, augment="crop"
+    ).train.batch(range(20))
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
+    by_batch = data.load(
+        "digits", train=20, test=10, img_size=20, in_chans=3, augment="crop"
+    ).train.batch(range(20))
     assert torch.equal(at_once[0], by_batch[0])
 
 
@@ -250,15 +270,19 @@ def test_folder_with_its_own_test_split(tmp_path: Path) -> None:
     assert d.train[0][0].shape == (3, 8, 8)
 
 
-def test_folder_without_splits_is_divided_by_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_splits_is_divided_by_class(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _images(tmp_path / "a", {"cat": 10, "dog": 20})
     d = data.load("folder:a", folder=tmp_path, img_size=8)
     assert d.test.targets.bincount().tolist() == [2, 4]
     assert not _prints(d.train) & _prints(d.test)
-    monkeypatch.setattr(data, "IN_MEMORY", 0)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
     lazy = data.load("folder:a", folder=tmp_path, img_size=8)
     assert torch.equal(lazy.train.batch([0, 5])[0], d.train.batch([0, 5])[0])
-    (tmp_path / "a" / "cat" / "000.png").write_bytes((tmp_path / "a" / "cat" / "001.png").read_bytes())
+    (tmp_path / "a" / "cat" / "000.png").write_bytes(
+        (tmp_path / "a" / "cat" / "001.png").read_bytes()
+    )
     assert data.load("folder:a", folder=tmp_path, img_size=8).checksum != d.checksum
 
 
@@ -272,13 +296,19 @@ def test_a_broken_image_is_named(tmp_path: Path) -> None:
 def test_hf_datasets_saved_to_disk(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets", reason="pip install 'greenvis[datasets]'")
     rng = np.random.default_rng(0)
-    features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["no", "yes"])}
+    )
     rows = {
-        "picture": [Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(10)],
+        "picture": [
+            Image.fromarray(rng.integers(0, 256, (9, 9, 3), dtype=np.uint8)) for _ in range(10)
+        ],
         "kind": [0, 1] * 5,
     }
     whole = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": whole.select(range(8)), "test": whole.select([8, 9])}).save_to_disk(tmp_path / "two")
+    datasets.DatasetDict(
+        {"train": whole.select(range(8)), "test": whole.select([8, 9])}
+    ).save_to_disk(tmp_path / "two")
     d = data.load("hf-datasets:two", folder=tmp_path, img_size=9)
     assert (len(d.train), len(d.test), d.classes) == (8, 2, ("no", "yes"))
     assert d.test.targets.tolist() == [0, 1]
@@ -313,7 +343,9 @@ def test_fashion_mnist_of_debian() -> None:
     assert data.load("fashion-mnist", train=10, test=10).classes[9] == "Ankle boot"
     whole = data.load("fashion-mnist").train
     assert len(whole) == 60_000
-    assert whole.transform.mean[0] == pytest.approx(0.286, abs=0.005)  # of all images: 0.2860 and 0.3530
+    assert whole.transform.mean[0] == pytest.approx(
+        0.286, abs=0.005
+    )  # of all images: 0.2860 and 0.3530
     assert whole.transform.std[0] == pytest.approx(0.353, abs=0.005)
 
 
@@ -335,7 +367,9 @@ def test_fashion_mnist_of_debian() -> None:
         ("hf-datasets:nowhere", {}, "local folder"),
     ],
 )
-def test_bad_input_is_named_before_anything_is_loaded(name: str, options: dict, message: str, tmp_path: Path) -> None:
+def test_bad_input_is_named_before_anything_is_loaded(
+    name: str, options: dict, message: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match=message):
         data.check(name, folder=tmp_path, **options)
     with pytest.raises(BadInput, match=message):
@@ -367,14 +401,27 @@ def test_classes_choose_and_relabel_by_name_or_number() -> None:
     assert some.classes == ("7", "3", "1")
     assert len(some.train) == 90
     assert some.train.targets.bincount().tolist() == [30, 30, 30]
-    sevens = {row for row, y in zip(whole.test.ids.tolist(), whole.test.targets.tolist(), strict=True) if y == 7}
-    assert {row for row, y in zip(some.test.ids.tolist(), some.test.targets.tolist(), strict=True) if y == 0} == sevens
+    sevens = {
+        row
+        for row, y in zip(whole.test.ids.tolist(), whole.test.targets.tolist(), strict=True)
+        if y == 7
+    }
+    assert {
+        row
+        for row, y in zip(some.test.ids.tolist(), some.test.targets.tolist(), strict=True)
+        if y == 0
+    } == sevens
     assert some.facts() != data.load("digits", classes=[7, 3, 2], train=90).facts()
 
 
 @pytest.mark.parametrize(
     ("classes", "message"),
-    [([1, 10], "no class 10"), (["1", "x"], "no class 'x'"), ([1, "1"], "each once"), ([3], "two or more")],
+    [
+        ([1, 10], "no class 10"),
+        (["1", "x"], "no class 'x'"),
+        ([1, "1"], "each once"),
+        ([3], "two or more"),
+    ],
 )
 def test_classes_that_are_not_there_are_refused(classes: list[str | int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
@@ -393,7 +440,12 @@ def test_images_are_held_out_of_the_training_set_and_nowhere_else() -> None:
     assert held.facts() == plain.facts() | {"held_out": 80}
     everything = data.load("digits", held_out=100)
     assert len(everything.train) == 1347 - 100
-    assert data.load("digits", train=200, test=50, held_out=80, augment="crop").held_out.transform.augment == "none"
+    assert (
+        data.load(
+            "digits", train=200, test=50, held_out=80, augment="crop"
+        ).held_out.transform.augment
+        == "none"
+    )
     with pytest.raises(BadInput, match="1400"):
         data.load("digits", train=1300, held_out=100)
 
@@ -430,7 +482,9 @@ def test_a_folder_of_deep_pictures_is_not_white(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()
         for i in range(4):
-            Image.fromarray(rng.integers(0, 65536, (9, 7), dtype=np.uint16)).save(tmp_path / name / f"{i}.png")
+            Image.fromarray(rng.integers(0, 65536, (9, 7), dtype=np.uint16)).save(
+                tmp_path / name / f"{i}.png"
+            )
     train = data.load(f"folder:{tmp_path}", img_size=8, in_chans=1).train
     assert 0.3 < train.transform.mean[0] < 0.7
     assert train.transform.std[0] > 0.1

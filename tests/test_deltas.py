@@ -1,4 +1,5 @@
-"""Several tasks on one base: saved, listed, switched bit for bit without reloading, removed; a wrong base is refused."""
+"""Several tasks on one base: saved, listed, switched bit for bit without reloading, removed; a
+wrong base is refused."""
 
 from __future__ import annotations
 
@@ -11,16 +12,16 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor
 
-from greenvis.deltas import DELTA_FILE
+from greenvis.core.deltas import DELTA_FILE
+from greenvis.core.technique import Technique, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.technique import Technique, logits_of
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.bitfit import Bitfit
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.techniques.iteration.norm_tune import NormTune
-from greenvis.techniques.iteration.prompt import Prompt
-from greenvis.techniques.iteration.side import Side
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.peft.adapter import Adapter
+from greenvis.techniques.iteration.peft.bitfit import Bitfit
+from greenvis.techniques.iteration.peft.lora import Lora
+from greenvis.techniques.iteration.peft.norm_tune import NormTune
+from greenvis.techniques.iteration.peft.prompt import Prompt
+from greenvis.techniques.iteration.peft.side import Side
 
 TASKS = ("cats", "dogs", "fish")
 REQUESTS: list[tuple[str, Technique | tuple[()]]] = [
@@ -73,7 +74,10 @@ def test_three_tasks_on_one_base(host: str, request_: Any, tmp_path: Path) -> No
     for task in TASKS:
         live.add(task, tmp_path / task)
     assert torch.equal(_answers(live, host), fresh)  # adding shows nothing yet
-    assert live.deltas() == {t: pytest.approx((tmp_path / t / DELTA_FILE).stat().st_size, rel=0.5, abs=20_000) for t in TASKS}
+    assert live.deltas() == {
+        t: pytest.approx((tmp_path / t / DELTA_FILE).stat().st_size, rel=0.5, abs=20_000)
+        for t in TASKS
+    }
     for task in ("fish", "cats", "dogs", "cats"):
         live.use(task)
         assert live.in_use == task
@@ -102,7 +106,9 @@ def test_what_is_learned_stays_with_the_delta_in_use() -> None:
 
 
 def test_another_base_is_refused_with_nothing_changed(tmp_path: Path) -> None:
-    live = wrap(HOSTS["timm-resnet"].build(), Lora(rank=2, targets=("conv",), input_shape=(3, 64, 64)))
+    live = wrap(
+        HOSTS["timm-resnet"].build(), Lora(rank=2, targets=("conv",), input_shape=(3, 64, 64))
+    )
     _task(live, "timm-resnet", 0)
     live.save(tmp_path)
     other = HOSTS["timm-resnet"].build()

@@ -1,4 +1,5 @@
-"""Dense models are hosts too: what changes weights works on segmenters and detectors, what needs one sequence refuses."""
+"""Dense models are hosts too: what changes weights works on segmenters and detectors, what needs
+one sequence refuses."""
 
 from __future__ import annotations
 
@@ -9,18 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greenvis.core.technique import Technique, logits_of
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
 from greenvis.meters import flops
-from greenvis.technique import Technique, logits_of
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.bitfit import Bitfit
-from greenvis.techniques.iteration.linear_probe import LinearProbe
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.techniques.iteration.norm_tune import NormTune
-from greenvis.techniques.iteration.partial import Partial
-from greenvis.techniques.iteration.prompt import Prompt
-from greenvis.techniques.iteration.side import Side
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.adapter import Adapter
+from greenvis.techniques.iteration.peft.bitfit import Bitfit
+from greenvis.techniques.iteration.peft.linear_probe import LinearProbe
+from greenvis.techniques.iteration.peft.lora import Lora
+from greenvis.techniques.iteration.peft.norm_tune import NormTune
+from greenvis.techniques.iteration.peft.partial import Partial
+from greenvis.techniques.iteration.peft.prompt import Prompt
+from greenvis.techniques.iteration.peft.side import Side
 
 SHAPE = (3, 64, 64)
 
@@ -29,10 +30,16 @@ def _segformer() -> nn.Module:
     from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
     sizes: dict[str, Any] = {
-        "hidden_sizes": [16, 32], "patch_sizes": [3, 3], "strides": [4, 2], "sr_ratios": [2, 1], "decoder_hidden_size": 16
+        "hidden_sizes": [16, 32], "patch_sizes": [3, 3], "strides": [4, 2], "sr_ratios": [2, 1],
+        "decoder_hidden_size": 16
     }  # fmt: skip
     config = SegformerConfig(
-        num_encoder_blocks=2, depths=[1, 1], num_attention_heads=[1, 2], mlp_ratios=[2, 2], num_labels=5, **sizes
+        num_encoder_blocks=2,
+        depths=[1, 1],
+        num_attention_heads=[1, 2],
+        mlp_ratios=[2, 2],
+        num_labels=5,
+        **sizes,
     )
     return SegformerForSemanticSegmentation(config)
 
@@ -52,7 +59,9 @@ def _ssd() -> nn.Module:
 def _faster_rcnn() -> nn.Module:
     from torchvision.models.detection import fasterrcnn_mobilenet_v3_large_320_fpn
 
-    return fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=64)
+    return fasterrcnn_mobilenet_v3_large_320_fpn(
+        weights=None, weights_backbone=None, num_classes=5, min_size=64, max_size=64
+    )
 
 
 def _segmenting(model: nn.Module) -> Tensor:
@@ -68,7 +77,8 @@ def _detecting(model: nn.Module) -> Tensor:
 
 
 def _faults(build: Any, request: Technique, loss: Any) -> list[str]:
-    """Learn one step and undo it; return what is wrong: learns what is not declared, not finite, not given back bit for bit."""
+    """Learn one step and undo it; return what is wrong: learns what is not declared, not finite,
+    not given back bit for bit."""
     torch.manual_seed(0)
     model = build()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -78,19 +88,27 @@ def _faults(build: Any, request: Technique, loss: Any) -> list[str]:
     optimizer = torch.optim.SGD(live.param_groups(1e-3))
     (loss(model) + live.loss(None, None, None)).backward()
     learned = {n for n, p in model.named_parameters() if p.grad is not None}
-    out = [f"a gradient, or none, against the declaration: {n}" for n in sorted(learned ^ set(live.trainable))]
+    out = [
+        f"a gradient, or none, against the declaration: {n}"
+        for n in sorted(learned ^ set(live.trainable))
+    ]
     optimizer.step()
     if not loss(model).isfinite():
         out.append("the loss after a step is not finite")
     live.undo()
     now = model.state_dict()
     out += [f"other keys after undo: {n}" for n in sorted(now.keys() ^ before.keys())]
-    return out + [f"other values after undo: {n}" for n in now.keys() & before.keys() if not torch.equal(now[n], before[n])]
+    return out + [
+        f"other values after undo: {n}"
+        for n in now.keys() & before.keys()
+        if not torch.equal(now[n], before[n])
+    ]
 
 
 @pytest.mark.parametrize(
     "request_",
-    [Lora(rank=2), Lora(rank=2, targets=("conv",)), Adapter(width=4), Adapter(width=4, variant="conv"), Bitfit(), NormTune(),
+    [Lora(rank=2), Lora(rank=2, targets=("conv",)), Adapter(width=4), Adapter(width=4,
+    variant="conv"), Bitfit(), NormTune(),
      LinearProbe(), Partial()],
     ids=lambda r: f"{r.name} {r.recipe_form()}",
 )  # fmt: skip
@@ -129,10 +147,15 @@ def test_meters_count_a_segmenter() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("request_", [Lora(rank=2, targets=("conv",)), Adapter(width=4, variant="conv"), Bitfit(), NormTune()],
+@pytest.mark.parametrize("request_", [Lora(rank=2, targets=("conv",)), Adapter(width=4,
+variant="conv"), Bitfit(), NormTune()],
                          ids=lambda r: r.name)  # fmt: skip
-@pytest.mark.parametrize(("build", "loss"), [(_deeplab, _segmenting), (_ssd, _detecting), (_faster_rcnn, _detecting)])
-def test_torchvision_segmenters_and_detectors_learn(build: Any, loss: Any, request_: Technique) -> None:
+@pytest.mark.parametrize(
+    ("build", "loss"), [(_deeplab, _segmenting), (_ssd, _detecting), (_faster_rcnn, _detecting)]
+)
+def test_torchvision_segmenters_and_detectors_learn(
+    build: Any, loss: Any, request_: Technique
+) -> None:
     assert not _faults(build, request_.model_copy(update={"input_shape": SHAPE}), loss)
 
 

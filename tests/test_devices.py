@@ -1,4 +1,5 @@
-"""Devices: which cards are this process's own, which have no counter, and that readings wait for them."""
+"""Devices: which cards are this process's own, which have no counter, and that readings wait for
+them."""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import price
-from greenvis.meters import devices, measure, speed
+from greenvis.meters import devices, measure, pricing, speed
 from greenvis.meters.cards import Card, visible
-from greenvis.record import read
+from greenvis.meters.record import read
 
 FAST, SLOW = "GPU-aaaa1111", "GPU-bbbb2222"
 UNLIKE = [Card(SLOW, "T4"), Card(FAST, "H100")]  # by bus; CUDA calls the H100 number 0
@@ -24,7 +24,11 @@ SPLIT = [Card(SLOW, "H100"), Card(FAST, "H100", ("MIG-cccc3333", "MIG-dddd4444")
 
 
 def env(mask: str | None, order: str | None = None) -> dict[str, str]:
-    return {k: v for k, v in (("CUDA_VISIBLE_DEVICES", mask), ("CUDA_DEVICE_ORDER", order)) if v is not None}
+    return {
+        k: v
+        for k, v in (("CUDA_VISIBLE_DEVICES", mask), ("CUDA_DEVICE_ORDER", order))
+        if v is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -48,7 +52,10 @@ def env(mask: str | None, order: str | None = None) -> dict[str, str]:
         (ALIKE, env("7"), None, [], "hides every GPU"),
         (ALIKE, env(""), None, [], "hides every GPU"),
         (ALIKE, env("GPU-"), None, [], "hides every GPU"),
-        ([Card("GPU-ab1", "T4"), Card("GPU-ab2", "T4")], env("GPU-ab"), None, [], "hides every GPU"),  # which of the two?
+        # which of the
+        # two?
+        ([Card("GPU-ab1", "T4"), Card("GPU-ab2", "T4")], env("GPU-ab"), None, [], "hides every "
+                                                                                  "GPU"),
         (ALIKE, env(None), ["9999"], [], "does not know the GPU 9999"),
         (SPLIT, env("MIG-cccc3333"), None, [], f"MIG slice of {FAST}"),
         (SPLIT, env("MIG-GPU-aaaa1111/1/0"), None, [], "MIG slice"),
@@ -82,7 +89,9 @@ def torch_with(*opened: str, hip: str | None = None, other: str = "", mps_bytes:
         backends=SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps_bytes > 0)),
         version=SimpleNamespace(hip=hip),
         accelerator=SimpleNamespace(
-            current_accelerator=lambda check_available=False: SimpleNamespace(type=other) if other else None
+            current_accelerator=lambda check_available=False: (
+                SimpleNamespace(type=other) if other else None
+            )
         ),
         get_device_module=lambda kind: module,
     )
@@ -124,7 +133,9 @@ class Elsewhere(nn.Module):
             yield SimpleNamespace(device=torch.device(self.kind), numel=p.numel, requires_grad=True)
 
 
-@pytest.mark.parametrize(("kind", "word"), [("mps", "MPS"), ("xpu", "XPU"), ("hpu", "hpu"), ("cuda", "no NVIDIA driver")])
+@pytest.mark.parametrize(
+    ("kind", "word"), [("mps", "MPS"), ("xpu", "XPU"), ("hpu", "hpu"), ("cuda", "no NVIDIA driver")]
+)
 def test_a_device_without_a_counter_is_a_component_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, word: str
 ) -> None:
@@ -137,7 +148,7 @@ def test_a_device_without_a_counter_is_a_component_that_says_so(
         assert (gpu["source"], gpu["observation"]) == ("none", "")
         assert gpu["reason"].startswith("none, because")
         assert word in gpu["reason"]
-    whole = price.run_energy(record)
+    whole = pricing.run_energy(record)
     assert whole.value == pytest.approx(run.energy().value)
     assert (whole.provenance, run.energy().provenance) == ("partly unknown", "partly unknown")
     gv.report([run.path], out=tmp_path / "report")
@@ -186,11 +197,15 @@ def test_every_timed_call_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) 
     assert timed == ["done", "asked", "done"] * 4
 
 
-def test_energy_is_read_when_the_device_has_finished(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_energy_is_read_when_the_device_has_finished(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     log: list[str] = []
     monkeypatch.setattr(torch.mps, "synchronize", lambda: log.append("done"))
     monkeypatch.setattr(measure, "GPU_ROUND_S", 0.0)
-    with gv.track("t", dir=tmp_path, wall_meter=lambda: float(log.append("read") or len(log))) as run:
+    with gv.track(
+        "t", dir=tmp_path, wall_meter=lambda: float(log.append("read") or len(log))
+    ) as run:
         del log[:]
         measure.serve(Asked(log), torch.ones(2, 3).as_subclass(Far), run)
     before = [log[i - 1] for i, word in enumerate(log) if word == "read" and "asked" in log[:i]]

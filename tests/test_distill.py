@@ -11,13 +11,15 @@ from torch import nn
 
 import greenvis as gv
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques.inference.distill import kd_loss
+from greenvis.techniques.inference.distill.distill import kd_loss
 
 FIXTURE = torch.load(Path(__file__).parent / "data" / "kd_losses.pt", weights_only=True)
 
 
 def _net(classes: int = 5) -> nn.Module:
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, classes)
+    )
 
 
 def test_loss_and_gradient_equal_the_reference() -> None:
@@ -39,7 +41,9 @@ def test_loss_equals_the_formula() -> None:
 def test_weights_of_both_losses() -> None:
     student, x, y = _net(), torch.randn(4, 3, 2, 2), torch.tensor([0, 1, 2, 3])
     teacher = _net()
-    live = gv.wrap(student, gv.Distill(teacher=teacher, temperature=2.0, weight=0.9, task_weight=0.1))
+    live = gv.wrap(
+        student, gv.Distill(teacher=teacher, temperature=2.0, weight=0.9, task_weight=0.1)
+    )
     logits = student(x)
     assert torch.allclose(live.loss(x, y, logits), 0.9 * kd_loss(logits, teacher(x), 2.0))
     task = nn.functional.cross_entropy
@@ -69,7 +73,7 @@ def test_the_teacher_has_a_phase_of_its_own(tmp_path: Path) -> None:
     with gv.track("phases", live, dir=tmp_path) as run, run.phase("train"):
         x = torch.randn(4, 3, 2, 2)
         live.loss(x, None, student(x))
-    from greenvis.record import find, read
+    from greenvis.meters.record import find, read
 
     assert "train/teacher" in read(next(iter(find([run.path])))).totals
 
@@ -87,7 +91,9 @@ def test_teachers_that_cannot_work_are_refused() -> None:
             gv.wrap(student, gv.Distill(teacher=teacher))
     live = gv.wrap(student, gv.Distill(teacher=_net(7)))
     x = torch.randn(4, 3, 2, 2)
-    with pytest.raises(GreenvisError, match=r"teacher's logits are \(4, 7\), the student's \(4, 5\)"):
+    with pytest.raises(
+        GreenvisError, match=r"teacher's logits are \(4, 7\), the student's \(4, 5\)"
+    ):
         live.loss(x, None, student(x))
 
 
@@ -101,16 +107,25 @@ def test_a_deep_copied_teacher_and_two_at_once() -> None:
     assert two.loss(x, None, b(x)).item() > 1e-3
 
 
-def test_a_distilled_steps_flops_are_the_students_step_and_the_teachers_forward(tmp_path: Path) -> None:
-    from greenvis.record import find, read
+def test_a_distilled_steps_flops_are_the_students_step_and_the_teachers_forward(
+    tmp_path: Path,
+) -> None:
+    from greenvis.meters.record import find, read
 
-    student, teacher = nn.Linear(16, 4), nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    student, teacher = (
+        nn.Linear(16, 4),
+        nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)),
+    )
     live = gv.wrap(student, gv.Distill(teacher=teacher))
     batch, steps = 8, 3
     with gv.track("flops", live, dir=tmp_path) as run:
-        for x, y in run.steps([(torch.randn(batch, 16), torch.zeros(batch).long())] * steps, phase="train"):
+        for x, y in run.steps(
+            [(torch.randn(batch, 16), torch.zeros(batch).long())] * steps, phase="train"
+        ):
             live.loss(x, y, student(x)).backward()
     forward = 2 * batch * 16 * 4
     teaching = 2 * batch * (16 * 32 + 32 * 4)
     found = read(next(iter(find([run.path]))))
-    assert found.sum("flops", "train") == steps * (2 * forward + teaching)  # forward and the weights' gradient, as x has none
+    assert found.sum("flops", "train") == steps * (
+        2 * forward + teaching
+    )  # forward and the weights' gradient, as x has none

@@ -1,4 +1,5 @@
-"""Distillation across architectures, of several teachers, kept and live; hooks that never leak; requests that cannot be."""
+"""Distillation across architectures, of several teachers, kept and live; hooks that never leak;
+requests that cannot be."""
 
 from __future__ import annotations
 
@@ -13,17 +14,25 @@ from hosts import HOSTS
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis.core.technique import Samples
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.technique import Samples
-from greenvis.techniques.inference._layers import Place, Taps, features, thinned
-from greenvis.techniques.inference.distill import Keep
-from greenvis.views import view
+from greenvis.models.structure import view
+from greenvis.techniques.inference.distill._layers import Place, Taps, features, thinned
+from greenvis.techniques.inference.distill.distill import Keep
 
 
 def _vit(depth: int = 2, dim: int = 16, heads: int = 2, **more: Any) -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=dim, depth=depth, num_heads=heads, num_classes=5, **more)
+    return VisionTransformer(
+        img_size=32,
+        patch_size=8,
+        embed_dim=dim,
+        depth=depth,
+        num_heads=heads,
+        num_classes=5,
+        **more,
+    )
 
 
 def _cnn(width: int = 8) -> nn.Module:
@@ -33,7 +42,9 @@ def _cnn(width: int = 8) -> nn.Module:
 
 
 def _batch(size: int = 32, n: int = 4) -> tuple[Tensor, Tensor]:
-    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)), torch.arange(n) % 5
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(0)), torch.arange(
+        n
+    ) % 5
 
 
 def _step(live: Any, x: Tensor, y: Tensor) -> dict[str, Tensor]:
@@ -56,11 +67,14 @@ KINDS = [
 @pytest.mark.parametrize("loss", KINDS, ids=lambda k: k["kind"] + "-residual" * ("residual" in k))
 @pytest.mark.parametrize("pair", ["vit<cnn", "cnn<vit"])
 def test_features_of_another_architecture(loss: dict[str, Any], pair: str) -> None:
-    """Tokens learn from maps and maps from tokens, at another resolution; the student is itself again after."""
+    """Tokens learn from maps and maps from tokens, at another resolution; the student is itself
+    again after."""
     student, teacher = (_vit(), _cnn()) if pair == "vit<cnn" else (_cnn(), _vit(depth=3, dim=24))
     x, y = _batch(32 if pair == "vit<cnn" else 64)
     before = {n: v.clone() for n, v in student.state_dict().items()}
-    live = gv.wrap(student, gv.Distill(teacher=teacher, losses=[loss], size=64 if pair == "vit<cnn" else 32))
+    live = gv.wrap(
+        student, gv.Distill(teacher=teacher, losses=[loss], size=64 if pair == "vit<cnn" else 32)
+    )
     terms = _step(live, x, y)
     assert list(terms) == [f"distill_{loss['kind']}"]
     assert terms[f"distill_{loss['kind']}"].item() > 0
@@ -89,7 +103,10 @@ def test_projections_are_in_the_delta_and_gone_after_merge(tmp_path: Path) -> No
             p.add_(0.01)
     other.load(live.save(tmp_path))
     assert any("distill_projections" in n for n in live.trainable)
-    assert all(torch.equal(a, b) for a, b in zip(live.trainable.values(), other.trainable.values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(live.trainable.values(), other.trainable.values(), strict=True)
+    )
     x, y = _batch()
     assert torch.equal(live.loss(x, y, live.model(x)), other.loss(x, y, other.model(x)))
     weight = live.model.head.weight.detach().clone()
@@ -98,18 +115,23 @@ def test_projections_are_in_the_delta_and_gone_after_merge(tmp_path: Path) -> No
     assert torch.equal(merged.head.weight, weight)
 
 
-@pytest.mark.parametrize("teacher", ["torchvision-vit", "transformers-vit", "timm-dinov2-registers"])
+@pytest.mark.parametrize(
+    "teacher", ["torchvision-vit", "transformers-vit", "timm-dinov2-registers"]
+)
 def test_relations_between_attentions_of_all_kinds(teacher: str) -> None:
     """Fused, separate and multi-head projections, with other widths, heads and prefix tokens."""
     student = _vit(dim=24, heads=6)
-    live = gv.wrap(student, gv.Distill(teacher=HOSTS[teacher].build(), losses=[{"kind": "minilm", "layers": "block"}]))
+    live = gv.wrap(
+        student,
+        gv.Distill(teacher=HOSTS[teacher].build(), losses=[{"kind": "minilm", "layers": "block"}]),
+    )
     terms = _step(live, *_batch())
     assert terms["distill_minilm"].item() > 0
     assert student.blocks[0].attn.qkv.weight.grad.abs().sum() > 0
 
 
 def test_queries_read_off_a_multihead_are_those_it_uses() -> None:
-    from greenvis.techniques.inference._layers import attentions
+    from greenvis.techniques.inference.distill._layers import attentions
 
     model = HOSTS["torchvision-vit"].build().eval()
     ((attention, places),) = attentions(model, view(model, probe=False), "last")
@@ -122,14 +144,17 @@ def test_queries_read_off_a_multihead_are_those_it_uses() -> None:
     hook.remove()
     assert k.numel() == v.numel() == 0
     width = mha.embed_dim
-    assert torch.allclose(q, seen[0] @ mha.in_proj_weight[:width].T + mha.in_proj_bias[:width], atol=1e-6)
+    assert torch.allclose(
+        q, seen[0] @ mha.in_proj_weight[:width].T + mha.in_proj_bias[:width], atol=1e-6
+    )
 
 
 TOKENS = [{"kind": kind} for kind in ("hint", "cosine", "attention_transfer", "review", "minilm")]
 
 
 def _lesson(loss: dict[str, Any], teacher: nn.Module, **student: Any) -> tuple[Tensor, Tensor, Any]:
-    """Return the term, its gradient for what each token of the last layer holds, and the wrapped student."""
+    """Return the term, its gradient for what each token of the last layer holds, and the wrapped
+    student."""
     torch.manual_seed(3)
     model = _vit(**student)
     live = gv.wrap(model, gv.Distill(teacher=teacher, losses=[{"layers": "last", **loss}]))
@@ -146,7 +171,8 @@ def _lesson(loss: dict[str, Any], teacher: nn.Module, **student: Any) -> tuple[T
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("loss", TOKENS, ids=lambda k: k["kind"])
 def test_class_and_register_tokens_get_a_lesson(loss: dict[str, Any], registers: int) -> None:
-    """The classifier reads the class token: it must not be what the teacher says nothing of, unless asked for."""
+    """The classifier reads the class token: it must not be what the teacher says nothing of, unless
+    asked for."""
     teacher = _vit(depth=3, dim=24, reg_tokens=registers)
     for tokens, taught in (("all", True), ("patches", False)):
         _, gradient, _ = _lesson({**loss, "tokens": tokens}, teacher, reg_tokens=registers)
@@ -167,9 +193,9 @@ def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, in
         both = []
         for model, count in ((live.model, own), (teacher, theirs)):
             read: list[Tensor] = []
-            hook = (model.blocks[-1].attn.qkv if kind == "minilm" else model.blocks[-1]).register_forward_hook(
-                lambda module, args, output, read=read: read.append(output)
-            )
+            hook = (
+                model.blocks[-1].attn.qkv if kind == "minilm" else model.blocks[-1]
+            ).register_forward_hook(lambda module, args, output, read=read: read.append(output))
             with torch.no_grad():
                 model(x)
             hook.remove()
@@ -189,7 +215,9 @@ def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, in
                 for a, b in ((0, 1), (2, 2)):
                     logs = []
                     for m in (s, t):
-                        q, k = (m.chunk(3, 2)[i].unflatten(2, (2, 8)).transpose(1, 2) for i in (a, b))
+                        q, k = (
+                            m.chunk(3, 2)[i].unflatten(2, (2, 8)).transpose(1, 2) for i in (a, b)
+                        )
                         logs.append((q @ k.mT / 8**0.5).log_softmax(-1))
                     wanted = wanted + (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
         assert torch.allclose(term, wanted, atol=1e-5), kind
@@ -197,7 +225,10 @@ def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, in
 
 def test_a_teacher_without_class_token_teaches_patches() -> None:
     for kind in ("hint", "cosine", "attention_transfer", "review"):
-        terms = [_lesson({"kind": kind, "tokens": t}, _cnn().eval())[1][:, 0].abs().sum() for t in ("all", "patches")]
+        terms = [
+            _lesson({"kind": kind, "tokens": t}, _cnn().eval())[1][:, 0].abs().sum()
+            for t in ("all", "patches")
+        ]
         assert terms == [0, 0]
 
 
@@ -210,14 +241,22 @@ def test_tokens_behind_the_patches_are_put_first() -> None:
 
 
 def test_triple_loss_is_three_terms() -> None:
-    live = gv.wrap(_vit(), gv.Distill(teacher=_vit(dim=32), losses=[{"kind": "kd"}, {"kind": "cosine", "weight": 0.5}]))
+    live = gv.wrap(
+        _vit(),
+        gv.Distill(
+            teacher=_vit(dim=32), losses=[{"kind": "kd"}, {"kind": "cosine", "weight": 0.5}]
+        ),
+    )
     assert set(_step(live, *_batch())) == {"distill_kd", "distill_cosine"}
 
 
 @pytest.mark.parametrize("hard", [True, False])
 def test_a_distillation_token_learns_apart_from_the_class_token(hard: bool) -> None:
     student = HOSTS["timm-deit-distilled"].build()
-    live = gv.wrap(student, gv.Distill(teacher=_vit(), losses=[{"kind": "token", "hard": hard}], temperature=2.0))
+    live = gv.wrap(
+        student,
+        gv.Distill(teacher=_vit(), losses=[{"kind": "token", "hard": hard}], temperature=2.0),
+    )
     x, y = _batch()
     logits = student(x)
     live.criterion(F.cross_entropy)(logits, y).backward(retain_graph=True)
@@ -231,7 +270,7 @@ def test_a_distillation_token_learns_apart_from_the_class_token(hard: bool) -> N
         gv.wrap(_vit(), gv.Distill(teacher=_vit(), losses=[{"kind": "token"}]))
 
 
-# -- hooks ------------------------------------------------------------------------------------------------------------
+# -- hooks ----------------------------------------------------------------------------------------
 
 
 def test_a_copy_of_a_distilled_student_taps_nothing() -> None:
@@ -246,7 +285,9 @@ def test_a_copy_of_a_distilled_student_taps_nothing() -> None:
     logits = student(x)
     twin(x)
     assert live.terms(x, None, logits)["distill_attention_transfer"].item() == pytest.approx(want)
-    another = gv.wrap(twin, gv.Distill(teacher=copy.deepcopy(student), losses=[{"kind": "attention_transfer"}]))
+    another = gv.wrap(
+        twin, gv.Distill(teacher=copy.deepcopy(student), losses=[{"kind": "attention_transfer"}])
+    )
     assert another.loss(x, None, twin(x)).item() > 0
     another.undo()
     live.undo()
@@ -291,14 +332,18 @@ def test_taps_hold_nothing_between_steps() -> None:
     assert not model.blocks[0]._forward_hooks
 
 
-# -- several teachers -------------------------------------------------------------------------------------------------
+# -- several teachers -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("combine", ["fixed", "agreement", "confidence", "learned"])
 def test_several_teachers_and_their_conflict(combine: str) -> None:
     torch.manual_seed(0)
     teachers = {"a": _vit(), "b": {"model": _cnn(), "weight": 2.0}, "c": _cnn()}
-    losses = [{"kind": "kd"}, {"kind": "hint", "teacher": "a"}, {"kind": "attention_transfer", "teacher": "b"}]
+    losses = [
+        {"kind": "kd"},
+        {"kind": "hint", "teacher": "a"},
+        {"kind": "attention_transfer", "teacher": "b"},
+    ]
     live = gv.wrap(_vit(), gv.Distill(teachers=teachers, combine=combine, losses=losses))
     terms = _step(live, *_batch())
     assert {"distill_kd", "distill_hint", "distill_attention_transfer"} <= set(terms)
@@ -316,14 +361,19 @@ def test_equal_teachers_are_as_one() -> None:
     one = gv.wrap(student, gv.Distill(teacher=teacher, losses=[{"kind": "dkd"}]))
     want = one.loss(x, y, student(x)).item()
     one.undo()
-    two = gv.wrap(student, gv.Distill(teachers={"a": teacher, "b": copy.deepcopy(teacher)}, losses=[{"kind": "dkd"}]))
+    two = gv.wrap(
+        student,
+        gv.Distill(teachers={"a": teacher, "b": copy.deepcopy(teacher)}, losses=[{"kind": "dkd"}]),
+    )
     assert two.loss(x, y, student(x)).item() == pytest.approx(want, rel=1e-3)
 
 
-# -- cheaper teachers -------------------------------------------------------------------------------------------------
+# -- cheaper teachers -----------------------------------------------------------------------------
 
 
-def _train(cache: Any, folder: Path, losses: list[dict[str, Any]], epochs: int = 2) -> tuple[dict[str, Tensor], dict, int]:
+def _train(
+    cache: Any, folder: Path, losses: list[dict[str, Any]], epochs: int = 2
+) -> tuple[dict[str, Tensor], dict, int]:
     torch.manual_seed(0)
     student, teacher = _cnn(), _vit()
     x, y = _batch(n=12)
@@ -345,8 +395,12 @@ def _train(cache: Any, folder: Path, losses: list[dict[str, Any]], epochs: int =
     return weights, facts, sum(asked)
 
 
-@pytest.mark.parametrize("losses", [[{"kind": "kd"}], [{"kind": "kd"}, {"kind": "hint"}]], ids=["answers", "features"])
-def test_cached_and_live_teachers_give_the_same_weights(tmp_path: Path, losses: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize(
+    "losses", [[{"kind": "kd"}], [{"kind": "kd"}, {"kind": "hint"}]], ids=["answers", "features"]
+)
+def test_cached_and_live_teachers_give_the_same_weights(
+    tmp_path: Path, losses: list[dict[str, Any]]
+) -> None:
     live, _, asked = _train(False, tmp_path, losses)
     kept, facts, once = _train(True, tmp_path, losses)
     assert (asked, once) == (24, 12)
@@ -398,7 +452,12 @@ def test_a_teacher_for_the_first_epochs_only() -> None:
     student, teacher = _vit(), _vit()
     asked: list[int] = []
     teacher.register_forward_hook(lambda m, args, output: asked.append(1))
-    request = gv.Distill(teacher=teacher, teacher_epochs=1, task_weight=0.5, losses=[{"kind": "kd", "warmup_epochs": 2}])
+    request = gv.Distill(
+        teacher=teacher,
+        teacher_epochs=1,
+        task_weight=0.5,
+        losses=[{"kind": "kd", "warmup_epochs": 2}],
+    )
     live = gv.wrap(student, request)
     x, y = _batch()
     logits = student(x)
@@ -465,18 +524,26 @@ def test_a_teacher_of_colours_sees_grey_images_in_all_three() -> None:
     teacher = _vit()
     x = torch.rand(2, 1, 32, 32)
     live = gv.wrap(student, gv.Distill(teacher=teacher, temperature=1.0))
-    want = F.kl_div(student(x).log_softmax(-1), teacher(x.expand(-1, 3, -1, -1)).softmax(-1), reduction="batchmean")
+    want = F.kl_div(
+        student(x).log_softmax(-1),
+        teacher(x.expand(-1, 3, -1, -1)).softmax(-1),
+        reduction="batchmean",
+    )
     assert live.loss(x, None, student(x)).item() == pytest.approx(want.item(), rel=1e-4)
 
 
-# -- layers and requests ----------------------------------------------------------------------------------------------
+# -- layers and requests --------------------------------------------------------------------------
 
 
 def test_layers_by_role_number_and_path() -> None:
     model = _vit(depth=3, dim=16)
     found = view(model, probe=False)
     assert [p.path for p in features(model, found, "block")] == ["blocks.0", "blocks.1", "blocks.2"]
-    assert [p.path for p in features(model, found, (0, "last", "blocks.1.mlp"))] == ["blocks.0", "blocks.2", "blocks.1.mlp"]
+    assert [p.path for p in features(model, found, (0, "last", "blocks.1.mlp"))] == [
+        "blocks.0",
+        "blocks.2",
+        "blocks.1.mlp",
+    ]
     (head,) = features(model, found, "head")
     assert (head.part, head.width) == ("input", 16)
     assert thinned([1, 2, 3, 4, 5, 6], 3) == [2, 4, 6]
@@ -490,16 +557,34 @@ def test_layers_by_role_number_and_path() -> None:
         ({"teacher": "ema", "teachers": {"a": "ema"}}, "give either"),
         ({"teacher": "ema", "cache": True}, "nothing to cache"),
         ({"teacher": "ema", "losses": [{"kind": "hnt"}]}, "did you mean 'hint'"),
-        ({"teacher": "ema", "losses": [{"kind": "hint", "beta": 2.0}]}, "'beta' is no setting of 'hint', which has"),
-        ({"teacher": "ema", "losses": [{"kind": "kd", "layers": "block"}]}, "'layers' is no setting of 'kd'"),
-        ({"teacher": "ema", "losses": [{"kind": "kd", "hard": True, "smoothing": 0.1}]}, "set one of them"),
-        ({"teacher": "ema", "losses": [{"kind": "hint"}], "compile": True}, "compiled teacher shows no features"),
+        (
+            {"teacher": "ema", "losses": [{"kind": "hint", "beta": 2.0}]},
+            "'beta' is no setting of 'hint', which has",
+        ),
+        (
+            {"teacher": "ema", "losses": [{"kind": "kd", "layers": "block"}]},
+            "'layers' is no setting of 'kd'",
+        ),
+        (
+            {"teacher": "ema", "losses": [{"kind": "kd", "hard": True, "smoothing": 0.1}]},
+            "set one of them",
+        ),
+        (
+            {"teacher": "ema", "losses": [{"kind": "hint"}], "compile": True},
+            "compiled teacher shows no features",
+        ),
         (
             {"teachers": {"one": "ema"}, "losses": [{"kind": "kd", "teacher": "on"}]},
             "no teacher 'on' among 'teachers'; did you mean 'one'",
         ),
-        ({"teacher": "ema", "losses": [{"kind": "kd", "teacher": "x"}]}, "no teacher 'x' among 'teachers'"),
-        ({"teachers": {"a": "ema", "b": "ema"}, "losses": [{"kind": "hint"}]}, "of one teacher: say which"),
+        (
+            {"teacher": "ema", "losses": [{"kind": "kd", "teacher": "x"}]},
+            "no teacher 'x' among 'teachers'",
+        ),
+        (
+            {"teachers": {"a": "ema", "b": "ema"}, "losses": [{"kind": "hint"}]},
+            "of one teacher: say which",
+        ),
     ],
 )
 def test_requests_that_cannot_be(request_of: dict[str, Any], message: str) -> None:
@@ -510,9 +595,15 @@ def test_requests_that_cannot_be(request_of: dict[str, Any], message: str) -> No
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ([{"kind": "hint", "layers": "blocks.7"}], "has no layer 'blocks.7'; did you mean 'blocks.1'"),
+        (
+            [{"kind": "hint", "layers": "blocks.7"}],
+            "has no layer 'blocks.7'; did you mean 'blocks.1'",
+        ),
         ([{"kind": "hint", "layers": 5}], "has 2 blocks, so there is no block 5"),
-        ([{"kind": "hint", "layers": "blocks.1", "teacher_layers": "layer9"}], "has no layer 'layer9'"),
+        (
+            [{"kind": "hint", "layers": "blocks.1", "teacher_layers": "layer9"}],
+            "has no layer 'layer9'",
+        ),
         ([{"kind": "minilm"}], "ResNet has none"),
     ],
 )
@@ -535,7 +626,7 @@ def test_labels_are_asked_for_where_they_are_needed() -> None:
 def test_a_recipe_resolves_several_teachers_and_keeps_what_they_say(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from greenvis.record import find, read
+    from greenvis.meters.record import find, read
 
     path = tmp_path / "few.yaml"
     path.write_text(
@@ -554,8 +645,13 @@ arms:
 """
     )
     folder = gv.run(path, runs=tmp_path / "runs")
-    live, kept = (load_file(folder / arm / "seed0" / "model.safetensors") for arm in ("live", "kept"))
+    live, kept = (
+        load_file(folder / arm / "seed0" / "model.safetensors") for arm in ("live", "kept")
+    )
     assert all(torch.equal(v, kept[n]) for n, v in live.items())
     facts = read(next(iter(find([folder / "kept"])))).facts
-    assert [(f["teacher"], f["hits"], f["misses"]) for f in facts["distill_cache"]] == [("a", 64, 64), ("b", 64, 64)]
+    assert [(f["teacher"], f["hits"], f["misses"]) for f in facts["distill_cache"]] == [
+        ("a", 64, 64),
+        ("b", 64, 64),
+    ]
     assert len(facts["distill_conflict"]["kl"]) == 2

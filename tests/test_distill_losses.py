@@ -1,4 +1,5 @@
-"""The losses of distillation: published values and gradients, the formulas, and alignment of maps, tokens and vectors."""
+"""The losses of distillation: published values and gradients, the formulas, and alignment of maps,
+tokens and vectors."""
 
 from __future__ import annotations
 
@@ -10,11 +11,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from greenvis.errors import GreenvisError
-from greenvis.techniques.inference import _features as of
-from greenvis.techniques.inference import _teachers as teaching
-from greenvis.techniques.inference._kd import corrected_targets, dkd_loss, hard_loss, kd_loss, kd_task_loss, soft_target_loss
-from greenvis.techniques.inference._losses import Review
-from greenvis.techniques.inference._losses import _hint as hint
+from greenvis.techniques._shared import features as of
+from greenvis.techniques.inference.distill import _teachers as teaching
+from greenvis.techniques.inference.distill._kd import (
+    corrected_targets,
+    dkd_loss,
+    hard_loss,
+    kd_loss,
+    kd_task_loss,
+    soft_target_loss,
+)
+from greenvis.techniques.inference.distill._losses import Review
+from greenvis.techniques.inference.distill._losses import _hint as hint
 
 FIXTURE = torch.load(Path(__file__).parent / "data" / "kd_losses.pt", weights_only=True)
 
@@ -26,7 +34,14 @@ def _student() -> torch.Tensor:
 @pytest.mark.parametrize("case", FIXTURE["dkd"], ids=lambda c: f"beta{c['beta']}")
 def test_dkd_equals_the_reference(case: dict) -> None:
     student = _student()
-    loss = dkd_loss(student, FIXTURE["teacher_logits"], FIXTURE["target"], case["alpha"], case["beta"], case["T"])
+    loss = dkd_loss(
+        student,
+        FIXTURE["teacher_logits"],
+        FIXTURE["target"],
+        case["alpha"],
+        case["beta"],
+        case["T"],
+    )
     loss.backward()
     assert torch.allclose(loss, case["loss"], atol=1e-6, rtol=1e-6)
     assert torch.allclose(student.grad, case["grad_student"], atol=1e-6, rtol=1e-6)
@@ -34,15 +49,21 @@ def test_dkd_equals_the_reference(case: dict) -> None:
 
 @pytest.mark.parametrize("case", FIXTURE["torchdistill_kdloss"], ids=lambda c: f"alpha{c['alpha']}")
 def test_kd_with_the_task_equals_the_reference(case: dict) -> None:
-    loss = kd_task_loss(_student(), FIXTURE["teacher_logits"], FIXTURE["target"], case["T"], case["alpha"])
+    loss = kd_task_loss(
+        _student(), FIXTURE["teacher_logits"], FIXTURE["target"], case["T"], case["alpha"]
+    )
     assert torch.allclose(loss, case["loss"], atol=1e-6, rtol=1e-6)
 
 
 def test_attention_transfer_equals_the_reference() -> None:
     case = FIXTURE["attention_transfer"]
-    assert torch.allclose(of.attention_transfer_loss(case["f_s"], case["f_t"], case["p"]), case["loss"], atol=1e-6)
+    assert torch.allclose(
+        of.attention_transfer_loss(case["f_s"], case["f_t"], case["p"]), case["loss"], atol=1e-6
+    )
     same = case["f_s"][0]
-    assert of.attention_transfer_loss([same], [torch.cat([same, same], 1)]).item() == pytest.approx(0, abs=1e-6)
+    assert of.attention_transfer_loss([same], [torch.cat([same, same], 1)]).item() == pytest.approx(
+        0, abs=1e-6
+    )
 
 
 def test_dkd_with_the_teachers_own_weight_of_the_rest_is_kd() -> None:
@@ -58,7 +79,10 @@ def test_wrong_answers_of_a_teacher_are_replaced_by_the_smoothed_label() -> None
     assert torch.allclose(targets[1], torch.tensor([0.1, 0.8, 0.1]), atol=1e-6)
     s = torch.randn(2, 3)
     right = torch.tensor([0, 0])
-    assert torch.allclose(soft_target_loss(s, corrected_targets(teacher, right, 2.0, 0.3), 2.0), kd_loss(s, teacher, 2.0))
+    assert torch.allclose(
+        soft_target_loss(s, corrected_targets(teacher, right, 2.0, 0.3), 2.0),
+        kd_loss(s, teacher, 2.0),
+    )
 
 
 def test_a_hard_lesson_is_the_class_the_teacher_chose() -> None:
@@ -72,7 +96,9 @@ def test_rkd_equals_the_formula_and_knows_no_scale() -> None:
     scaled = [g / (g.sum() / 20) for g in gaps]  # 5 · 4 ordered pairs
     assert torch.allclose(of.rkd_distance_loss(s, t), F.smooth_l1_loss(*scaled), atol=1e-5)
     a, b, c = t[0], t[1], t[2]
-    assert torch.allclose(of._angles(t)[1, 0, 2], F.cosine_similarity(a - b, c - b, dim=0), atol=1e-5)
+    assert torch.allclose(
+        of._angles(t)[1, 0, 2], F.cosine_similarity(a - b, c - b, dim=0), atol=1e-5
+    )
     for loss in (of.rkd_distance_loss, of.rkd_angle_loss):
         assert loss(3 * t, t).item() == pytest.approx(0, abs=1e-6)
         x = s.clone().requires_grad_(True)
@@ -87,8 +113,14 @@ def test_relations_of_tokens_equal_the_formula() -> None:
     wide = torch.randn(2, 4, 12), torch.randn(2, 4, 12)
     want = torch.zeros(())
     for head in range(2):
-        s = (q[..., 3 * head : 3 * head + 3] @ k[..., 3 * head : 3 * head + 3].mT / 3**0.5).softmax(-1)
-        t = (wide[0][..., 6 * head : 6 * head + 6] @ wide[1][..., 6 * head : 6 * head + 6].mT / 6**0.5).softmax(-1)
+        s = (q[..., 3 * head : 3 * head + 3] @ k[..., 3 * head : 3 * head + 3].mT / 3**0.5).softmax(
+            -1
+        )
+        t = (
+            wide[0][..., 6 * head : 6 * head + 6]
+            @ wide[1][..., 6 * head : 6 * head + 6].mT
+            / 6**0.5
+        ).softmax(-1)
         want = want + (t * (t / s).log()).sum(-1).mean() / 2
     assert torch.allclose(of.relation_loss((q, k), wide, 2), want, atol=1e-6)
     assert of.relation_loss((q, k), (q, k), 3).item() == pytest.approx(0, abs=1e-6)
@@ -161,10 +193,14 @@ def test_a_residual_hint_teaches_only_what_the_student_lacks() -> None:
     known, lacking = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
     has = known(student).detach()
     loss = hint([known, lacking], student, has + extra)
-    assert loss.item() == pytest.approx((extra.square().mean() + (lacking(student) - extra).square().mean()).item(), rel=1e-5)
+    assert loss.item() == pytest.approx(
+        (extra.square().mean() + (lacking(student) - extra).square().mean()).item(), rel=1e-5
+    )
     (grad,) = torch.autograd.grad(loss, student)
     (want,) = torch.autograd.grad(F.mse_loss(lacking(student), extra), student)
-    assert torch.allclose(grad, want, atol=1e-6)  # what can be read off the student already pulls at nothing
+    assert torch.allclose(
+        grad, want, atol=1e-6
+    )  # what can be read off the student already pulls at nothing
     assert torch.allclose(hint([known], student, has), torch.tensor(0.0), atol=1e-6)
 
 
@@ -177,4 +213,6 @@ def test_conflict_is_none_among_twins_and_total_among_opposites() -> None:
     assert float(opposites["disagreement"]) == 1
     assert float(opposites["cosine"]) == pytest.approx(-1)
     p, q = a.softmax(-1), (-a).softmax(-1)
-    assert float(opposites["kl"]) == pytest.approx(float(((p - q) * (p / q).log()).sum(-1).mean() / 2), rel=1e-5)
+    assert float(opposites["kl"]) == pytest.approx(
+        float(((p - q) * (p / q).log()).sum(-1).mean() / 2), rel=1e-5
+    )

@@ -1,4 +1,5 @@
-"""Distillation beside techniques that change the tokens or let samples leave: resolved, or refused with the reason."""
+"""Distillation beside techniques that change the tokens or let samples leave: resolved, or refused
+with the reason."""
 
 from __future__ import annotations
 
@@ -11,23 +12,35 @@ from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis.errors import BadInput
-from greenvis.techniques.inference._layers import Taps, features
-from greenvis.views import view
+from greenvis.models.structure import view
+from greenvis.techniques.inference.distill._layers import Taps, features
 
 
-@pytest.mark.parametrize("other", [gv.Prompt(tokens=2), gv.TokenPrune(method="class_attention", blocks=(1,))])
-def test_features_and_tokens_that_came_or_went_are_refused_answers_are_not(other: gv.Technique) -> None:
+@pytest.mark.parametrize(
+    "other", [gv.Prompt(tokens=2), gv.TokenPrune(method="class_attention", blocks=(1,))]
+)
+def test_features_and_tokens_that_came_or_went_are_refused_answers_are_not(
+    other: gv.Technique,
+) -> None:
     student = _vit()
-    with pytest.raises(BadInput, match=f"'{other.name}' and 'distill' do not go together: .* a row for each patch"):
+    with pytest.raises(
+        BadInput, match=f"'{other.name}' and 'distill' do not go together: .* a row for each patch"
+    ):
         gv.wrap(student, [other, gv.Distill(teacher=_vit(), losses=[{"kind": "hint"}])])
     gv.wrap(student, [other, gv.Distill(teacher=_vit())]).undo()
 
 
-@pytest.mark.parametrize("loss", [*KINDS, {"kind": "minilm"}], ids=lambda k: k["kind"] + "-residual" * ("residual" in k))
+@pytest.mark.parametrize(
+    "loss", [*KINDS, {"kind": "minilm"}], ids=lambda k: k["kind"] + "-residual" * ("residual" in k)
+)
 def test_merged_tokens_are_compared_as_the_patches_they_hold(loss: dict[str, Any]) -> None:
     student, (x, y) = _vit(depth=3), _batch()
     live = gv.wrap(
-        student, [gv.TokenMerge(r=3), gv.Distill(teacher=_cnn() if loss["kind"] != "minilm" else _vit(), losses=[loss])]
+        student,
+        [
+            gv.TokenMerge(r=3),
+            gv.Distill(teacher=_cnn() if loss["kind"] != "minilm" else _vit(), losses=[loss]),
+        ],
     )
     terms = _step(live, x, y)
     assert all(torch.isfinite(t) for t in terms.values())
@@ -73,18 +86,26 @@ def test_a_teacher_that_merges_its_tokens_teaches_features() -> None:
 def test_exits_learn_while_answers_and_features_are_distilled() -> None:
     student, (x, y) = _vit(depth=3), _batch()
     losses = [{"kind": "kd"}, {"kind": "hint"}]
-    live = gv.wrap(student, [gv.EarlyExit(at=(1,), threshold=0.1), gv.Distill(teacher=_vit(), losses=losses)])
+    live = gv.wrap(
+        student, [gv.EarlyExit(at=(1,), threshold=0.1), gv.Distill(teacher=_vit(), losses=losses)]
+    )
     terms = _step(live, x, y)
     assert set(terms) == {"early_exit", "distill_kd", "distill_hint"}
     assert all(p.grad is not None for p in live.trainable.values())
     alone = gv.wrap(_vit(depth=3), gv.Distill(teacher=_vit(), losses=losses))
-    alone.model.load_state_dict({k: v for k, v in student.state_dict().items() if k in alone.model.state_dict()})
-    assert student.eval()(x).shape == alone.model.eval()(x).shape  # in eval samples leave; nothing is tapped
+    alone.model.load_state_dict(
+        {k: v for k, v in student.state_dict().items() if k in alone.model.state_dict()}
+    )
+    assert (
+        student.eval()(x).shape == alone.model.eval()(x).shape
+    )  # in eval samples leave; nothing is tapped
 
 
 def test_a_merging_student_learns_from_its_own_merging_mean() -> None:
     student, (x, y) = _vit(depth=3), _batch()
-    live = gv.wrap(student, [gv.TokenMerge(r=3), gv.Distill(teacher="ema", losses=[{"kind": "cosine"}])])
+    live = gv.wrap(
+        student, [gv.TokenMerge(r=3), gv.Distill(teacher="ema", losses=[{"kind": "cosine"}])]
+    )
     (teacher,) = live.installed[1].teachers.values()
     assert _step(live, x, y)["distill_cosine"].item() == pytest.approx(0, abs=1e-5)
     live.step_end()

@@ -1,4 +1,5 @@
-"""Doors into a model other than its forward: a map lies where its patches do, or is refused; the answers stay."""
+"""Doors into a model other than its forward: a map lies where its patches do, or is refused; the
+answers stay."""
 
 from __future__ import annotations
 
@@ -18,14 +19,27 @@ import greenvis as gv
 
 def vit(**more: Any) -> Any:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 4, "embed_dim": 32, "depth": 4, "num_heads": 2, "num_classes": 4}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 4,
+        "embed_dim": 32,
+        "depth": 4,
+        "num_heads": 2,
+        "num_classes": 4,
+    }
     return timm.create_model("vit_tiny_patch16_224", **sizes | more).eval()
 
 
 def transformer(kind: Any = ViTForImageClassification, **more: Any) -> Any:
     torch.manual_seed(0)
     config = ViTConfig(
-        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=64, **more
+        image_size=32,
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=64,
+        **more,
     )
     return kind(config).eval()
 
@@ -33,7 +47,9 @@ def transformer(kind: Any = ViTForImageClassification, **more: Any) -> Any:
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MERGING: dict[str, gv.Technique] = {
     "merge": gv.TokenMerge(r=8),
-    "merge to a square": gv.TokenMerge(r=[28, 12, 0, 0]),  # 36 and 24 of 64 patches: 36 fill a map of 6 × 6
+    "merge to a square": gv.TokenMerge(
+        r=[28, 12, 0, 0]
+    ),  # 36 and 24 of 64 patches: 36 fill a map of 6 × 6
     "merge late": gv.TokenMerge(r=[0, 0, 9, 9], proportional=False),
     "merge, never restored": gv.TokenMerge(r=8, restore="never"),
     "merge, always restored": gv.TokenMerge(r=8, restore="always"),
@@ -41,7 +57,9 @@ MERGING: dict[str, gv.Technique] = {
 PRUNING: dict[str, gv.Technique] = {
     "prune": gv.TokenPrune(keep=0.6),
     "prune by attention": gv.TokenPrune(method="class_attention", keep=0.6),
-    "prune and fuse": gv.TokenPrune(method="class_attention", keep=0.5, fuse=True, blocks=[0, 1, 2]),
+    "prune and fuse": gv.TokenPrune(
+        method="class_attention", keep=0.5, fuse=True, blocks=[0, 1, 2]
+    ),
 }
 JOINING: dict[str, gv.Technique] = {
     "prompt": gv.Prompt(tokens=15),
@@ -61,8 +79,12 @@ def maps(model: Any, **how: Any) -> list[Tensor]:
 def test_maps_have_a_cell_for_each_patch(name: str) -> None:
     live = gv.wrap(vit(), [ALL[name]])
     assert [tuple(m.shape) for m in maps(live.model)] == [(2, 32, 8, 8)] * 4
-    layers = live.model.get_intermediate_layers(X, n=[1, 3], reshape=True, return_prefix_tokens=True, norm=True)
-    assert [(tuple(m.shape), tuple(p.shape)) for m, p in layers] == [((2, 32, 8, 8), (2, 1, 32))] * 2
+    layers = live.model.get_intermediate_layers(
+        X, n=[1, 3], reshape=True, return_prefix_tokens=True, norm=True
+    )
+    assert [(tuple(m.shape), tuple(p.shape)) for m, p in layers] == [
+        ((2, 32, 8, 8), (2, 1, 32))
+    ] * 2
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -86,18 +108,26 @@ def test_a_change_of_the_last_patch_shows_in_the_last_cell(name: str) -> None:
     model = vit(global_pool="token")
     model = gv.wrap(model, [technique]).model
     with torch.no_grad():
-        before, after = (model.forward_intermediates(x, indices=[0], intermediates_only=True)[0] for x in (X, other))
+        before, after = (
+            model.forward_intermediates(x, indices=[0], intermediates_only=True)[0]
+            for x in (X, other)
+        )
     change = (before - after).abs().mean((0, 1)).flatten()
     assert change[-1] == change.max() > 10 * change[:-1].median()
 
 
 @pytest.mark.parametrize("name", {**MERGING, **PRUNING})
 def test_the_class_token_on_the_way_is_the_one_the_head_gets(name: str) -> None:
-    """The row shown is a view of the very tokens that go on: with a linear head, logits follow from the last class token."""
+    """The row shown is a view of the very tokens that go on: with a linear head, logits follow from
+    the last class token."""
     model = gv.wrap(vit(), [ALL[name]]).model
     with torch.no_grad():
-        (_, prefix), *_ = model.forward_intermediates(X, indices=[3], return_prefix_tokens=True, intermediates_only=True)
-        torch.testing.assert_close(model.head(model.norm(prefix[:, 0])), model(X), rtol=1e-4, atol=1e-5)
+        (_, prefix), *_ = model.forward_intermediates(
+            X, indices=[3], return_prefix_tokens=True, intermediates_only=True
+        )
+        torch.testing.assert_close(
+            model.head(model.norm(prefix[:, 0])), model(X), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_merged_patches_share_a_value_and_the_rest_keep_theirs() -> None:
@@ -145,7 +175,12 @@ def test_a_backbone_of_transformers_gives_whole_maps(name: str) -> None:
 
     torch.manual_seed(0)
     config = Dinov2Config(
-        image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, out_indices=[2, 4]
+        image_size=32,
+        patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        out_indices=[2, 4],
     )
     model = gv.wrap(Dinov2Backbone(config).eval(), [ALL[name]]).model
     assert [tuple(m.shape) for m in model(X).feature_maps] == [(2, 32, 8, 8)] * 2
@@ -153,8 +188,14 @@ def test_a_backbone_of_transformers_gives_whole_maps(name: str) -> None:
 
 def test_a_transformer_without_a_head_gives_all_its_tokens() -> None:
     with torch.no_grad():
-        assert gv.wrap(transformer(ViTModel), [gv.TokenMerge(r=8)]).model(X).last_hidden_state.shape == (2, 65, 32)
-        left = gv.wrap(transformer(ViTModel), [gv.TokenMerge(r=8, restore="never")]).model(X).last_hidden_state
+        assert gv.wrap(transformer(ViTModel), [gv.TokenMerge(r=8)]).model(
+            X
+        ).last_hidden_state.shape == (2, 65, 32)
+        left = (
+            gv.wrap(transformer(ViTModel), [gv.TokenMerge(r=8, restore="never")])
+            .model(X)
+            .last_hidden_state
+        )
     assert left.shape == (2, 33, 32)
 
 
@@ -164,7 +205,9 @@ def test_a_hook_on_a_block_sees_every_patch(name: str) -> None:
     with torch.no_grad():
         before = model(X)
     seen: list[tuple[int, ...]] = []
-    hook = model.blocks[2].register_forward_hook(lambda module, args, output: seen.append(tuple(output.shape)))
+    hook = model.blocks[2].register_forward_hook(
+        lambda module, args, output: seen.append(tuple(output.shape))
+    )
     with torch.no_grad():
         torch.testing.assert_close(model(X), before, rtol=1e-4, atol=1e-5)
     hook.remove()
@@ -196,7 +239,9 @@ def test_gradients_come_through_the_other_doors(name: str) -> None:
     model(X).square().sum().backward()
     for parameter_name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            torch.testing.assert_close(by_door[parameter_name], parameter.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                by_door[parameter_name], parameter.grad, rtol=1e-3, atol=1e-5
+            )
 
 
 def test_a_pool_that_asks_the_whole_model_is_refused_past_it() -> None:
@@ -231,7 +276,9 @@ def test_an_adapter_of_maps_sees_the_size_of_the_images_by_every_door() -> None:
         for parameter in model.parameters():
             parameter.add_(0.01)
         wide = torch.rand(2, 3, 16, 64)
-        features = model.forward_features(wide)  # before any forward of the whole model on such images
+        features = model.forward_features(
+            wide
+        )  # before any forward of the whole model on such images
         torch.testing.assert_close(model.forward_head(features), model(wide))
 
 
@@ -252,11 +299,15 @@ def test_a_traced_feature_extractor_is_right_or_refused(name: str) -> None:
         return
     layer = "encoder.layers.encoder_layer_1"
     try:
-        extractor = create_feature_extractor(model, {f"{layer}.mlp": "mlp", layer: "block", "heads": "logits"})
+        extractor = create_feature_extractor(
+            model, {f"{layer}.mlp": "mlp", layer: "block", "heads": "logits"}
+        )
     except gv.GreenvisError:
         return
     seen: list[Tensor] = []
-    model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+    model.get_submodule(layer).register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
     with torch.no_grad():
         output = extractor(X)
         torch.testing.assert_close(output["logits"], model(X), rtol=1e-4, atol=1e-5)

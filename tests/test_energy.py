@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from greenvis import price
 from greenvis.errors import BadInput
+from greenvis.meters import pricing
 from greenvis.meters.energy import Meter, Replay, load_coefficients
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.processes import PortableTree, ProcessTree, open_tree
@@ -59,7 +59,10 @@ def test_a_child_seen_alive_and_then_reaped_is_not_doubled(kind: type[ProcessTre
     assert 0.59 <= readings[-1] <= 0.6 + 0.3
 
 
-GRANDCHILD = "import subprocess, sys\nb = subprocess.Popen([sys.executable, '-c', {code!r}], stdout=subprocess.PIPE)\n"
+GRANDCHILD = (
+    "import subprocess, sys\nb = subprocess.Popen([sys.executable, '-c', {code!r}], "
+    "stdout=subprocess.PIPE)\n"
+)
 ENDS = BURN.format(s=0.4) + "\nprint('burnt', flush=True)"
 WAITS = ENDS + "\ntime.sleep(60)"
 
@@ -67,8 +70,14 @@ WAITS = ENDS + "\ntime.sleep(60)"
 @pytest.mark.parametrize(
     ("grandchild", "child_then"),
     [
-        (WAITS, "b.stdout.readline(); print('now', flush=True); sys.stdin.read(); b.kill()"),  # both live
-        (ENDS, "b.communicate(); print('now', flush=True); sys.stdin.read()"),  # the living child waited for its own
+        (
+            WAITS,
+            "b.stdout.readline(); print('now', flush=True); sys.stdin.read(); b.kill()",
+        ),  # both live
+        (
+            ENDS,
+            "b.communicate(); print('now', flush=True); sys.stdin.read()",
+        ),  # the living child waited for its own
         (ENDS, "b.communicate(); print('now', flush=True)"),  # and the child has ended, too
     ],
 )
@@ -76,7 +85,9 @@ def test_what_a_grandchild_used_is_counted_once(grandchild: str, child_then: str
     tree = ProcessTree()
     before = tree.cpu_s()
     process = subprocess.Popen(
-        [sys.executable, "-c", GRANDCHILD.format(code=grandchild) + child_then], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", GRANDCHILD.format(code=grandchild) + child_then],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"now\n"
@@ -96,7 +107,10 @@ def test_an_orphan_goes_on_counting(tmp_path: Path) -> None:
         os.mkfifo(fifo)
     orphan = f"open({str(begun)!r}, 'w').close(); open({str(go)!r}).read()\n{BURN.format(s=0.4)}\n"
     orphan += f"open({str(begun)!r}, 'w').close(); open({str(go)!r}).read()"
-    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]); sys.stdin.read()"
+    parent = (
+        f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {orphan!r}]); "
+        "sys.stdin.read()"
+    )
     process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE)
     begun.read_text()  # it lives
     tree._walked = -1.0
@@ -166,7 +180,11 @@ while time.monotonic() < end and os.path.exists(sys.argv[1]):
 @pytest.fixture
 def powercap(tmp_path: Path) -> Path:
     """A powercap tree whose counters stand still."""
-    for zone, name in (("intel-rapl:0", "package-0"), ("intel-rapl:0:0", "core"), ("intel-rapl:0:1", "dram")):
+    for zone, name in (
+        ("intel-rapl:0", "package-0"),
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "dram"),
+    ):
         folder = tmp_path / "powercap" / zone
         folder.mkdir(parents=True)
         (folder / "name").write_text(name + "\n")
@@ -177,7 +195,8 @@ def powercap(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def advancing(powercap: Path) -> Iterator[Path]:
-    """The same tree, its counters advanced each millisecond by another process, as a processor would."""
+    """The same tree, its counters advanced each millisecond by another process, as a processor
+    would."""
     files = [str(powercap / zone / "energy_uj") for zone in ("intel-rapl:0", "intel-rapl:0:1")]
     process = subprocess.Popen([sys.executable, "-c", ADVANCE, *files])
     while Path(files[0]).read_text() == "1000\n":
@@ -216,7 +235,11 @@ def test_rapl_counters_wrap_around(powercap: Path) -> None:
 
 def test_no_counter_falls_back_to_cpu_time_with_the_reason(tmp_path: Path) -> None:
     cpu, ram, *_ = Meter(powercap=tmp_path).components
-    assert (cpu["source"], cpu["observation"], cpu["scope"]) == ("cpu-time model", "cpu_s", "process")
+    assert (cpu["source"], cpu["observation"], cpu["scope"]) == (
+        "cpu-time model",
+        "cpu_s",
+        "process",
+    )
     assert "no RAPL" in cpu["reason"]
     assert ram["coefficient"]["low"] < ram["coefficient"]["central"] < ram["coefficient"]["high"]
     assert cpu["citation"]
@@ -233,7 +256,7 @@ def test_wall_time_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.Monkey
     time.sleep(0.05)
     ledger.cut()
     watts = meter.components[0]["coefficient"]["central"]
-    found = price.energy(ledger.sums(), meter.components)["cpu"]
+    found = pricing.energy(ledger.sums(), meter.components)["cpu"]
     assert found.value == pytest.approx(watts * ledger.sums()["wall_s"])
     assert ledger.sums()["wall_s"] >= 0.05
 
@@ -248,7 +271,7 @@ def test_the_users_coefficients_and_wall_meter_come_first(tmp_path: Path) -> Non
     assert [c["name"] for c in meter.components] == ["machine"]
     ledger = Ledger(meter)
     ledger.cut()
-    assert price.energy(ledger.sums(), meter.components)["machine"].value == 7.0
+    assert pricing.energy(ledger.sums(), meter.components)["machine"].value == 7.0
 
 
 def test_the_band_of_an_unnamed_processor_covers_every_server_processor_of_the_table() -> None:
@@ -258,7 +281,9 @@ def test_the_band_of_an_unnamed_processor_covers_every_server_processor_of_the_t
     assert len(servers) >= 8
     for p in servers:
         watts = p["tdp_w"] / p["threads"]
-        assert general["low"] <= ratio["low"] * watts <= ratio["high"] * watts <= general["high"], p["match"]
+        assert general["low"] <= ratio["low"] * watts <= ratio["high"] * watts <= general["high"], (
+            p["match"]
+        )
     cited = [float(w) for w in re.findall(r"(\d\.\d+) W \(", general["citation"])]
     assert len(cited) == 4
     assert all(any(abs(w - p["tdp_w"] / p["threads"]) < 0.006 for p in servers) for w in cited)
@@ -292,7 +317,14 @@ def test_a_bad_coefficients_file_is_refused(tmp_path: Path, text: str, word: str
 
 def test_replay_gives_the_recorded_joules(tmp_path: Path) -> None:
     log = tmp_path / "gpu.jsonl"
-    components = [{"name": "gpu", "source": "nvml", "observation": "gpu_j", "coefficient": {"low": 1, "central": 1, "high": 1}}]
+    components = [
+        {
+            "name": "gpu",
+            "source": "nvml",
+            "observation": "gpu_j",
+            "coefficient": {"low": 1, "central": 1, "high": 1},
+        }
+    ]
     rows = [{"components": components}, *({"wall_s": t, "gpu_j": 300.0 * t} for t in range(4))]
     log.write_text("\n".join(map(json.dumps, rows)))
     ledger = Ledger(Replay(log))

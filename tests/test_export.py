@@ -1,4 +1,5 @@
-"""A run's model in other forms answers as the live one, carries its energy, and leaves nothing where it cannot go."""
+"""A run's model in other forms answers as the live one, carries its energy, and leaves nothing
+where it cannot go."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from greenvis import cli, data, experiment, models
+from greenvis import data, models
+from greenvis.cli import main as cli
 from greenvis.errors import BadInput
-from greenvis.export import FORMS, export
+from greenvis.experiment import session
+from greenvis.integrations.export import FORMS, export
 
 RECIPE = """\
 name: small
@@ -30,13 +33,20 @@ meter: {codecarbon: false}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
     (folder / "small.yaml").write_text(RECIPE)
-    return experiment.run(folder / "small.yaml", runs=folder / "runs")
+    return session.run(folder / "small.yaml", runs=folder / "runs")
 
 
-def test_every_form_answers_as_the_live_model(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_form_answers_as_the_live_model(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for form in FORMS:
         out = tmp_path / form
-        assert cli.main(["export", str(runs / "lora/seed0"), "--to", form, "--out", str(out), "--json"]) == 0
+        assert (
+            cli.main(
+                ["export", str(runs / "lora/seed0"), "--to", form, "--out", str(out), "--json"]
+            )
+            == 0
+        )
         found = json.loads(capsys.readouterr().out)
         assert found["max_difference"] <= (1e-5 if form in ("onnx", "torch.export") else 0.0)
         assert "co2_eq_emissions" in (out / "README.md").read_text()
@@ -56,7 +66,10 @@ def test_a_hub_folder_is_loaded_by_the_library_alone(runs: Path, tmp_path: Path)
     assert tuple(config["mean"]) == data.load("digits", train=40, test=20).train.transform.mean
     export(runs / "hf/seed0", "hub", tmp_path / "hf")
     live = models.build(f"file:{runs / 'hf/seed0/model.safetensors'}").eval()
-    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()(x).logits, live(x).logits)
+    assert torch.equal(
+        AutoModelForImageClassification.from_pretrained(tmp_path / "hf").eval()(x).logits,
+        live(x).logits,
+    )
 
 
 CLASSES = [str(i) for i in range(10)]
@@ -72,12 +85,20 @@ def test_a_timm_folder_claims_nothing_of_timms_own_weights(runs: Path, tmp_path:
 
     export(runs / "lora/seed0", "hub", tmp_path / "out")
     written = (tmp_path / "out" / "config.json").read_text()
-    assert not [word for word in ("augreg", "in21k", "license", "apache", "bicubic", "storage.googleapis") if word in written]
+    assert not [
+        word
+        for word in ("augreg", "in21k", "license", "apache", "bicubic", "storage.googleapis")
+        if word in written
+    ]
     config = json.loads(written)
     assert config["label_names"] == CLASSES
     own = config["pretrained_cfg"]
     assert (own["crop_pct"], own["crop_mode"], own["interpolation"]) == (1.0, "center", "bilinear")
-    assert (tuple(own["mean"]), tuple(own["std"]), own["input_size"], own["num_classes"]) == (*_statistics(), [1, 8, 8], 10)
+    assert (tuple(own["mean"]), tuple(own["std"]), own["input_size"], own["num_classes"]) == (
+        *_statistics(),
+        [1, 8, 8],
+        10,
+    )
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True)
     assert models.classes_of(again) == tuple(CLASSES)
     assert models.pixels_of(again) == _statistics()
@@ -103,9 +124,18 @@ def test_onnx_names_classes_statistics_and_the_batch_axis(runs: Path, tmp_path: 
     for arm in ("lora", "hf", "net"):
         export(runs / arm / "seed0", "onnx", tmp_path / arm)
         model = onnx.load(tmp_path / arm / "model.onnx")
-        said = {p.key: json.loads(p.value) for p in model.metadata_props if p.key in ("labels", "mean", "std", "input_size")}
+        said = {
+            p.key: json.loads(p.value)
+            for p in model.metadata_props
+            if p.key in ("labels", "mean", "std", "input_size")
+        }
         mean, std = _statistics()
-        assert said == {"labels": CLASSES, "mean": list(mean), "std": list(std), "input_size": [1, 8, 8]}
+        assert said == {
+            "labels": CLASSES,
+            "mean": list(mean),
+            "std": list(std),
+            "input_size": [1, 8, 8],
+        }
         for tensor in (model.graph.input[0], model.graph.output[0]):
             assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
 
@@ -115,10 +145,14 @@ def test_every_form_and_its_card_say_what_was_done(runs: Path, tmp_path: Path) -
     for form in FORMS:
         export(runs / "lora/seed0", form, tmp_path / form)
         card = (tmp_path / form / "README.md").read_text()
-        for words in (f"Form: {form}", "trained from scratch by this run", "Trained with: lora", str(mean[0]), "0, 1, 2, 3",
+        for words in (f"Form: {form}", "trained from scratch by this run", "Trained with: lora",
+        str(mean[0]), "0, 1, 2, 3",
                       "(batch, 1, 8, 8)", "shorter side, bilinear"):  # fmt: skip
             assert words in card, (form, words)
-    assert json.loads((tmp_path / "safetensors" / "model.json").read_text())["inputs"]["labels"] == CLASSES
+    assert (
+        json.loads((tmp_path / "safetensors" / "model.json").read_text())["inputs"]["labels"]
+        == CLASSES
+    )
     extra = {"inputs.json": ""}
     torch.export.load(tmp_path / "torch.export" / "model.pt2", extra_files=extra)
     assert json.loads(extra["inputs.json"])["mean"] == list(mean)
@@ -129,13 +163,14 @@ def test_every_form_and_its_card_say_what_was_done(runs: Path, tmp_path: Path) -
 def test_weights_that_began_as_published_ones_say_whose(runs: Path) -> None:
     import timm
 
-    from greenvis.export import _Job
+    from greenvis.integrations.export import _Job
 
     model = timm.create_model("vit_tiny_patch16_224", depth=1)
     facts = {"data": {}, "model": {"options": {"pretrained": True}}}
     job = _Job(model, torch.empty(0), runs, "timm/vit_tiny_patch16_224", {}, facts)
     assert job.began == (
-        "began as the published weights of timm/vit_tiny_patch16_224 (timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, "
+        "began as the published weights of timm/vit_tiny_patch16_224 "
+        "(timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k, "
         "apache-2.0), whose licence applies"
     )
     facts["model"] = {"options": {"pretrained": "somewhere/else/own.safetensors"}}

@@ -1,4 +1,5 @@
-"""Techniques that go together: light tuning above a kept prefix, a kept teacher, merging tokens, early exits."""
+"""Techniques that go together: light tuning above a kept prefix, a kept teacher, merging tokens,
+early exits."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ from hosts import HOSTS
 from torch import Tensor
 
 import greenvis as gv
-from greenvis import registry
+from greenvis.core.technique import Samples, Technique, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.technique import Samples, Technique, logits_of
+from greenvis.techniques import registry
 from greenvis.testing import check_together
-from greenvis.wrap import Wrapped, wrap
 
 PARTS: dict[str, dict[str, Any]] = {
     "partial": {"cache": True},
@@ -28,34 +29,47 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 
 
-def _together(names: list[str], more: Mapping[str, Mapping[str, Any]] | None = None) -> list[tuple[type[Technique], Any]]:
+def _together(
+    names: list[str], more: Mapping[str, Mapping[str, Any]] | None = None
+) -> list[tuple[type[Technique], Any]]:
     return [(registry.find(n), {**PARTS.get(n, {}), **(more or {}).get(n, {})}) for n in names]
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "transformers-vit"])
 @pytest.mark.filterwarnings("ignore:distill. nothing is cached")
 @pytest.mark.parametrize("without", [None, *PARTS])
-def test_the_whole_and_each_of_its_triples_keep_the_contract(name: str, without: str | None) -> None:
+def test_the_whole_and_each_of_its_triples_keep_the_contract(
+    name: str, without: str | None
+) -> None:
     result = check_together(_together([n for n in PARTS if n != without]), HOSTS[name])
     assert result.outcome == "works", str(result)
 
 
 def test_a_probe_and_exits_of_a_frozen_base_keep_it_too() -> None:
-    parts = _together(["linear_probe", "token_merge", "early_exit"], {"linear_probe": {"cache": True}})
+    parts = _together(
+        ["linear_probe", "token_merge", "early_exit"], {"linear_probe": {"cache": True}}
+    )
     result = check_together(parts, HOSTS["timm-vit"])
     assert result.outcome == "works", str(result)
 
 
-def _steps(x: Tensor, y: Tensor, folder: Path | None, *, r: int = 2, exits: Any = ("blocks.0",)) -> Wrapped:
-    """Train three epochs of two batches; in the second and third, nothing of the prefix need run where it is kept."""
+def _steps(
+    x: Tensor, y: Tensor, folder: Path | None, *, r: int = 2, exits: Any = ("blocks.0",)
+) -> Wrapped:
+    """Train three epochs of two batches; in the second and third, nothing of the prefix need run
+    where it is kept."""
     model = HOSTS["timm-vit"].build()
     torch.manual_seed(0)
-    live = wrap(model, [gv.Partial(blocks=1, cache=True), gv.TokenMerge(r=r), gv.EarlyExit(at=exits)])
+    live = wrap(
+        model, [gv.Partial(blocks=1, cache=True), gv.TokenMerge(r=r), gv.EarlyExit(at=exits)]
+    )
     optimizer = torch.optim.SGD(live.param_groups(0.1))
     model.train()
     for _ in range(3):
         for at in (torch.tensor([0, 2, 4]), torch.tensor([5, 1, 3])):
-            live.show(None if folder is None else Samples(folder, {"images": "of the test"}, 6, 1, at))
+            live.show(
+                None if folder is None else Samples(folder, {"images": "of the test"}, 6, 1, at)
+            )
             logits = logits_of(model(x[at]))
             (F.cross_entropy(logits, y[at]) + live.loss(x[at], y[at], logits)).backward()
             optimizer.step()
@@ -82,10 +96,14 @@ def test_merged_tokens_and_exits_above_a_kept_prefix_learn_what_they_learn_live(
         assert name not in start or not torch.equal(b, start[name]) or ".bias" in name
     assert any("exit" in name for name in kept.trainable)
     with torch.no_grad():
-        torch.testing.assert_close(live.model(images[0]), kept.model(images[0]), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            live.model(images[0]), kept.model(images[0]), atol=1e-5, rtol=1e-4
+        )
 
 
-def test_sizes_of_merged_tokens_are_those_of_the_images_at_hand(images: tuple[Tensor, Tensor], tmp_path: Path) -> None:
+def test_sizes_of_merged_tokens_are_those_of_the_images_at_hand(
+    images: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
     live = _steps(*images, tmp_path, r=4)
     merging = next(i for i in live.installed if hasattr(i, "flow"))
     live.model.train()
@@ -100,7 +118,9 @@ def test_sizes_of_merged_tokens_are_those_of_the_images_at_hand(images: tuple[Te
     assert not torch.equal(seen[0][1], seen[2][1])
 
 
-def test_tokens_given_back_behind_the_last_block_are_refused_with_the_way_out(images: tuple[Tensor, Tensor]) -> None:
+def test_tokens_given_back_behind_the_last_block_are_refused_with_the_way_out(
+    images: tuple[Tensor, Tensor],
+) -> None:
     model = HOSTS["timm-vit"].build()
     live = wrap(model, [gv.Partial(blocks=1, cache=True), gv.TokenMerge(r=2, restore="always")])
     with pytest.raises(BadInput, match="restore: never"):

@@ -1,4 +1,5 @@
-"""FLOPs: ten models against published figures, two counters, training, techniques' cases, and steps left untouched."""
+"""FLOPs: ten models against published figures, two counters, training, techniques' cases, and steps
+left untouched."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from greenvis.bench.meter.reference import REFERENCE
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
 from greenvis.meters.flops import count, distribution
-from greenvis.record import read
+from greenvis.meters.record import read
 
 PUBLISHED_GMACS = {  # METERS.md, section 5, to three digits
-    "ResNet-50": 4.089, "ViT-B/16 (timm)": 17.564, "ViT-B/16 (torchvision)": 17.564, "ViT-B/16 (transformers)": 17.564,
+    "ResNet-50": 4.089, "ViT-B/16 (timm)": 17.564, "ViT-B/16 (torchvision)": 17.564, "ViT-B/16 "
+                                                                                     "(transformers)": 17.564,
     "Swin-T": 4.491,
     "DeiT-Ti": 1.254, "ConvNeXt-T": 4.456, "MobileNetV3-L": 0.217, "EfficientNet-B0": 0.386,
 }  # fmt: skip
@@ -41,7 +43,9 @@ def test_a_known_model_has_its_published_macs(name: str) -> None:
 
 
 def tiny(**options) -> nn.Module:
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10, **options)
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, num_classes=10, **options
+    )
 
 
 def test_training_counts_what_the_backward_really_does() -> None:
@@ -52,7 +56,9 @@ def test_training_counts_what_the_backward_really_does() -> None:
     probe = tiny()
     probe.requires_grad_(False)
     probe.get_classifier().requires_grad_(True)
-    assert count(probe, (3, 32, 32), train=True, cross_check=False).train_flops / full.flops == pytest.approx(1.0, abs=0.01)
+    assert count(
+        probe, (3, 32, 32), train=True, cross_check=False
+    ).train_flops / full.flops == pytest.approx(1.0, abs=0.01)
     lora = get_peft_model(tiny(), LoraConfig(r=4, target_modules=["qkv"]))
     cost = count(lora, (3, 32, 32), train=True, cross_check=False)
     assert cost.macs > full.macs  # the added matrices
@@ -62,7 +68,9 @@ def test_training_counts_what_the_backward_really_does() -> None:
 def test_grouped_convolutions_cost_their_groups_in_the_backward() -> None:
     found = count(nn.Conv2d(8, 8, 3, groups=8), (8, 10, 10), train=True, cross_check=False)
     assert found.macs == 8 * 8 * 8 * 9
-    assert found.train_flops == 2 * found.flops  # forward and the weight's gradient; the input needs none
+    assert (
+        found.train_flops == 2 * found.flops
+    )  # forward and the weight's gradient; the input needs none
 
 
 def test_fused_kernels_count_as_the_plain_products_do() -> None:
@@ -70,7 +78,10 @@ def test_fused_kernels_count_as_the_plain_products_do() -> None:
     x = torch.randn(2, 3, 32, 32)
     macs = count(model, x).macs
     for context in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
-        with context, FlopMode() as mode:  # native attention, whole composite operators, flash attention
+        with (
+            context,
+            FlopMode() as mode,
+        ):  # native attention, whole composite operators, flash attention
             model(x)
         assert mode.total == 2 * 2 * macs
 
@@ -111,7 +122,9 @@ def test_a_dynamic_model_is_counted_on_real_images_and_left_as_it_was() -> None:
     images = [torch.randn(1, 2, 4) for _ in range(24)]
     with torch.no_grad():
         model.eval()
-        taken = [64 if float(model.norm(model.first(i.flatten(1))).mean()) < 0 else 96 for i in images]
+        taken = [
+            64 if float(model.norm(model.first(i.flatten(1))).mean()) < 0 else 96 for i in images
+        ]
         model.train()
     found = distribution(model, images)
     assert found["mean"] == sum(taken) / len(taken)
@@ -123,13 +136,17 @@ def test_a_dynamic_model_is_counted_on_real_images_and_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("example", [(3, 0, 32), "x", [], torch.zeros(0, 3, 32, 32), torch.randn(1, 7, 32, 32)])
+@pytest.mark.parametrize(
+    "example", [(3, 0, 32), "x", [], torch.zeros(0, 3, 32, 32), torch.randn(1, 7, 32, 32)]
+)
 def test_an_example_that_does_not_fit_is_refused(example: object) -> None:
     with pytest.raises(BadInput):
         count(tiny(), example)
 
 
-def run_steps(folder: Path | None, n: int = 6) -> tuple[dict[str, torch.Tensor], gv.meters.track.Tracker | None]:
+def run_steps(
+    folder: Path | None, n: int = 6
+) -> tuple[dict[str, torch.Tensor], gv.meters.track.Tracker | None]:
     torch.manual_seed(1)
     model = tiny(drop_rate=0.1, attn_drop_rate=0.1).train()
     data = [(torch.randn(4, 3, 32, 32), torch.randint(10, (4,))) for _ in range(n)] + [
@@ -154,7 +171,9 @@ def test_counting_steps_changes_no_bit_and_misses_no_step(tmp_path: Path) -> Non
     totals = read(run.path).totals["train"]
     assert (totals["steps"], totals["samples"]) == (7, 26)
     per_image = count(tiny(), (3, 32, 32), train=True, cross_check=False).train_flops
-    assert totals["flops"] / 26 == pytest.approx(per_image, rel=0.02)  # the fused backward computes the scores again
+    assert totals["flops"] / 26 == pytest.approx(
+        per_image, rel=0.02
+    )  # the fused backward computes the scores again
 
 
 def test_a_teachers_part_of_the_step_is_its_phases_and_is_looked_at_again(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Folded batch norms give the same answers, whatever the library; what cannot be folded stays; all of it can be undone."""
+"""Folded batch norms give the same answers, whatever the library; what cannot be folded stays; all
+of it can be undone."""
 
 from __future__ import annotations
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import greenvis as gv
-from greenvis import models, record
+from greenvis import models
+from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput
-from greenvis.folding import fold_norms, folded
-from greenvis.technique import logits_of
+from greenvis.meters import record
+from greenvis.models.folding import fold_norms, folded
 
 CONVOLUTIONAL = [
-    "timm-resnet", "timm-efficientnet-lite", "timm-mobilevit", "torchvision-resnet", "torchvision-mobilenet", "plain",
+    "timm-resnet", "timm-efficientnet-lite", "timm-mobilevit", "torchvision-resnet",
+    "torchvision-mobilenet", "plain",
 ]  # fmt: skip
 
 
@@ -89,7 +92,12 @@ def test_a_folded_model_answers_the_same_and_comes_back(host: str) -> None:
 
 
 @given(
-    st.sampled_from([1, 2]), st.sampled_from([1, 3]), st.sampled_from([1, 2, 4]), st.booleans(), st.booleans(), st.booleans()
+    st.sampled_from([1, 2]),
+    st.sampled_from([1, 3]),
+    st.sampled_from([1, 2, 4]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
 )
 @settings(max_examples=30, deadline=None)
 def test_the_folded_weights_are_the_papers(
@@ -97,7 +105,9 @@ def test_the_folded_weights_are_the_papers(
 ) -> None:
     kind: Any = nn.ConvTranspose2d if turned else nn.Conv2d
     conv = kind(4, 4, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
-    model = lived(nn.Sequential(conv, nn.BatchNorm2d(4, affine=affine, eps=1e-2), nn.Flatten())).double()
+    model = lived(
+        nn.Sequential(conv, nn.BatchNorm2d(4, affine=affine, eps=1e-2), nn.Flatten())
+    ).double()
     x = torch.rand(2, 4, 6, 6, dtype=torch.float64)
     if turned and groups > 1:
         with pytest.raises(BadInput, match="1 batch norms, none of them right behind"):
@@ -140,7 +150,14 @@ def test_what_cannot_be_folded_is_refused_and_nothing_changes() -> None:
 
 def test_those_that_cannot_take_part_stay() -> None:
     model = lived(
-        nn.Sequential(StdConv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Flatten())
+        nn.Sequential(
+            StdConv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.Flatten(),
+        )
     )
     folding = fold_norms(model, torch.rand(2, 3, 8, 8))
     assert folding.convolutions == ("3",)
@@ -148,7 +165,9 @@ def test_those_that_cannot_take_part_stay() -> None:
 
 
 def test_weights_stay_channels_last() -> None:
-    model = models.build("timm/tf_efficientnet_lite0", num_classes=3, memory_format="channels_last").eval()
+    model = models.build(
+        "timm/tf_efficientnet_lite0", num_classes=3, memory_format="channels_last"
+    ).eval()
     fold_norms(model, torch.rand(1, 3, 32, 32))
     expand = model.get_submodule("blocks.1.0.conv_pw")
     assert isinstance(expand, nn.Conv2d)
@@ -185,8 +204,13 @@ meter: {codecarbon: false}
 def test_a_recipe_measures_the_folded_model_and_keeps_the_plain_one(tmp_path: Path) -> None:
     path = tmp_path / "folded.yaml"
     path.write_text(RECIPE)
-    with pytest.raises(BadInput, match=r"folded.yaml:5: VisionTransformer has no batch norm: there is nothing to fold"):
-        gv.run(path, overrides=["model.ref=timm/test_vit", "model.img_size=32"], runs=tmp_path / "none")
+    with pytest.raises(
+        BadInput,
+        match=r"folded.yaml:5: VisionTransformer has no batch norm: there is nothing to fold",
+    ):
+        gv.run(
+            path, overrides=["model.ref=timm/test_vit", "model.img_size=32"], runs=tmp_path / "none"
+        )
     assert not (tmp_path / "none" / "folded").exists()
     gv.run(path, runs=tmp_path / "runs")
     found = {r.header["arm"]: r.facts for r in map(record.read, record.find([tmp_path / "runs"]))}
@@ -195,6 +219,10 @@ def test_a_recipe_measures_the_folded_model_and_keeps_the_plain_one(tmp_path: Pa
     assert found["whole"]["accuracy"] == found["plain"]["accuracy"]
     assert found["whole"]["macs"] == found["plain"]["macs"]
     gone = found["plain"]["params"] - found["whole"]["params"]
-    assert gone == sum(m.num_features for m in models.build("torchvision/resnet18").modules() if isinstance(m, _BatchNorm))
+    assert gone == sum(
+        m.num_features
+        for m in models.build("torchvision/resnet18").modules()
+        if isinstance(m, _BatchNorm)
+    )
     kept = models.build(f"file:{tmp_path / 'runs/folded/whole/seed0/model.safetensors'}")
     assert norms(kept) == 20

@@ -1,4 +1,5 @@
-"""Outputs of frozen parts: computed once, read back after; another part, data set or transform is another cache."""
+"""Outputs of frozen parts: computed once, read back after; another part, data set or transform is
+another cache."""
 
 from __future__ import annotations
 
@@ -13,17 +14,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from greenvis.cache import _sums
+from greenvis.core.technique import Samples
+from greenvis.data.output_cache import _sums
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
-from greenvis.technique import Samples
-from greenvis.techniques._frozen import Kept, mark
+from greenvis.techniques._shared.frozen import Kept, mark
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 
 
-def _samples(folder: Path, at: list[int], view: int = 0, views: int | None = 2, transform: str = "crop") -> Samples:
-    return Samples(folder, {"images": "abc", "transform": transform}, len(X), views, torch.tensor(at), view)
+def _samples(
+    folder: Path, at: list[int], view: int = 0, views: int | None = 2, transform: str = "crop"
+) -> Samples:
+    return Samples(
+        folder, {"images": "abc", "transform": transform}, len(X), views, torch.tensor(at), view
+    )
 
 
 class _Part:
@@ -58,8 +63,14 @@ def test_computed_once_and_the_same_after(tmp_path: Path) -> None:
     assert facts["bytes"] == 2 * len(X) * (3 * 4 + 8)
     kept.close()
     other = Kept("teacher: logits", mark(part.layer), note=notes.append)
-    assert torch.equal(other.outputs(_samples(tmp_path, [3, 2, 1]), part.of([3, 2, 1]))[2], first[1])
-    assert (part.runs, other.facts()["earlier"], other.facts()["checked"]) == (4, 3, 3)  # the first batch is compared
+    assert torch.equal(
+        other.outputs(_samples(tmp_path, [3, 2, 1]), part.of([3, 2, 1]))[2], first[1]
+    )
+    assert (part.runs, other.facts()["earlier"], other.facts()["checked"]) == (
+        4,
+        3,
+        3,
+    )  # the first batch is compared
     other.outputs(_samples(tmp_path, [1, 2]), part.of([1, 2]))
     assert (part.runs, other.facts()["hits"]) == (4, 5)
     assert len(notes) == 1
@@ -77,7 +88,9 @@ def test_unknown_samples_are_computed(tmp_path: Path) -> None:
 
 def test_endless_augmentation_is_refused(tmp_path: Path) -> None:
     part = _Part()
-    with pytest.raises(BadInput, match=r"'teacher' can be used again.*set data\.views.*or data\.augment: none"):
+    with pytest.raises(
+        BadInput, match=r"'teacher' can be used again.*set data\.views.*or data\.augment: none"
+    ):
         Kept("teacher", mark(part.layer)).outputs(_samples(tmp_path, [0], views=None), part.of([0]))
     assert part.runs == 0
 
@@ -93,7 +106,11 @@ def test_what_changed_is_told(tmp_path: Path) -> None:
     assert notes == []
     use("teacher", part.layer, _samples(tmp_path, [0], transform="none"))
     assert "transform changed: crop → none" in notes.pop()
-    use("teacher", part.layer, replace(_samples(tmp_path, [0]), key={"images": "new", "transform": "crop"}))
+    use(
+        "teacher",
+        part.layer,
+        replace(_samples(tmp_path, [0]), key={"images": "new", "transform": "crop"}),
+    )
     assert "images changed: abc → new" in notes.pop()
     torch.nn.init.zeros_(part.layer.weight)
     use("teacher", part.layer, _samples(tmp_path, [0]))
@@ -143,7 +160,9 @@ def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
     raw = bytearray(file.read_bytes())
     raw[3 * 12] ^= 1
     file.write_bytes(raw)
-    assert torch.equal(kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]]))
+    assert torch.equal(
+        kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]])
+    )
     assert part.runs == 2
     assert "damaged" in notes[0]
 
@@ -161,7 +180,9 @@ def _forge(folder: Path, factor: float, at: slice) -> None:
 def _epochs(kept: Kept, part: _Part, folder: Path, number: int) -> list[Tensor]:
     every = range(0, len(X), 4)
     return [
-        kept.outputs(_samples(folder, [*range(i, i + 4)]), part.of([*range(i, i + 4)])) for _ in range(number) for i in every
+        kept.outputs(_samples(folder, [*range(i, i + 4)]), part.of([*range(i, i + 4)]))
+        for _ in range(number)
+        for i in every
     ]
 
 
@@ -176,7 +197,9 @@ def test_changed_values_whose_checksum_fits_are_noticed(tmp_path: Path, factor: 
     seen = _epochs(again, part, tmp_path, 2)
     assert torch.equal(torch.cat(seen[3:]), part.layer(X))
     assert torch.equal(torch.cat(seen[:3]), part.layer(X))
-    assert notes == ["cache: kept outputs of 'teacher' are not what it gives now; all are computed anew"]
+    assert notes == [
+        "cache: kept outputs of 'teacher' are not what it gives now; all are computed anew"
+    ]
     assert (again.misses, again.hits, again.earlier) == (12, 12, 0)
     again.close()
     unchanged = Kept("teacher", mark(part.layer))
@@ -198,7 +221,9 @@ def test_what_is_changed_in_one_place_shows_in_time_and_is_said(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("options", [{"dtype": "fp16"}, {"top_k": 3}])
-def test_what_was_rounded_is_compared_as_it_was_rounded(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_what_was_rounded_is_compared_as_it_was_rounded(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     part, notes = _Part(8), []
     for _ in range(2):
         kept = Kept("teacher", mark(part.layer), note=notes.append, **options)

@@ -1,4 +1,5 @@
-"""A generator in the buffer's place, and a model trained on the buffer alone: what they learn, cost and leave behind."""
+"""A generator in the buffer's place, and a model trained on the buffer alone: what they learn, cost
+and leave behind."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.technique import Task
-from greenvis.techniques.iteration._generator import Generator, elbo
+from greenvis.core.technique import Task
+from greenvis.techniques.iteration.continual._generator import Generator, elbo
 
 TASKS = [Task(0, (0, 1), (0, 1), 3), Task(1, (2,), (0, 1, 2), 3), Task(2, (3,), (0, 1, 2, 3), 3)]
 
@@ -52,9 +53,13 @@ def test_the_bound_is_that_of_the_paper() -> None:
     pixels, drawn = torch.rand(3, 5), torch.randn(3, 5)
     mean, log_var = torch.randn(3, 2), torch.randn(3, 2)
     normal = torch.distributions.Normal
-    divergence = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(torch.zeros(3, 2), 1.0)).sum(1)
+    divergence = torch.distributions.kl_divergence(
+        normal(mean, (log_var / 2).exp()), normal(torch.zeros(3, 2), 1.0)
+    ).sum(1)
     likelihood = -F.binary_cross_entropy_with_logits(drawn, pixels, reduction="none").sum(1)
-    assert torch.allclose(elbo(pixels, drawn, mean, log_var), (divergence - likelihood).mean(), atol=1e-5)
+    assert torch.allclose(
+        elbo(pixels, drawn, mean, log_var), (divergence - likelihood).mean(), atol=1e-5
+    )
 
 
 def test_it_draws_what_it_is_asked_for_also_of_earlier_tasks() -> None:
@@ -85,7 +90,11 @@ def test_the_generator_replays_in_training_and_skips_the_last_task(tmp_path: Pat
     assert live.facts()["generator_classes"] == 3
     assert live.facts()["generator_bytes"] == live.installed[0].generator.nbytes > 0  # type: ignore[attr-defined]
     with torch.no_grad():
-        right = [float((live.model(x).argmax(1) == y).float().mean()) for c in range(4) for x, y in _images(c)[:1]]
+        right = [
+            float((live.model(x).argmax(1) == y).float().mean())
+            for c in range(4)
+            for x, y in _images(c)[:1]
+        ]
     assert min(right) > 0.8  # of earlier classes, too
 
 
@@ -106,7 +115,10 @@ def test_saved_and_loaded_they_go_on_exactly(request_: gv.Replay, tmp_path: Path
     second = fresh()
     second.load(tmp_path)
     _stream(second, range(2, 3))
-    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+    )
 
 
 def test_gdumb_learns_at_the_end_of_a_task_only_and_from_the_start() -> None:
@@ -130,7 +142,9 @@ def test_gdumb_learns_at_the_end_of_a_task_only_and_from_the_start() -> None:
         right = [float((live.model(x).argmax(1) == y).float().mean()) for x, y in _images(0, 1)]
     assert min(right) == 1.0
     assert not all(torch.equal(p, o) for p, o in zip(live.model.parameters(), before, strict=True))
-    assert all((p - o).abs().max() < 0.5 for p, o in zip(live.model.parameters(), once, strict=True))
+    assert all(
+        (p - o).abs().max() < 0.5 for p, o in zip(live.model.parameters(), once, strict=True)
+    )
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -1,4 +1,5 @@
-"""Who reads gradients reads them when the trainer has finished with them: unscaled, finite, of steps that were taken."""
+"""Who reads gradients reads them when the trainer has finished with them: unscaled, finite, of
+steps that were taken."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis.core.technique import Task
 from greenvis.errors import BadInput
-from greenvis.technique import Task
-from greenvis.techniques.iteration._gradients import closeness
-from greenvis.techniques.iteration.regularize import fisher, mas
+from greenvis.techniques.iteration.continual._gradients import closeness
+from greenvis.techniques.iteration.continual.regularize import fisher, mas
 
 STEPS, SKIPPED = 8, 3
 X = torch.randn(STEPS, 5, 6, 1, 1, generator=torch.Generator().manual_seed(1))
@@ -38,17 +39,28 @@ def _net() -> _Net:
 
 def _adalora() -> gv.Lora:
     return gv.Lora(
-        rank=1, start_rank=3, targets=("first", "last"), variant="adalora", head="freeze", total_steps=20, input_shape=(6, 1, 1)
+        rank=1,
+        start_rank=3,
+        targets=("first", "last"),
+        variant="adalora",
+        head="freeze",
+        total_steps=20,
+        input_shape=(6, 1, 1),
     )
 
 
-def _left(request: gv.Technique, scale: float | None = None, overflow: bool = False, how: str = "") -> dict[str, Tensor]:
-    """Train with a gradient scaler and return what the technique holds. how: what else the loop does with gradients."""
+def _left(
+    request: gv.Technique, scale: float | None = None, overflow: bool = False, how: str = ""
+) -> dict[str, Tensor]:
+    """Train with a gradient scaler and return what the technique holds. how: what else the loop
+    does with gradients."""
     live = gv.wrap(_net(), request)
     optimizer = torch.optim.SGD(live.param_groups(0.1), lr=0.1)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     for step, (x, y) in enumerate(zip(X, Y, strict=True)):
-        if overflow and scale is None and step == SKIPPED:  # what a skipped step is to be like: one that never was
+        if (
+            overflow and scale is None and step == SKIPPED
+        ):  # what a skipped step is to be like: one that never was
             continue
         logits = live.model(x)
         loss = F.cross_entropy(logits, y) + live.loss(x, y, logits)
@@ -63,13 +75,19 @@ def _left(request: gv.Technique, scale: float | None = None, overflow: bool = Fa
         optimizer.zero_grad()
     if isinstance(request, gv.Regularize):
         live.end_task([(X[0], Y[0])])
-    return {k: v for k, v in live.state_dict().items() if k.startswith((f"{request.name}.importance", f"{request.name}.ranks"))}
+    return {
+        k: v
+        for k, v in live.state_dict().items()
+        if k.startswith((f"{request.name}.importance", f"{request.name}.ranks"))
+    }
 
 
 @pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize("how", ["", "unscaled first", "cleared first"])
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
-def test_importances_of_si_know_neither_the_scale_nor_a_skipped_step(scale: float, how: str, overflow: bool) -> None:
+def test_importances_of_si_know_neither_the_scale_nor_a_skipped_step(
+    scale: float, how: str, overflow: bool
+) -> None:
     si = gv.Regularize(method="si", weight=1.0)
     wanted, got = _left(si, overflow=overflow), _left(si, scale, overflow, how)
     assert sum(v.sum() for v in wanted.values()) > 0.01
@@ -93,7 +111,9 @@ def test_a_skipped_step_leaves_no_trace_in_the_ranks_of_adalora() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sample", "batch", "weighted", "true", "mas"])
-def test_importances_of_small_gradients_in_half_precision_are_not_lost(kind: Any, dtype: torch.dtype) -> None:
+def test_importances_of_small_gradients_in_half_precision_are_not_lost(
+    kind: Any, dtype: torch.dtype
+) -> None:
     """Squares of gradients about 1e-4 are below what float16 can hold."""
     net = _net()
     with torch.no_grad():
@@ -104,7 +124,10 @@ def test_importances_of_small_gradients_in_half_precision_are_not_lost(kind: Any
     loader = list(zip(X, Y, strict=True))
     halves = [(x.to(dtype), y) for x, y in loader]
     ask = mas if kind == "mas" else fisher
-    wanted, got = (ask(n, names, data, *(() if kind == "mas" else (kind,))) for n, data in ((net, loader), (half, halves)))
+    wanted, got = (
+        ask(n, names, data, *(() if kind == "mas" else (kind,)))
+        for n, data in ((net, loader), (half, halves))
+    )
     for name, value in wanted.items():
         assert got[name].dtype == torch.float32
         assert got[name].sum() > 0
@@ -123,7 +146,9 @@ def test_gradients_are_compared_in_half_precision_without_overflow() -> None:
 
 def test_gates_of_hat_learn_in_half_precision() -> None:
     torch.manual_seed(0)
-    model = VisionTransformer(img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2, num_classes=4)
+    model = VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2, num_classes=4
+    )
     live = gv.wrap(model.half(), gv.Hat(s_max=400.0, anneal_steps=4))
     live.begin_task(Task(0, (0, 1, 2, 3), (0, 1, 2, 3)))
     images, labels = torch.randn(4, 1, 8, 8).half(), torch.arange(4)
@@ -142,5 +167,14 @@ def test_lora_ga_refuses_gradients_that_are_not_finite() -> None:
     x = X[0].clone()
     x[0, 0] = torch.inf
     with pytest.raises(BadInput, match="none that is finite"):
-        gv.wrap(net, gv.Lora(rank=1, targets=("first",), init="lora_ga", calibration=(x, Y[0]), input_shape=(6, 1, 1)))
+        gv.wrap(
+            net,
+            gv.Lora(
+                rank=1,
+                targets=("first",),
+                init="lora_ga",
+                calibration=(x, Y[0]),
+                input_shape=(6, 1, 1),
+            ),
+        )
     assert all(p.grad is None for p in net.parameters())

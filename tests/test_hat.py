@@ -1,4 +1,5 @@
-"""Hard attention to the task: the paper's formulas, units frozen to the bit, and gates that a test's task sets."""
+"""Hard attention to the task: the paper's formulas, units frozen to the bit, and gates that a
+test's task sets."""
 
 from __future__ import annotations
 
@@ -12,11 +13,17 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Task, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.technique import Task, logits_of
-from greenvis.techniques.iteration.hat import Hat, InstalledHat, compensated, sparsity, temperature
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.continual.hat import (
+    Hat,
+    InstalledHat,
+    compensated,
+    sparsity,
+    temperature,
+)
 
 
 def _task(index: int) -> Task:
@@ -73,10 +80,15 @@ def test_the_papers_formulas() -> None:
     e, s = torch.tensor([0.3, -1.2, 2.0]), 3.0
     want = [400 * (math.cosh(s * v) + 1) / (s * (math.cosh(v) + 1)) for v in e.tolist()]
     assert torch.allclose(compensated(torch.ones(3), e, s, 400.0), torch.tensor(want))
-    gates, used = [torch.tensor([0.5, 1.0]), torch.tensor([0.2, 0.4])], [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])]
+    gates, used = (
+        [torch.tensor([0.5, 1.0]), torch.tensor([0.2, 0.4])],
+        [torch.tensor([1.0, 0.0]), torch.tensor([0.0, 0.0])],
+    )
     assert torch.allclose(sparsity(gates, used), torch.tensor((1.0 + 0.2 + 0.4) / 3))
     leaf = e.clone().requires_grad_()
-    (torch.sigmoid(s * leaf) ** 2).sum().backward()  # compensated: as the gate's own gradient times that of sigmoid(e), ·s_max
+    (
+        torch.sigmoid(s * leaf) ** 2
+    ).sum().backward()  # compensated: as the gate's own gradient times that of sigmoid(e), ·s_max
     gate = torch.sigmoid(s * e)
     plain = 2 * gate * torch.sigmoid(e) * (1 - torch.sigmoid(e)) * 400.0
     assert leaf.grad is not None
@@ -90,7 +102,9 @@ def test_gates_the_hidden_units() -> None:
     hidden = torch.randn(2, 5, 128)
     live.batch(x, None)
     for s in (0.1, 5.05, 10.0, 0.1):
-        want = F.linear(hidden * torch.sigmoid(s * mlp.fc2.hat.embedding), mlp.fc2.weight, mlp.fc2.bias)
+        want = F.linear(
+            hidden * torch.sigmoid(s * mlp.fc2.hat.embedding), mlp.fc2.weight, mlp.fc2.bias
+        )
         assert torch.allclose(mlp.fc2(hidden), want, atol=1e-5)
         live.step_end()
         live.batch(x, None)
@@ -100,7 +114,9 @@ def test_gates_the_hidden_units() -> None:
     assert torch.allclose(mlp.fc2(hidden), want, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "torchvision-vit", "transformers-clip", "plain"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "timm-swin", "torchvision-vit", "transformers-clip", "plain"]
+)
 def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
     model, (x, _) = HOSTS[name].build(), HOSTS[name].batch()
     live = wrap(model, Hat(anneal_steps=4))
@@ -187,5 +203,7 @@ def test_says_where_no_unit_is_left_and_refuses_nonsense() -> None:
             Hat(**wrong)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="ResNet has none; packnet takes any layer"):
         wrap(HOSTS["timm-resnet"].build(), Hat())
-    with pytest.raises(BadInput, match="no MLP of Eva has hidden units that can be gated one by one"):
+    with pytest.raises(
+        BadInput, match="no MLP of Eva has hidden units that can be gated one by one"
+    ):
         wrap(HOSTS["timm-eva02"].build(), Hat())

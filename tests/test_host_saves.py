@@ -1,4 +1,5 @@
-"""What host trainers save gives the same answers when it is loaded, or is refused; a resume goes on exactly."""
+"""What host trainers save gives the same answers when it is loaded, or is refused; a resume goes on
+exactly."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
 import greenvis as gv
+from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput
 from greenvis.integrations.accelerate import GreenAccelerator
 from greenvis.integrations.lightning import GreenCallback as InLightning
 from greenvis.integrations.transformers import GreenCallback, GreenTrainer
-from greenvis.record import find, read
-from greenvis.technique import logits_of
+from greenvis.meters.record import find, read
 
 X = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))
 Y = torch.randint(5, (16,), generator=torch.Generator().manual_seed(2))
@@ -50,7 +51,8 @@ RESUMED: dict[str, Callable[[], list[gv.Technique]]] = {
 def _vit(seed: int = 0) -> Any:
     torch.manual_seed(seed)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        image_size=8, patch_size=4,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     config.num_labels = 5
@@ -79,29 +81,35 @@ def _wrapped(techniques: list[gv.Technique]) -> gv.Wrapped:
 def _trainer(live: gv.Wrapped, out: Path, epochs: int = 1, **more: Any) -> GreenTrainer:
     settings = {"save_strategy": "no", "lr_scheduler_type": "constant", **more}
     arguments = TrainingArguments(
-        str(out), num_train_epochs=epochs, per_device_train_batch_size=4, report_to="none", use_cpu=True, disable_tqdm=True,
+        str(out), num_train_epochs=epochs, per_device_train_batch_size=4, report_to="none",
+        use_cpu=True, disable_tqdm=True,
         logging_strategy="no", **settings,
     )  # fmt: skip
     green = GreenCallback(live, "saved", dir=out / "runs")
     optimizer = torch.optim.SGD(live.param_groups(0.05), lr=0.05, momentum=0.9)
     return GreenTrainer(
-        live.model, arguments, train_dataset=_Rows(), eval_dataset=_Rows(), callbacks=[green], compute_loss_func=green.loss,
+        live.model, arguments, train_dataset=_Rows(), eval_dataset=_Rows(), callbacks=[green],
+        compute_loss_func=green.loss,
         optimizers=(optimizer, None),
     )  # fmt: skip
 
 
-# -- transformers -----------------------------------------------------------------------------------------------------
+# -- transformers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FOLDED)
-def test_save_model_writes_plain_weights_where_techniques_can_be_folded(name: str, tmp_path: Path) -> None:
+def test_save_model_writes_plain_weights_where_techniques_can_be_folded(
+    name: str, tmp_path: Path
+) -> None:
     live = _wrapped(FOLDED[name]())
     trainer = _trainer(live, tmp_path)
     trainer.train()
     keys = [*live.model.state_dict()]
     trainer.save_model(str(tmp_path / "saved"))
     assert [*live.model.state_dict()] == keys
-    again, said = ViTForImageClassification.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    again, said = ViTForImageClassification.from_pretrained(
+        tmp_path / "saved", output_loading_info=True
+    )
     assert not said["missing_keys"]
     assert not said["unexpected_keys"]
     assert torch.allclose(_answers(again), _answers(live.model), atol=1e-5)
@@ -113,7 +121,9 @@ def test_save_model_writes_plain_weights_where_techniques_can_be_folded(name: st
 
 
 @pytest.mark.parametrize("name", LIVE)
-def test_save_model_leaves_no_weights_to_take_for_the_whole(name: str, tmp_path: Path, caplog: Any) -> None:
+def test_save_model_leaves_no_weights_to_take_for_the_whole(
+    name: str, tmp_path: Path, caplog: Any
+) -> None:
     live = _wrapped(LIVE[name]())
     trainer = _trainer(live, tmp_path)
     trainer.train()
@@ -145,7 +155,9 @@ def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
     live = _wrapped([gv.Replay(size=8)])
     _trainer(live, tmp_path, save_strategy="epoch").train()
     with pytest.raises(BadInput, match="was saved with"):
-        _trainer(_wrapped([gv.Lora(rank=2)]), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        _trainer(_wrapped([gv.Lora(rank=2)]), tmp_path).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+        )
     with pytest.raises(BadInput, match="cannot load a delta"):
         _trainer(_wrapped([gv.Lora(rank=2)]), tmp_path).train(resume_from_checkpoint=str(tmp_path))
 
@@ -153,7 +165,8 @@ def test_a_checkpoint_of_others_is_refused(tmp_path: Path) -> None:
 def test_the_best_model_is_loaded_with_its_techniques(tmp_path: Path) -> None:
     live = _wrapped([gv.Lora(rank=2)])
     trainer = _trainer(
-        live, tmp_path, epochs=3, save_strategy="epoch", eval_strategy="epoch", load_best_model_at_end=True,
+        live, tmp_path, epochs=3, save_strategy="epoch", eval_strategy="epoch",
+        load_best_model_at_end=True,
         metric_for_best_model="loss",
     )  # fmt: skip
     seen: dict[str, Tensor] = {}
@@ -187,22 +200,28 @@ def test_a_second_training_is_a_second_run_also_after_one_that_failed(tmp_path: 
 
 def test_what_has_no_effect_or_no_techniques_is_refused(tmp_path: Path) -> None:
     for of_host in (GreenCallback, InLightning):
-        with pytest.raises(BadInput, match=r"not NoneType: .* GreenCallback\(gv.wrap\(model\), …\)"):
+        with pytest.raises(
+            BadInput, match=r"not NoneType: .* GreenCallback\(gv.wrap\(model\), …\)"
+        ):
             of_host(None, "n")  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="not Linear"):
         GreenAccelerator(nn.Linear(2, 2))  # type: ignore[arg-type]
     live = _wrapped([gv.Replay(size=8)])
     green = GreenCallback(live, "s", task_loss=F.cross_entropy, dir=tmp_path)
-    arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1)
+    arguments = TrainingArguments(
+        str(tmp_path), report_to="none", use_cpu=True, label_smoothing_factor=0.1
+    )
     with pytest.raises(BadInput, match="no effect on a task_loss of your own"):
         GreenTrainer(live.model, arguments, callbacks=[green])
     trainer = _trainer(live, tmp_path)
-    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(outputs.logits, labels)
+    trainer.compute_loss_func = lambda outputs, labels, num_items_in_batch=None: F.cross_entropy(
+        outputs.logits, labels
+    )
     with pytest.raises(BadInput, match="terms are in no loss"):
         trainer.train()
 
 
-# -- Lightning --------------------------------------------------------------------------------------------------------
+# -- Lightning ------------------------------------------------------------------------------------
 
 
 class _Module(pl.LightningModule):
@@ -223,10 +242,14 @@ class _Module(pl.LightningModule):
 
 def _fit(live: gv.Wrapped, out: Path, epochs: int = 1, resume: Path | None = None) -> pl.Trainer:
     trainer = pl.Trainer(
-        max_epochs=epochs, callbacks=[InLightning(live, "fit", dir=out / "runs")], accelerator="cpu", logger=False,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, default_root_dir=out,
+        max_epochs=epochs, callbacks=[InLightning(live, "fit", dir=out / "runs")],
+        accelerator="cpu", logger=False,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+        default_root_dir=out,
     )  # fmt: skip
-    trainer.fit(_Module(live.model, live), DataLoader(TensorDataset(X, Y), batch_size=4), ckpt_path=resume)
+    trainer.fit(
+        _Module(live.model, live), DataLoader(TensorDataset(X, Y), batch_size=4), ckpt_path=resume
+    )
     return trainer
 
 
@@ -242,14 +265,18 @@ def test_lightning_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("name", [*LIVE, "lora"])
-def test_lightnings_checkpoint_gives_the_same_answers_or_is_refused(name: str, weights_only: bool, tmp_path: Path) -> None:
+def test_lightnings_checkpoint_gives_the_same_answers_or_is_refused(
+    name: str, weights_only: bool, tmp_path: Path
+) -> None:
     techniques = (FOLDED | LIVE)[name]
     live = _wrapped(techniques())
     file = tmp_path / "all.ckpt"
     trainer = _fit(live, tmp_path)
     trainer.save_checkpoint(file, weights_only=weights_only)
     again = _wrapped(techniques())
-    _Module.load_from_checkpoint(file, net=again.model, live=again, map_location="cpu", weights_only=False)
+    _Module.load_from_checkpoint(
+        file, net=again.model, live=again, map_location="cpu", weights_only=False
+    )
     assert torch.equal(_answers(again.model), _answers(live.model))
     with pytest.raises(RuntimeError, match=r"Unexpected key[^$]*greenvis\.techniques"):
         _Module.load_from_checkpoint(file, net=_vit(), weights_only=False)
@@ -263,14 +290,15 @@ def test_a_second_fit_is_a_second_run(tmp_path: Path) -> None:
     green = InLightning(live, "fit", dir=tmp_path)
     for _ in range(2):
         trainer = pl.Trainer(
-            max_epochs=1, callbacks=[green], accelerator="cpu", logger=False, enable_progress_bar=False,
+            max_epochs=1, callbacks=[green], accelerator="cpu", logger=False,
+            enable_progress_bar=False,
             enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path,
         )  # fmt: skip
         trainer.fit(_Module(live.model, live), DataLoader(TensorDataset(X, Y), batch_size=4))
     assert [read(path).status for path in find([tmp_path])] == ["done", "done"]
 
 
-# -- accelerate -------------------------------------------------------------------------------------------------------
+# -- accelerate -----------------------------------------------------------------------------------
 
 
 def _loop(live: gv.Wrapped, accelerator: GreenAccelerator, epochs: int) -> None:
@@ -311,7 +339,7 @@ def test_accelerate_goes_on_to_the_same_weights_or_refuses(name: str, tmp_path: 
         plain.load_state(str(tmp_path))
 
 
-# -- loops of one's own -----------------------------------------------------------------------------------------------
+# -- loops of one's own ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -327,7 +355,9 @@ def test_a_plain_state_is_that_of_merge_and_training_does_not_notice(name: str) 
                 fresh = _vit(5)
                 fresh.load_state_dict(plain)
                 modes = [m.training for m in live.model.modules()]
-                assert torch.allclose(_answers(fresh), _answers(copy.deepcopy(live.model)), atol=1e-5)
+                assert torch.allclose(
+                    _answers(fresh), _answers(copy.deepcopy(live.model)), atol=1e-5
+                )
                 assert [m.training for m in live.model.modules()] == modes
                 torch.manual_seed(4)
             if one is twin and step == 1:

@@ -1,4 +1,5 @@
-"""Updates inside host trainers are those of one big batch: accumulated or not, one process or two, replay or none."""
+"""Updates inside host trainers are those of one big batch: accumulated or not, one process or two,
+replay or none."""
 
 from __future__ import annotations
 
@@ -35,7 +36,10 @@ def _check(kind: str, left: list[dict[str, Any]]) -> None:
         assert sum(len(y) for _, _, y in shown) > hosts.IMAGES  # something was added
     for process in left:
         for name, value in net.state_dict().items():
-            assert torch.allclose(process["state"][name], value, atol=1e-5, rtol=0), (name, process["state"][name] - value)
+            assert torch.allclose(process["state"][name], value, atol=1e-5, rtol=0), (
+                name,
+                process["state"][name] - value,
+            )
 
 
 @pytest.mark.parametrize("accumulate", hosts.ACCUMULATE)
@@ -46,17 +50,31 @@ def test_of_one_process(host: str, kind: str, accumulate: int, tmp_path: Path) -
 
 
 def _launched(folder: Path, host: str) -> Path:
-    script = [sys.executable, "-m", *TORCHRUN, str(Path(__file__).parent / "host_updates.py"), str(folder), host]
+    script = [
+        sys.executable,
+        "-m",
+        *TORCHRUN,
+        str(Path(__file__).parent / "host_updates.py"),
+        str(folder),
+        host,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(
+        script, env=environment, capture_output=True, text=True, timeout=500, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
-@pytest.mark.parametrize("host", [*hosts.HOSTS[:1], *(pytest.param(h, marks=pytest.mark.slow) for h in hosts.HOSTS[1:])])
+@pytest.mark.parametrize(
+    "host", [*hosts.HOSTS[:1], *(pytest.param(h, marks=pytest.mark.slow) for h in hosts.HOSTS[1:])]
+)
 def test_of_two_processes(host: str, tmp_path: Path) -> None:
     out = _launched(tmp_path, host)
     for kind in hosts.KINDS:
         for accumulate in hosts.ACCUMULATE:
-            both = [torch.load(out / f"{host}-{kind}-{accumulate}-{rank}.pt", weights_only=True) for rank in (0, 1)]
+            both = [
+                torch.load(out / f"{host}-{kind}-{accumulate}-{rank}.pt", weights_only=True)
+                for rank in (0, 1)
+            ]
             _check(kind, both)

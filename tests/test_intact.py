@@ -1,4 +1,5 @@
-"""What users do to a wrapped model, or did before: taken over or refused, with what to do; never lost in silence."""
+"""What users do to a wrapped model, or did before: taken over or refused, with what to do; never
+lost in silence."""
 
 from __future__ import annotations
 
@@ -16,15 +17,21 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import registry
-from greenvis.technique import Installed, Task
+from greenvis.core.technique import Installed, Task
+from greenvis.techniques import registry
 from greenvis.testing import default_hosts
 
 
 def vit(classes: int = 2) -> Any:
     torch.manual_seed(0)
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, num_classes=classes
+        "vit_tiny_patch16_224",
+        img_size=16,
+        patch_size=4,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=classes,
     )
 
 
@@ -96,7 +103,9 @@ def first_task(techniques: list[gv.Technique]) -> Any:
 
 @pytest.mark.parametrize("change", [grow, other_head, other_weight], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", TAKE)
-def test_a_new_classifier_is_trained_saved_and_merged(name: str, change: Callable[[Any], None], tmp_path: Any) -> None:
+def test_a_new_classifier_is_trained_saved_and_merged(
+    name: str, change: Callable[[Any], None], tmp_path: Any
+) -> None:
     live = first_task(TAKE[name]())
     model = live.model
     change(model)
@@ -127,7 +136,11 @@ def test_a_new_classifier_is_refused_where_something_hangs_on_the_old(name: str)
     live.model.reset_classifier(4)
     with pytest.raises(gv.GreenvisError, match="replaced after wrap"):
         live.begin_task(Task(1, (2, 3), (0, 1, 2, 3), 2))
-    for seam in (lambda: live.batch(None, None), lambda: live.loss(None, None, None), lambda: live.param_groups(0.1)):
+    for seam in (
+        lambda: live.batch(None, None),
+        lambda: live.loss(None, None, None),
+        lambda: live.param_groups(0.1),
+    ):
         with pytest.raises(gv.GreenvisError, match="before wrap"):
             seam()
 
@@ -180,7 +193,11 @@ def test_what_is_quantised_after_wrap(technique: gv.Technique) -> None:
     for block in live.model.blocks:
         part = block.attn.qkv if technique.name == "lora" else block.attn
         name = "base_layer" if technique.name == "lora" else "qkv"
-        setattr(part, name, torch.ao.nn.quantized.dynamic.Linear.from_float(_with_qconfig(getattr(part, name))))
+        setattr(
+            part,
+            name,
+            torch.ao.nn.quantized.dynamic.Linear.from_float(_with_qconfig(getattr(part, name))),
+        )
     if technique.name == "lora":
         with pytest.raises(gv.GreenvisError, match="merge first, then convert"):
             live.merge()
@@ -196,7 +213,7 @@ def _with_qconfig(linear: Any) -> Any:
     return linear
 
 
-# -- converted --------------------------------------------------------------------------------------------------------------
+# -- converted ------------------------------------------------------------------------------------
 
 
 def _timm_bn(model: nn.Module) -> nn.Module:
@@ -212,10 +229,18 @@ def _torch_bn(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("convert", [_timm_bn, _torch_bn], ids=["timm", "torch"])
 @pytest.mark.parametrize(
     "technique",
-    [gv.LinearProbe(), gv.Lora(rank=2, targets="conv"), gv.Bitfit(), gv.NormTune(statistics="hold"), gv.Partial(blocks=1)],
+    [
+        gv.LinearProbe(),
+        gv.Lora(rank=2, targets="conv"),
+        gv.Bitfit(),
+        gv.NormTune(statistics="hold"),
+        gv.Partial(blocks=1),
+    ],
     ids=lambda t: t.name,
 )
-def test_statistics_of_held_norms_stay_after_a_conversion(convert: Any, technique: gv.Technique) -> None:
+def test_statistics_of_held_norms_stay_after_a_conversion(
+    convert: Any, technique: gv.Technique
+) -> None:
     torch.manual_seed(0)
     live = gv.wrap(torchvision.models.resnet18(num_classes=3), [technique])
     held = [n for n, m in live.model.named_modules() if "_greenvis_held_in_eval" in vars(m)]
@@ -240,7 +265,7 @@ def test_statistics_of_held_norms_stay_after_a_conversion(convert: Any, techniqu
     assert not any(isinstance(m, nn.SyncBatchNorm) for m in live.undo().modules())
 
 
-# -- compiled ---------------------------------------------------------------------------------------------------------------
+# -- compiled -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -253,13 +278,20 @@ def test_statistics_of_held_norms_stay_after_a_conversion(convert: Any, techniqu
     ids=["compiled", "a part", "script"],
 )
 def test_a_compiled_model_is_refused(make: Callable[[nn.Module], Any]) -> None:
-    with pytest.raises(gv.BadInput, match=r"wrap before you compile|wrap the model it was made from"):
+    with pytest.raises(
+        gv.BadInput, match=r"wrap before you compile|wrap the model it was made from"
+    ):
         gv.wrap(make(vit()), [gv.Bitfit()])
 
 
 @pytest.mark.parametrize(
     "technique",
-    [gv.TokenMerge(r=4), gv.EarlyExit(at=(1,), threshold=0.0), gv.Prompt(tokens=3), gv.Lora(rank=2)],
+    [
+        gv.TokenMerge(r=4),
+        gv.EarlyExit(at=(1,), threshold=0.0),
+        gv.Prompt(tokens=3),
+        gv.Lora(rank=2),
+    ],
     ids=lambda t: t.name,
 )
 def test_what_was_compiled_and_run_before_wrap_is_compiled_anew(technique: gv.Technique) -> None:
@@ -274,12 +306,14 @@ def test_what_was_compiled_and_run_before_wrap_is_compiled_anew(technique: gv.Te
         want = model(x)
         assert not torch.allclose(want, plain)
         torch.testing.assert_close(old(x), want, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(torch.compile(model, backend="eager")(x), want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            torch.compile(model, backend="eager")(x), want, rtol=1e-4, atol=1e-5
+        )
         live.undo()
         torch.testing.assert_close(old(x), plain)
 
 
-# -- optimizers -------------------------------------------------------------------------------------------------------------
+# -- optimizers -----------------------------------------------------------------------------------
 
 
 def _train(live: Any, *optimizers: torch.optim.Optimizer) -> None:
@@ -306,11 +340,15 @@ def _train(live: Any, *optimizers: torch.optim.Optimizer) -> None:
     ids=lambda t: t.name,
 )
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW], ids=lambda k: k.__name__)
-def test_an_optimizer_built_before_wrap_is_refused_at_its_first_step(technique: gv.Technique, kind: Any) -> None:
+def test_an_optimizer_built_before_wrap_is_refused_at_its_first_step(
+    technique: gv.Technique, kind: Any
+) -> None:
     model = vit()
     optimizer = kind(model.parameters(), lr=0.1)
     live = gv.wrap(model, [technique])
-    with pytest.raises(gv.GreenvisError, match=f"'{technique.name}' would train: build the optimizer after wrap"):
+    with pytest.raises(
+        gv.GreenvisError, match=f"'{technique.name}' would train: build the optimizer after wrap"
+    ):
         _train(live, optimizer)
     live.undo()
     model(torch.rand(2, 3, 16, 16)).sum().backward()
@@ -355,7 +393,7 @@ def test_track_says_what_has_not_moved(tmp_path: Any) -> None:
     assert "has moved" not in run.path.read_text()
 
 
-# -- copies -----------------------------------------------------------------------------------------------------------------
+# -- copies ---------------------------------------------------------------------------------------
 
 EXAMPLES = [
     pytest.param(host, kind, i, id=f"{host}-{name}-{i}")
@@ -367,7 +405,10 @@ EXAMPLES = [
 
 def _live(host: str, kind: Any, example: int) -> Any:
     model = {h.name: h for h in default_hosts()}[host].build()
-    arguments = {k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in kind.examples[example].items()}
+    arguments = {
+        k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
+        for k, v in kind.examples[example].items()
+    }
     torch.manual_seed(0)
     try:
         return gv.wrap(model, [kind(**arguments)])
@@ -376,7 +417,9 @@ def _live(host: str, kind: Any, example: int) -> Any:
 
 
 @pytest.mark.parametrize(("host", "kind", "example"), EXAMPLES)
-def test_a_copy_and_a_pickle_answer_alike_and_share_nothing(host: str, kind: Any, example: int) -> None:
+def test_a_copy_and_a_pickle_answer_alike_and_share_nothing(
+    host: str, kind: Any, example: int
+) -> None:
     live = _live(host, kind, example)
     model = live.model
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4)
@@ -428,7 +471,11 @@ def test_a_copy_is_not_wrapped_once_more() -> None:
         gv.wrap(copy.deepcopy(live.model), [gv.Lora(rank=2)])
 
 
-@pytest.mark.parametrize("technique", [gv.LinearProbe(), gv.NormTune(statistics="hold"), gv.Bitfit()], ids=lambda t: t.name)
+@pytest.mark.parametrize(
+    "technique",
+    [gv.LinearProbe(), gv.NormTune(statistics="hold"), gv.Bitfit()],
+    ids=lambda t: t.name,
+)
 def test_a_copy_holds_its_norms_after_a_conversion_too(technique: gv.Technique) -> None:
     copied = copy.deepcopy(gv.wrap(torchvision.models.resnet18(num_classes=3), [technique]).model)
     copied = nn.SyncBatchNorm.convert_sync_batchnorm(copied).train()

@@ -1,4 +1,5 @@
-"""greenvis in others' trainers: the same counts as in our own loop, no second carbon tracker, failures told."""
+"""greenvis in others' trainers: the same counts as in our own loop, no second carbon tracker,
+failures told."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import Trainer, TrainingArguments
 
 import greenvis as gv
+from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.integrations import lightning as on_lightning
 from greenvis.integrations import transformers as on_transformers
-from greenvis.record import Run, find, read
-from greenvis.technique import Installed, Stage, Technique
+from greenvis.meters.record import Run, find, read
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.sum(1) > 0).long()
@@ -77,7 +78,9 @@ def _stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
 
 
-def _trainer(green: on_transformers.GreenCallback, out: Path, kind: type[Trainer] = Trainer, **more: Any) -> Trainer:
+def _trainer(
+    green: on_transformers.GreenCallback, out: Path, kind: type[Trainer] = Trainer, **more: Any
+) -> Trainer:
     settings: dict[str, Any] = {
         "report_to": "none",
         "eval_strategy": "epoch",
@@ -86,7 +89,8 @@ def _trainer(green: on_transformers.GreenCallback, out: Path, kind: type[Trainer
         **more,
     }
     arguments = TrainingArguments(
-        str(out), num_train_epochs=2, per_device_train_batch_size=5, save_strategy="no", use_cpu=True, disable_tqdm=True,
+        str(out), num_train_epochs=2, per_device_train_batch_size=5, save_strategy="no",
+        use_cpu=True, disable_tqdm=True,
         max_grad_norm=0.0, **settings,
     )  # fmt: skip
     return kind(
@@ -140,16 +144,21 @@ class _Module(pl.LightningModule):
         return F.cross_entropy(logits, y) + self.live.loss(x, y, logits)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.log("val_accuracy", (self.net(batch[0])["logits"].argmax(-1) == batch[1]).float().mean())
+        self.log(
+            "val_accuracy", (self.net(batch[0])["logits"].argmax(-1) == batch[1]).float().mean()
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.live.param_groups(0.1), lr=0.1)
 
 
-def _fit(green: on_lightning.GreenCallback, out: Path, fails: bool = False, **more: Any) -> pl.Trainer:
+def _fit(
+    green: on_lightning.GreenCallback, out: Path, fails: bool = False, **more: Any
+) -> pl.Trainer:
     loader = DataLoader(TensorDataset(X, Y), batch_size=5)
     trainer = pl.Trainer(
-        max_epochs=2, callbacks=[green], accelerator="cpu", default_root_dir=str(out), logger=False, enable_checkpointing=False,
+        max_epochs=2, callbacks=[green], accelerator="cpu", default_root_dir=str(out), logger=False,
+        enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, **more,
     )  # fmt: skip
     trainer.fit(_Module(green.live, fails), loader, loader)
@@ -158,7 +167,9 @@ def _fit(green: on_lightning.GreenCallback, out: Path, fails: bool = False, **mo
 
 def test_a_lightning_run_is_metered_by_epoch(tmp_path: Path) -> None:
     live = gv.wrap(_Net(), _Double())
-    trainer = _fit(on_lightning.GreenCallback(live, "l", dir=tmp_path), tmp_path, accumulate_grad_batches=2)
+    trainer = _fit(
+        on_lightning.GreenCallback(live, "l", dir=tmp_path), tmp_path, accumulate_grad_batches=2
+    )
     installed = live.installed[0]
     assert isinstance(installed, _Doubled)
     assert (installed.steps, installed.epochs) == (4, 2)

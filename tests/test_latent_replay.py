@@ -1,4 +1,5 @@
-"""Latent replay: what joins at a layer, what is frozen and not run below it, and what is refused."""
+"""Latent replay: what joins at a layer, what is frozen and not run below it, and what is
+refused."""
 
 from __future__ import annotations
 
@@ -32,9 +33,13 @@ def _step(live: Any, seed: int, optimizer: Any = None) -> tuple[Tensor, Tensor, 
     return x, y, logits.detach()
 
 
-@pytest.mark.parametrize(("name", "layer", "module"), [("timm-vit", 2, "blocks.2"), ("timm-convnext", "stages.2", "stages.2")])
+@pytest.mark.parametrize(
+    ("name", "layer", "module"),
+    [("timm-vit", 2, "blocks.2"), ("timm-convnext", "stages.2", "stages.2")],
+)
 def test_replayed_features_join_at_the_layer(name: str, layer: Any, module: str) -> None:
-    """The logits of replayed rows are those of the kept images, to within the storage; nothing below runs for them."""
+    """The logits of replayed rows are those of the kept images, to within the storage; nothing
+    below runs for them."""
     live = _live(name, layer, exact=True)
     entered: list[int] = []
     first = next(m for m in live.model.modules() if isinstance(m, nn.Conv2d))
@@ -61,7 +66,9 @@ def test_replayed_features_join_at_the_layer(name: str, layer: Any, module: str)
     assert not any(n.startswith(module) for n in before)
 
 
-@pytest.mark.parametrize(("name", "layer"), [("timm-vit", 1), ("timm-swin", -1), ("timm-resnet", 3)])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("timm-vit", 1), ("timm-swin", -1), ("timm-resnet", 3)]
+)
 def test_features_are_bytes_by_channel(name: str, layer: int) -> None:
     host = HOSTS[name]
     both: list[Any] = []
@@ -113,7 +120,10 @@ def test_saved_and_loaded_it_goes_on_exactly(method: Any, tmp_path: Path) -> Non
     second.load(tmp_path)
     for seed in range(2, 4):
         _step(second, seed)
-    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+    )
 
 
 def test_an_evaluation_is_left_alone_and_undo_is_whole() -> None:
@@ -159,7 +169,9 @@ def test_refusals_say_what_to_do() -> None:
 def test_lwf_compares_the_images_and_not_what_joined_them() -> None:
     """Replayed features have no image that the earlier model could be shown."""
     torch.manual_seed(5)
-    live: Any = gv.wrap(HOSTS["timm-vit"].build(), [gv.Replay(size=8, latent=2, batch_size=4), gv.Lwf()])
+    live: Any = gv.wrap(
+        HOSTS["timm-vit"].build(), [gv.Replay(size=8, latent=2, batch_size=4), gv.Lwf()]
+    )
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4) % 5
     live.end_task([(x, y)])
     _step(live, 0)

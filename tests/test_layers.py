@@ -1,89 +1,63 @@
-"""Who may import whom: DESIGN's table, read off the source."""
+"""Who may import whom: the rooms of the house, read off the imports."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "greenvis"
-BELOW_REPORT = {"record", "price", "grid"}
-ENGINE = {"technique", "surgery", "views", "trace", "wrap", "registry", "recipe", "yamlfile", "record", "price", "grid",
-          "models", "data", "stream", "cache", "knn", "train", "meters"}  # fmt: skip
-EVERYBODYS = {"errors", "files", "modes", "ranks", "answers"}
-# what is not listed is forbidden; a package may import its own parts
-ALLOWED: dict[str, set[str]] = {
+# a room may import those named, and errors; what is not named is forbidden
+ROOMS: dict[str, set[str]] = {
     "errors": set(),
-    "failures": set(),
-    "files": set(),
-    "modes": set(),
-    "ranks": set(),
-    "herding": set(),
-    "answers": set(),
-    "trainers": set(),
-    "technique": {"answers"},
-    "record": set(),
-    "grid": set(),
-    "price": {"record"},
-    "yamlfile": set(),
-    "models": {"technique"},
-    "data": set(),
-    "stream": {"data", "technique"},
-    "cache": set(),
-    "surgery": {"technique"},
-    "trace": {"technique", "surgery"},
-    "views": {"technique", "surgery", "trace"},
-    "folding": {"technique", "surgery", "views"},
-    "knn": {"technique", "views", "trace"},
-    "registry": {"technique", "techniques"},
-    "techniques": {"technique", "surgery", "trainers", "views", "models", "cache", "herding"},
-    "wrap": {"technique", "surgery", "trainers", "models"},
-    "recipe": {"technique", "registry", "yamlfile"},
-    "meters": BELOW_REPORT,
-    "cl_metrics": set(),
-    "report": BELOW_REPORT | {"cl_metrics", "yamlfile"},
-    "train": {"technique", "wrap", "recipe", "record", "price", "meters", "stream"},
-    "testing": {"technique", "wrap", "recipe", "registry", "train", "surgery", "views"},
-    "jobs": {"data", "meters", "models", "recipe", "technique"},
-    "lineage": BELOW_REPORT | {"jobs", "models", "technique"},
-    "subset": {"data", "models", "herding"},
-    "stages": {"technique", "surgery", "views", "models", "wrap", "train", "meters", "jobs"},
-    "experiment": ENGINE | {"folding", "jobs", "lineage", "stages", "subset"},
-    "transfer": set(),
-    "rank": ENGINE | {"jobs", "transfer"},
-    "sweep": {"jobs", "recipe"},
-    "on_ray": {"recipe", "jobs", "experiment"},
-    "plan": ENGINE | {"jobs", "experiment", "stages", "subset"},
-    "probe": ENGINE | {"experiment", "jobs", "lineage", "sweep"},
-    "advise": ENGINE | {"experiment", "jobs", "lineage", "plan", "rank", "report"},
-    "bench": ENGINE | {"advise", "experiment", "rank", "testing"},
-    "integrations": {"technique", "wrap", "meters"},
-    "export": {"jobs", "models", "record", "report", "technique"},
+    "tasks": set(),
+    "core": {"tasks"},
+    "meters": {"core"},
+    "data": {"core"},
+    "models": {"core", "tasks"},
+    "techniques": {"core", "data", "models", "tasks"},
+    "experiment": {"core", "data", "meters", "models", "techniques"},
+    "report": {"core", "meters", "tasks"},
+    "planning": {"core", "data", "experiment", "meters", "models", "report"},
+    "integrations": {"core", "experiment", "meters", "models", "report"},
+    "testing": {"core"},
+    "bench": {
+        "core", "experiment", "meters", "models", "planning", "techniques", "testing",
+    },
+    "cli": {
+        "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",
+        "techniques",
+    },
     "__main__": {"cli"},
-    "cli": {"failures", "verbs"},
-    "verbs": ENGINE
-    | {"plan", "experiment", "report", "bench", "export", "rank", "lineage", "probe", "advise", "sweep", "on_ray"},
-}
-# files that belong to one unit: split only to keep each short
-PART_OF = {"cache_files": "cache", "deltas": "wrap", "intact": "wrap", "owners": "wrap", "sources": "data", "transform": "data",
-           "weights": "models", "libraries": "models", "plain": "models", "preprocessing": "models",
-           "checkpoint": "train", "loggers": "train",
-           "recipe_checks": "recipe", "continual": "train", "startup": "experiment",
-           "verbs_bases": "verbs", "terminal": "verbs", "verbs_models": "verbs",
-           "candidates": "advise", "trials": "advise", "extrapolate": "advise"}  # fmt: skip
+}  # fmt: skip
+MOST_ROOMS, MOST_FLOORS = 16, 9
+FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
 
 
-def _unit(module: str) -> str:
-    first = module.removeprefix("greenvis").lstrip(".").split(".")[0]
-    return PART_OF.get(first, first)
+def _name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _imports(path: Path) -> set[str]:
-    out = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def _is_module(name: str) -> bool:
+    path = ROOT.parent / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
+
+
+@cache
+def _imports(path: Path) -> frozenset[str]:
+    """What a file imports as it runs, sooner or later; what only type checkers read is left out."""
+    out: set[str] = set()
+    tree = ast.parse(path.read_text())
+    checked = [n for n in ast.walk(tree) if isinstance(n, ast.If) and _is_for_types(n)]
+    for_types = {id(below) for n in checked for body in n.body for below in ast.walk(body)}
+    for node in ast.walk(tree):
+        if id(node) in for_types:
+            continue
         if isinstance(node, ast.Import):
             out |= {a.name for a in node.names if a.name.split(".")[0] == "greenvis"}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "greenvis":
@@ -91,52 +65,108 @@ def _imports(path: Path) -> set[str]:
             out |= {m if _is_module(m) else str(node.module) for m in below}
         elif isinstance(node, ast.ImportFrom) and node.level:
             raise AssertionError(f"{path}: relative import; write the whole name")
-    return {m for m in out if m != "greenvis"}
+    return frozenset(out - {"greenvis"})
 
 
-def _is_module(name: str) -> bool:
-    path = ROOT.parent / name.replace(".", "/")
-    return path.with_suffix(".py").exists() or path.is_dir()
+def _is_for_types(node: ast.If) -> bool:
+    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
-FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+def _room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_there_are_few_rooms_and_few_floors() -> None:
+    rooms = {p.stem for p in ROOT.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()}
+    assert rooms - {"__init__"} == set(ROOMS)
+    assert len(ROOMS) <= MOST_ROOMS
+
+    def floor(room: str) -> int:
+        return 1 + max((floor(below) for below in ROOMS[room]), default=0)
+
+    assert max(map(floor, ROOMS)) <= MOST_FLOORS  # endless where the table has a circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_only_what_lies_below(path: Path) -> None:
-    unit = _unit(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    assert unit in ALLOWED, f"{path}: a new unit; give it a row in the table"
+    room = _room(_name(path))
     for module in _imports(path):
-        target = _unit(module)
-        if target == unit and (unit not in ("techniques", "bench") or _shared(module) or _of_one_benchmark(module, path)):
+        below = _room(module)
+        assert below in ROOMS[room] | {room, "errors"}, f"{room} may not import {module}"
+        if below != room:
+            private = [part for part in module.split(".")[2:] if part.startswith("_")]
+            assert not private or (room == "bench"), f"{module} is {below}'s own"
+
+
+def test_no_row_of_the_table_is_idle() -> None:
+    used: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for path in FILES:
+        used[_room(_name(path))] |= {_room(m) for m in _imports(path)}
+    assert {room: below - used[room] for room, below in ROOMS.items() if below - used[room]} == {}
+
+
+def test_no_circle_among_files() -> None:
+    below = {_name(p): {m for m in _imports(p) if m != _name(p)} for p in FILES}
+    done: set[str] = set()
+    under_way: list[str] = []
+
+    def visit(module: str) -> None:
+        assert module not in under_way, " → ".join([*under_way[under_way.index(module) :], module])
+        if module in done or module not in below:
+            return
+        under_way.append(module)
+        for other in below[module]:
+            visit(other)
+        under_way.pop()
+        done.add(module)
+
+    for module in below:
+        visit(module)
+
+
+def _home(module: str) -> tuple[str, ...]:
+    """The folder of a technique or benchmark file; a package of its own is its folder."""
+    return tuple(module.split(".")[1:-1])
+
+
+@pytest.mark.parametrize("room", ["techniques", "bench"])
+def test_no_technique_and_no_benchmark_imports_another(room: str) -> None:
+    """What several of a family share is a file with an underscore; what families share is _shared."""
+    for path in FILES:
+        if _room(name := _name(path)) != room:
             continue
-        assert target in ALLOWED[unit] | EVERYBODYS or (target == unit and _is_package(module)), (
-            f"{unit} may not import {module}"
-        )
-
-
-def _shared(module: str) -> bool:
-    """One technique or benchmark never imports another; what several share is a file with an underscore."""
-    return module.rpartition(".")[2].startswith("_")
-
-
-def _of_one_benchmark(module: str, path: Path) -> bool:
-    """A benchmark may be a folder."""
-    return module.split(".")[1] == "bench" and module.split(".")[2:3] == [path.relative_to(ROOT).with_suffix("").parts[1]]
+        for module in _imports(path):
+            if _room(module) != room or _is_package(module):
+                continue
+            parts, home = module.split("."), _home(module)
+            own = tuple(name.split(".")[1:])
+            if parts[-1].startswith("_"):
+                assert home == own[: len(home)], f"{name} imports {module}"
+            else:
+                of_one_benchmark = room == "bench" and home == own[: len(home)] != ("bench",)
+                assert "_shared" in parts or of_one_benchmark, f"{name} imports {module}"
 
 
 def _is_package(module: str) -> bool:
     return (ROOT.parent / module.replace(".", "/")).is_dir()
 
 
+def _techniques() -> set[str]:
+    files = (ROOT / "techniques").glob("*/*/*.py")
+    return {p.stem for p in files if not p.stem.startswith("_") and p.parts[-3] != "_shared"}
+
+
 def test_a_technique_is_named_in_its_own_file_only() -> None:
     """No `if technique == "lora"` anywhere: names of techniques are no words of the engine."""
-    names = {p.stem for p in (ROOT / "techniques").rglob("*.py") if not p.stem.startswith("_")}
+    names = _techniques()
+    assert {"lora", "replay", "distill", "early_exit"} <= names
     for path in FILES:
         if path.stem in names or "bench" in path.parts or "testing" in path.parts:
             continue
         words = {
-            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            n.value
+            for n in ast.walk(ast.parse(path.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
         if "report" in path.parts:
             words -= {"mae"}  # there it is the mean absolute error
@@ -145,23 +175,31 @@ def test_a_technique_is_named_in_its_own_file_only() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["greenvis", "greenvis.record", "greenvis.price", "greenvis.report", "greenvis.registry", "greenvis.recipe", "greenvis.cli",
-     "greenvis.meters.track"],
-)  # fmt: skip
+    [
+        "greenvis",
+        "greenvis.cli.main",
+        "greenvis.experiment.recipe",
+        "greenvis.meters.pricing",
+        "greenvis.meters.record",
+        "greenvis.meters.track",
+        "greenvis.report",
+        "greenvis.techniques.registry",
+    ],
+)
 def test_does_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_record_needs_the_standard_library_only() -> None:
-    for name in ("record", "price", "grid", "errors", "files"):
-        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
-            roots = (
-                [a.name for a in node.names]
-                if isinstance(node, ast.Import)
-                else [node.module or ""]
-                if isinstance(node, ast.ImportFrom)
-                else []
-            )
-            for root in roots:
-                assert root.split(".")[0] in {*sys.stdlib_module_names, "greenvis"}, f"{name} imports {root}"
+@pytest.mark.parametrize(
+    "file", ["errors", "core/files", "meters/grid", "meters/pricing", "meters/record"]
+)
+def test_record_needs_the_standard_library_only(file: str) -> None:
+    for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):
+        if isinstance(node, ast.Import):
+            roots = [a.name for a in node.names]
+        else:
+            roots = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for root in roots:
+            known = {*sys.stdlib_module_names, "greenvis"}
+            assert root.split(".")[0] in known, f"{file} imports {root}"

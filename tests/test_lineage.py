@@ -1,4 +1,5 @@
-"""What a model was made from stands in its record and in its file, with what all of it cost; wrong bases are refused early."""
+"""What a model was made from stands in its record and in its file, with what all of it cost; wrong
+bases are refused early."""
 
 from __future__ import annotations
 
@@ -13,10 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTForImageClassification
 
 import greenvis as gv
-from greenvis import lineage, price, probe, record
-from greenvis.cli import main
+from greenvis.cli.main import main
 from greenvis.errors import BadInput
-from greenvis.price import run_energy
+from greenvis.experiment import lineage
+from greenvis.meters import pricing, record
+from greenvis.meters.pricing import run_energy
+from greenvis.planning import probe
 from greenvis.report import exports
 
 RECIPE = """\
@@ -56,8 +59,10 @@ def _run(folder: Path, arm: str) -> record.Run:
 
 def test_a_record_names_the_whole_lineage_and_who_builds_on_whom(finished: Path) -> None:
     youngest = _run(finished, "youngest")
-    assert all("energy_j" not in use and "components" not in use["observed"][0] for use in youngest.uses)  # metered alike
-    lines = {use["name"]: use for use in price.uses(youngest)}
+    assert all(
+        "energy_j" not in use and "components" not in use["observed"][0] for use in youngest.uses
+    )  # metered alike
+    lines = {use["name"]: use for use in pricing.uses(youngest)}
     assert {name: sorted(use["of"]) for name, use in lines.items()} == {
         "family/young": ["family/youngest seed 0"],
         "family/old": ["family/young seed 0", "family/youngest seed 0"],
@@ -72,7 +77,11 @@ def test_a_record_names_the_whole_lineage_and_who_builds_on_whom(finished: Path)
 def test_a_file_carries_its_card(finished: Path, tmp_path: Path) -> None:
     shutil.copy(_place(finished, "youngest") / "model.safetensors", tmp_path / "alone.safetensors")
     card = lineage.read_card(tmp_path / "alone.safetensors")
-    assert (card["arm"], card["seed"], card["ref"]) == ("family/youngest", 0, "timm/vit_tiny_patch16_224")
+    assert (card["arm"], card["seed"], card["ref"]) == (
+        "family/youngest",
+        0,
+        "timm/vit_tiny_patch16_224",
+    )
     assert card["data"]["name"] == "digits"
     assert "run:young" in card["recipe"]
     own = [run_energy(_run(finished, arm)).value or 0.0 for arm in ("youngest", "young", "old")]
@@ -95,16 +104,22 @@ def test_a_file_as_base_brings_its_family_along(finished: Path, tmp_path: Path) 
     shutil.copy(_place(finished, "young") / "model.safetensors", tmp_path / "young.safetensors")
     text = RECIPE.partition("arms:")[0] + (
         'arms:\n  tuned: {model: {init: "file:young.safetensors"}}\n'
-        '  taught: {techniques: [{reuse: {base: "file:young.safetensors"}}]}\nmeter: {codecarbon: false}\n'
+        '  taught: {techniques: [{reuse: {base: "file:young.safetensors"}}]}\nmeter: {codecarbon: '
+        "false}\n"
     )
     gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
     for arm in ("tuned", "taught"):
         run = _run(tmp_path, arm)
-        assert {(u["role"], u["name"]) for u in run.uses} == {("base", "family/young"), ("base", "family/old")}
+        assert {(u["role"], u["name"]) for u in run.uses} == {
+            ("base", "family/young"),
+            ("base", "family/old"),
+        }
         before = run.header["inputs"]
         assert before
     shutil.copy(_place(finished, "old") / "model.safetensors", tmp_path / "young.safetensors")
-    gv.run(_write(tmp_path, text), runs=tmp_path / "runs")  # another file of the same name is another base
+    gv.run(
+        _write(tmp_path, text), runs=tmp_path / "runs"
+    )  # another file of the same name is another base
     assert len(list(record.find([_place(tmp_path, "tuned")]))) == 2
 
 
@@ -123,7 +138,10 @@ def test_refuses_a_base_that_cannot_be_before_anything_is_written(
     finished: Path, tmp_path: Path, change: tuple[str, str], says: str
 ) -> None:
     shutil.copy(_place(finished, "old") / "model.safetensors", tmp_path / "old.safetensors")
-    text = RECIPE.partition("arms:")[0] + 'arms:\n  tuned: {model: {init: "BASE"}}\nmeter: {codecarbon: false}\n'
+    text = (
+        RECIPE.partition("arms:")[0]
+        + 'arms:\n  tuned: {model: {init: "BASE"}}\nmeter: {codecarbon: false}\n'
+    )
     text = text.replace(*change).replace("BASE", "file:old.safetensors")
     with pytest.raises(BadInput, match=says):
         gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
@@ -133,25 +151,51 @@ def test_refuses_a_base_that_cannot_be_before_anything_is_written(
 def test_a_file_without_a_card_is_said_to_have_none(tmp_path: Path) -> None:
     from greenvis import models
 
-    size: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    size: dict[str, Any] = {
+        "img_size": 8,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+    }
     model = models.build("timm/vit_tiny_patch16_224", **size)
     models.save(model, tmp_path / "bare.safetensors", ref="timm/vit_tiny_patch16_224", options=size)
     with pytest.raises(BadInput, match="no card of how it was made"):
         lineage.read_card(tmp_path / "bare.safetensors")
 
 
-def test_probe_evaluates_what_a_run_left(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--set", "meter.codecarbon=false", "--set", "train.epochs=1", "--set", "arms.fine-tuned-1.train.epochs=1"]
+def test_probe_evaluates_what_a_run_left(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = [
+        "--set",
+        "meter.codecarbon=false",
+        "--set",
+        "train.epochs=1",
+        "--set",
+        "arms.fine-tuned-1.train.epochs=1",
+    ]
     place = _place(finished, "young")
     before = load_file(place / "model.safetensors")
-    words = ["probe", str(place), *short, "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+    words = [
+        "probe",
+        str(place),
+        *short,
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert main(words) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert set(found["arms"]) == {
-        "linear", "neighbours", "input-adapter", "encoder-adapters", "fine-tuned", "fine-tuned-10", "fine-tuned-1",
+        "linear", "neighbours", "input-adapter", "encoder-adapters", "fine-tuned", "fine-tuned-10",
+        "fine-tuned-1",
     }  # fmt: skip
     rows = found["arms"]
-    assert all(row["accuracy"]["mean"] is not None and row["status"] == "done" for row in rows.values())
+    assert all(
+        row["accuracy"]["mean"] is not None and row["status"] == "done" for row in rows.values()
+    )
     assert {u["name"] for u in rows["linear"]["uses"]} == {"family/young", "family/old"}
     (folder,) = (tmp_path / "runs").glob("probe-family-young.*epochs-1*")
     (few,) = record.find([folder / "fine-tuned-10"])
@@ -164,16 +208,21 @@ def test_probe_evaluates_what_a_run_left(finished: Path, tmp_path: Path, capsys:
 
 def test_probe_leaves_out_what_the_model_cannot_take(tmp_path: Path) -> None:
     text = RECIPE.partition("model:")[0] + (
-        "model: {ref: plain/mlp, img_size: 8, hidden: [8]}\ntrain: {epochs: 1, threads: 1}\narms: {net: {}}\n"
+        "model: {ref: plain/mlp, img_size: 8, hidden: [8]}\ntrain: {epochs: 1, threads: 1}\narms: "
+        "{net: {}}\n"
         "meter: {codecarbon: false}\n"
     )
     gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
     said: list[str] = []
     protocol = tmp_path / "few.yaml"
-    protocol.write_text("arms: {linear: {techniques: [linear_probe]}, adapters: {techniques: [adapter_probe]}}\n")
+    protocol.write_text(
+        "arms: {linear: {techniques: [linear_probe]}, adapters: {techniques: [adapter_probe]}}\n"
+    )
     place = tmp_path / "runs" / "family" / "net"
     quiet = ["meter.codecarbon=false"]
-    folder, recipe = probe.probe(place, protocol=protocol, overrides=quiet, runs=tmp_path / "runs", say=said.append)
+    folder, recipe = probe.probe(
+        place, protocol=protocol, overrides=quiet, runs=tmp_path / "runs", say=said.append
+    )
     assert list(recipe.arms) == ["linear"]
     assert any(text.startswith("adapters: left out: ") for text in said)
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["linear"]
@@ -184,10 +233,14 @@ def test_probe_leaves_out_what_the_model_cannot_take(tmp_path: Path) -> None:
         probe.probe(place, protocol=protocol, runs=tmp_path / "runs")
 
 
-def test_a_report_draws_the_family_with_the_energy_of_each_line(finished: Path, tmp_path: Path) -> None:
+def test_a_report_draws_the_family_with_the_energy_of_each_line(
+    finished: Path, tmp_path: Path
+) -> None:
     gv.report([finished / "runs" / "family"], out=tmp_path)
     found = json.loads((tmp_path / "results.json").read_text())["family"]
-    own = {name: run_energy(_run(finished, name)).value or 0.0 for name in ("old", "young", "youngest")}
+    own = {
+        name: run_energy(_run(finished, name)).value or 0.0 for name in ("old", "young", "youngest")
+    }
     assert {(link["of"], link["on"]) for link in found["links"]} == {
         ("family/young", "family/old"),
         ("family/youngest", "family/young"),
@@ -197,12 +250,16 @@ def test_a_report_draws_the_family_with_the_energy_of_each_line(finished: Path, 
     assert lines["old"]["own_j"] == lines["old"]["line_j"] == pytest.approx(own["old"])
     above = lines["young"]["own_j"] + lines["old"]["own_j"]
     assert lines["young"]["line_j"] == pytest.approx(above)
-    assert lines["youngest"]["line_j"] == pytest.approx(lines["youngest"]["own_j"] + above)  # old counts once
+    assert lines["youngest"]["line_j"] == pytest.approx(
+        lines["youngest"]["own_j"] + above
+    )  # old counts once
     assert "youngest" in (tmp_path / "figures" / "family.svg").read_text()
     assert "What was made from what" in (tmp_path / "report.md").read_text()
 
 
-def test_a_report_of_nothing_that_builds_on_anything_has_no_family(finished: Path, tmp_path: Path) -> None:
+def test_a_report_of_nothing_that_builds_on_anything_has_no_family(
+    finished: Path, tmp_path: Path
+) -> None:
     gv.report([_place(finished, "old")], out=tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["family"] is None
     assert not (tmp_path / "figures" / "family.svg").exists()
@@ -213,21 +270,39 @@ def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path,
     from greenvis import models
 
     size = "img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2"
-    given: dict[str, Any] = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "in_chans": 1}
-    save_file(models.build("timm/vit_tiny_patch16_224", **given).state_dict(), tmp_path / "theirs.safetensors")
+    given: dict[str, Any] = {
+        "img_size": 8,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "in_chans": 1,
+    }
+    save_file(
+        models.build("timm/vit_tiny_patch16_224", **given).state_dict(),
+        tmp_path / "theirs.safetensors",
+    )
     refs = {
         "pretrained": f"timm/vit_tiny_patch16_224, {size}, pretrained: theirs.safetensors",
         "init": f'timm/vit_tiny_patch16_224, {size}, init: "file:theirs.safetensors"',
         "hf": "hf/theirs",
     }
     if way == "hf":
-        config: dict[str, Any] = {"image_size": 8, "patch_size": 2, "num_channels": 1, "hidden_size": 16, "num_labels": 10}
+        config: dict[str, Any] = {
+            "image_size": 8,
+            "patch_size": 2,
+            "num_channels": 1,
+            "hidden_size": 16,
+            "num_labels": 10,
+        }
         config |= {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
         ViTForImageClassification(ViTConfig(**config)).save_pretrained(tmp_path / "theirs")
     text = RECIPE.partition("model:")[0] + (
-        f"model: {{ref: {refs[way]}}}\ntrain: {{epochs: 1, batch_size: 50, eval_every: 0, threads: 1}}\n"
+        f"model: {{ref: {refs[way]}}}\ntrain: {{epochs: 1, batch_size: 50, eval_every: 0, threads: "
+        f"1}}\n"
         "arms:\n  first: {}\n  probe: {techniques: [linear_probe]}\n"
-        '  second: {model: {ref: plain/mlp, img_size: 8, hidden: [8]}, techniques: [{distill: {teacher: "run:first"}}]}\n'
+        "  second: {model: {ref: plain/mlp, img_size: 8, hidden: [8]}, techniques: [{distill: "
+        '{teacher: "run:first"}}]}\n'
         "meter: {codecarbon: false}\n"
     )
     gv.run(_write(tmp_path, text), runs=tmp_path / "runs")
@@ -241,7 +316,9 @@ def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path,
     second = found["arms"]["second"]
     (taught,) = [u["energy_j"]["value"] for u in second["uses"] if u["name"] == "family/first"]
     line = second["train_energy_j"]["value"] + taught
-    assert second["train_energy_with_reuse_j"]["value"] == pytest.approx(line)  # what is known, and no zero for the rest
+    assert second["train_energy_with_reuse_j"]["value"] == pytest.approx(
+        line
+    )  # what is known, and no zero for the rest
     assert found["family"]["members"]["family/second"]["line_j"] is None
     assert any(name in text and "not known" in text for text in found["not_counted"])
     page = (folder / "report.md").read_text()
@@ -259,7 +336,10 @@ def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path,
 def test_random_weights_are_nobodys() -> None:
     from greenvis import models
 
-    assert models.published("timm/vit_tiny_patch16_224", pretrained=True) == "timm/vit_tiny_patch16_224 with published weights"
+    assert (
+        models.published("timm/vit_tiny_patch16_224", pretrained=True)
+        == "timm/vit_tiny_patch16_224 with published weights"
+    )
     assert models.published("timm/vit_tiny_patch16_224", pretrained=None) is None
     assert models.published("hf/vit") is None
     assert models.published("plain/mlp", hidden=[8]) is None

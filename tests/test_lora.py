@@ -1,4 +1,5 @@
-"""LoRA equals PEFT's own, learns wherever weights are read, merges exactly, and refuses what it cannot do."""
+"""LoRA equals PEFT's own, learns wherever weights are read, merges exactly, and refuses what it
+cannot do."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.lora import Lora
 
 DATA = Path(__file__).parent / "data"
 
@@ -43,7 +44,13 @@ def test_equals_peft_on_the_fixture() -> None:
     row = torch.load(DATA / "lora_peft.pt", weights_only=True)["rows"][0]
     model = _Two()
     model.load_state_dict(row["base"])
-    request = Lora(rank=row["r"], alpha=row["lora_alpha"], targets=("fc",), head="freeze", input_shape=(1, 3, 4))
+    request = Lora(
+        rank=row["r"],
+        alpha=row["lora_alpha"],
+        targets=("fc",),
+        head="freeze",
+        input_shape=(1, 3, 4),
+    )
     live = wrap(model, request)
     assert sum(p.numel() for p in live.trainable.values()) == row["trainable_params"]
     with torch.no_grad():
@@ -54,7 +61,9 @@ def test_equals_peft_on_the_fixture() -> None:
     assert type(model.fc) is nn.Linear
     assert torch.allclose(model.fc.weight, row["merged_weight"], atol=1e-6, rtol=1e-6)
     assert torch.allclose(model(row["x"]), row["y_merged"], atol=1e-5, rtol=1e-4)
-    exact = row["base"]["fc.weight"].double() + row["scaling"] * (row["B"].double() @ row["A"].double())
+    exact = row["base"]["fc.weight"].double() + row["scaling"] * (
+        row["B"].double() @ row["A"].double()
+    )
     assert (model.fc.weight - exact).norm() / exact.norm() < 1e-6
 
 
@@ -95,10 +104,16 @@ def test_variants_start_neutral(variant: Any, init: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "target"),
-    [("torchvision-swin", "attention"), ("torchvision-vit", "attention"), ("plain", "attention"), ("plain", "mlp")],
+    [
+        ("torchvision-swin", "attention"),
+        ("torchvision-vit", "attention"),
+        ("plain", "attention"),
+        ("plain", "mlp"),
+    ],
 )
 def test_weights_that_others_read_learn(name: str, target: str) -> None:
-    """The traps: torchvision's Swin reads qkv and proj itself, nn.MultiheadAttention its out_proj, an encoder layer all."""
+    """The traps: torchvision's Swin reads qkv and proj itself, nn.MultiheadAttention its out_proj,
+    an encoder layer all."""
     model = HOSTS[name].build()
     live = wrap(model, Lora(rank=2, targets=(target,), head="freeze", input_shape=(3, 32, 32)))
     base = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
@@ -106,7 +121,9 @@ def test_weights_that_others_read_learn(name: str, target: str) -> None:
     before = copy.deepcopy(live.trainable)
     _train(live, x)
     assert all(not torch.equal(p, before[n]) for n, p in live.trainable.items() if "lora_B" in n)
-    assert all(torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base)  # no drift of the frozen base
+    assert all(
+        torch.equal(p, base[n]) for n, p in model.named_parameters() if n in base
+    )  # no drift of the frozen base
     with torch.no_grad():  # torch's fast paths run here, and must see the change too
         fast = model(x)
         live.merge().eval()
@@ -178,13 +195,21 @@ def test_patterns() -> None:
 @pytest.mark.parametrize(
     ("name", "request_", "says"),
     [
-        ("timm-vit", {"targets": ["atn.*"]}, r"no Linear matches 'atn\.\*'; this model has 'blocks\.0\.attn\.qkv'.*\(\+7\)"),
+        (
+            "timm-vit",
+            {"targets": ["atn.*"]},
+            r"no Linear matches 'atn\.\*'; this model has 'blocks\.0\.attn\.qkv'.*\(\+7\)",
+        ),
         ("timm-vit", {"targets": ["atention"]}, "did you mean 'attention'"),
         ("timm-vit", {"targets": ["head"]}, "trains in full; set head: freeze"),
         ("timm-resnet", {}, "has no 'attention'"),
         ("torchvision-vit", {"variant": "dora"}, "no DoRA; use variant lora"),
         ("torchvision-swin", {"dropout": 0.1}, "set dropout: 0"),
-        ("torchvision-vit", {"targets": ["*out_proj"]}, "is read as a weight by its nn.MultiheadAttention"),
+        (
+            "torchvision-vit",
+            {"targets": ["*out_proj"]},
+            "is read as a weight by its nn.MultiheadAttention",
+        ),
         ("timm-efficientnet-lite", {"targets": ["conv_dw"]}, r"convolution of \d+ groups"),
         ("timm-convnext", {"targets": ["conv"], "init": "pissa"}, "PEFT cannot"),
     ],
@@ -201,7 +226,9 @@ def test_refusals_change_nothing(name: str, request_: dict[str, Any], says: str)
 
 
 def test_a_grouped_convolution_is_not_merged() -> None:
-    model = nn.Sequential(nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2))
+    model = nn.Sequential(
+        nn.Conv2d(4, 8, 3, groups=2), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 2)
+    )
     live = wrap(model, Lora(rank=4, targets=("0",), input_shape=(4, 8, 8)))
     with pytest.raises(GreenvisError, match="grouped convolutions"):
         live.merge()
@@ -210,6 +237,12 @@ def test_a_grouped_convolution_is_not_merged() -> None:
 
 
 def test_refuses_nonsense() -> None:
-    for wrong in ({"rank": 0}, {"variant": "lorra"}, {"dropout": 1.0}, {"targets": []}, {"ranks": 4}):
+    for wrong in (
+        {"rank": 0},
+        {"variant": "lorra"},
+        {"dropout": 1.0},
+        {"targets": []},
+        {"ranks": 4},
+    ):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Lora(**wrong)  # type: ignore[arg-type]

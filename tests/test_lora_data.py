@@ -1,4 +1,5 @@
-"""AdaLoRA's ranks, and starts that look at data, equal PEFT's own; they resume, load and refuse as everything else does."""
+"""AdaLoRA's ranks, and starts that look at data, equal PEFT's own; they resume, load and refuse as
+everything else does."""
 
 from __future__ import annotations
 
@@ -11,14 +12,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, get_peft_model, initialize_lora_eva_weights
+from peft import (
+    AdaLoraConfig,
+    EvaConfig,
+    LoraConfig,
+    LoraGAConfig,
+    get_peft_model,
+    initialize_lora_eva_weights,
+)
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques.iteration._lora_ranks import orthogonality
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.peft._lora_ranks import orthogonality
+from greenvis.techniques.iteration.peft.lora import Lora
 
 X, Y = torch.rand(8, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
 
@@ -44,11 +52,20 @@ class _WithLoss(nn.Module):
 
 
 def _adalora(**more: Any) -> Lora:
-    given = {"rank": 2, "start_rank": 4, "targets": ("fc", "mid"), "variant": "adalora", "head": "freeze", **more}
+    given = {
+        "rank": 2,
+        "start_rank": 4,
+        "targets": ("fc", "mid"),
+        "variant": "adalora",
+        "head": "freeze",
+        **more,
+    }
     return Lora(**given, input_shape=(3, 4, 4))
 
 
-def _train(live: Wrapped, steps: int, optimizer: torch.optim.Optimizer | None = None) -> torch.optim.Optimizer:
+def _train(
+    live: Wrapped, steps: int, optimizer: torch.optim.Optimizer | None = None
+) -> torch.optim.Optimizer:
     optimizer = optimizer or torch.optim.SGD(live.param_groups(0.5))
     for _ in range(steps):
         x, y = live.batch(X, Y)
@@ -67,7 +84,14 @@ def test_adalora_equals_peft() -> None:
     live = wrap(ours, _adalora(orthogonal=0.3))
     live.plan(20)
     config = AdaLoraConfig(
-        init_r=4, target_r=2, lora_alpha=4, total_step=20, tinit=2, tfinal=6, orth_reg_weight=0.3, target_modules=["fc", "mid"]
+        init_r=4,
+        target_r=2,
+        lora_alpha=4,
+        total_step=20,
+        tinit=2,
+        tfinal=6,
+        orth_reg_weight=0.3,
+        target_modules=["fc", "mid"],
     )
     peft = get_peft_model(theirs, config)
     for n in ("fc", "mid"):
@@ -81,7 +105,11 @@ def test_adalora_equals_peft() -> None:
         peft.base_model.update_and_allocate(step)
         optimizer.zero_grad()
     term = live.installed[0].terms(X, Y, ours(X))["adalora"]
-    factors = [f for n in ("fc", "mid") for f in (getattr(ours, n).lora_A["default"], getattr(ours, n).lora_B["default"].T)]
+    factors = [
+        f
+        for n in ("fc", "mid")
+        for f in (getattr(ours, n).lora_A["default"], getattr(ours, n).lora_B["default"].T)
+    ]
     distances = [torch.linalg.norm(f @ f.T - torch.eye(len(f))).item() for f in factors]
     assert term.item() == pytest.approx(0.3 * sum(distances) / 4)  # their mean, however many layers
     _train(live, 20)
@@ -100,7 +128,9 @@ def test_adalora_equals_peft() -> None:
 def test_orthogonality_is_zero_for_orthonormal_factors() -> None:
     a = torch.eye(2, 5)
     assert orthogonality([("x.lora_A", a), ("x.lora_B", a.T)]) == 0
-    assert orthogonality([("x.lora_A", 2 * a)]) == pytest.approx(3 * 2**0.5)  # ‖4·I − I‖ of two dimensions
+    assert orthogonality([("x.lora_A", 2 * a)]) == pytest.approx(
+        3 * 2**0.5
+    )  # ‖4·I − I‖ of two dimensions
     assert orthogonality([("x.lora_A", 2 * a), ("x.lora_B", a.T)]) == pytest.approx(1.5 * 2**0.5)
 
 
@@ -133,13 +163,18 @@ def test_adalora_says_what_it_misses() -> None:
 def test_eva_equals_peft() -> None:
     torch.manual_seed(0)
     ours = _Two()
-    config = LoraConfig(r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), target_modules=["fc", "mid"])
+    config = LoraConfig(
+        r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), target_modules=["fc", "mid"]
+    )
     theirs = get_peft_model(copy.deepcopy(ours), config)
     initialize_lora_eva_weights(
-        theirs, [X], forward_fn=lambda m, x: m(x), prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None,
+        theirs, [X], forward_fn=lambda m, x: m(x), prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )  # fmt: skip
-    live = wrap(ours, Lora(rank=3, targets=("fc", "mid"), init="eva", head="freeze", input_shape=(3, 4, 4)))
+    live = wrap(
+        ours, Lora(rank=3, targets=("fc", "mid"), init="eva", head="freeze", input_shape=(3, 4, 4))
+    )
     before = ours(X)
     live.batch(X, Y)
     for n in ("fc", "mid"):
@@ -148,10 +183,14 @@ def test_eva_equals_peft() -> None:
     assert torch.allclose(a @ a.T, torch.eye(3), atol=1e-5)
     assert torch.equal(ours(X), before)
     fed: list[Tensor] = []
-    hook = ours.mid.register_forward_pre_hook(lambda module, args: fed.append(args[0].reshape(-1, args[0].shape[-1])))
+    hook = ours.mid.register_forward_pre_hook(
+        lambda module, args: fed.append(args[0].reshape(-1, args[0].shape[-1]))
+    )
     ours(X)
     hook.remove()
-    principal = torch.linalg.svd(fed[0] - fed[0].mean(0), full_matrices=False).Vh[:3]  # about the mean, as the sentence says
+    principal = torch.linalg.svd(fed[0] - fed[0].mean(0), full_matrices=False).Vh[
+        :3
+    ]  # about the mean, as the sentence says
     assert torch.allclose((a @ principal.T).abs(), torch.eye(3), atol=1e-3)
     start = ours.fc.lora_A["default"].weight.clone()
     live.batch(X.flip(0) * 2, Y)  # the first batch only
@@ -170,7 +209,9 @@ def test_eva_starts_once_and_says_what_it_needs(tmp_path: Path) -> None:
     assert not torch.equal(again.batch(X, Y)[0], torch.zeros(()))
     assert torch.equal(live.state_dict()["lora.started"], again.state_dict()["lora.started"])
     again.undo()
-    few = wrap(again.model, Lora(rank=9, targets=("fc",), init="eva", head="freeze", input_shape=(3, 4, 4)))
+    few = wrap(
+        again.model, Lora(rank=9, targets=("fc",), init="eva", head="freeze", input_shape=(3, 4, 4))
+    )
     with pytest.raises(BadInput, match="8 rows of 48"):
         few.batch(X, Y)
 
@@ -181,13 +222,24 @@ def test_lora_ga_equals_peft() -> None:
     theirs = copy.deepcopy(ours)
     base = {n: t.clone() for n, t in ours.state_dict().items()}
     config = LoraConfig(
-        r=3, lora_alpha=3, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig(), target_modules=["fc", "mid"]
+        r=3,
+        lora_alpha=3,
+        init_lora_weights="lora_ga",
+        lora_ga_config=LoraGAConfig(),
+        target_modules=["fc", "mid"],
     )
     torch.manual_seed(0)
     preprocess_loraga(theirs, config, lambda: F.cross_entropy(theirs(X), Y).backward())
     peft = get_peft_model(theirs, config)
     before = ours.train()(X)
-    request = Lora(rank=3, targets=("fc", "mid"), init="lora_ga", calibration=(X, Y), head="freeze", input_shape=(3, 4, 4))
+    request = Lora(
+        rank=3,
+        targets=("fc", "mid"),
+        init="lora_ga",
+        calibration=(X, Y),
+        head="freeze",
+        input_shape=(3, 4, 4),
+    )
     live = wrap(ours, request)
     assert torch.allclose(ours(X), before, atol=1e-5)
     for n in ("fc", "mid"):
@@ -219,7 +271,10 @@ def test_refusals_change_nothing(request_: dict[str, Any], says: str) -> None:
     model = _Two()
     kinds = [type(m) for m in model.modules()]
     with pytest.raises(BadInput, match=says):
-        wrap(model, Lora(**{"targets": ("fc",), "head": "freeze", "input_shape": (3, 4, 4), **request_}))
+        wrap(
+            model,
+            Lora(**{"targets": ("fc",), "head": "freeze", "input_shape": (3, 4, 4), **request_}),
+        )
     assert [type(m) for m in model.modules()] == kinds
     assert all(p.requires_grad for p in model.parameters())
 
@@ -228,7 +283,11 @@ def test_refusals_change_nothing(request_: dict[str, Any], says: str) -> None:
     ("name", "request_", "says"),
     [
         ("torchvision-vit", {"variant": "adalora"}, "there is no AdaLoRA"),
-        ("timm-efficientnet-lite", {"variant": "adalora", "targets": ["conv_stem"]}, "padding of its own"),
+        (
+            "timm-efficientnet-lite",
+            {"variant": "adalora", "targets": ["conv_stem"]},
+            "padding of its own",
+        ),
         ("timm-resnet", {"init": "eva", "targets": ["conv"]}, "not a Linear that runs itself"),
     ],
 )

@@ -1,4 +1,5 @@
-"""A change for each task: the sum the papers write, earlier ones frozen, orthogonal or apart, saved and resumed in a stream."""
+"""A change for each task: the sum the papers write, earlier ones frozen, orthogonal or apart, saved
+and resumed in a stream."""
 
 from __future__ import annotations
 
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Task
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.technique import Task
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.lora_stream import InstalledLoraStream, LoraStream, orthogonality
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.continual.lora_stream import (
+    InstalledLoraStream,
+    LoraStream,
+    orthogonality,
+)
+from greenvis.techniques.iteration.peft.adapter import Adapter
 
 
 def _vit() -> Any:
@@ -46,7 +51,9 @@ def _train(live: Wrapped, tasks: range, steps: int = 3, begin: int = 0, end: boo
         for step in range(first, steps):
             x, y = _images(4 + step), torch.arange(4 + step) % 2
             live.model.train()
-            logits = live.model(x)[:, 2 * index : 2 * index + 2]  # the task's own classes, as a multi head
+            logits = live.model(x)[
+                :, 2 * index : 2 * index + 2
+            ]  # the task's own classes, as a multi head
             loss = F.cross_entropy(logits, y) + live.loss(x, y, logits)
             loss.backward()
             optimizer.step()
@@ -75,10 +82,14 @@ def test_orthogonality_is_the_papers_sum() -> None:
 def test_computes_the_base_and_the_sum_of_changes(mode: Any) -> None:
     model = _vit()
     scale = {"scale": 0.3} if mode == "arithmetic" else {}
-    live = wrap(model, LoraStream(rank=2, alpha=3.0, targets=("blocks.0.mlp.fc1",), mode=mode, **scale))
+    live = wrap(
+        model, LoraStream(rank=2, alpha=3.0, targets=("blocks.0.mlp.fc1",), mode=mode, **scale)
+    )
     _train(live, range(3))
     layer, x = model.blocks[0].mlp.fc1, torch.randn(5, 16)
-    changes = [1.5 * layer.lora_B[f"task{i}"].weight @ layer.lora_A[f"task{i}"].weight for i in range(3)]
+    changes = [
+        1.5 * layer.lora_B[f"task{i}"].weight @ layer.lora_A[f"task{i}"].weight for i in range(3)
+    ]
     assert all(c.abs().max() > 1e-4 for c in changes)
     base = F.linear(x, layer.base_layer.weight, layer.base_layer.bias)
     factor = 0.3 if mode == "arithmetic" else 1.0
@@ -97,7 +108,11 @@ def test_a_task_that_is_told_is_not_forgotten_by_a_bit(mode: Any) -> None:
     model, x = _vit(), _images()
     live = wrap(model, LoraStream(rank=2, mode=mode))
     _train(live, range(1))
-    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if "task0" in n or not p.requires_grad}
+    frozen = {
+        n: p.detach().clone()
+        for n, p in model.named_parameters()
+        if "task0" in n or not p.requires_grad
+    }
     live.test_task(_task(0))
     before = model(x)
     live.test_task(None)

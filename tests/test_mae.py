@@ -1,4 +1,5 @@
-"""Masked autoencoding: patches, targets and loss as the papers write them, and a plain model afterwards."""
+"""Masked autoencoding: patches, targets and loss as the papers write them, and a plain model
+afterwards."""
 
 from __future__ import annotations
 
@@ -13,21 +14,28 @@ from hosts import HOSTS
 from scipy import ndimage
 from torch import Tensor
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.techniques.inference.distill import Distill
-from greenvis.techniques.iteration import _tec as tec
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.layer_decay import LayerDecay
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.techniques.iteration.mae import Mae, hog, patchify
-from greenvis.wrap import wrap
+from greenvis.techniques._shared import tec as tec
+from greenvis.techniques.annotation.masked.mae import Mae, hog, patchify
+from greenvis.techniques.inference.distill.distill import Distill
+from greenvis.techniques.iteration.peft.adapter import Adapter
+from greenvis.techniques.iteration.peft.layer_decay import LayerDecay
+from greenvis.techniques.iteration.peft.lora import Lora
 
 
 def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return VisionTransformer(**{**size, **more}).eval()
 
 
@@ -35,13 +43,17 @@ def test_patches_are_those_that_the_model_embeds() -> None:
     x = torch.rand(2, 3, 16, 24)
     patches = patchify(x, (2, 3))
     assert patches.shape == (2, 6, 192)
-    unfolded = F.unfold(x, 8, stride=8).transpose(1, 2).unflatten(-1, (3, 64)).transpose(2, 3).flatten(2)
+    unfolded = (
+        F.unfold(x, 8, stride=8).transpose(1, 2).unflatten(-1, (3, 64)).transpose(2, 3).flatten(2)
+    )
     assert torch.equal(patches, unfolded)
     model = _vit()
     weight = model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
     images = torch.rand(2, 3, 32, 32)
     assert torch.allclose(
-        patchify(images, (4, 4)) @ weight.T + model.patch_embed.proj.bias, model.patch_embed(images), atol=1e-5
+        patchify(images, (4, 4)) @ weight.T + model.patch_embed.proj.bias,
+        model.patch_embed(images),
+        atol=1e-5,
     )
 
 
@@ -55,22 +67,30 @@ def test_normalised_pixels_are_the_paper_s() -> None:
 
 @pytest.mark.parametrize(("angle", "bin_"), [(0, 4), (80, 0), (45, 2)])
 def test_histograms_point_where_the_gradient_points(angle: int, bin_: int) -> None:
-    """Bins run over the direction of (across, down), folded to half a turn: 20 degrees each, from straight down."""
+    """Bins run over the direction of (across, down), folded to half a turn: 20 degrees each, from
+    straight down."""
     row, column = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
     turned = math.radians(angle + 1)
     x = (math.cos(turned) * column + math.sin(turned) * row).expand(1, 1, 16, 16)
     features = hog(x, (2, 2))
     assert features.shape == (1, 4, 36)
-    assert torch.allclose(features.unflatten(-1, (4, 9)).norm(dim=-1), torch.ones(1, 4, 4))  # by cell
-    inner = features.unflatten(-1, (4, 9))[0, 0, 3]  # the cell of patch 0 that no edge of the image touches
+    assert torch.allclose(
+        features.unflatten(-1, (4, 9)).norm(dim=-1), torch.ones(1, 4, 4)
+    )  # by cell
+    inner = features.unflatten(-1, (4, 9))[
+        0, 0, 3
+    ]  # the cell of patch 0 that no edge of the image touches
     assert inner.argmax() == bin_
     assert (inner > 0).sum() == 1
 
 
 @pytest.mark.parametrize(("side", "grid", "cell"), [(16, 2, 4), (12, 3, 4), (20, 2, 5)])
 def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
-    """Sobel's gradients at mirrored edges, votes by size, each cell of each channel of length 1: pixel by pixel."""
-    x = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Sobel's gradients at mirrored edges, votes by size, each cell of each channel of length 1:
+    pixel by pixel."""
+    x = torch.rand(
+        1, 3, side, side, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     patch = side // grid
     cells = patch // cell
     wanted = np.zeros((grid, grid, 3, cells, cells, 9))
@@ -81,7 +101,14 @@ def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
             for column in range(side):
                 a, d = across[row, column], down[row, column]
                 bin_ = math.floor(math.atan2(a, d) / math.pi * 9) % 9
-                at = (row // patch, column // patch, channel, row % patch // cell, column % patch // cell, bin_)
+                at = (
+                    row // patch,
+                    column // patch,
+                    channel,
+                    row % patch // cell,
+                    column % patch // cell,
+                    bin_,
+                )
                 wanted[at] += math.hypot(a, d)
     wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
     assert np.allclose(hog(x, (grid, grid))[0].numpy(), wanted.reshape(grid * grid, -1), atol=1e-6)
@@ -97,7 +124,9 @@ def test_the_loss_counts_masked_patches_only() -> None:
     keep, restore, mask = tec.random_mask(torch.rand(2, 16), 4)
     tokens = model.patch_embed(x) + model.pos_embed[:, 1:]
     shown = torch.stack([t[k] for t, k in zip(tokens, keep, strict=True)])
-    encoded: Tensor = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), shown], 1)
+    encoded: Tensor = torch.cat(
+        [(model.cls_token + model.pos_embed[:, :1]).expand(2, -1, -1), shown], 1
+    )
     added: Any = live.installed[0]
     encoded = model.norm(model.blocks(encoded))
     predicted = added.parts.head(added.parts.decoder(encoded, added.parts.head, restore), 1)
@@ -155,7 +184,9 @@ def test_refuses_nonsense() -> None:
 def test_refuses_what_learns_from_answers(other: Any) -> None:
     model = _vit()
     before, keys = Snapshot(model), list(model.state_dict())
-    with pytest.raises(BadInput, match=f"'mae' and '{other.name}' do not go together: 'mae' is a pretext"):
+    with pytest.raises(
+        BadInput, match=f"'mae' and '{other.name}' do not go together: 'mae' is a pretext"
+    ):
         wrap(model, [other, Mae(decoder_depth=1)])
     assert list(model.state_dict()) == keys
     assert all(before.unchanged(i) for i in range(len(before._tensors)))

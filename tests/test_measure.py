@@ -1,4 +1,5 @@
-"""What serving costs: readings repeated until they are steady, and settings of one model that take turns."""
+"""What serving costs: readings repeated until they are steady, and settings of one model that take
+turns."""
 
 from __future__ import annotations
 
@@ -18,10 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import price
-from greenvis.meters import measure
+from greenvis.meters import measure, pricing
 from greenvis.meters.measure import compare
-from greenvis.price import median_spread
+from greenvis.meters.pricing import median_spread
 
 
 class Plug:
@@ -63,25 +63,29 @@ class Spends(nn.Module):
         return self.linear(x.flatten(1)[:, :4])
 
 
-def test_one_image_is_read_until_it_is_steady(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_is_read_until_it_is_steady(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measure, "ROUND_S", 0.0)  # one call a reading
     plug = Plug(lambda call: 4.0 if call < 20 and call % 2 else 8.0)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
-        found = price.image(served, run.header["components"])
+        found = pricing.image(served, run.header["components"])
     assert found["rounds"] > measure.LEAST  # 4 and 8 joules in turn are not steady
     assert found["spread"] <= measure.STEADY
     assert found["value"] == 1.0
     assert found["batch_size"] == 8
 
 
-def test_unsteady_readings_end_in_time_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsteady_readings_end_in_time_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(measure, "ROUND_S", 0.0)
     monkeypatch.setattr(measure, "MOST_S", 0.0)
     plug = Plug(lambda call: 1.0 + call % 2)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
-        found = price.image(served, run.header["components"])
+        found = pricing.image(served, run.header["components"])
     assert found["rounds"] == measure.LEAST
     assert found["spread"] > measure.STEADY
 
@@ -90,7 +94,9 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     drift = 1.5  # the machine gets dearer with every call: what is measured last would pay most
     order: list[str] = []
     cheap = {"whole": 1.0, "half": 0.5, "tenth": 0.1}
-    plug = Plug(lambda call: cheap[order[-1]] * drift ** (call // 6))  # 6 calls: each setting, warming up and counted
+    plug = Plug(
+        lambda call: cheap[order[-1]] * drift ** (call // 6)
+    )  # 6 calls: each setting, warming up and counted
 
     def points() -> dict[str, Any]:
         return {name: setting(name) for name in cheap}
@@ -110,14 +116,18 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     y = torch.tensor([0, 1, 1, 1, 0])
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         observed = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
-        rows = price.settings(observed, run.header["components"])
+        rows = pricing.settings(observed, run.header["components"])
     names = list(cheap)
     turns = [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
     assert order == [name for name in turns for _ in ("warming up", "counted")]
     assert [r["setting"] for r in rows] == names
     assert [r["accuracy"] for r in rows] == [0.6] * 3
     assert [r["exits"] for r in rows] == [[2, 4]] * 3
-    assert [r["macs"] for r in rows] == [(3 * 2 + 2 * 12) / 5, (3 * 4 + 2 * 10) / 5, (3 * 6 + 2 * 8) / 5]
+    assert [r["macs"] for r in rows] == [
+        (3 * 2 + 2 * 12) / 5,
+        (3 * 4 + 2 * 10) / 5,
+        (3 * 6 + 2 * 8) / 5,
+    ]
     joules = [r["inference_energy_j"] for r in rows]
     assert [j["value"] / joules[0]["value"] for j in joules] == pytest.approx([1.0, 0.5, 0.1])
     assert [j["passes"] for j in joules] == [measure.PASSES] * 3
@@ -127,10 +137,17 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
 def test_the_report_shows_how_far_readings_scatter(tmp_path: Path) -> None:
     rows = [
         {"setting": "never", "inference_energy_j": {"value": 2.0, "spread": 0.0}, "macs": 10.0},
-        {"setting": "0.5", "inference_energy_j": {"value": 1.0, "spread": 0.04}, "macs": 5.0, "exits": [3, 1]},
+        {
+            "setting": "0.5",
+            "inference_energy_j": {"value": 1.0, "spread": 0.04},
+            "macs": 5.0,
+            "exits": [3, 1],
+        },
     ]
     with gv.track("t", dir=tmp_path) as run:
-        run.fact(accuracy=0.5, operating_points=rows, inference_energy_j={"value": 2.0, "spread": 0.025})
+        run.fact(
+            accuracy=0.5, operating_points=rows, inference_energy_j={"value": 2.0, "spread": 0.025}
+        )
     gv.report([run.path], out=tmp_path / "out")
     arm = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["t"]
     assert [r["energy_spread"] for r in arm["operating_points"]] == [0.0, 0.04]

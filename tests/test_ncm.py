@@ -1,4 +1,5 @@
-"""Nearest class mean: the classifier it computes, what it leaves alone, and the hosts it refuses."""
+"""Nearest class mean: the classifier it computes, what it leaves alone, and the hosts it
+refuses."""
 
 from __future__ import annotations
 
@@ -13,12 +14,14 @@ from sklearn.neighbors import NearestCentroid
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.techniques.iteration.ncm import mean_classifier
+from greenvis.techniques.iteration.continual.ncm import mean_classifier
 
 
 def _net() -> nn.Module:
     torch.manual_seed(1)
-    body = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5))
+    body = nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.5)
+    )
     return nn.Sequential(body, nn.Linear(16, 5))
 
 
@@ -50,7 +53,10 @@ def test_the_linear_classifier_names_the_nearest_mean() -> None:
     weight, bias = mean_classifier(means)
     assert torch.equal((x @ weight.T + bias).argmax(1), torch.cdist(x, means).argmin(1))
     weight, bias = mean_classifier(means, "cosine")
-    assert torch.equal((x @ weight.T + bias).argmax(1), F.cosine_similarity(x[:, None], means[None], dim=2).argmax(1))
+    assert torch.equal(
+        (x @ weight.T + bias).argmax(1),
+        F.cosine_similarity(x[:, None], means[None], dim=2).argmax(1),
+    )
 
 
 def test_equals_scikit_learns_nearest_centroid_whatever_came_first() -> None:
@@ -73,7 +79,9 @@ def test_only_the_classifier_changes_and_undo_gives_it_back() -> None:
     model = _net()
     before = {n: t.clone() for n, t in model.state_dict().items()}
     live = gv.wrap(model, gv.Ncm(metric="cosine"))
-    assert torch.equal(live.model.state_dict()["1.weight"], before["1.weight"])  # neutral until something was seen
+    assert torch.equal(
+        live.model.state_dict()["1.weight"], before["1.weight"]
+    )  # neutral until something was seen
     _train(live, _batches(range(3)))
     changed = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert changed == {"1.weight", "1.bias"}  # not even the batch norm's statistics
@@ -100,6 +108,8 @@ def test_classifiers_it_cannot_write_into_are_refused() -> None:
     net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 5, bias=False))
     with pytest.raises(gv.BadInput, match="choose metric cosine"):
         gv.wrap(net, gv.Ncm(input_shape=(3, 2, 2)))
-    convolutional = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    convolutional = nn.Sequential(
+        nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    )
     with pytest.raises(gv.BadInput, match="is a Conv2d"):
         gv.wrap(convolutional, gv.Ncm(input_shape=(3, 4, 4)))

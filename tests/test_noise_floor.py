@@ -1,4 +1,5 @@
-"""What is smaller than the noise is no saving: arms of equal work, the band of a repeated reading, the digits it deserves."""
+"""What is smaller than the noise is no saving: arms of equal work, the band of a repeated reading,
+the digits it deserves."""
 
 from __future__ import annotations
 
@@ -8,18 +9,21 @@ from pathlib import Path
 import pytest
 
 import greenvis as gv
-from greenvis import price
+from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
-from greenvis.record import Writer
+from greenvis.meters.record import Writer
 from greenvis.report import results, words
 
 CPU = {
-    "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s", "provenance": "estimated",
+    "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
+    "provenance": "estimated",
     "coefficient": {"low": 3.0, "central": 4.0, "high": 6.0},
 }  # fmt: skip
 
 
-def write(folder: Path, arm: str, inputs: str, cpu_s: list[float], macs: float = 5.0, image_j: float = 1.0) -> None:
+def write(
+    folder: Path, arm: str, inputs: str, cpu_s: list[float], macs: float = 5.0, image_j: float = 1.0
+) -> None:
     for seed, seconds in enumerate(cpu_s):
         head = {
             "run": f"{arm}{seed}",
@@ -61,7 +65,9 @@ def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
 def test_the_floor_is_in_every_interval(tmp_path: Path, third: list[float], shown: bool) -> None:
     write(tmp_path, "plain", "same", [20.0, 20.1, 20.2])
     write(tmp_path, "third", "other", third)
-    assert words.shown(energies(tmp_path, "third")["train_energy"])  # nothing yet says how far equal work reads apart
+    assert words.shown(
+        energies(tmp_path, "third")["train_energy"]
+    )  # nothing yet says how far equal work reads apart
     write(tmp_path, "again", "same", [14.0, 14.1, 14.2])
     assert words.shown(energies(tmp_path, "third")["train_energy"]) is shown
 
@@ -93,9 +99,9 @@ def test_a_band_holds_the_same_work_on_another_day(tmp_path: Path) -> None:
     }
     assert all(r["low"] < 1 < r["high"] for r in again.values())
     repeatable = {**CPU, "repeatability": {"low": 0.5, "central": 1.0, "high": 2.0}}
-    reading = price.energy({"cpu_s": 10.0}, [repeatable])["cpu"]
+    reading = pricing.energy({"cpu_s": 10.0}, [repeatable])["cpu"]
     assert (reading.low, reading.value, reading.high) == (15.0, 40.0, 120.0)
-    old = price.energy({"cpu_s": 10.0}, [CPU])["cpu"]  # older records say nothing of it
+    old = pricing.energy({"cpu_s": 10.0}, [CPU])["cpu"]  # older records say nothing of it
     assert (old.low, old.value, old.high) == (30.0, 40.0, 60.0)
 
 

@@ -1,4 +1,5 @@
-"""GPU energy by NVML, on a stand-in for the driver's library: no GPU is at hand here. Marked `gpu`: on a real one."""
+"""GPU energy by NVML, on a stand-in for the driver's library: no GPU is at hand here. Marked `gpu`:
+on a real one."""
 
 from __future__ import annotations
 
@@ -10,10 +11,9 @@ from types import ModuleType
 import pytest
 
 import greenvis as gv
-from greenvis import price
-from greenvis.meters import devices, nvml
+from greenvis.meters import devices, nvml, pricing
 from greenvis.meters.energy import Meter
-from greenvis.record import read
+from greenvis.meters.record import read
 
 
 class Driver(ModuleType):
@@ -69,7 +69,8 @@ def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
 @pytest.mark.parametrize(
     ("visible", "devices"),
     [
-        (None, ["GPU-0", "GPU-1", "GPU-2"]), ("2,0", ["GPU-2", "GPU-0"]), ("GPU-1", ["GPU-1"]), ("1,-1,0", ["GPU-1"]), ("", []),
+        (None, ["GPU-0", "GPU-1", "GPU-2"]), ("2,0", ["GPU-2", "GPU-0"]), ("GPU-1", ["GPU-1"]),
+        ("1,-1,0", ["GPU-1"]), ("", []),
         ("MIG-x", []),
     ],
 )  # fmt: skip
@@ -83,7 +84,9 @@ def test_only_visible_gpus_are_read(
     assert why
 
 
-def test_the_counters_joules_since_opening_are_a_measured_component(driver: Driver, tmp_path: Path) -> None:
+def test_the_counters_joules_since_opening_are_a_measured_component(
+    driver: Driver, tmp_path: Path
+) -> None:
     meter = Meter(powercap=tmp_path)
     gpu = next(c for c in meter.components if c["name"] == "gpu")
     assert (gpu["source"], gpu["provenance"], gpu["scope"], gpu["devices"]) == (
@@ -91,10 +94,12 @@ def test_the_counters_joules_since_opening_are_a_measured_component(driver: Driv
     )  # fmt: skip
     driver.energy = [3000, 1000, 2500]
     assert meter.read()["gpu_j"] == 3.5
-    assert price.energy(meter.read(), meter.components)["gpu"].value == 3.5
+    assert pricing.energy(meter.read(), meter.components)["gpu"].value == 3.5
 
 
-def test_without_a_counter_power_is_integrated_and_called_an_estimate(driver: Driver, tmp_path: Path) -> None:
+def test_without_a_counter_power_is_integrated_and_called_an_estimate(
+    driver: Driver, tmp_path: Path
+) -> None:
     driver.counter = False
     meter = Meter(powercap=tmp_path)
     assert next(c for c in meter.components if c["name"] == "gpu")["provenance"] == "estimated"
@@ -102,12 +107,14 @@ def test_without_a_counter_power_is_integrated_and_called_an_estimate(driver: Dr
     assert meter.read()["gpu_j"] == pytest.approx(3 * 50 * 0.2, rel=0.5)
 
 
-def test_a_counter_that_stands_still_is_taken_back(driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_counter_that_stands_still_is_taken_back(
+    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nvml, "PATIENCE_S", 0.1)
     with gv.track("t", dir=tmp_path / "runs", interval_s=0.05) as run:
         time.sleep(0.5)
     found = read(run.path)
-    parts = price.phases(found)[""]
+    parts = pricing.phases(found)[""]
     assert parts["gpu"].value is None
     assert "stood still" in parts["gpu"].reason
     assert found.header["components"] == run.header["components"]
@@ -121,11 +128,13 @@ def test_a_driver_that_began_anew_takes_no_joules_back(driver: Driver, tmp_path:
     reading = meter.read()
     assert reading["gpu_j"] == 3.5
     assert reading["gpu_j_unseen_s"] > 0
-    assert price.energy(reading, meter.components)["gpu"].provenance == "partly unknown"
+    assert pricing.energy(reading, meter.components)["gpu"].provenance == "partly unknown"
     assert [note.split(":")[0] for note in meter.new_notes()] == ["NVML GPU-0"]
 
 
-def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(driver: Driver, tmp_path: Path) -> None:
+def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(
+    driver: Driver, tmp_path: Path
+) -> None:
     meter = Meter(powercap=tmp_path)
     driver.lost = {1}
     driver.energy = [3000, 1000, 1000]
@@ -138,7 +147,7 @@ def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(driver: Driver,
 def test_a_gpu_out_of_reach_at_first_has_no_baseline(driver: Driver, tmp_path: Path) -> None:
     driver.lost, driver.energy = {0, 1, 2}, [10**12] * 3
     meter = Meter(powercap=tmp_path)
-    assert price.energy(meter.read(), meter.components)["gpu"].value is None
+    assert pricing.energy(meter.read(), meter.components)["gpu"].value is None
     driver.lost = set()
     meter.read()
     driver.energy = [10**12 + 5000] * 3
@@ -153,7 +162,10 @@ def test_unlike_cards_by_number_wait_for_torch_to_tell_their_uuids(
     driver.cards = ["T4", "H100", "T4"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with gv.track("t", dir=tmp_path, interval_s=60) as run:
-        assert "cannot be told" in next(c for c in run.header["components"] if c["name"] == "gpu")["reason"]
+        assert (
+            "cannot be told"
+            in next(c for c in run.header["components"] if c["name"] == "gpu")["reason"]
+        )
         monkeypatch.setattr(devices, "in_use", lambda: {"cuda"})
         monkeypatch.setattr(devices, "uuids", lambda: ["1"])
         run._correct()
@@ -161,8 +173,13 @@ def test_unlike_cards_by_number_wait_for_torch_to_tell_their_uuids(
         driver.energy = [9000, 3000, 9000]
     gpu = next(c for c in read(run.path).header["components"] if c["name"] == "gpu")
     assert (gpu["devices"], gpu["hardware"], gpu["source"]) == (["GPU-1"], ["H100"], "nvml")
-    reading = price.energy({q: read(run.path).sum(q) for q in ("wall_s", "gpu_j", "gpu_j_unseen_s")}, [gpu])["gpu"]
-    assert (reading.value, reading.provenance) == (2.0, "partly unknown")  # the time before is not known
+    reading = pricing.energy(
+        {q: read(run.path).sum(q) for q in ("wall_s", "gpu_j", "gpu_j_unseen_s")}, [gpu]
+    )["gpu"]
+    assert (reading.value, reading.provenance) == (
+        2.0,
+        "partly unknown",
+    )  # the time before is not known
 
 
 def test_other_cards_than_the_mask_said_are_read_once_torch_has_opened_them(
@@ -184,7 +201,11 @@ def test_other_cards_than_the_mask_said_are_read_once_torch_has_opened_them(
 
 @pytest.mark.parametrize(("uuids", "mask"), [(["0", "1", "2"], None), (["1"], "1")])
 def test_the_cards_torch_opens_are_mostly_those_read(
-    driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uuids: list[str], mask: str | None
+    driver: Driver,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uuids: list[str],
+    mask: str | None,
 ) -> None:
     if mask:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
@@ -194,7 +215,9 @@ def test_the_cards_torch_opens_are_mostly_those_read(
     assert meter.corrections() == []
 
 
-def test_no_driver_is_no_gpu_and_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_driver_is_no_gpu_and_costs_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(nvml, "DRIVER", (str(tmp_path / "none"),))
     reader, why = nvml.open_nvml()
     assert reader is None
@@ -211,6 +234,6 @@ def test_a_real_gpu_under_load_advances_by_its_power(tmp_path: Path) -> None:
         while time.monotonic() < end:
             x @ x
             torch.cuda.synchronize()
-    gpu = price.phases(read(run.path))["train"]["gpu"]
+    gpu = pricing.phases(read(run.path))["train"]["gpu"]
     assert gpu.provenance == "measured"
     assert 5 * 30 < gpu.value < 5 * 1500

@@ -1,4 +1,5 @@
-"""Sweeps, and the same recipe on a real Ray cluster: a killed worker costs its attempt, never a run."""
+"""Sweeps, and the same recipe on a real Ray cluster: a killed worker costs its attempt, never a
+run."""
 
 from __future__ import annotations
 
@@ -13,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from greenvis import record, sweep
 from greenvis.errors import BadInput
+from greenvis.experiment import sweep
+from greenvis.meters import record
 
 RECIPE = """\
 name: tiny
@@ -32,11 +34,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-# -- sweeps -----------------------------------------------------------------------------------------------------------
+# -- sweeps ---------------------------------------------------------------------------------------
 
 
 def test_one_value_is_no_sweep(folder: Path) -> None:
-    ((recipe, overrides),) = sweep.load(folder / "tiny.yaml", ["train.epochs=3", "train.seeds=[0, 1]", 'report.title="a, b"'])
+    ((recipe, overrides),) = sweep.load(
+        folder / "tiny.yaml", ["train.epochs=3", "train.seeds=[0, 1]", 'report.title="a, b"']
+    )
     made = (recipe.name, recipe.train.epochs, recipe.train.seeds, recipe.report.title)
     assert made == ("tiny.epochs-3", 3, (0, 1), "a, b")
     assert sweep.load(folder / "tiny.yaml", overrides)[0][0].text() == recipe.text()
@@ -46,14 +50,24 @@ def test_one_value_is_no_sweep(folder: Path) -> None:
     ("overrides", "name"),
     [
         ([], "tiny"),
-        (["train.seeds=[0]", "arms.plain.train.workers=2", "report.title=x", "meter.country=FRA"], "tiny"),
+        (
+            [
+                "train.seeds=[0]",
+                "arms.plain.train.workers=2",
+                "report.title=x",
+                "meter.country=FRA",
+            ],
+            "tiny",
+        ),
         (["arms.plain.train.lr=0.1"], "tiny.lr-0.1"),
         (["train.lr=0.1", "name=own"], "own"),
         (["train.lr=0.1,0.2", "name=own", "train.epochs=2"], "own.lr-0.1"),
         (["data.classes=[0, 1, 2]"], "tiny.classes-0-1-2"),
     ],
 )
-def test_what_changes_the_training_has_a_name_of_its_own(folder: Path, overrides: list[str], name: str) -> None:
+def test_what_changes_the_training_has_a_name_of_its_own(
+    folder: Path, overrides: list[str], name: str
+) -> None:
     assert sweep.load(folder / "tiny.yaml", overrides)[0][0].name == name
 
 
@@ -64,11 +78,18 @@ def test_a_long_name_is_cut_and_stays_unique(folder: Path) -> None:
 
 
 def test_every_combination_is_a_recipe_of_its_own(folder: Path) -> None:
-    made = sweep.load(folder / "tiny.yaml", ["train.lr=0.1,0.01", "train.epochs=1, 2,2", "train.batch_size=10"])
+    made = sweep.load(
+        folder / "tiny.yaml", ["train.lr=0.1,0.01", "train.epochs=1, 2,2", "train.batch_size=10"]
+    )
     assert [r.name for r, _ in made] == [
         f"tiny.lr-{lr}.epochs-{epochs}.batch_size-10" for lr in ("0.1", "0.01") for epochs in (1, 2)
     ]  # fmt: skip
-    assert [(r.train.lr, r.train.epochs) for r, _ in made] == [(0.1, 1), (0.1, 2), (0.01, 1), (0.01, 2)]
+    assert [(r.train.lr, r.train.epochs) for r, _ in made] == [
+        (0.1, 1),
+        (0.1, 2),
+        (0.01, 1),
+        (0.01, 2),
+    ]
     assert all(r.train.batch_size == 10 for r, _ in made)
     again = [sweep.load(folder / "tiny.yaml", overrides) for _, overrides in made]
     assert [its[0][0].text() for its in again] == [r.text() for r, _ in made]
@@ -77,7 +98,9 @@ def test_every_combination_is_a_recipe_of_its_own(folder: Path) -> None:
 
 
 def test_keys_that_end_alike_are_told_apart(folder: Path) -> None:
-    made = sweep.load(folder / "tiny.yaml", ["arms.plain.train.lr=0.1,0.2", "arms.built.train.lr=0.3,0.4"])
+    made = sweep.load(
+        folder / "tiny.yaml", ["arms.plain.train.lr=0.1,0.2", "arms.built.train.lr=0.3,0.4"]
+    )
     assert made[0][0].name == "tiny.arms.plain.train.lr-0.1.arms.built.train.lr-0.3"
     assert len({r.name for r, _ in made}) == 4
 
@@ -89,7 +112,7 @@ def test_refuses_an_empty_value_and_a_wrong_one(folder: Path) -> None:
         sweep.load(folder / "tiny.yaml", ["train.epochs=1,two"])
 
 
-# -- Ray --------------------------------------------------------------------------------------------------------------
+# -- Ray ------------------------------------------------------------------------------------------
 
 
 def _greenvis(folder: Path, *words: str) -> list[str]:
@@ -116,14 +139,24 @@ def _kill_one(runs: Path, deadline: float) -> int:
 
 
 def _comparable(results: dict[str, Any]) -> dict[str, Any]:
-    """Return what two reports of the same work must have in common: all but energy, time and dates."""
-    keys = ("accuracy", "macs", "params", "trainable_params", "seeds", "n", "techniques", "delta_bytes")
+    """Return what two reports of the same work must have in common: all but energy, time and
+    dates."""
+    keys = (
+        "accuracy",
+        "macs",
+        "params",
+        "trainable_params",
+        "seeds",
+        "n",
+        "techniques",
+        "delta_bytes",
+    )
     arms = {name: {k: arm[k] for k in keys if k in arm} for name, arm in results["arms"].items()}
     return {"arms": arms, "baseline": results["baseline"], "name": results["name"]}
 
 
 def test_refuses_an_unknown_engine(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from greenvis import cli
+    from greenvis.cli import main as cli
 
     assert cli.main(["run", str(folder / "tiny.yaml"), "--on", "rya"]) == 2
     assert "cannot run on 'rya'; did you mean 'ray'" in capsys.readouterr().err
@@ -139,7 +172,8 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
         env=_environment(), cwd=folder, check=True, capture_output=True, timeout=500,
     )  # fmt: skip
     driver = subprocess.Popen(
-        [*_greenvis(folder, *sweeps), "--on", "ray", "--runs", str(spread), "--out", str(folder / "b")],
+        [*_greenvis(folder, *sweeps), "--on", "ray", "--runs", str(spread), "--out",
+        str(folder / "b")],
         env=_environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     killed = _kill_one(spread, time.monotonic() + 200)
@@ -152,7 +186,9 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
     assert len(finished) == 12
     assert len({(r.header["name"], r.header["arm"], r.header["seed"]) for r in finished}) == 12
     lost = [r for r in found if r.status != "done"]
-    assert [r.header["pid"] for r in lost] == [killed]  # its energy was spent, and stays in the totals
+    assert [r.header["pid"] for r in lost] == [
+        killed
+    ]  # its energy was spent, and stays in the totals
     assert len({r.header["pid"] for r in finished}) >= 2
     one, other = (json.loads((folder / name / "results.json").read_text()) for name in ("a", "b"))
     assert _comparable(one) == _comparable(other)
@@ -164,10 +200,13 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
 def test_a_failing_job_is_reported_and_the_others_are_there(folder: Path) -> None:
     pytest.importorskip("ray")
     (folder / "tiny.yaml").write_text(
-        RECIPE.replace("seeds: [0, 1]", "seeds: [0]").replace("plain: {}", "plain: {train: {lr: 1.0e+30}}, other: {}")
+        RECIPE.replace("seeds: [0, 1]", "seeds: [0]").replace(
+            "plain: {}", "plain: {train: {lr: 1.0e+30}}, other: {}"
+        )
     )
     done = subprocess.run(
-        [*_greenvis(folder), "--on", "ray", "--runs", str(folder / "runs"), "--out", str(folder / "out")],
+        [*_greenvis(folder), "--on", "ray", "--runs", str(folder / "runs"), "--out",
+        str(folder / "out")],
         env=_environment(), cwd=folder, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 1

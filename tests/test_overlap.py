@@ -1,4 +1,5 @@
-"""Runs that overlap in time: what several saw of one counter or one process is counted once, and the report says so."""
+"""Runs that overlap in time: what several saw of one counter or one process is counted once, and
+the report says so."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import greenvis as gv
-from greenvis.record import Writer
+from greenvis.meters.record import Writer
 from greenvis.report import results
 
 ONE = {"low": 1.0, "central": 1.0, "high": 1.0}
@@ -27,27 +28,41 @@ RAPL = {
     "coefficient": ONE,
 }
 MODEL = {
-    "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s", "provenance": "estimated",
+    "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
+    "provenance": "estimated",
     "coefficient": {"low": 3.0, "central": 4.0, "high": 6.0},
 }  # fmt: skip
 CLOCK = {**MODEL, "source": "wall time", "observation": "wall_s", "provenance": "constant"}
 
 
 def gpu(*devices: str) -> dict[str, Any]:
-    return {**RAPL, "name": "gpu", "source": "nvml", "observation": "gpu_j", "devices": list(devices)}
+    return {
+        **RAPL,
+        "name": "gpu",
+        "source": "nvml",
+        "observation": "gpu_j",
+        "devices": list(devices),
+    }
 
 
-def write(folder: Path, name: str, begin: float, end: float, watts: float = 100.0, **header: Any) -> None:
-    """Write the record of a run that saw `watts` of everything it observes, sampled about each second."""
+def write(
+    folder: Path, name: str, begin: float, end: float, watts: float = 100.0, **header: Any
+) -> None:
+    """Write the record of a run that saw `watts` of everything it observes, sampled about each
+    second."""
     head = {
-        "run": name, "name": name, "arm": name, "seed": 0, "inputs": name, "host": "h", "boot_id": "b",
-        "pid": zlib.crc32(name.encode()), "parents": [], "mono_s": begin, "clock_s": 1e9 + begin, "nested_in": None,
+        "run": name, "name": name, "arm": name, "seed": 0, "inputs": name, "host": "h",
+        "boot_id": "b",
+        "pid": zlib.crc32(name.encode()), "parents": [], "mono_s": begin, "clock_s": 1e9 + begin,
+        "nested_in": None,
         "components": [RAPL],
     } | header  # fmt: skip
     writer = Writer(folder / f"{name}.jsonl", head)
     for i in range(1, math.ceil(end - begin) + 1):
         at = min(begin + i, end)
-        seen = {c["observation"]: watts * (at - begin) for c in head["components"]} | {"wall_s": at - begin}
+        seen = {c["observation"]: watts * (at - begin) for c in head["components"]} | {
+            "wall_s": at - begin
+        }
         writer.line("sample", {"phase": "train", **seen, "mono_s": at})
     writer.line("end", {"status": "done", "mono_s": end})
 
@@ -70,11 +85,15 @@ def arms(folder: Path) -> dict[str, float]:
         ([(0.0, 3.3), (1.7, 9.9), (2.2, 3.0), (8.1, 12.6)], 1260),
     ],
 )
-def test_a_machines_counter_is_counted_once(tmp_path: Path, runs: list[tuple[float, float]], once: float) -> None:
+def test_a_machines_counter_is_counted_once(
+    tmp_path: Path, runs: list[tuple[float, float]], once: float
+) -> None:
     for i, (begin, end) in enumerate(runs):
         write(tmp_path, f"job{i}", begin, end)
     assert total(tmp_path) == pytest.approx(once)
-    assert sum(arms(tmp_path).values()) == pytest.approx(once)  # in equal parts, whoever ran at that moment
+    assert sum(arms(tmp_path).values()) == pytest.approx(
+        once
+    )  # in equal parts, whoever ran at that moment
 
 
 @settings(max_examples=40, deadline=None)
@@ -91,9 +110,17 @@ def test_whatever_overlaps_comes_to_the_time_that_any_ran(
 
 
 @pytest.mark.parametrize(
-    "header", [{"host": "other"}, {"boot_id": "later"}, {"components": [gpu("GPU-1")]}, {"components": [MODEL]}]
+    "header",
+    [
+        {"host": "other"},
+        {"boot_id": "later"},
+        {"components": [gpu("GPU-1")]},
+        {"components": [MODEL]},
+    ],
 )
-def test_other_machines_boots_and_counters_are_not_shared(tmp_path: Path, header: dict[str, Any]) -> None:
+def test_other_machines_boots_and_counters_are_not_shared(
+    tmp_path: Path, header: dict[str, Any]
+) -> None:
     mine = [gpu("GPU-0")] if "GPU" in str(header) else [MODEL] if "model" in str(header) else [RAPL]
     write(tmp_path, "a", 0, 10, components=mine)
     write(tmp_path, "b", 0, 10, **header)
@@ -123,7 +150,9 @@ def test_a_run_inside_another_is_counted_by_it(tmp_path: Path, component: dict[s
     write(tmp_path, "inner", 2, 6, pid=7, nested_in="outer", components=[component])
     write(tmp_path, "child", 3, 5, pid=8, nested_in="inner", parents=[7, 1], components=[component])
     assert total(tmp_path) == pytest.approx(1000 * priced)
-    assert arms(tmp_path) == pytest.approx({"outer": 1000 * priced, "inner": 400 * priced, "child": 200 * priced})
+    assert arms(tmp_path) == pytest.approx(
+        {"outer": 1000 * priced, "inner": 400 * priced, "child": 200 * priced}
+    )
     assert results([tmp_path])["totals"]["nested_runs"] == 2
 
 
@@ -151,7 +180,9 @@ def test_threads_within_a_tracker_of_the_main_thread_share_what_it_counts(tmp_pa
 
 def test_a_child_that_tracked_itself_before_its_parent_did_is_counted_once(tmp_path: Path) -> None:
     write(tmp_path, "child", 0, 10, pid=8, parents=[7], components=[MODEL])
-    write(tmp_path, "parent", 2, 6, pid=7, watts=150, components=[MODEL])  # its own work and the child's
+    write(
+        tmp_path, "parent", 2, 6, pid=7, watts=150, components=[MODEL]
+    )  # its own work and the child's
     assert total(tmp_path) == pytest.approx(4 * (6 * 100 + 4 * 150))
 
 
@@ -174,7 +205,11 @@ def test_the_report_states_it(tmp_path: Path) -> None:
     gv.report([tmp_path / "runs"], out=tmp_path / "out")
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     both = found["totals"]["overlapping"]
-    assert (both["starts"], both["seen_j"]["value"], both["counted_j"]["value"]) == (3, 3000, pytest.approx(1000))
+    assert (both["starts"], both["seen_j"]["value"], both["counted_j"]["value"]) == (
+        3,
+        3000,
+        pytest.approx(1000),
+    )
     assert {arm["train_energy_j"]["provenance"] for arm in found["arms"].values()} == {"estimated"}
     text = (tmp_path / "out" / "report.md").read_text()
     assert "3 start(s) overlap" in text

@@ -1,4 +1,5 @@
-"""Tasks packed into one network: pruned by magnitude, frozen to the bit, and each answered by its own weights."""
+"""Tasks packed into one network: pruned by magnitude, frozen to the bit, and each answered by its
+own weights."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Task, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.technique import Task, logits_of
-from greenvis.techniques.iteration.packnet import InstalledPackNet, PackNet, largest
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.continual.packnet import InstalledPackNet, PackNet, largest
 
 
 def _task(index: int) -> Task:
@@ -27,7 +28,9 @@ def _batch(model_shape: tuple[int, int, int], index: int, step: int) -> tuple[Te
     return torch.rand(4, *model_shape, generator=generator), torch.arange(4) % 2 + index
 
 
-def _train(live: Wrapped, shape: Any, tasks: range, steps: int = 2, begin: int = 0, end: bool = True) -> None:
+def _train(
+    live: Wrapped, shape: Any, tasks: range, steps: int = 2, begin: int = 0, end: bool = True
+) -> None:
     for index in tasks:
         first = begin if index == tasks[0] else 0
         if not first:
@@ -86,7 +89,9 @@ def test_prunes_by_magnitude_layer_by_layer_and_rests_the_others_at_zero() -> No
     assert torch.equal(weight[kept], before[kept])
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-resnet", "torchvision-vit", "transformers-swin", "plain"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "timm-resnet", "torchvision-vit", "transformers-swin", "plain"]
+)
 def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
     host = HOSTS[name]
     x, _ = host.batch()
@@ -159,7 +164,9 @@ def test_says_where_no_room_is_left() -> None:
     live = wrap(HOSTS["timm-vit"].build(), PackNet(keep=1.0, retrain_epochs=0))
     live.begin_task(_task(0))
     live.end_task([])
-    with pytest.raises(GreenvisError, match=r"no weight is left for task 2: give packnet a lower `keep` than 1.0"):
+    with pytest.raises(
+        GreenvisError, match=r"no weight is left for task 2: give packnet a lower `keep` than 1.0"
+    ):
         live.begin_task(_task(1))
     assert _of(live).done == 1
 

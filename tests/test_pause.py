@@ -1,4 +1,5 @@
-"""A pause is not the run's: wall time without processor time is neither idle power nor memory that is held."""
+"""A pause is not the run's: wall time without processor time is neither idle power nor memory that
+is held."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from pathlib import Path
 import pytest
 
 import greenvis as gv
-from greenvis import price
+from greenvis.meters import pricing
 from greenvis.meters.processes import ProcessTree
-from greenvis.record import Run, find, read
+from greenvis.meters.record import Run, find, read
 
 PAUSE_S = 1.6
 MACHINE = """
@@ -41,9 +42,13 @@ def burn(seconds):
 
 
 def run_it(folder: Path, body: str, stopped: bool) -> tuple[Run, float]:
-    """Run a program under a tracker, stop it between its first word and its second, and return record and seconds stopped."""
+    """Run a program under a tracker, stop it between its first word and its second, and return
+    record and seconds stopped."""
     process = subprocess.Popen(
-        [sys.executable, "-c", MACHINE + body, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", MACHINE + body, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     assert process.stdout.readline() == "now\n"
@@ -60,7 +65,10 @@ def run_it(folder: Path, body: str, stopped: bool) -> tuple[Run, float]:
     return read(path), seconds
 
 
-BUSY = "with gv.track('t', dir=sys.argv[1], source=Machine(), interval_s=0.1) as run:\n    burn(0.3)\n    "
+BUSY = (
+    "with gv.track('t', dir=sys.argv[1], source=Machine(), interval_s=0.1) as run:\n    "
+    "burn(0.3)\n    "
+)
 WAITING = BUSY.replace("burn(0.3)", "pass")
 
 
@@ -69,7 +77,8 @@ WAITING = BUSY.replace("burn(0.3)", "pass")
     [
         BUSY + "print('now', flush=True); burn(0.5); sys.stdin.readline()",  # it computes
         WAITING + "print('now', flush=True); sys.stdin.readline()",  # it waits
-        BUSY + "with run.phase('train'):\n        print('now', flush=True); burn(0.5); run.log(epoch=1)",
+        BUSY
+        + "with run.phase('train'):\n        print('now', flush=True); burn(0.5); run.log(epoch=1)",
     ],
 )
 def test_a_stopped_process_is_not_charged_for_the_time(tmp_path: Path, body: str) -> None:
@@ -77,7 +86,7 @@ def test_a_stopped_process_is_not_charged_for_the_time(tmp_path: Path, body: str
     paused, wall = run.sum("paused_wall_s") or 0.0, run.sum("wall_s") or 0.0
     assert seconds - 0.3 < paused < seconds + 0.5
     assert wall + paused == pytest.approx(run.end["mono_s"] - run.header["mono_s"], rel=0.05)
-    joules = price.run_energy(run).value or 0.0
+    joules = pricing.run_energy(run).value or 0.0
     assert 100 * wall <= joules < 100 * wall + 5  # memory is little
     assert (run.sum("paused_cpu_j") or 0.0) == pytest.approx(100 * paused)  # observed, not charged
     assert (run.sum("paused_ram_gb_s") or 0.0) > 0
@@ -88,13 +97,14 @@ def test_what_only_waits_is_charged(tmp_path: Path) -> None:
     body = WAITING + f"time.sleep({PAUSE_S}); print('now', flush=True); sys.stdin.readline()"
     run, _ = run_it(tmp_path, body, stopped=False)
     assert run.sum("paused_wall_s") is None
-    assert (price.run_energy(run).value or 0.0) >= 100 * PAUSE_S
+    assert (pricing.run_energy(run).value or 0.0) >= 100 * PAUSE_S
 
 
 def test_a_long_computation_that_holds_the_interpreter_is_no_pause(tmp_path: Path) -> None:
     hog = (
         "n = 10**6\n    while True:\n        began = time.monotonic(); pow(3, n); n *= 2\n"
-        "        if time.monotonic() - began > 1.5: break\n    print('now', flush=True); sys.stdin.readline()"
+        "        if time.monotonic() - began > 1.5: break\n    print('now', flush=True); "
+        "sys.stdin.readline()"
     )
     run, _ = run_it(tmp_path, BUSY + hog, stopped=False)
     assert run.sum("paused_wall_s") is None
@@ -104,10 +114,14 @@ def test_a_command_that_is_stopped_is_not_charged(tmp_path: Path) -> None:
     command = "import os, signal; print(os.getpid(), flush=True); input()"
     body = (
         "from greenvis.meters.command import track_command\n"
-        f"code, run = track_command([sys.executable, '-c', {command!r}], dir=sys.argv[1], source=Machine())\nsys.exit(code)"
+        f"code, run = track_command([sys.executable, '-c', {command!r}], dir=sys.argv[1], "
+        "source=Machine())\nsys.exit(code)"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", MACHINE + body, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", MACHINE + body, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout is not None
     pid = int(process.stdout.readline())
@@ -125,7 +139,8 @@ def test_a_command_that_is_stopped_is_not_charged(tmp_path: Path) -> None:
 
 def test_memory_of_a_stopped_child_is_not_counted() -> None:
     child = subprocess.Popen(
-        [sys.executable, "-c", "import sys; b = bytearray(b'x' * 100_000_000); print('now', flush=True); sys.stdin.read()"],
+        [sys.executable, "-c", "import sys; b = bytearray(b'x' * 100_000_000); print('now', "
+                               "flush=True); sys.stdin.read()"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert child.stdout is not None
@@ -142,6 +157,8 @@ def test_memory_of_a_stopped_child_is_not_counted() -> None:
 
 
 def test_the_report_says_what_stood_still(tmp_path: Path) -> None:
-    run_it(tmp_path / "runs", WAITING + "print('now', flush=True); sys.stdin.readline()", stopped=True)
+    run_it(
+        tmp_path / "runs", WAITING + "print('now', flush=True); sys.stdin.readline()", stopped=True
+    )
     gv.report([tmp_path / "runs"], out=tmp_path / "out")
     assert "stood still for" in (tmp_path / "out" / "report.md").read_text()

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from greenvis import experiment, record, train
 from greenvis.errors import BadInput
-from greenvis.plan import plan
+from greenvis.experiment import loop as train
+from greenvis.experiment import session
+from greenvis.meters import record
+from greenvis.planning.plan import plan
 
 RECIPE = """\
 name: planned
@@ -37,16 +39,21 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
     for figure in found["total"].values():
         assert 0 < figure["low"] < figure["value"] < figure["high"]
     assert all(arm["done"] == 0 for arm in found["arms"].values())
-    assert found["arms"]["planned/student"]["each"]["flops"]["value"] > found["arms"]["planned/plain"]["each"]["flops"]["value"]
+    assert (
+        found["arms"]["planned/student"]["each"]["flops"]["value"]
+        > found["arms"]["planned/plain"]["each"]["flops"]["value"]
+    )
 
-    experiment.run(path, runs=tmp_path / "runs")
+    session.run(path, runs=tmp_path / "runs")
     for file in record.find([tmp_path / "runs"]):
         run = record.read(file)
         predicted = run.facts["predicted"]
         assert predicted == found["arms"][f"planned/{run.header['arm']}"]["each"]
         assert predicted["flops"]["low"] <= run.sum("flops", "train") <= predicted["flops"]["high"]
         spent = (run.sum("cpu_s", "train") or 0) + (run.sum("cpu_s", "eval") or 0)
-        assert "energy_j" not in predicted, "observations, which the report prices like what was spent"
+        assert "energy_j" not in predicted, (
+            "observations, which the report prices like what was spent"
+        )
         assert 0.3 < spent / predicted["cpu_s"]["value"] < 3.0
 
     again = plan(path, runs=tmp_path / "runs")
@@ -55,7 +62,9 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
         "planned/teacher": (0, 1),
         "planned/student": (0, 2),
     }
-    assert all(figure == {"value": 0.0, "low": 0.0, "high": 0.0} for figure in again["total"].values())
+    assert all(
+        figure == {"value": 0.0, "low": 0.0, "high": 0.0} for figure in again["total"].values()
+    )
     assert all(arm["each"] == found["arms"][name]["each"] for name, arm in again["arms"].items())
     more = plan(path, runs=tmp_path / "runs", overrides=["train.seeds=[0, 1, 2]"])
     assert {name: (arm["runs"], arm["done"]) for name, arm in more["arms"].items()} == {
@@ -75,9 +84,14 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
         "plain: {stages: [{train: {epochs: 1}}, {train: {epochs: 2}}]}",
     ],
 )
-def test_what_an_interrupted_run_has_done_is_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arms: str) -> None:
+def test_what_an_interrupted_run_has_done_is_not_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arms: str
+) -> None:
     path = tmp_path / "planned.yaml"
-    path.write_text(RECIPE.split("arms:")[0].replace("[0, 1]", "[0]") + f"arms:\n  {arms}\nmeter: {{codecarbon: false}}\n")
+    path.write_text(
+        RECIPE.split("arms:")[0].replace("[0, 1]", "[0]")
+        + f"arms:\n  {arms}\nmeter: {{codecarbon: false}}\n"
+    )
     whole = plan(path, runs=tmp_path / "runs")["arms"]["planned/plain"]
 
     def save(loop: train.Loop, real=train.Loop.save) -> None:
@@ -87,18 +101,20 @@ def test_what_an_interrupted_run_has_done_is_not_charged(tmp_path: Path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(train.Loop, "save", save)
         with pytest.raises(KeyboardInterrupt):
-            experiment.run(path, runs=tmp_path / "runs")
+            session.run(path, runs=tmp_path / "runs")
     rest = plan(path, runs=tmp_path / "runs")["arms"]["planned/plain"]
     assert (rest["runs"], rest["done"]) == (1, 0)
     assert rest["flops"]["value"] / rest["each"]["flops"]["value"] == pytest.approx(2 / 3, rel=0.02)
-    assert rest["each"]["flops"]["value"] == pytest.approx(whole["each"]["flops"]["value"], rel=0.02)
+    assert rest["each"]["flops"]["value"] == pytest.approx(
+        whole["each"]["flops"]["value"], rel=0.02
+    )
 
 
 def test_a_plan_of_other_inputs_is_not_claimed(tmp_path: Path) -> None:
     path = tmp_path / "planned.yaml"
     path.write_text(RECIPE)
     plan(path, runs=tmp_path / "runs", overrides=["train.lr=0.5", "train.seeds=[0]"])
-    experiment.run(path, runs=tmp_path / "runs", overrides=["train.seeds=[0]", "train.epochs=1"])
+    session.run(path, runs=tmp_path / "runs", overrides=["train.seeds=[0]", "train.epochs=1"])
     assert all(record.read(f).facts["predicted"] is None for f in record.find([tmp_path / "runs"]))
     assert json.loads((tmp_path / "runs/planned/plan.json").read_text())["arms"]
 

@@ -1,4 +1,5 @@
-"""Progressive columns: what a column computes, that earlier ones stay bit for bit, and going on in the middle of a stream."""
+"""Progressive columns: what a column computes, that earlier ones stay bit for bit, and going on in
+the middle of a stream."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from hosts import HOSTS
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.technique import Task
+from greenvis.core.technique import Task
 
 TASKS = [Task(t, (t,), tuple(range(t + 1)), 3, True) for t in range(3)]
 
@@ -51,14 +52,18 @@ def _stream(live: Any, tasks: range, size: int = 32) -> list[Tensor]:
 def _answers(model: nn.Module, size: int = 32) -> Tensor:
     model.eval()
     with torch.no_grad():
-        return model(torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(9))).clone()
+        return model(
+            torch.rand(3, 3, size, size, generator=torch.Generator().manual_seed(9))
+        ).clone()
 
 
 class _Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(1)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)) for _ in range(2)
+        )
         self.head = nn.Linear(6, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,7 +94,9 @@ def test_a_column_adds_what_adapters_make_of_the_one_before() -> None:
             adapter.up.weight.normal_()
 
         def block(values: Any, i: int, h: Tensor) -> Tensor:
-            hidden = F.linear(h, values[f"blocks.{i}.0.weight"], values[f"blocks.{i}.0.bias"]).relu()
+            hidden = F.linear(
+                h, values[f"blocks.{i}.0.weight"], values[f"blocks.{i}.0.bias"]
+            ).relu()
             return F.linear(hidden, values[f"blocks.{i}.2.weight"], values[f"blocks.{i}.2.bias"])
 
         first = second = x.flatten(1)
@@ -101,7 +108,9 @@ def test_a_column_adds_what_adapters_make_of_the_one_before() -> None:
         assert torch.allclose(net(x), fresh.head(second), atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "size"), [("timm-vit", 32), ("timm-resnet", 64), ("transformers-swin", 32)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("timm-vit", 32), ("timm-resnet", 64), ("transformers-swin", 32)]
+)
 def test_a_task_that_is_told_is_not_forgotten_by_a_bit(name: str, size: int) -> None:
     live = _live(name)
     model = live.model
@@ -129,11 +138,17 @@ def test_only_the_current_column_learns() -> None:
     _stream(live, range(2))
     live.begin_task(TASKS[2])
     names = set(live.trainable)
-    assert {n for n in names if ".pnn" in n} == {n for n, _ in live.model.named_parameters() if ".pnn2." in n}
+    assert {n for n in names if ".pnn" in n} == {
+        n for n, _ in live.model.named_parameters() if ".pnn2." in n
+    }
     before = [{n: v.clone() for n, v in c.items()} for c in live.installed[0].columns]
     earlier = {n: p.detach().clone() for n, p in live.model.named_parameters() if ".pnn1." in n}
     _train(live, 2)
-    assert all(torch.equal(v, live.installed[0].columns[i][n]) for i, c in enumerate(before) for n, v in c.items())
+    assert all(
+        torch.equal(v, live.installed[0].columns[i][n])
+        for i, c in enumerate(before)
+        for n, v in c.items()
+    )
     assert earlier
     assert all(torch.equal(v, live.model.get_parameter(n)) for n, v in earlier.items())
 
@@ -152,7 +167,10 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     torch.rand(4, 3, 32, 32)
     torch.randint(5, (4,))
     _stream_from(second, 2)
-    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+    )
 
 
 def _stream_from(live: Any, task: int) -> None:

@@ -1,4 +1,5 @@
-"""A frozen prefix that runs once: the same weights as without the cache, less work, on every host or with a reason."""
+"""A frozen prefix that runs once: the same weights as without the cache, less work, on every host
+or with a reason."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import record
+from greenvis.core.technique import Samples, Technique, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.technique import Samples, Technique, logits_of
-from greenvis.techniques.iteration.linear_probe import LinearProbe
-from greenvis.techniques.iteration.partial import Partial
-from greenvis.wrap import Wrapped, wrap
+from greenvis.meters import record
+from greenvis.techniques.iteration.peft.linear_probe import LinearProbe
+from greenvis.techniques.iteration.peft.partial import Partial
 
 RECIPE = """\
 name: tiny
@@ -44,7 +45,9 @@ def _batches(shape: tuple[int, int, int], epochs: int = 3) -> list[tuple[Tensor,
     return [(x[at], y[at], at) for at in order.split(4)]
 
 
-def _train(model: nn.Module, technique: Technique, folder: Path | None, shape: tuple[int, int, int]) -> Wrapped:
+def _train(
+    model: nn.Module, technique: Technique, folder: Path | None, shape: tuple[int, int, int]
+) -> Wrapped:
     live = wrap(model, technique)
     optimizer = torch.optim.SGD(live.param_groups(0.1))
     model.train()
@@ -59,7 +62,9 @@ def _train(model: nn.Module, technique: Technique, folder: Path | None, shape: t
 
 
 @pytest.mark.parametrize("kind", [LinearProbe, Partial])
-@pytest.mark.parametrize("name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in HOSTS])
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in HOSTS]
+)
 def test_the_same_weights_on_every_host(name: str, kind: type[Technique], tmp_path: Path) -> None:
     host = HOSTS[name]
     options: dict[str, Any] = {"cache": True, "input_shape": host.input_shape}
@@ -74,7 +79,10 @@ def test_the_same_weights_on_every_host(name: str, kind: type[Technique], tmp_pa
     assert facts["bytes"] == sum(f.stat().st_size for f in tmp_path.glob("*/*.bin"))
     for (n, a), b in zip(live.trainable.items(), kept.trainable.values(), strict=True):
         assert torch.allclose(a, b, atol=1e-5), n
-    assert any(not torch.equal(a, dict(host.build().named_parameters())[n]) for n, a in kept.trainable.items())
+    assert any(
+        not torch.equal(a, dict(host.build().named_parameters())[n])
+        for n, a in kept.trainable.items()
+    )
     x = _batches(host.input_shape)[0][0]
     kept.model.eval()
     live.model.eval()
@@ -85,14 +93,18 @@ def test_the_frozen_part_runs_in_eval_and_gets_its_mode_back() -> None:
     model = HOSTS["timm-vit"].build()
     modes: dict[str, bool] = {}
     for path in ("blocks.0", "blocks.2", "pos_drop", "head"):
-        model.get_submodule(path).register_forward_pre_hook(lambda m, a, p=path: modes.update({p: m.training}))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda m, a, p=path: modes.update({p: m.training})
+        )
     with pytest.raises(BadInput, match=r"a hook .* reads or changes 'pos_drop', 'blocks.0'"):
         wrap(model, Partial(cache=True))
     modes.clear()
     model = HOSTS["timm-vit"].build()
     wrap(model, Partial(cache=True))
     for path in ("blocks.2", "head"):
-        model.get_submodule(path).register_forward_pre_hook(lambda m, a, p=path: modes.update({p: m.training}))
+        model.get_submodule(path).register_forward_pre_hook(
+            lambda m, a, p=path: modes.update({p: m.training})
+        )
     model.train()
     model(torch.rand(2, 3, 32, 32))
     assert modes == {"blocks.2": True, "head": True}
@@ -103,7 +115,14 @@ def test_a_model_with_dropout_gives_one_answer_for_the_frozen_part(tmp_path: Pat
     from timm.models.vision_transformer import VisionTransformer
 
     model = VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5, drop_rate=0.5, proj_drop_rate=0.5
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        drop_rate=0.5,
+        proj_drop_rate=0.5,
     ).train()
     live = wrap(model, LinearProbe(cache=True))
     x, _, at = _batches((3, 32, 32))[0]
@@ -170,7 +189,9 @@ def _weights(folder: Path, arm: str) -> dict[str, Tensor]:
 
 
 def _run(folder: Path, arm: str) -> record.Run:
-    return record.read(max(record.find([folder / "runs" / "tiny" / arm]), key=lambda p: p.stat().st_mtime_ns))
+    return record.read(
+        max(record.find([folder / "runs" / "tiny" / arm]), key=lambda p: p.stat().st_mtime_ns)
+    )
 
 
 @pytest.mark.parametrize("end", ["", "-last"])
@@ -178,7 +199,10 @@ def test_a_recipe_gives_the_same_weights_for_less(finished: Path, end: str) -> N
     live, kept = _weights(finished, "live" + end), _weights(finished, "kept" + end)
     assert all(torch.allclose(live[n], kept[n], atol=1e-5) for n in live)
     runs = {arm: _run(finished, arm + end) for arm in ("live", "kept")}
-    flops = {arm: [run.sum("flops", f"train/epoch{e}") or 0 for e in (1, 2, 3)] for arm, run in runs.items()}
+    flops = {
+        arm: [run.sum("flops", f"train/epoch{e}") or 0 for e in (1, 2, 3)]
+        for arm, run in runs.items()
+    }
     assert flops["live"][0] == flops["live"][1] == flops["kept"][0]
     assert flops["kept"][1] == flops["kept"][2] < flops["kept"][0] * (0.01 if not end else 0.65)
     assert runs["kept"].sum("flops", "train/epoch1/prefix") == flops["kept"][0] - flops["kept"][1]
@@ -201,13 +225,19 @@ def test_the_report_says_what_was_kept(finished: Path) -> None:
     found = gv.report([finished / "runs"], out=finished / "report")
     text = (finished / "report" / "report.md").read_text()
     assert found
-    row = next(line for line in text.splitlines() if line.startswith("| kept ") and "what enters 'head'" in line)
+    row = next(
+        line
+        for line in text.splitlines()
+        if line.startswith("| kept ") and "what enters 'head'" in line
+    )
     assert [cell.strip() for cell in row.split("|")[3:6]] == ["120", "240", "0"]
 
 
 def test_a_damaged_cache_costs_work_not_numbers(finished: Path, tmp_path: Path) -> None:
     before = _weights(finished, "kept")
-    cut, flipped = sorted((finished / "runs" / ".cache").glob("*/values.bin"), key=lambda p: p.stat().st_size)[-2:]
+    cut, flipped = sorted(
+        (finished / "runs" / ".cache").glob("*/values.bin"), key=lambda p: p.stat().st_size
+    )[-2:]
     with cut.open("r+b") as file:
         file.truncate(100)
     raw = bytearray(flipped.read_bytes())

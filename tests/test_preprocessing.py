@@ -1,4 +1,5 @@
-"""What a model says of its pixels and classes is read: a frozen one is shown its own, and answers go by name."""
+"""What a model says of its pixels and classes is read: a frozen one is shown its own, and answers
+go by name."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import experiment, models, record, weights
+from greenvis import models
+from greenvis.core import weights
 from greenvis.errors import BadInput
-from greenvis.preprocessing import Pixels, Renormalise, classes_of, describe, order_of, pixels_of
+from greenvis.experiment import session
+from greenvis.meters import record
+from greenvis.models.preprocessing import (
+    Pixels,
+    Renormalise,
+    classes_of,
+    describe,
+    order_of,
+    pixels_of,
+)
 
 IMAGENET = Pixels((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF = Pixels((0.5,) * 3, (0.5,) * 3)
@@ -28,15 +39,30 @@ def _timm(name: str = "resnet10t", **options: Any) -> nn.Module:
 
 
 def _vit(**options: Any) -> nn.Module:
-    size: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    size: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+    }
     return _timm("vit_tiny_patch16_224", **size, **options)
 
 
 def _hf(labels: list[str] | None = None) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
-    own = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
-    sizes: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    own = (
+        {}
+        if labels is None
+        else {"id2label": dict(enumerate(labels)), "label2id": {n: i for i, n in enumerate(labels)}}
+    )
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     return ViTForImageClassification(
         ViTConfig(**sizes, image_size=32, patch_size=8, **own, **({} if own else {"num_labels": 3}))
     )
@@ -51,7 +77,13 @@ def _hf_with_processor(folder: Path, **options: Any) -> nn.Module:
 
 
 def _plain() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
 
 
 def _torchvision() -> nn.Module:
@@ -86,9 +118,13 @@ def test_libraries_say_how_their_images_are_normalised(tmp_path: Path) -> None:
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
     wrapped = TimmWrapperForImageClassification(
-        TimmWrapperConfig(architecture="resnet10t", pretrained_cfg={"mean": HALF.mean, "std": HALF.std})
+        TimmWrapperConfig(
+            architecture="resnet10t", pretrained_cfg={"mean": HALF.mean, "std": HALF.std}
+        )
     )
-    own = _hf_with_processor(tmp_path / "own", image_mean=list(UNEQUAL.mean), image_std=list(UNEQUAL.std))
+    own = _hf_with_processor(
+        tmp_path / "own", image_mean=list(UNEQUAL.mean), image_std=list(UNEQUAL.std)
+    )
     plain = _hf_with_processor(tmp_path / "plain", do_normalize=False)
     other = _hf_with_processor(tmp_path / "other", rescale_factor=1 / 127.5)
     for model, want in [
@@ -118,7 +154,9 @@ def test_libraries_name_their_classes() -> None:
     assert classes_of(_hf()) is None  # LABEL_0, … are no names
     assert classes_of(_vit()) is None
     assert classes_of(_vit(pretrained_cfg_overlay={"label_names": NAMES})) == tuple(NAMES)
-    assert classes_of(_vit(pretrained_cfg_overlay={"label_names": [*NAMES, "fish"]})) is None  # of another head than it has
+    assert (
+        classes_of(_vit(pretrained_cfg_overlay={"label_names": [*NAMES, "fish"]})) is None
+    )  # of another head than it has
     named = classes_of(_torchvision())
     assert named is not None
     assert len(named) == 1000
@@ -149,11 +187,25 @@ def test_teachers_of_every_library_are_shown_their_own(teacher: str, tmp_path: P
     if teacher == "file":
         saved = _vit()
         describe(saved, mean=UNEQUAL.mean, std=UNEQUAL.std)
-        options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
-        models.save(saved, tmp_path / "t.safetensors", ref="timm/vit_tiny_patch16_224", options=options)
+        options = {
+            "img_size": 32,
+            "patch_size": 8,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "num_classes": 3,
+        }
+        models.save(
+            saved, tmp_path / "t.safetensors", ref="timm/vit_tiny_patch16_224", options=options
+        )
         frozen, want = models.build(f"file:{tmp_path / 't.safetensors'}"), UNEQUAL
     elif teacher == "transformers":
-        frozen, want = _hf_with_processor(tmp_path, image_mean=list(UNEQUAL.mean), image_std=list(UNEQUAL.std)), UNEQUAL
+        frozen, want = (
+            _hf_with_processor(
+                tmp_path, image_mean=list(UNEQUAL.mean), image_std=list(UNEQUAL.std)
+            ),
+            UNEQUAL,
+        )
     elif teacher == "torchvision":
         frozen, want = _torchvision(), IMAGENET
         student = _timm("resnet18").eval()
@@ -174,12 +226,21 @@ def test_teachers_of_every_library_are_shown_their_own(teacher: str, tmp_path: P
 def test_grey_images_are_converted_and_made_colour() -> None:
     pixels, x = _images(Pixels((0.3,), (0.2,)), 1)
     for channels in (1, 3):
-        shown = Renormalise("it", Pixels((0.3,), (0.2,)), UNEQUAL if channels == 3 else Pixels((0.5,), (0.25,)), channels)
+        shown = Renormalise(
+            "it",
+            Pixels((0.3,), (0.2,)),
+            UNEQUAL if channels == 3 else Pixels((0.5,), (0.25,)),
+            channels,
+        )
         want = UNEQUAL if channels == 3 else Pixels((0.5,), (0.25,))
-        assert torch.allclose(shown(x), _normal(pixels.expand(-1, channels, -1, -1), want), atol=1e-5)
+        assert torch.allclose(
+            shown(x), _normal(pixels.expand(-1, channels, -1, -1), want), atol=1e-5
+        )
     colour, x = _images(UNEQUAL)
     grey = Renormalise("it", UNEQUAL, Pixels((0.5,), (0.25,)), 1)(x)
-    assert torch.allclose(grey, _normal(colour.mean(1, keepdim=True), Pixels((0.5,), (0.25,))), atol=1e-5)
+    assert torch.allclose(
+        grey, _normal(colour.mean(1, keepdim=True), Pixels((0.5,), (0.25,))), atol=1e-5
+    )
     same = Renormalise("it", UNEQUAL, UNEQUAL, 3)
     assert same(x) is x
     half = x.bfloat16()
@@ -192,7 +253,10 @@ def test_what_is_not_known_is_noted_once(who: str) -> None:
     if who == "base":
         live: Any = gv.wrap(_vit(), gv.FeatureDistill(base=_hf()))
     elif who == "grey student":  # its library's three channels say nothing of one
-        live, x = gv.wrap(_timm("resnet18", in_chans=1), gv.Distill(teacher=_vit(in_chans=1))), x[:, :1]
+        live, x = (
+            gv.wrap(_timm("resnet18", in_chans=1), gv.Distill(teacher=_vit(in_chans=1))),
+            x[:, :1],
+        )
     else:
         pair = (_timm(), _plain()) if who == "teacher" else (_plain(), _timm())
         live = gv.wrap(pair[0], gv.Distill(teacher=pair[1]))
@@ -253,20 +317,27 @@ def test_a_teacher_of_more_classes_answers_for_the_students() -> None:
 
 
 def test_names_that_do_not_match_are_refused_before_anything_changes() -> None:
-    for theirs, words in [(["cat", "dog", "ship"], "no class 'bird'"), (["cat", "dog", "dog", "bird"], "more than one")]:
+    for theirs, words in [
+        (["cat", "dog", "ship"], "no class 'bird'"),
+        (["cat", "dog", "dog", "bird"], "more than one"),
+    ]:
         student = _hf(NAMES)
         with pytest.raises(BadInput, match=words):
             gv.wrap(student, gv.Distill(teacher=_hf(theirs)))
-        gv.wrap(student, gv.Distill(teacher=_hf(theirs), losses=({"kind": "hint"},)))  # features have no names
+        gv.wrap(
+            student, gv.Distill(teacher=_hf(theirs), losses=({"kind": "hint"},))
+        )  # features have no names
     assert order_of(NAMES, None, "it") is None
     assert order_of(None, NAMES, "it") is None
-    assert order_of(["a", "a"], ["a", "a"], "it") is None  # ImageNet has two cranes: alike, place by place
+    assert (
+        order_of(["a", "a"], ["a", "a"], "it") is None
+    )  # ImageNet has two cranes: alike, place by place
     with pytest.raises(BadInput, match="twice"):
         order_of(["a", "a", "b"], ["b", "a", "c"], "it")
 
 
 def test_a_kept_answer_is_not_taken_for_another_students(tmp_path: Path) -> None:
-    from greenvis.technique import Samples
+    from greenvis.core.technique import Samples
 
     x, teacher = torch.rand(3, 3, 32, 32), _vit()
     terms = []
@@ -284,7 +355,14 @@ def test_a_kept_answer_is_not_taken_for_another_students(tmp_path: Path) -> None
 
 def test_a_file_says_what_its_model_knows_and_an_older_one_nothing(tmp_path: Path) -> None:
     model = _vit()
-    options = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
+    options = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
     place: dict[str, Any] = {"ref": "timm/vit_tiny_patch16_224", "options": options}
     models.save(model, tmp_path / "timm.safetensors", **place)
     assert pixels_of(models.build(f"file:{tmp_path / 'timm.safetensors'}")) == HALF
@@ -294,7 +372,9 @@ def test_a_file_says_what_its_model_knows_and_an_older_one_nothing(tmp_path: Pat
     assert (pixels_of(again), classes_of(again)) == (UNEQUAL, tuple(NAMES))
     assert classes_of(models.build(f"file:{tmp_path / 'own.safetensors'}", num_classes=5)) is None
     weights.write(tmp_path / "old.safetensors", model.state_dict(), {**place, "card": {}})
-    assert pixels_of(models.build(f"file:{tmp_path / 'old.safetensors'}")) is None  # trained on nobody knows what
+    assert (
+        pixels_of(models.build(f"file:{tmp_path / 'old.safetensors'}")) is None
+    )  # trained on nobody knows what
 
 
 RECIPE = """\
@@ -311,16 +391,30 @@ meter: {codecarbon: false}
 
 
 def test_a_recipes_teacher_is_shown_what_it_was_trained_on(tmp_path: Path) -> None:
-    options = {"img_size": 8, "patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2, "num_classes": 10, "in_chans": 1}
+    options = {
+        "img_size": 8,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 10,
+        "in_chans": 1,
+    }
     other = timm.create_model("vit_tiny_patch16_224", **options)
     describe(other, mean=(0.5,), std=(0.25,), classes=[str(i) for i in reversed(range(10))])
-    models.save(other, tmp_path / "other.safetensors", ref="timm/vit_tiny_patch16_224", options=options)
+    models.save(
+        other, tmp_path / "other.safetensors", ref="timm/vit_tiny_patch16_224", options=options
+    )
     (tmp_path / "shown.yaml").write_text(RECIPE)
-    runs = experiment.run(tmp_path / "shown.yaml", runs=tmp_path / "runs")
+    runs = session.run(tmp_path / "shown.yaml", runs=tmp_path / "runs")
     facts = {r.header["arm"]: r.facts for r in map(record.read, record.find([runs]))}
-    assert facts["small"]["distill_images"] == {"teacher": "as they come"}  # of one recipe, whatever timm's defaults say
+    assert facts["small"]["distill_images"] == {
+        "teacher": "as they come"
+    }  # of one recipe, whatever timm's defaults say
     assert facts["other"]["distill_images"]["teacher"].startswith("converted from mean 0.3")
     left = models.build(f"file:{runs / 'small/seed0/model.safetensors'}")
     assert classes_of(left) == tuple(str(i) for i in range(10))
-    assert pixels_of(left) == Pixels(tuple(facts["small"]["data"]["mean"]), tuple(facts["small"]["data"]["std"]))
+    assert pixels_of(left) == Pixels(
+        tuple(facts["small"]["data"]["mean"]), tuple(facts["small"]["data"]["std"])
+    )
     assert F.softmax(left(torch.rand(2, 1, 8, 8)), 1).shape == (2, 10)

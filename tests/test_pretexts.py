@@ -1,4 +1,5 @@
-"""Cheap pretexts (turns, contrasts, a base's features): losses as the papers write them, and a plain model afterwards."""
+"""Cheap pretexts (turns, contrasts, a base's features): losses as the papers write them, and a
+plain model afterwards."""
 
 from __future__ import annotations
 
@@ -13,24 +14,31 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Samples
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.technique import Samples
-from greenvis.techniques.iteration.feature_distill import FeatureDistill, whitened_loss
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.techniques.iteration.rotation import Rotation, turned
-from greenvis.techniques.iteration.simclr import Simclr, nt_xent, random_view
-from greenvis.wrap import wrap
+from greenvis.techniques.annotation.contrastive.rotation import Rotation, turned
+from greenvis.techniques.annotation.contrastive.simclr import Simclr, nt_xent, random_view
+from greenvis.techniques.iteration.peft.lora import Lora
+from greenvis.techniques.iteration.reuse.feature_distill import FeatureDistill, whitened_loss
 
 
 def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
     return VisionTransformer(**{**size, **more}).eval()
 
 
-# -- contrasts --------------------------------------------------------------------------------------------------------
+# -- contrasts ------------------------------------------------------------------------------------
 
 
 def test_nt_xent_is_equation_1() -> None:
@@ -77,7 +85,7 @@ def test_flips_and_colours_are_as_said() -> None:
     assert 0.2 < shift.abs().max() < 0.4 + 1e-3
 
 
-# -- turns ------------------------------------------------------------------------------------------------------------
+# -- turns ----------------------------------------------------------------------------------------
 
 
 def test_each_image_is_turned_by_its_own_number_of_quarters() -> None:
@@ -94,12 +102,17 @@ def test_all_turns_are_judged_together() -> None:
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         found = live.terms(x, None, None)["rotation"]
-        told = [head(model.forward_head(model.forward_features(x.rot90(q, (2, 3))), pre_logits=True)) for q in range(4)]
-    wanted = torch.stack([F.cross_entropy(t, torch.full((3,), q)) for q, t in enumerate(told)]).mean()
+        told = [
+            head(model.forward_head(model.forward_features(x.rot90(q, (2, 3))), pre_logits=True))
+            for q in range(4)
+        ]
+    wanted = torch.stack(
+        [F.cross_entropy(t, torch.full((3,), q)) for q, t in enumerate(told)]
+    ).mean()
     assert torch.allclose(found, wanted, atol=1e-6)
 
 
-# -- a base's features ------------------------------------------------------------------------------------------------
+# -- a base's features ----------------------------------------------------------------------------
 
 
 def test_learns_the_base_s_whitened_features() -> None:
@@ -110,9 +123,15 @@ def test_learns_the_base_s_whitened_features() -> None:
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         found = live.terms(x, None, None)["feature_distill"]
-        tokens = base.forward_intermediates(x, indices=1, output_fmt="NLC", intermediates_only=True)[0]
-        own = projection(model.forward_intermediates(x, indices=1, output_fmt="NLC", intermediates_only=True)[0])
-    target = nn.LayerNorm(40, elementwise_affine=False)(tokens)  # the authors' whitening: of the biased variance
+        tokens = base.forward_intermediates(
+            x, indices=1, output_fmt="NLC", intermediates_only=True
+        )[0]
+        own = projection(
+            model.forward_intermediates(x, indices=1, output_fmt="NLC", intermediates_only=True)[0]
+        )
+    target = nn.LayerNorm(40, elementwise_affine=False)(
+        tokens
+    )  # the authors' whitening: of the biased variance
     error = (own - target).abs()
     wanted = torch.where(error < 0.7, error**2 / 1.4, error - 0.35).mean()
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -157,7 +176,7 @@ def test_kept_features_cost_no_forward_of_the_base(tmp_path: Path) -> None:
     assert live.facts()["feature_distill_targets"][0]["hits"] == 16
 
 
-# -- all of them ------------------------------------------------------------------------------------------------------
+# -- all of them ----------------------------------------------------------------------------------
 
 
 def _request(kind: type[Any]) -> Any:
@@ -194,7 +213,9 @@ def test_learns_and_leaves_a_plain_model(kind: type[Any]) -> None:
 def test_refuses_what_learns_from_answers(kind: type[Any]) -> None:
     model = _vit()
     before, keys = Snapshot(model), list(model.state_dict())
-    with pytest.raises(BadInput, match=f"'{kind.name}' and 'lora' do not go together: '{kind.name}' is a pretext"):
+    with pytest.raises(
+        BadInput, match=f"'{kind.name}' and 'lora' do not go together: '{kind.name}' is a pretext"
+    ):
         wrap(model, [Lora(rank=2), _request(kind)])
     assert list(model.state_dict()) == keys
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
@@ -210,6 +231,10 @@ def test_refuses_what_does_not_fit() -> None:
         wrap(shared, FeatureDistill(base=shared))
     with pytest.raises(BadInput, match="only a recipe can resolve it"):
         wrap(_vit(), FeatureDistill(base="run:base"))
-    for kind, wrong in ((Simclr, {"temperature": 0}), (Simclr, {"area": 0}), (Rotation, {"turns": "some"})):
+    for kind, wrong in (
+        (Simclr, {"temperature": 0}),
+        (Simclr, {"area": 0}),
+        (Rotation, {"turns": "some"}),
+    ):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             kind(**wrong)

@@ -1,4 +1,5 @@
-"""Visual prompts equal the authors' own on the fixture, stand where the paper says, and are refused where that is wrong."""
+"""Visual prompts equal the authors' own on the fixture, stand where the paper says, and are refused
+where that is wrong."""
 
 from __future__ import annotations
 
@@ -12,23 +13,32 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.prompt import Prompt, prototypes
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.adapter import Adapter
+from greenvis.techniques.iteration.peft.prompt import Prompt, prototypes
 
 DATA = Path(__file__).parent / "data"
 PROMPTED = {
     "timm-vit": "blocks", "timm-deit-distilled": "blocks", "timm-dinov2-registers": "blocks",
-    "torchvision-vit": "encoder.layers", "transformers-vit": "vit.layers", "transformers-clip": "vision_model.encoder.layers",
+    "torchvision-vit": "encoder.layers", "transformers-vit": "vit.layers",
+    "transformers-clip": "vision_model.encoder.layers",
 }  # fmt: skip
 
 
 def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "mlp_ratio": 2, "num_classes": 5}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 3,
+        "mlp_ratio": 2,
+        "num_classes": 5,
+    }
     return VisionTransformer(**{**size, **more}).eval()
 
 
@@ -45,8 +55,11 @@ def _from_vpt(state: dict[str, Tensor]) -> dict[str, Tensor]:
         out[f"norm.{kind}"] = state[f"transformer.encoder.encoder_norm.{kind}"]
         for i in range(3):
             theirs, ours = f"transformer.encoder.layer.{i}", f"blocks.{i}"
-            out[f"{ours}.attn.qkv.{kind}"] = torch.cat([state[f"{theirs}.attn.{n}.{kind}"] for n in ("query", "key", "value")])
-            for one, other in {"attn.proj": "attn.out", "norm1": "attention_norm", "norm2": "ffn_norm", "mlp.fc1": "ffn.fc1",
+            out[f"{ours}.attn.qkv.{kind}"] = torch.cat(
+                [state[f"{theirs}.attn.{n}.{kind}"] for n in ("query", "key", "value")]
+            )
+            for one, other in {"attn.proj": "attn.out", "norm1": "attention_norm",
+            "norm2": "ffn_norm", "mlp.fc1": "ffn.fc1",
                                "mlp.fc2": "ffn.fc2"}.items():  # fmt: skip
                 out[f"{ours}.{one}.{kind}"] = state[f"{theirs}.{other}.{kind}"]
     return out
@@ -64,12 +77,17 @@ def test_equals_the_authors_own_on_the_fixture() -> None:
         logits = model(case["x"])
     assert torch.allclose(seen["embedded"], case["prompted_embedding"], atol=1e-6)
     behind = 1 + case["num_tokens"]  # who looks at a block from without is not shown the prompts
-    assert torch.allclose(seen["encoded"], torch.cat([case["encoded"][:, :1], case["encoded"][:, behind:]], 1), atol=1e-5)
+    assert torch.allclose(
+        seen["encoded"],
+        torch.cat([case["encoded"][:, :1], case["encoded"][:, behind:]], 1),
+        atol=1e-5,
+    )
     assert torch.allclose(logits, case["logits"], atol=1e-5)
 
 
 def _reference(model: Any, x: Tensor, prompts: list[Tensor], prefix: int) -> Tensor:
-    """Jia et al., equations 4 to 8, on timm's parts: rows 1..P are overwritten before each block that has prompts."""
+    """Jia et al., equations 4 to 8, on timm's parts: rows 1..P are overwritten before each block
+    that has prompts."""
     tokens = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(x))))
     count = prompts[0].shape[0]
     for i, block in enumerate(model.blocks):
@@ -82,7 +100,10 @@ def _reference(model: Any, x: Tensor, prompts: list[Tensor], prefix: int) -> Ten
 
 
 @pytest.mark.parametrize("depth", ["shallow", "deep"])
-@pytest.mark.parametrize("more", [{}, {"reg_tokens": 4}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "map"}])
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"reg_tokens": 4}, {"global_pool": "avg"}, {"class_token": False, "global_pool": "map"}],
+)
 def test_follows_the_paper(depth: Any, more: dict[str, Any]) -> None:
     model, x = _vit(**more), torch.rand(2, 3, 32, 32)
     live = wrap(model, Prompt(tokens=4, depth=depth))
@@ -91,7 +112,9 @@ def test_follows_the_paper(depth: Any, more: dict[str, Any]) -> None:
     with torch.no_grad():
         for rows in prompts:
             rows.copy_(torch.randn(rows.shape))
-        assert torch.allclose(model(x), _reference(model, x, prompts, model.num_prefix_tokens), atol=1e-5)
+        assert torch.allclose(
+            model(x), _reference(model, x, prompts, model.num_prefix_tokens), atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("name", PROMPTED)
@@ -100,7 +123,9 @@ def test_starts_as_the_paper_says_in_all_libraries(name: str) -> None:
     live = wrap(model, Prompt(tokens=200, depth="deep"))
     rows = {n: p for n, p in live.trainable.items() if n.endswith("prompt.rows")}
     bound = math.sqrt(6 / (3 * 8 * 8 + 32))
-    assert {n.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for n in rows} == {PROMPTED[name]}
+    assert {n.rpartition(".")[0].rpartition(".")[0].rpartition(".")[0] for n in rows} == {
+        PROMPTED[name]
+    }
     for values in rows.values():
         assert values.shape == (200, 32)
         assert 0.98 * bound < values.abs().max() <= bound
@@ -118,7 +143,11 @@ def test_learns_and_leaves_no_mark(name: str, depth: Any) -> None:
         first = getattr(model.eval()(images), "logits", None)
     optimizer = torch.optim.SGD(live.param_groups(0.1))
     output = model.train()(images)
-    output = output if isinstance(output, tuple) else (getattr(output, "logits", getattr(output, "image_embeds", output)),)
+    output = (
+        output
+        if isinstance(output, tuple)
+        else (getattr(output, "logits", getattr(output, "image_embeds", output)),)
+    )
     sum(F.cross_entropy(o, labels) for o in output).backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in live.trainable.values())
     assert {n.rpartition(".")[2] for n in live.trainable} == {"rows"}
@@ -152,7 +181,8 @@ def test_half_precision_and_another_size() -> None:
 
 
 class _Shifted(nn.Module):
-    """A block that mixes neighbours in the sequence: it works on any length, but a prompt has no neighbours."""
+    """A block that mixes neighbours in the sequence: it works on any length, but a prompt has no
+    neighbours."""
 
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
@@ -165,14 +195,24 @@ class _Shifted(nn.Module):
 def test_refuses_blocks_that_use_places() -> None:
     model = _vit()
     model.blocks = nn.Sequential(*(_Shifted(b) for b in model.blocks))
-    with pytest.raises(BadInput, match=r"block 'blocks\.\d.*' of VisionTransformer uses the places"):
+    with pytest.raises(
+        BadInput, match=r"block 'blocks\.\d.*' of VisionTransformer uses the places"
+    ):
         wrap(model, Prompt())
 
 
 def test_refuses_convit_whose_positions_lie_in_the_block() -> None:
     from timm.models.convit import ConVit
 
-    model = ConVit(img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5, local_up_to_layer=1)
+    model = ConVit(
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=2,
+        num_heads=2,
+        num_classes=5,
+        local_up_to_layer=1,
+    )
     with pytest.raises(BadInput, match=r"blocks of ConVit|uses the places"):
         wrap(model, Prompt(tokens=9))  # 16 patches and 9 prompts would pass for a grid of 5 × 5
 
@@ -197,7 +237,9 @@ def test_refusals_change_nothing(name: str, says: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["houlsby", "conv", "mona"])
-def test_goes_with_bottlenecks_and_with_filters_of_the_grid_which_see_no_prompts(variant: Any) -> None:
+def test_goes_with_bottlenecks_and_with_filters_of_the_grid_which_see_no_prompts(
+    variant: Any,
+) -> None:
     model = HOSTS["timm-vit"].build().eval()
     live = wrap(model, [Prompt(tokens=3), Adapter(width=4, variant=variant)])
     assert any("prompt" in n for n in live.trainable)
@@ -239,7 +281,9 @@ def test_prompts_start_from_prototypes_of_their_block(depth: Any) -> None:
     live.batch(x, None)
     count = 1 if depth == "shallow" else len(fed)
     for block, tokens in zip(model.blocks[:count], fed, strict=False):
-        assert torch.allclose(block.prompt.rows, prototypes(tokens[:, 1:].flatten(0, 1), 4), atol=1e-5)
+        assert torch.allclose(
+            block.prompt.rows, prototypes(tokens[:, 1:].flatten(0, 1), 4), atol=1e-5
+        )
     assert model(x).shape == (6, 5)
     start = model.blocks[0].prompt.rows.clone()
     live.batch(x.flip(0) * 2, None)  # the first batch only

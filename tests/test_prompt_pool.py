@@ -1,4 +1,5 @@
-"""A prompt pool equals the authors' port on the fixture, asks the frozen model, and heeds no batching of tests."""
+"""A prompt pool equals the authors' port on the fixture, asks the frozen model, and heeds no
+batching of tests."""
 
 from __future__ import annotations
 
@@ -11,12 +12,18 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Samples, Task
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.technique import Samples, Task
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.prompt_pool import PromptPool, majority, nearest_prompts, reduce_sim, similarities
-from greenvis.wrap import Wrapped, wrap
+from greenvis.techniques.iteration.continual.prompt_pool import (
+    PromptPool,
+    majority,
+    nearest_prompts,
+    reduce_sim,
+    similarities,
+)
+from greenvis.techniques.iteration.peft.adapter import Adapter
 
 DATA = Path(__file__).parent / "data"
 
@@ -25,7 +32,15 @@ def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(3)
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_ratio": 2, "num_classes": 6}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "num_classes": 6,
+    }
     return VisionTransformer(**{**size, **more}).eval()
 
 
@@ -54,7 +69,9 @@ def test_equals_the_authors_port_on_the_fixture() -> None:
 
 def test_the_sequence_equals_the_authors_port() -> None:
     case = _case()
-    model = _vit(class_token=False, global_pool="avg", img_size=24)  # 9 tokens and no class token, as in the fixture
+    model = _vit(
+        class_token=False, global_pool="avg", img_size=24
+    )  # 9 tokens and no class token, as in the fixture
     live = wrap(model, PromptPool(pool=6, length=2, top_n=3, select="batch"))
     pool = model.blocks[0].prompt_pool
     with torch.no_grad():
@@ -62,13 +79,16 @@ def test_the_sequence_equals_the_authors_port() -> None:
         pool.keys.copy_(case["state_dict"]["prompt_key"])
     pool.ask(case["cls_features"])
     x = case["x_embed"]
-    assert torch.allclose(pool.with_rows(x, pool.rows_for(x)), case["prompted_embedding"], atol=1e-6)
+    assert torch.allclose(
+        pool.with_rows(x, pool.rows_for(x)), case["prompted_embedding"], atol=1e-6
+    )
     term = live.terms(None, None, None)["prompt_pool"]
     assert torch.allclose(term, -0.1 * case["reduce_sim"], atol=1e-6)
 
 
 def _reference(model: Any, x: Tensor, pool: Any, top_n: int, readout: str) -> Tensor:
-    """Wang et al., eq. 3, on timm's parts, one image at a time, the query from a model that never saw a prompt."""
+    """Wang et al., eq. 3, on timm's parts, one image at a time, the query from a model that never
+    saw a prompt."""
     plain = _vit()
     plain.load_state_dict({n: t for n, t in model.state_dict().items() if "prompt_pool" not in n})
     out = []
@@ -103,10 +123,14 @@ def test_a_majority_depends_on_the_batch_and_says_so() -> None:
     assert "batch_independence" in request.breaks
     assert "batch_independence" not in PromptPool().breaks
     wrap(model, request)
-    with torch.no_grad():  # keys that split the batch: two thirds of the images pick one, a third another
+    with (
+        torch.no_grad()
+    ):  # keys that split the batch: two thirds of the images pick one, a third another
         model.blocks[0].prompt_pool.rows.mul_(30)
         model(x)
-        picks = nearest_prompts(similarities(model.blocks[0].prompt_pool.query, model.blocks[0].prompt_pool.keys), 1)
+        picks = nearest_prompts(
+            similarities(model.blocks[0].prompt_pool.query, model.blocks[0].prompt_pool.keys), 1
+        )
         model.blocks[0].prompt_pool.keys[:2] = model.blocks[0].prompt_pool.query[:2]
         alone, together = torch.cat([model(one) for one in x[:, None]]), model(x)
     assert picks.shape == (6, 1)
@@ -146,7 +170,9 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
         pool.ask(pool.query)
         pool.rows_for(model.patch_embed(x))
     assert torch.equal(torch.bincount(chosen.flatten(), minlength=6).double(), first)
-    assert live.installed[0].facts()["prompt_pool_shares"] == [round(s, 4) for s in live.installed[0].shares.tolist()]  # type: ignore[attr-defined]
+    assert live.installed[0].facts()["prompt_pool_shares"] == [
+        round(s, 4) for s in live.installed[0].shares.tolist()
+    ]  # type: ignore[attr-defined]
 
 
 def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:

@@ -1,4 +1,5 @@
-"""Ranking bases: scores of real models on real images, what is on record of fine-tuning them, and what is refused."""
+"""Ranking bases: scores of real models on real images, what is on record of fine-tuning them, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -8,13 +9,17 @@ from typing import Any
 
 import pytest
 
-from greenvis import cli, record
+from greenvis.cli import main as cli
 from greenvis.errors import BadInput
-from greenvis.experiment import run
-from greenvis.rank import METHODS, correlation, rank, weights_of
+from greenvis.experiment.session import run
+from greenvis.meters import record
+from greenvis.planning.rank import METHODS, correlation, rank, weights_of
 
 HEAD = "meter: {codecarbon: false}\ntrain: {epochs: 1, batch_size: 20, threads: 1, eval_every: 0}\n"
-MODEL = "model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 4, embed_dim: 8, depth: 1, num_heads: 1}\n"
+MODEL = (
+    "model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 4, embed_dim: 8, depth: 1, "
+    "num_heads: 1}\n"
+)
 BASES = "name: bases\ndata: {name: digits, classes: [0, 1, 2], train: 60, test: 30}\n"
 TUNED = "name: tuned\ndata: {name: digits, classes: [3, 4, 5], train: 60, test: 30}\n"
 NAMES = ("random", "once", "more")
@@ -25,9 +30,14 @@ SEEDS = {"random": [0], "once": [0, 1], "more": [0]}
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three bases, each fine-tuned on other classes; one of them with a technique, too."""
     folder = tmp_path_factory.mktemp("ranked")
-    arms = ", ".join(f"{name}: {{train: {{epochs: {epochs}}}}}" for name, epochs in zip(NAMES, (0, 1, 3), strict=True))
+    arms = ", ".join(
+        f"{name}: {{train: {{epochs: {epochs}}}}}"
+        for name, epochs in zip(NAMES, (0, 1, 3), strict=True)
+    )
     (folder / "bases.yaml").write_text(f"{BASES}{MODEL}{HEAD}arms: {{{arms}}}\n")
-    own = "\n".join(f"  {n}: {{model: {{init: 'run:bases/{n}'}}, train: {{seeds: {SEEDS[n]}}}}}" for n in NAMES)
+    own = "\n".join(
+        f"  {n}: {{model: {{init: 'run:bases/{n}'}}, train: {{seeds: {SEEDS[n]}}}}}" for n in NAMES
+    )
     probe = "  probe: {model: {init: 'run:bases/more'}, techniques: [linear_probe]}"
     (folder / "tuned.yaml").write_text(f"{TUNED}{MODEL}{HEAD}arms:\n{own}\n{probe}\n")
     run(folder / "tuned.yaml", runs=folder / "runs")
@@ -40,7 +50,9 @@ def test_ranks_what_recipes_left_and_checks_itself_on_record(runs: Path) -> None
     rows = {row["base"]: row for row in found["rows"]}
     assert sorted(rows) == sorted(bases)
     assert [row["rank"] for row in found["rows"]] == [1, 2, 3]
-    assert [row["sfda"] for row in found["rows"]] == sorted((row["sfda"] for row in rows.values()), reverse=True)
+    assert [row["sfda"] for row in found["rows"]] == sorted(
+        (row["sfda"] for row in rows.values()), reverse=True
+    )
     assert found["images"] == 40
     for name in NAMES:
         row, left = rows[f"run:bases/{name}"], (runs / "runs/tuned" / name).rglob("done.json")
@@ -53,12 +65,24 @@ def test_ranks_what_recipes_left_and_checks_itself_on_record(runs: Path) -> None
     assert spent.status == "done"
     assert spent.sum("samples", "base2/features") == 40
     assert sum(row["energy_j"] for row in rows.values()) <= found["energy_j"]["value"] * 1.001
-    assert found["tuning_energy_j"] == pytest.approx(sum(row["tuning_energy_j"] for row in rows.values()))
+    assert found["tuning_energy_j"] == pytest.approx(
+        sum(row["tuning_energy_j"] for row in rows.values())
+    )
     assert set(found["correlation"] or {}) == set(METHODS)
 
 
 def test_the_command_says_the_same_as_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["rank", "run:bases/once", "run:bases/more", "--data", "digits", "--images", "40", "--runs", str(runs / "runs")]
+    words = [
+        "rank",
+        "run:bases/once",
+        "run:bases/more",
+        "--data",
+        "digits",
+        "--images",
+        "40",
+        "--runs",
+        str(runs / "runs"),
+    ]
     assert cli.main(words) == 0
     shown = capsys.readouterr().out
     assert "run:bases/more" in shown.replace("\n", "")
@@ -77,18 +101,28 @@ def test_takes_a_library_s_models_beside(runs: Path) -> None:
         ["timm/vit_tiny_patch16_224", f"file:{weights}"], "digits", images=40, runs=runs / "runs",
         img_size=8, patch_size=4, embed_dim=12, depth=1, num_heads=1,
     )  # fmt: skip
-    tuned = rank([str(left), "run:bases/once"], str(runs / "tuned.yaml"), images=40, runs=runs / "runs")
+    tuned = rank(
+        [str(left), "run:bases/once"], str(runs / "tuned.yaml"), images=40, runs=runs / "runs"
+    )
     assert all("tuned_accuracy" in row for row in tuned["rows"])
-    assert {row["base"]: row["dim"] for row in found["rows"]} == {"timm/vit_tiny_patch16_224": 12, f"file:{weights}": 8}
+    assert {row["base"]: row["dim"] for row in found["rows"]} == {
+        "timm/vit_tiny_patch16_224": 12,
+        f"file:{weights}": 8,
+    }
 
 
 def test_correlation_is_of_ranks() -> None:
     rows: list[dict[str, Any]] = [
-        {"tuned_accuracy": a, **dict.fromkeys(METHODS, s)} for a, s in [(0.1, -3.0), (0.5, 2.0), (0.9, 100.0)]
+        {"tuned_accuracy": a, **dict.fromkeys(METHODS, s)}
+        for a, s in [(0.1, -3.0), (0.5, 2.0), (0.9, 100.0)]
     ]
     found = correlation(rows)
     assert found is not None
-    assert found["logme"] == {"weighted_tau": pytest.approx(1.0), "tau": pytest.approx(1.0), "bases": 3}
+    assert found["logme"] == {
+        "weighted_tau": pytest.approx(1.0),
+        "tau": pytest.approx(1.0),
+        "bases": 3,
+    }
     rows[0]["ped"], rows[2]["ped"] = 100.0, -3.0
     assert (correlation(rows) or {})["ped"]["tau"] == pytest.approx(-1.0)
     assert correlation(rows[:2]) is None
@@ -104,7 +138,9 @@ def test_correlation_is_of_ranks() -> None:
         (["run:bases/more", "run:bases/once"], {"data_name": "digit"}, "unknown data set 'digit'"),
     ],
 )
-def test_refuses_before_anything_is_spent(runs: Path, bases: list[str], more: dict[str, str], says: str) -> None:
+def test_refuses_before_anything_is_spent(
+    runs: Path, bases: list[str], more: dict[str, str], says: str
+) -> None:
     before = len(list(record.find([runs / "runs"])))
     with pytest.raises(BadInput, match=says):
         rank(bases, **{"data_name": "digits", **more}, runs=runs / "runs")  # type: ignore[arg-type]

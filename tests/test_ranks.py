@@ -1,4 +1,5 @@
-"""What processes agree on, as one of them and on real shards; for launches see test_two_ranks.py, test_recipe_ranks.py."""
+"""What processes agree on, as one of them and on real shards; for launches see test_two_ranks.py,
+test_recipe_ranks.py."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import TrainingArguments
 
 import greenvis as gv
-from greenvis import ranks
-from greenvis.advise import advise
+from greenvis.core import distributed as ranks
 from greenvis.errors import BadInput
 from greenvis.integrations.lightning import GreenCallback as InLightning
 from greenvis.integrations.transformers import GreenCallback as InTransformers
+from greenvis.planning.advise import advise
 
 
 def _net() -> nn.Module:
@@ -60,10 +61,15 @@ def test_one_process_takes_every_batch_whole_and_hears_its_own_errors() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_what_is_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_for_one_process_is_refused_under_a_launcher(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     ranks.alone("this")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(BadInput, match="this runs as one process, and this is one of 3: start it without the launcher"):
+    with pytest.raises(
+        BadInput,
+        match="this runs as one process, and this is one of 3: start it without the launcher",
+    ):
         ranks.alone("this")
     with pytest.raises(BadInput, match="greenvis advise runs as one process"):
         advise("plain/mlp", "digits", runs=tmp_path)
@@ -71,10 +77,14 @@ def test_what_is_for_one_process_is_refused_under_a_launcher(monkeypatch: pytest
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DeepSpeed", "Megatron_LM"])
-def test_a_sharding_that_accelerate_is_to_do_is_refused_and_nothing_changes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sharding_that_accelerate_is_to_do_is_refused_and_nothing_changes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = _net()
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "true")
-    with pytest.raises(BadInput, match=f"^{name} cuts a model's parameters up, .* use plain data parallelism"):
+    with pytest.raises(
+        BadInput, match=f"^{name} cuts a model's parameters up, .* use plain data parallelism"
+    ):
         gv.wrap(model, [])
     monkeypatch.setenv(f"ACCELERATE_USE_{name.upper()}", "false")
     assert gv.wrap(model, []).undo() is model
@@ -82,7 +92,10 @@ def test_a_sharding_that_accelerate_is_to_do_is_refused_and_nothing_changes(name
 
 @pytest.mark.usefixtures("group")
 def test_a_sharded_model_is_refused() -> None:
-    for sharded in (fully_shard(_net()), FullyShardedDataParallel(_net(), device_id=torch.device("cpu"))):
+    for sharded in (
+        fully_shard(_net()),
+        FullyShardedDataParallel(_net(), device_id=torch.device("cpu")),
+    ):
         with pytest.raises(BadInput, match="cuts a model's parameters up"):
             gv.wrap(sharded, [])
 
@@ -100,7 +113,9 @@ def test_a_model_that_is_sharded_after_wrap_is_refused_at_its_first_step_and_by_
 
 @pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("original", [True, False])
-def test_a_model_that_the_first_fsdp_was_put_around_is_refused_at_its_first_step(original: bool) -> None:
+def test_a_model_that_the_first_fsdp_was_put_around_is_refused_at_its_first_step(
+    original: bool,
+) -> None:
     live = gv.wrap(_net(), [])
     FullyShardedDataParallel(live.model, device_id=torch.device("cpu"), use_orig_params=original)
     with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
@@ -115,11 +130,15 @@ def test_trainers_refuse_a_model_that_was_sharded_after_wrap(tmp_path: Path) -> 
     live = gv.wrap(model, [])
     fully_shard(model)
     trainer = pl.Trainer(
-        max_epochs=1, callbacks=[InLightning(live, "sharded", dir=tmp_path / "runs")], accelerator="cpu", logger=False,
+        max_epochs=1, callbacks=[InLightning(live, "sharded", dir=tmp_path / "runs")],
+        accelerator="cpu", logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
-        trainer.fit(_Module(model), DataLoader(TensorDataset(torch.ones(4, 4), torch.zeros(4)), batch_size=2))
+        trainer.fit(
+            _Module(model),
+            DataLoader(TensorDataset(torch.ones(4, 4), torch.zeros(4)), batch_size=2),
+        )
     given = TrainingArguments(output_dir=str(tmp_path / "out"), report_to="none", use_cpu=True)
     with pytest.raises(BadInput, match="FSDP cuts a model's parameters up"):
         InTransformers(live, "sharded", dir=tmp_path / "runs").on_train_begin(given, None, None)

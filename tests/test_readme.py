@@ -7,8 +7,8 @@ from pathlib import Path
 
 from readme import BEGIN, END, measured, techniques
 
-from greenvis.cli import _commands, _parser
-from greenvis.recipe import load_recipe
+from greenvis.cli.main import _commands, _parser
+from greenvis.experiment.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()

@@ -30,29 +30,45 @@ MINUTES = (
 
 
 def _clone(folder: Path) -> dict[str, str]:
-    """Make a folder like a fresh clone, and return an environment in which `greenvis` is on the path."""
+    """Make a folder like a fresh clone, and return an environment in which `greenvis` is on the
+    path."""
     for name in ("recipes", "examples"):
         shutil.copytree(ROOT / name, folder / name)
     for name in ("quickstart", "fashion-lora"):
         shutil.copytree(ROOT / "reports" / name, folder / "reports" / name)
     (folder / "bin").mkdir()
-    for name, words in (("greenvis", "-m greenvis"), ("torchrun", "-m torch.distributed.run"), ("python", "")):
+    for name, words in (
+        ("greenvis", "-m greenvis"),
+        ("torchrun", "-m torch.distributed.run"),
+        ("python", ""),
+    ):
         (folder / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
         (folder / "bin" / name).chmod(0o755)
     path = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    more = {"PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(filter(None, path))}
-    return {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | more | {"OMP_NUM_THREADS": "1"}
+    more = {
+        "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+    }
+    return (
+        {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        | more
+        | {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def _run(command: str, folder: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, f"{command}: {done.stdout[-500:]}{done.stderr[-2000:]}"
     return done.stdout
 
 
 def _demo() -> str:
     """Return what `make demo` runs."""
-    (line,) = re.findall(r"^demo:.*\n\t\$\(BIN\)/(greenvis .*)$", (ROOT / "Makefile").read_text(), re.M)
+    (line,) = re.findall(
+        r"^demo:.*\n\t\$\(BIN\)/(greenvis .*)$", (ROOT / "Makefile").read_text(), re.M
+    )
     return line
 
 
@@ -63,20 +79,28 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]
     env = _clone(folder)
     for path in (folder / "recipes").glob("quickstart*.yaml"):
         path.write_text(
-            re.sub(r"seeds: \[0, 1, 2\]", "seeds: [0]", re.sub(r"epochs: \d+, batch", "epochs: 1, batch", path.read_text()))
+            re.sub(
+                r"seeds: \[0, 1, 2\]",
+                "seeds: [0]",
+                re.sub(r"epochs: \d+, batch", "epochs: 1, batch", path.read_text()),
+            )
         )
     _run(_demo(), folder, env)
     return folder, env
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if not any(word in c for word in MINUTES)])
-def test_a_command_of_the_readme_runs_after_the_demo(command: str, demo: tuple[Path, dict[str, str]]) -> None:
+def test_a_command_of_the_readme_runs_after_the_demo(
+    command: str, demo: tuple[Path, dict[str, str]]
+) -> None:
     if "--log-with tensorboard" in command:
         pytest.importorskip("tensorboard")
     if "--to onnx" in command:
         pytest.importorskip("onnxscript")
     if " diff " in command:
-        command = command.replace("+100%", "+900%")  # one seed and one epoch: what is tested is that it can be said
+        command = command.replace(
+            "+100%", "+900%"
+        )  # one seed and one epoch: what is tested is that it can be said
     assert _run(command, *demo)
 
 
@@ -95,10 +119,24 @@ def test_the_loop_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyP
     from greenvis import models
 
     (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    size = {"img_size": 8, "patch_size": 2, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3, "in_chans": 1}
+    size = {
+        "img_size": 8,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 3,
+        "in_chans": 1,
+    }
     model, teacher = (models.build("timm/vit_tiny_patch16_224", **size) for _ in range(2))
     loader = [(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])) for _ in range(2)]
-    user = {"torch": torch, "model": model, "teacher": teacher, "loader": loader, "evaluate": lambda model: 0.5}
+    user = {
+        "torch": torch,
+        "model": model,
+        "teacher": teacher,
+        "loader": loader,
+        "evaluate": lambda model: 0.5,
+    }
     monkeypatch.chdir(tmp_path)
     exec(code, {**user, "criterion": torch.nn.functional.cross_entropy})
     assert (tmp_path / "reports/pets/index.html").exists()

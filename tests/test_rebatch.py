@@ -1,4 +1,5 @@
-"""Samples of several batches go on together behind an exit: the same answers, in order, by whole batches."""
+"""Samples of several batches go on together behind an exit: the same answers, in order, by whole
+batches."""
 
 from __future__ import annotations
 
@@ -15,11 +16,11 @@ from test_early_exit import RECIPE, wrapped
 from torch import Tensor
 
 import greenvis as gv
-from greenvis import record
+from greenvis.core.technique import logits_of
+from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.technique import logits_of
-from greenvis.techniques.inference.early_exit import InstalledEarlyExit, rebatched
-from greenvis.wrap import Wrapped
+from greenvis.meters import record
+from greenvis.techniques.inference.exits.early_exit import InstalledEarlyExit, rebatched
 
 
 def stream(host: str, sizes: list[int]) -> list[Tensor]:
@@ -28,7 +29,8 @@ def stream(host: str, sizes: list[int]) -> list[Tensor]:
 
 
 def mixed(installed: InstalledEarlyExit, batches: list[Tensor]) -> list[float]:
-    """Return thresholds by which about half leave at each exit (patience: once the answer stayed)."""
+    """Return thresholds by which about half leave at each exit (patience: once the answer
+    stayed)."""
     if installed.request.criterion == "patience":
         return [1.0, 1.0]
     sure = installed.sureness([(x, torch.zeros(len(x))) for x in batches])
@@ -59,7 +61,11 @@ def test_answers_are_those_of_each_batch_alone(host: str, criterion: str) -> Non
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-@given(st.lists(st.integers(0, 7), max_size=6), st.integers(1, 20), st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2))
+@given(
+    st.lists(st.integers(0, 7), max_size=6),
+    st.integers(1, 20),
+    st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2),
+)
 @settings(max_examples=30, deadline=None)
 def test_any_sizes_and_thresholds(sizes: list[int], size: int, limits: list[float]) -> None:
     live, installed, _ = _SHARED
@@ -113,7 +119,9 @@ def test_what_cannot_wait_is_refused() -> None:
     with pytest.raises(GreenvisError, match=r"call model.eval\(\) first"):
         next(rebatched(live, [x]))
     for other in (gv.TokenMerge(r=2), gv.TokenPrune(blocks=(1,), method="class_attention")):
-        live = gv.wrap(HOSTS["timm-vit"].build().eval(), [other, gv.EarlyExit(at=(1, 2), threshold=0.2)])
+        live = gv.wrap(
+            HOSTS["timm-vit"].build().eval(), [other, gv.EarlyExit(at=(1, 2), threshold=0.2)]
+        )
         live.model.eval()
         with pytest.raises(BadInput, match=r"where tokens merge or are pruned.*batch by batch"):
             next(rebatched(live, [x]))
@@ -125,12 +133,18 @@ def test_what_cannot_wait_is_refused() -> None:
 def test_a_recipe_reports_the_rebatched_setting(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     gv.run(tmp_path / "tiny.yaml", runs=tmp_path / "runs")
-    facts = next(r.facts for r in map(record.read, record.find([tmp_path / "runs"])) if r.header["arm"] == "frozen")
+    facts = next(
+        r.facts
+        for r in map(record.read, record.find([tmp_path / "runs"]))
+        if r.header["arm"] == "frozen"
+    )
     points = {p["setting"]: p for p in facts["operating_points"]}
     each, together = points["calibrated"], points["calibrated, rebatched"]
     assert {k: together[k] for k in ("accuracy", "exits", "macs", "images")} == {
         k: each[k] for k in ("accuracy", "exits", "macs", "images")
     }
     gv.report([tmp_path / "runs"], out=tmp_path / "out")
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["frozen"]["operating_points"]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["frozen"][
+        "operating_points"
+    ]
     assert "calibrated, rebatched" in [r["setting"] for r in rows]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from greenvis.errors import BadInput
-from greenvis.recipe import load_recipe, parse_techniques, schema
+from greenvis.experiment.recipe import load_recipe, parse_techniques, schema
 
 GOOD = """\
 name: small
@@ -38,7 +38,10 @@ def test_an_arm_is_the_recipe_with_its_own_laid_over(tmp_path: Path) -> None:
     recipe = load_recipe(_write(tmp_path, GOOD))
     arm = recipe.arm("distilled")
     assert (arm.train.epochs, arm.train.optimizer, arm.train.seeds) == (5, "adamw", (0, 1))
-    assert (arm.model.ref, arm.model.options) == ("timm/resnet18", {})  # another ref: no option is inherited
+    assert (arm.model.ref, arm.model.options) == (
+        "timm/resnet18",
+        {},
+    )  # another ref: no option is inherited
     assert arm.needs() == ["run:baseline"]
     assert arm.techniques[0].recipe_form() == {"teacher": "run:baseline", "temperature": 2.0}
     assert recipe.arm("baseline").train.epochs == 3
@@ -78,12 +81,19 @@ def test_an_error_names_file_line_and_the_nearest_right_name(
 def test_overrides_change_one_value_and_name_themselves_when_wrong(tmp_path: Path) -> None:
     path = _write(tmp_path, GOOD)
     recipe = load_recipe(path, ["train.epochs=9", "arms.baseline.train.lr=0.5", "train.seeds=[4]"])
-    assert (recipe.arm("baseline").train.lr, recipe.train.epochs, recipe.train.seeds) == (0.5, 9, (4,))
+    assert (recipe.arm("baseline").train.lr, recipe.train.epochs, recipe.train.seeds) == (
+        0.5,
+        9,
+        (4,),
+    )
     recipe = load_recipe(path, ["arms.distilled.techniques.0.distill.temperature=7"])
     assert recipe.arm("distilled").techniques[0].recipe_form()["temperature"] == 7
     for text, message in [
         ("arms.bigg.train.epochs=9", "no arm 'bigg'"),
-        ("train.epoch=9", "--set train.epoch=9: train.epoch: unknown field 'epoch'; did you mean 'epochs'?"),
+        (
+            "train.epoch=9",
+            "--set train.epoch=9: train.epoch: unknown field 'epoch'; did you mean 'epochs'?",
+        ),
         ("train", "takes KEY=VALUE"),
         ("name.x=1", "'name' holds no keys"),
         ("train.seeds.7=1", "no index"),
@@ -129,7 +139,9 @@ def test_the_text_of_a_recipe_is_enough_to_run_it_again(tmp_path: Path) -> None:
 
 def test_schema_covers_the_sections_and_every_technique() -> None:
     form = schema()
-    assert {"name", "data", "model", "train", "arms", "report", "meter", "extends"} <= set(form["properties"])
+    assert {"name", "data", "model", "train", "arms", "report", "meter", "extends"} <= set(
+        form["properties"]
+    )
     assert "temperature" in form["$defs"]["technique:distill"]["properties"]
 
 
@@ -148,20 +160,53 @@ def test_techniques_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("lr: 0.1", "lr: 0.1, momentum: 0.5", "train.momentum changes nothing in any arm: it is of optimizer: sgd"),
-        ("lr: 0.1", "lr: 0.1, eval_every: 0, target_accuracy: 0.9", "train.target_accuracy changes nothing in any arm"),
-        ("hidden: [4]", "hidden: [4], classifier: keep", "model.classifier changes nothing in any arm"),
+        (
+            "lr: 0.1",
+            "lr: 0.1, momentum: 0.5",
+            "train.momentum changes nothing in any arm: it is of optimizer: sgd",
+        ),
+        (
+            "lr: 0.1",
+            "lr: 0.1, eval_every: 0, target_accuracy: 0.9",
+            "train.target_accuracy changes nothing in any arm",
+        ),
+        (
+            "hidden: [4]",
+            "hidden: [4], classifier: keep",
+            "model.classifier changes nothing in any arm",
+        ),
         ("a: {}", "a: {train: {momentum: 0.5}}", "train.momentum changes nothing in arm 'a'"),
         ("a: {}", "a: {model: {classifier: keep}}", "model.classifier changes nothing in arm 'a'"),
-        ("a: {}", "a: {subset: {method: random, iterations: 5}}", "'iterations' changes nothing with method: random"),
+        (
+            "a: {}",
+            "a: {subset: {method: random, iterations: 5}}",
+            "'iterations' changes nothing with method: random",
+        ),
         ("a: {}", "a: {subset: {width: 8}}", "'width' changes nothing with method: random"),
-        ("a: {}", "a: {techniques: [{regularize: {damping: 1.0}}]}", "'damping' changes nothing with method: ewc"),
-        ("train: 60", "train: 60, stream: {kind: class, domain: permute}", "data.stream.domain changes nothing in any arm"),
-        ("train: 60", "train: 60, stream: {blur: 0.1}", "data.stream.blur changes nothing in any arm: it is of kind: free"),
+        (
+            "a: {}",
+            "a: {techniques: [{regularize: {damping: 1.0}}]}",
+            "'damping' changes nothing with method: ewc",
+        ),
+        (
+            "train: 60",
+            "train: 60, stream: {kind: class, domain: permute}",
+            "data.stream.domain changes nothing in any arm",
+        ),
+        (
+            "train: 60",
+            "train: 60, stream: {blur: 0.1}",
+            "data.stream.blur changes nothing in any arm: it is of kind: free",
+        ),
     ],
 )
-def test_a_setting_that_changes_nothing_is_refused(old: str, new: str, message: str, tmp_path: Path) -> None:
-    text = "name: idle\ndata: {name: digits, train: 60}\nmodel: {ref: plain/mlp, hidden: [4]}\ntrain: {lr: 0.1}\n"
+def test_a_setting_that_changes_nothing_is_refused(
+    old: str, new: str, message: str, tmp_path: Path
+) -> None:
+    text = (
+        "name: idle\ndata: {name: digits, train: 60}\nmodel: {ref: plain/mlp, hidden: [4]}\ntrain: "
+        "{lr: 0.1}\n"
+    )
     text += "arms: {a: {}, b: {}}\n"
     assert load_recipe(_write(tmp_path, text)).arms
     with pytest.raises(BadInput) as caught:
@@ -178,6 +223,11 @@ def test_a_setting_that_changes_nothing_is_refused(old: str, new: str, message: 
         ("b: {}", "b: {stages: [{train: {optimizer: sgd}}]}"),
     ],
 )
-def test_a_setting_that_one_arm_uses_may_stand_above_all(old: str, new: str, tmp_path: Path) -> None:
-    text = "name: used\ndata: {name: digits}\nmodel: {ref: plain/mlp}\ntrain: {lr: 0.1, momentum: 0.5}\narms: {a: {}, b: {}}\n"
+def test_a_setting_that_one_arm_uses_may_stand_above_all(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    text = (
+        "name: used\ndata: {name: digits}\nmodel: {ref: plain/mlp}\ntrain: {lr: 0.1, momentum: "
+        "0.5}\narms: {a: {}, b: {}}\n"
+    )
     assert load_recipe(_write(tmp_path, text.replace(old, new))).arms

@@ -1,4 +1,5 @@
-"""`greenvis run` under real launchers (gloo): the weights, the records and the one report of a recipe on two processes."""
+"""`greenvis run` under real launchers (gloo): the weights, the records and the one report of a
+recipe on two processes."""
 
 from __future__ import annotations
 
@@ -15,14 +16,21 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from greenvis import price, record
+from greenvis.meters import pricing, record
 from greenvis.report.groups import load
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# accelerate has no launcher of its own for several CPU processes but by MPI; without a GPU these meet over gloo as well
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-MODEL = "{ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2}"
+# accelerate has no launcher of its own for several CPU processes but by MPI; without a GPU these
+# meet over gloo as
+# well
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+"1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+              "0")  # fmt: skip
+MODEL = (
+    "{ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, "
+    "num_heads: 2}"
+)
 RECIPE = f"""\
 name: tiny
 data: {{name: digits, train: 203, test: 101, held_out: 40}}
@@ -49,20 +57,35 @@ def _write(folder: Path, text: str = RECIPE) -> Path:
 
 def _command(folder: Path, launcher: tuple[str, ...], *more: str) -> list[str]:
     words = [*launcher, "-m", "greenvis"] if launcher else ["greenvis"]
-    its = ["run", str(folder / "tiny.yaml"), "--runs", str(folder / "runs"), "--out", str(folder / "report"), *more]
+    its = [
+        "run",
+        str(folder / "tiny.yaml"),
+        "--runs",
+        str(folder / "runs"),
+        "--out",
+        str(folder / "report"),
+        *more,
+    ]
     return [sys.executable, "-m", *words, *its]
 
 
-def _run(folder: Path, launcher: tuple[str, ...] = TORCHRUN, *more: str) -> subprocess.CompletedProcess[str]:
+def _run(
+    folder: Path, launcher: tuple[str, ...] = TORCHRUN, *more: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        _command(folder, launcher, *more), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        _command(folder, launcher, *more), env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True,
         timeout=400, check=False,
     )  # fmt: skip
 
 
 def _apart(one: Path, other: Path, arm: str) -> float:
-    """Return how far the weights two runs left are apart: the length of the difference over their length."""
-    states = [load_file(folder / "runs" / "tiny" / arm / "seed0" / "model.safetensors") for folder in (one, other)]
+    """Return how far the weights two runs left are apart: the length of the difference over their
+    length."""
+    states = [
+        load_file(folder / "runs" / "tiny" / arm / "seed0" / "model.safetensors")
+        for folder in (one, other)
+    ]
     assert states[0].keys() == states[1].keys()
     named = [n for n, t in states[0].items() if t.is_floating_point() and t.isfinite().all()]
     assert len(named) > 20
@@ -80,18 +103,21 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     assert [line.partition("/")[2] for line in _said(done)] == ["plain seed 0: training"]
     assert done.stdout.count("report:") == 1
     runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
-    assert sorted((r.header["rank"], r.header["world_size"], r.status) for r in runs) == [(0, 2, "done"), (1, 2, "done")]
+    assert sorted((r.header["rank"], r.header["world_size"], r.status) for r in runs) == [
+        (0, 2, "done"),
+        (1, 2, "done"),
+    ]
     assert len({r.id for r in runs}) == 1
     assert sum(r.sum("samples", "train") or 0 for r in runs) == 203
     assert abs((runs[0].sum("steps", "train") or 0) - (runs[1].sum("steps", "train") or 0)) == 0
     (group,), _ = load([tmp_path / "runs"])
     (attempt,) = group.attempts
     assert attempt.missing_ranks == []
-    whole = price.merged_energy(runs).value
-    assert whole == pytest.approx(price.add([attempt.whole_j, attempt.startup_j]).value)
-    assert attempt.whole_j.value == pytest.approx(sum(price.run_energy(r).value or 0 for r in runs)) or any(
-        c["scope"] == "machine" for c in runs[0].header["components"]
-    )
+    whole = pricing.merged_energy(runs).value
+    assert whole == pytest.approx(pricing.add([attempt.whole_j, attempt.startup_j]).value)
+    assert attempt.whole_j.value == pytest.approx(
+        sum(pricing.run_energy(r).value or 0 for r in runs)
+    ) or any(c["scope"] == "machine" for c in runs[0].header["components"])
 
 
 @pytest.mark.slow
@@ -99,8 +125,16 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     ("old", "new", "why"),
     [
         ("held_out: 40", "stream: {tasks: 5}", "a recipe learns a stream of tasks as one process"),
-        ("plain: {}", "plain: {techniques: [{replay: {size: 20}}]}", "each process holds a part of what 'replay' keeps"),
-        ("batch_size: 20", "batch_size: 101", "batches of 101 out of 203 images end with one of 1, which 2 processes cannot"),
+        (
+            "plain: {}",
+            "plain: {techniques: [{replay: {size: 20}}]}",
+            "each process holds a part of what 'replay' keeps",
+        ),
+        (
+            "batch_size: 20",
+            "batch_size: 101",
+            "batches of 101 out of 203 images end with one of 1, which 2 processes cannot",
+        ),
     ],
 )
 def test_what_several_processes_cannot_share_is_refused_once_before_anything_is_written(
@@ -124,10 +158,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["plain", "lora", "taught", "exits", "parted", "few"])
-def test_a_recipe_ends_with_the_weights_of_one_process(finished: tuple[Path, Path], arm: str) -> None:
+def test_a_recipe_ends_with_the_weights_of_one_process(
+    finished: tuple[Path, Path], arm: str
+) -> None:
     one, two = finished
     assert _apart(one, two, arm) <= 1e-6
-    left = [json.loads((f / "runs" / "tiny" / arm / "seed0" / "done.json").read_text()) for f in finished]
+    left = [
+        json.loads((f / "runs" / "tiny" / arm / "seed0" / "done.json").read_text())
+        for f in finished
+    ]
     assert left[0]["accuracy"] == left[1]["accuracy"]
     assert left[0]["inputs"] == left[1]["inputs"]
 
@@ -140,9 +179,15 @@ def test_the_report_counts_each_process_once(finished: tuple[Path, Path]) -> Non
         one, two = (r["arms"][name] for r in results)
         assert one["train_flops"] == pytest.approx(two["train_flops"], rel=0.1)
     for folder in finished:  # each image's teacher is asked once, whichever process does
-        (row,) = json.loads((folder / "report" / "results.json").read_text())["arms"]["taught"]["kept"]
+        (row,) = json.loads((folder / "report" / "results.json").read_text())["arms"]["taught"][
+            "kept"
+        ]
         assert (row["misses"], row["hits"]) == (203, 203)
-    ids = [u["runs"] for path in record.find([finished[1] / "runs" / "tiny" / "taught"]) for u in record.read(path).uses]
+    ids = [
+        u["runs"]
+        for path in record.find([finished[1] / "runs" / "tiny" / "taught"])
+        for u in record.read(path).uses
+    ]
     assert ids
     assert all(len(one) == 1 for one in ids)  # a teacher of two processes is one run
 
@@ -166,22 +211,37 @@ def test_a_killed_recipe_goes_on_with_another_number_of_processes(
     while not reached.exists() and process.poll() is None:
         time.sleep(0.01)
     started = psutil.Process(process.pid)
-    for one in (*started.children(recursive=True), started):  # a launcher's processes lead sessions of their own
+    for one in (
+        *started.children(recursive=True),
+        started,
+    ):  # a launcher's processes lead sessions of their own
         one.kill()
     process.wait()
     assert reached.exists(), "it ended before it could be killed"
     done = _run(tmp_path, launchers[3 - first], *settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert any("resumed at epoch 1, batch 4" in n for path in record.find([tmp_path / "runs"]) for n in record.read(path).notes)
+    assert any(
+        "resumed at epoch 1, batch 4" in n
+        for path in record.find([tmp_path / "runs"])
+        for n in record.read(path).notes
+    )
     assert _apart(finished[0], tmp_path, "plain") <= 1e-6
 
 
 @pytest.mark.slow
 def test_what_fails_in_one_process_ends_all(tmp_path: Path) -> None:
-    done = _run(_write(tmp_path, RECIPE.replace("lr: 0.2", "lr: 1.0e+20").replace("clip_norm: 1.0", "clip_norm: null")))
+    done = _run(
+        _write(
+            tmp_path,
+            RECIPE.replace("lr: 0.2", "lr: 1.0e+20").replace("clip_norm: 1.0", "clip_norm: null"),
+        )
+    )
     assert done.returncode != 0
     assert [line for line in _said(done) if "lower train.lr" in line] == _said(done)[1:]
-    assert {record.read(path).status for path in record.find([tmp_path / "runs"])} <= {"failed", "stopped"}
+    assert {record.read(path).status for path in record.find([tmp_path / "runs"])} <= {
+        "failed",
+        "stopped",
+    }
 
 
 @pytest.mark.slow

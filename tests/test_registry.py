@@ -12,8 +12,8 @@ from typing import get_args
 import pytest
 
 import greenvis as gv
-from greenvis import registry
 from greenvis.errors import BadInput
+from greenvis.techniques import registry
 
 OUTSIDE = Path(__file__).parent / "outside"
 
@@ -27,7 +27,9 @@ def test_every_technique_says_what_it_is(name: str) -> None:
     kind = registry.find(name)
     assert kind.name == name
     assert registry.find_class(kind.__name__) is kind
-    assert len(kind.__doc__ or "") > 80, "a technique's docstring says what it saves and what it costs"
+    assert len(kind.__doc__ or "") > 80, (
+        "a technique's docstring says what it saves and what it costs"
+    )
     assert getattr(gv, kind.__name__) is kind
     assert kind.__name__ in gv.__all__
 
@@ -56,13 +58,16 @@ def test_an_outside_package_is_found_and_works(tmp_path: Path) -> None:
     subprocess.run([*install, str(_copy(tmp_path))], check=True, capture_output=True)
     code = (
         "import json, torch, greenvis as gv\n"
-        "from greenvis import registry\n"
+        "from greenvis.techniques import registry\n"
         "m = torch.nn.Linear(3, 2); live = gv.wrap(m, [registry.find('scale_loss')(factor=2.0)])\n"
         "x = torch.ones(1, 3); l = m(x)\n"
-        "print(json.dumps([registry.names(), float(live.loss(x, None, l)), float(2 * l.square().mean()), gv.ScaleLoss.name]))\n"
+        "print(json.dumps([registry.names(), float(live.loss(x, None, l)), float(2 * "
+        "l.square().mean()), gv.ScaleLoss.name]))\n"
     )
     env = {**os.environ, "PYTHONPATH": str(site)}
-    out = subprocess.run([sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=env, check=True, capture_output=True, text=True
+    ).stdout
     names, loss, expected, attribute = json.loads(out)
     assert "scale_loss" in names
     assert loss == expected
@@ -81,11 +86,21 @@ def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> No
     kind = registry.find(name)
     for field, (other, values) in kind.only_with.items():
         default = kind.model_fields[field].default
-        changed = not default if isinstance(default, bool) else "batch" if isinstance(default, str) else default + 2
+        changed = (
+            not default
+            if isinstance(default, bool)
+            else "batch"
+            if isinstance(default, str)
+            else default + 2
+        )
         with pytest.raises(BadInput, match=f"'{field}' changes nothing with {other}"):
-            kind(**{field: changed, other: next(v for v in _values(kind, other) if v not in values)})
+            kind(
+                **{field: changed, other: next(v for v in _values(kind, other) if v not in values)}
+            )
         assert dict(kind(**{field: changed, other: values[0]}))[field] == changed
-        assert kind(**{field: default, other: next(v for v in _values(kind, other) if v not in values)})
+        assert kind(
+            **{field: default, other: next(v for v in _values(kind, other) if v not in values)}
+        )
 
 
 def _values(kind: type, field: str) -> tuple[object, ...]:

@@ -1,4 +1,5 @@
-"""EWC, MAS and SI against the libraries' importances, LwF against both libraries' losses, and going on exactly."""
+"""EWC, MAS and SI against the libraries' importances, LwF against both libraries' losses, and going
+on exactly."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis.core.technique import Task
 from greenvis.errors import GreenvisError
-from greenvis.technique import Task
-from greenvis.techniques.iteration.lwf import lwf_loss
-from greenvis.techniques.iteration.regularize import fisher, mas, path_importance, penalty
+from greenvis.techniques.iteration.continual.lwf import lwf_loss
+from greenvis.techniques.iteration.continual.regularize import fisher, mas, path_importance, penalty
 
 DATA = Path(__file__).parent / "data"
 EWC = torch.load(DATA / "ewc_mas.pt", weights_only=True)
@@ -22,8 +23,10 @@ LWF = torch.load(DATA / "lwf_loss.pt", weights_only=True)
 X, Y = EWC["X"], EWC["Y"]
 NAMES = list(EWC["state_dict"])
 REQUESTS: list[Any] = [
-    lambda: gv.Regularize(weight=3.0), lambda: gv.Regularize(weight=3.0, online=False, fisher="batch"),
-    lambda: gv.Regularize(method="mas", weight=1.0), lambda: gv.Regularize(method="si", weight=1.0), lambda: gv.Lwf(keep=0.3),
+    lambda: gv.Regularize(weight=3.0), lambda: gv.Regularize(weight=3.0, online=False,
+    fisher="batch"),
+    lambda: gv.Regularize(method="mas", weight=1.0), lambda: gv.Regularize(method="si", weight=1.0),
+    lambda: gv.Lwf(keep=0.3),
 ]  # fmt: skip
 
 
@@ -43,7 +46,9 @@ def _same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("size", [1, 8, 24])
 def test_fisher_of_batches_equals_avalanches(size: int) -> None:
-    assert _same(fisher(_net(), NAMES, _loader(size), "batch"), EWC["avalanche"][f"avalanche_bs{size}"])
+    assert _same(
+        fisher(_net(), NAMES, _loader(size), "batch"), EWC["avalanche"][f"avalanche_bs{size}"]
+    )
 
 
 @pytest.mark.parametrize("size", [1, 5, 24])
@@ -53,7 +58,11 @@ def test_fisher_of_samples_does_not_depend_on_batches(size: int) -> None:
 
 def test_weighted_fisher_equals_mammoths() -> None:
     found = fisher(_net(), NAMES, _loader(8), "weighted")
-    assert torch.allclose(torch.cat([found[n].flatten() for n in EWC["flat_order"]]), EWC["mammoth_fisher_flat"], atol=1e-6)
+    assert torch.allclose(
+        torch.cat([found[n].flatten() for n in EWC["flat_order"]]),
+        EWC["mammoth_fisher_flat"],
+        atol=1e-6,
+    )
 
 
 def test_a_model_without_a_rule_for_batches_of_functions_is_taken_sample_by_sample() -> None:
@@ -65,7 +74,12 @@ def test_a_model_without_a_rule_for_batches_of_functions_is_taken_sample_by_samp
     assert _same(fisher(net, NAMES, _loader(8), "sample"), EWC["empirical_fisher"])
 
 
-PENALTIES = [("avalanche_bs1", 1, "batch"), ("avalanche_bs8", 8, "batch"), ("empirical", 8, "sample"), ("true", 8, "true")]
+PENALTIES = [
+    ("avalanche_bs1", 1, "batch"),
+    ("avalanche_bs8", 8, "batch"),
+    ("empirical", 8, "sample"),
+    ("true", 8, "true"),
+]
 
 
 @pytest.mark.parametrize(("key", "size", "definition"), PENALTIES)
@@ -77,7 +91,10 @@ def test_penalty_equals_the_reference(key: str, size: int, definition: Any) -> N
 
 @pytest.mark.parametrize(("size", "definition"), [(1, "batch"), (8, "batch"), (8, "sample")])
 def test_mas_equals_avalanches(size: int, definition: Any) -> None:
-    assert _same(mas(_net(), NAMES, _loader(size), definition), EWC["mas"]["bs1" if definition == "sample" else f"bs{size}"])
+    assert _same(
+        mas(_net(), NAMES, _loader(size), definition),
+        EWC["mas"]["bs1" if definition == "sample" else f"bs{size}"],
+    )
 
 
 def test_ewc_of_each_task_is_the_sum_of_their_penalties() -> None:
@@ -93,7 +110,9 @@ def test_ewc_of_each_task_is_the_sum_of_their_penalties() -> None:
         live.end_task(_loader(8))
     now = EWC["perturbed_params"]
     net.load_state_dict(now)
-    assert live.loss(X, Y, net(X)).item() == pytest.approx(2.0 * sum(penalty(now, *w).item() for w in wanted), rel=1e-4)
+    assert live.loss(X, Y, net(X)).item() == pytest.approx(
+        2.0 * sum(penalty(now, *w).item() for w in wanted), rel=1e-4
+    )
 
 
 def test_online_ewc_decays_and_holds_to_the_last() -> None:
@@ -142,7 +161,9 @@ def test_si_follows_the_path_of_each_weight() -> None:
     wanted = {n: path_importance(path[n], moved[n], 0.2) for n in path}
     at = {n: p.detach().clone() for n, p in net.named_parameters()}
     net.load_state_dict(start)
-    assert live.loss(X, Y, net(X)).item() == pytest.approx(0.5 * penalty(start, wanted, at).item(), rel=1e-4)
+    assert live.loss(X, Y, net(X)).item() == pytest.approx(
+        0.5 * penalty(start, wanted, at).item(), rel=1e-4
+    )
     assert (path_importance(torch.tensor([-1.0]), torch.tensor([1.0]), 0.1) == 0).all()
 
 
@@ -174,11 +195,15 @@ def test_lwf_compares_earlier_classes_with_the_earlier_model() -> None:
     assert all(torch.equal(b, buffers[n]) for n, b in net.named_buffers())
     assert all(m.training for m in net.modules())
     live.end_task(_loader(8))
-    assert torch.allclose(net.get_parameter("0.2.bias"), before["0.2.bias"] + 0.75 * torch.arange(4.0))
+    assert torch.allclose(
+        net.get_parameter("0.2.bias"), before["0.2.bias"] + 0.75 * torch.arange(4.0)
+    )
 
 
 @pytest.mark.parametrize("request_of", REQUESTS)
-def test_saved_and_loaded_in_the_middle_of_a_task_it_goes_on_exactly(request_of: Any, tmp_path: Path) -> None:
+def test_saved_and_loaded_in_the_middle_of_a_task_it_goes_on_exactly(
+    request_of: Any, tmp_path: Path
+) -> None:
     def train(live: Any, steps: range) -> None:
         for i in steps:
             if i == 3:
@@ -218,8 +243,11 @@ def test_undo_leaves_nothing_behind(request_of: Any) -> None:
 
 
 @pytest.mark.parametrize(("weight", "diverges"), [(0.9, False), (1.1, True)])
-def test_a_penalty_that_gradient_descent_cannot_follow_is_foretold(weight: float, diverges: bool) -> None:
-    """Steps on weight · importance · change² grow from lr · weight · importance = 1 on; the note says so beforehand."""
+def test_a_penalty_that_gradient_descent_cannot_follow_is_foretold(
+    weight: float, diverges: bool
+) -> None:
+    """Steps on weight · importance · change² grow from lr · weight · importance = 1 on; the note
+    says so beforehand."""
     net = _net()
     live = gv.wrap(net, gv.Regularize(weight=1.0))
     live.end_task(_loader(8))

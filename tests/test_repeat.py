@@ -1,4 +1,5 @@
-"""How far the same work reads apart on this machine: measured, stored, in the bands of records, and said in reports."""
+"""How far the same work reads apart on this machine: measured, stored, in the bands of records, and
+said in reports."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import greenvis as gv
-from greenvis import cli, record
-from greenvis.meters import repeat
+from greenvis.cli import main as cli
+from greenvis.meters import record, repeat
 from greenvis.meters.doctor import doctor
 from greenvis.meters.energy import COEFFICIENTS, Meter, cpu_name
 
@@ -24,26 +25,38 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _measure(*values: float, hours_ago: float = 0.0, processor: str | None = None) -> None:
-    """Measure work that takes these CPU seconds, and put all readings so far that many hours back."""
+    """Measure work that takes these CPU seconds, and put all readings so far that many hours
+    back."""
     taken = iter((9.9, *values))  # the first is no reading
-    repeat.measure(cpu_name() if processor is None else processor, len(values), 0.0, lambda: next(taken))
+    repeat.measure(
+        cpu_name() if processor is None else processor, len(values), 0.0, lambda: next(taken)
+    )
     held = json.loads(repeat.path().read_text())
     held["readings"] = [[at - 3600 * hours_ago, value] for at, value in held["readings"]]
     repeat.path().write_text(json.dumps(held))
 
 
 def _band() -> dict[str, float]:
-    return {k: round(v, 3) for k, v in repeat.band(cpu_name(), DEFAULT).items() if k in ("low", "central", "high")}
+    return {
+        k: round(v, 3)
+        for k, v in repeat.band(cpu_name(), DEFAULT).items()
+        if k in ("low", "central", "high")
+    }
 
 
 def test_readings_of_two_days_make_the_band() -> None:
     _measure(1.0, 1.0, 1.1, hours_ago=30)
     _measure(1.0, 1.2, 0.9)
     assert _band() == {"low": 0.9, "central": 1.0, "high": 1.2}
-    assert "measured on this machine: 6 runs over 30 h read ×1.33 apart" in repeat.band(cpu_name(), DEFAULT)["citation"]
+    assert (
+        "measured on this machine: 6 runs over 30 h read ×1.33 apart"
+        in repeat.band(cpu_name(), DEFAULT)["citation"]
+    )
 
 
-@pytest.mark.parametrize(("values", "low", "high"), [((1, 1, 1, 1, 1.01), 0.56, 1.78), ((1, 1, 1, 0.5, 3), 0.5, 3.0)])
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [((1, 1, 1, 1, 1.01), 0.56, 1.78), ((1, 1, 1, 0.5, 3), 0.5, 3.0)]
+)
 def test_one_sitting_narrows_nothing(values: tuple[float, ...], low: float, high: float) -> None:
     _measure(*values)
     assert _band() == {"low": low, "central": 1.0, "high": high}
@@ -58,17 +71,25 @@ def test_few_readings_of_another_processor_or_none_leave_the_default() -> None:
     assert repeat.band(cpu_name(), DEFAULT) is DEFAULT
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"processor": 1}', '{"readings": [[1, 2, 3]]}', "[" * 9000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"processor": 1}', '{"readings": [[1, 2, 3]]}', "[" * 9000, "\x00"]
+)
 def test_a_file_gone_bad_leaves_the_default(text: str) -> None:
     repeat.path().parent.mkdir(parents=True)
     repeat.path().write_text(text)
     assert repeat.band(cpu_name(), DEFAULT) is DEFAULT
-    held = {"processor": cpu_name(), "cpus": repeat.host.cpus(), "readings": [[1e9, -1.0], [1e9, 1e999], [1e9, 0.0]] * 9}
+    held = {
+        "processor": cpu_name(),
+        "cpus": repeat.host.cpus(),
+        "readings": [[1e9, -1.0], [1e9, 1e999], [1e9, 0.0]] * 9,
+    }
     repeat.path().write_text(json.dumps(held))
     assert repeat.band(cpu_name(), DEFAULT) is DEFAULT
 
 
-def test_doctor_measures_real_work_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_measures_real_work_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(repeat.measure, "__defaults__", (3, 0.0, *repeat.measure.__defaults__[2:]))
     assert cli.main(["doctor", "--repeat"]) == 0
     assert "default" in capsys.readouterr().out

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis.data.herding import herding
 from greenvis.errors import GreenvisError
-from greenvis.herding import herding
-from greenvis.techniques.iteration._buffer import Buffer, dequantise, quantise
-from greenvis.techniques.iteration._policies import reservoir_slots, ring_slot
-from greenvis.techniques.iteration.replay import er_ace_loss
+from greenvis.techniques.iteration.continual._buffer import Buffer, dequantise, quantise
+from greenvis.techniques.iteration.continual._policies import reservoir_slots, ring_slot
+from greenvis.techniques.iteration.continual.replay import er_ace_loss
 
 FIXTURE = json.loads((Path(__file__).parent / "data" / "reservoir.json").read_text())
 
@@ -38,7 +38,9 @@ def test_reservoir_decides_as_the_reference() -> None:
     draws = np.random.RandomState(its["numpy_seed"])
     kept: dict[int, int] = {}
     items = np.arange(its["stream_length"])
-    slots = reservoir_slots(items, its["buffer_size"], lambda bounds: np.array([draws.randint(0, b) for b in bounds]))
+    slots = reservoir_slots(
+        items, its["buffer_size"], lambda bounds: np.array([draws.randint(0, b) for b in bounds])
+    )
     assert slots == its["decisions"]
     for item, slot in enumerate(slots):
         if slot >= 0:
@@ -47,7 +49,8 @@ def test_reservoir_decides_as_the_reference() -> None:
 
 
 def test_reservoir_is_uniform() -> None:
-    """Chi-square over 2,000 streams: each of 30 items is kept equally often (not rejected at 1 %)."""
+    """Chi-square over 2,000 streams: each of 30 items is kept equally often (not rejected at 1
+    %)."""
     from scipy.stats import chi2
 
     counts = np.zeros(30)
@@ -61,7 +64,9 @@ def test_reservoir_is_uniform() -> None:
     assert statistic < chi2.ppf(0.99, 29)
 
 
-@pytest.mark.parametrize("shares", [(0.97, 0.01, 0.01, 0.01), (0.4, 0.3, 0.2, 0.1), (0.9, 0.1, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    "shares", [(0.97, 0.01, 0.01, 0.01), (0.4, 0.3, 0.2, 0.1), (0.9, 0.1, 0.0, 0.0)]
+)
 def test_balanced_holds_for_any_imbalance(shares: tuple[float, ...]) -> None:
     draws = np.random.RandomState(3)
     labels = torch.tensor(draws.choice(4, 3000, p=shares))
@@ -79,7 +84,11 @@ def test_ring_keeps_each_classes_latest() -> None:
     for i, label in enumerate(labels):
         buffer.offer(torch.tensor([[float(i)]]), label[None])
     x, y = buffer.take(range(6))
-    assert {int(c): sorted(x[y == c].flatten().tolist()) for c in y.unique()} == {0: [6, 7], 1: [14, 15], 2: [22, 23]}
+    assert {int(c): sorted(x[y == c].flatten().tolist()) for c in y.unique()} == {
+        0: [6, 7],
+        1: [14, 15],
+        2: [22, 23],
+    }
     assert ring_slot([0, 1], [0, 1], 2, 2) == 0
 
 
@@ -88,7 +97,10 @@ def test_herding_follows_the_running_mean() -> None:
     unit = F.normalize(features.double(), dim=1)
     rows = herding(unit, 6).tolist()
     for k in range(6):
-        errors = [(unit.mean(0) - unit[[*rows[:k], i]].mean(0)).norm() if i not in rows[:k] else torch.inf for i in range(30)]
+        errors = [
+            (unit.mean(0) - unit[[*rows[:k], i]].mean(0)).norm() if i not in rows[:k] else torch.inf
+            for i in range(30)
+        ]
         assert rows[k] == int(np.argmin([float(e) for e in errors]))
     assert rows[:3] == herding(unit, 3).tolist()
 
@@ -136,7 +148,10 @@ def test_saved_and_loaded_it_goes_on_exactly(method: Any, policy: Any, tmp_path:
     second.load(tmp_path)
     again = _steps(second, range(5, 9))
     assert all(torch.equal(a, b) for a, b in zip(again, seen[5:], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+    )
     assert [len(x) > 4 for x in seen] == [False, True] * 4 + [False]
 
 
@@ -157,7 +172,8 @@ def test_only_what_was_shown_before_comes_back() -> None:
 @pytest.mark.parametrize("policy", ["reservoir", "ring", "balanced"])
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_waits_to_be_stored_is_as_it_was_offered(policy: str, exact: bool) -> None:
-    """Storing in bulk, when it is asked for, gives what storing at once does; batches are written over meanwhile."""
+    """Storing in bulk, when it is asked for, gives what storing at once does; batches are written
+    over meanwhile."""
     waits, at_once = (Buffer(7, policy, 3, exact) for _ in range(2))
     for step in range(300):
         x, y = _batch(step, 3)
@@ -168,13 +184,18 @@ def test_what_waits_to_be_stored_is_as_it_was_offered(policy: str, exact: bool) 
         if step % 4 == 1:
             rows = waits.draw(2)
             assert rows == at_once.draw(2)
-            assert all(torch.equal(a, b) for a, b in zip(waits.take(rows), at_once.take(rows), strict=True))
-    assert {k: v.tolist() for k, v in waits.state_dict().items()} == {k: v.tolist() for k, v in at_once.state_dict().items()}
+            assert all(
+                torch.equal(a, b) for a, b in zip(waits.take(rows), at_once.take(rows), strict=True)
+            )
+    assert {k: v.tolist() for k, v in waits.state_dict().items()} == {
+        k: v.tolist() for k, v in at_once.state_dict().items()
+    }
 
 
 @pytest.mark.parametrize("policy", ["reservoir", "ring"])
 def test_what_is_drawn_ahead_is_what_the_buffer_holds_when_it_is_given(policy: str) -> None:
-    """Whatever comes between, whatever number is asked for; and one loaded from a state between two draws goes on alike."""
+    """Whatever comes between, whatever number is asked for; and one loaded from a state between two
+    draws goes on alike."""
     buffer, twin = Buffer(40, policy, 0), Buffer(40, policy, 1)
     x, y = torch.rand(400, 3, 2, 2), torch.randint(3, (400,))
     seen: Counter[int] = Counter()
@@ -238,9 +259,14 @@ def test_dark_experience_matches_what_the_network_said_then() -> None:
     logits = live.model(x)
     kept, rows = (
         installed.buffer.columns,
-        [installed.buffer.columns["x"].flatten(1).tolist().index(i) for i in x[4:12].flatten(1).tolist()],
+        [
+            installed.buffer.columns["x"].flatten(1).tolist().index(i)
+            for i in x[4:12].flatten(1).tolist()
+        ],
     )
-    assert torch.allclose(live.loss(x, y, logits), 0.3 * F.mse_loss(logits[4:12], kept["logits"][rows]))
+    assert torch.allclose(
+        live.loss(x, y, logits), 0.3 * F.mse_loss(logits[4:12], kept["logits"][rows])
+    )
     wanted = F.cross_entropy(logits[:4], y[:4]) + 0.7 * F.cross_entropy(logits[12:], y[12:])
     assert torch.allclose(live.criterion(F.cross_entropy)(logits, y), wanted)
     fresh = gv.wrap(_net(), gv.Replay(method="der"))

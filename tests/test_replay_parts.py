@@ -1,4 +1,5 @@
-"""Losses of several means (ER-ACE, DER, DER++) over uneven processes and micro-batches: those of one big batch, or refused."""
+"""Losses of several means (ER-ACE, DER, DER++) over uneven processes and micro-batches: those of
+one big batch, or refused."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ import sys
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 import greenvis as gv
-from greenvis.techniques.iteration.replay import er_ace_loss
+from greenvis.techniques.iteration.continual.replay import er_ace_loss
 
 torch.set_default_dtype(torch.float64)
 dist.init_process_group("gloo")
@@ -61,10 +62,12 @@ def _net(width: int = 4) -> nn.Module:
 
 
 def _one_big_batch(model: nn.Module, method: str, both: list[tuple]) -> torch.Tensor:
-    """Write the methods' losses down as the papers have them, over all processes' new images, then all their draws."""
+    """Write the methods' losses down as the papers have them, over all processes' new images, then
+    all their draws."""
     columns = [(x.split(parts), y.split(parts)) for x, y, parts, _ in both]
     new, *draws = (
-        tuple(torch.cat([side[i][k] for side in columns]) for i in (0, 1)) for k in range(3 if method == "derpp" else 2)
+        tuple(torch.cat([side[i][k] for side in columns]) for i in (0, 1))
+        for k in range(3 if method == "derpp" else 2)
     )
     if method == "er_ace":
         away = ~torch.isin(torch.arange(5), new[1])
@@ -72,14 +75,24 @@ def _one_big_batch(model: nn.Module, method: str, both: list[tuple]) -> torch.Te
         return F.cross_entropy(logits, new[1]) + F.cross_entropy(model(draws[0][0]), draws[0][1])
     wanted = torch.cat([w for *_, w in both])
     loss = F.cross_entropy(model(new[0]), new[1]) + 0.5 * F.mse_loss(model(draws[0][0]), wanted)
-    return loss + (0.5 * F.cross_entropy(model(draws[1][0]), draws[1][1]) if method == "derpp" else 0)
+    return loss + (
+        0.5 * F.cross_entropy(model(draws[1][0]), draws[1][1]) if method == "derpp" else 0
+    )
 
 
 def test_uneven_processes_learn_as_one_big_batch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*command, str(tmp_path / "script.py"), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -120,10 +133,14 @@ def test_micro_batches_of_one_shape_learn_as_one_big_batch(method: str) -> None:
         assert torch.allclose(parameter.grad, mine.grad / total, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(("method", "more"), [("er_ace", {}), ("der", {"batch_size": 2}), ("derpp", {"every": 2})])
+@pytest.mark.parametrize(
+    ("method", "more"), [("er_ace", {}), ("der", {"batch_size": 2}), ("derpp", {"every": 2})]
+)
 def test_micro_batches_that_are_no_big_batch_are_refused(method: str, more: dict) -> None:
     live = _started(method, **more)
     live.batch(torch.randn(4, 4), torch.ones(4).long())
-    with pytest.raises(BadInput, match=f"replay with {method} cannot accumulate gradients here.*live.step_end"):
+    with pytest.raises(
+        BadInput, match=f"replay with {method} cannot accumulate gradients here.*live.step_end"
+    ):
         live.batch(torch.randn(3, 4), torch.ones(3).long())
     live.batch(torch.randn(4, 4), torch.ones(4).long())  # a step of one batch goes on

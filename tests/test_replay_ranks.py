@@ -1,4 +1,5 @@
-"""Replay on two real processes over gloo: each keeps a share of the buffer, no image twice, and goes on from what it saved."""
+"""Replay on two real processes over gloo: each keeps a share of the buffer, no image twice, and
+goes on from what it saved."""
 
 from __future__ import annotations
 
@@ -47,11 +48,21 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["reservoir", "balanced", "herding"])
-def test_each_process_keeps_its_share_and_no_image_is_kept_twice(policy: str, tmp_path: Path) -> None:
+def test_each_process_keeps_its_share_and_no_image_is_kept_twice(
+    policy: str, tmp_path: Path
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+    ]
     done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path), policy], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [*command, str(tmp_path / "script.py"), str(tmp_path), policy],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -63,6 +74,8 @@ def test_each_process_keeps_its_share_and_no_image_is_kept_twice(policy: str, tm
         assert len(a) >= 8
         assert len(b) >= 8
         assert max(together) < task + 1  # nothing of a task to come
-    assert len(set(torch.cat([one["kept"][1], other["kept"][1]]).floor().tolist())) == 2  # both tasks are there
+    assert (
+        len(set(torch.cat([one["kept"][1], other["kept"][1]]).floor().tolist())) == 2
+    )  # both tasks are there
     assert one["drawn"] != other["drawn"]  # each draws for itself
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], other["weights"], strict=True))

@@ -1,4 +1,5 @@
-"""Reports from records: the numbers, that they do not depend on where records lie, and that nothing burnt is lost."""
+"""Reports from records: the numbers, that they do not depend on where records lie, and that nothing
+burnt is lost."""
 
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ import synthetic
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
-from greenvis import grid, price, record
 from greenvis.errors import BadInput
-from greenvis.report import report, results, to_json
+from greenvis.meters import grid, pricing, record
+from greenvis.report import report, results
 from greenvis.report.folder import LIST
+from greenvis.report.results_file import to_json
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +36,30 @@ def found(study: Path) -> dict[str, Any]:
 
 def _joules(path: Path, *, apart: bool) -> float:
     run = record.read(path)
-    parts = price.phases(run)
-    chosen = [r for p, c in parts.items() if apart or not p.startswith("measure") for r in c.values()]
-    return price.add(chosen).value or 0.0
+    parts = pricing.phases(run)
+    chosen = [
+        r for p, c in parts.items() if apart or not p.startswith("measure") for r in c.values()
+    ]
+    return pricing.add(chosen).value or 0.0
 
 
 def test_results_have_the_agreed_keys(found: dict[str, Any]) -> None:
-    assert {"schema", "name", "baseline", "metric", "arms", "environment", "recipe", "command"} <= set(found)
+    assert {
+        "schema",
+        "name",
+        "baseline",
+        "metric",
+        "arms",
+        "environment",
+        "recipe",
+        "command",
+    } <= set(found)
     arm = found["arms"]["lora"]
     assert {
-        "accuracy", "train_energy_j", "carbon_g", "macs", "train_flops", "params", "trainable_params", "delta_bytes",
-        "latency_ms", "images_per_s", "peak_memory_mb", "wall_s", "vs_baseline", "uses", "status", "seeds", "attempts",
+        "accuracy", "train_energy_j", "carbon_g", "macs", "train_flops", "params",
+        "trainable_params", "delta_bytes",
+        "latency_ms", "images_per_s", "peak_memory_mb", "wall_s", "vs_baseline", "uses", "status",
+        "seeds", "attempts",
     } <= set(arm)  # fmt: skip
     assert {"mean", "std", "n"} <= set(arm["accuracy"])
     assert {"value", "low", "high", "provenance"} <= set(arm["train_energy_j"])
@@ -52,19 +67,27 @@ def test_results_have_the_agreed_keys(found: dict[str, Any]) -> None:
     assert found["order"][0] == "baseline"
 
 
-def test_training_energy_is_the_mean_over_seeds_of_what_led_to_the_result(study: Path, found: dict[str, Any]) -> None:
+def test_training_energy_is_the_mean_over_seeds_of_what_led_to_the_result(
+    study: Path, found: dict[str, Any]
+) -> None:
     paths = {s: list((study / "lora" / f"seed{s}").glob("*.jsonl")) for s in range(3)}
     by_seed = {
-        s: sum(_joules(p, apart=False) for p in of_seed if record.read(p).header["inputs"] != "older")
+        s: sum(
+            _joules(p, apart=False) for p in of_seed if record.read(p).header["inputs"] != "older"
+        )
         for s, of_seed in paths.items()
     }
     assert len(paths[2]) == 2  # one crashed, one resumed: both count
-    assert found["arms"]["lora"]["train_energy_j"]["value"] == pytest.approx(sum(by_seed.values()) / 3)
+    assert found["arms"]["lora"]["train_energy_j"]["value"] == pytest.approx(
+        sum(by_seed.values()) / 3
+    )
     assert found["arms"]["lora"]["train_energy_j"]["by_seed"]["2"] == pytest.approx(by_seed[2])
 
 
 def test_everything_burnt_is_in_the_totals(study: Path, found: dict[str, Any]) -> None:
-    assert found["totals"]["energy_j"]["value"] == pytest.approx(sum(_joules(p, apart=True) for p in record.find([study])))
+    assert found["totals"]["energy_j"]["value"] == pytest.approx(
+        sum(_joules(p, apart=True) for p in record.find([study]))
+    )
     assert found["totals"]["unfinished_energy_j"]["value"] > 0
     assert found["arms"]["lora"]["spent"]["older_inputs_energy_j"]["value"] > 0
     [row] = found["incomplete"]
@@ -75,10 +98,14 @@ def test_everything_burnt_is_in_the_totals(study: Path, found: dict[str, Any]) -
 
 def test_ratios_are_paired_by_seed(found: dict[str, Any]) -> None:
     lora, base = found["arms"]["lora"], found["arms"]["baseline"]
-    pairs = [lora["train_energy_j"]["by_seed"][s] / base["train_energy_j"]["by_seed"][s] for s in "012"]
+    pairs = [
+        lora["train_energy_j"]["by_seed"][s] / base["train_energy_j"]["by_seed"][s] for s in "012"
+    ]
     ratio = lora["vs_baseline"]["train_energy"]
     assert ratio["ratio"] == pytest.approx((pairs[0] * pairs[1] * pairs[2]) ** (1 / 3))
-    low, high = ttest_1samp([math.log(p) for p in pairs], 0).confidence_interval(1 - 0.05 / found["comparisons"])
+    low, high = ttest_1samp([math.log(p) for p in pairs], 0).confidence_interval(
+        1 - 0.05 / found["comparisons"]
+    )
     assert (ratio["low"], ratio["high"]) == pytest.approx((math.exp(low), math.exp(high)))
     one = found["arms"]["frozen"]["vs_baseline"]
     assert one["train_energy"]["low"] is None  # one seed: no interval
@@ -107,10 +134,14 @@ def test_records_copied_elsewhere_give_the_same_bytes(study: Path, tmp_path: Pat
     for i, path in enumerate(sorted(record.find([study]), reverse=True)):
         shutil.copy(path, flat / f"{i}.jsonl")
     assert to_json(results(flat)) == to_json(results(study))
-    assert to_json(results([flat, study, flat])) == to_json(results(study))  # a record met twice counts once
+    assert to_json(results([flat, study, flat])) == to_json(
+        results(study)
+    )  # a record met twice counts once
     for out in ("a", "b"):
         report(flat if out == "a" else study, out=tmp_path / out)
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    files = sorted(
+        p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file()
+    )
     assert len(files) > 12
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
@@ -123,13 +154,21 @@ def test_a_repeated_run_is_not_charged_to_the_result(tmp_path: Path) -> None:
     synthetic.write(tmp_path, "baseline", attempt=2, end=None, start_s=2.0)
     synthetic.write(tmp_path, "baseline", attempt=3, start_s=3.0)
     row = results(tmp_path)["arms"]["baseline"]
-    assert row["train_energy_j"]["value"] == pytest.approx(2 * once, rel=0.1)  # the broken start and the one that finished
+    assert row["train_energy_j"]["value"] == pytest.approx(
+        2 * once, rel=0.1
+    )  # the broken start and the one that finished
     assert row["spent"]["repeated_energy_j"]["value"] == pytest.approx(once, rel=0.1)
     assert row["attempts"] == {"crashed": 1, "done": 2}
 
 
 def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> None:
-    socket = {**synthetic.CPU, "name": "rapl", "scope": "machine", "observation": "cpu_j", "coefficient": {"central": 1.0}}
+    socket = {
+        **synthetic.CPU,
+        "name": "rapl",
+        "scope": "machine",
+        "observation": "cpu_j",
+        "coefficient": {"central": 1.0},
+    }
     for rank in range(2):
         header = {
             "run": "r",
@@ -142,9 +181,12 @@ def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> No
             "boot_id": "b",
         }
         writer = record.Writer(
-            tmp_path / f"r.rank{rank}.jsonl", {**header, "components": [socket, synthetic.RAM], "clock_s": 1.0}
+            tmp_path / f"r.rank{rank}.jsonl",
+            {**header, "components": [socket, synthetic.RAM], "clock_s": 1.0},
         )
-        writer.line("sample", {"phase": "train", "wall_s": 10.0, "cpu_j": 100.0 + rank, "ram_gb_s": 50.0})
+        writer.line(
+            "sample", {"phase": "train", "wall_s": 10.0, "cpu_j": 100.0 + rank, "ram_gb_s": 50.0}
+        )
         writer.close("done")
     found = results(tmp_path)
     assert found["arms"]["a"]["train_energy_j"]["value"] == pytest.approx(101.0 + 2 * 50.0 * 0.37)
@@ -156,7 +198,9 @@ def test_a_run_inside_another_run_counts_once_in_the_total(tmp_path: Path) -> No
     outer = record.read(synthetic.write(tmp_path, "outer"))
     synthetic.write(tmp_path, "inner", header={"nested_in": outer.id})
     found = results(tmp_path)
-    assert found["totals"]["energy_j"]["value"] == pytest.approx(found["arms"]["outer"]["total_energy_j"]["value"])
+    assert found["totals"]["energy_j"]["value"] == pytest.approx(
+        found["arms"]["outer"]["total_energy_j"]["value"]
+    )
     assert found["totals"]["nested_runs"] == 1
 
 
@@ -171,10 +215,14 @@ def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[st
     other = results(study, grid=50.0)
     mine, theirs = found["arms"]["lora"], other["arms"]["lora"]
     assert theirs["train_energy_j"] == mine["train_energy_j"]
-    assert theirs["carbon_g"]["value"] == pytest.approx(mine["train_energy_j"]["value"] / 3.6e6 * 50)
+    assert theirs["carbon_g"]["value"] == pytest.approx(
+        mine["train_energy_j"]["value"] / 3.6e6 * 50
+    )
     assert not theirs["assumed_grid"]
     assert mine["assumed_grid"]
-    assert results(study, grid={"value": 50, "zone": "X"})["carbon_intensity"] == [{"value": 50, "zone": "X"}]
+    assert results(study, grid={"value": 50, "zone": "X"})["carbon_intensity"] == [
+        {"value": 50, "zone": "X"}
+    ]
     [sweden] = results(study, grid="SWE")["carbon_intensity"]
     assert sweden == grid.lookup("SWE")
     assert results(study, grid="50")["carbon_intensity"][0]["value"] == 50
@@ -194,7 +242,9 @@ def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[st
         ({"grid": {"zone": "FRA"}}, 'no number "value"'),
     ],
 )
-def test_bad_input_says_what_and_what_else(study: Path, options: dict[str, Any], words: str) -> None:
+def test_bad_input_says_what_and_what_else(
+    study: Path, options: dict[str, Any], words: str
+) -> None:
     with pytest.raises(BadInput, match=words):
         results(study, **options)
 
@@ -221,12 +271,17 @@ def test_every_ending_of_a_record_is_stated(tmp_path: Path) -> None:
     cut.write_bytes(cut.read_bytes()[:-40])
     noisy = synthetic.write(tmp_path, "noisy")
     lines = noisy.read_bytes().split(b"\n")
-    noisy.write_bytes(b"\n".join([*lines[:4], b"\x00\xff\x07 noise", b'{"type": "sample"}', *lines[4:]]))
+    noisy.write_bytes(
+        b"\n".join([*lines[:4], b"\x00\xff\x07 noise", b'{"type": "sample"}', *lines[4:]])
+    )
     for end in ("failed", "stopped"):
         synthetic.write(tmp_path, end, end=end)
     header_only = tmp_path / "empty.jsonl"
     header_only.write_text(
-        cut.read_text(errors="replace").split("\n")[0].replace('"arm":"cut"', '"arm":"bare","run":"x"') + "\n"
+        cut.read_text(errors="replace")
+        .split("\n")[0]
+        .replace('"arm":"cut"', '"arm":"bare","run":"x"')
+        + "\n"
     )
     found = results(tmp_path)
     assert found["damaged_lines"] == 3
@@ -269,12 +324,22 @@ def test_a_metric_where_less_is_better(tmp_path: Path) -> None:
 
 
 def test_torch_is_not_imported(study: Path, tmp_path: Path) -> None:
-    code = "import sys; from greenvis.report import report; report(sys.argv[1], out=sys.argv[2]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(study), str(tmp_path)], capture_output=True, text=True, check=True)
+    code = (
+        "import sys; from greenvis.report import report; report(sys.argv[1], out=sys.argv[2]); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(study), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert done.stdout.strip() == "False"
 
 
-def test_results_json_is_what_results_returns(study: Path, found: dict[str, Any], tmp_path: Path) -> None:
+def test_results_json_is_what_results_returns(
+    study: Path, found: dict[str, Any], tmp_path: Path
+) -> None:
     page = report(study, out=tmp_path)
     assert json.loads((page.parent / "results.json").read_text()) == json.loads(to_json(found))
 
@@ -294,28 +359,41 @@ def test_the_verdict_names_no_arm_that_had_all_tasks_at_once(found: dict[str, An
     from greenvis.report.verdict import headline, sentence
 
     arms = {
-        a: {**row, "continual": {"averages": [None, 0.9] if a == "lora" else [0.8, 0.7]}} for a, row in found["arms"].items()
+        a: {**row, "continual": {"averages": [None, 0.9] if a == "lora" else [0.8, 0.7]}}
+        for a, row in found["arms"].items()
     }
     stream = {**found, "arms": arms}
     assert headline({**found, "order": ["baseline", "lora"]}) == "lora" != headline(stream)
-    assert sentence(stream, "lora").startswith("lora, trained on all tasks at once as no stream allows, reached ")
+    assert sentence(stream, "lora").startswith(
+        "lora, trained on all tasks at once as no stream allows, reached "
+    )
     assert sentence(stream, "frozen") == sentence(found, "frozen")
     only = {**stream, "order": ["baseline", "lora"]}
     assert headline(only) == "lora"
 
 
-def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tmp_path: Path) -> None:
+def test_the_verdict_claims_what_is_shown(
+    study: Path, found: dict[str, Any], tmp_path: Path
+) -> None:
     from greenvis.report.verdict import headline, sentence
 
     said = sentence(found, "lora")
     assert "no difference shown in training energy (×0.556, 0.290–1.07) to baseline" in said
     assert (
-        "accuracy −0.20 points (95\u00a0% interval −0.92 to +0.52): not yet decided at 0.5 points, about 3 more seeds" in said
+        "accuracy −0.20 points (95\u00a0% interval −0.92 to +0.52): not yet decided at 0.5 points, "
+        "about 3 more seeds" in said
     )
-    assert sentence(found, "frozen").startswith("frozen reached 81.0\u00a0% for 540 J of training energy (one seed")
-    assert "%" not in sentence(found, "frozen").partition("for")[2]  # one seed is compared with nothing
+    assert sentence(found, "frozen").startswith(
+        "frozen reached 81.0\u00a0% for 540 J of training energy (one seed"
+    )
+    assert (
+        "%" not in sentence(found, "frozen").partition("for")[2]
+    )  # one seed is compared with nothing
     said = sentence(found, "distilled")
-    assert "3.7 times more energy (3.6–3.8) than baseline (the teacher of distilled included; own training ×1.13" in said
+    assert (
+        "3.7 times more energy (3.6–3.8) than baseline (the teacher of distilled included; own "
+        "training ×1.13" in said
+    )
     assert sentence(found, "diverged").startswith("diverged has no finished run")
     for seed, cpu_s in enumerate((390, 405, 402)):
         synthetic.write(tmp_path, "baseline", seed, cpu_s=400)
@@ -328,31 +406,50 @@ def test_the_verdict_claims_what_is_shown(study: Path, found: dict[str, Any], tm
     )
 
 
-def test_what_does_not_keep_the_metric_is_not_the_headline_without_saying_so(tmp_path: Path) -> None:
+def test_what_does_not_keep_the_metric_is_not_the_headline_without_saying_so(
+    tmp_path: Path,
+) -> None:
     from greenvis.report.verdict import opening
 
     for seed in range(3):
         synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed)
         synthetic.write(tmp_path, "cheap", seed, accuracy=0.80 + 0.003 * seed, cpu_s=100 + seed)
-        synthetic.write(tmp_path, "unsure", seed, accuracy=(0.79, 0.88, 0.85)[seed], cpu_s=60 + seed)
+        synthetic.write(
+            tmp_path, "unsure", seed, accuracy=(0.79, 0.88, 0.85)[seed], cpu_s=60 + seed
+        )
     found = results(tmp_path)
-    verdicts = {a: found["arms"][a]["vs_baseline"]["accuracy"]["verdict"] for a in ("cheap", "unsure")}
+    verdicts = {
+        a: found["arms"][a]["vs_baseline"]["accuracy"]["verdict"] for a in ("cheap", "unsure")
+    }
     assert verdicts == {"cheap": "loses", "unsure": "not yet decided"}
-    assert opening(found).startswith("No arm is shown to cost less than baseline and keep its accuracy. unsure reached 84.0")
+    assert opening(found).startswith(
+        "No arm is shown to cost less than baseline and keep its accuracy. unsure reached 84.0"
+    )
     for seed in range(3):
         synthetic.write(tmp_path, "good", seed, accuracy=0.901 + 0.002 * seed, cpu_s=200 + seed)
-    assert opening(results(tmp_path)).startswith("good reached 90.3\u00a0% ± 0.2 with 1.9 times less")
+    assert opening(results(tmp_path)).startswith(
+        "good reached 90.3\u00a0% ± 0.2 with 1.9 times less"
+    )
 
 
 def test_a_noisier_arm_does_not_pass_by_its_noise(tmp_path: Path) -> None:
-    """A mean loss within both scatters passed once: the noisier the arm, the sooner (er-ace over derpp)."""
+    """A mean loss within both scatters passed once: the noisier the arm, the sooner (er-ace over
+    derpp)."""
     from greenvis.report.verdict import headline
 
     base = (0.68, 0.73, 0.77, 0.72, 0.70)
     for seed, accuracy in enumerate(base):
         synthetic.write(tmp_path, "baseline", seed, accuracy=accuracy, cpu_s=400 + seed)
-        synthetic.write(tmp_path, "noisy", seed, accuracy=accuracy - (0.01, 0.09, -0.06, 0.02, 0.08)[seed], cpu_s=100 + seed)
-        synthetic.write(tmp_path, "steady", seed, accuracy=accuracy + 0.004 + 0.001 * seed, cpu_s=150 + seed)
+        synthetic.write(
+            tmp_path,
+            "noisy",
+            seed,
+            accuracy=accuracy - (0.01, 0.09, -0.06, 0.02, 0.08)[seed],
+            cpu_s=100 + seed,
+        )
+        synthetic.write(
+            tmp_path, "steady", seed, accuracy=accuracy + 0.004 + 0.001 * seed, cpu_s=150 + seed
+        )
     found = results(tmp_path)
     lost = found["arms"]["noisy"]["vs_baseline"]["accuracy"]
     assert lost["low"] < -0.005 < lost["high"]
@@ -360,7 +457,10 @@ def test_a_noisier_arm_does_not_pass_by_its_noise(tmp_path: Path) -> None:
     assert headline(found) == "steady"
 
 
-@pytest.mark.parametrize("quantity", ["accuracy", "train_energy", "train_energy_with_reuse", "inference_energy", "latency_p50"])
+@pytest.mark.parametrize(
+    "quantity",
+    ["accuracy", "train_energy", "train_energy_with_reuse", "inference_energy", "latency_p50"],
+)
 def test_every_interval_is_corrected_for_the_number_of_arms(tmp_path: Path, quantity: str) -> None:
     def width(arms: int) -> float:
         for arm in ("baseline", *(f"a{i}" for i in range(arms))):
@@ -384,12 +484,28 @@ def test_every_interval_is_corrected_for_the_number_of_arms(tmp_path: Path, quan
 def test_the_margin_is_the_recipes_or_the_readers(tmp_path: Path) -> None:
     for seed in range(3):
         header = {"recipe": "report: {margin: 3, title: Study}"}
-        synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed, header=header)
-        synthetic.write(tmp_path, "less", seed, accuracy=0.88 + 0.0021 * seed, cpu_s=200 + seed, header=header)
-    for margin, stated, verdict in ((None, 3.0, "keeps"), (0.5, 0.5, "loses"), (2.0, 2.0, "not yet decided")):
+        synthetic.write(
+            tmp_path,
+            "baseline",
+            seed,
+            accuracy=0.90 + 0.002 * seed,
+            cpu_s=400 + seed,
+            header=header,
+        )
+        synthetic.write(
+            tmp_path, "less", seed, accuracy=0.88 + 0.0021 * seed, cpu_s=200 + seed, header=header
+        )
+    for margin, stated, verdict in (
+        (None, 3.0, "keeps"),
+        (0.5, 0.5, "loses"),
+        (2.0, 2.0, "not yet decided"),
+    ):
         found = results(tmp_path, margin=margin)
         assert found["title"] == "Study"
-        assert (found["margin"], found["arms"]["less"]["vs_baseline"]["accuracy"]["verdict"]) == (stated, verdict)
+        assert (found["margin"], found["arms"]["less"]["vs_baseline"]["accuracy"]["verdict"]) == (
+            stated,
+            verdict,
+        )
     with pytest.raises(BadInput, match="points that may be lost"):
         results(tmp_path, margin=-1)
 
@@ -398,12 +514,22 @@ def test_an_arm_that_goes_on_from_the_baseline_is_judged_by_its_inference(tmp_pa
     from greenvis.report.verdict import opening
 
     for seed in range(3):
-        synthetic.write(tmp_path, "baseline", seed, accuracy=0.90 + 0.002 * seed, cpu_s=400 + seed, infer_j=0.003)
+        synthetic.write(
+            tmp_path,
+            "baseline",
+            seed,
+            accuracy=0.90 + 0.002 * seed,
+            cpu_s=400 + seed,
+            infer_j=0.003,
+        )
         whole = synthetic.teacher(1600.0, "fashion-lora/baseline") | {"role": "base"}
         more = {"accuracy": 0.901 + 0.002 * seed, "cpu_s": 10 + seed, "uses": [whole]}
         synthetic.write(tmp_path, "merged", seed, **more, infer_j=0.0015 + 1e-6 * seed)
     said = opening(results(tmp_path))
-    assert said.startswith("merged reached 90.3\u00a0% ± 0.2, going on from baseline, with 2.0 times less energy an image")
+    assert said.startswith(
+        "merged reached 90.3\u00a0% ± 0.2, going on from baseline, with 2.0 times less energy an "
+        "image"
+    )
     assert "Making it: no difference shown in energy (×0.986" in said
     assert "the base of merged included; own training ×0.0749" in said
 
@@ -418,7 +544,10 @@ def test_no_payback_is_stated_from_noise(tmp_path: Path) -> None:
     assert (pay["same"]["verdict"], pay["same"]["images"]) == ("not shown", None)
     assert pay["half"]["verdict"] == "pays back"
     page = report(tmp_path, out=tmp_path / "out").read_text()
-    assert "same: no difference shown in the energy of one image to baseline, so no payback is stated." in page
+    assert (
+        "same: no difference shown in the energy of one image to baseline, so no payback is stated."
+        in page
+    )
     assert "half, same answer with 740 M MACs" in page  # what the same network reads apart is noise
     bold = {row["arm"]: {c["title"] for c in row["cells"] if c["shown"]} for row in _cells(found)}
     assert bold["half"] == {"Training energy ÷ baseline", "One image ÷ baseline"}
@@ -435,8 +564,10 @@ def _cells(found: dict[str, Any]) -> list[dict[str, Any]]:
 def test_predicted_against_actual(tmp_path: Path) -> None:
     for seed in range(2):
         said = {
-            "energy_j": {"value": 1000.0, "low": 900.0, "high": 1100.0}, "wall_s": {"value": 900.0, "low": 1.0, "high": 2.0},
-            "carbon_g": {"value": 7.0, "low": 7.0, "high": 7.0}, "flops": {"value": 1e13, "low": 9e12, "high": 1.3e13},
+            "energy_j": {"value": 1000.0, "low": 900.0, "high": 1100.0}, "wall_s": {"value": 900.0,
+            "low": 1.0, "high": 2.0},
+            "carbon_g": {"value": 7.0, "low": 7.0, "high": 7.0}, "flops": {"value": 1e13,
+            "low": 9e12, "high": 1.3e13},
         }  # fmt: skip
         synthetic.write(tmp_path, "baseline", seed, facts={"predicted": said}, cpu_s=240)
         synthetic.write(tmp_path, "unplanned", seed, facts={"predicted": None})
@@ -455,7 +586,9 @@ def test_predicted_against_actual(tmp_path: Path) -> None:
     for file in ("index.html", "report.md"):
         assert "inside the band" in (folder / file).read_text()
         assert "OUTSIDE the band" in (folder / file).read_text()
-    assert "\n\n| Arm | Energy: predicted → actual |" in (folder / "report.md").read_text()  # else no table on a code host
+    assert (
+        "\n\n| Arm | Energy: predicted → actual |" in (folder / "report.md").read_text()
+    )  # else no table on a code host
 
 
 def test_the_usage_is_the_readers(study: Path, tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Run records are packed beside their report, small enough to be committed, and are read back to the same results."""
+"""Run records are packed beside their report, small enough to be committed, and are read back to
+the same results."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 import synthetic
 
-from greenvis import record
-from greenvis.cli import main
+from greenvis.cli.main import main
 from greenvis.errors import BadInput
-from greenvis.report import archive, report, results, to_json
+from greenvis.meters import record
+from greenvis.report import archive, report, results
+from greenvis.report.results_file import to_json
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +30,16 @@ def test_a_reports_folder_gives_the_results_its_records_gave(study: Path, tmp_pa
     assert (folder / archive.NAME).stat().st_size <= archive.MOST
     assert to_json(results(folder)) == to_json(results(study))
     assert to_json(results(folder / archive.NAME)) == to_json(results(study))
-    assert results(folder, grid=50.0)["arms"]["lora"]["carbon_g"] == results(study, grid=50.0)["arms"]["lora"]["carbon_g"]
+    assert (
+        results(folder, grid=50.0)["arms"]["lora"]["carbon_g"]
+        == results(study, grid=50.0)["arms"]["lora"]["carbon_g"]
+    )
     assert str(study) not in lzma.decompress((folder / archive.NAME).read_bytes()).decode()
 
 
-def test_a_report_made_again_from_its_folder_is_the_same_and_keeps_its_records(study: Path, tmp_path: Path) -> None:
+def test_a_report_made_again_from_its_folder_is_the_same_and_keeps_its_records(
+    study: Path, tmp_path: Path
+) -> None:
     folder = report(study, out=tmp_path / "out", title="Study", note="so it was").parent
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     assert main(["report", str(folder), "--out", str(folder), "--title", "Study", "--json"]) == 0
@@ -76,7 +83,9 @@ def _long(folder: Path, seed: int, lines: int) -> dict[str, Any]:
     head, tail = text[:3], text[3:]
     rng, rows = random.Random(seed), []
     for i in range(lines):
-        rows.append(f'{{"type":"sample","phase":"train/epoch0","wall_s":{i + rng.random()},"cpu_s":{i + rng.random()}}}')
+        rows.append(
+            f'{{"type":"sample","phase":"train/epoch0","wall_s":{i + rng.random()},"cpu_s":{i + rng.random()}}}'
+        )
     path.write_text("\n".join([*head, *rows, *tail]) + "\n")
     return {"path": path, "size": path.stat().st_size}
 
@@ -111,7 +120,9 @@ def test_what_does_not_fit_is_not_packed_and_the_report_says_so(
         (lzma.compress(b'{"type":"record"}\n{"type":"note"}\n'), "no run record"),
     ],
 )
-def test_a_broken_archive_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str) -> None:
+def test_a_broken_archive_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, says: str
+) -> None:
     monkeypatch.setattr(archive, "MOST_READ", 1 << 15)
     (tmp_path / archive.NAME).write_bytes(content)
     with pytest.raises(BadInput, match=says):

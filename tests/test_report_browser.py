@@ -1,6 +1,8 @@
-"""The page in a real browser: phone and laptop, light and dark; no console line, no network, nothing cut off; axe where it is.
+"""The page in a real browser: phone and laptop, light and dark; no console line, no network,
+nothing cut off; axe where it is.
 
-Needs Chromium (`apt install chromium`); the accessibility check also needs axe-core (`npm install --no-save axe-core`).
+Needs Chromium (`apt install chromium`); the accessibility check also needs axe-core (`npm install
+--no-save axe-core`).
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ import synthetic
 
 from greenvis.report import page, report
 
-BROWSER = next((b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)), None)
+BROWSER = next(
+    (b for b in ("chromium", "chromium-browser", "google-chrome", "chrome") if shutil.which(b)),
+    None,
+)
 AXE = Path(__file__).parents[1] / "node_modules" / "axe-core" / "axe.min.js"
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
 
-# Loads the page in a frame as wide as a phone or a laptop, and writes what it finds into its own document.
+# Loads the page in a frame as wide as a phone or a laptop, and writes what it finds into its own
+# document.
 PROBE = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><pre id="found"></pre>
 <iframe id="f" width="%(width)d" height="900" src="%(page)s"></iframe>
 <script>
@@ -68,9 +74,18 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]
     for seed in range(2):
         facts = {"task_accuracy": [[0.9, 0.1], [0.4, 0.8]]}
         synthetic.write(runs / "nasty", "baseline", seed, name=synthetic.NASTY, facts=facts)
-        synthetic.write(runs / "nasty", "n" * 90, seed, name=synthetic.NASTY, notes=(synthetic.NASTY * 4,), facts=facts)
+        synthetic.write(
+            runs / "nasty",
+            "n" * 90,
+            seed,
+            name=synthetic.NASTY,
+            notes=(synthetic.NASTY * 4,),
+            facts=facts,
+        )
     report(runs / "nasty", out=folder / "nasty")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder)))
+    server = http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(_Quiet, directory=str(folder))
+    )
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}", folder
     server.shutdown()
@@ -89,9 +104,16 @@ def _probe(
         "--enable-logging=stderr",
         "--virtual-time-budget=20000",
     ]
-    command += ["--window-size=1500,1000", *(["--blink-settings=preferredColorScheme=0"] if dark else [])]
+    command += [
+        "--window-size=1500,1000",
+        *(["--blink-settings=preferredColorScheme=0"] if dark else []),
+    ]
     done = subprocess.run(
-        [*command, "--dump-dom", f"{url}/probe.html"], capture_output=True, text=True, timeout=120, check=False
+        [*command, "--dump-dom", f"{url}/probe.html"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.S)
     assert found, done.stderr[-2000:]
@@ -101,7 +123,9 @@ def _probe(
 
 @pytest.mark.parametrize("page", ["study", "nasty"])
 @pytest.mark.parametrize("width", [360, 1366])
-def test_nothing_is_cut_off_and_nothing_complains(site: tuple[str, Path], page: str, width: int) -> None:
+def test_nothing_is_cut_off_and_nothing_complains(
+    site: tuple[str, Path], page: str, width: int
+) -> None:
     found, log = _probe(site, f"{page}/index.html", width)
     assert found["scroll"] <= found["client"]
     assert "CONSOLE" not in log, log
@@ -116,8 +140,12 @@ def test_dark_is_dark(site: tuple[str, Path]) -> None:
     assert dark["ground"] == "rgb(18, 22, 29)"
 
 
-@pytest.mark.skipif(not AXE.exists(), reason="axe-core is not installed: npm install --no-save axe-core")
-@pytest.mark.parametrize(("page", "width", "dark"), [("study", 1366, False), ("study", 360, True), ("nasty", 360, False)])
+@pytest.mark.skipif(
+    not AXE.exists(), reason="axe-core is not installed: npm install --no-save axe-core"
+)
+@pytest.mark.parametrize(
+    ("page", "width", "dark"), [("study", 1366, False), ("study", 360, True), ("nasty", 360, False)]
+)
 def test_axe_finds_nothing(site: tuple[str, Path], page: str, width: int, dark: bool) -> None:
     shutil.copy(AXE, site[1] / "axe.min.js")
     text = (site[1] / page / "index.html").read_text()
@@ -142,7 +170,13 @@ def test_colours_can_be_read(theme: str) -> None:
     colours = dict(re.findall(r"--(\w+): (#\w{6})", block))
     assert len(colours) > 12
     card = _luminance(colours["card"])
-    for name, least in {"ink": 4.5, "muted": 4.5, "accent": 4.5, "warn": 4.5, **{f"s{i}": 3.0 for i in range(8)}}.items():
+    for name, least in {
+        "ink": 4.5,
+        "muted": 4.5,
+        "accent": 4.5,
+        "warn": 4.5,
+        **{f"s{i}": 3.0 for i in range(8)},
+    }.items():
         light, dark = sorted([card, _luminance(colours[name])], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= least, name
 

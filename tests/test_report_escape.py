@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from greenvis.report import report, results
-from greenvis.report.page import fence, md, to_csv
+from greenvis.report.markup import fence, md
+from greenvis.report.page import to_csv
 
 NASTY = synthetic.NASTY
 
@@ -36,7 +37,8 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     runs = tmp_path_factory.mktemp("runs")
     source = {**synthetic.CPU, "source": NASTY, "citation": NASTY, "reason": NASTY}
     header = {
-        "components": [source], "host": NASTY, "command": ["python", NASTY], "git": NASTY, "versions": {NASTY: NASTY},
+        "components": [source], "host": NASTY, "command": ["python", NASTY], "git": NASTY,
+        "versions": {NASTY: NASTY},
         "carbon_intensity": {**synthetic.WORLD, "zone": NASTY, "source": NASTY},
     }  # fmt: skip
     facts = {
@@ -46,10 +48,19 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed in range(2):
         synthetic.write(runs, "baseline", seed, name=NASTY, header=header, facts=facts)
         synthetic.write(
-            runs, NASTY, seed, name=NASTY, header=header, facts=facts, notes=(NASTY,), uses=[synthetic.teacher(name=NASTY)]
+            runs,
+            NASTY,
+            seed,
+            name=NASTY,
+            header=header,
+            facts=facts,
+            notes=(NASTY,),
+            uses=[synthetic.teacher(name=NASTY)],
         )
     synthetic.write(runs, "=HYPERLINK(1)\x00\x1b[31m", name=NASTY, end="failed", header=header)
-    return report(runs, out=tmp_path_factory.mktemp("out"), title=NASTY, note=f"noted {NASTY}").parent
+    return report(
+        runs, out=tmp_path_factory.mktemp("out"), title=NASTY, note=f"noted {NASTY}"
+    ).parent
 
 
 def test_html_holds_our_tags_only(nasty: Path) -> None:
@@ -89,18 +100,26 @@ def test_markdown_shows_text_as_it_is(nasty: Path) -> None:
     tags = _Tags()
     tags.feed(html)
     assert {t for t, _ in tags.seen} <= {
-        "h1", "h2", "h3", "p", "strong", "em", "table", "thead", "tbody", "tr", "th", "td", "ul", "li", "a", "img", "br",
+        "h1", "h2", "h3", "p", "strong", "em", "table", "thead", "tbody", "tr", "th", "td", "ul",
+        "li", "a", "img", "br",
         "pre", "code",
     }  # fmt: skip
     assert all(not (attrs.get("href") or "").startswith("javascript") for _, attrs in tags.seen)
-    rows = [len(re.findall(r"(?<!\\)\|", line)) for line in text.split("\n") if line.startswith("|")]
+    rows = [
+        len(re.findall(r"(?<!\\)\|", line)) for line in text.split("\n") if line.startswith("|")
+    ]
     assert len(rows) > 10
     assert "$x" not in re.sub(r"(`{3,})text\n.*?\n\1\n", "", text, flags=re.S).replace("\\$", "")
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=60))
 def test_any_text_in_markdown_is_that_text(text: str) -> None:
-    html = MarkdownIt("commonmark").enable("table").enable("strikethrough").render(f"| a |\n|--|\n| x {md(text)} y |\n")
+    html = (
+        MarkdownIt("commonmark")
+        .enable("table")
+        .enable("strikethrough")
+        .render(f"| a |\n|--|\n| x {md(text)} y |\n")
+    )
     tags = _Tags()
     tags.feed(html)
     assert [t for t, _ in tags.seen] == ["table", "thead", "tr", "th", "tbody", "tr", "td"]

@@ -22,7 +22,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_model_card_is_read_by_the_hub_library(found: dict[str, Any]) -> None:
     card = ModelCard(exports.model_card(found, "lora"))
     emitted: Any = card.data.get("co2_eq_emissions")
-    assert emitted["emissions"] == pytest.approx(found["arms"]["lora"]["carbon_g"]["value"])  # grams
+    assert emitted["emissions"] == pytest.approx(
+        found["arms"]["lora"]["carbon_g"]["value"]
+    )  # grams
     assert emitted["geographical_location"] == "WORLD"
     assert "assumed" in emitted["source"]
     assert card.data.library_name == "greenvis"
@@ -46,14 +48,20 @@ def test_spdx_holds_energy_in_kwh(found: dict[str, Any]) -> None:
     packages = {e["name"]: e for e in document["@graph"] if e["type"] == "ai_AIPackage"}
     assert len(packages) == 4  # the unfinished arm has none
     assert "ai_finetuningEnergyConsumption" in packages["fashion-lora/lora"]["ai_energyConsumption"]
-    [quantity] = packages["fashion-lora/baseline"]["ai_energyConsumption"]["ai_trainingEnergyConsumption"]
-    assert float(quantity["ai_energyQuantity"]) * 3.6e6 == pytest.approx(found["arms"]["baseline"]["train_energy_j"]["value"])
+    [quantity] = packages["fashion-lora/baseline"]["ai_energyConsumption"][
+        "ai_trainingEnergyConsumption"
+    ]
+    assert float(quantity["ai_energyQuantity"]) * 3.6e6 == pytest.approx(
+        found["arms"]["baseline"]["train_energy_j"]["value"]
+    )
     assert "e" not in quantity["ai_energyQuantity"]  # xsd:decimal
     assert quantity["ai_energyUnit"] == "kilowattHour"
 
 
 def test_spdx_is_read_by_its_library(found: dict[str, Any], tmp_path: Path) -> None:
-    model = pytest.importorskip("spdx_python_model", reason="spdx-python-model is not installed").v3_0_1
+    model = pytest.importorskip(
+        "spdx_python_model", reason="spdx-python-model is not installed"
+    ).v3_0_1
     file = tmp_path / "spdx.json"
     file.write_text(json.dumps(exports.spdx(found)))
     objects = model.SHACLObjectSet()
@@ -67,24 +75,35 @@ def test_spdx_is_read_by_its_library(found: dict[str, Any], tmp_path: Path) -> N
 def test_sci_is_e_times_i_plus_m(tmp_path: Path) -> None:
     synthetic.write(tmp_path, "plain")
     made = {"embodied": {"kg": 1200.0, "lifetime_years": 4.0, "share": 0.1}}
-    synthetic.write(tmp_path, "made", header={**made, "pue": 1.5, "carbon_intensity": synthetic.FRANCE})
+    synthetic.write(
+        tmp_path, "made", header={**made, "pue": 1.5, "carbon_intensity": synthetic.FRANCE}
+    )
     arms = exports.sci(results(tmp_path))["arms"]
     assert arms["plain"]["m_g"] is None
     assert "not counted" in arms["plain"]["note"]
     assert arms["plain"]["sci_g_per_image"] == pytest.approx(arms["plain"]["e_kwh"] * 475)
     assert arms["made"]["m_g"] == pytest.approx(1200e3 * 0.1 / (4 * 365.25 * 86400) / 212.0)
-    assert arms["made"]["sci_g_per_image"] == pytest.approx(arms["made"]["e_kwh"] * 56 * 1.5 + arms["made"]["m_g"])
+    assert arms["made"]["sci_g_per_image"] == pytest.approx(
+        arms["made"]["e_kwh"] * 56 * 1.5 + arms["made"]["m_g"]
+    )
 
 
 def test_annex_xi_items_and_bibtex(found: dict[str, Any]) -> None:
     item = exports.annex_xi(found)["arms"]["lora"]
     assert item["2d_training_flops"] > 0
     assert item["2e_known_or_estimated"] == "estimated"
-    assert item["2e_energy_kwh"]["value"] * 3.6e6 == pytest.approx(found["arms"]["lora"]["train_energy_j"]["value"])
+    assert item["2e_energy_kwh"]["value"] * 3.6e6 == pytest.approx(
+        found["arms"]["lora"]["train_energy_j"]["value"]
+    )
     entry = exports.bibtex(found)
     assert entry.startswith("@misc{greenvis-fashion-lora,")
     assert "year = {2025}" in entry
-    assert exports.bibtex({**found, "name": "100% $x_1$ \\a{b}"}).count(r"100\% \$x\_1\$ \textbackslash{}a\{b\}") == 1
+    assert (
+        exports.bibtex({**found, "name": "100% $x_1$ \\a{b}"}).count(
+            r"100\% \$x\_1\$ \textbackslash{}a\{b\}"
+        )
+        == 1
+    )
 
 
 def test_all_files_are_written_and_named(found: dict[str, Any]) -> None:

@@ -1,4 +1,5 @@
-"""Listing, comparing and gating runs; the quick reader against the whole one; ten thousand runs (slow)."""
+"""Listing, comparing and gating runs; the quick reader against the whole one; ten thousand runs
+(slow)."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from greenvis import price, record
 from greenvis.errors import BadInput
+from greenvis.meters import pricing, record
 from greenvis.report import report, results
 from greenvis.report.listing import compare, diff, group, ls, quick
 
@@ -23,14 +24,16 @@ def test_quick_reading_is_reading(study: Path, tmp_path: Path) -> None:
     cut = synthetic.write(tmp_path, "cut")
     cut.write_bytes(cut.read_bytes()[:-200])
     noisy = synthetic.write(tmp_path, "noisy", accuracy=0.5)
-    noisy.write_bytes(b"\n\xff\n" + noisy.read_bytes().replace(b'"phase":"eval"', b'"phase":"ev\\u0061l"', 1))
+    noisy.write_bytes(
+        b"\n\xff\n" + noisy.read_bytes().replace(b'"phase":"eval"', b'"phase":"ev\\u0061l"', 1)
+    )
     for path in record.find([study, tmp_path]):
         fast, whole = quick(path), record.read(path)
         assert fast is not None
         assert fast.totals == whole.totals
         assert fast.facts == whole.facts
         assert (fast.status, fast.id) == (whole.status, whole.id)
-        assert price.run_energy(fast) == price.run_energy(whole)
+        assert pricing.run_energy(fast) == pricing.run_energy(whole)
     (tmp_path / "no.jsonl").write_text("[]\n{}\n")
     assert quick(tmp_path / "no.jsonl") is None
 
@@ -46,7 +49,9 @@ def test_ls_rows_filter_and_sort(study: Path) -> None:
     by_arm = {r["arm"]: r for r in group(rows)}
     assert (by_arm["lora"]["runs"], by_arm["lora"]["done"]) == (5, 4)
     assert by_arm["diverged"]["accuracy"] is None
-    assert sum(r["energy_j"] for r in by_arm.values()) == pytest.approx(sum(r["energy_j"] for r in rows))
+    assert sum(r["energy_j"] for r in by_arm.values()) == pytest.approx(
+        sum(r["energy_j"] for r in rows)
+    )
     with pytest.raises(BadInput, match="cannot group by"):
         group(rows, by=["armm"])
     with pytest.raises(BadInput, match="did you mean 'energy_j'"):
@@ -59,7 +64,9 @@ def test_compare_any_two(study: Path, tmp_path: Path) -> None:
     assert rows["train_energy_j"]["ratio"] < 0.7
     assert rows["params"]["change_percent"] == 0
     folder = report(study, out=tmp_path).parent
-    assert all(r["ratio"] == pytest.approx(1) for r in compare(folder, study) if r["ratio"] is not None)
+    assert all(
+        r["ratio"] == pytest.approx(1) for r in compare(folder, study) if r["ratio"] is not None
+    )
     with pytest.raises(BadInput, match="none in common"):
         compare(study / "baseline", _two(tmp_path / "two"))
 
@@ -73,11 +80,20 @@ def _two(folder: Path) -> Path:
 def test_diff_gates_on_energy(study: Path, tmp_path: Path) -> None:
     committed = report(study / "baseline", out=tmp_path / "old").parent / "results.json"
     for seed in range(3):
-        synthetic.write(tmp_path / "new", "baseline", seed, cpu_s=1.04 * (800 + 9 * seed), epochs=6, infer_j=0.0031)
+        synthetic.write(
+            tmp_path / "new",
+            "baseline",
+            seed,
+            cpu_s=1.04 * (800 + 9 * seed),
+            epochs=6,
+            infer_j=0.0031,
+        )
     fine, [row] = diff(committed, tmp_path / "new", "+5%")
     assert fine
     assert row["ratio"] == pytest.approx(1.04, abs=0.005)
-    assert row["low"] <= row["ratio"] <= row["high"]  # paired by seed, though one side is a results.json
+    assert (
+        row["low"] <= row["ratio"] <= row["high"]
+    )  # paired by seed, though one side is a results.json
     fine, [row] = diff(committed, tmp_path / "new", "+3%")
     assert not fine
     assert row["why"] == "+3.8 % is over +3.0 %"

@@ -15,7 +15,9 @@ numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
 
 
 @given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9), st.integers(1, 20))
-def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(pairs: list[tuple[float, float]], arms: int) -> None:
+def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(
+    pairs: list[tuple[float, float]], arms: int
+) -> None:
     a, b = zip(*pairs, strict=True)
     d = stats.difference(dict(enumerate(a)), dict(enumerate(b)), arms)
     assert d is not None
@@ -24,7 +26,10 @@ def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(pairs: 
         assert d["low"] == pytest.approx(d["high"], abs=1e-5)
         return
     low, high = ttest_rel(a, b).confidence_interval(1 - 0.05 / arms)
-    assert (d["low"], d["high"]) == (pytest.approx(low, rel=1e-6, abs=1e-6), pytest.approx(high, rel=1e-6, abs=1e-6))
+    assert (d["low"], d["high"]) == (
+        pytest.approx(low, rel=1e-6, abs=1e-6),
+        pytest.approx(high, rel=1e-6, abs=1e-6),
+    )
 
 
 def test_one_pair_has_no_interval_and_the_same_difference_a_point() -> None:
@@ -50,18 +55,25 @@ def test_a_ratio_is_its_inverse_turned_round() -> None:
 def test_a_ratios_interval_is_that_of_its_logarithm() -> None:
     a, b = {0: 2.0, 1: 3.0, 2: 5.0}, {0: 4.0, 1: 3.5, 2: 11.0}
     r = stats.ratio(a, b, 7)
-    d = stats.difference({s: math.log(v) for s, v in a.items()}, {s: math.log(v) for s, v in b.items()}, 7)
+    d = stats.difference(
+        {s: math.log(v) for s, v in a.items()}, {s: math.log(v) for s, v in b.items()}, 7
+    )
     assert r is not None
     assert d is not None
-    assert [math.log(r[k]) for k in ("ratio", "low", "high")] == pytest.approx([d[k] for k in ("mean", "low", "high")])
+    assert [math.log(r[k]) for k in ("ratio", "low", "high")] == pytest.approx(
+        [d[k] for k in ("mean", "low", "high")]
+    )
 
 
 @pytest.mark.parametrize(
     ("mean", "half", "verdict"),
     [(0.0, 0.004, "keeps"), (-0.001, 0.003, "keeps"), (0.02, 0.02, "keeps"), (-0.02, 0.01, "loses"),
-     (-0.01, 0.006, "not yet decided"), (0.02, 0.03, "not yet decided"), (-0.003, 0.0, "keeps"), (-0.006, 0.0, "loses")],
+     (-0.01, 0.006, "not yet decided"), (0.02, 0.03, "not yet decided"), (-0.003, 0.0, "keeps"),
+     (-0.006, 0.0, "loses")],
 )  # fmt: skip
-def test_the_whole_interval_decides_against_the_margin(mean: float, half: float, verdict: str) -> None:
+def test_the_whole_interval_decides_against_the_margin(
+    mean: float, half: float, verdict: str
+) -> None:
     d = {"mean": mean, "low": mean - half, "high": mean + half, "n": 3}
     assert stats.decide(d, 0.005)["verdict"] == verdict
     turned = {"mean": -mean, "low": -mean - half, "high": -mean + half, "n": 3}
@@ -75,20 +87,36 @@ def test_as_many_more_seeds_as_said_decide_it_and_one_fewer_do_not() -> None:
     said = stats.decide(d, 0.005, 4)
     assert said["verdict"] == "not yet decided"
     std, room = stats.summary(dict(enumerate(seeds)))["std"], d["mean"] + 0.005
-    halves = {n: t.ppf(1 - 0.05 / 8, n - 1) * std / math.sqrt(n) for n in (2 + said["more_seeds"], 3 + said["more_seeds"])}
+    halves = {
+        n: t.ppf(1 - 0.05 / 8, n - 1) * std / math.sqrt(n)
+        for n in (2 + said["more_seeds"], 3 + said["more_seeds"])
+    }
     assert [half < room for half in halves.values()] == [False, True]
-    assert stats.decide({"mean": -0.005, "low": -0.01, "high": 0.0, "n": 3}, 0.005)["more_seeds"] is None  # no number would
-    assert stats.decide({"mean": 0.1, "low": None, "high": None, "n": 1}, 0.005)["verdict"] == "not yet decided"
+    assert (
+        stats.decide({"mean": -0.005, "low": -0.01, "high": 0.0, "n": 3}, 0.005)["more_seeds"]
+        is None
+    )  # no number would
+    assert (
+        stats.decide({"mean": 0.1, "low": None, "high": None, "n": 1}, 0.005)["verdict"]
+        == "not yet decided"
+    )
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
-    points = {"cheap": (1.0, 0.5), "good": (2.0, 0.9), "beaten": (3.0, 0.8), "dear": (4.0, 0.95), "twin": (2.0, 0.7)}
+    points = {
+        "cheap": (1.0, 0.5),
+        "good": (2.0, 0.9),
+        "beaten": (3.0, 0.8),
+        "dear": (4.0, 0.95),
+        "twin": (2.0, 0.7),
+    }
     assert stats.pareto(points) == ["cheap", "good", "dear"]
 
 
 @pytest.mark.parametrize(
     ("extra", "saved", "verdict", "images"),
-    [(100.0, 2.0, "pays back", 50.0), (100.0, 0.0, "never", None), (100.0, -1.0, "never", None), (-5.0, 0.0, "at once", 0.0),
+    [(100.0, 2.0, "pays back", 50.0), (100.0, 0.0, "never", None), (100.0, -1.0, "never", None),
+    (-5.0, 0.0, "at once", 0.0),
      (-100.0, -2.0, "ahead until", 50.0), (0.0, 1.0, "at once", 0.0)],
 )  # fmt: skip
 def test_payback(extra: float, saved: float, verdict: str, images: float | None) -> None:
@@ -103,7 +131,8 @@ def test_energy_to_a_target_must_stay_reached() -> None:
 
 @pytest.mark.parametrize(
     ("value", "unit", "text"),
-    [(3530.8, "J", "3.5 kJ"), (0.46588, "g", "470 mg"), (999.9, "J", "1.0 kJ"), (0.0, "J", "0 J"), (None, "J", "–"),
+    [(3530.8, "J", "3.5 kJ"), (0.46588, "g", "470 mg"), (999.9, "J", "1.0 kJ"), (0.0, "J", "0 J"),
+    (None, "J", "–"),
      (5717416, "", "5.72 M"), (12.0, "", "12.0"), (math.inf, "J", "–"), (-1500.0, "J", "-1.5 kJ")],
 )  # fmt: skip
 def test_units(value: float | None, unit: str, text: str) -> None:
@@ -111,12 +140,19 @@ def test_units(value: float | None, unit: str, text: str) -> None:
 
 
 def test_ratios_in_words() -> None:
-    assert words.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy") == "2.1 times less energy (1.9–2.3)"
+    assert (
+        words.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy")
+        == "2.1 times less energy (1.9–2.3)"
+    )
     assert words.times({"ratio": 3.0, "low": None, "high": None}) == "–"  # one seed gives no ratio
-    assert words.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy") == "12 % more energy (9.0–14)"
+    assert (
+        words.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy")
+        == "12 % more energy (9.0–14)"
+    )
     assert words.times({"ratio": 0.8, "low": 0.7, "high": 0.9}) == "20 % less (10–30)"
     assert (
-        words.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy") == "no difference shown in energy (×0.950, 0.900–1.02)"
+        words.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy")
+        == "no difference shown in energy (×0.950, 0.900–1.02)"
     )
     assert words.times({"ratio": 0.2, "low": 1e-9, "high": 0.9}) == "5.0 times less (1.1–over 100)"
     assert words.times({"ratio": 1.0, "low": 1.0, "high": 1.0}) == "the same"
@@ -135,7 +171,10 @@ def test_what_is_shown_is_what_the_interval_leaves_out(low: float, high: float) 
 
 def test_what_is_decided_in_words() -> None:
     d = {"low": -0.01, "high": 0.01, "n": 3, "verdict": "not yet decided", "more_seeds": 9}
-    assert words.decided(d, "0.5 points") == "not yet decided at 0.5 points, about 9 more seeds would tell"
+    assert (
+        words.decided(d, "0.5 points")
+        == "not yet decided at 0.5 points, about 9 more seeds would tell"
+    )
     assert "more seeds than could be run" in words.decided({**d, "more_seeds": None})
     assert words.decided({**d, "verdict": "keeps"}, "1 point") == "kept within 1 point"
     assert words.decided({**d, "verdict": "loses"}, "1 point") == "loses more than 1 point"
@@ -143,7 +182,10 @@ def test_what_is_decided_in_words() -> None:
     assert "no seed in common" in words.decided(None)
 
 
-@pytest.mark.parametrize(("value", "text"), [(-0.04, "0.0"), (0.0, "0.0"), (-0.06, "−0.1"), (1.25, "1.2"), (-12.0, "−12.0")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(-0.04, "0.0"), (0.0, "0.0"), (-0.06, "−0.1"), (1.25, "1.2"), (-12.0, "−12.0")],
+)
 def test_nothing_has_no_sign(value: float, text: str) -> None:
     assert words.fixed(value) == text
     assert words.gain("accuracy", value / 100) == f"{text}\u00a0%"

@@ -1,4 +1,5 @@
-"""A changed coefficient re-prices everything: training, serving, settings, ancestors, tasks, a weight file's card."""
+"""A changed coefficient re-prices everything: training, serving, settings, ancestors, tasks, a
+weight file's card."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 import greenvis as gv
-from greenvis import lineage, price, record
+from greenvis.experiment import lineage
+from greenvis.meters import pricing, record
 from greenvis.report import results
 
 HEAD = """\
@@ -47,7 +49,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def again(folder: Path, to: Path, factor: float) -> Path:
     """Copy the records with every coefficient times `factor`."""
-    shutil.copytree(folder / "runs", to, ignore=shutil.ignore_patterns("*.safetensors", "*.json", ".cache"))
+    shutil.copytree(
+        folder / "runs", to, ignore=shutil.ignore_patterns("*.safetensors", "*.json", ".cache")
+    )
     for path in record.find([to]):
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         for line in lines:
@@ -85,8 +89,14 @@ def test_what_costs_three_times_as_much_reads_three_times_as_much(
 
 
 def test_ratios_of_settings_and_their_spread_stay(finished: Path, tmp_path: Path) -> None:
-    both = [results([folder / "line"]) for folder in (finished / "runs", again(finished, tmp_path / "runs", 3.0))]
-    one, other = ([(p["energy_ratio"], p["energy_spread"]) for p in r["arms"]["exits"]["operating_points"]] for r in both)
+    both = [
+        results([folder / "line"])
+        for folder in (finished / "runs", again(finished, tmp_path / "runs", 3.0))
+    ]
+    one, other = (
+        [(p["energy_ratio"], p["energy_spread"]) for p in r["arms"]["exits"]["operating_points"]]
+        for r in both
+    )
     assert [x for pair in one for x in pair] == pytest.approx([x for pair in other for x in pair])
 
 
@@ -99,32 +109,44 @@ def test_no_joules_are_stored(finished: Path) -> None:
     for path in record.find([finished / "runs"]):
         run = record.read(path)
         assert not {k for k in keys([run.facts, run.uses]) if k.endswith("energy_j")}
-        assert not {k for k in keys(run.facts) if k.endswith("_j") and not k.startswith(("cpu", "dram", "gpu", "meter"))}
+        assert not {
+            k
+            for k in keys(run.facts)
+            if k.endswith("_j") and not k.startswith(("cpu", "dram", "gpu", "meter"))
+        }
 
 
 def test_an_ancestor_metered_otherwise_keeps_its_own_coefficients(tmp_path: Path) -> None:
     other = {
-        "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s", "provenance": "estimated",
+        "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
+        "provenance": "estimated",
         "coefficient": {"low": 20.0, "central": 20.0, "high": 20.0},
     }  # fmt: skip
     with gv.track("t", dir=tmp_path) as run:
-        run.uses("base", "elsewhere", ["r"], observed=[{"components": [other], "totals": {"cpu_s": 3.0}}])
-    assert price.uses(record.read(run.path))[0]["energy_j"]["value"] == 60.0
+        run.uses(
+            "base", "elsewhere", ["r"], observed=[{"components": [other], "totals": {"cpu_s": 3.0}}]
+        )
+    assert pricing.uses(record.read(run.path))[0]["energy_j"]["value"] == 60.0
 
 
 def test_old_lines_with_joules_read_as_they_did(tmp_path: Path) -> None:
     with gv.track("t", dir=tmp_path) as run:
-        run.uses("base", "old", ["r"], price.Reading("energy_j", 5.0, 4.0, 6.0))
+        run.uses("base", "old", ["r"], pricing.Reading("energy_j", 5.0, 4.0, 6.0))
         run.fact(accuracy=0.5, inference_energy_j={"value": 2.0, "spread": 0.1})
     arm = results([run.path])["arms"]["t"]
-    assert arm["uses"][0]["energy_j"] == {"value": 5.0, "low": 4.0, "high": 6.0, "provenance": "estimated"}
+    assert arm["uses"][0]["energy_j"] == {
+        "value": 5.0,
+        "low": 4.0,
+        "high": 6.0,
+        "provenance": "estimated",
+    }
     assert arm["inference_energy_j"]["value"] == 2.0
 
 
 def test_a_card_holds_observations_and_an_old_one_still_reads(finished: Path) -> None:
     card = lineage.read_card(finished / "runs/line/student/seed0")
     assert card["observed"][0]["totals"]["cpu_s"] > 0
-    assert card["energy_j"]["value"] == pytest.approx(price.spent(card["observed"]).value)
+    assert card["energy_j"]["value"] == pytest.approx(pricing.spent(card["observed"]).value)
     parts = [card["energy_j"]["value"], *(use["energy_j"]["value"] for use in card["uses"])]
     assert card["total_j"]["value"] == pytest.approx(sum(parts))
     old = {"value": 1.0, "low": 1.0, "high": 1.0, "provenance": "estimated"}
@@ -138,11 +160,18 @@ def test_a_card_holds_observations_and_an_old_one_still_reads(finished: Path) ->
         {"inference": {"rounds": 3}},
         {"inference": {"rounds": [{"samples": 0, "cpu_s": 1.0}]}},
         {"operating_points": [{"setting": "never", "passes": [3, None]}]},
-        {"operating_points": [{"setting": "never", "images": 5, "passes": [{}]}, {"setting": "b", "images": 5, "passes": []}]},
+        {
+            "operating_points": [
+                {"setting": "never", "images": 5, "passes": [{}]},
+                {"setting": "b", "images": 5, "passes": []},
+            ]
+        },
         {"task_observed": [None, "x", {"cpu_s": "1"}]},
     ],
 )
-def test_observations_of_other_hands_are_unknown_and_no_crash(tmp_path: Path, facts: dict[str, Any]) -> None:
+def test_observations_of_other_hands_are_unknown_and_no_crash(
+    tmp_path: Path, facts: dict[str, Any]
+) -> None:
     with gv.track("t", dir=tmp_path) as run:
         run.fact(accuracy=0.5, **facts)
         run.uses("base", "b", ["r"], observed=[])

@@ -1,4 +1,5 @@
-"""Masked pretraining from a base equals the authors' own on the fixture, on any base, and leaves a plain model behind."""
+"""Masked pretraining from a base equals the authors' own on the fixture, on any base, and leaves a
+plain model behind."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ import torch
 from hosts import HOSTS
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import Samples
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.technique import Samples
-from greenvis.techniques.iteration import _tec as tec
-from greenvis.techniques.iteration._bases import Base
-from greenvis.techniques.iteration.mae import Mae
-from greenvis.techniques.iteration.reuse import Reuse
-from greenvis.wrap import wrap
+from greenvis.techniques._shared import tec as tec
+from greenvis.techniques.annotation.masked.mae import Mae
+from greenvis.techniques.iteration.reuse._bases import Base
+from greenvis.techniques.iteration.reuse.reuse import Reuse
 
 WHOLE = Path(__file__).parents[2] / "shared" / "fixtures" / "tec_tiny.pt"
 IMAGE = (3, 32, 32)
@@ -30,7 +31,10 @@ close = partial(torch.allclose, atol=1e-5, rtol=1e-4)
 @pytest.fixture(scope="module")
 def parts() -> dict[str, Any]:
     """The fixture without the weights of base and encoder."""
-    one, other = (torch.load(Path(__file__).parent / "data" / f"tec_{n}.pt", weights_only=True) for n in ("encoder", "decoder"))
+    one, other = (
+        torch.load(Path(__file__).parent / "data" / f"tec_{n}.pt", weights_only=True)
+        for n in ("encoder", "decoder")
+    )
     return {**one, **other, "tec_state_dict": {**one["tec_state_dict"], **other["tec_state_dict"]}}
 
 
@@ -44,7 +48,14 @@ def whole() -> dict[str, Any]:
 def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 6, "num_heads": 3, "num_classes": 1000}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 48,
+        "depth": 6,
+        "num_heads": 3,
+        "num_classes": 1000,
+    }
     return VisionTransformer(**{**size, **more}).eval()
 
 
@@ -54,20 +65,40 @@ def _into(module: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 def _adapters(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    words = {"adap_before": "before", "adap_after": "after", "fuse_fcs": "fuse", "adap_mlps": "mlps"}
-    cut = {k.removeprefix("encoder_adaptor."): v for k, v in state.items() if k.startswith("encoder_adaptor.")}
+    words = {
+        "adap_before": "before",
+        "adap_after": "after",
+        "fuse_fcs": "fuse",
+        "adap_mlps": "mlps",
+    }
+    cut = {
+        k.removeprefix("encoder_adaptor."): v
+        for k, v in state.items()
+        if k.startswith("encoder_adaptor.")
+    }
     return {".".join(words.get(w, w) for w in k.split(".")): v for k, v in cut.items()}
 
 
 def _entry(state: dict[str, Tensor], which: str) -> dict[str, Tensor]:
-    words = {"decoder_embed": "embed", "decoder_norm": "norm", "decoder_pred": "predict", "decoder_qk": "qk"}
-    cut = {k.removeprefix(f"forward_{which}_decoder."): v for k, v in state.items() if k.startswith(f"forward_{which}_")}
+    words = {
+        "decoder_embed": "embed",
+        "decoder_norm": "norm",
+        "decoder_pred": "predict",
+        "decoder_qk": "qk",
+    }
+    cut = {
+        k.removeprefix(f"forward_{which}_decoder."): v
+        for k, v in state.items()
+        if k.startswith(f"forward_{which}_")
+    }
     return {".".join(words.get(w, w) for w in k.split(".")): v for k, v in cut.items()}
 
 
 def _decoder(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    words = {"attn.qkv.weight": "self_attn.in_proj_weight", "attn.qkv.bias": "self_attn.in_proj_bias",
-             "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1", "mlp.fc2": "linear2"}  # fmt: skip
+    words = {"attn.qkv.weight": "self_attn.in_proj_weight",
+    "attn.qkv.bias": "self_attn.in_proj_bias",
+             "attn.proj": "self_attn.out_proj", "mlp.fc1": "linear1",
+             "mlp.fc2": "linear2"}  # fmt: skip
     out = {}
     for name, value in state.items():
         if name.startswith("decoder_blocks."):
@@ -89,8 +120,12 @@ def test_masks_as_the_authors_do(parts: dict[str, Any]) -> None:
 def test_targets_and_losses_equal_the_fixture(parts: dict[str, Any]) -> None:
     target = tec.normalise_tokens(parts["target_feature"])
     assert close(target, parts["target_feature_normalised"])
-    assert close(tec.feature_loss(parts["pred_feature"], target, parts["mask"]), parts["loss_feature"])
-    wrong = tec.feature_loss(parts["pred_feature"], tec.normalise_channels(parts["target_feature"]), parts["mask"])
+    assert close(
+        tec.feature_loss(parts["pred_feature"], target, parts["mask"]), parts["loss_feature"]
+    )
+    wrong = tec.feature_loss(
+        parts["pred_feature"], tec.normalise_channels(parts["target_feature"]), parts["mask"]
+    )
     assert abs(wrong.item() - parts["loss_feature_if_wrong_axis"]["mae_channel_norm"]) < 1e-4
     assert wrong - parts["loss_feature"] > 0.1
     for row in parts["loss_att_by_tau"]:
@@ -101,8 +136,17 @@ def test_targets_and_losses_equal_the_fixture(parts: dict[str, Any]) -> None:
 def test_adapters_and_decoder_equal_the_fixture(parts: dict[str, Any]) -> None:
     state = parts["tec_state_dict"]
     token = tec.TokenMlp(48, 192)
-    _into(token, {k.removeprefix("cls_token_mlp."): v for k, v in state.items() if k.startswith("cls_token_mlp.")})
-    assert close(token(state["cls_token"]).expand(3, -1, -1), parts["cls_tokens"])  # their class token has position zero
+    _into(
+        token,
+        {
+            k.removeprefix("cls_token_mlp."): v
+            for k, v in state.items()
+            if k.startswith("cls_token_mlp.")
+        },
+    )
+    assert close(
+        token(state["cls_token"]).expand(3, -1, -1), parts["cls_tokens"]
+    )  # their class token has position zero
     adapters = tec.EncoderAdapters(48, 6, 3, 128)
     _into(adapters, _adapters(state))
     assert close(adapters(parts["latents"]), parts["adapted"])
@@ -118,12 +162,16 @@ def test_adapters_and_decoder_equal_the_fixture(parts: dict[str, Any]) -> None:
     assert close(rows, parts["pred_att"][:, 0])
 
 
-def test_a_whole_step_equals_the_fixture(whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_step_equals_the_fixture(
+    whole: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     eps = partial(nn.LayerNorm, eps=1e-6)
     base, model = _vit(norm_layer=eps), _vit(norm_layer=eps)
     base.load_state_dict(whole["base_state_dict"])
     state = whole["tec_state_dict"]
-    model.load_state_dict({k: v for k, v in state.items() if k in whole["base_state_dict"]}, strict=False)
+    model.load_state_dict(
+        {k: v for k, v in state.items() if k in whole["base_state_dict"]}, strict=False
+    )
     shown = Base(base, IMAGE, (4, 4), 2, attention=True)(whole["images"])
     assert close(shown.features, whole["target_feature"])
     assert shown.logits is not None
@@ -140,7 +188,14 @@ def test_a_whole_step_equals_the_fixture(whole: dict[str, Any], monkeypatch: pyt
     _into(added.parts.heads[0]["feature"], _entry(state, "fea"))
     _into(added.parts.heads[0]["attention"], _entry(state, "att"))
     adapter = model.parametrizations.cls_token[0].adapter
-    _into(adapter, {k.removeprefix("cls_token_mlp."): v for k, v in state.items() if k.startswith("cls_token_mlp.")})
+    _into(
+        adapter,
+        {
+            k.removeprefix("cls_token_mlp."): v
+            for k, v in state.items()
+            if k.startswith("cls_token_mlp.")
+        },
+    )
     keep, _, _ = tec.random_mask(whole["mask_noise"], 4)
     assert close(torch.cat(added.encoder(whole["images"], keep), -1), whole["latents"])
     monkeypatch.setattr(torch, "rand", lambda *a, **k: whole["mask_noise"])
@@ -150,10 +205,18 @@ def test_a_whole_step_equals_the_fixture(whole: dict[str, Any], monkeypatch: pyt
 
 
 @pytest.mark.parametrize(
-    "name", ["timm-vit", "torchvision-vit", "transformers-vit", "transformers-clip", "timm-dinov2-registers"]
+    "name",
+    [
+        "timm-vit",
+        "torchvision-vit",
+        "transformers-vit",
+        "transformers-clip",
+        "timm-dinov2-registers",
+    ],
 )
 def test_attention_is_seen_in_every_library(name: str) -> None:
-    """The logits' softmax times v is what the block's own attention gives: seen by disturbing nothing."""
+    """The logits' softmax times v is what the block's own attention gives: seen by disturbing
+    nothing."""
     model = HOSTS[name].build().eval()
     x, _ = HOSTS[name].batch()
     base = Base(model, IMAGE, (4, 4), 1, attention=True)
@@ -176,7 +239,9 @@ def test_attention_of_torchvision_equals_its_own_weights() -> None:
     hook = attention.register_forward_pre_hook(lambda m, a: seen.update(x=a[0]))
     model(x)
     hook.remove()
-    _, weights = attention(seen["x"], seen["x"], seen["x"], need_weights=True, average_attn_weights=False)
+    _, weights = attention(
+        seen["x"], seen["x"], seen["x"], need_weights=True, average_attn_weights=False
+    )
     assert shown.logits is not None
     mine = shown.logits.softmax(-1)
     theirs = weights[:, :, :, 1:] / weights[:, :, :, 1:].sum(-1, keepdim=True)
@@ -204,24 +269,32 @@ FEATURES: dict[str, Any] = {
 def test_learns_from_any_base(name: str) -> None:
     base = {**BASES, **FEATURES}[name]()
     before = Snapshot(base)
-    flags = [(p.requires_grad, m.training) for m in base.modules() for p in m.parameters(recurse=False)]
+    flags = [
+        (p.requires_grad, m.training) for m in base.modules() for p in m.parameters(recurse=False)
+    ]
     model = _vit(depth=2)
     targets = ("feature",) if name in FEATURES else ("feature", "attention")
     live = wrap(model, Reuse(base=base, targets=targets))
     terms = live.terms(torch.rand(2, *IMAGE), None, None)
     assert set(terms) == {f"reuse_{t}" for t in targets}
     torch.stack(list(terms.values())).sum().backward()
-    assert all(p.grad is not None for n, p in live.trainable.items() if "reuse" in n or "adapter" in n)
+    assert all(
+        p.grad is not None for n, p in live.trainable.items() if "reuse" in n or "adapter" in n
+    )
     assert model.patch_embed.proj.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in base.parameters())
     live.undo()
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
-    assert [(p.requires_grad, m.training) for m in base.modules() for p in m.parameters(recurse=False)] == flags
+    assert [
+        (p.requires_grad, m.training) for m in base.modules() for p in m.parameters(recurse=False)
+    ] == flags
 
 
 def test_several_bases_at_once() -> None:
     model = _vit(depth=2)
-    live = wrap(model, Reuse(base=[_vit(depth=2), HOSTS["timm-resnet"].build()], targets=("feature",)))
+    live = wrap(
+        model, Reuse(base=[_vit(depth=2), HOSTS["timm-resnet"].build()], targets=("feature",))
+    )
     added: Any = live.installed[0]
     assert [h["feature"].predict.out_features for h in added.parts.heads] == [48, 32]
     assert live.loss(torch.rand(2, *IMAGE), None, None).isfinite()
@@ -327,7 +400,8 @@ def _flops(live: Any, x: Tensor) -> int:
 
 
 def test_a_later_epoch_costs_less_than_one_of_a_masked_autoencoder(tmp_path: Path) -> None:
-    """Both as published: TEC's decoder has two blocks and runs twice, MAE's has eight. The paper's TEC pays about 1.4 times."""
+    """Both as published: TEC's decoder has two blocks and runs twice, MAE's has eight. The paper's
+    TEC pays about 1.4 times."""
     x, size = torch.rand(8, *IMAGE), {"patch_size": 4, "embed_dim": 96}
     costs = {}
     for cache in ("fp16", "off"):

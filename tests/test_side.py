@@ -12,12 +12,12 @@ from hosts import HOSTS
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.techniques.iteration.adapter import Adapter
-from greenvis.techniques.iteration.lora import Lora
-from greenvis.techniques.iteration.side import Ladder, Side
-from greenvis.wrap import wrap
+from greenvis.techniques.iteration.peft.adapter import Adapter
+from greenvis.techniques.iteration.peft.lora import Lora
+from greenvis.techniques.iteration.peft.side import Ladder, Side
 
 
 def _randomised(ladder: Ladder) -> None:
@@ -33,9 +33,13 @@ def _attend(layer: Any, x: Tensor) -> Tensor:
     q, k, v = (normed @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, -1)
     heads = attention.num_heads
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-    mixed = ((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    mixed = (
+        ((q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(1, 2).flatten(2)
+    )
     x = x + attention.out_proj(mixed)
-    return x + layer.linear2(F.gelu(layer.linear1(F.layer_norm(x, x.shape[-1:], layer.norm2.weight, layer.norm2.bias))))
+    return x + layer.linear2(
+        F.gelu(layer.linear1(F.layer_norm(x, x.shape[-1:], layer.norm2.weight, layer.norm2.bias)))
+    )
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -54,7 +58,9 @@ def test_is_the_ladder_of_the_paper(every: int) -> None:
         for i, block in enumerate([0, 1, 2] if every == 1 else [0, 2]):
             mu = 1 / (1 + torch.exp(-ladder.gates[i] / 0.1))
             h = _attend(ladder.layers[i], mu * ladder.downs[i](seen[block]) + (1 - mu) * h)
-        want = seen[2] + ladder.up(F.layer_norm(h, h.shape[-1:], ladder.norm.weight, ladder.norm.bias))
+        want = seen[2] + ladder.up(
+            F.layer_norm(h, h.shape[-1:], ladder.norm.weight, ladder.norm.bias)
+        )
     assert h.shape == (2, 17, 16)
     assert torch.allclose(seen["joined"], want, atol=1e-4)
     assert not ladder.seen
@@ -78,11 +84,15 @@ def test_the_backward_stays_out_of_the_base() -> None:
     needs.clear()  # the install looked too
     model(HOSTS["timm-vit"].batch()[0])
     assert needs == [False, False, False]
-    side, bottleneck, low_rank = (_step_flops(t) for t in (Side(reduction=8), Adapter(width=4), Lora(rank=2)))
+    side, bottleneck, low_rank = (
+        _step_flops(t) for t in (Side(reduction=8), Adapter(width=4), Lora(rank=2))
+    )
     assert side < 0.8 * min(bottleneck, low_rank)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "timm-eva02", "torchvision-vit", "transformers-dinov2"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "timm-eva02", "torchvision-vit", "transformers-dinov2"]
+)
 def test_starts_neutral_learns_whole_and_undoes(name: str) -> None:
     model = HOSTS[name].build()
     before, keys = Snapshot(model), list(model.state_dict())
@@ -95,13 +105,17 @@ def test_starts_neutral_learns_whole_and_undoes(name: str) -> None:
     model.eval()
     start = logits()
     live = wrap(model, Side(reduction=2))
-    assert torch.allclose(logits(), start, atol=1e-6)  # torchvision's takes another path when nothing in it trains
+    assert torch.allclose(
+        logits(), start, atol=1e-6
+    )  # torchvision's takes another path when nothing in it trains
     moved = set()
     optimizer = torch.optim.SGD(live.param_groups(0.5))
     for _ in range(3):
         model.train()
         F.cross_entropy(logits(), labels).backward()
-        moved |= {n for n, p in live.trainable.items() if p.grad is not None and p.grad.abs().max() > 0}
+        moved |= {
+            n for n, p in live.trainable.items() if p.grad is not None and p.grad.abs().max() > 0
+        }
         optimizer.step()
         optimizer.zero_grad()
     assert moved == set(live.trainable)
@@ -122,7 +136,9 @@ def test_checkpointing_and_a_deep_copy() -> None:
     model.zero_grad()
     model.set_grad_checkpointing(True)
     model(x).square().sum().backward()
-    assert all(torch.allclose(p.grad, plain[n], rtol=1e-3, atol=1e-4) for n, p in live.trainable.items())
+    assert all(
+        torch.allclose(p.grad, plain[n], rtol=1e-3, atol=1e-4) for n, p in live.trainable.items()
+    )
     twin = copy.deepcopy(model).eval()
     before = twin(x)
     assert torch.equal(model.eval()(x), before)

@@ -72,5 +72,7 @@ assert found.allocated_mb is None, found
 
 
 def test_peak_memory_sees_what_was_freed_again() -> None:
-    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=False)  # other tests' pages move
+    done = subprocess.run(
+        [sys.executable, "-c", FREED], capture_output=True, text=True, check=False
+    )  # other tests' pages move
     assert done.returncode == 0, done.stderr

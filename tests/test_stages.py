@@ -1,4 +1,5 @@
-"""Training in stages: one model, one run, one stage after another; killed, it goes on in the right one."""
+"""Training in stages: one model, one run, one stage after another; killed, it goes on in the right
+one."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis import experiment, record, stages, train
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.plan import plan
-from greenvis.wrap import wrap
+from greenvis.experiment import loop, session, stages
+from greenvis.meters import record
+from greenvis.planning.plan import plan
 
 RECIPE = """\
 name: tiny
@@ -57,16 +59,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_one_record_with_a_phase_for_each_stage(finished: Path) -> None:
     (run,) = _run(finished)
-    epochs = ["train/head/epoch1", "train/head/epoch2", "train/stage2/epoch1", "train/low-rank/epoch1"]
+    epochs = [
+        "train/head/epoch1",
+        "train/head/epoch2",
+        "train/stage2/epoch1",
+        "train/low-rank/epoch1",
+    ]
     assert [p for p in run.totals if "epoch" in p] == epochs
     assert run.sum("samples", "train") == 4 * 120
     assert run.facts["epochs"] == 4
     assert run.facts["techniques"] == [{"linear_probe": {}}, {"lora": {"rank": 2}}]
     rows = run.facts["stages"]
     assert [row["stage"] for row in rows] == ["head", "stage2", "low-rank"]
-    assert rows[0]["trainable_params"] == 16 * 10 + 10 < rows[1]["trainable_params"] == run.facts["trainable_params"]
+    assert (
+        rows[0]["trainable_params"]
+        == 16 * 10 + 10
+        < rows[1]["trainable_params"]
+        == run.facts["trainable_params"]
+    )
     assert rows[2]["accuracy"] == run.facts["accuracy"]
-    assert [line["accuracy"] for line in run.logs if "stage" in line] == [row["accuracy"] for row in rows]
+    assert [line["accuracy"] for line in run.logs if "stage" in line] == [
+        row["accuracy"] for row in rows
+    ]
     assert [line["epoch"] for line in run.logs if "loss" in line] == [1, 2, 3, 4]
     assert not list((finished / "runs").rglob("*checkpoint*"))
     assert not list((finished / "runs").rglob("*" + stages.BOUNDARY))
@@ -76,7 +90,7 @@ def test_each_stage_trains_its_own_layers_on_what_the_last_left(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
-    real = train.fit
+    real = loop.fit
 
     def spy(live: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append({n: p.detach().clone() for n, p in live.model.named_parameters()})
@@ -84,8 +98,8 @@ def test_each_stage_trains_its_own_layers_on_what_the_last_left(
         seen.append({n: p.detach().clone() for n, p in live.model.named_parameters()})
         return out
 
-    monkeypatch.setattr(train, "fit", spy)
-    experiment.run(_write(tmp_path), runs=tmp_path / "runs", overrides=["arms.plain.train.epochs=0"])
+    monkeypatch.setattr(loop, "fit", spy)
+    session.run(_write(tmp_path), runs=tmp_path / "runs", overrides=["arms.plain.train.epochs=0"])
 
     def moved(a: int, b: int) -> set[str]:
         return {n for n in seen[a] if n in seen[b] and not torch.equal(seen[a][n], seen[b][n])}
@@ -101,19 +115,24 @@ def test_each_stage_trains_its_own_layers_on_what_the_last_left(
 
 
 @pytest.mark.parametrize(
-    "stop_at", [pytest.param(("head", 2), marks=pytest.mark.slow), ("stage2", 0), ("low-rank", 5)], ids=lambda at: at[0]
+    "stop_at",
+    [pytest.param(("head", 2), marks=pytest.mark.slow), ("stage2", 0), ("low-rank", 5)],
+    ids=lambda at: at[0],
 )
 def test_cut_short_it_goes_on_to_the_same_weights(
     stop_at: tuple[str, int], finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, count = _write(tmp_path), {"steps": 0}
-    options: dict[str, Any] = {"runs": tmp_path / "runs", "overrides": ["train.checkpoint_every_s=0.0001"]}
-    real = train.Loop._epoch
+    options: dict[str, Any] = {
+        "runs": tmp_path / "runs",
+        "overrides": ["train.checkpoint_every_s=0.0001"],
+    }
+    real = loop.Loop._epoch
 
     class Killed(BaseException):
         pass
 
-    def stopping(self: train.Loop) -> None:
+    def stopping(self: loop.Loop) -> None:
         if self.part.phase == f"train/{stop_at[0]}":
             batches = self.part.batches
 
@@ -135,11 +154,11 @@ def test_cut_short_it_goes_on_to_the_same_weights(
             return self.args[0](*self.args[1:])
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Loop, "_epoch", stopping)
+        patch.setattr(loop.Loop, "_epoch", stopping)
         with pytest.raises(Killed):
-            experiment.run(path, **options)
+            session.run(path, **options)
     assert count["steps"] == stop_at[1]
-    experiment.run(path, **options)
+    session.run(path, **options)
     assert all(torch.equal(t, _weights(finished)[n]) for n, t in _weights(tmp_path).items())
     runs = _run(tmp_path)
     assert sum(run.sum("samples", "train") or 0 for run in runs) == 4 * 120
@@ -150,11 +169,15 @@ def test_cut_short_it_goes_on_to_the_same_weights(
 
 def test_another_stage_is_another_run(finished: Path) -> None:
     said: list[str] = []
-    experiment.run(finished / "tiny.yaml", runs=finished / "runs", say=said.append)
+    session.run(finished / "tiny.yaml", runs=finished / "runs", say=said.append)
     assert all("kept" in line for line in said)
-    jobs = experiment.Session(finished / "runs", False, (), print).plan(gv.load_recipe(finished / "tiny.yaml"))
+    jobs = session.Session(finished / "runs", False, (), print).plan(
+        gv.load_recipe(finished / "tiny.yaml")
+    )
     changed = RECIPE.replace('[head, "blocks.1"]', "[head]")
-    other = experiment.Session(finished / "runs", False, (), print).plan(gv.load_recipe(_write(finished.parent, changed)))
+    other = session.Session(finished / "runs", False, (), print).plan(
+        gv.load_recipe(_write(finished.parent, changed))
+    )
     assert jobs[0].inputs != other[0].inputs
     assert jobs[1].inputs == other[1].inputs
 
@@ -162,20 +185,42 @@ def test_another_stage_is_another_run(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('layers: [head, "blocks.1"]', "layers: [blocks.9]", r"tiny\.yaml:11: no Module matches 'blocks\.9'; this model has"),
-        ("techniques: [linear_probe]", "techniques: [linear_prob]", r"tiny\.yaml:10: .*did you mean 'linear_probe'"),
-        ("techniques: [linear_probe]", "techniques: [{prompt: {tokens: 2}}]", r"tiny\.yaml:8: only the last stage may hold"),
-        ("train: {epochs: 2}", "train: {epoch: 2}", r"tiny\.yaml:9: .*unknown field 'epoch'; did you mean 'epochs'"),
-        ("train: {epochs: 2}", "train: {seeds: [2]}", r"tiny\.yaml:8: train\.seeds belongs to the whole arm"),
+        (
+            'layers: [head, "blocks.1"]',
+            "layers: [blocks.9]",
+            r"tiny\.yaml:11: no Module matches 'blocks\.9'; this model has",
+        ),
+        (
+            "techniques: [linear_probe]",
+            "techniques: [linear_prob]",
+            r"tiny\.yaml:10: .*did you mean 'linear_probe'",
+        ),
+        (
+            "techniques: [linear_probe]",
+            "techniques: [{prompt: {tokens: 2}}]",
+            r"tiny\.yaml:8: only the last stage may hold",
+        ),
+        (
+            "train: {epochs: 2}",
+            "train: {epoch: 2}",
+            r"tiny\.yaml:9: .*unknown field 'epoch'; did you mean 'epochs'",
+        ),
+        (
+            "train: {epochs: 2}",
+            "train: {seeds: [2]}",
+            r"tiny\.yaml:8: train\.seeds belongs to the whole arm",
+        ),
         ("name: low-rank", "name: head", r"tiny\.yaml:12: a second stage is named 'head'"),
         ("    stages:", "    techniques: [bitfit]\n    stages:", r"stages or techniques, not both"),
         ("test: 50}", "test: 50, stream: {tasks: 2}}", r"stages or data\.stream, not both"),
     ],
 )
-def test_what_cannot_be_is_refused_with_its_line(old: str, new: str, says: str, tmp_path: Path) -> None:
+def test_what_cannot_be_is_refused_with_its_line(
+    old: str, new: str, says: str, tmp_path: Path
+) -> None:
     path = _write(tmp_path, RECIPE.replace(old, new))
     with pytest.raises(BadInput, match=says):
-        experiment.run(path, runs=tmp_path / "runs")
+        session.run(path, runs=tmp_path / "runs")
     assert not list((tmp_path / "runs").rglob("*.jsonl"))
 
 

@@ -1,4 +1,5 @@
-"""Imports and first calls of a fresh process are a line of their own: in the total, in no arm, whoever starts it."""
+"""Imports and first calls of a fresh process are a line of their own: in the total, in no arm,
+whoever starts it."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import greenvis as gv
-from greenvis import price, record
-from greenvis.record import STARTUP, Run, find, read
+from greenvis.meters import pricing, record
+from greenvis.meters.record import STARTUP, Run, find, read
 
 RECIPE = """\
 name: twice
@@ -25,17 +26,22 @@ meter: {codecarbon: false}
 RAY_WORKER = """
 import sys
 from pathlib import Path
-from greenvis import on_ray
+from greenvis.experiment import on_ray
 seen = Path("seen"); seen.touch()
 for arm in ("one", "other"):  # both jobs come to the same worker
     on_ray.finish(on_ray.Order(Path("twice.yaml"), (), Path("runs").resolve(), Path("runs/twice").resolve() / arm / "seed0",
                                seen.resolve(), False, ()))
 """
-CLI = "import sys; from greenvis.cli import main; sys.exit(main(['run', 'twice.yaml', '--out', 'out']))"
+CLI = (
+    "import sys; from greenvis.cli.main import main; sys.exit(main(['run', 'twice.yaml', '--out', "
+    "'out']))"
+)
 
 
 def runs_of(folder: Path) -> tuple[Run, Run]:
-    first, second = sorted((read(p) for p in find([folder / "runs"])), key=lambda r: r.header["clock_s"])
+    first, second = sorted(
+        (read(p) for p in find([folder / "runs"])), key=lambda r: r.header["clock_s"]
+    )
     return first, second
 
 
@@ -43,7 +49,14 @@ def runs_of(folder: Path) -> tuple[Run, Run]:
 def test_a_fresh_process_starts_outside_the_arms(tmp_path: Path, program: str) -> None:
     (tmp_path / "twice.yaml").write_text(RECIPE)
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=env, check=True, capture_output=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=env,
+        check=True,
+        capture_output=True,
+        timeout=300,
+    )
     first, second = runs_of(tmp_path)
     started = first.sum("cpu_s", STARTUP) or 0.0
     assert started > 1  # torch alone takes as long to import
@@ -54,7 +67,7 @@ def test_a_fresh_process_starts_outside_the_arms(tmp_path: Path, program: str) -
     arms = sum(arm["total_energy_j"]["value"] for arm in found["arms"].values())
     totals = found["totals"]
     assert totals["startup_j"]["value"] == pytest.approx(
-        sum(price.run_energy(run, STARTUP).value or 0.0 for run in (first, second))
+        sum(pricing.run_energy(run, STARTUP).value or 0.0 for run in (first, second))
     )
     assert totals["energy_j"]["value"] == pytest.approx(arms + totals["startup_j"]["value"])
     assert all(STARTUP not in arm["energy_by_phase_j"] for arm in found["arms"].values())
@@ -71,7 +84,9 @@ def test_a_call_from_a_running_program_books_only_its_own_start(tmp_path: Path) 
     gv.run(tmp_path / "twice.yaml", runs=tmp_path / "warm")  # whatever was to be imported is
     gv.run(tmp_path / "twice.yaml", runs=tmp_path / "runs")
     first, second = runs_of(tmp_path)
-    assert 0 < (first.sum("cpu_s", STARTUP) or 0.0) < (first.sum("cpu_s") or 0.0)  # not what this test's process did before
+    assert (
+        0 < (first.sum("cpu_s", STARTUP) or 0.0) < (first.sum("cpu_s") or 0.0)
+    )  # not what this test's process did before
     assert STARTUP not in second.totals
 
 
@@ -80,6 +95,9 @@ def test_what_an_arm_builds_on_is_charged_without_its_start(tmp_path: Path) -> N
         run.add(STARTUP, cpu_s=100.0)
         run.add("train", cpu_s=1.0)
     its = record.read(run.path)
-    whole, start = price.run_energy(its).value or 0.0, price.run_energy(its, STARTUP).value or 0.0
+    whole, start = (
+        pricing.run_energy(its).value or 0.0,
+        pricing.run_energy(its, STARTUP).value or 0.0,
+    )
     assert 0 < whole < 100 < start
-    assert price.spent(price.observed([[its]])).value == pytest.approx(whole)
+    assert pricing.spent(pricing.observed([[its]])).value == pytest.approx(whole)

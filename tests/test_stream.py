@@ -1,4 +1,5 @@
-"""Streams of tasks: who is in which task, what heads hide, the matrix, and resuming in the middle of the stream."""
+"""Streams of tasks: who is in which task, what heads hide, the matrix, and resuming in the middle
+of the stream."""
 
 from __future__ import annotations
 
@@ -16,10 +17,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import greenvis as gv
-from greenvis import continual, data, experiment, record, stream
+from greenvis import data
+from greenvis.core.wrap import wrap
+from greenvis.data import streams
 from greenvis.errors import BadInput
-from greenvis.recipe import TrainSpec
-from greenvis.wrap import wrap
+from greenvis.experiment import session
+from greenvis.experiment import stream as continual
+from greenvis.experiment.recipe import TrainSpec
+from greenvis.meters import record
 
 RECIPE = """\
 name: tiny
@@ -51,57 +56,77 @@ def _write(folder: Path, text: str = RECIPE) -> Path:
 
 @pytest.mark.parametrize("kind", ["class", "task"])
 def test_classes_are_dealt_out_once_and_no_image_twice(digits: data.Data, kind: Any) -> None:
-    made = stream.make(digits, kind=kind, tasks=4, seed=3)
+    made = streams.make(digits, kind=kind, tasks=4, seed=3)
     assert sorted(c for task in made.tasks for c in task.classes) == list(range(10))
     assert [len(task.classes) for task in made.tasks] == [3, 3, 2, 2]
     assert [task.known for task in made.tasks] == [kind == "task"] * 4
     ids = torch.cat([images.ids for images in made.train])
     assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
     for task, images, (classes, test) in zip(made.tasks, made.train, made.tests, strict=True):
-        assert set(images.targets.tolist()) == set(test.targets.tolist()) == set(task.classes) == set(classes)
+        assert (
+            set(images.targets.tolist())
+            == set(test.targets.tolist())
+            == set(task.classes)
+            == set(classes)
+        )
     assert made.tasks[-1].seen == tuple(c for task in made.tasks for c in task.classes)
     assert made.head == ("multi" if kind == "task" else "single")
 
 
 def test_order_is_the_seeds_or_as_given(digits: data.Data) -> None:
-    given = stream.make(digits, order="given")
+    given = streams.make(digits, order="given")
     assert [task.classes for task in given.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
-    a, b, c = (stream.make(digits, seed=s) for s in (1, 1, 2))
+    a, b, c = (streams.make(digits, seed=s) for s in (1, 1, 2))
     assert [t.classes for t in a.tasks] == [t.classes for t in b.tasks]
     assert [t.classes for t in a.tasks] != [t.classes for t in c.tasks]
 
 
 def test_a_free_stream_keeps_every_image_and_blurs_the_borders(digits: data.Data) -> None:
-    sharp = stream.make(digits, kind="free", blur=0.0, order="given")
-    soft = stream.make(digits, kind="free", blur=1.0, order="given")
+    sharp = streams.make(digits, kind="free", blur=0.0, order="given")
+    soft = streams.make(digits, kind="free", blur=1.0, order="given")
     assert not sharp.told
     for made in (sharp, soft):
         ids = torch.cat([images.ids for images in made.train])
         assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
     assert all(len(images.targets.unique()) <= 4 for images in sharp.train)
-    assert sum(len(a.targets.unique()) > len(b.targets.unique()) for a, b in zip(soft.train, sharp.train, strict=True)) >= 4
+    assert (
+        sum(
+            len(a.targets.unique()) > len(b.targets.unique())
+            for a, b in zip(soft.train, sharp.train, strict=True)
+        )
+        >= 4
+    )
 
 
 def test_domains_turn_or_permute_the_same_images(digits: data.Data) -> None:
-    turned = stream.make(digits, kind="domain", tasks=2, order="given")
+    turned = streams.make(digits, kind="domain", tasks=2, order="given")
     x, y = turned.train[1].batch([0, 5])
     plain, labels = digits.train.batch([0, 5])
     assert torch.equal(y, labels)
-    assert torch.allclose(x, plain.rot90(1, (2, 3)), atol=1e-4)  # half of a half turn, counter-clockwise
-    permuted = stream.make(digits, kind="domain", domain="permute", tasks=3)
+    assert torch.allclose(
+        x, plain.rot90(1, (2, 3)), atol=1e-4
+    )  # half of a half turn, counter-clockwise
+    permuted = streams.make(digits, kind="domain", domain="permute", tasks=3)
     assert torch.equal(permuted.train[0].batch([3])[0], digits.train.batch([3])[0])
     one, other = (permuted.train[t].batch([3])[0].flatten() for t in (1, 2))
     assert torch.equal(one.sort().values, other.sort().values)
     assert not torch.equal(one, other)
-    test, same = (images.batch([0])[0].flatten().sort().values for images in (permuted.tests[1][1], digits.test))
+    test, same = (
+        images.batch([0])[0].flatten().sort().values
+        for images in (permuted.tests[1][1], digits.test)
+    )
     assert torch.equal(test, same)
-    assert len({str(images.key()) for images in (*turned.train, *permuted.train)}) == 4  # the unturned and unpermuted are one
+    assert (
+        len({str(images.key()) for images in (*turned.train, *permuted.train)}) == 4
+    )  # the unturned and unpermuted are one
 
 
 def test_cumulative_and_joint_hold_all_they_should(digits: data.Data) -> None:
-    seen = stream.make(digits, train_on="seen")
-    assert [len(images) for images in seen.train] == [sum(len(i) for i in stream.make(digits).train[: t + 1]) for t in range(5)]
-    joint = stream.make(digits, train_on="all")
+    seen = streams.make(digits, train_on="seen")
+    assert [len(images) for images in seen.train] == [
+        sum(len(i) for i in streams.make(digits).train[: t + 1]) for t in range(5)
+    ]
+    joint = streams.make(digits, train_on="all")
     assert (len(joint.tasks), len(joint.tests), len(joint.train[0])) == (1, 5, 400)
     x, y = joint.train[0].batch([0, 399, 7])
     ids = joint.train[0].ids[[0, 399, 7]]
@@ -115,18 +140,30 @@ def test_cumulative_and_joint_hold_all_they_should(digits: data.Data) -> None:
 def test_heads_hide_what_does_not_compete(digits: data.Data) -> None:
     logits, y = torch.randn(3, 10), torch.tensor([2, 3, 0])
     shown = {
-        h: ~stream.make(digits, order="given", head=h).masked(1, logits, y).isinf() for h in ("single", "growing", "multi")
+        h: ~streams.make(digits, order="given", head=h).masked(1, logits, y).isinf()
+        for h in ("single", "growing", "multi")
     }
     assert shown["single"].all()
     assert shown["growing"].tolist() == [[True] * 4 + [False] * 6] * 3
-    assert shown["multi"].nonzero().tolist() == [[0, 2], [0, 3], [1, 2], [1, 3], [2, 0], [2, 1]]  # a replayed 0: its own task's
+    assert shown["multi"].nonzero().tolist() == [
+        [0, 2],
+        [0, 3],
+        [1, 2],
+        [1, 3],
+        [2, 0],
+        [2, 1],
+    ]  # a replayed 0: its own task's
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
         ("tasks: 5", "tasks: 12", "12 tasks need as many classes, and the data has 10"),
-        ("kind: class", "kind: clas", "data.stream.kind: input should be 'class', 'domain', 'task' or 'free'"),
+        (
+            "kind: class",
+            "kind: clas",
+            "data.stream.kind: input should be 'class', 'domain', 'task' or 'free'",
+        ),
         ("{kind: domain, tasks: 3}", "{kind: domain, head: multi}", "share their classes"),
         ("lr: 3.0e-3", "lr: 3.0e-3, target_accuracy: 0.5", "leave it out"),
         ("lr: 3.0e-3", "lr: 3.0e-3, label_smoothing: 0.1", "a multi head hides"),
@@ -138,20 +175,29 @@ def test_what_cannot_be_a_stream_is_refused_before_anything_is_written(
 ) -> None:
     path = _write(tmp_path, RECIPE.replace(old, new))
     with pytest.raises(BadInput, match=message):
-        experiment.run(path, runs=tmp_path / "runs")
+        session.run(path, runs=tmp_path / "runs")
     assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("finished")
-    experiment.run(_write(folder), runs=folder / "runs")
+    session.run(_write(folder), runs=folder / "runs")
     return folder
 
 
 def test_every_arm_leaves_its_matrix(finished: Path) -> None:
-    runs = {r.header["arm"]: r for r in (record.read(path) for path in record.find([finished / "runs"]))}
-    for arm, tasks in (("plain", 5), ("told", 3), ("free", 5), ("turned", 3), ("cumulative", 5), ("joint", 5)):
+    runs = {
+        r.header["arm"]: r for r in (record.read(path) for path in record.find([finished / "runs"]))
+    }
+    for arm, tasks in (
+        ("plain", 5),
+        ("told", 3),
+        ("free", 5),
+        ("turned", 3),
+        ("cumulative", 5),
+        ("joint", 5),
+    ):
         facts = runs[arm].facts
         matrix = facts["task_accuracy"]
         assert [len(row) for row in matrix] == [tasks] * tasks
@@ -159,28 +205,53 @@ def test_every_arm_leaves_its_matrix(finished: Path) -> None:
         assert facts["stream"]["tasks"] == tasks
         assert (runs[arm].sum("wall_s", "train/task1/epoch2") or 0) > 0
     plain, known = (runs["plain"].facts[k] for k in ("task_accuracy", "task_accuracy_known"))
-    assert all(k >= a for row, its in zip(plain, known, strict=True) for a, k in zip(row, its, strict=True))
+    assert all(
+        k >= a for row, its in zip(plain, known, strict=True) for a, k in zip(row, its, strict=True)
+    )
     assert plain[0][3] == 0.0
     assert "task_accuracy_known" not in runs["turned"].facts
     assert runs["joint"].facts["task_accuracy"][:4] == [[None] * 5] * 4
     assert runs["joint"].sum("samples", "train") == runs["plain"].sum("samples", "train") == 600
-    assert runs["cumulative"].sum("samples", "train") == 2 * sum(runs["cumulative"].facts["stream"]["train"])
+    assert runs["cumulative"].sum("samples", "train") == 2 * sum(
+        runs["cumulative"].facts["stream"]["train"]
+    )
     assert [x["task"] for x in runs["plain"].logs if "task" in x] == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("arm", ["plain", "er"])
-def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(arm: str, finished: Path, tmp_path: Path) -> None:
+def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(
+    arm: str, finished: Path, tmp_path: Path
+) -> None:
     only = _write(
-        tmp_path, "".join(line for line in RECIPE.splitlines(True) if line[:2] != "  " or line.startswith(f"  {arm}:"))
+        tmp_path,
+        "".join(
+            line
+            for line in RECIPE.splitlines(True)
+            if line[:2] != "  " or line.startswith(f"  {arm}:")
+        ),
     )
-    words = ["run", str(only), "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--json"]
+    words = [
+        "run",
+        str(only),
+        "--runs",
+        str(tmp_path / "runs"),
+        "--out",
+        str(tmp_path / "report"),
+        "--json",
+    ]
     moment = "task == 2 and epoch == 1 and batch == 2"
     cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
     assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
-    assert [r.header["arm"] for r in (record.read(p) for p in record.find([tmp_path / "runs"])) if r.status == "crashed"]
-    experiment.run(only, runs=tmp_path / "runs")
+    assert [
+        r.header["arm"]
+        for r in (record.read(p) for p in record.find([tmp_path / "runs"]))
+        if r.status == "crashed"
+    ]
+    session.run(only, runs=tmp_path / "runs")
     assert _matrix(tmp_path, arm) == _matrix(finished, arm)
-    one, other = (load_file(f / f"runs/tiny/{arm}/seed0/model.safetensors") for f in (tmp_path, finished))
+    one, other = (
+        load_file(f / f"runs/tiny/{arm}/seed0/model.safetensors") for f in (tmp_path, finished)
+    )
     assert all(torch.equal(one[k], other[k]) for k in one)
 
 
@@ -191,7 +262,7 @@ def _matrix(folder: Path, arm: str) -> Any:
 
 def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
     """Over the classes that compete: all of a single head. One step by hand."""
-    its = stream.make(data.load("digits", train=40, test=20), kind="domain", tasks=2)
+    its = streams.make(data.load("digits", train=40, test=20), kind="domain", tasks=2)
 
     def net() -> nn.Module:
         torch.manual_seed(0)
@@ -199,11 +270,14 @@ def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
 
     logits, y = torch.randn(6, 10), torch.arange(6)
     target = 0.7 * F.one_hot(y, 10) + 0.03
-    assert torch.allclose(its.task_loss(0, 0.3)(logits, y), -(target * logits.log_softmax(1)).sum(1).mean())
+    assert torch.allclose(
+        its.task_loss(0, 0.3)(logits, y), -(target * logits.log_softmax(1)).sum(1).mean()
+    )
     weights = []
     for smoothing in (0.0, 0.3):
         live = wrap(net(), [])
-        spec = TrainSpec(epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant",
+        spec = TrainSpec(epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0,
+        weight_decay=0, schedule="constant",
                          label_smoothing=smoothing)  # fmt: skip
         with gv.track("smooth", dir=tmp_path, codecarbon=False) as run:
             continual.fit_stream(live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run)
@@ -215,6 +289,9 @@ def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
                 for p in by_hand.parameters():
                     p.sub_(0.1 * p.grad)
                     p.grad = None
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(live.model.parameters(), by_hand.parameters(), strict=True))
+        assert all(
+            torch.allclose(a, b, atol=1e-5)
+            for a, b in zip(live.model.parameters(), by_hand.parameters(), strict=True)
+        )
         weights.append(next(iter(by_hand.parameters())).detach())
     assert not torch.allclose(*weights, atol=1e-4)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from greenvis.core.surgery import Snapshot, find, freeze, replace
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot, find, freeze, replace
 
 
 class Net(nn.Module):
@@ -33,7 +33,9 @@ def _state(model: nn.Module) -> dict[str, Any]:
         "values": {k: v.clone() for k, v in model.state_dict().items()},
         "flags": {n: p.requires_grad for n, p in model.named_parameters()},
         "modes": {n: m.training for n, m in model.named_modules()},
-        "hooks": {n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()},
+        "hooks": {
+            n: len(m._forward_hooks) + len(m._forward_pre_hooks) for n, m in model.named_modules()
+        },
         "kinds": {n: type(m) for n, m in model.named_modules(remove_duplicate=False)},
         "attributes": {n: sorted(vars(m)) for n, m in model.named_modules()},
     }
@@ -41,7 +43,11 @@ def _state(model: nn.Module) -> dict[str, Any]:
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     values = a.pop("values"), b.pop("values")
-    return a == b and values[0].keys() == values[1].keys() and all(torch.equal(v, values[1][k]) for k, v in values[0].items())
+    return (
+        a == b
+        and values[0].keys() == values[1].keys()
+        and all(torch.equal(v, values[1][k]) for k, v in values[0].items())
+    )
 
 
 def test_restore_gives_back_everything_bit_for_bit() -> None:
@@ -104,7 +110,9 @@ def test_find_matches_paths_and_tails() -> None:
     model = Net()
     assert find(model, ["head"]) == ["head"]
     assert find(model, ["stem.*"], nn.Conv2d) == ["stem.0"]
-    with pytest.raises(BadInput, match=r"no Linear matches 'haed'; this model has 'shared', 'head'"):
+    with pytest.raises(
+        BadInput, match=r"no Linear matches 'haed'; this model has 'shared', 'head'"
+    ):
         find(model, ["haed"])
     with pytest.raises(BadInput, match="no Conv3d at all"):
         find(model, ["head"], nn.Conv3d)

@@ -1,4 +1,5 @@
-"""Token merging equals the published implementation on the fixtures and a naive one on today's models, and leaves no mark."""
+"""Token merging equals the published implementation on the fixtures and a naive one on today's
+models, and leaves no mark."""
 
 from __future__ import annotations
 
@@ -17,17 +18,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import logits_of
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.technique import logits_of
-from greenvis.techniques.inference._matching import Matching, bipartite_soft_matching, parse_r, source_matrix, token_map
-from greenvis.techniques.inference.token_merge import InstalledTokenMerge, TokenMerge
-from greenvis.techniques.iteration.prompt import Prompt
-from greenvis.wrap import wrap
+from greenvis.techniques.inference.tokens._matching import (
+    Matching,
+    bipartite_soft_matching,
+    parse_r,
+    source_matrix,
+    token_map,
+)
+from greenvis.techniques.inference.tokens.token_merge import InstalledTokenMerge, TokenMerge
+from greenvis.techniques.iteration.peft.prompt import Prompt
 
 DATA = Path(__file__).parent / "data"
-WHOLE = Path(__file__).parent.parent.parent / "shared" / "fixtures"  # the long cases, where they are at hand
-MERGED = ("timm-vit", "timm-deit-distilled", "timm-deit3", "timm-eva02", "timm-dinov2-registers", "torchvision-vit",
+WHOLE = (
+    Path(__file__).parent.parent.parent / "shared" / "fixtures"
+)  # the long cases, where they are at hand
+MERGED = ("timm-vit", "timm-deit-distilled", "timm-deit3", "timm-eva02", "timm-dinov2-registers",
+"torchvision-vit",
           "transformers-vit", "transformers-dinov2", "transformers-clip")  # fmt: skip
 
 
@@ -43,7 +53,7 @@ def _merge(model: nn.Module, **settings: Any) -> tuple[Any, InstalledTokenMerge]
     return live, installed
 
 
-# -- the mathematics --------------------------------------------------------------------------------------------------------
+# -- the mathematics ------------------------------------------------------------------------------
 
 
 def test_matching_merging_and_unmerging_equal_the_fixtures() -> None:
@@ -54,9 +64,17 @@ def test_matching_merging_and_unmerging_equal_the_fixtures() -> None:
             assert matching.r == 0
             continue
         assert matching.r == case["r_effective"]
-        for ours, theirs in (("unmerged", "unm_idx"), ("source", "src_idx"), ("destination", "dst_idx")):
+        for ours, theirs in (
+            ("unmerged", "unm_idx"),
+            ("source", "src_idx"),
+            ("destination", "dst_idx"),
+        ):
             got, want = getattr(matching, ours), case[theirs][..., 0]
-            assert torch.equal(got.sort().values, want.sort().values) if case["duplicates"] else torch.equal(got, want)
+            assert (
+                torch.equal(got.sort().values, want.sort().values)
+                if case["duplicates"]
+                else torch.equal(got, want)
+            )
         before = None if case["size_in"] is None else case["size_in"][..., 0]
         x, size = matching.merge(case["x"], before)
         assert torch.allclose(x, case["x_merged"], atol=1e-6)
@@ -64,20 +82,32 @@ def test_matching_merging_and_unmerging_equal_the_fixtures() -> None:
         assert torch.equal(source_matrix(matching.map, matching.remaining), case["source"])
         assert torch.equal(matching.reduce(case["x"], "amax"), case["x_amax"])
         assert torch.allclose(matching.reduce(case["x"], "mean"), case["x_mean_mode"], atol=1e-6)
-        if not case["distill_token"]:  # with one, the reference forgets that its sequence is interleaved
+        if not case[
+            "distill_token"
+        ]:  # with one, the reference forgets that its sequence is interleaved
             assert torch.equal(matching.unmerge(case["x_merged"]), case["x_unmerged"])
         members = case["source"].transpose(1, 2)
-        assert torch.allclose(matching.unmerge(case["x_merged"]), members @ case["x_merged"], atol=1e-6)
+        assert torch.allclose(
+            matching.unmerge(case["x_merged"]), members @ case["x_merged"], atol=1e-6
+        )
 
 
 def test_schedules_equal_the_fixture() -> None:
     for row in json.loads((DATA / "tome_parse_r.json").read_text())["table"]:
         assert parse_r(row["num_layers"], row["r"]) == row["list"]
-        assert parse_r(row["num_layers"], tuple(row["r"]) if isinstance(row["r"], list) else row["r"]) == row["list"]
+        assert (
+            parse_r(row["num_layers"], tuple(row["r"]) if isinstance(row["r"], list) else row["r"])
+            == row["list"]
+        )
 
 
 @pytest.mark.parametrize(
-    ("r", "says"), [([1] * 13, "13 numbers, but the model has 12 blocks"), ([-1, 2], "negative"), ([2.5, 3], "2.5 tokens")]
+    ("r", "says"),
+    [
+        ([1] * 13, "13 numbers, but the model has 12 blocks"),
+        ([-1, 2], "negative"),
+        ([2.5, 3], "2.5 tokens"),
+    ],
 )
 def test_wrong_schedules_are_refused(r: Any, says: str) -> None:
     with pytest.raises(BadInput, match=says):
@@ -88,13 +118,17 @@ def test_wrong_schedules_are_refused(r: Any, says: str) -> None:
 def _sequences(draw: st.DrawFn) -> tuple[Tensor, int, int]:
     length, batch = draw(st.integers(1, 21)), draw(st.integers(1, 3))
     protected, r = draw(st.integers(0, min(5, length))), draw(st.integers(0, 30))
-    metric = torch.randn(batch, length, 4, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+    metric = torch.randn(
+        batch, length, 4, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    )
     return (metric * 0 if draw(st.booleans()) else metric), protected, r
 
 
 @given(_sequences())
 @settings(max_examples=150, deadline=None)
-def test_any_sequence_keeps_its_tokens_sizes_and_protected_ones(drawn: tuple[Tensor, int, int]) -> None:
+def test_any_sequence_keeps_its_tokens_sizes_and_protected_ones(
+    drawn: tuple[Tensor, int, int],
+) -> None:
     metric, protected, r = drawn
     batch, length, _ = metric.shape
     matching = bipartite_soft_matching(metric, r, protected)
@@ -103,20 +137,29 @@ def test_any_sequence_keeps_its_tokens_sizes_and_protected_ones(drawn: tuple[Ten
     merged, size = matching.merge(x)
     assert merged.shape == (batch, length - matching.r, 1)
     assert torch.equal(size.sum(1), torch.full((batch,), float(length)))
-    assert torch.allclose((merged[..., 0] * size).sum(1), x.sum((1, 2)))  # nothing is lost, nothing counted twice
+    assert torch.allclose(
+        (merged[..., 0] * size).sum(1), x.sum((1, 2))
+    )  # nothing is lost, nothing counted twice
     assert torch.equal(merged[:, :protected], x[:, :protected])
     assert torch.equal(size[:, :protected], torch.ones(batch, protected))
     assert torch.equal(matching.map[:, :protected], torch.arange(protected).expand(batch, -1))
-    assert torch.equal(torch.nn.functional.one_hot(matching.map, matching.remaining).sum(1).float(), size)
+    assert torch.equal(
+        torch.nn.functional.one_hot(matching.map, matching.remaining).sum(1).float(), size
+    )
     assert torch.equal(matching.unmerge(merged)[:, :protected], x[:, :protected])
     assert torch.allclose(matching.merge(matching.unmerge(merged))[0], merged)
 
 
 @given(st.integers(0, 99), st.integers(0, 5), st.integers(1, 30))
 @settings(max_examples=50, deadline=None)
-def test_samples_do_not_depend_on_their_place_in_the_batch(seed: int, protected: int, r: int) -> None:
+def test_samples_do_not_depend_on_their_place_in_the_batch(
+    seed: int, protected: int, r: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    metric, order = torch.randn(4, 13, 4, generator=generator), torch.randperm(4, generator=generator)
+    metric, order = (
+        torch.randn(4, 13, 4, generator=generator),
+        torch.randperm(4, generator=generator),
+    )
     whole, moved = (bipartite_soft_matching(m, r, protected) for m in (metric, metric[order]))
     assert torch.equal(whole.map[order], moved.map)
     alone = bipartite_soft_matching(metric[:1], r, protected)
@@ -156,14 +199,17 @@ def test_protecting_more_than_there_is_is_refused() -> None:
         bipartite_soft_matching(torch.rand(1, 4, 2), 1, 5)
 
 
-# -- whole models -----------------------------------------------------------------------------------------------------------
+# -- whole models ---------------------------------------------------------------------------------
 
 
 def test_a_model_equals_the_published_implementation() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
     found = torch.load(DATA / "tome_vit_tiny.pt", weights_only=True)
-    state = found["state_dict"] | torch.load(DATA / "tome_vit_tiny_blocks.pt", weights_only=True)["state_dict"]
+    state = (
+        found["state_dict"]
+        | torch.load(DATA / "tome_vit_tiny_blocks.pt", weights_only=True)["state_dict"]
+    )
     config = {k: v for k, v in found["config"].items() if k != "cls"}
     for run in found["runs"]:
         model = VisionTransformer(**config).eval()
@@ -178,7 +224,8 @@ def test_a_model_equals_the_published_implementation() -> None:
 
 
 def _naive(model: Any, x: Tensor, r: int, proportional: bool, rope: bool = False) -> Tensor:
-    """Bolya et al. on timm's parts, one image and one token at a time; averages are taken over patches, not tokens."""
+    """Bolya et al. on timm's parts, one image and one token at a time; averages are taken over
+    patches, not tokens."""
     patches = model.patch_embed(x)
     tokens, rotation = model._pos_embed(patches) if rope else (model._pos_embed(patches), None)
     tokens, prefix = model.norm_pre(tokens), model.num_prefix_tokens
@@ -191,14 +238,23 @@ def _naive(model: Any, x: Tensor, r: int, proportional: bool, rope: bool = False
             seen: dict[str, Tensor] = {}
             module = block.attn.k_norm
             hook = module.register_forward_hook(lambda m, i, o, seen=seen: seen.update(k=o))
-            more: dict[str, Any] = {"attn_mask": size.log()[None, None, None] if proportional else None}
-            if rotation is not None:  # a merged token stands where the token stood that others came to: its last one
+            more: dict[str, Any] = {
+                "attn_mask": size.log()[None, None, None] if proportional else None
+            }
+            if (
+                rotation is not None
+            ):  # a merged token stands where the token stood that others came to: its last one
                 more["rope"] = rotation[[members[-1] - prefix for _, members in rows[prefix:]]]
             attended = block.attn(block.norm1(now), **more)
             hook.remove()
             scale = getattr(block, "ls1", nn.Identity())
             now = now + scale(attended)
-            rows = _pairs_merged([(row, m) for row, (_, m) in zip(now[0], rows, strict=True)], seen["k"][0].mean(0), r, prefix)
+            rows = _pairs_merged(
+                [(row, m) for row, (_, m) in zip(now[0], rows, strict=True)],
+                seen["k"][0].mean(0),
+                r,
+                prefix,
+            )
             now = torch.stack([row for row, _ in rows])[None]
             now = now + getattr(block, "ls2", nn.Identity())(block.mlp(block.norm2(now)))
             rows = [(row, m) for row, (_, m) in zip(now[0], rows, strict=True)]
@@ -209,9 +265,14 @@ def _naive(model: Any, x: Tensor, r: int, proportional: bool, rope: bool = False
     return model.forward_head(model.norm(torch.stack(out)))
 
 
-def _pairs_merged(rows: list[tuple[Tensor, list[int]]], keys: Tensor, r: int, prefix: int) -> list[tuple[Tensor, list[int]]]:
+def _pairs_merged(
+    rows: list[tuple[Tensor, list[int]]], keys: Tensor, r: int, prefix: int
+) -> list[tuple[Tensor, list[int]]]:
     like = F.cosine_similarity(keys[:, None], keys[None], dim=-1)
-    a, b = [i for i in range(len(rows)) if i >= prefix and i % 2 == 0], [i for i in range(prefix, len(rows)) if i % 2]
+    a, b = (
+        [i for i in range(len(rows)) if i >= prefix and i % 2 == 0],
+        [i for i in range(prefix, len(rows)) if i % 2],
+    )
     ranked = sorted(((max(like[i, j].item() for j in b), i) for i in a), reverse=True)
     best = ranked[: min(r, (len(rows) - prefix) // 2)]
     partner = {i: max(b, key=lambda j, i=i: like[i, j].item()) for _, i in best}
@@ -219,7 +280,9 @@ def _pairs_merged(rows: list[tuple[Tensor, list[int]]], keys: Tensor, r: int, pr
     for j, (row, members) in enumerate(rows):
         joined = [rows[i] for i, to in partner.items() if to == j]
         total = len(members) + sum(len(m) for _, m in joined)
-        value = (row * len(members) + sum((v * len(m) for v, m in joined), torch.zeros_like(row))) / total
+        value = (
+            row * len(members) + sum((v * len(m) for v, m in joined), torch.zeros_like(row))
+        ) / total
         merged[j] = (value, [*(i for _, m in joined for i in m), *members])
     stay = [i for _, i in ranked[len(best) :]]
     order = [*range(prefix), *(sorted(stay) if prefix else stay), *b]
@@ -240,7 +303,14 @@ def _pairs_merged(rows: list[tuple[Tensor, list[int]]], keys: Tensor, r: int, pr
 def test_follows_the_paper_with_today_s_parts(more: dict[str, Any], proportional: bool) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    size: dict[str, Any] = {"img_size": 24, "patch_size": 6, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    size: dict[str, Any] = {
+        "img_size": 24,
+        "patch_size": 6,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     model, x = VisionTransformer(**{**size, **more}).eval(), torch.rand(2, 3, 24, 24)
     with torch.no_grad():
         for parameter in model.parameters():  # a tiny random model hardly sees its own attention
@@ -257,7 +327,13 @@ def test_rotary_embeddings_go_with_their_tokens() -> None:
     x = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         for block in model.blocks:  # a tiny random model hardly sees its own attention
-            for part in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj, block.attn.proj, model.head):
+            for part in (
+                block.attn.q_proj,
+                block.attn.k_proj,
+                block.attn.v_proj,
+                block.attn.proj,
+                model.head,
+            ):
                 part.weight.mul_(20)
         want = _naive(model, x, 3, True, rope=True)
         _merge(model, r=3)
@@ -266,7 +342,8 @@ def test_rotary_embeddings_go_with_their_tokens() -> None:
 
 @pytest.mark.parametrize("name", MERGED)
 def test_libraries_alike(name: str) -> None:
-    """The keys are the attention's own, sizes add up, features come back to their places, and nothing of it stays."""
+    """The keys are the attention's own, sizes add up, features come back to their places, and
+    nothing of it stays."""
     model = HOSTS[name].build()
     before, keys, (images, _) = Snapshot(model), list(model.state_dict()), HOSTS[name].batch()
     plain = logits_of(model.eval()(images))
@@ -283,14 +360,20 @@ def test_libraries_alike(name: str) -> None:
     assert torch.equal(sizes.sum(1), torch.full((1,), float(source.shape[2])))
     features = torch.rand(1, sizes.shape[1], 6)
     assert torch.allclose(merged.unmerge(features), source.transpose(1, 2) @ features)
-    assert merged.unmerge(torch.rand(1, source.shape[2] - 3, 2), block=1).shape == (1, source.shape[2], 2)
+    assert merged.unmerge(torch.rand(1, source.shape[2] - 3, 2), block=1).shape == (
+        1,
+        source.shape[2],
+        2,
+    )
     with pytest.raises(GreenvisError, match="change of the run"):
         live.merge()
     live.undo()
     assert list(model.state_dict()) == keys
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
     assert torch.equal(logits_of(model.eval()(images)), plain)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
 
 
 @pytest.mark.parametrize("name", MERGED)
@@ -299,7 +382,9 @@ def test_r_of_zero_puts_nothing_on_the_path(name: str) -> None:
     images, _ = HOSTS[name].batch()
     plain = logits_of(model(images))
     live, merged = _merge(model, r=0)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
     assert torch.equal(logits_of(model(images)), plain)
     assert merged.sizes() is None
     assert merged.token_map() is None
@@ -312,7 +397,9 @@ def test_attention_stays_on_the_fused_kernel_and_sees_no_mask_before_the_first_m
     masks: list[Any] = []
 
     class See(TorchFunctionMode):
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             if getattr(func, "__name__", "") == "scaled_dot_product_attention":
                 masks.append((kwargs or {}).get("attn_mask"))
             return func(*args, **(kwargs or {}))
@@ -331,14 +418,23 @@ def test_trains_also_with_checkpointing_and_stochastic_depth() -> None:
     for checkpointing in (False, True):
         torch.manual_seed(3)
         model = VisionTransformer(
-            img_size=24, patch_size=6, embed_dim=24, depth=3, num_heads=3, num_classes=5, drop_path_rate=0.2, qk_norm=True
+            img_size=24,
+            patch_size=6,
+            embed_dim=24,
+            depth=3,
+            num_heads=3,
+            num_classes=5,
+            drop_path_rate=0.2,
+            qk_norm=True,
         ).train()
         model.set_grad_checkpointing(checkpointing)
         _merge(model, r=3)
         torch.manual_seed(4)
         F.cross_entropy(model(torch.rand(4, 3, 24, 24)), torch.arange(4)).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True) if a is not None)
+    assert all(
+        torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True) if a is not None
+    )
     assert sum(g is None for g in gradients[0]) == 0
 
 
@@ -356,7 +452,7 @@ def test_restore_gives_dense_features_in_place() -> None:
 
 
 def test_merges_keys_that_low_rank_changes_have_moved() -> None:
-    from greenvis.techniques.iteration.lora import Lora
+    from greenvis.techniques.iteration.peft.lora import Lora
 
     model, x = HOSTS["timm-vit"].build(), torch.rand(2, 3, 32, 32)
     live = wrap(model, [Lora(rank=2, targets=["attention"]), TokenMerge(r=4)])
@@ -394,8 +490,18 @@ def test_refuses_blocks_that_are_not_pre_norm_or_use_places() -> None:
     from timm.models.beit import Beit
     from timm.models.vision_transformer import ParallelScalingBlock, ResPostBlock, VisionTransformer
 
-    size: dict[str, Any] = {"img_size": 24, "patch_size": 6, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-    for block, says in ((ResPostBlock, "not x \\+ attention"), (ParallelScalingBlock, "no norm between|has 0 attentions")):
+    size: dict[str, Any] = {
+        "img_size": 24,
+        "patch_size": 6,
+        "embed_dim": 24,
+        "depth": 2,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
+    for block, says in (
+        (ResPostBlock, "not x \\+ attention"),
+        (ParallelScalingBlock, "no norm between|has 0 attentions"),
+    ):
         with pytest.raises(BadInput, match=says):
             wrap(VisionTransformer(**size, block_fn=block), TokenMerge())
     model = Beit(**size, use_shared_rel_pos_bias=False, use_rel_pos_bias=True)
@@ -419,7 +525,9 @@ def test_refuses_what_it_cannot_go_with() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_to_one_graph(backend: str) -> None:
-    if backend == "inductor" and not any(shutil.which(os.environ.get("CXX") or name) for name in ("g++", "clang++")):
+    if backend == "inductor" and not any(
+        shutil.which(os.environ.get("CXX") or name) for name in ("g++", "clang++")
+    ):
         pytest.skip("inductor writes C++ for a CPU, and there is no C++ compiler here")
     model, x = HOSTS["timm-vit"].build().eval(), torch.rand(2, 3, 32, 32)
     _merge(model, r=3)
@@ -439,7 +547,9 @@ def test_the_onnx_exporter_that_would_lose_tokens_is_refused(name: str, tmp_path
         torch.onnx.export(model, (images,), io.BytesIO(), dynamo=False, verbose=False)
     assert logits_of(model(images)).isfinite().all()
     traced = (
-        torch.jit.trace(model, images, strict=False, check_trace=False) if name != "transformers-vit" else model
+        torch.jit.trace(model, images, strict=False, check_trace=False)
+        if name != "transformers-vit"
+        else model
     )  # a trace adds all
     assert torch.allclose(logits_of(traced(images)), logits_of(model(images)), atol=1e-6)
 
@@ -453,7 +563,9 @@ def test_exported_to_onnx_gives_equal_outputs(name: str, tmp_path: Path) -> None
     _merge(model, r=3)
     with torch.no_grad():
         want = logits_of(model(images))
-        torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(tmp_path / "merged.onnx")
+        torch.onnx.export(model, (images,), dynamo=True, verbose=False).save(
+            tmp_path / "merged.onnx"
+        )
     session = onnxruntime.InferenceSession(tmp_path / "merged.onnx")
     got = torch.from_numpy(session.run(None, {session.get_inputs()[0].name: images.numpy()})[0])
     assert torch.allclose(got, want, atol=1e-5)

@@ -1,4 +1,5 @@
-"""Token pruning equals the published parts on the fixture, removes what the papers say, learns, and leaves no mark."""
+"""Token pruning equals the published parts on the fixture, removes what the papers say, learns, and
+leaves no mark."""
 
 from __future__ import annotations
 
@@ -13,24 +14,38 @@ import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor
 
+from greenvis.core.surgery import Snapshot
+from greenvis.core.technique import logits_of
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import Snapshot
-from greenvis.technique import logits_of
-from greenvis.techniques.inference import _pruning
-from greenvis.techniques.inference.distill import Distill
-from greenvis.techniques.inference.early_exit import EarlyExit
-from greenvis.techniques.inference.token_merge import TokenMerge
-from greenvis.techniques.inference.token_prune import InstalledTokenPrune, TokenPrune
-from greenvis.wrap import wrap
+from greenvis.techniques.inference.distill.distill import Distill
+from greenvis.techniques.inference.exits.early_exit import EarlyExit
+from greenvis.techniques.inference.tokens import _pruning
+from greenvis.techniques.inference.tokens.token_merge import TokenMerge
+from greenvis.techniques.inference.tokens.token_prune import InstalledTokenPrune, TokenPrune
 
 DATA = Path(__file__).parent / "data"
-PRUNED = ("timm-vit", "timm-deit-distilled", "timm-deit3", "timm-dinov2-registers", "torchvision-vit", "transformers-vit")
+PRUNED = (
+    "timm-vit",
+    "timm-deit-distilled",
+    "timm-deit3",
+    "timm-dinov2-registers",
+    "torchvision-vit",
+    "transformers-vit",
+)
 
 
 def _vit(**more: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 5}
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 3,
+        "num_classes": 5,
+    }
     model = VisionTransformer(**{**size, **more}).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # a tiny random model hardly sees its own attention
@@ -49,10 +64,16 @@ def test_masked_attention_and_predictor_equal_the_fixture() -> None:
     found = torch.load(DATA / "dynamicvit.pt", weights_only=True)
     logits, policy = found["attn_logits"], found["policy"]
     assert torch.allclose(_pruning.masked_softmax(logits, policy), found["softmax"], atol=1e-7)
-    assert torch.allclose((logits + _pruning.policy_mask(policy[..., 0])).softmax(-1), found["softmax"], atol=1e-5)
+    assert torch.allclose(
+        (logits + _pruning.policy_mask(policy[..., 0])).softmax(-1), found["softmax"], atol=1e-5
+    )
     predictor = _pruning.Predictor(16)
     predictor.load_state_dict(found["predictor_state_dict"])
-    assert torch.allclose(predictor(found["predictor_x"], found["predictor_policy"]), found["predictor_logprob"], atol=1e-6)
+    assert torch.allclose(
+        predictor(found["predictor_x"], found["predictor_policy"]),
+        found["predictor_logprob"],
+        atol=1e-6,
+    )
 
 
 def test_the_mask_s_gradient_is_that_of_masked_attention_also_for_tokens_that_have_left() -> None:
@@ -61,7 +82,11 @@ def test_the_mask_s_gradient_is_that_of_masked_attention_also_for_tokens_that_ha
     for by_mask in (False, True):
         policy = (torch.arange(12).view(2, 6) % 3 > 0).float().requires_grad_()
         mask = _pruning.policy_mask(policy)
-        attention = (logits + mask).softmax(-1) if by_mask else _pruning.masked_softmax(logits, policy.unsqueeze(-1))
+        attention = (
+            (logits + mask).softmax(-1)
+            if by_mask
+            else _pruning.masked_softmax(logits, policy.unsqueeze(-1))
+        )
         (attention * weights).sum().backward()
         gradients.append(policy.grad)
     assert torch.allclose(*gradients, atol=1e-3)
@@ -82,7 +107,10 @@ def test_decisions_are_hard_final_and_follow_the_probabilities() -> None:
 
 
 def test_the_ratio_loss_is_the_mean_squared_distance() -> None:
-    policies = [torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]), torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]])]
+    policies = [
+        torch.tensor([[1.0, 1, 1, 0], [1, 0, 0, 0]]),
+        torch.tensor([[1.0, 0, 0, 0], [0, 0, 0, 0]]),
+    ]
     want = ((0.75 - 0.7) ** 2 + (0.25 - 0.7) ** 2 + (0.25 - 0.49) ** 2 + 0.49**2) / 4
     assert _pruning.ratio_loss(policies, [0.7, 0.49]).item() == pytest.approx(want)
 
@@ -117,13 +145,18 @@ def test_predicted_tokens_really_leave_at_inference(more: dict[str, Any]) -> Non
 
 
 def _masked(model: Any, x: Tensor, policy: dict[int, Tensor]) -> Tensor:
-    """Rao et al. in training, on timm's parts: all tokens stay, attention is masked by the decisions."""
+    """Rao et al. in training, on timm's parts: all tokens stay, attention is masked by the
+    decisions."""
     tokens, prefix = model._pos_embed(model.patch_embed(x)), model.num_prefix_tokens
     now = torch.ones(tokens.shape[:2])
     for i, block in enumerate(model.blocks):
         now = torch.cat([torch.ones(len(x), prefix), policy[i]], 1) if i in policy else now
         attn = block.attn
-        q, k, v = attn.qkv(block.norm1(tokens)).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            attn.qkv(block.norm1(tokens))
+            .unflatten(-1, (3, attn.num_heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         weights = _pruning.masked_softmax(q @ k.transpose(-2, -1) * attn.scale, now.unsqueeze(-1))
         tokens = tokens + attn.proj((weights @ v).transpose(1, 2).flatten(2))
         tokens = tokens + block.mlp(block.norm2(tokens))
@@ -142,15 +175,23 @@ def test_in_training_attention_is_masked_by_the_decisions() -> None:
     assert torch.allclose(logits, want, atol=1e-3 * want.abs().max().item())
     terms = live.terms(x, None, logits)
     assert list(terms) == ["token_prune"]
-    assert terms["token_prune"].item() == pytest.approx(3 * _pruning.ratio_loss(policies, [0.5, 0.25]).item())
+    assert terms["token_prune"].item() == pytest.approx(
+        3 * _pruning.ratio_loss(policies, [0.5, 0.25]).item()
+    )
     F.cross_entropy(logits, torch.arange(3)).backward()  # also the task says which tokens matter
-    assert all(p.grad is not None and p.grad.abs().max() > 0 for n, p in model.named_parameters() if "out_conv" in n)
+    assert all(
+        p.grad is not None and p.grad.abs().max() > 0
+        for n, p in model.named_parameters()
+        if "out_conv" in n
+    )
 
 
 def test_predictors_learn_the_share_to_keep() -> None:
     model, x = _vit(), torch.rand(8, 3, 32, 32)
     live, pruned = _prune(model, keep=0.25, blocks=[1])
-    optimizer = torch.optim.Adam([p for n, p in model.named_parameters() if "token_prune" in n], 1e-2)
+    optimizer = torch.optim.Adam(
+        [p for n, p in model.named_parameters() if "token_prune" in n], 1e-2
+    )
     model.train()
     for _ in range(60):
         logits = model(x)
@@ -170,14 +211,22 @@ def test_class_attention_keeps_what_it_looks_at(more: dict[str, Any], fuse: bool
         for i, block in enumerate(model.blocks):
             attn, normed = block.attn, block.norm1(tokens)
             q, k, _ = attn.qkv(normed).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-            weights = (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale).softmax(-1)[:, :, 0].mean(1)[:, prefix:]
+            weights = (
+                (attn.q_norm(q) @ attn.k_norm(k).transpose(-2, -1) * attn.scale)
+                .softmax(-1)[:, :, 0]
+                .mean(1)[:, prefix:]
+            )
             tokens = tokens + block.ls1(attn(normed))
             if i:
                 rows = []
                 for image, weight in zip(tokens[:, prefix:], weights, strict=True):
                     order = weight.argsort(descending=True)
                     count = math.ceil(0.6 * len(order))
-                    rest = [(weight[order[count:], None] * image[order[count:]]).sum(0, keepdim=True)] if fuse else []
+                    rest = (
+                        [(weight[order[count:], None] * image[order[count:]]).sum(0, keepdim=True)]
+                        if fuse
+                        else []
+                    )
                     rows.append(torch.cat([image[order[:count].sort().values], *rest]))
                 tokens = torch.cat([tokens[:, :prefix], torch.stack(rows)], 1)
             tokens = tokens + block.ls2(block.mlp(block.norm2(tokens)))
@@ -192,7 +241,9 @@ def test_libraries_alike(name: str, method: Any) -> None:
     model = HOSTS[name].build()
     before, keys, (images, _) = Snapshot(model), list(model.state_dict()), HOSTS[name].batch()
     plain = logits_of(model.eval()(images))
-    live, pruned = _prune(model, method=method, keep=0.5, blocks=[1 if method == "predictor" else 0])
+    live, pruned = _prune(
+        model, method=method, keep=0.5, blocks=[1 if method == "predictor" else 0]
+    )
     with torch.no_grad():
         logits = logits_of(model(images))
         assert not torch.equal(logits, plain)
@@ -206,12 +257,16 @@ def test_libraries_alike(name: str, method: Any) -> None:
     assert list(model.state_dict()) == keys
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
     assert torch.equal(logits_of(model.eval()(images)), plain)
-    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules()
+    )
 
 
 def test_learns_beside_a_teacher() -> None:
     model, x, y = _vit(), torch.rand(4, 3, 32, 32), torch.arange(4)
-    live = wrap(model, [TokenPrune(blocks=[1]), Distill(teacher=_vit(), temperature=1.0, weight=0.5)])
+    live = wrap(
+        model, [TokenPrune(blocks=[1]), Distill(teacher=_vit(), temperature=1.0, weight=0.5)]
+    )
     logits = model.train()(x)
     terms = live.terms(x, y, logits)
     assert "token_prune" in terms

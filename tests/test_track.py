@@ -12,13 +12,16 @@ import pytest
 from torch import nn
 
 import greenvis as gv
-from greenvis import price
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.meters import pricing
 from greenvis.meters.energy import Replay
-from greenvis.record import find, read
-from greenvis.wrap import wrap
+from greenvis.meters.record import find, read
 
-BURN = "def burn(s):\n    import time\n    e = time.process_time() + s\n    while time.process_time() < e: sum(range(1000))\n"
+BURN = (
+    "def burn(s):\n    import time\n    e = time.process_time() + s\n    while time.process_time() "
+    "< e: sum(range(1000))\n"
+)
 
 
 def burn(seconds: float) -> None:
@@ -44,7 +47,7 @@ def test_phases_nest_and_sum_to_the_run(tmp_path: Path) -> None:
     assert left - entered <= found.sum("wall_s") <= time.monotonic() - start
     assert found.sum("cpu_s", "train") == pytest.approx(0.2, abs=0.02)
     assert found.logs[0]["phase"] == "eval"
-    assert run.energy().value == pytest.approx(price.run_energy(found).value)
+    assert run.energy().value == pytest.approx(pricing.run_energy(found).value)
     assert found.header["carbon_intensity"]["zone"] == "FRA"
     assert found.header["carbon_intensity"]["assumed"] is False
 
@@ -53,10 +56,27 @@ def test_the_header_says_which_run_where_and_with_what(tmp_path: Path) -> None:
     with gv.track("a / strange: name", dir=tmp_path) as run:
         pass
     h = read(run.path).header
-    assert (h["name"], h["arm"], h["seed"], h["inputs"], h["nested_in"]) == ("a / strange: name", h["name"], 0, run.id, None)
+    assert (h["name"], h["arm"], h["seed"], h["inputs"], h["nested_in"]) == (
+        "a / strange: name",
+        h["name"],
+        0,
+        run.id,
+        None,
+    )
     assert run.path.parent == tmp_path / "a-strange-name"
     assert h["carbon_intensity"]["assumed"] is True
-    assert {"host", "boot_id", "pid", "rank", "world_size", "versions", "cpu", "command", "components", "clock_s"} <= set(h)
+    assert {
+        "host",
+        "boot_id",
+        "pid",
+        "rank",
+        "world_size",
+        "versions",
+        "cpu",
+        "command",
+        "components",
+        "clock_s",
+    } <= set(h)
     assert h["versions"]["torch"]
     with gv.track("recipe", dir=tmp_path, header={"arm": "lora", "seed": 3, "inputs": "x"}) as run:
         pass
@@ -75,7 +95,10 @@ def test_a_decorated_function_is_a_run_each_time(tmp_path: Path) -> None:
 
 def test_two_trackers_at_once_say_who_counts_whom(tmp_path: Path) -> None:
     with gv.track("outer", dir=tmp_path) as outer, gv.track("inner", dir=tmp_path) as inner:
-        code = BURN + f"import greenvis as gv\nwith gv.track('child', dir={str(tmp_path)!r}): burn(0.1)"
+        code = (
+            BURN
+            + f"import greenvis as gv\nwith gv.track('child', dir={str(tmp_path)!r}): burn(0.1)"
+        )
         subprocess.run([sys.executable, "-c", code], check=True)
     runs = {r.header["name"]: r for r in map(read, find([tmp_path]))}
     assert runs["outer"].header["nested_in"] is None
@@ -108,20 +131,32 @@ def test_steps_count_batches_of_any_kind_without_torch(tmp_path: Path) -> None:
 
 
 def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
-    code = "import greenvis as gv, time\nwith gv.track('t') as run:\n  for _ in run.steps([[1]] * 3): time.sleep(0.2)\nprint(1)"
+    code = (
+        "import greenvis as gv, time\nwith gv.track('t') as run:\n  for _ in run.steps([[1]] * 3): "
+        "time.sleep(0.2)\nprint(1)"
+    )
     main, terminal = os.openpty()
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=terminal, env=os.environ | {"TERM": "xterm"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm"},
+    )
     assert process.wait(timeout=30) == 0
     os.close(terminal)
     assert b"train" in os.read(main, 10_000)
-    quiet = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    quiet = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     assert (quiet.stdout, quiet.stderr) == ("1\n", "")
 
 
 def test_a_deleted_working_folder_does_not_stop_the_training(tmp_path: Path) -> None:
     code = (
-        f"import os, shutil, greenvis as gv; os.makedirs({str(tmp_path / 'gone')!r}); os.chdir({str(tmp_path / 'gone')!r});"
-        f"os.rmdir({str(tmp_path / 'gone')!r})\nwith gv.track('t') as run: pass\nprint(len(run.notes))"
+        f"import os, shutil, greenvis as gv; os.makedirs({str(tmp_path / 'gone')!r}); "
+        f"os.chdir({str(tmp_path / 'gone')!r});"
+        f"os.rmdir({str(tmp_path / 'gone')!r})\nwith gv.track('t') as run: "
+        "pass\nprint(len(run.notes))"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert int(done.stdout) >= 1
@@ -129,7 +164,9 @@ def test_a_deleted_working_folder_does_not_stop_the_training(tmp_path: Path) -> 
 
 def test_uses_notes_and_facts_are_kept(tmp_path: Path) -> None:
     with gv.track("t", dir=tmp_path) as run:
-        run.uses("teacher", "kd/teacher", ["r1"], price.Reading("energy_j", 5.0, 4.0, 6.0), seed=1)
+        run.uses(
+            "teacher", "kd/teacher", ["r1"], pricing.Reading("energy_j", 5.0, 4.0, 6.0), seed=1
+        )
         run.fact(macs=1)
         run.fact(macs=2)
         run.note("careful")
@@ -172,7 +209,7 @@ def test_a_replayed_log_gives_its_own_energy(tmp_path: Path) -> None:
     )
     with gv.track("t", dir=tmp_path, source=Replay(log), interval_s=60) as run, run.phase("train"):
         pass
-    found = price.run_energy(read(run.path))
+    found = pricing.run_energy(read(run.path))
     assert (found.value, found.provenance) == (750.0, "measured")
 
 
@@ -189,19 +226,23 @@ with gv.track("ddp") as run, run.phase("train"):
 def test_two_ranks_of_one_launch_are_one_run(tmp_path: Path) -> None:
     for launched in (1, 2):  # launched again from the same shell: another run
         ranks = [
-            subprocess.Popen([sys.executable, "-c", RANKED], cwd=tmp_path, env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"})
+            subprocess.Popen(
+                [sys.executable, "-c", RANKED],
+                cwd=tmp_path,
+                env=os.environ | {"RANK": str(r), "WORLD_SIZE": "2"},
+            )
             for r in range(2)
         ]
         assert [p.wait() for p in ranks] == [0, 0]
         assert len({r.id for r in map(read, find([tmp_path]))}) == launched
     newest = max((r for r in map(read, find([tmp_path]))), key=lambda r: r.header["clock_s"]).id
     runs = [r for r in map(read, find([tmp_path])) if r.id == newest]
-    merged = price.merge(runs)
+    merged = pricing.merge(runs)
     assert sorted(r.header["rank"] for r in runs) == [0, 1]
     assert merged.missing_ranks == []
     assert 0.78 <= merged.totals["train"]["cpu_s"] <= 0.9
     assert (merged.totals["train"]["samples"], merged.totals["train"]["steps"]) == (16, 2)
-    assert price.merge(runs[:1]).missing_ranks == [1]
+    assert pricing.merge(runs[:1]).missing_ranks == [1]
 
 
 @pytest.mark.slow
@@ -217,23 +258,46 @@ def test_two_ranks_under_torchrun_with_gloo(tmp_path: Path) -> None:
         "        m(x).square().mean().backward(); o.step(); o.zero_grad()\n"
         "dist.destroy_process_group()\n"
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    subprocess.run(command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    subprocess.run(
+        command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     runs = [read(p) for p in find([tmp_path / "runs"])]
     assert len({r.id for r in runs}) == 1
-    merged = price.merge(runs)
-    assert (merged.missing_ranks, merged.totals["train"]["samples"], merged.totals["train"]["steps"]) == ([], 3840, 30)
-    assert merged.totals["train"]["flops"] == 3840 * 2 * 2 * 256 * 256  # forward and the weights' gradient
+    merged = pricing.merge(runs)
+    assert (
+        merged.missing_ranks,
+        merged.totals["train"]["samples"],
+        merged.totals["train"]["steps"],
+    ) == ([], 3840, 30)
+    assert (
+        merged.totals["train"]["flops"] == 3840 * 2 * 2 * 256 * 256
+    )  # forward and the weights' gradient
 
 
 def test_codecarbon_as_a_witness_costs_the_run_nothing(tmp_path: Path) -> None:
-    body = BURN + f"import greenvis as gv\nwith gv.track('t', codecarbon=True, country='FRA', dir={str(tmp_path)!r}): burn(2)"
-    out = subprocess.run([sys.executable, "-c", body], cwd=tmp_path, capture_output=True, text=True, check=True)
+    body = (
+        BURN + "import greenvis as gv\nwith gv.track('t', codecarbon=True, country='FRA', "
+        f"dir={str(tmp_path)!r}): burn(2)"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", body], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
     (path,) = find([tmp_path])
     found = read(path)
     fact = found.facts["codecarbon"]
     assert 1.9 < found.sum("cpu_s") < 2.5  # its imports alone take longer
-    assert fact["energy_j"] > 0  # whether it agrees the report says: its figure grows with the neighbours' work
+    assert (
+        fact["energy_j"] > 0
+    )  # whether it agrees the report says: its figure grows with the neighbours' work
     assert fact["tracking_mode"] == "process"
     assert out.stderr == ""
     assert [p.name for p in tmp_path.iterdir()] == ["t"]  # no CSV, no lock file
@@ -245,5 +309,7 @@ def test_start_imports_nothing_heavy(tmp_path: Path) -> None:
         "import sys; import greenvis as gv; run = gv.track('t', country='FRA').start();"
         "print({'torch', 'pandas', 'codecarbon', 'psutil'} & set(sys.modules))"
     )
-    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
     assert out.strip() == "set()"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from greenvis.record import Run, find, read
+from greenvis.meters.record import Run, find, read
 
 PRELUDE = """import os, signal, sys, time; import greenvis as gv
 def burn(s):
@@ -24,7 +24,8 @@ def burn(s):
 
 
 def _interruptible() -> None:
-    """Undo what a shell does to jobs it starts in the background: they ignore SIGINT, and so would the child."""
+    """Undo what a shell does to jobs it starts in the background: they ignore SIGINT, and so would
+    the child."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
@@ -66,13 +67,17 @@ OPEN = 'run = gv.track("t", interval_s=0.1).start()\nwith run.phase("train"): bu
         (WITH + "os._exit(5)", 5, "crashed", ""),
     ],
 )
-def test_an_ending_keeps_the_data(tmp_path: Path, body: str, code: int, status: str, word: str) -> None:
+def test_an_ending_keeps_the_data(
+    tmp_path: Path, body: str, code: int, status: str, word: str
+) -> None:
     got, errors = finish(start(tmp_path, body))
     run = only_run(tmp_path)
     assert got == code, errors
     assert run.status == status
     assert word in (run.end or {}).get("reason", "")
-    lost = 0.0 if status != "crashed" else 0.25  # at most one sample, 0.1 s, and what its thread waits for a turn
+    lost = (
+        0.0 if status != "crashed" else 0.25
+    )  # at most one sample, 0.1 s, and what its thread waits for a turn
     assert 0.7 - lost - 0.02 <= run.sum("cpu_s", "train") <= 0.9
 
 
@@ -154,7 +159,9 @@ def test_a_full_disk_never_stops_the_training(tmp_path: Path) -> None:
 def test_a_disk_that_fills_up_and_is_freed_gets_the_held_lines(tmp_path: Path) -> None:
     disk = tmp_path / "runs"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", disk], capture_output=True
+    ).returncode:
         pytest.skip("mounting is not allowed here")
     try:
         body = """
@@ -204,7 +211,8 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path: Path) -> None:
 def test_killed_from_outside_within_a_phase_loses_one_sample_at_most(tmp_path: Path) -> None:
     process = start(
         tmp_path,
-        'with gv.track("t", interval_s=0.2) as run, run.phase("a"), run.phase("b"):\n    print(1, flush=True); burn(60)',
+        'with gv.track("t", interval_s=0.2) as run, run.phase("a"), run.phase("b"):\n    print(1, '
+        "flush=True); burn(60)",
     )
     assert process.stdout is not None
     process.stdout.readline()

@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import greenvis as gv
-from greenvis import data, loggers, train
+from greenvis import data
+from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.recipe import TrainSpec
-from greenvis.record import find, read
-from greenvis.technique import Installed, Samples, Stage, Technique
+from greenvis.experiment import loggers
+from greenvis.experiment import loop as train
+from greenvis.experiment.recipe import TrainSpec
+from greenvis.meters.record import find, read
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.sum(1) > 0).long()
@@ -27,11 +29,14 @@ Batch = tuple[Tensor, Tensor]
 
 def _net(dropout: float = 0.3) -> nn.Module:
     torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.ReLU(), nn.Linear(8, 2))
+    return nn.Sequential(
+        nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(dropout), nn.ReLU(), nn.Linear(8, 2)
+    )
 
 
 class Batches:
-    """An epoch's batches in an order fixed by its number, from `start` on; `stop_at` breaks off like a crash."""
+    """An epoch's batches in an order fixed by its number, from `start` on; `stop_at` breaks off
+    like a crash."""
 
     def __init__(self, stop_at: tuple[int, int] | None = None) -> None:
         self.stop_at = stop_at
@@ -56,16 +61,22 @@ def _fit(
     live = gv.wrap(_net(dropout), [])
     with gv.track("fit", live, dir=folder) as run:
         test = lambda: [(X, Y)]  # noqa: E731
-        progress = train.fit(live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint, **more)
+        progress = train.fit(
+            live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint, **more
+        )
     return live.model, progress
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"optimizer": "sgd", "clip_norm": 0.5, "schedule": "linear"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"accumulate": 2}, {"optimizer": "sgd", "clip_norm": 0.5, "schedule": "linear"}]
+)
 @pytest.mark.parametrize("crash", [(1, 2), (2, 0)])
 def test_an_interrupted_training_ends_with_the_same_weights(
     tmp_path: Path, options: dict[str, Any], crash: tuple[int, int]
 ) -> None:
-    spec = TrainSpec(epochs=4, batch_size=10, lr=0.01, warmup_epochs=1, checkpoint_every_s=1e-9, **options)
+    spec = TrainSpec(
+        epochs=4, batch_size=10, lr=0.01, warmup_epochs=1, checkpoint_every_s=1e-9, **options
+    )
     whole, _ = _fit(tmp_path, spec, Batches())
     checkpoint = tmp_path / "checkpoint.pt"
     with pytest.raises(Exception):  # noqa: B017
@@ -89,7 +100,9 @@ def test_another_seed_or_no_resume_would_show(tmp_path: Path) -> None:
 
 def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
     _, progress = _fit(
-        tmp_path, TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8), Batches()
+        tmp_path,
+        TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8),
+        Batches(),
     )
     assert progress.reached
     assert progress.epoch < 50
@@ -99,9 +112,16 @@ def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_labels_are_smoothed_by_what_the_recipe_says(tmp_path: Path, smoothing: float) -> None:
-    """One step of plain SGD by hand: the share of all classes in the target, as in `F.cross_entropy`."""
+    """One step of plain SGD by hand: the share of all classes in the target, as in
+    `F.cross_entropy`."""
     spec = TrainSpec(
-        epochs=1, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant", label_smoothing=smoothing
+        epochs=1,
+        lr=0.5,
+        optimizer="sgd",
+        momentum=0,
+        weight_decay=0,
+        schedule="constant",
+        label_smoothing=smoothing,
     )
     model, _ = _fit(tmp_path, spec, lambda epoch, start: [(X, Y)] * (start == 0), dropout=0.0)
     mine: Any = _net(dropout=0.0)
@@ -119,14 +139,28 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
     net = lambda: torch.nn.utils.skip_init(nn.Linear, 6, 2)  # noqa: E731
     start = {"weight": torch.ones(2, 6) / 3, "bias": torch.zeros(2)}
     spec = TrainSpec(
-        epochs=1, accumulate=accumulate, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant", clip_norm=0.2
+        epochs=1,
+        accumulate=accumulate,
+        lr=0.5,
+        optimizer="sgd",
+        momentum=0,
+        weight_decay=0,
+        schedule="constant",
+        clip_norm=0.2,
     )
     model, mine = net(), net()
     model.load_state_dict(start)
     mine.load_state_dict(start)
     live = gv.wrap(model, [])
     with gv.track("fit", live, dir=tmp_path) as run:
-        train.fit(live, lambda epoch, start: DataLoader(batches, batch_size=None), 4, lambda: [(X, Y)], spec, run)
+        train.fit(
+            live,
+            lambda epoch, start: DataLoader(batches, batch_size=None),
+            4,
+            lambda: [(X, Y)],
+            spec,
+            run,
+        )
     for first in range(0, 4, accumulate):
         x, y = (torch.cat(part) for part in zip(*batches[first : first + accumulate], strict=True))
         mine.zero_grad()
@@ -135,21 +169,29 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
         with torch.no_grad():
             for parameter in mine.parameters():
                 parameter -= 0.5 * parameter.grad
-    assert all(torch.allclose(v, mine.state_dict()[k], atol=1e-6) for k, v in model.state_dict().items())
+    assert all(
+        torch.allclose(v, mine.state_dict()[k], atol=1e-6) for k, v in model.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("held_out", [True, False])
-def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(tmp_path: Path, held_out: bool) -> None:
+def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(
+    tmp_path: Path, held_out: bool
+) -> None:
     spec = TrainSpec(epochs=3, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8)
     unreachable = [(X, 1 - Y), (X, Y)]  # half of them are wrong, whatever the model answers
     more: dict[str, Any] = {"held_out": lambda: unreachable} if held_out else {}
     _, progress = _fit(tmp_path, spec, Batches(), **more)
     assert progress.accuracy is not None
     assert progress.accuracy >= 0.8  # the test reached it in either case
-    assert (progress.reached, progress.epoch) == ((False, 3) if held_out else (True, progress.epoch))
+    assert (progress.reached, progress.epoch) == (
+        (False, 3) if held_out else (True, progress.epoch)
+    )
     run = read(next(iter(find([tmp_path]))))
     assert any("looked for on test images" in note for note in run.notes) == (not held_out)
-    assert [log["held_out_accuracy"] for log in run.logs if "held_out_accuracy" in log] == [0.5] * 3 * held_out
+    assert [log["held_out_accuracy"] for log in run.logs if "held_out_accuracy" in log] == [
+        0.5
+    ] * 3 * held_out
 
 
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:
@@ -197,14 +239,20 @@ def test_threads_are_put_back() -> None:
 
 def test_tensorboard_gets_what_the_record_gets(tmp_path: Path) -> None:
     """The real one: accuracy, loss and the joules so far; and the same weights as without it."""
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    event_accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator"
+    )
     spec = TrainSpec(epochs=3, batch_size=10, lr=0.01)
     plain, _ = _fit(tmp_path / "plain", spec, Batches())
     model, _ = _fit(tmp_path / "logged", spec, Batches(), log_with=["tensorboard"])
-    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(plain.parameters(), model.parameters(), strict=True)
+    )
     [path] = find([tmp_path / "logged"])
     logs = read(path).logs
-    [events] = [p for p in path.parent.rglob("events.out.tfevents*") if p.parent == path.parent / "fit"]
+    [events] = [
+        p for p in path.parent.rglob("events.out.tfevents*") if p.parent == path.parent / "fit"
+    ]
     seen = event_accumulator.EventAccumulator(str(events))
     seen.Reload()
     for key in ("accuracy", "loss"):
@@ -215,7 +263,9 @@ def test_tensorboard_gets_what_the_record_gets(tmp_path: Path) -> None:
     assert joules[0] > 0
 
 
-def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_that_is_not_there_is_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = TrainSpec(epochs=1, batch_size=10, lr=0.01)
     with pytest.raises(BadInput, match="did you mean 'tensorboard'"):
         _fit(tmp_path, spec, Batches(), log_with=["tensorbord"])
@@ -244,7 +294,11 @@ class _Watching(Installed):
         return (x.clone(), y) if self.swap else (x, y)
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
-        self.saw.append(None if self.samples is None else (self.samples.view, self.samples.positions.tolist(), y.tolist()))
+        self.saw.append(
+            None
+            if self.samples is None
+            else (self.samples.view, self.samples.positions.tolist(), y.tolist())
+        )
         return {}
 
 
@@ -257,7 +311,8 @@ def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) 
         return Samples(tmp_path, images.key(), len(images), 2, at, epoch % 2)
 
     with gv.track("t", live, dir=tmp_path) as run:
-        train.fit(live, lambda epoch, start: data.batches(images, 3, epoch=epoch, shuffle=True, start=start, positions=True), 2,
+        train.fit(live, lambda epoch, start: data.batches(images, 3, epoch=epoch, shuffle=True,
+        start=start, positions=True), 2,
             lambda: data.batches(images, 6), TrainSpec(epochs=2), run, samples=samples)  # fmt: skip
     installed = live.installed[0]
     assert isinstance(installed, _Watching)
@@ -289,7 +344,9 @@ def _scaled(factor: float, module: Any, args: Any, output: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [0.0, 1.0])
-def test_a_training_in_which_what_a_technique_trains_stands_still_fails(tmp_path: Path, factor: float) -> None:
+def test_a_training_in_which_what_a_technique_trains_stands_still_fails(
+    tmp_path: Path, factor: float
+) -> None:
     live = gv.wrap(_net(), [Unread(factor=factor)])
     spec = TrainSpec(epochs=2, batch_size=10, lr=0.01, weight_decay=0.0)
     with gv.track("fit", live, dir=tmp_path) as run:
@@ -297,5 +354,7 @@ def test_a_training_in_which_what_a_technique_trains_stands_still_fails(tmp_path
             train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)
             assert live.unmoved() == []
             return
-        with pytest.raises(GreenvisError, match="'unread': none of the parameters it trains has moved in 8 steps"):
+        with pytest.raises(
+            GreenvisError, match="'unread': none of the parameters it trains has moved in 8 steps"
+        ):
             train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)

@@ -1,4 +1,5 @@
-"""What trainers do around a forward: unused parameters are searched for, parts are computed again; no gradient is lost."""
+"""What trainers do around a forward: unused parameters are searched for, parts are computed again;
+no gradient is lost."""
 
 from __future__ import annotations
 
@@ -22,11 +23,14 @@ from transformers import ViTConfig, ViTForImageClassification
 from transformers.modeling_outputs import ImageClassifierOutput
 
 import greenvis as gv
+from greenvis.core.technique import logits_of
+from greenvis.core.trainers import UsedInTerms, _joined
 from greenvis.errors import BadInput
-from greenvis.technique import logits_of
-from greenvis.trainers import UsedInTerms, _joined
 
-X, Y = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 1, 2, 3])
+X, Y = (
+    torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+    torch.tensor([0, 1, 2, 3]),
+)
 
 
 def _vit(width: int = 16) -> nn.Module:
@@ -38,7 +42,8 @@ def _vit(width: int = 16) -> nn.Module:
 def _hf() -> Any:
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4,
+        hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+        image_size=16, patch_size=4,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     config.num_labels = 4
@@ -56,13 +61,17 @@ class _Own(nn.Module):
             block.forward = self._wrap(block.forward)
 
     def _wrap(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda x, *rest, **more: checkpoint(forward, x, *rest, use_reentrant=True) if self.reentrant else forward(x)
+        return lambda x, *rest, **more: (
+            checkpoint(forward, x, *rest, use_reentrant=True) if self.reentrant else forward(x)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vit(x)
 
 
-def _gradients(model: nn.Module, techniques: list[gv.Technique], turn_on: Callable[[], None] | None) -> dict[str, Tensor]:
+def _gradients(
+    model: nn.Module, techniques: list[gv.Technique], turn_on: Callable[[], None] | None
+) -> dict[str, Tensor]:
     live = gv.wrap(model, techniques)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -96,7 +105,10 @@ def test_gradient_checkpointing_loses_no_gradient_or_is_refused(name: str, reent
     how = {"use_reentrant": reentrant}
     turn_on = lambda: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)  # noqa: E731
     if reentrant and name in ("lora", "adapter", "token_prune"):
-        with pytest.raises(BadInput, match=f"loses the gradients of '{name}': use the other kind, use_reentrant=False"):
+        with pytest.raises(
+            BadInput,
+            match=f"loses the gradients of '{name}': use the other kind, use_reentrant=False",
+        ):
             _gradients(model, CHECKPOINTED[name](), turn_on)
         return
     got = _gradients(model, CHECKPOINTED[name](), turn_on)
@@ -114,14 +126,18 @@ def test_a_checkpoint_of_ones_own_is_noticed_too(name: str) -> None:
 def test_an_output_of_any_kind_is_joined_with_the_parameters() -> None:
     weight, logits = nn.Parameter(torch.ones(2)), torch.ones(3, requires_grad=True)
     outputs: list[Any] = [
-        logits, (torch.zeros(1), logits), [logits], {"loss": None, "logits": logits}, ImageClassifierOutput(logits=logits),
+        logits, (torch.zeros(1), logits), [logits], {"loss": None, "logits": logits},
+        ImageClassifierOutput(logits=logits),
     ]  # fmt: skip
     for output in outputs:
         new, done = _joined(output, [weight], lambda t: t.requires_grad)
         assert done
         assert type(new) is type(output)
         tensor = logits_of(new) if not isinstance(output, (tuple, list)) else new[-1]
-        assert any(edge is not None and getattr(edge[0], "variable", None) is weight for edge in tensor.grad_fn.next_functions)
+        assert any(
+            edge is not None and getattr(edge[0], "variable", None) is weight
+            for edge in tensor.grad_fn.next_functions
+        )
         logits.grad = None
         tensor.sum().backward()
         assert torch.equal(logits.grad, torch.ones(3))
@@ -139,7 +155,8 @@ IN_TERMS: dict[str, Callable[[], list[gv.Technique]]] = {
 
 
 def _job() -> None:
-    """As one of two processes: train two steps of each and compare with one process on all images."""
+    """As one of two processes: train two steps of each and compare with one process on all
+    images."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     for name, techniques in IN_TERMS.items():
@@ -170,7 +187,8 @@ def _job() -> None:
 def test_parameters_that_only_terms_use_get_their_gradient_from_two_processes() -> None:
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(Path(__file__))], env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
+        [sys.executable, "-m", *launcher, str(Path(__file__))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
         text=True, timeout=500, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -12,7 +12,7 @@ import torch
 from scipy.special import softmax
 
 from greenvis.errors import BadInput
-from greenvis.transfer import h_score, logme, ped, ped_steps, sfda
+from greenvis.planning.transfer import h_score, logme, ped, ped_steps, sfda
 
 FIXTURE: dict[str, Any] = torch.load(Path(__file__).parent / "data/ped.pt", weights_only=True)
 X, Y, GENERAL = FIXTURE["X"], FIXTURE["y"], FIXTURE["general_X"]
@@ -44,7 +44,9 @@ def _by_definition(x: Any, y: Any) -> float:
 
     within = sum((y == c).mean() * np.cov(x[y == c].T, bias=True) for c in range(int(y.max()) + 1))
     vector = within.sum(1)
-    for _ in range(5):  # the power iteration as published: not yet the eigenvalue where two are close
+    for _ in range(
+        5
+    ):  # the power iteration as published: not yet the eigenvalue where two are close
         vector = within @ vector / np.linalg.norm(within @ vector)
     shrinkage = max(math.exp(-5 * np.linalg.norm(within @ vector)), 1e-10)
     sure = softmax(posteriors(x, shrinkage), axis=1)[np.arange(len(y)), y][:, None]
@@ -53,7 +55,10 @@ def _by_definition(x: Any, y: Any) -> float:
     return float(posteriors(sure * x + (1 - sure) * others, shrinkage)[np.arange(len(y)), y].mean())
 
 
-UNEQUAL = {  # images of each class, dimensions, scale of the features (which decides the shrinkage), distance of the classes
+# images of each class, dimensions, scale of the features (which decides the shrinkage), distance of
+# the
+# classes
+UNEQUAL = {
     "unequal classes": ((70, 20, 7), 6, 0.3, 1.0),
     "two classes, one of three images": ((3, 50), 5, 0.5, 0.5),
     "fewer images than dimensions": ((31, 9, 5), 64, 0.4, 1.0),
@@ -76,20 +81,28 @@ def test_sfda_tells_classes_apart_in_more_dimensions_than_images() -> None:
     y = np.arange(500) % 5
     x = 3 * draw.normal(size=(500, 512)) + 2 * draw.normal(size=(5, 512))[y]
     assert sfda(x, y) == pytest.approx(1.0, abs=1e-3)
-    assert sfda(x, draw.permutation(y)) == pytest.approx(1.0, abs=1e-3)  # and any labels, as the docstring says
+    assert sfda(x, draw.permutation(y)) == pytest.approx(
+        1.0, abs=1e-3
+    )  # and any labels, as the docstring says
 
 
 def test_ped_divides_by_no_deviation_under_a_thousandth() -> None:
-    """A dimension that hardly varies is no unit: classes that it alone sets apart are not blown up to overlap or part."""
+    """A dimension that hardly varies is no unit: classes that it alone sets apart are not blown up
+    to overlap or part."""
     x, y = _blobs(1.0)
     flat = np.concatenate([x, 1e-6 * np.random.default_rng(1).normal(size=(len(x), 2))], 1)
     general = np.concatenate([x, np.zeros((len(x), 2))], 1)
     for unit in (None, general):
-        found, wanted = ped_steps(flat, y, unit), ped_steps(x, y, None if unit is None else general[:, :6])
+        found, wanted = (
+            ped_steps(flat, y, unit),
+            ped_steps(x, y, None if unit is None else general[:, :6]),
+        )
         assert len(found) == len(wanted) >= 1
         assert found[0].moved == pytest.approx(wanted[0].moved, rel=1e-2)
     scale, unit = np.maximum(flat.std(0), 1e-3), np.stack([-np.ones(8), np.ones(8)])
-    assert np.allclose(ped_steps(flat, y)[0].features, ped_steps(flat / scale, y, unit)[0].features * scale)
+    assert np.allclose(
+        ped_steps(flat, y)[0].features, ped_steps(flat / scale, y, unit)[0].features * scale
+    )
 
 
 @pytest.mark.parametrize("case", sorted(FIXTURE["steps"]))
@@ -108,7 +121,8 @@ def test_ped_falls_as_published(case: str) -> None:
 
 
 def test_logme_is_the_maximum_of_the_evidence() -> None:
-    """By definition: the likeliest variances of a Gaussian with covariance x xᵀ / prior + 1 / noise, a class at a time."""
+    """By definition: the likeliest variances of a Gaussian with covariance x xᵀ / prior + 1 /
+    noise, a class at a time."""
     x, y = _blobs(2.0, count=24, dim=4)
     labels = np.where(y == 0, 0, 1)
 
@@ -123,7 +137,8 @@ def test_logme_is_the_maximum_of_the_evidence() -> None:
 
 
 def test_logme_takes_more_dimensions_than_images() -> None:
-    """Dimensions that are always 0 carry no evidence against the labels: the score is that of the others."""
+    """Dimensions that are always 0 carry no evidence against the labels: the score is that of the
+    others."""
     x, y = _blobs(2.0, count=24, dim=4)
     wide = np.concatenate([x, np.zeros((24, 40))], 1)
     assert logme(wide, y) == pytest.approx(logme(x, y), abs=1e-9)

@@ -1,4 +1,5 @@
-"""Real processes over gloo: the same weights on one and on two, whatever a technique keeps, and the way back."""
+"""Real processes over gloo: the same weights on one and on two, whatever a technique keeps, and the
+way back."""
 
 from __future__ import annotations
 
@@ -12,34 +13,61 @@ from typing import Any
 import pytest
 import torch
 
-from greenvis import ranks
+from greenvis.core import distributed as ranks
 
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-# accelerate has no launcher of its own for several CPU processes but by MPI; the script asks for the CPU itself
-ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-CASES = ("full fine-tuning", "accumulation", "lora", "adalora", "early exit", "distillation with cache", "ewc", "mas", "si",
+# accelerate has no launcher of its own for several CPU processes but by MPI; the script asks for
+# the CPU
+# itself
+ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
+"1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",
+              "0")  # fmt: skip
+CASES = ("full fine-tuning", "accumulation", "lora", "adalora", "early exit", "distillation with "
+                                                                              "cache", "ewc", "mas",
+                                                                              "si",
          "replay", "feature distillation", "resumed")  # fmt: skip
 
 
 def _run(out: Path, *cases: str, launcher: tuple[str, ...] = ()) -> None:
-    started = [sys.executable, *(["-m", *launcher] if launcher else []), str(SCRIPT), str(out), *cases]
+    started = [
+        sys.executable,
+        *(["-m", *launcher] if launcher else []),
+        str(SCRIPT),
+        str(out),
+        *cases,
+    ]
     done = subprocess.run(
-        started, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500, check=False
+        started,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def _left(out: Path, case: str, processes: int) -> list[dict[str, Any]]:
-    return [torch.load(out / case / f"{processes}-{rank}.pt", weights_only=True) for rank in range(processes)]
+    return [
+        torch.load(out / case / f"{processes}-{rank}.pt", weights_only=True)
+        for rank in range(processes)
+    ]
 
 
 def _apart(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return how far two sets of weights are apart: the length of the difference over their length."""
+    """Return how far two sets of weights are apart: the length of the difference over their
+    length."""
     assert sorted(one) == sorted(other)
-    assert all(torch.equal(t.isinf(), other[n].isinf()) for n, t in one.items())  # thresholds of exits nobody set
-    named = [n for n, t in one.items() if t.is_floating_point() and t.isfinite().all() and not n.startswith("regularize.")]
+    assert all(
+        torch.equal(t.isinf(), other[n].isinf()) for n, t in one.items()
+    )  # thresholds of exits nobody set
+    named = [
+        n
+        for n, t in one.items()
+        if t.is_floating_point() and t.isfinite().all() and not n.startswith("regularize.")
+    ]
     a, b = (torch.cat([its[n].double().flatten() for n in named]) for its in (one, other))
     return ((a - b).norm() / a.norm()).item()
 
@@ -86,7 +114,9 @@ def test_importances_are_those_of_all_processes_samples(out: Path, case: str) ->
     assert len(named) > 20
     for name in named:
         assert torch.equal(first[name], second[name])
-        assert torch.allclose(first[name], one[name], rtol=1e-3, atol=1e-5 * one[name].abs().max().item())
+        assert torch.allclose(
+            first[name], one[name], rtol=1e-3, atol=1e-5 * one[name].abs().max().item()
+        )
 
 
 @pytest.mark.slow
@@ -99,6 +129,9 @@ def test_a_teacher_is_asked_once_for_each_image_by_all_processes_together(out: P
 @pytest.mark.slow
 def test_accelerate_launches_them_and_a_run_goes_on_alone(tmp_path: Path, out: Path) -> None:
     _run(tmp_path, "full fine-tuning", "resumed", launcher=ACCELERATE)
-    assert _apart(_left(out, "full fine-tuning", 1)[0], _left(tmp_path, "full fine-tuning", 2)[1]) <= 1e-12
+    assert (
+        _apart(_left(out, "full fine-tuning", 1)[0], _left(tmp_path, "full fine-tuning", 2)[1])
+        <= 1e-12
+    )
     _run(tmp_path, "resumed")  # the second epoch, after what two processes left of the first
     assert _apart(_left(tmp_path, "resumed", 2)[0], _left(tmp_path, "resumed", 1)[0]) <= 1e-12

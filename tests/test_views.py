@@ -9,11 +9,11 @@ import torch
 from hosts import HOSTS
 from torch import nn
 
+from greenvis.core.surgery import Snapshot
 from greenvis.errors import BadInput
-from greenvis.surgery import Snapshot
-from greenvis.views import describe, example_input, reached, view
-from greenvis.views.layout import layouts
-from greenvis.views.trace import trace
+from greenvis.models.structure import describe, example_input, reached, view
+from greenvis.models.structure.layout import layouts
+from greenvis.models.structure.trace import trace
 
 # host: attentions, mlps, blocks, prefix tokens, heads of the first attention, classifier
 EXPECTED = {
@@ -50,13 +50,25 @@ def test_finds_the_parts_and_leaves_no_mark(name: str) -> None:
     found = view(model, x)
     assert torch.equal(random, torch.get_rng_state())
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
-    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert all(
+        m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules()
+    )
     heads = found.attention[0].heads if found.attention else None
-    counts = (len(found.attention), len(found.mlps), len(found.blocks), found.prefix_tokens, heads, found.heads)
+    counts = (
+        len(found.attention),
+        len(found.mlps),
+        len(found.blocks),
+        found.prefix_tokens,
+        heads,
+        found.heads,
+    )
     assert counts == EXPECTED[name]
     for path in (*found.linears, *found.convs, *found.norms, *found.blocks):
         model.get_submodule(path)
-    assert all(a.kind == "multihead" or (a.inputs and a.out and (a.qkv or (a.q and a.k and a.v))) for a in found.attention)
+    assert all(
+        a.kind == "multihead" or (a.inputs and a.out and (a.qkv or (a.q and a.k and a.v)))
+        for a in found.attention
+    )
     assert all(isinstance(row, tuple) and len(row) == 2 for row in describe(found))
 
 
@@ -98,7 +110,12 @@ def test_flags() -> None:
     ("name", "path", "axis", "width"),
     [
         ("timm-vit", "blocks.1", -1, 32),
-        ("timm-convnext", "stages.0.blocks.0", 1, 8),  # on a map of 8 × 8: the shape alone does not tell
+        (
+            "timm-convnext",
+            "stages.0.blocks.0",
+            1,
+            8,
+        ),  # on a map of 8 × 8: the shape alone does not tell
         ("timm-swin", "layers.1.blocks.0", -1, 32),
         ("torchvision-swin", "features.1.0.attn", -1, 16),
         ("transformers-convnext", "convnext.encoder.stages.1.layers.0", 1, 32),
@@ -113,13 +130,17 @@ def test_layouts_tell_where_the_channels_are(name: str, path: str, axis: int, wi
 def test_a_computed_weight_is_known_as_such() -> None:
     from timm.layers import StdConv2d
 
-    model = nn.Sequential(StdConv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+    model = nn.Sequential(
+        StdConv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
     found = view(model, torch.rand(1, 3, 16, 16))
     assert found.computed == {"0"}
     assert found.heads == ("4",)
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "transformers-swin", "torchvision-vit", "timm-mobilevit"])
+@pytest.mark.parametrize(
+    "name", ["timm-vit", "transformers-swin", "torchvision-vit", "timm-mobilevit"]
+)
 def test_example_input_comes_from_the_configuration(name: str) -> None:
     model = HOSTS[name].build()
     side = 64 if name == "timm-mobilevit" else 32
@@ -169,7 +190,8 @@ def test_reached_says_what_could_learn() -> None:
 
 @pytest.mark.slow
 def test_one_model_of_each_timm_family() -> None:
-    """On the meta device, without weights: a classifier is found in all but those that come without one."""
+    """On the meta device, without weights: a classifier is found in all but those that come without
+    one."""
     import timm
 
     families: dict[str, str] = {}
@@ -203,9 +225,15 @@ def test_one_model_of_each_timm_family() -> None:
         ("plain", "", [], "mean"),
     ],
 )
-def test_stages_pooling_and_where_prefix_tokens_stand(name: str, prefix: str, stages: list[int], pooling: str) -> None:
+def test_stages_pooling_and_where_prefix_tokens_stand(
+    name: str, prefix: str, stages: list[int], pooling: str
+) -> None:
     found = view(HOSTS[name].build(), HOSTS[name].input_shape, probe=False)
-    assert (found.prefix_position, [len(s) for s in found.stages], found.pooling) == (prefix, stages, pooling)
+    assert (found.prefix_position, [len(s) for s in found.stages], found.pooling) == (
+        prefix,
+        stages,
+        pooling,
+    )
     assert [b for stage in found.stages for b in stage] == list(found.blocks)
     rows = dict(describe(found))
     assert rows["pooling"] == pooling
@@ -215,8 +243,18 @@ def test_stages_pooling_and_where_prefix_tokens_stand(name: str, prefix: str, st
 def test_attention_pooling_and_tokens_behind() -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    size = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
-    assert view(VisionTransformer(**size, class_token=False, global_pool="map"), probe=False).pooling == "attention"
+    size = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "num_classes": 5,
+    }
+    assert (
+        view(VisionTransformer(**size, class_token=False, global_pool="map"), probe=False).pooling
+        == "attention"
+    )
 
     class Behind(VisionTransformer):
         def _pos_embed(self, x: Any) -> Any:
@@ -236,6 +274,8 @@ def test_attention_pooling_and_tokens_behind() -> None:
         ("timm-convnext", "stages.1.blocks.0.norm", -1),
     ],
 )
-def test_parts_without_weights_to_tell_by_lie_as_their_neighbours_do(name: str, path: str, axis: int) -> None:
+def test_parts_without_weights_to_tell_by_lie_as_their_neighbours_do(
+    name: str, path: str, axis: int
+) -> None:
     seen = trace(HOSTS[name].build(), torch.rand(1, *HOSTS[name].input_shape))
     assert layouts(seen, [path])[path].channels == axis

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import greenvis as gv
+from greenvis.core.surgery import freeze, replace
+from greenvis.core.technique import Installed, Stage, Task, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.surgery import freeze, replace
-from greenvis.technique import Installed, Stage, Task, Technique
 
 
 class Probe(gv.Technique):
@@ -127,7 +127,10 @@ def test_order_is_by_stage_not_by_list() -> None:
 def test_a_pair_that_cannot_work_is_refused_with_both_names_and_the_reason() -> None:
     model = _net()
     keys = list(model.state_dict())
-    with pytest.raises(BadInput, match=r"'breaks' and 'probe' do not go together: 'probe' needs a fixed grid of tokens"):
+    with pytest.raises(
+        BadInput,
+        match=r"'breaks' and 'probe' do not go together: 'probe' needs a fixed grid of tokens",
+    ):
         gv.wrap(model, [Probe(), Breaks()])
     assert list(model.state_dict()) == keys
 
@@ -234,7 +237,9 @@ def test_the_delta_is_small_saved_and_loaded(tmp_path: Path) -> None:
     assert torch.equal(fresh(x), model(x))
 
 
-def test_a_delta_is_refused_by_another_base_other_techniques_or_when_damaged(tmp_path: Path) -> None:
+def test_a_delta_is_refused_by_another_base_other_techniques_or_when_damaged(
+    tmp_path: Path,
+) -> None:
     live = gv.wrap(_net(), Probe())
     live.save(tmp_path)
     stranger = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
@@ -289,9 +294,18 @@ def test_merge_keeps_the_mode_the_model_is_in() -> None:
 def test_order_within_a_stage_is_not_the_lists_either() -> None:
     import timm
 
-    for techniques in ([gv.Adapter(), gv.Lora(rank=2, targets=("mlp",))], [gv.Lora(rank=2, targets=("mlp",)), gv.Adapter()]):
+    for techniques in (
+        [gv.Adapter(), gv.Lora(rank=2, targets=("mlp",))],
+        [gv.Lora(rank=2, targets=("mlp",)), gv.Adapter()],
+    ):
         model = timm.create_model(
-            "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+            "vit_tiny_patch16_224",
+            img_size=32,
+            patch_size=8,
+            embed_dim=32,
+            depth=2,
+            num_heads=2,
+            num_classes=5,
         )
         live = gv.wrap(model, techniques)
         assert [t.name for t in live.techniques] == ["lora", "adapter"]
@@ -330,7 +344,9 @@ def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
     for index in range(2):
         task = Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 2, known=True)
         live.begin_task(task)
-        assert list(live.trainable) == [f"scale{index}"]  # this task's own learns, the one before is kept
+        assert list(live.trainable) == [
+            f"scale{index}"
+        ]  # this task's own learns, the one before is kept
         live.test_task(task)
         with torch.no_grad():
             live.trainable[f"scale{index}"].fill_(index + 5.0)
@@ -340,7 +356,9 @@ def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
     for index in range(2):
         again.begin_task(Task(index, (index,), (index,)))
     again.load_state_dict(live.state_dict())
-    assert again.model.get_parameter("scale0").tolist() == [5.0] * 3  # what an earlier task learned is state, too
+    assert (
+        again.model.get_parameter("scale0").tolist() == [5.0] * 3
+    )  # what an earlier task learned is state, too
     live.undo()
     assert list(model.state_dict()) == keys
     assert all(p.requires_grad for p in model.parameters())

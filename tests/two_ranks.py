@@ -1,9 +1,11 @@
-"""Train every case once, as one of the processes that torchrun or accelerate launched: what `test_two_ranks.py` compares.
+"""Train every case once, as one of the processes that torchrun or accelerate launched: what
+`test_two_ranks.py` compares.
 
     torchrun --nproc-per-node 2 tests/two_ranks.py OUT_FOLDER [CASE …]
 
-Each global batch is cut into as many shares as there are processes; a share's loss counts by its part of the batch, so that an
-uneven last batch weighs as it does in one process. All is in float64, where the order of sums does not show.
+Each global batch is cut into as many shares as there are processes; a share's loss counts by its
+part of the batch, so that an uneven last batch weighs as it does in one process. All is in float64,
+where the order of sums does not show.
 """
 
 from __future__ import annotations
@@ -21,15 +23,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.technique import Samples, Task, logits_of
-from greenvis.techniques.inference.early_exit import calibrate
+from greenvis.core.technique import Samples, Task, logits_of
+from greenvis.techniques.inference.exits.early_exit import calibrate
 
 IMAGES, BATCH, EPOCHS = 43, 8, 2  # the last batch holds 3 images: 2 and 1 on two ranks
 
 
 def vit(seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    return VisionTransformer(img_size=16, patch_size=4, in_chans=1, embed_dim=24, depth=2, num_heads=2, num_classes=4)
+    return VisionTransformer(
+        img_size=16, patch_size=4, in_chans=1, embed_dim=24, depth=2, num_heads=2, num_classes=4
+    )
 
 
 class Case:
@@ -64,13 +68,21 @@ class Case:
         for epoch in epochs:
             self.model.train()
             for number, share in enumerate(self.shares(rows, epoch)):
-                self.live.show(Samples(self.folder / f"cache{self.ranks}", {"images": "random"}, IMAGES, 1, share))
+                self.live.show(
+                    Samples(
+                        self.folder / f"cache{self.ranks}", {"images": "random"}, IMAGES, 1, share
+                    )
+                )
                 x, y = self.live.batch(self.x[share], self.y[share])
                 whole = int(cast(Tensor, self.accelerator.reduce(torch.tensor(len(y)))))
                 last = number == -(-len(rows) // BATCH) - 1  # as accelerate's own loaders make it
                 self.accelerator.sync_gradients = last or (number + 1) % self.accumulate == 0
                 torch.manual_seed(1000 * epoch + number)
-                with self.accelerator.no_sync(self.model) if not self.accelerator.sync_gradients else nullcontext():
+                with (
+                    self.accelerator.no_sync(self.model)
+                    if not self.accelerator.sync_gradients
+                    else nullcontext()
+                ):
                     loss = self._loss(x, y, pretext) * (len(y) * self.ranks / whole)
                     self.accelerator.backward(loss)
                 if self.accelerator.sync_gradients:
@@ -99,10 +111,13 @@ def plain(folder: Path, techniques: list[gv.Technique], **more: Any) -> dict[str
 
 
 def calibrated(folder: Path) -> dict[str, Any]:
-    """Train exits, then let each process calibrate on what it has: all must take the same thresholds."""
+    """Train exits, then let each process calibrate on what it has: all must take the same
+    thresholds."""
     case = Case([gv.EarlyExit(at=(0.5,))], folder)
     case.train(torch.arange(IMAGES))
-    rows = torch.arange(case.rank, IMAGES, 1 + case.rank)  # the first has all images, the second some
+    rows = torch.arange(
+        case.rank, IMAGES, 1 + case.rank
+    )  # the first has all images, the second some
     calibrate(case.live, [(case.x[rows], case.y[rows])], budget=0.8)
     thresholds = case.live.state_dict()["early_exit.thresholds"]
     assert len(cast(Tensor, case.accelerator.gather(thresholds)).unique()) == 1
@@ -130,7 +145,8 @@ def tasks(folder: Path, technique: gv.Technique, epochs: int = EPOCHS) -> dict[s
 
 
 def replayed(folder: Path) -> dict[str, Any]:
-    """Replay all that is kept at every step: which images each process keeps then makes no difference."""
+    """Replay all that is kept at every step: which images each process keeps then makes no
+    difference."""
     left = tasks(folder, gv.Replay(size=2 * IMAGES, batch_size=2 * IMAGES), epochs=1)
     return {k: v for k, v in left.items() if not k.startswith("replay.")}
 
@@ -142,7 +158,8 @@ def pretext(folder: Path, technique: gv.Technique) -> dict[str, Any]:
 
 
 def resumed(folder: Path) -> dict[str, Any]:
-    """Train one epoch, or go on after the epoch that another number of processes left in `folder`."""
+    """Train one epoch, or go on after the epoch that another number of processes left in
+    `folder`."""
     case, file = Case([gv.Lora(rank=2), gv.Regularize(method="si")], folder), folder / "half.pt"
     if file.exists():
         left = torch.load(file, weights_only=True)
@@ -169,7 +186,9 @@ CASES: dict[str, Any] = {
     "mas": lambda folder: tasks(folder, gv.Regularize(method="mas", weight=5.0)),
     "si": lambda folder: tasks(folder, gv.Regularize(method="si", weight=1.0)),
     "replay": replayed,
-    "feature distillation": lambda folder: pretext(folder, gv.FeatureDistill(base=vit(5).eval(), cache="off")),
+    "feature distillation": lambda folder: pretext(
+        folder, gv.FeatureDistill(base=vit(5).eval(), cache="off")
+    ),
     "resumed": resumed,
 }
 

@@ -1,4 +1,5 @@
-"""A model with exits and images on which its fresh heads are unequally sure: what benchmarks of early exit share."""
+"""A model with exits and images on which its fresh heads are unequally sure: what benchmarks of
+early exit share."""
 
 from __future__ import annotations
 
@@ -8,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import models, registry
-from greenvis.views import example_input
-from greenvis.wrap import wrap
+from greenvis import models
+from greenvis.core.wrap import wrap
+from greenvis.models.structure import example_input
+from greenvis.techniques import registry
 
 AT = (0.25, 0.5, 0.75)  # exits behind so much of the MACs
 
 
 def build_with_exits(model: str, **options: Any) -> tuple[nn.Module, Any]:
-    """Return the plain model and what `early_exit` installed on another one with the same weights, both in eval mode."""
+    """Return the plain model and what `early_exit` installed on another one with the same weights,
+    both in eval mode."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         plain = models.build(model, **options).eval()
@@ -31,7 +34,8 @@ def build_with_exits(model: str, **options: Any) -> tuple[nn.Module, Any]:
 
 
 def images(count: int, model: nn.Module) -> Tensor:
-    """Return images (count, channels, height, width) of coarse patterns and rising contrast, which exits tell apart."""
+    """Return images (count, channels, height, width) of coarse patterns and rising contrast, which
+    exits tell apart."""
     shape = tuple(example_input(model).shape[1:])
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -49,7 +53,13 @@ def thresholds(installed: Any, x: Tensor, leaving: Sequence[float]) -> dict[str,
         for row in sure[:-1]:
             here = row[still].sort(descending=True).values
             gone = round(share * len(here))
-            limit = 2.0 if not gone else float(here[gone - 1 : gone + 1].mean()) if gone < len(here) else 0.0
+            limit = (
+                2.0
+                if not gone
+                else float(here[gone - 1 : gone + 1].mean())
+                if gone < len(here)
+                else 0.0
+            )
             limits.append(limit)
             still &= row < limit
         limits_of[f"{share:.0%} leave"] = limits

@@ -1,4 +1,5 @@
-"""Tiny models with random weights, one of each kind the contract is tried on. Deterministic: the same weights each time."""
+"""Tiny models with random weights, one of each kind the contract is tried on. Deterministic: the
+same weights each time."""
 
 from __future__ import annotations
 
@@ -11,27 +12,39 @@ from greenvis.testing import Host
 CLASSES = 5
 _LABELS: dict[str, Any] = {"num_labels": CLASSES}
 _TINY: dict[str, Any] = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64
+    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2,
+    "intermediate_size": 64
 }  # fmt: skip
 
 
 def _timm_vit() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
-    return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES)
+    return VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES
+    )
 
 
 def _timm_deit() -> nn.Module:
     from timm.models.deit import VisionTransformerDistilled
 
-    return VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES)
+    return VisionTransformerDistilled(
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES
+    )
 
 
 def _timm_deit3() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, init_values=0.1, no_embed_class=True
+        img_size=32,
+        patch_size=8,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        num_classes=CLASSES,
+        init_values=0.1,
+        no_embed_class=True,
     )
 
 
@@ -39,7 +52,8 @@ def _timm_dinov2_registers() -> nn.Module:
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, init_values=0.1, reg_tokens=4,
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES,
+        init_values=0.1, reg_tokens=4,
         no_embed_class=True, qk_norm=True,
     )  # fmt: skip
 
@@ -48,7 +62,8 @@ def _timm_eva02() -> nn.Module:
     from timm.models.eva import Eva
 
     return Eva(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES, mlp_ratio=2, qkv_fused=False,
+        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES,
+        mlp_ratio=2, qkv_fused=False,
         swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(4, 4),
     )  # fmt: skip
 
@@ -57,7 +72,13 @@ def _timm_swin() -> nn.Module:
     from timm.models.swin_transformer import SwinTransformer
 
     return SwinTransformer(
-        img_size=32, patch_size=4, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4, num_classes=CLASSES
+        img_size=32,
+        patch_size=4,
+        embed_dim=16,
+        depths=(2, 2),
+        num_heads=(2, 4),
+        window_size=4,
+        num_classes=CLASSES,
     )
 
 
@@ -78,7 +99,8 @@ def _timm_efficientnet_lite() -> nn.Module:
     from timm.models.efficientnet import _gen_efficientnet_lite
 
     return _gen_efficientnet_lite(
-        "tf_efficientnet_lite0", channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same", num_classes=CLASSES,
+        "tf_efficientnet_lite0", channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same",
+        num_classes=CLASSES,
         pretrained_cfg_overlay={"input_size": (3, 64, 64)},
     )  # fmt: skip
 
@@ -86,17 +108,27 @@ def _timm_efficientnet_lite() -> nn.Module:
 def _timm_mobilevit() -> nn.Module:
     import timm
 
-    return timm.create_model("mobilevit_xxs", num_classes=CLASSES, pretrained_cfg_overlay={"input_size": (3, 64, 64)})
+    return timm.create_model(
+        "mobilevit_xxs", num_classes=CLASSES, pretrained_cfg_overlay={"input_size": (3, 64, 64)}
+    )
 
 
 def _torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
     model = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=CLASSES
+        image_size=32,
+        patch_size=8,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=32,
+        mlp_dim=64,
+        num_classes=CLASSES,
     )
     head: Any = model.heads.head
-    nn.init.normal_(head.weight, std=0.1)  # torchvision starts it at zero, which hides every difference
+    nn.init.normal_(
+        head.weight, std=0.1
+    )  # torchvision starts it at zero, which hides every difference
     return model
 
 
@@ -104,7 +136,12 @@ def _torchvision_swin() -> nn.Module:
     from torchvision.models import SwinTransformer
 
     return SwinTransformer(
-        patch_size=[4, 4], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=CLASSES
+        patch_size=[4, 4],
+        embed_dim=16,
+        depths=[2, 2],
+        num_heads=[2, 4],
+        window_size=[4, 4],
+        num_classes=CLASSES,
     )
 
 
@@ -138,14 +175,24 @@ def _transformers_dinov2() -> nn.Module:
     from transformers import Dinov2Config, Dinov2ForImageClassification
 
     config = {k: v for k, v in _TINY.items() if k != "intermediate_size"}
-    return Dinov2ForImageClassification(Dinov2Config(**config, mlp_ratio=2, num_hidden_layers=2, **_LABELS))
+    return Dinov2ForImageClassification(
+        Dinov2Config(**config, mlp_ratio=2, num_hidden_layers=2, **_LABELS)
+    )
 
 
 def _transformers_swin() -> nn.Module:
     from transformers import SwinConfig, SwinForImageClassification
 
     return SwinForImageClassification(
-        SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=4, **_LABELS)
+        SwinConfig(
+            image_size=32,
+            patch_size=4,
+            embed_dim=16,
+            depths=[2, 2],
+            num_heads=[2, 4],
+            window_size=4,
+            **_LABELS,
+        )
     )
 
 
@@ -160,15 +207,20 @@ def _transformers_convnext() -> nn.Module:
 def _transformers_clip() -> nn.Module:
     from transformers import CLIPConfig, CLIPForImageClassification
 
-    return CLIPForImageClassification(CLIPConfig(vision_config={**_TINY, "num_hidden_layers": 2}, **_LABELS))
+    return CLIPForImageClassification(
+        CLIPConfig(vision_config={**_TINY, "num_hidden_layers": 2}, **_LABELS)
+    )
 
 
 class Plain(nn.Module):
-    """Hand-written: a convolution stem with batch norm, attention by plain products, and torch's own encoder layer."""
+    """Hand-written: a convolution stem with batch norm, attention by plain products, and torch's
+    own encoder layer."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16), nn.ReLU()
+        )
         self.to_tokens = nn.Conv2d(16, 32, 4, stride=4)
         self.wq, self.wk, self.wv = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 32)
         self.wo = nn.Linear(32, 32)

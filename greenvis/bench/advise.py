@@ -1,6 +1,8 @@
-"""`greenvis bench advise`: is the plan that advice takes the cheapest? All plans are run. A quarter of an hour on one core.
+"""`greenvis bench advise`: is the plan that advice takes the cheapest? All plans are run. A quarter
+of an hour on one core.
 
-Bases that are not trained yet are (recipes/peft/base.yaml, recipes/reuse/rank-bases.yaml). Finished trials and runs are kept.
+Bases that are not trained yet are (recipes/peft/base.yaml, recipes/reuse/rank-bases.yaml). Finished
+trials and runs are kept.
 """
 
 from __future__ import annotations
@@ -11,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis import experiment, files, price, record
-from greenvis.advise import advise, choose
-from greenvis.candidates import PLANS
+from greenvis.core import files
 from greenvis.errors import BadInput
+from greenvis.experiment import session
+from greenvis.experiment.recipe import load_recipe
+from greenvis.meters import pricing, record
 from greenvis.meters.header import cpu
-from greenvis.recipe import load_recipe
+from greenvis.planning.advise import advise, choose
+from greenvis.planning.candidates import PLANS
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # the model, its options, the recipe that trains it if one does, how many images it learns from
@@ -24,7 +28,12 @@ Host = tuple[str, dict[str, Any], Path | None, int]
 HOSTS: dict[str, Host] = {
     "vit": ("run:peft-base/base", {}, RECIPES / "peft/base.yaml", 800),
     "resnet10t": ("run:rank-bases/resnet", {}, RECIPES / "reuse/rank-bases.yaml", 800),
-    "efficientnet-lite0": ("timm/tf_efficientnet_lite0", {"pretrained": "efficientnet-lite0", "img_size": 32}, None, 400),
+    "efficientnet-lite0": (
+        "timm/tf_efficientnet_lite0",
+        {"pretrained": "efficientnet-lite0", "img_size": 32},
+        None,
+        400,
+    ),
 }
 DATA: dict[str, tuple[str, ...]] = {  # none of it did a base learn
     "fashion-mnist": ("data.classes=[5,6,7,8,9]", "data.test=500"),
@@ -45,12 +54,15 @@ def run(
     plans: str | Path = PLANS,
     runs: str | Path = "runs",
 ) -> dict[str, Any]:
-    """Return {"rows": [{"host", "data", "target", "pick", "best", "regret", …}], "cells", …}: a row for each cell.
+    """Return {"rows": [{"host", "data", "target", "pick", "best", "regret", …}], "cells", …}: a row
+    for each cell.
 
-    A cell is a host and a data set: advice is asked for, every plan that fits is trained on all the images, and the plan that
-    advice takes for a target is set against the cheapest that reached it. regret: energy of training and serving of the one
-    over that of the other, less 1; None where the pick missed the target. overrides: of all recipes. out: a folder to write
-    report.md and results.json to. Raises BadInput where the recipes of bases are not there (they come with the repository).
+    A cell is a host and a data set: advice is asked for, every plan that fits is trained on all the
+    images, and the plan that advice takes for a target is set against the cheapest that reached it.
+    regret: energy of training and serving of the one over that of the other, less 1; None where the
+    pick missed the target. overrides: of all recipes. out: a folder to write report.md and
+    results.json to. Raises BadInput where the recipes of bases are not there (they come with the
+    repository).
     """
     cells, folders = [], []
     for ref, _, recipe, _ in hosts.values():
@@ -59,15 +71,22 @@ def run(
     for host, (ref, options, _, images) in hosts.items():
         for name, own in data.items():
             own = [*own, f"data.train={images}", *overrides]
-            found = advise(ref, name, serve=SERVED, plans=plans, overrides=own, runs=runs, **options)
+            found = advise(
+                ref, name, serve=SERVED, plans=plans, overrides=own, runs=runs, **options
+            )
             every = load_recipe(found["plans"])
-            spent = measured(experiment.run(every, runs=runs), list(every.arms))
+            spent = measured(session.run(every, runs=runs), list(every.arms))
             plain = next(plan for plan, spec in every.arms.items() if not spec.techniques)
-            cells.append({"host": host, "data": name, "images": images, **judged(found, spent, plain)})
+            cells.append(
+                {"host": host, "data": name, "images": images, **judged(found, spent, plain)}
+            )
             place = Path(found["plans"]).parent
             folders += [place.with_name(f"{place.name}-{kind}") for kind in ("trials", "plans")]
     result = {
-        "rows": [{"host": cell["host"], "data": cell["data"], "images": cell["images"], **cell["row"]} for cell in cells],
+        "rows": [
+            {"host": cell["host"], "data": cell["data"], "images": cell["images"], **cell["row"]}
+            for cell in cells
+        ],
         "cells": cells,
         "served": SERVED,
         "overrides": list(overrides),
@@ -83,16 +102,20 @@ def run(
 
 def _train_base(ref: str, path: Path, runs: str | Path) -> None:
     if not path.is_file():
-        raise BadInput(f"the recipe {path} is not there: run this benchmark in a copy of the repository")
+        raise BadInput(
+            f"the recipe {path} is not there: run this benchmark in a copy of the repository"
+        )
     recipe, arm = load_recipe(path), ref.rpartition("/")[2]
-    experiment.run(recipe.model_copy(update={"arms": {arm: recipe.arms[arm]}}), runs=runs)
+    session.run(recipe.model_copy(update={"arms": {arm: recipe.arms[arm]}}), runs=runs)
 
 
 def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j", "run_j"} of each plan's run below `folder`.
+    """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j", "run_j"} of each
+    plan's run below `folder`.
 
-    run_j: of the whole run, with evaluation and measuring. serve_energy_j: of 1,000 images; of plans that serve models of the
-    same MACs and parameters the median, since the rest of their difference is the machine's.
+    run_j: of the whole run, with evaluation and measuring. serve_energy_j: of 1,000 images; of
+    plans that serve models of the same MACs and parameters the median, since the rest of their
+    difference is the machine's.
     """
     found: dict[str, dict[str, float]] = {}
     alike: dict[tuple[Any, Any], list[float]] = {}
@@ -101,8 +124,10 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
         done = json.loads((folder / plan / "seed0/done.json").read_text())
         its = next(run for run in record.readable([folder / plan]) if run.id == done["run"])
         keys[plan] = (its.facts["macs"], its.facts["params"])
-        alike.setdefault(keys[plan], []).append(1000 * price.facts(its)["inference_energy_j"]["value"])
-        training, whole = (price.run_energy(its, phase).value or 0.0 for phase in ("train", None))
+        alike.setdefault(keys[plan], []).append(
+            1000 * pricing.facts(its)["inference_energy_j"]["value"]
+        )
+        training, whole = (pricing.run_energy(its, phase).value or 0.0 for phase in ("train", None))
         found[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": whole}
     for plan, its in found.items():
         its["serve_energy_j"] = statistics.median(alike[keys[plan]])
@@ -110,11 +135,14 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
     return found
 
 
-def judged(found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], plain: str) -> dict[str, Any]:
-    """Return {"row", "plans", "sweep"}: the advice against what was measured, for a target and for many.
+def judged(
+    found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], plain: str
+) -> dict[str, Any]:
+    """Return {"row", "plans", "sweep"}: the advice against what was measured, for a target and for
+    many.
 
-    spent: as `measured` gives. plain: the plan without techniques; the target is its accuracy less `GIVEN_UP`. sweep: the same
-    for each accuracy that any plan reached as the target.
+    spent: as `measured` gives. plain: the plan without techniques; the target is its accuracy less
+    `GIVEN_UP`. sweep: the same for each accuracy that any plan reached as the target.
     """
     rows = found["rows"]
     told = {row["plan"]: row for row in rows}
@@ -125,7 +153,14 @@ def judged(found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], p
     for plan, its in spent.items():
         if plan in told:  # its trials may have failed where the run did not
             predicted = {key: told[plan][key] for key in FORETOLD}
-            plans.append({"plan": plan, "predicted": predicted, "measured": dict(its), "front": told[plan]["front"]})
+            plans.append(
+                {
+                    "plan": plan,
+                    "predicted": predicted,
+                    "measured": dict(its),
+                    "front": told[plan]["front"],
+                }
+            )
     inside = dict.fromkeys(FORETOLD, 0)
     for its in plans:
         for key, figure in its["predicted"].items():
@@ -136,17 +171,28 @@ def judged(found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], p
         "regret": None if main["regret"] is None else f"{main['regret']:.1%}",
         "missed": None if main["missed"] is None else f"{100 * main['missed']:.1f} points",
         "plain": plain, "plain over best": f"{cost[plain] / cost[main['best']] - 1:.1%}",
-        "in range": f"{inside['accuracy']}/{len(plans)}", "energy in band": f"{inside['total_energy_j']}/{len(plans)}",
-        "trials": f"{found['trials_energy_j']:.0f} J", "all runs": f"{sum(its['run_j'] for its in spent.values()):.0f} J",
+        "in range": f"{inside['accuracy']}/{len(plans)}",
+        "energy in band": f"{inside['total_energy_j']}/{len(plans)}",
+        "trials": f"{found['trials_energy_j']:.0f} J",
+        "all runs": f"{sum(its['run_j'] for its in spent.values()):.0f} J",
     }  # fmt: skip
-    return {"row": row, "main": main, "plans": plans, "refused": dict(found["refused"]), "sweep": sweep}
+    return {
+        "row": row,
+        "main": main,
+        "plans": plans,
+        "refused": dict(found["refused"]),
+        "sweep": sweep,
+    }
 
 
-def regret(rows: Sequence[Mapping[str, Any]], spent: Mapping[str, Mapping[str, float]], target: float) -> dict[str, Any]:
-    """Return {"target", "pick", "best", "regret", "missed"}: what advice takes for a target against the best there was.
+def regret(
+    rows: Sequence[Mapping[str, Any]], spent: Mapping[str, Mapping[str, float]], target: float
+) -> dict[str, Any]:
+    """Return {"target", "pick", "best", "regret", "missed"}: what advice takes for a target against
+    the best there was.
 
-    best: the cheapest plan whose measured accuracy reaches the target. regret: energy of the pick over its, less 1; None where
-    the pick misses the target, and then `missed` is by how much.
+    best: the cheapest plan whose measured accuracy reaches the target. regret: energy of the pick
+    over its, less 1; None where the pick misses the target, and then `missed` is by how much.
     """
     pick, _ = choose(rows, target)
     assert pick is not None
@@ -169,25 +215,37 @@ def _markdown(result: Mapping[str, Any]) -> str:
     columns = list(result["rows"][0])
     lines = [
         "# Advice: its pick beside the cheapest plan that reached the target", "",
-        f"`greenvis bench advise --out reports/advice`, {result['cpu_s']} s of CPU time, {', '.join(result['overrides'])}. "
-        f"Advice on {len({c['host'] for c in cells})} hosts and {len({c['data'] for c in cells})} data sets; then every plan "
-        "was trained on all the images, one seed, and the plan that advice takes was set against the cheapest plan that really "
-        f"reached the target. Energy is that of training and of serving {result['served']:,} images. The target is what plain "
+        f"`greenvis bench advise --out reports/advice`, {result['cpu_s']} s of CPU time, "
+        f"{', '.join(result['overrides'])}. "
+        f"Advice on {len({c['host'] for c in cells})} hosts and {len({c['data'] for c in cells})} "
+        "data sets; then every plan "
+        "was trained on all the images, one seed, and the plan that advice takes was set against "
+        "the cheapest plan that really "
+        f"reached the target. Energy is that of training and of serving {result['served']:,} "
+        "images. The target is what plain "
         f"fine-tuning reached, less {100 * GIVEN_UP:g} point.", "",
-        f"**The pick is within {FAIR:.0%} of the best in {len(fair)} of {len(cells)} cells.** With each accuracy that any plan "
+        f"**The pick is within {FAIR:.0%} of the best in {len(fair)} of {len(cells)} cells.** With "
+        "each accuracy that any plan "
         f"reached as the target ({len(sweep)} targets), the pick reached it {len(regrets)} times, "
         f"{sum(r <= FAIR for r in regrets)} of them within {FAIR:.0%} of the best"
-        + (f" (median regret {statistics.median(regrets):.1%}, greatest {regrets[-1]:.1%})" if regrets else "")
-        + (f", and missed it {len(misses)} times, by {100 * statistics.median(misses):.1f} points in the median and "
+        + (f" (median regret {statistics.median(regrets):.1%}, greatest {regrets[-1]:.1%})"
+        if regrets else "")
+        + (f", and missed it {len(misses)} times, by {100 * statistics.median(misses):.1f} points "
+           "in the median and "
            f"{100 * misses[-1]:.1f} at most." if misses else "."), "",
         "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
     ]  # fmt: skip
-    lines += ["| " + " | ".join("–" if row[k] is None else str(row[k]) for k in columns) + " |" for row in result["rows"]]
+    lines += [
+        "| " + " | ".join("–" if row[k] is None else str(row[k]) for k in columns) + " |"
+        for row in result["rows"]
+    ]
     if left := [host for host in HOSTS if host not in {c["host"] for c in cells}]:
         lines += ["", f"Not run at full size here yet: {', '.join(left)}."]
     lines += [
-        "", "in range: plans whose measured accuracy lies in the predicted range, which is a rule of thumb (see "
-        "`greenvis.extrapolate`); energy in band: of training and serving. trials: what the advice cost; all runs: what "
+        "", "in range: plans whose measured accuracy lies in the predicted range, which is a rule "
+            "of thumb (see "
+        "`greenvis.planning.extrapolate`); energy in band: of training and serving. trials: what "
+        "the advice cost; all runs: what "
         "running every plan cost. Energy as `greenvis doctor` says.", "", *_why(cells),
     ]  # fmt: skip
     for cell in cells:
@@ -196,29 +254,41 @@ def _markdown(result: Mapping[str, Any]) -> str:
 
 
 def _why(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each cell whose pick is not within `FAIR` of the best: what was foretold of the two, and what came."""
+    """Return a line for each cell whose pick is not within `FAIR` of the best: what was foretold of
+    the two, and what came."""
     lines = []
     for cell in cells:
         main, by = cell["main"], {p["plan"]: p for p in cell["plans"]}
         if main["regret"] is not None and main["regret"] <= FAIR:
             continue
-        how = f"{main['regret']:.1%} over the best" if main["missed"] is None else f"{100 * main['missed']:.1f} points short"
+        how = (
+            f"{main['regret']:.1%} over the best"
+            if main["missed"] is None
+            else f"{100 * main['missed']:.1f} points short"
+        )
         told = "; ".join(_told(by[plan]) for plan in (main["pick"], main["best"]) if plan in by)
         lines.append(f"- {cell['host']}, {cell['data']}: the pick is {how}. {told}.")
     return ["Where it is not, and why:", "", *lines] if lines else []
 
 
 def _told(plan: Mapping[str, Any]) -> str:
-    told, seen = ((its["accuracy"], its["total_energy_j"]) for its in (plan["predicted"], plan["measured"]))
+    told, seen = (
+        (its["accuracy"], its["total_energy_j"]) for its in (plan["predicted"], plan["measured"])
+    )
     return (
-        f"{plan['plan']} was foretold {told[0]['value']:.1%} for {told[1]['value']:.0f} J and reached {seen[0]:.1%} for "
+        f"{plan['plan']} was foretold {told[0]['value']:.1%} for {told[1]['value']:.0f} J and "
+        f"reached {seen[0]:.1%} for "
         f"{seen[1]:.0f} J"
     )
 
 
 def _plans(cell: Mapping[str, Any]) -> list[str]:
     heads = ["plan", "accuracy, predicted", "measured"]
-    heads += [word for what in ("training", "1,000 images", "total") for word in (f"{what}, predicted", "measured")]
+    heads += [
+        word
+        for what in ("training", "1,000 images", "total")
+        for word in (f"{what}, predicted", "measured")
+    ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for its in sorted(cell["plans"], key=lambda p: p["measured"]["total_energy_j"]):
         told, seen = its["predicted"], its["measured"]
@@ -227,7 +297,11 @@ def _plans(cell: Mapping[str, Any]) -> list[str]:
             f"{accuracy['value']:.1%} ({100 * accuracy['low']:.0f}–{100 * accuracy['high']:.0f})",
             f"{seen['accuracy']:.1%}",
         ]
-        for key, form in (("train_energy_j", ".1f"), ("serve_energy_j", ".2f"), ("total_energy_j", ".0f")):
+        for key, form in (
+            ("train_energy_j", ".1f"),
+            ("serve_energy_j", ".2f"),
+            ("total_energy_j", ".0f"),
+        ):
             shown += [f"{told[key]['value']:{form}} J", f"{seen[key]:{form}} J"]
         lines.append(f"| {its['plan']}{' (front)' if its['front'] else ''} | {' | '.join(shown)} |")
     return [*lines, "", *(f"- left out: {plan}: {why}" for plan, why in cell["refused"].items())]

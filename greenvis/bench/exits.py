@@ -1,6 +1,8 @@
-"""`greenvis bench exits`: samples that leave early against the unmodified model with its fused attention. Minutes on one core.
+"""`greenvis bench exits`: samples that leave early against the unmodified model with its fused
+attention. Minutes on one core.
 
-Whether the answers stay right is not seen here (the weights are random): that is the reports of recipes/exits. No other
+Whether the answers stay right is not seen here (the weights are random): that is the reports of
+recipes/exits. No other
 implementation stands beside it: none that takes a model as it is was found on PyPI.
 """
 
@@ -18,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import files
 from greenvis.bench import _exiting
 from greenvis.bench._exiting import AT
+from greenvis.core import files
 from greenvis.meters import flops
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.header import cpu
@@ -28,7 +30,13 @@ from greenvis.meters.track import Tracker, track
 
 MODEL = "timm/deit_tiny_patch16_224"
 BATCHES = (1, 4, 16, 64)
-LEAVING = (0.0, 0.2, 0.4, 0.7, 1.0)  # of those who come to an exit: how many leave there, at each of three
+LEAVING = (
+    0.0,
+    0.2,
+    0.4,
+    0.7,
+    1.0,
+)  # of those who come to an exit: how many leave there, at each of three
 TARGET = 0.85  # of the MACs saved, at the largest batch: the energy saved
 PLAIN, NEVER = "unmodified", "never"
 
@@ -42,13 +50,16 @@ def run(
     rounds: int = 3,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Return {"rows": [{"batch", "thresholds", "exits", "gmacs", "macs_ratio", "images_per_s", "speedup", "latency_p50_ms",
-    "latency_p95_ms", "energy_j", "energy_ratio", "realised", "target"}], …}: one row for each batch size and setting.
+    """Return {"rows": [{"batch", "thresholds", "exits", "gmacs", "macs_ratio", "images_per_s",
+    "speedup", "latency_p50_ms",
+    "latency_p95_ms", "energy_j", "energy_ratio", "realised", "target"}], …}: one row for each batch
+    size and setting.
 
-    The same images are served at each batch size. Thresholds are those at which a share of the images that come to an exit
-    leaves there. Settings take turns within each round, in turned order every other one, so that a neighbour's load meets all
-    alike. speedup is of CPU time (on a GPU of wall time), a median over rounds; energy_j is per image; realised is the energy
-    saved over the MACs saved. out: a folder to write report.md, results.json and figures/exits.svg to.
+    The same images are served at each batch size. Thresholds are those at which a share of the
+    images that come to an exit leaves there. Settings take turns within each round, in turned order
+    every other one, so that a neighbour's load meets all alike. speedup is of CPU time (on a GPU of
+    wall time), a median over rounds; energy_j is per image; realised is the energy saved over the
+    MACs saved. out: a folder to write report.md, results.json and figures/exits.svg to.
     """
     started, before = time.monotonic(), torch.get_num_threads()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,7 +69,11 @@ def run(
         x = _exiting.images(images, plain).to(device)
         plain.to(device)
         installed.exits.model.to(device)
-        arms = {PLAIN: None, NEVER: [float("inf")] * len(AT), **_exiting.thresholds(installed, x, leaving)}
+        arms = {
+            PLAIN: None,
+            NEVER: [float("inf")] * len(AT),
+            **_exiting.thresholds(installed, x, leaving),
+        }
         macs = flops.count(plain, x[:1], cross_check=False).macs
         with tempfile.TemporaryDirectory() as folder, track("exits", dir=folder) as tracker:
             rows = []
@@ -68,7 +83,8 @@ def run(
     finally:
         torch.set_num_threads(before)
     result = {
-        "rows": rows, "model": model, "images": images, "rounds": rounds, "threads": threads, "device": device.type,
+        "rows": rows, "model": model, "images": images, "rounds": rounds, "threads": threads,
+        "device": device.type,
         "machine": cpu(), "torch": torch.__version__, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
@@ -80,9 +96,16 @@ def run(
 
 
 def _measured(
-    plain: nn.Module, installed: Any, arms: dict[str, Any], x: Tensor, batch: int, rounds: int, run: Tracker
+    plain: nn.Module,
+    installed: Any,
+    arms: dict[str, Any],
+    x: Tensor,
+    batch: int,
+    rounds: int,
+    run: Tracker,
 ) -> dict[str, dict[str, Any]]:
-    """Return seconds by call, seconds and joules by round, and where the images left, by setting."""
+    """Return seconds by call, seconds and joules by round, and where the images left, by
+    setting."""
     found = {name: {"calls": [], "seconds": [], "joules": [], "left": None} for name in arms}
     parts = x.split(batch)
     with torch.inference_mode():
@@ -113,10 +136,18 @@ def _serve(model: nn.Module, parts: Sequence[Tensor], found: dict[str, Any], run
 
 
 def _rows(
-    batch: int, arms: dict[str, Any], found: dict[str, dict[str, Any]], macs: float, images: int, largest: bool
+    batch: int,
+    arms: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    macs: float,
+    images: int,
+    largest: bool,
 ) -> list[dict[str, Any]]:
     seconds = {name: statistics.median(f["seconds"]) for name, f in found.items()}
-    joules = {name: statistics.median(f["joules"]) if None not in f["joules"] else None for name, f in found.items()}
+    joules = {
+        name: statistics.median(f["joules"]) if None not in f["joules"] else None
+        for name, f in found.items()
+    }
     rows = []
     for name, f in found.items():
         left = f["left"] or {"exits": [], "macs": macs}
@@ -125,14 +156,18 @@ def _rows(
         realised = (1 - energy) / (1 - share) if energy is not None and share < 0.95 else None
         calls = sorted(f["calls"])
         rows.append({
-            "batch": batch, "setting": name, "thresholds": " ".join(f"{t:.4g}" for t in arms[name] or []),
+            "batch": batch, "setting": name,
+            "thresholds": " ".join(f"{t:.4g}" for t in arms[name] or []),
             "exits": " ".join(str(n) for n in left["exits"]), "gmacs": round(left["macs"] / 1e9, 3),
             "macs_ratio": round(share, 3), "images_per_s": round(images / seconds[name], 2),
-            "speedup": round(seconds[PLAIN] / seconds[name], 3), "latency_p50_ms": round(_at(calls, 0.5) * 1e3, 1),
-            "latency_p95_ms": round(_at(calls, 0.95) * 1e3, 1), "energy_j": None if spent is None else round(spent / images, 4),
+            "speedup": round(seconds[PLAIN] / seconds[name], 3), "latency_p50_ms": round(_at(calls,
+            0.5) * 1e3, 1),
+            "latency_p95_ms": round(_at(calls, 0.95) * 1e3, 1),
+            "energy_j": None if spent is None else round(spent / images, 4),
             "energy_ratio": None if energy is None else round(energy, 3),
             "realised": None if realised is None else round(realised, 3),
-            "target": f">= {TARGET:g}: {'yes' if realised >= TARGET else 'NO'}" if largest and realised is not None else "",
+            "target": f">= {TARGET:g}: {'yes' if realised >= TARGET else 'NO'}" if largest
+            and realised is not None else "",
         })  # fmt: skip
     return rows
 
@@ -145,32 +180,56 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     rows = result["rows"]
     lines = [
         "# Early exit: throughput and energy against fused attention", "",
-        f"`greenvis bench exits --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
-        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random weights (what leaving costs in "
-        f"accuracy stands in the reports of recipes/exits), exits after {', '.join(f'{a:.0%}' for a in AT)} of the MACs. The "
-        f"same {result['images']} images at each batch size; medians of {result['rounds']} rounds in which all settings take "
-        "turns; CPU time, energy as `greenvis doctor` says. `exits` are the images that left at each, the last being the "
+        f"`greenvis bench exits --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
+        f"CPUs, {result['threads']} "
+        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random "
+        "weights (what leaving costs in "
+        "accuracy stands in the reports of recipes/exits), exits after "
+        f"{', '.join(f'{a:.0%}' for a in AT)} of the MACs. The "
+        f"same {result['images']} images at each batch size; medians of {result['rounds']} rounds "
+        "in which all settings take "
+        "turns; CPU time, energy as `greenvis doctor` says. `exits` are the images that left at "
+        "each, the last being the "
         "model's end; `realised` is the energy saved over the MACs saved.", "",
         "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
     ]  # fmt: skip
-    lines += ["| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows]
-    losses = [f"batch {r['batch']}, {r['setting']}" for r in rows if r["setting"] not in (PLAIN, NEVER) and r["speedup"] < 1]
-    lines += ["", f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.", "", "![energy](figures/exits.svg)"]
-    lines += ["", "No other implementation that takes a model as it is was found on PyPI to stand beside it."]
+    lines += [
+        "| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows
+    ]
+    losses = [
+        f"batch {r['batch']}, {r['setting']}"
+        for r in rows
+        if r["setting"] not in (PLAIN, NEVER) and r["speedup"] < 1
+    ]
+    lines += [
+        "",
+        f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.",
+        "",
+        "![energy](figures/exits.svg)",
+    ]
+    lines += [
+        "",
+        "No other implementation that takes a model as it is was found on PyPI to stand beside it.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the energy of an image against its MACs, a line for each batch size; on the dashed line all saved is real."""
+    """Draw the energy of an image against its MACs, a line for each batch size; on the dashed line
+    all saved is real."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2, 3.7), layout="constrained")
     axes = figure.subplots()
-    rows = [row for row in result["rows"] if row["setting"] != PLAIN and row["energy_ratio"] is not None]
+    rows = [
+        row for row in result["rows"] if row["setting"] != PLAIN and row["energy_ratio"] is not None
+    ]
     axes.plot([0, 1], [0, 1], "--", color="#888888", label="all of it realised")
     for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
-        here = sorted((row["macs_ratio"], row["energy_ratio"]) for row in rows if row["batch"] == batch)
+        here = sorted(
+            (row["macs_ratio"], row["energy_ratio"]) for row in rows if row["batch"] == batch
+        )
         axes.plot(*zip(*here, strict=True), marker="osD^vP*"[i % 7], label=f"batch {batch}")
     axes.set_xlabel("MACs of an image / those of the unmodified model")
     axes.set_ylabel("energy / its energy")

@@ -1,6 +1,8 @@
-"""`greenvis bench rank`: does scoring bases without training order them as fine-tuning each of them does? Minutes on one core.
+"""`greenvis bench rank`: does scoring bases without training order them as fine-tuning each of them
+does? Minutes on one core.
 
-Trains the bases and fine-tunes each (recipes/reuse/rank.yaml), then ranks them. Finished runs are kept and not trained again.
+Trains the bases and fine-tunes each (recipes/reuse/rank.yaml), then ranks them. Finished runs are
+kept and not trained again.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from greenvis import experiment, files
+from greenvis.core import files
 from greenvis.errors import BadInput
-from greenvis.rank import METHODS, rank
-from greenvis.recipe import load_recipe
+from greenvis.experiment import session
+from greenvis.experiment.recipe import load_recipe
+from greenvis.planning.rank import METHODS, rank
 
 RECIPE = Path(__file__).parents[2] / "recipes/reuse/rank.yaml"
 
@@ -24,20 +27,28 @@ def run(
     images: int = 500,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
-    """Return what `greenvis.rank.rank` says of the bases that a recipe's arms start from, on the recipe's data.
+    """Return what `greenvis.planning.rank.rank` says of the bases that a recipe's arms start from,
+    on the recipe's data.
 
-    recipe: its arms fine-tune one base each ("run:…"), all of it, with no technique. out: a folder to write report.md and
-    results.json to. Raises BadInput where the recipe is not there (it comes with the repository, not with the package).
+    recipe: its arms fine-tune one base each ("run:…"), all of it, with no technique. out: a folder
+    to write report.md and results.json to. Raises BadInput where the recipe is not there (it comes
+    with the repository, not with the package).
     """
     if not recipe.is_file():
-        raise BadInput(f"the recipe {recipe} is not there: run this benchmark in a copy of the repository")
+        raise BadInput(
+            f"the recipe {recipe} is not there: run this benchmark in a copy of the repository"
+        )
     read = load_recipe(recipe, overrides)
     bases = list(dict.fromkeys(str(read.arm(name).model.init) for name in read.arms))
-    experiment.run(read, runs=runs)
+    session.run(read, runs=runs)
     result = rank(bases, str(recipe), images=images, runs=runs)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        kept = {**result, "data": recipe.name, "record": Path(result["record"]).name}  # no paths of this machine
+        kept = {
+            **result,
+            "data": recipe.name,
+            "record": Path(result["record"]).name,
+        }  # no paths of this machine
         files.write(out / "results.json", json.dumps(kept, indent=1) + "\n")
         files.write(out / "report.md", _report(result))
     return result
@@ -48,22 +59,35 @@ def _report(result: dict[str, Any]) -> str:
     rows = sorted(result["rows"], key=lambda row: -row.get("tuned_accuracy", 0.0))
     lines = [
         "# Choosing a base before paying for it", "",
-        f"Bases trained here, scored by the features of {result['images']} training images, and what full fine-tuning of "
+        f"Bases trained here, scored by the features of {result['images']} training images, and "
+        "what full fine-tuning of "
         "each reached (means over seeds). Higher scores should stand beside higher accuracies.", "",
-        f"The whole ranking, all scores of all bases, took {spent['value']:.0f} J ({spent['low']:.0f}–{spent['high']:.0f}, "
-        f"{spent['provenance']})." + (f" Fine-tuning each base once took {tuning:.0f} J." if tuning else ""), "",
+        f"The whole ranking, all scores of all bases, took {spent['value']:.0f} J "
+        f"({spent['low']:.0f}–{spent['high']:.0f}, "
+        f"{spent['provenance']})." + (f" Fine-tuning each base once took {tuning:.0f} J."
+        if tuning else ""), "",
         "| base | fine-tuned | " + " | ".join(METHODS) + " | dimensions | J |",
         "|---" * (len(METHODS) + 4) + "|",
     ]  # fmt: skip
     for row in rows:
         scores = " | ".join(f"{row[method]:.3f}" for method in METHODS)
         tuned = f"{row['tuned_accuracy']:.4f}" if "tuned_accuracy" in row else "not on record"
-        lines.append(f"| {row['base']} | {tuned} | {scores} | {row['dim']} | {row['energy_j']:.2f} |")
+        lines.append(
+            f"| {row['base']} | {tuned} | {scores} | {row['dim']} | {row['energy_j']:.2f} |"
+        )
     if wide := [row["base"] for row in rows if row["dim"] >= result["images"]]:
-        lines += ["", f"sfda says nothing of {', '.join(wide)}: with as many dimensions as images any labels score about 1. "
+        lines += ["", f"sfda says nothing of {', '.join(wide)}: with as many dimensions as images "
+                      "any labels score about 1. "
                   "Its correlation below counts these scores all the same."]  # fmt: skip
     if result["correlation"]:
         lines += ["", "| score | weighted tau | tau |", "|---|---|---|"]
-        lines += [f"| {m} | {c['weighted_tau']:+.3f} | {c['tau']:+.3f} |" for m, c in result["correlation"].items()]
-        lines += ["", f"Rank correlations over {len(rows)} bases of one machine and one data set: a sign, not a law."]
+        lines += [
+            f"| {m} | {c['weighted_tau']:+.3f} | {c['tau']:+.3f} |"
+            for m, c in result["correlation"].items()
+        ]
+        lines += [
+            "",
+            f"Rank correlations over {len(rows)} bases of one machine and one data set: a sign, "
+            "not a law.",
+        ]
     return "\n".join([*lines, "", "Repeat it: `greenvis bench rank --out reports/bench-rank`", ""])

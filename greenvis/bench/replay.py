@@ -1,6 +1,8 @@
-"""`greenvis bench replay`: a training step with a replay buffer, beside that of avalanche-lib. Five minutes on one core.
+"""`greenvis bench replay`: a training step with a replay buffer, beside that of avalanche-lib. Five
+minutes on one core.
 
-avalanche-lib is no part of greenvis: `pip install 'greenvis[bench]'`, or into a second environment that shares nothing with it.
+avalanche-lib is no part of greenvis: `pip install 'greenvis[bench]'`, or into a second environment
+that shares nothing with it.
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from greenvis import files, models, registry
+from greenvis import models
+from greenvis.core import files
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
 from greenvis.meters.header import cpu
-from greenvis.wrap import wrap
+from greenvis.techniques import registry
 
 PEER = "avalanche-lib"
-INSTALL = f"{PEER} stands beside greenvis in this benchmark and is not installed: pip install 'greenvis[bench]'"
+INSTALL = (
+    f"{PEER} stands beside greenvis in this benchmark and is not installed: pip install "
+    "'greenvis[bench]'"
+)
 BUFFER, BATCH = 500, 32  # kept; new, and replayed, a step
 SHAPE = (1, 28, 28)
 # reference, options, images of a task (12,000: one of Split Fashion-MNIST)
@@ -36,23 +43,37 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     "mlp": ("plain/mlp", {"img_size": 28}, 12_000),
     "vit": (
         "timm/vit_tiny_patch16_224",
-        {"img_size": 28, "patch_size": 7, "embed_dim": 96, "depth": 6, "num_heads": 3, "in_chans": 1, "num_classes": 10},
+        {
+            "img_size": 28,
+            "patch_size": 7,
+            "embed_dim": 96,
+            "depth": 6,
+            "num_heads": 3,
+            "in_chans": 1,
+            "num_classes": 10,
+        },
         640,
     ),
 }
 TARGET = 0.5  # of the peer's time a step, on the model of continual learning's small tables
-PEER_ARM, OURS, EXACT, BARE = "avalanche-lib", "greenvis", "greenvis, exact", "no replay, 64 new images"
+PEER_ARM, OURS, EXACT, BARE = (
+    "avalanche-lib",
+    "greenvis",
+    "greenvis, exact",
+    "no replay, 64 new images",
+)
 LOADED = "greenvis, torch's DataLoader"
 
 
 def run(out: Path | None = None, rounds: int = 15, threads: int = 1) -> dict[str, Any]:
-    """Return {"rows": [{"model", "arm", "step_ms", "vs_peer", "without_the_model_ms", "target"}], …}: medians over rounds, of
-    the ratio to the peer within a round.
+    """Return {"rows": [{"model", "arm", "step_ms", "vs_peer", "without_the_model_ms", "target"}],
+    …}: medians over rounds, of the ratio to the peer within a round.
 
-    A step is the training on a task by its steps, all in: loading, replay, forward, backward, SGD, what is kept for the next
-    task; CPU time, so that a neighbour's load is not counted. Arms take turns within each round, the order turning around
-    every other round; each begins anew, fills its buffer with one task, and is timed on a second. out: a folder to write
-    report.md and results.json to. Raises BadInput without the peer.
+    A step is the training on a task by its steps, all in: loading, replay, forward, backward, SGD,
+    what is kept for the next task; CPU time, so that a neighbour's load is not counted. Arms take
+    turns within each round, the order turning around every other round; each begins anew, fills its
+    buffer with one task, and is timed on a second. out: a folder to write report.md and
+    results.json to. Raises BadInput without the peer.
     """
     try:
         with warnings.catch_warnings():
@@ -67,8 +88,10 @@ def run(out: Path | None = None, rounds: int = 15, threads: int = 1) -> dict[str
     finally:
         torch.set_num_threads(before)
     result = {
-        "rows": rows, "buffer": BUFFER, "batch": [BATCH, BATCH], "rounds": rounds, "threads": threads,
-        "machine": cpu(), "torch": torch.__version__, PEER: importlib.import_module("avalanche").__version__,
+        "rows": rows, "buffer": BUFFER, "batch": [BATCH, BATCH], "rounds": rounds,
+        "threads": threads,
+        "machine": cpu(), "torch": torch.__version__,
+        PEER: importlib.import_module("avalanche").__version__,
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
@@ -107,7 +130,9 @@ def _model(name: str) -> nn.Module:
 def _task(count: int, number: int) -> tuple[Tensor, Tensor]:
     """Return images of two classes: noise takes as long as anything."""
     draw = torch.Generator().manual_seed(number)
-    return torch.rand(count, *SHAPE, generator=draw), torch.randint(2, (count,), generator=draw) + 2 * number
+    return torch.rand(count, *SHAPE, generator=draw), torch.randint(
+        2, (count,), generator=draw
+    ) + 2 * number
 
 
 def _slices(x: Tensor, y: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,8 +153,16 @@ def _ours(
     exact: bool = False,
 ) -> float:
     """Train with greenvis in a plain loop and return the seconds of a step on the second task."""
-    live = wrap(model.train(), registry.find("replay").model_validate({"size": BUFFER, "batch_size": BATCH, "exact": exact}))
-    optimizer, criterion = torch.optim.SGD(live.param_groups(0.01), lr=0.01), live.criterion(F.cross_entropy)
+    live = wrap(
+        model.train(),
+        registry.find("replay").model_validate(
+            {"size": BUFFER, "batch_size": BATCH, "exact": exact}
+        ),
+    )
+    optimizer, criterion = (
+        torch.optim.SGD(live.param_groups(0.01), lr=0.01),
+        live.criterion(F.cross_entropy),
+    )
 
     def train(task: tuple[Tensor, Tensor]) -> None:
         for x, y in load(*task, BATCH):
@@ -163,9 +196,12 @@ def _peer(model: nn.Module, first: tuple[Tensor, Tensor], second: tuple[Tensor, 
     benchmarks = importlib.import_module("avalanche.benchmarks")
     plugins = importlib.import_module("avalanche.training.plugins")
     supervised = importlib.import_module("avalanche.training.supervised")
-    stream = benchmarks.tensors_benchmark(train_tensors=[first, second], test_tensors=[first], task_labels=[0, 0]).train_stream
+    stream = benchmarks.tensors_benchmark(
+        train_tensors=[first, second], test_tensors=[first], task_labels=[0, 0]
+    ).train_stream
     strategy = supervised.Replay(
-        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01), criterion=nn.CrossEntropyLoss(),
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.01),
+        criterion=nn.CrossEntropyLoss(),
         mem_size=BUFFER, train_mb_size=BATCH, train_epochs=1, device="cpu",
         evaluator=plugins.EvaluationPlugin(loggers=[]),
     )  # fmt: skip
@@ -184,10 +220,13 @@ def _rows(model: str, found: dict[str, list[float]]) -> list[dict[str, Any]]:
     medians = {arm: statistics.median(seconds) for arm, seconds in found.items()}
     rows = []
     for arm, seconds in found.items():
-        ratio = statistics.median(own / peer for own, peer in zip(seconds, found[PEER_ARM], strict=True))
+        ratio = statistics.median(
+            own / peer for own, peer in zip(seconds, found[PEER_ARM], strict=True)
+        )
         judged = model == "mlp" and arm in (OURS, EXACT, LOADED)
         rows.append({
-            "model": model, "arm": arm, "step_ms": round(1e3 * medians[arm], 3), "vs_peer": round(ratio, 3),
+            "model": model, "arm": arm, "step_ms": round(1e3 * medians[arm], 3),
+            "vs_peer": round(ratio, 3),
             "without_the_model_ms": round(1e3 * (medians[arm] - medians[BARE]), 3),
             "target": f"<= {TARGET:g}: {'yes' if ratio <= TARGET else 'NO'}" if judged else "",
         })  # fmt: skip
@@ -199,19 +238,27 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     counts = " and ".join(f"{images} ({name})" for name, (_, _, images) in MODELS.items())
     lines = [
         "# A training step with a replay buffer, beside avalanche-lib", "",
-        f"`greenvis bench replay --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
-        f"thread(s), torch {result['torch']}, avalanche-lib {result[PEER]}. ER with a buffer of {BUFFER}, {BATCH} new and "
-        f"{BATCH} replayed images a step, SGD. The CPU time of training on a task of {counts} images, divided by its steps: "
-        "loading, replay, forward, backward, optimizer, and what the buffer keeps (greenvis at each step, avalanche-lib at the "
-        f"task's end). Medians over {result['rounds']} rounds; arms take turns in each, and vs_peer compares within a round. "
-        "greenvis keeps images as bytes, or float32 (exact); avalanche-lib keeps which images of the data set in memory they "
+        f"`greenvis bench replay --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
+        f"CPUs, {result['threads']} "
+        f"thread(s), torch {result['torch']}, avalanche-lib {result[PEER]}. ER with a buffer of "
+        f"{BUFFER}, {BATCH} new and "
+        f"{BATCH} replayed images a step, SGD. The CPU time of training on a task of {counts} "
+        "images, divided by its steps: "
+        "loading, replay, forward, backward, optimizer, and what the buffer keeps (greenvis at "
+        "each step, avalanche-lib at the "
+        f"task's end). Medians over {result['rounds']} rounds; arms take turns in each, and "
+        "vs_peer compares within a round. "
+        "greenvis keeps images as bytes, or float32 (exact); avalanche-lib keeps which images of "
+        "the data set in memory they "
         "are.", "",
         "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
     lines += [
-        "", "`without_the_model_ms` is the step less that of the same model on 64 new images, what no strategy can save. On a "
-        "larger model that part is nearly all, so the two come close: the target is judged on the multi-layer perceptron of "
+        "", "`without_the_model_ms` is the step less that of the same model on 64 new images, what "
+            "no strategy can save. On a "
+        "larger model that part is nearly all, so the two come close: the target is judged on the "
+        "multi-layer perceptron of "
         "recipes/continual/split-fashion.yaml.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

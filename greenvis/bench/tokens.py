@@ -1,7 +1,9 @@
-"""`greenvis bench tokens`: merging tokens against the unmodified model with its fused attention. Minutes on one core.
+"""`greenvis bench tokens`: merging tokens against the unmodified model with its fused attention.
+Minutes on one core.
 
-No other implementation stands beside it: that of the paper is not on PyPI, is for non-commercial use, and replaces fused
-attention; no package of it for classifiers was found there. timm's `patch_drop_rate` drops tokens at random, in training alone.
+No other implementation stands beside it: that of the paper is not on PyPI, is for non-commercial
+use, and replaces fused attention; no package of it for classifiers was found there. timm's
+`patch_drop_rate` drops tokens at random, in training alone.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from greenvis import files, models, registry
+from greenvis import models
+from greenvis.core import files
+from greenvis.core.wrap import wrap
 from greenvis.meters import flops
 from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
 from greenvis.meters.track import Tracker, track
-from greenvis.wrap import wrap
+from greenvis.techniques import registry
 
 MODEL = "timm/deit_small_patch16_224"
 SCHEDULES: tuple[Any, ...] = (0, 8, 13, 16, (13, -1))
@@ -40,13 +44,15 @@ def run(
     rounds: int = 9,
     threads: int = 1,
 ) -> dict[str, Any]:
-    """Return {"rows": [{"batch", "r", "gmacs", "flops_ratio", "images_per_s", "speedup", "realised", "latency_ms",
+    """Return {"rows": [{"batch", "r", "gmacs", "flops_ratio", "images_per_s", "speedup",
+    "realised", "latency_ms",
     "energy_j", "energy_ratio", "target"}], …}: one row for each batch size and r, random weights.
 
-    Settings take turns within each round and the order turns around every other round, so that a neighbour's load meets all
-    alike. images_per_s and latency_ms are of CPU time (on a GPU of wall time), medians over rounds; speedup and energy_ratio
-    are medians of each round's own ratio; energy_j is per image; realised is speedup over flops_ratio. out: a folder to write
-    report.md, results.json and figures/tokens.svg to.
+    Settings take turns within each round and the order turns around every other round, so that a
+    neighbour's load meets all alike. images_per_s and latency_ms are of CPU time (on a GPU of wall
+    time), medians over rounds; speedup and energy_ratio are medians of each round's own ratio;
+    energy_j is per image; realised is speedup over flops_ratio. out: a folder to write report.md,
+    results.json and figures/tokens.svg to.
     """
     started, before = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -54,18 +60,29 @@ def run(
         arms = {PLAIN: models.build(model).eval()}
         for r in schedules:
             arms[_name(r)] = models.build(model).eval()
-            wrap(arms[_name(r)], registry.find("token_merge").model_validate({"r": list(r) if isinstance(r, tuple) else r}))
+            wrap(
+                arms[_name(r)],
+                registry.find("token_merge").model_validate(
+                    {"r": list(r) if isinstance(r, tuple) else r}
+                ),
+            )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         size = _input_shape(arms[PLAIN])
-        macs = {name: flops.count(arm, torch.rand(1, *size), cross_check=False).macs for name, arm in arms.items()}
+        macs = {
+            name: flops.count(arm, torch.rand(1, *size), cross_check=False).macs
+            for name, arm in arms.items()
+        }
         with tempfile.TemporaryDirectory() as folder, track("tokens", dir=folder) as run_:
             rows = []
             for batch in batches:
-                rows += _rows(batch, _measured(arms, torch.rand(batch, *size), device, rounds, run_), macs)
+                rows += _rows(
+                    batch, _measured(arms, torch.rand(batch, *size), device, rounds, run_), macs
+                )
     finally:
         torch.set_num_threads(before)
     result = {
-        "rows": rows, "model": model, "rounds": rounds, "threads": threads, "device": device.type, "machine": cpu(),
+        "rows": rows, "model": model, "rounds": rounds, "threads": threads, "device": device.type,
+        "machine": cpu(),
         "torch": torch.__version__, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
@@ -78,7 +95,7 @@ def run(
 
 def _input_shape(model: nn.Module) -> tuple[int, int, int]:
     """Return the (channels, height, width) a model is made for."""
-    from greenvis.views import example_input
+    from greenvis.models.structure import example_input
 
     channels, height, width = example_input(model).shape[1:]
     return channels, height, width
@@ -104,28 +121,43 @@ def _measured(
                 arms[name](x)
                 wait([device])
                 seconds, after = clock() - start, run.energy().value
-                found[name].append((seconds, None if before is None or after is None else after - before))
+                found[name].append(
+                    (seconds, None if before is None or after is None else after - before)
+                )
     return found
 
 
-def _rows(batch: int, found: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]) -> list[dict[str, Any]]:
+def _rows(
+    batch: int, found: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]
+) -> list[dict[str, Any]]:
     seconds = {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
     joules: dict[str, float | None] = {}
     for name, runs in found.items():
         known = [j for _, j in runs if j is not None]
-        joules[name] = round(statistics.median(known) / batch, 4) if len(known) == len(runs) else None
+        joules[name] = (
+            round(statistics.median(known) / batch, 4) if len(known) == len(runs) else None
+        )
     rows = []
     for name in found:
-        rounds = list(zip(found[PLAIN], found[name], strict=True))  # of one round: what else the machine did met both alike
-        ratio, faster = macs[PLAIN] / macs[name], statistics.median(plain / its for (plain, _), (its, _) in rounds)
+        rounds = list(
+            zip(found[PLAIN], found[name], strict=True)
+        )  # of one round: what else the machine did met both alike
+        ratio, faster = (
+            macs[PLAIN] / macs[name],
+            statistics.median(plain / its for (plain, _), (its, _) in rounds),
+        )
         shares = [its / plain for (_, plain), (_, its) in rounds if its is not None and plain]
         target = TARGETS.get(name) if batch in (16, 32) else None
         rows.append({
-            "batch": batch, "r": name, "gmacs": round(macs[name] / 1e9, 2), "flops_ratio": round(ratio, 3),
-            "images_per_s": round(batch / seconds[name], 2), "speedup": round(faster, 3), "realised": round(faster / ratio, 3),
+            "batch": batch, "r": name, "gmacs": round(macs[name] / 1e9, 2),
+            "flops_ratio": round(ratio, 3),
+            "images_per_s": round(batch / seconds[name], 2), "speedup": round(faster, 3),
+            "realised": round(faster / ratio, 3),
             "latency_ms": round(seconds[name] * 1e3, 1), "energy_j": joules[name],
-            "energy_ratio": round(statistics.median(shares), 3) if len(shares) == len(rounds) else None,
-            "target": "" if target is None else f">= {target:g}: {'yes' if faster >= target else 'NO'}",
+            "energy_ratio": round(statistics.median(shares),
+            3) if len(shares) == len(rounds) else None,
+            "target": "" if target is None else f">= {target:g}: "
+                                                f"{'yes' if faster >= target else 'NO'}",
         })  # fmt: skip
     return rows
 
@@ -134,23 +166,42 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     rows = result["rows"]
     lines = [
         "# Token merging: throughput and energy against fused attention", "",
-        f"`greenvis bench tokens --out {out}`, {result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} "
-        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random weights (what merging costs in "
+        f"`greenvis bench tokens --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
+        f"CPUs, {result['threads']} "
+        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random "
+        "weights (what merging costs in "
         "accuracy stands in the reports of recipes/tokens). Medians of "
-        f"{result['rounds']} rounds in which all settings take turns, ratios of what ran in the same round; CPU time, "
-        "energy as `greenvis doctor` says. `realised` is the speed-up over the ratio of FLOPs; `energy_ratio` below 1 is a "
+        f"{result['rounds']} rounds in which all settings take turns, ratios of what ran in the "
+        "same round; CPU time, "
+        "energy as `greenvis doctor` says. `realised` is the speed-up over the ratio of FLOPs; "
+        "`energy_ratio` below 1 is a "
         "saving.", "",
         "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
     ]  # fmt: skip
-    lines += ["| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows]
-    losses = [f"batch {row['batch']}, r {row['r']}" for row in rows if row["r"] not in (PLAIN, "0") and row["speedup"] < 1]
-    lines += ["", f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.", "", "![speed-up](figures/tokens.svg)"]
-    lines += ["", "No other implementation for image classifiers was found on PyPI to stand beside it."]
+    lines += [
+        "| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows
+    ]
+    losses = [
+        f"batch {row['batch']}, r {row['r']}"
+        for row in rows
+        if row["r"] not in (PLAIN, "0") and row["speedup"] < 1
+    ]
+    lines += [
+        "",
+        f"Slower than the unmodified model: {'; '.join(losses) or 'none'}.",
+        "",
+        "![speed-up](figures/tokens.svg)",
+    ]
+    lines += [
+        "",
+        "No other implementation for image classifiers was found on PyPI to stand beside it.",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:
-    """Draw realised speed-up against the ratio of FLOPs, a line for each batch size; on the dashed line nothing is lost."""
+    """Draw realised speed-up against the ratio of FLOPs, a line for each batch size; on the dashed
+    line nothing is lost."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 

@@ -1,4 +1,5 @@
-"""What techniques hold, beside a trainer's checkpoint and back: the delta, and of several processes each one's own part."""
+"""What techniques hold, beside a trainer's checkpoint and back: the delta, and of several processes
+each one's own part."""
 
 from __future__ import annotations
 
@@ -9,9 +10,9 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from greenvis import files, ranks
+from greenvis.core import distributed, files
+from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
-from greenvis.wrap import Wrapped
 
 FOLDER = "greenvis"  # in a checkpoint's folder
 
@@ -20,14 +21,16 @@ def check_live(live: Any, what: str) -> None:
     """Raise BadInput for anything but what `gv.wrap` returned."""
     if not isinstance(live, Wrapped):
         raise BadInput(
-            f"{what} takes what gv.wrap returned, not {type(live).__name__}: to meter a run without a technique give "
+            f"{what} takes what gv.wrap returned, not {type(live).__name__}: to meter a run "
+            "without a technique give "
             f"{what}(gv.wrap(model), …)"
         )
 
 
 def save(live: Wrapped, folder: Path) -> None:
-    """Write what a wrapped model learned and what its techniques hold; every process calls it, none waits."""
-    if ranks.index() == 0:
+    """Write what a wrapped model learned and what its techniques hold; every process calls it, none
+    waits."""
+    if distributed.index() == 0:
         live.save(folder)
     save_own(live, folder, own_state(live))
 
@@ -36,33 +39,43 @@ def load(live: Wrapped, folder: Path) -> None:
     """Take back what `save` wrote. Raises BadInput for what does not fit, with nothing changed."""
     state, own = live._read(folder), load_own(live, folder)
     apart = tuple(f"{name.partition('.')[0]}." for name in own)
-    live.load_state_dict({k: v for k, v in state.items() if not k.startswith(apart)} | own if own else state)
+    live.load_state_dict(
+        {k: v for k, v in state.items() if not k.startswith(apart)} | own if own else state
+    )
 
 
 def save_own(live: Wrapped, folder: Path, own: Mapping[str, Tensor]) -> None:
     """Write what this process holds."""
     if own:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(folder / _name(ranks.index())) as part:
+        with files.replacing(folder / _name(distributed.index())) as part:
             save_file({k: v.detach().cpu().contiguous() for k, v in own.items()}, part)
 
 
 def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
     """Return what `save_own` wrote. Raises BadInput where another number of processes wrote it."""
     written = sorted(folder.glob("process-*-of-*.safetensors"))
-    here = folder / _name(ranks.index())
-    if any(t.apart for t in live.techniques) and not here.exists() and (written or ranks.count() > 1):
+    here = folder / _name(distributed.index())
+    if (
+        any(t.apart for t in live.techniques)
+        and not here.exists()
+        and (written or distributed.count() > 1)
+    ):
         raise BadInput(
-            f"{folder} holds the parts of {len(written) or 1} process(es), and here train {ranks.count()}: start as many, or "
+            f"{folder} holds the parts of {len(written) or 1} process(es), and here train "
+            f"{distributed.count()}: start as many, or "
             "begin without a checkpoint"
         )
     return load_file(here if here.exists() else written[0]) if written else {}
 
 
 def own_state(live: Wrapped, every: bool = False) -> dict[str, Tensor]:
-    """Return the state of techniques that each of several processes holds for itself; every: of all, of one process too."""
-    chosen = [(t.apart and ranks.count() > 1) or every for t in live.techniques]
-    pairs = [(t, i) for t, i, own in zip(live.techniques, live.installed, chosen, strict=True) if own]
+    """Return the state of techniques that each of several processes holds for itself; every: of
+    all, of one process too."""
+    chosen = [(t.apart and distributed.count() > 1) or every for t in live.techniques]
+    pairs = [
+        (t, i) for t, i, own in zip(live.techniques, live.installed, chosen, strict=True) if own
+    ]
     return {f"{t.name}.{k}": v for t, i in pairs for k, v in i.state_dict().items()}
 
 
@@ -75,4 +88,4 @@ def give_own(live: Wrapped, own: Mapping[str, Tensor]) -> None:
 
 
 def _name(index: int) -> str:
-    return f"process-{index}-of-{ranks.count()}.safetensors"
+    return f"process-{index}-of-{distributed.count()}.safetensors"

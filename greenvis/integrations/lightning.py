@@ -1,4 +1,5 @@
-"""greenvis in a Lightning `Trainer`: a callback that meters the run and tells techniques of steps and epochs."""
+"""greenvis in a Lightning `Trainer`: a callback that meters the run and tells techniques of steps
+and epochs."""
 
 from __future__ import annotations
 
@@ -12,24 +13,28 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.optim import Optimizer
 
-from greenvis import ranks
+from greenvis.core import distributed as ranks
+from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 from greenvis.integrations import _state
 from greenvis.meters.steps import samples_in
 from greenvis.meters.track import Tracker, track
-from greenvis.wrap import Wrapped
 
 
 class GreenCallback(Callback):
-    """Meter a Lightning run and train it with the techniques of `live`, which wraps the module's network.
+    """Meter a Lightning run and train it with the techniques of `live`, which wraps the module's
+    network.
 
-    name and options are those of `gv.track`; `run` is the tracked run, a new one at each `fit`. The module's own
+    name and options are those of `gv.track`; `run` is the tracked run, a new one at each `fit`. The
+    module's own
     `training_step` changes the batch and adds the terms: `x, y = live.batch(x, y)` and
-    `loss = criterion(logits, y) + live.loss(x, y, logits)`, a mean over its batch; `configure_optimizers` takes
-    `live.param_groups(lr)`. An optimizer step of automatic optimization learns the mean over all its samples, replayed ones
-    included, however many micro-batches and processes they came in.
-    Lightning's checkpoints hold, beside the weights, what the techniques are and hold: a module whose network is wrapped alike
-    takes it back, any other refuses it. For plain weights see `live.plain_state_dict`.
+    `loss = criterion(logits, y) + live.loss(x, y, logits)`, a mean over its batch;
+    `configure_optimizers` takes
+    `live.param_groups(lr)`. An optimizer step of automatic optimization learns the mean over all
+    its samples, replayed ones included, however many micro-batches and processes they came in.
+    Lightning's checkpoints hold, beside the weights, what the techniques are and hold: a module
+    whose network is wrapped alike takes it back, any other refuses it. For plain weights see
+    `live.plain_state_dict`.
     """
 
     def __init__(self, live: Wrapped, name: str, **options: Any) -> None:
@@ -70,21 +75,29 @@ class GreenCallback(Callback):
         self._epoch = self.run.phase(f"train/epoch{trainer.current_epoch + 1}")
         self._epoch.__enter__()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Count the FLOPs of the step, once for each kind."""
         self.live.trained_on = samples_in(batch)
         self._step.enter_context(self.run.flops(batch))
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+    def on_before_backward(
+        self, trainer: Trainer, pl_module: LightningModule, loss: Tensor
+    ) -> None:
         """Weigh the micro-batch by its samples."""
         if pl_module.automatic_optimization and loss.requires_grad:
             weight = self._mean.weight(self.live.trained_on)
             loss.register_hook(lambda gradient: gradient * weight)
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
         """Make the gradient the mean over the samples of the step."""
         if pl_module.automatic_optimization:
-            self._mean.settle(pl_module.parameters(), trainer.accumulate_grad_batches * ranks.count())
+            self._mean.settle(
+                pl_module.parameters(), trainer.accumulate_grad_batches * ranks.count()
+            )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -124,13 +137,16 @@ class GreenCallback(Callback):
                 break
         self._open.close()
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         """End the run as failed."""
         self._step.close()
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what each process holds for itself (its share of a replay buffer), where several train."""
+        """Return what each process holds for itself (its share of a replay buffer), where several
+        train."""
         own: Any = _state.own_state(self.live)
         if not own:
             return {}
@@ -143,15 +159,22 @@ class GreenCallback(Callback):
         parts = state_dict.get("parts", [None])
         if any(t.apart for t in self.live.techniques):
             if len(parts) != ranks.count():
-                raise BadInput(f"the checkpoint holds the parts of {len(parts)} process(es), and here train {ranks.count()}")
+                raise BadInput(
+                    f"the checkpoint holds the parts of {len(parts)} process(es), and here train "
+                    f"{ranks.count()}"
+                )
             _state.give_own(self.live, parts[ranks.index()] or {})
 
-    def _add_state(self, module: LightningModule, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    def _add_state(
+        self, module: LightningModule, state: dict[str, Any], prefix: str, metadata: Any
+    ) -> None:
         """Put what the techniques are and hold beside the wrapped model's own state."""
         if self.live.active:
             for name, part in module.named_modules():
                 if part is self.live.model:
-                    state.update({f"{prefix}{name}.{k}": v for k, v in self.live.state_beside().items()})
+                    state.update(
+                        {f"{prefix}{name}.{k}": v for k, v in self.live.state_beside().items()}
+                    )
 
     def _log(self, trainer: Trainer) -> dict[str, float]:
         values = {k: float(v) for k, v in trainer.callback_metrics.items()}

@@ -1,7 +1,8 @@
-"""Which of a machine's NVIDIA GPUs this process may use, told by UUID. Pure functions: no driver, no torch.
+"""Which of a machine's NVIDIA GPUs this process may use, told by UUID. Pure functions: no driver,
+no torch.
 
-CUDA numbers GPUs fastest first unless CUDA_DEVICE_ORDER is PCI_BUS_ID; NVML numbers them by bus. A number is a card only
-where both agree; a UUID always is.
+CUDA numbers GPUs fastest first unless CUDA_DEVICE_ORDER is PCI_BUS_ID; NVML numbers them by bus. A
+number is a card only where both agree; a UUID always is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ MASK, ORDER = "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER"
 
 
 class Card(NamedTuple):
-    """A GPU as NVML lists it, in the order of the bus: "GPU-…", its model's name, the UUIDs of its MIG slices."""
+    """A GPU as NVML lists it, in the order of the bus: "GPU-…", its model's name, the UUIDs of its
+    MIG slices."""
 
     uuid: str
     name: str
@@ -21,10 +23,14 @@ class Card(NamedTuple):
     split: bool = False  # MIG is on: CUDA sees slices only, whether or not they are listed
 
 
-def visible(cards: Sequence[Card], environ: Mapping[str, str], uuids: Sequence[str] | None = None) -> tuple[list[int], str]:
-    """Return the places in `cards` of those that CUDA shows to this process, in CUDA's order; or none, with the reason.
+def visible(
+    cards: Sequence[Card], environ: Mapping[str, str], uuids: Sequence[str] | None = None
+) -> tuple[list[int], str]:
+    """Return the places in `cards` of those that CUDA shows to this process, in CUDA's order; or
+    none, with the reason.
 
-    uuids: what torch says of its devices (with or without "GPU-"), once it has opened them; it comes before the mask.
+    uuids: what torch says of its devices (with or without "GPU-"), once it has opened them; it
+    comes before the mask.
     """
     if uuids is not None:
         chosen, why = _by_uuid(cards, uuids, whole=True)
@@ -44,11 +50,15 @@ def visible(cards: Sequence[Card], environ: Mapping[str, str], uuids: Sequence[s
     return chosen, "" if chosen else f"{MASK} hides every GPU from this process"
 
 
-def _by_uuid(cards: Sequence[Card], words: Sequence[str], *, whole: bool = False) -> tuple[list[int], str]:
+def _by_uuid(
+    cards: Sequence[Card], words: Sequence[str], *, whole: bool = False
+) -> tuple[list[int], str]:
     chosen: list[int] = []
     for word in words:
         bare = word.removeprefix("GPU-").removeprefix("MIG-")
-        parent = next((c for c in cards if any(bare and _bare(s).startswith(bare) for s in c.slices)), None)
+        parent = next(
+            (c for c in cards if any(bare and _bare(s).startswith(bare) for s in c.slices)), None
+        )
         if parent is not None or word.startswith("MIG-"):
             return [], _slice(parent.uuid if parent else "", word)
         matches = [i for i, c in enumerate(cards) if bare and _bare(c.uuid).startswith(bare)]
@@ -73,14 +83,19 @@ def _by_number(cards: Sequence[Card], words: Sequence[str], by_bus: bool) -> tup
         return chosen, ""
     names = ", ".join(sorted({c.name for c in cards}))
     return [], (
-        f"{MASK}={','.join(words)} counts in CUDA's order, fastest first, and the driver's counters in the bus's; the cards "
-        f"differ ({names}), so which one is meant cannot be told: set {ORDER}=PCI_BUS_ID, or name the card by UUID"
+        f"{MASK}={','.join(words)} counts in CUDA's order, fastest first, and the driver's "
+        "counters in the bus's; the cards "
+        f"differ ({names}), so which one is meant cannot be told: set {ORDER}=PCI_BUS_ID, or name "
+        "the card by UUID"
     )
 
 
 def _slice(parent: str, word: str) -> str:
     where = f" of {parent}" if parent else ""
-    return f"{word} is a MIG slice{where}: a slice has no energy counter of its own, and the card's counts its neighbours' work"
+    return (
+        f"{word} is a MIG slice{where}: a slice has no energy counter of its own, and the card's "
+        "counts its neighbours' work"
+    )
 
 
 def _bare(uuid: str) -> str:

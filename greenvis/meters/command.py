@@ -1,4 +1,5 @@
-"""`greenvis track -- python train.py …`: meter a program nobody can edit. Its children count; its exit code passes through."""
+"""`greenvis track -- python train.py …`: meter a program nobody can edit. Its children count; its
+exit code passes through."""
 
 from __future__ import annotations
 
@@ -21,11 +22,14 @@ from greenvis.meters.track import Tracker, track
 _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 
 
-def track_command(words: Sequence[str], *, name: str | None = None, **options: Any) -> tuple[int, Tracker]:
-    """Run a command to its end under a tracker and return its exit code (128 + n where signal n ended it) and the tracker.
+def track_command(
+    words: Sequence[str], *, name: str | None = None, **options: Any
+) -> tuple[int, Tracker]:
+    """Run a command to its end under a tracker and return its exit code (128 + n where signal n
+    ended it) and the tracker.
 
-    options: those of `track`. Signals meant for the command (SIGINT, SIGTERM, SIGHUP) are passed on to it.
-    Raises BadInput where the command cannot be started; no record is left then.
+    options: those of `track`. Signals meant for the command (SIGINT, SIGTERM, SIGHUP) are passed on
+    to it. Raises BadInput where the command cannot be started; no record is left then.
     """
     if not words:
         raise BadInput("no command was given: greenvis track -- python train.py")
@@ -39,7 +43,12 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
         except (OSError, ValueError) as error:  # a word with a zero byte is a ValueError
             run.stop("failed", str(error))
             _leave_nothing(run.path, before)
-            machine = getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+            machine = getattr(error, "errno", None) in (
+                errno.EMFILE,
+                errno.ENFILE,
+                errno.ENOMEM,
+                errno.EAGAIN,
+            )
             raise (GreenvisError if machine else BadInput)(
                 f"cannot start '{words[0]}': {getattr(error, 'strerror', None) or error}"
             ) from error
@@ -55,7 +64,8 @@ def track_command(words: Sequence[str], *, name: str | None = None, **options: A
 
 
 def _leave_nothing(record: Path, before: Path) -> None:
-    """Remove the record of a command that never ran, and the folders made for it: those below what was there before."""
+    """Remove the record of a command that never ran, and the folders made for it: those below what
+    was there before."""
     record.unlink(missing_ok=True)
     for folder in record.parents:
         if folder == before:
@@ -96,9 +106,13 @@ def _passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
         """A terminal sends SIGINT to the command itself, too."""
 
     before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,):
+    for number in (
+        (signal.SIGTERM, signal.SIGHUP) if hasattr(signal, "SIGHUP") else (signal.SIGTERM,)
+    ):
         before[number] = signal.signal(number, forward)
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, ignore if sys.stdin and sys.stdin.isatty() else forward)
+    before[signal.SIGINT] = signal.signal(
+        signal.SIGINT, ignore if sys.stdin and sys.stdin.isatty() else forward
+    )
     try:
         yield
     finally:
@@ -108,7 +122,8 @@ def _passed_on(process: subprocess.Popen[Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _orphans_come_here() -> Iterator[None]:
-    """Have the kernel give us processes whose parent ended, so that what they use is counted to their end."""
+    """Have the kernel give us processes whose parent ended, so that what they use is counted to
+    their end."""
     libc = None
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
@@ -122,7 +137,8 @@ def _orphans_come_here() -> Iterator[None]:
 
 
 def _reap_orphans(run: Tracker, ours: set[int]) -> None:
-    """Take in what the command left behind and has ended; say what still runs, and is counted no longer."""
+    """Take in what the command left behind and has ended; say what still runs, and is counted no
+    longer."""
     if sys.platform != "linux":
         return
     left = [pid for pid in children(os.getpid()) if pid not in ours]
@@ -132,4 +148,7 @@ def _reap_orphans(run: Tracker, ours: set[int]) -> None:
                 continue
         left.remove(pid)
     if left:
-        run.note(f"the command left {len(left)} processes running (pid {', '.join(map(str, left))}); counted until it ended")
+        run.note(
+            f"the command left {len(left)} processes running (pid {', '.join(map(str, left))}); "
+            "counted until it ended"
+        )

@@ -1,8 +1,9 @@
 """A counter is believed step by step, never because a number arrived. Standard library only.
 
-A step is possible where 0 <= step <= elapsed time × the most the device can draw. Any other (the counter began anew after a
-suspend, a driver's reload or a plug's restart; a garbled reading) is dropped and noted, and the time it spans is unseen. A
-reading that fails is no baseline; one that fails in between is bridged by the next that is possible.
+A step is possible where 0 <= step <= elapsed time × the most the device can draw. Any other (the
+counter began anew after a suspend, a driver's reload or a plug's restart; a garbled reading) is
+dropped and noted, and the time it spans is unseen. A reading that fails is no baseline; one that
+fails in between is bridged by the next that is possible.
 """
 
 from __future__ import annotations
@@ -11,32 +12,48 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from greenvis.record import UNSEEN
+from greenvis.meters.record import UNSEEN
 
 GRACE_S = 0.1  # a counter steps at times of its own, not at ours
-LEAST_S = 1e-6  # what a dropped step leaves unseen at least, so that a clock that stood still does not hide it
+# what a dropped step leaves unseen at least, so that a clock that stood still does not hide
+# it
+LEAST_S = 1e-6
 
 
 class Counter:
-    """`total`: the sum of a counter's possible steps since `opened`. All times are of the monotonic clock, in seconds.
+    """`total`: the sum of a counter's possible steps since `opened`. All times are of the monotonic
+    clock, in seconds.
 
-    name: for notes; most: what it can grow by in a second (W, where it counts joules); wraps_at: the value after which it
-    starts again from 0 (0: never); patience_s: how long a live one may stand still.
+    name: for notes; most: what it can grow by in a second (W, where it counts joules); wraps_at:
+    the value after which it starts again from 0 (0: never); patience_s: how long a live one may
+    stand still.
     """
 
-    def __init__(self, name: str, most: float, opened: float, *, wraps_at: float = 0.0, patience_s: float = math.inf) -> None:
+    def __init__(
+        self,
+        name: str,
+        most: float,
+        opened: float,
+        *,
+        wraps_at: float = 0.0,
+        patience_s: float = math.inf,
+    ) -> None:
         self.name, self.total = name, 0.0
         self._most, self._wraps_at, self._patience_s = most, wraps_at, patience_s
         self._last: float | None = None
         self._failing = False
         self._dropped_s = 0.0
         self._read_at = self._moved_at = opened
-        self._credit, self._credit_at = most * GRACE_S, opened  # small steps in a row do not outgrow time × most either
+        self._credit, self._credit_at = (
+            most * GRACE_S,
+            opened,
+        )  # small steps in a row do not outgrow time × most either
         self._notes: dict[str, str] = {}
         self._new_notes: list[str] = []
 
     def take(self, now: float, reading: Any, why: str = "") -> None:
-        """Take a reading, in the counter's own unit; None where it could not be read, for the reason `why`."""
+        """Take a reading, in the counter's own unit; None where it could not be read, for the
+        reason `why`."""
         value = _number(reading)
         if value is None:
             self._failing = True
@@ -47,7 +64,10 @@ class Counter:
         self._credit_at = now
         if self._last is None:
             if now > self._read_at:
-                self._note("late", f"tells nothing of the {now - self._read_at:.3g} s before its first reading")
+                self._note(
+                    "late",
+                    f"tells nothing of the {now - self._read_at:.3g} s before its first reading",
+                )
             self._drop(now, LEAST_S if self._failing else 0.0)
         elif value != self._last:
             self._step(now, value, self._last)
@@ -61,7 +81,8 @@ class Counter:
             self._last, self._read_at = None, now
 
     def unseen_s(self, now: float) -> float:
-        """Return the seconds since `opened` of which nothing is known. It falls again when a reading bridges a gap."""
+        """Return the seconds since `opened` of which nothing is known. It falls again when a
+        reading bridges a gap."""
         since = self._blind_since(now)
         return self._dropped_s + (0.0 if since is None else max(0.0, now - since))
 
@@ -81,14 +102,22 @@ class Counter:
         if step < 0 and turns:
             step += self._wraps_at
         if turns and (now - self._read_at) * self._most >= self._wraps_at:
-            self._note("seldom", f"was not read for {now - self._read_at:.3g} s, in which it may have wrapped around unseen")
+            self._note(
+                "seldom",
+                f"was not read for {now - self._read_at:.3g} s, in which it may have wrapped "
+                "around unseen",
+            )
             self._drop(now)
         elif 0 <= step <= self._credit:
             self.total += step
             self._credit -= step
         else:
             waited = now - self._moved_at
-            self._note("jump", f"went from {last:.7g} to {value:.7g} within {waited:.2g} s, which cannot be: step dropped")
+            self._note(
+                "jump",
+                f"went from {last:.7g} to {value:.7g} within {waited:.2g} s, which cannot be: step "
+                "dropped",
+            )
             self._drop(now)
         self._moved_at = now
 
@@ -111,7 +140,8 @@ class Counter:
 
 
 def readings(quantity: str, counters: Sequence[Counter], now: float) -> dict[str, float]:
-    """Return {quantity: the counters' sum} and, where any was ever amiss, the mean of their unseen seconds."""
+    """Return {quantity: the counters' sum} and, where any was ever amiss, the mean of their unseen
+    seconds."""
     out = {quantity: math.fsum(c.total for c in counters)}
     unseen = math.fsum(c.unseen_s(now) for c in counters) / len(counters)
     return out | {quantity + UNSEEN: unseen} if any(c.doubted for c in counters) else out

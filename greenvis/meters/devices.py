@@ -1,4 +1,5 @@
-"""Accelerators of this process as torch knows them: which are in use, by what UUID, and how to wait for them.
+"""Accelerators of this process as torch knows them: which are in use, by what UUID, and how to wait
+for them.
 
 torch is looked at where the program has imported it, never imported here, and no device is opened.
 """
@@ -9,16 +10,19 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from greenvis.record import PARTLY_UNKNOWN
+from greenvis.meters.record import PARTLY_UNKNOWN
 
 HOSTS = ("cpu", "meta")
 NAMES = {"cuda": "CUDA", "rocm": "ROCm", "mps": "MPS (Apple)", "xpu": "XPU (Intel)"}
 
 
 def in_use(torch: Any = None) -> set[str]:
-    """Return the kinds of accelerator this process has opened: "cuda", "rocm", "mps", "xpu" or torch's name of another."""
+    """Return the kinds of accelerator this process has opened: "cuda", "rocm", "mps", "xpu" or
+    torch's name of another."""
     torch = torch or sys.modules.get("torch")
-    kinds = {kind for kind in ("cuda", "xpu", "mps", _other(torch)) if kind and _opened(torch, kind)}
+    kinds = {
+        kind for kind in ("cuda", "xpu", "mps", _other(torch)) if kind and _opened(torch, kind)
+    }
     return {kind_of(kind, torch) for kind in kinds}
 
 
@@ -30,36 +34,47 @@ def kind_of(device_type: str, torch: Any = None) -> str:
 
 
 def uuids(torch: Any = None) -> list[str] | None:
-    """Return the UUIDs of torch's CUDA devices, in its order; None where it has not opened them or does not know."""
+    """Return the UUIDs of torch's CUDA devices, in its order; None where it has not opened them or
+    does not know."""
     torch = torch or sys.modules.get("torch")
     try:
         if torch is None or not torch.cuda.is_initialized() or torch.version.hip:
             return None
-        return [str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())]
+        return [
+            str(torch.cuda.get_device_properties(i).uuid) for i in range(torch.cuda.device_count())
+        ]
     except Exception:  # as above
         return None
 
 
 def uncounted(kinds: Iterable[str], why: str) -> dict[str, Any] | None:
-    """Return the component that says whose joules are missing, for devices in use that no counter covers; None for none.
+    """Return the component that says whose joules are missing, for devices in use that no counter
+    covers; None for none.
 
     why: what is known of NVML's absence.
     """
     missing = sorted(set(kinds) - set(HOSTS))
     if not missing:
         return None
-    reasons = [why if k == "cuda" else f"greenvis reads no energy counter of {NAMES.get(k, k)} devices" for k in missing]
+    reasons = [
+        why if k == "cuda" else f"greenvis reads no energy counter of {NAMES.get(k, k)} devices"
+        for k in missing
+    ]
     return {
         "name": "gpu", "source": "none", "scope": "machine", "observation": "", "coefficient": {},
-        "provenance": PARTLY_UNKNOWN, "reason": f"none, because {'; '.join(reasons)}: what the device used is not in the total",
+        "provenance": PARTLY_UNKNOWN, "reason": f"none, because {'; '.join(reasons)}: what the "
+                                                "device used is not in the total",
     }  # fmt: skip
 
 
 def asynchronous(*holders: Any) -> list[Any]:
-    """Return the devices of these tensors and modules that are asked and answer later: all but the processor."""
+    """Return the devices of these tensors and modules that are asked and answer later: all but the
+    processor."""
     seen: dict[Any, None] = {}
     for holder in holders:
-        tensors = [*holder.parameters(), *holder.buffers()] if hasattr(holder, "parameters") else [holder]
+        tensors = (
+            [*holder.parameters(), *holder.buffers()] if hasattr(holder, "parameters") else [holder]
+        )
         seen.update(dict.fromkeys(t.device for t in tensors if t.device.type not in HOSTS))
     return [*seen]
 

@@ -1,4 +1,5 @@
-"""`greenvis doctor`: where each figure comes from on this machine, how sure it is, and what would make it surer."""
+"""`greenvis doctor`: where each figure comes from on this machine, how sure it is, and what would
+make it surer."""
 
 from __future__ import annotations
 
@@ -6,13 +7,14 @@ from importlib import metadata
 from typing import Any
 
 from greenvis.errors import BadInput
-from greenvis.grid import lookup
 from greenvis.meters import header
 from greenvis.meters.energy import Meter, load_coefficients
+from greenvis.meters.grid import lookup
 
 
 def doctor(country: str | None = None) -> list[dict[str, Any]]:
-    """Return a row for each thing measured: {"what", "source", "provenance", "band", "why", "better"}."""
+    """Return a row for each thing measured: {"what", "source", "provenance", "band", "why",
+    "better"}."""
     meter = Meter()
     rows = [_row(c) for c in meter.components]
     if not any(c["name"] == "gpu" for c in meter.components):
@@ -20,11 +22,23 @@ def doctor(country: str | None = None) -> list[dict[str, Any]]:
     described = header.cpu()
     place = "virtual machine" if described["virtual"] else "bare machine"
     rows.append(
-        _plain("processor", described["name"] or "name hidden", "", f"{described['allowed']} logical CPUs, {place}", "")
+        _plain(
+            "processor",
+            described["name"] or "name hidden",
+            "",
+            f"{described['allowed']} logical CPUs, {place}",
+            "",
+        )
     )
     steal = meter.read().get("steal_s")
     rows.append(
-        _plain("steal", "/proc/stat" if steal is not None else "none", "measured", "time other machines took from this one", "")
+        _plain(
+            "steal",
+            "/proc/stat" if steal is not None else "none",
+            "measured",
+            "time other machines took from this one",
+            "",
+        )
     )
     rows.append(_repeatability())
     rows.append(_grid(country))
@@ -38,7 +52,8 @@ _LIBRARIES = (
     ("fvcore", "the second FLOPs counter"),
 )
 _BETTER = {
-    "cpu": "RAPL on bare metal (chmod a+r /sys/class/powercap/*/energy_uj), or a coefficients file with wall-meter readings",
+    "cpu": "RAPL on bare metal (chmod a+r /sys/class/powercap/*/energy_uj), or a coefficients file "
+    "with wall-meter readings",
     "ram": "a processor with a RAPL memory counter, or a coefficients file",
     "gpu": "an NVIDIA driver with NVML",
 }
@@ -47,11 +62,14 @@ _BETTER = {
 def _row(c: dict[str, Any]) -> dict[str, Any]:
     k = c.get("coefficient") or {}
     band = (
-        f"{k['low']:g} – {k['central']:g} – {k['high']:g} {k.get('unit', '')}" if k and c["provenance"] == "estimated" else ""
+        f"{k['low']:g} – {k['central']:g} – {k['high']:g} {k.get('unit', '')}"
+        if k and c["provenance"] == "estimated"
+        else ""
     )
     better = "" if c.get("provenance") == "measured" else _BETTER.get(c["name"], "")
     return {
-        "what": c["name"], "source": c["source"], "provenance": c.get("provenance", ""), "band": band,
+        "what": c["name"], "source": c["source"], "provenance": c.get("provenance", ""),
+        "band": band,
         "why": c.get("reason", ""), "better": better,
     }  # fmt: skip
 
@@ -62,13 +80,22 @@ def _repeatability() -> dict[str, Any]:
     known = k["citation"].startswith("measured")
     return {
         "what": "repeatability", "source": "the same work, again" if known else "default",
-        "provenance": "measured" if known else "estimated", "band": f"×{k['low']:.2g} – ×{k['high']:.2g}", "why": k["citation"],
+        "provenance": "measured" if known else "estimated", "band": f"×{k['low']:.2g} – "
+                                                                    f"×{k['high']:.2g}",
+                                                                    "why": k["citation"],
         "better": "greenvis doctor --repeat, today and on another day: a minute each",
     }  # fmt: skip
 
 
 def _plain(what: str, source: str, provenance: str, why: str, better: str) -> dict[str, Any]:
-    return {"what": what, "source": source, "provenance": provenance, "band": "", "why": why, "better": better}
+    return {
+        "what": what,
+        "source": source,
+        "provenance": provenance,
+        "band": "",
+        "why": why,
+        "better": better,
+    }
 
 
 def _grid(country: str | None) -> dict[str, Any]:
@@ -77,9 +104,24 @@ def _grid(country: str | None) -> dict[str, Any]:
     except BadInput as error:
         return _plain("grid", "none", "", str(error), "give country= or intensity=")
     if found["assumed"]:
-        why = f"no country was given: {found['value']:g} g/kWh, the world average ({found['source']}), is assumed"
-        return _plain("grid", "world average", "constant", why, 'country="FRA" (ISO-3), or intensity= in g/kWh')
-    return _plain("grid", found["zone"], "estimated", f"{found['value']:g} g/kWh, {found['year']}: {found['source']}", "")
+        why = (
+            f"no country was given: {found['value']:g} g/kWh, the world average "
+            f"({found['source']}), is assumed"
+        )
+        return _plain(
+            "grid",
+            "world average",
+            "constant",
+            why,
+            'country="FRA" (ISO-3), or intensity= in g/kWh',
+        )
+    return _plain(
+        "grid",
+        found["zone"],
+        "estimated",
+        f"{found['value']:g} g/kWh, {found['year']}: {found['source']}",
+        "",
+    )
 
 
 def _library(name: str, why: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
-"""Ends of a process that would otherwise lose the last second: exit without stop, SIGTERM, SIGHUP, fork.
+"""Ends of a process that would otherwise lose the last second: exit without stop, SIGTERM, SIGHUP,
+fork.
 
-Only default signal handlers are replaced, only from the main thread, and the process still dies of the signal.
+Only default signal handlers are replaced, only from the main thread, and the process still dies of
+the signal.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def enter(tracker: Tracked) -> None:
 
 
 def leave(tracker: Tracked) -> None:
-    """Stop watching over a tracker; the last one gives the signals back, unless somebody took them over since."""
+    """Stop watching over a tracker; the last one gives the signals back, unless somebody took them
+    over since."""
     if tracker in _active:
         _active.remove(tracker)
     if not _active and threading.current_thread() is threading.main_thread():

@@ -1,10 +1,12 @@
-"""What this machine can observe of its energy: sources in order of trust, and the coefficients that price the rest.
+"""What this machine can observe of its energy: sources in order of trust, and the coefficients that
+price the rest.
 
 1. a live counter (RAPL, NVML, or a wall meter the user reads): it advanced under a short load;
 2. CPU-seconds of this process and its children × watts per busy CPU;
 3. wall time × a constant, last.
 
-The meter returns running observations; `greenvis.price` turns them into joules, on reading.
+The meter returns running observations; `greenvis.meters.pricing` turns them into joules, on
+reading.
 """
 
 from __future__ import annotations
@@ -16,32 +18,36 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from greenvis import files
+from greenvis.core import files
 from greenvis.errors import BadInput, nearest, one_line
 from greenvis.meters import devices, host, repeat
 from greenvis.meters.counter import Counter, readings
 from greenvis.meters.nvml import Nvml, open_nvml
 from greenvis.meters.processes import TICK_S, PortableTree, ProcessTree, open_tree
 from greenvis.meters.rapl import POWERCAP, Rapl, open_rapl
+from greenvis.meters.record import MOST_BYTES
 from greenvis.meters.wall import WallMeter
-from greenvis.record import MOST_BYTES
 
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 OVERRIDE = "GREENVIS_COEFFICIENTS"  # environment variable: the user's own coefficients file
 MOST = 1e6  # of any coefficient of a user's: watts, ratios
 CHEAP_S = 0.05  # counters that cost a driver call are read at most this often when phases are short
-HEADROOM = 1.25  # CPU time is counted in ticks and found late: a little more than all CPUs may show up at once
+# CPU time is counted in ticks and found late: a little more than all CPUs may show up at
+# once
+HEADROOM = 1.25
 SLEPT_S = 1.0  # a machine that slept for longer may have begun its counters anew
 ONE = {"low": 1.0, "central": 1.0, "high": 1.0, "unit": "J per J"}
 
 
 class Source(Protocol):
-    """What a tracker reads. `components` go into the record's header; quantities are running totals since opening."""
+    """What a tracker reads. `components` go into the record's header; quantities are running totals
+    since opening."""
 
     components: list[dict[str, Any]]
 
     def read(self, full: bool = True) -> dict[str, float]:
-        """Return wall_s and whatever else is observed; `full` False leaves out what is slow to read."""
+        """Return wall_s and whatever else is observed; `full` False leaves out what is slow to
+        read."""
         ...
 
     def corrections(self) -> list[dict[str, Any]]:
@@ -52,8 +58,9 @@ class Source(Protocol):
 class Meter:
     """The live source of this process on this machine.
 
-    coefficients: a file of the user's, over ours (see `load_coefficients`); wall_meter: a function returning joules of
-    the whole machine so far (a smart plug, a server's management board), which then replaces every other component.
+    coefficients: a file of the user's, over ours (see `load_coefficients`); wall_meter: a function
+    returning joules of the whole machine so far (a smart plug, a server's management board), which
+    then replaces every other component.
     """
 
     def __init__(
@@ -66,19 +73,27 @@ class Meter:
         self._tree = _tree()
         self._rapl, why_rapl = open_rapl(powercap)
         self._nvml, self._why_nvml = open_nvml()
-        self.components = _components(table, self._rapl is not None, why_rapl, self._nvml, self._why_nvml)
+        self.components = _components(
+            table, self._rapl is not None, why_rapl, self._nvml, self._why_nvml
+        )
         if self._tree is None:  # neither CPU time nor memory can be read here
-            self.components = [c for c in self.components if c["observation"] not in ("cpu_s", "ram_gb_s")]
+            self.components = [
+                c for c in self.components if c["observation"] not in ("cpu_s", "ram_gb_s")
+            ]
             if self._rapl is None:
                 self.components.insert(0, _by_the_clock(table))
         if self._rapl is not None and "dram_j" in self._rapl.read():
-            ram = _counted("ram", "rapl", "dram_j", "RAPL's memory counter advances with the package's")
+            ram = _counted(
+                "ram", "rapl", "dram_j", "RAPL's memory counter advances with the package's"
+            )
             self.components = [ram if c["name"] == "ram" else c for c in self.components]
         now, slept = host.clocks()
         self._opened, self._slept = now, slept
         self._wall = None if wall_meter is None else WallMeter(wall_meter, now)
         if wall_meter is not None:
-            self.components = [_counted("machine", "wall meter", "meter_j", "read by the user's own function")]
+            self.components = [
+                _counted("machine", "wall meter", "meter_j", "read by the user's own function")
+            ]
         self._cpu = Counter("CPU time", HEADROOM * host.cpus(), now)
         self._ram = Counter("resident memory", HEADROOM * host.memory_gb(), now)
         self.model_on: set[str] = set()  # kinds of the devices the tracked model lies on
@@ -90,9 +105,11 @@ class Meter:
         self._read(now, slept, full=True)
 
     def read(self, full: bool = True) -> dict[str, float]:
-        """Return running totals: wall_s, cpu_s, ram_gb_s, and steal_s, cpu_j, dram_j, gpu_j, meter_j where there are such.
+        """Return running totals: wall_s, cpu_s, ram_gb_s, and steal_s, cpu_j, dram_j, gpu_j,
+        meter_j where there are such.
 
-        Beside a counter that was not to be believed for some time stands that time ("cpu_j_unseen_s").
+        Beside a counter that was not to be believed for some time stands that time
+        ("cpu_j_unseen_s").
         """
         return self._read(*host.clocks(), full)
 
@@ -108,7 +125,9 @@ class Meter:
         for counter in self._slow_counters():
             out |= counter.read(now) if fresh else counter.so_far(now)
         if full and self._steal_from is not None:
-            self._steal_s = max(self._steal_s, ((host.steal_ticks() or 0) - self._steal_from) * TICK_S)
+            self._steal_s = max(
+                self._steal_s, ((host.steal_ticks() or 0) - self._steal_from) * TICK_S
+            )
         if self._steal_from is not None:
             out["steal_s"] = self._steal_s
         if fresh:
@@ -129,7 +148,9 @@ class Meter:
 
     def new_notes(self) -> list[str]:
         """Return in words what was amiss with the readings since the last call."""
-        return [note for c in (*self._slow_counters(), self._cpu, self._ram) for note in c.new_notes()]
+        return [
+            note for c in (*self._slow_counters(), self._cpu, self._ram) for note in c.new_notes()
+        ]
 
     def corrections(self) -> list[dict[str, Any]]:
         """Return the GPU component anew where it turned out otherwise than at the start.
@@ -144,7 +165,9 @@ class Meter:
         if not self._mapped and (uuids := devices.uuids()) is not None:
             self._mapped = True
             out += self._use_cards(uuids)
-        missing = devices.uncounted(kinds - {"cuda"} if self._nvml is not None else kinds, self._why_nvml)
+        missing = devices.uncounted(
+            kinds - {"cuda"} if self._nvml is not None else kinds, self._why_nvml
+        )
         if missing is not None and missing != self._missing:
             self._missing = missing
             out.append(missing if self._nvml is None else missing | {"name": "other gpu"})
@@ -169,18 +192,25 @@ class Meter:
 class Replay:
     """Plays back a recorded log: no hardware, no waiting.
 
-    The log is JSON lines: first {"components": [...]}, then one {"wall_s": …, "cpu_s": …, …} of running totals for each
-    reading. Each `read` returns the next line; the last one repeats.
+    The log is JSON lines: first {"components": [...]}, then one {"wall_s": …, "cpu_s": …, …} of
+    running totals for each reading. Each `read` returns the next line; the last one repeats.
     """
 
     def __init__(self, log: str | os.PathLike[str]) -> None:
         try:
-            lines = [json.loads(text) for text in files.read_text(log, "meter log", MOST_BYTES).splitlines() if text.strip()]
+            lines = [
+                json.loads(text)
+                for text in files.read_text(log, "meter log", MOST_BYTES).splitlines()
+                if text.strip()
+            ]
             self.components: list[dict[str, Any]] = lines[0]["components"]
             self._readings: list[dict[str, float]] = lines[1:]
             self._readings[0]["wall_s"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise BadInput(f"{log} is not a meter log (a line of components, then lines with wall_s): {error!r}") from error
+            raise BadInput(
+                f"{log} is not a meter log (a line of components, then lines with wall_s): "
+                f"{error!r}"
+            ) from error
         self._next = 0
 
     def read(self, full: bool = True) -> dict[str, float]:
@@ -197,9 +227,10 @@ class Replay:
 def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
     """Return our table, with the user's file (or the one $GREENVIS_COEFFICIENTS names) over it.
 
-    The file is JSON with any of our keys, each {"low", "central", "high", "citation"}; or "wall_meter":
-    {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from which the watts per busy CPU follow.
-    Raises BadInput for a file that is not such a table.
+    The file is JSON with any of our keys, each {"low", "central", "high", "citation"}; or
+    "wall_meter":
+    {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from which the watts per
+    busy CPU follow. Raises BadInput for a file that is not such a table.
     """
     table = json.loads(COEFFICIENTS.read_text())
     table["repeatability"] = repeat.band(cpu_name(), table["repeatability"])
@@ -213,7 +244,9 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
         if key == "wall_meter":
             table["cpu_w_per_busy_cpu"] = _from_wall_meter(path, value)
         elif key not in table:
-            raise BadInput(f"{path}: unknown coefficient '{key}'{nearest(key, [*table, 'wall_meter'])}")
+            raise BadInput(
+                f"{path}: unknown coefficient '{key}'{nearest(key, [*table, 'wall_meter'])}"
+            )
         elif key == "version":
             table[key] = one_line(value)[:200]
         elif key == "processors":
@@ -232,25 +265,42 @@ def _checked(path: Any, key: str, value: Any) -> dict[str, Any]:
         if not 0 <= low <= central <= high <= MOST:
             raise ValueError(f"0 <= low <= central <= high <= {MOST:,} does not hold")
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise BadInput(f'{path}: {key} needs numbers {{"low", "central", "high"}} in order: {error}') from error
+        raise BadInput(
+            f'{path}: {key} needs numbers {{"low", "central", "high"}} in order: {error}'
+        ) from error
     words = {k: one_line(value[k])[:5000] for k in ("unit", "citation") if k in value}
-    return {"citation": f"given by the user in {path}", **words, "low": low, "central": central, "high": high}
+    return {
+        "citation": f"given by the user in {path}",
+        **words,
+        "low": low,
+        "central": central,
+        "high": high,
+    }
 
 
 def _processors(path: Any, value: Any) -> list[dict[str, Any]]:
-    """Return a table of processors, as ours: a part of the name, its thermal design power and its threads."""
+    """Return a table of processors, as ours: a part of the name, its thermal design power and its
+    threads."""
     try:
         return [
             {
-                "match": str(row["match"])[:200] if row["match"] else _refuse("an empty match is in every name"),
-                "tdp_w": watts if 0 < (watts := float(row["tdp_w"])) <= MOST else _refuse("tdp_w is out of range"),
-                "threads": threads if 0 < (threads := float(row["threads"])) <= MOST else _refuse("threads is out of range"),
+                "match": str(row["match"])[:200]
+                if row["match"]
+                else _refuse("an empty match is in every name"),
+                "tdp_w": watts
+                if 0 < (watts := float(row["tdp_w"])) <= MOST
+                else _refuse("tdp_w is out of range"),
+                "threads": threads
+                if 0 < (threads := float(row["threads"])) <= MOST
+                else _refuse("threads is out of range"),
                 "citation": one_line(row.get("citation", f"given by the user in {path}"))[:5000],
             }
             for row in value
         ]
     except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise BadInput(f'{path}: processors is a list of {{"match", "tdp_w", "threads"}}: {error}') from error
+        raise BadInput(
+            f'{path}: processors is a list of {{"match", "tdp_w", "threads"}}: {error}'
+        ) from error
 
 
 def _refuse(why: str) -> Any:
@@ -258,33 +308,41 @@ def _refuse(why: str) -> Any:
 
 
 def _from_wall_meter(path: Any, value: Any) -> dict[str, Any]:
-    """Turn a plug's readings into watts per busy CPU: low is the extra draw of work alone, high adds the idle machine."""
+    """Turn a plug's readings into watts per busy CPU: low is the extra draw of work alone, high
+    adds the idle machine."""
     try:
         idle, busy, cpus = (float(value[k]) for k in ("idle_w", "busy_w", "busy_cpus"))
         if not (0 <= idle < busy <= MOST and 0 < cpus <= MOST):
             raise ValueError(f"0 <= idle_w < busy_w <= {MOST:,} and busy_cpus > 0 do not hold")
     except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise BadInput(f'{path}: wall_meter needs {{"idle_w", "busy_w", "busy_cpus"}}: {error}') from error
+        raise BadInput(
+            f'{path}: wall_meter needs {{"idle_w", "busy_w", "busy_cpus"}}: {error}'
+        ) from error
     low, high = (busy - idle) / cpus, busy / cpus
     return {
         "low": low, "central": high, "high": high, "unit": "W per busy logical CPU",
-        "citation": one_line(value.get("citation", f"wall meter, {path}: {idle:g} W idle, {busy:g} W with {cpus:g} CPUs busy")),
+        "citation": one_line(value.get("citation", f"wall meter, {path}: {idle:g} W idle, {busy:g} "
+                                                   f"W with {cpus:g} CPUs busy")),
     }  # fmt: skip
 
 
-def _components(table: Mapping[str, Any], rapl: bool, why_rapl: str, nvml: Nvml | None, why_nvml: str) -> list[dict[str, Any]]:
+def _components(
+    table: Mapping[str, Any], rapl: bool, why_rapl: str, nvml: Nvml | None, why_nvml: str
+) -> list[dict[str, Any]]:
     if rapl:
         cpu = _counted("cpu", "rapl", "cpu_j", why_rapl)
     else:
         coefficient = _cpu_coefficient(table)
         cpu = {
             "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
-            "coefficient": coefficient, "provenance": "estimated", "citation": coefficient["citation"], "reason": why_rapl,
+            "coefficient": coefficient, "provenance": "estimated",
+            "citation": coefficient["citation"], "reason": why_rapl,
             "repeatability": table["repeatability"],
         }  # fmt: skip
     ram_table = table["ram_w_per_gb"]
     ram = {
-        "name": "ram", "source": "resident memory model", "scope": "process", "observation": "ram_gb_s",
+        "name": "ram", "source": "resident memory model", "scope": "process",
+        "observation": "ram_gb_s",
         "coefficient": ram_table, "provenance": "estimated", "citation": ram_table["citation"],
         "repeatability": table["repeatability"],
         "reason": "no live memory counter",
@@ -297,7 +355,8 @@ def _components(table: Mapping[str, Any], rapl: bool, why_rapl: str, nvml: Nvml 
 
 def _counted(name: str, source: str, observation: str, reason: str) -> dict[str, Any]:
     return {
-        "name": name, "source": source, "scope": "machine", "observation": observation, "coefficient": ONE,
+        "name": name, "source": source, "scope": "machine", "observation": observation,
+        "coefficient": ONE,
         "provenance": "measured", "citation": "", "reason": reason,
     }  # fmt: skip
 
@@ -308,7 +367,14 @@ def _gpu(nvml: Nvml, why: str) -> dict[str, Any]:
 
 
 def _missing(name: str, reason: str) -> dict[str, Any]:
-    return {"name": name, "source": "none", "scope": "machine", "observation": "", "coefficient": {}, "reason": reason}
+    return {
+        "name": name,
+        "source": "none",
+        "scope": "machine",
+        "observation": "",
+        "coefficient": {},
+        "reason": reason,
+    }
 
 
 def _tree() -> ProcessTree | PortableTree | None:
@@ -322,21 +388,27 @@ def _tree() -> ProcessTree | PortableTree | None:
 
 def _by_the_clock(table: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "name": "cpu", "source": "wall time", "scope": "process", "observation": "wall_s", "coefficient": table["wall_w"],
-        "provenance": "constant", "citation": table["wall_w"]["citation"], "reason": "CPU time cannot be read on this system",
+        "name": "cpu", "source": "wall time", "scope": "process", "observation": "wall_s",
+        "coefficient": table["wall_w"],
+        "provenance": "constant", "citation": table["wall_w"]["citation"], "reason": "CPU time "
+                                                                                     "cannot be "
+                                                                                     "read on this "
+                                                                                     "system",
         "table": table["version"],
     }  # fmt: skip
 
 
 def _cpu_coefficient(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Return watts per busy CPU: of this processor where the table knows its name, else the general band."""
+    """Return watts per busy CPU: of this processor where the table knows its name, else the general
+    band."""
     name = cpu_name()
     for known in table["processors"]:
         if known["match"] in name + " ":
             watts, band = known["tdp_w"] / known["threads"], table["cpu_band_of_tdp"]
             return {k: round(watts * band[k], 3) for k in ("low", "central", "high")} | {
                 "unit": "W per busy logical CPU",
-                "citation": f"{known['citation']}: {known['tdp_w']} W / {known['threads']} threads; band: {band['citation']}",
+                "citation": f"{known['citation']}: {known['tdp_w']} W / {known['threads']} "
+                f"threads; band: {band['citation']}",
             }
     return table["cpu_w_per_busy_cpu"]
 
@@ -350,4 +422,11 @@ def cpu_name() -> str:
         import platform
 
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), "")
+    return next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )

@@ -1,7 +1,8 @@
-"""A dispatch mode that looks at operators and runs them untouched: same kernels, same numbers, FLOPs beside.
+"""A dispatch mode that looks at operators and runs them untouched: same kernels, same numbers,
+FLOPs beside.
 
-torch's own `FlopCounterMode` undercounts fused attention on the CPU and splits operators apart while it counts; this one
-uses torch's formulas and adds those it lacks.
+torch's own `FlopCounterMode` undercounts fused attention on the CPU and splits operators apart
+while it counts; this one uses torch's formulas and adds those it lacks.
 """
 
 from __future__ import annotations
@@ -14,12 +15,19 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import conv_flop_count, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    conv_flop_count,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 aten = torch.ops.aten
 Formula = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
 
-# Work that may be large and that no formula covers: shown as not counted. Elementwise work, norms, pooling and moves
+# Work that may be large and that no formula covers: shown as not counted. Elementwise work, norms,
+# pooling and
+# moves
 # are left out by the field's convention.
 _HEAVY = re.compile(
     r"fft|cdist|lstm|gru|rnn|quantized|onednn|mkldnn|linalg|einsum|conv|mm|matmul|attention|bilinear|sparse|mkl|fbgemm|svd"
@@ -29,10 +37,11 @@ _LIGHT = re.compile(r"upsample|comm|norm|common|sparse_resize|to_mkldnn|to_dense
 
 
 class FlopMode(TorchDispatchMode):
-    """Adds up FLOPs (1 MAC = 2) of what runs inside, in this thread and its backward. Numbers and kernels stay.
+    """Adds up FLOPs (1 MAC = 2) of what runs inside, in this thread and its backward. Numbers and
+    kernels stay.
 
-    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; by_place: FLOPs by what `place` says
-    at the time; unhandled: calls of heavy operators without a formula.
+    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; by_place: FLOPs
+    by what `place` says at the time; unhandled: calls of heavy operators without a formula.
     """
 
     def __init__(self, place: Callable[[], str] | None = None) -> None:
@@ -66,7 +75,9 @@ class FlopMode(TorchDispatchMode):
                 self.by_place[self._place()] += flops
 
 
-_routes: dict[Any, Formula | None] = {}  # by operator: its formula, or None where nothing is to be counted
+_routes: dict[
+    Any, Formula | None
+] = {}  # by operator: its formula, or None where nothing is to be counted
 
 
 def _route(func: Any) -> Formula | None:
@@ -77,7 +88,9 @@ def _route(func: Any) -> Formula | None:
         torchs = flop_registry[packet]
         return lambda args, kwargs, out: int(torchs(*args, **kwargs, out_val=out))
     space, _, op = str(packet).partition(".")
-    known = space in ("aten", "prim", "prims", "profiler") and not (_HEAVY.search(op) and not _LIGHT.search(op))
+    known = space in ("aten", "prim", "prims", "profiler") and not (
+        _HEAVY.search(op) and not _LIGHT.search(op)
+    )
     return None if known else _unknown
 
 
@@ -95,18 +108,24 @@ def _matmul(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
 
 
 def _conv(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    return conv_flop_count(list(args[0].shape), list(args[1].shape), list(out.shape), transposed=False)
+    return conv_flop_count(
+        list(args[0].shape), list(args[1].shape), list(out.shape), transposed=False
+    )
 
 
 def _conv_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """Gradients to input and weight cost the forward's products each; torch's own formula forgets the groups."""
+    """Gradients to input and weight cost the forward's products each; torch's own formula forgets
+    the groups."""
     grad_out, x, weight = args[:3]
-    once = conv_flop_count(list(x.shape), list(weight.shape), list(grad_out.shape), transposed=bool(args[7]))
+    once = conv_flop_count(
+        list(x.shape), list(weight.shape), list(grad_out.shape), transposed=bool(args[7])
+    )
     return once * sum(args[10][:2])
 
 
 def _sdpa(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """Of query (batch…, heads, L, E), key (…, S, E), value (…, S, Ev); grouped-query heads count as repeated."""
+    """Of query (batch…, heads, L, E), key (…, S, E), value (…, S, Ev); grouped-query heads count as
+    repeated."""
     query, key, value = args[:3]
     return 2 * math.prod(query.shape[:-1]) * key.shape[-2] * (query.shape[-1] + value.shape[-1])
 
@@ -120,7 +139,8 @@ def _sdpa_cpu_backward(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) 
 
 
 def _mha(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """nn.MultiheadAttention's native path: query, key, value (batch, tokens, dim), dim, heads, qkv weight, …, out weight."""
+    """nn.MultiheadAttention's native path: query, key, value (batch, tokens, dim), dim, heads, qkv
+    weight, …, out weight."""
     query, key, value, dim = args[:4]
     batch, rows, columns = query.shape[0], query.shape[1], key.shape[1]
     project = 2 * batch * dim * dim * (rows + columns + value.shape[1] + rows)
@@ -128,11 +148,16 @@ def _mha(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
 
 
 def _encoder_layer(args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """nn.TransformerEncoderLayer's native path: src (batch, tokens, dim), dim, heads, …, MLP weight (hidden, dim) at 14."""
+    """nn.TransformerEncoderLayer's native path: src (batch, tokens, dim), dim, heads, …, MLP weight
+    (hidden, dim) at 14."""
     src, dim = args[0], args[1]
     batch, rows = src.shape[0], src.shape[1]
     hidden = args[14].shape[0]
-    return 8 * batch * rows * dim * dim + 4 * batch * rows * rows * dim + 4 * batch * rows * dim * hidden
+    return (
+        8 * batch * rows * dim * dim
+        + 4 * batch * rows * rows * dim
+        + 4 * batch * rows * dim * hidden
+    )
 
 
 _LINEAR_ELSEWHERE = (
@@ -146,7 +171,8 @@ _LINEAR_ELSEWHERE = (
 
 
 def _formulas() -> dict[Any, Formula]:
-    """Return the formulas torch's registry lacks. Composite operators arrive whole only under `inference_mode`."""
+    """Return the formulas torch's registry lacks. Composite operators arrive whole only under
+    `inference_mode`."""
     table: dict[Any, Formula] = {
         aten.linear: _linear,
         aten.matmul: _matmul,

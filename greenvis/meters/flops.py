@@ -1,7 +1,8 @@
-"""FLOPs of a model, counted once by signature: on the meta device, by operator, with a second counter beside.
+"""FLOPs of a model, counted once by signature: on the meta device, by operator, with a second
+counter beside.
 
-1 MAC = 2 FLOPs. By the field's convention elementwise work, norms and pooling count nothing; heavy operators without a
-formula are listed in `unhandled`, never passed over in silence.
+1 MAC = 2 FLOPs. By the field's convention elementwise work, norms and pooling count nothing; heavy
+operators without a formula are listed in `unhandled`, never passed over in silence.
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
-from greenvis.modes import in_mode
 
 WITH_DATA = "run with data"  # how the note begins that says so: the work may depend on it
 
 # What fvcore counts and the convention does not.
 _APART = (
-    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+    "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
     "upsample_nearest2d", "upsample_bilinear2d", "grid_sampler",
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class FlopCount:
-    """What one image costs. by_module: MACs of the forward by qualified name ("" is the whole); counters: MACs by counter."""
+    """What one image costs. by_module: MACs of the forward by qualified name ("" is the whole);
+    counters: MACs by counter."""
 
     macs: int
     flops: int
@@ -49,12 +52,17 @@ class FlopCount:
         return asdict(self)
 
 
-def count(model: nn.Module, example: Any, *, train: bool = False, cross_check: bool = True) -> FlopCount:
-    """Count one image's forward (in eval mode) and, with `train`, its forward and backward (in train mode, as it learns now).
+def count(
+    model: nn.Module, example: Any, *, train: bool = False, cross_check: bool = True
+) -> FlopCount:
+    """Count one image's forward (in eval mode) and, with `train`, its forward and backward (in
+    train mode, as it learns now).
 
-    example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), or a dict of them.
-    The model is not changed: a copy without data is run on the meta device; one that cannot run there is run where it is,
-    and put back. cross_check: also count with fvcore. Raises BadInput where the model does not take the example.
+    example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), or a dict of
+    them.
+    The model is not changed: a copy without data is run on the meta device; one that cannot run
+    there is run where it is, and put back. cross_check: also count with fvcore. Raises BadInput
+    where the model does not take the example.
     """
     inputs, size = _inputs(model, example)
     notes: list[str] = []
@@ -68,20 +76,25 @@ def count(model: nn.Module, example: Any, *, train: bool = False, cross_check: b
             try:
                 forward = _forward(model, _to(inputs, device))
             except Exception as error:
-                raise BadInput(f"{type(model).__name__} does not take this input ({_shapes(inputs)}): {error}") from error
+                raise BadInput(
+                    f"{type(model).__name__} does not take this input ({_shapes(inputs)}): {error}"
+                ) from error
             learned = _train(model, _to(inputs, device), size) if train else None
     other, why = _fvcore(model, inputs) if cross_check else (None, "")
     if why:
         notes.append(f"fvcore did not count it: {why}")
     macs = _each(forward.total, 2 * size)
     return FlopCount(
-        macs, _each(forward.total, size), learned, {k: _each(v, 2 * size) for k, v in forward.by_path.items()},
-        dict(forward.unhandled), {"torch": macs, "fvcore": None if other is None else _each(other, size)}, notes,
+        macs, _each(forward.total, size), learned, {k: _each(v, 2 * size) for k,
+        v in forward.by_path.items()},
+        dict(forward.unhandled), {"torch": macs, "fvcore": None if other is None else _each(other,
+        size)}, notes,
     )  # fmt: skip
 
 
 def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) -> dict[str, float]:
-    """Count a model whose work depends on its input, one real image at a time: MACs as mean, p5, p50, p95, min and max.
+    """Count a model whose work depends on its input, one real image at a time: MACs as mean, p5,
+    p50, p95, min and max.
 
     samples: tensors (C, H, W) or batches (batch, C, H, W), or (x, y) pairs of either.
     """
@@ -96,8 +109,17 @@ def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) 
     if not macs:
         raise BadInput("no sample was given to count on: pass real images, (C, H, W) each")
     ordered = sorted(macs)
-    at = {f"p{q}": ordered[min(len(ordered) - 1, math.ceil(q / 100 * len(ordered)) - 1)] for q in (5, 50, 95)}
-    return {"mean": statistics.fmean(macs), **at, "min": ordered[0], "max": ordered[-1], "images": len(macs)}
+    at = {
+        f"p{q}": ordered[min(len(ordered) - 1, math.ceil(q / 100 * len(ordered)) - 1)]
+        for q in (5, 50, 95)
+    }
+    return {
+        "mean": statistics.fmean(macs),
+        **at,
+        "min": ordered[0],
+        "max": ordered[-1],
+        "images": len(macs),
+    }
 
 
 def _forward(model: nn.Module, inputs: Any) -> FlopMode:
@@ -105,8 +127,12 @@ def _forward(model: nn.Module, inputs: Any) -> FlopMode:
     mode = FlopMode()
     handles = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: mode.path.append(name)))
-        handles.append(module.register_forward_hook(lambda m, a, o: _drop(mode.path), always_call=True))
+        handles.append(
+            module.register_forward_pre_hook(lambda m, a, name=name: mode.path.append(name))
+        )
+        handles.append(
+            module.register_forward_hook(lambda m, a, o: _drop(mode.path), always_call=True)
+        )
     try:
         with in_mode(model, False), _plain_attention(), torch.no_grad(), mode:
             _call(model, inputs)
@@ -121,7 +147,8 @@ def _drop(path: list[str]) -> None:
 
 
 def _train(model: nn.Module, inputs: Any, size: int) -> int:
-    """Return FLOPs of one image's forward and backward, of a batch of two at least (batch norm needs two)."""
+    """Return FLOPs of one image's forward and backward, of a batch of two at least (batch norm
+    needs two)."""
     if size == 1:
         inputs, size = _map(inputs, lambda t: torch.cat([t, t]) if t.dim() else t), 2
     mode = FlopMode()
@@ -134,17 +161,21 @@ def _train(model: nn.Module, inputs: Any, size: int) -> int:
 
 @contextmanager
 def _stand_in(model: nn.Module, device: str) -> Iterator[nn.Module]:
-    """Yield a copy of the model without its data: on "meta", or of zeros (which the system maps to one page) on "cpu"."""
+    """Yield a copy of the model without its data: on "meta", or of zeros (which the system maps to
+    one page) on "cpu"."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         empty = torch.zeros_like(tensor, device=device)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        memo[id(tensor)] = (
+            nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        )
     yield copy.deepcopy(model, memo)
 
 
 @contextmanager
 def _in_place(model: nn.Module) -> Iterator[torch.device]:
-    """Run on the model itself, and put back what running changes: buffers, gradients, modes, random state."""
+    """Run on the model itself, and put back what running changes: buffers, gradients, modes, random
+    state."""
     buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
     gradients = {p: p.grad for p in model.parameters()}
     for p in model.parameters():
@@ -182,7 +213,8 @@ def _plain_attention() -> Iterator[None]:
 
 
 def _fvcore(model: nn.Module, inputs: Any) -> tuple[int | None, str]:
-    """Return fvcore's MACs (what it calls flops) of one forward, norms and pooling apart, or None with the reason."""
+    """Return fvcore's MACs (what it calls flops) of one forward, norms and pooling apart, or None
+    with the reason."""
     import warnings
 
     if not isinstance(inputs, Tensor):
@@ -194,10 +226,17 @@ def _fvcore(model: nn.Module, inputs: Any) -> tuple[int | None, str]:
     except ImportError as error:
         return None, str(error)
     try:
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()), _stand_in(model, "cpu") as twin, torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            redirect_stderr(io.StringIO()),
+            _stand_in(model, "cpu") as twin,
+            torch.no_grad(),
+        ):
             warnings.simplefilter("ignore")
             analysis = FlopCountAnalysis(_Flat(twin).eval(), (_to(inputs, "cpu"),))
-            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
+            analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(
+                False
+            ).tracer_warnings("none")
             analysis.set_op_handle("aten::scaled_dot_product_attention", _fvcore_attention)
             analysis.set_op_handle("aten::baddbmm", _fvcore_baddbmm)
             for op in _APART:
@@ -237,12 +276,21 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, int]:
     if isinstance(example, (Tensor, Mapping)):
         first = next(_tensors(example), None)
         if first is None or first.dim() == 0 or first.shape[0] == 0:
-            raise BadInput("the example holds no images: pass a tensor (batch, …) or a shape (C, H, W)")
+            raise BadInput(
+                "the example holds no images: pass a tensor (batch, …) or a shape (C, H, W)"
+            )
         return example, int(first.shape[0])
-    if isinstance(example, Sequence) and example and all(isinstance(n, int) and n > 0 for n in example):
+    if (
+        isinstance(example, Sequence)
+        and example
+        and all(isinstance(n, int) and n > 0 for n in example)
+    ):
         kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
         return torch.zeros(1, *example, dtype=kind), 1
-    raise BadInput(f"an example is a shape (C, H, W) of positive sizes, a tensor (batch, …) or a dict of them, not {example!r}")
+    raise BadInput(
+        "an example is a shape (C, H, W) of positive sizes, a tensor (batch, …) or a dict of "
+        f"them, not {example!r}"
+    )
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
@@ -281,4 +329,5 @@ def _shapes(inputs: Any) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:200]
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:200]

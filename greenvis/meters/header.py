@@ -1,4 +1,5 @@
-"""The header of a run record: which run, on which machine, with what versions, from which commit."""
+"""The header of a run record: which run, on which machine, with what versions, from which
+commit."""
 
 from __future__ import annotations
 
@@ -10,15 +11,19 @@ from typing import Any
 
 from greenvis.meters.energy import cpu_name
 
-RUN_ENV = "GREENVIS_RUN"  # "run id:pid": tells a child process that a tracker above it counts it already
+RUN_ENV = (
+    "GREENVIS_RUN"  # "run id:pid": tells a child process that a tracker above it counts it already
+)
 RANK_ENVS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
 WORLD_ENVS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
 def ranks() -> tuple[int, int]:
-    """Return (rank, world size) from the environment the launcher set; (0, 1) where there is none."""
+    """Return (rank, world size) from the environment the launcher set; (0, 1) where there is
+    none."""
     rank, world = (
-        next((int(os.environ[k]) for k in names if os.environ.get(k, "").isdigit()), None) for names in (RANK_ENVS, WORLD_ENVS)
+        next((int(os.environ[k]) for k in names if os.environ.get(k, "").isdigit()), None)
+        for names in (RANK_ENVS, WORLD_ENVS)
     )
     return (rank, world) if rank is not None and world is not None and rank < world else (0, 1)
 
@@ -26,8 +31,9 @@ def ranks() -> tuple[int, int]:
 def run_id(name: str, turn: int) -> str:
     """Return a new id; the same for all ranks of one launch.
 
-    turn: how many runs this process tracked before; ranks do the same work, so it agrees among them. A launcher that
-    names its launches (SLURM, torchrun --rdzv-id or --standalone) gives one id over all hosts; else it is one per host.
+    turn: how many runs this process tracked before; ranks do the same work, so it agrees among
+    them. A launcher that names its launches (SLURM, torchrun --rdzv-id or --standalone) gives one
+    id over all hosts; else it is one per host.
     """
     if ranks()[1] == 1:
         return time.strftime("%Y%m%d-%H%M%S-", time.gmtime()) + os.urandom(4).hex()
@@ -45,14 +51,19 @@ def run_id(name: str, turn: int) -> str:
 
 
 def launch() -> str:
-    """Return what all ranks of one launch share over hosts: the meeting point. "" for a single process."""
+    """Return what all ranks of one launch share over hosts: the meeting point. "" for a single
+    process."""
     if ranks()[1] == 1:
         return ""
-    return "/".join(os.environ.get(k, "") for k in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID"))
+    return "/".join(
+        os.environ.get(k, "")
+        for k in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "SLURM_JOB_ID")
+    )
 
 
 def outer_run() -> str | None:
-    """Return the run id of a tracker in a process above this one, which counts this process as its child."""
+    """Return the run id of a tracker in a process above this one, which counts this process as its
+    child."""
     run, _, pid = os.environ.get(RUN_ENV, "").rpartition(":")
     above = os.getppid()
     while run and above > 1:
@@ -63,7 +74,8 @@ def outer_run() -> str | None:
 
 
 def _parents() -> list[int]:
-    """Return the pids of the processes above this one, the nearest first: a tracker in one of them counts it."""
+    """Return the pids of the processes above this one, the nearest first: a tracker in one of them
+    counts it."""
     out: list[int] = []
     above = os.getppid()
     while above > 1 and above not in out:
@@ -77,14 +89,17 @@ def describe() -> dict[str, Any]:
     rank, world = ranks()
     return {
         "rank": rank, "world_size": world, "launch": launch(),
-        "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?"),
-        "boot_id": boot_id(), "pid": os.getpid(), "parents": _parents(), "clock_s": time.time(), "mono_s": time.monotonic(),
+        "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME",
+        "?"),
+        "boot_id": boot_id(), "pid": os.getpid(), "parents": _parents(), "clock_s": time.time(),
+        "mono_s": time.monotonic(),
         "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(here()),
     }  # fmt: skip
 
 
 def command() -> list[str]:
-    """Return the command to repeat this process with, without where this machine keeps its interpreter and folders."""
+    """Return the command to repeat this process with, without where this machine keeps its
+    interpreter and folders."""
     script, *words = sys.argv or [""]
     if os.path.isabs(script):
         script = os.path.relpath(script, here())
@@ -100,7 +115,8 @@ def here() -> Path:
 
 
 def boot_id() -> str:
-    """Return what identifies this boot of this machine, so that its counters are comparable among processes."""
+    """Return what identifies this boot of this machine, so that its counters are comparable among
+    processes."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -108,13 +124,19 @@ def boot_id() -> str:
 
 
 def cpu() -> dict[str, Any]:
-    """Return the processor's name, logical CPUs (and those this process may use), and whether this is a virtual machine."""
+    """Return the processor's name, logical CPUs (and those this process may use), and whether this
+    is a virtual machine."""
     try:
         flags = Path("/proc/cpuinfo").read_text(errors="replace").split("processor\t: 1\n")[0]
     except OSError:
         flags = ""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"name": cpu_name(), "logical": os.cpu_count(), "allowed": allowed, "virtual": " hypervisor" in flags}
+    return {
+        "name": cpu_name(),
+        "logical": os.cpu_count(),
+        "allowed": allowed,
+        "virtual": " hypervisor" in flags,
+    }
 
 
 def versions() -> dict[str, str]:
@@ -130,7 +152,8 @@ def versions() -> dict[str, str]:
 
 
 def commit(folder: Path) -> str | None:
-    """Return the commit checked out in the repository `folder` lies in, read from its files; None outside of one."""
+    """Return the commit checked out in the repository `folder` lies in, read from its files; None
+    outside of one."""
     for above in (folder, *folder.parents):
         git = above / ".git"
         try:
@@ -141,7 +164,11 @@ def commit(folder: Path) -> str | None:
             head = (git / "HEAD").read_text().strip()
             if not head.startswith("ref: "):
                 return head
-            common = git / (git / "commondir").read_text().strip() if (git / "commondir").exists() else git
+            common = (
+                git / (git / "commondir").read_text().strip()
+                if (git / "commondir").exists()
+                else git
+            )
             return _resolve(common, head[5:])
         except (OSError, IndexError):
             return None
@@ -156,7 +183,8 @@ def _resolve(git: Path, ref: str) -> str | None:
 
 
 def _status(pid: int) -> tuple[int, int]:
-    """Return (parent's pid, start time in clock ticks since boot) of a process; (0, 0) where it cannot be read."""
+    """Return (parent's pid, start time in clock ticks since boot) of a process; (0, 0) where it
+    cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_bytes().rsplit(b")", 1)[1].split()
         return int(fields[1]), int(fields[19])
@@ -169,5 +197,9 @@ def _started(pid: int) -> int:
     ticks = _status(pid)[1]
     if not ticks:
         return 0
-    boot = next(int(line.split()[1]) for line in Path("/proc/stat").read_text().splitlines() if line.startswith("btime"))
+    boot = next(
+        int(line.split()[1])
+        for line in Path("/proc/stat").read_text().splitlines()
+        if line.startswith("btime")
+    )
     return boot + ticks // os.sysconf("SC_CLK_TCK")

@@ -1,4 +1,5 @@
-"""What the system says of this machine: how much it has, its clocks, and what other machines take from it."""
+"""What the system says of this machine: how much it has, its clocks, and what other machines take
+from it."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from greenvis.meters.processes import GB
 
 def cpus() -> int:
     """Return the machine's logical CPUs, whatever Python was told to say."""
-    return max(os.cpu_count() or 1, os.sysconf("SC_NPROCESSORS_ONLN") if hasattr(os, "sysconf") else 1)
+    return max(
+        os.cpu_count() or 1, os.sysconf("SC_NPROCESSORS_ONLN") if hasattr(os, "sysconf") else 1
+    )
 
 
 def memory_gb() -> float:
@@ -22,13 +25,17 @@ def memory_gb() -> float:
 
 
 def clocks() -> tuple[float, float]:
-    """Return the monotonic clock, which stands while the machine sleeps, and how long it has slept since boot, in seconds."""
+    """Return the monotonic clock, which stands while the machine sleeps, and how long it has slept
+    since boot, in seconds."""
     now = time.monotonic()
-    return now, time.clock_gettime(time.CLOCK_BOOTTIME) - now if hasattr(time, "CLOCK_BOOTTIME") else 0.0
+    return now, time.clock_gettime(time.CLOCK_BOOTTIME) - now if hasattr(
+        time, "CLOCK_BOOTTIME"
+    ) else 0.0
 
 
 def steal_ticks() -> int | None:
-    """Return the ticks other machines took from this one since boot, or None where the system does not say."""
+    """Return the ticks other machines took from this one since boot, or None where the system does
+    not say."""
     try:
         with open("/proc/stat", "rb") as f:
             return int(f.readline().split()[8])

@@ -1,4 +1,5 @@
-"""Running totals by phase: every cut gives what was used since the last one to the phase it was used in."""
+"""Running totals by phase: every cut gives what was used since the last one to the phase it was
+used in."""
 
 from __future__ import annotations
 
@@ -7,23 +8,27 @@ from collections.abc import Iterator
 from greenvis.meters.counter import Counter, new_notes
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.pause import Pauses
-from greenvis.record import PAUSED, UNSEEN
+from greenvis.meters.record import PAUSED, UNSEEN
 
 MOST_W = 20_000.0  # of a whole machine: above the largest of eight GPUs
 MOST = {"cpu_s": 4096.0, "ram_gb_s": 65536.0}  # CPUs and GB that one machine may have
 
 
 class Ledger:
-    """Nested phases over one source. Phases are disjoint paths ("train/epoch3"): they sum to the run exactly.
+    """Nested phases over one source. Phases are disjoint paths ("train/epoch3"): they sum to the
+    run exactly.
 
     Whatever the source, what prices energy is believed only step by step: see `meters.counter`.
-    What passes while the process stands still is kept apart, as "paused_wall_s" and the like: it is not the run's.
+    What passes while the process stands still is kept apart, as "paused_wall_s" and the like: it is
+    not the run's.
     Not safe for threads by itself: the tracker holds a lock around it.
     """
 
     def __init__(self, source: Source, interval_s: float = 1.0) -> None:
         self.source = source
-        self.paused = False  # said from outside: what is metered stands still, though this process does not
+        self.paused = (
+            False  # said from outside: what is metered stands still, though this process does not
+        )
         self._pauses = Pauses(interval_s)
         self.totals: dict[str, dict[str, float]] = {}
         self._counters: dict[str, Counter] = {}
@@ -77,7 +82,8 @@ class Ledger:
         return own + new_notes(self._counters.values())
 
     def _believed(self, reading: dict[str, float]) -> dict[str, float]:
-        """Return the reading with the counters' impossible steps left out, and the seconds they leave unseen."""
+        """Return the reading with the counters' impossible steps left out, and the seconds they
+        leave unseen."""
         out, now = dict(reading), reading["wall_s"]
         for quantity, value in reading.items():
             if quantity in MOST or quantity.endswith("_j"):
@@ -88,7 +94,9 @@ class Ledger:
                 counter.take(now, value)
                 out[quantity] = counter.total
                 if counter.doubted:
-                    out[quantity + UNSEEN] = reading.get(quantity + UNSEEN, 0.0) + counter.unseen_s(now)
+                    out[quantity + UNSEEN] = reading.get(quantity + UNSEEN, 0.0) + counter.unseen_s(
+                        now
+                    )
         return out
 
     def add(self, phase: str | None = None, **quantities: float) -> None:

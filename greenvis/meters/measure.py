@@ -15,33 +15,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import price
-from greenvis.meters import flops, speed
+from greenvis.meters import flops, pricing, speed
 from greenvis.meters.devices import asynchronous, wait
+from greenvis.meters.pricing import median_spread
 from greenvis.meters.track import Tracker
-from greenvis.price import median_spread
 
 LOOK_S = 0.5  # seconds of inference for latency
-ROUND_S, GPU_ROUND_S = 0.1, 0.5  # of one reading of throughput and energy; a GPU's counter moves about every tenth of a second
+ROUND_S, GPU_ROUND_S = (
+    0.1,
+    0.5,
+)  # of one reading of throughput and energy; a GPU's counter moves about every tenth of a second
 STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
-PASSES, PASSES_S = 3, 60.0  # passes over the images where settings of one model are compared, more while they are unsteady,
+PASSES, PASSES_S = (
+    3,
+    60.0,
+)  # passes over the images where settings of one model are compared, more while they are unsteady,
 # as far as they fit into so many seconds
-UNCOUNTED = ("at_s", "samples", "steps", "flops", "steal_s")  # of a reading: no energy is told by it
-TURN, WARM = 16, 2  # batches that a setting answers before the next one's turn, and some before they count
+UNCOUNTED = (
+    "at_s",
+    "samples",
+    "steps",
+    "flops",
+    "steal_s",
+)  # of a reading: no energy is told by it
+TURN, WARM = (
+    16,
+    2,
+)  # batches that a setting answers before the next one's turn, and some before they count
 
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Return MACs, parameters, latency, throughput and what serving was observed to take (`price.image` prices it).
+    """Return MACs, parameters, latency, throughput and what serving was observed to take
+    (`price.image` prices it).
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
     x = x.to(next(model.parameters(), x).device)
     count = flops.count(model, x[:1])
     macs, spread = count.macs, {}
-    if any(note.startswith(flops.WITH_DATA) for note in count.notes):  # it may do more for some images than for others
+    if any(
+        note.startswith(flops.WITH_DATA) for note in count.notes
+    ):  # it may do more for some images than for others
         found = flops.distribution(model, x)
-        macs, spread = found["mean"], {"macs_distribution": found} if found["min"] < found["max"] else {}
+        macs, spread = (
+            found["mean"],
+            {"macs_distribution": found} if found["min"] < found["max"] else {},
+        )
     single = speed.latency(model, x[:1], seconds=LOOK_S)
     return {
         "macs": macs,
@@ -55,7 +75,8 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
 
 
 def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
-    """Serve batches until the readings are steady; return images per second and what each reading observed."""
+    """Serve batches until the readings are steady; return images per second and what each reading
+    observed."""
     model.eval()
     seconds: list[float] = []  # an image
     rounds: list[dict[str, float]] = []  # what was observed
@@ -64,7 +85,9 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
         model(x)
         wait(waiting)  # what was asked for before is not this round's
         look, end = GPU_ROUND_S if waiting else ROUND_S, time.perf_counter() + MOST_S
-        while len(seconds) < LEAST or (_unsteady(seconds, rounds, run) and time.perf_counter() < end):
+        while len(seconds) < LEAST or (
+            _unsteady(seconds, rounds, run) and time.perf_counter() < end
+        ):
             before, started, images = _seen(run), time.perf_counter(), 0
             while images == 0 or time.perf_counter() - started < look:
                 model(x)
@@ -73,11 +96,16 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
             seconds.append((time.perf_counter() - started) / images)
             rounds.append(_since(before, run) | {"samples": images})
             run.add(samples=images)
-    return {"images_per_s": 1 / statistics.median(seconds), "inference": {"batch_size": len(x), "rounds": rounds}}
+    return {
+        "images_per_s": 1 / statistics.median(seconds),
+        "inference": {"batch_size": len(x), "rounds": rounds},
+    }
 
 
-def _unsteady(seconds: Sequence[float], rounds: Sequence[Mapping[str, float]], run: Tracker) -> bool:
-    served = price.image({"rounds": rounds}, run.header["components"])
+def _unsteady(
+    seconds: Sequence[float], rounds: Sequence[Mapping[str, float]], run: Tracker
+) -> bool:
+    served = pricing.image({"rounds": rounds}, run.header["components"])
     return (median_spread(seconds) if served is None else served["spread"]) > STEADY
 
 
@@ -100,14 +128,17 @@ def compare(
     run: Tracker,
     turn: int = TURN,
 ) -> list[dict[str, Any]]:
-    """Return what a model that can be switched reaches and costs at each setting: accuracy, observations, facts of its own.
+    """Return what a model that can be switched reaches and costs at each setting: accuracy,
+    observations, facts of its own.
 
-    points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of what was answered within:
-    lists of counts, which add up, and numbers, means over images; and, under "answer", how it answers an iterator of images by
-    one of logits, where that is not batch by batch. answer: images to logits. batches: (x, y) to serve, and again in each
-    pass; reading them is not counted. Settings take turns at every `turn` batches, in turned order at every other turn, so that
-    a neighbour's load meets all alike. Each turn begins with fresh memory, which lies better or worse by chance, and two
-    batches beforehand that are not counted. Passes are repeated until the ratio of energies to the first setting's is steady.
+    points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of
+    what was answered within: lists of counts, which add up, and numbers, means over images; and,
+    under "answer", how it answers an iterator of images by one of logits, where that is not batch
+    by batch. answer: images to logits. batches: (x, y) to serve, and again in each pass; reading
+    them is not counted. Settings take turns at every `turn` batches, in turned order at every other
+    turn, so that a neighbour's load meets all alike. Each turn begins with fresh memory, which lies
+    better or worse by chance, and two batches beforehand that are not counted. Passes are repeated
+    until the ratio of energies to the first setting's is steady.
     "passes": what each observed (`price.settings` prices them).
     """
     rights: dict[str, int] = {}
@@ -136,7 +167,13 @@ def compare(
         for name, seen in spent.items():
             passes.setdefault(name, []).append(seen)
     return [
-        {"setting": name, "accuracy": rights[name] / images, "images": images, "passes": passes[name]} | _together(facts[name])
+        {
+            "setting": name,
+            "accuracy": rights[name] / images,
+            "images": images,
+            "passes": passes[name],
+        }
+        | _together(facts[name])
         for name in [*points()]
     ]
 
@@ -145,18 +182,27 @@ def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict
     """Return what was observed in both, from the first's beginning to the second's end."""
     if sums is None:
         return dict(more)
-    return {q: v + sums.get(q, 0.0) for q, v in more.items()} | {"from_s": sums["from_s"], "to_s": more["to_s"]}
+    return {q: v + sums.get(q, 0.0) for q, v in more.items()} | {
+        "from_s": sums["from_s"],
+        "to_s": more["to_s"],
+    }
 
 
-def _hits(part: Sequence[tuple[Any, Tensor]], told: dict[str, Any], answer: Callable[[Any], Tensor]) -> int:
-    """Answer these batches, as the setting that gave `told` does, and return how many answers are right."""
+def _hits(
+    part: Sequence[tuple[Any, Tensor]], told: dict[str, Any], answer: Callable[[Any], Tensor]
+) -> int:
+    """Answer these batches, as the setting that gave `told` does, and return how many answers are
+    right."""
     own, given = told.pop("answer", None), (x for x, _ in part)
     answers = map(answer, given) if own is None else own(given)
-    return sum(int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True))
+    return sum(
+        int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True)
+    )
 
 
 def _give_memory_back() -> None:
-    """Have glibc return what is free, so that what follows works on other pages than what came before."""
+    """Have glibc return what is free, so that what follows works on other pages than what came
+    before."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # type: ignore[union-attr]
@@ -169,12 +215,17 @@ def _parts(batches: Iterable[Any], turn: int) -> Iterator[list[tuple[Any, Tensor
         yield part
 
 
-def _again(passes: Mapping[str, Sequence[Mapping[str, float]]], seconds: float, run: Tracker) -> bool:
+def _again(
+    passes: Mapping[str, Sequence[Mapping[str, float]]], seconds: float, run: Tracker
+) -> bool:
     """Say whether another pass is wanted, and likely to be over in time."""
     made = len(next(iter(passes.values())))
-    spent = {name: [price.joules(p, run.header["components"]).value or 0.0 for p in own] for name, own in passes.items()}
+    spent = {
+        name: [pricing.joules(p, run.header["components"]).value or 0.0 for p in own]
+        for name, own in passes.items()
+    }
     first, *rest = spent.values()
-    unsteady = any(price.steadiness(own, first).get("spread", math.inf) > STEADY for own in rest)
+    unsteady = any(pricing.steadiness(own, first).get("spread", math.inf) > STEADY for own in rest)
     return seconds * (made + 1) / made < PASSES_S and (made < PASSES or unsteady)
 
 

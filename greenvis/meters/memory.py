@@ -1,4 +1,5 @@
-"""Peak memory: resident on the CPU; allocator and device on a GPU. torch is used only where it is loaded already."""
+"""Peak memory: resident on the CPU; allocator and device on a GPU. torch is used only where it is
+loaded already."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ SAMPLE_S = 0.02
 class Peak:
     """Peak memory of a block in MB (1e6 bytes), filled in when it ends.
 
-    resident_mb: highest resident memory of this process and its children, sampled every 20 ms; grown_mb: that above the
-    start; allocated_mb and reserved_mb: the CUDA allocator's peaks; device_mb: in use on the GPU by everybody, at the end.
+    resident_mb: highest resident memory of this process and its children, sampled every 20 ms;
+    grown_mb: that above the start; allocated_mb and reserved_mb: the CUDA allocator's peaks;
+    device_mb: in use on the GPU by everybody, at the end.
     """
 
     resident_mb: float = 0.0
@@ -62,12 +64,16 @@ def peak(sample_s: float = SAMPLE_S) -> Iterator[Peak]:
         if cuda is not None:
             cuda.synchronize()
             free, total = cuda.mem_get_info()
-            found.allocated_mb, found.reserved_mb = cuda.max_memory_allocated() / MB, cuda.max_memory_reserved() / MB
+            found.allocated_mb, found.reserved_mb = (
+                cuda.max_memory_allocated() / MB,
+                cuda.max_memory_reserved() / MB,
+            )
             found.device_mb = (total - free) / MB
 
 
 def peak_mb() -> float:
-    """Return the highest resident memory of this process so far, as the kernel kept it, in MB; on a GPU, the allocator's."""
+    """Return the highest resident memory of this process so far, as the kernel kept it, in MB; on a
+    GPU, the allocator's."""
     cuda = _cuda()
     if cuda is not None:
         return cuda.max_memory_allocated() / MB
@@ -82,7 +88,8 @@ def peak_mb() -> float:
 
 
 def reset_peak() -> None:
-    """Let `peak_mb` speak of what comes after this call. Where the kernel cannot forget (no Linux), it does not."""
+    """Let `peak_mb` speak of what comes after this call. Where the kernel cannot forget (no Linux),
+    it does not."""
     cuda = _cuda()
     if cuda is not None:
         cuda.reset_peak_memory_stats()
@@ -93,4 +100,8 @@ def reset_peak() -> None:
 def _cuda() -> Any:
     """Return torch.cuda if this process uses it already, else None."""
     torch = sys.modules.get("torch")
-    return torch.cuda if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return (
+        torch.cuda
+        if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+        else None
+    )

@@ -1,4 +1,5 @@
-"""Energy of NVIDIA GPUs by NVML: the driver's own counter, or, on GPUs older than Volta, power integrated over time."""
+"""Energy of NVIDIA GPUs by NVML: the driver's own counter, or, on GPUs older than Volta, power
+integrated over time."""
 
 from __future__ import annotations
 
@@ -21,22 +22,27 @@ NOT_SUPPORTED = 3  # NVML_ERROR_NOT_SUPPORTED
 class Nvml:
     """Joules of the GPUs this process may use, since opening; everything that runs on them counts.
 
-    since: where another reader was in use before, the moment from which its readings are doubted; joules: what it had read.
+    since: where another reader was in use before, the moment from which its readings are doubted;
+    joules: what it had read.
     """
 
-    def __init__(self, nvml: Any, handles: list[Any], since: float | None = None, joules: float = 0.0) -> None:
+    def __init__(
+        self, nvml: Any, handles: list[Any], since: float | None = None, joules: float = 0.0
+    ) -> None:
         now = time.monotonic()
         self._nvml, self._before_j = nvml, joules
         self.names = [_text(nvml.nvmlDeviceGetName(h)) for h in handles]
         self.devices = [_text(nvml.nvmlDeviceGetUUID(h)) for h in handles]
         self._gpus = [
-            _Gpu(nvml, h, uuid, now if since is None else since) for h, uuid in zip(handles, self.devices, strict=True)
+            _Gpu(nvml, h, uuid, now if since is None else since)
+            for h, uuid in zip(handles, self.devices, strict=True)
         ]
         self.counter = all(gpu.counts for gpu in self._gpus)
         self.read(now)
 
     def read(self, now: float | None = None) -> dict[str, float]:
-        """Return {"gpu_j"}: joules since opening, and how long they could not be told. now: monotonic seconds."""
+        """Return {"gpu_j"}: joules since opening, and how long they could not be told. now:
+        monotonic seconds."""
         now = time.monotonic() if now is None else now
         for gpu in self._gpus:
             gpu.read(self._nvml, now)
@@ -68,23 +74,32 @@ class _Gpu:
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             self.counts = True
         except nvml.NVMLError as error:
-            self.counts = getattr(error, "value", NOT_SUPPORTED) != NOT_SUPPORTED  # else it failed just now: not for good
+            self.counts = (
+                getattr(error, "value", NOT_SUPPORTED) != NOT_SUPPORTED
+            )  # else it failed just now: not for good
 
     def read(self, nvml: Any, now: float) -> None:
         try:
             if self.counts:
                 joules = nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle) / 1000
             else:
-                self._integral += nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000 * (now - self._at)
+                self._integral += (
+                    nvml.nvmlDeviceGetPowerUsage(self._handle) / 1000 * (now - self._at)
+                )
                 joules, self._at = self._integral, now
-        except Exception as error:  # a GPU that fell off the bus, a driver unloaded: training goes on
+        except (
+            Exception
+        ) as error:  # a GPU that fell off the bus, a driver unloaded: training goes on
             self.counter.take(now, None, str(error))
         else:
             self.counter.take(now, joules)
 
 
-def open_nvml(uuids: Sequence[str] | None = None, since: float | None = None, joules: float = 0.0) -> tuple[Nvml | None, str]:
-    """Return a reader of the visible GPUs, or None with the reason. uuids: torch's devices, where it has opened them."""
+def open_nvml(
+    uuids: Sequence[str] | None = None, since: float | None = None, joules: float = 0.0
+) -> tuple[Nvml | None, str]:
+    """Return a reader of the visible GPUs, or None with the reason. uuids: torch's devices, where
+    it has opened them."""
     if sys.platform == "linux" and not any(map(os.path.exists, DRIVER)):
         return None, "no NVIDIA driver is loaded here"
     try:
@@ -97,7 +112,11 @@ def open_nvml(uuids: Sequence[str] | None = None, since: float | None = None, jo
         reader = Nvml(nvml, [handles[i] for i in chosen], since, joules)
     except Exception as error:  # the library's own errors, a missing library, a driver out of step
         return None, f"NVML cannot be used: {error}"
-    how = "the driver's energy counter" if reader.counter else "power readings integrated over time (no counter)"
+    how = (
+        "the driver's energy counter"
+        if reader.counter
+        else "power readings integrated over time (no counter)"
+    )
     return reader, f"{how}, of all that runs on these cards"
 
 
@@ -110,7 +129,9 @@ def _card(nvml: Any, handle: Any) -> Card:
     slices = []
     for i in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle) if split else 0):
         try:
-            slices.append(_text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i))))
+            slices.append(
+                _text(nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, i)))
+            )
         except nvml.NVMLError:  # a place without a slice
             continue
     return Card(uuid, name, tuple(slices), split)

@@ -1,4 +1,5 @@
-"""The contexts of a tracker: a phase of the run, a time in which it stands still, the lock its state is changed under."""
+"""The contexts of a tracker: a phase of the run, a time in which it stands still, the lock its
+state is changed under."""
 
 from __future__ import annotations
 
@@ -34,7 +35,8 @@ class Phase:
 
 
 class Standstill:
-    """A time in which what the tracker meters is stopped, though this process is not: nothing of it is charged to the run."""
+    """A time in which what the tracker meters is stopped, though this process is not: nothing of it
+    is charged to the run."""
 
     __slots__ = ("_tracker",)
 
@@ -56,7 +58,8 @@ class Standstill:
 
 
 class Whole:
-    """Holds the tracker's lock; a signal that comes meanwhile is acted on when the state is whole again."""
+    """Holds the tracker's lock; a signal that comes meanwhile is acted on when the state is whole
+    again."""
 
     __slots__ = ("_before", "_tracker")
 

@@ -1,8 +1,10 @@
 """CPU-seconds and resident memory of this process and everything it started, counted once each.
 
-CPU-seconds = own + reaped children (the kernel adds a child's time to its parent's when the parent waits for it, so one
-that lived and died between two readings is there) + live descendants, each with what it has reaped itself. A parent is read
-before its children: a child reaped in between is missed for a moment, and made up at the next reading, but never doubled.
+CPU-seconds = own + reaped children (the kernel adds a child's time to its parent's when the parent
+waits for it, so one that lived and died between two readings is there) + live descendants, each
+with what it has reaped itself. A parent is read
+before its children: a child reaped in between is missed for a moment, and made up at the next
+reading, but never doubled.
 """
 
 from __future__ import annotations
@@ -28,7 +30,9 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._seen: dict[int, tuple[int, float]] = {}  # live descendants: start time in ticks, CPU-seconds when last read
+        self._seen: dict[
+            int, tuple[int, float]
+        ] = {}  # live descendants: start time in ticks, CPU-seconds when last read
         self._orphans: set[int] = set()
         self._walked = -1.0
         self._raw = self._total = self._lost = 0.0
@@ -50,11 +54,19 @@ class ProcessTree:
         return self._total
 
     def resident_gb(self) -> float:
-        """Return resident memory in GB (1e9 bytes) of what runs; pages shared with children are divided between them."""
+        """Return resident memory in GB (1e9 bytes) of what runs; pages shared with children are
+        divided between them."""
         if not self._seen:
             return _resident(self._pid) / GB
         now = time.monotonic()
-        return sum(_resident(p) * self._share_of(p, now) for p in (self._pid, *self._seen) if not _stopped(p)) / GB
+        return (
+            sum(
+                _resident(p) * self._share_of(p, now)
+                for p in (self._pid, *self._seen)
+                if not _stopped(p)
+            )
+            / GB
+        )
 
     def live_pids(self) -> list[int]:
         """Return the live descendants found when the tree was last read."""
@@ -124,7 +136,12 @@ class PortableTree:
                 c = child.cpu_times()
             except self._psutil.Error:
                 continue
-            total += c.user + c.system + getattr(c, "children_user", 0.0) + getattr(c, "children_system", 0.0)
+            total += (
+                c.user
+                + c.system
+                + getattr(c, "children_user", 0.0)
+                + getattr(c, "children_system", 0.0)
+            )
         self._total = max(self._total, total)
         return self._total
 
@@ -144,7 +161,8 @@ class PortableTree:
 
 
 def has_children() -> bool:
-    """Say whether this process has a child, running or waiting to be reaped, in one call and without reaping it."""
+    """Say whether this process has a child, running or waiting to be reaped, in one call and
+    without reaping it."""
     try:
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -155,11 +173,20 @@ def has_children() -> bool:
 
 
 def children(pid: int) -> list[int]:
-    """Return the children of a process, whichever of its threads started them; none where it has ended."""
+    """Return the children of a process, whichever of its threads started them; none where it has
+    ended."""
     try:
-        if not os.path.exists(f"/proc/{pid}/task/{pid}/children"):  # a kernel without that file, or an ended process
-            return [p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(p) == pid]
-        return [int(c) for t in os.listdir(f"/proc/{pid}/task") for c in _read(f"/proc/{pid}/task/{t}/children").split()]
+        if not os.path.exists(
+            f"/proc/{pid}/task/{pid}/children"
+        ):  # a kernel without that file, or an ended process
+            return [
+                p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(p) == pid
+            ]
+        return [
+            int(c)
+            for t in os.listdir(f"/proc/{pid}/task")
+            for c in _read(f"/proc/{pid}/task/{t}/children").split()
+        ]
     except OSError:
         return []
 
@@ -179,7 +206,8 @@ def _reaped_s() -> float:
 
 
 def _stat(pid: int) -> tuple[int, float] | None:
-    """Return (start time in ticks, CPU-seconds with what it reaped), or None where there is no such process."""
+    """Return (start time in ticks, CPU-seconds with what it reaped), or None where there is no such
+    process."""
     try:
         fields = _read(f"/proc/{pid}/stat").rsplit(b")", 1)[1].split()
     except (OSError, IndexError):
@@ -188,7 +216,8 @@ def _stat(pid: int) -> tuple[int, float] | None:
 
 
 def _stopped(pid: int) -> bool:
-    """Say whether a process is stopped by a signal: it holds its memory, but does nothing with it."""
+    """Say whether a process is stopped by a signal: it holds its memory, but does nothing with
+    it."""
     try:
         return _read(f"/proc/{pid}/stat").rsplit(b")", 1)[1].split()[0] in (b"T", b"t")
     except (OSError, IndexError):
@@ -205,7 +234,9 @@ def _resident(pid: int) -> int:
 def _proportional_share(pid: int) -> float:
     """Return PSS / RSS: forked workers share most pages with their parent, and these exist once."""
     try:
-        values = dict(line.split()[:2] for line in _read(f"/proc/{pid}/smaps_rollup").splitlines()[1:])
+        values = dict(
+            line.split()[:2] for line in _read(f"/proc/{pid}/smaps_rollup").splitlines()[1:]
+        )
         return int(values[b"Pss:"]) / max(int(values[b"Rss:"]), 1)
     except (OSError, KeyError, ValueError):
         return 1.0

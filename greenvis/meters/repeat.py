@@ -1,7 +1,8 @@
-"""How far the same work reads apart on this machine (`greenvis doctor --repeat`): the band of what is told by CPU time.
+"""How far the same work reads apart on this machine (`greenvis doctor --repeat`): the band of what
+is told by CPU time.
 
-Readings add up in one file a machine. Those of one sitting say little of another day: until some lie `APART_H` apart, the band
-is the general one, widened where they read further apart.
+Readings add up in one file a machine. Those of one sitting say little of another day: until some
+lie `APART_H` apart, the band is the general one, widened where they read further apart.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from greenvis import files
+from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.meters import host
 
@@ -27,7 +28,10 @@ TIMES, EVERY_S = 12, 5.0
 def path() -> Path:
     """Return where this machine's readings lie."""
     name = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
-    return Path("~/.cache/greenvis").expanduser() / f"repeatability-{re.sub(r'[^A-Za-z0-9-]', '_', name)[:80]}.json"
+    return (
+        Path("~/.cache/greenvis").expanduser()
+        / f"repeatability-{re.sub(r'[^A-Za-z0-9-]', '_', name)[:80]}.json"
+    )
 
 
 def work() -> float:
@@ -37,7 +41,14 @@ def work() -> float:
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(10))
+        model = nn.Sequential(
+            nn.Conv2d(3, 32, 3),
+            nn.ReLU(),
+            nn.Conv2d(32, 32, 3),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.LazyLinear(10),
+        )
         images, labels = torch.randn(16, 3, 32, 32), torch.arange(16) % 10
         model(images)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -50,10 +61,12 @@ def work() -> float:
 
 
 def measure(
-    processor: str, times: int = TIMES, every_s: float = EVERY_S, reading: Callable[[], float] = work,
+    processor: str, times: int = TIMES, every_s: float = EVERY_S, reading: Callable[[],
+    float] = work,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:  # fmt: skip
-    """Do the same work `times` times, one each `every_s` seconds, and add what it took to this machine's readings."""
+    """Do the same work `times` times, one each `every_s` seconds, and add what it took to this
+    machine's readings."""
     reading()  # first calls of the libraries are no part of it
     new: list[list[float]] = []
     began = time.monotonic()
@@ -68,7 +81,8 @@ def measure(
 
 
 def band(processor: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return {"low", "central", "high", "unit", "citation"}: of this machine's readings, else the default. Never raises."""
+    """Return {"low", "central", "high", "unit", "citation"}: of this machine's readings, else the
+    default. Never raises."""
     listed = _readings(processor)
     if len(listed) < LEAST:
         return default
@@ -80,17 +94,36 @@ def band(processor: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
     measured = f"measured on this machine: {said}"
     if hours < APART_H:
         low, high = min(low, default["low"]), max(high, default["high"])
-        measured = f"default, for {APART_H:g} h must lie between runs (on this machine {said}): {default['citation']}"
-    return {**default, "low": low, "high": high, "runs": len(listed), "hours": hours, "citation": measured}
+        measured = (
+            f"default, for {APART_H:g} h must lie between runs (on this machine {said}): "
+            f"{default['citation']}"
+        )
+    return {
+        **default,
+        "low": low,
+        "high": high,
+        "runs": len(listed),
+        "hours": hours,
+        "citation": measured,
+    }
 
 
 def _readings(processor: str) -> list[tuple[float, float]]:
-    """Return (seconds since 1970, CPU seconds) of this machine; none of another processor, and none of a file gone bad."""
+    """Return (seconds since 1970, CPU seconds) of this machine; none of another processor, and none
+    of a file gone bad."""
     try:
         held = files.read_json(path(), "readings of repeatability", 2**20)
         if (held["processor"], held["cpus"]) != (processor, host.cpus()):
             return []
         listed = [(float(at), float(value)) for at, value in held["readings"]]
-    except (BadInput, OSError, KeyError, TypeError, ValueError, OverflowError, RuntimeError):  # no home: no readings
+    except (
+        BadInput,
+        OSError,
+        KeyError,
+        TypeError,
+        ValueError,
+        OverflowError,
+        RuntimeError,
+    ):  # no home: no readings
         return []
     return [(at, value) for at, value in listed if 0 < value < 3600 and 0 < at < 1e11][-MOST:]

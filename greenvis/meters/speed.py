@@ -10,20 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.devices import asynchronous, wait
-from greenvis.modes import in_mode
 
 WARM_UP = 3
 
 
-def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 10, most: int = 1000) -> dict[str, Any]:
-    """Return one call's time in milliseconds: {"p50", "p95", "mean", "batch_size", "calls"}, in eval mode, no gradients.
+def latency(
+    model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 10, most: int = 1000
+) -> dict[str, Any]:
+    """Return one call's time in milliseconds: {"p50", "p95", "mean", "batch_size", "calls"}, in
+    eval mode, no gradients.
 
-    x: a batch (batch, …) on the model's device. Calls are repeated for about `seconds`, `least` to `most` times.
+    x: a batch (batch, …) on the model's device. Calls are repeated for about `seconds`, `least` to
+    `most` times.
     """
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
-        raise BadInput(f"latency needs a batch of at least one image, (batch, …), not {getattr(x, 'shape', x)!r}")
+        raise BadInput(
+            "latency needs a batch of at least one image, (batch, …), not "
+            f"{getattr(x, 'shape', x)!r}"
+        )
     times: list[float] = []
     waiting = asynchronous(model, x)
     with in_mode(model, False), torch.inference_mode():
@@ -38,7 +45,8 @@ def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 1
             times.append((time.perf_counter() - start) * 1000)
     times.sort()
     return {
-        "p50": _quantile(times, 0.50), "p95": _quantile(times, 0.95), "mean": math.fsum(times) / len(times),
+        "p50": _quantile(times, 0.50), "p95": _quantile(times, 0.95),
+        "mean": math.fsum(times) / len(times),
         "batch_size": int(x.shape[0]), "calls": len(times),
     }  # fmt: skip
 
@@ -46,8 +54,8 @@ def latency(model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 1
 def throughput(
     model: nn.Module, x: Tensor, *, batch_sizes: Sequence[int] = (1, 8, 32), seconds: float = 1.0
 ) -> dict[int, float]:
-    """Return images per second by batch size; `x` (batch, …) is repeated or cut to each size. A size that does not fit
-    into the GPU's memory is left out."""
+    """Return images per second by batch size; `x` (batch, …) is repeated or cut to each size. A
+    size that does not fit into the GPU's memory is left out."""
     if not batch_sizes or any(n < 1 for n in batch_sizes):
         raise BadInput(f"batch_sizes are {tuple(batch_sizes)}: give sizes of 1 or more")
     out = {}

@@ -1,4 +1,5 @@
-"""FLOPs of training steps: counted while the step runs, its numbers untouched, and looked up for those like it."""
+"""FLOPs of training steps: counted while the step runs, its numbers untouched, and looked up for
+those like it."""
 
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ from greenvis.meters.flop_mode import FlopMode
 if TYPE_CHECKING:
     from greenvis.meters.track import Tracker
 
-AGAIN = 64  # a kind of step is counted at its 1st, 64th, 4096th, … time: a replay buffer fills, tokens are pruned
+# a kind of step is counted at its 1st, 64th, 4096th, … time: a replay buffer fills, tokens are
+# pruned
+AGAIN = 64
 LONGEST = 16384
 LOOK_EVERY = 16  # steps between two looks at which parameters learn: there are hundreds of them
 
 
 @dataclass
 class _Kind:
-    """What is known of one kind of step: FLOPs by phase below the step's own ("/teacher"), and when to look again."""
+    """What is known of one kind of step: FLOPs by phase below the step's own ("/teacher"), and when
+    to look again."""
 
     flops: dict[str, int] = field(default_factory=dict)
     seen: int = 0
@@ -31,7 +35,8 @@ class _Kind:
 
 
 class StepFlops:
-    """Adds each step's FLOPs to the phases they were done in. model: what learns, or None where it is not known."""
+    """Adds each step's FLOPs to the phases they were done in. model: what learns, or None where it
+    is not known."""
 
     def __init__(self, model: nn.Module | None) -> None:
         self._model = model
@@ -45,7 +50,11 @@ class StepFlops:
     def step(self, tracker: Tracker, batch: Any) -> AbstractContextManager[Any]:
         """Return a context that counts, or looks up, the step run inside."""
         if self._compiled:  # a dispatch mode would run it uncompiled: other kernels, other numbers
-            self._tell(tracker, "FLOPs of the steps were not counted: the model is compiled; `greenvis flops` counts it")
+            self._tell(
+                tracker,
+                "FLOPs of the steps were not counted: the model is compiled; `greenvis flops` "
+                "counts it",
+            )
             return nullcontext()
         phase = tracker.current_phase
         kind = self._known.setdefault(self._key(phase, batch), _Kind())
@@ -54,7 +63,9 @@ class StepFlops:
             for below, flops in kind.flops.items():
                 tracker.add(phase + below, flops=flops)
             return nullcontext()
-        return self._counted(tracker, kind, phase)  # also at the first step of an epoch: outputs may be cached by then
+        return self._counted(
+            tracker, kind, phase
+        )  # also at the first step of an epoch: outputs may be cached by then
 
     @contextmanager
     def _counted(self, tracker: Tracker, kind: _Kind, phase: str) -> Iterator[None]:
@@ -78,7 +89,13 @@ class StepFlops:
                 self._learning = sum(p.requires_grad for p in self._parameters)
             self._steps += 1
         training = model is not None and model.training
-        return (phase.partition("/")[0], _shapes(batch), training, self._learning, torch.is_grad_enabled())
+        return (
+            phase.partition("/")[0],
+            _shapes(batch),
+            training,
+            self._learning,
+            torch.is_grad_enabled(),
+        )
 
     def _tell(self, tracker: Tracker, text: str) -> None:
         if text not in self._told:
@@ -98,5 +115,6 @@ def _shapes(batch: Any) -> tuple[Any, ...]:
 
 def _is_compiled(model: nn.Module | None) -> bool:
     return model is not None and any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
     )

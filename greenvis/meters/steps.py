@@ -1,4 +1,5 @@
-"""`run.steps(loader)`: batches with a progress bar, counted: steps, samples and FLOPs. Imports torch only if it is there."""
+"""`run.steps(loader)`: batches with a progress bar, counted: steps, samples and FLOPs. Imports
+torch only if it is there."""
 
 from __future__ import annotations
 
@@ -15,9 +16,13 @@ if TYPE_CHECKING:
 B = TypeVar("B")
 
 
-def steps(tracker: Tracker, loader: Iterable[B], phase: str | None, total: int | None, progress: bool) -> Iterator[B]:
+def steps(
+    tracker: Tracker, loader: Iterable[B], phase: str | None, total: int | None, progress: bool
+) -> Iterator[B]:
     """Yield the loader's batches inside `phase`; see `Tracker.steps`."""
-    inside = (tracker.current_phase + "/").startswith(f"{phase}/")  # "train" inside of train/epoch3 is that very phase
+    inside = (tracker.current_phase + "/").startswith(
+        f"{phase}/"
+    )  # "train" inside of train/epoch3 is that very phase
     with tracker.phase(phase) if phase and not inside else nullcontext():
         shown = progress and sys.stderr.isatty() and ranks()[0] == 0
         for batch in bar(loader, phase or tracker.name, total) if shown else loader:
@@ -27,10 +32,13 @@ def steps(tracker: Tracker, loader: Iterable[B], phase: str | None, total: int |
 
 
 def samples_in(batch: Any) -> int:
-    """Return the length of the first array in a batch: a tensor, or a tuple, list or dict of them; 1 if there is none."""
+    """Return the length of the first array in a batch: a tensor, or a tuple, list or dict of them;
+    1 if there is none."""
     if isinstance(batch, Mapping):
         batch = tuple(batch.values())
-    while isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], (int, float, str)):
+    while (
+        isinstance(batch, (tuple, list)) and batch and not isinstance(batch[0], (int, float, str))
+    ):
         batch = batch[0]
     try:
         return len(batch) if not isinstance(batch, str) else 1

@@ -22,14 +22,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from greenvis import price
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.meters import carbon, devices, endings, steps
 from greenvis.meters import header as headers
+from greenvis.meters import pricing as price
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.phase import Phase, Whole
-from greenvis.record import SCHEMA, SUFFIX, Reading, Writer, replaced
+from greenvis.meters.record import SCHEMA, SUFFIX, Reading, Writer, replaced
 
 if TYPE_CHECKING:
     from greenvis.meters.crosscheck import CrossCheck
@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 B = TypeVar("B")
 P = ParamSpec("P")
 R = TypeVar("R")
-_turns: dict[str, int] = {}  # how often this process has tracked a name: part of the ranks' common run id
+_turns: dict[
+    str, int
+] = {}  # how often this process has tracked a name: part of the ranks' common run id
 
 
 def track(
@@ -57,12 +59,17 @@ def track(
     wall_meter: Callable[[], float] | None = None,
     source: Source | None = None,
 ) -> Tracker:
-    """Return a tracker of energy, carbon, FLOPs, memory and time: a context manager and a decorator.
+    """Return a tracker of energy, carbon, FLOPs, memory and time: a context manager and a
+    decorator.
 
-    live: what `gv.wrap` returned (or a plain model): its parameters become facts, its techniques' phases are cut.
-    country: a zone of `meters.carbon` ("FRA", "USA-CA"); intensity: g CO2e per kWh instead; pue: ratio >= 1;
-    embodied: {"kg", "lifetime_years", "share"}; header: further values for the record's header (arm, seed, inputs);
-    codecarbon: run codecarbon beside as a cross-check; coefficients, wall_meter: see `meters.energy.Meter`;
+    live: what `gv.wrap` returned (or a plain model): its parameters become facts, its techniques'
+    phases are cut.
+    country: a zone of `meters.carbon` ("FRA", "USA-CA"); intensity: g CO2e per kWh instead; pue:
+    ratio >= 1;
+    embodied: {"kg", "lifetime_years", "share"}; header: further values for the record's header
+    (arm, seed, inputs);
+    codecarbon: run codecarbon beside as a cross-check; coefficients, wall_meter: see
+    `meters.energy.Meter`;
     source: replaces the live meter (`meters.energy.Replay`).
     Raises BadInput for a bad name, zone, PUE or coefficients file, before anything runs.
     """
@@ -71,8 +78,12 @@ def track(
     if not interval_s > 0:
         raise BadInput(f"interval_s is {interval_s}: give seconds between samples, above 0")
     if live is not None and not hasattr(getattr(live, "model", live), "parameters"):
-        raise BadInput(f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}")
-    given = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(header or {})
+        raise BadInput(
+            f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}"
+        )
+    given = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(
+        header or {}
+    )
     folder = Path(dir) / _slug(name)
     if "arm" in given and "seed" in given:
         folder = folder / _slug(str(given["arm"])) / f"seed{given['seed']}"
@@ -80,13 +91,17 @@ def track(
     def open_source() -> Source:
         return source if source is not None else Meter(coefficients, wall_meter)
 
-    return Tracker(name, folder, given, open_source, live, codecarbon=codecarbon, interval_s=interval_s)
+    return Tracker(
+        name, folder, given, open_source, live, codecarbon=codecarbon, interval_s=interval_s
+    )
 
 
 class Tracker:
-    """One tracked run of this process. Cheap to call into; the disk never makes it raise; its data outlive any end.
+    """One tracked run of this process. Cheap to call into; the disk never makes it raise; its data
+    outlive any end.
 
-    id: the run's id; path: its record (None in a forked child, whose run is its parent's); notes: warnings so far.
+    id: the run's id; path: its record (None in a forked child, whose run is its parent's); notes:
+    warnings so far.
     """
 
     def __init__(
@@ -103,7 +118,14 @@ class Tracker:
         self.name, self.live, self.id = name, live, ""
         self.notes: list[str] = []
         self._again = functools.partial(
-            Tracker, name, folder, header, open_source, live, codecarbon=codecarbon, interval_s=interval_s
+            Tracker,
+            name,
+            folder,
+            header,
+            open_source,
+            live,
+            codecarbon=codecarbon,
+            interval_s=interval_s,
         )
         self._folder, self._header, self._open_source = folder, header, open_source
         self._codecarbon, self._interval_s = codecarbon, interval_s
@@ -115,22 +137,33 @@ class Tracker:
         self._step_flops: StepFlops | None = None
         self._crosscheck: CrossCheck | None = None
 
-    # -- begin and end ------------------------------------------------------------------------------------------------
+    # -- begin and end ----------------------------------------------------------------------------
 
     def start(self) -> Tracker:
         """Begin metering; `with` does it for you. The record exists when this returns."""
         if self._state != "new":
-            raise GreenvisError(f"the run '{self.name}' was started already; a new track(…) makes a new run")
+            raise GreenvisError(
+                f"the run '{self.name}' was started already; a new track(…) makes a new run"
+            )
         self._identify()
         self._thread_id = threading.get_ident()
-        around = (self._thread_id, threading.main_thread().ident)  # of another thread's tracker nothing says that it is around
-        active = [t for t in reversed(endings.active()) if isinstance(t, Tracker) and t._thread_id in around]
+        around = (
+            self._thread_id,
+            threading.main_thread().ident,
+        )  # of another thread's tracker nothing says that it is around
+        active = [
+            t
+            for t in reversed(endings.active())
+            if isinstance(t, Tracker) and t._thread_id in around
+        ]
         outer = next((t.id for t in active), None) or headers.outer_run()
         described = headers.describe()
         source = self._open_source()
         self.header: dict[str, Any] = {
-            "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id, "attempt": 1,
-            "nested_in": outer, **described, "components": source.components, "pricing": price.MODEL, **self._header,
+            "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id,
+            "attempt": 1,
+            "nested_in": outer, **described, "components": source.components,
+            "pricing": price.MODEL, **self._header,
         }  # fmt: skip
         if self._codecarbon:
             from greenvis.meters.crosscheck import CrossCheck
@@ -149,16 +182,23 @@ class Tracker:
         return self
 
     def stop(self, status: str = "done", reason: str = "") -> None:
-        """End the run ("done", "failed" or "stopped") and close its record. A second call does nothing."""
+        """End the run ("done", "failed" or "stopped") and close its record. A second call does
+        nothing."""
         if self._state != "running":
             return
         with self._whole():
             self._ledger.cut()
             self._flush()
-            if self._crosscheck is not None and status != "stopped":  # a signal leaves no time for another's end
+            if (
+                self._crosscheck is not None and status != "stopped"
+            ):  # a signal leaves no time for another's end
                 self._witness(self._crosscheck)
-            for name in self.live.unmoved() if status == "done" and hasattr(self.live, "unmoved") else ():
-                self.note(f"{name}: none of the parameters it trains has moved since the first step")
+            for name in (
+                self.live.unmoved() if status == "done" and hasattr(self.live, "unmoved") else ()
+            ):
+                self.note(
+                    f"{name}: none of the parameters it trains has moved since the first step"
+                )
             self._correct()  # while a note can still be written
             self._writer.close(status, reason)
             self._check_disk()
@@ -173,7 +213,12 @@ class Tracker:
     def __enter__(self) -> Tracker:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         if error is None or (isinstance(error, SystemExit) and error.code in (None, 0)):
             self.stop()
         elif isinstance(error, KeyboardInterrupt):
@@ -191,7 +236,7 @@ class Tracker:
 
         return tracked
 
-    # -- what the user calls ------------------------------------------------------------------------------------------
+    # -- what the user calls ----------------------------------------------------------------------
 
     def phase(self, name: str) -> Phase:
         """Return a context whose use is counted as `name`, below the phase it is entered in."""
@@ -205,12 +250,18 @@ class Tracker:
         return self._ledger.phase if self._state == "running" else ""
 
     def steps(
-        self, loader: Iterable[B], phase: str | None = "train", total: int | None = None, progress: bool = True
+        self,
+        loader: Iterable[B],
+        phase: str | None = "train",
+        total: int | None = None,
+        progress: bool = True,
     ) -> Iterator[B]:
-        """Yield the loader's batches in a phase (None: the current one), counting steps, samples and FLOPs.
+        """Yield the loader's batches in a phase (None: the current one), counting steps, samples
+        and FLOPs.
 
-        progress: a bar on stderr where that is a terminal. FLOPs are counted on the first step of each kind (shapes,
-        mode, what learns) and looked up after; the arithmetic of the step is not touched.
+        progress: a bar on stderr where that is a terminal. FLOPs are counted on the first step of
+        each kind (shapes, mode, what learns) and looked up after; the arithmetic of the step is not
+        touched.
         """
         return steps.steps(self, loader, phase, total, progress)
 
@@ -223,7 +274,8 @@ class Tracker:
                 self._writer.line("log", {"phase": self._ledger.phase, **_when(), **values})
 
     def fact(self, **values: Any) -> None:
-        """Record what holds for the whole run: accuracy, macs, params. A later fact replaces an earlier one."""
+        """Record what holds for the whole run: accuracy, macs, params. A later fact replaces an
+        earlier one."""
         self._line("fact", values)
 
     def note(self, text: str) -> None:
@@ -232,11 +284,18 @@ class Tracker:
         self._line("note", {"text": text})
 
     def uses(
-        self, role: str, name: str, runs: Iterable[str], energy_j: Reading | Mapping[str, Any] | None = None, **more: Any
+        self,
+        role: str,
+        name: str,
+        runs: Iterable[str],
+        energy_j: Reading | Mapping[str, Any] | None = None,
+        **more: Any,
     ) -> None:
-        """Record that this run builds on others (a teacher, a base), whose energy is shown beside it, never added.
+        """Record that this run builds on others (a teacher, a base), whose energy is shown beside
+        it, never added.
 
-        energy_j: what they cost; or observed: the same as observations (`price.observed`), priced when it is read.
+        energy_j: what they cost; or observed: the same as observations (`price.observed`), priced
+        when it is read.
         """
         if isinstance(energy_j, Reading):
             energy_j = {k: v for k, v in energy_j._asdict().items() if k != "name"}
@@ -258,7 +317,8 @@ class Tracker:
         return price.joules(self.observed(), self.header["components"])
 
     def observed(self) -> dict[str, float]:
-        """Return what was observed in this run so far (CPU-seconds, GB-seconds, a counter's joules, …), all read anew."""
+        """Return what was observed in this run so far (CPU-seconds, GB-seconds, a counter's joules,
+        …), all read anew."""
         with self._whole():
             if self._state == "running":
                 self._ledger.cut()
@@ -269,7 +329,9 @@ class Tracker:
         if self._state != "running" or "torch" not in sys.modules:
             return nullcontext()
         if self._step_flops is None:
-            from greenvis.meters.step_flops import StepFlops  # imports torch, which is there already
+            from greenvis.meters.step_flops import (
+                StepFlops,
+            )  # imports torch, which is there already
 
             self._step_flops = StepFlops(getattr(self.live, "model", self.live))
         return self._step_flops.step(self, batch)
@@ -279,10 +341,11 @@ class Tracker:
         """Why the record on the disk is not whole; "" where it is."""
         return self._writer.problem if self._state != "new" and self._writer.lost else ""
 
-    # -- inside -------------------------------------------------------------------------------------------------------
+    # -- inside -----------------------------------------------------------------------------------
 
     def busy_here(self) -> bool:
-        """Say whether the calling thread is just changing this tracker's state (a signal handler asks)."""
+        """Say whether the calling thread is just changing this tracker's state (a signal handler
+        asks)."""
         return self._owner == threading.get_ident()
 
     def forget(self) -> None:
@@ -336,7 +399,9 @@ class Tracker:
 
     def _identify(self) -> None:
         rank = headers.ranks()[0]
-        while True:  # ranks' ids follow from their launcher, which may have launched the same before
+        while (
+            True
+        ):  # ranks' ids follow from their launcher, which may have launched the same before
             turn = _turns[self.name] = _turns.get(self.name, -1) + 1
             self.id = headers.run_id(self.name, turn)
             self.path = headers.here() / self._folder / f"{self.id}.rank{rank}{SUFFIX}"
@@ -358,8 +423,13 @@ class Tracker:
             self.live.meter(self)
         sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
         if isinstance(self._ledger.source, Meter):
-            self._ledger.source.model_on = {devices.kind_of(p.device.type) for p in model.parameters()}
-        facts: dict[str, Any] = {"params": sum(n for n, _ in sizes), "trainable_params": sum(n for n, grad in sizes if grad)}
+            self._ledger.source.model_on = {
+                devices.kind_of(p.device.type) for p in model.parameters()
+            }
+        facts: dict[str, Any] = {
+            "params": sum(n for n, _ in sizes),
+            "trainable_params": sum(n for n, grad in sizes if grad),
+        }
         if hasattr(self.live, "recipe_form"):
             facts["techniques"] = self.live.recipe_form()
         self.fact(**facts)
@@ -370,5 +440,6 @@ def _when() -> dict[str, float]:
 
 
 def _slug(name: str) -> str:
-    """Return a folder name: what is safe on every file system; the header keeps the name as given."""
+    """Return a folder name: what is safe on every file system; the header keeps the name as
+    given."""
     return re.sub(r"[^\w.+-]+", "-", name).strip(".-") or "run"

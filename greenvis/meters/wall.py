@@ -11,7 +11,8 @@ PATIENCE_S = 1800.0  # a plug that counts whole watt-hours moves rarely
 
 
 class WallMeter:
-    """The user's own function that returns joules of the whole machine so far, in whatever state it is."""
+    """The user's own function that returns joules of the whole machine so far, in whatever state it
+    is."""
 
     def __init__(self, function: Callable[[], float], opened: float) -> None:
         self._function = function
@@ -21,7 +22,9 @@ class WallMeter:
         """Return {"meter_j"}: joules since opening, and how long they could not be told."""
         try:
             self._counter.take(now, self._function())
-        except Exception as error:  # the user's function: a plug out of reach must not end the training
+        except (
+            Exception
+        ) as error:  # the user's function: a plug out of reach must not end the training
             self._counter.take(now, None, f"{type(error).__name__}: {error}")
         return self.so_far(now)
 

@@ -1,9 +1,9 @@
-"""Reports: `report(paths)` turns run records into a page, a Markdown file, results.json, results.csv and figures."""
+"""Reports: `report(paths)` turns run records into a page, a Markdown file, results.json,
+results.csv and figures."""
 
 from __future__ import annotations
 
 import gc
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.grid import given, lookup
+from greenvis.meters.grid import given, lookup
 
 SERVED = 1_000_000  # images: the usage at which making and using a model are added up, unless told
 
@@ -31,17 +31,20 @@ def report(
 ) -> Path:
     """Write a report of the runs recorded at `paths` and return the path of its index.html.
 
-    paths: records, folders of them or glob patterns; a report's folder, for the records packed in it; or one results.json,
-    which is compared and put into words anew. out: the folder to write, reports/<name> by default. baseline: the arm others
-    are compared with (default: the one called "baseline"). grid: a zone ("SWE", see `greenvis.grid`), g CO2e per kWh, or a
-    carbon intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the images at which
-    making and using a model are added up. note: shown below the verdict, as its author's words. margin: points of a share
-    (0.5), or units of another metric (0), that an arm may lose and
-    still keep it. Raises BadInput where there is nothing to report.
+    paths: records, folders of them or glob patterns; a report's folder, for the records packed in
+    it; or one results.json, which is compared and put into words anew. out: the folder to write,
+    reports/<name> by default. baseline: the arm others are compared with (default: the one called
+    "baseline"). grid: a zone ("SWE", see `greenvis.meters.grid`), g CO2e per kWh, or a carbon
+    intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the
+    images at which making and using a model are added up. note: shown below the verdict, as its
+    author's words. margin: points of a share (0.5), or units of another metric (0), that an arm may
+    lose and still keep it. Raises BadInput where there is nothing to report.
     """
     paths = _listed(paths)
     with _no_collection():
-        found = results(paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
+        found = results(
+            paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
+        )
         found["title"], found["note"] = title or found["title"], note or found["note"]
         from greenvis.report import archive, page, stored
 
@@ -78,10 +81,17 @@ def results(
             raise BadInput(f"{name} is {value!r}; give the {what}")
     if place := stored.file(paths):
         with stored.believed(place):
-            return stored.again(place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin)
+            return stored.again(
+                place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
+            )
     with archive.unpacked(_listed(paths)) as each:
         runs, notes = groups.load(each, metric)
-    options: dict[str, Any] = {"baseline": baseline, "metric": metric, "grid": _intensity(grid), "margin": margin}
+    options: dict[str, Any] = {
+        "baseline": baseline,
+        "metric": metric,
+        "grid": _intensity(grid),
+        "margin": margin,
+    }
     return build.results(runs, notes, served=round(SERVED if served is None else served), **options)
 
 
@@ -91,7 +101,8 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hold Python's cycle collector: going through thousands of records again and again takes a third of the time."""
+    """Hold Python's cycle collector: going through thousands of records again and again takes a
+    third of the time."""
     before = gc.isenabled()
     gc.disable()
     try:
@@ -99,12 +110,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
-
-
-def to_json(found: Mapping[str, Any]) -> str:
-    """Return results as the text of results.json: sorted, so the same results are the same bytes."""
-    indent = 1 if len(found["arms"]) <= 100 else None  # for people to read; of thousands of arms it would take long
-    return json.dumps(found, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def table(found: Mapping[str, Any]) -> Any:
@@ -120,7 +125,8 @@ def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] |
     if isinstance(grid, Mapping):
         if not isinstance(grid.get("value"), (int, float)):
             raise BadInput(
-                f'a grid is {{"value": g CO2e per kWh, "zone", "source"}}; this one has no number "value": {dict(grid)}'
+                f'a grid is {{"value": g CO2e per kWh, "zone", "source"}}; this one has no number '
+                f'"value": {dict(grid)}'
             )
         return dict(grid)
     try:
@@ -131,4 +137,6 @@ def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] |
 
 
 def _file_name(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")[:80] or "report"
+    return (
+        "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.")[:80] or "report"
+    )

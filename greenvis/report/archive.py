@@ -1,4 +1,5 @@
-"""Run records beside their report: in one compressed file, so that anybody can price the evidence anew."""
+"""Run records beside their report: in one compressed file, so that anybody can price the evidence
+anew."""
 
 from __future__ import annotations
 
@@ -10,8 +11,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from greenvis import files, record
+from greenvis.core import files
 from greenvis.errors import BadInput
+from greenvis.meters import record
 from greenvis.report.groups import record_files
 
 NAME = "records.jsonl.xz"
@@ -23,9 +25,11 @@ BETWEEN = b'{"type":"record"}\n'  # before each record
 
 
 def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
-    """Return the records among `paths` as one archive, each once, in an order that does not depend on where they lie.
+    """Return the records among `paths` as one archive, each once, in an order that does not depend
+    on where they lie.
 
-    Where the whole is larger than `MOST`, running totals that later ones replace are left out; None where that is not enough.
+    Where the whole is larger than `MOST`, running totals that later ones replace are left out; None
+    where that is not enough.
     """
     found: dict[tuple[str, str], bytes] = {}
     size = 0
@@ -39,7 +43,9 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
             found[key] = raw
     listed = [found[key] for key in sorted(found)]
     for form in (listed, map(_thin, listed)) if listed else ():
-        packed = lzma.compress(b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in form), preset=6)
+        packed = lzma.compress(
+            b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in form), preset=6
+        )
         if len(packed) <= MOST:
             return packed
     return None
@@ -47,17 +53,23 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
 
 @contextmanager
 def unpacked(paths: Iterable[str | os.PathLike[str]]) -> Iterator[list[str | os.PathLike[str]]]:
-    """Hold `paths` with each archive, or folder that holds one and no record, replaced by a folder of its records."""
+    """Hold `paths` with each archive, or folder that holds one and no record, replaced by a folder
+    of its records."""
     with ExitStack() as held:
         out: list[str | os.PathLike[str]] = []
         for path in paths:
             packed = inside(path)
-            out.append(path if packed is None else _unpack(packed, Path(held.enter_context(tempfile.TemporaryDirectory()))))
+            out.append(
+                path
+                if packed is None
+                else _unpack(packed, Path(held.enter_context(tempfile.TemporaryDirectory())))
+            )
         yield out
 
 
 def inside(path: str | os.PathLike[str]) -> Path | None:
-    """Return the archive that a path is, or that its folder holds where no record lies there; None for other paths."""
+    """Return the archive that a path is, or that its folder holds where no record lies there; None
+    for other paths."""
     place = Path(path)
     if place.name.endswith(record.SUFFIX + ".xz"):
         return place
@@ -73,7 +85,11 @@ def _unpack(packed: Path, folder: Path) -> Path:
     except lzma.LZMAError as error:
         raise BadInput(f"{packed} is not an archive of run records: {error}") from error
     if not unpacker.eof:
-        why = "it is cut off" if unpacker.needs_input else f"it unpacks to more than {MOST_READ:,} bytes"
+        why = (
+            "it is cut off"
+            if unpacker.needs_input
+            else f"it unpacks to more than {MOST_READ:,} bytes"
+        )
         raise BadInput(f"{packed} cannot be read: {why}")
     if whole.count(BETWEEN) > MOST_RECORDS:
         raise BadInput(f"{packed} cannot be read: it holds more than {MOST_RECORDS:,} records")
@@ -92,7 +108,8 @@ def _key(raw: bytes) -> tuple[str, str] | None:
 
 
 def _thin(raw: bytes) -> bytes:
-    """Leave out samples that a later one of their phase replaces before anything else is written."""
+    """Leave out samples that a later one of their phase replaces before anything else is
+    written."""
     out: list[bytes] = []
     last: dict[str, bytes] = {}
     for text in raw.split(b"\n"):

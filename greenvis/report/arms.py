@@ -1,4 +1,5 @@
-"""One arm's numbers out of its seed runs: means over seeds, every joule kept, what is missing said."""
+"""One arm's numbers out of its seed runs: means over seeds, every joule kept, what is missing
+said."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from greenvis import price
-from greenvis.record import PROVENANCES, Reading
+from greenvis.meters import pricing
+from greenvis.meters.record import PROVENANCES, Reading
 from greenvis.report import continual, kept, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
 from greenvis.report.teachers import teachers
@@ -22,7 +23,8 @@ Intensity = Mapping[str, Any]
 
 @dataclass
 class Arm:
-    """The seed runs shown for one arm, and those of older inputs, which only keep their energy in the totals."""
+    """The seed runs shown for one arm, and those of older inputs, which only keep their energy in
+    the totals."""
 
     label: str
     runs: list[SeedRun]
@@ -42,7 +44,9 @@ class Arm:
 def per_seed(arm: Arm, value: Callable[[SeedRun], float | None]) -> dict[int, float]:
     """Return a number by finished seed, leaving out seeds where it is missing or not finite."""
     found = {seed: value(run) for seed, run in arm.done.items()}
-    return {s: float(v) for s, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    return {
+        s: float(v) for s, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)
+    }
 
 
 def score(run: SeedRun, metric: str) -> float | None:
@@ -55,13 +59,18 @@ def score(run: SeedRun, metric: str) -> float | None:
 
 
 def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Reading:
-    """Return the CO2e of the attempts that led to a result, each priced with its own grid, or all with `grid`."""
-    return price.add((attempt_grams(a, a.whole_j if apart else a.making_j, grid) for a in run.chain), "carbon_g")
+    """Return the CO2e of the attempts that led to a result, each priced with its own grid, or all
+    with `grid`."""
+    return pricing.add(
+        (attempt_grams(a, a.whole_j if apart else a.making_j, grid) for a in run.chain), "carbon_g"
+    )
 
 
 def attempt_grams(attempt: Attempt, joules: Reading, grid: Intensity | None) -> Reading:
     """Return the CO2e of some of an attempt's joules."""
-    return price.carbon(joules, grid or attempt.header.get("carbon_intensity") or {}, pue_of(attempt))
+    return pricing.carbon(
+        joules, grid or attempt.header.get("carbon_intensity") or {}, pue_of(attempt)
+    )
 
 
 def pue_of(attempt: Attempt) -> float:
@@ -71,16 +80,34 @@ def pue_of(attempt: Attempt) -> float:
 
 
 def mean_reading(readings: Iterable[Reading]) -> dict[str, Any]:
-    """Return {"value", "low", "high", "provenance", "method", "std", "n"}, the mean over seeds bound by bound."""
+    """Return {"value", "low", "high", "provenance", "method", "std", "n"}, the mean over seeds
+    bound by bound."""
     listed = list(readings)
     there = [r for r in listed if r.value is not None]
     if not there:
         reasons = sorted({r.reason for r in listed if r.reason})
-        return {"value": None, "low": None, "high": None, "provenance": None, "reason": "; ".join(reasons) or "no finished run"}
-    n, total = len(there), price.add(there)
+        return {
+            "value": None,
+            "low": None,
+            "high": None,
+            "provenance": None,
+            "reason": "; ".join(reasons) or "no finished run",
+        }
+    n, total = len(there), pricing.add(there)
     s = stats.summary({i: r.value for i, r in enumerate(there) if r.value is not None})
-    out = {"value": s["mean"], "low": (total.low or 0) / n, "high": (total.high or 0) / n, "provenance": total.provenance}
-    return {**out, "method": total.method, "std": s["std"], "n": n, **({"reason": total.reason} if total.reason else {})}
+    out = {
+        "value": s["mean"],
+        "low": (total.low or 0) / n,
+        "high": (total.high or 0) / n,
+        "provenance": total.provenance,
+    }
+    return {
+        **out,
+        "method": total.method,
+        "std": s["std"],
+        "n": n,
+        **({"reason": total.reason} if total.reason else {}),
+    }
 
 
 def sum_reading(readings: Iterable[Reading]) -> dict[str, Any]:
@@ -88,17 +115,25 @@ def sum_reading(readings: Iterable[Reading]) -> dict[str, Any]:
     listed = list(readings)
     if not listed:
         return {"value": 0.0, "low": 0.0, "high": 0.0, "provenance": None}
-    r = price.add(listed)
-    return {"value": r.value, "low": r.low, "high": r.high, "provenance": None if r.value is None else r.provenance}
+    r = pricing.add(listed)
+    return {
+        "value": r.value,
+        "low": r.low,
+        "high": r.high,
+        "provenance": None if r.value is None else r.provenance,
+    }
 
 
 def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
-    """Return what the results say of one arm by itself (ratios to the baseline, and what it reuses, are added later)."""
+    """Return what the results say of one arm by itself (ratios to the baseline, and what it reuses,
+    are added later)."""
     done = list(arm.done.values())
     scores = per_seed(arm, lambda r: score(r, metric))
     out: dict[str, Any] = {
         metric: {**stats.summary(scores), "by_seed": text_keys(scores)},
-        "status": "done" if len(done) == len(arm.runs) else ("partly done" if done else "incomplete"),
+        "status": "done"
+        if len(done) == len(arm.runs)
+        else ("partly done" if done else "incomplete"),
         "seeds": sorted(arm.done),
         "attempts": dict(sorted(Counter(a.status for r in arm.runs for a in r.attempts).items())),
         "train_energy_j": mean_reading([r.making_j for r in done])
@@ -135,13 +170,24 @@ def fact(key: str) -> Callable[[SeedRun], float | None]:
 
 def wall(run: SeedRun) -> float | None:
     """Seconds of the attempts that led to a result, measurement left out."""
-    found = [t["wall_s"] for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t]
+    found = [
+        t["wall_s"]
+        for a in run.chain
+        for s, t in a.totals.items()
+        if s not in APART and "wall_s" in t
+    ]
     return math.fsum(found) if found else None
 
 
 def train_flops(run: SeedRun) -> float | None:
-    """FLOPs counted while training (all attempts, a teacher's included), else the fact of that name."""
-    found = [t["flops"] for a in run.chain for s, t in a.totals.items() if s in ("train", "teacher") and t.get("flops")]
+    """FLOPs counted while training (all attempts, a teacher's included), else the fact of that
+    name."""
+    found = [
+        t["flops"]
+        for a in run.chain
+        for s, t in a.totals.items()
+        if s in ("train", "teacher") and t.get("flops")
+    ]
     return math.fsum(found) if found else fact("train_flops")(run)
 
 
@@ -151,27 +197,37 @@ def latency_p50(run: SeedRun) -> float | None:
 
 
 def embodied_g(attempt: Attempt, seconds: float) -> float | None:
-    """Return the grams of CO2e of making the machine that fall on that time of use; None where they were not given."""
+    """Return the grams of CO2e of making the machine that fall on that time of use; None where they
+    were not given."""
     try:
-        return price.embodied(attempt.header.get("embodied"), seconds).value
+        return pricing.embodied(attempt.header.get("embodied"), seconds).value
     except (TypeError, KeyError, ZeroDivisionError):  # a header of other hands
         return None
 
 
 def embodied(run: SeedRun) -> float | None:
     """Return the grams of CO2e of making the machine that fall on the time a result took."""
-    walls = [(a, t["wall_s"]) for a in run.chain for s, t in a.totals.items() if s not in APART and "wall_s" in t]
+    walls = [
+        (a, t["wall_s"])
+        for a in run.chain
+        for s, t in a.totals.items()
+        if s not in APART and "wall_s" in t
+    ]
     found = [embodied_g(a, s) for a, s in walls]
     known = [g for g in found if g is not None]
     return math.fsum(known) if known and len(known) == len(found) else None
 
 
 def _by_stage(done: list[SeedRun]) -> dict[str, Any]:
-    """Mean joules by stage over seeds; a seed without the stage counts 0 there, so the stages add up to the total."""
+    """Mean joules by stage over seeds; a seed without the stage counts 0 there, so the stages add
+    up to the total."""
     names = sorted({s for r in done for a in r.chain for s in a.energy})
     out = {}
     for name in names:
-        sums = [price.add(x for a in r.chain for x in a.energy.get(name, {}).values()).value or 0.0 for r in done]
+        sums = [
+            pricing.add(x for a in r.chain for x in a.energy.get(name, {}).values()).value or 0.0
+            for r in done
+        ]
         out[name] = math.fsum(sums) / len(sums)
     return out
 
@@ -179,12 +235,16 @@ def _by_stage(done: list[SeedRun]) -> dict[str, Any]:
 def _by_component(done: list[SeedRun]) -> dict[str, Any]:
     names = sorted({c for r in done for a in r.chain for e in a.energy.values() for c in e})
     return {
-        n: mean_reading([price.add(e[n] for a in r.chain for e in a.energy.values() if n in e) for r in done]) for n in names
+        n: mean_reading(
+            [pricing.add(e[n] for a in r.chain for e in a.energy.values() if n in e) for r in done]
+        )
+        for n in names
     }
 
 
 def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
-    """Every joule of the arm, as sums: nothing that was burnt is left out, finished or not, shown or older."""
+    """Every joule of the arm, as sums: nothing that was burnt is left out, finished or not, shown
+    or older."""
     shown = [a for r in arm.runs for a in r.attempts]
     older = [a for r in arm.older for a in r.attempts]
     return {
@@ -198,12 +258,14 @@ def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
 
 
 def repeats(arm: Arm) -> list[Attempt]:
-    """Return the starts that belong to no shown result: earlier repetitions, and what broke off after the last result."""
+    """Return the starts that belong to no shown result: earlier repetitions, and what broke off
+    after the last result."""
     return [a for r in arm.runs if r.done for a in r.attempts if a not in r.chain]
 
 
 def inference(done: list[SeedRun]) -> dict[str, Any]:
-    """Joules an image: the fact `inference_energy_j`, else what the timed inference of the measure phase took."""
+    """Joules an image: the fact `inference_energy_j`, else what the timed inference of the measure
+    phase took."""
     found: dict[int, Reading] = {}
     for run in done:
         fact = run.done.facts.get("inference_energy_j") if run.done else None
@@ -211,17 +273,28 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
         if isinstance(fact, Mapping) and isinstance(fact.get("value"), (int, float)):
             v, p = fact["value"], fact.get("provenance")
             found[run.seed] = Reading(
-                "inference_energy_j", v, fact.get("low", v), fact.get("high", v), str(fact.get("method") or "fact"),
+                "inference_energy_j", v, fact.get("low", v), fact.get("high", v),
+                str(fact.get("method") or "fact"),
                 p if p in PROVENANCES else "estimated",
             )  # fmt: skip
         elif run.done and run.done.inference_j and run.done.inference_j.value is not None:
             found[run.seed] = run.done.inference_j
     facts = [run.done.facts.get("inference_energy_j") for run in done if run.done]
-    spreads = [s for f in facts if isinstance(f, Mapping) and isinstance(s := f.get("spread"), (int, float)) and 0 <= s < 1e3]
-    out = mean_reading(found.values()) | {"by_seed": {str(s): r.value for s, r in sorted(found.items())}}
+    spreads = [
+        s
+        for f in facts
+        if isinstance(f, Mapping)
+        and isinstance(s := f.get("spread"), (int, float))
+        and 0 <= s < 1e3
+    ]
+    out = mean_reading(found.values()) | {
+        "by_seed": {str(s): r.value for s, r in sorted(found.items())}
+    }
     out |= {"spread": max(spreads)} if spreads else {}
     if out["value"] is None:
-        out["reason"] = "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
+        out["reason"] = (
+            "not measured: no fact `inference_energy_j` and no samples in a `measure` phase"
+        )
     return out
 
 
@@ -229,9 +302,20 @@ def latency(done: list[SeedRun]) -> dict[str, float] | None:
     """Return the seeds' mean latency in milliseconds by quantile, None where none was measured."""
     found = [r.done.facts.get("latency_ms") for r in done if r.done]
     found = [{"p50": f} if isinstance(f, (int, float)) else f for f in found]
-    keys = sorted({k for f in found if isinstance(f, Mapping) for k, v in f.items() if isinstance(v, (int, float))})
+    keys = sorted(
+        {
+            k
+            for f in found
+            if isinstance(f, Mapping)
+            for k, v in f.items()
+            if isinstance(v, (int, float))
+        }
+    )
     means = {
-        k: stats.summary({i: f[k] for i, f in enumerate(found) if isinstance(f, Mapping) and k in f})["mean"] for k in keys
+        k: stats.summary(
+            {i: f[k] for i, f in enumerate(found) if isinstance(f, Mapping) and k in f}
+        )["mean"]
+        for k in keys
     }
     return means or None
 
@@ -243,14 +327,20 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
     matrices = [f["task_accuracy"] for f in last if _matrix(f.get("task_accuracy"))]
     if matrices:
         out["continual"] = continual.summary(
-            {s: r.done.facts for s, r in arm.done.items() if r.done and _matrix(r.done.facts.get("task_accuracy"))},
+            {
+                s: r.done.facts
+                for s, r in arm.done.items()
+                if r.done and _matrix(r.done.facts.get("task_accuracy"))
+            },
             per_seed(arm, lambda r: r.making_j.value),
         )
         tasks = len(matrices[0])
         same = [m for m in matrices if len(m) == tasks]
         out["task_accuracy"] = [
             [
-                math.fsum(m[t][i] for m in same) / len(same) if all(_number(m[t], i) for m in same) else None
+                math.fsum(m[t][i] for m in same) / len(same)
+                if all(_number(m[t], i) for m in same)
+                else None
                 for i in range(tasks)
             ]
             for t in range(tasks)
@@ -269,9 +359,12 @@ TIMED: dict[str, Callable[[SeedRun], float | None]] = {
     "wall_s": wall, "latency_p50_ms": latency_p50, "images_per_s": fact("images_per_s"),
     "peak_memory_mb": fact("peak_memory_mb"),
 }  # fmt: skip
-# what is compared with the baseline beside the metric and the readings that have their own values by seed
+# what is compared with the baseline beside the metric and the readings that have their own values
+# by
+# seed
 COMPARED: dict[str, Callable[[SeedRun], float | None]] = {
-    "total_energy": lambda r: r.whole_j.value, "train_flops": train_flops, "wall": wall, "latency_p50": latency_p50,
+    "total_energy": lambda r: r.whole_j.value, "train_flops": train_flops, "wall": wall,
+    "latency_p50": latency_p50,
     **{k: fact(k) for k in PLAIN},
 }  # fmt: skip
 

@@ -9,7 +9,11 @@ from greenvis.errors import one_line
 from greenvis.report import figures, floor, tables, words
 from greenvis.report.words import MISSING, si
 
-HEADS = {"train_energy_j": "Energy", "train_energy_with_reuse_j": "Energy, with base", "carbon_g": "CO₂e, own"}
+HEADS = {
+    "train_energy_j": "Energy",
+    "train_energy_with_reuse_j": "Energy, with base",
+    "carbon_g": "CO₂e, own",
+}
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
@@ -21,15 +25,29 @@ def table(found: Mapping[str, Any]) -> Any:
 
     listed = tables.used(dict(found), tables.costs(dict(found)))
     whole = [c for c in listed if c.key.endswith("train_energy_with_reuse_j")] != []
-    energy = ("train_energy_with_reuse_j", "vs_train_energy_with_reuse") if whole else ("train_energy_j", "vs_train_energy")
+    energy = (
+        ("train_energy_with_reuse_j", "vs_train_energy_with_reuse")
+        if whole
+        else ("train_energy_j", "vs_train_energy")
+    )
     columns = [c for c in listed if c.key in (found["metric"], "vs_metric", *energy, "carbon_g")]
-    out = Table(title=Text(one_line(found["name"])), box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    out = Table(
+        title=Text(one_line(found["name"])),
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     out.caption = Text(one_line(floor.sentence(found)))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")
         head = "vs baseline" if against else HEADS.get(column.key, column.title)
-        out.add_column(Text(one_line(head)), justify="right", no_wrap=not against, width=16 if against else None)
+        out.add_column(
+            Text(one_line(head)),
+            justify="right",
+            no_wrap=not against,
+            width=16 if against else None,
+        )
     for row in tables.cells(dict(found), columns):
         texts = []
         for column, cell in zip(columns, row["cells"], strict=True):
@@ -47,9 +65,16 @@ def _below(text: Any, more: str) -> Any:
 
 
 def rows(listed: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Return rows of `ls`, `group`, `compare` or `diff` in words: few columns, units people read, no long digits."""
+    """Return rows of `ls`, `group`, `compare` or `diff` in words: few columns, units people read,
+    no long digits."""
     return [
-        _listed(r) if "run" in r else _compared(r) if "quantity" in r else _gated(r) if "limit" in r else _any(r)
+        _listed(r)
+        if "run" in r
+        else _compared(r)
+        if "quantity" in r
+        else _gated(r)
+        if "limit" in r
+        else _any(r)
         for r in listed
     ]
 
@@ -91,7 +116,9 @@ def _gated(row: Mapping[str, Any]) -> dict[str, str]:
         "arm": figures.clean(row["arm"]),
         "a": si(row["a_j"], "J"),
         "b": si(row["b_j"], "J"),
-        "change": MISSING if row["ratio"] is None else f"{words.fixed((row['ratio'] - 1) * 100, sign=True)} %",
+        "change": MISSING
+        if row["ratio"] is None
+        else f"{words.fixed((row['ratio'] - 1) * 100, sign=True)} %",
         "limit": f"{words.fixed((row['limit'] - 1) * 100, sign=True)} %",
         "ok": "yes" if row["ok"] else "NO",
         "why": figures.clean(row["why"]),
@@ -99,7 +126,10 @@ def _gated(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _any(row: Mapping[str, Any]) -> dict[str, str]:
-    return {k: _number(k, v) if isinstance(v, float) or v is None else figures.clean(str(v)) for k, v in row.items()}
+    return {
+        k: _number(k, v) if isinstance(v, float) or v is None else figures.clean(str(v))
+        for k, v in row.items()
+    }
 
 
 def _number(quantity: str, value: Any) -> str:
@@ -112,4 +142,14 @@ def _number(quantity: str, value: Any) -> str:
         return si(value / 1e3, "s")
     if quantity.endswith("_mb"):
         return si(value * 1e6, "B")
-    return si(value, next((u for end, u in UNITS.items() if quantity.endswith(end) and not quantity.endswith("per_s")), ""))
+    return si(
+        value,
+        next(
+            (
+                u
+                for end, u in UNITS.items()
+                if quantity.endswith(end) and not quantity.endswith("per_s")
+            ),
+            "",
+        ),
+    )

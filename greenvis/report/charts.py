@@ -1,4 +1,5 @@
-"""What the figures of a report draw, each from results alone. A figure without data is left out, not drawn empty."""
+"""What the figures of a report draw, each from results alone. A figure without data is left out,
+not drawn empty."""
 
 from __future__ import annotations
 
@@ -16,8 +17,10 @@ def draw(found: Results) -> list[Drawing]:
     """Return the figures these results allow."""
     with figures.theme():
         drawn = [
-            gain_vs_energy(found), energy_to_gain(found), by_phase(found), size_and_speed(found), payback(found),
-            family.tree(found), continual.curve(found, _styles(found)), continual.growth(found, _styles(found)),
+            gain_vs_energy(found), energy_to_gain(found), by_phase(found), size_and_speed(found),
+            payback(found),
+            family.tree(found), continual.curve(found, _styles(found)), continual.growth(found,
+            _styles(found)),
             *(task_matrix(found, a, i) for i, a in enumerate(found["order"][: figures.MOST_ARMS])),
         ]  # fmt: skip
     return [d for d in drawn if d is not None]
@@ -32,11 +35,14 @@ def _styles(found: Results) -> dict[str, dict[str, Any]]:
 def _most(labels: list[str]) -> tuple[list[str], str]:
     """The arms a figure can hold, and what to say of the rest."""
     rest = len(labels) - figures.MOST_ARMS
-    return labels[: figures.MOST_ARMS], f" The first {figures.MOST_ARMS} of {len(labels)} arms." if rest > 0 else ""
+    return labels[
+        : figures.MOST_ARMS
+    ], f" The first {figures.MOST_ARMS} of {len(labels)} arms." if rest > 0 else ""
 
 
 def gain_vs_energy(found: Results) -> Drawing | None:
-    """The metric against the energy of the whole line, with spread over seeds and the front of the means."""
+    """The metric against the energy of the whole line, with spread over seeds and the front of the
+    means."""
     metric, arms = found["metric"], found["arms"]
     line = {a: arms[a]["train_energy_with_reuse_j"] for a in found["order"]}
     points = {
@@ -63,7 +69,15 @@ def gain_vs_energy(found: Results) -> Drawing | None:
         )
     others = [points[a] for a in points if a not in named]
     if others:
-        ax.plot([x for x, _ in others], [y * k for _, y in others], "o", ms=3, color=figures.GRID, mec=figures.MUTED, mew=0.5)
+        ax.plot(
+            [x for x, _ in others],
+            [y * k for _, y in others],
+            "o",
+            ms=3,
+            color=figures.GRID,
+            mec=figures.MUTED,
+            mew=0.5,
+        )
     for a in named:
         (x, y), look = points[a], {**looks[a], "linestyle": "none", "ms": 8}
         std_x, std_y = line[a]["std"], arms[a][metric]["std"]
@@ -78,13 +92,27 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
     figures.legend_below(figure, ax)
-    what = "; ".join(f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}" for a in named)
+    what = "; ".join(
+        f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}"
+        for a in named
+    )
     best = ", ".join(short(a, 40) for a in front[:12])
     spread = any(arms[a][metric]["std"] for a in named)
-    bars = "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
+    bars = (
+        "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
+    )
     lacking = verdict.not_counted(*arms.values())
-    caption = f"On the front of the means, whose scatter may well change it: {best}. {bars}{lacking}{rest}"
-    return figures.save(figure, "gain-vs-energy", f"{metric.capitalize()} against {energy}", f"{what}. {caption}", caption)
+    caption = (
+        f"On the front of the means, whose scatter may well change it: {best}. "
+        f"{bars}{lacking}{rest}"
+    )
+    return figures.save(
+        figure,
+        "gain-vs-energy",
+        f"{metric.capitalize()} against {energy}",
+        f"{what}. {caption}",
+        caption,
+    )
 
 
 def _axis(found: Results) -> str:
@@ -106,13 +134,28 @@ def energy_to_gain(found: Results) -> Drawing | None:
         lines = [c for _, c in sorted(curves[a].items()) if len(c) > 1]
         for i, line in enumerate(lines):
             look = {**looks[a], "ms": 4, "alpha": 1.0 if i == 0 else 0.55}
-            ax.plot([j for j, _ in line], [y * k for _, y in line], label=short(a) if i == 0 else None, **look)
+            ax.plot(
+                [j for j, _ in line],
+                [y * k for _, y in line],
+                label=short(a) if i == 0 else None,
+                **look,
+            )
     target = next(
-        (found["arms"][a]["energy_to_baseline_j"]["target"] for a in there if found["arms"][a].get("energy_to_baseline_j")),
+        (
+            found["arms"][a]["energy_to_baseline_j"]["target"]
+            for a in there
+            if found["arms"][a].get("energy_to_baseline_j")
+        ),
         None,
     )
     if target is not None:
-        ax.axhline(target * k, color=figures.MUTED, lw=1, ls=":", label=f"final {short(str(found['baseline']), 14)}")
+        ax.axhline(
+            target * k,
+            color=figures.MUTED,
+            lw=1,
+            ls=":",
+            label=f"final {short(str(found['baseline']), 14)}",
+        )
     ax.set_xlabel("energy of own training so far")
     ax.set_ylabel(_axis(found))
     figures.unit_axis(ax.xaxis, "J")
@@ -122,16 +165,26 @@ def energy_to_gain(found: Results) -> Drawing | None:
     for a in labels:
         e = found["arms"][a].get("energy_to_baseline_j")
         if e:
-            missed = f" ({e['not_reached']} of {e['n'] + e['not_reached']} seeds did not)" if e["not_reached"] else ""
-            reached.append(
-                f"{short(a, 40)} {'after ' + words.si(e['mean'], 'J') if e['n'] else 'never'}{missed if e['n'] else ''}"
+            missed = (
+                f" ({e['not_reached']} of {e['n'] + e['not_reached']} seeds did not)"
+                if e["not_reached"]
+                else ""
             )
+            when = f"after {words.si(e['mean'], 'J')}{missed}" if e["n"] else "never"
+            reached.append(f"{short(a, 40)} {when}")
     level = words.gain(metric, target)
     desc = "One line a seed, own training only."
     if reached:
-        desc += f" Reached {level}, the baseline's final {metric}, and stayed there: {'; '.join(reached)}."
+        desc += (
+            f" Reached {level}, the baseline's final {metric}, and stayed there: "
+            f"{'; '.join(reached)}."
+        )
     return figures.save(
-        figure, "energy-to-gain", f"{metric.capitalize()} over the energy of own training", desc + rest, desc + rest
+        figure,
+        "energy-to-gain",
+        f"{metric.capitalize()} over the energy of own training",
+        desc + rest,
+        desc + rest,
     )
 
 
@@ -143,7 +196,8 @@ def by_phase(found: Results) -> Drawing | None:
         return None
     known = list(figures.STAGES)
     stages = sorted(
-        {s for a in there for s in arms[a]["energy_by_phase_j"]}, key=lambda s: (known.index(s) if s in known else 99, s)
+        {s for a in there for s in arms[a]["energy_by_phase_j"]},
+        key=lambda s: (known.index(s) if s in known else 99, s),
     )
     figure, [ax] = figures.canvas(height=max(2.2, 1.5 + 0.36 * len(there)))
     left = dict.fromkeys(there, 0.0)
@@ -162,12 +216,16 @@ def by_phase(found: Results) -> Drawing | None:
     parts = "; ".join(
         f"{short(a, 40)} "
         + ", ".join(
-            f"{short(s)} {words.si(arms[a]['energy_by_phase_j'][s], 'J')}" for s in stages if s in arms[a]["energy_by_phase_j"]
+            f"{short(s)} {words.si(arms[a]['energy_by_phase_j'][s], 'J')}"
+            for s in stages
+            if s in arms[a]["energy_by_phase_j"]
         )
         for a in there
     )
     caption = f"Mean over seeds, own training and measurement; “other” is time in no phase.{rest}"
-    return figures.save(figure, "energy-by-phase", "Energy by phase", f"{parts}. {caption}", caption)
+    return figures.save(
+        figure, "energy-by-phase", "Energy by phase", f"{parts}. {caption}", caption
+    )
 
 
 def size_and_speed(found: Results) -> Drawing | None:
@@ -179,12 +237,18 @@ def size_and_speed(found: Results) -> Drawing | None:
         (
             "latency p50",
             "s",
-            lambda r: None if not r["latency_ms"] or r["latency_ms"].get("p50") is None else r["latency_ms"]["p50"] / 1e3,
+            lambda r: (
+                None
+                if not r["latency_ms"] or r["latency_ms"].get("p50") is None
+                else r["latency_ms"]["p50"] / 1e3
+            ),
         ),
     ]
     arms = found["arms"]
     panels = [p for p in panels if any(p[2](arms[a]) is not None for a in found["order"])]
-    labels, rest = _most([a for a in found["order"] if any(p[2](arms[a]) is not None for p in panels)])
+    labels, rest = _most(
+        [a for a in found["order"] if any(p[2](arms[a]) is not None for p in panels)]
+    )
     if not panels or not labels:
         return None
     columns = 2 if len(panels) > 1 else 1
@@ -194,13 +258,24 @@ def size_and_speed(found: Results) -> Drawing | None:
     for i, (ax, (title, unit, value)) in enumerate(zip(axes, panels, strict=False)):
         values = [value(arms[a]) or 0.0 for a in labels]
         std = [arms[a]["std"]["latency_p50_ms"] or 0.0 for a in labels] if unit else []
-        bars: dict[str, Any] = {"xerr": [s / 1e3 for s in std], "ecolor": figures.INK, "capsize": 2} if any(std) else {}
+        bars: dict[str, Any] = (
+            {"xerr": [s / 1e3 for s in std], "ecolor": figures.INK, "capsize": 2}
+            if any(std)
+            else {}
+        )
         ax.barh(range(len(labels)), values, color=[looks[a]["color"] for a in labels], **bars)
         for y, a in enumerate(labels):
             ax.text(
-                values[y] + (std[y] / 1e3 if std else 0.0), y, " " + words.si(value(arms[a]), unit), va="center", fontsize=9
+                values[y] + (std[y] / 1e3 if std else 0.0),
+                y,
+                " " + words.si(value(arms[a]), unit),
+                va="center",
+                fontsize=9,
             )
-        ax.set_yticks(range(len(labels)), [short(a, 14) for a in labels] if i % columns == 0 else [""] * len(labels))
+        ax.set_yticks(
+            range(len(labels)),
+            [short(a, 14) for a in labels] if i % columns == 0 else [""] * len(labels),
+        )
         ax.set_title(title, fontsize=10, loc="left", color=figures.INK)
         ax.set_xlim(0, (max(values) + max(std, default=0.0) / 1e3 or 1) * 1.75)
         ax.set_xticks([])
@@ -209,7 +284,10 @@ def size_and_speed(found: Results) -> Drawing | None:
         ax.spines["bottom"].set_visible(False)
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
-    desc = "; ".join(f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels) for a in labels)
+    desc = "; ".join(
+        f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels)
+        for a in labels
+    )
     return figures.save(
         figure,
         "size-and-speed",
@@ -220,17 +298,29 @@ def size_and_speed(found: Results) -> Drawing | None:
 
 
 def payback(found: Results) -> Drawing | None:
-    """Energy to make and use each arm, as a share of the baseline's, against the images served, with the crossing points."""
+    """Energy to make and use each arm, as a share of the baseline's, against the images served,
+    with the crossing points."""
     arms, base = found["arms"], found["baseline"]
     there = [
-        a for a in found["order"] if arms[a]["inference_energy_j"]["value"] and arms[a]["train_energy_j"]["value"] is not None
+        a
+        for a in found["order"]
+        if arms[a]["inference_energy_j"]["value"] and arms[a]["train_energy_j"]["value"] is not None
     ]
-    rivals = [a for a in there if a != base and arms[a]["vs_baseline"] and arms[a]["vs_baseline"]["payback"]]
+    rivals = [
+        a
+        for a in there
+        if a != base and arms[a]["vs_baseline"] and arms[a]["vs_baseline"]["payback"]
+    ]
     if base not in there or not rivals:
         return None
     labels, rest = _most(rivals)
     points = {a: arms[a]["vs_baseline"]["payback"] for a in labels}
-    crossings = [p[k]["images"] for p in points.values() for k in p if p[k]["images"] and p[k]["images"] < 1e12]
+    crossings = [
+        p[k]["images"]
+        for p in points.values()
+        for k in p
+        if p[k]["images"] and p[k]["images"] < 1e12
+    ]
     far = max([found["served"], *(4 * n for n in crossings)])
     xs = [10 ** (2 + i * (math.log10(max(far, 1e3)) - 2) / 60) for i in range(61)]
     import numpy as np
@@ -238,7 +328,12 @@ def payback(found: Results) -> Drawing | None:
 
     figure, [ax] = figures.canvas(height=4.0)
     looks = _styles(found)
-    ax.axhline(1.0, color=figures.MUTED, lw=1.8, label=short(str(base)) + (" (baseline)" if base != "baseline" else ""))
+    ax.axhline(
+        1.0,
+        color=figures.MUTED,
+        lw=1.8,
+        label=short(str(base)) + (" (baseline)" if base != "baseline" else ""),
+    )
     for a in labels:
         look = {k: v for k, v in looks[a].items() if k != "marker"}
         low, mean, high = _shares(arms[a], arms[base], xs)
@@ -250,7 +345,15 @@ def payback(found: Results) -> Drawing | None:
             ax.plot(xs, whole, label=f"{short(a, 12)}, all charged", **{**look, "linestyle": ":"})
         n = points[a]["own"]["images"]
         if n and xs[0] <= n <= far:
-            ax.plot(n, 1.0, marker=looks[a]["marker"], ms=9, color=look["color"], mec=figures.INK, ls="none")
+            ax.plot(
+                n,
+                1.0,
+                marker=looks[a]["marker"],
+                ms=9,
+                color=look["color"],
+                mec=figures.INK,
+                ls="none",
+            )
     ax.set_xscale("log")
     ax.set_xlabel("images served")
     ax.set_ylabel(f"make and use, × {short(str(base), 14)}")
@@ -265,9 +368,16 @@ def payback(found: Results) -> Drawing | None:
     else:
         ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
-    said = " ".join(words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels)
-    how = "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the energy of one image shows no "
-    how += f"difference. Dotted: base and teacher charged whole.{verdict.not_counted(*arms.values())}"
+    said = " ".join(
+        words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels
+    )
+    how = (
+        "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the "
+        "energy of one image shows no "
+    )
+    how += (
+        f"difference. Dotted: base and teacher charged whole.{verdict.not_counted(*arms.values())}"
+    )
     return figures.save(
         figure,
         "payback",
@@ -280,17 +390,30 @@ def payback(found: Results) -> Drawing | None:
 def _shares(
     arm: dict[str, Any], base: dict[str, Any], xs: list[float], reuse: bool = False
 ) -> tuple[list[float], list[float], list[float]]:
-    """Return the lowest seed, the mean and the highest seed of (make + use an arm) ÷ (make + use the baseline)."""
+    """Return the lowest seed, the mean and the highest seed of (make + use an arm) ÷ (make + use
+    the baseline)."""
 
     def cost(row: dict[str, Any], seed: str | None, x: float) -> float:
         make, use = (row[k] for k in ("train_energy_j", "inference_energy_j"))
-        whole = (row["base_reuse"]["whole_j"]["value"] or 0.0) if reuse and row["base_reuse"] else 0.0
-        return whole + (make["value"] + use["value"] * x if seed is None else make["by_seed"][seed] + use["by_seed"][seed] * x)
+        whole = (
+            (row["base_reuse"]["whole_j"]["value"] or 0.0) if reuse and row["base_reuse"] else 0.0
+        )
+        return whole + (
+            make["value"] + use["value"] * x
+            if seed is None
+            else make["by_seed"][seed] + use["by_seed"][seed] * x
+        )
 
-    known = [set(r[k]["by_seed"]) for r in (arm, base) for k in ("train_energy_j", "inference_energy_j")]
+    known = [
+        set(r[k]["by_seed"]) for r in (arm, base) for k in ("train_energy_j", "inference_energy_j")
+    ]
     seeds = sorted(set.intersection(*known))
     mean = [cost(arm, None, x) / cost(base, None, x) for x in xs]
-    each = [[cost(arm, s, x) / cost(base, s, x) for s in seeds] for x in xs] if len(seeds) > 1 else [[m] for m in mean]
+    each = (
+        [[cost(arm, s, x) / cost(base, s, x) for s in seeds] for x in xs]
+        if len(seeds) > 1
+        else [[m] for m in mean]
+    )
     return [min(e) for e in each], mean, [max(e) for e in each]
 
 
@@ -310,10 +433,23 @@ def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
             if v is None:
                 continue
             r, g, b, _ = colours(min(1.0, max(0.0, v)))
-            ax.fill([k - 0.5, k + 0.5, k + 0.5, k - 0.5], [t - 0.5, t - 0.5, t + 0.5, t + 0.5], color=(r, g, b), lw=0)
+            ax.fill(
+                [k - 0.5, k + 0.5, k + 0.5, k - 0.5],
+                [t - 0.5, t - 0.5, t + 0.5, t + 0.5],
+                color=(r, g, b),
+                lw=0,
+            )
             dark = 0.2126 * r + 0.7152 * g + 0.0722 * b < 0.45
             if n <= 12:
-                ax.text(k, t, f"{v * 100:.0f}", ha="center", va="center", color="#fefefe" if dark else "#010101", fontsize=10)
+                ax.text(
+                    k,
+                    t,
+                    f"{v * 100:.0f}",
+                    ha="center",
+                    va="center",
+                    color="#fefefe" if dark else "#010101",
+                    fontsize=10,
+                )
     ax.set_xticks(range(n), [str(k + 1) for k in range(n)])
     ax.set_yticks(range(n), [str(k + 1) for k in range(n)])
     ax.set_xlim(-0.5, n - 0.5)
@@ -323,6 +459,13 @@ def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
     ax.set_ylabel("after learning task")
     last = ", ".join(words.gain("accuracy", v) for v in matrix[-1])
     desc = (
-        f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was learned (row). At the end: {last}."
+        f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was "
+        f"learned (row). At the end: {last}."
     )
-    return figures.save(figure, f"tasks-{i}", f"Accuracy by task: {short(label, 40)}", desc, "Per cent, mean over seeds.")
+    return figures.save(
+        figure,
+        f"tasks-{i}",
+        f"Accuracy by task: {short(label, 40)}",
+        desc,
+        "Per cent, mean over seeds.",
+    )

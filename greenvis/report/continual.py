@@ -1,20 +1,23 @@
-"""What a report says of continual learning: the metrics of each arm's accuracy matrix, and accuracy as tasks come."""
+"""What a report says of continual learning: the metrics of each arm's accuracy matrix, and accuracy
+as tasks come."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from greenvis import cl_metrics
 from greenvis.report import figures, stats, words
+from greenvis.report.columns import Column
 from greenvis.report.figures import Drawing, short
-from greenvis.report.tables import Column
 from greenvis.report.words import MISSING, si
+from greenvis.tasks import continual as cl_metrics
 
 Row = dict[str, Any]
 
 
-def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float]) -> dict[str, Any]:
+def summary(
+    facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float]
+) -> dict[str, Any]:
     """Return {METRIC: {mean, std, n, …}, "averages", "energy_by_task_j": […]} over seeds.
 
     facts: of each finished seed that left a matrix. energy_j: of each seed.
@@ -30,7 +33,9 @@ def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float
             "backward_transfer": cl_metrics.backward_transfer(matrix),
             "plasticity": cl_metrics.plasticity(matrix),
             "task_energy_j": cl_metrics.joules_per_task(its.get("task_energy_j") or []),
-            "accuracy_per_kj": None if spent is None else cl_metrics.energy_normalised_accuracy(matrix, spent),
+            "accuracy_per_kj": None
+            if spent is None
+            else cl_metrics.energy_normalised_accuracy(matrix, spent),
             "buffer_bytes": its.get("buffer_bytes"),
         }
         for key, value in values.items():
@@ -43,11 +48,15 @@ def summary(facts: Mapping[int, Mapping[str, Any]], energy_j: Mapping[int, float
 
 
 def _means(curves: Iterable[list[float | None]]) -> list[float | None]:
-    return [None if None in column else sum(column) / len(column) for column in zip(*curves, strict=False)]
+    return [
+        None if None in column else sum(column) / len(column)
+        for column in zip(*curves, strict=False)
+    ]
 
 
 def all_at_once(row: Row) -> bool:
-    """Whether an arm trained on all tasks at once (joint), a bound that no stream allows: it knows the last accuracy only."""
+    """Whether an arm trained on all tasks at once (joint), a bound that no stream allows: it knows
+    the last accuracy only."""
     before = (row.get("continual") or {}).get("averages", [])[:-1]
     return bool(before) and all(value is None for value in before)
 
@@ -74,37 +83,59 @@ def _value(row: Row, key: str, part: str = "mean") -> float | None:
 def _share(key: str, title: str) -> Column:
     def text(row: Row) -> str:
         mean, std = _value(row, key), _value(row, key, "std")
-        return MISSING if mean is None else words.fixed(100 * mean) + ("" if std is None else f" ± {100 * std:.1f}")
+        return (
+            MISSING
+            if mean is None
+            else words.fixed(100 * mean) + ("" if std is None else f" ± {100 * std:.1f}")
+        )
 
     return Column(f"continual_{key}", f"{title}, %", lambda r: _value(r, key), text)
 
 
 def _figure(key: str, title: str, unit: str) -> Column:
-    return Column(f"continual_{key}", title, lambda r: _value(r, key), lambda r: si(_value(r, key), unit))
+    return Column(
+        f"continual_{key}", title, lambda r: _value(r, key), lambda r: si(_value(r, key), unit)
+    )
 
 
 def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
     """The average accuracy over the tasks so far, as they come: one line an arm."""
-    curves = {a: (found["arms"][a].get("continual") or {}).get("averages") or [] for a in found["order"]}
-    there = [a for a in found["order"] if sum(v is not None for v in curves[a]) > 1][: figures.MOST_ARMS]
+    curves = {
+        a: (found["arms"][a].get("continual") or {}).get("averages") or [] for a in found["order"]
+    }
+    there = [a for a in found["order"] if sum(v is not None for v in curves[a]) > 1][
+        : figures.MOST_ARMS
+    ]
     if not there:
         return None
     figure, [ax] = figures.canvas(height=4.0)
     for a in there:
         points = [(t + 1, 100 * v) for t, v in enumerate(curves[a]) if v is not None]
-        ax.plot([t for t, _ in points], [v for _, v in points], label=short(a), **{**looks[a], "ms": 5})
+        ax.plot(
+            [t for t, _ in points], [v for _, v in points], label=short(a), **{**looks[a], "ms": 5}
+        )
     ax.set_xlabel("tasks learned")
     ax.set_ylabel("accuracy on them (%)")
     ax.set_xticks(range(1, max(len(curves[a]) for a in there) + 1))
     figures.legend_below(figure, ax)
     ends = ", ".join(f"{short(a, 40)} {words.gain('accuracy', curves[a][-1])}" for a in there)
     desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
-    return figures.save(figure, "accuracy-by-tasks", "Accuracy as tasks come", desc, "Mean over seeds of the tasks so far.")
+    return figures.save(
+        figure,
+        "accuracy-by-tasks",
+        "Accuracy as tasks come",
+        desc,
+        "Mean over seeds of the tasks so far.",
+    )
 
 
 def growth(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
-    """The energy of all tasks so far, as they come, and from which number of tasks an arm costs less than the baseline."""
-    sums = {a: _sums((found["arms"][a].get("continual") or {}).get("energy_by_task_j") or []) for a in found["order"]}
+    """The energy of all tasks so far, as they come, and from which number of tasks an arm costs
+    less than the baseline."""
+    sums = {
+        a: _sums((found["arms"][a].get("continual") or {}).get("energy_by_task_j") or [])
+        for a in found["order"]
+    }
     there = [a for a in found["order"] if len(sums[a]) > 1][: figures.MOST_ARMS]
     if not there:
         return None
@@ -113,17 +144,26 @@ def growth(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawin
         ax.plot(range(1, len(sums[a]) + 1), sums[a], label=short(a), **{**looks[a], "ms": 5})
     ax.set_xlabel("tasks learned")
     ax.set_ylabel("energy of all so far")
-    ax.set_xticks(range(1, max(len(sums[a]) for a in there) + 1, 1 + max(len(sums[a]) for a in there) // 12))
+    ax.set_xticks(
+        range(1, max(len(sums[a]) for a in there) + 1, 1 + max(len(sums[a]) for a in there) // 12)
+    )
     figures.unit_axis(ax.yaxis, "J")
     figures.legend_below(figure, ax)
     base = found["baseline"]
-    said = [cheaper(short(a, 40), sums[a], short(str(base), 40), sums[base]) for a in there if a != base and sums.get(base)]
-    desc = " ".join(["Energy of training and testing, summed over the tasks so far; mean over seeds.", *said])
+    said = [
+        cheaper(short(a, 40), sums[a], short(str(base), 40), sums[base])
+        for a in there
+        if a != base and sums.get(base)
+    ]
+    desc = " ".join(
+        ["Energy of training and testing, summed over the tasks so far; mean over seeds.", *said]
+    )
     return figures.save(figure, "energy-by-tasks", "Energy as tasks come", desc, desc)
 
 
 def cheaper(arm: str, its: list[float], base: str, bases: list[float]) -> str:
-    """Return in words from which number of tasks an arm has cost less than the baseline, and keeps to it."""
+    """Return in words from which number of tasks an arm has cost less than the baseline, and keeps
+    to it."""
     compared = list(zip(its, bases, strict=False))
     dearer = [t for t, (a, b) in enumerate(compared, 1) if a >= b]
     if not dearer:

@@ -1,4 +1,5 @@
-"""A report's results in others' formats: Hub model card, SPDX 3.0.1, SCI, AI Act Annex XI items, BibTeX.
+"""A report's results in others' formats: Hub model card, SPDX 3.0.1, SCI, AI Act Annex XI items,
+BibTeX.
 
 Formats only: none of these claims a certificate, a rating or compliance.
 """
@@ -12,8 +13,10 @@ import re
 from typing import Any
 
 from greenvis.errors import BadInput, nearest
-from greenvis.price import JOULES_PER_KWH
-from greenvis.report import figures, reuse, to_json, verdict, words
+from greenvis.meters.pricing import JOULES_PER_KWH
+from greenvis.report import figures, reuse, verdict, words
+from greenvis.report.markup import md
+from greenvis.report.results_file import to_json
 
 NAMES = {
     "model-card.md": "Hub model card",
@@ -36,17 +39,20 @@ def files(found: dict[str, Any]) -> dict[str, str]:
 
 
 def model_card(found: dict[str, Any], arm: str) -> str:
-    """Return a model card (Markdown with metadata on top) for one arm, as the Hugging Face Hub reads it.
+    """Return a model card (Markdown with metadata on top) for one arm, as the Hugging Face Hub
+    reads it.
 
-    `co2_eq_emissions.emissions` is in grams, for training one model: the mean over seeds. Raises BadInput for an unknown arm.
+    `co2_eq_emissions.emissions` is in grams, for training one model: the mean over seeds. Raises
+    BadInput for an unknown arm.
     """
-    from greenvis.report.page import md
-
     row = _row(found, arm)
     meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
     grams = row["carbon_g"]
     if grams["value"] is not None:
-        how = f"greenvis, {row['train_energy_j']['provenance']}: {row['train_energy_j']['method']}; {grams['method']}"
+        how = (
+            f"greenvis, {row['train_energy_j']['provenance']}: {row['train_energy_j']['method']}; "
+            f"{grams['method']}"
+        )
         how += "; the grid is assumed" if row["assumed_grid"] else ""
         meta["co2_eq_emissions"] = {
             "emissions": grams["value"],
@@ -62,33 +68,54 @@ def model_card(found: dict[str, Any], arm: str) -> str:
             "task": {"type": "image-classification"},
             "dataset": {"name": str(data["name"]), "type": str(data["name"])},
             "metrics": [
-                {"type": metric, "value": row[metric]["mean"], "name": f"{metric}, mean of {row[metric]['n']} seed(s)"}
+                {
+                    "type": metric,
+                    "value": row[metric]["mean"],
+                    "name": f"{metric}, mean of {row[metric]['n']} seed(s)",
+                }
             ],
         }
         meta["model-index"] = [{"name": f"{found['name']}/{arm}", "results": [result]}]
-    front = "\n".join(f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items())  # JSON is YAML
+    front = "\n".join(
+        f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items()
+    )  # JSON is YAML
     energy, n = row["train_energy_j"], len(row["seeds"])
-    joules, band = words.si(energy["value"], "J"), f"{words.si(energy['low'], 'J')} to {words.si(energy['high'], 'J')}"
+    joules, band = (
+        words.si(energy["value"], "J"),
+        f"{words.si(energy['low'], 'J')} to {words.si(energy['high'], 'J')}",
+    )
     carbon = f"Carbon: {words.si(grams['value'], 'g')} CO₂e."
     body = [
         f"# {md(found['name'])}: {md(arm)}",
         md(verdict.sentence(found, arm)),
-        md(f"Own training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). {carbon} Mean of {n} seed(s)."),
+        md(
+            f"Own training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). "
+            f"{carbon} Mean of {n} seed(s)."
+        ),
         *([md(_line(row))] if row["uses"] else []),
     ]
     return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
 def spdx(found: dict[str, Any]) -> dict[str, Any]:
-    """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its energy in kWh."""
+    """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its
+    energy in kWh."""
     key = hashlib.sha256(to_json(found).encode()).hexdigest()[:32]
     base = f"urn:spdx:greenvis:{key}"
     info, agent, document = "_:creationinfo", f"{base}:agent", f"{base}:document"
     arms = [a for a in found["order"] if found["arms"][a]["train_energy_j"]["value"] is not None]
     packages = [_package(found, a, f"{base}:arm{i}", info) for i, a in enumerate(arms)]
-    created = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    created = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).strftime(
+        "%Y-%m-%dT%H:%M:%SZ"
+    )
     graph = [
-        {"type": "CreationInfo", "@id": info, "specVersion": "3.0.1", "created": created, "createdBy": [agent]},
+        {
+            "type": "CreationInfo",
+            "@id": info,
+            "specVersion": "3.0.1",
+            "created": created,
+            "createdBy": [agent],
+        },
         {"type": "SoftwareAgent", "spdxId": agent, "creationInfo": info, "name": "greenvis"},
         *packages,
         {
@@ -106,7 +133,10 @@ def spdx(found: dict[str, Any]) -> dict[str, Any]:
 def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[str, Any]:
     row = found["arms"][arm]
     kind = "ai_finetuningEnergyConsumption" if _tuned(row) else "ai_trainingEnergyConsumption"
-    consumption: dict[str, Any] = {"type": "ai_EnergyConsumption", kind: [_kwh(row["train_energy_j"]["value"])]}
+    consumption: dict[str, Any] = {
+        "type": "ai_EnergyConsumption",
+        kind: [_kwh(row["train_energy_j"]["value"])],
+    }
     if row["inference_energy_j"]["value"] is not None:
         consumption["ai_inferenceEnergyConsumption"] = [_kwh(row["inference_energy_j"]["value"])]
     reading = row["train_energy_j"]
@@ -117,7 +147,8 @@ def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[s
         "creationInfo": info,
         "name": figures.clean(f"{found['name']}/{arm}"),
         "ai_energyConsumption": consumption,
-        "comment": f"Energy is {reading['provenance']} ({reading['method']}), {band} kWh, the mean of {reading['n']} seed(s). "
+        "comment": f"Energy is {reading['provenance']} ({reading['method']}), {band} kWh, the mean "
+        f"of {reading['n']} seed(s). "
         "Inference energy is for one image.",
     }
     metric, mean = found["metric"], row[found["metric"]]["mean"]
@@ -127,7 +158,11 @@ def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[s
 
 
 def _kwh(joules: float) -> dict[str, str]:
-    return {"type": "ai_EnergyConsumptionDescription", "ai_energyQuantity": _plain(joules), "ai_energyUnit": "kilowattHour"}
+    return {
+        "type": "ai_EnergyConsumptionDescription",
+        "ai_energyQuantity": _plain(joules),
+        "ai_energyUnit": "kilowattHour",
+    }
 
 
 def _plain(joules: float) -> str:
@@ -136,7 +171,8 @@ def _plain(joules: float) -> str:
 
 
 def sci(found: dict[str, Any]) -> dict[str, Any]:
-    """Return the Software Carbon Intensity of one inference by arm: ((E × I) + M) / R, the terms apart."""
+    """Return the Software Carbon Intensity of one inference by arm: ((E × I) + M) / R, the terms
+    apart."""
     return {
         "standard": "ISO/IEC 21031:2024",
         "boundary": "one image through the model; training, network and storage are outside it",
@@ -147,7 +183,9 @@ def sci(found: dict[str, Any]) -> dict[str, Any]:
                 "i_g_per_kwh": s["i_g_per_kwh"],
                 "m_g": s["m_g"],
                 "sci_g_per_image": s["g_per_image"],
-                "note": "no embodied carbon was given: M is not counted" if s["m_g"] is None else "",
+                "note": "no embodied carbon was given: M is not counted"
+                if s["m_g"] is None
+                else "",
             }
             for a, s in ((a, found["arms"][a]["sci"]) for a in found["order"])
         },
@@ -155,7 +193,8 @@ def sci(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
-    """Return, arm by arm, the figures that items 2(d) and 2(e) of the EU AI Act's Annex XI ask for. A format, no compliance."""
+    """Return, arm by arm, the figures that items 2(d) and 2(e) of the EU AI Act's Annex XI ask for.
+    A format, no compliance."""
     return {
         "format": "Regulation (EU) 2024/1689, Annex XI, section 1, items 2(d) and 2(e)",
         "arms": {
@@ -167,7 +206,9 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
                 "2e_energy_kwh": _per_kwh(row["train_energy_j"]),
                 "2e_known_or_estimated": row["train_energy_j"]["provenance"],
                 "2e_method": row["train_energy_j"].get("method"),
-                "2e_base_energy_kwh": _per_kwh(row["base_reuse"]["whole_j"]) if row["base_reuse"] else None,
+                "2e_base_energy_kwh": _per_kwh(row["base_reuse"]["whole_j"])
+                if row["base_reuse"]
+                else None,
                 "2e_not_counted": reuse.unknown(row),
             }
             for a, row in ((a, found["arms"][a]) for a in found["order"])
@@ -176,7 +217,10 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _per_kwh(reading: dict[str, Any]) -> dict[str, float | None]:
-    return {k: None if reading.get(k) is None else reading[k] / JOULES_PER_KWH for k in ("value", "low", "high")}
+    return {
+        k: None if reading.get(k) is None else reading[k] / JOULES_PER_KWH
+        for k in ("value", "low", "high")
+    }
 
 
 def bibtex(found: dict[str, Any]) -> str:
@@ -186,8 +230,10 @@ def bibtex(found: dict[str, Any]) -> str:
     total = found["totals"]["energy_j"]["value"]
     spent = f"{words.si(total, 'J')} in all" if total is not None else "energy unknown"
     return (
-        f"@misc{{greenvis-{key},\n  title = {{{_tex(found['name'])}: energy and accuracy of {len(found['order'])} arms}},\n"
-        f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = {{{_tex(spent)}}},\n}}\n"
+        f"@misc{{greenvis-{key},\n  title = {{{_tex(found['name'])}: energy and accuracy of "
+        f"{len(found['order'])} arms}},\n"
+        f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = "
+        f"{{{_tex(spent)}}},\n}}\n"
     )
 
 
@@ -211,11 +257,14 @@ def _line(row: dict[str, Any]) -> str:
 def _tuned(row: dict[str, Any]) -> bool:
     """Whether the arm starts from a trained base, or trains a part of a model only."""
     learned, whole = row["trainable_params"], row["params"]
-    return any(u["role"] == "base" for u in row["uses"]) or (learned is not None and whole is not None and learned < whole)
+    return any(u["role"] == "base" for u in row["uses"]) or (
+        learned is not None and whole is not None and learned < whole
+    )
 
 
 def _training_type(found: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
-    """Return the Hub's word for how the arm was trained; none where the records do not say what it began with."""
+    """Return the Hub's word for how the arm was trained; none where the records do not say what it
+    began with."""
     if _tuned(row):
         return {"training_type": "fine-tuning"}
     return {"training_type": "pre-training"} if found["models"] else {}
@@ -225,7 +274,11 @@ def _hardware(found: dict[str, Any]) -> list[str]:
     out = []
     for key in ("cpu", "gpu"):
         for value in found["environment"][key]:
-            out.append(str(value.get("name") or value.get("model") or value) if isinstance(value, dict) else str(value))
+            out.append(
+                str(value.get("name") or value.get("model") or value)
+                if isinstance(value, dict)
+                else str(value)
+            )
     return out
 
 
@@ -244,5 +297,7 @@ def _clean(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    many = len(value.get("arms") or value.get("@graph") or ()) > 100  # for people to read; of thousands it would take long
+    many = (
+        len(value.get("arms") or value.get("@graph") or ()) > 100
+    )  # for people to read; of thousands it would take long
     return json.dumps(value, indent=None if many else 1, ensure_ascii=False, allow_nan=False) + "\n"

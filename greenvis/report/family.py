@@ -1,4 +1,5 @@
-"""The family of the models in a report: which was made from which, and what each cost, drawn as a tree."""
+"""The family of the models in a report: which was made from which, and what each cost, drawn as a
+tree."""
 
 from __future__ import annotations
 
@@ -18,10 +19,12 @@ _INDENT = 0.06  # of the width, a generation
 
 
 def family(listed: list[Arm]) -> dict[str, Any] | None:
-    """Return {"members", "links"} of all arms that build on others, with all they build on; None where none does.
+    """Return {"members", "links"} of all arms that build on others, with all they build on; None
+    where none does.
 
-    members.NAME: own_j, what it cost, a mean over seeds; line_j, the same with all it was made from, each once; null where a
-    part is not known. links: [{"of", "on", "role"}], a child and what it builds on.
+    members.NAME: own_j, what it cost, a mean over seeds; line_j, the same with all it was made
+    from, each once; null where a part is not known. links: [{"of", "on", "role"}], a child and what
+    it builds on.
     """
     costs: dict[str, dict[Any, float | None]] = defaultdict(dict)
     links: dict[tuple[str, str], str] = {}
@@ -39,14 +42,19 @@ def family(listed: list[Arm]) -> dict[str, Any] | None:
     if not links:
         return None
     own_j = {name: _mean(list(by.values())) for name, by in costs.items()}
-    listed_links = [{"of": of, "on": on, "role": role} for (of, on), role in links.items() if of in own_j]
+    listed_links = [
+        {"of": of, "on": on, "role": role} for (of, on), role in links.items() if of in own_j
+    ]
     on = defaultdict(list)
     for link in listed_links:
         on[link["of"]].append(link["on"])
     members = {}
     for name, own in own_j.items():
         line = [own_j[n] for n in (name, *_above(name, on))]
-        members[name] = {"own_j": own, "line_j": None if None in line else math.fsum(v for v in line if v is not None)}
+        members[name] = {
+            "own_j": own,
+            "line_j": None if None in line else math.fsum(v for v in line if v is not None),
+        }
     return {"members": members, "links": listed_links}
 
 
@@ -68,7 +76,8 @@ def _above(name: str, on: Mapping[str, list[str]]) -> list[str]:
 
 
 def tree(found: dict[str, Any]) -> Drawing | None:
-    """The family, a line a model, below what it was made from: what it cost, and what its whole line cost."""
+    """The family, a line a model, below what it was made from: what it cost, and what its whole
+    line cost."""
     its = found.get("family")
     if not its:
         return None
@@ -78,24 +87,36 @@ def tree(found: dict[str, Any]) -> Drawing | None:
         on[link["of"]].append(link["on"])
         said[link["of"]].append(f"{link['role']} {link['on']}")
     order = _order(list(its["members"]), on)
-    places = {name: (_INDENT * _generation(name, on, ()), -row) for row, name in enumerate(order[:MOST_ROWS])}
+    places = {
+        name: (_INDENT * _generation(name, on, ()), -row)
+        for row, name in enumerate(order[:MOST_ROWS])
+    }
     figure, [ax] = figures.canvas(height=0.5 + 0.27 * len(places))
     for name, (x, y) in places.items():
         for above in (n for n in on[name] if n in places):
             x0, y0 = places[above]
             ax.plot([x0, x0, x - 0.01], [y0 - 0.35, y, y], color=figures.MUTED, lw=1.0)
-        text = f"{short(name.removeprefix(str(found['name']) + '/'), 28)}: {_cost(its['members'][name])}"
+        text = (
+            f"{short(name.removeprefix(str(found['name']) + '/'), 28)}: "
+            f"{_cost(its['members'][name])}"
+        )
         ax.text(x, y, text, ha="left", va="center", color=figures.INK)
     ax.set_xlim(-0.02, 1)
     ax.set_ylim(0.5 - len(places), 0.5)
     ax.axis("off")
     rest = len(order) - len(places)
     caption = (
-        "Each below what it was made from. Own cost, then that of the whole line, each ancestor counted once; means over seeds."
+        "Each below what it was made from. Own cost, then that of the whole line, each ancestor "
+        "counted once; means over seeds."
     )
     caption += f" {rest} more are not drawn." if rest else ""
-    listed = [f"{n} ({_cost(its['members'][n])})" + (f" from {' and '.join(said[n])}" if said[n] else "") for n in order]
-    return figures.save(figure, "family", "What was made from what", "; ".join(listed) + ". " + caption, caption)
+    listed = [
+        f"{n} ({_cost(its['members'][n])})" + (f" from {' and '.join(said[n])}" if said[n] else "")
+        for n in order
+    ]
+    return figures.save(
+        figure, "family", "What was made from what", "; ".join(listed) + ". " + caption, caption
+    )
 
 
 def _order(names: list[str], on: Mapping[str, list[str]]) -> list[str]:
@@ -103,7 +124,9 @@ def _order(names: list[str], on: Mapping[str, list[str]]) -> list[str]:
     made: list[str] = []
 
     def place(name: str) -> None:
-        if name not in made and all(parent in made or parent not in names for parent in on.get(name, ())):
+        if name not in made and all(
+            parent in made or parent not in names for parent in on.get(name, ())
+        ):
             made.append(name)
             for child in (n for n in names if name in on.get(n, ())):
                 place(child)
@@ -120,5 +143,8 @@ def _generation(name: str, on: Mapping[str, list[str]], below: tuple[str, ...]) 
 
 
 def _cost(member: Mapping[str, Any]) -> str:
-    own, line = (words.si(member[k], "J") if member[k] is not None else "not known" for k in ("own_j", "line_j"))
+    own, line = (
+        words.si(member[k], "J") if member[k] is not None else "not known"
+        for k in ("own_j", "line_j")
+    )
     return own if member["own_j"] == member["line_j"] else f"{own}, line {line}"

@@ -1,4 +1,5 @@
-"""The noise floor: how far arms that do the same work read apart. What is smaller is no difference."""
+"""The noise floor: how far arms that do the same work read apart. What is smaller is no
+difference."""
 
 from __future__ import annotations
 
@@ -9,16 +10,23 @@ from typing import Any
 
 from greenvis.report import stats, words
 
-TRAINING = ("train_energy", "total_energy", "train_energy_with_reuse")  # quantities to which each floor belongs
+TRAINING = (
+    "train_energy",
+    "total_energy",
+    "train_energy_with_reuse",
+)  # quantities to which each floor belongs
 SERVING = ("inference_energy",)
 _BRIEF = (("training", "training"), ("image", "serving"))
 
 
 def floors(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those compared}, or None.
+    """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those
+    compared}, or None.
 
-    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving: arms whose finished networks
-    are the same: of one model, with as many MACs and parameters. Results of before there were inputs say neither.
+    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving:
+    arms whose finished networks
+    are the same: of one model, with as many MACs and parameters. Results of before there were
+    inputs say neither.
     """
     rows = {a: r for a, r in found["arms"].items() if "inputs" in r and r["seeds"]}
     return {
@@ -32,11 +40,15 @@ def _apart(rows: Mapping[str, Any], work: Any, reading: str) -> dict[str, Any] |
         (math.exp(abs(math.log(r["ratio"]))), a, b)
         for a, b in combinations(rows, 2)
         if work(rows[a]) is not None and work(rows[a]) == work(rows[b])
-        and (r := stats.ratio(rows[a][reading].get("by_seed") or {}, rows[b][reading].get("by_seed") or {})) and r["ratio"] > 0
+        and (r := stats.ratio(rows[a][reading].get("by_seed") or {},
+        rows[b][reading].get("by_seed") or {})) and r["ratio"] > 0
     ]  # fmt: skip
     if not pairs:
         return None
-    return {"ratio": max(ratio for ratio, *_ in pairs), "arms": [a for a in rows if any(a in pair for pair in pairs)]}
+    return {
+        "ratio": max(ratio for ratio, *_ in pairs),
+        "arms": [a for a in rows if any(a in pair for pair in pairs)],
+    }
 
 
 def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,7 +66,11 @@ def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
 def brief(found: Mapping[str, Any]) -> str:
     """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
     floor = found.get("noise_floor") or {}
-    said = [f"{k} ×{words.figures(max(f['ratio'], 1.001), 3)}" for k, f in ((w, floor.get(t)) for w, t in _BRIEF) if f]
+    said = [
+        f"{k} ×{words.figures(max(f['ratio'], 1.001), 3)}"
+        for k, f in ((w, floor.get(t)) for w, t in _BRIEF)
+        if f
+    ]
     return ", ".join(said) or "unknown"
 
 
@@ -62,10 +78,14 @@ def sentence(found: Mapping[str, Any]) -> str:
     """Say what the floor of the tables is."""
     kinds = {"training": "training", "serving": "one image"}
     known = {kind: f for kind in kinds if (f := (found.get("noise_floor") or {}).get(kind))}
-    said = [f"{kinds[k]} ×{words.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})" for k, f in known.items()]
+    said = [
+        f"{kinds[k]} ×{words.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})"
+        for k, f in known.items()
+    ]
     if not said:
         return "Noise floor: not known, for no two arms did the same work."
     return (
-        f"Noise floor, by which arms that did the same work read apart: {'; '.join(said)}. It is in the intervals of energies: "
+        f"Noise floor, by which arms that did the same work read apart: {'; '.join(said)}. It is "
+        "in the intervals of energies: "
         "a smaller difference is none."
     )

@@ -1,4 +1,5 @@
-"""The folder of a report: we replace and delete what an earlier report of ours left there, and nothing else."""
+"""The folder of a report: we replace and delete what an earlier report of ours left there, and
+nothing else."""
 
 from __future__ import annotations
 
@@ -7,17 +8,26 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from greenvis import files
+from greenvis.core import files
 from greenvis.errors import BadInput, some
 from greenvis.report.stored import MOST_BYTES
 
 LIST = ".greenvis-report.json"  # the mark of a folder of ours: the files we wrote there
 # what a report may consist of; whatever a list says, nothing else is touched
-KINDS = ("index.html", "report.md", "results.json", "results.csv", "records.*", "figures/*.svg", "exports/*")
+KINDS = (
+    "index.html",
+    "report.md",
+    "results.json",
+    "results.csv",
+    "records.*",
+    "figures/*.svg",
+    "exports/*",
+)
 
 
 def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
-    """Write a report's files, whole or not at all each, and delete those of the report that was there before.
+    """Write a report's files, whole or not at all each, and delete those of the report that was
+    there before.
 
     Args:
         folder: made where there is none.
@@ -31,13 +41,16 @@ def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     foreign = [name for name in contents if name not in before and _is_there(folder / name)]
     if foreign:
         raise BadInput(
-            f"{folder} holds {some(foreign, 3)}, which no report of greenvis wrote: give another folder with --out, or move "
+            f"{folder} holds {some(foreign, 3)}, which no report of greenvis wrote: give another "
+            "folder with --out, or move "
             "them away"
         )
     for parent in sorted({(folder / name).parent for name in (LIST, *contents)}):
         files.own_folder(parent, folder)
     names = {name for name in before if _is_there(folder / name)} | set(contents)
-    files.write(folder / LIST, json.dumps({"files": sorted(names)}, indent=1) + "\n")  # first: a kill leaves nothing unlisted
+    files.write(
+        folder / LIST, json.dumps({"files": sorted(names)}, indent=1) + "\n"
+    )  # first: a kill leaves nothing unlisted
     for name in sorted(before - set(contents)):
         (folder / name).unlink(missing_ok=True)
     for name, content in contents.items():
@@ -52,7 +65,11 @@ def written(folder: Path) -> set[str]:
         listed = {name for name in names if isinstance(name, str) and _is_ours(name)}
     except (BadInput, KeyError, TypeError):  # one of an earlier greenvis has results, but no list
         listed = _unlisted(folder)
-    return {name for name in listed if not (folder / name).parent.is_symlink() and not (folder / name).is_dir()}
+    return {
+        name
+        for name in listed
+        if not (folder / name).parent.is_symlink() and not (folder / name).is_dir()
+    }
 
 
 def _unlisted(folder: Path) -> set[str]:
@@ -60,13 +77,20 @@ def _unlisted(folder: Path) -> set[str]:
         results = files.read_json(folder / "results.json", "results", MOST_BYTES)
     except BadInput:
         return set()
-    if not (isinstance(results, dict) and isinstance(results.get("schema"), int) and isinstance(results.get("arms"), dict)):
+    if not (
+        isinstance(results, dict)
+        and isinstance(results.get("schema"), int)
+        and isinstance(results.get("arms"), dict)
+    ):
         return set()
     return {str(p.relative_to(folder)) for kind in KINDS for p in folder.glob(kind)}
 
 
 def _is_ours(name: str) -> bool:
-    return any(fnmatchcase(name, kind) and name.count("/") == kind.count("/") for kind in KINDS) and ".." not in name
+    return (
+        any(fnmatchcase(name, kind) and name.count("/") == kind.count("/") for kind in KINDS)
+        and ".." not in name
+    )
 
 
 def _is_there(path: Path) -> bool:

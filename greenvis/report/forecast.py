@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from greenvis import price
-from greenvis.record import Reading
+from greenvis.meters import pricing
+from greenvis.meters.record import Reading
 from greenvis.report import arms as arms_
 from greenvis.report.groups import SeedRun
 
@@ -16,10 +16,12 @@ STAGES = ("train", "teacher", "eval")  # what a plan predicts: not set-up, not m
 
 
 def predicted(done: list[SeedRun], grid: arms_.Intensity | None) -> dict[str, Any] | None:
-    """Return {QUANTITY: {"value", "low", "high", "actual", "ratio", "inside", "n"}}; None where no plan was made.
+    """Return {QUANTITY: {"value", "low", "high", "actual", "ratio", "inside", "n"}}; None where no
+    plan was made.
 
-    QUANTITY is energy_j, carbon_g, wall_s or flops of training and evaluating one seed; means over the finished seeds with
-    a prediction. ratio is actual ÷ predicted. Grams are priced anew from the joules, on both sides with the same grid.
+    QUANTITY is energy_j, carbon_g, wall_s or flops of training and evaluating one seed; means over
+    the finished seeds with a prediction. ratio is actual ÷ predicted. Grams are priced anew from
+    the joules, on both sides with the same grid.
     """
     rows: dict[str, list[tuple[float, float, float, float]]] = {}
     for run in done:
@@ -34,32 +36,53 @@ def predicted(done: list[SeedRun], grid: arms_.Intensity | None) -> dict[str, An
 
 
 def _summary(found: list[tuple[float, float, float, float]]) -> dict[str, Any]:
-    value, low, high, actual = (math.fsum(column) / len(found) for column in zip(*found, strict=True))
+    value, low, high, actual = (
+        math.fsum(column) / len(found) for column in zip(*found, strict=True)
+    )
     ratio = actual / value if value > 0 else None
     return {
-        "value": value, "low": low, "high": high, "actual": actual, "ratio": ratio, "inside": low <= actual <= high,
+        "value": value, "low": low, "high": high, "actual": actual, "ratio": ratio,
+        "inside": low <= actual <= high,
         "n": len(found),
     }  # fmt: skip
 
 
 def _actual(run: SeedRun, grid: arms_.Intensity | None) -> dict[str, float | None]:
     """Return what the attempts behind a result took for what a plan predicts."""
-    parts = [(a, price.add(r for s in STAGES for r in a.energy.get(s, {}).values())) for a in run.chain]
+    parts = [
+        (a, pricing.add(r for s in STAGES for r in a.energy.get(s, {}).values())) for a in run.chain
+    ]
     totals = [a.totals[s] for a in run.chain for s in STAGES if s in a.totals]
     return {
-        "energy_j": price.add(r for _, r in parts).value,
-        "carbon_g": price.add(arms_.attempt_grams(a, r, grid) for a, r in parts).value,
-        **{k: math.fsum(t[k] for t in totals if k in t) if any(k in t for t in totals) else None for k in ("wall_s", "flops")},
+        "energy_j": pricing.add(r for _, r in parts).value,
+        "carbon_g": pricing.add(arms_.attempt_grams(a, r, grid) for a, r in parts).value,
+        **{
+            k: math.fsum(t[k] for t in totals if k in t) if any(k in t for t in totals) else None
+            for k in ("wall_s", "flops")
+        },
     }
 
 
-def _band(run: SeedRun, said: Mapping[str, Any], key: str, grid: arms_.Intensity | None) -> tuple[float, float, float] | None:
-    """Return (value, low, high) of a prediction; None where the fact does not have the three numbers."""
-    figures = {q: f for q, f in said.items() if isinstance(f, Mapping) and all(_number(f.get(b)) for b in BOUNDS)}
+def _band(
+    run: SeedRun, said: Mapping[str, Any], key: str, grid: arms_.Intensity | None
+) -> tuple[float, float, float] | None:
+    """Return (value, low, high) of a prediction; None where the fact does not have the three
+    numbers."""
+    figures = {
+        q: f
+        for q, f in said.items()
+        if isinstance(f, Mapping) and all(_number(f.get(b)) for b in BOUNDS)
+    }
     figure = figures.get("energy_j" if key == "carbon_g" else key)
-    if figure is None and key in ("energy_j", "carbon_g") and run.done:  # observations, priced as the run itself is
+    if (
+        figure is None and key in ("energy_j", "carbon_g") and run.done
+    ):  # observations, priced as the run itself is
         components = run.done.header.get("components") or []
-        figure = price.forecast(figures, components) if any(c.get("observation") in figures for c in components) else None
+        figure = (
+            pricing.forecast(figures, components)
+            if any(c.get("observation") in figures for c in components)
+            else None
+        )
     if figure is None:
         return None
     numbers = [float(figure[b]) for b in BOUNDS]

@@ -1,6 +1,8 @@
-"""Records to seed runs: ranks merged by host, attempts of one (name, arm, seed, inputs) kept together, nothing lost.
+"""Records to seed runs: ranks merged by host, attempts of one (name, arm, seed, inputs) kept
+together, nothing lost.
 
-A record is boiled down as it is read (totals by stage, the learning curve, facts), so ten thousand of them fit in memory.
+A record is boiled down as it is read (totals by stage, the learning curve, facts), so ten thousand
+of them fit in memory.
 """
 
 from __future__ import annotations
@@ -14,20 +16,26 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-from greenvis import price, record
 from greenvis.errors import BadInput
-from greenvis.record import STARTUP, Reading, Run
+from greenvis.meters import pricing as price
+from greenvis.meters import record
+from greenvis.meters.record import STARTUP, Reading, Run
 from greenvis.report import kept, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
-APART = ("measure", "report", STARTUP)  # stages that are not part of making the model: latency and FLOP measurement
+APART = (
+    "measure",
+    "report",
+    STARTUP,
+)  # stages that are not part of making the model: latency and FLOP measurement
 CURVE_POINTS = 400
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
 
 @dataclass(slots=True)
 class Part:
-    """One record (a process, a rank) boiled down. `run.totals[stage][quantity]` are sums over the phases of a stage."""
+    """One record (a process, a rank) boiled down. `run.totals[stage][quantity]` are sums over the
+    phases of a stage."""
 
     id: str
     rank: int
@@ -35,7 +43,9 @@ class Part:
     run: Run  # header, facts, what it uses and totals by stage, no logs
     notes: list[str]
     curve: list[tuple[float, float]]  # (joules so far in this record, metric)
-    inference: tuple[float, dict[str, float]] | None  # samples, totals of the phases that timed inference
+    inference: (
+        tuple[float, dict[str, float]] | None
+    )  # samples, totals of the phases that timed inference
     damaged_lines: int
     reason: str
     own: overlap.Totals | None = None  # of its totals what counts once among all runs; None: all
@@ -60,8 +70,12 @@ class Attempt:
     missing_ranks: list[int]
     damaged_lines: int
     reason: str
-    startup_j: Reading  # what starting its process took: imports, checks, first calls; in the total, in no arm
-    own_j: Reading  # what of its energy counts in a sum of all runs: not what another record counts as well
+    # what starting its process took: imports, checks, first calls; in the total, in no
+    # arm
+    startup_j: Reading
+    # what of its energy counts in a sum of all runs: not what another record counts as
+    # well
+    own_j: Reading
     seen_j: Reading  # what its counters saw, with what other runs saw at the same time
     inside: bool = False  # another record here already counts all of it
 
@@ -94,16 +108,19 @@ class SeedRun:
 
     @cached_property
     def chain(self) -> list[Attempt]:
-        """The attempts that led to the results: the last finished one and those that broke off before it.
+        """The attempts that led to the results: the last finished one and those that broke off
+        before it.
 
-        What finished earlier was repeated, not resumed: its energy is in the totals, not in the cost of this result.
+        What finished earlier was repeated, not resumed: its energy is in the totals, not in the
+        cost of this result.
         """
         ends = [i for i, a in enumerate(self.attempts) if a.status == "done"]
         return self.attempts[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1] + 1] if ends else []
 
     @cached_property
     def making_j(self) -> Reading:
-        """The energy that led to the result, but for measurement: set-up, train, teacher, eval, …"""
+        """The energy that led to the result, but for measurement: set-up, train, teacher, eval,
+        …"""
         return price.add(a.making_j for a in self.chain)
 
     @cached_property
@@ -119,21 +136,27 @@ class SeedRun:
 
 def _total(readings: Iterable[Reading]) -> Reading:
     listed = list(readings)
-    return price.add(listed) if listed else Reading("energy_j", None, reason="no sample was recorded")
+    return (
+        price.add(listed) if listed else Reading("energy_j", None, reason="no sample was recorded")
+    )
 
 
 @lru_cache(maxsize=10_000)
 def stage(phase: str) -> str:
-    """Return the stage a phase path counts for: its first part, "teacher" wherever one is named, "other" for none."""
+    """Return the stage a phase path counts for: its first part, "teacher" wherever one is named,
+    "other" for none."""
     parts = phase.split("/")
     return "teacher" if "teacher" in parts else parts[0] or OTHER
 
 
-def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> tuple[list[SeedRun], list[str]]:
-    """Read every record among `paths` (files, folders, glob patterns) and group them. Returns the groups and notes.
+def load(
+    paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy"
+) -> tuple[list[SeedRun], list[str]]:
+    """Read every record among `paths` (files, folders, glob patterns) and group them. Returns the
+    groups and notes.
 
-    A record met twice (the same run id and rank) counts once, the more complete one. What cannot be believed is left out,
-    with a note. Raises BadInput where there is no record at all.
+    A record met twice (the same run id and rank) counts once, the more complete one. What cannot be
+    believed is left out, with a note. Raises BadInput where there is no record at all.
     """
     parts: dict[tuple[str, int], Part] = {}
     notes, files = [], 0
@@ -150,9 +173,18 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
             continue
         known = parts.get((part.id, part.rank))
         if known is not None and _origin(known) != _origin(part):
-            named = part.run.path.name.startswith(f"{part.id}.")  # as the run itself named its record
-            kept_, left = (part, known) if named and not known.run.path.name.startswith(f"{part.id}.") else (known, part)
-            notes.append(f"{left.run.path.name} was left out: it claims the id of {kept_.run.path.name}, but is another run's")
+            named = part.run.path.name.startswith(
+                f"{part.id}."
+            )  # as the run itself named its record
+            kept_, left = (
+                (part, known)
+                if named and not known.run.path.name.startswith(f"{part.id}.")
+                else (known, part)
+            )
+            notes.append(
+                f"{left.run.path.name} was left out: it claims the id of {kept_.run.path.name}, "
+                "but is another run's"
+            )
             parts[part.id, part.rank] = kept_
         elif known is None or _completeness(part) > _completeness(known):
             parts[part.id, part.rank] = part
@@ -166,12 +198,17 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy") -> t
 
 
 def _origin(part: Part) -> list[Any]:
-    """Return what tells one run from another that claims its id: where and when it began, and as what."""
-    return [part.run.header.get(key) for key in ("host", "boot_id", "pid", "clock_s", "name", "arm", "seed", "inputs")]
+    """Return what tells one run from another that claims its id: where and when it began, and as
+    what."""
+    return [
+        part.run.header.get(key)
+        for key in ("host", "boot_id", "pid", "clock_s", "name", "arm", "seed", "inputs")
+    ]
 
 
 def _completeness(part: Part) -> tuple[bool, float, int]:
-    """Return what orders two copies of one record: one that ended first, then the later, then the larger."""
+    """Return what orders two copies of one record: one that ended first, then the later, then the
+    larger."""
     totals = part.run.totals.values()
     return (
         part.run.end is not None,
@@ -181,14 +218,17 @@ def _completeness(part: Part) -> tuple[bool, float, int]:
 
 
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
-    """Yield (file, whether it was named by itself) of files, folders and glob patterns. Raises BadInput for none."""
+    """Yield (file, whether it was named by itself) of files, folders and glob patterns. Raises
+    BadInput for none."""
     for given in paths:
         text = os.fspath(given)
         if glob.has_magic(text) and not os.path.exists(text):
             found = sorted(glob.glob(text, recursive=True))
             if not found:
                 raise BadInput(f"no file matches the pattern '{text}'")
-            yield from ((Path(f), False) for f in found if f.endswith(record.SUFFIX) and os.path.isfile(f))
+            yield from (
+                (Path(f), False) for f in found if f.endswith(record.SUFFIX) and os.path.isfile(f)
+            )
         else:
             yield from ((p, p == Path(given)) for p in record.find([given]))
 
@@ -219,8 +259,11 @@ def _boil(run: Run, metric: str) -> Part:
 
 
 def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
-    """Return (joules so far, metric) at each log. Only phases that moved since the log before are priced anew."""
-    logs = [x for x in run.logs if isinstance(x.get(metric), (int, float)) and math.isfinite(x[metric])]
+    """Return (joules so far, metric) at each log. Only phases that moved since the log before are
+    priced anew."""
+    logs = [
+        x for x in run.logs if isinstance(x.get(metric), (int, float)) and math.isfinite(x[metric])
+    ]
     weights = _weights(run) if logs else {}
     points: list[tuple[float, float]] = []
     seen: dict[str, Mapping[str, float]] = {}
@@ -241,12 +284,15 @@ def _weights(run: Run) -> dict[str, float]:
     """Return joules per unit of each observed quantity: the pricing model is linear."""
     components = run.header.get("components") or []
     quantities = {q for totals in run.totals.values() for q in totals}
-    priced = {q: price.add(price.energy({q: 1.0}, components).values()).value for q in sorted(quantities)}
+    priced = {
+        q: price.add(price.energy({q: 1.0}, components).values()).value for q in sorted(quantities)
+    }
     return {q: w for q, w in priced.items() if w is not None}
 
 
 def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
-    """Give records that overlap their shares of what they saw in common. Returns what each of them saw, by its id()."""
+    """Give records that overlap their shares of what they saw in common. Returns what each of them
+    saw, by its id()."""
     known = {p: part for part in parts if (p := overlap.span(part.run)) is not None}
     seen: dict[int, Reading] = {}
     for its, pieces in overlap.pieces(list(known)).items():
@@ -257,7 +303,11 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
         run.header, run.totals, part.own = header, _by_stage(shared), _by_stage(own)
         after = _making(run)
         part.curve = [(j * after / before, y) for j, y in part.curve] if before else part.curve
-        timed = [t for phase, t in shared.items() if stage(phase) == "measure" and t.get("samples", 0) > 0]
+        timed = [
+            t
+            for phase, t in shared.items()
+            if stage(phase) == "measure" and t.get("samples", 0) > 0
+        ]
         if part.inference:
             part.inference = (part.inference[0], _sum(timed))
         run.facts = overlap.facts(run.facts, pieces)
@@ -265,7 +315,10 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
 
 
 def _making(run: Run) -> float:
-    return _total(r for s, c in price.phases(run).items() if s not in APART for r in c.values()).value or 0.0
+    return (
+        _total(r for s, c in price.phases(run).items() if s not in APART for r in c.values()).value
+        or 0.0
+    )
 
 
 def _by_stage(phases: overlap.Totals) -> overlap.Totals:
@@ -296,7 +349,9 @@ def _group(parts: list[Part]) -> list[SeedRun]:
         groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
     for attempt in (a for g in groups.values() for a in g.attempts):
         whole = attempt.whole_j.value
-        if attempt.header.get("nested_in") in by_run and not all(map(overlap.span, (p.run for p in by_run[attempt.id]))):
+        if attempt.header.get("nested_in") in by_run and not all(
+            map(overlap.span, (p.run for p in by_run[attempt.id]))
+        ):
             attempt.inside = True  # it does not say when it ran
         else:
             attempt.inside = bool(whole) and (attempt.own_j.value or 0.0) < NOTHING * whole
@@ -308,7 +363,8 @@ def _group(parts: list[Part]) -> list[SeedRun]:
 
 
 def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
-    """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes' quantities summed."""
+    """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes'
+    quantities summed."""
     first = parts[0]
     h = first.run.header
     runs = [p.run for p in parts]
@@ -321,12 +377,16 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
         for reading in price.energy(totals, components).values()
     ]
     timed = [
-        _scaled(price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0])
+        _scaled(
+            price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0]
+        )
         for part, components in zip(parts, charged, strict=True)
         if part.inference
     ]
     statuses = {p.status for p in parts}
-    status = next(s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses)
+    status = next(
+        s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses
+    )
     return Attempt(
         first.id,
         _int(h.get("attempt")),
@@ -350,11 +410,16 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
 
 
 def _share(first: Part, parts: list[Part], merged: price.Merged) -> list[tuple[float, float]]:
-    """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in step)."""
+    """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in
+    step)."""
     if len(parts) == 1 or not first.curve:
         return first.curve
-    alone = price.add(r for s, c in price.phases(first.run).items() if s not in APART for r in c.values()).value
-    whole = price.add(r for s, c in merged.energy.items() if s not in APART for r in c.values()).value
+    alone = price.add(
+        r for s, c in price.phases(first.run).items() if s not in APART for r in c.values()
+    ).value
+    whole = price.add(
+        r for s, c in merged.energy.items() if s not in APART for r in c.values()
+    ).value
     return [(j * whole / alone, y) for j, y in first.curve] if alone and whole else first.curve
 
 
@@ -363,7 +428,8 @@ def _scaled(reading: Reading, k: float) -> Reading:
         return reading
     low, high = reading.low, reading.high
     return Reading(
-        reading.name, reading.value * k, None if low is None else low * k, None if high is None else high * k,
+        reading.name, reading.value * k, None if low is None else low * k,
+        None if high is None else high * k,
         reading.method, reading.provenance, reading.reason,
     )  # fmt: skip
 

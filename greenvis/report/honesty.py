@@ -1,4 +1,5 @@
-"""The part of a report that says how far to trust it: generated from the results, so it cannot be left out."""
+"""The part of a report that says how far to trust it: generated from the results, so it cannot be
+left out."""
 
 from __future__ import annotations
 
@@ -34,41 +35,61 @@ def _section(title: str, items: list[str]) -> Section:
 
 
 def _counted(found: dict[str, Any]) -> list[str]:
-    n = sorted({len(found["arms"][a]["seeds"]) for a in found["order"] if found["arms"][a]["seeds"]})
+    n = sorted(
+        {len(found["arms"][a]["seeds"]) for a in found["order"] if found["arms"][a]["seeds"]}
+    )
     seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no"
     return [
-        "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, training, evaluation, a "
-        "teacher's forward passes, and every start that broke off before the one that finished. The mean over finished seeds.",
-        "A teacher or a base that another run trained is charged whole in “base and teacher included”, which comparisons "
-        "rest on first; own training is the run's own share. What others trained, at a cost nobody knows, is in neither.",
-        f"Finished seeds an arm: {seeds}. Ratios and differences to the baseline are paired by seed; a ratio is a geometric "
+        "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, "
+        "training, evaluation, a "
+        "teacher's forward passes, and every start that broke off before the one that finished. "
+        "The mean over finished seeds.",
+        "A teacher or a base that another run trained is charged whole in “base and teacher "
+        "included”, which comparisons "
+        "rest on first; own training is the run's own share. What others trained, at a cost nobody "
+        "knows, is in neither.",
+        f"Finished seeds an arm: {seeds}. Ratios and differences to the baseline are paired by "
+        "seed; a ratio is a geometric "
         "mean.",
-        "Bands (low–high) come from the coefficients of the sources below. All arms measured on one host share them, so they "
+        "Bands (low–high) come from the coefficients of the sources below. All arms measured on "
+        "one host share them, so they "
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
         _repeatability(found),
         *_repeated(found),
         *_intervals(found),
         *_chosen(found),
-        f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; no certification is claimed.",
+        f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; "
+        "no certification is claimed.",
     ]
 
 
 def _chosen(found: dict[str, Any]) -> list[str]:
-    """Say on which images choices were made: held out ones, or, for all that is known, the test's."""
+    """Say on which images choices were made: held out ones, or, for all that is known, the
+    test's."""
     reached = any(found["arms"][a].get("energy_to_baseline_j") for a in found["order"])
     read = (
-        [f"Where an arm reached the baseline's {found['metric']} is read off test images, epoch by epoch."] if reached else []
+        [
+            f"Where an arm reached the baseline's {found['metric']} is read off test images, epoch "
+            "by epoch."
+        ]
+        if reached
+        else []
     )
-    held = sorted({d["held_out"] for d in found["data"] if isinstance(d, dict) and d.get("held_out")})
+    held = sorted(
+        {d["held_out"] for d in found["data"] if isinstance(d, dict) and d.get("held_out")}
+    )
     if held:
         many = " or ".join(f"{n:,}" for n in held)
         return [
-            f"{many} training images were held out; thresholds and a target accuracy are chosen on them. On which images "
-            "learning rates and epochs were chosen is not on record: where it was on the test, accuracies are too good.",
+            f"{many} training images were held out; thresholds and a target accuracy are chosen on "
+            "them. On which images "
+            "learning rates and epochs were chosen is not on record: where it was on the test, "
+            "accuracies are too good.",
             *read,
         ]
     return [
-        "No validation images were held out: learning rates, epochs and whatever else was chosen was chosen on test images "
+        "No validation images were held out: learning rates, epochs and whatever else was chosen "
+        "was chosen on test images "
         "or not at all, so that accuracies may be too good.",
         *read,
     ]
@@ -77,36 +98,59 @@ def _chosen(found: dict[str, Any]) -> list[str]:
 def _intervals(found: dict[str, Any]) -> list[str]:
     """Say what the intervals are, and that sentences, marks and tables rest on them alone."""
     if not found["comparisons"]:
-        return ["No arm is compared with a baseline by two seeds or more: nothing is said to be better or cheaper."]
+        return [
+            "No arm is compared with a baseline by two seeds or more: nothing is said to be better "
+            "or cheaper."
+        ]
     m, lost = found["comparisons"], verdict.margin(found)
     return [
         "Intervals of differences and ratios are Student's t, paired by seed, each at "
-        f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % (Bonferroni). “Shown”, “keeps”, “loses” "
-        "and bold are read off them and nothing else: a difference is shown where its interval leaves out no change.",
-        f"An arm keeps the {found['metric']} where its whole interval lies above −{lost}, loses it where the whole interval "
-        "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean and scatter stay. One seed "
+        f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "
+        "(Bonferroni). “Shown”, “keeps”, “loses” "
+        "and bold are read off them and nothing else: a difference is shown where its interval "
+        "leaves out no change.",
+        f"An arm keeps the {found['metric']} where its whole interval lies above −{lost}, loses it "
+        "where the whole interval "
+        "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean "
+        "and scatter stay. One seed "
         "decides nothing.",
     ]
 
 
 def _repeatability(found: dict[str, Any]) -> str:
     """Say how far the same work reads apart at another time, and whether bands hold that."""
-    bands = [s["repeatability"] for s in found["sources"] if s.get("provenance") == "estimated" and s.get("repeatability")]
-    said = {f"×{k['low']:.3g}–{k['high']:.3g}, {k.get('citation') or 'of unknown origin'}" for k in bands}
+    bands = [
+        s["repeatability"]
+        for s in found["sources"]
+        if s.get("provenance") == "estimated" and s.get("repeatability")
+    ]
+    said = {
+        f"×{k['low']:.3g}–{k['high']:.3g}, {k.get('citation') or 'of unknown origin'}"
+        for k in bands
+    }
     if said:
-        return f"Bands hold how far the same work reads apart from one time to another: {'; '.join(sorted(said))}."
+        return (
+            "Bands hold how far the same work reads apart from one time to another: "
+            f"{'; '.join(sorted(said))}."
+        )
     return (
-        "How far the same work reads apart from one time to another is in no band here: on a shared machine of two CPUs, up to "
+        "How far the same work reads apart from one time to another is in no band here: on a "
+        "shared machine of two CPUs, up to "
         "×1.78 between two days."
     )
 
 
 def _repeated(found: dict[str, Any]) -> list[str]:
     """Say how well the energy of one image was told, where the records know."""
-    worst = max((found["arms"][a]["inference_energy_j"].get("spread", 0.0) for a in found["order"]), default=0.0)
+    worst = max(
+        (found["arms"][a]["inference_energy_j"].get("spread", 0.0) for a in found["order"]),
+        default=0.0,
+    )
     return [
-        "The energy of one image is the median of repeated readings; their quartile range ÷ √readings is "
-        f"{100 * worst:.1f} % of it or less in each run. A neighbour's load that lasts through all readings is not in that."
+        "The energy of one image is the median of repeated readings; their quartile range ÷ "
+        "√readings is "
+        f"{100 * worst:.1f} % of it or less in each run. A neighbour's load that lasts through all "
+        "readings is not in that."
     ] if worst else []  # fmt: skip
 
 
@@ -116,14 +160,34 @@ def _sources(found: dict[str, Any]) -> dict[str, Any]:
         k = s.get("coefficient") or {}
         unit = f" {k.get('unit', '')}".rstrip()
         band = (
-            f"{k['central']:g}{unit} ({k.get('low', k['central']):g}–{k.get('high', k['central']):g})"
+            f"{k['central']:g}{unit} "
+            f"({k.get('low', k['central']):g}–{k.get('high', k['central']):g})"
             if "central" in k
             else words.MISSING
         )
         why = "; ".join(str(x) for x in (s.get("reason"), s.get("citation")) if x)
         provenance = (s.get("provenance") if "central" in k else None) or "not observed"
-        rows.append([s.get("name") or "?", s.get("source") or "none", s.get("scope") or words.MISSING, band, provenance, why])
-    return {"head": ["Component", "Source", "Scope", "Coefficient (band)", "Known how", "Why, and from where"], "rows": rows}
+        rows.append(
+            [
+                s.get("name") or "?",
+                s.get("source") or "none",
+                s.get("scope") or words.MISSING,
+                band,
+                provenance,
+                why,
+            ]
+        )
+    return {
+        "head": [
+            "Component",
+            "Source",
+            "Scope",
+            "Coefficient (band)",
+            "Known how",
+            "Why, and from where",
+        ],
+        "rows": rows,
+    }
 
 
 def _grid(found: dict[str, Any]) -> list[str]:
@@ -131,15 +195,32 @@ def _grid(found: dict[str, Any]) -> list[str]:
     for g in found["carbon_intensity"]:
         if not isinstance(g, dict) or g.get("value") is None:
             continue
-        band = f" ({g['low']:g}–{g['high']:g})" if g.get("low") is not None and g.get("high") is not None else ""
+        band = (
+            f" ({g['low']:g}–{g['high']:g})"
+            if g.get("low") is not None and g.get("high") is not None
+            else ""
+        )
         year = f", {g['year']}" if g.get("year") else ""
         source = g.get("source") or "an unnamed source"
-        assumed = " ASSUMED: no place was given, so these grams are a guess at the world's average." if g.get("assumed") else ""
-        out.append(f"{g.get('zone', '?')}: {g['value']:g} g CO₂e per kWh{band}{year}, from {source}.{assumed}")
+        assumed = (
+            " ASSUMED: no place was given, so these grams are a guess at the world's average."
+            if g.get("assumed")
+            else ""
+        )
+        out.append(
+            f"{g.get('zone', '?')}: {g['value']:g} g CO₂e per kWh{band}{year}, from "
+            f"{source}.{assumed}"
+        )
     if len(found["carbon_intensity"]) > 1:
-        out.append("The runs were priced with different grids: compare their joules, or give one grid for all.")
+        out.append(
+            "The runs were priced with different grids: compare their joules, or give one grid for "
+            "all."
+        )
     if found["repriced"]:
-        out.append("The grams were priced anew with this intensity; the recorded one was set aside. Joules are unchanged.")
+        out.append(
+            "The grams were priced anew with this intensity; the recorded one was set aside. "
+            "Joules are unchanged."
+        )
     pue = ", ".join(f"{p:g}" for p in found["pue"]) or "none recorded, 1 used"
     return [*(out or ["No carbon intensity is known: no grams are given."]), f"PUE: {pue}."]
 
@@ -147,35 +228,56 @@ def _grid(found: dict[str, Any]) -> list[str]:
 def _runs(found: dict[str, Any]) -> list[str]:
     t = found["totals"]
     starts = ", ".join(f"{n} {s}" for s, n in t["attempts"].items())
-    out = [f"{t['runs']} run(s), started {sum(t['attempts'].values())} time(s): {starts}. All together: {_spent(t)}."]
+    out = [
+        f"{t['runs']} run(s), started {sum(t['attempts'].values())} time(s): {starts}. All "
+        f"together: {_spent(t)}."
+    ]
     if t["unfinished_energy_j"]["value"]:
         lost = si(t["unfinished_energy_j"]["value"], "J")
-        out.append(f"Of this, starts that crashed, failed or were stopped took {lost}: kept in all totals.")
-    repeated = sum(found["arms"][a]["spent"]["repeated_energy_j"]["value"] or 0 for a in found["order"])
+        out.append(
+            f"Of this, starts that crashed, failed or were stopped took {lost}: kept in all totals."
+        )
+    repeated = sum(
+        found["arms"][a]["spent"]["repeated_energy_j"]["value"] or 0 for a in found["order"]
+    )
     if repeated:
-        out.append(f"Starts that led to no shown result (repeated with --fresh, or broken off since) took {si(repeated, 'J')}.")
+        out.append(
+            "Starts that led to no shown result (repeated with --fresh, or broken off since) took "
+            f"{si(repeated, 'J')}."
+        )
     if t["nested_runs"]:
-        out.append(f"{t['nested_runs']} start(s) ran inside another record's process: counted once in the total, by the outer.")
+        out.append(
+            f"{t['nested_runs']} start(s) ran inside another record's process: counted once in the "
+            "total, by the outer."
+        )
     if t.get("starts"):
         out.append(
-            f"Starting {t['starts']} process(es) took {si(t['startup_j']['value'], 'J')}: imports, checks, reading data, first "
+            f"Starting {t['starts']} process(es) took {si(t['startup_j']['value'], 'J')}: imports, "
+            "checks, reading data, first "
             "calls of the libraries. It is in the total, and in no arm."
         )
     if both := t.get("overlapping", {}).get("starts") and t["overlapping"]:
         out.append(
-            f"{both['starts']} start(s) overlap: they ran at the same time on one counter of the whole machine, or in one "
-            f"process. Together they read {si(both['seen_j']['value'], 'J')}, and {si(both['counted_j']['value'], 'J')} of it "
-            "is counted: each joule once. What runs saw side by side is divided among them in equal parts, for nothing tells "
+            f"{both['starts']} start(s) overlap: they ran at the same time on one counter of the "
+            "whole machine, or in one "
+            f"process. Together they read {si(both['seen_j']['value'], 'J')}, and "
+            f"{si(both['counted_j']['value'], 'J')} of it "
+            "is counted: each joule once. What runs saw side by side is divided among them in "
+            "equal parts, for nothing tells "
             "whose it was; a run that lies inside another shows what it saw."
         )
-    older = sum(found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"])
+    older = sum(
+        found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"]
+    )
     if older:
         out.append(
-            f"Runs of earlier versions of the same arms (other inputs) took {si(older, 'J')}: in the totals, not in the tables."
+            f"Runs of earlier versions of the same arms (other inputs) took {si(older, 'J')}: in "
+            "the totals, not in the tables."
         )
     if t["attempts"].get("crashed"):
         out.append(
-            "Crashed: the record has no end, as after kill -9 or a power cut. What was observed up to its last line counts; "
+            "Crashed: the record has no end, as after kill -9 or a power cut. What was observed up "
+            "to its last line counts; "
             "what came after (one sample's interval at most) is not."
         )
     for row in found["incomplete"][:20]:
@@ -186,16 +288,21 @@ def _runs(found: dict[str, Any]) -> list[str]:
         out.append(f"… and {len(found['incomplete']) - 20} more that did not finish.")
     if found["damaged_lines"]:
         out.append(
-            f"{found['damaged_lines']} damaged line(s) in the records were skipped; totals are cumulative, so a damaged line "
+            f"{found['damaged_lines']} damaged line(s) in the records were skipped; totals are "
+            "cumulative, so a damaged line "
             "costs at most what was observed since the one before."
         )
     if found.get("paused_s"):
         out.append(
-            f"Processes stood still for {words.duration(found['paused_s'])} (stopped or suspended): what the machine and their "
+            f"Processes stood still for {words.duration(found['paused_s'])} (stopped or "
+            "suspended): what the machine and their "
             "memory drew meanwhile is in the records, but not charged to the runs."
         )
     if found["missing_ranks"]:
-        out.append(f"{found['missing_ranks']} process record(s) are missing: the energy is too low by them.")
+        out.append(
+            f"{found['missing_ranks']} process record(s) are missing: the energy is too low by "
+            "them."
+        )
     return out
 
 
@@ -214,7 +321,9 @@ def _checks(found: dict[str, Any]) -> list[str]:
     out = _codecarbon([c for c in found["crosscheck"] if c["ratio"] is not None])
     if found["steal_s"] is not None and found["cpu_s"]:
         stolen, used = words.duration(found["steal_s"]), words.duration(found["cpu_s"])
-        out.append(f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time.")
+        out.append(
+            f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time."
+        )
     return out + _same_network(found)
 
 
@@ -227,12 +336,16 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
     unknown = sum(c["within_band"] is None for c in checks)
     where = f"{len(outside)} of them OUTSIDE our band" if outside else "all within our band"
     out = [
-        f"codecarbon ran beside {len(checks)} run(s) and read {words.figures(min(ratios))} to {words.figures(max(ratios))} "
-        f"times our energy, {where if not unknown else where + f' ({unknown} without)'}. Without a live counter it, too, "
-        "multiplies CPU time by watts, by default the same 4 W: this checks the observation and the sums, not the watts."
+        f"codecarbon ran beside {len(checks)} run(s) and read {words.figures(min(ratios))} to "
+        f"{words.figures(max(ratios))} "
+        f"times our energy, {where if not unknown else where + f' ({unknown} without)'}. Without a "
+        "live counter it, too, "
+        "multiplies CPU time by watts, by default the same 4 W: this checks the observation and "
+        "the sums, not the watts."
     ]
     out += [
-        f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our {si(c['own_j'], 'J')} "
+        f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our "
+        f"{si(c['own_j'], 'J')} "
         f"({words.figures(c['ratio'])} times), OUTSIDE our band."
         for c in outside[:20]
     ]
@@ -240,7 +353,8 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
 
 
 def _same_network(found: dict[str, Any]) -> list[str]:
-    """Say how far arms that serve a network of the same MACs and parameters are apart: that much is noise here."""
+    """Say how far arms that serve a network of the same MACs and parameters are apart: that much is
+    noise here."""
     alike: dict[tuple[float, float], list[str]] = {}
     for a in found["order"]:
         row = found["arms"][a]
@@ -250,14 +364,22 @@ def _same_network(found: dict[str, Any]) -> list[str]:
     for (macs, params), names in alike.items():
         rows = [found["arms"][a] for a in names]
         joules = sorted(r["inference_energy_j"]["value"] for r in rows)
-        slow = sorted(r["latency_ms"]["p50"] for r in rows if r["latency_ms"] and r["latency_ms"].get("p50"))
+        slow = sorted(
+            r["latency_ms"]["p50"] for r in rows if r["latency_ms"] and r["latency_ms"].get("p50")
+        )
         if len(names) < 2:
             continue
-        latency = f" and {si(slow[0] / 1e3, 's')} to {si(slow[-1] / 1e3, 's')} of latency" if len(slow) > 1 else ""
+        latency = (
+            f" and {si(slow[0] / 1e3, 's')} to {si(slow[-1] / 1e3, 's')} of latency"
+            if len(slow) > 1
+            else ""
+        )
         who = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         out.append(
-            f"{who} answer with {si(macs)} MACs and {si(params)} parameters alike, yet read {si(joules[0], 'J')} to "
-            f"{si(joules[-1], 'J')} an image{latency}: where the networks are the same, this is the noise of timing here, "
+            f"{who} answer with {si(macs)} MACs and {si(params)} parameters alike, yet read "
+            f"{si(joules[0], 'J')} to "
+            f"{si(joules[-1], 'J')} an image{latency}: where the networks are the same, this is "
+            "the noise of timing here, "
             "and smaller differences between other arms mean nothing."
         )
     return out[:5]
@@ -269,12 +391,23 @@ def _predicted(found: dict[str, Any]) -> Section:
     for a in found["order"]:
         p = found["arms"][a].get("predicted")
         if p:
-            cells = [(p.get("energy_j"), _joules), (p.get("wall_s"), words.duration), (p.get("flops"), si)]
+            cells = [
+                (p.get("energy_j"), _joules),
+                (p.get("wall_s"), words.duration),
+                (p.get("flops"), si),
+            ]
             rows.append([a, *(_forecast(f, form) for f, form in cells)])
-    head = ["Arm", "Energy: predicted → actual", "Time: predicted → actual", "FLOPs: predicted → actual"]
+    head = [
+        "Arm",
+        "Energy: predicted → actual",
+        "Time: predicted → actual",
+        "FLOPs: predicted → actual",
+    ]
     said = (
-        "Training and evaluation of one seed, as `greenvis plan` put it before from a few steps, and the mean over seeds "
-        "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches time more than energy."
+        "Training and evaluation of one seed, as `greenvis plan` put it before from a few steps, "
+        "and the mean over seeds "
+        "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches time "
+        "more than energy."
     )
     return {
         "title": "Predicted and actual",
@@ -292,12 +425,21 @@ def _forecast(f: dict[str, Any] | None, form: Callable[[float], str]) -> str:
         return words.MISSING
     ratio = "" if f["ratio"] is None else f", ×{words.figures(f['ratio'])}"
     inside = "inside the band" if f["inside"] else "OUTSIDE the band"
-    return f"{form(f['value'])} ({form(f['low'])} to {form(f['high'])}) → {form(f['actual'])}{ratio}, {inside}"
+    return (
+        f"{form(f['value'])} ({form(f['low'])} to {form(f['high'])}) → {form(f['actual'])}{ratio}, "
+        f"{inside}"
+    )
 
 
 def _environment(found: dict[str, Any]) -> list[str]:
     out = []
-    for key, title in (("cpu", "Processor"), ("gpu", "GPU"), ("os", "System"), ("host", "Host"), ("versions", "Versions")):
+    for key, title in (
+        ("cpu", "Processor"),
+        ("gpu", "GPU"),
+        ("os", "System"),
+        ("host", "Host"),
+        ("versions", "Versions"),
+    ):
         out += [f"{title}: {_flat(v)}" for v in found["environment"][key][:5]]
     out += [f"Data: {_flat(v)}" for v in found["data"][:10]]
     out += [f"Model: {_flat(v)}" for v in found["models"][:10]]

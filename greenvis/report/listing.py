@@ -1,4 +1,5 @@
-"""Many runs at once: list them, compare two, and gate a change on its energy (`greenvis ls`, `compare`, `diff`).
+"""Many runs at once: list them, compare two, and gate a change on its energy (`greenvis ls`,
+`compare`, `diff`).
 
 Everything here returns plain rows: printing is the command line's.
 """
@@ -13,9 +14,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis import files, price
+from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
-from greenvis.record import MOST_BYTES, SCHEMA, Run
+from greenvis.meters import pricing as price
+from greenvis.meters.record import MOST_BYTES, SCHEMA, Run
 from greenvis.report import results, schema, stats, stored
 from greenvis.report.groups import record_files
 from greenvis.report.schema import MOST
@@ -23,11 +25,13 @@ from greenvis.report.schema import MOST
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
 COMPARED = (
-    "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j", "wall_s", "train_flops", "macs", "params",
+    "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j", "wall_s", "train_flops",
+    "macs", "params",
     "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb",
 )  # fmt: skip
 COLUMNS = (
-    "run", "name", "arm", "seed", "rank", "status", "started_s", "accuracy", "energy_j", "energy_low_j", "energy_high_j",
+    "run", "name", "arm", "seed", "rank", "status", "started_s", "accuracy", "energy_j",
+    "energy_low_j", "energy_high_j",
     "provenance", "carbon_g", "wall_s", "path",
 )  # fmt: skip
 SUMS = ("energy_j", "carbon_g", "wall_s")
@@ -37,25 +41,34 @@ _PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
 
 def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str, Any]]:
-    """Return one row a record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j, carbon_g, wall_s, path.
+    """Return one row a record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j,
+    carbon_g, wall_s, path.
 
-    where: keep rows in whose name, arm, run id or status this text occurs. sort: a column, "-" before it for descending;
-    rows without a value come last. Files that are no records are left out. Raises BadInput for an unknown column.
+    where: keep rows in whose name, arm, run id or status this text occurs. sort: a column, "-"
+    before it for descending; rows without a value come last. Files that are no records are left
+    out. Raises BadInput for an unknown column.
     """
     key = column(sort.removeprefix("-"), COLUMNS, "sort")
     rows = []
     for path, _ in record_files(_listed(paths)):
         row = _row(path)
-        if row and (not where or any(where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status"))):
+        if row and (
+            not where
+            or any(where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status"))
+        ):
             rows.append(row)
     return _sorted(rows, key, sort.startswith("-"), lambda row: row["run"])
 
 
-def group(rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm"), sort: str = "") -> list[dict[str, Any]]:
-    """Return `ls` rows put together: one row for each value of the columns `by`, with runs, done, means and sums.
+def group(
+    rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm"), sort: str = ""
+) -> list[dict[str, Any]]:
+    """Return `ls` rows put together: one row for each value of the columns `by`, with runs, done,
+    means and sums.
 
-    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums over all. sort: as in `ls`, by
-    a column of the groups; those of `by` where it is empty. Raises BadInput for an unknown column.
+    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums
+    over all. sort: as in `ls`, by a column of the groups; those of `by` where it is empty. Raises
+    BadInput for an unknown column.
     """
     columns = [column(name, COLUMNS, "group") for name in by]
     heads = (*columns, "runs", "done", "accuracy", *SUMS)
@@ -65,16 +78,29 @@ def group(rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm"), s
         groups.setdefault(tuple(row[c] for c in columns), []).append(row)
     out = []
     for values, members in sorted(groups.items(), key=lambda kv: tuple(map(str, kv[0]))):
-        scores = {i: r["accuracy"] for i, r in enumerate(members) if r["status"] == "done" and r["accuracy"] is not None}
+        scores = {
+            i: r["accuracy"]
+            for i, r in enumerate(members)
+            if r["status"] == "done" and r["accuracy"] is not None
+        }
         sums = {k: math.fsum(r[k] for r in members if r[k] is not None) for k in SUMS}
         done = sum(r["status"] == "done" for r in members)
         mean = stats.summary(scores)["mean"]
-        out.append(dict(zip(columns, values, strict=True)) | {"runs": len(members), "done": done, "accuracy": mean} | sums)
-    return _sorted(out, key, sort.startswith("-"), lambda row: tuple(str(row[c]) for c in columns)) if key else out
+        out.append(
+            dict(zip(columns, values, strict=True))
+            | {"runs": len(members), "done": done, "accuracy": mean}
+            | sums
+        )
+    return (
+        _sorted(out, key, sort.startswith("-"), lambda row: tuple(str(row[c]) for c in columns))
+        if key
+        else out
+    )
 
 
 def column(name: str, columns: Sequence[str], doing: str) -> str:
-    """Return the column that a name means: its own, one without its unit, or as a terminal heads it. Raises BadInput."""
+    """Return the column that a name means: its own, one without its unit, or as a terminal heads
+    it. Raises BadInput."""
     wanted = WORDS.get(name.lower(), name.lower())
     match = next((c for c in columns if wanted in (c, c.rpartition("_")[0])), None)
     if match is None:
@@ -82,17 +108,24 @@ def column(name: str, columns: Sequence[str], doing: str) -> str:
     return match
 
 
-def _sorted(rows: list[dict[str, Any]], key: str, down: bool, then: Callable[[dict[str, Any]], Any]) -> list[dict[str, Any]]:
+def _sorted(
+    rows: list[dict[str, Any]], key: str, down: bool, then: Callable[[dict[str, Any]], Any]
+) -> list[dict[str, Any]]:
     """Return rows by the values of a column, those without one last."""
-    known = sorted((r for r in rows if r[key] is not None), key=lambda r: (r[key], then(r)), reverse=down)
+    known = sorted(
+        (r for r in rows if r[key] is not None), key=lambda r: (r[key], then(r)), reverse=down
+    )
     return known + [r for r in rows if r[key] is None]
 
 
-def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy") -> list[dict[str, Any]]:
+def compare(
+    a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy"
+) -> list[dict[str, Any]]:
     """Return one row for each arm and quantity of two runs, folders of runs or results.json files.
 
-    Rows: {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}. Arms are matched by name; two single arms of
-    different names are compared with each other. Raises BadInput where nothing matches.
+    Rows: {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}. Arms are matched by
+    name; two single arms of different names are compared with each other. Raises BadInput where
+    nothing matches.
     """
     left, right = _side(a, metric), _side(b, metric)
     rows = []
@@ -100,24 +133,44 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = 
         x, y, label = left[m], right[n], m if m == n else f"{m} → {n}"
         values = [(metric, _number(x.get(metric), "mean"), _number(y.get(metric), "mean"))]
         values += [(k, _number(x.get(k), "value"), _number(y.get(k), "value")) for k in COMPARED]
-        values.append(("latency_p50_ms", _number(x.get("latency_ms"), "p50"), _number(y.get("latency_ms"), "p50")))
+        values.append(
+            (
+                "latency_p50_ms",
+                _number(x.get("latency_ms"), "p50"),
+                _number(y.get("latency_ms"), "p50"),
+            )
+        )
         for quantity, u, v in values:
             if u is not None or v is not None:
                 ratio = v / u if u and v is not None else None
                 change = None if ratio is None else (ratio - 1) * 100
-                rows.append({"arm": label, "quantity": quantity, "a": u, "b": v, "ratio": ratio, "change_percent": change})
+                rows.append(
+                    {
+                        "arm": label,
+                        "quantity": quantity,
+                        "a": u,
+                        "b": v,
+                        "ratio": ratio,
+                        "change_percent": change,
+                    }
+                )
     return rows
 
 
 def diff(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], max_energy: str = "+5%", metric: str = "accuracy"
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    max_energy: str = "+5%",
+    metric: str = "accuracy",
 ) -> tuple[bool, list[dict[str, Any]]]:
-    """Return whether the training energy of `b` stays within `max_energy` of `a` for every arm of `a`, and a row an arm.
+    """Return whether the training energy of `b` stays within `max_energy` of `a` for every arm of
+    `a`, and a row an arm.
 
-    a, b: records, folders of them or results.json files (a committed report is a good `a`). max_energy: "+5%" allows
-    5 % more, "-10%" demands 10 % less. Rows: {"arm", "a_j", "b_j", "ratio", "low", "high", "limit", "ok", "why"}; the ratio
-    is paired by seed where both have the seeds. An arm that is missing or unfinished in `b` is not ok;
-    one that is unfinished in `a` is left out.
+    a, b: records, folders of them or results.json files (a committed report is a good `a`).
+    max_energy: "+5%" allows 5 % more, "-10%" demands 10 % less. Rows: {"arm", "a_j", "b_j",
+    "ratio", "low", "high", "limit", "ok", "why"}; the ratio is paired by seed where both have the
+    seeds. An arm that is missing or unfinished in `b` is not ok; one that is unfinished in `a` is
+    left out.
     """
     limit = _limit(max_energy)
     left, right = _side(a, metric), _side(b, metric)
@@ -130,12 +183,18 @@ def diff(
         u = x["train_energy_j"]["value"]
         v = y["train_energy_j"]["value"] if y else None
         r = _ratio(x, y) if y else None
-        why = "" if r else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy")
+        why = (
+            ""
+            if r
+            else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy")
+        )
         ok = r is not None and r["ratio"] <= limit * (1 + 1e-12)
         if r and not ok:
             why = f"{(r['ratio'] - 1) * 100:+.1f} % is over {(limit - 1) * 100:+.1f} %"
         spread = {k: r[k] if r else None for k in ("ratio", "low", "high")}
-        rows.append({"arm": label, "a_j": u, "b_j": v, **spread, "limit": limit, "ok": ok, "why": why})
+        rows.append(
+            {"arm": label, "a_j": u, "b_j": v, **spread, "limit": limit, "ok": ok, "why": why}
+        )
     return bool(rows) and all(r["ok"] for r in rows), rows
 
 
@@ -150,7 +209,10 @@ def _ratio(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any] | None:
 def _limit(text: str) -> float:
     found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", str(text))
     if not found:
-        raise BadInput(f"max_energy is '{text}'; write a percentage: '+5%' allows 5 % more, '-10%' demands 10 % less")
+        raise BadInput(
+            f"max_energy is '{text}'; write a percentage: '+5%' allows 5 % more, '-10%' demands 10 "
+            "% less"
+        )
     return 1 + float(found[1]) / 100
 
 
@@ -164,14 +226,16 @@ def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]
 
 
 def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> dict[str, str]:
-    """Return which arm of the right goes with which of the left: those of one name, or the only one on each side."""
+    """Return which arm of the right goes with which of the left: those of one name, or the only one
+    on each side."""
     both = {k: k for k in left if k in right}
     if both:
         return both
     if len(left) == len(right) == 1:
         return dict(zip(left, right, strict=True))
     raise BadInput(
-        f"{a} has arms {some(left)} and {b} has {some(right)}: none in common; point at one arm's folder on each side"
+        f"{a} has arms {some(left)} and {b} has {some(right)}: none in common; point at one arm's "
+        "folder on each side"
     )
 
 
@@ -191,7 +255,9 @@ def _row(path: Path) -> dict[str, Any] | None:
     h = run.header
     spent = price.add(price.energy(_sums(run), h.get("components") or []).values())
     pue = h.get("pue")
-    grams = price.carbon(spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0)
+    grams = price.carbon(
+        spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0
+    )
     accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)
     name = str(h.get("name") or "run")
     return {
@@ -214,7 +280,8 @@ def _row(path: Path) -> dict[str, Any] | None:
 
 
 def _sums(run: Run) -> dict[str, float]:
-    """Return each quantity over all phases: the pricing model is linear, so the sum can be priced in one go."""
+    """Return each quantity over all phases: the pricing model is linear, so the sum can be priced
+    in one go."""
     parts: dict[str, list[float]] = {}
     for totals in run.totals.values():
         for quantity, value in totals.items():
@@ -223,9 +290,11 @@ def _sums(run: Run) -> dict[str, float]:
 
 
 def quick(path: Path) -> Run | None:
-    """Read a record backwards for its totals, facts, end and last log: each phase's last sample holds its running totals.
+    """Read a record backwards for its totals, facts, end and last log: each phase's last sample
+    holds its running totals.
 
-    The same numbers as `record.read`, without parsing what later lines replace. None where it is no record of a known schema.
+    The same numbers as `record.read`, without parsing what later lines replace. None where it is no
+    record of a known schema.
     """
     try:
         lines = files.read(path, "record", MOST_BYTES).split(b"\n")
@@ -273,7 +342,9 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
     """Put a line into a run that is read backwards: what is there already came later and stays."""
     kind = line.pop("type", None)
     if kind == "sample" and isinstance(line.get("phase"), str):
-        numbers = {k: float(v) for k, v in line.items() if v.__class__ in (float, int) and -MOST < v < MOST}
+        numbers = {
+            k: float(v) for k, v in line.items() if v.__class__ in (float, int) and -MOST < v < MOST
+        }
         for moment in MOMENTS:
             numbers.pop(moment, None)
         later = run.totals.get(line["phase"])
@@ -286,7 +357,9 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
         run.end = line
     elif kind == "component":  # a source that turned out otherwise replaces the header's
         listed = run.header.get("components") or []
-        run.header["components"] = [{**c, **line} if c.get("name") == line.get("name") else c for c in listed]
+        run.header["components"] = [
+            {**c, **line} if c.get("name") == line.get("name") else c for c in listed
+        ]
 
 
 def _parsed(raw: bytes) -> dict[str, Any] | None:

@@ -1,11 +1,14 @@
-"""Runs that overlap in time: what several of them saw of one counter, or of one process, is counted once.
+"""Runs that overlap in time: what several of them saw of one counter, or of one process, is counted
+once.
 
-A record says on which host and boot, in which process and from when to when it was metered. At any moment
+A record says on which host and boot, in which process and from when to when it was metered. At any
+moment
 
-- a run is *covered* where another, active run counts all that it uses: it lies in the other's process tree, or was begun and
-  ended inside the other in the same process. It shows what it saw; the total takes that from the other.
-- otherwise runs that saw the same counter (of a whole machine; of one process) *share* it, in equal parts: nothing in the
-  records says whose a joule was.
+- a run is *covered* where another, active run counts all that it uses: it lies in the other's
+  process tree, or was begun and ended inside the other in the same process. It shows what it saw;
+  the total takes that from the other.
+- otherwise runs that saw the same counter (of a whole machine; of one process) *share* it, in equal
+  parts: nothing in the records says whose a joule was.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from greenvis.record import Run, timeline
+from greenvis.meters.record import Run, timeline
 from greenvis.report.schema import possible
 
 OBSERVED = (
@@ -26,15 +29,21 @@ OBSERVED = (
     "passes",
     "task_observed",
 )  # facts that hold observations, or lists of them
-TOLERANCE = 0.05  # of its length: so much later than what it lies in may a run end and still lie in it
-WALL, WALL_SHARE = "wall_s", "wall_share_s"  # time itself is not divided, only what it is priced for
+TOLERANCE = (
+    0.05  # of its length: so much later than what it lies in may a run end and still lie in it
+)
+WALL, WALL_SHARE = (
+    "wall_s",
+    "wall_share_s",
+)  # time itself is not divided, only what it is priced for
 
 Totals = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """One record on its machine. counters: by quantity, whether the whole machine is seen, and the devices read."""
+    """One record on its machine. counters: by quantity, whether the whole machine is seen, and the
+    devices read."""
 
     run: str
     nested_in: str | None
@@ -48,7 +57,8 @@ class Span:
 
 @dataclass
 class Piece:
-    """A time in which the same runs are active: whether it counts in the total, and the share by quantity."""
+    """A time in which the same runs are active: whether it counts in the total, and the share by
+    quantity."""
 
     begin: float
     end: float
@@ -60,18 +70,28 @@ def span(run: Run) -> Span | None:
     """Return when and where a record was metered; None where it does not say."""
     h = run.header
     begin, end = h.get("mono_s"), run.last_s
-    if not (isinstance(begin, (int, float)) and end is not None and h.get("host") and h.get("boot_id")):
+    if not (
+        isinstance(begin, (int, float)) and end is not None and h.get("host") and h.get("boot_id")
+    ):
         return None
     counters = {
         str(c["observation"]): (
-            c.get("scope") == "machine" or c["observation"] == WALL,  # watts by the clock are the machine's
+            c.get("scope") == "machine"
+            or c["observation"] == WALL,  # watts by the clock are the machine's
             tuple(map(str, c.get("devices") or ())),
         )
         for c in h.get("components") or []
         if c.get("observation")
     }
     return Span(
-        run.id, h.get("nested_in"), (h["host"], h["boot_id"]), h.get("pid"), tuple(h.get("parents") or ()), begin, end, counters
+        run.id,
+        h.get("nested_in"),
+        (h["host"], h["boot_id"]),
+        h.get("pid"),
+        tuple(h.get("parents") or ()),
+        begin,
+        end,
+        counters,
     )
 
 
@@ -86,8 +106,11 @@ def pieces(spans: Sequence[Span]) -> dict[Span, list[Piece]]:
     return out
 
 
-def divided(run: Run, parts: Sequence[Piece], header: Mapping[str, Any]) -> tuple[dict[str, Any], Totals, Totals]:
-    """Return header, totals by phase of its share, and totals by phase of what of that counts in a sum of all runs."""
+def divided(
+    run: Run, parts: Sequence[Piece], header: Mapping[str, Any]
+) -> tuple[dict[str, Any], Totals, Totals]:
+    """Return header, totals by phase of its share, and totals by phase of what of that counts in a
+    sum of all runs."""
     shared: Totals = {}
     own: Totals = {}
     used = {q for piece in parts for q in piece.shares}
@@ -103,7 +126,10 @@ def divided(run: Run, parts: Sequence[Piece], header: Mapping[str, Any]) -> tupl
             into[kept] = into.get(kept, 0.0) + value * share
             counted[kept] = counted.get(kept, 0.0) + value * once
     least = {q: min((p.shares.get(q, 1.0) for p in parts), default=1.0) for q in used}
-    components = [_component(c, least.get(c.get("observation") or "", 1.0)) for c in header.get("components") or []]
+    components = [
+        _component(c, least.get(c.get("observation") or "", 1.0))
+        for c in header.get("components") or []
+    ]
     return {**header, "components": components}, shared, own
 
 
@@ -128,7 +154,9 @@ def _component(c: Mapping[str, Any], least: float) -> dict[str, Any]:
         out["observation"] = WALL_SHARE
     if least < 1:
         out["source"] = f"{c.get('source')}, shared"
-        out["provenance"] = "estimated" if c.get("provenance") == "measured" else c.get("provenance")
+        out["provenance"] = (
+            "estimated" if c.get("provenance") == "measured" else c.get("provenance")
+        )
     return out
 
 
@@ -151,7 +179,13 @@ def _overlapping(spans: Sequence[Span]) -> Iterator[tuple[Span, list[Span]]]:
 
 
 def _pieces(one: Span, others: Sequence[Span], nested: Mapping[str, str | None]) -> Iterator[Piece]:
-    moments = sorted({one.begin, one.end, *(m for o in others for m in (o.begin, o.end) if one.begin < m < one.end)})
+    moments = sorted(
+        {
+            one.begin,
+            one.end,
+            *(m for o in others for m in (o.begin, o.end) if one.begin < m < one.end),
+        }
+    )
     for begin, end in pairwise(moments):
         active = [o for o in others if o.begin <= begin and o.end >= end]
         above = [o for o in active if _covers(o, one, nested)]
@@ -160,26 +194,38 @@ def _pieces(one: Span, others: Sequence[Span], nested: Mapping[str, str | None])
         yield Piece(begin, end, not above, shares)
 
 
-def _share(quantity: str, one: Span, beside: Sequence[Span], nested: Mapping[str, str | None]) -> float:
-    """Return one's part of a counter: the mean over the devices it reads of 1 / the number of runs that see the device."""
+def _share(
+    quantity: str, one: Span, beside: Sequence[Span], nested: Mapping[str, str | None]
+) -> float:
+    """Return one's part of a counter: the mean over the devices it reads of 1 / the number of runs
+    that see the device."""
     machine, devices = one.counters[quantity]
     same = [o for o in beside if quantity in o.counters and (machine or o.pid == one.pid)]
     parts = []
     for device in devices or ("",):
-        seen = [o for o in same if not devices or not o.counters[quantity][1] or device in o.counters[quantity][1]]
+        seen = [
+            o
+            for o in same
+            if not devices or not o.counters[quantity][1] or device in o.counters[quantity][1]
+        ]
         outer = {o.run for o in seen if not any(_covers(x, o, nested) for x in (*seen, one))}
         parts.append(1 / (1 + len(outer)))
     return math.fsum(parts) / len(parts)
 
 
 def _covers(outer: Span, inner: Span, nested: Mapping[str, str | None]) -> bool:
-    """Whether all that one record counts is counted by another as well, as long as that is active."""
+    """Whether all that one record counts is counted by another as well, as long as that is
+    active."""
     if outer is inner or outer.place != inner.place:
         return False
     if outer.pid != inner.pid:
         return outer.pid in inner.parents or outer.run in _above(inner.run, nested)
     late = TOLERANCE * (inner.end - inner.begin)
-    return outer.run in _above(inner.run, nested) and outer.begin <= inner.begin and inner.end <= outer.end + late
+    return (
+        outer.run in _above(inner.run, nested)
+        and outer.begin <= inner.begin
+        and inner.end <= outer.end + late
+    )
 
 
 def _above(run: str, nested: Mapping[str, str | None]) -> list[str]:
@@ -192,11 +238,16 @@ def _above(run: str, nested: Mapping[str, str | None]) -> list[str]:
 
 
 def _mean(parts: Iterable[Piece], begin: float, end: float, quantity: str) -> tuple[float, float]:
-    """Return the mean share of a quantity from `begin` to `end`, and the mean of what of that counts in a sum."""
+    """Return the mean share of a quantity from `begin` to `end`, and the mean of what of that
+    counts in a sum."""
     share = once = length = 0.0
     for p in parts:
         both = min(end, p.end) - max(begin, p.begin)
         if both > 0 or (begin == end and p.begin <= begin <= p.end):
             weight, part = max(both, 1e-9), p.shares.get(quantity, 1.0)
-            share, once, length = share + weight * part, once + weight * part * p.own, length + weight
+            share, once, length = (
+                share + weight * part,
+                once + weight * part * p.own,
+                length + weight,
+            )
     return (share / length, once / length) if length else (1.0, 1.0)

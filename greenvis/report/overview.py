@@ -1,4 +1,5 @@
-"""Many reports at a glance: what each technique saved and cost, and what each report shows, as Markdown for a README."""
+"""Many reports at a glance: what each technique saved and cost, and what each report shows, as
+Markdown for a README."""
 
 from __future__ import annotations
 
@@ -8,26 +9,34 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from greenvis import files, yamlfile
+from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput
-from greenvis.report import floor, page, reuse, stored, verdict
+from greenvis.report import floor, markup, reuse, stored, verdict
 from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
 
 HEAD = (
-    "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher included", "own share",
+    "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher "
+                                                            "included", "own share",
     "energy of an image", "noise floor", "differs in",
 )  # fmt: skip
 ALONE = "the technique alone"
-ASIDE = ("seeds", "threads", "workers", "checkpoint_every_s")  # settings of `train` that change no result
+ASIDE = (
+    "seeds",
+    "threads",
+    "workers",
+    "checkpoint_every_s",
+)  # settings of `train` that change no result
 
 
 def overview(folder: str | Path) -> dict[str, Any]:
-    """Return {"techniques": [rows of `HEAD`], "reports": [{"name", "path", "command", "found"}]} of all reports in a folder.
+    """Return {"techniques": [rows of `HEAD`], "reports": [{"name", "path", "command", "found"}]} of
+    all reports in a folder.
 
-    A technique's rows are the arms that have that technique and no other more than their report's baseline: accuracy against
-    the baseline's, energies as ratios to its, each with its interval; bold where that leaves out no change. "differs in" comes
-    from comparing the two arms' recipes: the technique alone, or what else. found: a report's first sentence, or its title
-    where it compares no arms. Raises BadInput for a folder without reports.
+    A technique's rows are the arms that have that technique and no other more than their report's
+    baseline: accuracy against the baseline's, energies as ratios to its, each with its interval;
+    bold where that leaves out no change. "differs in" comes from comparing the two arms' recipes:
+    the technique alone, or what else. found: a report's first sentence, or its title where it
+    compares no arms. Raises BadInput for a folder without reports.
     """
     rows: list[dict[str, str]] = []
     reports: list[dict[str, str]] = []
@@ -36,7 +45,9 @@ def overview(folder: str | Path) -> dict[str, Any]:
         try:
             found = files.read_json(path.parent / stored.NAME, "results", stored.MOST_BYTES)
         except BadInput as error:
-            raise BadInput(f"{path.parent} holds a report.md, but no results.json to read: {error}") from error
+            raise BadInput(
+                f"{path.parent} holds a report.md, but no results.json to read: {error}"
+            ) from error
         if not isinstance(found, dict) or "baseline" not in found:
             text = files.read_text(path, "report")
             command = re.search(r"`(greenvis [^`]+)`", text)
@@ -45,33 +56,51 @@ def overview(folder: str | Path) -> dict[str, Any]:
             continue
         found = stored.read(path.parent / stored.NAME)
         apart = floor.brief(found)
-        rows += [{**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(found)]
-        reports.append({**its, "command": page.shell(found["command"]), "found": verdict.opening(found)})
+        rows += [
+            {**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(found)
+        ]
+        reports.append(
+            {**its, "command": markup.shell(found["command"]), "found": verdict.opening(found)}
+        )
     if not reports:
-        raise BadInput(f"{folder} holds no reports: give the folder in which each report has a folder of its own")
+        raise BadInput(
+            f"{folder} holds no reports: give the folder in which each report has a folder of its "
+            "own"
+        )
     rows.sort(key=lambda row: (row["technique"], row["measured in"]))
     return {"techniques": rows, "reports": reports}
 
 
 def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
-    """Return the overview as Markdown, arms of one report in one row, with links from a file in the folder `beside`."""
+    """Return the overview as Markdown, arms of one report in one row, with links from a file in the
+    folder `beside`."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in found["techniques"]:
         grouped.setdefault((row["technique"], row["measured in"], row["against"]), []).append(row)
     for (technique, path, base), rows in grouped.items():
-        first = [page.code(technique), f"{_link(Path(path).parent.name, path, beside)}, against {page.md(base)}"]
-        lines.append("| " + " | ".join([*first, *("<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:])]) + " |")
+        first = [
+            markup.code(technique),
+            f"{_link(Path(path).parent.name, path, beside)}, against {markup.md(base)}",
+        ]
+        lines.append(
+            "| "
+            + " | ".join([*first, *("<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:])])
+            + " |"
+        )
     lines += [
         "",
-        "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the interval leaves out no "
-        "change. Kept: all of it lies above −0.5 points (or the report's own margin); lost: below; else it is open. Energies "
-        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in no figure. Noise floor: how "
+        "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the "
+        "interval leaves out no "
+        "change. Kept: all of it lies above −0.5 points (or the report's own margin); lost: below; "
+        "else it is open. Energies "
+        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in "
+        "no figure. Noise floor: how "
         "far arms that did the same work read apart; unknown where none did.",
         "",
     ]
     for its in found["reports"]:
-        said = f"{page.code(its['command'])}: {page.md(its['found'])}"
+        said = f"{markup.code(its['command'])}: {markup.md(its['found'])}"
         lines.append(f"- **{_link(its['name'], its['path'], beside)}**, {said}")
     return "\n".join(lines) + "\n"
 
@@ -89,15 +118,20 @@ def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             continue
         change = against[metric]
         known = bool(change) and change["low"] is not None
-        gain = f"{points(metric, change['mean'])} ({interval(metric, change)})" if known else MISSING
+        gain = (
+            f"{points(metric, change['mean'])} ({interval(metric, change)})" if known else MISSING
+        )
         lacking = " + not known" if reuse.unknown(arm) else ""
         yield {
             "technique": own[0],
             "against": base,
             "arm": label,
             "accuracy": f"**{gain}**" if shown(change) else gain,
-            "kept?": {"keeps": "kept", "loses": "lost"}.get(change["verdict"], "open") if known else "one seed",
-            "energy to train, base and teacher included": _ratio(against["train_energy_with_reuse"]) + lacking,
+            "kept?": {"keeps": "kept", "loses": "lost"}.get(change["verdict"], "open")
+            if known
+            else "one seed",
+            "energy to train, base and teacher included": _ratio(against["train_energy_with_reuse"])
+            + lacking,
             "own share": _ratio(against["train_energy"]),
             "energy of an image": _ratio(against["inference_energy"]),
             "differs in": ", ".join(differences(found["recipe"], label, base)) or ALONE,
@@ -105,7 +139,8 @@ def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
 
 
 def differences(recipes: list[Any], arm: str, base: str) -> list[str]:
-    """Return in what two arms of recipes (YAML) differ beside their techniques: "train.lr"; "" alone where nothing says."""
+    """Return in what two arms of recipes (YAML) differ beside their techniques: "train.lr"; ""
+    alone where nothing says."""
     known = [r for r in map(_read, recipes) if arm in r["arms"] and base in r["arms"]]
     out = {d for r in known for d in _different(_resolved(r, arm), _resolved(r, base))}
     return sorted(out) if known else ["no recipe at hand"]
@@ -116,11 +151,16 @@ def _read(text: Any) -> dict[str, Any]:
         recipe = yamlfile.parse(text, "its recipe") if isinstance(text, str) else text
     except BadInput:  # a record of other hands
         recipe = None
-    return recipe if isinstance(recipe, dict) and isinstance(recipe.get("arms"), dict) else {"arms": {}}
+    return (
+        recipe
+        if isinstance(recipe, dict) and isinstance(recipe.get("arms"), dict)
+        else {"arms": {}}
+    )
 
 
 def _resolved(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return an arm with the recipe's own model, train and stream filled in, as `Recipe.arm` does; without its techniques."""
+    """Return an arm with the recipe's own model, train and stream filled in, as `Recipe.arm` does;
+    without its techniques."""
     spec, model = recipe["arms"][name] or {}, recipe.get("model") or {}
     own = spec.get("model") or {}
     other = own.get("ref", model.get("ref")) != model.get("ref")
@@ -128,7 +168,10 @@ def _resolved(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {
         "model": {**({} if other else model), **own},
         "train": {k: v for k, v in train.items() if k not in ASIDE},
-        "stream": {**((recipe.get("data") or {}).get("stream") or {}), **(spec.get("stream") or {})},
+        "stream": {
+            **((recipe.get("data") or {}).get("stream") or {}),
+            **(spec.get("stream") or {}),
+        },
         **{k: v for k, v in spec.items() if k not in ("model", "train", "stream", "techniques")},
     }
 
@@ -156,9 +199,9 @@ def _ratio(change: Mapping[str, Any] | None) -> str:
 
 
 def _link(text: str, path: str, beside: str | Path) -> str:
-    return page.link(text, Path(os.path.relpath(path, beside)).as_posix())
+    return markup.link(text, Path(os.path.relpath(path, beside)).as_posix())
 
 
 def _cell(row: Mapping[str, str], key: str) -> str:
     """Return a cell: figures have Markdown of ours, names become text."""
-    return page.md(row[key]) if key in ("arm", "differs in") else row[key]
+    return markup.md(row[key]) if key in ("arm", "differs in") else row[key]

@@ -1,14 +1,12 @@
-"""Results to files: index.html (self-contained), report.md, results.json, results.csv, figures/*.svg, exports/."""
+"""Results to files: index.html (self-contained), report.md, results.json, results.csv,
+figures/*.svg, exports/."""
 
 from __future__ import annotations
 
 import csv
 import io
-import re
-import shlex
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from greenvis.errors import printable
 from greenvis.report import (
@@ -21,19 +19,21 @@ from greenvis.report import (
     honesty,
     settings,
     tables,
-    to_json,
     verdict,
     words,
 )
 from greenvis.report.figures import Drawing
 from greenvis.report.folder import publish
+from greenvis.report.markup import fence, md, shell
+from greenvis.report.results_file import to_json
 
 TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 def write(found: dict[str, Any], folder: Path, packed: bytes | None = None) -> Path:
-    """Write all files of a report into `folder`, `packed` records among them, and return the path of its index.html."""
+    """Write all files of a report into `folder`, `packed` records among them, and return the path
+    of its index.html."""
     drawings = charts.draw(found)
     view = _view(found, drawings) | {"packed": packed is not None}
     contents: dict[str, str | bytes] = {f"figures/{d.name}.svg": d.svg for d in drawings}
@@ -47,7 +47,8 @@ def write(found: dict[str, Any], folder: Path, packed: bytes | None = None) -> P
 
 
 def render(template: str, view: dict[str, Any]) -> str:
-    """Render a template; HTML is escaped by jinja, Markdown by `md`. No control character reaches either."""
+    """Render a template; HTML is escaped by jinja, Markdown by `md`. No control character reaches
+    either."""
     import jinja2
 
     env = jinja2.Environment(
@@ -56,7 +57,9 @@ def render(template: str, view: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # not what is markup already
+        finalize=lambda value: (
+            printable(value) if type(value) is str else value
+        ),  # not what is markup already
     )
     env.filters.update(md=md, fence=fence, clean=figures.clean, shell=shell)
     return env.get_template(template).render(view).rstrip() + "\n"
@@ -71,7 +74,9 @@ def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
         "note": found["note"] and figures.clean(found["note"]),
         "margin": verdict.margin(found),
         "verdict": verdict.opening(found),
-        "others": [verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])][:20],
+        "others": [
+            verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])
+        ][:20],
         "more_arms": max(0, len(found["order"]) - 22),
         "rows_left_out": max(0, len(found["order"]) - tables.MOST_ROWS),
         "costs": _table(found, tables.costs(found)),
@@ -79,11 +84,17 @@ def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
         "tasks": _table(found, continual.columns()),
         "cycle": _table(found, tables.cycle(found)),
         "paybacks": _paybacks(found),
-        "settings": {"head": settings.HEAD, "rows": (switched := settings.table(found)), "note": settings.note(switched)},
+        "settings": {
+            "head": settings.HEAD,
+            "rows": (switched := settings.table(found)),
+            "note": settings.note(switched),
+        },
         "drawings": drawings,
         "honesty": honesty.sections(found),
         "noise_floor": floor.sentence(found),
-        "assumed_grid": any(g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)),
+        "assumed_grid": any(
+            g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)
+        ),
         "words": words,
         "exports": exports.NAMES,
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
@@ -112,11 +123,24 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
 
 
 def to_csv(found: dict[str, Any]) -> str:
-    """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a formula."""
+    """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a
+    formula."""
     metric = found["metric"]
     columns = [*tables.costs(found), *tables.sizes(), *continual.columns(), *tables.cycle(found)]
-    readings = ("train_energy_with_reuse_j", "train_energy_j", "total_energy_j", "carbon_g", "inference_energy_j")
-    head = ["arm", "status", "seeds", f"{metric}_std", *dict.fromkeys(c.key for c in columns if c.key not in readings)]
+    readings = (
+        "train_energy_with_reuse_j",
+        "train_energy_j",
+        "total_energy_j",
+        "carbon_g",
+        "inference_energy_j",
+    )
+    head = [
+        "arm",
+        "status",
+        "seeds",
+        f"{metric}_std",
+        *dict.fromkeys(c.key for c in columns if c.key not in readings),
+    ]
     head += [k + end for k in readings for end in ("", "_low", "_high", "_provenance")]
     by_key = {c.key: c for c in columns}
     buffer = io.StringIO()
@@ -139,37 +163,3 @@ def _cell(value: Any) -> Any:
         return repr(value)
     value = figures.clean(value)
     return "'" + value if value.lstrip().startswith(FORMULA) or value.startswith(FORMULA) else value
-
-
-def md(text: Any) -> str:
-    """Return text that Markdown shows as it is: no markup, no HTML, no link, no table cell, no line break."""
-    text = " ".join(figures.clean(str(text)).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*_\[\]|~$])", r"\\\1", text)
-    text = re.sub(r"(?i)\b(www)\.", r"\1\\.", text.replace("://", "\\://"))
-    text = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(r"^([-+=#])", r"\\\1", text))
-    return text.replace("@", "@\u2060")  # a word joiner: no mention, no mail link
-
-
-def code(text: Any) -> str:
-    """Return a name or a command as code within a line of Markdown; as plain text where a backtick or a bar would end it."""
-    text = " ".join(figures.clean(str(text)).split())
-    return md(text) if not text or set(text) & set("`|\\") else f"`{text}`"
-
-
-def link(text: Any, path: str) -> str:
-    """Return a link in Markdown to a file beside; a path is never taken for another scheme or the end of the link."""
-    return f"[{md(text)}]({quote(path)})"
-
-
-def fence(text: Any) -> str:
-    """Return text as a fenced code block that its own backticks cannot end."""
-    body = printable(str(text).replace("\r", ""))
-    longest = max((len(m) for m in re.findall(r"`+", body)), default=0)
-    ticks = "`" * max(3, longest + 1)
-    return f"{ticks}text\n{body.rstrip()}\n{ticks}"
-
-
-def shell(command: Any) -> str:
-    """Return a recorded command, text or a list of words, as one would type it."""
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command)

@@ -1,4 +1,5 @@
-"""Where the numbers come from, generated from the records: sources, grid, environment, what was not counted."""
+"""Where the numbers come from, generated from the records: sources, grid, environment, what was not
+counted."""
 
 from __future__ import annotations
 
@@ -6,21 +7,23 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from greenvis import price
-from greenvis.record import PAUSED
+from greenvis.meters import pricing
+from greenvis.meters.record import PAUSED
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt
 from greenvis.report.reuse import use_energy
 
 
 def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
-    """Return {"environment", "recipe", "command", "sources", "carbon_intensity", "not_counted", "notes", …}."""
+    """Return {"environment", "recipe", "command", "sources", "carbon_intensity", "not_counted",
+    "notes", …}."""
     attempts = [a for arm in listed for r in arm.all for a in r.attempts]
     shown = [a for arm in listed for r in arm.runs for a in r.attempts]
     newest = max(shown, key=lambda a: (a.start_s, a.id))
     return {
         "environment": {
-            key: _different(a.header.get(key) for a in shown) for key in ("cpu", "gpu", "os", "host", "versions", "world_size")
+            key: _different(a.header.get(key) for a in shown)
+            for key in ("cpu", "gpu", "os", "host", "versions", "world_size")
         },
         "recipe": _different(a.facts.get("recipe") or a.header.get("recipe") for a in shown),
         "command": newest.header.get("command"),
@@ -29,9 +32,11 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
         "git": _different(a.header.get("git") for a in shown),
         "data": _different(a.facts.get("data") for a in shown),
         "models": _different(a.facts.get("model") for a in shown),
-        "pricing_model": price.MODEL,
+        "pricing_model": pricing.MODEL,
         "sources": _sources(attempts),
-        "carbon_intensity": [dict(grid)] if grid else _different(a.header.get("carbon_intensity") for a in attempts),
+        "carbon_intensity": [dict(grid)]
+        if grid
+        else _different(a.header.get("carbon_intensity") for a in attempts),
         "repriced": grid is not None,
         "pue": _different(a.header.get("pue") for a in attempts),
         "embodied": _different(a.header.get("embodied") for a in attempts),
@@ -48,7 +53,9 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
 
 def _different(values: Iterable[Any]) -> list[Any]:
     """Return the different values there are, in a stable order, None left out."""
-    found = {repr(v): v for v in values if v not in (None, "", {}, [])}  # repr, for it is fast over many runs
+    found = {
+        repr(v): v for v in values if v not in (None, "", {}, [])
+    }  # repr, for it is fast over many runs
     unique = {json.dumps(v, sort_keys=True): v for v in found.values()}
     return [unique[k] for k in sorted(unique)]
 
@@ -62,7 +69,10 @@ def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
             seen[key] = (c, seen[key][1] + 1 if key in seen else 1)
     rows: dict[str, dict[str, Any]] = {}
     for c, n in seen.values():
-        keep = {k: c.get(k) for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")}
+        keep = {
+            k: c.get(k)
+            for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")
+        }
         keep |= {"repeatability": c["repeatability"]} if c.get("repeatability") else {}
         rows.setdefault(json.dumps(keep, sort_keys=True), {**keep, "attempts": 0})["attempts"] += n
     return [rows[k] for k in sorted(rows)]
@@ -70,7 +80,10 @@ def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
 
 def _not_counted(attempts: list[Attempt]) -> list[str]:
     """What the joules and grams leave out, in words."""
-    out = ["network, storage and other machines", "runs made outside these records (tuning, earlier trials)"]
+    out = [
+        "network, storage and other machines",
+        "runs made outside these records (tuning, earlier trials)",
+    ]
     out += sorted({not_counted(u) for a in attempts for u in a.uses if use_energy(u).value is None})
     missing: dict[str, set[str]] = {}
     for a in attempts:
@@ -78,8 +91,13 @@ def _not_counted(attempts: list[Attempt]) -> list[str]:
             for name, reading in stage.items():
                 if reading.value is None:
                     missing.setdefault(name, set()).add(reading.reason or "not observed")
-    seen = {n for a in attempts for e in a.energy.values() for n, r in e.items() if r.value is not None}
-    out += [f"{n}: {'; '.join(sorted(missing[n]))}" + (" (on some runs)" if n in seen else "") for n in sorted(missing)]
+    seen = {
+        n for a in attempts for e in a.energy.values() for n, r in e.items() if r.value is not None
+    }
+    out += [
+        f"{n}: {'; '.join(sorted(missing[n]))}" + (" (on some runs)" if n in seen else "")
+        for n in sorted(missing)
+    ]
     if not any(a.header.get("embodied") for a in attempts):
         out.append("embodied carbon of the hardware (none was given)")
     if all((a.header.get("pue") or 1) == 1 for a in attempts):
@@ -110,7 +128,9 @@ def _crosscheck(listed: list[Arm]) -> list[dict[str, Any]]:
                         "seed": seed,
                         "energy_j": value,
                         "own_j": own.value,
-                        "ratio": value / (own.value or 1.0) if isinstance(value, (int, float)) and own.value else None,
+                        "ratio": value / (own.value or 1.0)
+                        if isinstance(value, (int, float)) and own.value
+                        else None,
                         "within_band": _inside(value, own.low, own.high),
                         "detail": fact,
                     }

@@ -1,4 +1,5 @@
-"""What a record must be to be believed: types, ranges, finite numbers. Strangers write records, and disks break."""
+"""What a record must be to be believed: types, ranges, finite numbers. Strangers write records, and
+disks break."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis.errors import BadInput, printable
-from greenvis.record import UNSEEN, Run
+from greenvis.meters.record import UNSEEN, Run
 
 MOST = 1e18  # of any total: joules, seconds, FLOPs in thousands of millions of millions
 MOST_DEPTH = 12
@@ -140,7 +141,8 @@ class _Use(_Loose):
 
 
 def check(run: Run) -> list[str]:
-    """Leave out of a record what cannot be, and return in words what that was. Raises BadInput where its header cannot be."""
+    """Leave out of a record what cannot be, and return in words what that was. Raises BadInput
+    where its header cannot be."""
     problems = _problems(_Header, run.header)
     if problems:
         raise BadInput(f"{run.path}: its header cannot be believed: {_said(problems)}")
@@ -152,11 +154,19 @@ def check(run: Run) -> list[str]:
     if len(uses) < len(run.uses):
         out.append(f"{len(run.uses) - len(uses)} of the runs it says it uses")
         run.uses[:] = uses
-    logs = [log for log in run.logs if is_plain({key: value for key, value in log.items() if key != "totals"})]
+    logs = [
+        log
+        for log in run.logs
+        if is_plain({key: value for key, value in log.items() if key != "totals"})
+    ]
     if len(logs) < len(run.logs):
         out.append(f"{len(run.logs) - len(logs)} of its logs, not finite or nested too deeply")
         run.logs[:] = logs
-    odd = [phase for phase, totals in run.totals.items() if not all(possible(q, value) for q, value in totals.items())]
+    odd = [
+        phase
+        for phase, totals in run.totals.items()
+        if not all(possible(q, value) for q, value in totals.items())
+    ]
     for phase in odd:
         del run.totals[phase]
         out.append(f"its phase '{phase}', with totals below 0 or beyond all measure")
@@ -164,18 +174,26 @@ def check(run: Run) -> list[str]:
 
 
 def possible(quantity: str, value: float) -> bool:
-    """Whether a total can be; only seconds that a counter did not see may be made up for in another phase."""
+    """Whether a total can be; only seconds that a counter did not see may be made up for in another
+    phase."""
     return (-MOST if quantity.endswith(UNSEEN) else 0) <= value <= MOST
 
 
 def _problems(kind: type[BaseModel], values: Mapping[str, Any]) -> dict[str, str]:
     """Return what is wrong, by top-level key."""
-    out = {str(key): "is nested too deeply or not finite" for key, value in values.items() if not is_plain(value)}
+    out = {
+        str(key): "is nested too deeply or not finite"
+        for key, value in values.items()
+        if not is_plain(value)
+    }
     try:
         kind.model_validate(values)
     except ValidationError as error:
         for problem in error.errors():
-            out.setdefault(str(problem["loc"][0]), f"is refused: {problem['msg'][:1].lower() + problem['msg'][1:]}")
+            out.setdefault(
+                str(problem["loc"][0]),
+                f"is refused: {problem['msg'][:1].lower() + problem['msg'][1:]}",
+            )
     return out
 
 
@@ -184,7 +202,8 @@ def _said(problems: Mapping[str, str]) -> str:
 
 
 def is_plain(value: Any, depth: int = 0, most: int = MOST_DEPTH) -> bool:
-    """Whether a value of JSON is finite, whole numbers fit a float, and it is not nested without end."""
+    """Whether a value of JSON is finite, whole numbers fit a float, and it is not nested without
+    end."""
     if depth > most:
         return False
     if isinstance(value, dict):

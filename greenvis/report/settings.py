@@ -1,4 +1,5 @@
-"""Models that can be switched after training (thresholds of early exits): what each setting reaches and costs."""
+"""Models that can be switched after training (thresholds of early exits): what each setting reaches
+and costs."""
 
 from __future__ import annotations
 
@@ -11,8 +12,17 @@ from greenvis.report.arms import Arm
 from greenvis.report.words import MISSING, si
 
 FIRST = "never"  # the setting that changes nothing, to which the others are compared
-HEAD = ("Arm", "Setting", "Accuracy", "Energy of 1,000 images", "÷ never", "MACs an image", "÷ never", "Realised ÷ theoretical",
-        "Leaves at exit 1, 2, … end")  # fmt: skip
+HEAD = (
+    "Arm",
+    "Setting",
+    "Accuracy",
+    "Energy of 1,000 images",
+    "÷ never",
+    "MACs an image",
+    "÷ never",
+    "Realised ÷ theoretical",
+    "Leaves at exit 1, 2, … end",
+)
 
 
 REBATCHED = "Rebatched: behind an exit, images of several batches go on together, as a whole batch."
@@ -21,9 +31,10 @@ REBATCHED = "Rebatched: behind an exit, images of several batches go on together
 def settings(arm: Arm) -> list[dict[str, Any]]:
     """Return a row for each setting, means over finished seeds; [] where the arm has none.
 
-    setting; accuracy {mean, std, n}; inference_energy_j, energy_ratio (to "never", same seed), macs, macs_ratio, realised
-    (energy saved ÷ MACs saved), exits: share of the images that leaves at each. energy_spread: how far a pass over the images
-    scatters about that ratio, a share of it, mean over seeds; None where the record does not say.
+    setting; accuracy {mean, std, n}; inference_energy_j, energy_ratio (to "never", same seed),
+    macs, macs_ratio, realised (energy saved ÷ MACs saved), exits: share of the images that leaves
+    at each. energy_spread: how far a pass over the images scatters about that ratio, a share of it,
+    mean over seeds; None where the record does not say.
     """
     seeds = [_rows(run.done.facts.get("operating_points")) for run in arm.done.values() if run.done]
     names = list(dict.fromkeys(name for rows in seeds for name in rows))
@@ -33,7 +44,8 @@ def settings(arm: Arm) -> list[dict[str, Any]]:
         energy, macs = ([_ratio(a, b, of) for a, b in both] for of in (_joules, _macs))
         out.append({
             "setting": name,
-            "accuracy": stats.summary({i: float(a["accuracy"]) for i, (a, _) in enumerate(both) if _number(a.get("accuracy"))}),
+            "accuracy": stats.summary({i: float(a["accuracy"]) for i, (a,
+            _) in enumerate(both) if _number(a.get("accuracy"))}),
             "inference_energy_j": _mean([_joules(a) for a, _ in both]),
             "energy_ratio": _mean(energy),
             "energy_spread": _mean([_spread(a) for a, _ in both]),
@@ -52,7 +64,8 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
         for s in found["arms"][arm].get("operating_points", ()):
             joules = s["inference_energy_j"]
             rows.append([
-                arm, s["setting"], words.spread("accuracy", s["accuracy"]), si(None if joules is None else joules * 1000, "J"),
+                arm, s["setting"], words.spread("accuracy", s["accuracy"]),
+                si(None if joules is None else joules * 1000, "J"),
                 _give_or_take(s["energy_ratio"], s["energy_spread"]),
                 si(s["macs"]), _times(s["macs_ratio"]), _times(s["realised"]),
                 " · ".join(f"{share:.0%}" for share in s["exits"]) or MISSING,
@@ -99,7 +112,11 @@ def _ratio(a: Mapping[str, Any], b: Mapping[str, Any], of: Any) -> float | None:
 
 def _realised(energy: float | None, macs: float | None) -> float | None:
     """The energy saved as a share of the MACs saved; None where next to nothing was to be saved."""
-    return (1 - energy) / (1 - macs) if energy is not None and macs is not None and macs < 0.98 else None
+    return (
+        (1 - energy) / (1 - macs)
+        if energy is not None and macs is not None and macs < 0.98
+        else None
+    )
 
 
 def _mean(values: list[float | None]) -> float | None:

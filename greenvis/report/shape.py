@@ -1,4 +1,5 @@
-"""What a results.json must be to be read: types, ranges, finite numbers, arms that are there. Strangers write these, too.
+"""What a results.json must be to be read: types, ranges, finite numbers, arms that are there.
+Strangers write these, too.
 
 `greenvis.report.schema` is the same for records, `greenvis.report.build` says what each value is.
 """
@@ -280,24 +281,39 @@ class _Results(_Loose):
 
 
 def check(found: Any, path: Path) -> None:
-    """Raise BadInput, naming file and place, where results are not what `greenvis.report.build` writes."""
+    """Raise BadInput, naming file and place, where results are not what `greenvis.report.build`
+    writes."""
     if not is_plain(found, most=MOST_DEPTH):
-        raise BadInput(f"{path} is not a results.json of greenvis: numbers that are not finite, or nested too deeply")
+        raise BadInput(
+            f"{path} is not a results.json of greenvis: numbers that are not finite, or nested too "
+            "deeply"
+        )
     try:
         read = _Results.model_validate(found)
         for label, row in found["arms"].items():
             _in_arm(row.get(read.metric), label)
             if row["uses"] and row["base_reuse"] is None:
-                raise _Odd(f"arms.{one_line(label)[:100]}: it uses others, and base_reuse is missing")
-            if any(row[key]["value"] is not None and "method" not in row[key] for key in ("train_energy_j", "carbon_g")):
+                raise _Odd(
+                    f"arms.{one_line(label)[:100]}: it uses others, and base_reuse is missing"
+                )
+            if any(
+                row[key]["value"] is not None and "method" not in row[key]
+                for key in ("train_energy_j", "carbon_g")
+            ):
                 raise _Odd(f"arms.{one_line(label)[:100]}: a reading without its method")
     except ValidationError as error:
-        said = [f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}" for e in error.errors()[:MOST_SAID]]
+        said = [
+            f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}"
+            for e in error.errors()[:MOST_SAID]
+        ]
         raise BadInput(f"{path} is not a results.json of greenvis: {'; '.join(said)}") from error
     except _Odd as error:
         raise BadInput(f"{path} is not a results.json of greenvis: {error}") from error
     if sorted(read.order) != sorted(read.arms) or read.baseline not in (None, *read.arms):
-        raise BadInput(f"{path} is not a results.json of greenvis: its order or its baseline names arms that are not there")
+        raise BadInput(
+            f"{path} is not a results.json of greenvis: its order or its baseline names arms that "
+            "are not there"
+        )
 
 
 class _Odd(Exception):

@@ -1,4 +1,5 @@
-"""The statistics of a report: spread over seeds, intervals of ratios and differences paired by seed, payback."""
+"""The statistics of a report: spread over seeds, intervals of ratios and differences paired by
+seed, payback."""
 
 from __future__ import annotations
 
@@ -23,15 +24,22 @@ def summary(values: Seeds) -> dict[str, Any]:
 
 
 def ratio(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | None:
-    """Return arm ÷ base over the seeds both have: the geometric mean and its interval (see `interval`), on the logarithm.
+    """Return arm ÷ base over the seeds both have: the geometric mean and its interval (see
+    `interval`), on the logarithm.
 
-    Pairing cancels what both share (the host, its coefficients, the seed). The geometric mean makes "2 times less" and
-    "half" the same statement. Without a common seed it is the ratio of means, with no interval. None if not defined.
+    Pairing cancels what both share (the host, its coefficients, the seed). The geometric mean makes
+    "2 times less" and
+    "half" the same statement. Without a common seed it is the ratio of means, with no interval.
+    None if not defined.
     """
     pairs = [(arm[s], base[s]) for s in arm if s in base]
     n = len(pairs)
     if not pairs:
-        pairs = [(m, b) for m, b in [(summary(arm)["mean"], summary(base)["mean"])] if m is not None and b is not None]
+        pairs = [
+            (m, b)
+            for m, b in [(summary(arm)["mean"], summary(base)["mean"])]
+            if m is not None and b is not None
+        ]
     if not pairs or any(b <= 0 or a < 0 for a, b in pairs):
         return None
     if min(a for a, _ in pairs) == 0:
@@ -39,7 +47,12 @@ def ratio(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | Non
     logs = [math.log(a / b) for a, b in pairs]
     low, high = interval(logs, comparisons)
     mean = math.exp(math.fsum(logs) / len(logs))
-    return {"ratio": mean, "low": None if low is None else _exp(low), "high": None if high is None else _exp(high), "n": n}
+    return {
+        "ratio": mean,
+        "low": None if low is None else _exp(low),
+        "high": None if high is None else _exp(high),
+        "n": n,
+    }
 
 
 def difference(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | None:
@@ -54,7 +67,8 @@ def difference(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] 
 def interval(values: Sequence[float], comparisons: int = 1) -> tuple[float | None, float | None]:
     """Return the interval of a mean by Student's t, (None, None) for fewer than two values.
 
-    Each of `comparisons` intervals is drawn at 1 - 0.05 ÷ comparisons (Bonferroni): all together hold with 95 %.
+    Each of `comparisons` intervals is drawn at 1 - 0.05 ÷ comparisons (Bonferroni): all together
+    hold with 95 %.
     """
     s = summary(dict(enumerate(values)))
     if s["std"] is None:
@@ -70,12 +84,16 @@ def quantile(n: int, comparisons: int = 1) -> float:
     return float(stdtrit(n - 1, 1 - ALPHA / (2 * max(1, comparisons))))
 
 
-def decide(d: Mapping[str, Any], margin: float, comparisons: int = 1, lower_is_better: bool = False) -> dict[str, Any]:
-    """Return {"verdict", "more_seeds"} of a difference: does an arm keep the metric, at most `margin` below the baseline?
+def decide(
+    d: Mapping[str, Any], margin: float, comparisons: int = 1, lower_is_better: bool = False
+) -> dict[str, Any]:
+    """Return {"verdict", "more_seeds"} of a difference: does an arm keep the metric, at most
+    `margin` below the baseline?
 
-    verdict: "keeps" where the whole interval lies at or above -margin, "loses" where the whole interval lies below it,
-    else "not yet decided". more_seeds: about how many more would decide it, were mean and scatter to stay as they are;
-    None where it is decided, or where one seed tells no scatter, or more than `MOST_SEEDS` would be needed.
+    verdict: "keeps" where the whole interval lies at or above -margin, "loses" where the whole
+    interval lies below it, else "not yet decided". more_seeds: about how many more would decide it,
+    were mean and scatter to stay as they are; None where it is decided, or where one seed tells no
+    scatter, or more than `MOST_SEEDS` would be needed.
     """
     sign = -1 if lower_is_better else 1
     if d["low"] is None:
@@ -85,7 +103,11 @@ def decide(d: Mapping[str, Any], margin: float, comparisons: int = 1, lower_is_b
         return {"verdict": "keeps" if worst >= -margin else "loses", "more_seeds": None}
     std = (best - worst) / 2 * math.sqrt(d["n"]) / quantile(d["n"], comparisons)
     room = abs(sign * d["mean"] + margin)
-    enough = (n for n in range(d["n"] + 1, MOST_SEEDS + 1) if quantile(n, comparisons) * std / math.sqrt(n) < room)
+    enough = (
+        n
+        for n in range(d["n"] + 1, MOST_SEEDS + 1)
+        if quantile(n, comparisons) * std / math.sqrt(n) < room
+    )
     return {"verdict": "not yet decided", "more_seeds": next((n - d["n"] for n in enough), None)}
 
 
@@ -94,7 +116,8 @@ def _exp(value: float) -> float:
 
 
 def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names no other point beats: (cost, gain), less cost and more gain are better. In order of cost."""
+    """Return the names no other point beats: (cost, gain), less cost and more gain are better. In
+    order of cost."""
     front, best = [], -math.inf
     for name, (_, gain) in sorted(points.items(), key=lambda kv: (kv[1][0], -kv[1][1], kv[0])):
         if gain > best:
@@ -104,20 +127,27 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def payback(extra_j: float, saved_j: float) -> dict[str, Any]:
-    """Return after how many images a dearer training is paid back by a cheaper inference (or the reverse).
+    """Return after how many images a dearer training is paid back by a cheaper inference (or the
+    reverse).
 
-    extra_j: making it, arm − baseline, joules. saved_j: one image, baseline − arm, joules. verdict: "at once" (cheaper
-    to make and not dearer to use), "pays back" (after `images`), "ahead until" (cheaper to make, dearer to use), "never".
+    extra_j: making it, arm − baseline, joules. saved_j: one image, baseline − arm, joules. verdict:
+    "at once" (cheaper to make and not dearer to use), "pays back" (after `images`), "ahead until"
+    (cheaper to make, dearer to use), "never".
     """
     if extra_j <= 0:
         if saved_j >= 0:
             return {"verdict": "at once", "images": 0.0}
         return {"verdict": "ahead until", "images": extra_j / saved_j}
-    return {"verdict": "pays back", "images": extra_j / saved_j} if saved_j > 0 else {"verdict": "never", "images": None}
+    return (
+        {"verdict": "pays back", "images": extra_j / saved_j}
+        if saved_j > 0
+        else {"verdict": "never", "images": None}
+    )
 
 
 def energy_to(curve: Sequence[tuple[float, float]], target: float) -> float | None:
-    """Return the energy at which the curve (energy, gain) first reaches `target` and stays there; None if it does not."""
+    """Return the energy at which the curve (energy, gain) first reaches `target` and stays there;
+    None if it does not."""
     reached = None
     for spent, gain in curve:
         if gain < target:

@@ -1,4 +1,5 @@
-"""A results.json read back: compared and put into words anew, where the records it came from are not at hand."""
+"""A results.json read back: compared and put into words anew, where the records it came from are
+not at hand."""
 
 from __future__ import annotations
 
@@ -8,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from greenvis import files, record
+from greenvis.core import files
 from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.meters import record
 from greenvis.report import archive, build, shape, versus
 
 NAME = "results.json"
@@ -17,20 +19,26 @@ MOST_BYTES = 256 * 2**20
 
 
 def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
-    """Return the results.json that `paths` names, itself or by a folder without records, packed or not; None for records."""
+    """Return the results.json that `paths` names, itself or by a folder without records, packed or
+    not; None for records."""
     listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if len(listed) != 1:
         return None
     path = Path(listed[0])
     if path.suffix == ".json":
         return path
-    there = (path / NAME).is_file() and archive.inside(path) is None and next(iter(record.find([path])), None) is None
+    there = (
+        (path / NAME).is_file()
+        and archive.inside(path) is None
+        and next(iter(record.find([path])), None) is None
+    )
     return path / NAME if there else None
 
 
 @contextmanager
 def believed(path: Path | None) -> Iterator[None]:
-    """Turn what goes wrong within into BadInput, where `path` names results: a stranger's may lack or mistype anything."""
+    """Turn what goes wrong within into BadInput, where `path` names results: a stranger's may lack
+    or mistype anything."""
     try:
         yield
     except (GreenvisError, OSError):
@@ -38,7 +46,9 @@ def believed(path: Path | None) -> Iterator[None]:
     except Exception as error:
         if path is None:
             raise
-        raise BadInput(f"{path} is not a whole {NAME} of greenvis: {type(error).__name__}: {error}") from error
+        raise BadInput(
+            f"{path} is not a whole {NAME} of greenvis: {type(error).__name__}: {error}"
+        ) from error
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -50,23 +60,36 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(schema, int):
         raise BadInput(f"{path} is not a {NAME} of greenvis: its schema is no number")
     if schema != build.SCHEMA:
-        way = "upgrade it" if schema > build.SCHEMA else "make the report again from its run records"
-        raise BadInput(f"{path} has schema {str(schema)[:20]}, and this greenvis reads {build.SCHEMA}: {way}")
+        way = (
+            "upgrade it" if schema > build.SCHEMA else "make the report again from its run records"
+        )
+        raise BadInput(
+            f"{path} has schema {str(schema)[:20]}, and this greenvis reads {build.SCHEMA}: {way}"
+        )
     shape.check(found, path)
     return found
 
 
 def again(
-    path: Path, *, baseline: str | None, metric: str, grid: Any, served: float | None, margin: float | None
+    path: Path,
+    *,
+    baseline: str | None,
+    metric: str,
+    grid: Any,
+    served: float | None,
+    margin: float | None,
 ) -> dict[str, Any]:
-    """Return stored results compared anew, with another baseline, usage or margin if told. Raises BadInput.
+    """Return stored results compared anew, with another baseline, usage or margin if told. Raises
+    BadInput.
 
-    Joules and grams stay as they are: to price them anew, and for another metric, the records are needed.
+    Joules and grams stay as they are: to price them anew, and for another metric, the records are
+    needed.
     """
     found = read(path)
     if grid is not None or metric not in ("accuracy", found["metric"]):
         raise BadInput(
-            f"{path} holds figures that are priced, of {found['metric']}: a grid or another metric wants run records"
+            f"{path} holds figures that are priced, of {found['metric']}: a grid or another metric "
+            "wants run records"
         )
     if baseline is not None and baseline not in found["arms"]:
         raise BadInput(f"no arm '{baseline}' to be the baseline{nearest(baseline, found['arms'])}")

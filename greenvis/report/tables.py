@@ -1,37 +1,30 @@
-"""The tables of a report, once for HTML, Markdown and CSV: what columns say, what is shown, how it is known."""
+"""The tables of a report, once for HTML, Markdown and CSV: what columns say, what is shown, how it
+is known."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from greenvis.report import reuse, words
+from greenvis.report.columns import Column, Row
 from greenvis.report.words import MISSING, si
 
-Row = dict[str, Any]
 MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column: `number` for the CSV, `text` for people, `sub` a second line, `shown`: a difference is."""
-
-    key: str
-    title: str
-    number: Callable[[Row], float | None]
-    text: Callable[[Row], str]
-    sub: Callable[[Row], str] = lambda row: ""
-    badge: Callable[[Row], str | None] = lambda row: None
-    shown: Callable[[Row], bool] = lambda row: False
-
-
 def costs(found: dict[str, Any]) -> list[Column]:
-    """Return the columns of the first table: what was gained and what it cost, with all it builds on first."""
+    """Return the columns of the first table: what was gained and what it cost, with all it builds
+    on first."""
     metric = found["metric"]
     reused = any(row["uses"] for row in found["arms"].values())
     line = [
-        _reading("train_energy_with_reuse_j", "Energy, base and teacher included", "J", lacks=reuse.unknown),
+        _reading(
+            "train_energy_with_reuse_j",
+            "Energy, base and teacher included",
+            "J",
+            lacks=reuse.unknown,
+        ),
         _ratio("train_energy_with_reuse", "Energy ÷ baseline, base and teacher included"),
     ]
     own = "Own training energy" if reused else "Training energy"
@@ -88,7 +81,9 @@ def sizes() -> list[Column]:
             lambda r: si(_ms(r, "p50"), "s"),
             lambda r: f"p95 {si(_ms(r, 'p95'), 's')}" if _ms(r, "p95") is not None else "",
         ),
-        Column("images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"])),
+        Column(
+            "images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"])
+        ),
         Column(
             "peak_memory_mb",
             "Peak memory",
@@ -101,7 +96,12 @@ def sizes() -> list[Column]:
 def cycle(found: dict[str, Any]) -> list[Column]:
     """Return the columns of the full-cycle table."""
     return [
-        Column("make_j", "Training", lambda r: r["full_cycle"]["make_j"], lambda r: si(r["full_cycle"]["make_j"], "J")),
+        Column(
+            "make_j",
+            "Training",
+            lambda r: r["full_cycle"]["make_j"],
+            lambda r: si(r["full_cycle"]["make_j"], "J"),
+        ),
         Column(
             "reuse_whole_j",
             "Builds on, charged whole",
@@ -152,8 +152,11 @@ def cycle(found: dict[str, Any]) -> list[Column]:
     ]
 
 
-def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -> list[dict[str, Any]]:
-    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub", "badge", "shown"}]}."""
+def cells(
+    found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS
+) -> list[dict[str, Any]]:
+    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub",
+    "badge", "shown"}]}."""
     arms = found["arms"]
     return [
         {
@@ -177,9 +180,14 @@ def cells(found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS) -
 
 
 def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
-    """Return the columns in which at least one arm has a value, or something to say of what it builds on."""
+    """Return the columns in which at least one arm has a value, or something to say of what it
+    builds on."""
     rows = found["arms"].values()
-    return [c for c in columns if any(c.number(r) is not None or (c.text is _builds_on and r["uses"]) for r in rows)]
+    return [
+        c
+        for c in columns
+        if any(c.number(r) is not None or (c.text is _builds_on and r["uses"]) for r in rows)
+    ]
 
 
 def _reading(
@@ -189,7 +197,8 @@ def _reading(
     badge: Callable[[Row], str | None] | None = None,
     lacks: Callable[[Row], list[str]] = lambda row: [],
 ) -> Column:
-    """Return the column of a reading, with its band below. lacks: the names of what is not in it."""
+    """Return the column of a reading, with its band below. lacks: the names of what is not in
+    it."""
     return Column(
         key,
         title,
@@ -229,20 +238,25 @@ def _seeds(row: Row) -> str:
     n = len(row["seeds"])
     if not n:
         return "not finished"
-    return ("1 seed" if n == 1 else f"{n} seeds") + (", not all finished" if row["status"] == "partly done" else "")
+    return ("1 seed" if n == 1 else f"{n} seeds") + (
+        ", not all finished" if row["status"] == "partly done" else ""
+    )
 
 
 def _techniques(row: Row) -> str:
     """Return the names in the fact `techniques`: names, {"name": …} or {NAME: {fields}}."""
     listed = row.get("techniques")
     names = (
-        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in listed] if isinstance(listed, list) else []
+        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in listed]
+        if isinstance(listed, list)
+        else []
     )
     return ", ".join(map(str, names))
 
 
 def _interval(r: Row | None) -> str:
-    """Return the interval of a ratio and whether it tells a difference: "×0.87–1.12, no difference shown"."""
+    """Return the interval of a ratio and whether it tells a difference: "×0.87–1.12, no difference
+    shown"."""
     if not r or not r["n"]:
         return "no seed in common: not comparable by pairs"
     if r["low"] is None:
@@ -262,13 +276,19 @@ def _builds_on(row: Row) -> str:
     """Return what a row builds on in joules; what nobody knows is "not known", never 0."""
     if not row["uses"]:
         return "nothing"
-    known = si(row["base_reuse"]["whole_j"]["value"], "J") if row["base_reuse"]["whole_j"]["value"] is not None else ""
+    known = (
+        si(row["base_reuse"]["whole_j"]["value"], "J")
+        if row["base_reuse"]["whole_j"]["value"] is not None
+        else ""
+    )
     return " + ".join(x for x in (known, "not known" if reuse.unknown(row) else "") if x)
 
 
 def _reused(row: Row) -> str:
     """Return what a row builds on: "base, 116 mg CO₂e; not counted: the weights of others"."""
-    said = ", ".join(x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x)
+    said = ", ".join(
+        x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x
+    )
     return said + (f"; not counted: {', '.join(names)}" if (names := reuse.unknown(row)) else "")
 
 
@@ -280,12 +300,18 @@ def _grams(row: Row, key: str) -> str:
 
 def _users(row: Row) -> str:
     n = sorted({u["used_by_runs"] for u in row["uses"]})
-    return f"among {' or '.join(map(str, n))} runs, {_grams(row, 'shared_g')}".removesuffix(", ") if n else ""
+    return (
+        f"among {' or '.join(map(str, n))} runs, {_grams(row, 'shared_g')}".removesuffix(", ")
+        if n
+        else ""
+    )
 
 
 def _vs(row: Row, key: str, part: str) -> float | None:
     vs = row["vs_baseline"]
-    return vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None  # one seed: no interval, no comparison
+    return (
+        vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None
+    )  # one seed: no interval, no comparison
 
 
 def _ms(row: Row, key: str) -> float | None:

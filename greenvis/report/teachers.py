@@ -1,4 +1,5 @@
-"""Several teachers of one student: how much they contradicted each other, and what weights they were given."""
+"""Several teachers of one student: how much they contradicted each other, and what weights they
+were given."""
 
 from __future__ import annotations
 
@@ -12,16 +13,30 @@ MEASURES = ("disagreement", "kl", "cosine")
 
 
 def teachers(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return {"conflict": {measure: [first epoch, last]}, "weights": {teacher: weight}}, means over runs; {} where none says.
+    """Return {"conflict": {measure: [first epoch, last]}, "weights": {teacher: weight}}, means over
+    runs; {} where none says.
 
-    facts: of each run; a conflict is a mapping of `MEASURES` to one number an epoch, weights a fact "…_teachers".
+    facts: of each run; a conflict is a mapping of `MEASURES` to one number an epoch, weights a fact
+    "…_teachers".
     """
     runs = list(facts)
-    found = [v for one in runs for v in one.values() if isinstance(v, Mapping) and all(_numbers(v.get(m)) for m in MEASURES)]
-    given = [v for one in runs for k, v in one.items() if k.endswith("_teachers") and isinstance(v, Mapping) and v]
+    found = [
+        v
+        for one in runs
+        for v in one.values()
+        if isinstance(v, Mapping) and all(_numbers(v.get(m)) for m in MEASURES)
+    ]
+    given = [
+        v
+        for one in runs
+        for k, v in one.items()
+        if k.endswith("_teachers") and isinstance(v, Mapping) and v
+    ]
     out: dict[str, Any] = {}
     if found:
-        out["conflict"] = {m: [_mean(f[m][0] for f in found), _mean(f[m][-1] for f in found)] for m in MEASURES}
+        out["conflict"] = {
+            m: [_mean(f[m][0] for f in found), _mean(f[m][-1] for f in found)] for m in MEASURES
+        }
     if given and all(given[0].keys() == g.keys() and _numbers([*g.values()]) for g in given):
         out["weights"] = {name: _mean(g[name] for g in given) for name in given[0]}
     return out
@@ -34,12 +49,22 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
         its = found["arms"][a].get("teachers", {})
         if its:
             spans = its.get("conflict", {})
-            weights = ", ".join(f"{name} {weight:.2f}" for name, weight in its.get("weights", {}).items())
+            weights = ", ".join(
+                f"{name} {weight:.2f}" for name, weight in its.get("weights", {}).items()
+            )
             cells.append([a, *(_span(spans.get(m)) for m in MEASURES), weights or "not learned"])
-    head = ["Arm", "Choose other classes", "Divergence (nats)", "Cosine of their pulls", "Learned weights"]
+    head = [
+        "Arm",
+        "Choose other classes",
+        "Divergence (nats)",
+        "Cosine of their pulls",
+        "Learned weights",
+    ]
     said = (
-        "Between each two teachers, in the first epoch → in the last, means over seeds: how often they choose other classes, "
-        "how far their softened answers are apart, and the cosine between the gradients that each alone would give the "
+        "Between each two teachers, in the first epoch → in the last, means over seeds: how often "
+        "they choose other classes, "
+        "how far their softened answers are apart, and the cosine between the gradients that each "
+        "alone would give the "
         "student's logits (below 0 they pull it apart)."
     )
     table = {"head": head, "rows": cells} if cells else None
@@ -48,7 +73,11 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def _numbers(value: Any) -> bool:
     kind = (int, float)
-    return isinstance(value, list) and bool(value) and all(isinstance(v, kind) and math.isfinite(v) for v in value)
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(v, kind) and math.isfinite(v) for v in value)
+    )
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -1,4 +1,5 @@
-"""The sentence on top of a report: what was gained, what it cost with all it builds on, how sure that is."""
+"""The sentence on top of a report: what was gained, what it cost with all it builds on, how sure
+that is."""
 
 from __future__ import annotations
 
@@ -8,21 +9,25 @@ from greenvis.report import continual, reuse, words
 
 
 def headline(found: dict[str, Any]) -> str:
-    """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to compare."""
+    """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to
+    compare."""
     return _choice(found)[0]
 
 
 def opening(found: dict[str, Any]) -> str:
-    """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came nearest."""
+    """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came
+    nearest."""
     label, lacking = _choice(found)
     return lacking + sentence(found, label)
 
 
 def _choice(found: dict[str, Any]) -> tuple[str, str]:
-    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the metric.
+    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the
+    metric.
 
-    In order: the cheapest of the arms that keep the metric and cost less, both by their intervals; the best that gains; of
-    those that cost less the one that loses least; else the best. An arm that trained on all tasks of a stream at once is a
+    In order: the cheapest of the arms that keep the metric and cost less, both by their intervals;
+    the best that gains; of those that cost less the one that loses least; else the best. An arm
+    that trained on all tasks of a stream at once is a
     bound: it is named where there is no other.
     """
     arms, base, metric = found["arms"], found["baseline"], found["metric"]
@@ -31,7 +36,9 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     rivals = [a for a in compared if not continual.all_at_once(arms[a])] or compared
 
     def gain(a: str) -> float:
-        return sign * arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")
+        return (
+            sign * arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")
+        )
 
     if not rivals:
         scored = [a for a in found["order"] if arms[a][metric]["mean"] is not None]
@@ -41,7 +48,11 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     keep = [a for a in cheap if keeps(found, a)]
     if keep:
         return min(keep, key=lambda a: arms[a]["vs_baseline"][cost(found, a)]["ratio"]), ""
-    better = [a for a in rivals if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)]
+    better = [
+        a
+        for a in rivals
+        if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)
+    ]
     lacking = f"No arm is shown to cost less than {base} and keep its {metric}. "
     if better or cheap:
         return max(better or cheap, key=gain), lacking
@@ -49,7 +60,8 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
 
 
 def cost(found: dict[str, Any], label: str) -> str:
-    """Return the energy an arm is judged by: with all it builds on; one image's where it goes on from the baseline itself."""
+    """Return the energy an arm is judged by: with all it builds on; one image's where it goes on
+    from the baseline itself."""
     whole = f"{found['name']}/{found['baseline']}"
     goes_on = any(u["name"] == whole for u in found["arms"][label]["uses"])
     return "inference_energy" if goes_on else "train_energy_with_reuse"
@@ -61,29 +73,48 @@ def _cheaper(r: dict[str, Any] | None) -> bool:
 
 
 def keeps(found: dict[str, Any], label: str) -> bool:
-    """Whether an arm's interval lies within the margin, or there is no metric at all that it could lose."""
+    """Whether an arm's interval lies within the margin, or there is no metric at all that it could
+    lose."""
     arms, metric = found["arms"], found["metric"]
     d = arms[label]["vs_baseline"][metric]
-    return d["verdict"] == "keeps" if d else all(row[metric]["mean"] is None for row in arms.values())
+    return (
+        d["verdict"] == "keeps" if d else all(row[metric]["mean"] is None for row in arms.values())
+    )
 
 
 def sentence(found: dict[str, Any], label: str) -> str:
     """Return what the records show of one arm, beside the baseline where there is one."""
     row, base, metric = found["arms"][label], found["baseline"], found["metric"]
     if row["status"] == "incomplete":
-        tried = ", ".join(f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items())
-        return f"{label} has no finished run ({tried}); {words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
+        tried = ", ".join(
+            f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items()
+        )
+        return (
+            f"{label} has no finished run ({tried}); "
+            f"{words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
+        )
     scored = row[metric]["mean"] is not None
-    bound = ", trained on all tasks at once as no stream allows," if continual.all_at_once(row) else ""
-    reached = f"{label}{bound} reached {words.spread(metric, row[metric])}" if scored else f"{label} (no {metric} recorded)"
+    bound = (
+        ", trained on all tasks at once as no stream allows," if continual.all_at_once(row) else ""
+    )
+    reached = (
+        f"{label}{bound} reached {words.spread(metric, row[metric])}"
+        if scored
+        else f"{label} (no {metric} recorded)"
+    )
     if scored and metric != "accuracy":
         reached += f" {metric}"
     vs = row["vs_baseline"]
     if not vs or len(row["seeds"]) == 1:
-        return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(row)
+        return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(
+            row
+        )
     key = cost(found, label)
     if key == "inference_energy":
-        said = f"{reached}, going on from {base}, with {_energy(found, label, key, 'energy an image')}; {_gain(found, label)}."
+        said = (
+            f"{reached}, going on from {base}, with "
+            f"{_energy(found, label, key, 'energy an image')}; {_gain(found, label)}."
+        )
         said += f" Making it: {_energy(found, label, 'train_energy_with_reuse', 'energy')}."
     else:
         what = "energy" if builds_on(found, label) else "training energy"
@@ -92,18 +123,27 @@ def sentence(found: dict[str, Any], label: str) -> str:
 
 
 def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
-    """Return the sentence on an arm that is compared with none, or by one seed: joules, and no ratio."""
+    """Return the sentence on an arm that is compared with none, or by one seed: joules, and no
+    ratio."""
     line = row["train_energy_with_reuse_j"]["value"]
     joules = words.reading(row["train_energy_with_reuse_j"], "J") if line is not None else ""
-    what = "energy, with all it builds on" if line != row["train_energy_j"]["value"] else "training energy"
+    what = (
+        "energy, with all it builds on"
+        if line != row["train_energy_j"]["value"]
+        else "training energy"
+    )
     one = " (one seed: no spread is known)" if len(row["seeds"]) == 1 else ""
     if not scored:
-        return f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {metric} was recorded{one}."
+        return (
+            f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {metric} "
+            f"was recorded{one}."
+        )
     return reached + (f" for {joules} of {what}" if joules else "") + one + "."
 
 
 def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
-    """Return an arm's energy beside the baseline's: "2.1 times less energy (1.9–2.3) than full", and its own share."""
+    """Return an arm's energy beside the baseline's: "2.1 times less energy (1.9–2.3) than full",
+    and its own share."""
     vs, base = found["arms"][label]["vs_baseline"], found["baseline"]
     r = vs[key]
     if not r or r["low"] is None:
@@ -115,7 +155,11 @@ def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
     charged = builds_on(found, label)
     if key != "train_energy_with_reuse" or not charged:
         return text
-    share = f"; own training {words.factor(own)}, {words.factor_band(own).removeprefix('×')}" if own and own["low"] else ""
+    share = (
+        f"; own training {words.factor(own)}, {words.factor_band(own).removeprefix('×')}"
+        if own and own["low"]
+        else ""
+    )
     return f"{text} ({charged} included{share})"
 
 
@@ -125,14 +169,18 @@ def _gain(found: dict[str, Any], label: str) -> str:
     if not d:
         return f"no {metric} to compare"
     band = words.interval(metric, d)
-    text = f"{metric} {words.points(metric, d['mean'])}" + (f" (95\u00a0% interval {band})" if band else "")
+    text = f"{metric} {words.points(metric, d['mean'])}" + (
+        f" (95\u00a0% interval {band})" if band else ""
+    )
     return f"{text}: {words.decided(d, margin(found))}"
 
 
 def margin(found: dict[str, Any]) -> str:
     """Return how much may be lost, in words: "0.5 points"."""
     metric = found["metric"]
-    unit = ("point" if found["margin"] == 1 else "points") if words.share(metric) else f"of {metric}"
+    unit = (
+        ("point" if found["margin"] == 1 else "points") if words.share(metric) else f"of {metric}"
+    )
     return f"{found['margin']:g} {unit}"
 
 
@@ -143,10 +191,18 @@ def not_counted(*rows: dict[str, Any]) -> str:
 
 
 def builds_on(found: dict[str, Any], label: str) -> str:
-    """Return what is charged in a comparison of an arm to the baseline: "the base of full and lora"; "" for nothing."""
-    known = {a: [u for u in found["arms"][a]["uses"] if u["energy_j"]["value"] is not None] for a in (found["baseline"], label)}
+    """Return what is charged in a comparison of an arm to the baseline: "the base of full and
+    lora"; "" for nothing."""
+    known = {
+        a: [u for u in found["arms"][a]["uses"] if u["energy_j"]["value"] is not None]
+        for a in (found["baseline"], label)
+    }
     roles = dict.fromkeys(u["role"] for uses in known.values() for u in uses)
-    return f"the {' and '.join(roles)} of {' and '.join(a for a, uses in known.items() if uses)}" if roles else ""
+    return (
+        f"the {' and '.join(roles)} of {' and '.join(a for a, uses in known.items() if uses)}"
+        if roles
+        else ""
+    )
 
 
 def _partly(row: dict[str, Any]) -> str:

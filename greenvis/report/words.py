@@ -1,4 +1,5 @@
-"""Numbers and findings in words: three figures, units people read, and no more claimed than the data shows."""
+"""Numbers and findings in words: three figures, units people read, and no more claimed than the
+data shows."""
 
 from __future__ import annotations
 
@@ -7,13 +8,24 @@ from collections.abc import Mapping
 from typing import Any
 
 MISSING = "–"
-_PREFIX = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ"), (1e-9, "n"))
+_PREFIX = (
+    (1e15, "P"),
+    (1e12, "T"),
+    (1e9, "G"),
+    (1e6, "M"),
+    (1e3, "k"),
+    (1.0, ""),
+    (1e-3, "m"),
+    (1e-6, "µ"),
+    (1e-9, "n"),
+)
 ESTIMATED = ("J", "g")  # units of figures that no reading here tells to three figures
 _SHARES = ("accuracy", "top1", "top5", "f1", "miou", "map", "auc", "recall", "precision")
 
 
 def figures(value: float, digits: int = 3) -> str:
-    """Return `value` with that many significant figures, never in exponents below 1e6: 0.0123, 1.23, 12,300."""
+    """Return `value` with that many significant figures, never in exponents below 1e6: 0.0123,
+    1.23, 12,300."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else str(value)
     rounded = float(f"{value:.{digits - 1}e}")
@@ -21,7 +33,8 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def si(value: float | None, unit: str = "", digits: int = 0) -> str:
-    """Return `value` with an SI prefix: "3.5 kJ", "460 mg", "1.26 G". digits: two of joules and grams, else three."""
+    """Return `value` with an SI prefix: "3.5 kJ", "460 mg", "1.26 G". digits: two of joules and
+    grams, else three."""
     digits = digits or (2 if unit in ESTIMATED else 3)
     if value is None or not math.isfinite(value):
         return MISSING
@@ -35,16 +48,20 @@ def si(value: float | None, unit: str = "", digits: int = 0) -> str:
 
 
 def reading(r: Mapping[str, Any], unit: str) -> str:
-    """Return a reading's value with the figures its band and its scatter deserve: two, or three where both are below 0.5 %."""
+    """Return a reading's value with the figures its band and its scatter deserve: two, or three
+    where both are below 0.5 %."""
     value = r.get("value")
     if not value:
         return si(value, unit)
-    ends = [abs(r[k] - value) for k in ("low", "high") if r.get(k) is not None] + [r.get("std") or 0.0]
+    ends = [abs(r[k] - value) for k in ("low", "high") if r.get(k) is not None] + [
+        r.get("std") or 0.0
+    ]
     return si(value, unit, 3 if max(ends) < 0.005 * abs(value) else 2)
 
 
 def count(value: float | None) -> str:
-    """Return a whole number with separators, or three figures and a word above a million: "41,000", "1.2 million"."""
+    """Return a whole number with separators, or three figures and a word above a million: "41,000",
+    "1.2 million"."""
     if value is None or not math.isfinite(value):
         return MISSING
     for scale, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million")):
@@ -60,7 +77,9 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{figures(seconds)} s"
     minutes, s = divmod(round(seconds), 60)
-    return f"{minutes} min {s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return (
+        f"{minutes} min {s:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    )
 
 
 def size(value: float | None) -> str:
@@ -81,7 +100,8 @@ def gain(metric: str, value: float | None) -> str:
 
 
 def fixed(value: float, digits: int = 1, *, sign: bool = False) -> str:
-    """Return `value` with that many decimals: "−1.4", with `sign` also "+1.4"; what rounds to nothing has no sign."""
+    """Return `value` with that many decimals: "−1.4", with `sign` also "+1.4"; what rounds to
+    nothing has no sign."""
     text = f"{value:+.{digits}f}"
     if not float(text):
         return text[1:]
@@ -98,7 +118,8 @@ def points(metric: str, value: float | None) -> str:
 
 
 def interval(metric: str, d: Mapping[str, Any]) -> str:
-    """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is none."""
+    """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is
+    none."""
     if d["low"] is None:
         return ""
     return " to ".join(points(metric, d[k]).removesuffix(" points") for k in ("low", "high"))
@@ -120,8 +141,9 @@ def spread(metric: str, s: Mapping[str, Any]) -> str:
 def times(r: Mapping[str, Any] | None, what: str = "") -> str:
     """Return a ratio to the baseline in words, with its interval, as far as that interval goes.
 
-    "2.1 times less energy (1.9–2.3)", "12 % more energy (9.0–14)"; "no difference shown in energy (×0.95, 0.88–1.02)" where the
-    interval reaches 1; MISSING without an interval: one seed tells no difference from scatter.
+    "2.1 times less energy (1.9–2.3)", "12 % more energy (9.0–14)"; "no difference shown in energy
+    (×0.95, 0.88–1.02)" where the interval reaches 1; MISSING without an interval: one seed tells no
+    difference from scatter.
     """
     if not r or r["low"] is None:
         return MISSING
@@ -129,14 +151,21 @@ def times(r: Mapping[str, Any] | None, what: str = "") -> str:
     if low == high == 1:
         return f"the same {what}".strip()
     if not shown(r):
-        return f"no difference shown{f' in {what}' if what else ''} ({factor(r)}, {factor_band(r).removeprefix('×')})"
+        return (
+            f"no difference shown{f' in {what}' if what else ''} ({factor(r)}, "
+            f"{factor_band(r).removeprefix('×')})"
+        )
     less = ratio < 1
     what = f"{'less' if less else 'more'} {what}".strip()
     k, near, far = (1 / ratio, 1 / high, 1 / low) if less else (ratio, low, high)
     if k >= 1.5:
         ends = [_end(x, 2 if x >= 1.095 and x < 100 else 3) for x in (near, far)]
-        return f"{figures(k, 2 if k < 100 else 3)} times {what}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})")
-    change, *ends = [figures(abs(x - 1) * 100, 2) for x in ((ratio, high, low) if less else (ratio, low, high))]
+        return f"{figures(k, 2 if k < 100 else 3)} times {what}" + (
+            "" if ends[0] == ends[1] else f" ({'–'.join(ends)})"
+        )
+    change, *ends = [
+        figures(abs(x - 1) * 100, 2) for x in ((ratio, high, low) if less else (ratio, low, high))
+    ]
     return f"{change} % {what}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})")
 
 
@@ -146,7 +175,8 @@ def _end(k: float, digits: int = 3) -> str:
 
 
 def decided(d: Mapping[str, Any] | None, margin: str = "") -> str:
-    """Return what the interval of the metric says: "keeps", "loses", or "not yet decided", and how many seeds would tell.
+    """Return what the interval of the metric says: "keeps", "loses", or "not yet decided", and how
+    many seeds would tell.
 
     margin: how much may be lost, in words, if that is to be said.
     """
@@ -165,7 +195,8 @@ def decided(d: Mapping[str, Any] | None, margin: str = "") -> str:
 
 
 def shown(d: Mapping[str, Any] | None) -> bool:
-    """Return whether the interval of a difference lies on one side of 0, or that of a ratio on one side of 1."""
+    """Return whether the interval of a difference lies on one side of 0, or that of a ratio on one
+    side of 1."""
     if not d or d["low"] is None:
         return False
     same = 1 if "ratio" in d else 0
@@ -173,7 +204,8 @@ def shown(d: Mapping[str, Any] | None) -> bool:
 
 
 def factor(r: Mapping[str, Any] | None) -> str:
-    """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"; MISSING for one seed."""
+    """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"; MISSING
+    for one seed."""
     if not r or r["low"] is None:
         return MISSING
     return f"×{figures(r['ratio'], 2 if 0.995 <= r['ratio'] < 1.005 else 3)}"
@@ -189,7 +221,11 @@ def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
     if not p:
         return f"{arm}: unknown, inference energy was not measured."
     n, band = count(p["images"]), ""
-    if p["low"] is not None and p["high"] is not None and p["verdict"] in ("pays back", "ahead until"):
+    if (
+        p["low"] is not None
+        and p["high"] is not None
+        and p["verdict"] in ("pays back", "ahead until")
+    ):
         band = f" ({count(p['low'])}–{count(p['high'])} over seeds)"
     unsure = "" if p["seeds_agree"] else " The seeds do not agree."
     text = {
@@ -197,11 +233,13 @@ def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
         "pays back": f"{arm} pays back after {n} images{band}",
         "ahead until": f"{arm} is ahead of {base} until {n} images{band}, then behind",
         "never": f"{arm} never pays back: dearer to make and not cheaper to use than {base}",
-        "not shown": f"{arm}: no difference shown in the energy of one image to {base}, so no payback is stated",
+        "not shown": f"{arm}: no difference shown in the energy of one image to {base}, so no "
+        "payback is stated",
     }[p["verdict"]]
     return text + "." + (unsure if p["verdict"] != "not shown" else "")
 
 
 def lamp(joules: float) -> str:
-    """Return the energy as how long a 10 W lamp burns on it: an equivalent that needs no source but 10 W × time."""
+    """Return the energy as how long a 10 W lamp burns on it: an equivalent that needs no source but
+    10 W × time."""
     return f"a 10 W lamp for {duration(joules / 10)}"

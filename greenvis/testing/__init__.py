@@ -1,4 +1,5 @@
-"""The contract every technique keeps, as a check that authors of plug-ins can run: `check_technique(MyTechnique)`."""
+"""The contract every technique keeps, as a check that authors of plug-ins can run:
+`check_technique(MyTechnique)`."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from greenvis.technique import Technique
+from greenvis.core.technique import Technique
 from greenvis.testing.trial import Broken, Trial
 
 
 @dataclass(frozen=True)
 class Host:
-    """A small model to try techniques on. input_shape: (channels, height, width). The same weights at each `build()`."""
+    """A small model to try techniques on. input_shape: (channels, height, width). The same weights
+    at each `build()`."""
 
     name: str
     builder: Callable[[], nn.Module]
@@ -45,7 +47,9 @@ class Result:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"{self.technique} {self.arguments} on {self.host}: {self.outcome}" + (f": {self.reason}" if self.reason else "")
+        return f"{self.technique} {self.arguments} on {self.host}: {self.outcome}" + (
+            f": {self.reason}" if self.reason else ""
+        )
 
 
 def check_technique(
@@ -53,32 +57,51 @@ def check_technique(
     hosts: Mapping[str, Host] | Iterable[Host] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Result]:
-    """Try a technique on every host, with each of its `examples` (or, for an instance, as it is), against the contract.
+    """Try a technique on every host, with each of its `examples` (or, for an instance, as it is),
+    against the contract.
 
-    A pair "works", "refuses" (BadInput, the model unchanged) or "fails". hosts: by default three small models.
+    A pair "works", "refuses" (BadInput, the model unchanged) or "fails". hosts: by default three
+    small models.
     """
-    listed = default_hosts() if hosts is None else hosts.values() if isinstance(hosts, Mapping) else hosts
+    listed = (
+        default_hosts()
+        if hosts is None
+        else hosts.values()
+        if isinstance(hosts, Mapping)
+        else hosts
+    )
     kind = technique if isinstance(technique, type) else type(technique)
     if examples is None:
-        examples = kind.examples if isinstance(technique, type) else ({k: getattr(technique, k) for k in kind.model_fields},)
+        examples = (
+            kind.examples
+            if isinstance(technique, type)
+            else ({k: getattr(technique, k) for k in kind.model_fields},)
+        )
     return [_try([(kind, example)], host) for host in listed for example in examples]
 
 
-def check_together(kinds: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> Result:
-    """Try several techniques, each with its arguments, at once on a host, against the contract as `check_technique` does."""
+def check_together(
+    kinds: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host
+) -> Result:
+    """Try several techniques, each with its arguments, at once on a host, against the contract as
+    `check_technique` does."""
     return _try(kinds, host)
 
 
 def default_hosts() -> list[Host]:
-    """Return a vision transformer, a residual network and a plain convolutional network, all tiny."""
+    """Return a vision transformer, a residual network and a plain convolutional network, all
+    tiny."""
     from timm.models.resnet import BasicBlock, ResNet
     from timm.models.vision_transformer import VisionTransformer
 
     def vit() -> nn.Module:
-        return VisionTransformer(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5)
+        return VisionTransformer(
+            img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=5
+        )
 
     def resnet() -> nn.Module:
-        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, channels=(8, 16, 16, 32), stem_width=8)  # type: ignore[arg-type]
+        sizes = {"channels": (8, 16, 16, 32), "stem_width": 8}
+        return ResNet(BasicBlock, (1, 1, 1, 1), num_classes=5, **sizes)  # type: ignore[arg-type]
 
     def plain() -> nn.Module:
         layers = [
@@ -98,7 +121,12 @@ def default_hosts() -> list[Host]:
 def _try(parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> Result:
     name = " + ".join(kind.name for kind, _ in parts)
     shown = " + ".join(
-        str({k: getattr(v, "__name__", type(v).__name__) if callable(v) else v for k, v in example.items()})
+        str(
+            {
+                k: getattr(v, "__name__", type(v).__name__) if callable(v) else v
+                for k, v in example.items()
+            }
+        )
         for _, example in parts
     )
     trial = Trial(parts, host)

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
+from greenvis.core.modes import in_mode
+from greenvis.core.technique import Installed, Stage, Technique, logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, some
-from greenvis.modes import in_mode
-from greenvis.technique import Installed, Stage, Technique, logits_of
-from greenvis.wrap import Wrapped, wrap
 
 if TYPE_CHECKING:
     from greenvis.testing import Host
@@ -29,18 +29,29 @@ class Broken(AssertionError):
 
 
 class Trial:
-    """Techniques, an example of each, one host; each method checks one point of the contract, raising `Broken`."""
+    """Techniques, an example of each, one host; each method checks one point of the contract,
+    raising `Broken`."""
 
-    def __init__(self, parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host
+    ) -> None:
         self.parts, self.host = parts, host
         self.x, self.y = host.batch()
 
     def request(self, model: nn.Module, more: str = "") -> list[Technique]:
-        """Return the techniques for a new host model; more: "neutral" or "nothing", those arguments of theirs as well."""
+        """Return the techniques for a new host model; more: "neutral" or "nothing", those arguments
+        of theirs as well."""
         out = []
         for kind, example in self.parts:
             given = {**example, **((getattr(kind, more) if more else None) or {})}
-            out.append(kind(**{k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in given.items()}))
+            out.append(
+                kind(
+                    **{
+                        k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
+                        for k, v in given.items()
+                    }
+                )
+            )
         return out
 
     def wrapped(self) -> Wrapped:
@@ -69,10 +80,14 @@ class Trial:
                 wrap(model, self.request(model, "nothing"))
             except BadInput:
                 return
-            raise Broken(f"{[kind.nothing for kind, _ in self.parts]} matches nothing, but no BadInput was raised")
+            raise Broken(
+                f"{[kind.nothing for kind, _ in self.parts]} matches nothing, but no BadInput was "
+                "raised"
+            )
 
     def refusal(self) -> str:
-        """Return why the technique refuses the host, "" if it does not; a refusal changes nothing."""
+        """Return why the technique refuses the host, "" if it does not; a refusal changes
+        nothing."""
         model = self.host.build()
         with self._unchanged(model, "a refusal"):
             request = self.request(model)
@@ -90,7 +105,9 @@ class Trial:
         model = self.host.build()
         before = self._outputs(model)
         wrap(model, self.request(model, "neutral"))
-        self._same(self._outputs(model), before, "a fresh, neutral install changes the outputs", TOLERANCE)
+        self._same(
+            self._outputs(model), before, "a fresh, neutral install changes the outputs", TOLERANCE
+        )
 
     def rollback(self) -> None:
         """An install that fails later takes this one back."""
@@ -114,13 +131,18 @@ class Trial:
                 live.undo()
 
     def training(self) -> None:
-        """Every declared trainable gets a gradient, steps stay finite, a delta loads into a new model, and merge equals."""
+        """Every declared trainable gets a gradient, steps stay finite, a delta loads into a new
+        model, and merge equals."""
         live = self.wrapped()
         self._loss(live).backward()
         without = [n for n, p in live.declared.items() if p.grad is None]
         if without:
             raise Broken(f"declared trainable, but without a gradient: {some(without)}")
-        frozen = [n for n, p in live.model.named_parameters() if p.grad is not None and not p.requires_grad]
+        frozen = [
+            n
+            for n, p in live.model.named_parameters()
+            if p.grad is not None and not p.requires_grad
+        ]
         if frozen:
             raise Broken(f"frozen, but with a gradient: {some(frozen)}")
         live.model.zero_grad(set_to_none=True)
@@ -133,14 +155,23 @@ class Trial:
             live.save(folder)
             again = self.wrapped()
             again.load(folder)
-        self._same(self._outputs(again.model), after, "a delta loaded into a new model changes the outputs", TOLERANCE)
+        self._same(
+            self._outputs(again.model),
+            after,
+            "a delta loaded into a new model changes the outputs",
+            TOLERANCE,
+        )
         if any(i.unmergeable for i in live.installed):
             return
         keys = list(self.host.build().state_dict())
         merged = live.merge()
-        self._same(self._outputs(merged), after, "the merged model differs from the wrapped one", TOLERANCE)
+        self._same(
+            self._outputs(merged), after, "the merged model differs from the wrapped one", TOLERANCE
+        )
         if list(merged.state_dict()) != keys:
-            raise Broken(f"the merged model has other keys: {some(set(merged.state_dict()) ^ set(keys))}")
+            raise Broken(
+                f"the merged model has other keys: {some(set(merged.state_dict()) ^ set(keys))}"
+            )
 
     def resume(self) -> None:
         """Two steps, everything saved and loaded, two more: as four steps without a break."""
@@ -154,9 +185,14 @@ class Trial:
         continued = self._optimizer(second)
         continued.load_state_dict(optimizer.state_dict())
         self._train(second, continued, range(2, 4))
-        self._same(self._outputs(second.model), self._outputs(whole.model), "a resumed run differs from a whole one", 1e-6)
+        self._same(
+            self._outputs(second.model),
+            self._outputs(whole.model),
+            "a resumed run differs from a whole one",
+            1e-6,
+        )
 
-    # -- means --------------------------------------------------------------------------------------------------------
+    # -- means ------------------------------------------------------------------------------------
 
     def _loss(self, live: Wrapped) -> Tensor:
         x, y = live.batch(self.x, self.y)
@@ -214,21 +250,31 @@ class Trial:
 def _holds_model(value: Any) -> bool:
     """Whether a request holds a model itself, which no recipe can write."""
     if isinstance(value, (Mapping, BaseModel)):
-        return any(_holds_model(v) for _, v in (value.items() if isinstance(value, Mapping) else value))
+        return any(
+            _holds_model(v) for _, v in (value.items() if isinstance(value, Mapping) else value)
+        )
     return isinstance(value, nn.Module)
 
 
 def _marks(model: nn.Module) -> dict[str, Any]:
     """Return all but values that undo must give back, by what it is."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
+    hooks = (
+        "_forward_hooks",
+        "_forward_pre_hooks",
+        "_backward_hooks",
+        "_backward_pre_hooks",
+        "_state_dict_hooks",
+    )
     return {
         "modules": {n: id(m) for n, m in modules.items()},
         "classes": {n: type(m) for n, m in modules.items()},
         "modes": {n: m.training for n, m in modules.items()},
         "hooks": {n: [list(getattr(m, h)) for h in hooks] for n, m in modules.items()},
         "attributes": {n: sorted(vars(m)) for n, m in modules.items()},
-        "parameters": {n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)},
+        "parameters": {
+            n: (id(p), p.requires_grad) for n, p in model.named_parameters(remove_duplicate=False)
+        },
         "buffers": {n: id(b) for n, b in model.named_buffers(remove_duplicate=False)},
     }
 

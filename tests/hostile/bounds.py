@@ -20,18 +20,30 @@ class Said(NamedTuple):
     err: str
 
 
-def greenvis(*words: str | os.PathLike[str], cwd: Path, memory: int | None = None, env: dict[str, str] | None = None) -> Said:
-    """Run `greenvis` there and return what it said. No traceback may reach the user; it must end within a minute."""
+def greenvis(
+    *words: str | os.PathLike[str],
+    cwd: Path,
+    memory: int | None = None,
+    env: dict[str, str] | None = None,
+) -> Said:
+    """Run `greenvis` there and return what it said. No traceback may reach the user; it must end
+    within a minute."""
 
     def limit() -> None:
         if memory is not None:
             resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
 
     done = subprocess.run(
-        [sys.executable, "-m", "greenvis", *map(str, words)], cwd=cwd, capture_output=True, timeout=60, check=False,
-        preexec_fn=limit, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **(env or {})},
+        [sys.executable, "-m", "greenvis", *map(str, words)], cwd=cwd, capture_output=True,
+        timeout=60, check=False,
+        preexec_fn=limit, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
+        **(env or {})},
     )  # fmt: skip
-    said = Said(done.returncode, done.stdout.decode("utf-8", "replace"), done.stderr.decode("utf-8", "replace"))
+    said = Said(
+        done.returncode,
+        done.stdout.decode("utf-8", "replace"),
+        done.stderr.decode("utf-8", "replace"),
+    )
     assert "Traceback" not in said.err, said.err
     return said
 
@@ -39,6 +51,10 @@ def greenvis(*words: str | os.PathLike[str], cwd: Path, memory: int | None = Non
 def everything(folder: Path) -> dict[str, bytes | str | None]:
     """Return what lies in a folder: contents of files, targets of links, None for folders."""
     return {
-        str(p.relative_to(folder)): os.readlink(p) if p.is_symlink() else p.read_bytes() if p.is_file() else None
+        str(p.relative_to(folder)): os.readlink(p)
+        if p.is_symlink()
+        else p.read_bytes()
+        if p.is_file()
+        else None
         for p in sorted(folder.rglob("*"))
     }

@@ -1,7 +1,9 @@
-"""Readers of strangers' files under atheris, which looks for inputs that reach new code; `make fuzz` runs it.
+"""Readers of strangers' files under atheris, which looks for inputs that reach new code; `make
+fuzz` runs it.
 
-python fuzz_atheris.py READER [libFuzzer's options, such as -max_total_time=60]. It stops at an exception that is not ours, at
-an input that takes ten seconds, and at growth beyond bounds; the input is left as crash-…, timeout-… or oom-….
+python fuzz_atheris.py READER [libFuzzer's options, such as -max_total_time=60]. It stops at an
+exception that is not ours, at an input that takes ten seconds, and at growth beyond bounds; the
+input is left as crash-…, timeout-… or oom-….
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["greenvis"]):
-    from greenvis import lineage, record, weights, yamlfile
-    from greenvis.cache import Cache
+    from greenvis.core import weights, yamlfile
+    from greenvis.data.output_cache import Cache
     from greenvis.errors import GreenvisError
+    from greenvis.experiment import lineage
+    from greenvis.experiment.recipe import load_recipe
+    from greenvis.meters import record
     from greenvis.meters.energy import load_coefficients
-    from greenvis.recipe import load_recipe
     from greenvis.report import results
     from greenvis.report.listing import ls
 
@@ -52,7 +56,11 @@ def _record(data: bytes) -> None:
 
 def _card(data: bytes) -> None:
     path = FOLDER / "model.safetensors"
-    save_file({"a": torch.zeros(1)}, path, metadata={weights.METADATA_KEY: data.decode("utf-8", "replace")})
+    save_file(
+        {"a": torch.zeros(1)},
+        path,
+        metadata={weights.METADATA_KEY: data.decode("utf-8", "replace")},
+    )
     lineage.tree(lineage.read_card(path))
 
 
@@ -82,8 +90,14 @@ READERS: dict[str, tuple[Callable[[bytes], None], str]] = {
     "recipe": (_recipe, GOOD),
     "record": (_record, "".join(json.dumps(line) + "\n" for line in lines())),
     "card": (_card, json.dumps(STORED)),
-    "coefficients": (_coefficients, json.dumps({"cpu_w_per_busy_cpu": {"low": 1.0, "central": 2.0, "high": 3.0}})),
-    "results": (_results, (Path(__file__).parents[2] / "reports" / "quickstart" / "results.json").read_text()),
+    "coefficients": (
+        _coefficients,
+        json.dumps({"cpu_w_per_busy_cpu": {"low": 1.0, "central": 2.0, "high": 3.0}}),
+    ),
+    "results": (
+        _results,
+        (Path(__file__).parents[2] / "reports" / "quickstart" / "results.json").read_text(),
+    ),
     "cache": (_cache, "\0{}"),
 }
 

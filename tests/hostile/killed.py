@@ -1,8 +1,10 @@
-"""Run greenvis again and again, each time ended without a word at another of its writes; then once more, undisturbed.
+"""Run greenvis again and again, each time ended without a word at another of its writes; then once
+more, undisturbed.
 
-python killed.py FIRST STEP RECIPE: in folders of their own below the current one, each a copy of `start`, if there is one.
-Writes are renames, removals and lines of a record. Prints a JSON line for each: at which write it ended and at what, the exit
-code of the run after it, what that said, and what lies there then. The first line is of a run that nobody ended.
+python killed.py FIRST STEP RECIPE: in folders of their own below the current one, each a copy of
+`start`, if there is one. Writes are renames, removals and lines of a record. Prints a JSON line for
+each: at which write it ended and at what, the exit code of the run after it, what that said, and
+what lies there then. The first line is of a run that nobody ended.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from greenvis import cli, record
+from greenvis.cli import main as cli
+from greenvis.meters import record
 
 FINISHED = 77
 
@@ -36,7 +39,9 @@ def ending_at(number: int) -> None:
             nonlocal left
             left -= 1
             if left == 0:
-                Path("ended").write_bytes(f"{name} {args[-1] if name in ('replace', 'rename') else args[0]}".encode())
+                Path("ended").write_bytes(
+                    f"{name} {args[-1] if name in ('replace', 'rename') else args[0]}".encode()
+                )
                 os._exit(9)
             return plain(*args, **kwargs)
 
@@ -66,18 +71,30 @@ def run(folder: Path, recipe: str, number: int = 0) -> tuple[int, str]:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """Return what a run left: digests of weights, accuracies and losses, and the figures of its report."""
-    weights = {str(p.relative_to(folder)): _digest(p) for p in sorted(folder.glob("runs/*/*/*/model.safetensors"))}
-    marks = {str(p.relative_to(folder)): json.loads(p.read_text()) for p in sorted(folder.glob("runs/*/*/*/done.json"))}
+    """Return what a run left: digests of weights, accuracies and losses, and the figures of its
+    report."""
+    weights = {
+        str(p.relative_to(folder)): _digest(p)
+        for p in sorted(folder.glob("runs/*/*/*/model.safetensors"))
+    }
+    marks = {
+        str(p.relative_to(folder)): json.loads(p.read_text())
+        for p in sorted(folder.glob("runs/*/*/*/done.json"))
+    }
     results = json.loads((folder / "reports" / "tiny" / "results.json").read_text())
     return {
         "weights": weights,
         "marked": {path: mark["accuracy"] for path, mark in marks.items()},
         "fitting": all(
-            mark["weights"] == hashlib.sha256(Path(folder, path).with_name("model.safetensors").read_bytes()).hexdigest()
+            mark["weights"]
+            == hashlib.sha256(
+                Path(folder, path).with_name("model.safetensors").read_bytes()
+            ).hexdigest()
             for path, mark in marks.items()
         ),
-        "finished": sorted(f"{r.header['name']}/{r.header['arm']}" for r in _records(folder) if r.status == "done"),
+        "finished": sorted(
+            f"{r.header['name']}/{r.header['arm']}" for r in _records(folder) if r.status == "done"
+        ),
         "losses": _losses(folder),
         "reported": {arm: entry["accuracy"]["by_seed"] for arm, entry in results["arms"].items()},
         "half": sorted(str(p.relative_to(folder)) for p in folder.rglob("*-checkpoint.pt")),
@@ -89,23 +106,38 @@ def _records(folder: Path) -> list[record.Run]:
 
 
 def _losses(folder: Path) -> dict[str, dict[str, float]]:
-    """Return each arm's loss by epoch, whichever attempt trained it; not of an epoch that was resumed in its middle.
+    """Return each arm's loss by epoch, whichever attempt trained it; not of an epoch that was
+    resumed in its middle.
 
     Of such an epoch a record logs the mean since then, and says where it resumed.
     """
     curves: dict[str, dict[str, float]] = {}
     for run in _records(folder):
         curve = curves.setdefault(f"{run.header['name']}/{run.header['arm']}", {})
-        part = {int(m[1]) + 1 for note in run.notes if (m := re.match(r"resumed at epoch (\d+), batch [1-9]", note))}
-        curve.update({str(line["epoch"]): line["loss"] for line in run.logs if "loss" in line and line["epoch"] not in part})
+        part = {
+            int(m[1]) + 1
+            for note in run.notes
+            if (m := re.match(r"resumed at epoch (\d+), batch [1-9]", note))
+        }
+        curve.update(
+            {
+                str(line["epoch"]): line["loss"]
+                for line in run.logs
+                if "loss" in line and line["epoch"] not in part
+            }
+        )
     return curves
 
 
 def _digest(path: Path) -> str:
-    from safetensors.numpy import load_file  # the card beside them names a run, which is another each time
+    from safetensors.numpy import (
+        load_file,
+    )  # the card beside them names a run, which is another each time
 
     tensors = load_file(path)
-    return hashlib.sha256(b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))).hexdigest()
+    return hashlib.sha256(
+        b"".join(name.encode() + tensors[name].tobytes() for name in sorted(tensors))
+    ).hexdigest()
 
 
 def main() -> None:
@@ -114,13 +146,27 @@ def main() -> None:
     number = 0
     while True:
         folder = Path(str(number)).resolve()
-        shutil.copytree(recipe.parent / "start", folder) if (recipe.parent / "start").is_dir() else folder.mkdir()
+        shutil.copytree(recipe.parent / "start", folder) if (
+            recipe.parent / "start"
+        ).is_dir() else folder.mkdir()
         for file in recipe.parent.glob("*.yaml"):
             shutil.copy(file, folder)
         ended = run(folder, recipe.name, number)[0] if number else None
         code, said = run(folder, recipe.name)
         at = (folder / "ended").read_text() if (folder / "ended").exists() else ""
-        print(json.dumps({"number": number, "ended": ended, "at": at, "code": code, "said": said, **left(folder)}), flush=True)
+        print(
+            json.dumps(
+                {
+                    "number": number,
+                    "ended": ended,
+                    "at": at,
+                    "code": code,
+                    "said": said,
+                    **left(folder),
+                }
+            ),
+            flush=True,
+        )
         for name in (folder / "modules").read_text().split() if not number else ():
             with contextlib.suppress(Exception):
                 importlib.import_module(name)  # here, once, not in each run

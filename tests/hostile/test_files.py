@@ -1,4 +1,5 @@
-"""Folders full of links: what lies behind them never changes; and what is read is a regular file of a stated size."""
+"""Folders full of links: what lies behind them never changes; and what is read is a regular file of
+a stated size."""
 
 from __future__ import annotations
 
@@ -12,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from greenvis import cache_files, checkpoint, files, jobs, weights
-from greenvis.cache import Cache
+from greenvis.core import files, weights
+from greenvis.data import output_cache_files
+from greenvis.data.output_cache import Cache
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.experiment import checkpoint, jobs
 from greenvis.report import folder as report_folder
 from tests.hostile.bounds import everything
 
@@ -33,9 +36,18 @@ def canary(tmp_path: Path) -> Path:
 WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "text": ("x.txt", lambda folder: files.write(folder / "x.txt", "new")),
     "json": ("done.json", lambda folder: jobs.write_json(folder / "done.json", {"a": 1})),
-    "weights": ("m.safetensors", lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {})),
-    "weights' part": ("m.safetensors.part", lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {})),
-    "json's part": ("done.json.part", lambda folder: jobs.write_json(folder / "done.json", {"a": 1})),
+    "weights": (
+        "m.safetensors",
+        lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {}),
+    ),
+    "weights' part": (
+        "m.safetensors.part",
+        lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {}),
+    ),
+    "json's part": (
+        "done.json.part",
+        lambda folder: jobs.write_json(folder / "done.json", {"a": 1}),
+    ),
 }
 
 
@@ -61,13 +73,15 @@ def test_a_lock_that_is_a_link_is_refused(canary: Path, tmp_path: Path) -> None:
         (folder / ".lock").symlink_to(target)
         with pytest.raises(GreenvisError, match="is a link"), jobs.locked(folder):
             pass
-        with pytest.raises(GreenvisError, match="is a link"), cache_files.locked(folder):
+        with pytest.raises(GreenvisError, match="is a link"), output_cache_files.locked(folder):
             pass
     assert everything(canary) == before
 
 
 @pytest.mark.parametrize("name", ["values.bin", "index.bin", "in-use", "key.json"])
-def test_a_cache_whose_files_are_links_is_made_anew(name: str, canary: Path, tmp_path: Path) -> None:
+def test_a_cache_whose_files_are_links_is_made_anew(
+    name: str, canary: Path, tmp_path: Path
+) -> None:
     made = Cache(tmp_path / "caches", {"part": "a"}, length=4)
     made.put([0, 1, 2, 3], torch.ones(4, 3))
     made.close()
@@ -112,7 +126,14 @@ def test_a_report_replaces_what_a_report_wrote_and_nothing_else(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "mark", ["", "{}", "[", '{"files": 3}', '{"files": ["index.html/../file", "../file", "/etc/passwd", 3]}']
+    "mark",
+    [
+        "",
+        "{}",
+        "[",
+        '{"files": 3}',
+        '{"files": ["index.html/../file", "../file", "/etc/passwd", 3]}',
+    ],
 )
 def test_a_folder_of_the_users_is_refused_whatever_its_mark_says(mark: str, tmp_path: Path) -> None:
     site = tmp_path / "site"
@@ -157,7 +178,9 @@ def test_a_report_is_not_written_through_links(canary: Path, tmp_path: Path) -> 
     assert everything(canary) == before
 
 
-def test_a_report_killed_between_any_two_writes_is_made_whole_by_the_next(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_report_killed_between_any_two_writes_is_made_whole_by_the_next(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
     first = {"index.html": "a", "results.json": "a", "figures/a.svg": "a"}
     second = {"index.html": "b", "results.json": "b", "figures/b.svg": "b"}
     replace, left = os.replace, 0
@@ -178,9 +201,9 @@ def test_a_report_killed_between_any_two_writes_is_made_whole_by_the_next(tmp_pa
             with pytest.raises(KeyboardInterrupt):
                 report_folder.publish(site, second)
         report_folder.publish(site, second)
-        assert {k: v for k, v in everything(site).items() if v is not None and not k.startswith(".")} == {
-            k: v.encode() for k, v in second.items()
-        }
+        assert {
+            k: v for k, v in everything(site).items() if v is not None and not k.startswith(".")
+        } == {k: v.encode() for k, v in second.items()}
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
@@ -207,7 +230,19 @@ def test_only_regular_files_of_a_stated_size_are_read(tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "bad").write_bytes(b"\xff{")
     (tmp_path / "deep").write_text("[" * 200_000)
-    for name in ("pipe", "sparse", "socket", "loop", "bad", "deep", ".", "absent", "a\0b", "/dev/zero", "/dev/full"):
+    for name in (
+        "pipe",
+        "sparse",
+        "socket",
+        "loop",
+        "bad",
+        "deep",
+        ".",
+        "absent",
+        "a\0b",
+        "/dev/zero",
+        "/dev/full",
+    ):
         with pytest.raises(BadInput, match="cannot read the plan") as error:
             files.read_json(tmp_path / name, "plan")
         assert "\0" not in str(error.value)

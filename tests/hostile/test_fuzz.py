@@ -1,4 +1,5 @@
-"""Readers of strangers' files under a fuzzer: no exception but ours. `make fuzz` goes on for longer."""
+"""Readers of strangers' files under a fuzzer: no exception but ours. `make fuzz` goes on for
+longer."""
 
 from __future__ import annotations
 
@@ -13,11 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from greenvis import lineage, record, weights, yamlfile
-from greenvis.cache import Cache
+from greenvis.core import weights, yamlfile
+from greenvis.data.output_cache import Cache
 from greenvis.errors import GreenvisError
+from greenvis.experiment import lineage
+from greenvis.experiment.recipe import load_recipe
+from greenvis.meters import record
 from greenvis.meters.energy import load_coefficients
-from greenvis.recipe import load_recipe
 from greenvis.report import report, results
 from greenvis.report.listing import ls
 from tests.hostile.test_loading import card
@@ -26,12 +29,16 @@ from tests.hostile.test_records import lines, write
 
 EXAMPLES = int(os.environ.get("GREENVIS_FUZZ", "40"))
 fuzz = settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 ODD = (b"\0", b"\xff", b"{", b"[", b"*a", b"&a ", b"1e999", b"-", b": ", b"\n")
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 
@@ -43,7 +50,22 @@ def mangled(draw: st.DrawFn, text: str) -> bytes:
     for _ in range(draw(st.integers(1, 4))):
         i, j = sorted(draw(st.tuples(st.integers(0, len(data)), st.integers(0, len(data)))))
         piece = draw(
-            st.sampled_from([b"", data[i:j] * 2, b"\0", b"\xff", b"{", b"[", b"*a", b"&a ", b"1e999", b"-", b": ", b"\n"])
+            st.sampled_from(
+                [
+                    b"",
+                    data[i:j] * 2,
+                    b"\0",
+                    b"\xff",
+                    b"{",
+                    b"[",
+                    b"*a",
+                    b"&a ",
+                    b"1e999",
+                    b"-",
+                    b": ",
+                    b"\n",
+                ]
+            )
         )
         data = data[:i] + piece + data[draw(st.sampled_from([i, j])) :]
     return data
@@ -104,7 +126,18 @@ def test_records_of_any_shape(content: Any, tmp_path: Path) -> None:
 @fuzz
 @given(
     content=laid_over(
-        card(uses=[{"role": "base", "name": "b", "seed": 0, "runs": ["r"], "energy_j": {"value": 1.0}, "of": []}])
+        card(
+            uses=[
+                {
+                    "role": "base",
+                    "name": "b",
+                    "seed": 0,
+                    "runs": ["r"],
+                    "energy_j": {"value": 1.0},
+                    "of": [],
+                }
+            ]
+        )
     )
 )
 def test_cards(content: Any, tmp_path: Path) -> None:
@@ -116,7 +149,14 @@ def test_cards(content: Any, tmp_path: Path) -> None:
 
 
 @fuzz
-@given(content=laid_over({"cpu_w_per_busy_cpu": {"low": 1.0, "central": 2.0, "high": 3.0}, "wall_meter": {"idle_w": 1.0}}))
+@given(
+    content=laid_over(
+        {
+            "cpu_w_per_busy_cpu": {"low": 1.0, "central": 2.0, "high": 3.0},
+            "wall_meter": {"idle_w": 1.0},
+        }
+    )
+)
 def test_coefficients(content: Any, tmp_path: Path) -> None:
     path = tmp_path / "coefficients.json"
     path.write_text(json.dumps(content))
@@ -124,7 +164,9 @@ def test_coefficients(content: Any, tmp_path: Path) -> None:
         load_coefficients(path)
 
 
-QUICKSTART = json.loads((Path(__file__).parents[2] / "reports" / "quickstart" / "results.json").read_text())
+QUICKSTART = json.loads(
+    (Path(__file__).parents[2] / "reports" / "quickstart" / "results.json").read_text()
+)
 
 
 @fuzz
@@ -137,7 +179,10 @@ def test_results(content: Any, tmp_path: Path) -> None:
 
 
 @fuzz
-@given(name=st.sampled_from(["key.json", "values.bin", "index.bin", "in-use"]), data=st.binary(max_size=200))
+@given(
+    name=st.sampled_from(["key.json", "values.bin", "index.bin", "in-use"]),
+    data=st.binary(max_size=200),
+)
 def test_caches(name: str, data: bytes, tmp_path: Path) -> None:
     cache = Cache(tmp_path, {"part": "a"}, length=3)
     cache.put([0, 1, 2], torch.arange(3.0)[:, None])

@@ -1,4 +1,5 @@
-"""Images of strangers: each ends with exit 2 and its name, in little memory, or is shown as it is; nothing hangs."""
+"""Images of strangers: each ends with exit 2 and its name, in little memory, or is shown as it is;
+nothing hangs."""
 
 from __future__ import annotations
 
@@ -17,17 +18,25 @@ import pytest
 import torch
 from PIL import Image
 
-from greenvis import data, sources
+from greenvis import data
+from greenvis.data import sources
 from greenvis.errors import BadInput
 from tests.hostile.bounds import greenvis
 
 SIZE = 200 * 2**20  # bytes that a bomb unpacks to
-MEMORY = 1536 * 2**20  # of the whole command: one that trains on good images takes about a third of it
+MEMORY = (
+    1536 * 2**20
+)  # of the whole command: one that trains on good images takes about a third of it
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
     """Return a chunk of a PNG."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
 
 
 def png(width: int = 8, height: int = 8, more: bytes = b"", pixels: bytes | None = None) -> bytes:
@@ -40,7 +49,9 @@ def png(width: int = 8, height: int = 8, more: bytes = b"", pixels: bytes | None
 def saved(form: str, side: int = 8) -> bytes:
     """Return a good image."""
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side), np.uint8)).save(buffer, form)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (side, side), np.uint8)).save(
+        buffer, form
+    )
     return buffer.getvalue()
 
 
@@ -50,11 +61,14 @@ BYTES: dict[str, Callable[[], bytes]] = {
     "9,000 by 9,000": lambda: png(9_000, 9_000, pixels=bytes(1000)),
     "a line of 2 ** 31 - 1": lambda: png(2**31 - 1, 1, pixels=b""),
     "no pixels": lambda: png(0, 0),
-    "a GIF of 65,535 by 65,535": lambda: b"GIF89a" + 4 * b"\xff" + b"\0\0\0,\0\0\0\0" + 4 * b"\xff" + b"\0\x02\x02L\x01\0;",
-    "a BMP of 2 ** 30 pixels": lambda: saved("BMP")[:18] + struct.pack("<ii", 2**15, 2**15) + saved("BMP")[26:],
+    "a GIF of 65,535 by 65,535": lambda: b"GIF89a" + 4 * b"\xff" + b"\0\0\0,\0\0\0\0" + 4
+    * b"\xff" + b"\0\x02\x02L\x01\0;",
+    "a BMP of 2 ** 30 pixels": lambda: saved("BMP")[:18] + struct.pack("<ii", 2**15,
+    2**15) + saved("BMP")[26:],
     "zTXt": lambda: png(more=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(SIZE)))),
     "iTXt": lambda: png(more=chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(bytes(SIZE)))),
-    "many of zTXt": lambda: png(more=chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(900 * 1024))) * 200),
+    "many of zTXt": lambda: png(more=chunk(b"zTXt",
+    b"Comment\0\0" + zlib.compress(bytes(900 * 1024))) * 200),
     "iCCP": lambda: png(more=chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(SIZE)))),
     "half a PNG": lambda: saved("PNG", 64)[:2000],
     "half a JPEG": lambda: saved("JPEG", 64)[:700],
@@ -64,7 +78,8 @@ BYTES: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "a word": lambda: b"hello",
     "a pickle": lambda: b"\x80\x04cos\nsystem\n(S'id'\ntR.",
-    "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n",
+    "PostScript": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 "
+                          b"8\n%%EndComments\nshowpage\n",
     "a wrong checksum": lambda: saved("PNG")[:30] + b"\xff" + saved("PNG")[31:],
 }  # fmt: skip
 
@@ -97,7 +112,9 @@ arms: {{full: {{}}}}
 """
 
 
-@pytest.mark.parametrize("name", ["60,000 by 60,000", "12,000 by 12,000", "zTXt", "iTXt", "half a PNG", None])
+@pytest.mark.parametrize(
+    "name", ["60,000 by 60,000", "12,000 by 12,000", "zTXt", "iTXt", "half a PNG", None]
+)
 def test_the_command_ends_with_2_within_its_memory(name: str | None, tmp_path: Path) -> None:
     folder(tmp_path / "set")
     if name:
@@ -133,7 +150,9 @@ NO_FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", NO_FILES)
-def test_what_is_no_file_is_refused_by_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_no_file_is_refused_by_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)  # a socket's path is short
     folder(tmp_path / "set")
     NO_FILES[name](Path("set/a/odd.png"))
@@ -141,8 +160,12 @@ def test_what_is_no_file_is_refused_by_its_name(name: str, tmp_path: Path, monke
         data.load("folder:set")
 
 
-@pytest.mark.parametrize("name", [b"set/a/\xff.png", b"set/a/caf\xe9.PNG", b"set/a/b\xe9/0.png", b"set/\xe9/0.png"])
-def test_a_name_that_is_not_utf_8_is_refused(name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [b"set/a/\xff.png", b"set/a/caf\xe9.PNG", b"set/a/b\xe9/0.png", b"set/\xe9/0.png"]
+)
+def test_a_name_that_is_not_utf_8_is_refused(
+    name: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder(tmp_path / "set")
     os.makedirs(os.path.dirname(name), exist_ok=True)
@@ -166,11 +189,16 @@ def test_the_checksum_is_that_of_names_and_bytes(tmp_path: Path) -> None:
     assert sources.sha256([tmp_path / "file", b"a"]) == sources.sha256([bytes(3 * 2**20 + 1), b"a"])
 
 
-@pytest.mark.parametrize("kind", ["a bomb", "bad gzip", "half", "negative sizes", "labels beyond", "fewer labels", "a pipe"])
+@pytest.mark.parametrize(
+    "kind",
+    ["a bomb", "bad gzip", "half", "negative sizes", "labels beyond", "fewer labels", "a pipe"],
+)
 def test_idx_files(kind: str, tmp_path: Path) -> None:
     def idx(*sizes: int, content: bytes | None = None) -> bytes:
         count = int(np.prod(sizes))
-        return struct.pack(f">{1 + len(sizes)}i", 0x0800 + len(sizes), *sizes) + (bytes(count) if content is None else content)
+        return struct.pack(f">{1 + len(sizes)}i", 0x0800 + len(sizes), *sizes) + (
+            bytes(count) if content is None else content
+        )
 
     for part in ("train", "t10k"):
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(20, 28, 28))
@@ -190,16 +218,25 @@ def test_idx_files(kind: str, tmp_path: Path) -> None:
         os.mkfifo(labels)
     else:
         packed = gzip.compress(idx(20, 28, 28) + bytes(SIZE))
-        images.with_name(f"{images.name}.gz").write_bytes(packed if kind == "a bomb" else packed[:40] + b"\xff" * 40)
+        images.with_name(f"{images.name}.gz").write_bytes(
+            packed if kind == "a bomb" else packed[:40] + b"\xff" * 40
+        )
     with pytest.raises(BadInput):
         sources.fashion_mnist(tmp_path, False)
 
 
 def test_rows_of_hugging_face_data_are_held_to_the_same(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    for i, content in enumerate((BYTES["9,000 by 9,000"](), BYTES["PostScript"](), BYTES["nothing"]())):
-        rows = {"image": [{"bytes": content, "path": None}, {"bytes": png(), "path": None}] * 3, "label": [0, 1] * 3}
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    for i, content in enumerate(
+        (BYTES["9,000 by 9,000"](), BYTES["PostScript"](), BYTES["nothing"]())
+    ):
+        rows = {
+            "image": [{"bytes": content, "path": None}, {"bytes": png(), "path": None}] * 3,
+            "label": [0, 1] * 3,
+        }
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+        )
         datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / str(i)))
         with pytest.raises(BadInput, match=r"cannot read the image of row \d"):
             data.load(f"hf-datasets:{tmp_path / str(i)}", img_size=8)
@@ -210,4 +247,6 @@ def test_a_good_image_is_what_it_was(tmp_path: Path) -> None:
     for form in ("PNG", "BMP", "TIFF", "PPM", "WEBP"):
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
-        assert torch.equal(sources._decode(buffer.getvalue(), "image"), torch.from_numpy(pixels).permute(2, 0, 1)), form
+        assert torch.equal(
+            sources._decode(buffer.getvalue(), "image"), torch.from_numpy(pixels).permute(2, 0, 1)
+        ), form

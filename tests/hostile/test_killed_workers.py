@@ -1,4 +1,5 @@
-"""A process that works for a training is killed by the system in the middle of it: one clear line, and nothing is lost."""
+"""A process that works for a training is killed by the system in the middle of it: one clear line,
+and nothing is lost."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from greenvis import checkpoint, record
+from greenvis.experiment import checkpoint
+from greenvis.meters import record
 
 RECIPE = """\
 name: tiny
@@ -32,7 +34,9 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     with (folder / "said").open("w") as said:
-        return subprocess.Popen([sys.executable, *words], cwd=folder, env=env, stdout=said, stderr=said, text=True)
+        return subprocess.Popen(
+            [sys.executable, *words], cwd=folder, env=env, stdout=said, stderr=said, text=True
+        )
 
 
 def running(process: subprocess.Popen[str]) -> bool:
@@ -80,11 +84,16 @@ def test_a_killed_process_costs_no_more_than_since_the_checkpoint(
         assert "Traceback" not in said
     (saved,) = (folder / "runs").rglob("*checkpoint.pt")
     assert checkpoint.read(saved)["progress"]
-    assert [run.damaged_lines for run in map(record.read, record.find([folder / "runs"]))] == [0] * (2 if launcher else 1)
+    assert [run.damaged_lines for run in map(record.read, record.find([folder / "runs"]))] == [
+        0
+    ] * (2 if launcher else 1)
     for where in (folder, tmp_path / "whole"):
         assert start(where, *launcher, *RUN).wait(300) == 0, (where / "said").read_text()
     notes = [note for path in record.find([folder / "runs"]) for note in record.read(path).notes]
     assert any(note.startswith("resumed at epoch") for note in notes)
     left = Path("runs", "tiny", "full", "seed0", "model.safetensors")
     weights = [load_file(where / left) for where in (folder, tmp_path / "whole")]
-    assert all(torch.allclose(weights[0][name], weights[1][name], atol=0 if not launcher else 1e-6) for name in weights[0])
+    assert all(
+        torch.allclose(weights[0][name], weights[1][name], atol=0 if not launcher else 1e-6)
+        for name in weights[0]
+    )

@@ -1,4 +1,5 @@
-"""A recipe with a base, a kept teacher and a report, killed before any of its writes: the next run ends as if nothing was."""
+"""A recipe with a base, a kept teacher and a report, killed before any of its writes: the next run
+ends as if nothing was."""
 
 from __future__ import annotations
 
@@ -29,14 +30,21 @@ arms:
 
 @pytest.mark.parametrize(
     ("first", "step"),
-    [pytest.param(12, 37, id="some"), *(pytest.param(i, 4, id=f"all-{i}-of-4", marks=pytest.mark.slow) for i in range(1, 5))],
+    [
+        pytest.param(12, 37, id="some"),
+        *(pytest.param(i, 4, id=f"all-{i}-of-4", marks=pytest.mark.slow) for i in range(1, 5)),
+    ],
 )
-def test_killed_before_any_write_the_next_run_ends_as_if_nothing_was(first: int, step: int, tmp_path: Path) -> None:
+def test_killed_before_any_write_the_next_run_ends_as_if_nothing_was(
+    first: int, step: int, tmp_path: Path
+) -> None:
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "tiny.yaml").write_text(TINY)
     command = [sys.executable, killed.__file__, str(first), str(step), str(tmp_path / "tiny.yaml")]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     whole, *others = map(json.loads, done.stdout.splitlines())
     assert len(whole["weights"]) == 3

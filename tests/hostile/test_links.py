@@ -1,4 +1,5 @@
-"""Each file a command writes is a link to a canary: the canary never changes. What it writes is found by looking on.
+"""Each file a command writes is a link to a canary: the canary never changes. What it writes is
+found by looking on.
 
 Folders that are links are the user's choice, but for those within a report: test_files.py.
 """
@@ -14,11 +15,20 @@ from typing import Any
 
 import pytest
 
-from greenvis import cli, record
+from greenvis.cli import main as cli
+from greenvis.meters import record
 from tests.hostile.bounds import everything
 from tests.hostile.test_kills import BASE, TINY
 
-WRITING = {"os.mkdir": 0, "os.rename": 1, "os.remove": 0, "os.truncate": 0, "os.link": 1, "os.symlink": 1, "os.utime": 0}
+WRITING = {
+    "os.mkdir": 0,
+    "os.rename": 1,
+    "os.remove": 0,
+    "os.truncate": 0,
+    "os.link": 1,
+    "os.symlink": 1,
+    "os.utime": 0,
+}
 _opened: list[str] | None = None
 
 
@@ -45,12 +55,17 @@ def looking_on() -> Iterator[list[str]]:
         _opened = None
 
 
-COMMANDS: dict[str, tuple[Sequence[str], ...]] = {  # the last one is looked on; those before lay out what it needs
+COMMANDS: dict[
+    str, tuple[Sequence[str], ...]
+] = {  # the last one is looked on; those before lay out what it needs
     "run": (("run", "tiny.yaml"),),
     "run and log": (("run", "base.yaml", "--log-with", "tensorboard"),),
     "plan": (("plan", "base.yaml"),),
     "report": (("run", "base.yaml"), ("report", "runs", "--out", "site")),
-    "export": (("run", "base.yaml"), ("export", "runs/base/full/seed0", "--to", "safetensors", "--out", "out/model")),
+    "export": (
+        ("run", "base.yaml"),
+        ("export", "runs/base/full/seed0", "--to", "safetensors", "--out", "out/model"),
+    ),
 }
 
 
@@ -66,16 +81,24 @@ def _lay(folder: Path, before: Sequence[Sequence[str]], monkeypatch: pytest.Monk
 SLOW = ("run", "run and log")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COMMANDS])
-def test_what_is_written_goes_through_no_link(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COMMANDS]
+)
+def test_what_is_written_goes_through_no_link(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     *before, words = COMMANDS[name]
     first = tmp_path / "first"
     _lay(first, before, monkeypatch)
     there = set(everything(first))
     with looking_on() as opened:
         assert cli.main([*words]) == 0
-    seen = {str(Path(p).relative_to(first)) for p in opened if Path(p).is_relative_to(first)} | set(everything(first)) - there
-    names = sorted(path for path in seen - {"."} if not (first / path).is_dir() and not _drawn(path))
+    seen = {str(Path(p).relative_to(first)) for p in opened if Path(p).is_relative_to(first)} | set(
+        everything(first)
+    ) - there
+    names = sorted(
+        path for path in seen - {"."} if not (first / path).is_dir() and not _drawn(path)
+    )
     assert names
     canary = tmp_path / "canary"
     canary.mkdir()
@@ -110,5 +133,11 @@ def test_a_record_is_not_written_through_a_link(tmp_path: Path) -> None:
 
 
 def _drawn(path: str) -> bool:
-    """Whether a name holds what nobody knows before: a run's id with its time, or what was drawn for a part."""
-    return path.endswith((".jsonl", ".part")) or "/.new-" in path or "tfevents" in path or "/.model-" in path
+    """Whether a name holds what nobody knows before: a run's id with its time, or what was drawn
+    for a part."""
+    return (
+        path.endswith((".jsonl", ".part"))
+        or "/.new-" in path
+        or "tfevents" in path
+        or "/.model-" in path
+    )

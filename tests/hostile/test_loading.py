@@ -1,4 +1,5 @@
-"""Options and cards from strangers: nothing a library would unpickle is read, no size that no machine holds is tried."""
+"""Options and cards from strangers: nothing a library would unpickle is read, no size that no
+machine holds is tried."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from greenvis import lineage, models, weights
+from greenvis import models
+from greenvis.core import weights
 from greenvis.errors import BadInput
+from greenvis.experiment import lineage
 from tests.hostile.bounds import greenvis
 
 REF = "timm/vit_tiny_patch16_224"
@@ -43,7 +46,10 @@ def options(path: str) -> dict[str, dict[str, Any]]:
         "timm checkpoint_path": {"checkpoint_path": path},
         "timm pretrained_cfg": {"pretrained_cfg": {"file": path}, "pretrained": True},
         "timm overlay": {"pretrained_cfg_overlay": {"file": path}, "pretrained": True},
-        "timm overlay url": {"pretrained_cfg_overlay": {"url": f"file://{path}"}, "pretrained": True},
+        "timm overlay url": {
+            "pretrained_cfg_overlay": {"url": f"file://{path}"},
+            "pretrained": True,
+        },
         "timm cache_dir": {"cache_dir": str(Path(path).parent)},
         "hidden in a list": {"extras": [{"state_dict": path}]},
         "hidden in a mapping": {"extras": {"a": {"b": {"custom_load": "npz"}}}},
@@ -56,7 +62,9 @@ def options(path: str) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("library", [REF, "torchvision/resnet18", "hf/vit", "timm/mobilenetv3_small_050", "plain/mlp"])
+@pytest.mark.parametrize(
+    "library", [REF, "torchvision/resnet18", "hf/vit", "timm/mobilenetv3_small_050", "plain/mlp"]
+)
 @pytest.mark.parametrize("name", options("x/y"))
 def test_options_that_read_files_need_trust(library: str, name: str, bomb: Path) -> None:
     given = options(str(bomb))[name]
@@ -95,7 +103,8 @@ def test_commands_refuse_them(verb: str, bomb: Path) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{"img_size": 10**9}, {"depth": 10**9}, {"embed_dim": 1e300}, {"embed_dim": float("nan")}, {"num_classes": 10**5000},
+    [{"img_size": 10**9}, {"depth": 10**9}, {"embed_dim": 1e300}, {"embed_dim": float("nan")},
+    {"num_classes": 10**5000},
      {"img_size": [16, 10**9]}, {"depth": -(10**9)}],
 )  # fmt: skip
 def test_sizes_that_no_machine_holds_are_refused(given: dict[str, Any]) -> None:
@@ -111,15 +120,27 @@ def card(**changes: Any) -> dict[str, Any]:
 
 def use(name: str, of: list[str], **changes: Any) -> dict[str, Any]:
     """Return an ancestor."""
-    return {"role": "base", "name": name, "seed": 0, "runs": ["r"], "energy_j": card()["energy_j"], "of": of, **changes}
+    return {
+        "role": "base",
+        "name": name,
+        "seed": 0,
+        "runs": ["r"],
+        "energy_j": card()["energy_j"],
+        "of": of,
+        **changes,
+    }
 
 
 CARDS: dict[str, Any] = {
     "no mapping": [1, 2],
     "a word": "card",
     "energy is a word": card(energy_j="much"),
-    "energy is negative": card(energy_j={"value": -1.0, "low": 0.0, "high": 1.0, "provenance": "estimated"}),
-    "energy is infinite": card(energy_j={"value": 1e999, "low": 0.0, "high": 1.0, "provenance": "estimated"}),
+    "energy is negative": card(
+        energy_j={"value": -1.0, "low": 0.0, "high": 1.0, "provenance": "estimated"}
+    ),
+    "energy is infinite": card(
+        energy_j={"value": 1e999, "low": 0.0, "high": 1.0, "provenance": "estimated"}
+    ),
     "energy of an odd kind": card(energy_j={"value": 1.0, "provenance": "guessed"}),
     "seed is a list": card(seed=[0]),
     "seed is a fraction": card(seed=0.5),
@@ -153,12 +174,25 @@ def test_odd_cards_are_refused_with_the_field(name: str, tmp_path: Path) -> None
 
 
 def test_a_good_card_is_read(tmp_path: Path) -> None:
-    read = lineage.read_card(stored(tmp_path / "m.safetensors", card(uses=[use("b", ["pets/full seed 0"])])))
+    read = lineage.read_card(
+        stored(tmp_path / "m.safetensors", card(uses=[use("b", ["pets/full seed 0"])]))
+    )
     assert read["total_j"]["value"] == 2.0
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "null", "3", "[" * 100_000, "{", '{"ref": 1}', '{"ref": "timm/x"}', '{"a": ' * 50_000]
+    "text",
+    [
+        "",
+        "[]",
+        "null",
+        "3",
+        "[" * 100_000,
+        "{",
+        '{"ref": 1}',
+        '{"ref": "timm/x"}',
+        '{"a": ' * 50_000,
+    ],
 )
 def test_metadata_that_is_none_is_refused(text: str, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
@@ -181,5 +215,7 @@ def test_a_diamond_of_ancestors_is_drawn_once_each() -> None:
 
 
 def test_a_circle_of_ancestors_ends() -> None:
-    rows = lineage.tree(card(uses=[use("a", ["pets/full seed 0", "b seed 0"]), use("b", ["a seed 0"])]))
+    rows = lineage.tree(
+        card(uses=[use("a", ["pets/full seed 0", "b seed 0"]), use("b", ["a seed 0"])])
+    )
     assert [entry["name"] for _, _, entry in rows[1:]] == ["a", "b"]

@@ -1,4 +1,5 @@
-"""Machines that fail in the middle: one clear line, the right exit code, and what was saved stays whole."""
+"""Machines that fail in the middle: one clear line, the right exit code, and what was saved stays
+whole."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from greenvis import checkpoint, failures, record
+from greenvis.cli import failures
+from greenvis.experiment import checkpoint
+from greenvis.meters import record
 
 RECIPE = """\
 name: tiny
@@ -25,13 +28,21 @@ arms: {full: {}}
 """
 
 
-def start(folder: Path, *words: str, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
+def start(
+    folder: Path, *words: str, limit: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
     """Start greenvis there."""
     (folder / "tiny.yaml").write_text(RECIPE)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-u", "-m", "greenvis", *words]
     return subprocess.Popen(
-        command, cwd=folder, env=env, preexec_fn=limit, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=folder,
+        env=env,
+        preexec_fn=limit,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -91,11 +102,29 @@ def test_two_interrupts(tmp_path: Path) -> None:
         (MemoryError(), "out of memory"),
         (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate"), "out of memory"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), "out of memory"),
-        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "loads images was killed"),
-        (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1"), "another process of this"),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            ),
+            "out of memory",
+        ),
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."),
+            "loads images was killed",
+        ),
+        (
+            RuntimeError(
+                "[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.1]:1"
+            ),
+            "another process of this",
+        ),
         (RuntimeError("NCCL communicator was aborted on rank 1."), "another process of this"),
-        (RuntimeError("[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file"), "disk is full"),
+        (
+            RuntimeError(
+                "[enforce fail at inline_container.cc:1] . PytorchStreamWriter failed writing file"
+            ),
+            "disk is full",
+        ),
         (KeyError("a"), "GREENVIS_DEBUG"),
     ],
 )
@@ -109,7 +138,12 @@ def test_each_failure_is_a_line(error: Exception, says: str) -> None:
 
 @pytest.mark.parametrize("bytes_", [300 * 2**20, 1500 * 2**20])
 def test_no_memory_to_begin_with(bytes_: int, tmp_path: Path) -> None:
-    process = start(tmp_path, "run", "tiny.yaml", limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_)))
+    process = start(
+        tmp_path,
+        "run",
+        "tiny.yaml",
+        limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_)),
+    )
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     (line,) = err.strip().splitlines()
@@ -118,18 +152,30 @@ def test_no_memory_to_begin_with(bytes_: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("most", [5, 6, 8])  # with fewer Python itself does not start
 def test_hardly_any_file_descriptors(most: int, tmp_path: Path) -> None:
-    process = start(tmp_path, "track", "--", "true", limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)))
+    process = start(
+        tmp_path,
+        "track",
+        "--",
+        "true",
+        limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
+    )
     _, err = process.communicate(timeout=120)
     assert "Traceback" not in err
-    assert process.returncode == 0 or (process.returncode == 1 and "too many open files" in err.lower()), err
+    assert process.returncode == 0 or (
+        process.returncode == 1 and "too many open files" in err.lower()
+    ), err
 
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
-    code = "from greenvis import cli, verbs; verbs.ls = lambda args: 1 / 0; import sys; sys.exit(cli.main(['ls', '.']))"
+    code = (
+        "from greenvis.cli import main as cli, verbs; verbs.ls = lambda args: 1 / 0; import sys; "
+        "sys.exit(cli.main(['ls', '.']))"
+    )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for debug in ("", "1"):
         done = subprocess.run(
-            [sys.executable, "-c", code], cwd=tmp_path, env={**env, "GREENVIS_DEBUG": debug}, capture_output=True, text=True,
+            [sys.executable, "-c", code], cwd=tmp_path, env={**env, "GREENVIS_DEBUG": debug},
+            capture_output=True, text=True,
             check=False,
         )  # fmt: skip
         assert done.returncode == 1

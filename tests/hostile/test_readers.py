@@ -1,4 +1,5 @@
-"""Every other file that is read: coefficients, results, archives, meter logs, plans. Exit 2 with file and reason, at once."""
+"""Every other file that is read: coefficients, results, archives, meter logs, plans. Exit 2 with
+file and reason, at once."""
 
 from __future__ import annotations
 
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from greenvis import candidates, probe, record
 from greenvis.errors import BadInput
+from greenvis.meters import record
 from greenvis.meters.energy import Replay, load_coefficients
+from greenvis.planning import candidates, probe
 from greenvis.report import archive, report, stored
 from greenvis.report.listing import compare, diff
 from greenvis.report.overview import overview
@@ -82,11 +84,15 @@ COEFFICIENTS: dict[str, Any] = {
     "processors that are none": {"processors": 3},
     "a processor that is none": {"processors": [3]},
     "a processor of 0 threads": {"processors": [{"match": "x", "tdp_w": 1, "threads": 0}]},
-    "a processor of NaN watts": {"processors": [{"match": "x", "tdp_w": float("nan"), "threads": 1}]},
+    "a processor of NaN watts": {
+        "processors": [{"match": "x", "tdp_w": float("nan"), "threads": 1}]
+    },
     "a processor of any name": {"processors": [{"match": "", "tdp_w": 1, "threads": 1}]},
     "a wall meter that is none": {"wall_meter": 3},
     "a wall meter of no CPUs": {"wall_meter": {"idle_w": 1, "busy_w": 2, "busy_cpus": 0}},
-    "a wall meter that is infinite": {"wall_meter": {"idle_w": 1, "busy_w": float("inf"), "busy_cpus": 1}},
+    "a wall meter that is infinite": {
+        "wall_meter": {"idle_w": 1, "busy_w": float("inf"), "busy_cpus": 1}
+    },
 }
 
 
@@ -108,7 +114,11 @@ def test_a_run_with_odd_coefficients_ends_with_2(tmp_path: Path) -> None:
 
 def test_good_coefficients_are_taken(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
-    path.write_text(json.dumps({"ram_w_per_gb": {**BAND, "citation": "a\x1b[31m"}, "version": "a\nb", "processors": []}))
+    path.write_text(
+        json.dumps(
+            {"ram_w_per_gb": {**BAND, "citation": "a\x1b[31m"}, "version": "a\nb", "processors": []}
+        )
+    )
     table = load_coefficients(path)
     assert {k: table["ram_w_per_gb"][k] for k in BAND} == BAND
     assert "\x1b" not in table["ram_w_per_gb"]["citation"]
@@ -117,7 +127,13 @@ def test_good_coefficients_are_taken(tmp_path: Path) -> None:
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yield where values stand, of a list the first alone."""
     yield at
-    inner = value.items() if isinstance(value, dict) else enumerate(value[:1]) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value[:1])
+        if isinstance(value, list)
+        else ()
+    )
     for key, one in inner:
         yield from places(one, (*at, key))
 
@@ -136,19 +152,27 @@ RESULTS = json.loads((REPORTS / "quickstart" / "results.json").read_text())
 WRONG = {
     "arms": [None, [], {}, 3, "x", {"a": {}}], "order": [None, [], ["a"], {}],
     "baseline": ["x", 3, [], {}], "metric": ["x", "", 3, None],
-    "served": [0, -1, 1e300, None, "x"], "margin": [-1, None, "x"], "totals": [None, {}, []], "notes": [None, [3], "x"],
-    "environment": [None, [], {}], "data": [None, 3], "sources": [[3], None], "newest_run_s": [None, -1, 1e18, "x"],
-    "incomplete": [[3], None, [{}]], "family": [3, {}, {"members": 3, "links": []}], "crosscheck": [[{}], 3],
-    "carbon_intensity": [[3], None], "pue": [["x"], None], "title": [3, []], "command": [3, {}], "recipe": [3, [3]],
+    "served": [0, -1, 1e300, None, "x"], "margin": [-1, None, "x"], "totals": [None, {}, []],
+    "notes": [None, [3], "x"],
+    "environment": [None, [], {}], "data": [None, 3], "sources": [[3], None], "newest_run_s": [None,
+    -1, 1e18, "x"],
+    "incomplete": [[3], None, [{}]], "family": [3, {}, {"members": 3, "links": []}],
+    "crosscheck": [[{}], 3],
+    "carbon_intensity": [[3], None], "pue": [["x"], None], "title": [3, []], "command": [3, {}],
+    "recipe": [3, [3]],
 }  # fmt: skip
 WRONG_IN_ARM = {
-    "seeds": [None, ["x"], 3], "status": ["x", None], "uses": [None, [3], [{}]], "accuracy": [None, 3, {}, {"mean": "x"}],
+    "seeds": [None, ["x"], 3], "status": ["x", None], "uses": [None, [3], [{}]], "accuracy": [None,
+    3, {}, {"mean": "x"}],
     "train_energy_j": [None, {}, 3, {"value": "x"}], "inference_energy_j": [None, {}, []],
     "vs_baseline": [3, [], {"accuracy": 3}],
-    "curve": [None, {"0": 3}, {"0": [[1]]}], "spent": [None, {}], "sci": [None, {}], "latency_ms": [3, {"p50": "x"}],
-    "macs": [-1, "x", 1e300], "by_seed": [None, 3], "std": [None, {"wall_s": "x"}], "base_reuse": [3, {}, None],
+    "curve": [None, {"0": 3}, {"0": [[1]]}], "spent": [None, {}], "sci": [None, {}],
+    "latency_ms": [3, {"p50": "x"}],
+    "macs": [-1, "x", 1e300], "by_seed": [None, 3], "std": [None, {"wall_s": "x"}],
+    "base_reuse": [3, {}, None],
     "techniques": [3, "x"],
-    "energy_by_phase_j": [None, {"train": "x"}], "zones": [None, 3], "attempts": [None, {"done": "x"}],
+    "energy_by_phase_j": [None, {"train": "x"}], "zones": [None, 3], "attempts": [None,
+    {"done": "x"}],
 }  # fmt: skip
 
 
@@ -159,7 +183,8 @@ def test_results_are_read_by_one_schema(tmp_path: Path) -> None:
     arm = RESULTS["order"][1]
     odd = [(("arms", arm, key), value) for key, values in WRONG_IN_ARM.items() for value in values]
     odd += [((key,), value) for key, values in WRONG.items() for value in values]
-    odd += [(at, value) for at in places(RESULTS) if isinstance(at[-1:], tuple) and at[-1:] == ("low",)
+    odd += [(at, value) for at in places(RESULTS) if isinstance(at[-1:],
+    tuple) and at[-1:] == ("low",)
             for value in (float("nan"), float("inf"), 10**400)][:30]  # fmt: skip
     for at, value in odd:
         (folder / "results.json").write_text(json.dumps(changed(RESULTS, at, value)))
@@ -167,13 +192,19 @@ def test_results_are_read_by_one_schema(tmp_path: Path) -> None:
             stored.read(folder / "results.json")
         assert len(str(error.value)) < 2000, at
     (folder / "results.json").write_text(json.dumps(changed(RESULTS, ("arms", arm, "macs"), "x")))
-    for call in (lambda: overview(tmp_path / "reports"), lambda: compare(folder, folder), lambda: report(folder)):
+    for call in (
+        lambda: overview(tmp_path / "reports"),
+        lambda: compare(folder, folder),
+        lambda: report(folder),
+    ):
         with pytest.raises(BadInput, match=rf"results\.json.*arms\.{arm}\.macs"):
             call()
     assert greenvis("overview", cwd=tmp_path).code == 2
 
 
-@pytest.mark.parametrize("path", sorted(REPORTS.glob("*/results.json")), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize(
+    "path", sorted(REPORTS.glob("*/results.json")), ids=lambda path: path.parent.name
+)
 def test_every_committed_report_is_read(path: Path) -> None:
     if "baseline" in json.loads(path.read_text()):
         assert stored.read(path)["order"]
@@ -183,11 +214,15 @@ def test_ids_are_looked_up_past_what_is_no_record(tmp_path: Path) -> None:
     write(tmp_path / "renamed.jsonl", lines({"run": "20260101-abcdef"}))
     os.mkfifo(tmp_path / "pipe.jsonl")
     sparse(tmp_path / "sparse.jsonl")
-    assert record.by_id("20260101-abcdef", tmp_path) == ("20260101-abcdef", [tmp_path / "renamed.jsonl"])
+    assert record.by_id("20260101-abcdef", tmp_path) == (
+        "20260101-abcdef",
+        [tmp_path / "renamed.jsonl"],
+    )
 
 
 @pytest.mark.parametrize(
-    "raw", [b"", b"\xfd7zXZ\0", lzma.compress(b"x" * 100)[:-9], lzma.compress(bytes(300 * 2**20), preset=0),
+    "raw", [b"", b"\xfd7zXZ\0", lzma.compress(b"x" * 100)[:-9], lzma.compress(bytes(300 * 2**20),
+    preset=0),
             lzma.compress(archive.BETWEEN * 200_000, preset=0)],
     ids=["nothing", "a head", "cut off", "a bomb", "many records"],
 )  # fmt: skip
@@ -197,7 +232,10 @@ def test_archives_are_unpacked_within_limits(raw: bytes, tmp_path: Path) -> None
         report(tmp_path, out=tmp_path / "out")
 
 
-@pytest.mark.parametrize("recipe", ["", "[]", "data: 3", "a: &a [*a]", "[" * 3000, "!!python/name:os.system", "data: [1]"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["", "[]", "data: 3", "a: &a [*a]", "[" * 3000, "!!python/name:os.system", "data: [1]"],
+)
 def test_the_recipe_in_a_card_is_read_within_limits(recipe: str) -> None:
     card = {"recipe": recipe, "file": "model.safetensors", "data": {"train": 1, "classes": 1}}
     with pytest.raises(BadInput, match=r"model\.safetensors"):
@@ -205,7 +243,16 @@ def test_the_recipe_in_a_card_is_read_within_limits(recipe: str) -> None:
 
 
 def test_the_recipe_in_a_record_is_read_within_limits(tmp_path: Path) -> None:
-    for i, text in enumerate(("a: &a [*a]", "[" * 5000, "\x1b", "report: 3", "report: {margin: x, title: [1]}", "2026-13-45")):
+    for i, text in enumerate(
+        (
+            "a: &a [*a]",
+            "[" * 5000,
+            "\x1b",
+            "report: 3",
+            "report: {margin: x, title: [1]}",
+            "2026-13-45",
+        )
+    ):
         path = write(tmp_path / str(i) / "a.jsonl", lines({"recipe": text}))
         out = report(path, out=tmp_path / str(i) / "reports" / "one")
         overview(out.parent.parent)

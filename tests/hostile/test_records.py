@@ -1,4 +1,5 @@
-"""Records from strangers and broken disks: what cannot be is left out and said, and the rest is shown."""
+"""Records from strangers and broken disks: what cannot be is left out and said, and the rest is
+shown."""
 
 from __future__ import annotations
 
@@ -17,21 +18,39 @@ from tests.hostile.bounds import greenvis
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
-    "coefficient": {"low": 2.9, "central": 4.0, "high": 5.8}, "provenance": "estimated", "citation": "x",
+    "coefficient": {"low": 2.9, "central": 4.0, "high": 5.8}, "provenance": "estimated",
+    "citation": "x",
 }  # fmt: skip
 HEADER = {
-    "schema": 1, "run": "a", "name": "pets", "arm": "full", "seed": 0, "inputs": "i", "attempt": 1, "rank": 0, "world_size": 1,
-    "host": "h", "boot_id": "b", "pid": 1, "clock_s": 1e9, "mono_s": 5.0, "components": [CPU], "pue": 1.0,
-    "carbon_intensity": {"value": 475.0, "zone": "world", "assumed": True}, "versions": {"torch": "2"}, "command": ["greenvis"],
+    "schema": 1, "run": "a", "name": "pets", "arm": "full", "seed": 0, "inputs": "i", "attempt": 1,
+    "rank": 0, "world_size": 1,
+    "host": "h", "boot_id": "b", "pid": 1, "clock_s": 1e9, "mono_s": 5.0, "components": [CPU],
+    "pue": 1.0,
+    "carbon_intensity": {"value": 475.0, "zone": "world", "assumed": True},
+    "versions": {"torch": "2"}, "command": ["greenvis"],
 }  # fmt: skip
-SAMPLE = {"phase": "train", "wall_s": 2.0, "cpu_s": 2.0, "steps": 3, "samples": 9, "flops": 1e6, "mono_s": 7.0, "clock_s": 1e9}
+SAMPLE = {
+    "phase": "train",
+    "wall_s": 2.0,
+    "cpu_s": 2.0,
+    "steps": 3,
+    "samples": 9,
+    "flops": 1e6,
+    "mono_s": 7.0,
+    "clock_s": 1e9,
+}
 FACTS = {"accuracy": 0.5, "macs": 10, "params": 5, "latency_ms": {"p50": 1.0}, "epochs": 1}
 END = {"status": "done", "reason": "", "mono_s": 8.0, "clock_s": 1e9 + 3}
 
 
 def lines(header: dict[str, Any] | None = None, **changes: Any) -> list[dict[str, Any]]:
     """Return a good record's lines; changes: by line type, keys laid over."""
-    made: dict[str, dict[str, Any]] = {"header": {**HEADER, **(header or {})}, "sample": SAMPLE, "fact": FACTS, "end": END}
+    made: dict[str, dict[str, Any]] = {
+        "header": {**HEADER, **(header or {})},
+        "sample": SAMPLE,
+        "fact": FACTS,
+        "end": END,
+    }
     return [{"type": kind, **values, **changes.get(kind, {})} for kind, values in made.items()]
 
 
@@ -67,9 +86,12 @@ ODD = (
 )
 FIELDS = {
     "header": [*HEADER, "embodied", "nested_in", "baseline", "recipe", "git", "cpu"],
-    "sample": [k for k in SAMPLE if k != "phase"] + ["phase", "ram_gb_s", "gpu_j", "cpu_j_unseen_s"],
-    "fact": [*FACTS, "inference_energy_j", "operating_points", "predicted", "data", "model", "codecarbon", "task_accuracy",
-             "techniques", "train", "stream", "task_energy_j", "images_per_s", "peak_memory_mb", "recipe"],
+    "sample": [k for k in SAMPLE if k != "phase"] + ["phase", "ram_gb_s", "gpu_j",
+    "cpu_j_unseen_s"],
+    "fact": [*FACTS, "inference_energy_j", "operating_points", "predicted", "data", "model",
+    "codecarbon", "task_accuracy",
+             "techniques", "train", "stream", "task_energy_j", "images_per_s", "peak_memory_mb",
+             "recipe"],
     "end": [*END],
     "uses": ["role", "name", "runs", "energy_j", "of", "seed"],
     "log": ["accuracy", "loss", "epoch", "phase", "mono_s"],
@@ -82,7 +104,10 @@ FIELDS = {
 def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with one good record in it."""
     folder = tmp_path_factory.mktemp("good")
-    write(folder / "good.rank0.jsonl", lines({"run": "good", "arm": "plain", "seed": 1, "inputs": "j", "pid": 2}))
+    write(
+        folder / "good.rank0.jsonl",
+        lines({"run": "good", "arm": "plain", "seed": 1, "inputs": "j", "pid": 2}),
+    )
     return folder
 
 
@@ -94,7 +119,8 @@ def test_one_odd_field_does_not_blind_a_folder(kind: str, beside: Path, tmp_path
             shutil.copytree(beside, folder)
             content = lines()
             if kind in ("uses", "log", "component", "note"):
-                base = {"uses": {"role": "base", "name": "b", "runs": ["r"], "energy_j": {"value": 1.0}, "of": []}, "log": {},
+                base = {"uses": {"role": "base", "name": "b", "runs": ["r"],
+                "energy_j": {"value": 1.0}, "of": []}, "log": {},
                         "component": CPU, "note": {}}[kind]  # fmt: skip
                 content.insert(2, {"type": kind, **base, field: value})
             else:
@@ -108,8 +134,12 @@ def test_one_odd_field_does_not_blind_a_folder(kind: str, beside: Path, tmp_path
             compare(folder, beside)
 
 
-@pytest.mark.parametrize("field", ["rank", "world_size", "pue", "components", "carbon_intensity", "clock_s"])
-def test_a_whole_report_is_written_and_says_what_was_left_out(field: str, beside: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "field", ["rank", "world_size", "pue", "components", "carbon_intensity", "clock_s"]
+)
+def test_a_whole_report_is_written_and_says_what_was_left_out(
+    field: str, beside: Path, tmp_path: Path
+) -> None:
     shutil.copytree(beside, tmp_path / "runs")
     write(tmp_path / "runs" / "odd.rank0.jsonl", lines({field: -1}))
     page = report(tmp_path / "runs", out=tmp_path / "out")
@@ -139,8 +169,13 @@ def test_what_is_no_record_is_left_out(beside: Path, tmp_path: Path) -> None:
 
 def test_of_two_copies_the_more_complete_counts(tmp_path: Path) -> None:
     whole = lines()
-    write(tmp_path / "1" / "a.rank0.jsonl", whole[:2])  # copied while it was written, with a phase that the whole one lacks
-    part = [*whole[:2], {"type": "sample", **SAMPLE, "phase": "eval", "cpu_s": 0.1, "wall_s": 0.1, "mono_s": 6.0}]
+    write(
+        tmp_path / "1" / "a.rank0.jsonl", whole[:2]
+    )  # copied while it was written, with a phase that the whole one lacks
+    part = [
+        *whole[:2],
+        {"type": "sample", **SAMPLE, "phase": "eval", "cpu_s": 0.1, "wall_s": 0.1, "mono_s": 6.0},
+    ]
     write(tmp_path / "1" / "b.rank0.jsonl", part)
     write(tmp_path / "2" / "a.rank0.jsonl", whole)
     for order in (("1", "2"), ("2", "1")):
@@ -151,7 +186,11 @@ def test_of_two_copies_the_more_complete_counts(tmp_path: Path) -> None:
 
 def test_a_foreign_record_with_a_known_id_replaces_nothing(tmp_path: Path) -> None:
     write(tmp_path / "a.rank0.jsonl", lines())
-    foreign = lines({"host": "other", "arm": "full"}, sample={"cpu_s": 1e6, "mono_s": 1e7}, fact={"accuracy": 1.0})
+    foreign = lines(
+        {"host": "other", "arm": "full"},
+        sample={"cpu_s": 1e6, "mono_s": 1e7},
+        fact={"accuracy": 1.0},
+    )
     for name in ("0.rank0.jsonl", "zz.rank0.jsonl"):
         path = write(tmp_path / name, foreign)
         found = results(tmp_path)
@@ -160,7 +199,9 @@ def test_a_foreign_record_with_a_known_id_replaces_nothing(tmp_path: Path) -> No
         path.unlink()
 
 
-def test_the_newest_run_is_told_by_attempts_not_by_a_clock_that_was_set_back(tmp_path: Path) -> None:
+def test_the_newest_run_is_told_by_attempts_not_by_a_clock_that_was_set_back(
+    tmp_path: Path,
+) -> None:
     write(tmp_path / "a.rank0.jsonl", lines({"clock_s": 2e9}))
     newer = {"run": "n", "inputs": "new", "attempt": 2, "clock_s": 1e9, "pid": 3}
     write(tmp_path / "n.rank0.jsonl", lines(newer, fact={"accuracy": 0.9}))
@@ -169,19 +210,33 @@ def test_the_newest_run_is_told_by_attempts_not_by_a_clock_that_was_set_back(tmp
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", "3", "[" * 100_000, '{"schema": 1}', '{"schema": 1, "arms": 3}', '{"schema": 1, "arms": {"a": 3}}',
-     '{"schema": 1, "arms": {"a": {}}, "baseline": "b"}', '{"schema": "1", "arms": {}}', '{"schema": 1, "arms": {}}',
-     '{"schema": 1, "arms": {"a": {"accuracy": {"mean": NaN}}}, "order": ["a"], "baseline": null, "metric": "accuracy"}'],
+    ["", "[]", "{}", "3", "[" * 100_000, '{"schema": 1}', '{"schema": 1, "arms": 3}', '{"schema": '
+                                                                                      '1, "arms": '
+                                                                                      '{"a": 3}}',
+     '{"schema": 1, "arms": {"a": {}}, "baseline": "b"}', '{"schema": "1", "arms": {}}',
+     '{"schema": 1, "arms": {}}',
+     '{"schema": 1, "arms": {"a": {"accuracy": {"mean": NaN}}}, "order": ["a"], "baseline": null, '
+     '"metric": "accuracy"}'],
 )  # fmt: skip
 def test_results_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(text)
     (tmp_path / "report.md").write_text("# x\n")
-    for words in (("report", tmp_path / "results.json", "--out", tmp_path / "out"), ("compare", tmp_path, tmp_path)):
+    for words in (
+        ("report", tmp_path / "results.json", "--out", tmp_path / "out"),
+        ("compare", tmp_path, tmp_path),
+    ):
         with pytest.raises(BadInput):
-            report(words[1], out=tmp_path / "out") if words[0] == "report" else compare(words[1], words[2])
+            report(words[1], out=tmp_path / "out") if words[0] == "report" else compare(
+                words[1], words[2]
+            )
 
 
 def test_the_commands_say_it_in_a_line(beside: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jsonl")
-    for words, code in ((("report", "x.jsonl"), 2), (("ls", "."), 0), (("report", "."), 2), (("overview", "."), 2)):
+    for words, code in (
+        (("report", "x.jsonl"), 2),
+        (("ls", "."), 0),
+        (("report", "."), 2),
+        (("overview", "."), 2),
+    ):
         assert greenvis(*words, cwd=tmp_path).code == code, words

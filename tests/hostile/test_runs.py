@@ -1,4 +1,5 @@
-"""Finished runs that are not what they seem: weights, record and mark name each other, and one base is trained once."""
+"""Finished runs that are not what they seem: weights, record and mark name each other, and one base
+is trained once."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from greenvis import experiment, jobs, record
+from greenvis.experiment import jobs, session
+from greenvis.meters import record
 
 TINY = """\
 name: {name}
@@ -35,7 +37,7 @@ def recipe(tmp_path: Path) -> Path:
 def run(recipe: Path, *overrides: str) -> tuple[Path, list[str]]:
     """Run it; return the seed's folder and what was said."""
     said: list[str] = []
-    experiment.run(recipe, overrides=overrides, runs=recipe.parent / "runs", say=said.append)
+    session.run(recipe, overrides=overrides, runs=recipe.parent / "runs", say=said.append)
     return recipe.parent / "runs" / "tiny" / "full" / "seed0", said
 
 
@@ -45,7 +47,7 @@ def mark(folder: Path) -> dict[str, Any]:
 
 
 def test_mark_card_and_record_name_each_other(recipe: Path) -> None:
-    from greenvis import lineage
+    from greenvis.experiment import lineage
 
     folder, _ = run(recipe)
     records = [record.read(path) for path in folder.glob("*.jsonl")]
@@ -53,7 +55,9 @@ def test_mark_card_and_record_name_each_other(recipe: Path) -> None:
     assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
 
 
-@pytest.mark.parametrize("how", ["truncated", "of another run", "gone", "empty", "a link to nothing"])
+@pytest.mark.parametrize(
+    "how", ["truncated", "of another run", "gone", "empty", "a link to nothing"]
+)
 def test_weights_that_are_not_the_runs_are_made_again(how: str, recipe: Path) -> None:
     folder, _ = run(recipe)
     path, right = folder / jobs.WEIGHTS_FILE, load_file(folder / jobs.WEIGHTS_FILE)
@@ -66,15 +70,21 @@ def test_weights_that_are_not_the_runs_are_made_again(how: str, recipe: Path) ->
         run(recipe)
         path.write_bytes(other)
     elif how != "gone":
-        path.symlink_to("nowhere") if "link" in how else path.write_bytes(whole[: len(whole) // 2 if how == "truncated" else 0])
+        path.symlink_to("nowhere") if "link" in how else path.write_bytes(
+            whole[: len(whole) // 2 if how == "truncated" else 0]
+        )
     _, said = run(recipe)
-    assert any("training; the weights that lie there are not those its run left" in line for line in said)
+    assert any(
+        "training; the weights that lie there are not those its run left" in line for line in said
+    )
     again = load_file(path)
     assert all((again[name] == right[name]).all() for name in right)
     assert any("done before, kept" in line for line in run(recipe)[1])
 
 
-@pytest.mark.parametrize("text", ["", "[", "[]", "3", '{"inputs": 3}', '{"inputs": null, "weights": 3}', "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[", "[]", "3", '{"inputs": 3}', '{"inputs": null, "weights": 3}', "\0"]
+)
 def test_a_mark_that_is_none_means_not_done(text: str, recipe: Path) -> None:
     folder, _ = run(recipe)
     (folder / jobs.DONE_FILE).write_text(text)
@@ -96,7 +106,9 @@ def test_other_versions_are_said(recipe: Path) -> None:
     assert any("kept (made with other versions: torch 1.0 then" in line for line in run(recipe)[1])
 
 
-def test_killed_before_any_of_its_writes_the_next_run_ends_right(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_before_any_of_its_writes_the_next_run_ends_right(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every rename of a run is a place to die at; the run before it had other settings."""
     folder, _ = run(recipe)
     right = load_file(folder / jobs.WEIGHTS_FILE)
@@ -112,7 +124,9 @@ def test_killed_before_any_of_its_writes_the_next_run_ends_right(recipe: Path, m
     killed_at, ended = 0, False
     while not ended:
         killed_at += 1
-        run(recipe, "train.lr=0.5", "name=tiny")  # other weights lie there under a mark of their own
+        run(
+            recipe, "train.lr=0.5", "name=tiny"
+        )  # other weights lie there under a mark of their own
         with monkeypatch.context() as patch:
             patch.setattr(os, "replace", dying)
             left = killed_at
@@ -129,7 +143,8 @@ def test_killed_before_any_of_its_writes_the_next_run_ends_right(recipe: Path, m
 
 
 ON_GO = (  # everything is imported before the word comes, so that both begin in the same moment
-    "import sys; from greenvis import cli, experiment; from greenvis.report import report; print('ready', flush=True); "
+    "import sys; from greenvis.cli import main as cli; from greenvis.experiment import session; from greenvis.report import report; "
+    "print('ready', flush=True); "
     "sys.stdin.read(); sys.exit(cli.main(sys.argv[1:]))"
 )
 
@@ -139,7 +154,13 @@ def together(folder: Path, *names: str) -> list[str]:
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     started = [
-        subprocess.Popen([sys.executable, "-c", ON_GO, "run", f"{name}.yaml"], cwd=folder, env=env, text=True, **pipes)
+        subprocess.Popen(
+            [sys.executable, "-c", ON_GO, "run", f"{name}.yaml"],
+            cwd=folder,
+            env=env,
+            text=True,
+            **pipes,
+        )
         for name in names
     ]
     for process in started:
@@ -159,8 +180,13 @@ def figures(runs: Path) -> dict[str, Any]:
     left = {}
     for path in record.find([runs]):
         its = record.read(path)
-        curve = [{k: v for k, v in line.items() if k in ("epoch", "step", "loss", "accuracy")} for line in its.logs]
-        weights = {name: t.tolist() for name, t in load_file(path.parent / jobs.WEIGHTS_FILE).items()}
+        curve = [
+            {k: v for k, v in line.items() if k in ("epoch", "step", "loss", "accuracy")}
+            for line in its.logs
+        ]
+        weights = {
+            name: t.tolist() for name, t in load_file(path.parent / jobs.WEIGHTS_FILE).items()
+        }
         assert its.status == "done"
         assert str(path.parent) not in left
         left[str(path.parent.relative_to(runs))] = (its.facts["accuracy"], curve, weights)
@@ -192,7 +218,8 @@ def test_two_recipes_on_one_base_train_it_once(rounds: int, tmp_path: Path) -> N
 
 
 def test_a_record_without_a_line_does_not_stop_the_next_run(recipe: Path) -> None:
-    """A process killed between making its record and the first line of it leaves a file without a byte."""
+    """A process killed between making its record and the first line of it leaves a file without a
+    byte."""
     folder = recipe.parent / "runs" / "tiny" / "full" / "seed0"
     folder.mkdir(parents=True)
     (folder / "a.rank0.jsonl").touch()

@@ -1,4 +1,5 @@
-"""One hostile name through every place where a name is shown: it stays text, on its line, in its cell."""
+"""One hostile name through every place where a name is shown: it stays text, on its line, in its
+cell."""
 
 from __future__ import annotations
 
@@ -19,14 +20,17 @@ import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from greenvis import candidates, errors, terminal
-from greenvis.cli import main
+from greenvis import errors
+from greenvis.cli import terminal
+from greenvis.cli.main import main
+from greenvis.planning import candidates
 from greenvis.report import exports, results
-from greenvis.report.page import code, link, md
+from greenvis.report.markup import code, link, md
 
 FORGED = "greenvis: all is well"
 HOSTILE = (
-    f"=1+1|<script>alert(1)</script>[x](javascript:alert(1))`id`\x1b[31m\x9b2J\u202e\\\r\n# head\n{FORGED}\n"
+    "=1+1|<script>alert(1)</script>[x](javascript:alert(1))`id`\x1b[31m\x9b2J\u202e\\\r\n# "
+    f"head\n{FORGED}\n"
     "| a | b |\0$(id) <!-- </pre> ]]> &amp; https://evil.example @someone ''' \"\"\" \u2028end"
 )
 SHOWN = "alert(1)"  # of it, what every sink still shows
@@ -58,14 +62,17 @@ OURS, JOINER = {*TAGS.split(), *DRAWN.split()}, "\N{WORD JOINER}\N{NO-BREAK SPAC
 
 
 def safe_html(text: str) -> None:
-    """HTML: tags of ours alone, none that runs, links to files beside it alone, no control character."""
+    """HTML: tags of ours alone, none that runs, links to files beside it alone, no control
+    character."""
     tags = _Tags()
     tags.feed(text)
     assert {tag for tag, _ in tags.seen} <= OURS
     for _, attrs in tags.seen:
         assert not [name for name in attrs if name.startswith("on")]
         target = attrs.get("href") or attrs.get("src") or ""
-        assert re.fullmatch(r"(#|data:,|figures/|exports/|reports/|\.\./|[\w.%-]+/)?[\w.%/-]*", target), target
+        assert re.fullmatch(
+            r"(#|data:,|figures/|exports/|reports/|\.\./|[\w.%-]+/)?[\w.%/-]*", target
+        ), target
     assert [c for c in text if not c.isprintable() and c not in f"\n\t{JOINER}"] == []
 
 
@@ -82,17 +89,22 @@ def safe_markdown(text: str, rows: int) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with records whose every word is hostile, and the report on them, made by the command."""
+    """Return a folder with records whose every word is hostile, and the report on them, made by the
+    command."""
     base = tmp_path_factory.mktemp("sinks")
     source = {**synthetic.CPU, "source": HOSTILE, "citation": HOSTILE, "reason": HOSTILE}
     header = {
-        "components": [source], "host": HOSTILE, "command": ["python", HOSTILE], "git": HOSTILE, "versions": {HOSTILE: HOSTILE},
-        "carbon_intensity": {**synthetic.WORLD, "zone": HOSTILE, "source": HOSTILE}, "baseline": "plain",
+        "components": [source], "host": HOSTILE, "command": ["python", HOSTILE], "git": HOSTILE,
+        "versions": {HOSTILE: HOSTILE},
+        "carbon_intensity": {**synthetic.WORLD, "zone": HOSTILE, "source": HOSTILE},
+        "baseline": "plain",
         "cpu": {"name": HOSTILE, "logical": 2},
     }  # fmt: skip
     facts = {
-        "recipe": f"```\n</pre>{HOSTILE}", "data": {"name": HOSTILE}, "task_accuracy": [[0.9, 0.1], [0.5, 0.8]],
-        "codecarbon": {"energy_j": 1.0, "mode": HOSTILE}, "model": {"ref": HOSTILE, "options": {HOSTILE: HOSTILE}},
+        "recipe": f"```\n</pre>{HOSTILE}", "data": {"name": HOSTILE}, "task_accuracy": [[0.9, 0.1],
+        [0.5, 0.8]],
+        "codecarbon": {"energy_j": 1.0, "mode": HOSTILE}, "model": {"ref": HOSTILE,
+        "options": {HOSTILE: HOSTILE}},
         "latency_ms": {"p50": 1.0, HOSTILE: 1.0},
     }  # fmt: skip
     for seed in range(2):
@@ -100,12 +112,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         synthetic.write(base / "runs", "plain", seed, name=HOSTILE, header=header, facts=plain)
         for arm in (HOSTILE, f"@{HOSTILE}", f"\t+{HOSTILE}"):
             synthetic.write(
-                base / "runs", arm, seed, name=HOSTILE, header=header, facts=facts | {"techniques": [{HOSTILE: {HOSTILE: 1}}]},
+                base / "runs", arm, seed, name=HOSTILE, header=header,
+                facts=facts | {"techniques": [{HOSTILE: {HOSTILE: 1}}]},
                 notes=(HOSTILE,), uses=[synthetic.teacher(name=HOSTILE)],
             )  # fmt: skip
     synthetic.write(base / "runs", f"-{HOSTILE}", name=HOSTILE, end="failed", header=header)
     out = base / "reports" / "with space)](javascript:alert(1))"
-    assert main(["report", str(base / "runs"), "--out", str(out), "--title", HOSTILE, "--baseline", "plain"]) == 0
+    assert (
+        main(
+            [
+                "report",
+                str(base / "runs"),
+                "--out",
+                str(out),
+                "--title",
+                HOSTILE,
+                "--baseline",
+                "plain",
+            ]
+        )
+        == 0
+    )
     bench = base / "reports" / "bench"
     bench.mkdir()
     (bench / "report.md").write_text(f"# {HOSTILE}\n\n`greenvis bench |x`\n")
@@ -140,7 +167,10 @@ def test_svg(folder: Path) -> None:
     assert len(drawings) >= 6
     for path in drawings:
         text = path.read_text()
-        names = {element.tag.rpartition("}")[2].lower() for element in ElementTree.fromstring(text).iter()}
+        names = {
+            element.tag.rpartition("}")[2].lower()
+            for element in ElementTree.fromstring(text).iter()
+        }
         assert names <= OURS, path
         assert [c for c in text if not c.isprintable() and c not in f"\n\t{JOINER}"] == []
         assert "javascript:" not in re.sub(r">[^<]*<", "><", text)
@@ -224,7 +254,8 @@ ERRORS = {
     "a command to track": ["track", "--", HOSTILE],
 }
 RECIPE: dict[str, Any] = {
-    "name": "pets", "data": {"name": "digits", "train": 32, "test": 16}, "model": {"ref": "plain/mlp", "img_size": 8},
+    "name": "pets", "data": {"name": "digits", "train": 32, "test": 16},
+    "model": {"ref": "plain/mlp", "img_size": 8},
     "train": {"seeds": [0]}, "arms": {"full": {}},
 }  # fmt: skip
 
@@ -245,7 +276,8 @@ def test_error_texts(name: str, folder: Path, capfd: Any, monkeypatch: Any) -> N
 
 
 def test_a_run_on_hostile_folders(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
-    """What a user does with a data set of others: class names, a title and a path are hostile in every step."""
+    """What a user does with a data set of others: class names, a title and a path are hostile in
+    every step."""
     monkeypatch.chdir(tmp_path)
     name = HOSTILE.replace("/", "_").replace("\0", "")
     data = tmp_path / name
@@ -255,13 +287,16 @@ def test_a_run_on_hostile_folders(tmp_path: Path, capfd: Any, monkeypatch: Any) 
             Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(data / label / f"{i}.png")
     title = "".join(c for c in HOSTILE if c.isprintable())
     recipe = {
-        **RECIPE, "data": {"name": f"folder:{name}", "img_size": 8, "in_chans": 1}, "report": {"title": title, "note": title},
+        **RECIPE, "data": {"name": f"folder:{name}", "img_size": 8, "in_chans": 1},
+        "report": {"title": title, "note": title},
         "meter": {"codecarbon": False},
     }  # fmt: skip
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for words in (
-        ["plan", "recipe.yaml"], ["run", "recipe.yaml"], ["ls"], ["report", "runs", "--out", "again"], ["overview"],
-        ["card", "runs/pets/full/seed0"], ["export", "runs/pets/full/seed0", "--to", "safetensors", "--out", "exported"],
+        ["plan", "recipe.yaml"], ["run", "recipe.yaml"], ["ls"], ["report", "runs", "--out",
+        "again"], ["overview"],
+        ["card", "runs/pets/full/seed0"], ["export", "runs/pets/full/seed0", "--to", "safetensors",
+        "--out", "exported"],
     ):  # fmt: skip
         assert main(words) == 0, words
         said = capfd.readouterr()
@@ -277,10 +312,16 @@ def test_the_recipe_that_advice_writes_is_that_recipe(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "recipe.yaml").read_text()) == RECIPE
 
 
-@pytest.mark.parametrize("text", ["a", "a b", "a`b", "a|b", "a\\", "<b>", "[a](b)", "", " ", "`", "\x1b", HOSTILE])
+@pytest.mark.parametrize(
+    "text", ["a", "a b", "a`b", "a|b", "a\\", "<b>", "[a](b)", "", " ", "`", "\x1b", HOSTILE]
+)
 def test_names_in_markdown_are_text(text: str) -> None:
     for shown in (code(text), md(text), link(text, text)):
-        html = MarkdownIt("commonmark").enable("table").render(f"| h | h |\n|--|--|\n| x {shown} y | z |\n")
+        html = (
+            MarkdownIt("commonmark")
+            .enable("table")
+            .render(f"| h | h |\n|--|--|\n| x {shown} y | z |\n")
+        )
         safe_html(html.replace(f'href="{link("", text)[3:-1]}"', ""))
         assert html.count("<td>") == 2
 

@@ -1,4 +1,5 @@
-"""`greenvis bench coverage`: every technique on every host, against the contract; and attach-only over timm's models."""
+"""`greenvis bench coverage`: every technique on every host, against the contract; and attach-only
+over timm's models."""
 
 from __future__ import annotations
 
@@ -10,20 +11,25 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from greenvis import files, registry
 from greenvis.bench._hosts import HOSTS
 from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
+from greenvis.core import files
+from greenvis.techniques import registry
 from greenvis.testing import Result, check_technique
 
 LIBRARIES = ("greenvis", "timm", "torchvision", "transformers", "peft", "torch")
 
 
-def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequence[str] | None = None) -> dict[str, Any]:
-    """Return {"rows": one a host, with the outcome of each technique, "results", "tools", "attach", "attached", "versions", …}.
+def run(
+    out: Path | None = None, per_family: int | None = 1, techniques: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Return {"rows": one a host, with the outcome of each technique, "results", "tools", "attach",
+    "attached", "versions", …}.
 
-    out: a folder to write report.md and results.json to. per_family: how many models of each timm family to attach to; None
-    for all of them (an hour or two). techniques: names; default all there are.
+    out: a folder to write report.md and results.json to. per_family: how many models of each timm
+    family to attach to; None for all of them (an hour or two). techniques: names; default all there
+    are.
     """
     started = time.monotonic()
     names = registry.names() if techniques is None else list(techniques)
@@ -36,7 +42,9 @@ def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequenc
         models = sample(per_family)
         attached = attach(models)
     result = {
-        "rows": [{"host": host, **{n: _outcome(results, n, host) for n in names}} for host in HOSTS],
+        "rows": [
+            {"host": host, **{n: _outcome(results, n, host) for n in names}} for host in HOSTS
+        ],
         "results": [{k: str(v) for k, v in vars(r).items()} for r in results],
         "tools": under_tools,
         "attach": counts(attached),
@@ -57,21 +65,31 @@ def run(out: Path | None = None, per_family: int | None = 1, techniques: Sequenc
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the report: the matrix, the reasons of refusals, the counts, and models to which nothing attaches."""
+    """Return the report: the matrix, the reasons of refusals, the counts, and models to which
+    nothing attaches."""
     rows, attached = result["rows"], result["attached"]
     names = [k for k in rows[0] if k != "host"]
-    how = "every model" if result["per_family"] is None else f"{result['per_family']} drawn from each family"
+    how = (
+        "every model"
+        if result["per_family"] is None
+        else f"{result['per_family']} drawn from each family"
+    )
     fails = sum(row[n] == "fails" for row in rows for n in names)
     lines = [
         "# Coverage: which technique goes with which model", "",
         f"`greenvis bench coverage{'' if result['per_family'] else ' --all'} --out OUT`; "
         f"{' + '.join(map(str, result['seconds'].values()))} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
-        *([result["note"], ""] if result.get("note") else ()),  # of one who put the results together
+        # of one who put the results
+        # together
+        *([result["note"], ""] if result.get("note") else ()),
         "## The contract", "",
-        "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral when fresh, bit-exact",
-        "undo, every declared trainable gets a gradient, finite steps, delta saved and loaded, merge, resume, roll-back.",
-        f"A pair works where at least one of the technique's examples does and none fails. {fails} pairs fail.", "",
+        "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral "
+        "when fresh, bit-exact",
+        "undo, every declared trainable gets a gradient, finite steps, delta saved and loaded, "
+        "merge, resume, roll-back.",
+        f"A pair works where at least one of the technique's examples does and none fails. {fails} "
+        "pairs fail.", "",
         f"| host | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|",
     ]  # fmt: skip
     lines += [f"| {row['host']} | {' | '.join(_shown(row[n]) for n in names)} |" for row in rows]
@@ -83,17 +101,21 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [
-        f"| {r['technique']} | `{r['arguments']}` | {r['host']} | {r['outcome']} | {_cell(r['reason'])} |"
+        f"| {r['technique']} | `{r['arguments']}` | {r['host']} | {r['outcome']} | "
+        f"{_cell(r['reason'])} |"
         for r in result["results"]
         if r["outcome"] != "works"
     ]
     lines += _tools(result["tools"])
     lines += [
         "", "## Attaching to timm's classification models", "",
-        f"{len(attached)} models ({how}), built on the meta device without weights: structure is found and the technique's",
+        f"{len(attached)} models ({how}), built on the meta device without weights: structure is "
+        "found and the technique's",
         "parts are put in; values are not checked. " + "; ".join(
-            f"{t}: {' else '.join(str(r or 'defaults') for r in requests)}" for t, requests in REQUESTS.items()) + ".", "",
-        f"| models | tried | {' | '.join(REQUESTS)} | at least one | fails |", "|---" * (len(REQUESTS) + 4) + "|",
+            f"{t}: {' else '.join(str(r or 'defaults') for r in requests)}" for t,
+            requests in REQUESTS.items()) + ".", "",
+        f"| models | tried | {' | '.join(REQUESTS)} | at least one | fails |",
+        "|---" * (len(REQUESTS) + 4) + "|",
     ]  # fmt: skip
     lines += [
         f"| {c['kind']} | {c['models']} | {' | '.join(str(c[t]) for t in REQUESTS)} | "
@@ -102,7 +124,9 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     lines += ["", "Without a place for low-rank changes or adapters, or failing:", ""]
     odd = [(r["model"], t, r[t]) for r in attached for t in REQUESTS if _notable(t, r[t])]
-    lines += [f"- {model}, {technique}: {_cell(why)}" for model, technique, why in odd] or ["- none"]
+    lines += [f"- {model}, {technique}: {_cell(why)}" for model, technique, why in odd] or [
+        "- none"
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -111,10 +135,14 @@ def _tools(rows: Sequence[dict[str, str]]) -> list[str]:
     columns = [k for k in rows[0] if k not in ("technique", "host")]
     lines = [
         "", "## Under the tools people train with", "",
-        "Each technique, with the first of its examples that fits the host: torch.compile (backend \"aot_eager\": captured and",
-        "differentiated as in any backend, not compiled to machine code; same outputs and gradients), torch.export (same",
-        "outputs), bf16 autocast (finite gradients), gradient checkpointing (same gradients), copy.deepcopy (alike, apart),",
-        "state_dict through pickle into a new model, and DistributedDataParallel on 2 CPU ranks (the mean of both).",
+        "Each technique, with the first of its examples that fits the host: torch.compile (backend "
+        "\"aot_eager\": captured and",
+        "differentiated as in any backend, not compiled to machine code; same outputs and "
+        "gradients), torch.export (same",
+        "outputs), bf16 autocast (finite gradients), gradient checkpointing (same gradients), "
+        "copy.deepcopy (alike, apart),",
+        "state_dict through pickle into a new model, and DistributedDataParallel on 2 CPU ranks "
+        "(the mean of both).",
         "",
         f"| technique | host | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|",
     ]  # fmt: skip
@@ -124,10 +152,18 @@ def _tools(rows: Sequence[dict[str, str]]) -> list[str]:
         f"| {row['technique']} | {row['host']} | {' | '.join(short[cell[0]] for cell in line)} |"
         for row, line in zip(rows, cells, strict=True)
     ]
-    why = {(row["technique"], row["host"], row[c]): c for row in rows for c in columns if row[c] != "works"}
+    why = {
+        (row["technique"], row["host"], row[c]): c
+        for row in rows
+        for c in columns
+        if row[c] != "works"
+    }
     lines += ["", "What does not work, and why:", ""]
     for (technique, host, reason), tool in why.items():
-        lines.append(f"- {technique} on {host}{f', {tool}' if reason.startswith('fails') else ''}: {_cell(reason)}")
+        lines.append(
+            f"- {technique} on {host}{f', {tool}' if reason.startswith('fails') else ''}: "
+            f"{_cell(reason)}"
+        )
     return lines if why else [*lines, "- nothing"]
 
 

@@ -1,4 +1,5 @@
-"""Attach without weights: has a model of timm a place for a technique? On the meta device, so memory does not matter."""
+"""Attach without weights: has a model of timm a place for a technique? On the meta device, so
+memory does not matter."""
 
 from __future__ import annotations
 
@@ -8,10 +9,10 @@ from typing import Any
 
 import torch
 
-from greenvis import registry
+from greenvis.core.technique import Technique
 from greenvis.errors import GreenvisError
-from greenvis.technique import Technique
-from greenvis.views import View, known, view
+from greenvis.models.structure import View, known, view
+from greenvis.techniques import registry
 
 # each technique's requests, tried in this order until one attaches
 REQUESTS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -22,22 +23,29 @@ REQUESTS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def sample(per_family: int | None, seed: int = 0) -> list[tuple[str, str]]:
-    """Return (family, model name) of timm's architectures: so many drawn from each family, or all for None."""
+    """Return (family, model name) of timm's architectures: so many drawn from each family, or all
+    for None."""
     import timm
     from timm.models import list_modules
 
     out = []
     for family in list_modules():
         names = sorted(timm.list_models(module=family))
-        drawn = names if per_family is None else random.Random(f"{seed} {family}").sample(names, min(per_family, len(names)))
+        drawn = (
+            names
+            if per_family is None
+            else random.Random(f"{seed} {family}").sample(names, min(per_family, len(names)))
+        )
         out += [(family, name) for name in sorted(drawn)]
     return out
 
 
 def attach(models: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Try every technique of REQUESTS on each classification model; models without a classifier are left out.
+    """Try every technique of REQUESTS on each classification model; models without a classifier are
+    left out.
 
-    A row: family, model, kind ("attention" or "convolution or MLP"), and by technique "attaches", or why not.
+    A row: family, model, kind ("attention" or "convolution or MLP"), and by technique "attaches",
+    or why not.
     """
     rows = []
     for family, name in models:
@@ -48,14 +56,17 @@ def attach(models: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
 
 
 def counts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return, by kind of model and for all: how many were tried, to how many each technique attaches, and at least one."""
+    """Return, by kind of model and for all: how many were tried, to how many each technique
+    attaches, and at least one."""
     out = []
     for kind in [*sorted({r["kind"] for r in rows}), "all"]:
         chosen = [r for r in rows if kind in (r["kind"], "all")]
         ok = {t: sum(r[t] == "attaches" for r in chosen) for t in REQUESTS}
         least = sum(any(r[t] == "attaches" for t in REQUESTS) for r in chosen)
         fails = sum(any(r[t].startswith("fails") for t in REQUESTS) for r in chosen)
-        out.append({"kind": kind, "models": len(chosen), **ok, "at least one": least, "fails": fails})
+        out.append(
+            {"kind": kind, "models": len(chosen), **ok, "at least one": least, "fails": fails}
+        )
     return out
 
 
@@ -64,7 +75,9 @@ def _row(name: str) -> dict[str, str] | None:
     if getattr(model, "num_classes", 0) < 1:
         return None
     found = view(model, probe=False)
-    tried = {t: [registry.find(t)(**request) for request in requests] for t, requests in REQUESTS.items()}
+    tried = {
+        t: [registry.find(t)(**request) for request in requests] for t, requests in REQUESTS.items()
+    }
     kind = "attention" if found.attention else "convolution or MLP"
     return {"kind": kind, **{t: _first(name, found, requests) for t, requests in tried.items()}}
 

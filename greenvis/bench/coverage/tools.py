@@ -1,7 +1,8 @@
-"""Wrapped models under the tools people train with: compiled, exported, autocast, checkpointed, copied, pickled, on two ranks.
+"""Wrapped models under the tools people train with: compiled, exported, autocast, checkpointed,
+copied, pickled, on two ranks.
 
-Each check takes a function that builds the same wrapped model anew, and raises `Broken` where the tool and the technique do
-not go together.
+Each check takes a function that builds the same wrapped model anew, and raises `Broken` where the
+tool and the technique do not go together.
 """
 
 from __future__ import annotations
@@ -22,20 +23,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from greenvis import registry
 from greenvis.bench._hosts import HOSTS
+from greenvis.core.technique import logits_of
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.technique import logits_of
+from greenvis.techniques import registry
 from greenvis.testing import Broken
-from greenvis.wrap import Wrapped, wrap
 
 ON = ("timm-vit", "timm-resnet")
 RANKS = 2
 Build = Callable[[], Wrapped]
 
 
-def table(techniques: Sequence[str], hosts: Sequence[str] = ON, tools: Sequence[str] | None = None) -> list[dict[str, str]]:
-    """Return a row for each technique and host: by tool "works", "fails: …", or "refuses: …" where the two do not fit."""
+def table(
+    techniques: Sequence[str], hosts: Sequence[str] = ON, tools: Sequence[str] | None = None
+) -> list[dict[str, str]]:
+    """Return a row for each technique and host: by tool "works", "fails: …", or "refuses: …" where
+    the two do not fit."""
     wanted = [*TOOLS, "DDP"] if tools is None else list(tools)
     pairs = [(technique, host) for technique in techniques for host in hosts]
     refused = {pair: _refusal(*pair) for pair in pairs}
@@ -44,13 +48,20 @@ def table(techniques: Sequence[str], hosts: Sequence[str] = ON, tools: Sequence[
     for pair in pairs:
         row = {"technique": pair[0], "host": pair[1]}
         for tool in wanted:
-            row[tool] = f"refuses: {refused[pair]}" if refused[pair] else ranks[pair] if tool == "DDP" else _try(tool, *pair)
+            row[tool] = (
+                f"refuses: {refused[pair]}"
+                if refused[pair]
+                else ranks[pair]
+                if tool == "DDP"
+                else _try(tool, *pair)
+            )
         rows.append(row)
     return rows
 
 
 def build(technique: str, host: str) -> Wrapped:
-    """Return a host with a technique live, with the first of its examples that fits; the same each time.
+    """Return a host with a technique live, with the first of its examples that fits; the same each
+    time.
 
     Raises BadInput, with the reason of the first, where none does.
     """
@@ -59,7 +70,10 @@ def build(technique: str, host: str) -> Wrapped:
         model = HOSTS[host].build()
         torch.manual_seed(2)
         try:
-            given = {k: v(model) if callable(v) and not isinstance(v, nn.Module) else v for k, v in example.items()}
+            given = {
+                k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
+                for k, v in example.items()
+            }
             live = wrap(model, kind(**given))
         except BadInput as error:
             refusal = refusal if i else error
@@ -87,7 +101,7 @@ def _try(tool: str, technique: str, host: str) -> str:
     return "works"
 
 
-# -- one process ------------------------------------------------------------------------------------------------------
+# -- one process ----------------------------------------------------------------------------------
 
 
 def compiled(new: Build, x: Tensor, y: Tensor) -> None:
@@ -135,18 +149,23 @@ def copied(new: Build, x: Tensor, y: Tensor) -> None:
     _same(_answers(other, other, x), want, 0)
     with torch.no_grad():
         for parameter in (p for p in other.parameters() if p.requires_grad):
-            parameter.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.add_(
+                0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
     _same(_answers(live.model, live.model, x), want, 0)
     if torch.equal(_answers(other, other, x), want):
         raise Broken("the copy's own parameters do not act on its outputs")
 
 
 def pickled(new: Build, x: Tensor, y: Tensor) -> None:
-    """state_dict through torch.save and torch.load(weights_only=True) into a new model: the same outputs."""
+    """state_dict through torch.save and torch.load(weights_only=True) into a new model: the same
+    outputs."""
     live, other = new(), new()
     with torch.no_grad():
         for parameter in (p for p in live.model.parameters() if p.requires_grad):
-            parameter.add_(0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)))
+            parameter.add_(
+                0.1 * torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0))
+            )
     file = io.BytesIO()
     torch.save(live.model.state_dict(), file)
     file.seek(0)
@@ -164,30 +183,36 @@ TOOLS: dict[str, Callable[[Build, Tensor, Tensor], None]] = {
 }
 
 
-# -- two processes ----------------------------------------------------------------------------------------------------
+# -- two processes --------------------------------------------------------------------------------
 
 
 def _ddp(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
-    """Train two steps on half of the batch each; rank 0 says of each pair whether the gradients are the means of both."""
+    """Train two steps on half of the batch each; rank 0 says of each pair whether the gradients are
+    the means of both."""
     if not pairs:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.pt"
-        torch.multiprocessing.spawn(_rank, (list(pairs), f"file://{folder}/meet", str(out)), nprocs=RANKS)  # type: ignore[attr-defined]
+        given = (list(pairs), f"file://{folder}/meet", str(out))
+        torch.multiprocessing.spawn(_rank, given, nprocs=RANKS)  # type: ignore[attr-defined]
         return torch.load(out, weights_only=True)
 
 
 def _rank(rank: int, pairs: list[tuple[str, str]], meet: str, out: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group(
+        "gloo", init_method=meet, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60)
+    )
     outcomes = {}
     for technique, host in pairs:
         try:
             _alike_on_ranks(rank, technique, host)
             outcomes[technique, host] = "works"
         except Exception as error:  # whatever is raised means: not with this
-            outcomes[technique, host] = f"fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            outcomes[technique, host] = (
+                f"fails: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            )
     if rank == 0:
         torch.save(outcomes, out)
     dist.destroy_process_group()
@@ -198,7 +223,9 @@ def _alike_on_ranks(rank: int, technique: str, host: str) -> None:
     model = DistributedDataParallel(live.model)
     halves = [(a, b) for a, b in zip(x.chunk(RANKS), y.chunk(RANKS), strict=True)]
     apart = [build(technique, host) for _ in halves]
-    _gradients(live, model, *halves[rank])  # DDP misses parameters without a gradient only at the second forward
+    _gradients(
+        live, model, *halves[rank]
+    )  # DDP misses parameters without a gradient only at the second forward
     got = _gradients(live, model, *halves[rank])
     for one, half in zip(apart, halves, strict=True):
         _gradients(one, one.model, *half)
@@ -206,7 +233,7 @@ def _alike_on_ranks(rank: int, technique: str, host: str) -> None:
     _same_gradients(got, {n: torch.stack([w[n] for w in want]).mean(0) for n in want[0]}, 1e-4)
 
 
-# -- means ------------------------------------------------------------------------------------------------------------
+# -- means ----------------------------------------------------------------------------------------
 
 
 def _gradients(live: Wrapped, model: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:

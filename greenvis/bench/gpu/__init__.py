@@ -1,7 +1,9 @@
-"""`greenvis bench gpu` (`make gpu`): what techniques save on a GPU, in under 8 minutes; without one, a rehearsal on tiny sizes.
+"""`greenvis bench gpu` (`make gpu`): what techniques save on a GPU, in under 8 minutes; without
+one, a rehearsal on tiny sizes.
 
-Cells run in order of importance, each in a file of its own under `cells/`: a run that is cut short goes on with the next cell
-when the same command is given again. All weights are random: what a technique costs in accuracy stands in other reports.
+Cells run in order of importance, each in a file of its own under `cells/`: a run that is cut short
+goes on with the next cell when the same command is given again. All weights are random: what a
+technique costs in accuracy stands in other reports.
 """
 
 from __future__ import annotations
@@ -14,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from greenvis import files
 from greenvis.bench.gpu import _counter, _page, _serving, _training
 from greenvis.bench.gpu._measure import Bench, NotMeasured
+from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
 from greenvis.meters.header import commit, cpu, versions
 
@@ -50,11 +52,13 @@ def run(
     look_s: float | None = None,
     rounds: int = 3,
 ) -> dict[str, Any]:
-    """Measure the cells and return {"rows": one per setting in brief, "device", "cells": all that was measured}.
+    """Measure the cells and return {"rows": one per setting in brief, "device", "cells": all that
+    was measured}.
 
     Args:
-        out: a folder (cells/*.json, results.json, report.md). Cells it holds of this device and these versions are not
-            measured again; those of a rehearsal are replaced by those of a GPU.
+        out: a folder (cells/*.json, results.json, report.md). Cells it holds of this device and
+            these versions are not measured again; those of a rehearsal are replaced by those of a
+            GPU.
         cells: names of those wanted; all without.
         budget_s: seconds; no cell is begun that would likely end later.
         look_s: seconds each setting works in each round; one on a GPU, a tenth in a rehearsal.
@@ -66,7 +70,9 @@ def run(
     names = [cell.name for cell in CELLS]
     for name in cells or ():
         if name not in names:
-            raise BadInput(f"unknown cell '{name}'{nearest(name, names)}; there are {some(names, len(names))}")
+            raise BadInput(
+                f"unknown cell '{name}'{nearest(name, names)}; there are {some(names, len(names))}"
+            )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     small = device.type == "cpu"
     described = _describe(device, small)
@@ -80,14 +86,19 @@ def run(
         if out is not None:
             _page.write(out, {"device": described, "cells": results})
     rows = [{"cell": r["cell"], **_page.brief(row)} for r in results for row in r["rows"]]
-    rows += [{"cell": r["cell"], "setting": f"not measured: {r['reason']}"} for r in results if r["reason"]]
+    rows += [
+        {"cell": r["cell"], "setting": f"not measured: {r['reason']}"}
+        for r in results
+        if r["reason"]
+    ]
     return {"rows": rows, "device": described, "cells": results}
 
 
 def _describe(device: torch.device, small: bool) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU (rehearsal)"
     return {
-        "name": name, "rehearsal": small, "cpu": cpu(), "cuda": torch.version.cuda if not small else None,
+        "name": name, "rehearsal": small, "cpu": cpu(),
+        "cuda": torch.version.cuda if not small else None,
         "versions": versions() | {"torch": torch.__version__}, "git": commit(Path.cwd()),
     }  # fmt: skip
 
@@ -97,13 +108,17 @@ def _refuse_other_device(out: Path | None, described: dict[str, Any]) -> None:
         other = json.loads(path.read_text())["device"]
         if other["name"] != described["name"] and not other["rehearsal"]:
             raise BadInput(
-                f"{out} holds figures of '{other['name']}', and this is '{described['name']}': give another folder "
+                f"{out} holds figures of '{other['name']}', and this is '{described['name']}': "
+                "give another folder "
                 "(--out), or delete that one"
             )
 
 
-def _cell(cell: Cell, bench: Bench, described: dict[str, Any], out: Path | None, left_s: float) -> dict[str, Any]:
-    """Return one cell's result: as it lies in `out`, or measured now. A cell that breaks does not take the others along."""
+def _cell(
+    cell: Cell, bench: Bench, described: dict[str, Any], out: Path | None, left_s: float
+) -> dict[str, Any]:
+    """Return one cell's result: as it lies in `out`, or measured now. A cell that breaks does not
+    take the others along."""
     path = None if out is None else out / "cells" / f"{cell.name}.json"
     if path is not None and path.exists():
         earlier = json.loads(path.read_text())
@@ -113,20 +128,29 @@ def _cell(cell: Cell, bench: Bench, described: dict[str, Any], out: Path | None,
     started, rows, reason = time.monotonic(), [], ""
     expected = 1.0 if bench.small else cell.seconds
     if left_s < expected:
-        reason = f"{left_s:.0f} s were left and it takes about {expected:.0f}; give the same command again"
+        reason = (
+            f"{left_s:.0f} s were left and it takes about {expected:.0f}; give the same command "
+            "again"
+        )
     else:
         try:
             rows = cell.rows(bench)
         except NotMeasured as why:
             reason = str(why)
-        except Exception as error:  # out of memory, a compiler that refuses, a library that is another there
+        except (
+            Exception
+        ) as error:  # out of memory, a compiler that refuses, a library that is another there
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
     said = {
-        "cell": cell.name, "about": (cell.rows.__doc__ or "").strip(), "device": described, "reason": reason,
+        "cell": cell.name, "about": (cell.rows.__doc__ or "").strip(), "device": described,
+        "reason": reason,
         "seconds": round(time.monotonic() - started, 1), "rows": rows,
     }  # fmt: skip
     if path is not None:
-        files.write(files.own_folder(path.parent, path.parent.parent) / path.name, json.dumps(said, indent=1) + "\n")
+        files.write(
+            files.own_folder(path.parent, path.parent.parent) / path.name,
+            json.dumps(said, indent=1) + "\n",
+        )
     return said

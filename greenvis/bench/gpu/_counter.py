@@ -1,7 +1,8 @@
-"""The cell that checks the meter itself: NVML's energy counter against its power readings, integrated over time.
+"""The cell that checks the meter itself: NVML's energy counter against its power readings,
+integrated over time.
 
-From Ampere on, what nvmlDeviceGetPowerUsage gives is an average over the last second: over a span of two it misses a third
-of the energy on an H200. The field of instant power does not.
+From Ampere on, what nvmlDeviceGetPowerUsage gives is an average over the last second: over a span
+of two it misses a third of the energy on an H200. The field of instant power does not.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ def _watts(handle: Any) -> float:
 
 
 def _integrate(readings: list[tuple[float, float]], seconds: float) -> float:
-    """Return the joules of (time, watts): trapezia, stretched to the span, whose ends lie outside the samples."""
+    """Return the joules of (time, watts): trapezia, stretched to the span, whose ends lie outside
+    the samples."""
     area = sum((t1 - t0) * (w0 + w1) / 2 for (t0, w0), (t1, w1) in pairwise(readings))
     return area * seconds / (readings[-1][0] - readings[0][0])
 
 
 def counter(bench: Bench) -> list[dict[str, Any]]:
-    """Joules of the counter and of integrated power, over three spans of matrix products and one of rest."""
+    """Joules of the counter and of integrated power, over three spans of matrix products and one of
+    rest."""
     if bench.device.type != "cuda" or torch.version.cuda is None:
         raise NotMeasured("no NVIDIA GPU here")
     import pynvml
@@ -54,10 +57,14 @@ def counter(bench: Bench) -> list[dict[str, Any]]:
         averaged: list[tuple[float, float]] = []
         halt = threading.Event()
 
-        def watch(instant: Any = instant, averaged: Any = averaged, halt: threading.Event = halt) -> None:
+        def watch(
+            instant: Any = instant, averaged: Any = averaged, halt: threading.Event = halt
+        ) -> None:
             while not halt.wait(SAMPLE_S):
                 instant.append((time.perf_counter(), _watts(handle)))
-                averaged.append((time.perf_counter(), pynvml.nvmlDeviceGetPowerUsage(handle) / 1000))
+                averaged.append(
+                    (time.perf_counter(), pynvml.nvmlDeviceGetPowerUsage(handle) / 1000)
+                )
 
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         started, thread = time.perf_counter(), threading.Thread(target=watch, daemon=True)
@@ -75,8 +82,10 @@ def counter(bench: Bench) -> list[dict[str, Any]]:
         thread.join()
         integrated = _integrate(instant, seconds)
         rows.append({
-            "setting": f"{'matrix products' if busy else 'rest'}, {span:g} s", "seconds": seconds, "gpu_j": joules,
-            "integrated_j": integrated, "ratio": joules / integrated, "averaged_ratio": joules / _integrate(averaged, seconds),
+            "setting": f"{'matrix products' if busy else 'rest'}, {span:g} s", "seconds": seconds,
+            "gpu_j": joules,
+            "integrated_j": integrated, "ratio": joules / integrated,
+            "averaged_ratio": joules / _integrate(averaged, seconds),
             "watts": joules / seconds,
         })  # fmt: skip
     return rows

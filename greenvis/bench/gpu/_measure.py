@@ -1,4 +1,5 @@
-"""Settings measured in turns: seconds and joules of one unit of work, on a GPU or, as a rehearsal, on a processor."""
+"""Settings measured in turns: seconds and joules of one unit of work, on a GPU or, as a rehearsal,
+on a processor."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from greenvis import price
+from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
 
 
@@ -23,8 +24,8 @@ class NotMeasured(Exception):
 class Bench:
     """Where a cell runs and how large it is.
 
-    device: the model's. small: the rehearsal's tiny sizes. look_s: seconds a setting works in each round. rounds: rounds
-    in which all settings take turns.
+    device: the model's. small: the rehearsal's tiny sizes. look_s: seconds a setting works in each
+    round. rounds: rounds in which all settings take turns.
     """
 
     device: torch.device
@@ -43,13 +44,17 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
 
-def measure(bench: Bench, arms: Mapping[str, tuple[Callable[[], Any], int]]) -> list[dict[str, Any]]:
-    """Return one row per setting: {"setting", "ms", "units_per_s", "gpu_j", "total_j", "speedup", "energy_ratio", "low",
+def measure(
+    bench: Bench, arms: Mapping[str, tuple[Callable[[], Any], int]]
+) -> list[dict[str, Any]]:
+    """Return one row per setting: {"setting", "ms", "units_per_s", "gpu_j", "total_j", "speedup",
+    "energy_ratio", "low",
     "high", "observed"}.
 
-    arms: by name, a call and how many units (images) it works on. Settings take turns in each round, in turned order every
-    other one; ms is per call, joules are per unit, medians over rounds; speedup and energy_ratio are medians of each round's
-    own ratio to the first setting; low and high are the range of that energy ratio (of the time's, where energy is not known).
+    arms: by name, a call and how many units (images) it works on. Settings take turns in each
+    round, in turned order every other one; ms is per call, joules are per unit, medians over
+    rounds; speedup and energy_ratio are medians of each round's own ratio to the first setting; low
+    and high are the range of that energy ratio (of the time's, where energy is not known).
     observed: what the meter saw in each round, from which other coefficients can price it.
     """
     calls = {name: _calls(bench, call) for name, (call, _) in arms.items()}
@@ -81,9 +86,9 @@ def _calls(bench: Bench, call: Callable[[], Any]) -> int:
 
 
 def _joules(bench: Bench, seen: Mapping[str, float]) -> dict[str, float | None]:
-    readings = price.energy(seen, bench.meter.components)
+    readings = pricing.energy(seen, bench.meter.components)
     gpu = readings.get("gpu")
-    total = price.add(readings.values()).value
+    total = pricing.add(readings.values()).value
     return {"gpu_j": gpu.value if gpu else None, "total_j": total}
 
 

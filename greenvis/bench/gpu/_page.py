@@ -7,16 +7,20 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from greenvis import files
+from greenvis.core import files
 
 FORMS = {
-    "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}", "speedup": "{:.2f}",
-    "energy_ratio": "{:.2f}", "range": "{}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}", "realised": "{:.2f}",
-    "peak_mb": "{:,.0f}", "trained": "{:,}", "seconds": "{:.2f}", "integrated_j": "{:.4g}", "ratio": "{:.3f}",
+    "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}",
+    "speedup": "{:.2f}",
+    "energy_ratio": "{:.2f}", "range": "{}", "gmacs": "{:.3g}", "macs_ratio": "{:.2f}",
+    "realised": "{:.2f}",
+    "peak_mb": "{:,.0f}", "trained": "{:,}", "seconds": "{:.2f}", "integrated_j": "{:.4g}",
+    "ratio": "{:.3f}",
     "averaged_ratio": "{:.3f}", "watts": "{:.0f}",
 }  # fmt: skip
 HEADS = {
-    "ms": "ms per call", "units_per_s": "images/s", "gpu_j": "GPU J", "total_j": "total J", "speedup": "times as fast",
+    "ms": "ms per call", "units_per_s": "images/s", "gpu_j": "GPU J", "total_j": "total J",
+    "speedup": "times as fast",
     "energy_ratio": "energy ×", "gmacs": "GMACs", "macs_ratio": "MACs ×", "peak_mb": "peak MB",
     "trained": "parameters trained", "integrated_j": "power × time, J", "ratio": "counter ÷ power",
     "averaged_ratio": "counter ÷ power averaged by the driver",
@@ -33,7 +37,10 @@ def brief(row: Mapping[str, Any]) -> dict[str, Any]:
         for k, v in row.items()
         if k not in ("high", "observed")
     }
-    return {HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value) for key, value in shown.items()}
+    return {
+        HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value)
+        for key, value in shown.items()
+    }
 
 
 def write(out: Path, result: Mapping[str, Any]) -> None:
@@ -48,16 +55,22 @@ def _markdown(result: Mapping[str, Any]) -> str:
     lines = [f"# What techniques save on a GPU: {device['name']}", ""]
     if device["rehearsal"]:
         lines += [
-            "**A rehearsal on a processor, with tiny sizes: no figure here says anything of a GPU.** It shows that the kit "
+            "**A rehearsal on a processor, with tiny sizes: no figure here says anything of a "
+            "GPU.** It shows that the kit "
             "runs. `make gpu` on a machine with a CUDA GPU measures.", "",
         ]  # fmt: skip
     seen = device["versions"]
     lines += [
-        f"`greenvis bench gpu`, torch {seen['torch']}, timm {seen.get('timm', '?')}, CUDA {device['cuda'] or 'none'}, "
-        f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs in accuracy stands in other "
-        "reports. Settings of a cell take turns; medians over rounds, ratios of what ran in the same round to the cell's first "
-        "setting of that model and batch; `range` is the least and the greatest energy ratio of a round. Joules are per image; "
-        "the total adds processor and memory (`greenvis doctor` says how) to the GPU's counter.", "",
+        f"`greenvis bench gpu`, torch {seen['torch']}, timm {seen.get('timm', '?')}, CUDA "
+        f"{device['cuda'] or 'none'}, "
+        f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs "
+        "in accuracy stands in other "
+        "reports. Settings of a cell take turns; medians over rounds, ratios of what ran in the "
+        "same round to the cell's first "
+        "setting of that model and batch; `range` is the least and the greatest energy ratio of a "
+        "round. Joules are per image; "
+        "the total adds processor and memory (`greenvis doctor` says how) to the GPU's counter.",
+        "",
     ]  # fmt: skip
     lines += _verdicts(result["cells"]) if not device["rehearsal"] else []
     for cell in result["cells"]:
@@ -69,7 +82,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
 
 
 def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return the first screen: what saved energy in each round, what cost more in each, and what the rounds do not decide."""
+    """Return the first screen: what saved energy in each round, what cost more in each, and what
+    the rounds do not decide."""
     groups: dict[str, list[str]] = {
         f"Saved more than {MARGIN:.0%} of the energy in each round": [],
         f"Cost more than {MARGIN:.0%} of it in each round": [],
@@ -83,10 +97,20 @@ def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
                 continue
             where = ", ".join(str(v) for v in (row.get("model"), f"batch {row['batch']}") if v)
             text = f"{cell['cell']}: {row['setting']} ({where}) ×{row['energy_ratio']:.2f}"
-            (saved if row["high"] < 1 - MARGIN else dearer if row["low"] > 1 + MARGIN else open_).append(text)
-    heading = ["## In brief", "", "Energy per image, against the first setting of the same model and batch.", ""]
+            (
+                saved if row["high"] < 1 - MARGIN else dearer if row["low"] > 1 + MARGIN else open_
+            ).append(text)
+    heading = [
+        "## In brief",
+        "",
+        "Energy per image, against the first setting of the same model and batch.",
+        "",
+    ]
     return heading + [
-        line for head, texts in groups.items() if texts for line in (f"**{head}**", "", *(f"- {t}" for t in texts), "")
+        line
+        for head, texts in groups.items()
+        if texts
+        for line in (f"**{head}**", "", *(f"- {t}" for t in texts), "")
     ]
 
 
@@ -95,4 +119,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         return []
     heads = list(dict.fromkeys(key for row in rows for key in row))
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return [*lines, *("| " + " | ".join(str(row.get(h, "–")) for h in heads) + " |" for row in rows), ""]
+    return [
+        *lines,
+        *("| " + " | ".join(str(row.get(h, "–")) for h in heads) + " |" for row in rows),
+        "",
+    ]

@@ -1,4 +1,5 @@
-"""Cells of serving: token merging, early exit and low precision against the unmodified model with its fused attention."""
+"""Cells of serving: token merging, early exit and low precision against the unmodified model with
+its fused attention."""
 
 from __future__ import annotations
 
@@ -9,19 +10,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis import models, registry
+from greenvis import models
 from greenvis.bench import _exiting
 from greenvis.bench.gpu._measure import Bench, NotMeasured, measure
+from greenvis.core.wrap import wrap
 from greenvis.meters import flops
-from greenvis.views import example_input
-from greenvis.wrap import wrap
+from greenvis.models.structure import example_input
+from greenvis.techniques import registry
 
-TINY: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+TINY: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 2,
+}
 PLAIN, NEVER = "unmodified", "never"
 
 
 def build(bench: Bench, ref: str, technique: str | None = None, **fields: Any) -> nn.Module:
-    """Return a model of this library reference in eval mode, bf16, on the device; tiny ones in a rehearsal."""
+    """Return a model of this library reference in eval mode, bf16, on the device; tiny ones in a
+    rehearsal."""
     options = TINY if bench.small else {}
     model = models.build(ref, **options).eval()
     if technique is not None:
@@ -35,7 +44,8 @@ def label(bench: Bench, ref: str) -> str:
 
 
 def images(bench: Bench, model: nn.Module, count: int) -> Tensor:
-    """Return random images (count, channels, height, width) in the model's precision, on its device."""
+    """Return random images (count, channels, height, width) in the model's precision, on its
+    device."""
     shape = example_input(model).shape[1:]
     generator = torch.Generator().manual_seed(0)
     weight = next(model.parameters())
@@ -56,7 +66,8 @@ PAPER = (("timm/vit_base_patch16_224", 13), ("timm/vit_large_patch16_224", 7))
 
 
 def tokens(bench: Bench) -> list[dict[str, Any]]:
-    """ViT-B/16 and ViT-L/16 with token merging at the r its authors give figures for (13 and 7; Bolya et al., 2023)."""
+    """ViT-B/16 and ViT-L/16 with token merging at the r its authors give figures for (13 and 7;
+    Bolya et al., 2023)."""
     return _tokens(bench, bench.pick(PAPER, ((PAPER[0][0], 2),)))
 
 
@@ -65,7 +76,9 @@ def tokens_compiled(bench: Bench) -> list[dict[str, Any]]:
     return _tokens(bench, bench.pick(PAPER[:1], ((PAPER[0][0], 2),)), compiled=True)
 
 
-def _tokens(bench: Bench, pairs: Sequence[tuple[str, int]], compiled: bool = False) -> list[dict[str, Any]]:
+def _tokens(
+    bench: Bench, pairs: Sequence[tuple[str, int]], compiled: bool = False
+) -> list[dict[str, Any]]:
     rows, batch = [], bench.pick(256, 4)
     for ref, r in pairs:
         plain, merged = build(bench, ref), build(bench, ref, "token_merge", r=r)
@@ -77,7 +90,13 @@ def _tokens(bench: Bench, pairs: Sequence[tuple[str, int]], compiled: bool = Fal
         arms = {PLAIN: (forward(plain, x), batch), f"merged, r {r}": (forward(merged, x), batch)}
         for row, count in zip(measure(bench, arms), macs, strict=True):
             rows.append(
-                {"model": label(bench, ref), "batch": batch, **row, "gmacs": count / 1e9, "macs_ratio": count / macs[0]}
+                {
+                    "model": label(bench, ref),
+                    "batch": batch,
+                    **row,
+                    "gmacs": count / 1e9,
+                    "macs_ratio": count / macs[0],
+                }
             )
     return rows
 
@@ -88,14 +107,18 @@ def _compile_blocks(model: nn.Module) -> None:
 
 
 def exits(bench: Bench) -> list[dict[str, Any]]:
-    """ViT-B/16 with three exits, where samples that are sure leave the batch, at several batch sizes."""
+    """ViT-B/16 with three exits, where samples that are sure leave the batch, at several batch
+    sizes."""
     ref, rows = "timm/vit_base_patch16_224", []
     plain, installed = _exiting.build_with_exits(ref, **(TINY if bench.small else {}))
     exiting: nn.Module = installed.exits.model
     for model in (plain, exiting):
         model.to(bench.device, torch.bfloat16)
     x = _exiting.images(bench.pick(512, 16), plain).to(bench.device, torch.bfloat16)
-    limits = {NEVER: [float("inf")] * len(_exiting.AT), **_exiting.thresholds(installed, x, (0.2, 0.4, 0.7))}
+    limits = {
+        NEVER: [float("inf")] * len(_exiting.AT),
+        **_exiting.thresholds(installed, x, (0.2, 0.4, 0.7)),
+    }
     whole = flops.count(plain, x[:1], cross_check=False).macs
     for batch in bench.pick((1, 8, 64, 512), (1, 8)):
         # one call serves the same images at each batch size, at batch 1 fewer of them
@@ -111,11 +134,21 @@ def exits(bench: Bench) -> list[dict[str, Any]]:
         for row in measure(bench, arms):
             share, energy = shares[row["setting"]], row["energy_ratio"]
             realised = (1 - energy) / (1 - share) if energy is not None and share < 0.95 else None
-            rows.append({"model": label(bench, ref), "batch": batch, **row, "macs_ratio": share, "realised": realised})
+            rows.append(
+                {
+                    "model": label(bench, ref),
+                    "batch": batch,
+                    **row,
+                    "macs_ratio": share,
+                    "realised": realised,
+                }
+            )
     return rows
 
 
-def _serve(model: nn.Module, parts: tuple[Tensor, ...], installed: Any, at: Any) -> Callable[[], None]:
+def _serve(
+    model: nn.Module, parts: tuple[Tensor, ...], installed: Any, at: Any
+) -> Callable[[], None]:
     def call() -> None:
         with torch.inference_mode(), nullcontext() if at is None else installed.at(at):
             for part in parts:

@@ -1,4 +1,5 @@
-"""Cells of training: ways to adapt ViT-B/16, a live and a kept teacher, and whether images arrive fast enough."""
+"""Cells of training: ways to adapt ViT-B/16, a live and a kept teacher, and whether images arrive
+fast enough."""
 
 from __future__ import annotations
 
@@ -12,17 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greenvis import models, registry
+from greenvis import models
 from greenvis.bench.gpu import _serving
 from greenvis.bench.gpu._measure import Bench, measure
-from greenvis.technique import Samples
-from greenvis.wrap import Wrapped, wrap
+from greenvis.core.technique import Samples
+from greenvis.core.wrap import Wrapped, wrap
+from greenvis.techniques import registry
 
 CLASSES = 10
 
 
 def tuning(bench: Bench) -> list[dict[str, Any]]:
-    """Full fine-tuning of ViT-B/16, LoRA, the last two blocks, and those two behind a prefix that is kept."""
+    """Full fine-tuning of ViT-B/16, LoRA, the last two blocks, and those two behind a prefix that
+    is kept."""
     partial = {"blocks": 2}
     ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "full": [],
@@ -35,7 +38,8 @@ def tuning(bench: Bench) -> list[dict[str, Any]]:
 
 
 def teacher(bench: Bench) -> list[dict[str, Any]]:
-    """ViT-S/16 as a student: without a teacher, with ViT-L/16 asked at each step, and with its answers kept."""
+    """ViT-S/16 as a student: without a teacher, with ViT-L/16 asked at each step, and with its
+    answers kept."""
     model = _network(bench, "timm/vit_large_patch16_224").eval()
     ways = {
         "no teacher": [],
@@ -47,23 +51,32 @@ def teacher(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _network(bench: Bench, ref: str) -> nn.Module:
-    return models.build(ref, num_classes=CLASSES, **(_serving.TINY if bench.small else {})).to(bench.device)
+    return models.build(ref, num_classes=CLASSES, **(_serving.TINY if bench.small else {})).to(
+        bench.device
+    )
 
 
-def _steps(bench: Bench, ref: str, ways: dict[str, list[tuple[str, dict[str, Any]]]], folder: Path) -> list[dict[str, Any]]:
-    """Return a row per way to train: joules per image of a step, and the allocator's peak above what was there before."""
+def _steps(
+    bench: Bench, ref: str, ways: dict[str, list[tuple[str, dict[str, Any]]]], folder: Path
+) -> list[dict[str, Any]]:
+    """Return a row per way to train: joules per image of a step, and the allocator's peak above
+    what was there before."""
     batch = bench.pick(64, 4)
     arms, peaks, learning = {}, {}, {}
     x = _serving.images(bench, _network(bench, ref), batch)
     y = torch.arange(batch, device=bench.device) % CLASSES
     for name, techniques in ways.items():
         before = _allocated(bench)
-        live = wrap(_network(bench, ref), [registry.find(t).model_validate(f) for t, f in techniques])
+        live = wrap(
+            _network(bench, ref), [registry.find(t).model_validate(f) for t, f in techniques]
+        )
         call = _step(live, x, y, folder)
         call()  # fills what is kept
         _reset(bench)
         call()
-        peaks[name] = None if before is None else (_allocated(bench, peak=True) or 0) / 1e6 - before / 1e6
+        peaks[name] = (
+            None if before is None else (_allocated(bench, peak=True) or 0) / 1e6 - before / 1e6
+        )
         learning[name] = sum(p.numel() for p in live.trainable.values())
         arms[name] = (call, batch)
     return [
@@ -110,7 +123,8 @@ def _reset(bench: Bench) -> None:
 
 
 def pipeline(bench: Bench) -> list[dict[str, Any]]:
-    """JPEG files (500 x 375) to batches of 224 pixels on the device, by number of workers; first, what ViT-B/16 serves."""
+    """JPEG files (500 x 375) to batches of 224 pixels on the device, by number of workers; first,
+    what ViT-B/16 serves."""
     from PIL import Image
     from torch.utils.data import DataLoader
     from torchvision import datasets
@@ -120,13 +134,17 @@ def pipeline(bench: Bench) -> list[dict[str, Any]]:
     model = _serving.build(bench, "timm/vit_base_patch16_224")
     ready = _serving.images(bench, model, batch)
     size = ready.shape[-1]
-    change = v2.Compose([v2.ToImage(), v2.RandomResizedCrop(size), v2.ToDtype(torch.float32, scale=True)])
+    change = v2.Compose(
+        [v2.ToImage(), v2.RandomResizedCrop(size), v2.ToDtype(torch.float32, scale=True)]
+    )
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "all").mkdir()
         generator = np.random.default_rng(0)
         for i in range(count):
             coarse = generator.integers(0, 255, (12, 16, 3), dtype=np.uint8)
-            Image.fromarray(coarse).resize((500, 375)).save(Path(folder) / "all" / f"{i}.jpg", quality=90)
+            Image.fromarray(coarse).resize((500, 375)).save(
+                Path(folder) / "all" / f"{i}.jpg", quality=90
+            )
         files = datasets.ImageFolder(folder, change)
 
         def served() -> None:
@@ -136,7 +154,9 @@ def pipeline(bench: Bench) -> list[dict[str, Any]]:
 
         def loaded(workers: int) -> Callable[[], None]:
             more: dict[str, Any] = {"persistent_workers": True} if workers else {}
-            loader = DataLoader(files, batch, num_workers=workers, pin_memory=bench.device.type == "cuda", **more)
+            loader = DataLoader(
+                files, batch, num_workers=workers, pin_memory=bench.device.type == "cuda", **more
+            )
 
             def call() -> None:
                 for x, _ in loader:
@@ -146,5 +166,7 @@ def pipeline(bench: Bench) -> list[dict[str, Any]]:
             return call
 
         arms = {"ViT-B/16 serves": (served, count)}
-        arms |= {f"loading, {n} workers": (loaded(n), count) for n in bench.pick((0, 4, 8, 16), (0, 1))}
+        arms |= {
+            f"loading, {n} workers": (loaded(n), count) for n in bench.pick((0, 4, 8, 16), (0, 1))
+        }
         return [{"batch": batch, **row} for row in measure(bench, arms)]

@@ -1,4 +1,5 @@
-"""`greenvis bench meter`: our meter beside codecarbon's, on the same work, in real processes. Minutes on two cores."""
+"""`greenvis bench meter`: our meter beside codecarbon's, on the same work, in real processes.
+Minutes on two cores."""
 
 from __future__ import annotations
 
@@ -8,12 +9,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from greenvis import files, price
 from greenvis.bench.meter import scenes
+from greenvis.core import files
+from greenvis.meters import pricing as price
 from greenvis.meters.header import cpu
 
 SCENES = (
-    scenes.start, scenes.idle, scenes.phase, scenes.neighbours, scenes.accounted, scenes.killed, scenes.endings,
+    scenes.start, scenes.idle, scenes.phase, scenes.neighbours, scenes.accounted, scenes.killed,
+    scenes.endings,
     scenes.writers, scenes.child,
 )  # fmt: skip
 
@@ -25,7 +28,10 @@ def run(out: Path | None = None) -> dict[str, Any]:
     """
     started = time.monotonic()
     rows = [row() for row in SCENES]
-    from greenvis.bench.meter.reference import flops_cost, flops_error  # imports torch: after the scenes of small processes
+    from greenvis.bench.meter.reference import (
+        flops_cost,
+        flops_error,
+    )  # imports torch: after the scenes of small processes
 
     rows += [flops_error(), flops_cost()]
     result = {"rows": rows, "machine": _machine(), "seconds": round(time.monotonic() - started)}
@@ -48,14 +54,20 @@ def _markdown(result: dict[str, Any]) -> str:
     m = result["machine"]
     lines = [
         "# Meter: greenvis beside codecarbon", "",
-        f"`greenvis bench meter --out reports/bench-meter`, {result['seconds']} s on {m['cpu']['allowed']} logical CPUs "
-        f"({'virtual' if m['cpu']['virtual'] else 'bare'} machine), codecarbon {m['codecarbon']}, torch {m['torch']}, "
+        f"`greenvis bench meter --out reports/bench-meter`, {result['seconds']} s on "
+        f"{m['cpu']['allowed']} logical CPUs "
+        f"({'virtual' if m['cpu']['virtual'] else 'bare'} machine), codecarbon {m['codecarbon']}, "
+        f"torch {m['torch']}, "
         f"fvcore {m['fvcore']}. Other guests share the machine: read ratios.", "",
         "| quantity | codecarbon | greenvis | target | met |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [
-        f"| {r['quantity']} | {r['codecarbon']} | {r['ours']} | {r['target']} | {'yes' if r['met'] else 'NO'} |"
+        f"| {r['quantity']} | {r['codecarbon']} | {r['ours']} | {r['target']} | "
+        f"{'yes' if r['met'] else 'NO'} |"
         for r in result["rows"]
     ]
     models = [f"- {m}" for r in result["rows"] for m in r.get("models", [])]
-    return "\n".join([*lines, "", "Forward of one 224 × 224 image, both counters:", "", *models]) + "\n"
+    return (
+        "\n".join([*lines, "", "Forward of one 224 × 224 image, both counters:", "", *models])
+        + "\n"
+    )

@@ -34,12 +34,15 @@ def _hugging_face(model: str, config: str, **options: Any) -> Callable[[], nn.Mo
     return build
 
 
-# MACs of one 224 × 224 image, by the papers' own convention (products of convolutions, linear layers and attention).
+# MACs of one 224 × 224 image, by the papers' own convention (products of convolutions, linear
+# layers and
+# attention).
 REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-50": (_timm("resnet50"), 4_089_184_256),
     "ViT-B/16 (timm)": (_timm("vit_base_patch16_224"), 17_563_828_224),
     "ViT-B/16 (torchvision)": (_make("torchvision.models", "vit_b_16"), 17_563_828_224),
-    "ViT-B/16 (transformers)": (_hugging_face("ViTForImageClassification", "ViTConfig", num_labels=1000), 17_563_828_224),
+    "ViT-B/16 (transformers)": (_hugging_face("ViTForImageClassification", "ViTConfig",
+    num_labels=1000), 17_563_828_224),
     "Swin-T": (_timm("swin_tiny_patch4_window7_224"), 4_490_566_656),
     "DeiT-Ti": (_timm("deit_tiny_patch16_224"), 1_253_683_200),
     "ConvNeXt-T": (_timm("convnext_tiny"), 4_455_531_264),
@@ -47,16 +50,22 @@ REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "EfficientNet-B0": (_timm("efficientnet_b0"), 385_814_752),
     "Swin-T (torchvision)": (_make("torchvision.models", "swin_t"), 4_490_566_656),
     "CLIP B/16 image tower": (
-        _hugging_face("CLIPVisionModelWithProjection", "CLIPVisionConfig", patch_size=16, projection_dim=512), 17_563_453_440,
+        _hugging_face("CLIPVisionModelWithProjection", "CLIPVisionConfig", patch_size=16,
+        projection_dim=512), 17_563_453_440,
     ),
 }  # fmt: skip
 
 
-AS_THEY_ARE = ("ViT-B/16 (torchvision)", "MobileNetV3-L", "EfficientNet-B0")  # peers run in full: only their worst cases
+AS_THEY_ARE = (
+    "ViT-B/16 (torchvision)",
+    "MobileNetV3-L",
+    "EfficientNet-B0",
+)  # peers run in full: only their worst cases
 
 
 def flops_error() -> dict[str, Any]:
-    """Return the row of the largest departures from the reference: fvcore and FlopCounterMode as they are, and ours."""
+    """Return the row of the largest departures from the reference: fvcore and FlopCounterMode as
+    they are, and ours."""
     ours, peers, models = [0.0], [0.0], []
     for name, (build, macs) in REFERENCE.items():
         with torch.device("meta"):
@@ -69,8 +78,10 @@ def flops_error() -> dict[str, Any]:
     worst = max(abs(e) for e in ours)
     span = f"{min(peers):+.0%} … {max(peers):+.0%}"
     return {
-        "quantity": f"FLOPs error on {len(REFERENCE)} models, two counters", "target": "≤ 0.1 %", "met": worst <= 1e-3,
-        "codecarbon": f"none; fvcore and FlopCounterMode as they are {span}", "ours": f"{worst:.3%}", "models": models,
+        "quantity": f"FLOPs error on {len(REFERENCE)} models, two counters", "target": "≤ 0.1 %",
+        "met": worst <= 1e-3,
+        "codecarbon": f"none; fvcore and FlopCounterMode as they are {span}",
+        "ours": f"{worst:.3%}", "models": models,
     }  # fmt: skip
 
 
@@ -90,7 +101,11 @@ def _as_they_are(model: nn.Module) -> list[float]:
     out = [mode.get_total_flops() / 2]
     try:
         with redirect_stderr(io.StringIO()), torch.no_grad():
-            analysis = FlopCountAnalysis(model, x).unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+            analysis = (
+                FlopCountAnalysis(model, x)
+                .unsupported_ops_warnings(False)
+                .uncalled_modules_warnings(False)
+            )
             out.append(float(analysis.tracer_warnings("none").total()))
     except RuntimeError:  # it cannot trace a model that returns a dict of optional parts
         pass
@@ -98,14 +113,18 @@ def _as_they_are(model: nn.Module) -> list[float]:
 
 
 def flops_cost() -> dict[str, Any]:
-    """Return the row of what counting costs a minute of training ViT-Ti at 64 px, against FlopCounterMode on every step.
+    """Return the row of what counting costs a minute of training ViT-Ti at 64 px, against
+    FlopCounterMode on every step.
 
-    Reckoned: counted steps × (their time − a plain step's) + the other steps × a look-up. A small model is the worst case:
-    counting costs by operator, whatever their size.
+    Reckoned: counted steps × (their time − a plain step's) + the other steps × a look-up. A small
+    model is the worst case: counting costs by operator, whatever their size.
     """
     timm, threads = importlib.import_module("timm"), torch.get_num_threads()
     torch.set_num_threads(1)
-    model, x = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).train(), torch.randn(8, 3, 64, 64)
+    model, x = (
+        timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).train(),
+        torch.randn(8, 3, 64, 64),
+    )
 
     def step() -> None:
         model(x).sum().backward()
@@ -118,7 +137,9 @@ def flops_cost() -> dict[str, Any]:
         return counted
 
     try:
-        plain, ours, theirs = _best(step, under(FlopMode), under(lambda: FlopCounterMode(display=False)))
+        plain, ours, theirs = _best(
+            step, under(FlopMode), under(lambda: FlopCounterMode(display=False))
+        )
         lookup = _lookup_s(model, x)
     finally:
         torch.set_num_threads(threads)
@@ -129,10 +150,12 @@ def flops_cost() -> dict[str, Any]:
     share = (looks * (ours - plain) + per_minute * lookup) / 60
     again = (ours - plain) / 60  # the first step of each further epoch is counted, too
     return {
-        "quantity": "cost of FLOPs counting, of a minute's training in one epoch, reckoned from single steps",
+        "quantity": "cost of FLOPs counting, of a minute's training in one epoch, reckoned from "
+                    "single steps",
         "target": "< 0.1 %", "met": share < 1e-3,
         "codecarbon": f"none; FlopCounterMode on every step {(theirs - plain) / plain:.0%}",
-        "ours": f"{share:.3%} ({looks} counted steps of {per_minute:.0f}, {lookup * 1e6:.1f} µs each other step); "
+        "ours": f"{share:.3%} ({looks} counted steps of {per_minute:.0f}, {lookup * 1e6:.1f} µs "
+                "each other step); "
         f"{again:.3%} more for each further epoch",
     }  # fmt: skip
 
@@ -153,7 +176,8 @@ def _lookup_s(model: nn.Module, x: torch.Tensor, n: int = 2000) -> float:
 
 
 def _best(*steps: Callable[[], None], n: int = 9) -> list[float]:
-    """Return each step's least CPU-seconds, taken in turn so that the machine's moods meet all of them."""
+    """Return each step's least CPU-seconds, taken in turn so that the machine's moods meet all of
+    them."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(n):
         for step, its in zip(steps, times, strict=True):

@@ -1,4 +1,5 @@
-"""The benchmark's scenes: each runs real processes and returns one row, codecarbon's figure beside ours and the target."""
+"""The benchmark's scenes: each runs real processes and returns one row, codecarbon's figure beside
+ours and the target."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from greenvis import record
+from greenvis.meters import record
 
 BURN = """
 import json, os, signal, subprocess, sys, time
@@ -46,32 +47,51 @@ def start() -> dict[str, Any]:
     peer = _times(PEER + "peer(save_to_file=False).start()", 2)
     middle = statistics.median(ours) * 1000
     return _row(
-        "import + start, fresh process", f"{min(peer):.1f} s", f"{middle:.0f} ms (best of {len(ours)}: {min(ours) * 1000:.0f})",
+        "import + start, fresh process", f"{min(peer):.1f} s", f"{middle:.0f} ms (best of "
+                                                               f"{len(ours)}: "
+                                                               f"{min(ours) * 1000:.0f})",
         "< 50 ms", middle < 50,
     )  # fmt: skip
 
 
 def _times(body: str, n: int) -> list[float]:
-    code = "import time; a = time.perf_counter()\n" + body + "\nb = time.perf_counter(); import json; print(json.dumps(b - a))"
+    code = (
+        "import time; a = time.perf_counter()\n"
+        + body
+        + "\nb = time.perf_counter(); import json; print(json.dumps(b - a))"
+    )
     return [_python(code)[0] for _ in range(n)]
 
 
 def idle() -> dict[str, Any]:
     """CPU a tracker uses beside a sleeping program."""
-    body = "\nburn(0.1); a = time.process_time(); time.sleep(12); print(json.dumps((time.process_time() - a) / 12 * 100))"
+    body = (
+        "\nburn(0.1); a = time.process_time(); time.sleep(12); "
+        "print(json.dumps((time.process_time() - a) / 12 * 100))"
+    )
     ours = _python(BURN + OURS + "gv.track('t').start()" + body)[0]
-    peer = _python(BURN + PEER + "peer(measure_power_secs=1, tracking_mode='process', save_to_file=False).start()" + body)[0]
-    return _row("idle cost at 1 Hz, of one core", f"{peer:.2f} %", f"{ours:.3f} %", "< 0.1 %", ours < 0.1)
+    peer = _python(
+        BURN
+        + PEER
+        + "peer(measure_power_secs=1, tracking_mode='process', save_to_file=False).start()"
+        + body
+    )[0]
+    return _row(
+        "idle cost at 1 Hz, of one core", f"{peer:.2f} %", f"{ours:.3f} %", "< 0.1 %", ours < 0.1
+    )
 
 
 def phase() -> dict[str, Any]:
     """Time of one phase, 5000 times over; codecarbon's tasks are its phases."""
     ours = _python(
         BURN + OURS + "run = gv.track('t').start()\nn = 5000; a = time.perf_counter()\n"
-        "for i in range(n):\n  with run.phase('p'): pass\nprint(json.dumps((time.perf_counter() - a) / n * 1000))"
+        "for i in range(n):\n  with run.phase('p'): pass\nprint(json.dumps((time.perf_counter() - "
+        "a) / n * 1000))"
     )[0]
     peer = _python(
-        BURN + PEER + "t = peer(measure_power_secs=15, tracking_mode='process', save_to_file=False); n = 100\n"
+        BURN
+        + PEER
+        + "t = peer(measure_power_secs=15, tracking_mode='process', save_to_file=False); n = 100\n"
         "a = time.perf_counter()\nfor i in range(n): t.start_task(str(i)); t.stop_task()\n"
         "print(json.dumps((time.perf_counter() - a) / n * 1000))"
     )[0]
@@ -80,11 +100,17 @@ def phase() -> dict[str, Any]:
 
 def neighbours() -> dict[str, Any]:
     """Energy of the same work beside busy neighbours over that without them."""
-    go = "print(json.dumps('ready'), flush=True); sys.stdin.readline()\n"  # neighbours come when the imports are done
-    ours = BURN + OURS + f"work(5000)\n{go}with gv.track('t') as run: work({WORK})\nprint(json.dumps(run.energy().value))"
+    # neighbours come when the imports are
+    # done
+    go = "print(json.dumps('ready'), flush=True); sys.stdin.readline()\n"
+    ours = (
+        BURN + OURS + f"work(5000)\n{go}with gv.track('t') as run: "
+        f"work({WORK})\nprint(json.dumps(run.energy().value))"
+    )
     peer = BURN + PEER + (
         f"t = peer(measure_power_secs=1, tracking_mode='MODE', save_to_file=False)\n{go}"
-        f"t.start(); work({WORK}); t.stop(); print(json.dumps(t.final_emissions_data.energy_consumed * 3.6e6))"
+        f"t.start(); work({WORK}); t.stop(); "
+        "print(json.dumps(t.final_emissions_data.energy_consumed * 3.6e6))"
     )  # fmt: skip
     scenes: dict[str, Callable[[int], float]] = {
         "ours": lambda n: statistics.median(_beside(ours, n) for _ in range(3)),
@@ -94,13 +120,15 @@ def neighbours() -> dict[str, Any]:
     alone, beside = ({name: scene(n) for name, scene in scenes.items()} for n in (0, NEIGHBOURS))
     ratio = {name: beside[name] / alone[name] for name in scenes}
     return _row(
-        f"same work, 0 → {NEIGHBOURS} neighbours", f"{ratio['machine']:.1f} × (process mode {ratio['process']:.1f} ×)",
+        f"same work, 0 → {NEIGHBOURS} neighbours", f"{ratio['machine']:.1f} × (process mode "
+                                                   f"{ratio['process']:.1f} ×)",
         f"{ratio['ours']:.2f} ×", "≤ 1.25 ×", ratio["ours"] <= 1.25,
     )  # fmt: skip
 
 
 def accounted() -> dict[str, Any]:
-    """Ours: wall time in phases over what passed; codecarbon: CPU-seconds it priced over those used, at 0.2 and 15 s."""
+    """Ours: wall time in phases over what passed; codecarbon: CPU-seconds it priced over those
+    used, at 0.2 and 15 s."""
     ours = _python(
         BURN + OURS + "with gv.track('t') as run:\n  a = time.perf_counter()\n"
         "  for i in range(300):\n    with run.phase('a'), run.phase(str(i % 7)): burn(0.01)\n"
@@ -110,25 +138,37 @@ def accounted() -> dict[str, Any]:
     peers = []
     for interval in (0.2, 15):
         code = (
-            BURN + PEER + f"t = peer(measure_power_secs={interval}, tracking_mode='process', save_to_file=False)\n"
+            BURN + PEER + f"t = peer(measure_power_secs={interval}, tracking_mode='process', "
+            "save_to_file=False)\n"
             "t.start(); a = time.process_time(); burn(3); b = time.process_time() - a; t.stop()\n"
             f"print(json.dumps(t.final_emissions_data.cpu_energy * 3.6e6 / {PEER_W} / b))"
         )
         peers.append(_python(code)[0])
     ratio = inside / ours[0]
     text = f"{min(peers):.2f}–{max(peers):.2f} (CPU time)"
-    return _row("accounted ÷ actual time", text, f"{ratio:.4f}", "1 ± 0.005", abs(ratio - 1) <= 0.005)
+    return _row(
+        "accounted ÷ actual time", text, f"{ratio:.4f}", "1 ± 0.005", abs(ratio - 1) <= 0.005
+    )
 
 
 def killed() -> dict[str, Any]:
     """What a kill -9 leaves."""
     with tempfile.TemporaryDirectory() as folder:
-        body = "print(json.dumps('up'), flush=True); time.sleep(3.5); os.kill(os.getpid(), signal.SIGKILL)"
+        body = (
+            "print(json.dumps('up'), flush=True); time.sleep(3.5); os.kill(os.getpid(), "
+            "signal.SIGKILL)"
+        )
         _python(BURN + OURS + "gv.track('t').start(); " + body, cwd=folder)
         kept = _only(folder).sum("wall_s") or 0.0
         _python(BURN + PEER + "peer(measure_power_secs=1).start(); " + body, cwd=folder)
         rows = _csv_rows(folder)
-    return _row("killed after 3.5 s", f"{rows} rows kept", f"{kept:.2f} s kept", "≤ one sample lost", kept >= 2.4)
+    return _row(
+        "killed after 3.5 s",
+        f"{rows} rows kept",
+        f"{kept:.2f} s kept",
+        "≤ one sample lost",
+        kept >= 2.4,
+    )
 
 
 ENDINGS = {  # (inside of `with`, what ends the run)
@@ -185,8 +225,12 @@ def writers() -> dict[str, Any]:
 
     with tempfile.TemporaryDirectory() as folder:
         closing_together(BURN + OURS + "run = gv.track('t').start()WAITrun.stop()", folder)
-        ours = sum(1 for p in record.find([Path(folder) / "runs"]) if record.read(p).status == "done")
-        closing_together(BURN + PEER + "t = peer(allow_multiple_runs=True); t.start()WAITt.stop()", folder)
+        ours = sum(
+            1 for p in record.find([Path(folder) / "runs"]) if record.read(p).status == "done"
+        )
+        closing_together(
+            BURN + PEER + "t = peer(allow_multiple_runs=True); t.start()WAITt.stop()", folder
+        )
         peers = _csv_rows(folder)
     return _row("six writers at once", f"{peers} rows kept", f"{ours} kept", "6", ours == 6)
 
@@ -195,24 +239,34 @@ def child() -> dict[str, Any]:
     """CPU-seconds seen of a child that lived between two samples."""
     child = "subprocess.run([sys.executable, '-c', " + repr(BURN + "burn(3)") + "])"
     ours = _python(
-        BURN + OURS + f"run = gv.track('t', interval_s=60).start(); {child}; run.stop(); print(json.dumps(str(run.path)))"
+        BURN + OURS + f"run = gv.track('t', interval_s=60).start(); {child}; run.stop(); "
+        "print(json.dumps(str(run.path)))"
     )[0]
     seen = (record.read(ours).sum("cpu_s") or 0.0) / 3
     peer = _python(
         BURN
         + PEER
-        + f"t = peer(measure_power_secs=15, tracking_mode='process', save_to_file=False); t.start(); {child}; t.stop()\n"
+        + "t = peer(measure_power_secs=15, tracking_mode='process', save_to_file=False); "
+        f"t.start(); {child}; t.stop()\n"
         f"print(json.dumps(t.final_emissions_data.cpu_energy * 3.6e6 / {PEER_W} / 3))"
     )[0]
     text = f"{seen:.1%}, its interpreter's start included"
-    return _row("child of 3 CPU-s that ends between samples", f"{peer:.0%} seen", text, "≥ 99 %, once", 0.99 <= seen <= 1.1)
+    return _row(
+        "child of 3 CPU-s that ends between samples",
+        f"{peer:.0%} seen",
+        text,
+        "≥ 99 %, once",
+        0.99 <= seen <= 1.1,
+    )
 
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="greenvis-bench-")
 
 
 def _start_python(code: str, cwd: str | None = None) -> subprocess.Popen[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "GREENVIS_RUN"} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k != "GREENVIS_RUN"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     return subprocess.Popen(
         [sys.executable, "-c", code], cwd=cwd or _FOLDER.name, text=True, env=environment,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
@@ -226,7 +280,8 @@ def _python(code: str, cwd: str | None = None) -> list[Any]:
 
 
 def _beside(code: str, n: int) -> float:
-    """Run code to its "ready", start `n` busy neighbours, let it go on, and return the number it printed."""
+    """Run code to its "ready", start `n` busy neighbours, let it go on, and return the number it
+    printed."""
     process = _start_python(code)
     assert process.stdout is not None
     process.stdout.readline()

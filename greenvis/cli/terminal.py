@@ -1,0 +1,139 @@
+"""What commands share: how an answer is shown in a terminal, and options that several of them
+take."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from greenvis.core import files, yamlfile
+from greenvis.errors import BadInput, one_line, printable
+
+Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
+MOST_COLUMNS = 16  # of a table in a terminal
+WIDE = 200  # characters of a line that no terminal shows
+
+
+def reported(page: Path) -> Answer:
+    """Return the results of a report that was just written, and what shows them as a table."""
+    results = files.read_json(page.parent / "results.json", "results", 256 * 2**20)
+
+    def show() -> None:
+        from rich.text import Text
+
+        from greenvis.report import table
+
+        console().print(table(results))
+        console().print(Text.assemble("report: ", (one_line(page), "bold")), soft_wrap=True)
+
+    return {"report": str(page), "results": results}, show
+
+
+def left_by(text: str, runs: str) -> str:
+    """Return the folder of the model that a run left, by its id in `runs` as `greenvis ls` shows
+    it; a path as it is.
+
+    Raises BadInput where the run left none, or another run's came after it.
+    """
+    from greenvis.meters import record
+
+    run = None if os.path.exists(text) else record.by_id(text, runs)
+    if run is None:
+        return record.named(text, runs)
+    folder = run[1][0].parent
+    done = folder / "done.json"
+    mark = files.read_json(done, "mark of a finished run") if done.is_file() else {}
+    left = mark.get("run") if isinstance(mark, dict) else None
+    if left != run[0]:
+        raise BadInput(
+            f"run {run[0]} left no model; {folder} holds "
+            + (f"that of run {left}" if left else "none")
+        )
+    return str(folder)
+
+
+def options(args: Any) -> dict[str, Any]:
+    """Return the model options given on the command line."""
+    options = {
+        k: getattr(args, k)
+        for k in ("img_size", "in_chans", "num_classes")
+        if getattr(args, k, None) is not None
+    }
+    for text in args.option:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
+        options[key] = yamlfile.parse(value, f"--option {key[:80]}")
+    return options
+
+
+def console() -> Any:
+    """Return the terminal; what goes to a file or another program is not folded to 80 columns,
+    unless COLUMNS says so."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() or os.environ.get("COLUMNS") else WIDE)
+
+
+def say(text: str) -> None:
+    """Tell how far the work has come, beside the answer."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def write(text: object) -> None:
+    """Print a line of an answer; names in it, from files of any origin, change neither the terminal
+    nor other lines."""
+    print(one_line(text))
+
+
+def write_block(text: str) -> None:
+    """Print a text of several lines, such as a recipe or Markdown."""
+    print(printable(text).rstrip("\n"))
+
+
+def message(error: object) -> str:
+    """Return what went wrong as the terminal gets it; lines after the first are indented: none can
+    look like ours."""
+    return f"greenvis: {printable(str(error))}".replace("\n", "\n  ")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Return JSON for programs, in which a terminal that shows it finds no control character
+    either."""
+    text = json.dumps(value, indent=indent, default=str, ensure_ascii=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+
+def teller(args: Any) -> Callable[[str], None]:
+    """Return what tells how the work goes on: `say`, and nothing where the answer is for
+    programs."""
+    return (lambda text: None) if args.json else say
+
+
+def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
+    """Print rows as a table, or in a line where they have more columns than a terminal shows."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    if len(columns) > MOST_COLUMNS:
+        return write(
+            f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has "
+            "them, --out a report"
+        )
+    for column in columns:
+        copied = (
+            column == "run"
+        )  # a name to copy stays on one line; words are where a heading breaks
+        table.add_column(Text(one_line(column.replace("_", " "))), overflow="fold", no_wrap=copied)
+    for row in rows:
+        table.add_row(*(Text("" if row.get(c) is None else one_line(row[c])) for c in columns))
+    console().print(table)

@@ -1,0 +1,2 @@
+"""How a technique goes on a model and off again: requests, live changes, wrapping, surgery,
+processes."""

@@ -1,0 +1,335 @@
+"""Deltas: what a wrapped model learned, as tensors: in files, and several under names of which the
+model shows one."""
+
+from __future__ import annotations
+
+import json
+import os
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from greenvis.core import distributed, files, weights
+from greenvis.core.surgery import Snapshot
+from greenvis.errors import BadInput, GreenvisError, nearest, some
+
+if TYPE_CHECKING:
+    from greenvis.core.technique import Installed, Technique
+
+DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
+BESIDE = "greenvis."  # before the names of what techniques put beside a model's own state
+_FORM = "techniques"
+_COMING = "_greenvis_coming"  # that, between the two hooks of `load_state_dict`
+
+LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], weakref.ref[Deltas]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+class Deltas:
+    """The part of a wrapped model that saves, loads and switches what was learned."""
+
+    model: nn.Module
+    techniques: Sequence[Technique]
+    _snapshot: Snapshot
+    _learned: set[int]
+
+    def __init__(self) -> None:
+        self._named: dict[str, dict[str, Tensor]] = {}
+        self._unnamed: dict[str, Tensor] = {}  # what the model held before the first switch
+        self.in_use: str | None = None
+
+    def _enter(self) -> None:
+        """Note that the techniques are at work on the model."""
+        self.model.register_load_state_dict_pre_hook(_take_out)
+        self.model.register_load_state_dict_post_hook(_give)
+        LIVE[self.model] = tuple(t.name for t in self.techniques), weakref.ref(self)
+
+    @property
+    def active(self) -> bool:
+        """Whether the techniques are at work: until `merge` or `undo`."""
+        return self.model in LIVE and LIVE[self.model][1]() is self
+
+    if TYPE_CHECKING:
+
+        @property
+        def trainable(self) -> dict[str, nn.Parameter]: ...
+        def recipe_form(self) -> list[Any]: ...
+        def fold(self) -> None: ...
+        def _pairs(self) -> Iterator[tuple[Technique, Installed]]: ...
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the delta only: parameters that learn, learned or were added; buffers that
+        changed; techniques' state."""
+        distributed.refuse_sharding(self.model)
+        changed = self._snapshot.changed_buffers() | self._learned
+        before = {id(t) for t in self._snapshot._tensors}
+        saved = self.model.state_dict(keep_vars=True)
+        state = {
+            f"model.{n}": t.detach()
+            for n, t in saved.items()
+            if t.requires_grad or id(t) in changed or id(t) not in before
+        }
+        for technique, live in self._pairs():
+            state.update({f"{technique.name}.{k}": v for k, v in live.state_dict().items()})
+        return state
+
+    def plain_state_dict(self) -> dict[str, Tensor]:
+        """Return what the state of the model would be after `merge`, in CPU memory; the model
+        itself stays as it is.
+
+        A plain model of the same kind, without greenvis, takes it. Raises GreenvisError where a
+        technique cannot be folded.
+        """
+        if not self.active:
+            return _copies(self.model.state_dict())
+        self.check_foldable()
+        now = Snapshot(self.model, also=self._snapshot.modules)
+        try:
+            self.fold()
+            return _copies(self.model.state_dict())
+        finally:
+            now.restore()
+
+    def check_foldable(self) -> None:
+        """Raise GreenvisError where a technique cannot be folded into the model's own weights."""
+        for technique, live in self._pairs():
+            if live.unmergeable:
+                raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
+
+    def state_beside(self) -> dict[str, Tensor]:
+        """Return what the techniques are and hold, under names to put beside those of the model's
+        own `state_dict`.
+
+        A model with the same techniques takes both back by its `load_state_dict`; any other
+        refuses. Of several processes each has to save for itself what it holds alone (a share of a
+        replay buffer), which is not in here.
+        """
+        shared = [(t, live) for t, live in self._pairs() if not t.apart or distributed.count() == 1]
+        own = {
+            f"{BESIDE}{t.name}.{k}": v.detach()
+            for t, live in shared
+            for k, v in live.state_dict().items()
+        }
+        return self.form_beside() | own
+
+    def form_beside(self) -> dict[str, Tensor]:
+        """Return what the techniques are, as `state_beside`, without what they hold."""
+        form = json.dumps(self.recipe_form(), sort_keys=True).encode()
+        return {BESIDE + _FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this
+        model and techniques."""
+        tensors, own = self._fitting(state)
+        there = self.model.state_dict(keep_vars=True)
+        with torch.no_grad():
+            for name, value in tensors.items():
+                there[name].copy_(value)
+        for technique, live in self._pairs():
+            live.load_state_dict(own[technique.name])
+
+    def _fitting(
+        self, state: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+        """Return the model's tensors and each technique's state. Raises BadInput where they do not
+        fit what is here."""
+        own: dict[str, dict[str, Tensor]] = {t.name: {} for t in self.techniques}
+        tensors: dict[str, Tensor] = {}
+        for key, value in state.items():
+            owner, _, name = key.partition(".")
+            (tensors if owner == "model" else own.setdefault(owner, {}))[name] = value
+        strangers = sorted(set(own) - {t.name for t in self.techniques})
+        there = self.model.state_dict(keep_vars=True)
+        unknown = [n for n in tensors if n not in there]
+        missing = [n for n, p in self.trainable.items() if n in there and n not in tensors]
+        wrong = [
+            f"{n} {tuple(t.shape)} for {tuple(there[n].shape)}"
+            for n, t in tensors.items()
+            if n in there and t.shape != there[n].shape
+        ]
+        problems = [
+            ("techniques not installed here", strangers),
+            ("unknown", unknown),
+            ("missing", missing),
+            ("wrong shape", wrong),
+        ]
+        if any(found for _, found in problems):
+            raise BadInput(
+                "this delta does not fit: "
+                + "; ".join(f"{what} {some(found)}" for what, found in problems if found)
+            )
+        return tensors, own
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the delta (safetensors) and its card (JSON: techniques, base fingerprint, size)
+        into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self._copied()
+        card = {
+            "greenvis_delta": 1,
+            "techniques": self.recipe_form(),
+            "base_fingerprint": self._base_fingerprint(state),
+            "bytes": _bytes(state),
+        }
+        for name, write in (
+            (DELTA_FILE, lambda p: save_file(state, p)),
+            (CARD_FILE, lambda p: p.write_text(json.dumps(card, indent=2))),
+        ):
+            with files.replacing(folder / name) as part:
+                write(part)
+        return folder
+
+    def load(self, folder: str | os.PathLike[str]) -> None:
+        """Load what `save` wrote. Raises BadInput for other techniques, another base, or a damaged
+        file."""
+        self.load_state_dict(self._read(Path(folder)))
+
+    def _read(self, folder: Path) -> dict[str, Tensor]:
+        """Return a saved delta. Raises BadInput for other techniques, another base, or a damaged
+        file."""
+        try:
+            card = files.read_json(folder / CARD_FILE, "card of a delta")
+            state = load_file(folder / DELTA_FILE)
+        except (OSError, ValueError, SafetensorError, BadInput) as error:
+            raise BadInput(f"cannot load a delta from {folder}: {error}") from error
+        if card.get("techniques") != self.recipe_form():
+            raise BadInput(
+                f"{folder} was saved with {card.get('techniques')}, but this model is wrapped with "
+                f"{self.recipe_form()}"
+            )
+        fingerprint = self._base_fingerprint(state)
+        if card.get("base_fingerprint") != fingerprint:
+            raise BadInput(
+                f"{folder} belongs to another base (fingerprint "
+                f"{str(card.get('base_fingerprint'))[:12]}, this model's is "
+                f"{fingerprint[:12]}): build the model with the weights the delta was trained on"
+            )
+        return state
+
+    # -- several on one base ----------------------------------------------------------------------
+
+    def add(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
+        """Keep a delta under a name, in CPU memory: that of `folder` (see `save`), or a copy of
+        what the model holds now.
+
+        The model stays as it is. Raises BadInput for a name that is taken, other techniques,
+        another base, a damaged file.
+        """
+        if name in self._named:
+            raise BadInput(
+                f"there is a delta '{name}' already; remove('{name}') first, or choose another name"
+            )
+        state = self._copied() if folder is None else self._read(Path(folder))
+        self._fitting(state)
+        self._named[name] = state
+
+    def use(self, name: str | None) -> None:
+        """Show a named delta, bit for bit: parameters keep their identity, values are copied in.
+        None: none of them.
+
+        What the delta in use learned in the meantime stays with it; with None, the model is as
+        before the first switch.
+        To train after a switch, build a new optimizer: an old one has the other's momentum. Raises
+        BadInput for a name that was not added.
+        """
+        if name is not None and name not in self._named:
+            raise BadInput(
+                f"no delta '{name}'{nearest(name, self._named)} add('{name}', folder) brings one "
+                "here"
+            )
+        if name == self.in_use:
+            return
+        wanted = self._unnamed if name is None else self._named[name]
+        self._fitting(wanted)
+        now = self._copied()
+        if self.in_use is None:
+            self._unnamed = now
+        else:
+            self._named[self.in_use] = now
+        with torch.no_grad():
+            for key, tensor in self.model.state_dict(keep_vars=True).items():
+                if (
+                    f"model.{key}" in now and f"model.{key}" not in wanted
+                ):  # a buffer that did not change there
+                    tensor.copy_(self._snapshot.original(tensor))
+        self.load_state_dict(wanted)
+        self.in_use = name
+
+    def deltas(self) -> dict[str, int]:
+        """Return the bytes of each named delta, by name."""
+        return {name: _bytes(state) for name, state in self._named.items()}
+
+    def remove(self, name: str) -> None:
+        """Forget a named delta. Raises BadInput for one that is in use, or was never added."""
+        if name not in self._named:
+            raise BadInput(f"no delta '{name}' to remove{nearest(name, self._named)}")
+        if name == self.in_use:
+            raise BadInput(f"delta '{name}' is in use; use(None) or another one, then remove it")
+        del self._named[name]
+
+    def _copied(self) -> dict[str, Tensor]:
+        """Return the delta as copies in CPU memory, which share nothing with the model."""
+        return _copies(self.state_dict())
+
+    def _base_fingerprint(self, state: Mapping[str, Tensor]) -> str:
+        """Return the fingerprint of what lies under a delta, with the values it had before
+        `wrap`."""
+        there = self.model.state_dict(keep_vars=True)
+        return weights.fingerprint(
+            {n: self._snapshot.original(t) for n, t in there.items() if f"model.{n}" not in state}
+        )
+
+
+def _take_out(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Before a model's `load_state_dict`: take out what `state_beside` returned, which was put
+    beside its state.
+
+    Raises BadInput where it is of other techniques.
+    """
+    mine = {
+        k.removeprefix(prefix + BESIDE): state.pop(k)
+        for k in [*state]
+        if k.startswith(prefix + BESIDE)
+    }
+    live = LIVE[model][1]() if model in LIVE else None
+    if not mine or live is None:
+        return
+    form = json.loads(bytes(mine.pop(_FORM).cpu().tolist()))
+    if form != live.recipe_form():
+        raise BadInput(
+            f"this state was saved with {form}, but the model is wrapped with {live.recipe_form()}"
+        )
+    vars(model)[_COMING] = mine
+
+
+def _give(model: nn.Module, keys: Any) -> None:
+    """After it: give that to the techniques, some of which look at the model's weights."""
+    live, mine = LIVE[model][1]() if model in LIVE else None, vars(model).pop(_COMING, None)
+    if live is None or not mine:  # the form alone: what they hold lies elsewhere
+        return
+    for technique, installed in live._pairs():
+        start = f"{technique.name}."
+        own = {k.removeprefix(start): v for k, v in mine.items() if k.startswith(start)}
+        if own or not technique.apart:
+            installed.load_state_dict(own)
+        elif distributed.count() == 1:
+            raise BadInput(
+                "this state is of several processes, each of which held a part of what "
+                f"'{technique.name}' keeps"
+            )
+
+
+def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+
+def _bytes(state: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in state.values())

@@ -1,0 +1,160 @@
+"""Files that others may have made are read within limits; ours are written whole or not at all,
+never through a link.
+
+Standard library only. Everything greenvis reads as text or JSON comes through `read`, everything it
+writes through
+`replacing` (or `write`), `lock` and `own_folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from greenvis.errors import BadInput, GreenvisError
+
+MOST_TEXT = 16 * 2**20  # bytes of a card, a plan, a results file
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
+
+
+def read(path: str | os.PathLike[str], what: str = "file", most: int = MOST_TEXT) -> bytes:
+    """Return a file's bytes.
+
+    Args:
+        path: a regular file, or a link to one.
+        what: what it is, for the message: "recipe".
+        most: the largest size to read, in bytes.
+
+    Raises:
+        BadInput: where there is none, it is no regular file (a pipe would hang, a device never
+        ends), or it is larger.
+    """
+    try:
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+        )
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise BadInput(
+            f"cannot read the {what} {_shown(path)}: {getattr(error, 'strerror', None) or error}"
+        ) from error
+    try:
+        seen = os.fstat(handle)
+        if not stat.S_ISREG(seen.st_mode):
+            raise BadInput(
+                f"cannot read the {what} {_shown(path)}: it is {_kind(seen.st_mode)}, not a "
+                "regular file"
+            )
+        if seen.st_size > most:
+            raise BadInput(
+                f"cannot read the {what} {_shown(path)}: it has {seen.st_size:,} bytes, and at "
+                f"most {most:,} are read"
+            )
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(handle)
+
+
+def read_text(path: str | os.PathLike[str], what: str = "file", most: int = MOST_TEXT) -> str:
+    """Return a file's text, UTF-8. Raises BadInput as `read` does, and for other encodings."""
+    try:
+        return read(path, what, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadInput(
+            f"cannot read the {what} {_shown(path)}: not UTF-8 at byte {error.start}"
+        ) from error
+
+
+def read_json(path: str | os.PathLike[str], what: str = "file", most: int = MOST_TEXT) -> Any:
+    """Return a file's JSON. Raises BadInput as `read` does, and for what is not JSON, or is nested
+    too deeply."""
+    try:
+        return json.loads(read(path, what, most))
+    except (ValueError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadInput(f"cannot read the {what} {_shown(path)}: not JSON: {said}") from error
+
+
+@contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the path of a new file beside `path`; when the block ends well it takes the place of
+    `path`, else it goes.
+
+    A link at `path` is replaced, never followed. The content is on the disk before it takes the
+    name.
+    """
+    import tempfile  # late: a tracker's start pays for each import
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
+    os.close(handle)
+    try:
+        yield Path(name)
+        handle = os.open(name, os.O_RDONLY | _NO_LINKS)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Write a file whole or not at all; text as UTF-8 with "\\n" at line ends."""
+    data = content.encode("utf-8", "replace") if isinstance(content, str) else content
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+def lock(path: str | os.PathLike[str]) -> int:
+    """Return an open descriptor of a lock file, made where there is none. Raises GreenvisError
+    where that is a link."""
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | _NO_LINKS, 0o644)
+    except OSError as error:
+        if os.path.islink(path):
+            raise GreenvisError(
+                f"the lock {_shown(path)} is a link; remove it, then try again"
+            ) from error
+        raise
+
+
+def own_folder(folder: Path, below: Path) -> Path:
+    """Make `folder` and what lies between it and `below`, and return it.
+
+    Raises GreenvisError where one of them is a link: what greenvis writes would land in a folder
+    that is not its own.
+    `below` itself is the user's choice, and may be one.
+    """
+    below.mkdir(parents=True, exist_ok=True)
+    current = below
+    for part in folder.relative_to(below).parts:
+        current /= part
+        if current.is_symlink():
+            raise GreenvisError(
+                f"{_shown(current)} is a link, which is not written through; remove it, then try "
+                "again"
+            )
+        current.mkdir(exist_ok=True)
+    return folder
+
+
+def _kind(mode: int) -> str:
+    kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
+    return next((name for test, name in kinds if test(mode)), "a device")
+
+
+def _shown(path: str | os.PathLike[str]) -> str:
+    """Return a path as it may be printed: without control characters, cut to a line."""
+    text = "".join(c if c.isprintable() else "�" for c in str(path))
+    return text if len(text) <= 300 else text[:297] + "…"

@@ -1,0 +1,254 @@
+"""Find, replace and freeze parts of a model, and a snapshot that makes any change undoable. Check
+first, change last."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.errors import BadInput, some
+
+_HELD = "_greenvis_held_in_eval"
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+_PASSING = "_greenvis_passing"  # also an attribute of classes whose objects are such hooks
+
+
+class Snapshot:
+    """A model as it is now: structure, hooks, flags, attributes by reference; tensor values by copy
+    where they change.
+
+    `restore()` gives all of it back bit for bit, whatever a technique did in between, so techniques
+    write no undo. Copies lie in CPU memory; `forget_unchanged` drops those of frozen tensors that
+    still equal the model's.
+    """
+
+    def __init__(self, model: nn.Module, also: Iterable[nn.Module] = ()) -> None:
+        self.model = model
+        modules = dict.fromkeys([*model.modules(), *also])
+        self._modules = [
+            (m, type(m), {k: (v, _copied(v)) for k, v in vars(m).items()}) for m in modules
+        ]
+        self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self._tensors = [*model.parameters(), *model.buffers()]
+        self._values: dict[int, Tensor] = {}
+        self._places: dict[int, int] | None = None  # by id of a tensor
+        self.keep_values()
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules it gives back."""
+        return [m for m, _, _ in self._modules]
+
+    def keep_values(self) -> None:
+        """Copy every tensor of which no copy is held yet."""
+        for i, tensor in enumerate(self._tensors):
+            if i not in self._values:
+                self._values[i] = tensor.detach().to("cpu", copy=True)
+
+    def forget_unchanged(self) -> None:
+        """Drop the copies of parameters that are frozen and unchanged; buffers stay, they may
+        drift."""
+        for i, tensor in enumerate(self._tensors):
+            if isinstance(tensor, nn.Parameter) and not tensor.requires_grad and self.unchanged(i):
+                del self._values[i]
+
+    def unchanged(self, i: int) -> bool:
+        """Whether tensor `i` still holds, bit for bit, the value it had."""
+        held = self._values.get(i)
+        if held is None:
+            return True
+        now = self._tensors[i].detach().cpu()
+        return now.dtype == held.dtype and now.shape == held.shape and _same_bits(now, held)
+
+    def original(self, tensor: Tensor) -> Tensor:
+        """Return the value a tensor of the model had, or the tensor itself where it was not there
+        or has not changed."""
+        if self._places is None:
+            self._places = {id(t): i for i, t in enumerate(self._tensors)}
+        return self._values.get(self._places.get(id(tensor), -1), tensor)
+
+    def changed_buffers(self) -> set[int]:
+        """Return the ids of buffers that were there and whose values have changed since."""
+        return {
+            id(t)
+            for i, t in enumerate(self._tensors)
+            if not isinstance(t, nn.Parameter) and not self.unchanged(i)
+        }
+
+    def restore(self, values: bool = True) -> None:
+        """Give the model its structure, hooks, flags and attributes back, and its values unless
+        `values` is False."""
+        for module, kind, attributes in self._modules:
+            module.__class__ = kind
+            state = vars(module)
+            state.clear()
+            for name, (value, held) in attributes.items():  # containers keep their identity
+                state[name] = value
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(held)
+                elif isinstance(value, list):
+                    value[:] = held
+                elif isinstance(value, set):
+                    value.clear()
+                    value.update(held)
+        for parameter, flag, grad in self._flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = grad
+        if values:
+            with torch.no_grad():
+                for i, held in self._values.items():
+                    self._tensors[i].copy_(held)
+
+
+def find(
+    model: nn.Module,
+    patterns: Sequence[str],
+    kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Linear,
+) -> list[str]:
+    """Return the paths of modules of `kind` that match a pattern: a shell pattern on the whole
+    path, or its last parts.
+
+    Raises BadInput for a pattern that matches nothing, with what the model has.
+    """
+    there = [path for path, m in model.named_modules() if path and isinstance(m, kind)]
+    kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+    found: dict[str, None] = {}
+    for pattern in patterns:
+        hits = [p for p in there if fnmatchcase(p, pattern) or fnmatchcase(p, "*." + pattern)]
+        if not hits:
+            what = f"this model has {some(there)}" if there else f"this model has no {kinds} at all"
+            raise BadInput(f"no {kinds} matches '{pattern}'; {what}")
+        found.update(dict.fromkeys(hits))
+    return list(found)
+
+
+def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Return every (parent, name) under which `module` hangs in `model`: more than one where it is
+    shared."""
+    return [
+        (parent, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is module
+    ]
+
+
+def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
+    """Put `new` wherever `old` stands, under every parent that shares it; return in how many
+    places.
+
+    Raises BadInput where `old` is not a sub-module (the root cannot be replaced in place).
+    """
+    places = places_of(model, old)
+    if not places:
+        raise BadInput(
+            f"cannot replace {type(old).__name__}: it is not a sub-module of {type(model).__name__}"
+        )
+    for parent, name in places:
+        parent._modules[name] = new
+    return len(places)
+
+
+def names_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
+    """Return the names that these parameters have in `model`, in its order; a shared one has its
+    first."""
+    wanted = {id(p) for p in parameters}
+    return tuple(n for n, p in model.named_parameters() if id(p) in wanted)
+
+
+def freeze(
+    model: nn.Module,
+    but: Iterable[nn.Parameter] = (),
+    follows: Callable[[str], bool] = lambda path: False,
+) -> tuple[str, ...]:
+    """Stop every parameter from training except those in `but`, whose names it returns; hold frozen
+    batch norms' statistics.
+
+    A frozen BatchNorm still drifts in train mode, so it is held in eval whenever it runs, also
+    after `model.train()`.
+    follows: whether the one at a path keeps following its inputs though it may have no parameter
+    that trains.
+    """
+    names = names_of(model, but)
+    spared = set(names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in spared)
+    hold_norms(
+        model,
+        but=lambda path, norm: follows(path) or any(p.requires_grad for p in norm.parameters()),
+    )
+    return names
+
+
+def hold_norms(
+    model: nn.Module, but: Callable[[str, nn.Module], bool] = lambda path, norm: False
+) -> None:
+    """Keep the statistics that batch norms have now, also in training, except those for which `but`
+    is true."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not but(path, module):
+            hold_in_eval(module)
+
+
+def hold_in_eval(module: nn.Module) -> None:
+    """Put `module` into eval mode each time it runs, whatever `train()` set."""
+    if _HELD not in vars(module):
+        module.register_forward_pre_hook(passing(_to_eval))
+        vars(module)[_HELD] = True
+
+
+def rehang(old: nn.Module, new: nn.Module) -> None:
+    """Hang on the modules of `new`, which `old` was converted into, the hooks that hung on those of
+    `old`."""
+    others = dict(new.named_modules())
+    for path, module in old.named_modules():
+        if path in others and others[path] is not module:
+            for name in HOOKS:
+                getattr(others[path], name).update(getattr(module, name))
+            if _HELD in vars(module):
+                vars(others[path])[_HELD] = True
+
+
+def holds_in_eval(hook: Any) -> bool:
+    """Whether this hook is that of `hold_in_eval`."""
+    return hook is _to_eval
+
+
+def passing(hook: Any) -> Any:
+    """Mark a hook that nobody misses where its module is skipped: what it does serves that one
+    forward of that module."""
+    hook.__dict__[_PASSING] = True
+    return hook
+
+
+def is_passing(hook: Any) -> bool:
+    """Whether a hook is marked so (an object's class may be, too)."""
+    return getattr(hook, _PASSING, False)
+
+
+def _to_eval(module: nn.Module, inputs: object) -> None:
+    module.training = False
+
+
+def _copied(value: Any) -> Any:
+    return copy.copy(value) if isinstance(value, (dict, list, set)) else None
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.is_floating_point():
+        return torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)) and torch.equal(
+            a.isnan(), b.isnan()
+        )
+    return torch.equal(a, b)

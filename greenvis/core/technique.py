@@ -1,0 +1,414 @@
+"""What a technique is: a frozen, validated request (`Technique`) and the live change it makes
+(`Installed`)."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import permutations
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from greenvis.errors import BadInput, GreenvisError, nearest, printable
+from greenvis.tasks.answers import TASKS
+from greenvis.tasks.answers import logits_of as logits_of
+from greenvis.tasks.answers import only as only
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+Stage = Literal["base", "weights", "tokens", "exits", "objective"]
+STAGES: tuple[Stage, ...] = ("base", "weights", "tokens", "exits", "objective")
+
+# What one technique may need of the model's run and another may break; `wrap` puts these words in
+# its
+# refusal.
+PROPERTIES: dict[str, str] = {
+    "token_grid": "a fixed grid of tokens from block to block",
+    "token_places": "a row for each patch, or a way back to it, in the tokens of every block",
+    "attention_maps": "attention maps of every token pair",
+    "batch_independence": "each sample's output independent of the rest of its batch",
+    "trainable_base": "a base whose own weights train",
+    "single_output": "one output for each sample",
+    "gradients": "gradients for what it trains",
+    "bare_layers": "layers that nothing is wrapped around",
+}
+
+
+OnlyWith = Mapping[
+    str, tuple[str, tuple[Any, ...]]
+]  # by field: another field, and the values of it that count
+M = TypeVar("M", bound=BaseModel)
+
+
+def refuse_idle(spec: M, only_with: OnlyWith) -> M:
+    """Return `spec`. Raises ValueError where a field that differs from its default changes nothing
+    beside another's value."""
+    for name, (other, values) in only_with.items():
+        chosen = getattr(spec, other)
+        if chosen not in values and getattr(spec, name) != type(spec).model_fields[name].default:
+            raise ValueError(
+                f"'{name}' changes nothing with {other}: {chosen}; it is of {other}: "
+                f"{' or '.join(map(str, values))}"
+            )
+    return spec
+
+
+class Technique(BaseModel):
+    """A request for one technique: its fields are the recipe schema, the constructor and the
+    documentation at once.
+
+    Subclasses set `name`, `stage` and write `install`. `needs` and `breaks` are keys of
+    `PROPERTIES` (or words of a plug-in's own): a pair where one breaks what the other needs is
+    refused by `wrap`. Nobody lists that what freezes the base breaks "trainable_base" (unless it
+    needs that itself), and that what declares trainables needs "gradients". `order` is the
+    place within the stage: one that adds layers of its own comes (1) after those that change the
+    model's (0), which must not find them.
+
+    For the contract (`greenvis.testing`): `examples` are arguments it tries; a callable among them
+    is called with the host model. `neutral` are those that make an example leave outputs unchanged:
+    none where it does so when fresh, None where nothing does. `nothing` are arguments that match
+    nothing in any model, so that `install` must refuse.
+    """
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False
+    )
+
+    name: ClassVar[str]
+    only_with: ClassVar[
+        OnlyWith
+    ] = {}  # fields that change nothing but with these values of another, and may not be set then
+    stage: ClassVar[Stage]
+    order: ClassVar[int] = 0
+    role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
+    apart: ClassVar[bool] = (
+        False  # whether each of several processes holds a state of its own, as a share of a buffer
+    )
+    needs: ClassVar[frozenset[str]] = frozenset()
+    breaks: ClassVar[frozenset[str]] = frozenset()
+    tasks: ClassVar[frozenset[str]] = frozenset(
+        TASKS
+    )  # it is right for; `wrap` and each step refuse the others
+    instead: ClassVar[str] = ""  # what such a refusal says to do
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
+    neutral: ClassVar[Mapping[str, Any] | None] = {}
+    nothing: ClassVar[Mapping[str, Any] | None] = None
+
+    if not TYPE_CHECKING:  # a type checker sees the fields as the constructor's arguments
+
+        def __init__(self, **fields: Any) -> None:
+            try:
+                super().__init__(**fields)
+            except ValidationError as error:
+                raise BadInput(
+                    explain(error, type(self), lambda *key: type(self).__name__)
+                ) from error
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        return refuse_idle(self, self.only_with)
+
+    def for_images(self, shape: tuple[int, ...]) -> Self:
+        """Return the request for images (channels, height, width), where it asks for their shape
+        and was given none."""
+        missing = "input_shape" in type(self).model_fields and dict(self)["input_shape"] is None
+        return self.model_copy(update={"input_shape": shape}) if missing else self
+
+    def install(self, model: nn.Module) -> Installed:
+        """Change `model` in place and return the live change.
+
+        Check first, change last: raise `BadInput` before anything is touched where the model does
+        not fit.
+        No undo is needed here: `wrap` takes a snapshot and restores it.
+        """
+        raise NotImplementedError
+
+    def recipe_form(self) -> dict[str, Any]:
+        """Return the fields that differ from their defaults, as a recipe writes them."""
+        return self.model_dump(
+            mode="json", exclude_defaults=True, fallback=lambda v: type(v).__name__
+        )
+
+    def runs(self) -> dict[str, str]:
+        """Fields that name another run ("run:NAME"), by field: the experiment resolves them before
+        `install`."""
+        return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
+
+    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+        """Return the request with what those runs left, by the keys of `runs`, in their place."""
+        return self.model_copy(update=dict(found))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a batch holds, so that what a frozen part gives for them can be kept
+    (`greenvis.data.output_cache`).
+
+    folder: where caches lie. key: what the images depend on, in words (`ImageSet.key`). length:
+    images in the data set.
+    views: augmented versions of each, None where no version comes twice, so that nothing is worth
+    keeping.
+    positions: int64 (batch,). view: which version this batch shows, 0 to views - 1.
+    """
+
+    folder: Path
+    key: Mapping[str, str]
+    length: int
+    views: int | None
+    positions: Tensor
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a stream of tasks.
+
+    index: 0, 1, …. classes: the labels that occur in it. seen: those that occurred so far, its own
+    included, in order.
+    count: tasks in all, None where nobody knows. known: whether a test says which task an image is
+    of (task-incremental).
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    seen: tuple[int, ...]
+    count: int | None = None
+    known: bool = False
+
+
+class Installed:
+    """One technique, live on a model. Every seam is optional; the defaults do nothing.
+
+    trainable: names of the parameters (of the model, after install) which this technique trains and
+    saves.
+    freezes: True where every parameter no technique lists is to stay frozen.
+    unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
+    samples: which samples the current batch holds; None where the loop does not say, or where they
+    were changed.
+    total_steps: how many optimizer steps the training takes; None where the loop does not say.
+    calibrates: whether `calibrate` wants held-out images after training.
+    """
+
+    pretext: ClassVar[bool] = False
+    unmergeable: str = ""
+    samples: Samples | None = None
+    total_steps: int | None = None
+    calibrates: bool = False
+    criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+
+    def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
+        self.trainable = trainable
+        self.freezes = freezes
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
+
+    def __getstate__(
+        self,
+    ) -> dict[str, Any]:  # a copy of the model belongs to no run, and is shown other batches
+        return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return the batch to train on, before the forward."""
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return the extra loss terms of this step by name, each a scalar, already weighted."""
+        return {}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return optimizer groups for parameters that want other settings than the rest."""
+        return []
+
+    def step_end(self) -> None:
+        """After the optimizer step."""
+
+    def epoch_end(self) -> None:
+        """After an epoch."""
+
+    def begin_task(self, task: Task) -> None:
+        """Before training on a task, and before its optimizer is built: parameters may be added
+        here, named in `trainable`.
+
+        A resumed run calls it for each task so far, in order, without training, and then loads the
+        state: what it adds must depend on the tasks alone, and nothing may be added elsewhere.
+        """
+
+    def keeps_of(self, path: str) -> str:
+        """Say what this technique knows of the module at `path` that a new one there (a larger
+        classifier) would not have.
+
+        Asked when somebody has replaced it; "" where nothing hangs on the old one: the new one's
+        parameters then take the place of its in `trainable`. The default speaks for techniques that
+        are nothing but names of parameters.
+        """
+        return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
+
+    def test_task(self, task: Task | None) -> None:
+        """Before an evaluation that tells which task its images are of; None: they are not told, or
+        the evaluation is over."""
+
+    def end_task(self, loader: Any) -> None:
+        """At a task boundary; `loader` yields the finished task's (x, y)."""
+
+    def calibrate(self, loader: Any) -> Mapping[str, Any]:
+        """After training, where `calibrates`: choose what is to be chosen on images that no
+        training step has seen.
+
+        loader: their (x, y). Returns facts for the run record.
+        """
+        return {}
+
+    def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
+        """Return settings between which the finished model can be switched without training, for a
+        report to compare.
+
+        Each call gives new contexts. A setting holds within its context; what the context gave then
+        holds facts of what was
+        answered within: lists of counts ("exits": how many samples left where), and numbers that
+        are means over images. Under
+        "answer" it may say how a stream of batches is answered: an iterator of images to one of
+        their logits, in order.
+        """
+        return {}
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the run record should say of this technique's work, once training has
+        ended."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return state that is not among the model's parameters and buffers (a replay buffer, a
+        running mean)."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        if state:
+            raise GreenvisError(
+                f"{type(self).__name__} holds no state of its own, but was given {sorted(state)}"
+            )
+
+    def merge(self) -> None:
+        """Fold the change into the model's own weights; the default is right where nothing was
+        added.
+
+        Called by `Wrapped.merge` when the model has its own structure back (the plain modules, with
+        the weights they have now), so a technique that added modules keeps references to them to
+        fold from.
+        """
+
+    def undo(self) -> None:
+        """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model
+        itself."""
+
+
+MOST_PROBLEMS = 20  # of one message
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
+
+
+def explain(
+    error: ValidationError,
+    kind: type[BaseModel],
+    where: Callable[..., str],
+    at: tuple[str | int, ...] = (),
+) -> str:
+    """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
+    out = []
+    for problem in error.errors():
+        loc = tuple(
+            p
+            for p in problem["loc"]
+            if not (isinstance(p, str) and p in ("str", "dict[str,nullable[dict[str,any]]]"))
+        )
+        key = (*at, *loc)
+        path = ".".join(str(k) for k in key)
+        if problem["type"] == "extra_forbidden":
+            said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
+        elif problem["type"] == "missing":
+            said = f"'{loc[-1]}' is missing"
+        elif (
+            problem["type"] == "value_error"
+        ):  # of a check of ours, which has the value in its words
+            said = str(problem.get("ctx", {}).get("error", problem["msg"]))
+        else:
+            said = (
+                problem["msg"][:1].lower() + problem["msg"][1:] + f", not {shown(problem['input'])}"
+            )
+            if problem["type"] == "literal_error":
+                said += nearest(str(problem["input"]), _choices(kind, loc))
+        line = f"{where(*key)}: {path + ': ' if path else ''}{said}"
+        if line not in out:
+            out.append(line)
+        if len(out) == MOST_PROBLEMS:
+            return "\n".join([*out, f"… and {error.error_count() - MOST_PROBLEMS} more"])
+    return "\n".join(out)
+
+
+def _field(kind: Any, loc: tuple[Any, ...]) -> Any:
+    """Return the annotation at `loc` below a model class, or None."""
+    for step in loc:
+        fields = getattr(kind, "model_fields", None)
+        if fields and step in fields:
+            kind = fields[step].annotation
+        else:  # into a dict or list: the value's type
+            inner = [a for a in get_args(kind) if hasattr(a, "model_fields")]
+            kind = inner[0] if inner else None
+    return kind
+
+
+def _fields(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    return list(getattr(_field(kind, loc), "model_fields", {}))
+
+
+def _choices(kind: Any, loc: tuple[Any, ...]) -> list[str]:
+    found = _field(kind, loc)
+    return [
+        str(v)
+        for a in (found, *get_args(found))
+        for v in (get_args(a) if get_args(a) else (a,))
+        if isinstance(v, (str, int))
+    ]
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message, cut short and printable."""
+    if (
+        isinstance(value, int) and abs(value) > 10**18
+    ):  # Python refuses to write thousands of digits
+        return f"a whole number of {value.bit_length()} bits"
+    text = printable(json.dumps(value, default=str, ensure_ascii=False))
+    return text if len(text) < 60 else text[:57] + "…"
+
+
+def refuse_conflicts(techniques: Sequence[Technique]) -> None:
+    """Raise BadInput for a technique listed twice, and for a pair where one breaks what the other
+    needs."""
+    names = [t.name for t in techniques]
+    twice = [n for n in names if names.count(n) > 1]
+    if twice:
+        raise BadInput(
+            f"technique '{twice[0]}' is listed twice; list it once (one instance holds all its "
+            "settings)"
+        )
+    for a, b in permutations(techniques, 2):
+        refuse_clash(a, b, a.breaks & b.needs)
+
+
+def refuse_clash(a: Technique, b: Technique, clash: frozenset[str]) -> None:
+    """Raise BadInput where `a` breaks something (keys of `PROPERTIES`) that `b` needs."""
+    if clash:
+        what = " and ".join(PROPERTIES.get(c, c) for c in sorted(clash))
+        raise BadInput(
+            f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, which "
+            f"'{a.name}' breaks; remove one, or "
+            "use them in separate stages"
+        )

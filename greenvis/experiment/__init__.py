@@ -1,0 +1,1 @@
+"""From a recipe to records: jobs, the training loop, stages, streams, checkpoints."""

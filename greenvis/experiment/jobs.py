@@ -1,0 +1,402 @@
+"""What a recipe means in work: one job an arm and seed, what each builds on, and what it leaves
+when done."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from greenvis import data, models
+from greenvis.core import distributed, files, weights
+from greenvis.core.technique import Samples, Technique
+from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.experiment.recipe import Arm, Recipe, load_recipe
+from greenvis.meters.header import versions
+
+UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
+DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
+CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
+BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
+SUBSET_FILE = "subset.safetensors"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One arm with one seed: the unit that is trained, skipped or resumed."""
+
+    recipe: Recipe
+    arm: Arm
+    seed: int
+    folder: Path
+    inputs: str
+    uses: dict[str, Job]  # by reference, "run:NAME"
+
+    @property
+    def name(self) -> str:
+        """How reports call it."""
+        return f"{self.recipe.name}/{self.arm.name}"
+
+    def caches(self, runs: Path) -> Path:
+        """Return the folder below which it keeps outputs of frozen parts: its own, or that of all
+        runs."""
+        return self.folder if self.recipe.meter.own_caches else runs
+
+    def done(self) -> dict[str, Any] | None:
+        """Return what its finished run left, or None where it is yet to run, ran with other inputs,
+        or left other weights."""
+        left = self._mark()
+        return left if left is not None and self._has_weights_of(left) else None
+
+    def spoiled(self) -> bool:
+        """Whether it was done once, but its weights are no longer those that its run left."""
+        left = self._mark()
+        return left is not None and not self._has_weights_of(left)
+
+    def finished(self, run: str, accuracy: float | None) -> None:
+        """Mark it as done. The mark names run and weights: a process killed before leaves a mark
+        that fits neither."""
+        digest = _digest(self.folder / WEIGHTS_FILE)
+        mark = {
+            "inputs": self.inputs,
+            "run": run,
+            "accuracy": accuracy,
+            "weights": digest,
+            "versions": versions(),
+        }
+        write_json(self.folder / DONE_FILE, mark)
+
+    def other_versions(self) -> str:
+        """Return in words which libraries its finished run had in other versions than there are
+        now; "" where none."""
+        then = (self._mark() or {}).get("versions")
+        then, now = then if isinstance(then, dict) else {}, versions()
+        return ", ".join(
+            f"{name} {then[name]} then, {now[name]} now"
+            for name in now
+            if then.get(name, now[name]) != now[name]
+        )
+
+    def _mark(self) -> dict[str, Any] | None:
+        try:
+            left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
+        except BadInput:
+            return None
+        return left if isinstance(left, dict) and left.get("inputs") == self.inputs else None
+
+    def _has_weights_of(self, mark: dict[str, Any]) -> bool:
+        path = self.folder / WEIGHTS_FILE
+        try:
+            if "weights" in mark:
+                return _digest(path) == mark["weights"]
+            weights.metadata(
+                path
+            )  # of an earlier greenvis, which noted no digest: at least it is whole
+        except (OSError, BadInput):
+            return False
+        return True
+
+
+class Jobs:
+    """The jobs of one call: recipes read once, data loaded once."""
+
+    def __init__(self, runs: Path) -> None:
+        self.runs = runs
+        self._data: dict[str, data.Data] = {}
+        self._recipes: dict[Path, Recipe] = {}
+        self._jobs: dict[tuple[str, str, int], Job] = {}
+
+    def of(self, recipe: Recipe) -> list[Job]:
+        """Return the recipe's jobs, each after those it builds on. Seeds interleave the arms.
+        Raises BadInput."""
+        self._recipes[recipe.path.resolve()] = recipe
+        arms = [recipe.arm(name) for name in recipe.arms]
+        ordered: dict[int, Job] = {}
+        for seed in dict.fromkeys(seed for arm in arms for seed in arm.train.seeds):
+            for arm in arms:
+                if seed in arm.train.seeds:
+                    ordered.update(
+                        (id(job), job) for job in _with_needs(self._job(recipe, arm, seed, ()))
+                    )
+        return list(ordered.values())
+
+    def images(self, recipe: Recipe) -> data.Data:
+        """Return the recipe's data, loaded once."""
+        spec = recipe.data.model_dump(exclude={"stream"})
+        key = json.dumps([spec, str(recipe.folder.resolve())])
+        if key not in self._data:
+            self._data[key] = located(
+                recipe.where("data", "name"), data.load, **spec, folder=recipe.folder
+            )
+        return self._data[key]
+
+    def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:
+        name = f"{recipe.name}/{arm.name}"
+        if name in above:
+            raise BadInput(
+                f"{recipe.where('arms', arm.name)}: arms build on each other in a circle: "
+                f"{' -> '.join((*above, name))}"
+            )
+        key = (str(recipe.path.resolve()), arm.name, seed)
+        if key not in self._jobs:
+            uses = {
+                ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()
+            }
+            usual = {
+                "classifier": "new",
+                "fold_norms": False,
+            }  # left out: what runs were known by before there was a choice
+            inputs = {
+                "data": self.images(recipe).facts(),
+                "model": arm.model.model_dump(
+                    exclude={f for f, value in usual.items() if getattr(arm.model, f) == value}
+                ),
+                "train": arm.train.model_dump(exclude=UNHASHED),
+                "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
+                "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
+            }
+            if arm.stream is not None:
+                inputs["stream"] = arm.stream.model_dump()
+            if arm.subset is not None:
+                inputs["subset"] = arm.subset.model_dump()
+            if arm.stages:
+                inputs["stages"] = [_stage(its) for its in arm.stages]
+            if its := model_files(arm, recipe.folder):
+                inputs["files"] = [file.is_file() and _digest(file) for _, file in its]
+            digest = hashlib.sha256(
+                json.dumps(inputs, sort_keys=True, default=str).encode()
+            ).hexdigest()[:16]
+            folder = self.runs / recipe.name / arm.name / f"seed{seed}"
+            self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
+        return self._jobs[key]
+
+    def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
+        """Return the job that "run:NAME" means: an arm of this recipe, or of the recipe NAME.yaml
+        beside it ("NAME/ARM")."""
+        wanted = ref.removeprefix("run:")
+        if wanted in recipe.arms:
+            other, name = recipe, wanted
+        else:
+            stem, _, name = wanted.partition("/")
+            path = recipe.folder / f"{stem}.yaml"
+            if not path.is_file():
+                names = [*recipe.arms, *(p.stem for p in recipe.folder.glob("*.yaml"))]
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: '{ref}' is neither an arm of this recipe "
+                    f"nor a recipe {path}{nearest(wanted, names)}"
+                )
+            other = self._recipes.setdefault(path.resolve(), load_recipe(path))
+            name = name or other.baseline
+            if name not in other.arms:
+                raise BadInput(
+                    f"{recipe.where('arms', arm.name)}: recipe {path} has no arm "
+                    f"'{name}'{nearest(name, other.arms)}"
+                )
+        its = other.arm(name)
+        return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
+
+
+def model_files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
+    """Return the files of models an arm begins with, "file:PATH" in its recipe, as (role, path)."""
+    named: list[tuple[str, Any]] = [("base", arm.model.init), ("base", arm.model.ref)]
+    named += [
+        (t.role, value)
+        for one in (arm, *arm.stages)
+        for t in one.techniques
+        for value in t.recipe_form().values()
+    ]
+    refs = [
+        (role, ref)
+        for role, given in named
+        for ref in (given if isinstance(given, list) else [given])
+    ]
+    return [
+        (role, models.file_of(ref, folder))
+        for role, ref in refs
+        if isinstance(ref, str) and ref.startswith("file:")
+    ]
+
+
+def placed(technique: Technique, folder: Path) -> Technique:
+    """Return the request with the folder before each "file:PATH": paths in a recipe are relative to
+    it."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(full, value))
+        return (
+            f"file:{models.file_of(value, folder)}"
+            if isinstance(value, str) and value.startswith("file:")
+            else value
+        )
+
+    listed = {
+        name: (value, full(value))
+        for name, value in technique
+        if isinstance(value, (str, list, tuple))
+    }
+    return technique.model_copy(
+        update={name: new for name, (old, new) in listed.items() if new != old}
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _stage(its: Arm) -> dict[str, Any]:
+    made = [{t.name: t.recipe_form()} for t in its.techniques]
+    return {
+        "name": its.stage,
+        "train": its.train.model_dump(exclude=UNHASHED),
+        "techniques": made,
+        "layers": its.layers,
+    }
+
+
+def _with_needs(job: Job) -> Iterator[Job]:
+    for used in job.uses.values():
+        yield from _with_needs(used)
+    yield job
+
+
+def located(where: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call, and put "file:line" before a BadInput."""
+    try:
+        return call(*args, **kwargs)
+    except BadInput as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def predicted(job: Job) -> dict[str, Any] | None:
+    """Return what `greenvis plan` said of a job like this one, if it was asked: observations,
+    {"value", "low", "high"} each."""
+    try:
+        arm = files.read_json(job.folder.parent.parent / PLAN_FILE, "plan")["arms"][job.name]
+        return arm["each"] if arm["inputs"] == job.inputs else None
+    except (BadInput, KeyError, TypeError):
+        return None
+
+
+def forget(job: Job, done: bool = True) -> None:
+    """Remove checkpoints and, with `done`, make the job run again; its records stay, for energy
+    once spent stays spent."""
+    if done:
+        (job.folder / DONE_FILE).unlink(missing_ok=True)
+    for pattern in (
+        "*-" + CHECKPOINT_FILE,
+        "*-" + BOUNDARY,
+        *(["*-" + SUBSET_FILE] if done else []),
+    ):
+        for checkpoint in job.folder.glob(pattern):
+            checkpoint.unlink()
+
+
+def check_shares(job: Job, images: data.Data) -> None:
+    """Raise BadInput where processes that train together could not share a job's batches, or what
+    its techniques hold."""
+    many, where = distributed.count(), job.recipe.where("arms", job.arm.name)
+    if many == 1:
+        return
+    if job.arm.stream is not None:
+        raise BadInput(
+            f"{job.recipe.where('data', 'stream')}: a recipe learns a stream of tasks as one "
+            "process, and this is one of "
+            f"{many}: start it without the launcher, or give each process its share in a loop of "
+            "your own (gv.wrap, gv.track)"
+        )
+    apart = [t.name for arm in (job.arm, *job.arm.stages) for t in arm.techniques if t.apart]
+    if apart:
+        raise BadInput(
+            f"{where}: each process holds a part of what '{apart[0]}' keeps, which one checkpoint "
+            "cannot: start the recipe "
+            "without the launcher, or run a loop of your own (gv.wrap, gv.track)"
+        )
+    number = (
+        len(images.train)
+        if job.arm.subset is None
+        else job.arm.subset.per_class * len(images.classes)
+    )
+    for size in {arm.train.batch_size for arm in job.arm.stages or (job.arm,)}:
+        last = min(size, number % size or size)
+        if last < many:
+            raise BadInput(
+                f"{where}: batches of {size} out of {number} images end with one of {last}, which "
+                f"{many} processes cannot "
+                "share: choose another train.batch_size (it is that of all processes together)"
+            )
+
+
+@contextmanager
+def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the folder for one process, or for those that train together. The lock goes with the
+    process, however it ends.
+
+    wait: called before it waits for another process that holds the folder; without, that is a
+    GreenvisError.
+    """
+    if distributed.index():
+        if not (folder / ".lock").exists():
+            raise GreenvisError(
+                f"process {distributed.index()} on {os.uname().nodename} does not see {folder}: "
+                "give --runs a folder that all share"
+            )
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(files.lock(folder / ".lock"), "w")
+    except OSError as error:
+        raise GreenvisError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another folder with "
+            "--runs"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if wait is None:
+                raise GreenvisError(
+                    f"another process is running this recipe into {folder}; wait for it, or use "
+                    "another --runs"
+                ) from error
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write `content`, whole or not at all."""
+    files.write(path, json.dumps(content, indent=2, default=str))
+
+
+def model_options(job: Job, images: data.Data) -> dict[str, Any]:
+    """Return the model's options; of a library's model, classes and channels follow the data unless
+    they are given."""
+    spec = job.arm.model
+    if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
+        return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
+    return spec.options
+
+
+def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, int, Tensor], Samples]:
+    """Return what tells techniques which samples of `images` they see; caches are shared by all
+    recipes of `runs`.
+
+    Its arguments: epochs trained before, the epoch, positions.
+    """
+    form = images.transform
+    views = 1 if form.augment == "none" else form.views
+    key, folder = images.key(), runs / CACHE_FOLDER
+    return lambda done, epoch, at: Samples(
+        folder, key, len(images), views, at, form.view(done + epoch) if views else 0
+    )

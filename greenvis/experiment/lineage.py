@@ -1,0 +1,334 @@
+"""What a model was made from: the `uses` lines of its run's record, and the card that its weight
+file carries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from greenvis import models
+from greenvis.core import weights
+from greenvis.core.technique import explain
+from greenvis.errors import BadInput
+from greenvis.experiment.jobs import WEIGHTS_FILE, Job, model_files
+from greenvis.meters import pricing, record
+from greenvis.meters.record import Provenance, Reading
+
+NOT_KNOWN = {"value": None, "low": None, "high": None}  # joules of what others made
+KEYS = (
+    "run",
+    "arm",
+    "seed",
+)  # what a weight file's card must hold to be an ancestor, beside its cost
+COST = ("observed", "energy_j")  # as observations; in older cards as joules
+MOST_ROWS, MOST_COMPONENTS = 1000, 100  # of a family tree; of a meter
+_Name = Annotated[str, Field(max_length=300)]
+_Amount = Annotated[float, Field(ge=0)]
+_Joules = _Amount | None
+
+
+class _Loose(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+
+class _Energy(_Loose):
+    value: _Joules
+    low: _Joules = None
+    high: _Joules = None
+    provenance: Provenance = "estimated"
+
+
+class _Coefficient(_Loose):
+    low: _Amount = 0.0
+    central: _Amount = 0.0
+    high: _Amount = 0.0
+
+
+class _Component(_Loose):
+    name: _Name
+    source: _Name = ""
+    observation: _Name = ""
+    coefficient: _Coefficient = _Coefficient()
+    repeatability: _Coefficient | None = None
+    provenance: Provenance = "estimated"
+    reason: Annotated[str, Field(max_length=10_000)] = ""
+
+
+class _Observed(_Loose):
+    components: Annotated[list[_Component], Field(max_length=MOST_COMPONENTS)]
+    totals: Annotated[dict[_Name, float], Field(max_length=10 * MOST_COMPONENTS)]
+
+
+class _Use(_Loose):
+    role: _Name
+    name: _Name
+    seed: int | None
+    runs: Annotated[list[_Name], Field(max_length=10_000)]
+    observed: list[_Observed] | None = None
+    energy_j: _Energy | None = None
+    of: Annotated[list[_Name], Field(max_length=MOST_ROWS)]
+
+
+class _Card(_Loose):
+    """What a weight file's card must be to be believed: written by strangers, it may hold
+    anything."""
+
+    run: _Name
+    arm: _Name
+    seed: int
+    observed: list[_Observed] | None = None
+    energy_j: _Energy | None = None
+    uses: Annotated[list[_Use], Field(max_length=MOST_ROWS)] = []
+    recipe: Annotated[str, Field(max_length=10**6)] = ""
+    data: dict[str, Any] | None = None
+    techniques: list[Any] | None = None
+
+
+def _checked(path: Path, card: Any) -> dict[str, Any]:
+    """Return a card as the schema has it. Raises BadInput with the file and the field."""
+    try:
+        return _Card.model_validate(card).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise BadInput(explain(error, _Card, lambda *key: f"{path}: its card")) from error
+
+
+def ancestors(job: Job) -> list[dict[str, Any]]:
+    """Return what a job builds on, and what that builds on in its turn: {"role", "name", "seed",
+    "runs", "observed", "of"}.
+
+    role: "base" or "teacher". runs: ids of its records; observed: what they took together
+    (`price.spent` prices it). of: the names of those of its children that are in this family, so
+    that a family tree can be drawn. Each stands there once, however many build on it.
+    Weights that others made are among them, by name, with no runs, and an energy nobody knows.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    _collect(job, found)
+    return list(found.values())
+
+
+def card(job: Job, accuracy: float | None) -> dict[str, Any]:
+    """Return what a finished job's weight file says of itself: data, recipe, cost, and all that it
+    was made from."""
+    attempts = _attempts(job)
+    last = attempts[-1][0] if attempts else None
+    facts = last.facts if last else {}
+    return {
+        "run": last.id if last else "",
+        "arm": job.name,
+        "seed": job.seed,
+        "accuracy": accuracy,
+        "observed": pricing.observed(attempts),
+        "data": facts.get("data"),
+        "techniques": facts.get("techniques"),
+        "uses": ancestors(job),
+        "recipe": job.recipe.text(),
+    }
+
+
+def read_card(place: str | Path) -> dict[str, Any]:
+    """Return the card of a weight file, or of a finished run's folder, with "file", "ref",
+    "energy_j" and "total_j".
+
+    total_j: its own energy and that of all it was made from, each counted once; its value is None
+    where one is not known. Raises BadInput where there is no card.
+    """
+    path = Path(place)
+    if (
+        path.is_dir()
+        and not (path / WEIGHTS_FILE).is_file()
+        and (seeds := sorted(path.glob(f"*/{WEIGHTS_FILE}")))
+    ):
+        raise BadInput(
+            f"{path} holds several models, one a seed: give one of them, as {seeds[0].parent}"
+        )
+    path = path / WEIGHTS_FILE if path.is_dir() else path
+    stored = weights.metadata(path)
+    its = stored.get("card") or {}
+    if not _is_card(its):
+        raise BadInput(
+            f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it"
+        )
+    its = _priced(_checked(path, its))
+    its["uses"] = [_priced(use) for use in its.get("uses", ())]
+    parts = [_reading(entry["energy_j"]) for entry in (its, *its["uses"])]
+    known = all(part.value is not None for part in parts)
+    total = (
+        pricing.add(parts)
+        if known
+        else Reading("energy_j", None, reason="the cost of a part is not known")
+    )
+    more = {"ref": stored.get("ref"), "options": stored.get("options")}
+    return {"file": str(path), **more, **its, "total_j": pricing.reading(total)}
+
+
+def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+    """Return a card's family as (depth, role, entry), the model itself first.
+
+    One that two build on stands below both, what it builds on in its turn below the first.
+    """
+    rows: list[tuple[int, str, dict[str, Any]]] = []
+    shown: set[str] = set()
+
+    def below(entry: Mapping[str, Any], role: str, above: tuple[str, ...]) -> None:
+        rows.append((len(above), role, dict(entry)))
+        name = _key(entry)
+        if name in shown or len(rows) >= MOST_ROWS:
+            return
+        shown.add(name)
+        for use in its.get("uses", ()):
+            if name in use["of"] and _key(use) not in above:
+                below(use, use["role"], (*above, name))
+
+    below({"name": its["arm"], **its}, "", ())
+    return rows
+
+
+def check_range(job: Job, own: Mapping[str, Any]) -> None:
+    """Raise BadInput where a base knows pixels of another range than this job's images have (0 to
+    1, or normalised).
+
+    own: the facts of the job's data. Another mean and deviation are another data set's, and no
+    error.
+    """
+    for name, its in _bases_data(job):
+        plain, wanted = (_plain(facts) for facts in (its, own))
+        if plain is not None and wanted is not None and plain != wanted:
+            said = {True: "from 0 to 1", False: "normalised"}
+            raise BadInput(
+                f"{job.recipe.where('arms', job.arm.name)}: {name}, which it builds on, learned "
+                f"from pixels {said[plain]}, but "
+                f"here they are {said[wanted]}: it would see another picture; set data.normalise: "
+                f"{str(not plain).lower()}"
+            )
+
+
+def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
+    child = f"{job.name} seed {job.seed}"
+    named = {ref: t.role for t in _techniques(job) for ref in t.runs().values()}
+    for ref, used in job.uses.items():
+        attempts = _attempts(used)
+        line = {
+            "role": "base" if ref == job.arm.model.init else named[ref],
+            "name": used.name,
+            "seed": used.seed,
+            "runs": [processes[0].id for processes in attempts],
+            "observed": pricing.observed(attempts),
+        }
+        _add(found, line, [child])
+        _collect(used, found)
+    for role, name in _by_others(job):
+        _add(
+            found,
+            {"role": role, "name": name, "seed": None, "runs": [], "energy_j": NOT_KNOWN},
+            [child],
+        )
+    for role, _, its in _cards(job):
+        line = {
+            "role": role,
+            "name": its["arm"],
+            "seed": its["seed"],
+            "runs": [its["run"]],
+            **_cost(its),
+        }
+        _add(found, line, [child])
+        for use in its.get("uses", ()):
+            _add(found, use, use["of"])
+
+
+def _add(found: dict[str, dict[str, Any]], line: Mapping[str, Any], of: Sequence[str]) -> None:
+    entry = found.setdefault(_key(line), {**line, "of": []})
+    entry["of"] = list(dict.fromkeys([*entry["of"], *of]))
+
+
+def _key(entry: Mapping[str, Any]) -> str:
+    return f"{entry['name']} seed {entry['seed']}"
+
+
+def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Yield the weight files of greenvis that a job begins with, as (role, path, card)."""
+    for role, path in model_files(job.arm, job.recipe.folder):
+        try:
+            card = weights.metadata(path).get("card") or {}
+        except (
+            BadInput
+        ):  # of another kind: it has no card, and whether it can be used is for others to say
+            continue
+        if _is_card(card):
+            yield role, path, _checked(path, card)
+
+
+def _by_others(job: Job) -> Iterator[tuple[str, str]]:
+    """Yield (role, name) of the weights a job begins with that no run of greenvis made: nobody here
+    knows what they cost."""
+    spec, ours = job.arm.model, {path for _, path, _ in _cards(job)}
+    published = models.published(spec.ref, folder=job.recipe.folder, **spec.options)
+    if published and spec.init is None:  # what `init` names takes the place of published weights
+        yield "base", published
+    for role, path in model_files(job.arm, job.recipe.folder):
+        if path not in ours:
+            yield role, f"{path.name}, a file that says nothing of its making"
+    for technique in _techniques(job):
+        for ref in technique.recipe_form().values():
+            if isinstance(ref, str) and ref.startswith("hf/") and (name := models.published(ref)):
+                yield technique.role, name
+
+
+def _techniques(job: Job) -> Iterable[Any]:
+    return [t for arm in (job.arm, *job.arm.stages) for t in arm.techniques]
+
+
+def _attempts(job: Job) -> list[list[record.Run]]:
+    """Return the records of all attempts at a job, in order: of each attempt its processes', the
+    first process's first."""
+    found: dict[str, list[record.Run]] = {}
+    for run in record.readable([job.folder] if job.folder.is_dir() else []):
+        if run.header.get("inputs") == job.inputs:
+            found.setdefault(run.id, []).append(run)
+    attempts = [sorted(runs, key=lambda r: r.header.get("rank", 0)) for runs in found.values()]
+    return sorted(attempts, key=lambda runs: runs[0].header.get("clock_s", 0.0))
+
+
+def _is_card(its: Any) -> bool:
+    return (
+        isinstance(its, dict)
+        and all(key in its for key in KEYS)
+        and any(its.get(key) is not None for key in COST)
+    )
+
+
+def _cost(its: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a card says of its cost, in its own words."""
+    return {key: its[key] for key in COST if key in its}
+
+
+def _priced(its: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry of a card with its joules."""
+    if its.get("observed") is not None:
+        return {**its, "energy_j": pricing.reading(pricing.spent(its["observed"]))}
+    return {**its, "energy_j": its.get("energy_j") or pricing.reading(Reading("energy_j", None))}
+
+
+def _reading(energy: Mapping[str, Any]) -> Reading:
+    low, high, provenance = (
+        energy.get("low"),
+        energy.get("high"),
+        energy.get("provenance") or "estimated",
+    )
+    return Reading("energy_j", energy["value"], low, high, "reused", provenance, "not known")
+
+
+def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for used in job.uses.values():
+        yield used.name, {"normalise": used.recipe.data.normalise}
+    for _, path, its in _cards(job):
+        yield str(path), its.get("data") or {}
+
+
+def _plain(facts: Mapping[str, Any]) -> bool | None:
+    """Whether pixels are left as they are, 0 to 1; None where nothing says so."""
+    if "normalise" in facts:
+        return not facts["normalise"]
+    return all(s == 1 for s in facts["std"]) if facts.get("std") else None

@@ -1,0 +1,492 @@
+"""YAML -> validated recipe. Every error names file:line and the nearest valid name; nothing here
+imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from greenvis.core import yamlfile
+from greenvis.core.technique import Technique, explain, refuse_idle, shown
+from greenvis.core.yamlfile import Key
+from greenvis.errors import BadInput, nearest
+from greenvis.experiment import recipe_checks
+from greenvis.techniques import registry
+
+Where = Callable[..., str]  # key path -> "file:line"
+Positive = Annotated[int, Field(gt=0, le=10**9)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=20_000
+    )
+
+
+class StreamSpec(_Section):
+    """The data as a stream of tasks, learned one after another."""
+
+    kind: Literal["class", "domain", "task", "free"] = Field(
+        default="class",
+        description="new classes come; the same look different; new ones, and the test says whose; "
+        "no borders",
+    )
+    tasks: Annotated[int, Field(ge=2, le=10_000)] = 5
+    order: Literal["seed", "given"] = Field(
+        default="seed", description="of classes or domains: drawn from the run's seed"
+    )
+    head: Literal["single", "growing", "multi"] | None = Field(
+        default=None,
+        description="who competes in training: all classes, those seen, the task's own; multi for "
+        "task, else single",
+    )
+    domain: Literal["rotate", "permute"] = Field(
+        default="rotate", description="what a domain stream does to its images"
+    )
+    blur: Annotated[
+        float,
+        Field(ge=0, le=10_000, description="of free: tasks an image may stand from its place"),
+    ] = 0.5
+    train_on: Literal["task", "seen", "all"] = Field(
+        default="task",
+        description="each task's images; all so far (cumulative); all tasks at once (joint)",
+    )
+    restart: bool = Field(default=False, description="begin each task from the first weights again")
+
+
+class DataSpec(_Section):
+    """Which images, how many, and how they are shown to the model."""
+
+    name: str = Field(
+        description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic"
+    )
+    train: Positive | None = Field(
+        default=None, description="number of training images; all where absent"
+    )
+    test: Positive | None = Field(
+        default=None, description="number of test images; all where absent"
+    )
+    held_out: Positive | None = Field(
+        default=None,
+        description="training images kept from all training, to choose on: thresholds, when to "
+        "stop",
+    )
+    img_size: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
+        default=None, description="side in pixels; the data's own where absent"
+    )
+    in_chans: Literal[1, 3] | None = Field(
+        default=None, description="channels; the data's own where absent"
+    )
+    augment: str = Field(
+        default="none", description="augmentation by name; deterministic in (seed, epoch, image)"
+    )
+    views: Positive | None = Field(
+        None,
+        description="number of distinct augmented views of an image; a new one each epoch where "
+        "absent",
+    )
+    classes: tuple[str | int, ...] | None = Field(
+        default=None, description="only these, by name or number; relabelled in order"
+    )
+    normalise: bool = Field(
+        default=True,
+        description="subtract the mean, divide by the deviation; else pixels are 0 to 1",
+    )
+    seed: Seed = Field(default=0, description="of subset and split")
+    root: str | None = Field(
+        default=None, description="folder of the data set's files, relative to the recipe"
+    )
+    download: bool = False
+    stream: StreamSpec | None = Field(
+        default=None, description="a stream of tasks; train.epochs are for each of them"
+    )
+
+
+class ModelSpec(_Section):
+    """A model by reference; further keys are options of the model (img_size, num_classes,
+    memory_format, …)."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    ref: str = Field(
+        description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or "
+        "file:PATH"
+    )
+    init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
+    classifier: Literal["new", "keep"] = Field(
+        "new", description="begin with a new classifier, or with that of `init`"
+    )
+    fold_norms: bool = Field(
+        False,
+        description="measure it with its batch norms folded into the convolutions before them",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options given beside the reference."""
+        return dict(self.model_extra or {})
+
+
+class TrainSpec(_Section):
+    """How an arm trains."""
+
+    epochs: Annotated[int, Field(ge=0, le=10**6)] = 1
+    batch_size: Annotated[int, Field(gt=0, le=10**6)] = 128
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of sgd")] = 0.9
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["no", "fp16", "bf16"] = "no"
+    accumulate: Annotated[int, Field(gt=0, le=10**6, description="batches an optimizer step")] = 1
+    workers: Annotated[int, Field(ge=0, le=256)] = 0
+    threads: Annotated[int, Field(gt=0, le=4096)] | None = Field(
+        default=None, description="CPU threads of torch; its own choice where absent"
+    )
+    eval_every: Annotated[
+        int, Field(ge=0, description="epochs between evaluations; 0: at the end only")
+    ] = 1
+    target_accuracy: (
+        Annotated[
+            float,
+            Field(
+                gt=0, le=1, description="stop when it is reached on data.held_out, or on the test"
+            ),
+        ]
+        | None
+    ) = None
+    checkpoint_every_s: Annotated[
+        float, Field(gt=0, description="seconds between checkpoints within an epoch")
+    ] = 60.0
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
+
+
+class StageSpec(_Section):
+    """One stage of an arm's training: what differs from the arm's `train`, the techniques, and
+    which layers learn."""
+
+    name: Name | None = Field(None, description="stage1, … if absent")
+    train: dict[str, Any] = Field(
+        default={}, description="epochs, lr, …; the epochs are the stage's own"
+    )
+    techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
+    layers: tuple[str, ...] = Field(
+        default=(), description="roles (head, block, …) or patterns of module paths; all if absent"
+    )
+
+
+class SubsetSpec(_Section):
+    """A few images a class in the place of the training set; what it takes to choose or make them
+    is the arm's."""
+
+    method: Literal["random", "herding", "condensed"] = Field(
+        "random", description="drawn; chosen by their mean; made"
+    )
+    per_class: Positive = 10
+    iterations: Annotated[
+        int,
+        Field(
+            ge=1,
+            le=10**6,
+            description="of condensed: random networks whose mean embeddings are matched",
+        ),
+    ] = 300
+    lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
+    batch: Annotated[
+        int, Field(ge=1, le=10**6, description="of condensed: real images a class and iteration")
+    ] = 32
+    width: Annotated[
+        int,
+        Field(ge=1, le=4096, description="channels of the random networks (herding, condensed)"),
+    ] = 32
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        made = ("method", ("condensed",))
+        return refuse_idle(
+            self,
+            {
+                **dict.fromkeys(("iterations", "lr", "batch"), made),
+                "width": ("method", ("herding", "condensed")),
+            },
+        )
+
+
+class ArmSpec(_Section):
+    """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and
+    `train`; techniques."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: dict[str, Any] = {}
+    train: dict[str, Any] = {}
+    techniques: tuple[str | dict[str, dict[str, Any] | None], ...] = ()
+    stream: dict[str, Any] = Field(
+        default={}, description="what differs from the recipe's `data.stream`"
+    )
+    stages: tuple[StageSpec, ...] = Field(
+        default=(), description="train in stages, one after another, on one model"
+    )
+    subset: SubsetSpec | None = Field(
+        default=None, description="train on a few images a class only"
+    )
+
+
+class ReportSpec(_Section):
+    """What the report compares."""
+
+    baseline: str | None = Field(
+        default=None, description="the arm the others are measured against; the first where absent"
+    )
+    metric: Literal["accuracy"] = "accuracy"
+    margin: Annotated[
+        float,
+        Field(
+            ge=0, le=100, description="points of the metric that an arm may lose and still keep it"
+        ),
+    ] = 0.5
+    title: str | None = None
+    note: str | None = Field(
+        default=None,
+        description="what its author has to say of the outcome, shown below the verdict",
+    )
+
+
+class MeterSpec(_Section):
+    """Where the energy comes from and where the machine stands."""
+
+    country: str | None = Field(
+        default=None, description="ISO-3 code; the world average, marked as assumed, where absent"
+    )
+    intensity: Annotated[float, Field(ge=0, description="grams of CO2e per kWh")] | None = None
+    pue: Annotated[float, Field(ge=1)] = 1.0
+    codecarbon: bool = Field(
+        default=True, description="record codecarbon's own figure as a cross-check"
+    )
+    own_caches: bool = Field(
+        default=False,
+        description="no run reads what another computed of a frozen part: each pays for all it "
+        "uses",
+    )
+
+
+class Arm(BaseModel):
+    """An arm with everything filled in."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
+
+    name: str
+    model: ModelSpec
+    train: TrainSpec
+    techniques: tuple[Technique, ...]
+    stream: StreamSpec | None = None
+    subset: SubsetSpec | None = None
+    stage: str = ""
+    layers: tuple[str, ...] = ()
+    stages: tuple[Arm, ...] = ()
+
+    def needs(self) -> list[str]:
+        """Return the references to other runs ("run:NAME") this arm builds on."""
+        own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
+        listed = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
+        return own + [ref for t in listed for ref in t.runs().values()]
+
+
+class Recipe(_Section):
+    """One runnable experiment: data, a model, how to train, and the arms to compare."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    name: Annotated[Name, Field(description="also the folder of runs and report")]
+    data: DataSpec
+    model: ModelSpec
+    train: TrainSpec = TrainSpec()
+    arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
+    report: ReportSpec = ReportSpec()
+    meter: MeterSpec = MeterSpec()
+
+    _path: Path = PrivateAttr(default=Path("recipe"))
+    _source: dict[str, Any] = PrivateAttr(default_factory=dict)
+    _lines: dict[Key, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Paths in the recipe are relative to this folder."""
+        return self._path.parent
+
+    @property
+    def path(self) -> Path:
+        """The recipe's file."""
+        return self._path
+
+    @property
+    def baseline(self) -> str:
+        """The arm the others are measured against."""
+        return self.report.baseline or next(iter(self.arms))
+
+    def text(self) -> str:
+        """Return the recipe as YAML with inheritance and overrides applied: enough to run it
+        again."""
+        return yaml.safe_dump(self._source, sort_keys=False, allow_unicode=True)
+
+    def where(self, *key: str | int) -> str:
+        """Return "file:line" of a key, or of the nearest one above it."""
+        for end in range(len(key), -1, -1):
+            if key[:end] in self._lines:
+                return self._lines[key[:end]]
+        return str(self._path)
+
+    def arm(self, name: str) -> Arm:
+        """Return the arm with the recipe's own model and train filled in; a model of another `ref`
+        inherits no options."""
+        spec = self.arms[name]
+        other = spec.model.get("ref", self.model.ref) != self.model.ref
+        model = {**({} if other else self.model.model_dump(exclude_unset=True)), **spec.model}
+        train = {**self.train.model_dump(exclude_unset=True), **spec.train}
+        if spec.stream and self.data.stream is None:
+            raise BadInput(
+                f"{self.where('arms', name, 'stream')}: data.stream is missing, so there is "
+                "nothing to change here"
+            )
+        own = self.data.stream and {
+            **self.data.stream.model_dump(exclude_unset=True),
+            **spec.stream,
+        }
+        at = ("arms", name, "techniques")
+        techniques = tuple(
+            _technique(item, self.where, (*at, i)) for i, item in enumerate(spec.techniques)
+        )
+        arm = Arm(
+            name=name,
+            model=_valid(ModelSpec, model, self.where, ("arms", name, "model")),
+            train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
+            techniques=techniques,
+            stream=None
+            if own is None
+            else _valid(StreamSpec, own, self.where, ("arms", name, "stream")),
+            subset=spec.subset,
+        )
+        if arm.stream is not None and arm.subset is not None:
+            raise BadInput(
+                f"{self.where('arms', name, 'subset')}: an arm has a subset or data.stream, not "
+                "both"
+            )
+        return arm.model_copy(update={"stages": self._stages(arm)})
+
+    def _stages(self, arm: Arm) -> tuple[Arm, ...]:
+        """Return the arm's stages, each as an arm of its own."""
+        listed, at = self.arms[arm.name].stages, ("arms", arm.name, "stages")
+        for beside, there in (("techniques", arm.techniques), ("data.stream", arm.stream)):
+            if listed and there:
+                raise BadInput(
+                    f"{self.where(*at)}: an arm has stages or {beside}, not both; a stage has its "
+                    "own techniques"
+                )
+        out: list[Arm] = []
+        for i, spec in enumerate(listed):
+            stage = spec.name or f"stage{i + 1}"
+            whole = sorted({"seeds", "threads"} & spec.train.keys())
+            if whole or stage in [s.stage for s in out]:
+                said = (
+                    f"train.{whole[0]} belongs to the whole arm"
+                    if whole
+                    else f"a second stage is named '{stage}'"
+                )
+                raise BadInput(f"{self.where(*at, i)}: {said}")
+            own = {**arm.train.model_dump(exclude_unset=True), **spec.train}
+            made = [
+                _technique(item, self.where, (*at, i, "techniques", j))
+                for j, item in enumerate(spec.techniques)
+            ]
+            train = _valid(TrainSpec, own, self.where, (*at, i, "train"))
+            update = {
+                "stage": stage,
+                "train": train,
+                "techniques": tuple(made),
+                "layers": spec.layers,
+            }
+            out.append(arm.model_copy(update=update))
+        return tuple(out)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe, its `extends:` parents and `overrides` ("train.epochs=3"), and check all of it
+    but the files it names.
+
+    Raises BadInput with file:line and the nearest right name.
+    """
+    path = Path(path)
+    source, lines = yamlfile.read(path)
+    for text in overrides:
+        yamlfile.override(source, lines, text)
+
+    def where(*key: str | int) -> str:
+        return next(
+            (lines[key[:end]] for end in range(len(key), -1, -1) if key[:end] in lines), str(path)
+        )
+
+    try:
+        recipe = Recipe(**source)
+    except ValidationError as error:
+        raise BadInput(explain(error, Recipe, where, ())) from error
+    recipe._path, recipe._source, recipe._lines = path, source, lines
+    if recipe.baseline not in recipe.arms:
+        raise BadInput(
+            f"{where('report', 'baseline')}: report.baseline '{recipe.baseline}' is no arm"
+            f"{nearest(recipe.baseline, recipe.arms)}"
+        )
+    recipe_checks.refuse_idle(recipe)
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """Return the JSON Schema of a recipe, with every technique's own schema under `$defs`."""
+    out = Recipe.model_json_schema()
+    out["properties"]["extends"] = {
+        "type": "string",
+        "description": "a recipe to start from, relative to this one",
+    }
+    for name in registry.names():
+        out.setdefault("$defs", {})[f"technique:{name}"] = registry.find(name).model_json_schema()
+    return out
+
+
+def parse_techniques(text: str) -> list[Technique]:
+    """Return techniques written as in a recipe, YAML or JSON: '[{lora: {rank: 8}}]'. Raises
+    BadInput."""
+    items = yamlfile.parse(text, "techniques")
+    listed = items if isinstance(items, list) else [items]
+    return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(listed)]
+
+
+def _technique(item: Any, where: Where, at: Key) -> Technique:
+    entry = {item: {}} if isinstance(item, str) else item
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BadInput(
+            f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not {shown(item)}"
+        )
+    ((name, fields),) = entry.items()
+    try:
+        kind = registry.find(name)
+    except BadInput as error:
+        raise BadInput(f"{where(*at, name)}: {error}") from error
+    return _valid(kind, fields or {}, where, (*at, name))
+
+
+def _valid(kind: type[Any], fields: Mapping[str, Any], where: Where, at: Key) -> Any:
+    try:
+        return kind(**fields)
+    except (ValidationError, BadInput) as error:
+        problem = error if isinstance(error, ValidationError) else error.__cause__
+        if not isinstance(problem, ValidationError):
+            raise
+        raise BadInput(explain(problem, kind, where, at)) from error

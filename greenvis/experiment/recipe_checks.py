@@ -1,0 +1,65 @@
+"""Settings of a recipe that would change nothing where they stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from greenvis.errors import BadInput
+
+if TYPE_CHECKING:
+    from greenvis.experiment.recipe import Arm, Recipe
+
+
+def _kind(arm: Arm) -> str:
+    return "" if arm.stream is None else arm.stream.kind
+
+
+IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
+    # a setting that changes nothing but beside what is said of another: where it is set, its name,
+    # the test, the
+    # words
+    ("train", "momentum", lambda arm: arm.train.optimizer == "sgd", "it is of optimizer: sgd"),
+    (
+        "train",
+        "target_accuracy",
+        lambda arm: bool(arm.train.eval_every),
+        "eval_every is 0, so it is not looked at on the way",
+    ),
+    (
+        "model",
+        "classifier",
+        lambda arm: arm.model.init is not None,
+        "it is of weights to start from, and init names none",
+    ),
+    ("stream", "domain", lambda arm: _kind(arm) == "domain", "it is of kind: domain"),
+    ("stream", "blur", lambda arm: _kind(arm) == "free", "it is of kind: free"),
+)
+
+
+def refuse_idle(recipe: Recipe) -> None:
+    """Raise BadInput for a setting that changes nothing: an arm's in that arm, the recipe's in all
+    that leave it as it is."""
+    arms = {name: (spec, recipe.arm(name)) for name, spec in recipe.arms.items()}
+    for section, name, counts, why in IDLE:
+        top = recipe.data.stream if section == "stream" else getattr(recipe, section)
+        for at, (spec, arm) in arms.items():
+            if getattr(spec, section).get(name) is not None and not any(
+                map(counts, (arm, *arm.stages))
+            ):
+                where = recipe.where("arms", at, section, name)
+                raise BadInput(f"{where}: {section}.{name} changes nothing in arm '{at}': {why}")
+        rest = [arm for spec, arm in arms.values() if name not in getattr(spec, section)]
+        if (
+            top is None
+            or name not in top.model_fields_set
+            or getattr(top, name) is None
+            or not rest
+        ):
+            continue
+        if not any(counts(each) for arm in rest for each in (arm, *arm.stages)):
+            above = ("data", "stream") if section == "stream" else (section,)
+            raise BadInput(
+                f"{recipe.where(*above, name)}: {'.'.join((*above, name))} changes nothing in any "
+                f"arm: {why}"
+            )

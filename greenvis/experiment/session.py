@@ -1,0 +1,507 @@
+"""Recipe -> records: the one place where data, models, techniques, training and meters meet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from greenvis import data, models
+from greenvis.core import distributed
+from greenvis.core.technique import Technique, logits_of
+from greenvis.core.wrap import Wrapped, wrap
+from greenvis.data import streams as stream
+from greenvis.data import subsets
+from greenvis.errors import BadInput, some
+from greenvis.experiment import knn, lineage, loggers, loop, stages
+from greenvis.experiment import stream as continual
+from greenvis.experiment.jobs import (
+    CHECKPOINT_FILE,
+    SUBSET_FILE,
+    WEIGHTS_FILE,
+    Job,
+    Jobs,
+    check_shares,
+    forget,
+    located,
+    locked,
+    model_options,
+    placed,
+    predicted,
+    samples_of,
+)
+from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.startup import Beginning, warm_up
+from greenvis.meters import memory, record
+from greenvis.meters.measure import compare, measure
+from greenvis.meters.track import Tracker, track
+from greenvis.models.folding import fold_norms, folded
+
+
+def run(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    runs: str | Path = "runs",
+    fresh: bool = False,
+    trust: bool = False,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda text: None,
+    log_with: Sequence[str] = (),
+    fresh_process: bool = False,
+) -> Path:
+    """Train every arm of a recipe with every seed, metered, and return the folder of its records.
+
+    Finished arms with the same inputs are skipped unless `fresh`; an interrupted one goes on from
+    its last checkpoint. All that can be checked is, before anything is written. Several processes
+    (torchrun, accelerate launch) train each arm together, on their shares of each batch; each
+    writes its own record, the first all else. log_with: see `train.fit`. fresh_process: this
+    process was started for this call, so that all it has done is booked as start-up. Raises
+    BadInput, GreenvisError.
+    """
+    distributed.join()
+    loggers.check(log_with)
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    told = say if distributed.index() == 0 else lambda text: None
+    session = Session(Path(runs), trust, command, told, log_with, fresh_process)
+    jobs = distributed.together(partial(session.plan, recipe))
+    with ExitStack() as held:
+        distributed.together(partial(held.enter_context, locked(Path(runs) / recipe.name)))
+        for job in jobs:
+            if fresh and job.recipe is recipe and distributed.index() == 0:
+                forget(job)
+            session.finish(job)
+    return Path(runs) / recipe.name
+
+
+class Session:
+    """Checks and runs the jobs of one call."""
+
+    def __init__(
+        self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None],
+        log_with: Sequence[str] = (),
+        fresh_process: bool = False,
+    ) -> None:  # fmt: skip
+        self.runs, self.trust, self.command, self.say, self.log_with = (
+            runs,
+            trust,
+            list(command),
+            say,
+            log_with,
+        )
+        self.jobs, self.beginning = Jobs(runs), Beginning(fresh_process)
+        self._checked: set[tuple[str, str]] = set()
+
+    def plan(self, recipe: Recipe) -> list[Job]:
+        """Return the recipe's jobs with those they build on before them, all checked. Seeds
+        interleave the arms."""
+        jobs = self.jobs.of(recipe)
+        for job in jobs:
+            self._check(job)
+        return jobs
+
+    def finish(self, job: Job) -> None:
+        """Run a job unless it is done."""
+        name = f"{job.name} seed {job.seed}"
+        waiting = partial(self.say, f"{name}: another process is at it; waiting for it to end")
+        with ExitStack() as held:  # other recipes may build on the same run
+            distributed.together(partial(held.enter_context, locked(job.folder, waiting)))
+            if distributed.first(lambda: job.done() is not None):
+                others = job.other_versions()
+                unlogged = (
+                    f": nothing to log with {some(self.log_with)} (--fresh trains again)"
+                    if self.log_with
+                    else ""
+                )
+                made = f" (made with other versions: {others})" if others else ""
+                self.say(f"{name}: done before, kept{made}{unlogged}")
+                return
+            spoiled = (
+                "; the weights that lie there are not those its run left, so it trains again"
+                if job.spoiled()
+                else ""
+            )
+            self.say(f"{name}: training{spoiled}")
+            with loop.threads(job.arm.train.threads):
+                self._train(job)
+
+    # -- before anything is written ---------------------------------------------------------------
+
+    def _check(self, job: Job) -> None:
+        """Build and wrap the arm once and show it two images, so that what cannot work fails before
+        anything is written."""
+        key = (str(job.recipe.path), job.arm.name)
+        if key in self._checked:
+            return
+        self._checked.add(key)
+        where = job.recipe.where("arms", job.arm.name)
+        images = self.jobs.images(job.recipe)
+        located(job.recipe.where("data", "stream"), self.stream, job)
+        if job.arm.subset is not None:
+            located(
+                job.recipe.where("arms", job.arm.name, "subset"),
+                subsets.check,
+                images.train,
+                job.arm.subset.per_class,
+            )
+        check_shares(job, images)
+        model = self.build(job, weights=False)
+        lineage.check_range(job, images.facts())
+        stages.check(job, model, self._ready)
+        live = located(where, wrap, model, self._ready(job))
+        if images.held_out is None and any(i.calibrates for i in live.installed):
+            live.undo()
+            names = some(
+                [
+                    t.name
+                    for t, i in zip(live.techniques, live.installed, strict=True)
+                    if i.calibrates
+                ]
+            )
+            raise BadInput(
+                f"{where}: {names} calibrates on images that no training has seen: set "
+                "data.held_out, such as 2000"
+            )
+        x = next(iter(data.batches(images.test, 2)))[0]
+        shape = "×".join(str(n) for n in x.shape[1:])
+        try:
+            with torch.no_grad():
+                logits = logits_of(model.eval()(x))
+        except (RuntimeError, ValueError, AssertionError) as error:
+            raise BadInput(
+                f"{where}: {job.arm.model.ref} cannot take images of {shape} (channels × height × "
+                f"width): {error}; set "
+                "data.in_chans and data.img_size to what the model wants, or the model's own "
+                "in_chans and img_size"
+            ) from error
+        finally:
+            live.undo()
+        located(where, models.check_size, job.arm.model.options, x.shape)
+        if logits.ndim != 2 or logits.shape[1] < len(images.classes):
+            raise BadInput(
+                f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data "
+                "has "
+                f"{len(images.classes)} classes: set num_classes of the model"
+            )
+        if job.arm.model.fold_norms:
+            located(where, fold_norms, model, x)
+
+    def _ready(self, job: Job) -> list[Technique]:
+        return self.techniques(job, trained=False)
+
+    def build(self, job: Job, weights: bool = True) -> nn.Module:
+        """Build the arm's model, from its own random state; with `weights`, load what `init`
+        names."""
+        spec, options = job.arm.model, model_options(job, self.jobs.images(job.recipe))
+        torch.manual_seed(job.seed)
+        where = (
+            job.recipe.where("arms", job.arm.name, "model")
+            if job.recipe.arms[job.arm.name].model
+            else job.recipe.where("model", "ref")
+        )
+        model = located(
+            where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options
+        )
+        used = job.uses.get(spec.init or "")
+        if spec.init and (weights or used is None):
+            path = (
+                used.folder / WEIGHTS_FILE
+                if used
+                else job.recipe.folder / spec.init.removeprefix("file:")
+            )
+            located(
+                where,
+                models.load_weights,
+                model,
+                path,
+                head="match" if spec.classifier == "keep" else "replace",
+            )
+        models.describe(
+            model, **self.jobs.images(job.recipe).inputs
+        )  # what it is shown from here on
+        return model
+
+    # -- the run ----------------------------------------------------------------------------------
+
+    def _train(self, job: Job) -> None:
+        images = self.jobs.images(job.recipe)
+        job.folder.mkdir(parents=True, exist_ok=True)
+        checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
+        with self.tracker(
+            job, self.runs, job.recipe.meter.codecarbon and distributed.count() == 1
+        ) as tracker:
+            self.beginning.book(tracker, job, partial(warm_up, self))
+            memory.reset_peak()
+            with tracker.phase("setup"):
+                model = self.build(job)
+                live = wrap(model, () if job.arm.stages else self.techniques(job))
+            tracker.live = live
+            live.meter(tracker)
+            self._facts(job, live, tracker)
+            if job.arm.stages:
+                live.undo()
+                live, progress, delta = stages.train(
+                    job, model, self.techniques, self._fit, tracker
+                )
+            else:
+                progress = self._fit(job, live, tracker, checkpoint)
+                delta = live.state_dict()
+            accuracy = self._calibrate(job, live, tracker, progress.accuracy)
+            tracker.fact(
+                accuracy=accuracy,
+                epochs=progress.epoch,
+                delta_bytes=sum(t.nbytes for t in delta.values()),
+                peak_memory_mb=memory.peak_mb(),
+                **live.facts(),
+            )
+            with self.served(job, live) as model, tracker.phase("measure"):
+                distributed.first(lambda: self._measure(live, model, images, tracker))
+
+        def keep() -> None:
+            place = {
+                "ref": job.arm.model.ref,
+                "options": model_options(job, images),
+                "folder": job.recipe.folder,
+            }
+            models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
+            job.finished(tracker.id, accuracy)
+            forget(job, done=False)
+
+        distributed.wait()  # until the record of each process is whole: the card counts them all
+        distributed.first(keep)
+
+    def _measure(
+        self, live: Wrapped, model: nn.Module, images: data.Data, tracker: Tracker
+    ) -> None:
+        """Record what the finished model costs to serve, at each of the settings it can be switched
+        between."""
+        x = next(iter(data.batches(images.test, 64)))[0]
+        tracker.fact(**measure(model, x, tracker))
+        if live.operating_points():
+            answer = lambda x: logits_of(model(x.to(next(model.parameters()).device)))  # noqa: E731
+            points = compare(
+                live.operating_points, answer, lambda: data.batches(images.test, 64), tracker
+            )
+            tracker.fact(operating_points=points)
+
+    def _calibrate(
+        self, job: Job, live: Wrapped, tracker: Tracker, accuracy: float | None
+    ) -> float | None:
+        """Let techniques choose on the images held out; return the accuracy of the model as it then
+        is."""
+        images = self.jobs.images(job.recipe)
+        if not any(i.calibrates for i in live.installed) or images.held_out is None:
+            return accuracy
+        with tracker.phase("calibrate"):
+            tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
+            live.model.eval()
+        with tracker.phase("eval"):
+            found = loop.evaluate(live.model, data.batches(images.test, 256))
+        tracker.log(accuracy=found)
+        return found
+
+    def _fit(
+        self,
+        job: Job,
+        live: Wrapped,
+        tracker: Tracker,
+        checkpoint: Path,
+        phase: str = "train",
+        done: int = 0,
+    ) -> loop.Progress:
+        spec, images = job.arm.train, self.jobs.images(job.recipe)
+        size, tests = spec.batch_size, max(spec.batch_size, 256)
+        options: dict[str, Any] = {
+            "seed": job.seed,
+            "checkpoint": checkpoint,
+            "log_with": self.log_with,
+        }
+        its = self.stream(job)
+        if its is None:
+            own = self.training(job, tracker)
+            batches = partial(
+                data.batches,
+                own,
+                size,
+                seed=job.seed,
+                shuffle=True,
+                workers=spec.workers,
+                positions=True,
+            )
+            plain = replace(own.transform, augment="none", views=None)
+            shown = data.ImageSet(own.split, own.ids, plain)
+            test = partial(data.batches, images.test, tests, workers=spec.workers)
+            new = job.arm.model.init is not None and job.arm.model.classifier == "new"
+            held = (
+                None
+                if images.held_out is None
+                else partial(data.batches, images.held_out, tests, workers=spec.workers)
+            )
+            untaught = live.pretext or (new and spec.epochs == 0)
+            if untaught:
+                why = (
+                    "a pretext trains no classifier"
+                    if live.pretext
+                    else "no classifier was trained"
+                )
+                tracker.note(f"{phase}: {why}; the accuracy is that of {knn.K} nearest neighbours")
+            return loop.fit(
+                live,
+                lambda epoch, start: batches(epoch=done + epoch, start=start),
+                math.ceil(len(own) / size),
+                test,
+                spec,
+                tracker,
+                samples=partial(samples_of(own, job.caches(self.runs)), done),
+                phase=phase,
+                done=done,
+                held_out=held,
+                score=(
+                    lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test())
+                )
+                if untaught
+                else None,
+                **options,
+            )
+        assert job.arm.stream is not None
+        known = [samples_of(part, job.caches(self.runs)) for part in its.train]
+        progress = continual.fit_stream(
+            live,
+            its,
+            lambda task: data.batches(its.tests[task][1], tests, workers=spec.workers),
+            spec,
+            tracker,
+            samples=lambda task, epoch, at: known[task](0, epoch, at),
+            restart=job.arm.stream.restart,
+            **options,
+        )
+        tracker.fact(stream=its.facts(), task_observed=progress.observed, **progress.rows)
+        return progress
+
+    def training(self, job: Job, tracker: Tracker) -> data.ImageSet:
+        """Return the images a job trains on; a subset is chosen or made in a phase of its own, and
+        kept beside the record."""
+        spec, images = job.arm.subset, self.jobs.images(job.recipe)
+        if spec is None:
+            return images.train
+        with tracker.phase("subset"):
+            file = job.folder / f"{job.inputs}-{SUBSET_FILE}"
+            make = partial(
+                subsets.make,
+                images.train,
+                seed=job.seed,
+                file=file,
+                count=tracker.flops,
+                **spec.model_dump(),
+            )
+            its = distributed.together(make)  # the first makes it, and the others find its file
+        tracker.fact(
+            data={
+                **images.facts(),
+                "train": len(its),
+                "subset": spec.model_dump(),
+                "chosen_from": len(images.train),
+            }
+        )
+        return its
+
+    def stream(self, job: Job) -> stream.Stream | None:
+        """Return the stream of tasks a job trains on, None where its data is no stream. Raises
+        BadInput."""
+        spec = job.arm.stream
+        if spec is None:
+            return None
+        if job.arm.train.target_accuracy is not None:
+            raise BadInput(
+                "train.target_accuracy ends one training; a stream of tasks has no such end: leave "
+                "it out"
+            )
+        made = stream.make(
+            self.jobs.images(job.recipe), seed=job.seed, **spec.model_dump(exclude={"restart"})
+        )
+        if made.head != "single" and job.arm.train.label_smoothing:
+            raise BadInput(
+                f"train.label_smoothing gives a share to classes which a {made.head} head hides; "
+                "leave it out"
+            )
+        return made
+
+    def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
+        """Return the meter of a job, which puts its record below `folder`."""
+        meter = job.recipe.meter
+        header = {
+            "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
+            "attempt": distributed.first(lambda: len(list(job.folder.glob("*.rank0"
+            + record.SUFFIX)))) + 1,
+            "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
+        }  # fmt: skip
+        return track(
+            job.recipe.name, dir=folder, country=meter.country, intensity=meter.intensity,
+            pue=meter.pue,
+            codecarbon=codecarbon, header=header,
+        )  # fmt: skip
+
+    def techniques(self, job: Job, trained: bool = True) -> list[Technique]:
+        """Return what a job (or one stage of it) wraps its model with; see `resolved`."""
+        return self.layers(job) + [
+            self.resolved(job, technique, trained) for technique in job.arm.techniques
+        ]
+
+    def layers(self, job: Job) -> list[Technique]:
+        """Return what freezes all but the layers a stage names, if it names any."""
+        return [stages.Layers(of=job.arm.layers)] if job.arm.layers else []
+
+    def resolved(self, job: Job, technique: Technique, trained: bool = True) -> Technique:
+        """Put the model a job left in the place of each "run:NAME"; with `trained` False, an
+        untrained one like it."""
+        found = {}
+        for field, ref in technique.runs().items():
+            used = job.uses[ref]
+            file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
+            found[field] = (
+                models.build(file, trust=self.trust, folder=used.recipe.folder)
+                if trained
+                else self.build(used, weights=False)
+            )
+        shape = tuple(self.jobs.images(job.recipe).test[0][0].shape)
+        return placed(technique, job.recipe.folder).with_runs(found).for_images(shape)
+
+    def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
+        learning = sum(p.numel() for p in live.trainable.values())
+        tracker.fact(
+            model={
+                "ref": job.arm.model.ref,
+                "options": job.arm.model.options,
+                "init": job.arm.model.init,
+            }
+            | ({"fold_norms": True} if job.arm.model.fold_norms else {}),
+            data=self.jobs.images(job.recipe).facts(),
+            techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
+            train=job.arm.train.model_dump(),
+            trainable_params=learning,
+            threads=torch.get_num_threads(),
+            predicted=predicted(job),
+        )
+        for line in lineage.ancestors(job):
+            tracker.uses(**line)
+
+    @contextmanager
+    def served(self, job: Job, live: Wrapped) -> Iterator[nn.Module]:
+        """Hold the model within as it will be served: merged where that is possible, its norms
+        folded where that is wanted."""
+        model = live.finish()
+        x = next(iter(data.batches(self.jobs.images(job.recipe).test, 2)))[0]
+        with (
+            folded(model, x.to(next(model.parameters()).device))
+            if job.arm.model.fold_norms
+            else nullcontext()
+        ):
+            yield model

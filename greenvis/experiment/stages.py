@@ -1,0 +1,151 @@
+"""Training in stages: one model learns with one set of techniques after another, in one run
+(`stages:` of an arm)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.core import distributed, surgery, weights
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.wrap import Wrapped, wrap
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.experiment.jobs import BOUNDARY, CHECKPOINT_FILE, Job, located
+from greenvis.experiment.loop import Progress
+from greenvis.meters.track import Tracker
+from greenvis.models.structure import ROLES, view
+
+
+class Layers(Technique):
+    """Train only the layers named, and freeze the others with their batch norms: what `layers:` of
+    a stage means."""
+
+    name: ClassVar[str] = "layers"
+    stage: ClassVar[Stage] = "base"
+
+    of: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description="roles (head, block, …) or patterns of module paths"),
+    ]
+
+    def install(self, model: nn.Module) -> Installed:
+        """Freeze the others. Raises BadInput for a pattern that matches nothing, with what the
+        model has."""
+        paths: set[str] = set()
+        for one in self.of:
+            found = (
+                view(model, probe=False).role(one)
+                if one in ROLES
+                else surgery.find(model, [one], nn.Module)
+            )
+            paths |= set(found)
+        learned = [p for path in paths for p in model.get_submodule(path).parameters()]
+        return Installed(surgery.freeze(model, but=learned), freezes=True)
+
+
+def of(job: Job) -> list[Job]:
+    """Return a job for each stage, with its own `train` and techniques; none where the arm has no
+    stages."""
+    return [dataclasses.replace(job, arm=stage) for stage in job.arm.stages]
+
+
+def check(job: Job, model: nn.Module, techniques: Callable[[Job], Sequence[Technique]]) -> None:
+    """Wrap and merge `model` stage by stage, untrained. Raises BadInput with file:line for a stage
+    that cannot be."""
+    for number, its in enumerate(of(job)):
+        where = job.recipe.where("arms", job.arm.name, "stages", number)
+        live = located(where, wrap, model, techniques(its))
+        if number + 1 < len(job.arm.stages):
+            stuck = [
+                f"{t.name}: {i.unmergeable}"
+                for t, i in zip(live.techniques, live.installed, strict=True)
+                if i.unmergeable
+            ]
+            if stuck:
+                raise BadInput(
+                    f"{where}: only the last stage may hold what cannot be merged into the model "
+                    f"({'; '.join(stuck)})"
+                )
+            live.merge()
+        else:
+            live.undo()
+
+
+def train(
+    job: Job,
+    model: nn.Module,
+    techniques: Callable[[Job], Sequence[Technique]],
+    fit: Callable[..., Progress],
+    run: Tracker,
+) -> tuple[Wrapped, Progress, dict[str, Tensor]]:
+    """Train `model` stage by stage and return the last stage's wrap, how it ended, and what all
+    stages changed or added.
+
+    Each stage is merged into the model before the next begins, and has an optimizer and a schedule
+    of its own; its epochs are metered below "train/NAME". techniques(job): those of a stage.
+    fit(job, live, run, checkpoint, phase=, done=): trains one. A run that was cut short goes on in
+    the stage it had come to.
+    """
+    started = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    file = job.folder / f"{job.inputs}-{BOUNDARY}"
+    rows: list[dict[str, Any]] = _resume(model, file)
+    if rows:
+        run.note(f"resumed after stage '{rows[-1]['stage']}'")
+    stages = of(job)
+    while True:
+        number = len(rows)
+        its = stages[number]
+        torch.manual_seed(job.seed + number)
+        with run.phase("setup"):
+            live = wrap(model, techniques(its))
+        run.live = live
+        live.meter(run)
+        learning = sum(p.numel() for p in live.trainable.values())
+        done = sum(row["epochs"] for row in rows)
+        checkpoint = job.folder / f"{job.inputs}-{number + 1}-{CHECKPOINT_FILE}"
+        progress = fit(its, live, run, checkpoint, phase=f"train/{its.arm.stage}", done=done)
+        row = {
+            "stage": its.arm.stage,
+            "epochs": progress.epoch,
+            "accuracy": progress.accuracy,
+            "trainable_params": learning,
+        }
+        rows.append(row)
+        run.log(**row)
+        used = [{t.name: t.recipe_form()} for stage in stages for t in stage.arm.techniques]
+        run.fact(stages=rows, techniques=used, **live.facts())
+        if len(rows) == len(stages):
+            break
+        live.merge()
+        distributed.first(lambda: weights.write(file, weights.whole(model), {"rows": rows}))
+        checkpoint.unlink(missing_ok=True)
+    now = live.model.state_dict()
+    changed = {
+        n: t
+        for n, t in now.items()
+        if n not in started or not torch.equal(t.detach().cpu(), started[n])
+    }
+    run.fact(
+        trainable_params=max(row["trainable_params"] for row in rows)
+    )  # the most that learn at once
+    return live, dataclasses.replace(progress, epoch=sum(row["epochs"] for row in rows)), changed
+
+
+def _resume(model: nn.Module, file: Path) -> list[dict[str, Any]]:
+    """Give the model what the stages that are over left, and return what is known of them."""
+    if not file.exists():
+        return []
+    try:
+        rows = weights.metadata(file)["rows"]
+        weights.place(model, weights.read_state(file))
+    except (BadInput, KeyError, RuntimeError) as error:
+        raise GreenvisError(
+            f"{file} cannot be read ({error}); remove it to start this arm again"
+        ) from error
+    return rows

@@ -1,0 +1,93 @@
+"""What starting a process costs before an arm is trained: imports, checks, data, first calls. A
+line of its own, in no arm."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from greenvis import data
+from greenvis.core import distributed
+from greenvis.core.wrap import wrap
+from greenvis.experiment import loop, stages
+from greenvis.experiment.jobs import Job
+from greenvis.meters.processes import TICK_S, open_tree
+from greenvis.meters.record import STARTUP
+from greenvis.meters.track import Tracker
+
+_warm: set[str] = set()  # what this process has called before
+
+
+class Beginning:
+    """When a call began, or, of a process that was started for it, when that did; `book` writes
+    down what passed since."""
+
+    def __init__(self, fresh_process: bool) -> None:
+        fresh_process &= not _warm  # a worker is new but once
+        self._cpu_s = 0.0 if fresh_process else time.process_time()
+        self._begun_s = time.monotonic() - (_age_s() if fresh_process else 0.0)
+        self._booked = False
+
+    def book(self, tracker: Tracker, job: Job, warm_up: Callable[[Job], None]) -> None:
+        """Write down, once, what passed since the beginning, and make the first calls that this
+        process has not made."""
+        if self._booked:
+            return
+        self._booked = True
+        wall_s, cpu_s = time.monotonic() - self._begun_s, time.process_time() - self._cpu_s
+        gb_s = _resident_gb() / 2 * wall_s  # it grew from nothing to that
+        tracker.add(STARTUP, wall_s=wall_s, cpu_s=cpu_s, ram_gb_s=gb_s)
+        if "steps" not in _warm:
+            _warm.add("steps")
+            with (
+                tracker.phase(STARTUP),
+                contextlib.suppress(Exception),
+            ):  # what cannot be trained says so in its arm
+                warm_up(job)
+
+
+def warm_up(session: Any, job: Job) -> None:
+    """Train a step of a job on a model that is thrown away, so that no arm pays for what happens
+    once in a process."""
+    first = (stages.of(job) or [job])[0]
+    images, spec = (
+        session.jobs.images(job.recipe),
+        first.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None}),
+    )
+    live = wrap(session.build(job, weights=False), session.techniques(first, trained=False))
+    if distributed.count() > 1:  # the others' share of so little is none
+        live.undo()
+        return
+
+    def batch(*_: int) -> list[Any]:
+        return list(islice(data.batches(images.train, spec.batch_size), 1))
+
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        session.tracker(job, Path(folder), codecarbon=False) as run,
+    ):
+        run.live = live
+        live.meter(run)
+        loop.fit(live, batch, 1, batch, spec, run, seed=job.seed)
+    live.undo()
+
+
+def _resident_gb() -> float:
+    try:
+        return open_tree().resident_gb()
+    except (ImportError, OSError, RuntimeError, ValueError):
+        return 0.0
+
+
+def _age_s() -> float:
+    """Return for how long this process has run; 0 where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_bytes().rsplit(b")", 1)[1].split()[19])
+        return float(Path("/proc/uptime").read_text().split()[0]) - ticks * TICK_S
+    except (OSError, IndexError, ValueError):
+        return 0.0

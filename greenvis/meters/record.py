@@ -1,0 +1,456 @@
+"""The run record: one append-only file of JSON lines a process (rank), safe against kill -9.
+Standard library only.
+
+Line types (schema 1; units stand in the keys, mono_s is the machine's monotonic clock, clock_s the
+wall clock's Unix time):
+
+    header     run, name, arm, seed, inputs, attempt: which run; rank, world_size, launch: which
+               process of it; host, boot_id, pid, clock_s, mono_s: where and when it began; parents:
+               pids of the processes above it;
+               nested_in: the run that counts this one, too;
+               versions, cpu, command, git; components [{name, source, scope "process" or "machine",
+               observation (a quantity below), coefficient {low, central, high, unit}, provenance,
+               citation, reason, devices}]; pricing (the model's version); pue; carbon_intensity
+               {value (g/kWh), zone, year, source, assumed}; embodied. Written again after the first
+               second, so that damage to one line cannot cost the run.
+    component  one entry of components that turned out otherwise (a device without a counter):
+               replaces that name's, or is added
+    sample     phase ("" is none, "train/epoch3" lies in "train"), and that phase's running totals,
+               without those below it: wall_s, cpu_s (with children), ram_gb_s, cpu_j, dram_j,
+               gpu_j, meter_j (counters), steal_s, steps, samples, flops (whichever are observed);
+               "cpu_j_unseen_s" and the like: the seconds for which that quantity's counter told
+               nothing that can be believed (below 0 where it then gave what belongs to phases
+               before);
+               "paused_wall_s", "paused_cpu_j" and the like: what passed, and what counters saw,
+               while the process or what it
+               runs was stopped: in no total above, and not the run's energy; mono_s and clock_s say
+               when
+    log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy,
+    loss fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …);
+               later facts replace earlier ones. inference {batch_size, rounds}, operating_points
+               [{setting, images, passes, …}], task_observed hold what readings of serving and tasks
+               observed, with from_s and to_s; `price.facts` gives their joules
+    uses       another run this one builds on, or one that such a run does: role, name, runs, of
+               (its children by name and seed), observed [{totals, components where they are not
+               this record's own}]; never added
+    note       text: a warning in words
+    end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
+
+Totals are cumulative by phase, so a damaged line in the middle costs nothing and a kill costs at
+most the last sample. A record without an `end` line is a crashed run: it stays in all totals. Line
+types a reader does not know are skipped.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from greenvis.core import files
+from greenvis.errors import BadInput
+
+SCHEMA = 1
+SUFFIX = ".jsonl"
+SYNC_EVERY_S = 5.0
+LEAST_OF_AN_ID = 6  # characters of one end of it that name a run
+MOST_BYTES = 256 * 2**20  # of one record
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC
+KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
+# phase: imports, checks, first calls of a process, before the arm whose record holds it; in no
+# arm
+STARTUP = "startup"
+PAUSED = "paused_"  # before a quantity's name: of the time in which the process stood still
+
+PARTLY_UNKNOWN: Literal["partly unknown"] = (
+    "partly unknown"  # provenance of a figure from which something is missing
+)
+Provenance = Literal["measured", "estimated", "constant", "partly unknown"]
+PROVENANCES: tuple[Provenance, ...] = (
+    "measured",
+    "estimated",
+    "constant",
+    "partly unknown",
+)  # the weakest last
+# follows a quantity's name: the seconds for which its counter told nothing that can be
+# believed
+UNSEEN = "_unseen_s"
+
+
+class Reading(
+    NamedTuple
+):  # no dataclass in this file: its import costs a fifth of a tracker's start
+    """A figure with its band, how it was obtained, and, where it is missing (`value` None), why."""
+
+    name: str
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    method: str = ""
+    provenance: Provenance = "estimated"
+    reason: str = ""
+
+
+class Writer:
+    """Append lines to one record. A full or read-only disk never raises here: `problem` says what
+    went wrong."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.path = path
+        self.problem = ""
+        self._held: list[bytes] = []
+        self._torn = False
+        self._fd = -1
+        self._pid = os.getpid()
+        self._lock = threading.RLock()
+        self._synced = time.monotonic()
+        self.line("header", {"schema": SCHEMA, **header})
+
+    @property
+    def lost(self) -> bool:
+        """Whether there are lines that the disk did not take."""
+        return bool(self._held)
+
+    def line(self, type: str, values: Mapping[str, Any]) -> None:
+        """Write one line. Lines the disk refuses are held and tried again at the next call."""
+        if os.getpid() != self._pid:  # a forked child: the record is its parent's
+            return
+        text = json.dumps(
+            {"type": type, **_plain(values)}, separators=(",", ":"), ensure_ascii=False
+        )
+        with self._lock:
+            self._held.append(text.encode("utf-8", "replace") + b"\n")
+            self._flush()
+
+    def close(self, status: str, reason: str = "") -> None:
+        """Write the `end` line and close the file. A second call does nothing."""
+        with self._lock:
+            if self._pid < 0:
+                return
+            self.line(
+                "end",
+                {
+                    "status": status,
+                    "reason": reason,
+                    "mono_s": time.monotonic(),
+                    "clock_s": time.time(),
+                },
+            )
+            if self._fd >= 0:
+                self._sync(force=True)
+                os.close(self._fd)
+            self._fd, self._pid = -1, -1
+
+    def _flush(self) -> None:
+        try:
+            if self._fd < 0:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._fd = os.open(
+                    self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | _NO_LINKS, 0o644
+                )
+            while self._held:
+                data = b"\n" + self._held[0] if self._torn else self._held[0]
+                self._torn = os.write(self._fd, data) < len(data)
+                if self._torn:
+                    raise OSError("the disk took only part of a line")
+                self._held.pop(0)
+            self._sync()
+        except OSError as error:
+            self.problem = f"cannot write {self.path}: {error}"
+            if (
+                len(self._held) > KEEP_LINES
+            ):  # totals are cumulative: the newest lines matter, and the header
+                del self._held[1 : len(self._held) - KEEP_LINES // 2]
+
+    def _sync(self, force: bool = False) -> None:
+        if force or time.monotonic() - self._synced > SYNC_EVERY_S:
+            try:
+                os.fdatasync(self._fd)
+            except OSError as error:
+                self.problem = f"cannot sync {self.path}: {error}"
+            self._synced = time.monotonic()
+
+
+class Run:
+    """One record, read back. `totals[phase][quantity]` are running sums; a phase path reads
+    "train/epoch3"."""
+
+    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+        self.path = path
+        self.header = header
+        self.totals: dict[str, dict[str, float]] = {}
+        self.logs: list[dict[str, Any]] = []
+        self.facts: dict[str, Any] = {}
+        self.uses: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.end: dict[str, Any] | None = None
+        self.last_s: float | None = (
+            None  # on the machine's monotonic clock: when it was last written
+        )
+        self.damaged_lines = 0
+
+    @property
+    def id(self) -> str:
+        """The run's id, unique over machines."""
+        return str(self.header.get("run", self.path.stem))
+
+    @property
+    def status(self) -> str:
+        """ "done", "failed" or "stopped" as its `end` line says, or "crashed" where it has none."""
+        return str(self.end.get("status", "failed")) if self.end else "crashed"
+
+    def sum(self, quantity: str, phase: str | None = None) -> float | None:
+        """Sum a quantity over all phases, or over one phase and those below it. None where it was
+        never observed."""
+        found = [
+            t[quantity]
+            for name, t in self.totals.items()
+            if quantity in t and (phase is None or name == phase or name.startswith(phase + "/"))
+        ]
+        return math.fsum(found) if found else None
+
+
+def read(path: str | os.PathLike[str]) -> Run:
+    """Read one record, whatever its end. Lines that are not JSON are counted and skipped.
+
+    Raises BadInput where the file holds no header of a record, or one of a newer schema.
+    """
+    path = Path(path)
+    raw = files.read(path, "record", MOST_BYTES)
+    lines, damaged = _lines(raw)
+    header = next(
+        (line for kind, line in lines if kind == "header" and isinstance(line.get("schema"), int)),
+        None,
+    )
+    if header is None:
+        raise BadInput(f"{path} is not a greenvis record: no header line in it")
+    if header["schema"] > SCHEMA:
+        raise BadInput(
+            f"{path} is a record of schema {header['schema']}; this greenvis reads up to {SCHEMA}: "
+            "upgrade it"
+        )
+    run = Run(path, {k: v for k, v in header.items() if k != "type"})
+    run.damaged_lines = damaged + sum(not _take(run, kind, line) for kind, line in lines)
+    return run
+
+
+def readable(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Run]:
+    """Yield the records among and below `paths`; what is none is left out with a warning, but for
+    files without a byte.
+
+    A process killed before its first line leaves such a file; it observed nothing.
+    """
+    import warnings  # late: a tracker's start pays for each import
+
+    for path in find(paths):
+        try:
+            yield read(path)
+        except BadInput as error:
+            if path.stat().st_size:
+                warnings.warn(f"left out: {error}", stacklevel=2)
+
+
+def timeline(path: str | os.PathLike[str]) -> Iterator[tuple[float, float, str, dict[str, float]]]:
+    """Yield what phases observed from one moment of a record to the next: (from, to, phase,
+    {quantity: step}).
+
+    Moments are of the machine's monotonic clock; at each one, all phases that changed are written.
+    """
+    run = read(path)
+    totals, at = Run(run.path, run.header), float(run.header.get("mono_s") or 0.0)
+    before = at
+    for kind, line in _lines(files.read(path, "record", MOST_BYTES))[0]:
+        moment = line.get("mono_s", at)
+        old = totals.totals.get(str(line.get("phase")), {})
+        if kind == "sample" and isinstance(moment, (int, float)) and _take(totals, kind, line):
+            if moment != at:
+                before, at = at, moment
+            phase = line["phase"]
+            yield (
+                before,
+                at,
+                phase,
+                {q: v - old.get(q, 0.0) for q, v in totals.totals[phase].items()},
+            )
+
+
+def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+    """Return the lines that are a record's, with their types, and the number of those that are
+    not."""
+    texts = [text for text in raw.split(b"\n") if text.strip()]
+    try:  # all at once is four times faster, and right where nothing is damaged
+        whole = json.loads(b"[" + b",".join(texts) + b"]")
+    except (ValueError, RecursionError):
+        whole = []
+    values = whole if len(whole) == len(texts) else map(_parsed, texts)
+    found = [
+        (line["type"], line)
+        for line in values
+        if isinstance(line, dict) and isinstance(line.get("type"), str)
+    ]
+    return found, len(texts) - len(found)
+
+
+def _parsed(text: bytes) -> Any:
+    """Return a line's JSON, None where it is damaged."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
+    """Yield the record files among `paths`: files as given, folders searched through. Raises
+    BadInput for a missing one."""
+    for given in paths:
+        path = Path(given)
+        if path.is_dir():
+            yield from sorted(path.rglob("*" + SUFFIX))
+        elif path.is_file():
+            yield path
+        else:
+            raise BadInput(f"no record or folder at {path}")
+
+
+def named(text: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> str:
+    """Return the path that a word means: itself where something is there or it is a pattern; else
+    what it names in `runs`.
+
+    That is what `greenvis ls` shows: a run's id, or one end of it (a pattern of its records, one a
+    process), or RECIPE/ARM (a folder). Raises BadInput where several runs have that end; a word
+    that names nothing is returned as it is.
+    """
+    word = os.fspath(text)
+    if os.path.exists(word) or glob.has_magic(word):
+        return word
+    below = Path(runs) / word.removeprefix("run:")
+    if word.removeprefix("run:") and below.is_dir():
+        return str(below)
+    run = by_id(word, runs)
+    if run is None:
+        return word
+    first = run[1][0]
+    return (
+        os.path.join(glob.escape(str(first.parent)), f"{run[0]}.*")
+        if len(run[1]) > 1
+        else str(first)
+    )
+
+
+def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[Path]] | None:
+    """Return the id and the records of the run below `runs` that has this id, or an id that begins
+    or ends so; None for none.
+
+    Raises BadInput where several have.
+    """
+    if len(word) < LEAST_OF_AN_ID:
+        return None
+    listed = [
+        path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()
+    ]  # a pipe would hang
+    for id_of in (
+        lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0],
+        _first_id,
+    ):  # files may be renamed
+        ids: dict[str, list[Path]] = {}
+        for path in listed:
+            if (run := id_of(path)).startswith(word) or run.endswith(word):
+                ids.setdefault(run, []).append(path)
+        if len(ids) > 1 and word not in ids:
+            raise BadInput(
+                f"'{word}' is one end of {len(ids)} ids below {runs}: {', '.join([*ids][:6])}; "
+                "give more of it"
+            )
+        if ids:
+            run = word if word in ids else next(iter(ids))
+            return run, ids[run]
+    return None
+
+
+def _first_id(path: Path) -> str:
+    """Return the run's id of the first line that has one, of those at the beginning."""
+    try:
+        with path.open("rb") as file:
+            headers = (
+                line
+                for line in map(_parsed, file.read(2**20).split(b"\n"))
+                if isinstance(line, dict) and line.get("type") == "header"
+            )
+            return str(next(headers, {}).get("run", ""))
+    except OSError:
+        return ""
+
+
+def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:
+    """Put one line into `run`; False where its shape is wrong."""
+    try:
+        return _put(run, kind, line)
+    except (
+        TypeError,
+        ValueError,
+        AttributeError,
+        OverflowError,
+    ):  # a word for a number, a number beyond all floats: noise
+        return False
+
+
+def _put(run: Run, kind: str, line: dict[str, Any]) -> bool:
+    moment = line.get("mono_s")
+    if isinstance(moment, (int, float)) and math.isfinite(moment):
+        run.last_s = max(moment, moment if run.last_s is None else run.last_s)
+    if kind == "sample":
+        phase = line.get("phase")
+        if not isinstance(phase, str):
+            return False
+        numbers = {
+            k: float(v) for k, v in line.items() if isinstance(v, (int, float)) and math.isfinite(v)
+        }
+        for moment in ("mono_s", "clock_s"):
+            numbers.pop(moment, None)
+        before = run.totals.get(phase)
+        run.totals[phase] = {**before, **numbers} if before else numbers
+        return True
+    values = {k: v for k, v in line.items() if k != "type"}
+    if kind == "log":
+        # what had been observed so far, so that accuracy can be drawn over energy
+        run.logs.append({**values, "totals": dict(run.totals)})
+    elif kind == "fact":
+        run.facts.update(values)
+    elif kind == "uses":
+        run.uses.append(values)
+    elif kind == "component":
+        run.header["components"] = replaced(run.header.get("components") or [], values)
+    elif kind == "note":
+        run.notes.append(str(values.get("text", "")))
+    elif kind == "end":
+        run.end = values
+    return True
+
+
+def replaced(
+    components: Iterable[Mapping[str, Any]], new: Mapping[str, Any]
+) -> list[Mapping[str, Any]]:
+    """Return the components with `new` in the place of its name's, or after them."""
+    out = {c.get("name"): c for c in components}
+    return [*(out | {new.get("name"): new}).values()]
+
+
+def _plain(value: Any) -> Any:
+    """Return `value` as JSON can hold it; NaN and infinity become words."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, (str, int, bool, type(None))):
+        return value
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in value]
+    if hasattr(value, "item") and getattr(value, "size", 1) in (1, ()):  # a numpy or torch scalar
+        return _plain(value.item())
+    return str(value)

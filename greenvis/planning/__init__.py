@@ -1,0 +1,1 @@
+"""What a run would cost and reach, before it is run."""

@@ -1,0 +1,228 @@
+"""Which way to train a model for new data, before it is paid for: every plan that fits is tried on
+a few images."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from greenvis.core import distributed, files
+from greenvis.errors import BadInput, nearest
+from greenvis.experiment.jobs import locked
+from greenvis.experiment.session import Session
+from greenvis.planning import candidates
+from greenvis.planning.candidates import PLANS
+from greenvis.planning.trials import Trials
+from greenvis.report.stats import pareto
+
+SERVED = 1_000_000  # images a model will answer, where nobody says
+SHARE = 0.25  # of the training images, in the longest trial
+CLOSE = 0.01  # without a target: accuracy to give up for energy
+SCALES = {"mWh": 3.6, "Wh": 3.6e3, "kWh": 3.6e6, "J": 1.0, "kJ": 1e3, "MJ": 1e6}
+MADE = "# Written by `greenvis advise"
+
+
+def advise(
+    model: str,
+    data_name: str,
+    *,
+    target_accuracy: float | None = None,
+    budget: str | float | None = None,
+    serve: float = SERVED,
+    teacher: str | None = None,
+    plans: str | Path = PLANS,
+    share: float = SHARE,
+    out: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    runs: str | Path = "runs",
+    fresh: bool = False,
+    trust: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Predict accuracy and energy of every plan that fits a model and data, and write the recipe of
+    the one to take.
+
+    model, data_name, plans, teacher, options: see `candidates.source`. target_accuracy: 0 to 1.
+    budget: joules, or "5Wh", that training and serving may take together. serve: images the model
+    will answer. share: see `trials.Trials`. overrides: of the recipe ("train.epochs=3"). out: where
+    to write it (default: below `runs`); a file that is not advice is not replaced.
+
+    Plans train on a share of the training images and are tested on others of them: the test images
+    are not looked at. See
+    `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how the whole training is
+    foretold, `choose` for which plan is taken.
+
+    Returns {"rows": [{"plan", "accuracy", "train_energy_j", "serve_energy_j" (of 1,000 images),
+    "total_energy_j", "front",
+    "trials"}] by total energy, "refused": {plan: reason}, "pick", "why", "recipe": its file,
+    "plans": a recipe of them all,
+    "trials_energy_j", "data", "model", "images", "serve", "target_accuracy", "budget_j"}; figures
+    as {"value", "low", "high"}. Raises BadInput before anything is spent.
+    """
+    distributed.alone("greenvis advise")
+    most = None if budget is None else joules(budget)
+    _check(target_accuracy, serve, share, out)
+    content, refused = candidates.source(
+        model, data_name, plans=plans, teacher=teacher, runs=runs, trust=trust, options=options
+    )
+    name, session = content["name"], Session(Path(runs), trust, ("greenvis", "advise", model), say)
+    folder = Path(runs) / name
+    with locked(folder):
+        recipe = candidates.written(
+            folder / "plans.yaml", {**content, "name": f"{name}-plans"}, overrides
+        )
+        jobs, more = candidates.fitting(
+            session, recipe.model_copy(update={"name": f"{name}-trials"})
+        )
+        whole = yaml.safe_load(recipe.text())
+        whole["arms"] = {plan: arm for plan, arm in whole["arms"].items() if plan in jobs}
+        candidates.written(folder / "plans.yaml", whole)
+        trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
+        trials.run(serve)
+    rows = _rows(trials, serve)
+    pick, why = choose(rows, target_accuracy, most)
+    found: dict[str, Any] = {
+        "rows": rows,
+        "refused": {**refused, **more, **trials.failed},
+        "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
+        "trials_energy_j": math.fsum(t.total_j for its in trials.found.values() for t in its),
+        "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
+        "serve": serve, "target_accuracy": target_accuracy, "budget_j": most,
+    }  # fmt: skip
+    if pick is not None:
+        found["recipe"] = str(
+            _write(Path(out) if out else folder / "recipe.yaml", whole, name, found)
+        )
+    return found
+
+
+def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
+    """Return what is foretold of each plan, in order of total energy, and whether it is on the
+    Pareto front."""
+    told = {plan: trials.foretold(plan, serve) for plan in trials.found}
+    points = {
+        plan: (its["total_energy_j"]["value"], its["accuracy"]["value"])
+        for plan, its in told.items()
+    }
+    front = pareto(points)
+    return [
+        {
+            "plan": plan,
+            **told[plan],
+            "front": plan in front,
+            "trials": [asdict(trial) for trial in trials.found[plan]],
+        }
+        for plan in sorted(points, key=lambda plan: points[plan][0])
+    ]
+
+
+def choose(
+    rows: Sequence[Mapping[str, Any]],
+    target_accuracy: float | None = None,
+    budget_j: float | None = None,
+) -> tuple[str | None, str]:
+    """Return the plan to take and why, by predicted values: the cheapest of those that reach the
+    target within the budget.
+
+    Without a target it is `CLOSE` below the most accurate plan that the budget allows. Where none
+    reaches the target, the most accurate is taken; where none keeps to the budget, none is.
+    """
+
+    def cost(row: Mapping[str, Any]) -> float:
+        return row["total_energy_j"]["value"]
+
+    within = [row for row in rows if budget_j is None or cost(row) <= budget_j]
+    if not within:
+        least = min(rows, key=cost)
+        return None, (
+            f"no plan is predicted to keep to {budget_j:,.0f} J; the cheapest, {least['plan']}, "
+            f"takes {cost(least):,.0f} J: "
+            "raise the budget, or serve fewer images"
+        )
+    best = max(within, key=lambda row: row["accuracy"]["value"])
+    goal = best["accuracy"]["value"] - CLOSE if target_accuracy is None else target_accuracy
+    reach = [row for row in within if row["accuracy"]["value"] >= goal]
+    if not reach:
+        where = " within the budget" if budget_j is not None else ""
+        return best[
+            "plan"
+        ], f"no plan is predicted to reach {goal:.1%}{where}; {best['plan']} comes closest"
+    pick = min(reach, key=cost)
+    if target_accuracy is None:
+        return pick[
+            "plan"
+        ], f"the cheapest within {CLOSE * 100:g} point of the most accurate plan, {best['plan']}"
+    sure = "" if pick["accuracy"]["low"] >= goal else "; its range begins below, so it may miss it"
+    return pick["plan"], f"the cheapest that is predicted to reach {goal:.1%}{sure}"
+
+
+def joules(energy: str | float) -> float:
+    """Return an energy in joules: a number of them, or a text with a unit, as "5Wh", "0.2 kWh" or
+    "18kJ". Raises BadInput."""
+    text = str(energy).strip()
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    unit = text[len(number) :] or "J"
+    if unit not in SCALES:
+        raise BadInput(f"the budget '{energy}' has no unit of energy{nearest(unit, SCALES)}")
+    try:
+        value = float(number) * SCALES[unit]
+    except ValueError:
+        raise BadInput(
+            f"the budget '{energy}' is no energy: give a number and a unit, as 5Wh, 0.2kWh or 18kJ"
+        ) from None
+    if not (value > 0 and math.isfinite(value)):
+        raise BadInput(f"the budget is {energy}; it must be above 0")
+    return value
+
+
+def _check(target: float | None, serve: float, share: float, out: str | Path | None) -> None:
+    if target is not None and not 0 < target <= 1:
+        hint = f"; {target:g} % is {target / 100:g}" if 1 < target <= 100 else ""
+        raise BadInput(
+            f"the target accuracy is {target:g}; it is a share, above 0 and up to 1{hint}"
+        )
+    if not (serve >= 0 and math.isfinite(serve)):
+        raise BadInput(f"serve is {serve:g}; it is a number of images, 0 or more")
+    if not 0 < share <= 0.5:
+        raise BadInput(
+            f"share is {share:g}; the longest trial takes a share of the training images above 0, "
+            "up to 0.5"
+        )
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        raise BadInput(
+            f"cannot write a recipe to {path}: "
+            f"{'that is' if path.is_dir() else f'{path.parent} is not'} a folder"
+        )
+    if path.exists() and not files.read_text(path, "recipe").startswith(MADE):
+        raise BadInput(
+            f"{path} is there and no advice wrote it; give another name with --out, or move it away"
+        )
+
+
+def _write(path: Path, whole: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> Path:
+    """Write the recipe of the plan that is taken."""
+    row = next(row for row in found["rows"] if row["plan"] == found["pick"])
+    accuracy, spent, served = (row[key] for key in ("accuracy", "train_energy_j", "serve_energy_j"))
+    lines = (
+        f"{MADE.removeprefix('# ')} "
+        f"{shlex.join(map(str, (found['model'], '--data', found['data'])))}`: {found['why']}.",
+        f"Predicted: accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to "
+        f"{accuracy['high']:.3f}), training "
+        f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
+        f"serving {served['value']:.2f} J per 1,000 images.",
+        "",
+        f"  greenvis run {shlex.quote(str(path))}",
+    )
+    content = {**whole, "name": name, "arms": {found["pick"]: whole["arms"][found["pick"]]}}
+    candidates.written(path, content, comment=lines)
+    return path

@@ -1,0 +1,237 @@
+"""Which plans fit a model: a file of candidates, filled in for the model, each really attached
+before it counts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from torch import nn
+
+from greenvis import data, models
+from greenvis.core import files, yamlfile
+from greenvis.errors import BadInput, GreenvisError, one_line
+from greenvis.experiment import lineage
+from greenvis.experiment.jobs import Job
+from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.session import Session
+from greenvis.models import structure
+from greenvis.planning.rank import weights_of
+
+PLANS = Path(__file__).with_name("advise.yaml")
+MISSING = {
+    "$teacher": "no teacher was given (--teacher)",
+    "$merge": "its blocks hand no sequence of tokens on",
+}
+
+
+def source(
+    ref: str,
+    data_name: str,
+    *,
+    plans: str | Path = PLANS,
+    teacher: str | None = None,
+    runs: str | Path = "runs",
+    trust: bool = False,
+    options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the content of a recipe with every plan for this model and data as an arm, and the
+    plans that lack something.
+
+    ref: a model's reference, "run:RECIPE/ARM" for what an arm left below `runs`, or its folder.
+    data_name: a data set's name, or a recipe's file, whose data it is then. plans: a file as
+    greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for a
+    model, data set or file of plans that cannot be used.
+    """
+    content, place = _plans(Path(plans)), _data(data_name)
+    data.check(**{k: v for k, v in place.items() if k != "normalise"})
+    reference = _reference(ref, runs)
+    given = dict(options or {})
+    if isinstance(start := given.get("pretrained"), str) and Path(start).expanduser().is_file():
+        given["pretrained"] = str(Path(start).expanduser().resolve())
+    model = models.build(reference, trust=trust, **given)
+    filled = _tokens(model) | (
+        {"$teacher": _reference(teacher, runs)} if teacher is not None else {}
+    )
+    if teacher is not None:
+        if "$teacher" not in _words(content["arms"]):
+            raise BadInput(
+                f"no plan of {plans} learns from a teacher, so --teacher would change nothing: "
+                "leave it out"
+            )
+        models.check(filled["$teacher"], trust=trust)
+    arms: dict[str, Any] = {}
+    lacking: dict[str, str] = {}
+    for name, arm in content["arms"].items():
+        missing = [word for word in MISSING if word in _words(arm) and word not in filled]
+        if missing:
+            lacking[name] = MISSING[missing[0]]
+        else:
+            arms[name] = _put(arm or {}, filled)
+    own = _model(reference, given)
+    return {
+        "name": "advise-" + _slug(f"{Path(data_name).stem}-{_short(ref)}"),
+        "data": {**_shown(reference, model, given), **place},
+        "model": own,
+        "train": {"seeds": [0], **content.get("train", {})},
+        "arms": arms,
+        "meter": {"codecarbon": False},
+    }, lacking
+
+
+def written(
+    path: Path,
+    content: Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    comment: Sequence[str] = (),
+) -> Recipe:
+    """Write a recipe below a comment, and read it back.
+
+    Raises BadInput for what it says, GreenvisError where it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        head = "".join(f"# {one_line(line)}".rstrip() + "\n" for line in comment)
+        files.write(path, head + yaml.safe_dump(dict(content), sort_keys=False, allow_unicode=True))
+    except OSError as error:
+        raise GreenvisError(
+            f"cannot write {path}: {error.strerror or error}; choose another place"
+        ) from error
+    return load_recipe(path, overrides)
+
+
+def fitting(session: Session, recipe: Recipe) -> tuple[dict[str, Job], dict[str, str]]:
+    """Put every arm on its model for a try; return the jobs of those that work, by name, and why
+    the others do not.
+
+    An arm without techniques that fails fails for the model and the data, so it raises BadInput.
+    """
+    jobs: dict[str, Job] = {}
+    refused: dict[str, str] = {}
+    for name, spec in recipe.arms.items():
+        if spec.stages or spec.subset or spec.stream:
+            refused[name] = (
+                "a plan with stages, a subset or a stream cannot be tried on a few images"
+            )
+            continue
+        one = recipe.model_copy(update={"arms": {name: spec}})
+        try:
+            jobs[name] = session.plan(one)[-1]
+        except BadInput as error:
+            if not spec.techniques:
+                raise
+            refused[name] = str(error).removeprefix(recipe.where("arms", name) + ": ")
+    if not jobs:
+        raise BadInput(
+            f"none of these plans fits {recipe.model.ref}: "
+            f"{next(iter(refused.values()), 'there is none')}"
+        )
+    return jobs, refused
+
+
+def _plans(path: Path) -> dict[str, Any]:
+    read = yamlfile.parse(files.read_text(path, "plans", yamlfile.MOST_BYTES), str(path))
+    arms = read.get("arms") if isinstance(read, dict) else None
+    if not isinstance(arms, dict) or not all(isinstance(arm, dict | None) for arm in arms.values()):
+        raise BadInput(
+            f"the plans {path} are a recipe's train and arms; it has no arms (see {PLANS})"
+        )
+    return read
+
+
+def _data(name: str) -> dict[str, Any]:
+    """Return the data section that a data set's name, or a recipe's file, means; its paths
+    absolute."""
+    found, folder = {"name": name}, Path()
+    if name.endswith((".yaml", ".yml")):
+        recipe = load_recipe(name)
+        found, folder = (
+            recipe.data.model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"}),
+            recipe.folder,
+        )
+    kind, colon, path = found["name"].partition(":")
+    if colon:
+        found["name"] = f"{kind}:{(folder / Path(path).expanduser()).resolve()}"
+    if found.get("root"):
+        found["root"] = str((folder / Path(found["root"]).expanduser()).resolve())
+    return found
+
+
+def _reference(ref: str, runs: str | Path) -> str:
+    """Return a model's reference; "file:PATH" for what a run left."""
+    if ref.startswith("run:") or Path(ref).is_dir():
+        return f"file:{weights_of(ref, runs).resolve()}"
+    return f"file:{models.file_of(ref)}" if ref.startswith("file:") else ref
+
+
+def _model(reference: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the model section: a file's weights are a start, for a classifier of the new data's
+    classes."""
+    if not reference.startswith("file:"):
+        return {"ref": reference, **given}
+    inner, stored = models.origin(reference, **given)
+    kept = {k: v for k, v in stored.items() if k not in ("num_classes", "in_chans") or k in given}
+    return {"ref": inner, **kept, "init": reference}
+
+
+def _shown(reference: str, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size and channels of the images a model is shown: those its run trained on, else what
+    the model says."""
+    if reference.startswith("file:"):
+        try:
+            facts = lineage.read_card(models.file_of(reference)).get("data") or {}
+        except BadInput:  # no run of greenvis wrote it
+            facts = {}
+        if facts:
+            plain = {} if any(s != 1 for s in facts.get("std") or ()) else {"normalise": False}
+            return {"img_size": facts["img_size"], "in_chans": facts["in_chans"], **plain}
+    channels, height, _ = structure.example_input(model).shape[1:]
+    return {"img_size": given.get("img_size") or height, "in_chans": channels}
+
+
+def _tokens(model: nn.Module) -> dict[str, Any]:
+    """Return {"$merge": tokens to merge in each block so that half of the patches are gone at the
+    end}; {} without tokens."""
+    try:
+        found = structure.view(model, probe=False)
+    except BadInput:  # what cannot be seen; the techniques say so in their own words
+        return {}
+    shape = (
+        found.layouts[found.blocks[0]].inputs
+        if found.blocks and found.blocks[0] in found.layouts
+        else ()
+    )
+    if not found.attention or len(shape) != 3:
+        return {}
+    return {"$merge": max(1, (shape[1] - found.prefix_tokens) // (2 * len(found.blocks)))}
+
+
+def _words(value: Any) -> set[str]:
+    """Return every string that stands in a value's lists and mappings."""
+    if isinstance(value, dict):
+        return set().union(*map(_words, value.values()))
+    if isinstance(value, list):
+        return set().union(*map(_words, value))
+    return {value} if isinstance(value, str) else set()
+
+
+def _put(value: Any, filled: Mapping[str, Any]) -> Any:
+    """Return the value with each word of `filled` replaced by what it stands for."""
+    if isinstance(value, dict):
+        return {k: _put(v, filled) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_put(v, filled) for v in value]
+    return filled.get(value, value) if isinstance(value, str) else value
+
+
+def _short(ref: str) -> str:
+    """Return a model's reference in few words, for names of files."""
+    place = Path(ref.removeprefix("timm/").rpartition(":")[2])
+    return "/".join((place.parent if place.suffix == ".safetensors" else place).parts[-2:])
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")

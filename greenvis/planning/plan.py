@@ -1,0 +1,289 @@
+"""What a recipe will cost, before it is spent: a few real steps of each arm, extrapolated, with a
+band."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from greenvis import data
+from greenvis.core import distributed, weights
+from greenvis.core.wrap import wrap
+from greenvis.data import subsets
+from greenvis.experiment import checkpoint, loop, stages
+from greenvis.experiment.jobs import (
+    BOUNDARY,
+    CHECKPOINT_FILE,
+    PLAN_FILE,
+    SUBSET_FILE,
+    Job,
+    predicted,
+    write_json,
+)
+from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.session import Session
+from greenvis.meters import pricing, record
+
+GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
+GROUP_S = 0.5  # seconds a group should last
+EVAL_BATCHES = 2
+ITERATIONS, MAKING_BAND = (
+    5,
+    0.3,
+)  # of making a subset: how many are tried, and how far off that may be
+BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
+BOUNDS, FIGURES = ("value", "low", "high"), ("energy_j", "carbon_g", "wall_s", "flops")
+NOTHING = dict.fromkeys(BOUNDS, 0.0)
+COUNT_BAND = 0.02  # of FLOPs: the last, shorter batches of an epoch
+
+
+def plan(
+    recipe: Recipe | str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    runs: str | Path = "runs",
+    trust: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Measure a few steps of each arm and return what training and evaluation of all arms and seeds
+    will cost.
+
+    {"arms": {ARM: {"runs", "done", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…}},
+    figures as {"value", "low",
+    "high"} of what is still to do: runs of these inputs that are done cost nothing more, one that
+    broke off what it has left. An arm this recipe builds on is listed by its name. each: one whole
+    run's observations (CPU-seconds, GB-seconds, …), kept beside the records, so that the report can
+    set them against what was spent. Raises BadInput, GreenvisError.
+    """
+    distributed.alone("greenvis plan")
+    if not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe, overrides)
+    session = Session(Path(runs), trust, (), say)
+    by_arm: dict[str, list[Job]] = {}
+    for job in session.plan(recipe):
+        by_arm.setdefault(job.name, []).append(job)
+    arms: dict[str, dict[str, Any]] = {}
+    for name, jobs in by_arm.items():
+        job, ahead = jobs[0], [job for job in jobs if job.done() is None]
+        arms[name] = {
+            "inputs": job.inputs,
+            "runs": len(ahead),
+            "done": len(jobs) - len(ahead),
+            **dict.fromkeys(FIGURES, NOTHING),
+        }
+        if not ahead:
+            arms[name]["each"] = predicted(job)  # what an earlier plan said, if one was made
+            continue
+        say(f"{name}: a few steps")
+        with loop.threads(job.arm.train.threads):
+            parts = [_predict(session, its) for its in stages.of(job) or [job]]
+            making = _making(session, job) if job.arm.subset else None
+        arms[name]["each"] = _summed(
+            [figures for figures, _ in [*parts, *([making] if making else [])]]
+        )
+        left = [
+            _scaled(parts[i][0], share)
+            for job in ahead
+            for i, share in enumerate(_shares_left(session, job))
+        ]
+        if making:
+            left += [
+                making[0]
+                for job in ahead
+                if not (job.folder / f"{job.inputs}-{SUBSET_FILE}").exists()
+            ]
+        arms[name] |= _priced(_summed(left), parts[0][1])
+    found = {"arms": arms, "total": total(arms)}
+    path = Path(runs) / recipe.name / PLAN_FILE
+    write_json(path, found)
+    return found
+
+
+def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return what arms cost together."""
+    return {
+        key: {b: math.fsum(arm[key][b] for arm in arms.values()) for b in BOUNDS} for key in FIGURES
+    }
+
+
+def _shares_left(session: Session, job: Job) -> list[float]:
+    """Return the share of its training that a job has still to do, by stage (one for a job
+    without), as its checkpoint says."""
+    each = stages.of(job)
+    boundary = job.folder / f"{job.inputs}-{BOUNDARY}"
+    over = len(weights.metadata(boundary)["rows"]) if each and boundary.exists() else 0
+    file = job.folder / (
+        f"{job.inputs}-{over + 1}-{CHECKPOINT_FILE}" if each else f"{job.inputs}-{CHECKPOINT_FILE}"
+    )
+    left = [0.0] * over + [1.0] * (len(each or [job]) - over)
+    if file.exists() and over < len(left):
+        spec, its, at = (
+            (each or [job])[over].arm.train,
+            session.stream(job),
+            checkpoint.read(file)["progress"],
+        )
+        parts = [len(part) for part in its.train] if its else [len(_shown(session, job))]
+        seen = sum(parts[: at["task"]]) * spec.epochs
+        seen += (
+            (at["epoch"] * parts[at["task"]] + at["batch"] * spec.batch_size)
+            if at["task"] < len(parts)
+            else 0
+        )
+        left[over] = 0.0 if at["reached"] else max(0.0, 1 - seen / max(sum(parts) * spec.epochs, 1))
+    return left
+
+
+Figures = dict[str, dict[str, float]]  # by quantity: {"value", "low", "high"}
+
+
+def _predict(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
+    """Train groups of steps on a model that is thrown away, long enough to be told from their
+    start, and scale them up.
+
+    Returns what the whole training observes, by quantity, and the header of the few steps' record,
+    which prices it.
+    """
+    spec, images = job.arm.train, session.jobs.images(job.recipe)
+    batches, tests = (
+        math.ceil(len(_shown(session, job)) / spec.batch_size),
+        max(spec.batch_size, 256),
+    )
+    first = min(2 * spec.accumulate, batches)
+    step_s = (_few(session, job, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
+    steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
+    seen = _few(session, job, steps, GROUPS + 1, tests)
+    evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
+    shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
+    its = session.stream(job)
+    if its is None:
+        return _whole(
+            seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown
+        ), seen.header
+    trained = sum(math.ceil(len(part) / spec.batch_size) for part in its.train)
+    tested = len(its.tasks) * sum(len(part) for _, part in its.tests)  # all of them after each task
+    return _whole(seen, spec.epochs * trained / steps, tested / shown), seen.header
+
+
+def _shown(session: Session, job: Job) -> data.ImageSet:
+    """Return as many images as the job trains on, and like them."""
+    images, spec = session.jobs.images(job.recipe).train, job.arm.subset
+    return (
+        images if spec is None else subsets.make(images, method="random", per_class=spec.per_class)
+    )
+
+
+def _making(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
+    """Choose or make the arm's subset, in fewer iterations, and scale them up."""
+    assert job.arm.subset is not None
+    images, spec = session.jobs.images(job.recipe).train, job.arm.subset.model_dump()
+    few = (
+        min(ITERATIONS, spec["iterations"]) if spec["method"] == "condensed" else spec["iterations"]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        with session.tracker(job, Path(folder), codecarbon=False) as run:
+            for phase in ("warm-up", "subset"):
+                with run.phase(phase):
+                    subsets.make(
+                        images, seed=job.seed, count=run.flops, **{**spec, "iterations": few}
+                    )
+        seen = record.read(next(record.find([folder])))
+    counted = {
+        quantity: spec["iterations"] / few * (seen.sum(quantity, "subset") or 0.0)
+        for quantity in _quantities(seen)
+    }
+    bands = {quantity: 0.0 if quantity == "flops" else MAKING_BAND for quantity in counted}
+    return {
+        q: {"low": v * (1 - bands[q]), "value": v, "high": v * (1 + bands[q])}
+        for q, v in counted.items()
+    }, seen.header
+
+
+def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> record.Run:
+    """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the
+    record."""
+    images = session.jobs.images(job.recipe)
+    spec = job.arm.train.model_copy(
+        update={"epochs": groups, "target_accuracy": None, "eval_every": 1}
+    )
+
+    def some(epoch: int, start: int) -> list[Any]:
+        loader = data.batches(
+            _shown(session, job), spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True
+        )
+        return list(islice(loader, steps))
+
+    def test() -> list[Any]:
+        return list(islice(data.batches(images.test, tests), EVAL_BATCHES))
+
+    with tempfile.TemporaryDirectory() as folder:
+        live = wrap(session.build(job, weights=False), session.techniques(job, trained=False))
+        with session.tracker(job, Path(folder), codecarbon=False) as run:
+            run.live = live
+            live.meter(run)
+            loop.fit(live, some, steps, test, spec, run, seed=job.seed)
+        live.undo()
+        return record.read(next(record.find([folder])))
+
+
+def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> Figures:
+    groups = [f"train/epoch{g + 2}" for g in range(GROUPS)]
+
+    def figure(quantity: str) -> dict[str, float]:
+        each = [seen.sum(quantity, phase) or 0.0 for phase in groups]
+        fixed, band = (
+            eval_factor * (seen.sum(quantity, "eval") or 0.0),
+            COUNT_BAND if quantity == "flops" else BUSY_BAND,
+        )
+        middle = train_factor * math.fsum(each) / len(each) + fixed
+        low, high = (train_factor * bound(each) + fixed for bound in (min, max))
+        return {
+            "value": middle,
+            "low": min(low, middle * (1 - band)),
+            "high": max(high, middle * (1 + band)),
+        }
+
+    return {quantity: figure(quantity) for quantity in _quantities(seen)}
+
+
+def _quantities(seen: record.Run) -> list[str]:
+    """Return what a prediction is made of: what the components are priced by, time and FLOPs."""
+    priced = [str(c["observation"]) for c in seen.header["components"] if c.get("observation")]
+    return list(dict.fromkeys([*priced, "wall_s", "flops"]))
+
+
+def _priced(figures: Figures, header: Mapping[str, Any]) -> Figures:
+    """Return `FIGURES` of what is observed: joules and grams by the header's coefficients and
+    grid."""
+    joules = pricing.forecast(figures, header["components"])
+    grams = (
+        pricing.carbon(
+            record.Reading("energy_j", 1.0), header["carbon_intensity"], header.get("pue", 1.0)
+        ).value
+        or 0.0
+    )
+    scaled = {bound: value * grams for bound, value in joules.items()}
+    return {
+        "energy_j": joules,
+        "carbon_g": scaled,
+        "wall_s": figures["wall_s"],
+        "flops": figures["flops"],
+    }
+
+
+def _summed(parts: list[Figures]) -> Figures:
+    """Return the figures of all parts together."""
+    return {
+        key: {bound: math.fsum(part[key][bound] for part in parts) for bound in BOUNDS}
+        for key in parts[0]
+    }
+
+
+def _scaled(figures: Figures, factor: float) -> Figures:
+    return {
+        key: {bound: value * factor for bound, value in figure.items()}
+        for key, figure in figures.items()
+    }

@@ -1,0 +1,266 @@
+"""Choosing a base before paying for it: score every candidate's features on the new data, and say
+what that cost."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import kendalltau, weightedtau
+from torch import nn
+
+from greenvis import data, models
+from greenvis.errors import BadInput, GreenvisError, nearest, some
+from greenvis.experiment import knn
+from greenvis.experiment.jobs import UNHASHED, WEIGHTS_FILE
+from greenvis.experiment.recipe import load_recipe
+from greenvis.meters import pricing, record
+from greenvis.meters.track import Tracker, track
+from greenvis.models import structure
+from greenvis.planning import transfer
+from greenvis.planning.transfer import SCORES
+
+METHODS = (*SCORES, "ped")  # ped: LogME once classes that overlap have parted
+LEAST = 3  # bases that must have been fine-tuned before a rank correlation says anything
+IMAGES, BATCH = 1000, 100
+
+
+def rank(
+    bases: Sequence[str],
+    data_name: str,
+    *,
+    images: int = IMAGES,
+    by: str = "logme",
+    runs: str | Path = "runs",
+    trust: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Rank candidate bases for new data without training, best first, and return what was found.
+
+    bases: model references; "run:RECIPE/ARM" for what a recipe's arm left below `runs`, or its
+    folder. data_name: a data set's name, or a recipe's file, whose data it is then. images: so many
+    training images are shown to each base (fewer where there are fewer). by: the score to sort by,
+    one of `METHODS`. options: of bases that are a library's (pretrained, img_size, …). Returns
+    {"rows": [{"base", "rank", a score a method, "dim", "energy_j", and, where full fine-tuning of
+    these bases on this data is on record, "tuned_accuracy" and "tuning_energy_j"}], "correlation":
+    {method: {"weighted_tau", "tau", "bases"}} or None, "energy_j": {"value", "low", "high"} of the
+    whole ranking, "tuning_energy_j", "record", …}. The ranking is a tracked run itself. Raises
+    BadInput for an unknown base, data set or score, before anything is spent.
+    """
+    if by not in METHODS:
+        raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")
+    if len(set(bases)) < 2:
+        raise BadInput(
+            f"ranking takes two bases or more, each once, not {len(set(bases))}: greenvis rank "
+            "BASE BASE …"
+        )
+    if len(set(bases)) != len(bases):
+        raise BadInput("a base is listed twice; list each once")
+    if options and all(_arm(base) is not None or base.startswith("file:") for base in bases):
+        raise BadInput(
+            f"{some(options)} would change none of these bases: options are for those of a library"
+        )
+    built = {base: _build(base, Path(runs), trust, options) for base in bases}
+    wanted = _data(data_name)
+    shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
+    shown = {shape: _images(wanted, shape, images) for shape in dict.fromkeys(shapes.values())}
+    rows: list[dict[str, Any]] = []
+    with track("rank", dir=runs) as run:
+        for number, (base, model) in enumerate(built.items(), 1):
+            say(f"{base}: features of {len(shown[shapes[base]].train)} images")
+            with run.phase(f"base{number}"):
+                rows.append({"base": base, **_scores(model, shown[shapes[base]].train, run)})
+        run.fact(bases=list(bases), data=next(iter(shown.values())).facts())
+    left = record.read(run.path)
+    for number, row in enumerate(rows, 1):
+        row["energy_j"] = pricing.run_energy(left, f"base{number}").value
+    tuned = tuned_on_record(runs, bases, next(iter(shown.values())), options)
+    rows = [{**row, **tuned.get(row["base"], {})} for row in rows]
+    rows.sort(key=lambda row: -row[by])
+    spent, tuning = (
+        run.energy(),
+        [row["tuning_energy_j"] for row in rows if row.get("tuning_energy_j") is not None],
+    )
+    return {
+        "rows": [{"rank": place, **row} for place, row in enumerate(rows, 1)],
+        "by": by,
+        "data": data_name,
+        "images": max(len(its.train) for its in shown.values()),
+        "correlation": correlation([row for row in rows if "tuned_accuracy" in row]),
+        "energy_j": {
+            "value": spent.value,
+            "low": spent.low,
+            "high": spent.high,
+            "provenance": spent.provenance,
+        },
+        "tuning_energy_j": sum(tuning) if len(tuning) == len(rows) else None,
+        "record": str(run.path),
+    }
+
+
+def correlation(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]] | None:
+    """Return each score's rank correlation with the accuracies "tuned_accuracy" of the same rows;
+    None for under three.
+
+    weighted_tau: Kendall's with the best bases weighing most, as the papers report it; tau:
+    Kendall's plain one. Both 1 where the orders agree, -1 where they are reversed.
+    """
+    if len(rows) < LEAST:
+        return None
+    truth = [row["tuned_accuracy"] for row in rows]
+    out: dict[str, dict[str, float]] = {}
+    for method in METHODS:
+        scores = [row[method] for row in rows]
+        weighted: Any = weightedtau(truth, scores)
+        plain: Any = kendalltau(truth, scores)
+        out[method] = {
+            "weighted_tau": float(weighted.statistic),
+            "tau": float(plain.statistic),
+            "bases": len(rows),
+        }
+    return out
+
+
+def tuned_on_record(
+    runs: str | Path, bases: Sequence[str], images: data.Data, options: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Return {"tuned_accuracy", "tuning_energy_j"} by base, means over seeds, of full fine-tuning
+    on this data on record.
+
+    Finished runs count that start from a base's weights, train all of it with no technique and on
+    the same classes of the same data; of several such settings of data and training, the one that
+    most of the bases had, and all have.
+    """
+    found: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
+    for path in record.find([runs]) if Path(runs).is_dir() else ():
+        try:
+            its = record.read(path)
+        except GreenvisError:  # another's file, or one of a newer schema
+            continue
+        base = _base_of(its, bases, options)
+        facts = its.facts.get("data") or {}
+        same = (
+            facts.get("checksum") == images.checksum and facts.get("only") == images.facts()["only"]
+        )
+        if base is None or its.status != "done" or not same or its.facts.get("accuracy") is None:
+            continue
+        train = {k: v for k, v in (its.facts.get("train") or {}).items() if k not in UNHASHED}
+        setting = json.dumps([facts, train], sort_keys=True, default=str)
+        seeds = found.setdefault(setting, {}).setdefault(base, {})
+        seeds[int(its.header.get("seed", 0))] = (
+            its.facts["accuracy"],
+            pricing.run_energy(its, "train").value,
+        )
+    if not found:
+        return {}
+    out: dict[str, dict[str, float]] = {}
+    for base, seeds in max(found.values(), key=len).items():
+        spent = [energy for _, energy in seeds.values() if energy is not None]
+        out[base] = {"tuned_accuracy": sum(accuracy for accuracy, _ in seeds.values()) / len(seeds)}
+        out[base] |= {"tuning_energy_j": sum(spent) / len(spent)} if spent else {}
+    return out
+
+
+def _base_of(its: record.Run, bases: Sequence[str], options: Mapping[str, Any]) -> str | None:
+    """Return which of the bases a run fine-tuned, None where it did something else."""
+    model = its.facts.get("model") or {}
+    if its.facts.get("techniques") or its.facts.get("stages"):
+        return None
+    if str(model.get("init") or "").startswith("run:"):
+        used = next((u.get("name") for u in its.uses if u.get("role") == "base"), None)
+        return next((base for base in bases if used is not None and _arm(base) == used), None)
+    pretrained = (model.get("options") or {}).get("pretrained")
+    alike = pretrained and pretrained == options.get("pretrained") and not model.get("init")
+    return model.get("ref") if alike and model.get("ref") in bases else None
+
+
+def _build(base: str, runs: Path, trust: bool, options: Mapping[str, Any]) -> nn.Module:
+    if _arm(base) is not None:
+        return models.build(f"file:{weights_of(base, runs).resolve()}", trust=trust).eval()
+    own = {} if base.startswith("file:") else options
+    return models.build(base, trust=trust, **own).eval()
+
+
+def _arm(base: str) -> str | None:
+    """Return RECIPE/ARM of a base that an arm left; None for other models."""
+    if base.startswith("run:"):
+        return "/".join(base.removeprefix("run:").split("/")[:2])
+    return (
+        "/".join(Path(base).resolve().parts[-3:-1])
+        if (Path(base) / WEIGHTS_FILE).is_file()
+        else None
+    )
+
+
+def _shape(base: str, model: nn.Module, runs: Path, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return (channels, height, width) of the images a base is shown: those a run trained on, else
+    what it is asked for or says.
+    """
+    if _arm(base) is not None:
+        for its in record.readable([weights_of(base, runs).parent]):
+            if facts := its.facts.get("data"):
+                return facts["in_chans"], facts["img_size"], facts["img_size"]
+    size = None if base.startswith("file:") else options.get("img_size")
+    return tuple(structure.example_input(model, size=size).shape[1:])
+
+
+def weights_of(base: str, runs: str | Path) -> Path:
+    """Return the weights that "run:RECIPE/ARM" left below `runs`, of its first seed; of a folder,
+    those in it.
+
+    Raises BadInput where there are none.
+    """
+    folder = Path(runs) / base.removeprefix("run:") if base.startswith("run:") else Path(base)
+    found = sorted([*folder.glob(WEIGHTS_FILE), *folder.glob(f"seed*/{WEIGHTS_FILE}")])
+    if not found:
+        there = sorted(
+            {
+                f"run:{p.parent.parent.relative_to(runs)}"
+                for p in Path(runs).glob(f"*/*/seed*/{WEIGHTS_FILE}")
+            }
+        )
+        raise BadInput(f"'{base}' left no {WEIGHTS_FILE} below {runs}{nearest(base, there)}")
+    return found[0]
+
+
+def _data(name: str) -> dict[str, Any]:
+    """Return the arguments of `data.load` that a data set's name, or a recipe's file, means."""
+    if name.endswith((".yaml", ".yml")):
+        recipe = load_recipe(name)
+        return {**recipe.data.model_dump(exclude={"stream", "held_out"}), "folder": recipe.folder}
+    return {"name": name}
+
+
+def _images(wanted: Mapping[str, Any], shape: tuple[int, ...], most: int) -> data.Data:
+    """Return at most `most` training images, unchanged ones, as a model of this input shape takes
+    them."""
+    plain: dict[str, Any] = {
+        **wanted,
+        "in_chans": shape[0],
+        "img_size": shape[1],
+        "augment": "none",
+        "views": None,
+    }
+    if plain.get("train") is None or plain["train"] > most:
+        plain["train"] = most
+    try:
+        return data.load(**plain)
+    except BadInput:  # fewer images than asked for: all of them
+        return data.load(**{**plain, "train": wanted.get("train")})
+
+
+def _scores(model: nn.Module, images: data.ImageSet, run: Tracker) -> dict[str, Any]:
+    """Return every score of a base's features on these images, and their dimension."""
+    loader = data.batches(images, BATCH)
+    found, labels = knn.features(model, run.steps(loader, phase="features", progress=False))
+    x, y = found.cpu().numpy(), labels.cpu().numpy()
+    scores: dict[str, Any] = {}
+    for method, score in SCORES.items():
+        with run.phase(method):
+            scores[method] = score(x, y)
+    with run.phase("ped"):
+        scores["ped"] = transfer.logme(transfer.ped(x, y), y)
+    return {**scores, "dim": x.shape[1]}

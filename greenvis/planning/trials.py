@@ -1,0 +1,246 @@
+"""Short runs of many plans on a few of the training images, each a metered run by its whole
+schedule; half go on."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from greenvis import data
+from greenvis.core.wrap import Wrapped, wrap
+from greenvis.data.sources import stratified
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.experiment import loop
+from greenvis.experiment.jobs import Job, samples_of
+from greenvis.experiment.session import Session
+from greenvis.meters import pricing, record
+from greenvis.meters.measure import serve
+from greenvis.planning import extrapolate
+from greenvis.report.stats import pareto
+
+MOST = 2000  # images of the longest trial
+LEAST = 2  # images a class in the shortest
+HELD = 500  # training images that no trial trains on, at most: their labels say how accurate it is
+BATCH = 64  # images at once where serving is measured, as a finished run measures it
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One short run. images: it trained on. first_j, later_j: of its first epoch and the others;
+    total_j: of all of it.
+
+    plain: whether it serves the model's own structure, so that all such plans cost the same to
+    serve. served_j: one image's, None where it was not read.
+    """
+
+    images: int
+    accuracy: float
+    first_j: float
+    later_j: float
+    total_j: float
+    plain: bool
+    served_j: float | None = None
+
+
+class Trials:
+    """The trials of all plans of one question. held: images each is tested on; images: how many the
+    whole training has.
+
+    Three sizes, each twice the one before; the largest is `share` of the training images, and at
+    most `MOST`. Trials on record with the same inputs are kept unless `fresh`. Raises BadInput for
+    too few images.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        jobs: Mapping[str, Job],
+        *,
+        share: float,
+        fresh: bool = False,
+        say: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.session, self.jobs, self.fresh, self.say = session, jobs, fresh, say
+        its = session.jobs.images(next(iter(jobs.values())).recipe)
+        self.images, classes = len(its.train), len(its.classes)
+        longest = min(int(share * self.images), MOST)
+        self.sizes = (longest // 4, longest // 2, longest)
+        if self.sizes[0] < LEAST * classes:
+            raise BadInput(
+                f"{self.images} training images of {classes} classes are too few to try plans on a "
+                f"share of {share:g}: the "
+                f"shortest trial would have {self.sizes[0]} images, and {LEAST} a class are "
+                "needed; give more images or share"
+            )
+        order = stratified(its.train.targets, its.train.transform.seed)
+        plain = replace(its.train.transform, augment="none", views=None)
+        self._train, self._order = its.train, order
+        last = order[longest:][-HELD:]
+        self.held = data.ImageSet(its.train.split, its.train.ids, plain).take(last)
+        self.found: dict[str, list[Trial]] = {name: [] for name in jobs}
+        self.failed: dict[str, str] = {}
+        self._plain_j: float | None = None  # to serve one image by the model's own structure
+
+    def run(self, images: float) -> None:
+        """Try every plan twice and at least half of them a third time: those ahead on accuracy
+        against energy.
+
+        (Successive halving: Jamieson and Talwalkar, 2016.) images: to be served. A plan whose
+        training fails goes to `failed`.
+        """
+        for number, size in enumerate(self.sizes):
+            names = list(self.found) if number < len(self.sizes) - 1 else self._ahead(images)
+            for name in names:
+                try:
+                    trial = self._trial(self.jobs[name], size, number > 0)
+                    self.found[name].append(trial)
+                    if trial.plain and self._plain_j is None:
+                        self._plain_j = trial.served_j
+                except GreenvisError as error:
+                    self.failed[name] = str(error)
+            self.found = {
+                name: trials for name, trials in self.found.items() if name not in self.failed
+            }
+        if not self.found:
+            raise GreenvisError(f"no plan could be trained: {next(iter(self.failed.values()))}")
+
+    def served_j(self, name: str) -> float:
+        """Return the joules of one image a plan serves: its own last reading, or that of another
+        plan with the same model."""
+        own = [t.served_j for t in self.found[name] if t.served_j is not None]
+        found = self._plain_j if self.found[name][-1].plain else own[-1]
+        assert found is not None
+        return found
+
+    def foretold(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
+        """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's
+        whole training.
+
+        serve_energy_j: of 1,000 images; total: of training and `images` served.
+        """
+        trials = self.found[name]
+        accuracy = extrapolate.accuracy(
+            [(t.images, t.accuracy) for t in trials], self.images, len(self.held)
+        )
+        training = extrapolate.energy(
+            [(t.images, t.first_j, t.later_j) for t in trials], self.images
+        )
+        served = extrapolate.banded(self.served_j(name))
+        total = {bound: training[bound] + images * served[bound] for bound in training}
+        return {
+            "accuracy": accuracy,
+            "train_energy_j": training,
+            "serve_energy_j": {bound: 1000 * value for bound, value in served.items()},
+            "total_energy_j": total,
+        }
+
+    def _ahead(self, images: float) -> list[str]:
+        """Return the plans no other beats on predicted accuracy and energy, then those only such
+        beat, … until half are."""
+        told = {name: self.foretold(name, images) for name in self.found}
+        left = {
+            name: (its["total_energy_j"]["value"], its["accuracy"]["value"])
+            for name, its in told.items()
+        }
+        ahead: list[str] = []
+        while len(ahead) < math.ceil(len(told) / 2):
+            ahead += (front := pareto(left))
+            left = {name: point for name, point in left.items() if name not in front}
+        return ahead
+
+    def _trial(self, job: Job, size: int, serving: bool) -> Trial:
+        before = None if self.fresh else self._on_record(job, size)
+        if before is not None and (
+            before.served_j is not None
+            or not serving
+            or (before.plain and self._plain_j is not None)
+        ):
+            self.say(f"{job.arm.name}: {size} images, tried before")
+            return before
+        self.say(f"{job.arm.name}: {size} images")
+        with loop.threads(job.arm.train.threads), tempfile.TemporaryDirectory() as folder:
+            live = wrap(self.session.build(job), self.session.techniques(job))
+            try:
+                path = self._run(job, live, size, Path(folder), serving)
+            finally:
+                live.undo()
+        return _read(record.read(path))
+
+    def _run(self, job: Job, live: Wrapped, size: int, folder: Path, serving: bool) -> Path:
+        """Train on the first `size` images, and return the record."""
+        spec = job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
+        shown = self._train.take(self._order[:size])
+        samples = samples_of(shown, folder)
+
+        def batches(epoch: int, start: int) -> Any:
+            return data.batches(
+                shown,
+                spec.batch_size,
+                epoch=epoch,
+                seed=job.seed,
+                shuffle=True,
+                start=start,
+                positions=True,
+            )
+
+        def which(epoch: int, at: Tensor) -> Any:
+            return samples(0, epoch, at)
+
+        with self.session.tracker(job, self.session.runs, codecarbon=False) as run:
+            run.live = live
+            live.meter(run)
+            steps = math.ceil(size / spec.batch_size)
+            progress = loop.fit(
+                live,
+                batches,
+                steps,
+                lambda: data.batches(self.held, 256),
+                spec,
+                run,
+                seed=job.seed,
+                samples=which,
+            )
+            plain = not any(i.unmergeable for i in live.installed)
+            facts: dict[str, Any] = {"images": size, "accuracy": progress.accuracy, "plain": plain}
+            if serving and not (plain and self._plain_j is not None):
+                x = next(iter(data.batches(self.held, BATCH)))[0]
+                with self.session.served(job, live) as model:
+                    facts["served"] = serve(model, x, run)["inference"]
+            run.fact(trial=facts)
+        assert run.path is not None
+        return run.path
+
+    def _on_record(self, job: Job, size: int) -> Trial | None:
+        """Return the last trial with the same inputs that a run before this one left."""
+        folder = self.session.runs / job.recipe.name / job.arm.name
+        runs = [*record.readable([folder])] if folder.is_dir() else []
+        same = []
+        for run in runs:
+            its = run.facts.get("trial") or {}
+            if (
+                run.status == "done"
+                and run.header.get("inputs") == job.inputs
+                and its.get("images") == size
+            ):
+                same.append(run)
+        return _read(max(same, key=lambda run: run.header.get("clock_s", 0.0))) if same else None
+
+
+def _read(run: record.Run) -> Trial:
+    first, spent, total = (
+        pricing.run_energy(run, phase) for phase in ("train/epoch1", "train", None)
+    )
+    if first.value is None or spent.value is None or total.value is None:
+        raise GreenvisError(
+            f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`"
+        )
+    its = dict(run.facts["trial"])
+    if served := pricing.image(its.pop("served", {}), run.header["components"]):
+        its["served_j"] = served["value"]
+    return Trial(first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **its)

@@ -1,0 +1,18 @@
+"""results.json as text: the same results are the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def to_json(found: Mapping[str, Any]) -> str:
+    """Return results as the text of results.json: sorted, so the same results are the same
+    bytes."""
+    indent = (
+        1 if len(found["arms"]) <= 100 else None
+    )  # for people to read; of thousands of arms it would take long
+    return (
+        json.dumps(found, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    )

@@ -1,0 +1,257 @@
+"""What a frozen part (a teacher, the first blocks of a base) gives, computed once for each sample
+and then read back.
+
+A technique holds one `Kept` for each frozen part and asks it for the current batch:
+
+    kept = Kept("teacher ResNet: logits", mark(teacher), note=self.note)
+    logits = kept.outputs(self.samples, lambda: logits_of(teacher(x)), device=x.device)
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from greenvis import models
+from greenvis.core.technique import Samples
+from greenvis.data.output_cache import Cache
+from greenvis.errors import BadInput
+
+_ONE = "output"
+# of so many batches that an earlier run left, one is computed again and compared; and the
+# first
+CHECK_EVERY = 64
+
+
+def mark(module: nn.Module) -> str:
+    """Return what tells one frozen part from another: its structure and every weight and buffer."""
+    return models.fingerprint({**module.state_dict(), repr(module): torch.empty(0)})
+
+
+class Kept:
+    """Outputs of one frozen part, kept on disk sample by sample and view by view
+    (`greenvis.data.output_cache.Cache`).
+
+    part: what it is, in words ("teacher ResNet: logits"). weights: `mark` of it; the part must not
+    change afterwards, and must give each sample's output whatever else is in the batch (eval mode).
+    dtype, top_k, max_bytes: of the cache. Outputs come
+    back as float32, the same from the first epoch on: also those just computed are rounded as the
+    cache rounds them.
+    note: told, in words, which part of the key changed since an earlier run, and of damaged files.
+
+    What an earlier run left is not believed for its checksums alone: the first batch of it, and one
+    in 64 of the others, is computed again and compared (FLOPs of that are not counted); where they
+    differ all is computed anew, and said.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        weights: str,
+        *,
+        dtype: Literal["fp32", "fp16"] = "fp32",
+        top_k: int | None = None,
+        max_bytes: int | None = None,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
+        self.part, self.weights, self.note = part, weights, note
+        self._options: dict[str, Any] = {"dtype": dtype, "top_k": top_k, "max_bytes": max_bytes}
+        self._caches: dict[tuple[Any, ...], tuple[Cache, np.ndarray]] = {}
+        self.hits = self.misses = self.earlier = self.checked = 0
+        self._dice, self._seen = random.Random(weights), set[Path]()
+
+    def outputs(
+        self,
+        samples: Samples | None,
+        compute: Callable[[], Tensor],
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Return the part's outputs for this batch, float32 (batch, …) on `device`: read back, or
+        computed and kept.
+
+        samples: None, where the loop does not say which they are or a technique changed them,
+        means: compute. Raises BadInput where no view of a sample ever comes twice, and where the
+        cache has no room.
+        """
+        return self.layers(samples, lambda: {_ONE: compute()}, (_ONE,), device)[_ONE]
+
+    def layers(
+        self,
+        samples: Samples | None,
+        compute: Callable[[], Mapping[str, Tensor]],
+        names: Sequence[str],
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the outputs of several layers, as `outputs` does; each has a cache of its own,
+        named after the layer.
+
+        A batch of which anything is missing is computed whole.
+        """
+        if samples is None:
+            return {name: value.float() for name, value in _computed(compute, names).items()}
+        caches = {name: self._cache(samples, name, device) for name in names}
+        rows = samples.view * samples.length + samples.positions.cpu().numpy()
+        found = self._read(samples, caches, device)
+        whole = len(found) == len(caches)
+        earlier = int(next(iter(caches.values()))[1][rows].sum()) if whole else 0
+        computed: dict[str, Tensor] = {}
+        if earlier and self._is_due(caches):
+            with (
+                _disable_current_modes()
+            ):  # who counts this step's FLOPs would take it for part of each step
+                computed = _computed(compute, names)
+            self.checked += len(rows)
+            whole = self._agree(samples, caches, computed, _precision(device)[1])
+        if whole:
+            self.hits += len(rows)
+            if earlier and not self.earlier and self.note is not None:
+                self.note(
+                    f"cache: outputs of '{self.part}' were computed by an earlier run; its record "
+                    "has their energy"
+                )
+            self.earlier += earlier
+        else:
+            computed = computed or _computed(compute, names)
+            self.misses += len(rows)
+            for name, (cache, before) in caches.items():
+                cache.put(samples.positions, computed[name], samples.view)
+                before[rows] = False
+            rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
+            found = {**computed, **(self._read(samples, caches, device) if rounds else {})}
+        return {name: value.float().to(device) for name, value in found.items()}
+
+    def _is_due(self, caches: Mapping[str, tuple[Cache, np.ndarray]]) -> bool:
+        """Return whether this batch is one to compare: the first of a cache, then one in
+        CHECK_EVERY."""
+        new = {cache.path for cache, _ in caches.values()} - self._seen
+        self._seen |= new
+        return bool(new) or self._dice.random() < 1 / CHECK_EVERY
+
+    def _agree(
+        self,
+        samples: Samples,
+        caches: Mapping[str, tuple[Cache, np.ndarray]],
+        live: Mapping[str, Tensor],
+        eps: float,
+    ) -> bool:
+        """Return whether what is kept is what the part gives now; what is not is forgotten, and
+        said."""
+        wrong = [
+            n
+            for n, (cache, _) in caches.items()
+            if not cache.agrees(samples.positions, live[n], samples.view, eps)
+        ]
+        for cache, before in (caches[name] for name in wrong):
+            cache.forget()
+            before[:] = False
+        if wrong and self.note is not None:
+            read = (
+                f"; {self.earlier} were read before that showed: --fresh trains without them"
+                if self.earlier
+                else ""
+            )
+            self.note(
+                f"cache: kept outputs of '{self.part}' are not what it gives now; all are computed "
+                f"anew{read}"
+            )
+        return not wrong
+
+    def _read(
+        self,
+        samples: Samples,
+        caches: Mapping[str, tuple[Cache, np.ndarray]],
+        device: torch.device | str | None,
+    ) -> dict[str, Tensor]:
+        """Return what is there, by layer."""
+        found = {
+            name: cache.get(samples.positions, samples.view, device)
+            for name, (cache, _) in caches.items()
+        }
+        return {name: value for name, value in found.items() if value is not None}
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a report says: samples read back and computed, bytes on disk, and reads of
+        what another run computed.
+
+        checked: of those read back, how many were computed as well, to compare them.
+        """
+        size = sum(cache.nbytes for cache, _ in self._caches.values())
+        return {
+            "part": self.part,
+            "hits": self.hits,
+            "misses": self.misses,
+            "earlier": self.earlier,
+            "checked": self.checked,
+            "bytes": size,
+        }
+
+    def close(self) -> None:
+        """Write to disk and let go of the files."""
+        for cache, _ in self._caches.values():
+            cache.close()
+        self._caches.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_caches": {}}  # a copy opens files of its own
+
+    def _cache(
+        self, samples: Samples, name: str, device: torch.device | str | None
+    ) -> tuple[Cache, np.ndarray]:
+        precision = _precision(device)[0]
+        place = (
+            samples.folder,
+            *sorted(samples.key.items()),
+            samples.length,
+            samples.views,
+            name,
+            precision,
+        )
+        if place not in self._caches:
+            self._caches[place] = self._open(samples, {"layer": name, "precision": precision})
+        return self._caches[place]
+
+    def _open(self, samples: Samples, more: Mapping[str, str]) -> tuple[Cache, np.ndarray]:
+        if samples.views is None:
+            raise BadInput(
+                f"cache: nothing of '{self.part}' can be used again, for the augmentation never "
+                "shows an image twice: "
+                "set data.views (versions of each image that repeat), or data.augment: none"
+            )
+        key = {**samples.key, "part": self.part, "weights": self.weights, **more}
+        cache = Cache(
+            Path(samples.folder),
+            key,
+            length=samples.length,
+            views=samples.views,
+            note=self.note,
+            about=("part", "layer"),
+            **self._options,
+        )
+        every = range(
+            samples.length
+        )  # what is there now an earlier run left; what comes may be another process's of this one
+        return cache, torch.cat([cache.has(every, view) for view in range(samples.views)]).numpy()
+
+
+def _precision(device: torch.device | str | None) -> tuple[str, float]:
+    """Return in what precision is computed now, in words, and its eps; 0 where the weights say."""
+    kind = torch.device(device or "cpu").type
+    if not torch.is_autocast_enabled(kind):
+        return "as the weights", 0.0
+    dtype = torch.get_autocast_dtype(kind)
+    return str(dtype), torch.finfo(dtype).eps
+
+
+def _computed(
+    compute: Callable[[], Mapping[str, Tensor]], names: Sequence[str]
+) -> dict[str, Tensor]:
+    with torch.no_grad():
+        found = compute()
+    return {name: found[name].detach() for name in names}

@@ -1,0 +1,67 @@
+"""What techniques for streams of tasks share: the classifier as it was when each task ended, for
+tests that tell their task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from greenvis.models.structure import View
+
+
+def head_parameters(model: nn.Module, found: View) -> list[nn.Parameter]:
+    """Return the parameters of the model's classifier, all its layers.
+
+    Where the last layer trains and others of the classifier were frozen before, those stay so: that
+    was somebody's choice.
+    """
+    last = [p for path in found.heads for p in model.get_submodule(path).parameters()]
+    every = [p for path in found.classifier for p in model.get_submodule(path).parameters()]
+    chosen = bool(last) and all(p.requires_grad for p in last)
+    return [p for p in every if p.requires_grad or not chosen]
+
+
+class TaskHeads:
+    """Copies of the classifier's parameters by task, shown in their place while a test tells its
+    task."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self.parameters = list(parameters)
+        self.kept: dict[int, list[Tensor]] = {}
+        self._now: list[Tensor] | None = None
+
+    def keep(self, task: int) -> None:
+        """Keep the classifier as task number `task`'s."""
+        self.kept[task] = [p.detach().clone() for p in self.parameters]
+
+    def show(self, task: int | None) -> None:
+        """Show task number `task`'s classifier, if it has ended; None: the current one again."""
+        if self._now is not None:
+            self._fill(self._now)
+            self._now = None
+        if task in self.kept:
+            self._now = [p.detach().clone() for p in self.parameters]
+            self._fill(self.kept[task])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the copies, as "head.TASK.NUMBER"."""
+        return {
+            f"head.{task}.{i}": t for task, kept in self.kept.items() for i, t in enumerate(kept)
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the copies back."""
+        tasks = {int(key.split(".")[1]) for key in state if key.startswith("head.")}
+        self.kept = {
+            task: [
+                state[f"head.{task}.{i}"].to(p, copy=True) for i, p in enumerate(self.parameters)
+            ]
+            for task in sorted(tasks)
+        }
+
+    def _fill(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self.parameters, values, strict=True):
+                parameter.copy_(value)

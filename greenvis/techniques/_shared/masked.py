@@ -1,0 +1,266 @@
+"""A vision transformer that sees some of its patches only, its own forward untouched: masked
+pretraining's encoder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.weak import WeakIdKeyDictionary
+
+from greenvis.errors import BadInput
+from greenvis.models.structure import View
+from greenvis.models.structure.quiet import quiet
+from greenvis.techniques._shared.attach import first, row_of_blocks
+from greenvis.techniques._shared.tec import visible
+
+
+class Encoder:
+    """The model's blocks on visible patches. Its hooks act only while `__call__` runs; elsewhere
+    the model is itself.
+
+    blocks: paths. dim, prefix, grid: width, tokens before the patches, (height, width) in patches.
+    normed: whether the model has a norm of all tokens behind its last block. Raises BadInput where
+    patches cannot be left out.
+    """
+
+    def __init__(self, model: nn.Module, found: View) -> None:
+        what = type(model).__name__
+        if not found.attention:
+            raise BadInput(
+                f"masked pretraining leaves patches out of a vision transformer, and {what} has no "
+                "attention"
+            )
+        for flag, why in (
+            ("windowed", "attends in windows of its grid"),
+            ("rope", "rotates queries and keys by place (RoPE)"),
+        ):
+            if flag in found.flags:
+                raise BadInput(
+                    f"{what} {why}, so that its blocks need every patch: none can be left out"
+                )
+        self.model = model
+        self.blocks = row_of_blocks(model, found)
+        length, self.dim = found.layouts[self.blocks[0]].output[1:]
+        self.prefix = found.prefix_tokens
+        self.grid = grid_of(length - self.prefix, found.input_shape, what)
+        self._keep: Tensor | None = None
+        self._entered = (
+            WeakIdKeyDictionary()
+        )  # what the first block was given: visible patches; for it may run again
+        self._outputs: list[Tensor] = []
+        self._normed: Tensor | None = None
+        model.get_submodule(self.blocks[0]).register_forward_pre_hook(self._enter, with_kwargs=True)
+        for path in self.blocks:
+            model.get_submodule(path).register_forward_hook(self._note)
+        norm = last_norm(model, found, self.blocks[-1])
+        self.normed = norm is not None
+        if norm is not None:
+            norm.register_forward_hook(self._note_norm)
+        self._check(found)
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy starts between two forwards
+        return {**vars(self), "_entered": None, "_outputs": [], "_normed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _entered=WeakIdKeyDictionary())
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return math.prod(self.grid)
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of the blocks: for device and precision."""
+        return next(
+            p
+            for p in self.model.get_submodule(self.blocks[0]).parameters()
+            if p.is_floating_point()
+        )
+
+    def __call__(self, x: Tensor, keep: Tensor) -> list[Tensor]:
+        """Return every block's output (batch, prefix + kept, dim) for images x and visible patches
+        keep (batch, kept).
+
+        The last is normed, where the model norms it.
+        """
+        with self._masking(keep):
+            self.model(x)
+            outputs = list(self._outputs)
+            return outputs if self._normed is None else [*outputs[:-1], self._normed]
+
+    @contextmanager
+    def _masking(self, keep: Tensor) -> Iterator[None]:
+        self._keep, self._normed = keep, None
+        self._outputs.clear()
+        try:
+            yield
+        finally:
+            self._keep, self._normed = None, None
+            self._outputs.clear()
+
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        name = None if args else next(n for n, value in kwargs.items() if isinstance(value, Tensor))
+        x = args[0] if name is None else kwargs[name]
+        keep = (
+            self._entered.get(x) if self._keep is None else self._keep
+        )  # gradient checkpointing runs it in the backward
+        if keep is None:
+            return None
+        self._entered[x] = keep
+        x = torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], keep)], 1)
+        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+
+    def _note(self, block: nn.Module, args: Any, output: Any) -> None:
+        if self._keep is not None:
+            self._outputs.append(first(output))
+
+    def _note_norm(self, norm: nn.Module, args: Any, output: Tensor) -> None:
+        if self._keep is not None:
+            self._normed = output
+
+    def _check(self, found: View) -> None:
+        """Raise BadInput where blocks fail on fewer patches, or give patches in another order
+        something else."""
+        if found.example.device.type == "meta":
+            return
+        what = type(self.model).__name__
+        places = torch.arange(self.patches, device=found.example.device)[None]
+        try:
+            with quiet(self.model):
+                few = self(found.example, places[:, :: max(2, self.patches // 3)])
+                ordered, turned = (self(found.example, p)[-1] for p in (places, places.roll(1, 1)))
+        except BadInput:
+            raise
+        except Exception as error:  # whatever a library raises here means: not with fewer patches
+            said = str(error).strip().partition("\n")[0][:200]
+            raise BadInput(
+                f"the blocks of {what} do not run on some of the patches only: "
+                f"{type(error).__name__}: {said}"
+            ) from error
+        error = (
+            (ordered[:, self.prefix :].roll(1, 1) - turned[:, self.prefix :]).float().abs().max()
+        )
+        if (
+            len(few) != len(self.blocks)
+            or not error <= (1e-3 if ordered.dtype.itemsize >= 4 else 5e-2) * ordered.abs().max()
+        ):
+            raise BadInput(
+                f"the blocks of {what} use the places of their tokens, so that no patch can be "
+                "left out"
+            )
+
+
+def grid_of(patches: int, image: tuple[int, int, int], what: str) -> tuple[int, int]:
+    """Return (height, width) of the grid that `patches` make of an image (channels, height, width).
+    Raises BadInput."""
+    height = round(math.sqrt(patches * image[1] / image[2]))
+    if (
+        height < 1
+        or patches % height
+        or abs(patches // height * image[1] - height * image[2]) > max(image[1:])
+    ):
+        raise BadInput(
+            f"{patches} tokens of {what} make no grid over an image of {image[1]} × {image[2]} "
+            "pixels"
+        )
+    return height, patches // height
+
+
+def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, str] | None:
+    """Return (module, name) of the parameter that the first token starts from and no other; None
+    where there is none."""
+    if not found.prefix_tokens or found.example.device.type == "meta":
+        return None
+    dim = found.layouts[block].width
+    layers = (nn.Linear, nn.Conv2d, nn.LayerNorm)
+    named = [
+        (module, name, p)
+        for module in model.modules()
+        if not isinstance(module, layers)
+        for name, p in module._parameters.items()
+        if p is not None and p.numel() == dim and p.is_floating_point() and p.shape[-1] == dim
+    ]
+    seen: list[Tensor] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+
+    flags = [p.requires_grad for _, _, p in named]
+    hook = model.get_submodule(block).register_forward_pre_hook(
+        note, with_kwargs=True, prepend=True
+    )
+    try:
+        with quiet(model), torch.enable_grad():
+            for _, _, p in named:
+                p.requires_grad_(True)
+            model(found.example)
+            parameters = [p for _, _, p in named]
+            probe = torch.linspace(
+                -1, 1, dim, dtype=seen[0].dtype, device=seen[0].device
+            )  # a norm's output sums to nothing
+            own, others = ((part * probe).sum() for part in (seen[0][:, 0], seen[0][:, 1:]))
+            grads = [
+                torch.autograd.grad(s, parameters, retain_graph=True, allow_unused=True)
+                for s in (own, others)
+            ]
+    finally:
+        hook.remove()
+        for flag, (_, _, p) in zip(flags, named, strict=True):
+            p.requires_grad_(flag)
+    for (module, name, _), one, rest in zip(named, *grads, strict=True):
+        if one is not None and one.abs().max() > 0 and (rest is None or not rest.abs().max() > 0):
+            return module, name
+    return None
+
+
+def adapt_token(place: tuple[nn.Module, str], adapter: nn.Module) -> None:
+    """Send a parameter through `adapter` wherever the model reads it."""
+    parametrize.register_parametrization(*place, _Adapted(adapter), unsafe=True)
+
+
+def fold_token(place: tuple[nn.Module, str], adapter: nn.Module) -> None:
+    """Give the parameter the value that `adapter` makes of it: exact, for it depends on no
+    image."""
+    token = place[0].get_parameter(place[1])
+    with torch.no_grad():
+        token.copy_(adapter(token))
+
+
+class _Adapted(nn.Module):
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, token: Tensor) -> Tensor:
+        return self.adapter(token)
+
+
+def last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
+    """Return the norm that is handed the very output of the last block, if one is."""
+    outputs: list[Tensor] = []
+    hit: list[nn.Module] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(first(output))
+
+    def ask(module: nn.Module, args: Any) -> None:
+        if outputs and args and args[0] is outputs[-1]:
+            hit.append(module)
+
+    norms = [model.get_submodule(p) for p in found.norms if p and not p.startswith(block + ".")]
+    hooks = [model.get_submodule(block).register_forward_hook(note)]
+    hooks += [n.register_forward_pre_hook(ask) for n in norms]
+    try:
+        with quiet(model):
+            model(found.example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hit[0] if hit else None

@@ -1,0 +1,121 @@
+"""What one technique does to the samples or tokens of the batch under way, as others must know that
+follow it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FOLLOWERS = "_greenvis_followers"
+
+
+class Follower:
+    """Holds something for each sample or token of the forward under way."""
+
+    def keep_rows(self, rows: Tensor, batch: int) -> None:
+        """Keep what belongs to these of the batch's samples, int64 (remaining,)."""
+
+    def give_back(self, tokens: Tensor) -> Tensor:
+        """Return tokens (batch, remaining, channels) of this forward as there were at first,
+        (batch, length, channels)."""
+        return tokens
+
+    def carried(self, path: str) -> dict[str, Tensor]:
+        """Return what the block at `path` finds of this forward beside its input, each float32
+        (batch, …)."""
+        return {}
+
+    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
+        """Let the block at `path` find what `carried` gave for these samples, though nothing before
+        it runs."""
+
+
+def follow(model: nn.Module, follower: Follower) -> None:
+    """Let `follower` know when samples leave the batch."""
+    vars(model).setdefault(_FOLLOWERS, []).append(follower)
+
+
+def followed(model: nn.Module) -> bool:
+    """Whether something is held for each sample of a forward of this model."""
+    return bool(vars(model).get(_FOLLOWERS))
+
+
+def tell(model: nn.Module, rows: Tensor, batch: int) -> None:
+    """Say that of a batch of so many samples only `rows` go on."""
+    for follower in vars(model).get(_FOLLOWERS, ()):
+        follower.keep_rows(rows, batch)
+
+
+def whole(model: nn.Module, value: Tensor) -> Tensor:
+    """Return what a module inside `model` just gave, with a row for each token there was at first.
+    Anything else: as it is."""
+    for follower in vars(model).get(_FOLLOWERS, ()) if value.dim() == 3 else ():
+        value = follower.give_back(value)
+    return value
+
+
+def carried(model: nn.Module, path: str) -> dict[str, Tensor]:
+    """Return what followers carry to the block at `path`, by the number of the follower and a name
+    of its own."""
+    listed = enumerate(vars(model).get(_FOLLOWERS, ()))
+    return {
+        f"{i}.{name}": value
+        for i, follower in listed
+        for name, value in follower.carried(path).items()
+    }
+
+
+def put_back(model: nn.Module, path: str, found: Mapping[str, Tensor]) -> None:
+    """Give followers back what `carried` gave."""
+    for i, follower in enumerate(vars(model).get(_FOLLOWERS, ())):
+        mine = {
+            name.removeprefix(f"{i}."): value
+            for name, value in found.items()
+            if name.startswith(f"{i}.")
+        }
+        if mine:
+            follower.put_back(path, mine)
+
+
+def rows_of(value: Any, rows: Tensor, batch: int) -> Any:
+    """Return these rows of what is laid out by sample: a tensor, or a tuple, dictionary or
+    dataclass of them."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() and len(value) == batch else value
+    if isinstance(value, tuple):
+        return tuple(rows_of(v, rows, batch) for v in value)
+    if isinstance(value, dict):
+        return {k: rows_of(v, rows, batch) for k, v in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(
+            value, **{f.name: rows_of(getattr(value, f.name), rows, batch) for f in fields(value)}
+        )
+    return value
+
+
+def joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    """Return what is laid out by sample in each of `parts` as one, the first part's samples first;
+    else the first part's.
+
+    sizes: how many samples each part holds. The counterpart of `rows_of`.
+    """
+    one = parts[0]
+    if isinstance(one, Tensor):
+        return (
+            torch.cat([*parts])
+            if one.dim() and all(len(p) == n for p, n in zip(parts, sizes, strict=True))
+            else one
+        )
+    if isinstance(one, tuple):
+        return tuple(joined(p, sizes) for p in zip(*parts, strict=True))
+    if isinstance(one, dict):
+        return {k: joined([p[k] for p in parts], sizes) for k in one}
+    if is_dataclass(one) and not isinstance(one, type):
+        return replace(
+            one, **{f.name: joined([getattr(p, f.name) for p in parts], sizes) for f in fields(one)}
+        )
+    return one

@@ -1,0 +1,1 @@
+"""Pretraining from images alone, by what is masked."""

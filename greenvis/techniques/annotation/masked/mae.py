@@ -1,0 +1,167 @@
+"""Masked autoencoding: pretraining from the images alone, the rival of every reuse of a base."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.core.surgery import names_of
+from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.errors import BadInput
+from greenvis.models.structure import view
+from greenvis.techniques._shared import tec as tec
+from greenvis.techniques._shared.masked import Encoder
+
+_CHILD = "mae"
+_BINS = 9
+
+
+def patchify(images: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return images (batch, channels, height, width) as patches (batch, rows · columns, pixels ·
+    channels), channels last."""
+    rows, columns = grid
+    x = images.unflatten(3, (columns, -1)).unflatten(
+        2, (rows, -1)
+    )  # (batch, channels, rows, p, columns, q)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def hog(images: Tensor, grid: tuple[int, int], bins: int = _BINS) -> Tensor:
+    """Return histograms of oriented gradients (MaskFeat: Wei et al., 2022), (batch, patches,
+    features).
+
+    Each pixel's gradient, by Sobel's filters, counts with its size in one of `bins` unsigned
+    directions, channel by channel, over cells of a patch (two to a side where it has 8 pixels or
+    more, else one); each cell's histogram has length 1. As the authors' code has it without its
+    Gaussian window, for cells of any size.
+    """
+    x = F.pad(images, (1, 1, 1, 1), mode="reflect")
+    across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
+    across = across[..., :-2, :] + 2 * across[..., 1:-1, :] + across[..., 2:, :]
+    down = down[..., :-2] + 2 * down[..., 1:-1] + down[..., 2:]
+    size = torch.hypot(across, down)
+    direction = (torch.atan2(across, down) / math.pi % 1 * bins).floor().long() % bins
+    votes = torch.zeros(*images.shape, bins, dtype=size.dtype, device=size.device)
+    votes.scatter_(-1, direction.unsqueeze(-1), size.unsqueeze(-1))
+    votes = votes.movedim(-1, 2).flatten(1, 2)  # (batch, channels · bins, height, width)
+    patch = images.shape[-1] // grid[1]
+    cells = 2 if patch >= 8 and patch % 2 == 0 else 1
+    pooled = patchify(F.adaptive_avg_pool2d(votes, (grid[0] * cells, grid[1] * cells)), grid)
+    by_cell = pooled.unflatten(-1, (cells * cells, images.shape[1], bins))
+    return F.normalize(by_cell, dim=-1).movedim(3, 2).flatten(2)
+
+
+class Mae(Technique):
+    """Pretrain a vision transformer to reconstruct the patches it cannot see, as pixels (MAE: He et
+    al., 2022) or as histograms of their gradients (the target of MaskFeat: Wei et al., 2022).
+
+    Saves nothing by itself: it is what pretraining costs without a base. 75 % of the patches never
+    enter the encoder, which makes a step cheaper than one of supervised training where the decoder
+    is small; the published decoder (8 blocks, two thirds as wide) is not for a small encoder. A
+    pretext: labels are not used, and the classifier stays untrained. Adds the term "mae": the
+    squared error on masked patches. `merge` drops the decoder. (MaskFeat itself shows mask tokens
+    to the encoder; here it sees visible patches only, whatever the target.)
+    """
+
+    name: ClassVar[str] = "mae"
+    only_with: ClassVar[OnlyWith] = {"normalise": ("target", ("pixels",))}
+    stage: ClassVar[Stage] = "objective"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"decoder_depth": 2},
+        {"decoder_depth": 1, "target": "hog"},
+    )
+
+    mask_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="share of the patches hidden from the encoder")
+    ] = 0.75
+    target: Annotated[
+        Literal["pixels", "hog"], Field(description="what of a hidden patch is reconstructed")
+    ] = "pixels"
+    normalise: Annotated[
+        bool, Field(description="pixels: give each patch mean 0 and variance 1")
+    ] = True
+    decoder_depth: Annotated[int, Field(ge=1, description="blocks of the decoder")] = 8
+    decoder_dim: Annotated[
+        int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")
+    ] = None
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put encoder hooks and decoder in. Raises BadInput for a model that needs all its
+        patches."""
+        found = view(model, self.input_shape, probe=False)
+        encoder = Encoder(model, found)
+        if not 1 <= int(encoder.patches * (1 - self.mask_ratio)) < encoder.patches:
+            raise BadInput(
+                f"mask_ratio {self.mask_ratio} of {encoder.patches} patches leaves none hidden or "
+                "none visible: choose another"
+            )
+        if any(
+            side % cells for side, cells in zip(found.input_shape[1:], encoder.grid, strict=True)
+        ):
+            raise BadInput(
+                f"images of {found.input_shape[1:]} pixels do not divide into a grid of "
+                f"{encoder.grid} patches"
+            )
+        width = self.targets(found.example, encoder.grid).shape[-1]
+        weight = encoder.weight
+        parts = Parts(encoder, self.decoder_depth, self.decoder_dim, width).to(
+            device=weight.device, dtype=weight.dtype
+        )
+        model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
+        return InstalledMae(self, names_of(model, parts.parameters()), encoder, parts)
+
+    def targets(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return what is to be reconstructed of images (batch, channels, height, width): (batch,
+        patches, features)."""
+        if self.target == "hog":
+            return hog(images, grid)
+        pixels = patchify(images, grid)
+        return tec.normalise_channels(pixels) if self.normalise else pixels
+
+
+class Parts(nn.Module):
+    """Decoder and head."""
+
+    def __init__(self, encoder: Encoder, depth: int, dim: int | None, width: int) -> None:
+        super().__init__()
+        dim, heads = tec.decoder_size(encoder.dim, dim)
+        self.decoder = tec.Decoder(dim, depth, heads, encoder.grid, encoder.prefix)
+        self.head = tec.FeatureHead(encoder.dim, dim, width)
+
+
+class InstalledMae(Installed):
+    """Pretraining at work: the loop's forward is its own."""
+
+    pretext: ClassVar[bool] = True
+
+    def __init__(
+        self, request: Mae, names: tuple[str, ...], encoder: Encoder, parts: Parts
+    ) -> None:
+        super().__init__(names)
+        self.request, self.encoder, self.parts = request, encoder, parts
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"mae"}: the squared error on the masked patches of images x (batch, channels,
+        height, width)."""
+        patches = self.encoder.patches
+        noise = torch.rand(len(x), patches, device=x.device)
+        keep, restore, mask = tec.random_mask(noise, int(patches * (1 - self.request.mask_ratio)))
+        encoded = self.encoder(x, keep)[-1]
+        decoded = self.parts.decoder(encoded, self.parts.head, restore)
+        predicted = self.parts.head(decoded, self.encoder.prefix).float()
+        return {
+            "mae": tec.feature_loss(
+                predicted, self.request.targets(x.float(), self.encoder.grid), mask
+            )
+        }

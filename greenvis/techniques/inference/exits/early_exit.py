@@ -1,0 +1,368 @@
+"""Early exit: heads behind some blocks answer for the samples they are sure of, and only the others
+go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.core import distributed
+from greenvis.core.modes import in_mode
+from greenvis.core.surgery import freeze, names_of
+from greenvis.core.technique import Installed, Stage, Technique, logits_of
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.tasks.answers import CLASSES, is_tensor, refuse_task, task_of
+from greenvis.techniques._shared.rows import followed
+from greenvis.techniques.inference.exits import _placement
+from greenvis.techniques.inference.exits._calibration import Calibration, choose
+from greenvis.techniques.inference.exits._confidence import NEVER, confidences, self_distillation
+from greenvis.techniques.inference.exits._early_exit_runtime import Exits, Outer
+from greenvis.techniques.inference.exits._rebatch import answer
+from greenvis.techniques.inference.exits._truncated import UpTo, drop_unused
+
+SWEEP = {
+    "max_prob": (0.99, 0.95, 0.9, 0.8, 0.6),
+    "entropy": (0.95, 0.9, 0.8, 0.6, 0.4),
+    "patience": (),
+}
+
+
+class EarlyExit(Technique):
+    """Answer early where an exit is sure: heads behind some blocks, and a batch that shrinks as
+    samples leave (Shallow-Deep Networks: Kaya et al., 2019; MSDNet: Huang et al., 2018).
+
+    Saves inference energy as samples leave: the rest of the model runs on a smaller batch, or not
+    at all. Costs the heads (a norm and a linear layer each), in training and for good, and small
+    batches gain less. A convolutional network's first stages, on large maps, take more time than
+    their share of the MACs, so less than the MACs say is saved there. In training the model gives
+    its own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave
+    once thresholds are set, by `threshold` or `calibrate`; until then nothing changes. `rebatched`
+    answers a stream of batches by whole batches behind each exit, where small ones use the machine
+    less well. Whoever leaves has no other outputs (hidden states): those are None.
+
+    at: a number (after so many blocks), a share of the forward's MACs (0 to 1), or a module's path.
+    criterion: "max_prob",
+    "entropy" (1 − entropy / log classes) or "patience" (for how many exits in a row the answer
+    stayed: Zhou et al., 2020).
+    """
+
+    name: ClassVar[str] = "early_exit"
+    stage: ClassVar[Stage] = "exits"
+    needs: ClassVar[frozenset[str]] = frozenset({"batch_independence"})
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = (
+        "an exit is sure of one class; a smaller model, or fewer tokens, answers any task for less"
+    )
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {},
+        {"at": (0.4,), "base": "freeze", "distill": 0.5},
+        {"at": (0.3, 0.6), "threshold": 0.25},
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": "never"}
+    nothing: ClassVar[Mapping[str, Any] | None] = {"at": ("no.such.block",)}
+
+    at: Annotated[
+        tuple[int | float | str, ...], Field(min_length=1, description="where the exits are")
+    ] = (0.25, 0.5, 0.75)
+    base: Annotated[
+        Literal["train", "freeze"],
+        Field(description="train the model with its exits, or the exits alone"),
+    ] = "train"
+    pool: Annotated[
+        Literal["auto", "token", "mean", "both"],
+        Field(description="what of a token sequence a head reads; auto: as the model's"),
+    ] = "auto"
+    weights: Annotated[
+        tuple[float, ...] | None,
+        Field(description="of each exit's loss; 1 each where absent (MSDNet)"),
+    ] = None
+    distill: Annotated[
+        float, Field(ge=0, description="factor of what the last exit teaches each")
+    ] = 0.0
+    temperature: Annotated[
+        float, Field(gt=0, description="softens both answers in that lesson")
+    ] = 3.0
+    criterion: Annotated[
+        Literal["max_prob", "entropy", "patience"], Field(description="when an exit is sure")
+    ] = "max_prob"
+    threshold: Annotated[
+        Literal["never"] | float | tuple[float, ...],
+        Field(description="leave from here on; one, or one an exit"),
+    ] = "never"
+    target_drop: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            lt=1,
+            description="after training, choose thresholds that lose no more accuracy than this",
+        ),
+    ] = None
+    budget: Annotated[
+        float | None,
+        Field(
+            gt=0, le=1, description="after training, choose thresholds for this share of the MACs"
+        ),
+    ] = None
+    confidence: Annotated[
+        float, Field(ge=0.5, lt=1, description="with which the bound on the drop holds")
+    ] = 0.95
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put the exits in. Raises BadInput where samples cannot leave without changing the others'
+        answers."""
+        if self.target_drop is not None and self.budget is not None:
+            raise BadInput("early_exit takes target_drop or budget, not both")
+        found = _placement.find(model, self.at, self.input_shape)
+        for field, value in (("weights", self.weights), ("threshold", self.threshold)):
+            if isinstance(value, tuple) and len(value) != len(found.paths):
+                raise BadInput(
+                    f"early_exit: {field} has {len(value)} values, but there are "
+                    f"{len(found.paths)} exits"
+                )
+        exits = Exits(model, self.criterion, detach=self.base == "freeze")
+        pool = _placement.pooling(model, found.view) if self.pool == "auto" else self.pool
+        _placement.put(exits, found, pool)
+        outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]  # the way in, and where answers meet
+        costs = _placement.try_out(exits, outer, found)
+        if self.threshold != "never":
+            given = (
+                self.threshold
+                if isinstance(self.threshold, tuple)
+                else (self.threshold,) * len(found.paths)
+            )
+            exits.thresholds[:] = [float(t) for t in given]
+        if self.base == "freeze":
+            freeze(model, but=[p for head in exits.heads for p in head.parameters()])
+        return InstalledEarlyExit(self, exits, found, costs)
+
+
+class InstalledEarlyExit(Installed):
+    """The exits at work. paths: the modules they are behind. costs: MACs an image until each exit,
+    and to the end.
+
+    macs: of an image by the model without its exits.
+    """
+
+    def __init__(
+        self, request: EarlyExit, exits: Exits, found: _placement.Found, costs: list[float]
+    ) -> None:
+        names = names_of(exits.model, (p for head in exits.heads for p in head.parameters()))
+        super().__init__(names, freezes=request.base == "freeze")
+        self.request, self.exits, self.costs = request, exits, costs
+        self.paths, self.example, self.macs = found.paths, found.view.example, found.macs
+        self.calibrates = request.target_drop is not None or request.budget is not None
+        self.calibration: Calibration | None = None
+        self.unmergeable = (
+            "its exits are heads beside the model's own; export(live, exit=k) gives a plain model "
+            "up to exit k"
+        )
+
+    @property
+    def thresholds(self) -> list[float]:
+        """From which confidence on a sample leaves at each exit; infinite: never. Set freely."""
+        return self.exits.thresholds
+
+    @thresholds.setter
+    def thresholds(self, values: Iterable[float]) -> None:
+        given = [float(v) for v in values]
+        if len(given) != len(self.paths):
+            raise BadInput(
+                f"{len(given)} thresholds for {len(self.paths)} exits: give one for each"
+            )
+        self.exits.thresholds[:] = given
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"early_exit": Σ weight · (cross-entropy + distill · self-distillation)}."""
+        seen, self.exits.seen = self.exits.seen, None
+        if seen is None or (self.request.distill and logits is None):
+            raise GreenvisError(
+                "early_exit adds its loss to a forward of the model in training mode: call "
+                "model.train() and model(x)"
+            )
+        if not is_tensor(y):
+            raise BadInput(
+                f"early_exit learns from labels, one tensor (batch,), not {type(y).__name__}"
+            )
+        total = []
+        for weight, early in zip(self.request.weights or [1.0] * len(seen), seen, strict=True):
+            loss = F.cross_entropy(early, y)
+            if self.request.distill:
+                loss = loss + self.request.distill * self_distillation(
+                    early, logits_of(logits), self.request.temperature
+                )
+            total.append(weight * loss)
+        return {"early_exit": torch.stack(total).sum()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the thresholds, float64 (exits,)."""
+        return {"thresholds": torch.tensor(self.thresholds, dtype=torch.float64)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the thresholds back."""
+        if "thresholds" in state:
+            self.thresholds = state["thresholds"].tolist()
+
+    @contextmanager
+    def at(
+        self, thresholds: Iterable[float] | float, rebatch: bool = False
+    ) -> Iterator[dict[str, Any]]:
+        """Hold these thresholds (one for all, or one each) within; then the mapping says how many
+        left at each exit.
+
+        rebatch: the mapping holds under "answer" how a stream of batches is answered by
+        `rebatched`.
+        """
+        before, facts = list(self.thresholds), dict[str, Any]()
+        if rebatch:
+            device = next(iter(self.exits.model.parameters())).device
+            facts["answer"] = lambda batches: answer(
+                self.exits, (x.to(device) for x in batches), None
+            )
+        self.thresholds = (
+            [thresholds] * len(self.paths) if isinstance(thresholds, (int, float)) else thresholds
+        )
+        never = all(t == NEVER for t in self.thresholds)
+        self.exits.tally = [0] * (len(self.paths) + 1)
+        try:
+            yield facts
+        finally:
+            self.thresholds, gone = before, list(self.exits.tally)
+            total = max(sum(gone), 1)
+            facts["exits"] = gone
+            spent = sum(n * c for n, c in zip(gone, self.costs, strict=True)) / total
+            facts["macs"] = self.macs if never else spent
+
+    def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
+        """Return the settings a report compares: no early exit, some thresholds, and those
+        calibrated or given."""
+        points = {
+            "never": self.at(NEVER),
+            **{f"{t:g}": self.at(t) for t in SWEEP[self.request.criterion]},
+        }
+        if self.request.criterion == "patience":
+            points |= {str(t): self.at(t) for t in range(len(self.paths) - 1, 0, -1)}
+        if any(t < NEVER for t in self.thresholds):
+            name = "calibrated" if self.calibration else "set"
+            points[name] = self.at(list(self.thresholds))
+            if not followed(self.exits.model):
+                points[f"{name}, rebatched"] = self.at(list(self.thresholds), rebatch=True)
+        return points
+
+    def calibrate(self, loader: Iterable[Any]) -> Mapping[str, Any]:
+        """Choose the thresholds as the request says, on samples that no training step has seen;
+        return the facts."""
+        request = self.request
+        return calibrate(
+            self, loader, target_drop=request.target_drop, budget=request.budget,
+            confidence=request.confidence
+        ).as_dict()  # fmt: skip
+
+    def sureness(self, loader: Iterable[Any]) -> Tensor:
+        """Return how sure every exit is of each sample, the model's end last, float32 (exits,
+        samples)."""
+        return confidences(self.logits(loader)[0], self.request.criterion)
+
+    def logits(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
+        """Return every exit's logits, the model's own last, float32 (exits, samples, classes), and
+        the labels (samples,)."""
+        model, rows, labels = self.exits.model, [], []
+        device = next(iter(model.parameters())).device
+        with in_mode(model, False), torch.inference_mode(), self.exits.record() as seen:
+            for x, y, *_ in loader:
+                model(x.to(device))
+                rows.append(torch.stack([s.float().cpu() for s in seen]))
+                labels.append(y.cpu())
+        if not rows:
+            raise BadInput("calibrate was given no samples: pass a loader of held-out (x, y)")
+        return torch.cat(rows, 1), torch.cat(labels)
+
+
+def calibrate(
+    live: Any,
+    loader: Iterable[Any],
+    *,
+    target_drop: float | None = None,
+    budget: float | None = None,
+    confidence: float = 0.95,
+) -> Calibration:
+    """Choose the thresholds of `live` on held-out samples, set them, and return what they do
+    (`choose` says how).
+
+    live: what `wrap` gave. loader: (x, y) that no training step has seen, and that are not the test
+    set. target_drop: accuracy that may be lost, 0 to 1, kept by an upper bound that holds with
+    `confidence`; where no threshold keeps it, nobody leaves and `drop_upper` is 0. budget: mean
+    MACs ÷ the whole model's. `live.save` keeps the thresholds. Of several processes all take what
+    the first one's samples say. Raises BadInput.
+    """
+    installed = _of(live)
+    logits, targets = installed.logits(loader)
+    refuse_task(EarlyExit.name, EarlyExit.tasks, EarlyExit.instead, task_of(logits[-1], targets))
+    how: dict[str, Any] = {"target_drop": target_drop, "budget": budget, "confidence": confidence}
+    found = distributed.first(
+        lambda: choose(logits, targets, installed.costs, installed.request.criterion, **how)
+    )
+    installed.thresholds = found.thresholds
+    installed.calibration = found
+    return found
+
+
+def rebatched(live: Any, batches: Iterable[Tensor], size: int | None = None) -> Iterator[Tensor]:
+    """Answer a stream of batches so that behind each exit samples of several batches go on
+    together, as one whole batch.
+
+    batches: images (batch, channels, height, width) on the model's device. size: samples from which
+    a batch goes on behind an exit; the first batch's own where absent. Yields the logits (batch,
+    classes) of each batch in order, in inference mode,
+    once all its samples are answered: those of the last ones when `batches` ends. The answers are
+    those that the model gives batch by batch, up to rounding; up to `size` − 1 samples wait behind
+    each exit meanwhile. Saves energy where small batches use the machine less well, for answers
+    that come later (dynamic rebatching, DREX: Liu et al., 2025). What still waits at the end goes
+    on behind a forward of one image an exit. Raises BadInput where tokens merge or are pruned, too,
+    and GreenvisError in training mode.
+    """
+    installed = _of(live)
+    if size is not None and size < 1:
+        raise BadInput(
+            f"size is {size}: give the number of samples that go on together, such as 64"
+        )
+    return answer(installed.exits, batches, size)
+
+
+def export(live: Any, exit: int) -> nn.Module:
+    """Return a copy of the model that ends at this exit (1 is the first), static, in eval, without
+    what lies behind.
+
+    It holds no decision on data: torch.export, torch.compile and ONNX take it whole. Raises
+    BadInput for an exit there is not.
+    """
+    installed = _of(live)
+    if not 1 <= exit <= len(installed.paths):
+        raise BadInput(
+            f"exit is {exit}; there are {len(installed.paths)}, numbered from 1 "
+            f"({', '.join(installed.paths)})"
+        )
+    model = copy.deepcopy(installed.exits.model).eval().requires_grad_(False)
+    outer: Any = model.forward
+    outer.exits.only = exit - 1
+    drop_unused(model, outer.exits, installed.example)
+    return UpTo(model).eval()
+
+
+def _of(live: Any) -> InstalledEarlyExit:
+    found = [i for i in getattr(live, "installed", [live]) if isinstance(i, InstalledEarlyExit)]
+    if not found:
+        raise BadInput(
+            "this model has no early exits: wrap it with EarlyExit(…) and give what wrap() returned"
+        )
+    return found[0]

@@ -1,0 +1,1 @@
+"""Fewer tokens: merged or removed on the way."""

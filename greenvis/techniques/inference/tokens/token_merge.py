@@ -1,0 +1,359 @@
+"""Token merging: from block to block the most similar tokens of a vision transformer become one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.models.structure import view
+from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
+from greenvis.techniques._shared.blocks import (
+    Block,
+    cut_mask,
+    halves,
+    main,
+    masked_attention,
+    rotated,
+    set_mask,
+    with_main,
+)
+from greenvis.techniques._shared.doors import Doors, Passing, refuse_tracing
+from greenvis.techniques._shared.rows import Follower, follow, rows_of
+from greenvis.techniques.inference.tokens import _matching
+from greenvis.techniques.inference.tokens._attention_inputs import Source, sources
+from greenvis.techniques.inference.tokens._matching import (
+    Matching,
+    bipartite_soft_matching,
+    parse_r,
+    source_matrix,
+)
+
+
+class TokenMerge(Technique):
+    """Merge the most similar tokens between attention and MLP of each block (ToMe: Bolya et al.,
+    2023).
+
+    Saves compute in inference and training, without training for it: each block hands r fewer
+    tokens on, r·depth in all. Costs a comparison of the keys in each merging block, and accuracy,
+    the more the larger r; at small batches or small r of small models it costs more time than it
+    saves. Class, distillation and register tokens are never merged. A merged token is the mean of
+    its patches, and counts in attention as many times as it has patches (`proportional`), still in
+    the fused kernel. A head that reads the patches (pooling, dense outputs) is given all of them
+    back, each with the value it merged into, so that a mean is weighted by size; so is whoever
+    learns from features between the blocks, or asks for them by another door (hidden states, timm's
+    forward_intermediates): maps lie where their patches do. Rotary embeddings go with the tokens.
+    Blocks must be pre-norm with global attention.
+    """
+
+    name: ClassVar[str] = "token_merge"
+    stage: ClassVar[Stage] = "tokens"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "attention_maps"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"r": 2},
+        {"r": [3, -1], "proportional": False, "restore": "always"},
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
+    nothing: ClassVar[Mapping[str, Any] | None] = {"r": [1] * 1000}
+
+    r: Annotated[
+        int | list[float],
+        Field(
+            description="tokens merged in each block: one number, [r, inflection] (-1 falls from "
+            "2r to 0), or one a block"
+        ),
+    ] = 8
+    proportional: Annotated[
+        bool, Field(description="add log(size) to attention, so that merged tokens count as many")
+    ] = True
+    restore: Annotated[
+        Literal["auto", "always", "never"],
+        Field(
+            description="give all tokens back behind the last block: where the head reads patches, "
+            "always, or never"
+        ),
+    ] = "auto"
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put merging in; r = 0 puts nothing in. Raises BadInput for windows and blocks that are
+        not pre-norm, saying which."""
+        found = view(model, self.input_shape, probe=False)
+        blocks = halves(model, found, "token merging")
+        numbers = parse_r(len(blocks), self.r)
+        start = next((i for i, n in enumerate(numbers) if n), None)
+        if start is None:
+            return InstalledTokenMerge(Flow(found.prefix_tokens, Doors(model, [])))
+        if "rope" in found.flags and not all(b.rotary for b in blocks):
+            raise BadInput(
+                f"{type(model).__name__} rotates queries and keys by their place (RoPE), but its "
+                "blocks are not handed the "
+                "embedding, so it cannot go with merged tokens"
+            )
+        keys = sources(model, found, blocks, "key")
+        flow = Flow(found.prefix_tokens, Doors(model, (b.module for b in blocks[start:])))
+        parts = zip(blocks, keys, numbers, strict=True)
+        merging = [
+            Merging(b, k, n, flow, i, self.proportional) for i, (b, k, n) in enumerate(parts)
+        ][start:]
+        where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
+        for module, m in zip(
+            where, merging[1:], strict=True
+        ):  # before the first merge all sizes are 1
+            set_mask(module, m.mask)
+        merging[0].starts = True
+        reads = (
+            self.restore == "auto"
+            and bool(found.heads)
+            and patches_matter(model, found, blocks[-1].path)
+        )
+        restore = self.restore == "always" or reads
+        merging[-1].restore = flow.restores = restore
+        flow.numbers = {m.block.path: m.number for m in merging}
+        for m in merging:
+            m.put(model)
+        follow(model, flow)
+        never = self.restore == "never"
+        flow.doors.put(
+            *["forward_features"] if never else []
+        )  # what it gives is what the head reads
+        if (
+            not flow.doors.settle(found.example, maps_only=never)
+            and self.restore == "auto"
+            and not restore
+        ):
+            merging[-1].restore = flow.restores = True  # the model's own output holds the tokens
+            flow.doors.settle(found.example)
+        if found.example.device.type != "meta":
+            check_runs(model, found.example, [], f"r = {self.r}")
+        live = InstalledTokenMerge(flow)
+        live.unmergeable = (
+            "merging tokens is a change of the run, not of weights; keep the model wrapped"
+        )
+        return live
+
+
+class Flow(Follower):
+    """What became of the tokens of the last batch, by the number of a block.
+
+    steps: the matching of each block that merged. size, places: of the tokens each block is given,
+    how many of the first ones each stands for, and where it stood among them. maps: in which of
+    them each first one lies, where they are laid out.
+    length: how many they were. numbers: of the blocks, by path. restores: whether all tokens are
+    given back behind the last.
+    """
+
+    def __init__(self, prefix: int, doors: Doors) -> None:
+        self.prefix, self.doors = prefix, doors
+        self.steps: dict[int, Matching] = Passing()
+        self.size: dict[int, Tensor] = Passing()
+        self.places: dict[int, Tensor] = Passing()
+        self.maps: dict[int, Tensor] = Passing()
+        self.length = 0
+        self.numbers: dict[str, int] = {}
+        self.restores = False
+
+    def keep_rows(self, rows: Tensor, batch: int) -> None:
+        """Forget the samples that left the batch early."""
+        for kept in (self.steps, self.size, self.places, self.maps):
+            kept.update(rows_of(kept, rows, batch))
+
+    def give_back(self, tokens: Tensor) -> Tensor:
+        """Return tokens with the value each merged into. How many are left tells how often they
+        were merged."""
+        steps: list[Matching] = []
+        for matching in self.upto(None):
+            if not steps and tokens.shape[1] >= matching.length:
+                return tokens
+            steps.append(matching)
+            if matching.remaining == tokens.shape[1]:
+                return _matching.unmerge(tokens, _matching.token_map(steps))
+        return tokens
+
+    def carried(self, path: str) -> dict[str, Tensor]:
+        """Return sizes and places of the tokens that the block at `path` is given."""
+        number = self.numbers.get(path)
+        if number is None or number not in self.size:
+            return {}
+        if self.restores or self.doors.laid_out:
+            raise BadInput(
+                f"cache: tokens that merged before '{path}' are given back behind it, and how they "
+                "merged is not kept: leave "
+                "`cache` off, or set `restore: never` of the merging"
+            )
+        return {"size": self.size[number].float(), "places": self.places[number].float()}
+
+    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
+        """Take sizes and places; how tokens merged before is then unknown."""
+        number = self.numbers[path]
+        self.doors.begin()
+        self.size[number], self.places[number] = found["size"], found["places"].long()
+        self.steps = {i: m for i, m in self.steps.items() if i >= number}
+
+    def upto(self, block: int | None) -> list[Matching]:
+        """Return the matchings of the blocks before number `block`, in order."""
+        return [m for i, m in sorted(self.steps.items()) if block is None or i < block]
+
+
+class Merging:
+    """One block at work. It finds the sizes and places of the tokens it is given under its own
+    number, and leaves the next block's under the next, so that a block run again (gradient
+    checkpointing) finds what it found before."""
+
+    def __init__(
+        self, block: Block, key: Source, r: int, flow: Flow, number: int, proportional: bool
+    ) -> None:
+        self.block, self.key, self.r, self.flow, self.number = block, key, r, flow, number
+        self.proportional, self.restore, self.starts = proportional, False, False
+        self._value: Tensor | None = None
+
+    def put(self, model: nn.Module) -> None:
+        """Take the place of the block's forward."""
+        if self.r:
+            self.key.watch(model, self._keep)
+        self.block.module.forward = self.forward
+
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32, on top
+        of the library's mask."""
+        flow, i = self.flow, self.number
+        if i not in flow.size:
+            return given
+        if given is not None:  # made for all tokens: transformers does so while a model is exported
+            given = cut_mask(given, flow.places[i], flow.length)
+        if not self.proportional:
+            return given
+        log_size = flow.size[i].log()[:, None, None, :]
+        return log_size if given is None else log_size + given
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, and merge between its attention and its MLP."""
+        flow, i = self.flow, self.number
+        if self.starts:
+            refuse_tracing(main(args, kwargs), "which tokens merge")
+            flow.doors.begin()
+        if i not in flow.size:
+            flow.length = main(args, kwargs).shape[1]
+        else:
+            if flow.doors.laid_out:
+                args, kwargs = with_main(
+                    args, kwargs, _matching.unmerge(main(args, kwargs), flow.places[i])
+                )
+            if self.block.rotary:
+                args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+        if not self.r:
+            output = self.block.whole(*args, **kwargs)
+            self._pass_on(None)
+        else:
+            between = self.block.attend(*args, **kwargs)
+            x = self._merged(first(between))
+            args, kwargs = with_main(args, kwargs, x)
+            output = self.block.feed(*args, **kwargs)
+        if flow.doors.laid_out:
+            return (
+                with_first(output, _matching.unmerge(first(output), flow.maps[i + 1]))
+                if i + 1 in flow.maps
+                else output
+            )
+        if self.restore and (steps := flow.upto(None)):
+            output = with_first(
+                output, _matching.unmerge(first(output), _matching.token_map(steps))
+            )
+        return output
+
+    def _merged(self, x: Tensor) -> Tensor:
+        value, self._value = self._value, None
+        if value is None:
+            raise GreenvisError(
+                f"block '{self.block.path}' ran without its attention's keys at '{self.key.path}'"
+            )
+        with torch.no_grad():
+            metric = self.key.read(
+                self.block.module.get_submodule(self.key.path[len(self.block.path) + 1 :]), value
+            )
+            matching = bipartite_soft_matching(
+                metric.mean(2, dtype=torch.float32), self.r, self.flow.prefix
+            )
+        if not matching.r:
+            self._pass_on(None)
+            return x
+        x, size = matching.merge(x, self.flow.size.get(self.number))
+        self._pass_on(matching, size)
+        return x
+
+    def _pass_on(self, matching: Matching | None, size: Tensor | None = None) -> None:
+        flow, i = self.flow, self.number
+        for kept, now in (
+            (flow.steps, i),
+            (flow.size, i + 1),
+            (flow.places, i + 1),
+            (flow.maps, i + 1),
+        ):
+            kept.pop(now, None)
+        if matching is not None and size is not None:
+            flow.steps[i], flow.size[i + 1] = matching, size
+            flow.places[i + 1] = (
+                flow.places[i].gather(1, matching.kept) if i in flow.places else matching.kept
+            )
+            if flow.doors.laid_out:
+                flow.maps[i + 1] = (
+                    matching.map.gather(1, flow.maps[i]) if i in flow.maps else matching.map
+                )
+        else:
+            for kept in (flow.size, flow.places, flow.maps):
+                if i in kept:
+                    kept[i + 1] = kept[i]
+
+    def _keep(self, value: Tensor) -> None:
+        self._value = value.detach()
+
+
+class InstalledTokenMerge(Installed):
+    """Merging at work. What it says about tokens is of the last batch the model was given."""
+
+    def __init__(self, flow: Flow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
+    def token_map(self, block: int | None = None) -> Tensor | None:
+        """Return in which token each of the first ones lies behind the blocks before number `block`
+        (None: behind the last).
+
+        int64 (batch, length); None where nothing has merged yet.
+        """
+        steps = self.flow.upto(block)
+        return _matching.token_map(steps) if steps else None
+
+    def sizes(self, block: int | None = None) -> Tensor | None:
+        """Return how many of the first tokens each remaining one stands for, fp32 (batch,
+        remaining); None: all 1."""
+        steps = self.flow.upto(block)
+        return (
+            self.flow.size[max(i for i in self.flow.steps if block is None or i < block) + 1]
+            if steps
+            else None
+        )
+
+    def source(self, block: int | None = None) -> Tensor | None:
+        """Return (batch, remaining, length): 1 where a first token lies in a remaining one."""
+        steps = self.flow.upto(block)
+        return source_matrix(_matching.token_map(steps), steps[-1].remaining) if steps else None
+
+    def unmerge(self, x: Tensor, block: int | None = None) -> Tensor:
+        """Return features (batch, remaining, channels), as the block before number `block` gave
+        them, for all first tokens."""
+        found = self.token_map(block)
+        return x if found is None else _matching.unmerge(x, found)

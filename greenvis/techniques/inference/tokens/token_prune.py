@@ -1,0 +1,439 @@
+"""Token pruning: tokens that matter little leave a vision transformer on the way, for good."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis.core.surgery import names_of
+from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.core.trainers import refuse_recomputed
+from greenvis.errors import BadInput
+from greenvis.models.structure import View, view
+from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
+from greenvis.techniques._shared.blocks import (
+    Block,
+    cut_mask,
+    halves,
+    main,
+    masked_attention,
+    rotated,
+    set_mask,
+    with_main,
+)
+from greenvis.techniques._shared.doors import Doors, Passing, refuse_tracing
+from greenvis.techniques._shared.rows import Follower, follow, rows_of
+from greenvis.techniques.inference.tokens._attention_inputs import Source, sources
+from greenvis.techniques.inference.tokens._pruning import (
+    Predictor,
+    best,
+    class_attention,
+    decide,
+    fused,
+    policy_mask,
+    ratio_loss,
+)
+
+_CHILD = "token_prune"
+
+
+class TokenPrune(Technique):
+    """Remove tokens on the way: those a trained predictor finds needless (DynamicViT: Rao et al.,
+    2021), or, without training, those the class token attends to least (EViT: Liang et al., 2022).
+
+    Saves inference compute: at three places the share `keep` of the tokens goes on. "predictor":
+    small networks learn with the model; in training all tokens stay and attention is masked by
+    Gumbel-softmax decisions, so training costs more, not less, and gets the term "token_prune" (the
+    squared distance from the share to keep). The paper also distils from the unpruned
+    model: add `distill` (weight 0.5, temperature 1). "class_attention" removes tokens between
+    attention and MLP and saves in training, too; `fuse` hands the rest on as one token. The head
+    must read the class token, not the patches. Whoever asks for features between the blocks by
+    another door (hidden states, timm's forward_intermediates) gets a row for each patch at its
+    place, of those that left with the value they had.
+    """
+
+    name: ClassVar[str] = "token_prune"
+    only_with: ClassVar[OnlyWith] = {"weight": ("method", ("predictor",))}
+    stage: ClassVar[Stage] = "tokens"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places", "attention_maps"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"keep": 0.6},
+        {"method": "class_attention", "keep": 0.5, "fuse": True, "blocks": [0, 1]},
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
+    nothing: ClassVar[Mapping[str, Any] | None] = {"blocks": [1000]}
+
+    method: Annotated[
+        Literal["predictor", "class_attention"],
+        Field(description="what chooses: trained predictors, or the class token"),
+    ] = "predictor"
+    keep: Annotated[
+        float, Field(gt=0, le=1, description="share of the tokens that go on, at each place again")
+    ] = 0.7
+    blocks: Annotated[
+        list[int] | None,
+        Field(
+            description="numbers of the blocks in which tokens leave, from 0; default: at 1/4, "
+            "1/2, 3/4"
+        ),
+    ] = None
+    fuse: Annotated[bool, Field(description="class_attention: hand the others on as one token")] = (
+        False
+    )
+    weight: Annotated[float, Field(ge=0, description="predictor: factor of the ratio loss")] = 2.0
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put pruning in. Raises BadInput for windows, blocks that are not pre-norm, and heads that
+        read the patches."""
+        if self.fuse and self.method == "predictor":
+            raise BadInput(
+                "fuse needs the class token's attention as weights: set method: class_attention"
+            )
+        found = view(model, self.input_shape, probe=False)
+        blocks = halves(model, found, "token pruning")
+        places = self._places(len(blocks))
+        self._check(model, found, blocks)
+        added: list[nn.Parameter] = []
+        start = places[0]
+        flow = Flow(
+            found.prefix_tokens,
+            self.keep,
+            self.fuse,
+            Doors(model, (b.module for b in blocks[start:])),
+        )
+        if self.method == "predictor":
+            pruning: list[Pruning] = [Predicted(b, i, flow) for i, b in enumerate(blocks)]
+        else:
+            pairs = zip(
+                sources(model, found, blocks, "query"),
+                sources(model, found, blocks, "key"),
+                strict=True,
+            )
+            pruning = [
+                Attended(b, i, flow, q, k)
+                for i, (b, (q, k)) in enumerate(zip(blocks, pairs, strict=True))
+            ]
+        where = [
+            (p, masked_attention(model, p.block.attention, p.block.path)) for p in pruning[start:]
+        ]
+        for k, i in enumerate(places, 1):
+            added += pruning[i].take(model, k, found)
+        for p, attention in where:
+            set_mask(attention, p.mask)
+            p.block.module.forward = p.forward
+        follow(model, flow)
+        flow.doors.put()
+        flow.doors.settle(found.example)
+        if found.example.device.type != "meta":
+            check_runs(
+                model, found.example, [], f"{self.keep:.0%} of the tokens kept in blocks {places}"
+            )
+        live = InstalledTokenPrune(flow, self.weight, names_of(model, added))
+        live.unmergeable = (
+            "pruning tokens is a change of the run, not of weights; keep the model wrapped"
+        )
+        return live
+
+    def _places(self, depth: int) -> list[int]:
+        places = (
+            self.blocks if self.blocks is not None else [max(1, depth * i // 4) for i in (1, 2, 3)]
+        )
+        places = sorted({i for i in places if self.blocks is not None or i < depth})
+        if wrong := [i for i in places if not 0 <= i < depth]:
+            raise BadInput(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0")
+        if not places:
+            raise BadInput(
+                f"no block is named in which tokens leave; the model has {depth}, numbered from 0"
+            )
+        return places
+
+    def _check(self, model: nn.Module, found: View, blocks: list[Block]) -> None:
+        name = type(model).__name__
+        if not found.prefix_tokens or patches_matter(model, found, blocks[-1].path):
+            raise BadInput(
+                f"the head of {name} reads its patches, of which pruned ones would be missing; use "
+                "token_merge"
+            )
+        if "rope" in found.flags and not all(b.rotary for b in blocks):
+            raise BadInput(
+                f"{name} rotates queries and keys (RoPE), but its blocks are not handed the "
+                "embedding"
+            )
+        if "rope" in found.flags and self.method == "class_attention":
+            raise BadInput(
+                f"{name} rotates keys by their place (RoPE), so its class attention is not read; "
+                "use the predictor"
+            )
+
+
+class Flow(Follower):
+    """What became of the tokens of the last batch, by the number of a block.
+
+    places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of
+    them count, (batch, tokens);
+    decided: which do from this block on. length: how many tokens there were first. fused: which of
+    a block's tokens are others fused, bool (batch, tokens); they have no place. beside: what a
+    block gave, where its fused ones cannot be laid out.
+    """
+
+    def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors) -> None:
+        self.prefix, self.keep, self.fuse, self.doors, self.length = prefix, keep, fuse, doors, 0
+        self.places: dict[int, Tensor] = Passing()
+        self.policy: dict[int, Tensor] = Passing()
+        self.decided: dict[int, Tensor] = Passing()
+        self.fused: dict[int, Tensor] = Passing()
+        self.beside: dict[int, Tensor] = Passing()
+        self.shares: dict[int, float] = {}
+
+    def keep_rows(self, rows: Tensor, batch: int) -> None:
+        """Forget the samples that left the batch early."""
+        for kept in (self.places, self.policy, self.decided, self.fused, self.beside):
+            kept.update(rows_of(kept, rows, batch))
+
+    def gathered(self, i: int, x: Tensor) -> Tensor:
+        """Return the tokens block number `i` is to work on, of the whole row that another door
+        shows (batch, length, dim)."""
+        if not self.doors.laid_out or i not in self.places:
+            return x
+        tokens = x.gather(1, self.places[i].unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        return (
+            torch.where(self.fused[i].unsqueeze(-1), self.beside[i], tokens)
+            if i in self.fused
+            else tokens
+        )
+
+    def laid_out(self, i: int, before: Tensor, tokens: Tensor) -> Tensor:
+        """Return what block number `i` is given as a whole row, where another door shows it: what
+        left as it was `before`."""
+        if not self.doors.laid_out or i not in self.places:
+            return tokens
+        index, row = self.places[i], before
+        if i in self.fused:
+            self.beside[i] = tokens
+            index, row = index.masked_fill(self.fused[i], self.length), F.pad(before, (0, 0, 0, 1))
+        return row.scatter(1, index.unsqueeze(-1).expand_as(tokens), tokens)[:, : self.length]
+
+
+class Pruning:
+    """One block at work. A block runs again (gradient checkpointing) with what it found before,
+    under its own number."""
+
+    def __init__(self, block: Block, number: int, flow: Flow) -> None:
+        self.block, self.number, self.flow = block, number, flow
+        self.order = 0
+
+    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+        """Become the order-th block in which tokens leave; return parameters that were added."""
+        self.order = order
+        return []
+
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """Return the library's mask, cut to the tokens that are left."""
+        places = self.flow.places.get(self.number)
+        return (
+            given if given is None or places is None else cut_mask(given, places, self.flow.length)
+        )
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the block, and remove tokens where this is a place for it."""
+        raise NotImplementedError
+
+    def _come(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Note the first sequence; return the arguments with rotary embeddings of the tokens that
+        are left."""
+        flow, i = self.flow, self.number
+        if self.order == 1:
+            refuse_tracing(main(args, kwargs), "which tokens are pruned")
+            flow.doors.begin()
+            flow.places.clear()
+            flow.fused.clear()
+            flow.length = main(args, kwargs).shape[1]
+            return args, kwargs
+        args, kwargs = with_main(args, kwargs, flow.gathered(i, main(args, kwargs)))
+        if self.block.rotary and i in flow.places:
+            args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+        return args, kwargs
+
+    def _leave(self, x: Tensor, kept: Tensor, at: int) -> Tensor:
+        """Return x with its prefix and the patches `kept` (batch, count); block number `at` is
+        given these."""
+        flow = self.flow
+        prefix = torch.arange(flow.prefix, device=x.device).expand(len(x), -1)
+        index = torch.cat([prefix, kept + flow.prefix], 1)
+        old, fused = flow.places.get(self.number), flow.fused.get(self.number)
+        flow.places[at] = index if old is None else old.gather(1, index)
+        if fused is not None:
+            flow.fused[at] = fused.gather(1, index)
+        return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+class Predicted(Pruning):
+    """Tokens leave in front of the block; while it trains they stay, masked."""
+
+    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+        """Put a predictor into the block."""
+        super().take(model, order, found)
+        self.flow.shares[self.number] = self.flow.keep**order
+        weight = next(p for p in self.block.module.parameters() if p.is_floating_point())
+        predictor = Predictor(found.layouts[self.block.path].width).to(weight.device, weight.dtype)
+        self.block.module.add_module(_CHILD, predictor.train(self.block.module.training))
+        return list(predictor.parameters())
+
+    def mask(self, given: Tensor | None) -> Tensor | None:
+        """Add the mask of the tokens that were decided against."""
+        given, policy = super().mask(given), self._policy
+        if policy is None or not self.block.module.training:
+            return given
+        if policy.requires_grad:  # what decided lies outside of a block that is checkpointed
+            refuse_recomputed(TokenPrune.name)
+        seen = policy_mask(torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1))
+        return seen if given is None else seen + given
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Decide in front of the block, then run it."""
+        flow, i, before = self.flow, self.number, main(args, kwargs)
+        args, kwargs = self._come(args, kwargs)
+        if self.order and self.block.module.training:
+            self._decide(main(args, kwargs)[:, flow.prefix :])
+        elif self.order:
+            x = self._remove(main(args, kwargs))
+            if x.shape[1] != main(args, kwargs).shape[1] and self.block.rotary:
+                args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+            args, kwargs = with_main(args, kwargs, x)
+        output = self.block.whole(*args, **kwargs)
+        for kept, going in ((flow.places, flow.places.get(i)), (flow.policy, self._policy)):
+            kept.pop(i + 1, None)
+            if going is not None:
+                kept[i + 1] = going
+        return with_first(output, flow.laid_out(i + 1, before, first(output)))
+
+    @property
+    def _policy(self) -> Tensor | None:
+        """Which tokens count from this block on; what it was given stays as it was, for the block
+        may run again."""
+        return self.flow.decided.get(self.number, self.flow.policy.get(self.number))
+
+    def _decide(self, patches: Tensor) -> None:
+        flow, i = self.flow, self.number
+        before = flow.policy.get(i, patches.new_ones(patches.shape[:2], dtype=torch.float32))
+        scores = self.block.module.get_submodule(_CHILD)(
+            patches, before.unsqueeze(-1).to(patches.dtype)
+        )
+        flow.decided[i] = decide(scores, before)
+
+    def _remove(self, x: Tensor) -> Tensor:
+        flow = self.flow
+        patches = x[:, flow.prefix :]
+        count = max(1, int((flow.length - flow.prefix) * flow.shares[self.number]))
+        if count >= patches.shape[1]:
+            return x
+        scores = self.block.module.get_submodule(_CHILD)(
+            patches, patches.new_ones(*patches.shape[:2], 1)
+        )[..., 0]
+        return self._leave(x, best(scores, count), self.number)
+
+
+class Attended(Pruning):
+    """Tokens leave between the block's attention and its MLP, those that the class token attends to
+    least."""
+
+    def __init__(self, block: Block, number: int, flow: Flow, query: Source, key: Source) -> None:
+        super().__init__(block, number, flow)
+        self.query, self.key = query, key
+        self._values: dict[str, Tensor] = {}
+
+    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+        """Watch queries and keys."""
+        self.query.watch(model, self._keep_query)
+        self.key.watch(model, self._keep_key)
+        return super().take(model, order, found)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the halves, and remove tokens in between."""
+        flow, i, before = self.flow, self.number, main(args, kwargs)
+        args, kwargs = self._come(args, kwargs)
+        for kept in (flow.places, flow.fused):
+            kept.pop(i + 1, None)
+            if i in kept:
+                kept[i + 1] = kept[i]
+        if self.order:
+            x = self._removed(first(self.block.attend(*args, **kwargs)))
+            args, kwargs = with_main(args, kwargs, x)
+            output = self.block.feed(*args, **kwargs)
+        else:
+            output = self.block.whole(*args, **kwargs)
+        return with_first(output, flow.laid_out(i + 1, before, first(output)))
+
+    def _removed(self, x: Tensor) -> Tensor:
+        flow, values, self._values = self.flow, self._values, {}
+        patches = x[:, flow.prefix :]
+        count = math.ceil(flow.keep * patches.shape[1])
+        if count == patches.shape[1]:
+            return x
+        with torch.no_grad():
+            query, key = (
+                s.read(
+                    self.block.module.get_submodule(s.path[len(self.block.path) + 1 :]),
+                    values[s.which],
+                )
+                for s in (self.query, self.key)
+            )
+            attention = class_attention(query, key)[:, flow.prefix :]
+            kept = best(attention, count)
+        out = self._leave(x, kept, self.number + 1)
+        if not flow.fuse:
+            return out
+        places, at = flow.places[self.number + 1], self.number + 1
+        flow.places[at] = torch.cat(
+            [places, places[:, -1:]], 1
+        )  # the rest has no place; masks need one
+        before = flow.fused.get(at, torch.zeros_like(places, dtype=torch.bool))
+        flow.fused[at] = F.pad(before, (0, 1), value=True)
+        return torch.cat([out, fused(patches, attention, kept)], 1)
+
+    def _keep_query(self, value: Tensor) -> None:
+        self._values["query"] = value.detach()
+
+    def _keep_key(self, value: Tensor) -> None:
+        self._values["key"] = value.detach()
+
+
+class InstalledTokenPrune(Installed):
+    """Pruning at work. Adds the term "token_prune" where predictors learn."""
+
+    def __init__(self, flow: Flow, weight: float, trainable: tuple[str, ...]) -> None:
+        super().__init__(trainable)
+        self.flow, self.weight = flow, weight
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
+    @property
+    def kept(self) -> Tensor | None:
+        """Where the tokens of the last batch that reached the head stood, int64 (batch, tokens);
+        None where all did."""
+        return self.flow.places[max(self.flow.places)] if self.flow.places else None
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"token_prune": weight · ratio_loss} of the decisions of this step's forward."""
+        decided = [
+            (self.flow.decided[i], share)
+            for i, share in self.flow.shares.items()
+            if i in self.flow.decided
+        ]
+        if not decided:
+            return {}
+        policies, shares = zip(*decided, strict=True)
+        return {"token_prune": self.weight * ratio_loss(policies, shares)}

@@ -1,0 +1,440 @@
+"""Learning to prompt: a frozen vision transformer, and a pool of prompts from which each image
+picks its own by key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from greenvis import models
+from greenvis.core.modes import in_mode
+from greenvis.core.technique import Installed, Samples, Stage, Technique
+from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.models.structure import View, view
+from greenvis.models.structure.quiet import quiet
+from greenvis.tasks.answers import main_output
+from greenvis.techniques._shared.attach import check_runs, train_only
+from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
+from greenvis.techniques._shared.frozen import Kept
+from greenvis.techniques._shared.prompts import Joined, prompt_blocks
+
+_CHILD = "prompt_pool"
+
+
+def similarities(query: Tensor, keys: Tensor) -> Tensor:
+    """Return the cosines of each query with each key: query (batch, dim), keys (pool, dim) to
+    (batch, pool)."""
+    return F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).T
+
+
+def nearest_prompts(similarity: Tensor, top_n: int, penalty: Tensor | None = None) -> Tensor:
+    """Return the `top_n` prompts of least distance (1 - cosine) × penalty for each sample, the
+    nearest first (Wang et al., 2022, eq. 3 and 4): int64 (batch, top_n).
+
+    similarity: (batch, pool). penalty: (pool,), greater for prompts that earlier tasks used often;
+    none: all alike.
+    """
+    scores = similarity.detach()
+    return (scores if penalty is None else (scores - 1) * penalty).topk(top_n, dim=1).indices
+
+
+def majority(index: Tensor, pool: int) -> Tensor:
+    """Return the prompts that most samples picked, the most frequent first: index (batch, top_n) to
+    (top_n,)."""
+    counts = torch.bincount(index.flatten(), minlength=pool)
+    there = counts.nonzero().flatten()
+    padded = F.pad(
+        counts[there], (0, pool - len(there))
+    )  # as wide as the pool, so that ties fall as in the authors' port
+    return there[padded.topk(index.shape[1]).indices]
+
+
+def reduce_sim(similarity: Tensor, index: Tensor) -> Tensor:
+    """Return the similarities of the picked prompts, summed over them and averaged over the batch
+    (eq. 5): a scalar."""
+    return similarity.gather(1, index).sum() / len(index)
+
+
+class PromptPool(Technique):
+    """Learn a pool of prompts for a frozen vision transformer; each image picks its `top_n` by key
+    (L2P: Wang et al., 2022).
+
+    Saves, over a stream of tasks, the storage and training of a model per task, and replay: nothing
+    of earlier tasks is kept but the pool. Costs compute for good: a second forward (query: class;
+    with query: patch none) to ask the frozen model for the image's class feature, and top_n·length
+    more tokens in every block; nothing merges. Order: [class and other prefix
+    tokens][prompts][patches], prompts without position embedding. The keys learn by the term
+    "prompt_pool", -pull·(mean similarity of picked keys to the query), and by that alone.
+    Each image picks for itself. The authors' port takes one majority for the whole batch, in tests
+    too, so that accuracy
+    depends on how tests are batched: select: batch, which breaks batch independence. diversity: 1
+    multiplies distances by how often earlier tasks used a prompt (eq. 4), in training. cache: the
+    query of each image is computed once and read back in later epochs and runs. readout: prompts
+    gives the head the mean of the prompts' outputs in place of every token (before the final norm;
+    the authors average behind it). The classifier trains in full; the authors' loss is among a
+    task's own classes (a stream with head: multi).
+    """
+
+    name: ClassVar[str] = "prompt_pool"
+    stage: ClassVar[Stage] = "tokens"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"pool": 4, "length": 2, "top_n": 2},
+        {
+            "pool": 3,
+            "length": 1,
+            "top_n": 3,
+            "query": "patch",
+            "readout": "class",
+            "select": "batch",
+            "head": "freeze",
+        },
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = None
+
+    pool: Annotated[int, Field(ge=1, description="prompts in the pool")] = 10
+    length: Annotated[int, Field(ge=1, description="tokens of each prompt")] = 5
+    top_n: Annotated[int, Field(ge=1, description="prompts each image picks")] = 5
+    pull: Annotated[
+        float, Field(gt=0, description="factor of the term that draws picked keys to their queries")
+    ] = 0.1
+    query: Annotated[
+        Literal["class", "patch"],
+        Field(
+            description="what picks: the frozen model's feature (a second forward), or the mean "
+            "patch embedding"
+        ),
+    ] = "class"
+    select: Annotated[
+        Literal["sample", "batch"],
+        Field(description="each image its own prompts, or the batch's majority"),
+    ] = "sample"
+    diversity: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="how far prompts that earlier tasks used are put back in training",
+        ),
+    ] = 0.0
+    readout: Annotated[
+        Literal["prompts", "class"],
+        Field(description="what the head reads: the prompts' mean, or what it always read"),
+    ] = "prompts"
+    cache: Annotated[
+        bool, Field(description="compute each training image's query once, and keep it on disk")
+    ] = False
+    head: Annotated[
+        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
+    ] = "train"
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _enough(self) -> PromptPool:
+        if self.top_n > self.pool:
+            raise ValueError(
+                f"top_n is {self.top_n}, but the pool has {self.pool} prompts: give fewer, or a "
+                "larger pool"
+            )
+        return self
+
+    @property
+    def breaks(self) -> frozenset[str]:  # type: ignore[override]  # a majority is a matter of the whole batch
+        """What this breaks for others: the grid of tokens, and with select "batch" the independence
+        of samples."""
+        return frozenset(
+            {"token_grid"} | ({"batch_independence"} if self.select == "batch" else set())
+        )
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put the pool in. Raises BadInput for anything but a plain sequence of patches through all
+        blocks."""
+        found = view(model, self.input_shape, probe=False)
+        blocks = prompt_blocks(model, found)
+        dim = found.layouts[blocks[0]].output[2]
+        weight = next(
+            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
+        )
+        width = dim if self.query == "patch" else _feature(model, found).shape[1]
+        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        rows = torch.empty(self.pool, self.length, dim, **kind).uniform_(-1, 1)
+        pool = Pool(
+            self, rows, torch.empty(self.pool, width, **kind).uniform_(-1, 1), found.prefix_tokens
+        )
+        asker = None
+        if self.query == "class":
+            heads = _at(model, found.classifier)
+            asker = Asker(
+                pool, found.classifier, _readers(found), _mark(model, heads) if self.cache else ""
+            )
+            asker.put(model)
+        doors = Doors(model, [model.get_submodule(path) for path in blocks])
+        pool.put(model, blocks, _CHILD, doors)
+        doors.put()
+        doors.settle(found.example)
+        check_runs(model, found.example, [pool.rows], f"{self.top_n} prompts of {self.length}")
+        live = InstalledPromptPool(
+            train_only(model, [pool.rows, pool.keys], found, self.head), pool, asker
+        )
+        live.unmergeable = (
+            "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
+        )
+        return live
+
+
+class Pool(Joined):
+    """Prompts `rows` (pool, length, dim) with `keys` (pool, query width); picks for each sequence
+    that passes.
+
+    picked: how many samples picked each prompt in this task's training. before: the same in all
+    earlier tasks.
+    """
+
+    picked: Tensor
+    before: Tensor
+
+    def __init__(self, request: PromptPool, rows: Tensor, keys: Tensor, prefix: int) -> None:
+        super().__init__(prefix, request.top_n * request.length)
+        self.request = request
+        self.rows, self.keys = nn.Parameter(rows), nn.Parameter(keys)
+        for name in ("picked", "before"):
+            self.register_buffer(
+                name, torch.zeros(len(rows), dtype=torch.float64, device=rows.device)
+            )
+        # "query": (batch, dim), "asked" too until it is used; "pull": how near the picked prompts
+        # are
+        self.now: dict[str, Tensor] = Passing()
+
+    @property
+    def query(self) -> Tensor | None:
+        """What the model asked gave for the batch, (batch, dim)."""
+        return self.now.get("query")
+
+    def ask(self, query: Tensor) -> None:
+        """Take the query for the next pass."""
+        self.now.update(query=query, asked=query)
+
+    def rows_for(self, x: Tensor) -> Tensor:
+        """Pick by the query and return the prompts (batch, top_n · length, dim)."""
+        refuse_tracing(x, "which prompts an image picks")
+        if self.request.query == "class" and not again() and self.now.pop("asked", None) is None:
+            raise GreenvisError(
+                "prompt_pool asks the whole model which prompts to take, and this call of its "
+                "blocks went past that: call the "
+                "model itself, or set query: patch"
+            )
+        query = (
+            x[:, self.prefix :].mean(1).detach()
+            if self.request.query == "patch"
+            else self.now["query"]
+        )
+        similarity = similarities(query, self.keys.to(query.dtype))
+        learning = self.training and torch.is_grad_enabled()
+        index = nearest_prompts(
+            similarity, self.request.top_n, self._penalty(similarity) if learning else None
+        )
+        if self.request.select == "batch":
+            index = majority(index, len(self.keys)).expand(len(x), -1)
+        if learning:
+            self.picked += torch.bincount(index.flatten(), minlength=len(self.keys))
+        self.now["pull"] = reduce_sim(similarity, index)
+        return self.rows[index].flatten(1, 2)
+
+    def _penalty(self, similarity: Tensor) -> Tensor | None:
+        """Return 1 - diversity + diversity · (share of earlier picks), (pool,); nothing before the
+        first task has ended."""
+        if not self.request.diversity or not self.before.any():
+            return None
+        share = (self.before / self.before.sum()).to(similarity.dtype)
+        return (1 - self.request.diversity + self.request.diversity * share).clamp(
+            min=1e-6
+        )  # unused ones: by distance still
+
+    def last(self, x: Tensor, rows: Tensor, laid_out: bool) -> Tensor:
+        """Return the sequence; with readout "prompts" every token of it becomes the mean of the
+        prompts' outputs."""
+        if self.request.readout == "class":
+            return x
+        if laid_out:
+            raise GreenvisError(
+                "prompt_pool puts the prompts' mean in the place of every token, so there are no "
+                "features of patches to give: "
+                "set readout: class"
+            )
+        return rows.mean(1, keepdim=True).expand_as(x)
+
+
+class Asker:
+    """Runs the frozen model without prompts before each forward, for the feature its head would
+    read.
+
+    heads, readers: paths, for somebody may put another classifier there. weights: what tells the
+    frozen model from another, where queries are to be kept; else "".
+    """
+
+    def __init__(
+        self, pool: Pool, heads: Sequence[str], readers: Sequence[str], weights: str
+    ) -> None:
+        self.pool, self.heads, self.readers, self.kept = pool, heads, readers, None
+        self.samples: Samples | None = None
+        if weights:
+            self.kept = Kept("the model without prompts: what its head reads", weights)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "samples": None}  # a copy is shown other batches
+
+    def put(self, model: nn.Module) -> None:
+        """Ask before each forward of `model`."""
+        model.register_forward_pre_hook(self.ask, with_kwargs=True)
+
+    def ask(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the query (batch, dim) in the pool: of the model, or read back."""
+        if self.pool.away:
+            return
+        if self.kept is None or self.samples is None or not model.training:
+            self.pool.ask(self.answer(model, args, kwargs))
+            return
+        spared = {id(p) for part in (self.pool, *_at(model, self.heads)) for p in part.parameters()}
+        if moving := [
+            n for n, p in model.named_parameters() if p.requires_grad and id(p) not in spared
+        ]:
+            raise GreenvisError(
+                f"the queries cannot be kept, for {some(moving)} trains and changes them; set "
+                "cache: false"
+            )
+        self.pool.ask(
+            self.kept.outputs(
+                self.samples, lambda: self.answer(model, args, kwargs), self.pool.keys.device
+            )
+        )
+
+    def answer(self, model: nn.Module, args: Any, kwargs: Any) -> Tensor:
+        """Return the query: one forward without prompts, in eval mode, without gradients; modes are
+        given back."""
+        self.pool.away = True
+        try:
+            with in_mode(model, False), torch.no_grad():
+                gone = self.readers and not _at(
+                    model, self.readers
+                )  # with the classifier around them
+                return _run(model, self.heads if gone else self.readers, args, kwargs)
+        finally:
+            self.pool.away = False
+
+
+class InstalledPromptPool(Installed):
+    """The pool at work. Adds the term "prompt_pool"."""
+
+    def __init__(self, trainable: tuple[str, ...], pool: Pool, asker: Asker | None) -> None:
+        super().__init__(trainable, freezes=True)
+        self.pool = pool
+        self.asker = asker
+        self.kept = asker.kept if asker is not None else None
+        if self.kept is not None:
+            self.kept.note = self._tell
+
+    @property
+    def samples(self) -> Samples | None:
+        """Which samples the current batch holds."""
+        return self.asker.samples if self.asker is not None else None
+
+    @samples.setter
+    def samples(self, samples: Samples | None) -> None:  # type: ignore[override]
+        if self.asker is not None:
+            self.asker.samples = samples
+
+    def _tell(self, text: str) -> None:
+        self.note(text)  # a tracked run may begin after this
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"prompt_pool": -pull · reduce_sim} of the forward just done."""
+        pulled = self.pool.now.pop("pull", None)
+        return {} if pulled is None else {"prompt_pool": -self.pool.request.pull * pulled}
+
+    def end_task(self, loader: Any) -> None:
+        """Count this task's picks among the earlier ones."""
+        self.pool.before += self.pool.picked
+        self.pool.picked.zero_()
+
+    def keeps_of(self, path: str) -> str:
+        """Return "" where no query was kept of the earlier model."""
+        return "the queries that were kept" if self.kept is not None else ""
+
+    @property
+    def shares(self) -> Tensor:
+        """How often each prompt was picked in training so far, as shares that add up to 1:
+        (pool,)."""
+        counts = self.pool.before + self.pool.picked
+        return counts / counts.sum().clamp(min=1)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return how often each prompt was picked, and what the kept queries saved."""
+        kept = {"prompt_pool_queries": self.kept.facts()} if self.kept is not None else {}
+        return {"prompt_pool_shares": [round(s, 4) for s in self.shares.tolist()], **kept}
+
+    def undo(self) -> None:
+        """Let go of the kept queries' files."""
+        if self.kept is not None:
+            self.kept.close()
+
+
+def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
+    """Return a fingerprint of the model but its heads, which train and which no query depends
+    on."""
+    spared = {id(t) for head in heads for t in (*head.parameters(), *head.buffers())}
+    return models.fingerprint(
+        {n: t for n, t in model.state_dict(keep_vars=True).items() if id(t) not in spared}
+    )
+
+
+def _feature(model: nn.Module, found: View) -> Tensor:
+    """Return what the head reads for the example. Raises BadInput where that is no vector per
+    image."""
+    with quiet(model):
+        feature = _run(model, _readers(found), (found.example,), {})
+    if feature.ndim != 2:
+        raise BadInput(
+            f"the head of {type(model).__name__} reads {tuple(feature.shape)}, not one vector "
+            "(batch, dim) per image, so it "
+            "gives no query; set query: patch"
+        )
+    return feature
+
+
+def _readers(found: View) -> list[str]:
+    """Return the classifier's layers: what the first of them reads does not change while they
+    train."""
+    return [p for p in (*found.norms, *found.linears, *found.convs) if found.in_classifier(p)]
+
+
+def _at(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    """Return the modules that stand at these paths now."""
+    named = dict(model.named_modules())
+    return [named[path] for path in paths if path in named]
+
+
+def _run(model: nn.Module, readers: Sequence[str], args: Any, kwargs: Any) -> Tensor:
+    """Return what the first of `readers` reads in a forward of `model`, or the model's output where
+    there are none."""
+    read: list[Tensor] = []
+    hooks = [
+        module.register_forward_pre_hook(partial(_note, read)) for module in _at(model, readers)
+    ]
+    try:
+        output = model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return (read[0] if read else main_output(output)).detach()
+
+
+def _note(read: list[Tensor], module: nn.Module, args: Any) -> None:
+    read.append(args[0])

@@ -1,0 +1,420 @@
+"""Experience replay: a small buffer of earlier examples (images, features or a generator's), some
+of which join each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from greenvis.core import distributed as ranks
+from greenvis.core.modes import in_mode
+from greenvis.core.technique import Installed, OnlyWith, Stage, Task, Technique, logits_of
+from greenvis.data.herding import herding
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.models.structure import view
+from greenvis.models.structure.quiet import quiet
+from greenvis.tasks.answers import CLASSES, require_class_numbers
+from greenvis.techniques._shared.representation import Representation
+from greenvis.techniques.iteration.continual._buffer import Buffer
+from greenvis.techniques.iteration.continual._gdumb import InstalledGdumb
+from greenvis.techniques.iteration.continual._generator import Generator
+from greenvis.techniques.iteration.continual._gradients import closeness
+from greenvis.techniques.iteration.continual._latent import Entrance
+
+Method = Literal["er", "er_ace", "der", "derpp", "gdumb"]
+Policy = Literal["reservoir", "ring", "balanced", "greedy", "herding", "gradient"]
+_COMPARED = (
+    10  # kept images whose gradients a new one's is compared with (n of Aljundi et al., 2019)
+)
+
+
+def er_ace_loss(
+    logits: Tensor,
+    y: Tensor,
+    fresh: int,
+    task_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> Tensor:
+    """Return the asymmetric loss of ER-ACE (Caccia et al., 2022, eq. 3), a scalar.
+
+    logits: (fresh + replayed, classes), the new images first. New ones compete among the classes of
+    their own batch, so that they do not push earlier classes down; replayed ones among all. Each
+    part is a mean of its own. Of several processes the batch is all of theirs.
+    """
+    own = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
+    own[y[:fresh].unique()] = True
+    away = ~ranks.any_of(own)
+    new, old = ranks.part_weights((fresh, len(y) - fresh), logits)
+    loss = new * task_loss(
+        logits[:fresh].masked_fill(away, torch.finfo(logits.dtype).min), y[:fresh]
+    )
+    return loss + old * task_loss(logits[fresh:], y[fresh:]) if len(y) > fresh else loss
+
+
+class Replay(Technique):
+    """Mix kept examples of earlier tasks into each batch, so that they are not forgotten.
+
+    method: "er", one mean loss over new and replayed (Riemer et al., 2019; Chaudhry et al., 2019);
+    "er_ace", new ones compete among their own classes (Caccia et al., 2022); "der", match the
+    logits an example had when it was kept, alpha · mean squared error; "derpp", that and, from a
+    second draw, beta · task loss (Buzzega et al., 2020); "gdumb", nothing learns but at each task's
+    end, from the first weights, on the buffer alone (Prabhu et al., 2020; with policy greedy), in
+    the phase
+    "gdumb".
+    latent: keep what enters a layer instead of images (latent replay: Pellegrini et al., 2020). All
+    below is frozen, and runs
+    for new images only: its forward is what this saves. source generator: a conditional variational
+    autoencoder draws what is replayed (Shin et al., 2017); it learns at each task's end but the
+    last, in the phase "generator". Saves training again on everything, whose cost grows with the
+    square of the number of tasks. Costs the buffer (images as uint8 with their own range) and, each
+    step, forward and backward of what is replayed: 128 for a batch of 10 are 13.8 times the images,
+    so with few tasks it may save nothing. New and replayed run as one batch. Kept after the
+    optimizer step, as they were shown, augmentation included. Policy gradient costs, each step, a
+    backward for each new image and 10 kept ones. Of several processes each keeps its share of
+    `size`, of the images it is shown: give `end_task` its own part of the data, too.
+    """
+
+    name: ClassVar[str] = "replay"
+    only_with: ClassVar[OnlyWith] = {
+        "alpha": ("method", ("der", "derpp")), "beta": ("method", ("derpp",)), "lr": ("method",
+        ("gdumb",)),
+    }  # fmt: skip
+    stage: ClassVar[Stage] = "objective"
+    apart: ClassVar[bool] = True
+    tasks: ClassVar[frozenset[str]] = CLASSES
+    instead: ClassVar[str] = (
+        "its buffer keeps a class number for each image; hold the weights by importances (MAS, SI)"
+    )
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"size": 6},
+        {"size": 5, "method": "derpp", "policy": "balanced"},
+        {"size": 6, "latent": -1},
+        {"size": 6, "method": "gdumb", "policy": "greedy", "epochs": 1},
+    )
+
+    size: Annotated[int, Field(ge=1, description="examples kept")] = 500
+    method: Method = "er"
+    policy: Annotated[
+        Policy,
+        Field(
+            description="who stays: all alike; a class's latest; classes alike, by chance or who "
+            "comes first; at a task's end, "
+            "those nearest the mean; those whose gradients differ most"
+        ),
+    ] = "reservoir"
+    latent: Annotated[
+        int | str | None,
+        Field(description="keep what enters this block (from 0; negative: from the end)"),
+    ] = None
+    source: Literal["buffer", "generator"] = "buffer"
+    batch_size: Annotated[
+        int | None, Field(ge=1, description="replayed a step; `share` of the batch where absent")
+    ] = None
+    share: Annotated[float, Field(gt=0, description="replayed for each new image")] = 1.0
+    every: Annotated[int, Field(ge=1, description="replay at every so many steps")] = 1
+    alpha: Annotated[
+        float, Field(ge=0, description="of der and derpp: weight of the kept logits")
+    ] = 0.5
+    beta: Annotated[float, Field(ge=0, description="of derpp: weight of the kept labels")] = 0.5
+    exact: Annotated[
+        bool, Field(description="keep float32 instead of uint8: four times the memory")
+    ] = False
+    epochs: Annotated[
+        int, Field(ge=1, description="of gdumb and of the generator: passes at a task's end")
+    ] = 30
+    lr: Annotated[float, Field(gt=0, description="of gdumb")] = 0.05
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Replay:
+        if self.latent is not None and (
+            self.method == "gdumb" or self.policy in ("herding", "gradient")
+        ):
+            raise ValueError(
+                "features of a layer are kept as they come: 'latent' goes with neither gdumb, "
+                "herding nor gradient"
+            )
+        if self.source == "generator" and (
+            self.latent is not None or self.method not in ("er", "er_ace")
+        ):
+            raise ValueError(
+                "a generator draws images and labels: 'source' generator goes with er and er_ace, "
+                "without 'latent'"
+            )
+        if self.method == "gdumb" and self.policy in ("gradient", "herding"):
+            raise ValueError(
+                f"gdumb trains nothing while tasks go by, so there is nothing for '{self.policy}' "
+                "to choose by"
+            )
+        return self
+
+    def install(self, model: nn.Module) -> Installed:
+        """Make the buffer; with `latent`, freeze what lies below the layer. Raises BadInput where
+        that cannot be."""
+        count = ranks.count()
+        rank = dist.get_rank() if count > 1 else 0
+        if count > 1 and (self.method == "gdumb" or self.source == "generator"):
+            what = "gdumb" if self.method == "gdumb" else "a generator"
+            raise BadInput(
+                f"replay with {what} trains within one process, and this is one of {count}: use a "
+                "buffer with er or der"
+            )
+        size = self.size // count + (rank < self.size % count)
+        if not size:
+            raise BadInput(
+                f"replay: size {self.size} leaves nothing for each of {count} processes: keep at "
+                f"least {count}"
+            )
+        buffer = Buffer(size, self.policy, (torch.initial_seed() + rank) % 2**63, self.exact)
+        if self.method == "gdumb":
+            return InstalledGdumb(
+                model, buffer, self.epochs, self.lr, self.batch_size, self.instead
+            )
+        return InstalledReplay(self, model, buffer)
+
+
+class InstalledReplay(Installed):
+    """The buffer at work. Adds the terms "der" and "derpp"."""
+
+    def __init__(self, request: Replay, model: nn.Module, buffer: Buffer) -> None:
+        super().__init__()
+        self.request, self.model, self.buffer = request, model, buffer
+        self.entrance = (
+            None if request.latent is None else Entrance(model, request.latent, request.input_shape)
+        )
+        self.generator = (
+            Generator(torch.initial_seed() % 2**63) if request.source == "generator" else None
+        )
+        self.steps = 0
+        self._parts: list[int] = []  # of the batch now: how many are new, and of each draw
+        self._first: list[int] = []  # those of the optimizer step's first batch, empty before it
+        self._wanted: Tensor | None = None  # the kept logits of the first draw
+        self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
+        self._outputs = 0
+        self._last = False  # whether no task comes after this one
+        self._keeps_logits = request.method in ("der", "derpp")
+        if request.method != "er":
+            self.criterion = self._criterion
+
+    def keeps_of(self, path: str) -> str:
+        """Say that kept logits are of so many classes."""
+        return (
+            "its buffer keeps logits of the earlier classes"
+            if self.request.method in ("der", "derpp")
+            else ""
+        )
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return the batch with examples from the buffer behind it; with `latent` they join y here,
+        and x at the layer."""
+        if not isinstance(x, Tensor):
+            raise BadInput(
+                f"replay needs a batch of one tensor of images, (batch, …), not {type(x).__name__}"
+            )
+        require_class_numbers(y, "replay", Replay.instead)
+        r = self.request
+        if self.generator is None:
+            self._new.append({"y": y} if self.entrance is not None else {"x": x, "y": y})
+        self._parts, self._wanted = [len(x)], None
+        self.steps += 1
+        count = r.batch_size or max(1, round(r.share * len(x)))
+        xs, ys = [], [y]
+        if self.steps % r.every == 0:
+            for draw in range(2 if r.method == "derpp" else 1):
+                old = self._earlier(count, x.device, draw == 0)
+                if old is not None:
+                    xs.append(old[0].to(x.dtype))
+                    ys.append(old[1])
+                    self._parts.append(len(old[1]))
+        self._check_accumulation()
+        if self.entrance is not None:
+            self.entrance.open(self._taken, torch.cat(xs) if xs else None)
+            return x, torch.cat(ys) if xs else y
+        return (torch.cat([x, *xs]), torch.cat(ys)) if xs else (x, y)
+
+    def _check_accumulation(self) -> None:
+        """Refuse a further batch of an optimizer step where the loss, of means over parts, is not
+        that of one big batch."""
+        if not self._first:
+            self._first = self._parts
+            return
+        method, first = self.request.method, self._first
+        uneven = [n * first[0] for n in self._parts] != [n * self._parts[0] for n in first]
+        if method != "er_ace" and not (self._keeps_logits and uneven):
+            return
+        self._first = []
+        self._new.clear()
+        why = (
+            "has new images compete among the classes of one batch"
+            if method == "er_ace"
+            else f"takes a mean over each part, and after {first} new and replayed images come "
+            f"{self._parts}"
+        )
+        raise BadInput(
+            f"replay with {method} cannot accumulate gradients here: it {why}. Use one batch an "
+            "optimizer step, or method er (der: every 1, share 1); a loop of your own calls "
+            "live.step_end() after each step"
+        )
+
+    def _earlier(
+        self, count: int, device: torch.device, first: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return (x, y) of earlier examples, None while there are none."""
+        if self.generator is not None:
+            return self.generator.draw(count, device) if self.generator.classes else None
+        if not len(self.buffer):
+            return None
+        rows, x, y = self.buffer.sample(count, device)
+        if first and self._keeps_logits:
+            self._wanted = self.buffer.column("logits", rows).to(device)
+        return x, y
+
+    def _taken(self, entered: Tensor) -> None:
+        self._new[-1]["x"] = entered
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"der": alpha · MSE to the kept logits}, where the method has it."""
+        if not self._keeps_logits:
+            return {}
+        if logits is None:
+            raise GreenvisError(
+                "replay of logits needs logits; a pretext technique gives none: use method er"
+            )
+        now = logits_of(logits)
+        self._new[-1]["logits"] = now[: self._parts[0]].detach()
+        weights = self._weigh(now)
+        if self._wanted is None:
+            return {}
+        first = self._parts[0]
+        return {
+            "der": self.request.alpha
+            * weights[1]
+            * F.mse_loss(now[first : first + self._parts[1]], self._wanted.to(now.dtype))
+        }
+
+    def step_end(self) -> None:
+        """Offer the new examples to the buffer."""
+        for new in self._new:
+            if "x" not in new:
+                raise GreenvisError(
+                    f"the layer of latent replay did not run in this step: {self.request.latent!r}"
+                )
+            if self._keeps_logits and "logits" not in new:
+                raise GreenvisError(
+                    "replay keeps what the model said, and was not told it: add `live.loss(x, y, "
+                    "logits)` in each step"
+                )
+            if self.request.policy == "gradient":
+                device = new["x"].device
+                kept = (
+                    self.buffer.take(self.buffer.draw(_COMPARED), device)
+                    if len(self.buffer)
+                    else (new["x"][:0], new["y"][:0])
+                )
+                with in_mode(self.model, False):
+                    new["score"] = closeness(self.model, new["x"], new["y"], *kept)
+            if self.request.policy != "herding":
+                self.buffer.offer(**new)
+        self._new.clear()
+        self._first = []
+
+    def begin_task(self, task: Task) -> None:
+        """Note whether another task comes."""
+        self._last = task.count is not None and task.index + 1 == task.count
+
+    def end_task(self, loader: Any) -> None:
+        """Choose each class's examples anew, or let the generator learn the task, where that is
+        done at a task's end."""
+        if self.generator is not None and not self._last:
+            with self.phase("generator"):
+                self._teach(self.generator, loader)
+        if self.generator is not None or self.request.policy != "herding":
+            return
+        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for x, y, features in self._features(loader):
+            for label in y.unique().tolist():
+                found.setdefault(label, []).append((x[y == label], features[y == label]))
+        old_x, old_y = (
+            self.buffer.take(range(len(self.buffer)))
+            if len(self.buffer)
+            else (None, torch.zeros(0))
+        )
+        before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in found]
+        share = max(1, self.buffer.size // (len(before) + len(found)))
+        xs = [] if old_x is None else [old_x[old_y == c][:share] for c in before]
+        ys = [torch.full((len(x),), c) for x, c in zip(xs, before, strict=True)]
+        for label, parts in found.items():
+            images, features = (torch.cat(column) for column in zip(*parts, strict=True))
+            xs.append(images[herding(F.normalize(features.double(), dim=1), share)])
+            ys.append(torch.full((len(xs[-1]),), label))
+        self.buffer.replace(torch.cat(xs)[: self.buffer.size], torch.cat(ys)[: self.buffer.size])
+
+    def _teach(self, generator: Generator, loader: Any) -> None:
+        device = next(self.model.parameters()).device
+        if not generator.shape:
+            with quiet(self.model):
+                self._outputs = logits_of(self.model(next(iter(loader))[0][:1].to(device))).shape[1]
+        generator.learn(loader, self._outputs, self.request.epochs, self.request.share, device)
+
+    def _features(self, loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield x, y and what the classifier is given for x, (batch, values), on the CPU."""
+        representation = None
+        device = next(self.model.parameters()).device
+        for x, y in loader:
+            representation = representation or Representation(
+                self.model, view(self.model, tuple(x.shape[1:]), probe=False)
+            )
+            with quiet(self.model):
+                features = representation(x.to(device))
+            yield x.cpu(), y.cpu(), features.float().cpu()
+
+    def _weigh(self, logits: Tensor) -> list[float | Tensor]:
+        """Return what a mean over each part of the batch counts for; every process asks at the same
+        place."""
+        return ranks.part_weights((*self._parts, 0, 0)[:3], logits)
+
+    def _criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the task loss over the parts of the batch, as the method has it."""
+
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            fresh = self._parts[0]
+            if self.request.method == "er_ace":
+                return er_ace_loss(logits, y, fresh, task_loss)
+            weights = self._weigh(logits)
+            own = weights[0] * task_loss(logits[:fresh], y[:fresh])
+            if self.request.method == "der" or len(self._parts) < 3:
+                return own
+            again = slice(fresh + self._parts[1], None)
+            return own + self.request.beta * weights[2] * task_loss(logits[again], y[again])
+
+        return loss
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the buffer holds and takes."""
+        if self.generator is not None:
+            return {
+                "generator_bytes": self.generator.nbytes,
+                "generator_classes": len(self.generator.classes),
+            }
+        return self.buffer.facts()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the buffer or the generator, and how many steps there were."""
+        state = {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
+        if self.generator is not None:
+            state = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
+        return {"steps": torch.tensor(self.steps), **state}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take the buffer back; what it goes on to keep and draw is what it would have."""
+        self.steps = int(state["steps"])
+        kept: Any = self.buffer if self.generator is None else self.generator
+        kept.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k != "steps"})

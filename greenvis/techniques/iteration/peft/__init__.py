@@ -1,0 +1,1 @@
+"""Tuning a small part of a model."""

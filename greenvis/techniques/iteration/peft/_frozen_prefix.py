@@ -1,0 +1,143 @@
+"""A frozen prefix that runs once: what enters the first trained part is kept for each sample, and
+what lies before is skipped.
+
+`_cut` finds where. In a step on samples that were shown (`Wrapped.show`), the frozen modules answer
+with zeros of the right shape, and the trained parts get what was kept. So, in such a step, only the
+logits are right, and those of heads that train: what else the model's output may hold of its frozen
+part (hidden states) is zeros.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from greenvis import models
+from greenvis.core.technique import Installed
+from greenvis.errors import some
+from greenvis.models.structure.quiet import image, quiet
+from greenvis.techniques._shared.frozen import Kept
+from greenvis.techniques.iteration.peft._frozen_split import Cut, find_cut, frozen_part, skipping
+
+_IMAGE = "images"
+
+
+def _digest(x: Tensor) -> Tensor:
+    """Return a number for each image, (batch, 1), that other images do not have: a fixed projection
+    of its pixels."""
+    flat = x.detach().flatten(1).float()
+    return (flat * torch.arange(flat.shape[1], device=flat.device).mul(0.7).cos()).mean(
+        1, keepdim=True
+    )
+
+
+class InstalledPrefix(Installed):
+    """A model whose frozen prefix is kept; all outside of the trained parts runs in eval while it
+    trains."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trainable: tuple[str, ...],
+        example: Tensor,
+        cache: Literal[True, "fp16"],
+    ) -> None:
+        super().__init__(trainable, freezes=True)
+        find_cut(
+            model, example[:1]
+        )  # refuses what cannot work; others may still change the model, so it is found again
+        self._dtype: Literal["fp32", "fp16"] = "fp16" if cache == "fp16" else "fp32"
+        self._cuts: dict[tuple[int, ...], tuple[Cut, Kept]] = {}
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._open = ExitStack()
+        model.register_forward_pre_hook(self._enter, with_kwargs=True)
+        model.register_forward_hook(self._leave, always_call=True)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return {"prefix_cache": hits, misses, bytes, …}."""
+        found = [kept.facts() for _, kept in self._cuts.values()]
+        sums = {
+            k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "checked", "bytes")
+        }
+        return {"prefix_cache": {"part": found[0]["part"], **sums}} if found else {}
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
+    def undo(self) -> None:
+        """Let go of the cache's files."""
+        for _, kept in self._cuts.values():
+            kept.close()
+
+    def _tell(self, text: str) -> None:
+        self.note(text)  # a tracked run may begin after this
+
+    def _enter(self, model: nn.Module, args: Any, kwargs: Any) -> None:
+        if not model.training:
+            return
+        x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        cut, kept = self._cut(model, x)
+        self._modes = [(m, m.training) for m in model.modules()]
+        for module, _ in self._modes:
+            module.training = False
+        samples, found = self.samples, {}
+        if samples is not None and torch.is_grad_enabled() and len(samples.positions) == len(x):
+            own = {_IMAGE: _digest(x)}
+            with self.phase("prefix"):
+                names = (*cut.places, *cut.carried, _IMAGE)
+                found = kept.layers(
+                    samples,
+                    lambda: {**frozen_part(model, cut, args, kwargs), **own},
+                    names,
+                    x.device,
+                )
+            if not torch.allclose(
+                found[_IMAGE], own[_IMAGE], rtol=1e-3, atol=1e-4
+            ):  # not the images of these positions
+                found = {}
+        trained = {id(m) for path in cut.trained for m in model.get_submodule(path).modules()}
+        for module, training in self._modes:
+            module.training = training and id(module) in trained
+        if found:
+            self._open.enter_context(skipping(model, cut, found, len(x)))
+
+    def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
+        self._open.close()
+        for module, training in self._modes:
+            module.training = training
+        self._modes = []
+
+    def _cut(self, model: nn.Module, x: Tensor) -> tuple[Cut, Kept]:
+        size = tuple(x.shape[1:])
+        if (
+            size not in self._cuts
+            # in a thread of its own: who counts this step's FLOPs would take it for part of each
+            # step
+        ):
+            with ThreadPoolExecutor(1) as aside:
+                self._cuts[size] = aside.submit(
+                    self._look, model, image(model, (size[0], size[1], size[2])).to(x)
+                ).result()
+        return self._cuts[size]
+
+    def _look(self, model: nn.Module, example: Tensor) -> tuple[Cut, Kept]:
+        cut = find_cut(model, example)
+        with quiet(model):
+            answers = frozen_part(model, cut, (example,), {})
+        seen = ", ".join(
+            f"{n} {a.float().abs().mean():.4g}" for n, a in answers.items()
+        )  # hooks have no weights to compare
+        learned = {n for n, p in model.named_parameters() if p.requires_grad}
+        state = {
+            n: t for n, t in model.state_dict().items() if not cut.holds(n) and n not in learned
+        }
+        state[f"{model!r} {seen}"] = torch.empty(0)
+        part = f"{type(model).__name__}: what enters {some(cut.trained, 2)}"
+        return cut, Kept(part, models.fingerprint(state), dtype=self._dtype, note=self._tell)

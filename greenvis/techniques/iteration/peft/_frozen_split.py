@@ -1,0 +1,352 @@
+"""Where a model is cut between what is frozen and what trains, and a forward that runs the one or
+the other alone.
+
+Nothing of a forward is copied. Two traced forwards say which modules a gradient never reaches and
+what the trained parts are handed; more, before anything is skipped, show that skipping changes
+nothing. Heads that a technique has put behind a frozen
+module train on what that gives: what they are handed is kept, too. So is what a technique carries
+from block to block beside the tokens (`_rows.Follower.carried`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from greenvis.core import surgery
+from greenvis.errors import BadInput, some
+from greenvis.models.structure.quiet import learning, quiet
+from greenvis.tasks.answers import main_output
+from greenvis.techniques._shared.rows import carried, put_back
+
+_CARRIED = "carried"
+_PLAIN = (int, float, str, bool, type(None))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A tensor in a forward of images: each axis is times · batch + more long. grad: whether it
+    depends on what trains."""
+
+    times: tuple[int, ...]
+    more: tuple[int, ...]
+    dtype: torch.dtype
+    grad: bool
+
+    @property
+    def batched(self) -> bool:
+        """Whether any axis grows with the batch."""
+        return any(self.times)
+
+    def zeros(self, batch: int, device: torch.device, real: bool) -> Tensor:
+        """Return zeros of this shape: real memory, or one zero shown everywhere, which cannot be
+        written to."""
+        shape = [t * batch + m for t, m in zip(self.times, self.more, strict=True)]
+        return torch.zeros(shape if real else (), dtype=self.dtype, device=device).expand(shape)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """One call of a module. inputs, output: as handed over, a `Shape` in the place of each tensor.
+
+    left: how many calls of any module were over before this one; ended: before its own forward was,
+    without its hooks.
+    """
+
+    inputs: tuple[Any, ...]
+    output: Any
+    left: int
+    ended: int
+
+
+@dataclass
+class Cut:
+    """Where a model is cut. skipped: frozen modules and what they give, call by call. trained: the
+    parts that learn.
+
+    places: what is kept: name -> (trained part, number of its call, place among its arguments,
+    shape). carried: names of what is kept beside.
+    """
+
+    skipped: dict[str, list[Any]] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    places: dict[str, tuple[str, int, int, Shape]] = field(default_factory=dict)
+    carried: tuple[str, ...] = ()
+    real: bool = False
+
+    def holds(self, path: str) -> bool:
+        """Whether a module or parameter lies in a trained part."""
+        return any(path == t or path.startswith(t + ".") for t in self.trained)
+
+
+def find_cut(model: nn.Module, x: Tensor) -> Cut:
+    """Find what of `model` no trained parameter reaches, for images like x (1, channels, height,
+    width).
+
+    Raises BadInput where nothing is frozen below what trains, where a hook reads what would be
+    skipped, and where a frozen part is used by another way than as the input of a trained module.
+    """
+    uses = _uses(model, x)
+    cut = Cut()
+    _divide(model, uses, cut)
+    paths = {n: m for n, m in model.named_modules() if n in cut.skipped}
+    if not any(True for m in paths.values() for _ in m.parameters()):
+        raise BadInput(
+            f"cache: no part of {type(model).__name__} is frozen below what trains, so nothing can "
+            "be kept"
+        )
+    for path in cut.trained:
+        for call, use in enumerate(uses[path]):
+            for at, given in enumerate(use.inputs):
+                if isinstance(given, Shape) and given.batched and not given.grad:
+                    if given.more[0] or any(given.times[1:]):
+                        raise BadInput(
+                            f"cache: what enters '{path}' has its batch on another axis than the "
+                            "first"
+                        )
+                    cut.places[f"{path}/{call}/{at}"] = (path, call, at, given)
+    inside = {
+        n: [part for at, part in m.named_modules(prefix=n) if not cut.holds(at)]
+        for n, m in paths.items()
+    }
+    watched = [n for n, parts in inside.items() if any(_hooked(part) for part in parts)]
+    if watched:
+        raise BadInput(
+            f"cache: a hook (of another technique?) reads or changes {some(watched)}, so it must "
+            "run: leave `cache` off"
+        )
+    _verify(model, x, cut)
+    return cut
+
+
+def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
+    """Return every call of every module by path, shapes as functions of the batch, from forwards of
+    2 and of 3 images."""
+    seen: list[list[tuple[str, tuple[Any, ...], Any]]] = [[], []]
+    ends: dict[str, list[int]] = {}
+    names = {id(m): n for n, m in model.named_modules()}
+
+    def leave(calls: list[Any], module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls.append((names[id(module)], tuple(tree_leaves((args, kwargs))), output))
+
+    def end(calls: list[Any], module: nn.Module, args: Any, output: Any) -> None:
+        ends.setdefault(names[id(module)], []).append(len(calls))
+
+    for calls, batch in zip(seen, (2, 3), strict=True):
+        ends.clear()
+        hooks = [
+            m.register_forward_hook(partial(leave, calls), with_kwargs=True)
+            for m in model.modules()
+        ]
+        hooks += [
+            m.register_forward_hook(partial(end, calls), prepend=True) for m in model.modules()
+        ]
+        try:
+            with quiet(model), learning(model), torch.enable_grad():
+                model.forward(x.expand(batch, *x.shape[1:]).clone())
+        finally:
+            for hook in hooks:
+                hook.remove()
+    if [path for path, _, _ in seen[0]] != [path for path, _, _ in seen[1]]:
+        raise BadInput(
+            f"cache: {type(model).__name__} runs other layers for another number of images"
+        )
+    found: dict[str, list[_Use]] = {}
+    for left, ((path, taken, given), (_, taken3, given3)) in enumerate(zip(*seen, strict=True)):
+        inputs = tuple(_shape(a, b) for a, b in zip(taken, taken3, strict=True))
+        leaves, spec = tree_flatten(given)
+        output = [_shape(a, b) for a, b in zip(leaves, tree_leaves(given3), strict=True)]
+        ended = ends[path][len(found.get(path, ()))]
+        found.setdefault(path, []).append(_Use(inputs, tree_unflatten(output, spec), left, ended))
+    return found
+
+
+def _shape(two: Any, three: Any) -> Any:
+    if not isinstance(two, Tensor):
+        return two
+    times = tuple(b - a for a, b in zip(two.shape, three.shape, strict=True))
+    more = tuple(a - 2 * t for a, t in zip(two.shape, times, strict=True))
+    return Shape(times, more, two.dtype, two.requires_grad)
+
+
+def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], cut: Cut) -> None:
+    """Fill in which modules are skipped and which are trained, the outermost of each."""
+    learned = {id(p) for p in model.parameters() if p.requires_grad}
+    names = {id(m): n for n, m in model.named_modules()}
+
+    def frozen(path: str) -> bool:
+        leaves = [leaf for use in uses[path] for leaf in tree_leaves(use.output)]
+        shapes = [leaf for leaf in leaves if isinstance(leaf, Shape)]
+        plain = all(isinstance(leaf, (Shape, *_PLAIN)) for leaf in leaves)
+        return plain and bool(shapes) and all(s.batched and not s.grad for s in shapes)
+
+    def behind(head: str, path: str) -> bool:
+        """Whether a hook of the module at `path` runs this one, not its forward."""
+        return min(use.left for use in uses[head]) >= max(use.ended for use in uses[path])
+
+    def visit(module: nn.Module) -> None:
+        path = names[id(module)]
+        learns = any(id(p) in learned for p in module.parameters())
+        if path in uses and path:
+            below = [n for n, m in model.named_modules() if n.startswith(path + ".") and n in uses]
+            heads = _outermost(
+                [
+                    n
+                    for n in below
+                    if any(id(p) in learned for p in model.get_submodule(n).parameters())
+                ]
+            )
+            if frozen(path) and (not learns or (heads and all(behind(n, path) for n in heads))):
+                cut.skipped[path] = [use.output for use in uses[path]]
+                cut.trained += tuple(heads)
+                return
+            if learns and not any(_weighs(model, n, learned) and frozen(n) for n in below):
+                cut.trained += (path,)
+                return
+        for child in module.children():
+            visit(child)
+
+    visit(model)
+
+
+def _outermost(paths: list[str]) -> list[str]:
+    return [p for p in paths if not any(p.startswith(other + ".") for other in paths)]
+
+
+def _weighs(model: nn.Module, path: str, learned: set[int]) -> bool:
+    """Whether a module has parameters, none of which trains."""
+    parameters = [id(p) for p in model.get_submodule(path).parameters()]
+    return bool(parameters) and learned.isdisjoint(parameters)
+
+
+def _hooked(module: nn.Module) -> bool:
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return not all(surgery.is_passing(hook) for hook in hooks)
+
+
+class _Enough(Exception):
+    """All that is kept has been seen; the rest of the forward is not needed."""
+
+
+def frozen_part(
+    model: nn.Module, cut: Cut, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Run the model up to the last thing that is kept, and return what is, by name of its place,
+    (batch, …)."""
+    found: dict[str, Tensor] = {}
+    beside: dict[str, Tensor] = {}
+    batch = len(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+
+    def take(path: str, call: int, values: list[Any]) -> None:
+        beside.update(
+            {
+                f"{path}/{_CARRIED}/{name}": value.detach()
+                for name, value in carried(model, path).items()
+            }
+        )
+        for name, (there, number, at, shape) in cut.places.items():
+            if (there, number) == (path, call):
+                found[name] = values[at].detach().unflatten(0, (batch, shape.times[0]))
+        if len(found) == len(cut.places):
+            raise _Enough
+
+    with torch.no_grad(), learning(model), _at_entrances(model, cut, take), suppress(_Enough):
+        model.forward(*args, **kwargs)
+    return found | beside
+
+
+@contextmanager
+def skipping(model: nn.Module, cut: Cut, kept: Mapping[str, Tensor], batch: int) -> Iterator[None]:
+    """Within, a forward of `batch` images runs the trained parts only, on what was kept."""
+    device = next(iter(kept.values())).device
+
+    def put(path: str, call: int, values: list[Any]) -> None:
+        start = f"{path}/{_CARRIED}/"
+        put_back(
+            model,
+            path,
+            {
+                name.removeprefix(start): kept[name]
+                for name in cut.carried
+                if name.startswith(start)
+            },
+        )
+        for name, (there, number, at, shape) in cut.places.items():
+            if (there, number) == (path, call):
+                values[at] = kept[name].flatten(0, 1).to(shape.dtype)
+
+    def answer(given: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Shape, lambda shape: shape.zeros(batch, device, cut.real), next(given))
+
+    before = {path: vars(model.get_submodule(path)).get("forward") for path in cut.skipped}
+    try:
+        for path, given in cut.skipped.items():
+            vars(model.get_submodule(path))["forward"] = partial(answer, iter(given))
+        with _at_entrances(model, cut, put):
+            yield
+    finally:
+        for path, forward in before.items():
+            if forward is None:
+                vars(model.get_submodule(path)).pop("forward", None)
+            else:
+                vars(model.get_submodule(path))["forward"] = forward
+
+
+@contextmanager
+def _at_entrances(model: nn.Module, cut: Cut, do: Any) -> Iterator[None]:
+    """Call do(path, number of the call, arguments as a list) before each trained part; what it
+    changes is what runs."""
+    calls = dict.fromkeys(cut.trained, 0)
+
+    def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        values, spec = tree_flatten((args, kwargs))
+        do(path, calls[path], values)
+        calls[path] += 1
+        return tree_unflatten(values, spec)
+
+    hooks = [
+        model.get_submodule(p).register_forward_pre_hook(
+            partial(enter, p), with_kwargs=True, prepend=True
+        )
+        for p in cut.trained
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
+    """Raise BadInput where skipping changes the outputs: something of the frozen part goes another
+    way."""
+    x = torch.cat([x, x.flip(-1) + 0.5])
+
+    with quiet(model), learning(model):
+        live = skipped = main_output(model.forward(x))
+        kept = frozen_part(model, cut, (x,), {})
+        cut.carried = tuple(name for name in kept if name not in cut.places)
+        model.forward(x.flip(0))  # what it leaves behind must not be what the trained parts read
+        for cut.real in (False, True):
+            try:
+                with skipping(model, cut, kept, len(x)):
+                    skipped = main_output(model.forward(x))
+                break
+            except RuntimeError:  # what is written to in place must be real memory
+                if cut.real:
+                    raise
+    if not cut.places.keys() <= kept.keys() or not torch.allclose(
+        live.float(), skipped.float(), rtol=1e-3, atol=1e-4
+    ):
+        raise BadInput(
+            f"cache: in {type(model).__name__}, something of the frozen part reaches what trains "
+            "by another way than into "
+            f"{some(cut.trained, 2)} (a skip connection past it?): leave `cache` off"
+        )

@@ -1,0 +1,57 @@
+"""Linear probing: train the classifier on the features of a frozen model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.models.structure import view
+from greenvis.techniques._shared.attach import train_only
+from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
+
+
+class LinearProbe(Technique):
+    """Train only the classifier; all below is frozen, its batch norms held (the baseline any
+    adaptation must beat).
+
+    A classifier of several layers trains whole (VGG's three, too: freeze the first ones before, and
+    they stay frozen).
+
+    Saves the whole backward but the head's, and all optimizer memory but the head's. Costs accuracy
+    where the features do not fit the task. Dropout and stochastic depth of the frozen part stay as
+    `model.train()` sets them; with `cache`, all but
+    the classifier runs in eval, and its forward, too, is saved from the second time on that a
+    version of an image is seen: what enters the classifier is kept on disk. In a loop of one's own,
+    `Wrapped.show` says which samples a batch holds.
+    """
+
+    name: ClassVar[str] = "linear_probe"
+    stage: ClassVar[Stage] = "weights"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
+
+    cache: Annotated[
+        bool | Literal["fp16"],
+        Field(
+            description="run the frozen part once a sample and keep what it gives (fp16: half the "
+            "size)"
+        ),
+    ] = False
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Freeze all but the classifier. Raises BadInput for a model without one."""
+        found = view(model, self.input_shape, probe=False)
+        found.role("head")  # refuses a model that shows none
+        names = train_only(model, [], found, "train")
+        return (
+            InstalledPrefix(model, names, found.example, self.cache)
+            if self.cache
+            else Installed(names, freezes=True)
+        )

@@ -1,0 +1,429 @@
+"""Low-rank adaptation: freeze the model, learn a low-rank change of some of its weights. Through
+PEFT, never rewritten."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
+from pydantic import Field, field_validator
+from torch import Tensor, nn
+
+from greenvis.core.surgery import find, freeze, places_of
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput, nearest, some
+from greenvis.models.structure import View, view
+from greenvis.techniques._shared.heads import head_parameters
+from greenvis.techniques._shared.lora_layers import (
+    NAME,
+    Multihead,
+    ReadLinear,
+    inner_linears,
+    keep_off_the_fast_path,
+    merged,
+    precise,
+    to_float32,
+)
+from greenvis.techniques.iteration.peft._lora_ranks import Ranks
+from greenvis.techniques.iteration.peft._lora_start import checked, eva, gradients
+
+ROLES = ("attention", "qkv", "mlp", "conv", "linear")
+_KINDS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+
+
+class Lora(Technique):
+    """Adapt a frozen model by low-rank changes of its weights (Hu et al., 2021; DoRA: Liu et al.,
+    2024; rsLoRA: Kalajdzievski, 2023; AdaLoRA: Zhang et al., 2023; LoRA+: Hayou et al., 2024),
+    through PEFT.
+
+    Saves optimizer memory and storage per task (the delta), and a few per cent of training compute:
+    the backward still runs through the whole model. Costs nothing at inference once merged;
+    unmerged, and on small models, it is slower. A role takes those of its layers that LoRA can
+    change and merge (so no depthwise convolutions); an explicit pattern that hits a layer it cannot
+    is refused. The head is left out of patterns unless they name nothing else. AdaLoRA trains
+    start_rank ranks of each layer and switches off those that matter least, over the whole
+    training, until
+    `rank` are left on average; what is off stays in the delta, as zeros.
+    """
+
+    name: ClassVar[str] = "lora"
+    stage: ClassVar[Stage] = "weights"
+    breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"rank": 2},
+        {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},
+        {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
+        {"rank": 2, "targets": ["linear"], "variant": "adalora", "start_rank": 4, "total_steps": 3},
+        {"rank": 2, "targets": ["mlp"], "init": "eva"},
+    )
+    nothing: ClassVar[Mapping[str, Any] | None] = {"targets": ["no.such.layer*"]}
+
+    rank: Annotated[int, Field(ge=1, description="rank r of each change")] = 8
+    alpha: Annotated[
+        float | None, Field(gt=0, description="scale: alpha / r (rslora: alpha / √r); default r")
+    ] = None
+    dropout: Annotated[
+        float, Field(ge=0, lt=1, description="dropout on the input of each change")
+    ] = 0.0
+    variant: Annotated[
+        Literal["lora", "dora", "rslora", "adalora"], Field(description="which low-rank method")
+    ] = "lora"
+    targets: Annotated[
+        tuple[str, ...],
+        Field(min_length=1, description=f"roles ({', '.join(ROLES)}) or patterns of module paths"),
+    ] = ("attention",)
+    head: Annotated[
+        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
+    ] = "train"
+    init: Annotated[
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"],
+        Field(
+            description="how the factors start; eva looks at the first training batch, lora_ga at "
+            "`calibration`"
+        ),
+    ] = "default"
+    calibration: Annotated[
+        Any, Field(description="images and labels, two tensors, for lora_ga; not in a recipe")
+    ] = None
+    lr_ratio: Annotated[
+        float, Field(gt=0, description="LoRA+: learning rate of B over that of A")
+    ] = 1.0
+    start_rank: Annotated[
+        int | None,
+        Field(
+            ge=2,
+            description="adalora: ranks of each layer at the start; default half as many again as "
+            "`rank`",
+        ),
+    ] = None
+    total_steps: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="adalora: optimizer steps of the whole training, where the loop does not "
+            "say",
+        ),
+    ] = None
+    orthogonal: Annotated[
+        float,
+        Field(ge=0, description="adalora: factor of the penalty that keeps factors orthogonal"),
+    ] = 0.1
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put low-rank layers around the targets. Raises BadInput where nothing matches or a layer
+        cannot be changed."""
+        self._check()
+        found = view(model, self.input_shape, probe=False)
+        paths = self._targets(model, found)
+        heads = head_parameters(model, found) if self.head == "train" else []
+        places = {path: places_of(model, model.get_submodule(path)) for path in paths}
+        ranks = self._inject(model, paths)
+        layers: dict[str, Any] = {}
+        for path in paths:
+            layer = layers[path] = model.get_submodule(path)
+            if path in found.functional:
+                layer.__class__ = ReadLinear
+            for parent, name in places[path]:  # PEFT wraps one alias of a shared module
+                parent._modules[name] = layer
+        keep_off_the_fast_path(model, layers)
+        learned = [
+            p for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n
+        ]
+        follows = found.in_classifier if heads else lambda path: False
+        trainable = freeze(model, but=[*learned, *heads], follows=follows)
+        return InstalledLora(self, model, layers, trainable, ranks)
+
+    def _check(self) -> None:
+        """Raise BadInput for settings that do not go together."""
+        if self.variant == "adalora":
+            if self.init != "default":
+                raise BadInput(f"adalora has a start of its own; leave out init: {self.init}")
+            if self.first_rank <= self.rank:
+                raise BadInput(
+                    f"adalora goes from start_rank to rank: {self.first_rank} must be above "
+                    f"{self.rank}"
+                )
+        elif given := sorted(
+            {"start_rank", "total_steps", "orthogonal"} & self.recipe_form().keys()
+        ):
+            raise BadInput(f"{some(given)} is for variant: adalora, not {self.variant}")
+        if self.init == "lora_ga":
+            checked(self.calibration)
+        elif self.calibration is not None:
+            raise BadInput(f"calibration is for init: lora_ga, not {self.init}")
+
+    @property
+    def first_rank(self) -> int:
+        """Ranks of each layer when training begins."""
+        return self.rank if self.variant != "adalora" else self.start_rank or -(-3 * self.rank // 2)
+
+    def _targets(self, model: nn.Module, found: View) -> list[str]:
+        """Return the paths to change, in the model's order. Raises BadInput before anything is
+        touched."""
+        chosen: dict[str, None] = {}
+        for target in self.targets:
+            if target in ROLES:
+                paths = found.role(target)
+                why = {p: self._why_not(model, found, p, merging=True) for p in paths}
+                good = [p for p in paths if not why[p]]
+                if not good:
+                    raise BadInput(
+                        f"lora cannot change any '{target}' layer of this model: {why[paths[0]]}"
+                    )
+                chosen.update(dict.fromkeys(good))
+            else:
+                chosen.update(dict.fromkeys(self._matches(model, found, target)))
+        return [p for p, _ in model.named_modules() if p in chosen]
+
+    def _matches(self, model: nn.Module, found: View, pattern: str) -> list[str]:
+        try:
+            hits = find(model, [pattern], _KINDS)
+        except BadInput:
+            try:
+                hits = find(model, [pattern])
+            except BadInput as error:
+                raise BadInput(
+                    f"{error}{nearest(pattern, ROLES) if pattern.isalpha() else ''}"
+                ) from None
+        inner = inner_linears(model)
+        outer = [p for p in hits if p not in inner]
+        if not outer:
+            raise BadInput(
+                f"'{hits[0]}' is read as a weight by its nn.MultiheadAttention: target "
+                f"'{inner[hits[0]]}' itself"
+            )
+        named = [p for p in outer if not found.in_classifier(p) and p != found.patch_embed] or outer
+        if self.head == "train" and all(map(found.in_classifier, named)):
+            raise BadInput(
+                f"'{pattern}' names the classifier {some(named)}, which trains in full; set head: "
+                "freeze"
+            )
+        ran = {*found.linears, *found.convs, *(a.path for a in found.attention)}
+        live = [p for p in named if p in ran]
+        if not live:
+            raise BadInput(
+                f"{some(named)} matches '{pattern}' but never runs in a forward, so it would learn "
+                "nothing"
+            )
+        for path in live:
+            if reason := self._why_not(model, found, path, merging=False):
+                raise BadInput(f"'{pattern}' names '{path}', which lora cannot change: {reason}")
+        return live
+
+    def _why_not(self, model: nn.Module, found: View, path: str, merging: bool) -> str:
+        """Return why a layer cannot be changed, or "". merging: also where the change could not be
+        merged."""
+        module = model.get_submodule(path)
+        if not isinstance(module, _KINDS):
+            return (
+                f"'{path}' is a {type(module).__name__}, not a Linear, Conv2d or MultiheadAttention"
+            )
+        if path in found.computed:
+            return (
+                f"'{path}' does not use its weight as it is (a standardised "
+                f"{type(module).__name__})"
+            )
+        if self.init in ("eva", "lora_ga") and (
+            not isinstance(module, nn.Linear) or path in found.functional
+        ):
+            return (
+                f"'{path}' is not a Linear that runs itself, and PEFT starts no other with "
+                f"{self.init}; use another init"
+            )
+        if isinstance(module, nn.Conv2d) and self.variant == "adalora":
+            if (
+                module.groups > 1
+                or type(module).forward is not nn.Conv2d.forward
+                or module.padding_mode != "zeros"
+            ):
+                return (
+                    f"'{path}' is a convolution of {module.groups} groups or with padding of its "
+                    "own, unknown to AdaLoRA"
+                )
+        elif isinstance(module, nn.Conv2d):
+            if module.groups > 1 and (merging or self.rank % module.groups):
+                return (
+                    f"'{path}' is a convolution of {module.groups} groups; PEFT cannot merge it "
+                    "and needs a rank they divide"
+                )
+            if set(module.dilation) != {1} or module.padding_mode != "zeros":
+                return (
+                    f"'{path}' has dilation {module.dilation} and padding '{module.padding_mode}', "
+                    "which PEFT ignores"
+                )
+        if isinstance(module, nn.Conv2d) and path in found.functional:
+            return f"'{path}' is a convolution whose weight another module reads"
+        whole = isinstance(module, nn.MultiheadAttention)
+        if whole and not module._qkv_same_embed_dim:
+            return f"'{path}' has q, k and v of different widths, which PEFT does not support"
+        if whole or path in found.functional:
+            how = "an nn.MultiheadAttention" if whole else "read as a weight by another module"
+            if self.variant in ("dora", "adalora"):
+                name = {"dora": "DoRA", "adalora": "AdaLoRA"}[self.variant]
+                return (
+                    f"'{path}' is {how}, for which there is no {name}; use variant lora or rslora"
+                )
+            if self.dropout:
+                return f"'{path}' is {how}, so dropout cannot act on its input; set dropout: 0"
+        return ""
+
+    def _inject(self, model: nn.Module, paths: list[str]) -> Ranks | None:
+        common: dict[str, Any] = {
+            "lora_alpha": self.alpha or self.first_rank,
+            "lora_dropout": self.dropout,
+            "target_modules": "|".join(re.escape(p) for p in paths),
+        }
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # grouped convolutions: said by `unmergeable`
+                if self.variant == "adalora":
+                    config = AdaLoraConfig(
+                        init_r=self.first_rank, target_r=self.rank, total_step=1, **common
+                    )
+                    return Ranks(model, config, self.total_steps)
+                self._inject_lora(model, paths, common)
+                return None
+        except (ValueError, TypeError, AttributeError, NotImplementedError, RuntimeError) as error:
+            raise BadInput(
+                f"PEFT cannot put LoRA on {some(paths)} with {self.recipe_form()}: {error}"
+            ) from error
+
+    def _inject_lora(self, model: nn.Module, paths: list[str], common: dict[str, Any]) -> None:
+        config = LoraConfig(
+            r=self.rank,
+            use_dora=self.variant == "dora",
+            use_rslora=self.variant == "rslora",
+            init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # lora_ga is not in its type
+            eva_config=EvaConfig(rho=1.0) if self.init == "eva" else None,
+            lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
+            **common,
+        )
+        config._register_custom_module({nn.MultiheadAttention: Multihead})
+        if self.init != "lora_ga":
+            inject_adapter_in_model(config, model, adapter_name=NAME)
+            return
+        with torch.random.fork_rng():  # PEFT's decomposition draws numbers: the same ones each time
+            torch.manual_seed(0)
+            gradients(model, paths, config, checked(self.calibration))
+            inject_adapter_in_model(config, model, adapter_name=NAME)
+
+
+class InstalledLora(Installed):
+    """The low-rank layers at work; the base is frozen, its batch norms held. With adalora adds the
+    term "adalora"."""
+
+    def __init__(
+        self,
+        request: Lora,
+        model: nn.Module,
+        layers: dict[str, Any],
+        trainable: tuple[str, ...],
+        ranks: Ranks | None,
+    ) -> None:
+        super().__init__(trainable, freezes=True)
+        self.ranks = ranks
+        self.started = request.init != "eva"
+        self.request = request
+        self.model = model
+        self.layers = layers
+        self.outs = {
+            p: layer.base_layer.out_proj
+            for p, layer in layers.items()
+            if isinstance(layer, Multihead)
+        }
+        grouped = [p for p, m in layers.items() if getattr(m.base_layer, "groups", 1) > 1]
+        if grouped:
+            self.unmergeable = (
+                f"PEFT does not merge grouped convolutions, as '{grouped[0]}' is; keep the model "
+                "wrapped"
+            )
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Start from the first batch, where asked to (eva)."""
+        if not self.started:
+            eva(self.model, self.layers, x)
+            self.started = True
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"adalora": orthogonal · orthogonality of the factors}, or nothing."""
+        if not self.started:
+            raise BadInput(
+                "eva starts from the first training batch: call batch(x, y) of the wrapped model "
+                "before its forward"
+            )
+        if self.ranks is None:
+            return {}
+        return {"adalora": self.request.orthogonal * self.ranks.penalty(self.total_steps)}
+
+    def step_end(self) -> None:
+        """Move ranks to where they matter (adalora)."""
+        if self.ranks is not None:
+            self.ranks.advance(self.total_steps)
+
+    def keeps_of(self, path: str) -> str:
+        """Return "" but for the layers around which it put its own."""
+        return "its factors" if any(path.startswith(layer) for layer in self.layers) else ""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return how far the allocation of ranks is, and whether the factors have started."""
+        state = self.ranks.state_dict() if self.ranks is not None else {}
+        return state | (
+            {"started": torch.tensor(self.started)} if self.request.init == "eva" else {}
+        )
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        if self.ranks is not None:
+            self.ranks.load_state_dict(state)
+        elif self.request.init == "eva":
+            self.started = bool(state.get("started", True))
+        else:
+            super().load_state_dict(state)
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the B factors at `lr_ratio` times `lr` (LoRA+)."""
+        if self.request.lr_ratio == 1.0:
+            return []
+        factors = [
+            p
+            for layer in self.layers.values()
+            for n, p in layer.named_parameters()
+            if "lora_B" in n
+        ]
+        return [{"params": factors, "lr": lr * self.request.lr_ratio}]
+
+    def merge(self) -> None:
+        """Fold the changes into the weights, in fp32: a model of lower precision becomes float32,
+        so that nothing is lost."""
+        folded = {path: self._folded(path, layer) for path, layer in self.layers.items()}
+        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
+            to_float32(self.model)
+        for path, weights in folded.items():
+            for name, weight in weights.items():
+                parent, _, leaf = f"{path}.{name}".rpartition(".")
+                old = self.model.get_parameter(f"{path}.{name}")
+                self.model.get_submodule(parent)._parameters[leaf] = nn.Parameter(
+                    weight, old.requires_grad
+                )
+
+    def _folded(self, path: str, layer: Any) -> dict[str, Tensor]:
+        if path not in self.outs:
+            return {"weight": merged(layer)}
+        base = layer.base_layer.in_proj_weight
+        with torch.no_grad():
+            inputs = base.to(precise(base)) + layer.get_delta_weight(NAME)
+        return {"in_proj_weight": inputs, "out_proj.weight": merged(self.outs[path])}

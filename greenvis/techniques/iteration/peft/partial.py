@@ -1,0 +1,88 @@
+"""Partial fine-tuning: train the last blocks and all that comes after them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from torch import nn
+
+from greenvis.core.surgery import freeze, names_of
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput
+from greenvis.models.structure import reached, view
+from greenvis.techniques._shared.heads import head_parameters
+from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
+
+
+class Partial(Technique):
+    """Train the last `blocks` blocks and every layer behind them; freeze what lies before (Yosinski
+    et al., 2014).
+
+    Saves the backward of the frozen part, which stops at the first trained block, and its optimizer
+    memory. Costs accuracy where early features do not fit. Dropout and stochastic depth of the
+    frozen part stay as `model.train()` sets them; with
+    `cache`, it runs in eval, and its forward, too, is saved from the second time on that a version
+    of an image is seen: what enters the first trained block is kept on disk. In a loop of one's
+    own, `Wrapped.show` says which samples a batch holds.
+    """
+
+    name: ClassVar[str] = "partial"
+    stage: ClassVar[Stage] = "weights"
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
+
+    blocks: Annotated[int, Field(ge=1, description="how many of the last blocks train")] = 1
+    cache: Annotated[
+        bool | Literal["fp16"],
+        Field(
+            description="run the frozen part once a sample and keep what it gives (fp16: half the "
+            "size)"
+        ),
+    ] = False
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""
+        found = view(model, self.input_shape, probe=False)
+        blocks = found.role("block")
+        if self.blocks > len(blocks):
+            raise BadInput(
+                f"blocks is {self.blocks}, but {type(model).__name__} has {len(blocks)}: give 1 to "
+                f"{len(blocks)}"
+            )
+        chosen = blocks[-self.blocks :]
+        behind = {*chosen}
+        for layers in (
+            found.linears,
+            found.convs,
+            found.norms,
+            tuple(a.path for a in found.attention),
+        ):  # each in order
+            first = next(
+                (i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))),
+                len(layers),
+            )
+            behind |= set(layers[first:])
+        live = reached(model, found.example)
+        classifier = set(names_of(model, head_parameters(model, found)))
+        names = {
+            n
+            for n in live
+            if n in classifier
+            or n.startswith(tuple(f"{p}." for p in behind if not found.in_classifier(p)))
+        }
+        freeze(
+            model,
+            but=[p for n, p in model.named_parameters() if n in names],
+            follows=found.in_classifier,
+        )
+        trained = tuple(n for n, _ in model.named_parameters() if n in names)
+        return (
+            InstalledPrefix(model, trained, found.example, self.cache)
+            if self.cache
+            else Installed(trained, freezes=True)
+        )

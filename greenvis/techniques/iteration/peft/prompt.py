@@ -1,0 +1,196 @@
+"""Visual prompt tuning: freeze a vision transformer, learn tokens that stand between its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from sklearn.cluster import KMeans
+from torch import Tensor, nn
+
+from greenvis.core import distributed
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput
+from greenvis.models.structure import view
+from greenvis.models.structure.quiet import quiet
+from greenvis.techniques._shared.attach import check_runs, train_only
+from greenvis.techniques._shared.doors import Doors
+from greenvis.techniques._shared.prompts import Joined, prompt_blocks
+
+_CHILD = "prompt"
+_IMAGES = 64  # of the first batch that are looked at for prototypes
+
+
+def prototypes(tokens: Tensor, number: int, rounds: int = 20) -> Tensor:
+    """Return `number` centres of the tokens (count, dim) by Lloyd's k-means, (number, dim): the
+    same ones each time.
+
+    Starts from tokens spread evenly over the list. Raises BadInput for fewer tokens than centres.
+    """
+    if len(tokens) < number:
+        raise BadInput(
+            f"{number} prototypes need as many tokens, and there are {len(tokens)}: give larger "
+            "batches, or fewer"
+        )
+    points = tokens.detach().cpu().numpy()
+    start = points[np.linspace(0, len(points) - 1, number).astype(int)]
+    options: dict[str, Any] = {"init": start, "n_init": 1, "max_iter": rounds}
+    found = KMeans(number, **options).fit(points)
+    return torch.from_numpy(found.cluster_centers_).to(tokens)
+
+
+class Prompt(Technique):
+    """Learn prompt tokens in the input of a frozen vision transformer (VPT: Jia et al., 2022):
+    before the first block (shallow) or, new ones, before each (deep).
+
+    Saves optimizer memory and storage per task (the delta). Costs compute, in training and for
+    good: every block carries more tokens, and nothing merges. Order: [class and other prefix
+    tokens][prompts][patches]. Prompts get no position embedding and start from U(±√(6 / (c·p² +
+    dim))) for patches of c channels and side p; with init "prototypes", at the first training
+    batch, from centres of its patch tokens at their block (Wang et al., 2024, who take the whole
+    set). Behind the last block they are taken out, so a head that pools the patches does not see
+    them. The classifier trains in full. Dropout and stochastic depth of the frozen part stay as
+    `model.train()` sets them (the authors hold them off: give a model without).
+    """
+
+    name: ClassVar[str] = "prompt"
+    stage: ClassVar[Stage] = "tokens"
+    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"tokens": 3},
+        {"tokens": 2, "depth": "deep", "head": "freeze"},
+        {"tokens": 2, "depth": "deep", "init": "prototypes"},
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = None
+
+    tokens: Annotated[int, Field(ge=1, description="prompts in each prompted block")] = 10
+    depth: Annotated[
+        Literal["shallow", "deep"],
+        Field(description="prompt the first block, or each with its own"),
+    ] = "shallow"
+    init: Annotated[
+        Literal["uniform", "prototypes"],
+        Field(description="how prompts start; prototypes looks at the first training batch"),
+    ] = "uniform"
+    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the prompts")] = 0.0
+    head: Annotated[
+        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
+    ] = "train"
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put the prompts in. Raises BadInput for anything but a plain sequence of patches through
+        all blocks."""
+        found = view(model, self.input_shape, probe=False)
+        blocks = prompt_blocks(model, found)
+        length, dim = found.layouts[blocks[0]].output[1:]
+        patch = math.prod(found.example.shape[1:]) / (
+            length - found.prefix_tokens
+        )  # c·p², also behind a convolutional stem
+        bound = math.sqrt(6 / (patch + dim))
+        weight = next(
+            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
+        )
+        put: list[Prompts] = []
+        for _ in blocks if self.depth == "deep" else blocks[:1]:
+            rows = torch.empty(self.tokens, dim, device=weight.device, dtype=weight.dtype).uniform_(
+                -bound, bound
+            )
+            prompts = Prompts(rows, found.prefix_tokens, self.dropout)
+            put.append(prompts)
+        doors = Doors(model, [model.get_submodule(path) for path in blocks])
+        for path, prompts in zip(blocks, put, strict=False):
+            prompts.put(model, [path] if self.depth == "deep" else blocks, _CHILD, doors)
+        doors.put()
+        doors.settle(found.example)
+        added = [prompts.rows for prompts in put]
+        check_runs(model, found.example, added, f"{self.tokens} {self.depth} prompts")
+        names = train_only(model, added, found, self.head)
+        return InstalledPrompt(model, put, names, started=self.init == "uniform")
+
+
+class InstalledPrompt(Installed):
+    """The prompts at work."""
+
+    unmergeable = (
+        "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
+    )
+
+    def __init__(
+        self, model: nn.Module, put: list[Prompts], trainable: tuple[str, ...], started: bool
+    ) -> None:
+        super().__init__(trainable, freezes=True)
+        self.model, self.put = model, put
+        self.uniform = self.started = started
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Start from the first batch, where asked to."""
+        if not self.started:
+            self._start(x[:_IMAGES])
+            self.started = True
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return no terms. Raises BadInput where the loop never showed the batch that prompts were
+        to start from."""
+        if not self.started:
+            raise BadInput(
+                "prompts with init: prototypes start from the first training batch: call batch(x, "
+                "y) of the wrapped model "
+                "before its forward"
+            )
+        return {}
+
+    def keeps_of(self, path: str) -> str:
+        """Return "": nothing of a module that is not its own."""
+        return ""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return whether the prompts have started, where that is not when they are put in."""
+        return {} if self.uniform else {"started": torch.tensor(self.started)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take back what `state_dict` gave."""
+        self.started = self.uniform or bool(state.get("started", True))
+
+    def _start(self, images: Tensor) -> None:
+        with quiet(self.model):  # which gives back what `noted` and `away` were
+            for prompts in self.put:
+                prompts.away = True
+            self.model(images)
+            found = [torch.cat([t.flatten(0, 1) for t in p.noted]).float() for p in self.put]
+        starts = [
+            prototypes(tokens, prompts.length)
+            for tokens, prompts in zip(found, self.put, strict=True)
+        ]
+        with torch.no_grad():
+            for prompts, start in zip(self.put, starts, strict=True):
+                prompts.rows.copy_(start)
+        distributed.agree(prompts.rows for prompts in self.put)
+
+
+class Prompts(Joined):
+    """Rows (tokens, dim), the same for each sample, that join a sequence behind its prefix, and
+    leave it again."""
+
+    def __init__(self, rows: Tensor, prefix: int, dropout: float) -> None:
+        super().__init__(prefix, len(rows))
+        self.rows = nn.Parameter(rows)
+        self.dropout = nn.Dropout(dropout)
+        self.noted: list[Tensor] = []  # patch tokens, while these are away
+
+    def passed(self, number: int, x: Tensor) -> None:
+        """Note the patch tokens."""
+        if not number:
+            self.noted.append(x[:, self.prefix :])
+
+    def rows_for(self, x: Tensor) -> Tensor:
+        """Return the rows as (batch, tokens, dim)."""
+        return self.dropout(self.rows).expand(x.shape[0], -1, -1)

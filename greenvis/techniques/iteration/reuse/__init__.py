@@ -1,0 +1,1 @@
+"""Pretraining from models that exist."""

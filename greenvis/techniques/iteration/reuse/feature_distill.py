@@ -1,0 +1,210 @@
+"""Feature distillation: pretraining again what a frozen base knows, so that fine-tuning gets more
+out of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis import models
+from greenvis.core.surgery import names_of
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput
+from greenvis.models.structure import view
+from greenvis.techniques._shared.attach import first, seat
+from greenvis.techniques._shared.features import as_map
+from greenvis.techniques._shared.frozen import Kept, mark
+from greenvis.techniques.iteration.reuse._bases import Base, given_base
+
+_CHILD = "feature_distill"
+
+
+def whitened_loss(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
+    """Return the smooth L1 distance of predicted features from a base's whitened ones, both (batch,
+    places, channels).
+
+    (Wei et al., 2022, equation 2.) Squared below a difference of `beta`, absolute above. The target
+    is `whitened` already.
+    """
+    return F.smooth_l1_loss(_precise(predicted), _precise(target), beta=beta)
+
+
+def whitened(features: Tensor) -> Tensor:
+    """Return features (batch, places, channels) with mean 0 and variance 1 over the channels of
+    each place.
+
+    A layer norm without weights, as Wei et al. (2022) have it: of the biased variance.
+    """
+    return F.layer_norm(_precise(features), features.shape[-1:])
+
+
+class FeatureDistill(Technique):
+    """Pretrain a model to give a frozen base's last features, whitened over their channels (FD: Wei
+    et al., 2022).
+
+    Saves the energy already spent on the base; costs a forward of the base for each image in the
+    phase "base_reuse": once, where views of the images repeat (`data.augment: none`, or
+    `data.views`), for its features are kept on disk. A step costs what a supervised one does, for
+    all patches are shown. A pretext: labels are not used, and the classifier stays untrained. Adds
+    the term "feature_distill", from a linear projection of the model's last block that `merge`
+    drops. The base may be any model with blocks, of another width, grid or library; it never
+    changes, and is shown the images in its own size, channels, mean and deviation, as far as both
+    say theirs. (Of the paper's, a relative position bias and stochastic depth are the model's own
+    affair.)
+    """
+
+    name: ClassVar[str] = "feature_distill"
+    stage: ClassVar[Stage] = "objective"
+    role: ClassVar[str] = "base"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base": copy.deepcopy},)
+
+    base: Any = Field(
+        description='a model, or a reference to one: "run:NAME", "file:PATH", "timm/NAME", …'
+    )
+    beta: Annotated[
+        float,
+        Field(gt=0, description="difference from which on errors count absolutely, not squared"),
+    ] = 2.0
+    cache: Annotated[
+        Literal["fp16", "fp32", "off"],
+        Field(description="precision in which the base's features are kept on disk"),
+    ] = "fp16"
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put the projection behind the last block. Raises BadInput for a model or a base without
+        blocks."""
+        base, what = given_base(self.base, model), type(model).__name__
+        found = view(model, self.input_shape, probe=False)
+        last = found.blocks[-1] if found.blocks else ""
+        layout, place = found.layouts.get(last), seat(model, last) if last else None
+        if layout is None or place is None or len(layout.output) not in (3, 4):
+            raise BadInput(
+                f"{what} shows no last block whose features could become a base's; `greenvis "
+                "inspect` says what it has"
+            )
+        aspect = found.input_shape[1] / found.input_shape[2]
+        shape = as_map(
+            found.example.new_zeros(layout.output), layout.channels, found.prefix_tokens, aspect
+        ).shape
+        shown = Base(
+            base, found.input_shape, (shape[2], shape[3]), 1, False, models.pixels_of(model)
+        )
+        weight = next(p for p in model.parameters() if p.is_floating_point())
+        projection = nn.Linear(shape[1], shown.width).to(device=weight.device, dtype=weight.dtype)
+        place.add_module(_CHILD, projection)
+        names = names_of(model, projection.parameters())
+        form = {"channels": layout.channels, "prefix": found.prefix_tokens, "aspect": aspect}
+        return InstalledFeatureDistill(
+            self, names, model, place, projection, shown, found.input_shape, form
+        )
+
+
+class InstalledFeatureDistill(Installed):
+    """Pretraining at work: the loop's forward is its own."""
+
+    pretext: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        request: FeatureDistill,
+        names: tuple[str, ...],
+        model: nn.Module,
+        place: nn.Module,
+        projection: nn.Module,
+        base: Base,
+        image: tuple[int, int, int],
+        form: dict[str, Any],
+    ) -> None:
+        super().__init__(names)
+        self.request, self.model, self.place, self.projection, self.base, self._form = (
+            request, model, place, projection, base, form,
+        )  # fmt: skip
+        self._modes = [(m, m.training) for m in base.model.modules()]
+        self._kept: Kept | None = None
+        self._seen_as = (image, base.grid)
+        self._see(base)
+        base.model.eval()
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"feature_distill"}: `whitened_loss` of images x (batch, channels, height,
+        width)."""
+        seen: list[Tensor] = []
+        hook = self.place.register_forward_hook(
+            lambda module, args, output: seen.append(first(output))
+        )
+        try:
+            self.model(x)
+        finally:
+            hook.remove()
+        features = as_map(seen[-1], **self._form)
+        target = self._target(x, (features.shape[2], features.shape[3]))
+        predicted = self.projection(features.flatten(2).transpose(1, 2))
+        return {"feature_distill": whitened_loss(predicted, target, self.request.beta)}
+
+    def _see(self, base: Base) -> None:
+        self.base = base
+        base.images.note = lambda text: self.note(text)
+
+    def _target(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return the base's features, whitened, (batch, places, channels) on a grid: kept from
+        earlier or asked for."""
+        shape = (x.shape[1], x.shape[2], x.shape[3])
+        if (
+            shape,
+            grid,
+        ) != self._seen_as:  # a model that takes images of any size shows its grid only now
+            self._seen_as = (shape, grid)
+            self._close()
+            self._see(Base(self.base.model, shape, grid, 1, False, self.base.images.source))
+
+        def ask() -> Tensor:
+            with self.phase("base_reuse"):
+                return whitened(self.base.ask(x).features)
+
+        if self.samples is None or self.request.cache == "off":
+            return ask()
+        if self._kept is None:
+            part = (
+                f"base {self.base.what}: last block under a layer norm, on "
+                f"{self.base.grid}{self.base.images.key}"
+            )
+            note = lambda text: self.note(text)  # noqa: E731
+            self._kept = Kept(part, mark(self.base.model), dtype=self.request.cache, note=note)
+        return self._kept.outputs(self.samples, ask, x.device)
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return how many of the base's features were read back and computed, and how it was shown
+        the images."""
+        kept = {"feature_distill_targets": [self._kept.facts()]} if self._kept is not None else {}
+        return (
+            {**kept, "feature_distill_images": self.base.images.fact}
+            if self.base.images.fact
+            else kept
+        )
+
+    def undo(self) -> None:
+        """Close the cache and give the base its own modes back."""
+        self._close()
+        for module, training in self._modes:
+            module.training = training
+
+    def _close(self) -> None:
+        if self._kept is not None:
+            self._kept.close()
+        self._kept = None
+
+
+def _precise(features: Tensor) -> Tensor:
+    """Return features in float32 at least."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -1,0 +1,365 @@
+"""Masked pretraining from a frozen base: a new model learns what an old one says of the patches it
+cannot see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from greenvis import models
+from greenvis.core.surgery import names_of
+from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.errors import BadInput
+from greenvis.models.structure import view
+from greenvis.techniques._shared import tec as tec
+from greenvis.techniques._shared.frozen import Kept, mark
+from greenvis.techniques._shared.masked import Encoder, adapt_token, class_token, fold_token
+from greenvis.techniques.iteration.reuse._bases import Base, given_base
+
+_CHILD = "reuse"
+_EXACT_IN_HALF = 2048  # integers up to here are themselves in fp16
+_AXES = {
+    "tokens": tec.normalise_tokens,
+    "channels": tec.normalise_channels,
+    "none": lambda features: features,
+}
+
+
+class Reuse(Technique):
+    """Pretrain a vision transformer from a frozen base by masked reconstruction of the base's
+    features and attention (TEC: Gao et al., 2022).
+
+    Saves the energy already spent on the base, against pretraining from scratch; 75 % of the
+    patches never enter the encoder. Costs a forward of the base for each image in the phase
+    "base_reuse": once, where views of the images repeat (`data.augment: none`, or `data.views`),
+    for its targets are kept on disk. A pretext: labels are not used, and the classifier stays
+    untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a
+    head of
+    its own behind one shared decoder: the mean of the base's last blocks, normalised over the
+    patches (masked patches count), and the attention of the last block, rows of the class token and
+    of the patches it attends to most. The class token passes an MLP, which `merge` folds away
+    exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis
+    inspect` understands: of another width, depth, grid or library, without a class token (the mean
+    query stands for it), or without attention (targets: [feature]); it never changes. It is handed
+    the images of the loop in its own size and channels, and with its own mean and deviation where
+    both it and the model say theirs (`greenvis.models.describe`).
+    """
+
+    name: ClassVar[str] = "reuse"
+    stage: ClassVar[Stage] = "objective"
+    role: ClassVar[str] = "base"
+    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
+    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+        {"base": copy.deepcopy},
+        {
+            "base": copy.deepcopy,
+            "targets": ("feature",),
+            "input_adapter": False,
+            "encoder_adapters": 0,
+            "decoder_depth": 1,
+        },
+    )
+    neutral: ClassVar[Mapping[str, Any] | None] = {"input_adapter": False}
+
+    base: Any = Field(
+        description='a model or a list of models, or references: "run:NAME", "file:PATH", '
+        '"timm/NAME", …'
+    )
+    targets: Annotated[
+        tuple[Literal["feature", "attention"], ...],
+        Field(min_length=1, description="what the base is asked for"),
+    ] = ("feature", "attention")
+    mask_ratio: Annotated[
+        float, Field(gt=0, lt=1, description="share of the patches hidden from the encoder")
+    ] = 0.75
+    rows: Annotated[
+        int, Field(ge=1, description="patches whose attention is a target, besides the class token")
+    ] = 15
+    temperature: Annotated[
+        float, Field(gt=0, description="softens the base's attention (above 1)")
+    ] = 1.8
+    last_layers: Annotated[
+        int, Field(ge=1, description="blocks of the base whose outputs are averaged")
+    ] = 2
+    normalise: Annotated[
+        Literal["tokens", "channels", "none"],
+        Field(description="axis over which a base's features are normalised"),
+    ] = "tokens"
+    input_adapter: Annotated[
+        bool | None,
+        Field(
+            description="send the class token through an MLP; absent: where there is a class token"
+        ),
+    ] = None
+    encoder_adapters: Annotated[
+        int,
+        Field(ge=0, description="blocks to an encoder adapter; 0: the last block's output only"),
+    ] = 3
+    keep_adapters: Annotated[
+        bool,
+        Field(
+            description="leave the encoder adapters beside the merged model and in its file, to "
+            "probe with"
+        ),
+    ] = False
+    decoder_depth: Annotated[int, Field(ge=1, description="blocks of the decoder")] = 2
+    decoder_dim: Annotated[
+        int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")
+    ] = None
+    feature_weight: Annotated[float, Field(ge=0, description="factor of the feature term")] = 1.0
+    attention_weight: Annotated[float, Field(ge=0, description="factor of the attention term")] = (
+        1.0
+    )
+    cache: Annotated[
+        Literal["fp16", "fp32", "off"],
+        Field(description="precision in which a base's targets are kept on disk"),
+    ] = "fp16"
+    input_shape: Annotated[
+        tuple[int, int, int] | None,
+        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+    ] = None
+
+    def runs(self) -> dict[str, str]:
+        """Bases that name another run, by their number."""
+        return {
+            str(i): base
+            for i, base in enumerate(self.bases)
+            if isinstance(base, str) and base.startswith("run:")
+        }
+
+    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+        """Return the request with what those runs left in their place."""
+        return self.model_copy(
+            update={"base": [found.get(str(i), base) for i, base in enumerate(self.bases)]}
+        )
+
+    @property
+    def bases(self) -> list[Any]:
+        """The bases, one or several."""
+        return list(self.base) if isinstance(self.base, (list, tuple)) else [self.base]
+
+    def install(self, model: nn.Module) -> Installed:
+        """Put encoder hooks, adapters and decoder in. Raises BadInput for a model or a base that
+        does not fit."""
+        bases = [given_base(base, model) for base in self.bases]
+        if not bases:
+            raise BadInput("reuse needs a base: a model, or a reference to one")
+        found = view(model, self.input_shape, probe=False)
+        encoder = Encoder(model, found)
+        asks = "attention" in self.targets
+        if asks and self.rows > encoder.patches:
+            raise BadInput(
+                f"rows is {self.rows}, but {type(model).__name__} has {encoder.patches} patches: "
+                "give no more"
+            )
+        if not 1 <= self.kept(encoder.patches) < encoder.patches:
+            raise BadInput(
+                f"mask_ratio {self.mask_ratio} of {encoder.patches} patches leaves none hidden or "
+                "none visible: choose another"
+            )
+        source = models.pixels_of(model)
+        shown = [
+            Base(base, found.input_shape, encoder.grid, self.last_layers, asks, source)
+            for base in bases
+        ]
+        token = (
+            class_token(model, found, encoder.blocks[0])
+            if self.input_adapter is not False
+            else None
+        )
+        if token is None and self.input_adapter:
+            raise BadInput(
+                f"{type(model).__name__} shows no class token for an input adapter; leave "
+                "`input_adapter` out"
+            )
+        if self.keep_adapters and not self.encoder_adapters:
+            raise BadInput(
+                "keep_adapters keeps encoder adapters, and there are none; give encoder_adapters: 3"
+            )
+        weight = encoder.weight
+        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        parts = Parts(self, encoder, shown).to(**kind)
+        model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
+        adapter = None
+        if token is not None:
+            adapter = tec.TokenMlp(encoder.dim, 4 * encoder.dim).to(**kind)
+            adapt_token(token, adapter)
+        names = names_of(
+            model, (*parts.parameters(), *(adapter.parameters() if adapter is not None else ()))
+        )
+        fold = (
+            partial(fold_token, token, adapter)
+            if token is not None and adapter is not None
+            else None
+        )
+        return InstalledReuse(self, names, encoder, parts, shown, fold)
+
+    def kept(self, patches: int) -> int:
+        """Return how many patches of so many stay visible."""
+        return int(patches * (1 - self.mask_ratio))
+
+
+class Parts(nn.Module):
+    """What pretraining adds and leaves behind: encoder adapters, the shared decoder, a head for
+    each target of each base."""
+
+    def __init__(self, request: Reuse, encoder: Encoder, bases: Sequence[Base]) -> None:
+        super().__init__()
+        dim, (width, heads) = encoder.dim, tec.decoder_size(encoder.dim, request.decoder_dim)
+        self.adapters = (
+            tec.EncoderAdapters(dim, len(encoder.blocks), request.encoder_adapters, 4 * width)
+            if request.encoder_adapters
+            else None
+        )
+        self.decoder = tec.Decoder(
+            width, request.decoder_depth, heads, encoder.grid, encoder.prefix
+        )
+        self.heads = nn.ModuleList()
+        for base in bases:
+            its = nn.ModuleDict()
+            if "feature" in request.targets:
+                its["feature"] = tec.FeatureHead(dim, width, base.width)
+            if "attention" in request.targets:
+                its["attention"] = tec.AttentionHead(
+                    dim, width, base.heads * max(1, base.width // base.heads), base.heads
+                )
+            self.heads.append(its)
+
+    def encoded(self, outputs: list[Tensor]) -> Tensor:
+        """Return (batch, prefix + kept, dim) of the outputs of all blocks."""
+        return outputs[-1] if self.adapters is None else self.adapters(torch.cat(outputs, -1))
+
+    def predicted(
+        self, base: int, target: str, encoded: Tensor, restore: Tensor, *more: Tensor
+    ) -> Tensor:
+        """Run the decoder for one target of one base."""
+        head = self.heads[base].get_submodule(target)
+        return head(self.decoder(encoded, head, restore), self.decoder.prefix, *more)
+
+
+class InstalledReuse(Installed):
+    """Pretraining at work: the loop's forward is its own."""
+
+    pretext: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        request: Reuse,
+        names: tuple[str, ...],
+        encoder: Encoder,
+        parts: Parts,
+        bases: Sequence[Base],
+        fold: Any,
+    ) -> None:
+        super().__init__(names)
+        self.request, self.encoder, self.parts, self.bases, self._fold = (
+            request,
+            encoder,
+            parts,
+            bases,
+            fold,
+        )
+        self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
+        self._kept: dict[int, Kept] = {}
+        self._beside = models.kept(encoder.model, tec.KEPT_ADAPTERS)  # of an earlier pretraining
+        for base in bases:
+            base.model.eval()
+            base.images.note = lambda text: self.note(text)
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"reuse_feature", "reuse_attention"}: means over the bases, of images x (batch,
+        channels, height, width)."""
+        given = [self._targets(i, x) for i in range(len(self.bases))]
+        patches = self.encoder.patches
+        noise = torch.rand(len(x), patches, device=x.device)
+        keep, restore, mask = tec.random_mask(noise, self.request.kept(patches))
+        encoded = self.parts.encoded(self.encoder(x, keep))
+        losses: dict[str, list[Tensor]] = {target: [] for target in self.request.targets}
+        for i, target in enumerate(given):
+            if "feature" in losses:
+                predicted = self.parts.predicted(i, "feature", encoded, restore)
+                losses["feature"].append(
+                    tec.feature_loss(predicted.float(), target["feature"], mask)
+                )
+            if "attention" in losses:
+                predicted = self.parts.predicted(
+                    i, "attention", encoded, restore, target["top"].long()
+                )
+                losses["attention"].append(
+                    tec.attention_loss(
+                        predicted.float(), target["attention"], self.request.temperature
+                    )
+                )
+        weights = {
+            "feature": self.request.feature_weight,
+            "attention": self.request.attention_weight,
+        }
+        return {
+            f"reuse_{name}": weights[name] * torch.stack(each).mean()
+            for name, each in losses.items()
+        }
+
+    def _targets(self, index: int, x: Tensor) -> dict[str, Tensor]:
+        """Return what a base says of the images, kept from earlier or asked for."""
+        base, request = self.bases[index], self.request
+        names = [n for n in ("feature", "attention") if n in request.targets] + [
+            "top"
+        ] * base.attention
+
+        def ask() -> dict[str, Tensor]:
+            with self.phase("base_reuse"):
+                return base.ask(x).targets(
+                    lambda f: _AXES[request.normalise](f.float()), request.rows
+                )
+
+        samples = self.samples if request.cache != "off" else None
+        if samples is None:
+            return {name: value.float() for name, value in ask().items() if name in names}
+        if index not in self._kept:
+            exact = request.cache == "fp32" or self.encoder.patches > _EXACT_IN_HALF
+            kept = (
+                f"{len(base.blocks)} blocks normalised over {request.normalise}, {request.rows} "
+                f"rows, on {base.grid}"
+            )
+            self._kept[index] = Kept(
+                f"base {base.what}: {kept}{base.images.key}",
+                mark(base.model),
+                dtype="fp32" if exact else "fp16",
+                note=lambda text: self.note(text),
+            )
+        return self._kept[index].layers(samples, ask, names, x.device)
+
+    def keeps_of(self, path: str) -> str:
+        """Nothing: its parts are asked for where they hang."""
+        return ""
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return how many of the bases' targets were read back and computed, and how bases were
+        shown the images."""
+        kept = (
+            {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
+        )
+        shown = [base.images.fact for base in self.bases if base.images.fact]
+        return {**kept, "reuse_images": shown} if shown else kept
+
+    def merge(self) -> None:
+        """Fold the class token's MLP into the token; all else that was added is gone, but for
+        adapters to keep."""
+        if self._fold is not None:
+            self._fold()
+        if self.request.keep_adapters and self.parts.adapters is not None:
+            models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self.parts.adapters.state_dict())
+
+    def undo(self) -> None:
+        """Close the caches and give the bases their own modes back."""
+        models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self._beside)
+        for kept in self._kept.values():
+            kept.close()
+        for module, training in self._modes:
+            module.training = training

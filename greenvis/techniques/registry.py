@@ -1,0 +1,74 @@
+"""Find technique classes by name: greenvis's own folder first, then the entry points
+`greenvis.techniques`."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+
+import greenvis.techniques
+from greenvis.core.technique import Technique
+from greenvis.errors import BadInput, GreenvisError, nearest
+
+GROUP = "greenvis.techniques"
+
+
+def names() -> list[str]:
+    """Return the names of all techniques there are, own and plugged in. Imports none of them."""
+    return sorted({*_own(), *_plugged()})
+
+
+def find(name: str) -> type[Technique]:
+    """Return the technique class called `name`, importing only its file. Raises BadInput with the
+    nearest name."""
+    if name in _own():
+        return _class_in(importlib.import_module(_own()[name]), name)
+    if name in _plugged():
+        point = _plugged()[name]
+        try:
+            found = point.load()
+        except Exception as error:
+            raise GreenvisError(
+                f"the plug-in technique '{name}' ({point.value}) does not load: {error}"
+            ) from error
+        if not (isinstance(found, type) and issubclass(found, Technique)):
+            raise GreenvisError(
+                f"the entry point '{name}' ({point.value}) is not a greenvis.Technique class"
+            )
+        return found
+    raise BadInput(f"unknown technique '{name}'{nearest(name, names())}")
+
+
+def find_class(class_name: str) -> type[Technique] | None:
+    """Return the technique class named `class_name` ("Lora"), or None. Serves `greenvis.Lora`."""
+    for name in names():
+        if name.replace("_", "").casefold() == class_name.casefold():
+            found = find(name)
+            return found if found.__name__ == class_name else None
+    return None
+
+
+@cache
+def _own() -> dict[str, str]:
+    """Return module paths by technique name: a technique is the file of its name in a sub-folder of
+    techniques/."""
+    walked = pkgutil.walk_packages(greenvis.techniques.__path__, greenvis.techniques.__name__ + ".")
+    return {m.name.rpartition(".")[2]: m.name for m in walked if not m.ispkg and "._" not in m.name}
+
+
+@cache
+def _plugged() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def _class_in(module: object, name: str) -> type[Technique]:
+    for value in vars(module).values():
+        if (
+            isinstance(value, type)
+            and issubclass(value, Technique)
+            and vars(value).get("name") == name
+        ):
+            return value
+    raise GreenvisError(f"{module} holds no Technique named '{name}'")
