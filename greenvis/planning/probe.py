@@ -48,7 +48,8 @@ def probe(
     run: a run's folder (runs/RECIPE/ARM/seed0), or an arm's, with all its seeds. The data are those
     it was trained on.
     protocol: a file as greenvis/planning/probe.yaml: a recipe without name, data and model, whose
-    arms may say `labels`, the share of labels used. Arms that the model cannot take are left out, and said.
+    arms may say `labels`, the share of labels used. Arms that the model cannot take are left out,
+    and said.
     overrides: of the recipes made ("train.epochs=3"). Each seed's recipe is written beside its
     records. Raises BadInput where there is no model with a card.
     """

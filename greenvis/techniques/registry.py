@@ -52,10 +52,12 @@ def find_class(class_name: str) -> type[Technique] | None:
 
 @cache
 def _own() -> dict[str, str]:
-    """Return module paths by technique name: a technique is the file of its name in a sub-folder of
-    techniques/."""
-    walked = pkgutil.walk_packages(greenvis.techniques.__path__, greenvis.techniques.__name__ + ".")
-    return {m.name.rpartition(".")[2]: m.name for m in walked if not m.ispkg and "._" not in m.name}
+    """Return module paths by technique name: a technique is the file of its name in a package of
+    its family below techniques/."""
+    root = greenvis.techniques.__name__ + "."
+    walked = pkgutil.walk_packages(greenvis.techniques.__path__, root)
+    files = [m.name for m in walked if not m.ispkg and "._" not in m.name]
+    return {f.rpartition(".")[2]: f for f in files if "." in f.removeprefix(root)}
 
 
 @cache
