@@ -1,4 +1,4 @@
-"""Write the generated parts of README.md anew: `make readme`."""
+"""Write what is generated anew, `make readme`: parts of README.md, and the catalogue of techniques."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BEGIN, END = "<!-- from here on: greenvis overview -->\n", "<!-- to here -->"
 def techniques() -> dict[str, str]:
     """Return the first paragraph of each technique's documentation."""
     return {
-        name: " ".join((registry.find(name).__doc__ or "").split("\n\n")[0].split())
+        name: " ".join(registry.about(name)["doc"].split("\n\n")[0].split())
         for name in registry.names()
     }
 
@@ -27,6 +27,7 @@ def measured() -> str:
 
 def main() -> None:
     """Replace them all."""
+    registry.CATALOGUE.write_text(registry.catalogue())
     path = ROOT / "README.md"
     text = path.read_text()
     head, _, rest = text.partition(BEGIN)

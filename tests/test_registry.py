@@ -105,3 +105,21 @@ def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> No
 
 def _values(kind: type, field: str) -> tuple[object, ...]:
     return get_args(kind.model_fields[field].annotation)
+
+
+def test_the_catalogue_is_what_the_classes_say() -> None:
+    assert registry.CATALOGUE.read_text() == registry.catalogue(), "run `make readme`"
+
+
+@pytest.mark.parametrize(
+    "words", [["explain", "lora"], ["techniques"], ["schema"], ["--help"]], ids=lambda w: w[0]
+)
+def test_texts_of_techniques_import_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys; from greenvis.cli.main import main\n"
+        f"try: main({words!r})\n"
+        "except SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

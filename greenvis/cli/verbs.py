@@ -142,19 +142,16 @@ def techniques(args: Any) -> Answer:
     """List the techniques."""
     from greenvis.techniques import registry
 
-    found = [(name, registry.find(name)) for name in registry.names()]
-    rows = [{"name": n, "stage": t.stage, "does": _effect(t)} for n, t in found]
+    about = {name: registry.about(name) for name in registry.names()}
+    rows = [{"name": n, "stage": a["stage"], "does": _effect(a["doc"])} for n, a in about.items()]
     return rows, lambda: print_rows(rows, "techniques")
 
 
 def explain(args: Any) -> Answer:
     """Describe one technique and its settings."""
-    import inspect
-
     from greenvis.techniques import registry
 
-    kind = registry.find(args.technique)
-    form = kind.model_json_schema()
+    about = registry.about(args.technique)
     rows = [
         {
             "field": n,
@@ -162,23 +159,18 @@ def explain(args: Any) -> Answer:
             "type": f.get("type") or f.get("anyOf") or "",
             "what": f.get("description", ""),
         }
-        for n, f in form.get("properties", {}).items()
+        for n, f in about["schema"].get("properties", {}).items()
     ]
 
     def show() -> None:
-        write_block(f"{args.technique} (stage {kind.stage})\n\n{inspect.getdoc(kind)}")
+        write_block(f"{args.technique} (stage {about['stage']})\n\n{about['doc']}")
         print()
         print_rows(
             [{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows],
             "settings",
         )
 
-    return {
-        "name": args.technique,
-        "stage": kind.stage,
-        "doc": inspect.getdoc(kind),
-        "schema": form,
-    }, show
+    return {"name": args.technique, **about}, show
 
 
 def schema(args: Any) -> Answer:
@@ -383,9 +375,9 @@ def _model(args: Any) -> tuple[Any, Any]:
     return model, structure.example_input(model, size=asked.get("img_size"))
 
 
-def _effect(kind: type) -> str:
+def _effect(doc: str) -> str:
     """Return the first paragraph of a technique's docstring."""
-    return " ".join((kind.__doc__ or "").partition("\n\n")[0].split())
+    return " ".join(doc.partition("\n\n")[0].split())
 
 
 def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:

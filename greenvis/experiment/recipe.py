@@ -456,7 +456,7 @@ def schema() -> dict[str, Any]:
         "description": "a recipe to start from, relative to this one",
     }
     for name in registry.names():
-        out.setdefault("$defs", {})[f"technique:{name}"] = registry.find(name).model_json_schema()
+        out.setdefault("$defs", {})[f"technique:{name}"] = registry.about(name)["schema"]
     return out
 
 

@@ -4,15 +4,20 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import json
 import pkgutil
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Any
 
 import greenvis.techniques
 from greenvis.core.technique import Technique
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 GROUP = "greenvis.techniques"
+CATALOGUE = Path(__file__).with_name("catalogue.json")
 
 
 def names() -> list[str]:
@@ -48,6 +53,40 @@ def find_class(class_name: str) -> type[Technique] | None:
             found = find(name)
             return found if found.__name__ == class_name else None
     return None
+
+
+def about(name: str) -> dict[str, Any]:
+    """Describe a technique. Those of greenvis come from a file made from their classes (`make
+    readme`, held against them by a test), for importing one takes seconds: it imports torch.
+
+    Args:
+        name: as in a recipe.
+
+    Returns:
+        {"stage", "doc", "schema": the JSON Schema of its settings}.
+
+    Raises:
+        BadInput: for a name that is none.
+    """
+    if name in _own() and name in (entries := _catalogue()):
+        return entries[name]
+    return describe(find(name))
+
+
+def describe(cls: type[Technique]) -> dict[str, Any]:
+    """Return what `about` says of a class."""
+    return {"stage": cls.stage, "doc": inspect.getdoc(cls), "schema": cls.model_json_schema()}
+
+
+def catalogue() -> str:
+    """Return the text of catalogue.json: `describe` of every technique of greenvis's own."""
+    entries = {name: describe(find(name)) for name in sorted(_own())}
+    return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
+
+
+@cache
+def _catalogue() -> dict[str, Any]:
+    return json.loads(CATALOGUE.read_text())
 
 
 @cache
