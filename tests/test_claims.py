@@ -409,7 +409,7 @@ def test_every_report_says_on_which_images_choices_were_made(path: Path) -> None
 
 @each
 def test_joules_and_grams_have_two_figures_where_they_are_estimated(path: Path) -> None:
-    """Three only of what was measured, with a scatter below half a per cent (`words.reading`)."""
+    """Three only of what was measured, with a scatter below half a per cent (`formatting.reading`)."""
     if any(s["provenance"] == "measured" for s in _found(path)["sources"]):
         pytest.skip("a counter told these")
     body = _page(path).partition("### Environment")[0]

@@ -12,7 +12,7 @@ import greenvis as gv
 from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
 from greenvis.meters.record import Writer
-from greenvis.report import results, words
+from greenvis.report import formatting, results
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
@@ -54,7 +54,7 @@ def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
     assert found["noise_floor"]["training"]["ratio"] == pytest.approx(2, rel=0.02)
     assert sorted(found["noise_floor"]["training"]["arms"]) == ["again", "plain"]
     for key in ("train_energy", "total_energy", "train_energy_with_reuse"):
-        assert not words.shown(found["arms"]["again"]["vs_baseline"][key])
+        assert not formatting.shown(found["arms"]["again"]["vs_baseline"][key])
     gv.report([tmp_path], out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "no difference shown" in text
@@ -65,11 +65,11 @@ def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
 def test_the_floor_is_in_every_interval(tmp_path: Path, third: list[float], shown: bool) -> None:
     write(tmp_path, "plain", "same", [20.0, 20.1, 20.2])
     write(tmp_path, "third", "other", third)
-    assert words.shown(
+    assert formatting.shown(
         energies(tmp_path, "third")["train_energy"]
     )  # nothing yet says how far equal work reads apart
     write(tmp_path, "again", "same", [14.0, 14.1, 14.2])
-    assert words.shown(energies(tmp_path, "third")["train_energy"]) is shown
+    assert formatting.shown(energies(tmp_path, "third")["train_energy"]) is shown
 
 
 def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
@@ -78,8 +78,8 @@ def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
     write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
     floor = results([tmp_path])["noise_floor"]
     assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
-    assert not words.shown(energies(tmp_path, "other")["inference_energy"])
-    assert words.shown(energies(tmp_path, "small")["inference_energy"])
+    assert not formatting.shown(energies(tmp_path, "other")["inference_energy"])
+    assert formatting.shown(energies(tmp_path, "small")["inference_energy"])
 
 
 def test_one_seed_gives_no_percentage(tmp_path: Path) -> None:
@@ -115,4 +115,4 @@ def test_a_band_holds_the_same_work_on_another_day(tmp_path: Path) -> None:
     ],
 )
 def test_figures_have_the_digits_they_deserve(reading: dict, text: str) -> None:
-    assert words.reading(reading, "J") == text
+    assert formatting.reading(reading, "J") == text

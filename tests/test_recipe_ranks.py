@@ -114,8 +114,8 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     (attempt,) = group.attempts
     assert attempt.missing_ranks == []
     whole = pricing.merged_energy(runs).value
-    assert whole == pytest.approx(pricing.add([attempt.whole_j, attempt.startup_j]).value)
-    assert attempt.whole_j.value == pytest.approx(
+    assert whole == pytest.approx(pricing.add([attempt.total_energy_j, attempt.startup_j]).value)
+    assert attempt.total_energy_j.value == pytest.approx(
         sum(pricing.run_energy(r).value or 0 for r in runs)
     ) or any(c["scope"] == "machine" for c in runs[0].header["components"])
 

@@ -138,18 +138,20 @@ def test_four_hundred_runs_are_all_there(tmp_path: Path) -> None:
 def test_rows_and_results_fit_a_terminal(study: Path) -> None:
     from rich.console import Console
 
-    from greenvis.report import brief, results, table
+    from greenvis.report import results, table, terminal
 
-    listed = brief.rows(ls(study))
+    listed = terminal.rows(ls(study))
     assert set(listed[0]) == {"run", "arm", "seed", "status", "accuracy", "energy", "CO₂e", "time"}
     assert any(r["arm"] == "fashion-lora/lora" and r["energy"].endswith("kJ") for r in listed)
-    compared = {r["quantity"]: r for r in brief.rows(compare(study / "baseline", study / "lora"))}
+    compared = {
+        r["quantity"]: r for r in terminal.rows(compare(study / "baseline", study / "lora"))
+    }
     assert compared["latency_p50_ms"]["a"] == "11.2 ms"
     assert compared["images_per_s"]["a"] == "212"
     assert compared["peak_memory_mb"]["a"] == "903 MB"
-    [gated] = brief.rows(diff(study / "baseline", study / "lora", "-60%")[1])
+    [gated] = terminal.rows(diff(study / "baseline", study / "lora", "-60%")[1])
     assert (gated["ok"], gated["limit"]) == ("NO", "−60.0 %")
-    assert brief.rows(group(ls(study)))[0]["energy_j"].endswith("J")
+    assert terminal.rows(group(ls(study)))[0]["energy_j"].endswith("J")
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(table(results(study)))
     lines = console.export_text().split("\n")

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t, ttest_rel
 
-from greenvis.report import stats, words
+from greenvis.report import formatting, stats
 
 numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
 
@@ -136,50 +136,55 @@ def test_energy_to_a_target_must_stay_reached() -> None:
      (5717416, "", "5.72 M"), (12.0, "", "12.0"), (math.inf, "J", "–"), (-1500.0, "J", "-1.5 kJ")],
 )  # fmt: skip
 def test_units(value: float | None, unit: str, text: str) -> None:
-    assert words.si(value, unit) == text
+    assert formatting.si(value, unit) == text
 
 
 def test_ratios_in_words() -> None:
     assert (
-        words.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy")
+        formatting.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy")
         == "2.1 times less energy (1.9–2.3)"
     )
-    assert words.times({"ratio": 3.0, "low": None, "high": None}) == "–"  # one seed gives no ratio
     assert (
-        words.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy")
+        formatting.times({"ratio": 3.0, "low": None, "high": None}) == "–"
+    )  # one seed gives no ratio
+    assert (
+        formatting.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy")
         == "12 % more energy (9.0–14)"
     )
-    assert words.times({"ratio": 0.8, "low": 0.7, "high": 0.9}) == "20 % less (10–30)"
+    assert formatting.times({"ratio": 0.8, "low": 0.7, "high": 0.9}) == "20 % less (10–30)"
     assert (
-        words.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy")
+        formatting.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy")
         == "no difference shown in energy (×0.950, 0.900–1.02)"
     )
-    assert words.times({"ratio": 0.2, "low": 1e-9, "high": 0.9}) == "5.0 times less (1.1–over 100)"
-    assert words.times({"ratio": 1.0, "low": 1.0, "high": 1.0}) == "the same"
-    assert words.times(None) == "–"
+    assert (
+        formatting.times({"ratio": 0.2, "low": 1e-9, "high": 0.9})
+        == "5.0 times less (1.1–over 100)"
+    )
+    assert formatting.times({"ratio": 1.0, "low": 1.0, "high": 1.0}) == "the same"
+    assert formatting.times(None) == "–"
 
 
 @pytest.mark.parametrize("low", [-0.02, -0.001, 0.001])
 @pytest.mark.parametrize("high", [-0.0005, 0.0, 0.03])
 def test_what_is_shown_is_what_the_interval_leaves_out(low: float, high: float) -> None:
     d = {"low": low, "high": high, "n": 3}
-    assert words.shown(d) == (not low <= 0 <= high)
+    assert formatting.shown(d) == (not low <= 0 <= high)
     r = {"ratio": 1.0, "low": 1 + low, "high": 1 + high, "n": 3}
-    assert words.shown(r) == (not low <= 0 <= high)
-    assert not words.shown({**d, "low": None})
+    assert formatting.shown(r) == (not low <= 0 <= high)
+    assert not formatting.shown({**d, "low": None})
 
 
 def test_what_is_decided_in_words() -> None:
     d = {"low": -0.01, "high": 0.01, "n": 3, "verdict": "not yet decided", "more_seeds": 9}
     assert (
-        words.decided(d, "0.5 points")
+        formatting.decided(d, "0.5 points")
         == "not yet decided at 0.5 points, about 9 more seeds would tell"
     )
-    assert "more seeds than could be run" in words.decided({**d, "more_seeds": None})
-    assert words.decided({**d, "verdict": "keeps"}, "1 point") == "kept within 1 point"
-    assert words.decided({**d, "verdict": "loses"}, "1 point") == "loses more than 1 point"
-    assert words.decided({**d, "n": 1}) == "one seed: not decided"
-    assert "no seed in common" in words.decided(None)
+    assert "more seeds than could be run" in formatting.decided({**d, "more_seeds": None})
+    assert formatting.decided({**d, "verdict": "keeps"}, "1 point") == "kept within 1 point"
+    assert formatting.decided({**d, "verdict": "loses"}, "1 point") == "loses more than 1 point"
+    assert formatting.decided({**d, "n": 1}) == "one seed: not decided"
+    assert "no seed in common" in formatting.decided(None)
 
 
 @pytest.mark.parametrize(
@@ -187,15 +192,15 @@ def test_what_is_decided_in_words() -> None:
     [(-0.04, "0.0"), (0.0, "0.0"), (-0.06, "−0.1"), (1.25, "1.2"), (-12.0, "−12.0")],
 )
 def test_nothing_has_no_sign(value: float, text: str) -> None:
-    assert words.fixed(value) == text
-    assert words.gain("accuracy", value / 100) == f"{text}\u00a0%"
-    assert words.fixed(value, sign=True) == (text if text[0] in "0−" else f"+{text}")
-    assert words.points("accuracy", -0.00004) == "0.00 points"
+    assert formatting.fixed(value) == text
+    assert formatting.gain("accuracy", value / 100) == f"{text}\u00a0%"
+    assert formatting.fixed(value, sign=True) == (text if text[0] in "0−" else f"+{text}")
+    assert formatting.points("accuracy", -0.00004) == "0.00 points"
 
 
 def test_counts_and_times_in_words() -> None:
-    assert words.count(41234) == "41,200"
-    assert words.count(4.78e6) == "4.78 million"
-    assert words.duration(469) == "7 min 49 s"
-    assert words.duration(7500) == "2 h 05 min"
-    assert words.lamp(3000) == "a 10 W lamp for 5 min 00 s"
+    assert formatting.count(41234) == "41,200"
+    assert formatting.count(4.78e6) == "4.78 million"
+    assert formatting.duration(469) == "7 min 49 s"
+    assert formatting.duration(7500) == "2 h 05 min"
+    assert formatting.lamp(3000) == "a 10 W lamp for 5 min 00 s"

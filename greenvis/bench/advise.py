@@ -42,7 +42,7 @@ DATA: dict[str, tuple[str, ...]] = {  # none of it did a base learn
 TRAIN = ("train.epochs=4", "train.threads=1")
 SERVED = 10_000
 GIVEN_UP = 0.01  # the target: what plain fine-tuning reaches, less this
-FORETOLD = ("accuracy", "train_energy_j", "serve_energy_j", "total_energy_j")
+PREDICTED = ("accuracy", "train_energy_j", "serve_energy_j", "total_energy_j")
 FAIR = 0.1  # a regret up to here is fine
 
 
@@ -152,7 +152,7 @@ def judged(
     plans = []
     for plan, its in spent.items():
         if plan in told:  # its trials may have failed where the run did not
-            predicted = {key: told[plan][key] for key in FORETOLD}
+            predicted = {key: told[plan][key] for key in PREDICTED}
             plans.append(
                 {
                     "plan": plan,
@@ -161,7 +161,7 @@ def judged(
                     "front": told[plan]["front"],
                 }
             )
-    inside = dict.fromkeys(FORETOLD, 0)
+    inside = dict.fromkeys(PREDICTED, 0)
     for its in plans:
         for key, figure in its["predicted"].items():
             inside[key] += figure["low"] <= its["measured"][key] <= figure["high"]
@@ -254,8 +254,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
 
 
 def _why(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return a line for each cell whose pick is not within `FAIR` of the best: what was foretold of
-    the two, and what came."""
+    """Return one line per cell whose pick is not within `FAIR` of the best: predicted and measured
+    figures of the two."""
     lines = []
     for cell in cells:
         main, by = cell["main"], {p["plan"]: p for p in cell["plans"]}
@@ -276,7 +276,7 @@ def _told(plan: Mapping[str, Any]) -> str:
         (its["accuracy"], its["total_energy_j"]) for its in (plan["predicted"], plan["measured"])
     )
     return (
-        f"{plan['plan']} was foretold {told[0]['value']:.1%} for {told[1]['value']:.0f} J and "
+        f"{plan['plan']} was predicted {told[0]['value']:.1%} for {told[1]['value']:.0f} J and "
         f"reached {seen[0]:.1%} for "
         f"{seen[1]:.0f} J"
     )

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from greenvis import __version__
-from greenvis.cli import terminal, verbs, verbs_bases, verbs_models
+from greenvis.cli import models, output, planning, runs
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(answer, int):
             return answer
         if args.json:
-            print(terminal.json_text(answer[0], indent=2))
+            print(output.json_text(answer[0], indent=2))
         else:
             answer[1]()
         return 0
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "exit": code}))
-        print(terminal.message(error), file=sys.stderr)
+        print(output.message(error), file=sys.stderr)
         return code
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not break into the end
@@ -73,11 +73,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         text = describe(error)
         if getattr(args, "json", False):
             print(json.dumps({"error": text, "exit": 1}))
-        print(terminal.message(text), file=sys.stderr)
+        print(output.message(text), file=sys.stderr)
         return 1
 
 
-_Verb = Callable[[str, Callable[[Any], verbs.Answer | int], str], argparse.ArgumentParser]
+_Verb = Callable[[str, Callable[[Any], output.Answer | int], str], argparse.ArgumentParser]
 
 
 def _parsed(parser: argparse.ArgumentParser, words: list[str]) -> argparse.Namespace:
@@ -136,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     def verb(
-        name: str, call: Callable[[Any], verbs.Answer | int], text: str
+        name: str, call: Callable[[Any], output.Answer | int], text: str
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, epilog=EXIT_CODES)
         sub.add_argument("--json", action="store_true", help="print JSON for programs")
@@ -151,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_verbs(verb: _Verb) -> None:
     """What begins with a recipe, up to its report and the model it made."""
-    p = verb("run", verbs.run, "train every arm of a recipe, metered, and write its report")
+    p = verb("run", runs.run, "train every arm of a recipe, metered, and write its report")
     p.add_argument("recipe", help="a YAML file; see `greenvis schema`")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE",
@@ -182,7 +182,7 @@ def _recipe_verbs(verb: _Verb) -> None:
 
     p = verb(
         "plan",
-        verbs.plan,
+        planning.plan,
         "predict what a recipe will cost from a few steps of each arm, before it is spent",
     )
     p.add_argument("recipe")
@@ -190,7 +190,7 @@ def _recipe_verbs(verb: _Verb) -> None:
     p.add_argument("--trust", action="store_true")
     p.add_argument("--runs", default="runs")
 
-    p = verb("report", verbs.report, "write a report from run records made anywhere")
+    p = verb("report", runs.report, "write a report from run records made anywhere")
     p.add_argument(
         "paths",
         nargs="+",
@@ -220,7 +220,7 @@ def _recipe_verbs(verb: _Verb) -> None:
 
     p = verb(
         "overview",
-        verbs.overview,
+        runs.overview,
         "many reports at a glance: what each technique saved and cost, as Markdown",
     )
     p.add_argument(
@@ -232,7 +232,7 @@ def _recipe_verbs(verb: _Verb) -> None:
 
     p = verb(
         "export",
-        verbs.export,
+        models.export,
         "write a finished run's model as torch.export, ONNX, safetensors or a Hub folder, checked",
     )
     p.add_argument("run", help="the folder of a finished run, runs/RECIPE/ARM/seed0, or its id")
@@ -248,20 +248,20 @@ def _recipe_verbs(verb: _Verb) -> None:
 
 def _model_verbs(verb: _Verb) -> None:
     """What is known of techniques and models without a run."""
-    verb("techniques", verbs.techniques, "list the techniques, own and plugged in")
+    verb("techniques", models.techniques, "list the techniques, own and plugged in")
     p = verb(
-        "explain", verbs.explain, "say what a technique does, saves and costs, and its settings"
+        "explain", models.explain, "say what a technique does, saves and costs, and its settings"
     )
     p.add_argument("technique")
-    verb("schema", verbs.schema, "print the JSON Schema of a recipe")
+    verb("schema", models.schema, "print the JSON Schema of a recipe")
 
     p = verb(
         "inspect",
-        verbs.inspect,
+        models.inspect,
         "show a model's blocks, attention, MLPs, norms and heads, found by structure",
     )
     _model_options(p)
-    p = verb("flops", verbs.flops, "count a model's MACs and FLOPs, by module, with two counters")
+    p = verb("flops", models.flops, "count a model's MACs and FLOPs, by module, with two counters")
     _model_options(p)
     p.add_argument("--techniques", help='JSON list as in a recipe: \'[{"lora": {"rank": 8}}]\'')
     p.add_argument(
@@ -271,7 +271,7 @@ def _model_verbs(verb: _Verb) -> None:
 
     p = verb(
         "probe",
-        verbs_models.probe,
+        models.probe,
         "evaluate a saved model: linear probe, adapters, nearest neighbours, few labels, tuning",
     )
     p.add_argument(
@@ -296,16 +296,14 @@ def _model_verbs(verb: _Verb) -> None:
         help="folder of the new run records, and where an id is looked up (default: runs)",
     )
     p.add_argument("--out", help="folder of the report (default: reports/probe-RECIPE-ARM)")
-    p = verb(
-        "card", verbs_models.card, "say what a saved model was made from, and what all of it cost"
-    )
+    p = verb("card", models.card, "say what a saved model was made from, and what all of it cost")
     p.add_argument("file", help="a weight file of greenvis, a finished run's folder, or its id")
     p.add_argument(
         "--runs", default="runs", help="folder in which ids are looked up (default: runs)"
     )
     p = verb(
         "rank",
-        verbs_bases.rank,
+        planning.rank,
         "rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)",
     )
     p.add_argument(
@@ -340,7 +338,7 @@ def _model_verbs(verb: _Verb) -> None:
 
     p = verb(
         "advise",
-        verbs_bases.advise,
+        planning.advise,
         "advise which way to train a model for new data: short trials, energy, a recipe",
     )
     _model_options(p, "also run:RECIPE/ARM (what an arm left), or its folder")
@@ -394,7 +392,7 @@ def _model_verbs(verb: _Verb) -> None:
 def _record_verbs(verb: _Verb) -> None:
     """Meters and what they recorded."""
     p = verb(
-        "doctor", verbs.doctor, "say where each energy figure comes from on this machine, and why"
+        "doctor", runs.doctor, "say where each energy figure comes from on this machine, and why"
     )
     p.add_argument(
         "--repeat",
@@ -403,7 +401,7 @@ def _record_verbs(verb: _Verb) -> None:
     )
     p = verb(
         "track",
-        verbs.track,
+        runs.track,
         "meter any command and its children: greenvis track -- python train.py",
     )
     p.add_argument("--name", default="command")
@@ -411,7 +409,7 @@ def _record_verbs(verb: _Verb) -> None:
     p.add_argument("--dir", default="runs")
     p.add_argument("command", nargs=argparse.REMAINDER, help="-- and the command")
 
-    p = verb("ls", verbs.ls, "list recorded runs")
+    p = verb("ls", runs.ls, "list recorded runs")
     p.add_argument("paths", nargs="*", default=["runs"])
     p.add_argument(
         "--where", default="", help="only runs in whose name, arm, id or status this occurs"
@@ -422,7 +420,7 @@ def _record_verbs(verb: _Verb) -> None:
         help="column to sort by, - before it for descending: -energy (default: when it began)",
     )
     p.add_argument("--group", help="one row for each value of these columns: name,arm")
-    p = verb("compare", verbs.compare, "compare two runs figure by figure")
+    p = verb("compare", runs.compare, "compare two runs figure by figure")
     p.add_argument(
         "a",
         help="a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it",
@@ -432,7 +430,7 @@ def _record_verbs(verb: _Verb) -> None:
         "--runs", default="runs", help="folder in which ids are looked up (default: runs)"
     )
     p = verb(
-        "diff", verbs.diff, "fail (exit 1) where run B costs more than run A allows: a gate for CI"
+        "diff", runs.diff, "fail (exit 1) where run B costs more than run A allows: a gate for CI"
     )
     p.add_argument(
         "a",
@@ -445,7 +443,7 @@ def _record_verbs(verb: _Verb) -> None:
     p.add_argument(
         "--max-energy", default="+5%", help="the most B's energy may exceed A's (default: +5%%)"
     )
-    p = verb("bench", verbs.bench, "run a side-by-side benchmark")
+    p = verb("bench", runs.bench, "run a side-by-side benchmark")
     p.add_argument("name", nargs="?", help="which; all are listed without it")
     p.add_argument("--out", help="folder to write the benchmark's report to")
     p.add_argument(

@@ -100,7 +100,7 @@ def ancestors(job: Job) -> list[dict[str, Any]]:
     "runs", "observed", "of"}.
 
     role: "base" or "teacher". runs: ids of its records; observed: what they took together
-    (`price.spent` prices it). of: the names of those of its children that are in this family, so
+    (`pricing.spent` prices it). of: the names of those of its children that are in this family, so
     that a family tree can be drawn. Each stands there once, however many build on it.
     Weights that others made are among them, by name, with no runs, and an energy nobody knows.
     """

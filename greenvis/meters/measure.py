@@ -47,7 +47,7 @@ TURN, WARM = (
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     """Return MACs, parameters, latency, throughput and what serving was observed to take
-    (`price.image` prices it).
+    (`pricing.image` prices it).
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
@@ -139,7 +139,7 @@ def compare(
     turn, so that a neighbour's load meets all alike. Each turn begins with fresh memory, which lies
     better or worse by chance, and two batches beforehand that are not counted. Passes are repeated
     until the ratio of energies to the first setting's is steady.
-    "passes": what each observed (`price.settings` prices them).
+    "passes": what each observed (`pricing.settings` prices them).
     """
     rights: dict[str, int] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}

@@ -22,14 +22,14 @@ class Phase:
 
     def __enter__(self) -> Phase:
         t = self._tracker
-        with Whole(t):
+        with DeferSignals(t):
             if t._state == "running":
                 self._path = t._ledger.enter(self._name)
         return self
 
     def __exit__(self, *_: object) -> None:
         t = self._tracker
-        with Whole(t):
+        with DeferSignals(t):
             if t._state == "running":
                 t._ledger.leave(self._path)
 
@@ -51,13 +51,13 @@ class Standstill:
 
     def _say(self, paused: bool) -> None:
         t = self._tracker
-        with Whole(t):
+        with DeferSignals(t):
             if t._state == "running":
                 t._ledger.cut()
                 t._ledger.paused = paused
 
 
-class Whole:
+class DeferSignals:
     """Holds the tracker's lock; a signal that comes meanwhile is acted on when the state is whole
     again."""
 

@@ -128,7 +128,7 @@ def run_energy(run: Run, phase: str | None = None) -> Reading:
 def forecast(
     figures: Mapping[str, Mapping[str, float]], components: Iterable[Mapping[str, Any]]
 ) -> dict[str, float]:
-    """Return {"value", "low", "high"} in joules of quantities foretold as such; the coefficients'
+    """Return {"value", "low", "high"} in joules of quantities predicted as such; the coefficients'
     own band is not in it."""
     listed = list(components)
     bounds = ("value", "low", "high")

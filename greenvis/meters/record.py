@@ -29,7 +29,7 @@ wall clock's Unix time):
     loss fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …);
                later facts replace earlier ones. inference {batch_size, rounds}, operating_points
                [{setting, images, passes, …}], task_observed hold what readings of serving and tasks
-               observed, with from_s and to_s; `price.facts` gives their joules
+               observed, with from_s and to_s; `pricing.facts` gives their joules
     uses       another run this one builds on, or one that such a run does: role, name, runs, of
                (its children by name and seed), observed [{totals, components where they are not
                this record's own}]; never added

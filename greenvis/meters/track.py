@@ -23,12 +23,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.meters import carbon, devices, endings, steps
+from greenvis.meters import carbon, devices, endings, pricing, steps
 from greenvis.meters import header as headers
-from greenvis.meters import pricing as price
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
-from greenvis.meters.phase import Phase, Whole
+from greenvis.meters.phase import DeferSignals, Phase
 from greenvis.meters.record import SCHEMA, SUFFIX, Reading, Writer, replaced
 
 if TYPE_CHECKING:
@@ -163,7 +162,7 @@ class Tracker:
             "run": self.id, "name": self.name, "arm": self.name, "seed": 0, "inputs": self.id,
             "attempt": 1,
             "nested_in": outer, **described, "components": source.components,
-            "pricing": price.MODEL, **self._header,
+            "pricing": pricing.MODEL, **self._header,
         }  # fmt: skip
         if self._codecarbon:
             from greenvis.meters.crosscheck import CrossCheck
@@ -186,7 +185,7 @@ class Tracker:
         nothing."""
         if self._state != "running":
             return
-        with self._whole():
+        with self._defer_signals():
             self._ledger.cut()
             self._flush()
             if (
@@ -267,7 +266,7 @@ class Tracker:
 
     def log(self, **values: Any) -> None:
         """Record values of the training at this moment: epoch, accuracy, loss."""
-        with self._whole():
+        with self._defer_signals():
             if self._state == "running":
                 self._ledger.cut(full=False)
                 self._flush()
@@ -294,19 +293,19 @@ class Tracker:
         """Record that this run builds on others (a teacher, a base), whose energy is shown beside
         it, never added.
 
-        energy_j: what they cost; or observed: the same as observations (`price.observed`), priced
+        energy_j: what they cost; or observed: the same as observations (`pricing.observed`), priced
         when it is read.
         """
         if isinstance(energy_j, Reading):
             energy_j = {k: v for k, v in energy_j._asdict().items() if k != "name"}
         cost = {} if energy_j is None else {"energy_j": dict(energy_j)}
         if "observed" in more and self._state == "running":
-            more["observed"] = price.alike(more["observed"], self.header["components"])
+            more["observed"] = pricing.alike(more["observed"], self.header["components"])
         self._line("uses", {"role": role, "name": name, "runs": list(runs), **cost, **more})
 
     def add(self, phase: str | None = None, **quantities: float) -> None:
         """Add counts (samples, steps, flops) to a phase by its path; None: the current one."""
-        with self._whole():
+        with self._defer_signals():
             if self._state == "running":
                 self._ledger.add(phase, **quantities)
 
@@ -314,12 +313,12 @@ class Tracker:
         """Return the energy of this run so far, in joules, every counter read anew."""
         if self._state == "new":
             return Reading("energy_j", None, reason="the run was not started")
-        return price.joules(self.observed(), self.header["components"])
+        return pricing.joules(self.observed(), self.header["components"])
 
     def observed(self) -> dict[str, float]:
         """Return what was observed in this run so far (CPU-seconds, GB-seconds, a counter's joules,
         …), all read anew."""
-        with self._whole():
+        with self._defer_signals():
             if self._state == "running":
                 self._ledger.cut()
             return {} if self._state == "new" else self._ledger.sums()
@@ -352,11 +351,11 @@ class Tracker:
         """Become inert: a forked child calls it, for the run is its parent's."""
         self._state, self._lock, self._owner = "forked", threading.RLock(), None
 
-    def _whole(self) -> Whole:
-        return Whole(self)
+    def _defer_signals(self) -> DeferSignals:
+        return DeferSignals(self)
 
     def _line(self, kind: str, values: Mapping[str, Any]) -> None:
-        with self._whole():
+        with self._defer_signals():
             if self._state == "running":
                 self._writer.line(kind, values)
 
@@ -368,7 +367,7 @@ class Tracker:
     def _sample(self) -> None:
         copied = False
         while not self._halt.wait(self._interval_s):
-            with self._whole():
+            with self._defer_signals():
                 if self._state != "running":
                     return
                 if not copied:

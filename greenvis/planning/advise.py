@@ -57,7 +57,7 @@ def advise(
     Plans train on a share of the training images and are tested on others of them: the test images
     are not looked at. See
     `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how the whole training is
-    foretold, `choose` for which plan is taken.
+    predicted, `choose` for which plan is taken.
 
     Returns {"rows": [{"plan", "accuracy", "train_energy_j", "serve_energy_j" (of 1,000 images),
     "total_energy_j", "front",
@@ -104,9 +104,9 @@ def advise(
 
 
 def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
-    """Return what is foretold of each plan, in order of total energy, and whether it is on the
+    """Return what is predicted of each plan, in order of total energy, and whether it is on the
     Pareto front."""
-    told = {plan: trials.foretold(plan, serve) for plan in trials.found}
+    told = {plan: trials.predicted(plan, serve) for plan in trials.found}
     points = {
         plan: (its["total_energy_j"]["value"], its["accuracy"]["value"])
         for plan, its in told.items()

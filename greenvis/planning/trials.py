@@ -118,7 +118,7 @@ class Trials:
         assert found is not None
         return found
 
-    def foretold(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
+    def predicted(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
         """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's
         whole training.
 
@@ -143,7 +143,7 @@ class Trials:
     def _ahead(self, images: float) -> list[str]:
         """Return the plans no other beats on predicted accuracy and energy, then those only such
         beat, … until half are."""
-        told = {name: self.foretold(name, images) for name in self.found}
+        told = {name: self.predicted(name, images) for name in self.found}
         left = {
             name: (its["total_energy_j"]["value"], its["accuracy"]["value"])
             for name, its in told.items()

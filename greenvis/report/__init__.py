@@ -114,9 +114,9 @@ def _no_collection() -> Iterator[None]:
 
 def table(found: Mapping[str, Any]) -> Any:
     """Return results as a rich table for a terminal: one row an arm."""
-    from greenvis.report import brief
+    from greenvis.report import terminal
 
-    return brief.table(found)
+    return terminal.table(found)
 
 
 def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] | None:

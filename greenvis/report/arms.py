@@ -11,7 +11,7 @@ from typing import Any
 
 from greenvis.meters import pricing
 from greenvis.meters.record import PROVENANCES, Reading
-from greenvis.report import continual, kept, stats
+from greenvis.report import cached_outputs, continual, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
 from greenvis.report.teachers import teachers
 
@@ -62,7 +62,11 @@ def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Readin
     """Return the CO2e of the attempts that led to a result, each priced with its own grid, or all
     with `grid`."""
     return pricing.add(
-        (attempt_grams(a, a.whole_j if apart else a.making_j, grid) for a in run.chain), "carbon_g"
+        (
+            attempt_grams(a, a.total_energy_j if apart else a.training_energy_j, grid)
+            for a in run.chain
+        ),
+        "carbon_g",
     )
 
 
@@ -136,9 +140,9 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
         else ("partly done" if done else "incomplete"),
         "seeds": sorted(arm.done),
         "attempts": dict(sorted(Counter(a.status for r in arm.runs for a in r.attempts).items())),
-        "train_energy_j": mean_reading([r.making_j for r in done])
-        | {"by_seed": text_keys(per_seed(arm, lambda r: r.making_j.value))},
-        "total_energy_j": mean_reading([r.whole_j for r in done]),
+        "train_energy_j": mean_reading([r.training_energy_j for r in done])
+        | {"by_seed": text_keys(per_seed(arm, lambda r: r.training_energy_j.value))},
+        "total_energy_j": mean_reading([r.total_energy_j for r in done]),
         "carbon_g": mean_reading([grams(r, grid, apart=False) for r in done]),
         "total_carbon_g": mean_reading([grams(r, grid) for r in done]),
         "energy_by_phase_j": _by_stage(done),
@@ -248,11 +252,11 @@ def _spent(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
     shown = [a for r in arm.runs for a in r.attempts]
     older = [a for r in arm.older for a in r.attempts]
     return {
-        "energy_j": sum_reading(a.whole_j for a in shown + older),
-        "carbon_g": sum_reading(attempt_grams(a, a.whole_j, grid) for a in shown + older),
-        "unfinished_energy_j": sum_reading(a.whole_j for a in shown if a.status != "done"),
-        "repeated_energy_j": sum_reading(a.whole_j for a in repeats(arm)),
-        "older_inputs_energy_j": sum_reading(a.whole_j for a in older),
+        "energy_j": sum_reading(a.total_energy_j for a in shown + older),
+        "carbon_g": sum_reading(attempt_grams(a, a.total_energy_j, grid) for a in shown + older),
+        "unfinished_energy_j": sum_reading(a.total_energy_j for a in shown if a.status != "done"),
+        "repeated_energy_j": sum_reading(a.total_energy_j for a in repeats(arm)),
+        "older_inputs_energy_j": sum_reading(a.total_energy_j for a in older),
         "attempts": len(shown) + len(older),
     }
 
@@ -332,7 +336,7 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
                 for s, r in arm.done.items()
                 if r.done and _matrix(r.done.facts.get("task_accuracy"))
             },
-            per_seed(arm, lambda r: r.making_j.value),
+            per_seed(arm, lambda r: r.training_energy_j.value),
         )
         tasks = len(matrices[0])
         same = [m for m in matrices if len(m) == tasks]
@@ -347,7 +351,7 @@ def _extras(arm: Arm, done: list[SeedRun]) -> dict[str, Any]:
         ]
     if last and last[-1].get("techniques"):
         out["techniques"] = last[-1]["techniques"]
-    if outputs := kept.rows(last):
+    if outputs := cached_outputs.rows(last):
         out["kept"] = outputs
     if several := teachers(last):
         out["teachers"] = several
@@ -363,7 +367,7 @@ TIMED: dict[str, Callable[[SeedRun], float | None]] = {
 # by
 # seed
 COMPARED: dict[str, Callable[[SeedRun], float | None]] = {
-    "total_energy": lambda r: r.whole_j.value, "train_flops": train_flops, "wall": wall,
+    "total_energy": lambda r: r.total_energy_j.value, "train_flops": train_flops, "wall": wall,
     "latency_p50": latency_p50,
     **{k: fact(k) for k in PLAIN},
 }  # fmt: skip

@@ -58,7 +58,7 @@ from typing import Any
 from greenvis.core import yamlfile
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import family, forecast, provenance, reuse, settings, versus, words
+from greenvis.report import comparison, family, forecast, formatting, provenance, reuse, settings
 from greenvis.report.arms import Arm
 from greenvis.report.groups import SeedRun
 
@@ -108,12 +108,13 @@ def results(
     table = {a.label: _row(a, metric, grid, users) for a in listed}
     if all(t[metric]["n"] == 0 for t in table.values()) and any(a.done for a in listed):
         _unknown_metric(metric, listed)
-    versus.reach(table, {a.label: a for a in listed}, base, metric)
+    comparison.reach(table, {a.label: a for a in listed}, base, metric)
     for arm in listed:
         table[arm.label]["curve"] = {
-            str(s): [list(p) for p in versus.thin(versus.curve(r))] for s, r in arm.done.items()
+            str(s): [list(p) for p in comparison.thin(comparison.curve(r))]
+            for s, r in arm.done.items()
         }
-        table[arm.label]["sci"] = versus.sci(table[arm.label], last[arm.label])
+        table[arm.label]["sci"] = comparison.sci(table[arm.label], last[arm.label])
     names, stated = sorted({g.name for g in groups}), _stated(listed)
     found = {
         "schema": SCHEMA,
@@ -128,7 +129,7 @@ def results(
         "comparisons": 0,
         "noise_floor": None,
         "served": served,
-        "lower_is_better": versus.lower_is_better(metric),
+        "lower_is_better": comparison.lower_is_better(metric),
         "arms": table,
         "order": _order(listed, base),
         "totals": _totals(listed, grid),
@@ -136,7 +137,7 @@ def results(
         "family": family.family(listed),
         **provenance.describe(listed, grid, notes),
     }
-    versus.compare(found)
+    comparison.compare(found)
     return found
 
 
@@ -263,7 +264,7 @@ def _margin(stated: Mapping[str, Any], metric: str) -> float:
         float(margin)
         if isinstance(margin, (int, float)) and margin >= 0
         else MARGIN
-        if words.share(metric)
+        if formatting.share(metric)
         else 0.0
     )
 
@@ -320,7 +321,7 @@ def _incomplete(listed: list[Arm]) -> list[dict[str, Any]]:
         {
             "arm": arm.label, "seed": run.seed, "attempts": [a.status for a in run.attempts],
             "reason": next((a.reason for a in reversed(run.attempts) if a.reason), ""),
-            "energy_j": arms_.sum_reading(a.whole_j for a in run.attempts),
+            "energy_j": arms_.sum_reading(a.total_energy_j for a in run.attempts),
         }
         for arm in listed for run in arm.all if not run.done
     ]  # fmt: skip

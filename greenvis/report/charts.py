@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import continual, family, figures, stats, verdict, words
+from greenvis.report import continual, family, figures, formatting, stats, verdict
 from greenvis.report.figures import Drawing, short
 
 Results = dict[str, Any]
@@ -52,7 +52,7 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     }
     if not points:
         return None
-    sign, k = (-1 if found["lower_is_better"] else 1), (100 if words.share(metric) else 1)
+    sign, k = (-1 if found["lower_is_better"] else 1), (100 if formatting.share(metric) else 1)
     front = stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()})
     figure, [ax] = figures.canvas()
     looks = _styles(found)
@@ -93,7 +93,8 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     ax.locator_params(axis="x", nbins=5)
     figures.legend_below(figure, ax)
     what = "; ".join(
-        f"{short(a, 40)} {words.gain(metric, points[a][1])} for {words.si(points[a][0], 'J')}"
+        f"{short(a, 40)} {formatting.gain(metric, points[a][1])} for "
+        f"{formatting.si(points[a][0], 'J')}"
         for a in named
     )
     best = ", ".join(short(a, 40) for a in front[:12])
@@ -116,7 +117,7 @@ def gain_vs_energy(found: Results) -> Drawing | None:
 
 
 def _axis(found: Results) -> str:
-    unit = " (%)" if words.share(found["metric"]) else ""
+    unit = " (%)" if formatting.share(found["metric"]) else ""
     return f"{short(found['metric'])}{unit}"
 
 
@@ -127,7 +128,7 @@ def energy_to_gain(found: Results) -> Drawing | None:
     if not there:
         return None
     labels, rest = _most(there)
-    k = 100 if words.share(metric) else 1
+    k = 100 if formatting.share(metric) else 1
     figure, [ax] = figures.canvas()
     looks = _styles(found)
     for a in labels:
@@ -170,9 +171,9 @@ def energy_to_gain(found: Results) -> Drawing | None:
                 if e["not_reached"]
                 else ""
             )
-            when = f"after {words.si(e['mean'], 'J')}{missed}" if e["n"] else "never"
+            when = f"after {formatting.si(e['mean'], 'J')}{missed}" if e["n"] else "never"
             reached.append(f"{short(a, 40)} {when}")
-    level = words.gain(metric, target)
+    level = formatting.gain(metric, target)
     desc = "One line a seed, own training only."
     if reached:
         desc += (
@@ -216,7 +217,7 @@ def by_phase(found: Results) -> Drawing | None:
     parts = "; ".join(
         f"{short(a, 40)} "
         + ", ".join(
-            f"{short(s)} {words.si(arms[a]['energy_by_phase_j'][s], 'J')}"
+            f"{short(s)} {formatting.si(arms[a]['energy_by_phase_j'][s], 'J')}"
             for s in stages
             if s in arms[a]["energy_by_phase_j"]
         )
@@ -268,7 +269,7 @@ def size_and_speed(found: Results) -> Drawing | None:
             ax.text(
                 values[y] + (std[y] / 1e3 if std else 0.0),
                 y,
-                " " + words.si(value(arms[a]), unit),
+                " " + formatting.si(value(arms[a]), unit),
                 va="center",
                 fontsize=9,
             )
@@ -285,7 +286,7 @@ def size_and_speed(found: Results) -> Drawing | None:
     for ax in axes[len(panels) :]:
         ax.set_axis_off()
     desc = "; ".join(
-        f"{short(a, 40)}: " + ", ".join(f"{t} {words.si(f(arms[a]), u)}" for t, u, f in panels)
+        f"{short(a, 40)}: " + ", ".join(f"{t} {formatting.si(f(arms[a]), u)}" for t, u, f in panels)
         for a in labels
     )
     return figures.save(
@@ -369,7 +370,7 @@ def payback(found: Results) -> Drawing | None:
         ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
     said = " ".join(
-        words.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels
+        formatting.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels
     )
     how = (
         "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the "
@@ -457,7 +458,7 @@ def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
     ax.grid(visible=False)
     ax.set_xlabel("task tested")
     ax.set_ylabel("after learning task")
-    last = ", ".join(words.gain("accuracy", v) for v in matrix[-1])
+    last = ", ".join(formatting.gain("accuracy", v) for v in matrix[-1])
     desc = (
         f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was "
         f"learned (row). At the end: {last}."

@@ -6,10 +6,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from greenvis.report import figures, stats, words
+from greenvis.report import figures, formatting, stats
 from greenvis.report.columns import Column
 from greenvis.report.figures import Drawing, short
-from greenvis.report.words import MISSING, si
+from greenvis.report.formatting import MISSING, si
 from greenvis.tasks import continual as cl_metrics
 
 Row = dict[str, Any]
@@ -86,7 +86,7 @@ def _share(key: str, title: str) -> Column:
         return (
             MISSING
             if mean is None
-            else words.fixed(100 * mean) + ("" if std is None else f" ± {100 * std:.1f}")
+            else formatting.fixed(100 * mean) + ("" if std is None else f" ± {100 * std:.1f}")
         )
 
     return Column(f"continual_{key}", f"{title}, %", lambda r: _value(r, key), text)
@@ -118,7 +118,7 @@ def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing
     ax.set_ylabel("accuracy on them (%)")
     ax.set_xticks(range(1, max(len(curves[a]) for a in there) + 1))
     figures.legend_below(figure, ax)
-    ends = ", ".join(f"{short(a, 40)} {words.gain('accuracy', curves[a][-1])}" for a in there)
+    ends = ", ".join(f"{short(a, 40)} {formatting.gain('accuracy', curves[a][-1])}" for a in there)
     desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
     return figures.save(
         figure,

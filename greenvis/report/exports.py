@@ -14,7 +14,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.meters.pricing import JOULES_PER_KWH
-from greenvis.report import figures, reuse, verdict, words
+from greenvis.report import figures, formatting, reuse, verdict
 from greenvis.report.markup import md
 from greenvis.report.results_file import to_json
 
@@ -81,10 +81,10 @@ def model_card(found: dict[str, Any], arm: str) -> str:
     )  # JSON is YAML
     energy, n = row["train_energy_j"], len(row["seeds"])
     joules, band = (
-        words.si(energy["value"], "J"),
-        f"{words.si(energy['low'], 'J')} to {words.si(energy['high'], 'J')}",
+        formatting.si(energy["value"], "J"),
+        f"{formatting.si(energy['low'], 'J')} to {formatting.si(energy['high'], 'J')}",
     )
-    carbon = f"Carbon: {words.si(grams['value'], 'g')} CO₂e."
+    carbon = f"Carbon: {formatting.si(grams['value'], 'g')} CO₂e."
     body = [
         f"# {md(found['name'])}: {md(arm)}",
         md(verdict.sentence(found, arm)),
@@ -228,7 +228,7 @@ def bibtex(found: dict[str, Any]) -> str:
     year = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).year
     key = re.sub(r"[^A-Za-z0-9]+", "-", found["name"]).strip("-")[:40] or "report"
     total = found["totals"]["energy_j"]["value"]
-    spent = f"{words.si(total, 'J')} in all" if total is not None else "energy unknown"
+    spent = f"{formatting.si(total, 'J')} in all" if total is not None else "energy unknown"
     return (
         f"@misc{{greenvis-{key},\n  title = {{{_tex(found['name'])}: energy and accuracy of "
         f"{len(found['order'])} arms}},\n"
@@ -249,7 +249,7 @@ def _tex(text: str) -> str:
 
 def _line(row: dict[str, Any]) -> str:
     """Return what the whole line of a model took, and what of it nobody knows."""
-    line = words.si(row["train_energy_with_reuse_j"]["value"], "J")
+    line = formatting.si(row["train_energy_with_reuse_j"]["value"], "J")
     names = ", ".join(dict.fromkeys(f"{u['role']} {u['name']}" for u in row["uses"]))
     return f"With all it builds on ({names}): {line}.{verdict.not_counted(row)}"
 

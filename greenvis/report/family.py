@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from greenvis.report import figures, words
+from greenvis.report import figures, formatting
 from greenvis.report.arms import Arm
 from greenvis.report.figures import Drawing, short
 from greenvis.report.reuse import use_energy, uses_of
@@ -33,7 +33,7 @@ def family(listed: list[Arm]) -> dict[str, Any] | None:
             uses = uses_of(run).values()
             own = f"{run.name}/{run.arm}"
             if uses:
-                costs[own][run.seed] = run.making_j.value
+                costs[own][run.seed] = run.training_energy_j.value
             for use in uses:
                 name = str(use.get("name"))
                 costs[name].setdefault(repr(use.get("runs")), use_energy(use).value)
@@ -144,7 +144,7 @@ def _generation(name: str, on: Mapping[str, list[str]], below: tuple[str, ...]) 
 
 def _cost(member: Mapping[str, Any]) -> str:
     own, line = (
-        words.si(member[k], "J") if member[k] is not None else "not known"
+        formatting.si(member[k], "J") if member[k] is not None else "not known"
         for k in ("own_j", "line_j")
     )
     return own if member["own_j"] == member["line_j"] else f"{own}, line {line}"

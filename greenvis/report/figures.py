@@ -179,7 +179,7 @@ def unit_axis(axis: Any, unit: str) -> None:
     """Label the ticks of an axis with SI prefixes: "5 kJ"."""
     from matplotlib.ticker import FuncFormatter
 
-    from greenvis.report.words import si
+    from greenvis.report.formatting import si
 
     axis.set_major_formatter(
         FuncFormatter(lambda v, _: re.sub(r"\.0(?= |$)", "", si(v, unit, 2)) if v else "0")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
-from greenvis.report import stats, words
+from greenvis.report import formatting, stats
 
 TRAINING = (
     "train_energy",
@@ -67,7 +67,7 @@ def brief(found: Mapping[str, Any]) -> str:
     """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
     floor = found.get("noise_floor") or {}
     said = [
-        f"{k} ×{words.figures(max(f['ratio'], 1.001), 3)}"
+        f"{k} ×{formatting.figures(max(f['ratio'], 1.001), 3)}"
         for k, f in ((w, floor.get(t)) for w, t in _BRIEF)
         if f
     ]
@@ -79,7 +79,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     kinds = {"training": "training", "serving": "one image"}
     known = {kind: f for kind in kinds if (f := (found.get("noise_floor") or {}).get(kind))}
     said = [
-        f"{kinds[k]} ×{words.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})"
+        f"{kinds[k]} ×{formatting.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})"
         for k, f in known.items()
     ]
     if not said:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput
-from greenvis.meters import pricing as price
-from greenvis.meters import record
+from greenvis.meters import pricing, record
 from greenvis.meters.record import STARTUP, Reading, Run
-from greenvis.report import kept, overlap, schema
+from greenvis.report import cached_outputs, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
 APART = (
@@ -80,12 +79,12 @@ class Attempt:
     inside: bool = False  # another record here already counts all of it
 
     @cached_property
-    def whole_j(self) -> Reading:
+    def total_energy_j(self) -> Reading:
         """The energy of all its stages."""
         return _total(r for c in self.energy.values() for r in c.values())
 
     @cached_property
-    def making_j(self) -> Reading:
+    def training_energy_j(self) -> Reading:
         """The energy of the stages that make the model: all but measurement."""
         return _total(r for s, c in self.energy.items() if s not in APART for r in c.values())
 
@@ -118,15 +117,15 @@ class SeedRun:
         return self.attempts[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1] + 1] if ends else []
 
     @cached_property
-    def making_j(self) -> Reading:
+    def training_energy_j(self) -> Reading:
         """The energy that led to the result, but for measurement: set-up, train, teacher, eval,
         …"""
-        return price.add(a.making_j for a in self.chain)
+        return pricing.add(a.training_energy_j for a in self.chain)
 
     @cached_property
-    def whole_j(self) -> Reading:
+    def total_energy_j(self) -> Reading:
         """The energy that led to the result, measurement included."""
-        return price.add(a.whole_j for a in self.chain)
+        return pricing.add(a.total_energy_j for a in self.chain)
 
     @property
     def newest_s(self) -> float:
@@ -137,7 +136,9 @@ class SeedRun:
 def _total(readings: Iterable[Reading]) -> Reading:
     listed = list(readings)
     return (
-        price.add(listed) if listed else Reading("energy_j", None, reason="no sample was recorded")
+        pricing.add(listed)
+        if listed
+        else Reading("energy_j", None, reason="no sample was recorded")
     )
 
 
@@ -165,7 +166,7 @@ def load(
         try:
             run = record.read(path)
             notes += schema.check(run)
-            part = _boil(run, metric)
+            part = summarize(run, metric)
         except BadInput as error:
             if asked:
                 raise
@@ -233,7 +234,7 @@ def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path
             yield from ((p, p == Path(given)) for p in record.find([given]))
 
 
-def _boil(run: Run, metric: str) -> Part:
+def summarize(run: Run, metric: str) -> Part:
     stages: dict[str, dict[str, float]] = {}
     timed: dict[str, float] = {}
     for phase, totals in run.totals.items():
@@ -285,7 +286,8 @@ def _weights(run: Run) -> dict[str, float]:
     components = run.header.get("components") or []
     quantities = {q for totals in run.totals.values() for q in totals}
     priced = {
-        q: price.add(price.energy({q: 1.0}, components).values()).value for q in sorted(quantities)
+        q: pricing.add(pricing.energy({q: 1.0}, components).values()).value
+        for q in sorted(quantities)
     }
     return {q: w for q, w in priced.items() if w is not None}
 
@@ -298,7 +300,7 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
     for its, pieces in overlap.pieces(list(known)).items():
         part = known[its]
         run, before = part.run, _making(part.run)
-        seen[id(part)] = _total(r for c in price.phases(run).values() for r in c.values())
+        seen[id(part)] = _total(r for c in pricing.phases(run).values() for r in c.values())
         header, shared, own = overlap.divided(run, pieces, run.header)
         run.header, run.totals, part.own = header, _by_stage(shared), _by_stage(own)
         after = _making(run)
@@ -316,7 +318,9 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
 
 def _making(run: Run) -> float:
     return (
-        _total(r for s, c in price.phases(run).items() if s not in APART for r in c.values()).value
+        _total(
+            r for s, c in pricing.phases(run).items() if s not in APART for r in c.values()
+        ).value
         or 0.0
     )
 
@@ -348,7 +352,7 @@ def _group(parts: list[Part]) -> list[SeedRun]:
         key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
         groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
     for attempt in (a for g in groups.values() for a in g.attempts):
-        whole = attempt.whole_j.value
+        whole = attempt.total_energy_j.value
         if attempt.header.get("nested_in") in by_run and not all(
             map(overlap.span, (p.run for p in by_run[attempt.id]))
         ):
@@ -368,17 +372,18 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
     first = parts[0]
     h = first.run.header
     runs = [p.run for p in parts]
-    merged = price.merge(runs)
-    charged = price.charged(runs)
+    merged = pricing.merge(runs)
+    charged = pricing.charged(runs)
     every = [
         reading
         for part, components in zip(parts, charged, strict=True)
         for totals in (part.run.totals if part.own is None else part.own).values()
-        for reading in price.energy(totals, components).values()
+        for reading in pricing.energy(totals, components).values()
     ]
     timed = [
         _scaled(
-            price.add(price.energy(part.inference[1], components).values()), 1 / part.inference[0]
+            pricing.add(pricing.energy(part.inference[1], components).values()),
+            1 / part.inference[0],
         )
         for part, components in zip(parts, charged, strict=True)
         if part.inference
@@ -393,13 +398,15 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
         _start(h),
         status,
         h,
-        kept.merged([price.facts(r) for r in runs]) if len(parts) > 1 else price.facts(first.run),
-        price.uses(first.run),
+        cached_outputs.merged([pricing.facts(r) for r in runs])
+        if len(parts) > 1
+        else pricing.facts(first.run),
+        pricing.uses(first.run),
         list(dict.fromkeys(n for p in parts for n in p.notes)),
         {s: t for s, t in merged.totals.items() if s != STARTUP},
         {s: c for s, c in merged.energy.items() if s != STARTUP},
         _share(first, parts, merged),
-        price.add(timed) if timed else None,
+        pricing.add(timed) if timed else None,
         merged.missing_ranks,
         sum(p.damaged_lines for p in parts),
         next((p.reason for p in parts if p.status == status), ""),
@@ -409,15 +416,15 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
     )
 
 
-def _share(first: Part, parts: list[Part], merged: price.Merged) -> list[tuple[float, float]]:
+def _share(first: Part, parts: list[Part], merged: pricing.Merged) -> list[tuple[float, float]]:
     """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in
     step)."""
     if len(parts) == 1 or not first.curve:
         return first.curve
-    alone = price.add(
-        r for s, c in price.phases(first.run).items() if s not in APART for r in c.values()
+    alone = pricing.add(
+        r for s, c in pricing.phases(first.run).items() if s not in APART for r in c.values()
     ).value
-    whole = price.add(
+    whole = pricing.add(
         r for s, c in merged.energy.items() if s not in APART for r in c.values()
     ).value
     return [(j * whole / alone, y) for j, y in first.curve] if alone and whole else first.curve

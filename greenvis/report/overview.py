@@ -12,7 +12,7 @@ from typing import Any
 from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput
 from greenvis.report import floor, markup, reuse, stored, verdict
-from greenvis.report.words import MISSING, factor, factor_band, interval, points, shown
+from greenvis.report.formatting import MISSING, factor, factor_band, interval, points, shown
 
 HEAD = (
     "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher "

@@ -16,11 +16,11 @@ from greenvis.report import (
     exports,
     figures,
     floor,
-    honesty,
+    formatting,
+    methodology,
     settings,
     tables,
     verdict,
-    words,
 )
 from greenvis.report.figures import Drawing
 from greenvis.report.folder import publish
@@ -90,12 +90,12 @@ def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
             "note": settings.note(switched),
         },
         "drawings": drawings,
-        "honesty": honesty.sections(found),
+        "methodology": methodology.sections(found),
         "noise_floor": floor.sentence(found),
         "assumed_grid": any(
             g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)
         ),
-        "words": words,
+        "formatting": formatting,
         "exports": exports.NAMES,
         "css": (TEMPLATES / "style.css").read_text(encoding="utf-8"),
     }
@@ -113,9 +113,9 @@ def _paybacks(found: dict[str, Any]) -> list[str]:
         if not vs:
             continue
         p, base = vs["payback"], str(found["baseline"])
-        text = words.payback(p["own"] if p else None, a, base)
+        text = formatting.payback(p["own"] if p else None, a, base)
         if p and p["own"]["verdict"] != "not shown" and (charged := verdict.builds_on(found, a)):
-            whole = words.payback(p["with_reuse"], a, base)
+            whole = formatting.payback(p["with_reuse"], a, base)
             also = f" Charging {charged} as well"
             text += f"{also} changes nothing in this." if whole == text else f"{also}: {whole}"
         out.append(text)

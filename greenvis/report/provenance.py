@@ -119,7 +119,7 @@ def _crosscheck(listed: list[Arm]) -> list[dict[str, Any]]:
         for seed, run in sorted(arm.done.items()):
             fact = run.done.facts.get("codecarbon") if run.done else None
             if isinstance(fact, (Mapping, int, float)) and run.done:
-                own = run.done.whole_j
+                own = run.done.total_energy_j
                 fact = dict(fact) if isinstance(fact, Mapping) else {"energy_j": fact}
                 value = fact.get("energy_j")
                 rows.append(

@@ -57,7 +57,7 @@ def unknown(row: Mapping[str, Any]) -> list[str]:
 def with_reuse(run: SeedRun) -> Reading:
     """Return the energy of the whole line: that of the run and of all it builds on, as far as it is
     known."""
-    made = run.making_j
+    made = run.training_energy_j
     return (
         made if made.value is None else pricing.add([made, *map(use_energy, uses_of(run).values())])
     )

@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from greenvis.report import stats, words
+from greenvis.report import formatting, stats
 from greenvis.report.arms import Arm
-from greenvis.report.words import MISSING, si
+from greenvis.report.formatting import MISSING, si
 
 FIRST = "never"  # the setting that changes nothing, to which the others are compared
 HEAD = (
@@ -64,7 +64,7 @@ def table(found: Mapping[str, Any]) -> list[list[str]]:
         for s in found["arms"][arm].get("operating_points", ()):
             joules = s["inference_energy_j"]
             rows.append([
-                arm, s["setting"], words.spread("accuracy", s["accuracy"]),
+                arm, s["setting"], formatting.spread("accuracy", s["accuracy"]),
                 si(None if joules is None else joules * 1000, "J"),
                 _give_or_take(s["energy_ratio"], s["energy_spread"]),
                 si(s["macs"]), _times(s["macs_ratio"]), _times(s["realised"]),

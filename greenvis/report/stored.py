@@ -12,7 +12,7 @@ from typing import Any
 from greenvis.core import files
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters import record
-from greenvis.report import archive, build, shape, versus
+from greenvis.report import archive, build, comparison, shape
 
 NAME = "results.json"
 MOST_BYTES = 256 * 2**20
@@ -97,5 +97,5 @@ def again(
     found |= {key: value for key, value in changed.items() if value is not None}
     if baseline is not None:
         found["order"] = [baseline, *(a for a in found["order"] if a != baseline)]
-    versus.compare(found)
+    comparison.compare(found)
     return found

@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import reuse, words
+from greenvis.report import formatting, reuse
 from greenvis.report.columns import Column, Row
-from greenvis.report.words import MISSING, si
+from greenvis.report.formatting import MISSING, si
 
 MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
@@ -33,7 +33,7 @@ def costs(found: dict[str, Any]) -> list[Column]:
             metric,
             metric.capitalize(),
             lambda r: r[metric]["mean"],
-            lambda r: words.spread(metric, r[metric]),
+            lambda r: formatting.spread(metric, r[metric]),
             lambda r: _seeds(r),
             lambda r: "measured" if r[metric]["n"] else None,
         ),
@@ -41,9 +41,9 @@ def costs(found: dict[str, Any]) -> list[Column]:
             "vs_metric",
             f"{metric.capitalize()} vs baseline",
             lambda r: _vs(r, metric, "mean"),
-            lambda r: words.points(metric, _vs(r, metric, "mean")),
+            lambda r: formatting.points(metric, _vs(r, metric, "mean")),
             lambda r: _decided(r, metric),
-            shown=lambda r: bool(r["vs_baseline"]) and words.shown(r["vs_baseline"][metric]),
+            shown=lambda r: bool(r["vs_baseline"]) and formatting.shown(r["vs_baseline"][metric]),
         ),
         *(line if reused else ()),
         _reading("train_energy_j", own, "J"),
@@ -62,7 +62,7 @@ def costs(found: dict[str, Any]) -> list[Column]:
             lambda r: _reused(r),
             lambda r: r["base_reuse"]["whole_j"]["provenance"] if r["base_reuse"] else None,
         ),
-        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: words.duration(r["wall_s"])),
+        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: formatting.duration(r["wall_s"])),
     ]
 
 
@@ -120,7 +120,7 @@ def cycle(found: dict[str, Any]) -> list[Column]:
             "inference_energy_j",
             "One image",
             lambda r: r["inference_energy_j"]["value"],
-            lambda r: words.reading(r["inference_energy_j"], "J"),
+            lambda r: formatting.reading(r["inference_energy_j"], "J"),
             lambda r: _band(r["inference_energy_j"], "J"),
             lambda r: r["inference_energy_j"]["provenance"],
         ),
@@ -203,7 +203,7 @@ def _reading(
         key,
         title,
         lambda r: r[key]["value"],
-        lambda r: words.reading(r[key], unit) + (" + not known" if lacks(r) else ""),
+        lambda r: formatting.reading(r[key], unit) + (" + not known" if lacks(r) else ""),
         lambda r: _band(r[key], unit),
         badge or (lambda r: r[key]["provenance"]),
     )
@@ -215,9 +215,9 @@ def _ratio(key: str, title: str) -> Column:
         f"vs_{key}",
         title,
         lambda r: _vs(r, key, "ratio"),
-        lambda r: words.factor(r["vs_baseline"][key]) if r["vs_baseline"] else MISSING,
+        lambda r: formatting.factor(r["vs_baseline"][key]) if r["vs_baseline"] else MISSING,
         lambda r: _interval(r["vs_baseline"][key]) if r["vs_baseline"] else "",
-        shown=lambda r: bool(r["vs_baseline"]) and words.shown(r["vs_baseline"][key]),
+        shown=lambda r: bool(r["vs_baseline"]) and formatting.shown(r["vs_baseline"][key]),
     )
 
 
@@ -261,7 +261,7 @@ def _interval(r: Row | None) -> str:
         return "no seed in common: not comparable by pairs"
     if r["low"] is None:
         return "one seed: no interval"
-    return words.factor_band(r) + ("" if words.shown(r) else ", no difference shown")
+    return formatting.factor_band(r) + ("" if formatting.shown(r) else ", no difference shown")
 
 
 def _decided(row: Row, metric: str) -> str:
@@ -269,7 +269,9 @@ def _decided(row: Row, metric: str) -> str:
     if not row["vs_baseline"]:
         return ""
     d = row["vs_baseline"][metric]
-    return ": ".join(x for x in (words.interval(metric, d) if d else "", words.decided(d)) if x)
+    return ": ".join(
+        x for x in (formatting.interval(metric, d) if d else "", formatting.decided(d)) if x
+    )
 
 
 def _builds_on(row: Row) -> str:
@@ -320,4 +322,4 @@ def _ms(row: Row, key: str) -> float | None:
 
 
 def _small(value: float | None) -> str:
-    return MISSING if value is None else words.figures(value, 2)
+    return MISSING if value is None else formatting.figures(value, 2)

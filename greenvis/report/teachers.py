@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from greenvis.report import words
+from greenvis.report import formatting
 
 MEASURES = ("disagreement", "kl", "cosine")
 
@@ -86,4 +86,4 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def _span(ends: list[float] | None) -> str:
-    return words.MISSING if ends is None else " → ".join(words.fixed(v, 2) for v in ends)
+    return formatting.MISSING if ends is None else " → ".join(formatting.fixed(v, 2) for v in ends)

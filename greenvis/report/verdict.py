@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from greenvis.report import continual, reuse, words
+from greenvis.report import continual, formatting, reuse
 
 
 def headline(found: dict[str, Any]) -> str:
@@ -51,7 +51,7 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     better = [
         a
         for a in rivals
-        if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and words.shown(d)
+        if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and formatting.shown(d)
     ]
     lacking = f"No arm is shown to cost less than {base} and keep its {metric}. "
     if better or cheap:
@@ -69,7 +69,7 @@ def cost(found: dict[str, Any], label: str) -> str:
 
 def _cheaper(r: dict[str, Any] | None) -> bool:
     """Whether the interval shows less energy than the baseline's."""
-    return bool(r) and r["ratio"] < 1 and words.shown(r)
+    return bool(r) and r["ratio"] < 1 and formatting.shown(r)
 
 
 def keeps(found: dict[str, Any], label: str) -> bool:
@@ -91,14 +91,14 @@ def sentence(found: dict[str, Any], label: str) -> str:
         )
         return (
             f"{label} has no finished run ({tried}); "
-            f"{words.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
+            f"{formatting.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
         )
     scored = row[metric]["mean"] is not None
     bound = (
         ", trained on all tasks at once as no stream allows," if continual.all_at_once(row) else ""
     )
     reached = (
-        f"{label}{bound} reached {words.spread(metric, row[metric])}"
+        f"{label}{bound} reached {formatting.spread(metric, row[metric])}"
         if scored
         else f"{label} (no {metric} recorded)"
     )
@@ -126,7 +126,7 @@ def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
     """Return the sentence on an arm that is compared with none, or by one seed: joules, and no
     ratio."""
     line = row["train_energy_with_reuse_j"]["value"]
-    joules = words.reading(row["train_energy_with_reuse_j"], "J") if line is not None else ""
+    joules = formatting.reading(row["train_energy_with_reuse_j"], "J") if line is not None else ""
     what = (
         "energy, with all it builds on"
         if line != row["train_energy_j"]["value"]
@@ -148,15 +148,15 @@ def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
     r = vs[key]
     if not r or r["low"] is None:
         return f"an unknown share of the {what} of {base}"
-    text = f"{words.times(r, what)} {'than' if words.shown(r) else 'to'} {base}"
+    text = f"{formatting.times(r, what)} {'than' if formatting.shown(r) else 'to'} {base}"
     if r["low"] == r["high"] == 1:
-        text = f"{words.times(r, what)} as {base}"
+        text = f"{formatting.times(r, what)} as {base}"
     own = vs["train_energy"]
     charged = builds_on(found, label)
     if key != "train_energy_with_reuse" or not charged:
         return text
     share = (
-        f"; own training {words.factor(own)}, {words.factor_band(own).removeprefix('×')}"
+        f"; own training {formatting.factor(own)}, {formatting.factor_band(own).removeprefix('×')}"
         if own and own["low"]
         else ""
     )
@@ -168,18 +168,20 @@ def _gain(found: dict[str, Any], label: str) -> str:
     d = found["arms"][label]["vs_baseline"][metric]
     if not d:
         return f"no {metric} to compare"
-    band = words.interval(metric, d)
-    text = f"{metric} {words.points(metric, d['mean'])}" + (
+    band = formatting.interval(metric, d)
+    text = f"{metric} {formatting.points(metric, d['mean'])}" + (
         f" (95\u00a0% interval {band})" if band else ""
     )
-    return f"{text}: {words.decided(d, margin(found))}"
+    return f"{text}: {formatting.decided(d, margin(found))}"
 
 
 def margin(found: dict[str, Any]) -> str:
     """Return how much may be lost, in words: "0.5 points"."""
     metric = found["metric"]
     unit = (
-        ("point" if found["margin"] == 1 else "points") if words.share(metric) else f"of {metric}"
+        ("point" if found["margin"] == 1 else "points")
+        if formatting.share(metric)
+        else f"of {metric}"
     )
     return f"{found['margin']:g} {unit}"
 

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from greenvis import errors
-from greenvis.cli import terminal
+from greenvis.cli import output
 from greenvis.cli.main import main
 from greenvis.planning import candidates
 from greenvis.report import exports, results
@@ -329,8 +329,8 @@ def test_names_in_markdown_are_text(text: str) -> None:
 def test_a_terminal_gets_no_control_character() -> None:
     for shown in (
         errors.one_line(HOSTILE),
-        terminal.message(HOSTILE),
-        terminal.json_text({HOSTILE: HOSTILE, "\udcff": "\x85"}),
+        output.message(HOSTILE),
+        output.json_text({HOSTILE: HOSTILE, "\udcff": "\x85"}),
     ):
         safe_lines(shown)
-    assert json.loads(terminal.json_text({HOSTILE: [HOSTILE]}, indent=2)) == {HOSTILE: [HOSTILE]}
+    assert json.loads(output.json_text({HOSTILE: [HOSTILE]}, indent=2)) == {HOSTILE: [HOSTILE]}

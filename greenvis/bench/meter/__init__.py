@@ -11,7 +11,7 @@ from typing import Any
 
 from greenvis.bench.meter import scenes
 from greenvis.core import files
-from greenvis.meters import pricing as price
+from greenvis.meters import pricing
 from greenvis.meters.header import cpu
 
 SCENES = (
@@ -46,7 +46,7 @@ def _machine() -> dict[str, Any]:
     return {
         "cpu": cpu(),
         **{name: version(name) for name in ("greenvis", "codecarbon", "torch", "fvcore")},
-        "pricing": price.MODEL,
+        "pricing": pricing.MODEL,
     }
 
 

@@ -1,18 +1,60 @@
-"""What the commands about pretrained bases call, and how their answers are shown. See
-`greenvis.cli.verbs`."""
+"""Commands that predict before energy is spent: `plan`, `rank`, `advise`.
+
+Each returns what `--json` prints and a function that shows it.
+"""
 
 from __future__ import annotations
 
 import shlex
 from typing import Any
 
-from greenvis.cli.terminal import Answer, options, print_rows, teller, write
+from greenvis.cli.output import Answer, options, print_rows, teller, write
+
+
+def plan(args: Any) -> Answer:
+    """Predict what a recipe, or each of a sweep, will cost."""
+    from greenvis.experiment import sweep
+
+    recipes = sweep.load(args.recipe, args.set)  # what is wrong is said before torch is imported
+    from greenvis.planning.plan import plan, total
+
+    options: dict[str, Any] = {"runs": args.runs, "trust": args.trust, "say": teller(args)}
+    arms = {}
+    for recipe, _ in recipes:
+        arms |= plan(recipe, **options)["arms"]
+    found = {"arms": arms, "total": total(arms)}
+
+    def show() -> None:
+        from greenvis.report.formatting import duration, si
+
+        forms = {
+            "energy": ("energy_j", lambda v: si(v, "J")),
+            "CO₂e": ("carbon_g", lambda v: si(v, "g")),
+            "time": ("wall_s", duration),
+            "FLOPs": ("flops", si),
+        }
+        rows = []
+        for name, arm in [*found["arms"].items(), ("total", found["total"])]:
+            figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
+            band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
+            rows.append(
+                {
+                    "arm": name,
+                    "runs": arm.get("runs", ""),
+                    "done": arm.get("done", ""),
+                    **figures,
+                    "energy between": band,
+                }
+            )
+        print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
+
+    return found, show
 
 
 def rank(args: Any) -> Answer:
     """Rank candidate bases for new data, without training."""
     from greenvis.planning.rank import METHODS, rank
-    from greenvis.report.words import si
+    from greenvis.report.formatting import si
 
     found = rank(
         args.bases,
@@ -88,7 +130,7 @@ def advise(args: Any) -> Answer:
 
 def _show_advice(found: dict[str, Any]) -> None:
     from greenvis.planning.plan import BUSY_BAND
-    from greenvis.report.words import count, gain, si
+    from greenvis.report.formatting import count, gain, si
 
     served, images = count(found["serve"]), count(found["images"])
     rows = []

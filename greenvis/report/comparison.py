@@ -8,7 +8,7 @@ from typing import Any
 
 from greenvis.meters import pricing
 from greenvis.report import arms as arms_
-from greenvis.report import floor, stats, words
+from greenvis.report import floor, formatting, stats
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
 
@@ -53,7 +53,7 @@ def compare(found: dict[str, Any]) -> None:
 def allowed(found: dict[str, Any]) -> float:
     """Return how much of the metric may be lost, in its own unit: `margin` is in points for a share
     of 1."""
-    return found["margin"] / 100 if words.share(found["metric"]) else found["margin"]
+    return found["margin"] / 100 if formatting.share(found["metric"]) else found["margin"]
 
 
 def _by_seed(row: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
@@ -78,7 +78,7 @@ def _payback(
         means = [stats.summary(x)["mean"] for x in (make, make_b, infer, infer_b)]
         if any(m is None for m in means):
             return None
-        if not words.shown(use):
+        if not formatting.shown(use):
             out[key] = {
                 "verdict": "not shown",
                 "images": None,
@@ -136,7 +136,7 @@ def curve(run: SeedRun) -> list[tuple[float, float]]:
     points, before = [], 0.0
     for attempt in run.chain:
         points += [(before + j, y) for j, y in attempt.curve]
-        before += attempt.making_j.value or 0.0
+        before += attempt.training_energy_j.value or 0.0
     return points
 
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.errors import one_line
-from greenvis.report import figures, floor, tables, words
-from greenvis.report.words import MISSING, si
+from greenvis.report import figures, floor, formatting, tables
+from greenvis.report.formatting import MISSING, si
 
 HEADS = {
     "train_energy_j": "Energy",
@@ -89,7 +89,7 @@ def _listed(row: Mapping[str, Any]) -> dict[str, str]:
         "accuracy": _number("accuracy", row["accuracy"]),
         "energy": si(row["energy_j"], "J"),
         "CO₂e": si(row["carbon_g"], "g"),
-        "time": words.duration(row["wall_s"]),
+        "time": formatting.duration(row["wall_s"]),
     }
 
 
@@ -106,9 +106,9 @@ def _compared(row: Mapping[str, Any]) -> dict[str, str]:
 
 def _change(quantity: str, a: float | None, b: float | None, percent: float | None) -> str:
     """Return a change in per cent, that of a share of 1 in points."""
-    if words.share(quantity):
-        return MISSING if a is None or b is None else words.points(quantity, b - a)
-    return MISSING if percent is None else f"{words.fixed(percent, sign=True)} %"
+    if formatting.share(quantity):
+        return MISSING if a is None or b is None else formatting.points(quantity, b - a)
+    return MISSING if percent is None else f"{formatting.fixed(percent, sign=True)} %"
 
 
 def _gated(row: Mapping[str, Any]) -> dict[str, str]:
@@ -118,8 +118,8 @@ def _gated(row: Mapping[str, Any]) -> dict[str, str]:
         "b": si(row["b_j"], "J"),
         "change": MISSING
         if row["ratio"] is None
-        else f"{words.fixed((row['ratio'] - 1) * 100, sign=True)} %",
-        "limit": f"{words.fixed((row['limit'] - 1) * 100, sign=True)} %",
+        else f"{formatting.fixed((row['ratio'] - 1) * 100, sign=True)} %",
+        "limit": f"{formatting.fixed((row['limit'] - 1) * 100, sign=True)} %",
         "ok": "yes" if row["ok"] else "NO",
         "why": figures.clean(row["why"]),
     }
@@ -136,8 +136,8 @@ def _number(quantity: str, value: Any) -> str:
     """Return a figure with the unit its name ends in."""
     if not isinstance(value, (int, float)):
         return MISSING
-    if words.share(quantity):
-        return words.gain(quantity, value)
+    if formatting.share(quantity):
+        return formatting.gain(quantity, value)
     if quantity.endswith("_ms"):
         return si(value / 1e3, "s")
     if quantity.endswith("_mb"):

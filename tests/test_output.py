@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from greenvis.cli.terminal import MOST_COLUMNS, print_rows
+from greenvis.cli.output import MOST_COLUMNS, print_rows
 
 ROWS = [{f"images_per_second_{i}": 1234.5 + i for i in range(9)}]
 

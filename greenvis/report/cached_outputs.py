@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from greenvis.report.words import si
+from greenvis.report.formatting import si
 
 COUNTS = ("misses", "hits", "earlier", "bytes")
 

@@ -7,8 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from greenvis.report import kept, teachers, verdict, words
-from greenvis.report.words import si
+from greenvis.report import cached_outputs, formatting, teachers, verdict
+from greenvis.report.formatting import si
 
 Section = dict[str, Any]  # {"title", "items": [text], "table": None | {"head", "rows"}}
 
@@ -23,7 +23,7 @@ def sections(found: dict[str, Any]) -> list[Section]:
         _section("Runs", _runs(found)),
         _section("Cross-check and disturbance", _checks(found)),
         _predicted(found),
-        kept.section(found),
+        cached_outputs.section(found),
         teachers.section(found),
         _section("Notes of the runs", found["notes"][:50]),
         _section("Environment and data", _environment(found)),
@@ -163,7 +163,7 @@ def _sources(found: dict[str, Any]) -> dict[str, Any]:
             f"{k['central']:g}{unit} "
             f"({k.get('low', k['central']):g}–{k.get('high', k['central']):g})"
             if "central" in k
-            else words.MISSING
+            else formatting.MISSING
         )
         why = "; ".join(str(x) for x in (s.get("reason"), s.get("citation")) if x)
         provenance = (s.get("provenance") if "central" in k else None) or "not observed"
@@ -171,7 +171,7 @@ def _sources(found: dict[str, Any]) -> dict[str, Any]:
             [
                 s.get("name") or "?",
                 s.get("source") or "none",
-                s.get("scope") or words.MISSING,
+                s.get("scope") or formatting.MISSING,
                 band,
                 provenance,
                 why,
@@ -294,7 +294,7 @@ def _runs(found: dict[str, Any]) -> list[str]:
         )
     if found.get("paused_s"):
         out.append(
-            f"Processes stood still for {words.duration(found['paused_s'])} (stopped or "
+            f"Processes stood still for {formatting.duration(found['paused_s'])} (stopped or "
             "suspended): what the machine and their "
             "memory drew meanwhile is in the records, but not charged to the runs."
         )
@@ -311,16 +311,16 @@ def _spent(totals: dict[str, Any]) -> str:
     if e is None:
         return "energy unknown"
     return (
-        f"{words.reading(totals['energy_j'], 'J')} ({words.figures(e / 3600, 2)} Wh)"
-        + (f", {words.reading(totals['carbon_g'], 'g')} CO₂e" if g is not None else "")
-        + f"; {words.lamp(e)} (10 W × time)"
+        f"{formatting.reading(totals['energy_j'], 'J')} ({formatting.figures(e / 3600, 2)} Wh)"
+        + (f", {formatting.reading(totals['carbon_g'], 'g')} CO₂e" if g is not None else "")
+        + f"; {formatting.lamp(e)} (10 W × time)"
     )
 
 
 def _checks(found: dict[str, Any]) -> list[str]:
     out = _codecarbon([c for c in found["crosscheck"] if c["ratio"] is not None])
     if found["steal_s"] is not None and found["cpu_s"]:
-        stolen, used = words.duration(found["steal_s"]), words.duration(found["cpu_s"])
+        stolen, used = formatting.duration(found["steal_s"]), formatting.duration(found["cpu_s"])
         out.append(
             f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time."
         )
@@ -336,8 +336,8 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
     unknown = sum(c["within_band"] is None for c in checks)
     where = f"{len(outside)} of them OUTSIDE our band" if outside else "all within our band"
     out = [
-        f"codecarbon ran beside {len(checks)} run(s) and read {words.figures(min(ratios))} to "
-        f"{words.figures(max(ratios))} "
+        f"codecarbon ran beside {len(checks)} run(s) and read {formatting.figures(min(ratios))} to "
+        f"{formatting.figures(max(ratios))} "
         f"times our energy, {where if not unknown else where + f' ({unknown} without)'}. Without a "
         "live counter it, too, "
         "multiplies CPU time by watts, by default the same 4 W: this checks the observation and "
@@ -346,7 +346,7 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
     out += [
         f"codecarbon on {c['arm']}, seed {c['seed']}: {si(c['energy_j'], 'J')} against our "
         f"{si(c['own_j'], 'J')} "
-        f"({words.figures(c['ratio'])} times), OUTSIDE our band."
+        f"({formatting.figures(c['ratio'])} times), OUTSIDE our band."
         for c in outside[:20]
     ]
     return out + ([f"… and {len(outside) - 20} more outside."] if len(outside) > 20 else [])
@@ -393,7 +393,7 @@ def _predicted(found: dict[str, Any]) -> Section:
         if p:
             cells = [
                 (p.get("energy_j"), _joules),
-                (p.get("wall_s"), words.duration),
+                (p.get("wall_s"), formatting.duration),
                 (p.get("flops"), si),
             ]
             rows.append([a, *(_forecast(f, form) for f, form in cells)])
@@ -422,8 +422,8 @@ def _joules(value: float) -> str:
 
 def _forecast(f: dict[str, Any] | None, form: Callable[[float], str]) -> str:
     if not f:
-        return words.MISSING
-    ratio = "" if f["ratio"] is None else f", ×{words.figures(f['ratio'])}"
+        return formatting.MISSING
+    ratio = "" if f["ratio"] is None else f", ×{formatting.figures(f['ratio'])}"
     inside = "inside the band" if f["inside"] else "OUTSIDE the band"
     return (
         f"{form(f['value'])} ({form(f['low'])} to {form(f['high'])}) → {form(f['actual'])}{ratio}, "

@@ -1,25 +1,24 @@
-"""What each command calls, and how its answer is shown. Each returns (what --json prints, a
-function that shows it)."""
+"""Commands that make records and read them: `run`, `report`, `overview`, `track`, `doctor`, `ls`,
+`compare`, `diff`, `bench`.
+
+Each returns what `--json` prints and a function that shows it, or an exit code.
+"""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.cli.terminal import (
+from greenvis.cli.output import (
     Answer,
     console,
     json_text,
-    left_by,
     message,
-    options,
     print_rows,
     reported,
     teller,
-    write,
     write_block,
 )
 from greenvis.errors import BadInput, GreenvisError, nearest, one_line
@@ -81,46 +80,6 @@ def run(args: Any) -> Answer | int:
     return reported(page)
 
 
-def plan(args: Any) -> Answer:
-    """Predict what a recipe, or each of a sweep, will cost."""
-    from greenvis.experiment import sweep
-
-    recipes = sweep.load(args.recipe, args.set)  # what is wrong is said before torch is imported
-    from greenvis.planning.plan import plan, total
-
-    options: dict[str, Any] = {"runs": args.runs, "trust": args.trust, "say": teller(args)}
-    arms = {}
-    for recipe, _ in recipes:
-        arms |= plan(recipe, **options)["arms"]
-    found = {"arms": arms, "total": total(arms)}
-
-    def show() -> None:
-        from greenvis.report.words import duration, si
-
-        forms = {
-            "energy": ("energy_j", lambda v: si(v, "J")),
-            "CO₂e": ("carbon_g", lambda v: si(v, "g")),
-            "time": ("wall_s", duration),
-            "FLOPs": ("flops", si),
-        }
-        rows = []
-        for name, arm in [*found["arms"].items(), ("total", found["total"])]:
-            figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
-            band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
-            rows.append(
-                {
-                    "arm": name,
-                    "runs": arm.get("runs", ""),
-                    "done": arm.get("done", ""),
-                    **figures,
-                    "energy between": band,
-                }
-            )
-        print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
-
-    return found, show
-
-
 def report(args: Any) -> Answer:
     """Write a report from records."""
     from greenvis.meters import record
@@ -136,97 +95,6 @@ def overview(args: Any) -> Answer:
 
     found = overview(args.folder)
     return found, lambda: write_block(markdown(found))
-
-
-def techniques(args: Any) -> Answer:
-    """List the techniques."""
-    from greenvis.techniques import registry
-
-    about = {name: registry.about(name) for name in registry.names()}
-    rows = [{"name": n, "stage": a["stage"], "does": _effect(a["doc"])} for n, a in about.items()]
-    return rows, lambda: print_rows(rows, "techniques")
-
-
-def explain(args: Any) -> Answer:
-    """Describe one technique and its settings."""
-    from greenvis.techniques import registry
-
-    about = registry.about(args.technique)
-    rows = [
-        {
-            "field": n,
-            "default": f.get("default", "required"),
-            "type": f.get("type") or f.get("anyOf") or "",
-            "what": f.get("description", ""),
-        }
-        for n, f in about["schema"].get("properties", {}).items()
-    ]
-
-    def show() -> None:
-        write_block(f"{args.technique} (stage {about['stage']})\n\n{about['doc']}")
-        print()
-        print_rows(
-            [{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows],
-            "settings",
-        )
-
-    return {"name": args.technique, **about}, show
-
-
-def schema(args: Any) -> Answer:
-    """Give the JSON Schema of a recipe."""
-    from greenvis.experiment.recipe import schema
-
-    form = schema()
-    return form, lambda: print(json.dumps(form, indent=2))
-
-
-def inspect(args: Any) -> Answer:
-    """Show a model's parts."""
-    from greenvis.models import structure
-
-    model, x = _model(args)
-    rows = [
-        {"part": part, "found": found}
-        for part, found in structure.describe(structure.view(model, x))
-    ]
-    return rows, lambda: print_rows(rows, args.model)
-
-
-def flops(args: Any) -> Answer:
-    """Count a model's MACs and FLOPs."""
-    from greenvis import data
-    from greenvis.core.wrap import wrap
-    from greenvis.experiment.recipe import parse_techniques
-    from greenvis.meters import flops
-
-    model, x = _model(args)
-    if args.techniques:
-        wrap(model, [t.for_images(tuple(x.shape[1:])) for t in parse_techniques(args.techniques)])
-    count = flops.count(model, x, train=True)
-    out = count.as_dict()
-    if args.data:
-        images = data.load(args.data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
-        out["distribution"] = flops.distribution(model, [images.batch(range(len(images)))[0]])
-    elif any(note.startswith(flops.WITH_DATA) for note in count.notes):
-        out["notes"].append(
-            "the work may depend on the image: --data NAME counts real ones, one by one"
-        )
-
-    def show() -> None:
-        print_rows(
-            [{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()],
-            args.model,
-        )
-        forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
-        write(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
-        write(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
-        if spread := out.get("distribution"):
-            write("MACs of an image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
-        for note in out["notes"]:
-            write(f"note: {note}")
-
-    return out, show
 
 
 def doctor(args: Any) -> Answer:
@@ -318,21 +186,6 @@ def diff(args: Any) -> int:
     return 0 if fine else 1
 
 
-def export(args: Any) -> Answer:
-    """Write a finished run's model in another form."""
-    from greenvis.integrations.export import export
-
-    found = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
-
-    def show() -> None:
-        write(
-            f"{found['path']}: {found['to']}; greatest difference from the live model "
-            f"{found['max_difference']:.1e}"
-        )
-
-    return found, show
-
-
 def bench(args: Any) -> Answer:
     """Run a benchmark, or list them."""
     import importlib
@@ -361,26 +214,7 @@ def bench(args: Any) -> Answer:
     return out, lambda: print_rows(out["rows"], f"bench {args.name}")
 
 
-# -- helpers --------------------------------------------------------------------------------------
-
-
-def _model(args: Any) -> tuple[Any, Any]:
-    """Return the model, and an image batch of the size asked for: many take images of any, and are
-    built for none."""
-    from greenvis import models
-    from greenvis.models import structure
-
-    asked = options(args)
-    model = models.build(args.model, trust=args.trust, **asked).eval()
-    return model, structure.example_input(model, size=asked.get("img_size"))
-
-
-def _effect(doc: str) -> str:
-    """Return the first paragraph of a technique's docstring."""
-    return " ".join(doc.partition("\n\n")[0].split())
-
-
 def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:
-    from greenvis.report import brief
+    from greenvis.report import terminal
 
-    print_rows(brief.rows(rows), title)
+    print_rows(terminal.rows(rows), title)
