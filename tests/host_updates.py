@@ -136,7 +136,7 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
     smoothing = 0.1 if "smoothing" in kind else 0.0
     loss = functools.partial(F.cross_entropy, label_smoothing=smoothing)
     optimizer = torch.optim.SGD(live.param_groups(LR), lr=LR)
-    loader = DataLoader(Rows(False, distributed.index(), distributed.count()), batch_size=BATCH)
+    loader = DataLoader(Rows(False, distributed.rank(), distributed.world_size()), batch_size=BATCH)
     if host == "transformers":
         arguments = TrainingArguments(
             str(folder), num_train_epochs=1, per_device_train_batch_size=BATCH,
@@ -155,11 +155,11 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
     elif host == "lightning":
         trainer = pl.Trainer(
             max_epochs=1, callbacks=[InLightning(live, "h", dir=folder)], accelerator="cpu",
-            devices=distributed.launched(),
+            devices=distributed.launched_world_size(),
             accumulate_grad_batches=accumulate, logger=False, enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder,
-            strategy="ddp" if distributed.launched() > 1 else "auto",
+            strategy="ddp" if distributed.launched_world_size() > 1 else "auto",
         )  # fmt: skip
         trainer.fit(Module(live, loss), loader)
     else:
@@ -186,14 +186,14 @@ def train(host: str, kind: str, accumulate: int, folder: Path) -> dict[str, Any]
 
 def main(out: Path, hosts: list[str]) -> None:
     torch.set_num_threads(1)
-    distributed.join()
+    distributed.init_process_group()
     for host in hosts:
         for kind in KINDS:
             for accumulate in ACCUMULATE:
                 left = train(host, kind, accumulate, out)
-                torch.save(left, out / f"{host}-{kind}-{accumulate}-{distributed.index()}.pt")
-                distributed.wait()
-    distributed.leave()
+                torch.save(left, out / f"{host}-{kind}-{accumulate}-{distributed.rank()}.pt")
+                distributed.barrier()
+    distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -44,33 +44,33 @@ def group(tmp_path: Path) -> Iterator[None]:
     """A process group of this process alone: what shards a model wants one."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
     yield
-    ranks.leave()
+    ranks.destroy_process_group()
 
 
 def test_one_process_takes_every_batch_whole_and_hears_its_own_errors() -> None:
     loader = DataLoader(TensorDataset(torch.arange(5)), batch_size=2)
-    assert ranks.share(loader) is loader
-    assert (ranks.index(), ranks.launched()) == (0, 1)
-    assert ranks.together(lambda: 7) == 7
+    assert ranks.split_batches(loader) is loader
+    assert (ranks.rank(), ranks.launched_world_size()) == (0, 1)
+    assert ranks.main_first(lambda: 7) == 7
     with pytest.raises(BadInput) as caught:
-        ranks.together(lambda: gv.Lora(rank=0))
+        ranks.main_first(lambda: gv.Lora(rank=0))
     assert not caught.value.told
     state = torch.get_rng_state()
-    ranks.part_ways()
-    ranks.wait()
+    ranks.seed_per_rank()
+    ranks.barrier()
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_is_for_one_process_is_refused_under_a_launcher(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    ranks.alone("this")
+    ranks.require_single_process("this")
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(
         BadInput,
         match="this runs as one process, and this is one of 3: start it without the launcher",
     ):
-        ranks.alone("this")
+        ranks.require_single_process("this")
     with pytest.raises(BadInput, match="greenvis advise runs as one process"):
         advise("plain/mlp", "digits", runs=tmp_path)
     assert not any(tmp_path.iterdir())

@@ -89,12 +89,12 @@ def test_the_cases_are_those_of_the_script() -> None:
 
 def test_one_process_has_nothing_to_share() -> None:
     total = {"a": torch.tensor([2.0])}
-    assert (ranks.count(), ranks.add_up(total, 3)) == (1, 3)
-    ranks.mean(total.values())
+    assert (ranks.world_size(), ranks.all_reduce_sum(total, 3)) == (1, 3)
+    ranks.all_reduce_mean(total.values())
     assert total["a"].item() == 2.0
-    ranks.agree(total.values())
-    assert ranks.first(lambda: "mine") == "mine"
-    assert ranks.share_gradients([torch.nn.Parameter(torch.ones(1))]) == []
+    ranks.sync(total.values())
+    assert ranks.on_main(lambda: "mine") == "mine"
+    assert ranks.average_gradients([torch.nn.Parameter(torch.ones(1))]) == []
 
 
 @pytest.mark.slow

@@ -40,8 +40,8 @@ def run(args: Any) -> Answer | int:
     engines = ("one-by-one", "ray")
     if args.on not in engines:
         raise BadInput(f"cannot run on '{args.on}'{nearest(args.on, engines)}")
-    distributed.join()
-    recipes = recipes or distributed.together(lambda: sweep.load(args.recipe, args.set))
+    distributed.init_process_group()
+    recipes = recipes or distributed.main_first(lambda: sweep.load(args.recipe, args.set))
     first, several = recipes[0][0], len(recipes) > 1
     options: dict[str, Any] = {
         "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
@@ -50,17 +50,17 @@ def run(args: Any) -> Answer | int:
     }  # fmt: skip
     failed: dict[str, str] = {}
     if args.on == "ray":
-        distributed.alone("greenvis run --on ray")
+        distributed.require_single_process("greenvis run --on ray")
         folders, failed = on_ray.run(recipes, **options)
     else:
         folders = [
             session.run(recipe, **options, fresh_process=not i)
             for i, (recipe, _) in enumerate(recipes)
         ]
-    if distributed.index():
-        distributed.leave()
+    if distributed.rank():
+        distributed.destroy_process_group()
         return 0  # the first of several processes reports
-    distributed.leave()
+    distributed.destroy_process_group()
     page = report(
         folders,
         out=args.out

@@ -111,7 +111,9 @@ class Deltas:
         refuses. Of several processes each has to save for itself what it holds alone (a share of a
         replay buffer), which is not in here.
         """
-        shared = [(t, live) for t, live in self._pairs() if not t.apart or distributed.count() == 1]
+        shared = [
+            (t, live) for t, live in self._pairs() if not t.apart or distributed.world_size() == 1
+        ]
         own = {
             f"{BESIDE}{t.name}.{k}": v.detach()
             for t, live in shared
@@ -320,7 +322,7 @@ def _give(model: nn.Module, keys: Any) -> None:
         own = {k.removeprefix(start): v for k, v in mine.items() if k.startswith(start)}
         if own or not technique.apart:
             installed.load_state_dict(own)
-        elif distributed.count() == 1:
+        elif distributed.world_size() == 1:
             raise BadInput(
                 "this state is of several processes, each of which held a part of what "
                 f"'{technique.name}' keeps"

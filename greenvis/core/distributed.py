@@ -28,26 +28,26 @@ _WHOLE = (
 )
 
 
-def launched() -> int:
+def launched_world_size() -> int:
     """Return how many processes a launcher (torchrun, accelerate launch) started, this one among
     them; 1 without one."""
     number = os.environ.get("WORLD_SIZE", "")
     return int(number) if number.isdigit() else 1
 
 
-def alone(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raise BadInput where this is one of several processes, and `what` is for one."""
-    if launched() > 1:
+    if launched_world_size() > 1:
         raise BadInput(
-            f"{what} runs as one process, and this is one of {launched()}: start it without the "
-            "launcher"
+            f"{what} runs as one process, and this is one of {launched_world_size()}: start it "
+            "without the launcher"
         )
 
 
-def join() -> None:
+def init_process_group() -> None:
     """Meet the other processes, where a launcher started some. Raises BadInput where it is to shard
     the model."""
-    if launched() > 1:
+    if launched_world_size() > 1:
         refuse_sharding()
         from accelerate import PartialState
 
@@ -56,7 +56,7 @@ def join() -> None:
         )  # else it takes no notice of a launcher where there is no GPU
 
 
-def leave() -> None:
+def destroy_process_group() -> None:
     """Part from the other processes, when the work is done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -86,30 +86,30 @@ def refuse_sharding(model: nn.Module | None = None) -> None:
         raise BadInput(f"{asked[0]} {_WHOLE}")
 
 
-def count() -> int:
+def world_size() -> int:
     """Return how many processes train together: 1 where none was asked for."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def index() -> int:
+def rank() -> int:
     """Return this process's number, from 0."""
-    return dist.get_rank() if count() > 1 else 0
+    return dist.get_rank() if world_size() > 1 else 0
 
 
-def wait() -> None:
+def barrier() -> None:
     """Wait until all processes have come here."""
-    if count() > 1:
+    if world_size() > 1:
         dist.barrier()
 
 
-def part_ways() -> None:
+def seed_per_rank() -> None:
     """Let each process draw random numbers of its own from here on; the first goes on as it would
     alone."""
-    if index():
-        torch.manual_seed(int(torch.randint(2**62, ())) + index())
+    if rank():
+        torch.manual_seed(int(torch.randint(2**62, ())) + rank())
 
 
-class _Shares:
+class _RankBatchSampler:
     """Batches of a sampler, of each the part that falls to this process; parts differ by one sample
     at most."""
 
@@ -121,19 +121,19 @@ class _Shares:
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.batches:
-            yield torch.tensor(batch).tensor_split(count())[index()].tolist()
+            yield torch.tensor(batch).tensor_split(world_size())[rank()].tolist()
 
 
-def share(loader: DataLoader[Any]) -> DataLoader[Any]:
+def split_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return the loader with this process's part of each of its batches; the parts of all processes
     make the whole batch."""
-    if count() == 1:
+    if world_size() == 1:
         return loader
     kept = {
         name: getattr(loader, name)
         for name in ("collate_fn", "num_workers", "generator", "pin_memory")
     }
-    return DataLoader(loader.dataset, batch_sampler=_Shares(loader.batch_sampler), **kept)
+    return DataLoader(loader.dataset, batch_sampler=_RankBatchSampler(loader.batch_sampler), **kept)
 
 
 class SampleMean:
@@ -157,19 +157,19 @@ class SampleMean:
             self._unit = unit
         elif self._unit is None:
             self._unit = samples
-            if count() > 1:
+            if world_size() > 1:
                 self._unit = torch.as_tensor(samples).to(_device(), copy=True)
                 dist.all_reduce(self._unit, dist.ReduceOp.MAX)
         self._samples += samples
         return samples / self._unit
 
-    def settle(self, parameters: Iterable[nn.Parameter], divisor: int) -> None:
+    def rescale(self, parameters: Iterable[nn.Parameter], divisor: int) -> None:
         """After a step's last backward, make the gradients the mean; divisor: by what the trainer
         divides their sum."""
         assert self._unit is not None
         total = self._samples
         unit, self._unit, self._samples = self._unit, None, 0
-        if count() > 1:
+        if world_size() > 1:
             total = torch.as_tensor(total).to(_device(), copy=True)
             dist.all_reduce(total)
         factor = unit * divisor / total
@@ -187,7 +187,7 @@ def part_weights(parts: Iterable[int], like: Tensor) -> list[float | Tensor]:
     process's parts, though each holds them in other shares. All ones in a single process.
     """
     counts = torch.tensor([*parts], dtype=torch.float64)
-    if count() == 1:
+    if world_size() == 1:
         return [1.0] * len(counts)
     total = counts.to(_device(), copy=True)
     dist.all_reduce(total)
@@ -199,40 +199,40 @@ def part_weights(parts: Iterable[int], like: Tensor) -> list[float | Tensor]:
 
 def any_of(flags: Tensor) -> Tensor:
     """Return which of these flags are set in any process."""
-    if count() == 1:
+    if world_size() == 1:
         return flags
     number = flags.to(torch.int32, copy=True)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.bool()
 
 
-def together(ask: Callable[[], T]) -> T:
+def main_first(ask: Callable[[], T]) -> T:
     """Ask in every process, in the first before the others (who find what it made), and return to
     each its own answer.
 
     What one raises, all raise, so that none waits for it; an error that another process has to tell
     is marked as `told`.
     """
-    if count() == 1:
+    if world_size() == 1:
         return ask()
     answer: Any = None
     error: Exception | None = None
-    if index():
+    if rank():
         dist.barrier()
     try:
         answer = ask()
     except Exception as raised:  # whatever it is, the others must hear of it
         error = raised
-    if not index():
+    if not rank():
         dist.barrier()
-    heard: list[Any] = [None] * count()
+    heard: list[Any] = [None] * world_size()
     own = None if error is None else (isinstance(error, BadInput), _words(error))
     dist.all_gather_object(heard, own)
     first = next((i for i, one in enumerate(heard) if one is not None), None)
     if first is None:
         return answer
     bad, words = heard[first]
-    if error is None or first != index():
+    if error is None or first != rank():
         error = (BadInput if bad else GreenvisError)(words)
         error.told = True
     raise error
@@ -251,13 +251,13 @@ def _device() -> torch.device:
     )
 
 
-def add_up(total: Mapping[str, Tensor], seen: int) -> int:
+def all_reduce_sum(total: Mapping[str, Tensor], seen: int) -> int:
     """Add every process's tensors, in place and by name, and return the sum of what they have seen.
 
     Each process must name the same tensors. What is then divided by the sum is a mean over all
     processes' samples.
     """
-    if count() == 1:
+    if world_size() == 1:
         return seen
     for tensor in total.values():
         dist.all_reduce(tensor)
@@ -268,24 +268,24 @@ def add_up(total: Mapping[str, Tensor], seen: int) -> int:
     return int(number)
 
 
-def mean(tensors: Iterable[Tensor]) -> None:
+def all_reduce_mean(tensors: Iterable[Tensor]) -> None:
     """Give every process the mean of all processes' tensors, in place."""
-    if (many := count()) > 1:
+    if (many := world_size()) > 1:
         for tensor in tensors:
             dist.all_reduce(tensor.div_(many))
 
 
-def agree(values: Iterable[Tensor]) -> None:
+def sync(values: Iterable[Tensor]) -> None:
     """Give every process the first one's values, in place, where each saw other images."""
-    if count() > 1:
+    if world_size() > 1:
         for value in values:
             dist.broadcast(value.detach(), 0)
 
 
-def first(ask: Callable[[], T]) -> T:
+def on_main(ask: Callable[[], T]) -> T:
     """Ask in the first process, and return its answer in all of them; what it raises there, all
     raise."""
-    if count() == 1:
+    if world_size() == 1:
         return ask()
     held: list[Any] = [None]
     if dist.get_rank() == 0:
@@ -296,30 +296,30 @@ def first(ask: Callable[[], T]) -> T:
     dist.broadcast_object_list(held, 0)
     answer, error = held[0]
     if error is not None:
-        raise agreed(error)
+        raise report_once(error)
     return answer
 
 
-def agreed(error: Exception) -> Exception:
+def report_once(error: Exception) -> Exception:
     """Return an error that all processes are about to raise, marked as `told` in all but the
     first."""
     if isinstance(error, GreenvisError):
-        error.told = index() > 0
+        error.told = rank() > 0
     return error
 
 
-def share_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandle]:
     """Make each gradient the mean over all processes as it comes, for a loss that no
     DistributedDataParallel sees.
 
     Every process must run the same backward, so that gradients come in one order.
     """
-    if count() == 1:
+    if world_size() == 1:
         return []
 
     def shared(gradient: Tensor) -> Tensor:
         whole = gradient.clone()
-        mean([whole])
+        all_reduce_mean([whole])
         return whole
 
     return [parameter.register_hook(shared) for parameter in parameters if parameter.requires_grad]

@@ -36,7 +36,7 @@ class UsedInTerms:
 
     def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
         """Return the output, with the parameters in the graph of one of its tensors."""
-        if not model.training or not torch.is_grad_enabled() or distributed.count() == 1:
+        if not model.training or not torch.is_grad_enabled() or distributed.world_size() == 1:
             return None
         parameters = [p for n, p in model.named_parameters() if n in self.names and p.requires_grad]
         for wanted in (

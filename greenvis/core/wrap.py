@@ -191,9 +191,9 @@ class Wrapped(Owners, Deltas):
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             distributed.refuse_sharding(self.model)
             if (
-                self.pretext and distributed.count() > 1
+                self.pretext and distributed.world_size() > 1
             ):  # its forward passes DistributedDataParallel by
-                self._shared = distributed.share_gradients(self.trainable.values())
+                self._shared = distributed.average_gradients(self.trainable.values())
             self._stepped = True
         self._check(logits, y)
         self.trained_on = next((len(v) for v in (y, x) if hasattr(v, "__len__")), self.trained_on)

@@ -304,7 +304,7 @@ def forget(job: Job, done: bool = True) -> None:
 def check_shares(job: Job, images: data.Data) -> None:
     """Raise BadInput where processes that train together could not share a job's batches, or what
     its techniques hold."""
-    many, where = distributed.count(), job.recipe.where("arms", job.arm.name)
+    many, where = distributed.world_size(), job.recipe.where("arms", job.arm.name)
     if many == 1:
         return
     if job.arm.stream is not None:
@@ -344,10 +344,10 @@ def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[Non
     wait: called before it waits for another process that holds the folder; without, that is a
     GreenvisError.
     """
-    if distributed.index():
+    if distributed.rank():
         if not (folder / ".lock").exists():
             raise GreenvisError(
-                f"process {distributed.index()} on {os.uname().nodename} does not see {folder}: "
+                f"process {distributed.rank()} on {os.uname().nodename} does not see {folder}: "
                 "give --runs a folder that all share"
             )
         yield

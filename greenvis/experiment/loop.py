@@ -101,8 +101,8 @@ def fit(
     log_with: accelerate's trackers (`loggers.LOGGERS`) that get accuracy, loss and the joules so
     far, too, in the record's folder; of several processes the first logs, without joules, which
     only a report adds up. Those train on their shares of each batch
-    (`greenvis.core.distributed.share`): batches must come in a DataLoader. Raises GreenvisError
-    when the loss is no longer finite, BadInput for a tracker that is not installed.
+    (`greenvis.core.distributed.split_batches`): batches must come in a DataLoader. Raises
+    GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
     loop = Loop(live, spec, run, seed, checkpoint, log_with)
     loop.begin(Part(batches, batches_per_epoch, samples, phase, done))
@@ -117,9 +117,9 @@ def fit(
     def test() -> None:
         with run.phase("eval"):
             model = loop.accelerator.unwrap_model(loop.model)
-            distributed.agree(model.buffers())  # statistics of batch norms are each process's own
+            distributed.sync(model.buffers())  # statistics of batch norms are each process's own
             if score is not None:
-                accuracy = distributed.first(partial(score, model))
+                accuracy = distributed.on_main(partial(score, model))
             else:
                 accuracy = evaluate(model, test_batches(), loop.accelerator)
             seen = (
@@ -160,7 +160,7 @@ class Loop:
         self.accelerator = _accelerator(spec, log_with, run.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
         self.mean = distributed.SampleMean()
-        distributed.part_ways()
+        distributed.seed_per_rank()
         self._left = states.read(file) if file is not None and file.exists() else None
         self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
 
@@ -180,7 +180,7 @@ class Loop:
         if self._left is not None:
             states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
             self._left = None
-            distributed.part_ways()
+            distributed.seed_per_rank()
             self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
 
     def save(self) -> None:
@@ -200,7 +200,7 @@ class Loop:
         epoch = self.part.done + self.progress.epoch
         self.run.log(epoch=epoch, step=self.progress.step, **values)
         if self.accelerator.log_with:
-            spent = self.run.energy().value if distributed.count() == 1 else None
+            spent = self.run.energy().value if distributed.world_size() == 1 else None
             also = {"epoch": epoch} | ({} if spent is None else {"energy_j": spent})
             self.accelerator.log(values | also, step=self.progress.step)
 
@@ -252,7 +252,9 @@ class Loop:
                 if len(losses) == 1:
                     _all_reached(live)
                 if accelerator.sync_gradients:
-                    self.mean.settle(model.parameters(), self.spec.accumulate * distributed.count())
+                    self.mean.rescale(
+                        model.parameters(), self.spec.accumulate * distributed.world_size()
+                    )
                 if accelerator.sync_gradients and self.spec.clip_norm is not None:
                     accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
                 optimizer.step()
@@ -276,13 +278,13 @@ class Loop:
         if losses:
             _finite(losses[-1], progress, self.run.notes)
             sums = torch.stack([torch.stack(values).float().sum() for values in (losses, weights)])
-            distributed.mean([sums])
+            distributed.all_reduce_mean([sums])
             self.log(loss=(sums[0] / sums[1]).item())
 
 
 def _shown(accelerator: Accelerator, batches: Any) -> Any:
     """Return batches as they come to the device; to each of several processes its share."""
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return accelerator.prepare(batches)
     if not isinstance(batches, DataLoader):
         raise GreenvisError(
@@ -290,7 +292,7 @@ def _shown(accelerator: Accelerator, batches: Any) -> Any:
             f"{type(batches).__name__}"
         )
     return prepare_data_loader(
-        distributed.share(batches),
+        distributed.split_batches(batches),
         accelerator.device,
         num_processes=1,
         process_index=0,
@@ -302,12 +304,12 @@ def _all_reached(live: Wrapped) -> None:
     """Raise GreenvisError where several processes would wait for a gradient that does not come."""
     without = (
         []
-        if distributed.count() == 1 or live.pretext
+        if distributed.world_size() == 1 or live.pretext
         else [n for n, p in live.trainable.items() if p.grad is None]
     )
     if without:
         said = f"{some(without)} got no gradient, and several processes wait for each other's"
-        raise distributed.agreed(
+        raise distributed.report_once(
             GreenvisError(f"{said}: freeze what the loss does not reach, or train as one process")
         )
 
@@ -349,7 +351,7 @@ def accuracies(
             seen += len(y)
     if accelerator is not None:
         right = right.to(accelerator.device)
-        seen = distributed.add_up({"right": right}, seen)
+        seen = distributed.all_reduce_sum({"right": right}, seen)
     return {name: n / max(seen, 1) for name, n in zip(among, right.tolist(), strict=True)}
 
 
@@ -401,7 +403,7 @@ def _accelerator(
 
 def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
     shared = loss.detach().clone()
-    distributed.mean([shared])  # what is not finite in one process ends all
+    distributed.all_reduce_mean([shared])  # what is not finite in one process ends all
     value = shared.item()
     if not math.isfinite(value):
         before = f" (noted before: {notes[-1]})" if notes else ""
@@ -409,7 +411,7 @@ def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
             f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, "
             "set train.clip_norm, "
         )
-        raise distributed.agreed(GreenvisError(f"{said}or look at the data{before}"))
+        raise distributed.report_once(GreenvisError(f"{said}or look at the data{before}"))
 
 
 class _Steady:

@@ -66,17 +66,17 @@ def run(
     process was started for this call, so that all it has done is booked as start-up. Raises
     BadInput, GreenvisError.
     """
-    distributed.join()
+    distributed.init_process_group()
     loggers.check(log_with)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    told = say if distributed.index() == 0 else lambda text: None
+    told = say if distributed.rank() == 0 else lambda text: None
     session = Session(Path(runs), trust, command, told, log_with, fresh_process)
-    jobs = distributed.together(partial(session.plan, recipe))
+    jobs = distributed.main_first(partial(session.plan, recipe))
     with ExitStack() as held:
-        distributed.together(partial(held.enter_context, locked(Path(runs) / recipe.name)))
+        distributed.main_first(partial(held.enter_context, locked(Path(runs) / recipe.name)))
         for job in jobs:
-            if fresh and job.recipe is recipe and distributed.index() == 0:
+            if fresh and job.recipe is recipe and distributed.rank() == 0:
                 forget(job)
             session.finish(job)
     return Path(runs) / recipe.name
@@ -113,8 +113,8 @@ class Session:
         name = f"{job.name} seed {job.seed}"
         waiting = partial(self.say, f"{name}: another process is at it; waiting for it to end")
         with ExitStack() as held:  # other recipes may build on the same run
-            distributed.together(partial(held.enter_context, locked(job.folder, waiting)))
-            if distributed.first(lambda: job.done() is not None):
+            distributed.main_first(partial(held.enter_context, locked(job.folder, waiting)))
+            if distributed.on_main(lambda: job.done() is not None):
                 others = job.other_versions()
                 unlogged = (
                     f": nothing to log with {some(self.log_with)} (--fresh trains again)"
@@ -236,7 +236,7 @@ class Session:
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
         with self.tracker(
-            job, self.runs, job.recipe.meter.codecarbon and distributed.count() == 1
+            job, self.runs, job.recipe.meter.codecarbon and distributed.world_size() == 1
         ) as tracker:
             self.beginning.book(tracker, job, partial(warm_up, self))
             memory.reset_peak()
@@ -263,7 +263,7 @@ class Session:
                 **live.facts(),
             )
             with self.served(job, live) as model, tracker.phase("measure"):
-                distributed.first(lambda: self._measure(live, model, images, tracker))
+                distributed.on_main(lambda: self._measure(live, model, images, tracker))
 
         def keep() -> None:
             place = {
@@ -275,8 +275,8 @@ class Session:
             job.finished(tracker.id, accuracy)
             forget(job, done=False)
 
-        distributed.wait()  # until the record of each process is whole: the card counts them all
-        distributed.first(keep)
+        distributed.barrier()  # until the record of each process is whole: the card counts them all
+        distributed.on_main(keep)
 
     def _measure(
         self, live: Wrapped, model: nn.Module, images: data.Data, tracker: Tracker
@@ -402,7 +402,7 @@ class Session:
                 count=tracker.flops,
                 **spec.model_dump(),
             )
-            its = distributed.together(make)  # the first makes it, and the others find its file
+            its = distributed.main_first(make)  # the first makes it, and the others find its file
         tracker.fact(
             data={
                 **images.facts(),
@@ -439,7 +439,7 @@ class Session:
         meter = job.recipe.meter
         header = {
             "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
-            "attempt": distributed.first(lambda: len(list(job.folder.glob("*.rank0"
+            "attempt": distributed.on_main(lambda: len(list(job.folder.glob("*.rank0"
             + record.SUFFIX)))) + 1,
             "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
         }  # fmt: skip

@@ -123,7 +123,7 @@ def train(
         if len(rows) == len(stages):
             break
         live.merge()
-        distributed.first(lambda: weights.write(file, weights.whole(model), {"rows": rows}))
+        distributed.on_main(lambda: weights.write(file, weights.whole(model), {"rows": rows}))
         checkpoint.unlink(missing_ok=True)
     now = live.model.state_dict()
     changed = {

@@ -60,7 +60,7 @@ def warm_up(session: Any, job: Job) -> None:
         first.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None}),
     )
     live = wrap(session.build(job, weights=False), session.techniques(first, trained=False))
-    if distributed.count() > 1:  # the others' share of so little is none
+    if distributed.world_size() > 1:  # the others' share of so little is none
         live.undo()
         return
 

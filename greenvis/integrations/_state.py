@@ -30,7 +30,7 @@ def check_live(live: Any, what: str) -> None:
 def save(live: Wrapped, folder: Path) -> None:
     """Write what a wrapped model learned and what its techniques hold; every process calls it, none
     waits."""
-    if distributed.index() == 0:
+    if distributed.rank() == 0:
         live.save(folder)
     save_own(live, folder, own_state(live))
 
@@ -48,22 +48,22 @@ def save_own(live: Wrapped, folder: Path, own: Mapping[str, Tensor]) -> None:
     """Write what this process holds."""
     if own:
         folder.mkdir(parents=True, exist_ok=True)
-        with files.replacing(folder / _name(distributed.index())) as part:
+        with files.replacing(folder / _name(distributed.rank())) as part:
             save_file({k: v.detach().cpu().contiguous() for k, v in own.items()}, part)
 
 
 def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
     """Return what `save_own` wrote. Raises BadInput where another number of processes wrote it."""
     written = sorted(folder.glob("process-*-of-*.safetensors"))
-    here = folder / _name(distributed.index())
+    here = folder / _name(distributed.rank())
     if (
         any(t.apart for t in live.techniques)
         and not here.exists()
-        and (written or distributed.count() > 1)
+        and (written or distributed.world_size() > 1)
     ):
         raise BadInput(
             f"{folder} holds the parts of {len(written) or 1} process(es), and here train "
-            f"{distributed.count()}: start as many, or "
+            f"{distributed.world_size()}: start as many, or "
             "begin without a checkpoint"
         )
     return load_file(here if here.exists() else written[0]) if written else {}
@@ -72,7 +72,7 @@ def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
 def own_state(live: Wrapped, every: bool = False) -> dict[str, Tensor]:
     """Return the state of techniques that each of several processes holds for itself; every: of
     all, of one process too."""
-    chosen = [(t.apart and distributed.count() > 1) or every for t in live.techniques]
+    chosen = [(t.apart and distributed.world_size() > 1) or every for t in live.techniques]
     pairs = [
         (t, i) for t, i, own in zip(live.techniques, live.installed, chosen, strict=True) if own
     ]
@@ -88,4 +88,4 @@ def give_own(live: Wrapped, own: Mapping[str, Tensor]) -> None:
 
 
 def _name(index: int) -> str:
-    return f"process-{index}-of-{distributed.count()}.safetensors"
+    return f"process-{index}-of-{distributed.world_size()}.safetensors"

@@ -41,7 +41,7 @@ class GreenAccelerator(Accelerator):
         mean over its samples."""
         super().backward(loss * self._mean.weight(self.live.trained_on), **kwargs)
         if self.sync_gradients:
-            self._mean.settle(
+            self._mean.rescale(
                 self.live.model.parameters(), self.gradient_accumulation_steps * self.num_processes
             )
 

@@ -95,8 +95,8 @@ class GreenCallback(Callback):
     ) -> None:
         """Make the gradient the mean over the samples of the step."""
         if pl_module.automatic_optimization:
-            self._mean.settle(
-                pl_module.parameters(), trainer.accumulate_grad_batches * ranks.count()
+            self._mean.rescale(
+                pl_module.parameters(), trainer.accumulate_grad_batches * ranks.world_size()
             )
 
     def on_train_batch_end(
@@ -150,7 +150,7 @@ class GreenCallback(Callback):
         own: Any = _state.own_state(self.live)
         if not own:
             return {}
-        parts: list[Any] = [None] * ranks.count()
+        parts: list[Any] = [None] * ranks.world_size()
         dist.all_gather_object(parts, {k: v.cpu() for k, v in own.items()})
         return {"parts": parts}
 
@@ -158,12 +158,12 @@ class GreenCallback(Callback):
         """Take it back. Raises BadInput where another number of processes left it."""
         parts = state_dict.get("parts", [None])
         if any(t.apart for t in self.live.techniques):
-            if len(parts) != ranks.count():
+            if len(parts) != ranks.world_size():
                 raise BadInput(
                     f"the checkpoint holds the parts of {len(parts)} process(es), and here train "
-                    f"{ranks.count()}"
+                    f"{ranks.world_size()}"
                 )
-            _state.give_own(self.live, parts[ranks.index()] or {})
+            _state.give_own(self.live, parts[ranks.rank()] or {})
 
     def _add_state(
         self, module: LightningModule, state: dict[str, Any], prefix: str, metadata: Any

@@ -106,7 +106,9 @@ class GreenCallback(TrainerCallback):
         account.
         """
         if not counted or self._changes_batches:
-            self._mean.settle(self.live.model.parameters(), 1 if counted else distributed.count())
+            self._mean.rescale(
+                self.live.model.parameters(), 1 if counted else distributed.world_size()
+            )
 
     def check(self, args: TrainingArguments) -> None:
         """Take what the arguments say of the loss. Raises BadInput for what would be without

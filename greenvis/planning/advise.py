@@ -66,7 +66,7 @@ def advise(
     "trials_energy_j", "data", "model", "images", "serve", "target_accuracy", "budget_j"}; figures
     as {"value", "low", "high"}. Raises BadInput before anything is spent.
     """
-    distributed.alone("greenvis advise")
+    distributed.require_single_process("greenvis advise")
     most = None if budget is None else joules(budget)
     _check(target_accuracy, serve, share, out)
     content, refused = candidates.source(

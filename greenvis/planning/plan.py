@@ -59,7 +59,7 @@ def plan(
     run's observations (CPU-seconds, GB-seconds, …), kept beside the records, so that the report can
     set them against what was spent. Raises BadInput, GreenvisError.
     """
-    distributed.alone("greenvis plan")
+    distributed.require_single_process("greenvis plan")
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     session = Session(Path(runs), trust, (), say)

@@ -53,7 +53,7 @@ def probe(
     overrides: of the recipes made ("train.epochs=3"). Each seed's recipe is written beside its
     records. Raises BadInput where there is no model with a card.
     """
-    distributed.alone("greenvis probe")
+    distributed.require_single_process("greenvis probe")
     folders = _finished(Path(run))
     arms = _protocol(Path(protocol))
     recipe: Recipe | None = None

@@ -309,7 +309,7 @@ def calibrate(
     logits, targets = installed.logits(loader)
     refuse_task(EarlyExit.name, EarlyExit.tasks, EarlyExit.instead, task_of(logits[-1], targets))
     how: dict[str, Any] = {"target_drop": target_drop, "budget": budget, "confidence": confidence}
-    found = distributed.first(
+    found = distributed.on_main(
         lambda: choose(logits, targets, installed.costs, installed.request.criterion, **how)
     )
     installed.thresholds = found.thresholds

@@ -119,7 +119,7 @@ class InstalledNcm(Installed):
                 for i, head in enumerate(self.heads)
             }
             new["seen"] = hot.sum(0)
-            distributed.add_up(new, len(y))
+            distributed.all_reduce_sum(new, len(y))
             for i, sums in enumerate(self.sums):
                 sums += new[str(i)].cpu()
             self.seen += new["seen"].long().cpu()

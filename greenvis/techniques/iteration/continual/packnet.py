@@ -202,7 +202,7 @@ class InstalledPackNet(Installed):
         for share in self.shares.values():
             share.prune(self.done + 1, self.request.keep)
         self._retrain(loader)
-        distributed.agree([*(s.parameter for s in self.shares.values()), *self.heads.parameters])
+        distributed.sync([*(s.parameter for s in self.shares.values()), *self.heads.parameters])
         for share in self.shares.values():
             share.pack()
         self.done += 1

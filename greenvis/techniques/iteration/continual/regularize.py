@@ -59,7 +59,7 @@ def fisher(
                 ),
             )
         count += len(x)
-    count = distributed.add_up(total, count)
+    count = distributed.all_reduce_sum(total, count)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 
@@ -84,7 +84,7 @@ def mas(
             )
             _add(total, {n: len(part) * g.abs() for n, g in found.items()})
         count += len(x)
-    count = distributed.add_up(total, count)
+    count = distributed.all_reduce_sum(total, count)
     return {n: t / max(count, 1) for n, t in total.items()}
 
 

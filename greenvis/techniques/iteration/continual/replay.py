@@ -159,7 +159,7 @@ class Replay(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Make the buffer; with `latent`, freeze what lies below the layer. Raises BadInput where
         that cannot be."""
-        count = ranks.count()
+        count = ranks.world_size()
         rank = dist.get_rank() if count > 1 else 0
         if count > 1 and (self.method == "gdumb" or self.source == "generator"):
             what = "gdumb" if self.method == "gdumb" else "a generator"

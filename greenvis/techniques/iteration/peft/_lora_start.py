@@ -72,7 +72,7 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
     with torch.no_grad():
         for name, layer in names.items():
             layer.lora_A[NAME].weight.copy_(found[name])
-    distributed.agree(layer.lora_A[NAME].weight for layer in layers.values())
+    distributed.sync(layer.lora_A[NAME].weight for layer in layers.values())
 
 
 class _Same:

@@ -173,7 +173,7 @@ class InstalledPrompt(Installed):
         with torch.no_grad():
             for prompts, start in zip(self.put, starts, strict=True):
                 prompts.rows.copy_(start)
-        distributed.agree(prompts.rows for prompts in self.put)
+        distributed.sync(prompts.rows for prompts in self.put)
 
 
 class Prompts(Joined):
