@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from greenvis.core.surgery import is_passing, replace
 from greenvis.errors import BadInput
 from greenvis.models.structure import example_input
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
 
 TOLERANCE = 1e-4  # of the greatest absolute value: folded weights round otherwise
@@ -51,7 +51,7 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
     """
     what = type(model).__name__
     example = example_input(model) if x is None else x
-    with quiet(model):
+    with probing(model):
         found = _pairs(model, example)
         before = main_output(model(example))
     if not found:
@@ -67,7 +67,7 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
         replace(model, old, new)
     folding = Folding(model, tuple(path for path, _ in found), swaps)
     try:
-        with quiet(model):
+        with probing(model):
             after = main_output(model(example))
         if not _close(before, after):
             raise BadInput(

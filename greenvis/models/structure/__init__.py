@@ -21,7 +21,7 @@ from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import parts
 from greenvis.models.structure.layout import Layout, layouts
 from greenvis.models.structure.parts import Attention, Mlp, unique
-from greenvis.models.structure.quiet import image, quiet
+from greenvis.models.structure.probing import image, probing
 from greenvis.models.structure.trace import Trace, tensors_in, trace, trace_any
 
 ROLES: dict[str, str] = {
@@ -249,7 +249,7 @@ def reached(
     }
     flags = [(p, p.requires_grad) for p in everything.values()]
     try:
-        with quiet(model), torch.enable_grad():
+        with probing(model), torch.enable_grad():
             for name, parameter in everything.items():
                 parameter.requires_grad_(name in named)
             outputs = [t for t in tensors_in(_plain(model(example))) if t.requires_grad]
@@ -314,7 +314,7 @@ def _probe(model: nn.Module, seen: Trace) -> set[str]:
         return set()
     flags = set()
     size = tuple(s // 2 if s >= 64 else s * 2 for s in x.shape[-2:])
-    with quiet(model):
+    with probing(model):
         try:
             model(torch.nn.functional.interpolate(x.float(), size).to(x.dtype))
         except Exception:  # whatever a library raises here means: not this size

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from greenvis.errors import BadInput
-from greenvis.models.structure.quiet import image, quiet, shapes
+from greenvis.models.structure.probing import image, probing, shapes
 
 Tags = frozenset[tuple[str, Any]]
 NONE: Tags = frozenset()
@@ -167,7 +167,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
                 if tags and tensor not in seen.tags:
                     seen.tags[tensor] = tags
 
-    with quiet(model):
+    with probing(model):
         for module in model.modules():
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             hooks.append(module.register_forward_hook(leave, with_kwargs=True))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from greenvis.core.surgery import freeze
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, reached
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
 from greenvis.techniques._shared.heads import head_parameters
 
@@ -108,7 +108,7 @@ def patches_matter(model: nn.Module, found: View, path: str) -> bool:
         hooks = [m.register_forward_pre_hook(partial(_keep, seen)) for m in watched]
         hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
         try:
-            with quiet(model):
+            with probing(model):
                 output = main_output(model(found.example))
         finally:
             for hook in hooks:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from greenvis.core.surgery import passing
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import first, row_of_blocks
 
 MASKS = ("attn_mask", "attention_mask")
@@ -98,7 +98,7 @@ def halves(model: nn.Module, found: View, what: str) -> list[Block]:
     paths = row_of_blocks(model, found)
     runs, calls = _watch(model, found, paths)
     blocks = [_split(model, found, path, runs[path]) for path in paths]
-    with quiet(model):
+    with probing(model):
         for block in blocks:
             args, kwargs = calls[block.path]
             _check(block, args, kwargs, found, what)
@@ -134,7 +134,7 @@ def _watch(
         ]
         hooks.append(block.register_forward_hook(whole(path), with_kwargs=True, prepend=True))
     try:
-        with quiet(model):
+        with probing(model):
             model(found.example)
     finally:
         for hook in hooks:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 
 
 class Passing(dict[Any, Any]):
@@ -154,7 +154,7 @@ class Doors:
     ) -> tuple[list[Tensor] | None, Exception | None]:
         self.closed = closed
         try:
-            with quiet(self.model):
+            with probing(self.model):
                 output: Any = self.model(example)
         except Exception as error:  # whatever a model raises here means: not this way
             return None, error

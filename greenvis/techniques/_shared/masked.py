@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import first, row_of_blocks
 from greenvis.techniques._shared.tec import visible
 
@@ -133,7 +133,7 @@ class Encoder:
         what = type(self.model).__name__
         places = torch.arange(self.patches, device=found.example.device)[None]
         try:
-            with quiet(self.model):
+            with probing(self.model):
                 few = self(found.example, places[:, :: max(2, self.patches // 3)])
                 ordered, turned = (self(found.example, p)[-1] for p in (places, places.roll(1, 1)))
         except BadInput:
@@ -197,7 +197,7 @@ def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, s
         note, with_kwargs=True, prepend=True
     )
     try:
-        with quiet(model), torch.enable_grad():
+        with probing(model), torch.enable_grad():
             for _, _, p in named:
                 p.requires_grad_(True)
             model(found.example)
@@ -258,7 +258,7 @@ def last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
     hooks = [model.get_submodule(block).register_forward_hook(note)]
     hooks += [n.register_forward_pre_hook(ask) for n in norms]
     try:
-        with quiet(model):
+        with probing(model):
             model(found.example)
     finally:
         for hook in hooks:

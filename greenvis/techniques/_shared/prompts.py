@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import first, row_of_blocks, with_first
 from greenvis.techniques._shared.blocks import main, with_main
 from greenvis.techniques._shared.doors import Doors, Passing
@@ -154,7 +154,7 @@ def _check_places(model: nn.Module, example: Tensor, blocks: list[str], prefix: 
         for p in blocks
     ]
     try:
-        with quiet(model):
+        with probing(model):
             model(example)
     finally:
         for hook in hooks:

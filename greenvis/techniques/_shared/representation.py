@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from greenvis.core.surgery import names_of
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 
 
 class Representation:
@@ -32,7 +32,7 @@ class Representation:
             raise BadInput(
                 f"{type(model).__name__} has no weights yet (device meta): load them first"
             )
-        with quiet(model), torch.no_grad():
+        with probing(model), torch.no_grad():
             self.dim = self(found.example).shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.models.structure import Attention, View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques._shared.features import as_map, prefix_of
 from greenvis.techniques._shared.rows import whole
@@ -255,7 +255,7 @@ def _measured(model: nn.Module, found: View, places: Sequence[Place]) -> list[Pl
     example shows them."""
     taps = Taps(model, places)
     try:
-        with quiet(model):
+        with probing(model):
             model(found.example)
         seen = {key: tuple(t.shape) for key, t in taps.take().items()}
     finally:

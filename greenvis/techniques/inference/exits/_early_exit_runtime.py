@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis.core.technique import logits_of
 from greenvis.errors import GreenvisError
-from greenvis.models.structure.quiet import is_learning, looked_at
+from greenvis.models.structure.probing import is_learning, is_probing
 from greenvis.techniques._shared.doors import refuse_tracing
 from greenvis.techniques._shared.rows import rows_of, tell
 from greenvis.techniques.inference.exits._confidence import NEVER, agreements, certainty
@@ -133,7 +133,7 @@ class Exits:
             return "record"
         return (
             "leave"
-            if any(t < NEVER for t in self.thresholds) and not looked_at(self.model)
+            if any(t < NEVER for t in self.thresholds) and not is_probing(self.model)
             else None
         )
 

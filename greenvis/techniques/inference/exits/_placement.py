@@ -18,7 +18,7 @@ from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, nearest
 from greenvis.models.structure import View, view
 from greenvis.models.structure.layout import Layout, layouts
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import Trace, trace
 from greenvis.techniques._shared.attach import patches_matter, seat
 from greenvis.techniques._shared.rows import rows_of, tell
@@ -130,7 +130,7 @@ def _one_leaves(
         return
     one, stay = example[:1], torch.tensor([0, 2], device=example.device)
     images = torch.cat([one, 1 - one.flip(-1), one.roll(one.shape[-2] // 3, -2)])
-    with quiet(model):
+    with probing(model):
         whole = logits_of(model(images)).float()
         apart, fine = (whole - whole.mean(0)).abs().max(), images.dtype.itemsize >= 4
         for path in paths:
@@ -165,7 +165,7 @@ def _thinned(model: nn.Module, rows: Tensor, module: nn.Module, args: Any, outpu
 
 def _spent(model: nn.Module, example: Tensor, paths: Sequence[str]) -> dict[str, float]:
     """Return the MACs of one image until each module has run, in that order, and of all ("")."""
-    with quiet(model), _counting() as mode:
+    with probing(model), _counting() as mode:
         spent: dict[str, float] = {}
         hooks = [
             model.get_submodule(p).register_forward_hook(
@@ -228,7 +228,7 @@ def try_out(exits: Exits, outer: Outer, found: Found) -> list[float]:
     each exit and in all."""
     model, one = exits.model, found.view.example[:1]
     costs: list[float] = []
-    with quiet(model), _counting() as mode, exits.record() as seen:
+    with probing(model), _counting() as mode, exits.record() as seen:
         hooks = [
             h.register_forward_hook(lambda m, a, o: costs.append(mode.get_total_flops() / 2))
             for h in exits.heads

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from greenvis.core.technique import logits_of
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques.inference.exits._early_exit_runtime import Exits
 
@@ -80,7 +80,7 @@ def _executed(model: nn.Module, example: Tensor) -> dict[nn.Module, tuple[Tensor
         if taken is not None:
             seen[module] = (taken, output)
 
-    with quiet(model):
+    with probing(model):
         hooks = [
             m.register_forward_hook(note, with_kwargs=True, always_call=True)
             for m in model.modules()

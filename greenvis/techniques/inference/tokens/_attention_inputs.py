@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from greenvis.core.surgery import passing
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.blocks import Block, main
 
 Layout = Literal["fused", "flat", "heads first", "heads last", "packed"]
@@ -167,7 +167,7 @@ class _Seen(TorchFunctionMode):
                 if n
             ]
         try:
-            with quiet(self.model), self:
+            with probing(self.model), self:
                 self.model(example)
         finally:
             for hook in hooks:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from greenvis.core import surgery
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import View, view
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
 
 
@@ -88,7 +88,7 @@ class Entrance:
         named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            with quiet(model), torch.enable_grad(), self._watched() as seen:
+            with probing(model), torch.enable_grad(), self._watched() as seen:
                 for parameter in named.values():
                     parameter.requires_grad_()
                 model(example)
@@ -113,7 +113,7 @@ class Entrance:
     def _check(self, model: nn.Module, example: Tensor) -> None:
         """Raise BadInput where something of what lies below goes past the layer: kept examples have
         no such thing."""
-        with quiet(model):
+        with probing(model):
             with self._watched() as seen:
                 wanted = main_output(model(example))
             kept = seen[0][1:]

@@ -16,7 +16,7 @@ from greenvis.core.technique import Installed, Stage, Task, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, reached, view
 from greenvis.models.structure.parts import Mlp
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration.continual._frozen_elements import Mask
 
@@ -146,7 +146,7 @@ def _fits(model: nn.Module, found: View, mlp: Mlp) -> bool:
         hooks = [layers[-1].register_forward_pre_hook(partial(_note, seen))]
         hooks += [m.register_forward_hook(_disturb) for m in layers[:-1]] if changed else []
         try:
-            with quiet(model):
+            with probing(model):
                 model(found.example)
         finally:
             for hook in hooks:

@@ -17,7 +17,7 @@ from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
 from greenvis.techniques._shared.attach import check_runs, train_only
 from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
@@ -398,7 +398,7 @@ def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
 def _feature(model: nn.Module, found: View) -> Tensor:
     """Return what the head reads for the example. Raises BadInput where that is no vector per
     image."""
-    with quiet(model):
+    with probing(model):
         feature = _run(model, _readers(found), (found.example,), {})
     if feature.ndim != 2:
         raise BadInput(

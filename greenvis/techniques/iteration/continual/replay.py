@@ -18,7 +18,7 @@ from greenvis.core.technique import Installed, OnlyWith, Stage, Task, Technique,
 from greenvis.data.herding import herding
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import CLASSES, require_class_numbers
 from greenvis.techniques._shared.representation import Representation
 from greenvis.techniques.iteration.continual._buffer import Buffer
@@ -360,7 +360,7 @@ class InstalledReplay(Installed):
     def _teach(self, generator: Generator, loader: Any) -> None:
         device = next(self.model.parameters()).device
         if not generator.shape:
-            with quiet(self.model):
+            with probing(self.model):
                 self._outputs = logits_of(self.model(next(iter(loader))[0][:1].to(device))).shape[1]
         generator.learn(loader, self._outputs, self.request.epochs, self.request.share, device)
 
@@ -372,7 +372,7 @@ class InstalledReplay(Installed):
             representation = representation or Representation(
                 self.model, view(self.model, tuple(x.shape[1:]), probe=False)
             )
-            with quiet(self.model):
+            with probing(self.model):
                 features = representation(x.to(device))
             yield x.cpu(), y.cpu(), features.float().cpu()
 

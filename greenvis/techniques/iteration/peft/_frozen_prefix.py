@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from greenvis import models
 from greenvis.core.technique import Installed
 from greenvis.errors import some
-from greenvis.models.structure.quiet import image, quiet
+from greenvis.models.structure.probing import image, probing
 from greenvis.techniques._shared.frozen import Kept
 from greenvis.techniques.iteration.peft._frozen_split import Cut, find_cut, frozen_part, skipping
 
@@ -129,7 +129,7 @@ class InstalledPrefix(Installed):
 
     def _look(self, model: nn.Module, example: Tensor) -> tuple[Cut, Kept]:
         cut = find_cut(model, example)
-        with quiet(model):
+        with probing(model):
             answers = frozen_part(model, cut, (example,), {})
         seen = ", ".join(
             f"{n} {a.float().abs().mean():.4g}" for n, a in answers.items()

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from greenvis.core import surgery
 from greenvis.errors import BadInput, some
-from greenvis.models.structure.quiet import learning, quiet
+from greenvis.models.structure.probing import learning, probing
 from greenvis.tasks.answers import main_output
 from greenvis.techniques._shared.rows import carried, put_back
 
@@ -149,7 +149,7 @@ def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
             m.register_forward_hook(partial(end, calls), prepend=True) for m in model.modules()
         ]
         try:
-            with quiet(model), learning(model), torch.enable_grad():
+            with probing(model), learning(model), torch.enable_grad():
                 model.forward(x.expand(batch, *x.shape[1:]).clone())
         finally:
             for hook in hooks:
@@ -329,7 +329,7 @@ def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
     way."""
     x = torch.cat([x, x.flip(-1) + 0.5])
 
-    with quiet(model), learning(model):
+    with probing(model), learning(model):
         live = skipped = main_output(model.forward(x))
         kept = frozen_part(model, cut, (x,), {})
         cut.carried = tuple(name for name in kept if name not in cut.places)

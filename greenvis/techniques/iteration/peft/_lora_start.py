@@ -18,7 +18,7 @@ from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, some
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.lora_layers import NAME
 
 EVA_IMAGES = 32  # PEFT hashes every number that a layer is fed, in Python
@@ -59,7 +59,7 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
             )
         return found
 
-    with quiet(model):
+    with probing(model):
         found = get_eva_state_dict(
             root,
             cast(Any, _Same(images[:EVA_IMAGES])),

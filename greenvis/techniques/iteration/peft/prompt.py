@@ -16,7 +16,7 @@ from greenvis.core import distributed
 from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.models.structure.quiet import quiet
+from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import check_runs, train_only
 from greenvis.techniques._shared.doors import Doors
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
@@ -161,7 +161,7 @@ class InstalledPrompt(Installed):
         self.started = self.uniform or bool(state.get("started", True))
 
     def _start(self, images: Tensor) -> None:
-        with quiet(self.model):  # which gives back what `noted` and `away` were
+        with probing(self.model):  # which gives back what `noted` and `away` were
             for prompts in self.put:
                 prompts.away = True
             self.model(images)

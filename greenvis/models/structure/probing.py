@@ -16,7 +16,7 @@ _LEARNING = "_greenvis_learning"
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
+def probing(model: nn.Module) -> Iterator[None]:
     """Eval, no gradients, no fused fast path, random state forked; modes, buffers and attributes
     are given back."""
     saved = [(m, dict(vars(m)), _containers(m)) for m in model.modules()]
@@ -43,8 +43,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(held)
 
 
-def looked_at(model: nn.Module) -> bool:
-    """Whether this model runs in `quiet`, to be seen whole: nothing may leave the forward early."""
+def is_probing(model: nn.Module) -> bool:
+    """Whether this model runs in `probing`, to be seen whole: nothing may leave the forward early."""
     return _LOOKED_AT in vars(model)
 
 
