@@ -20,7 +20,7 @@ from greenvis.errors import BadInput, some
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 METADATA_KEY = "greenvis"
-KEPT = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
+ATTACHED = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
 _BESIDE = "_greenvis_beside"
 
 
@@ -136,7 +136,7 @@ def head_names(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
 
 
-def keep(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
+def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
     """Lay tensors beside a model, which its own forward does not use: they go where it goes, into
     its file and back.
 
@@ -150,21 +150,23 @@ def keep(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> N
         del model.__dict__[_BESIDE]
 
 
-def kept(model: nn.Module, name: str) -> dict[str, Tensor] | None:
-    """Return what `keep` laid beside a model under this name, None where it did not."""
+def attached(model: nn.Module, name: str) -> dict[str, Tensor] | None:
+    """Return what `attach` laid beside a model under this name, None where it did not."""
     return model.__dict__.get(_BESIDE, {}).get(name)
 
 
-def whole(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state and what lies beside it, as its file has them."""
     beside = model.__dict__.get(_BESIDE, {})
     return {
         **model.state_dict(),
-        **{f"{KEPT}{name}.{k}": t for name, of_one in beside.items() for k, t in of_one.items()},
+        **{
+            f"{ATTACHED}{name}.{k}": t for name, of_one in beside.items() for k, t in of_one.items()
+        },
     }
 
 
-def place(
+def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
     *,
@@ -178,7 +180,7 @@ def place(
     """
     if head not in ("match", "replace"):
         raise BadInput(f"head is '{head}'; it is 'match' or 'replace'")
-    beside = {n: t for n, t in state.items() if n.startswith(KEPT)}
+    beside = {n: t for n, t in state.items() if n.startswith(ATTACHED)}
     state = {n: t for n, t in state.items() if n not in beside}
     own = model.state_dict()
     left = head_names(model) if head == "replace" else set()
@@ -204,9 +206,9 @@ def place(
         )
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
     model.load_state_dict({**own, **{n: state[n] for n in shared}})
-    for name in sorted({n.removeprefix(KEPT).partition(".")[0] for n in beside}):
-        start = f"{KEPT}{name}."
-        keep(
+    for name in sorted({n.removeprefix(ATTACHED).partition(".")[0] for n in beside}):
+        start = f"{ATTACHED}{name}."
+        attach(
             model,
             name,
             {n.removeprefix(start): t for n, t in beside.items() if n.startswith(start)},
@@ -220,7 +222,7 @@ def load_weights(model: nn.Module, path: str | Path, *, head: str = "match") -> 
 
     Raises BadInput, with the model unchanged, where anything outside the head does not fit.
     """
-    return place(model, read_state(path), head=head, source=f"the weights in {path}")
+    return load_state(model, read_state(path), head=head, source=f"the weights in {path}")
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:

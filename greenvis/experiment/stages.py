@@ -123,7 +123,9 @@ def train(
         if len(rows) == len(stages):
             break
         live.merge()
-        distributed.on_main(lambda: weights.write(file, weights.whole(model), {"rows": rows}))
+        distributed.on_main(
+            lambda: weights.write(file, weights.full_state_dict(model), {"rows": rows})
+        )
         checkpoint.unlink(missing_ok=True)
     now = live.model.state_dict()
     changed = {
@@ -143,7 +145,7 @@ def _resume(model: nn.Module, file: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = weights.metadata(file)["rows"]
-        weights.place(model, weights.read_state(file))
+        weights.load_state(model, weights.read_state(file))
     except (BadInput, KeyError, RuntimeError) as error:
         raise GreenvisError(
             f"{file} cannot be read ({error}); remove it to start this arm again"

@@ -1,6 +1,6 @@
 """Any vision model: built by reference, looked at by structure, folded, prepared for its images."""
 
-from greenvis.core.weights import fingerprint, keep, kept, load_weights
+from greenvis.core.weights import attach, attached, fingerprint, load_weights
 from greenvis.models.build import build, check, check_size, file_of, origin, published, save
 from greenvis.models.preprocessing import (
     Pixels,
@@ -23,8 +23,8 @@ __all__ = [
     "description",
     "file_of",
     "fingerprint",
-    "keep",
-    "kept",
+    "attach",
+    "attached",
     "load_weights",
     "order_of",
     "origin",

@@ -97,7 +97,7 @@ def save(
     ref, options = origin(ref, folder=folder, **options)
     kept = {k: v for k, v in options.items() if k != "pretrained"}
     about = {"ref": ref, "options": kept, "card": dict(card or {}), "inputs": description(model)}
-    weights.write(path, weights.whole(model), about)
+    weights.write(path, weights.full_state_dict(model), about)
 
 
 def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
@@ -251,7 +251,7 @@ def _load_own(model: nn.Module, request: Request) -> None:
     state = weights.read_state(request.file)
     own = model.state_dict()
     changed = any(n in state and state[n].shape != own[n].shape for n in weights.head_names(model))
-    weights.place(
+    weights.load_state(
         model,
         state,
         head="replace" if changed else "match",

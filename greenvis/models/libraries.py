@@ -262,7 +262,7 @@ def _place_pretrained(model: nn.Module, state: dict[str, Tensor], source: str) -
         state = {**state, stem: adapt_channels(state[stem], own[stem].shape[1])}
     head = weights.head_names(model)
     same = all(n in state and state[n].shape == own[n].shape for n in head)
-    weights.place(model, state, head="match" if same else "replace", source=source)
+    weights.load_state(model, state, head="match" if same else "replace", source=source)
 
 
 def _hf_config(request: Request) -> tuple[Any, Path | None]:

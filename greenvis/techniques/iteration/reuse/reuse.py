@@ -267,7 +267,9 @@ class InstalledReuse(Installed):
         )
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
         self._kept: dict[int, Kept] = {}
-        self._beside = models.kept(encoder.model, tec.KEPT_ADAPTERS)  # of an earlier pretraining
+        self._beside = models.attached(
+            encoder.model, tec.KEPT_ADAPTERS
+        )  # of an earlier pretraining
         for base in bases:
             base.model.eval()
             base.images.note = lambda text: self.note(text)
@@ -354,11 +356,11 @@ class InstalledReuse(Installed):
         if self._fold is not None:
             self._fold()
         if self.request.keep_adapters and self.parts.adapters is not None:
-            models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self.parts.adapters.state_dict())
+            models.attach(self.encoder.model, tec.KEPT_ADAPTERS, self.parts.adapters.state_dict())
 
     def undo(self) -> None:
         """Close the caches and give the bases their own modes back."""
-        models.keep(self.encoder.model, tec.KEPT_ADAPTERS, self._beside)
+        models.attach(self.encoder.model, tec.KEPT_ADAPTERS, self._beside)
         for kept in self._kept.values():
             kept.close()
         for module, training in self._modes:
