@@ -12,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.core.technique import Task
+from greenvis.core.technique import Experience
 from greenvis.techniques.iteration.continual._generator import Generator, elbo
 
-TASKS = [Task(0, (0, 1), (0, 1), 3), Task(1, (2,), (0, 1, 2), 3), Task(2, (3,), (0, 1, 2, 3), 3)]
+TASKS = [
+    Experience(0, (0, 1), (0, 1), 3),
+    Experience(1, (2,), (0, 1, 2), 3),
+    Experience(2, (3,), (0, 1, 2, 3), 3),
+]
 
 
 def _net() -> nn.Module:

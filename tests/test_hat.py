@@ -14,7 +14,7 @@ from hosts import HOSTS
 from torch import Tensor
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Task, logits_of
+from greenvis.core.technique import Experience, logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
 from greenvis.techniques.iteration.continual.hat import (
@@ -26,8 +26,8 @@ from greenvis.techniques.iteration.continual.hat import (
 )
 
 
-def _task(index: int) -> Task:
-    return Task(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
+def _task(index: int) -> Experience:
+    return Experience(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
 
 
 def _train(live: Wrapped, tasks: range, steps: int = 4, begin: int = 0, end: bool = True) -> None:

@@ -13,7 +13,7 @@ from hosts import HOSTS
 from torch import Tensor
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Task
+from greenvis.core.technique import Experience
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
 from greenvis.techniques.iteration.continual.lora_stream import (
@@ -37,8 +37,8 @@ def _images(count: int = 6) -> Tensor:
     return torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
 
 
-def _task(index: int) -> Task:
-    return Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 3, known=True)
+def _task(index: int) -> Experience:
+    return Experience(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 3, known=True)
 
 
 def _train(live: Wrapped, tasks: range, steps: int = 3, begin: int = 0, end: bool = True) -> None:

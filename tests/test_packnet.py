@@ -13,14 +13,14 @@ from hosts import HOSTS
 from torch import Tensor, nn
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Task, logits_of
+from greenvis.core.technique import Experience, logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques.iteration.continual.packnet import InstalledPackNet, PackNet, largest
 
 
-def _task(index: int) -> Task:
-    return Task(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
+def _task(index: int) -> Experience:
+    return Experience(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
 
 
 def _batch(model_shape: tuple[int, int, int], index: int, step: int) -> tuple[Tensor, Tensor]:

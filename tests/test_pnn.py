@@ -13,9 +13,9 @@ from hosts import HOSTS
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.core.technique import Task
+from greenvis.core.technique import Experience
 
-TASKS = [Task(t, (t,), tuple(range(t + 1)), 3, True) for t in range(3)]
+TASKS = [Experience(t, (t,), tuple(range(t + 1)), 3, True) for t in range(3)]
 
 
 def _live(name: str = "timm-vit") -> Any:

@@ -13,7 +13,7 @@ from hosts import HOSTS
 from torch import Tensor
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Samples, Task
+from greenvis.core.technique import Experience, Samples
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques.iteration.continual.prompt_pool import (
@@ -177,7 +177,7 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
 
 def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
     for index in tasks:
-        live.begin_task(Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2))))
+        live.begin_task(Experience(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2))))
         optimizer = torch.optim.AdamW(live.param_groups(1e-2))
         for step in range(steps):
             x, y = _images(4 + step), torch.arange(4 + step) % 2 + 2 * index

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.core.technique import Task
+from greenvis.core.technique import Experience
 from greenvis.errors import GreenvisError
 from greenvis.techniques.iteration.continual.lwf import lwf_loss
 from greenvis.techniques.iteration.continual.regularize import fisher, mas, path_importance, penalty
@@ -181,14 +181,14 @@ def test_lwf_equals_both_libraries(row: int) -> None:
 def test_lwf_compares_earlier_classes_with_the_earlier_model() -> None:
     net = nn.Sequential(_net(), nn.BatchNorm1d(4))
     live = gv.wrap(net, gv.Lwf(weight=0.5, keep=0.25))
-    live.begin_task(Task(0, (0, 1), (0, 1)))
+    live.begin_task(Experience(0, (0, 1), (0, 1)))
     assert live.loss(X, Y, net(X)).item() == 0
     live.end_task(_loader(8))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     old = net.eval()(X).detach()
     with torch.no_grad():
         net.get_parameter("0.2.bias").add_(torch.arange(4.0))
-    live.begin_task(Task(1, (2, 3), (0, 1, 2, 3)))
+    live.begin_task(Experience(1, (2, 3), (0, 1, 2, 3)))
     now = net.train()(X)
     buffers = {n: b.clone() for n, b in net.named_buffers()}
     assert torch.allclose(live.loss(X, Y, now), 0.5 * lwf_loss(now, old, [0, 1]), atol=1e-6)

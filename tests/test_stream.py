@@ -57,34 +57,36 @@ def _write(folder: Path, text: str = RECIPE) -> Path:
 @pytest.mark.parametrize("kind", ["class", "task"])
 def test_classes_are_dealt_out_once_and_no_image_twice(digits: data.Data, kind: Any) -> None:
     made = streams.make(digits, kind=kind, tasks=4, seed=3)
-    assert sorted(c for task in made.tasks for c in task.classes) == list(range(10))
-    assert [len(task.classes) for task in made.tasks] == [3, 3, 2, 2]
-    assert [task.known for task in made.tasks] == [kind == "task"] * 4
+    assert sorted(c for task in made.experiences for c in task.classes) == list(range(10))
+    assert [len(task.classes) for task in made.experiences] == [3, 3, 2, 2]
+    assert [task.known for task in made.experiences] == [kind == "task"] * 4
     ids = torch.cat([images.ids for images in made.train])
     assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
-    for task, images, (classes, test) in zip(made.tasks, made.train, made.tests, strict=True):
+    for task, images, (classes, test) in zip(made.experiences, made.train, made.tests, strict=True):
         assert (
             set(images.targets.tolist())
             == set(test.targets.tolist())
             == set(task.classes)
             == set(classes)
         )
-    assert made.tasks[-1].seen == tuple(c for task in made.tasks for c in task.classes)
+    assert made.experiences[-1].classes_so_far == tuple(
+        c for task in made.experiences for c in task.classes
+    )
     assert made.head == ("multi" if kind == "task" else "single")
 
 
 def test_order_is_the_seeds_or_as_given(digits: data.Data) -> None:
     given = streams.make(digits, order="given")
-    assert [task.classes for task in given.tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert [task.classes for task in given.experiences] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     a, b, c = (streams.make(digits, seed=s) for s in (1, 1, 2))
-    assert [t.classes for t in a.tasks] == [t.classes for t in b.tasks]
-    assert [t.classes for t in a.tasks] != [t.classes for t in c.tasks]
+    assert [t.classes for t in a.experiences] == [t.classes for t in b.experiences]
+    assert [t.classes for t in a.experiences] != [t.classes for t in c.experiences]
 
 
 def test_a_free_stream_keeps_every_image_and_blurs_the_borders(digits: data.Data) -> None:
     sharp = streams.make(digits, kind="free", blur=0.0, order="given")
     soft = streams.make(digits, kind="free", blur=1.0, order="given")
-    assert not sharp.told
+    assert not sharp.has_task_boundaries
     for made in (sharp, soft):
         ids = torch.cat([images.ids for images in made.train])
         assert sorted(ids.tolist()) == sorted(digits.train.ids.tolist())
@@ -127,7 +129,7 @@ def test_cumulative_and_joint_hold_all_they_should(digits: data.Data) -> None:
         sum(len(i) for i in streams.make(digits).train[: t + 1]) for t in range(5)
     ]
     joint = streams.make(digits, train_on="all")
-    assert (len(joint.tasks), len(joint.tests), len(joint.train[0])) == (1, 5, 400)
+    assert (len(joint.experiences), len(joint.tests), len(joint.train[0])) == (1, 5, 400)
     x, y = joint.train[0].batch([0, 399, 7])
     ids = joint.train[0].ids[[0, 399, 7]]
     rows = [digits.train.ids.tolist().index(i) for i in ids.tolist()]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis.core.surgery import freeze, replace
-from greenvis.core.technique import Installed, Stage, Task, Technique
+from greenvis.core.technique import Experience, Installed, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
 
 
@@ -328,12 +328,12 @@ class _Columns(Installed):
         super().__init__(freezes=True)
         self.model, self.told = model, []
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         self.told.append(task.index)
         self.model.register_parameter(f"scale{task.index}", nn.Parameter(torch.ones(3)))
         self.trainable = (f"scale{task.index}",)
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         self.told.append(None if task is None else task.classes)
 
 
@@ -342,7 +342,9 @@ def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
     keys = list(model.state_dict())
     live = gv.wrap(model, _Column())
     for index in range(2):
-        task = Task(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 2, known=True)
+        task = Experience(
+            index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 2, known=True
+        )
         live.begin_task(task)
         assert list(live.trainable) == [
             f"scale{index}"
@@ -354,7 +356,7 @@ def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
     assert live.installed[0].told == [0, (0, 1), 1, (2, 3), None]  # type: ignore[attr-defined]
     again = gv.wrap(nn.Sequential(nn.Linear(4, 3)), _Column())
     for index in range(2):
-        again.begin_task(Task(index, (index,), (index,)))
+        again.begin_task(Experience(index, (index,), (index,)))
     again.load_state_dict(live.state_dict())
     assert (
         again.model.get_parameter("scale0").tolist() == [5.0] * 3

@@ -23,7 +23,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.core.technique import Samples, Task, logits_of
+from greenvis.core.technique import Experience, Samples, logits_of
 from greenvis.techniques.inference.exits.early_exit import calibrate
 
 IMAGES, BATCH, EPOCHS = 43, 8, 2  # the last batch holds 3 images: 2 and 1 on two ranks
@@ -137,7 +137,7 @@ def tasks(folder: Path, technique: gv.Technique, epochs: int = EPOCHS) -> dict[s
     case = Case([technique], folder)
     for index, classes in enumerate(((0, 1), (2, 3))):
         rows = torch.isin(case.y, torch.tensor(classes)).nonzero().squeeze(1)
-        case.live.begin_task(Task(index, classes, tuple(range(2 * index + 2)), 2))
+        case.live.begin_task(Experience(index, classes, tuple(range(2 * index + 2)), 2))
         case.start()
         case.train(rows, range(epochs))
         case.live.end_task([(case.x[share], case.y[share]) for share in case.shares(rows, 0)])

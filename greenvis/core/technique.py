@@ -166,10 +166,10 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One task of a stream of tasks.
+class Experience:
+    """One experience of a stream: a task, and what is known of it.
 
-    index: 0, 1, …. classes: the labels that occur in it. seen: those that occurred so far, its own
+    index: 0, 1, …. classes: the labels that occur in it. classes_so_far: those that occurred so far, its own
     included, in order.
     count: tasks in all, None where nobody knows. known: whether a test says which task an image is
     of (task-incremental).
@@ -177,7 +177,7 @@ class Task:
 
     index: int
     classes: tuple[int, ...]
-    seen: tuple[int, ...]
+    classes_so_far: tuple[int, ...]
     count: int | None = None
     known: bool = False
 
@@ -231,7 +231,7 @@ class Installed:
     def epoch_end(self) -> None:
         """After an epoch."""
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Before training on a task, and before its optimizer is built: parameters may be added
         here, named in `trainable`.
 
@@ -249,7 +249,7 @@ class Installed:
         """
         return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Before an evaluation that tells which task its images are of; None: they are not told, or
         the evaluation is over."""
 

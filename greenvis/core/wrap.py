@@ -18,9 +18,9 @@ from greenvis.core.owners import Owners
 from greenvis.core.surgery import Snapshot
 from greenvis.core.technique import (
     STAGES,
+    Experience,
     Installed,
     Samples,
-    Task,
     Technique,
     refuse_clash,
     refuse_conflicts,
@@ -246,7 +246,7 @@ class Wrapped(Owners, Deltas):
         for live in self.installed:
             live.epoch_end()
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Call before a task of a stream, and before its optimizer is built: techniques may add
         parameters here."""
         self._settle()
@@ -262,7 +262,7 @@ class Wrapped(Owners, Deltas):
             self._watch.note()
         self._watch_trainers()
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Call before an evaluation on images of one task if they are said to be of it, and with
         None when it is over."""
         for live in self.installed:

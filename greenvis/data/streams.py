@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from greenvis import data
-from greenvis.core.technique import Task, only
+from greenvis.core.technique import Experience, only
 from greenvis.data.datasets import Data, ImageSet
 from greenvis.errors import BadInput
 
@@ -41,13 +41,13 @@ class Stream:
 
     kind: Kind
     head: Head
-    tasks: tuple[Task, ...]
+    experiences: tuple[Experience, ...]
     train: tuple[ImageSet, ...]
     tests: tuple[tuple[tuple[int, ...], ImageSet], ...]
     classes: int
 
     @property
-    def told(self) -> bool:
+    def has_task_boundaries(self) -> bool:
         """Whether techniques hear where a task begins and ends."""
         return self.kind != "free"
 
@@ -91,7 +91,7 @@ class Stream:
                 f"{{head: single}}`"
             )
         if self.head == "growing":
-            return only(logits, self.tasks[index].seen)
+            return only(logits, self.experiences[index].classes_so_far)
         fellows = torch.zeros(self.classes, logits.shape[1], dtype=torch.bool, device=logits.device)
         for classes, _ in self.tests:
             at = torch.tensor(classes, device=logits.device)
@@ -167,14 +167,14 @@ def make(
         train = [Several(train)]
     elif train_on == "seen":
         train = [Several(train[: t + 1]) for t in range(tasks)]
-    told: list[Task] = []
+    told: list[Experience] = []
     for t, part in enumerate(train):
         there = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
         own = tuple(c for c in there if c in set(part.targets.tolist()))
-        before = told[-1].seen if told else ()
+        before = told[-1].classes_so_far if told else ()
         own = own if train_on == "all" or kind in ("free", "domain") else groups[t]
         told.append(
-            Task(
+            Experience(
                 t,
                 own,
                 before + tuple(c for c in own if c not in before),

@@ -51,26 +51,26 @@ def fit_stream(
     loop = Loop(live, spec, run, seed, checkpoint, log_with)
     progress, count = loop.progress, len(stream.tests)
     resumed = progress.step > 0
-    for task in stream.tasks[: progress.task]:
-        if stream.told:
+    for task in stream.experiences[: progress.task]:
+        if stream.has_task_boundaries:
             live.begin_task(task)
     with loop.logging():
-        for index in range(progress.task, len(stream.tasks)):
+        for index in range(progress.task, len(stream.experiences)):
             before, begun = run.observed(), time.monotonic()
             if restart:
                 live.load_state_dict(start)
-            if stream.told:
-                live.begin_task(stream.tasks[index])
+            if stream.has_task_boundaries:
+                live.begin_task(stream.experiences[index])
             loop.begin(_part(stream, index, spec, seed, samples))
             loop.train()
-            if stream.told:
+            if stream.has_task_boundaries:
                 with run.phase(f"train/task{index + 1}/end"):
                     live.end_task(Repeatable(stream, index, spec, seed))
             with run.phase(f"eval/task{index + 1}"):
                 found = _test(loop, stream, index, tests)
             for name, row in found.items():
                 rows = progress.rows.setdefault(
-                    name, [[None] * count for _ in range(count - len(stream.tasks))]
+                    name, [[None] * count for _ in range(count - len(stream.experiences))]
                 )
                 rows.append(cast("list[float | None]", row))
             spent = {q: v - before.get(q, 0.0) for q, v in run.observed().items()}
@@ -127,12 +127,14 @@ def _test(
 ) -> dict[str, list[float]]:
     """Return the accuracy on each task's test, by name of the matrix."""
     live = loop.live
-    seen = None if stream.head == "single" else stream.tasks[index].seen
+    seen = None if stream.head == "single" else stream.experiences[index].classes_so_far
     out: dict[str, list[float]] = {}
     for t, (classes, _) in enumerate(stream.tests):
         if stream.kind == "task":
             shown: dict[str, tuple[int, ...] | None] = {MATRIX: classes}
-            live.test_task(stream.tasks[t] if len(stream.tasks) == len(stream.tests) else None)
+            live.test_task(
+                stream.experiences[t] if len(stream.experiences) == len(stream.tests) else None
+            )
         else:
             shown = {MATRIX: seen} | ({} if stream.kind == "domain" else {KNOWN: classes})
         for name, accuracy in accuracies(loop.model, tests(t), shown, loop.accelerator).items():

@@ -164,7 +164,9 @@ def _predict(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
             seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown
         ), seen.header
     trained = sum(math.ceil(len(part) / spec.batch_size) for part in its.train)
-    tested = len(its.tasks) * sum(len(part) for _, part in its.tests)  # all of them after each task
+    tested = len(its.experiences) * sum(
+        len(part) for _, part in its.tests
+    )  # all of them after each task
     return _whole(seen, spec.epochs * trained / steps, tested / shown), seen.header
 
 

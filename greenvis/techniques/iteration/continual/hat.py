@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import hold_norms, names_of
-from greenvis.core.technique import Installed, Stage, Task, Technique
+from greenvis.core.technique import Experience, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, reached, view
 from greenvis.models.structure.parts import Mlp
@@ -238,7 +238,7 @@ class InstalledHat(Installed):
             }
         ]
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Draw new gates for a task after the first, and say where no unit is left for it."""
         if self.masks and task.index == len(self.masks):
             if all(g.used.all() for g in self.gates):
@@ -276,7 +276,7 @@ class InstalledHat(Installed):
             for held in self.body.values():
                 held.hold()
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Use the units of the task, once it has ended; None: the current gates again."""
         ended = task.index if task is not None and task.index < len(self.masks) else None
         for i, gate in enumerate(self.gates):

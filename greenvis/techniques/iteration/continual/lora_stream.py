@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import find, freeze, names_of, places_of
-from greenvis.core.technique import Installed, OnlyWith, Stage, Task, Technique
+from greenvis.core.technique import Experience, Installed, OnlyWith, Stage, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
@@ -243,13 +243,13 @@ class InstalledLoraStream(Installed):
                     parameter.requires_grad_(i == tasks - 1)
         self.trainable = names_of(self.model, self.learns(tasks - 1))
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Freeze the earlier tasks' changes and add this one's."""
         for index in range(len(self.factors), task.index + 1):
             inject(self.request, self.model, list(self.layers), index)
             self.use([0.0 if self.request.mode == "arithmetic" else 1.0] * index + [1.0])
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Use the changes up to the task (arithmetic: its own), and again those of before when the
         test is over."""
         if self.held is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Installed, Stage, Task, Technique, logits_of
+from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of
 from greenvis.errors import GreenvisError
 from greenvis.tasks.answers import PIXELS_TOO, class_rows
 
@@ -90,9 +90,9 @@ class InstalledLwf(Installed):
         self.classes: list[int] = []  # of earlier tasks; empty where nobody said
         self._seen: tuple[int, ...] = ()
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Note which classes count as earlier from the task's end on."""
-        self._seen = task.seen
+        self._seen = task.classes_so_far
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"lwf": weight · lwf_loss}, from the second task on."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import hold_norms
-from greenvis.core.technique import Installed, Stage, Task, Technique, logits_of, only
+from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of, only
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import View, reached, view
 from greenvis.tasks.answers import CLASSES
@@ -175,7 +175,7 @@ class InstalledPackNet(Installed):
         self.done = 0
         self.classes: tuple[int, ...] = ()
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Take the task's classes, for retraining. Raises GreenvisError where no room is left."""
         self.classes = task.classes
         if task.index == self.done:
@@ -187,7 +187,7 @@ class InstalledPackNet(Installed):
             for share in self.shares.values():
                 share.hold()
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Use the weights up to the task, once it is packed, and all of them again when the test is
         over."""
         number = task.index + 1 if task is not None and task.index < self.done else None

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, Stage, Task, Technique
+from greenvis.core.technique import Experience, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.attach import seat
@@ -120,7 +120,7 @@ class InstalledPnn(Installed):
         for place in places:
             place.block.register_forward_pre_hook(partial(self._meet, place), with_kwargs=True)
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Begin a new column, with adapters from all before it."""
         if task.index == 0:
             return
@@ -152,7 +152,7 @@ class InstalledPnn(Installed):
         now = self._values()
         self.columns.append({n: now[n].detach().clone() for n in self.start})
 
-    def test_task(self, task: Task | None) -> None:
+    def test_task(self, task: Experience | None) -> None:
         """Run the column of the task, once it has ended; None: the latest again."""
         if self._now is not None:
             self._fill(self._now)

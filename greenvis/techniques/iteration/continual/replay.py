@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis.core import distributed as ranks
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Installed, OnlyWith, Stage, Task, Technique, logits_of
+from greenvis.core.technique import Experience, Installed, OnlyWith, Stage, Technique, logits_of
 from greenvis.data.herding import herding
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
@@ -326,7 +326,7 @@ class InstalledReplay(Installed):
         self._new.clear()
         self._first = []
 
-    def begin_task(self, task: Task) -> None:
+    def begin_task(self, task: Experience) -> None:
         """Note whether another task comes."""
         self._last = task.count is not None and task.index + 1 == task.count
 
