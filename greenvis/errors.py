@@ -10,10 +10,10 @@ class GreenvisError(Exception):
     """Any failure greenvis reports on purpose: says what, where, and what to do. The CLI exits with
     1.
 
-    told: whether another of several processes says the same.
+    reported: whether another of several processes says the same.
     """
 
-    told: bool = False
+    reported: bool = False
 
 
 class BadInput(GreenvisError):

@@ -54,7 +54,7 @@ def test_one_process_takes_every_batch_whole_and_hears_its_own_errors() -> None:
     assert ranks.main_first(lambda: 7) == 7
     with pytest.raises(BadInput) as caught:
         ranks.main_first(lambda: gv.Lora(rank=0))
-    assert not caught.value.told
+    assert not caught.value.reported
     state = torch.get_rng_state()
     ranks.seed_per_rank()
     ranks.barrier()

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except GreenvisError as error:
         code = 2 if isinstance(error, BadInput) else 1
-        if error.told:
+        if error.reported:
             return code
         if getattr(args, "json", False):
             print(json.dumps({"error": str(error), "exit": code}))

@@ -211,7 +211,7 @@ def main_first(ask: Callable[[], T]) -> T:
     each its own answer.
 
     What one raises, all raise, so that none waits for it; an error that another process has to tell
-    is marked as `told`.
+    is marked as `reported`.
     """
     if world_size() == 1:
         return ask()
@@ -234,7 +234,7 @@ def main_first(ask: Callable[[], T]) -> T:
     bad, words = heard[first]
     if error is None or first != rank():
         error = (BadInput if bad else GreenvisError)(words)
-        error.told = True
+        error.reported = True
     raise error
 
 
@@ -301,10 +301,10 @@ def on_main(ask: Callable[[], T]) -> T:
 
 
 def report_once(error: Exception) -> Exception:
-    """Return an error that all processes are about to raise, marked as `told` in all but the
+    """Return an error that all processes are about to raise, marked as `reported` in all but the
     first."""
     if isinstance(error, GreenvisError):
-        error.told = rank() > 0
+        error.reported = rank() > 0
     return error
 
 

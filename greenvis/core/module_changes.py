@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from greenvis.core.surgery import holds_in_eval, rehang
+from greenvis.core.surgery import copy_hooks, holds_in_eval
 from greenvis.errors import BadInput, GreenvisError, some
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class Watch:
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Look, before a forward of the model in training."""
         if model.training and not torch.compiler.is_compiling():
-            self.settle()
+            self.adopt_changes()
 
     def note(self) -> None:
         """Take the model as it is now for what it should be."""
@@ -94,7 +94,7 @@ class Watch:
         self._kinds = [(path, module, type(module)) for path, module in model.named_modules()]
         self._plain = _plain(model)
 
-    def settle(self) -> None:
+    def adopt_changes(self) -> None:
         """Take over what came since, or raise BadInput with nothing changed."""
         changed = self.changed()
         if not changed:
@@ -115,7 +115,7 @@ class Watch:
             for path, old, new in replaced:
                 live.take_replaced(path, _parameters(old), _parameters(new))
         for _, old, new in converted:
-            rehang(old, new)
+            copy_hooks(old, new)
         self._adopted |= {
             (path.rpartition(".")[0], path.rpartition(".")[2]): new for path, _, new in changed
         }

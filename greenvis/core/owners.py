@@ -115,9 +115,9 @@ class Owners:
         }
         return [name for name, mine in own.items() if mine and not moved(self._start, mine)]
 
-    def _settle(self) -> None:
+    def _adopt_changes(self) -> None:
         if self._watch is not None:
-            self._watch.settle()
+            self._watch.adopt_changes()
 
     @property
     def declared(self) -> dict[str, nn.Parameter]:

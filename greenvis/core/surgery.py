@@ -134,7 +134,7 @@ def find(
     return list(found)
 
 
-def places_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
+def parents_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
     """Return every (parent, name) under which `module` hangs in `model`: more than one where it is
     shared."""
     return [
@@ -151,7 +151,7 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
 
     Raises BadInput where `old` is not a sub-module (the root cannot be replaced in place).
     """
-    places = places_of(model, old)
+    places = parents_of(model, old)
     if not places:
         raise BadInput(
             f"cannot replace {type(old).__name__}: it is not a sub-module of {type(model).__name__}"
@@ -205,11 +205,11 @@ def hold_norms(
 def hold_in_eval(module: nn.Module) -> None:
     """Put `module` into eval mode each time it runs, whatever `train()` set."""
     if _HELD not in vars(module):
-        module.register_forward_pre_hook(passing(_to_eval))
+        module.register_forward_pre_hook(mark_skippable(_to_eval))
         vars(module)[_HELD] = True
 
 
-def rehang(old: nn.Module, new: nn.Module) -> None:
+def copy_hooks(old: nn.Module, new: nn.Module) -> None:
     """Hang on the modules of `new`, which `old` was converted into, the hooks that hung on those of
     `old`."""
     others = dict(new.named_modules())
@@ -226,14 +226,14 @@ def holds_in_eval(hook: Any) -> bool:
     return hook is _to_eval
 
 
-def passing(hook: Any) -> Any:
+def mark_skippable(hook: Any) -> Any:
     """Mark a hook that nobody misses where its module is skipped: what it does serves that one
     forward of that module."""
     hook.__dict__[_PASSING] = True
     return hook
 
 
-def is_passing(hook: Any) -> bool:
+def is_skippable(hook: Any) -> bool:
     """Whether a hook is marked so (an object's class may be, too)."""
     return getattr(hook, _PASSING, False)
 

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from greenvis.errors import BadInput, GreenvisError, nearest, printable
 from greenvis.tasks.answers import TASKS
 from greenvis.tasks.answers import logits_of as logits_of
-from greenvis.tasks.answers import only as only
+from greenvis.tasks.answers import only as mask_classes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

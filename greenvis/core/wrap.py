@@ -89,7 +89,7 @@ class Wrapped(Owners, Deltas):
         self._enter()
 
     def _install(self) -> None:
-        self._refuse(answers.task_said(self.model))
+        self._refuse(answers.declared_task(self.model))
         for technique in self.techniques:
             self.installed.append(self._put_in(technique))
             self._own(technique, self.installed[-1])
@@ -175,7 +175,7 @@ class Wrapped(Owners, Deltas):
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on: replay adds samples here; otherwise unchanged."""
-        self._settle()
+        self._adopt_changes()
         given = x
         for live in self.installed:
             x, y = live.batch(x, y)
@@ -186,7 +186,7 @@ class Wrapped(Owners, Deltas):
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
         """Return all extra loss terms of this step by name. logits: (batch, classes), or the
         model's output that has them."""
-        self._settle()
+        self._adopt_changes()
         self.begin_training()
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             distributed.refuse_sharding(self.model)
@@ -249,7 +249,7 @@ class Wrapped(Owners, Deltas):
     def begin_task(self, task: Experience) -> None:
         """Call before a task of a stream, and before its optimizer is built: techniques may add
         parameters here."""
-        self._settle()
+        self._adopt_changes()
         self._learned |= {id(p) for p in self.trainable.values()} if task.index else set()
         for technique, live in self._pairs():
             declared = live.trainable
@@ -319,7 +319,7 @@ class Wrapped(Owners, Deltas):
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimizer groups: the techniques' own first, every other trainable parameter at
         `lr`."""
-        self._settle()
+        self._adopt_changes()
         groups = [g for live in self.installed for g in live.param_groups(lr)]
         taken = [id(p) for g in groups for p in g["params"]]
         if len(taken) != len(set(taken)):
@@ -343,7 +343,7 @@ class Wrapped(Owners, Deltas):
         works afterwards.
         """
         self.check_foldable()
-        self._settle()
+        self._adopt_changes()
         if self._watch is not None:
             self._watch.refuse_lost({id(module) for module, _, _ in self._snapshot._modules})
         self._snapshot.keep_values()

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from greenvis import data
-from greenvis.core.technique import Experience, only
+from greenvis.core.technique import Experience, mask_classes
 from greenvis.data.datasets import Data, ImageSet
 from greenvis.errors import BadInput
 
@@ -91,7 +91,7 @@ class Stream:
                 f"{{head: single}}`"
             )
         if self.head == "growing":
-            return only(logits, self.experiences[index].classes_so_far)
+            return mask_classes(logits, self.experiences[index].classes_so_far)
         fellows = torch.zeros(self.classes, logits.shape[1], dtype=torch.bool, device=logits.device)
         for classes, _ in self.tests:
             at = torch.tensor(classes, device=logits.device)

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Samples, logits_of, only
+from greenvis.core.technique import Samples, logits_of, mask_classes
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment import checkpoint as states
@@ -346,7 +346,9 @@ def accuracies(
                 continue
             with accelerator.autocast() if accelerator is not None else nullcontext():
                 logits = logits_of(model(x))
-            every = [only(logits, classes).argmax(dim=-1) == y for classes in among.values()]
+            every = [
+                mask_classes(logits, classes).argmax(dim=-1) == y for classes in among.values()
+            ]
             right = right.to(y.device) + torch.stack(every).sum(1)
             seen += len(y)
     if accelerator is not None:

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from greenvis.core.surgery import is_passing, replace
+from greenvis.core.surgery import is_skippable, replace
 from greenvis.errors import BadInput
 from greenvis.models.structure import example_input
 from greenvis.models.structure.probing import probing
@@ -146,7 +146,7 @@ def _plain(module: nn.Module) -> bool:
     changed = (
         "forward" in vars(module) or hasattr(module, "parametrizations") or module._forward_hooks
     )
-    return not changed and all(map(is_passing, module._forward_pre_hooks.values()))
+    return not changed and all(map(is_skippable, module._forward_pre_hooks.values()))
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

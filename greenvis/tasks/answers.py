@@ -102,7 +102,7 @@ def main_output(output: Any) -> Tensor:
         raise
 
 
-def only(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
+def mask_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
     """Return the logits (batch, outputs) with all but `classes` at -inf, so that those alone
     compete; None: all do."""
     if classes is None:
@@ -201,7 +201,7 @@ def refuse_task(name: str, tasks: frozenset[str], instead: str, task: str) -> No
         )
 
 
-def task_said(model: Any) -> str | None:
+def declared_task(model: Any) -> str | None:
     """Return the task that a transformers model's configuration names, None where it names none."""
     said = getattr(getattr(model, "config", None), "problem_type", None)
     return {"multi_label_classification": "multilabel", "regression": "regression"}.get(said or "")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.core.surgery import passing
+from greenvis.core.surgery import mark_skippable
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
@@ -279,7 +279,9 @@ def set_mask(module: nn.Module, mask: Callable[[Tensor | None], Tensor | None]) 
     """
     name = _mask_name(module)
     place = list(inspect.signature(type(module).forward).parameters).index(name) - 1
-    module.register_forward_pre_hook(passing(partial(_put, mask, name, place)), with_kwargs=True)
+    module.register_forward_pre_hook(
+        mark_skippable(partial(_put, mask, name, place)), with_kwargs=True
+    )
 
 
 def _put(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from greenvis.core.surgery import passing
+from greenvis.core.surgery import mark_skippable
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
@@ -65,9 +65,11 @@ class Source:
         in to read."""
         module = model.get_submodule(self.path)
         if self.layout == "packed":
-            module.register_forward_pre_hook(passing(partial(_taken, keep)), with_kwargs=True)
+            module.register_forward_pre_hook(
+                mark_skippable(partial(_taken, keep)), with_kwargs=True
+            )
         else:
-            module.register_forward_hook(passing(partial(_given, keep)))
+            module.register_forward_hook(mark_skippable(partial(_given, keep)))
 
 
 def _taken(keep: Any, module: nn.Module, args: Any, kwargs: Any) -> None:

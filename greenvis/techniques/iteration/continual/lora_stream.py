@@ -13,7 +13,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from greenvis.core.surgery import find, freeze, names_of, places_of
+from greenvis.core.surgery import find, freeze, names_of, parents_of
 from greenvis.core.technique import Experience, Installed, OnlyWith, Stage, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
@@ -101,7 +101,7 @@ class LoraStream(Technique):
         a layer does not fit."""
         found = view(model, self.input_shape, probe=False)
         paths = self._paths(model, found)
-        places = {path: places_of(model, model.get_submodule(path)) for path in paths}
+        places = {path: parents_of(model, model.get_submodule(path)) for path in paths}
         heads = head_parameters(model, found) if self.head == "train" else []
         inject(self, model, paths, 0)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}

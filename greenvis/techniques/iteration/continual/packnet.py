@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import hold_norms
-from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of, only
+from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of, mask_classes
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import View, reached, view
 from greenvis.tasks.answers import CLASSES
@@ -260,7 +260,7 @@ class InstalledPackNet(Installed):
                 for x, y in loader:
                     x, y = x.to(parameters[0].device), y.to(parameters[0].device)
                     optimizer.zero_grad()
-                    logits = only(logits_of(self.model(x)), self.classes or None)
+                    logits = mask_classes(logits_of(self.model(x)), self.classes or None)
                     F.cross_entropy(logits, y).backward()
                     optimizer.step()
                     for share in self.shares.values():

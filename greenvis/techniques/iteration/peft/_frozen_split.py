@@ -228,7 +228,7 @@ def _weighs(model: nn.Module, path: str, learned: set[int]) -> bool:
 
 def _hooked(module: nn.Module) -> bool:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return not all(surgery.is_passing(hook) for hook in hooks)
+    return not all(surgery.is_skippable(hook) for hook in hooks)
 
 
 class _Enough(Exception):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.surgery import passing
+from greenvis.core.surgery import mark_skippable
 from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
@@ -107,7 +107,7 @@ class Adapter(Technique):
             model.register_forward_pre_hook(grid.watch, with_kwargs=True)
             for path in found.convs[:1]:  # which every door leads through
                 model.get_submodule(path).register_forward_pre_hook(
-                    passing(partial(grid.watch)), with_kwargs=True
+                    mark_skippable(partial(grid.watch)), with_kwargs=True
                 )
         check_runs(model, found.example, added, f"{self.variant} adapters")
         live = Installed(train_only(model, added, found, self.head), freezes=True)

@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, inject_adap
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from greenvis.core.surgery import find, freeze, places_of
+from greenvis.core.surgery import find, freeze, parents_of
 from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
@@ -129,7 +129,7 @@ class Lora(Technique):
         found = view(model, self.input_shape, probe=False)
         paths = self._targets(model, found)
         heads = head_parameters(model, found) if self.head == "train" else []
-        places = {path: places_of(model, model.get_submodule(path)) for path in paths}
+        places = {path: parents_of(model, model.get_submodule(path)) for path in paths}
         ranks = self._inject(model, paths)
         layers: dict[str, Any] = {}
         for path in paths:
