@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from greenvis.errors import BadInput, GreenvisError, nearest, printable
 from greenvis.tasks.answers import TASKS
 from greenvis.tasks.answers import logits_of as logits_of
-from greenvis.tasks.answers import only as mask_classes
+from greenvis.tasks.answers import mask_classes as mask_classes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -167,12 +167,14 @@ class Samples:
 
 @dataclass(frozen=True)
 class Experience:
-    """One experience of a stream: a task, and what is known of it.
+    """One experience of a stream: the task it trains on, and what is known of it.
 
-    index: 0, 1, …. classes: the labels that occur in it. classes_so_far: those that occurred so far, its own
-    included, in order.
-    count: tasks in all, None where nobody knows. known: whether a test says which task an image is
-    of (task-incremental).
+    Args:
+        index: 0, 1, ….
+        classes: The labels that occur in it.
+        classes_so_far: Those that occurred so far, including its own, in order.
+        count: Experiences in all, None where nobody knows.
+        known: Whether a test says which task an image is of (task-incremental).
     """
 
     index: int

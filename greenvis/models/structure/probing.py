@@ -44,7 +44,7 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 
 def is_probing(model: nn.Module) -> bool:
-    """Whether this model runs in `probing`, to be seen whole: nothing may leave the forward early."""
+    """Whether this model runs in `probing`, where every part has to run: no early exits."""
     return _LOOKED_AT in vars(model)
 
 
