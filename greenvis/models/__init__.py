@@ -15,6 +15,8 @@ from greenvis.models.preprocessing import (
 __all__ = [
     "Pixels",
     "Renormalise",
+    "attach",
+    "attached",
     "build",
     "check",
     "check_size",
@@ -23,8 +25,6 @@ __all__ = [
     "description",
     "file_of",
     "fingerprint",
-    "attach",
-    "attached",
     "load_weights",
     "order_of",
     "origin",
