@@ -104,18 +104,18 @@ def test_pretraining_leaves_its_adapters_on_request(tmp_path: Path) -> None:
     models.save(model, tmp_path / "model.safetensors", ref=REF, options=SIZE)
     again = models.build(f"file:{tmp_path / 'model.safetensors'}")
     for one in (model, again):
-        assert models.attached(one, tec.KEPT_ADAPTERS).keys() == own.keys()
+        assert models.attached(one, tec.ENCODER_ADAPTERS).keys() == own.keys()
         wrapped = wrap(one, AdapterProbe())
         adapters: Any = one.get_submodule("blocks.3.adapter_probe")
         assert all(torch.equal(t, own[n]) for n, t in adapters.state_dict().items())
         wrapped.undo()
     live.undo()
-    assert models.attached(model, tec.KEPT_ADAPTERS) is None
+    assert models.attached(model, tec.ENCODER_ADAPTERS) is None
 
 
 def test_adapters_are_not_kept_unasked(tmp_path: Path) -> None:
     model = wrap(_vit(), Reuse(base=_vit(depth=2), encoder_adapters=2)).merge()
-    assert models.attached(model, tec.KEPT_ADAPTERS) is None
+    assert models.attached(model, tec.ENCODER_ADAPTERS) is None
     models.save(model, tmp_path / "model.safetensors", ref=REF, options=SIZE)
     loaded = _vit().load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert not loaded.missing_keys
@@ -124,7 +124,7 @@ def test_adapters_are_not_kept_unasked(tmp_path: Path) -> None:
 def test_refuses_with_nothing_changed() -> None:
     model, bare = _vit(), _vit(class_token=False, global_pool="avg")
     other = _vit(depth=2)
-    models.attach(other, tec.KEPT_ADAPTERS, tec.EncoderAdapters(24, 4, 2, 32).state_dict())
+    models.attach(other, tec.ENCODER_ADAPTERS, tec.EncoderAdapters(24, 4, 2, 32).state_dict())
     cases = [(model, {"encoder_adapters": 0}, "is a linear probe"), (bare, {"input_adapter": True},
     "no class token"),
              (other, {}, "begins with new ones")]  # fmt: skip

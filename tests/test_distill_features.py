@@ -17,8 +17,8 @@ import greenvis as gv
 from greenvis.core.technique import Samples
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
-from greenvis.techniques.inference.distill._layers import Place, Taps, features, thinned
-from greenvis.techniques.inference.distill.distill import Keep
+from greenvis.techniques.inference.distill._layers import TapPoint, Taps, features, thinned
+from greenvis.techniques.inference.distill.distill import CacheOptions
 
 
 def _vit(depth: int = 2, dim: int = 16, heads: int = 2, **more: Any) -> nn.Module:
@@ -235,7 +235,7 @@ def test_a_teacher_without_class_token_teaches_patches() -> None:
 def test_tokens_behind_the_patches_are_put_first() -> None:
     tokens = torch.randn(2, 11, 3)
     turned = torch.cat([tokens[:, 2:], tokens[:, :2]], 1)
-    first, behind = Place("x", prefix=2), Place("x", prefix=2, behind=True)
+    first, behind = TapPoint("x", prefix=2), TapPoint("x", prefix=2, behind=True)
     assert torch.equal(behind.map(turned, 1.0), first.map(tokens, 1.0))
     assert torch.equal(behind.tokens(turned, 1), first.tokens(tokens, 1))
 
@@ -323,7 +323,7 @@ def test_a_forward_that_fails_leaves_no_hooks_and_says_what_to_do() -> None:
 
 def test_taps_hold_nothing_between_steps() -> None:
     model = _vit()
-    taps = Taps(model, [Place("blocks.0")], learning=True)
+    taps = Taps(model, [TapPoint("blocks.0")], learning=True)
     model(_batch()[0])
     assert taps.take()["blocks.0"].requires_grad
     with pytest.raises(GreenvisError, match="nothing was read"):
@@ -416,7 +416,7 @@ def test_smaller_caches_are_close_and_say_so(tmp_path: Path) -> None:
     student, teacher = _cnn(), _vit()
     x, y = _batch()
     losses, sizes = [], []
-    for cache in (False, True, Keep(dtype="fp16"), Keep(dtype="fp16", top_k=1)):
+    for cache in (False, True, CacheOptions(dtype="fp16"), CacheOptions(dtype="fp16", top_k=1)):
         live = gv.wrap(student, gv.Distill(teacher=teacher, cache=cache, temperature=1.0))
         live.show(Samples(tmp_path, {"data": "four"}, 4, 1, torch.arange(4)))
         losses.append(live.loss(x, y, student(x)).item())

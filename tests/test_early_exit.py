@@ -357,7 +357,7 @@ def test_the_term_is_the_sum_over_exits_and_the_base_may_stay() -> None:
         )
         installed = live.installed[0]
         logits = live.model(x)
-        seen = [s.detach() for s in installed.exits.seen]
+        seen = [s.detach() for s in installed.exits.last_logits]
         term = live.terms(x, y, logits)["early_exit"]
         want = torch.zeros(())
         for weight, early in zip((0.5, 2.0), seen, strict=True):

@@ -112,7 +112,7 @@ def test_sizes_of_merged_tokens_are_those_of_the_images_at_hand(
         for samples in (None, Samples(tmp_path, {"images": "of the test"}, 6, 1, at)):
             live.show(samples)
             live.model(images[0][at])
-            seen.append((merging.flow.size[2].clone(), merging.flow.places[2].clone()))
+            seen.append((merging.flow.size[2].clone(), merging.flow.positions[2].clone()))
     for computed, read in (seen[:2], seen[2:]):
         torch.testing.assert_close(computed, read)
     assert not torch.equal(seen[0][1], seen[2][1])

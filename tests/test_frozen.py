@@ -18,7 +18,7 @@ from greenvis.core.technique import Samples
 from greenvis.data.output_cache import _sums
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
-from greenvis.techniques._shared.frozen import Kept, mark
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
 
 X = torch.randn(12, 6, generator=torch.Generator().manual_seed(0))
 
@@ -48,21 +48,21 @@ class _Part:
 
 def test_computed_once_and_the_same_after(tmp_path: Path) -> None:
     part, notes = _Part(), []
-    kept = Kept("teacher: logits", mark(part.layer), note=notes.append)
-    first = kept.outputs(_samples(tmp_path, [3, 1, 7]), part.of([3, 1, 7]))
-    again = kept.outputs(_samples(tmp_path, [7, 3, 1]), part.of([7, 3, 1]))
+    cached = FrozenOutputs("teacher: logits", fingerprint(part.layer), note=notes.append)
+    first = cached.outputs(_samples(tmp_path, [3, 1, 7]), part.of([3, 1, 7]))
+    again = cached.outputs(_samples(tmp_path, [7, 3, 1]), part.of([7, 3, 1]))
     assert part.runs == 1
     assert not first.requires_grad
     assert torch.equal(first, part.layer(X[[3, 1, 7]]))
     assert torch.equal(again, first[[2, 0, 1]])
-    kept.outputs(_samples(tmp_path, [3, 1, 7], view=1), part.of([3, 1, 7]))
-    kept.outputs(_samples(tmp_path, [3, 2]), part.of([3, 2]))
+    cached.outputs(_samples(tmp_path, [3, 1, 7], view=1), part.of([3, 1, 7]))
+    cached.outputs(_samples(tmp_path, [3, 2]), part.of([3, 2]))
     assert part.runs == 3  # another version of the images, and a batch of which one is missing
-    facts = kept.facts()
+    facts = cached.facts()
     assert (facts["hits"], facts["misses"], facts["earlier"]) == (3, 8, 0)
     assert facts["bytes"] == 2 * len(X) * (3 * 4 + 8)
-    kept.close()
-    other = Kept("teacher: logits", mark(part.layer), note=notes.append)
+    cached.close()
+    other = FrozenOutputs("teacher: logits", fingerprint(part.layer), note=notes.append)
     assert torch.equal(
         other.outputs(_samples(tmp_path, [3, 2, 1]), part.of([3, 2, 1]))[2], first[1]
     )
@@ -79,9 +79,9 @@ def test_computed_once_and_the_same_after(tmp_path: Path) -> None:
 
 def test_unknown_samples_are_computed(tmp_path: Path) -> None:
     part = _Part()
-    kept = Kept("teacher", mark(part.layer))
+    cached = FrozenOutputs("teacher", fingerprint(part.layer))
     for _ in range(2):
-        assert torch.equal(kept.outputs(None, part.of([0, 1])), part.layer(X[:2]))
+        assert torch.equal(cached.outputs(None, part.of([0, 1])), part.layer(X[:2]))
     assert part.runs == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -91,7 +91,9 @@ def test_endless_augmentation_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         BadInput, match=r"'teacher' can be used again.*set data\.views.*or data\.augment: none"
     ):
-        Kept("teacher", mark(part.layer)).outputs(_samples(tmp_path, [0], views=None), part.of([0]))
+        FrozenOutputs("teacher", fingerprint(part.layer)).outputs(
+            _samples(tmp_path, [0], views=None), part.of([0])
+        )
     assert part.runs == 0
 
 
@@ -99,7 +101,7 @@ def test_what_changed_is_told(tmp_path: Path) -> None:
     part, notes = _Part(), []
 
     def use(name: str, layer: nn.Module, samples: Samples) -> None:
-        Kept(name, mark(layer), note=notes.append).outputs(samples, part.of([0]))
+        FrozenOutputs(name, fingerprint(layer), note=notes.append).outputs(samples, part.of([0]))
 
     use("teacher", part.layer, _samples(tmp_path, [0]))
     use("base", part.layer, _samples(tmp_path, [0]))  # another part altogether: nothing to tell
@@ -122,46 +124,48 @@ def test_what_changed_is_told(tmp_path: Path) -> None:
 def test_the_same_weights_in_another_structure_are_another_part() -> None:
     layer = nn.Linear(6, 6)
     relu, tanh = nn.Sequential(layer, nn.ReLU()), nn.Sequential(layer, nn.Tanh())
-    assert mark(relu) != mark(tanh)
-    assert mark(relu) == mark(nn.Sequential(layer, nn.ReLU()))
+    assert fingerprint(relu) != fingerprint(tanh)
+    assert fingerprint(relu) == fingerprint(nn.Sequential(layer, nn.ReLU()))
 
 
 def test_rounded_alike_when_computed_and_when_read(tmp_path: Path) -> None:
     part = _Part(8)
     for options in ({"dtype": "fp16"}, {"top_k": 3}):
-        kept = Kept(f"teacher {options}", mark(part.layer), **options)  # type: ignore[arg-type]
-        first = kept.outputs(_samples(tmp_path, [4, 5]), part.of([4, 5]))
+        cached = FrozenOutputs(f"teacher {options}", fingerprint(part.layer), **options)  # type: ignore[arg-type]
+        first = cached.outputs(_samples(tmp_path, [4, 5]), part.of([4, 5]))
         assert not torch.equal(first, part.layer(X[[4, 5]]))
-        assert torch.equal(kept.outputs(_samples(tmp_path, [5, 4]), part.of([5, 4])), first.flip(0))
+        assert torch.equal(
+            cached.outputs(_samples(tmp_path, [5, 4]), part.of([5, 4])), first.flip(0)
+        )
 
 
 def test_several_layers(tmp_path: Path) -> None:
     a, b = _Part(3), _Part(5)
-    kept = Kept("teacher", mark(a.layer))
+    cached = FrozenOutputs("teacher", fingerprint(a.layer))
     at = [2, 9]
 
     def compute() -> dict[str, Tensor]:
         return {"low": a.of(at)().relu(), "high": b.of(at)()}
 
-    first = kept.layers(_samples(tmp_path, at), compute, ("low", "high"))
-    again = kept.layers(_samples(tmp_path, at), compute, ("low", "high"))
+    first = cached.layers(_samples(tmp_path, at), compute, ("low", "high"))
+    again = cached.layers(_samples(tmp_path, at), compute, ("low", "high"))
     assert a.runs == 1
     assert all(torch.equal(first[n], again[n]) for n in ("low", "high"))
-    kept.layers(_samples(tmp_path, at), lambda: {"high": b.of(at)()}, ("high",))
+    cached.layers(_samples(tmp_path, at), lambda: {"high": b.of(at)()}, ("high",))
     assert b.runs == 1
 
 
 def test_a_damaged_file_is_computed_anew(tmp_path: Path) -> None:
     part, notes = _Part(), []
-    kept = Kept("teacher", mark(part.layer), note=notes.append)
-    kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1]))
-    kept.close()
+    cached = FrozenOutputs("teacher", fingerprint(part.layer), note=notes.append)
+    cached.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1]))
+    cached.close()
     (file,) = tmp_path.glob("*/values.bin")
     raw = bytearray(file.read_bytes())
     raw[3 * 12] ^= 1
     file.write_bytes(raw)
     assert torch.equal(
-        kept.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]])
+        cached.outputs(_samples(tmp_path, [3, 1]), part.of([3, 1])), part.layer(X[[3, 1]])
     )
     assert part.runs == 2
     assert "damaged" in notes[0]
@@ -177,10 +181,10 @@ def _forge(folder: Path, factor: float, at: slice) -> None:
         index[there] = _sums(values[there].copy().view(f"V{values.shape[1]}")[:, 0])
 
 
-def _epochs(kept: Kept, part: _Part, folder: Path, number: int) -> list[Tensor]:
+def _epochs(cached: FrozenOutputs, part: _Part, folder: Path, number: int) -> list[Tensor]:
     every = range(0, len(X), 4)
     return [
-        kept.outputs(_samples(folder, [*range(i, i + 4)]), part.of([*range(i, i + 4)]))
+        cached.outputs(_samples(folder, [*range(i, i + 4)]), part.of([*range(i, i + 4)]))
         for _ in range(number)
         for i in every
     ]
@@ -189,11 +193,11 @@ def _epochs(kept: Kept, part: _Part, folder: Path, number: int) -> list[Tensor]:
 @pytest.mark.parametrize("factor", [0.0, 1.01, -1.0, float("nan"), float("inf")])
 def test_changed_values_whose_checksum_fits_are_noticed(tmp_path: Path, factor: float) -> None:
     part, notes = _Part(), []
-    first = Kept("teacher", mark(part.layer))
+    first = FrozenOutputs("teacher", fingerprint(part.layer))
     _epochs(first, part, tmp_path, 1)
     first.close()
     _forge(tmp_path, factor, slice(None))
-    again = Kept("teacher", mark(part.layer), note=notes.append)
+    again = FrozenOutputs("teacher", fingerprint(part.layer), note=notes.append)
     seen = _epochs(again, part, tmp_path, 2)
     assert torch.equal(torch.cat(seen[3:]), part.layer(X))
     assert torch.equal(torch.cat(seen[:3]), part.layer(X))
@@ -202,18 +206,18 @@ def test_changed_values_whose_checksum_fits_are_noticed(tmp_path: Path, factor: 
     ]
     assert (again.misses, again.hits, again.earlier) == (12, 12, 0)
     again.close()
-    unchanged = Kept("teacher", mark(part.layer))
+    unchanged = FrozenOutputs("teacher", fingerprint(part.layer))
     _epochs(unchanged, part, tmp_path, 2)
     assert (unchanged.misses, unchanged.hits, unchanged.earlier) == (0, 24, 24)
 
 
 def test_what_is_changed_in_one_place_shows_in_time_and_is_said(tmp_path: Path) -> None:
     part, notes = _Part(), []
-    first = Kept("teacher", mark(part.layer))
+    first = FrozenOutputs("teacher", fingerprint(part.layer))
     _epochs(first, part, tmp_path, 1)
     first.close()
     _forge(tmp_path, 2.0, slice(8, 12))  # the last batch of three
-    again = Kept("teacher", mark(part.layer), note=notes.append)
+    again = FrozenOutputs("teacher", fingerprint(part.layer), note=notes.append)
     seen = _epochs(again, part, tmp_path, 400)
     assert torch.equal(torch.cat(seen[-3:]), part.layer(X))
     assert any("were read before that showed: --fresh" in note for note in notes)
@@ -226,20 +230,20 @@ def test_what_was_rounded_is_compared_as_it_was_rounded(
 ) -> None:
     part, notes = _Part(8), []
     for _ in range(2):
-        kept = Kept("teacher", mark(part.layer), note=notes.append, **options)
-        _epochs(kept, part, tmp_path, 1)
-        kept.close()
-    assert (kept.misses, kept.hits, kept.checked) == (0, 12, 4)
+        cached = FrozenOutputs("teacher", fingerprint(part.layer), note=notes.append, **options)
+        _epochs(cached, part, tmp_path, 1)
+        cached.close()
+    assert (cached.misses, cached.hits, cached.checked) == (0, 12, 4)
     assert not any("not what it gives" in note for note in notes)
 
 
 def test_top_k_of_classes_that_there_are_not_is_damage(tmp_path: Path) -> None:
     part, notes = _Part(8), []
-    first = Kept("teacher", mark(part.layer), top_k=3)
+    first = FrozenOutputs("teacher", fingerprint(part.layer), top_k=3)
     _epochs(first, part, tmp_path, 1)
     first.close()
     _forge(tmp_path, -8.0, slice(None))  # the places are changed with the values
-    again = Kept("teacher", mark(part.layer), top_k=3, note=notes.append)
+    again = FrozenOutputs("teacher", fingerprint(part.layer), top_k=3, note=notes.append)
     _epochs(again, part, tmp_path, 1)
     assert again.misses == 12
     assert all("damaged" in note for note in notes)
@@ -249,10 +253,10 @@ def test_top_k_of_classes_that_there_are_not_is_damage(tmp_path: Path) -> None:
 def test_half_precision_agrees_with_itself_in_batches_of_other_sizes(tmp_path: Path) -> None:
     part, notes = _Part(), []
     with torch.autocast("cpu", torch.bfloat16):
-        first = Kept("teacher", mark(part.layer))
+        first = FrozenOutputs("teacher", fingerprint(part.layer))
         _epochs(first, part, tmp_path, 1)
         first.close()
-        again = Kept("teacher", mark(part.layer), note=notes.append)
+        again = FrozenOutputs("teacher", fingerprint(part.layer), note=notes.append)
         again.outputs(_samples(tmp_path, [*range(7)]), part.of([*range(7)]))
     assert (again.hits, again.checked) == (7, 7)
     assert not any("not what it gives" in note for note in notes)
@@ -261,19 +265,19 @@ def test_half_precision_agrees_with_itself_in_batches_of_other_sizes(tmp_path: P
 def test_a_comparison_adds_no_flops_to_the_steps(tmp_path: Path) -> None:
     part = _Part()
     for flops in (12 * 6 * 3 * 2, 0):
-        kept = Kept("teacher", mark(part.layer))
+        cached = FrozenOutputs("teacher", fingerprint(part.layer))
         with FlopMode(lambda: "") as mode:
-            _epochs(kept, part, tmp_path, 1)
-        kept.close()
+            _epochs(cached, part, tmp_path, 1)
+        cached.close()
         assert sum(mode.by_place.values()) == flops
 
 
 def test_other_precision_is_another_cache(tmp_path: Path) -> None:
     part = _Part()
-    kept = Kept("teacher", mark(part.layer))
-    full = kept.outputs(_samples(tmp_path, [0]), part.of([0]))
+    cached = FrozenOutputs("teacher", fingerprint(part.layer))
+    full = cached.outputs(_samples(tmp_path, [0]), part.of([0]))
     with torch.autocast("cpu", torch.bfloat16):
-        half = kept.outputs(_samples(tmp_path, [0]), part.of([0]))
+        half = cached.outputs(_samples(tmp_path, [0]), part.of([0]))
     assert part.runs == 2
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
@@ -281,14 +285,14 @@ def test_other_precision_is_another_cache(tmp_path: Path) -> None:
 
 def _fill(folder: Path, turn: int) -> None:
     part = _Part()
-    kept = Kept("teacher", mark(part.layer))
+    cached = FrozenOutputs("teacher", fingerprint(part.layer))
     for epoch in range(20):
         at = torch.randperm(len(X), generator=torch.Generator().manual_seed(epoch + turn)).tolist()
         for start in range(0, len(X), 4):
             some = at[start : start + 4]
-            got = kept.outputs(_samples(folder, some), part.of(some))
+            got = cached.outputs(_samples(folder, some), part.of(some))
             assert torch.allclose(got, part.layer(X[some]), atol=1e-6)
-    assert kept.facts()["hits"] > 0
+    assert cached.facts()["hits"] > 0
 
 
 @pytest.mark.slow

@@ -89,7 +89,7 @@ def test_a_column_adds_what_adapters_make_of_the_one_before() -> None:
     x = torch.rand(4, 1, 2, 3)
     with torch.no_grad():
         assert torch.equal(net(x), fresh(x))  # a new column is the given model at first
-        nets = [place.adapters[1][0] for place in installed.places]
+        nets = [lateral.adapters[1][0] for lateral in installed.laterals]
         for adapter in nets:
             adapter.up.weight.normal_()
 

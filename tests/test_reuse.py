@@ -113,7 +113,7 @@ def test_masks_as_the_authors_do(parts: dict[str, Any]) -> None:
     assert torch.equal(restore, parts["ids_restore"])
     assert torch.equal(mask, parts["mask"])
     tokens = torch.arange(16.0).expand(3, -1)[..., None]
-    back = tec.whole(tec.visible(tokens, keep), torch.full((1, 1, 1), -1.0), restore)
+    back = tec.unshuffle(tec.visible(tokens, keep), torch.full((1, 1, 1), -1.0), restore)
     assert torch.equal(back[..., 0], torch.where(mask.bool(), -1.0, tokens[..., 0]))
 
 

@@ -63,7 +63,7 @@ def test_is_the_ladder_of_the_paper(every: int) -> None:
         )
     assert h.shape == (2, 17, 16)
     assert torch.allclose(seen["joined"], want, atol=1e-4)
-    assert not ladder.seen
+    assert not ladder.inputs
 
 
 def _step_flops(technique: Any) -> int:

@@ -140,8 +140,8 @@ def test_predicted_tokens_really_leave_at_inference(more: dict[str, Any]) -> Non
         want = _removed(model, x, 0.5, [1, 2])
         assert torch.allclose(model(x), want, atol=1e-4 * want.abs().max().item())
     assert not torch.allclose(model(x), plain, atol=1e-2)
-    assert live.kept is not None
-    assert live.kept.shape == (3, model.num_prefix_tokens + 4)
+    assert live.kept_positions is not None
+    assert live.kept_positions.shape == (3, model.num_prefix_tokens + 4)
 
 
 def _masked(model: Any, x: Tensor, policy: dict[int, Tensor]) -> Tensor:
@@ -249,8 +249,8 @@ def test_libraries_alike(name: str, method: Any) -> None:
         assert not torch.equal(logits, plain)
         assert torch.equal(logits_of(copy.deepcopy(model)(images)), logits)
         assert torch.allclose(logits_of(model(images[1:2])), logits[1:2], atol=1e-5)
-    assert pruned.kept is not None
-    assert pruned.kept.shape[1] - pruned.flow.prefix == 8
+    assert pruned.kept_positions is not None
+    assert pruned.kept_positions.shape[1] - pruned.flow.prefix == 8
     with pytest.raises(GreenvisError, match="change of the run"):
         live.merge()
     live.undo()

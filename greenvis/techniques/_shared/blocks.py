@@ -55,7 +55,7 @@ class Block:
         """Run the MLP half."""
         return self._run(self._feed, args, kwargs)
 
-    def whole(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block as the library wrote it."""
         return type(self.module).forward(self.module, *args, **kwargs)
 
@@ -80,7 +80,7 @@ class Silent(nn.Module):
         return (zero, *[None] * (self.outputs - 1)) if self.outputs else zero
 
 
-def halves(model: nn.Module, found: View, what: str) -> list[Block]:
+def split_blocks(model: nn.Module, found: View, what: str) -> list[Block]:
     """Return the blocks of `model` in order, each in halves that were checked to equal it.
 
     what: what is to be done to tokens, for messages ("token merging"). Raises BadInput, with the
@@ -187,7 +187,7 @@ def _check(block: Block, args: Any, kwargs: Any, found: View, what: str) -> None
                 f"{where} is not x + attention followed by x + MLP (pre-norm): "
                 f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        if not torch.equal(whole, first(block.whole(*args, **kwargs))):
+        if not torch.equal(whole, first(block.forward(*args, **kwargs))):
             raise BadInput(
                 f"{where} is not x + attention followed by x + MLP (pre-norm), so {what} finds no "
                 "place in it"
@@ -200,7 +200,7 @@ def _check(block: Block, args: Any, kwargs: Any, found: View, what: str) -> None
                 args, kwargs, order.expand(len(x), -1), prefix, length
             )
         args, kwargs = with_main(args, kwargs, x[:, order])
-        again = first(block.whole(*args, **kwargs)).float()
+        again = first(block.forward(*args, **kwargs)).float()
         error = (again - whole[:, order].float()).abs().max()
         if not error <= (1e-3 if x.dtype.itemsize >= 4 else 5e-2) * whole.float().abs().max():
             raise BadInput(f"{where} uses the places of its tokens, which {what} would change")
@@ -306,7 +306,7 @@ def _put(
     return args, {**kwargs, name: wanted}
 
 
-def cut_mask(given: Tensor, places: Tensor, length: int) -> Tensor:
+def gather_mask(given: Tensor, places: Tensor, length: int) -> Tensor:
     """Return a mask (…, 1 or heads, 1 or length, length) for the tokens at `places`, int64 (batch,
     tokens), added to logits."""
     if given.dtype == torch.bool:

@@ -1,10 +1,10 @@
 """What a frozen part (a teacher, the first blocks of a base) gives, computed once for each sample
 and then read back.
 
-A technique holds one `Kept` for each frozen part and asks it for the current batch:
+A technique holds one `FrozenOutputs` for each frozen part and asks it for the current batch:
 
-    kept = Kept("teacher ResNet: logits", mark(teacher), note=self.note)
-    logits = kept.outputs(self.samples, lambda: logits_of(teacher(x)), device=x.device)
+    cached = FrozenOutputs("teacher ResNet: logits", fingerprint(teacher), note=self.note)
+    logits = cached.outputs(self.samples, lambda: logits_of(teacher(x)), device=x.device)
 """
 
 from __future__ import annotations
@@ -30,25 +30,29 @@ _ONE = "output"
 CHECK_EVERY = 64
 
 
-def mark(module: nn.Module) -> str:
+def fingerprint(module: nn.Module) -> str:
     """Return what tells one frozen part from another: its structure and every weight and buffer."""
     return models.fingerprint({**module.state_dict(), repr(module): torch.empty(0)})
 
 
-class Kept:
+class FrozenOutputs:
     """Outputs of one frozen part, kept on disk sample by sample and view by view
     (`greenvis.data.output_cache.Cache`).
 
-    part: what it is, in words ("teacher ResNet: logits"). weights: `mark` of it; the part must not
-    change afterwards, and must give each sample's output whatever else is in the batch (eval mode).
-    dtype, top_k, max_bytes: of the cache. Outputs come
-    back as float32, the same from the first epoch on: also those just computed are rounded as the
-    cache rounds them.
-    note: told, in words, which part of the key changed since an earlier run, and of damaged files.
+    What it returns is float32 and the same from the first epoch on: also what was just computed is
+    rounded as the cache rounds it.
 
     What an earlier run left is not believed for its checksums alone: the first batch of it, and one
     in 64 of the others, is computed again and compared (FLOPs of that are not counted); where they
     differ all is computed anew, and said.
+
+    Args:
+        part: What it is, in words ("teacher ResNet: logits").
+        weights: Its `fingerprint`. The part must not change afterwards, and must give each sample's
+            output whatever else is in the batch (eval mode).
+        dtype, top_k, max_bytes: Of the cache.
+        note: Called with a sentence where part of the key changed since an earlier run, or a file
+            is damaged.
     """
 
     def __init__(

@@ -29,32 +29,32 @@ class TaskHeads:
 
     def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self.kept: dict[int, list[Tensor]] = {}
+        self.saved: dict[int, list[Tensor]] = {}
         self._now: list[Tensor] | None = None
 
-    def keep(self, task: int) -> None:
+    def save(self, task: int) -> None:
         """Keep the classifier as task number `task`'s."""
-        self.kept[task] = [p.detach().clone() for p in self.parameters]
+        self.saved[task] = [p.detach().clone() for p in self.parameters]
 
     def show(self, task: int | None) -> None:
         """Show task number `task`'s classifier, if it has ended; None: the current one again."""
         if self._now is not None:
             self._fill(self._now)
             self._now = None
-        if task in self.kept:
+        if task in self.saved:
             self._now = [p.detach().clone() for p in self.parameters]
-            self._fill(self.kept[task])
+            self._fill(self.saved[task])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the copies, as "head.TASK.NUMBER"."""
         return {
-            f"head.{task}.{i}": t for task, kept in self.kept.items() for i, t in enumerate(kept)
+            f"head.{task}.{i}": t for task, kept in self.saved.items() for i, t in enumerate(kept)
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the copies back."""
         tasks = {int(key.split(".")[1]) for key in state if key.startswith("head.")}
-        self.kept = {
+        self.saved = {
             task: [
                 state[f"head.{task}.{i}"].to(p, copy=True) for i, p in enumerate(self.parameters)
             ]

@@ -84,13 +84,13 @@ class Encoder:
             if p.is_floating_point()
         )
 
-    def __call__(self, x: Tensor, keep: Tensor) -> list[Tensor]:
+    def __call__(self, x: Tensor, ids_keep: Tensor) -> list[Tensor]:
         """Return every block's output (batch, prefix + kept, dim) for images x and visible patches
         keep (batch, kept).
 
         The last is normed, where the model norms it.
         """
-        with self._masking(keep):
+        with self._masking(ids_keep):
             self.model(x)
             outputs = list(self._outputs)
             return outputs if self._normed is None else [*outputs[:-1], self._normed]

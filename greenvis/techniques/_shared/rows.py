@@ -19,19 +19,19 @@ class Follower:
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Keep what belongs to these of the batch's samples, int64 (remaining,)."""
 
-    def give_back(self, tokens: Tensor) -> Tensor:
+    def unmerge(self, tokens: Tensor) -> Tensor:
         """Return tokens (batch, remaining, channels) of this forward as there were at first,
         (batch, length, channels)."""
         return tokens
 
-    def carried(self, path: str) -> dict[str, Tensor]:
+    def export_state(self, path: str) -> dict[str, Tensor]:
         """Return what the block at `path` finds of this forward beside its input, each float32
         (batch, …)."""
         return {}
 
-    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
-        """Let the block at `path` find what `carried` gave for these samples, though nothing before
-        it runs."""
+    def import_state(self, path: str, state: Mapping[str, Tensor]) -> None:
+        """Take back what `export_state` returned for these samples at the block `path`, though
+        nothing before it runs."""
 
 
 def follow(model: nn.Module, follower: Follower) -> None:
@@ -41,44 +41,48 @@ def follow(model: nn.Module, follower: Follower) -> None:
 
 def followed(model: nn.Module) -> bool:
     """Whether something is held for each sample of a forward of this model."""
-    return bool(vars(model).get(_FOLLOWERS))
+    return bool(_followers(model))
 
 
-def tell(model: nn.Module, rows: Tensor, batch: int) -> None:
+def _followers(model: nn.Module) -> list[Follower]:
+    return vars(model).get(_FOLLOWERS, [])
+
+
+def notify(model: nn.Module, rows: Tensor, batch: int) -> None:
     """Say that of a batch of so many samples only `rows` go on."""
-    for follower in vars(model).get(_FOLLOWERS, ()):
+    for follower in _followers(model):
         follower.keep_rows(rows, batch)
 
 
-def whole(model: nn.Module, value: Tensor) -> Tensor:
+def unmerge(model: nn.Module, value: Tensor) -> Tensor:
     """Return what a module inside `model` just gave, with a row for each token there was at first.
     Anything else: as it is."""
-    for follower in vars(model).get(_FOLLOWERS, ()) if value.dim() == 3 else ():
-        value = follower.give_back(value)
+    for follower in _followers(model) if value.dim() == 3 else ():
+        value = follower.unmerge(value)
     return value
 
 
-def carried(model: nn.Module, path: str) -> dict[str, Tensor]:
+def export_state(model: nn.Module, path: str) -> dict[str, Tensor]:
     """Return what followers carry to the block at `path`, by the number of the follower and a name
     of its own."""
-    listed = enumerate(vars(model).get(_FOLLOWERS, ()))
+    followers = enumerate(_followers(model))
     return {
         f"{i}.{name}": value
-        for i, follower in listed
-        for name, value in follower.carried(path).items()
+        for i, follower in followers
+        for name, value in follower.export_state(path).items()
     }
 
 
-def put_back(model: nn.Module, path: str, found: Mapping[str, Tensor]) -> None:
-    """Give followers back what `carried` gave."""
-    for i, follower in enumerate(vars(model).get(_FOLLOWERS, ())):
+def import_state(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> None:
+    """Give followers back what `export_state` gave."""
+    for i, follower in enumerate(_followers(model)):
         mine = {
             name.removeprefix(f"{i}."): value
-            for name, value in found.items()
+            for name, value in state.items()
             if name.startswith(f"{i}.")
         }
         if mine:
-            follower.put_back(path, mine)
+            follower.import_state(path, mine)
 
 
 def rows_of(value: Any, rows: Tensor, batch: int) -> Any:

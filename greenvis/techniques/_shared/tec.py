@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 EPS = 1e-6
-KEPT_ADAPTERS = "encoder_adapters"  # what they are called where they lie beside a pretrained model
+ENCODER_ADAPTERS = (
+    "encoder_adapters"  # what they are called where they lie beside a pretrained model
+)
 
 
-def random_mask(noise: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
+def random_mask(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return (keep, restore, mask) for patches ranked by noise (batch, patches): the `kept` lowest
     stay visible.
 
@@ -20,15 +22,15 @@ def random_mask(noise: Tensor, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     order = noise.argsort(1)
     restore = order.argsort(1)
-    return order[:, :kept], restore, (restore >= kept).to(noise.dtype)
+    return order[:, :num_visible], restore, (restore >= num_visible).to(noise.dtype)
 
 
-def visible(patches: Tensor, keep: Tensor) -> Tensor:
+def visible(patches: Tensor, ids_keep: Tensor) -> Tensor:
     """Return the patches (batch, kept, dim) at the places `keep` of (batch, patches, dim)."""
-    return patches.gather(1, keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    return patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
-def whole(shown: Tensor, mask_token: Tensor, restore: Tensor) -> Tensor:
+def unshuffle(shown: Tensor, mask_token: Tensor, restore: Tensor) -> Tensor:
     """Return (batch, patches, dim): what is shown (batch, kept, dim) in its places, the mask token
     (1, 1, dim) elsewhere."""
     hidden = mask_token.to(shown.dtype).expand(
@@ -180,7 +182,7 @@ class Decoder(nn.Module):
         dim), normed for `entry`."""
         x = entry.embed(encoded)
         x = torch.cat(
-            [x[:, : self.prefix], whole(x[:, self.prefix :], entry.mask_token, restore)], 1
+            [x[:, : self.prefix], unshuffle(x[:, self.prefix :], entry.mask_token, restore)], 1
         )
         x = x + self.positions.to(x.dtype)
         for block in self.blocks:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.core.technique import Samples, logits_of
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques._shared.frozen import Kept, mark
-from greenvis.techniques.inference.distill._layers import Place, Taps
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
+from greenvis.techniques.inference.distill._layers import TapPoint, Taps
 
 ANSWER = "logits"
 ITSELF = "ema"
@@ -47,7 +47,7 @@ class Teacher(BaseModel):
         return given if isinstance(given, (Mapping, cls)) else {"model": given}
 
 
-class Keep(BaseModel):
+class CacheOptions(BaseModel):
     """How a teacher's outputs are kept on disk."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -59,7 +59,7 @@ class Keep(BaseModel):
     max_bytes: Annotated[int | None, Field(gt=0, description="of all caches beside it")] = None
 
 
-class Taught:
+class FrozenTeacher:
     """One teacher: frozen, in eval from `begin` to `end`. Its hooks live only during a forward."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Taught:
         size: int | None = None,
         precision: str | None = None,
         compile: bool = False,
-        keep: Keep | None = None,
+        cache: CacheOptions | None = None,
         note: Callable[[str], None] | None = None,
         student: nn.Module | None = None,
         names: bool = True,
@@ -89,20 +89,20 @@ class Taught:
         ]
         self._order = models.order_of(classes[0], classes[1], who)
         self._classes = len(classes[1] or ())
-        self._kept: tuple[Kept, Kept] | None = None
-        if keep is not None:
-            at, weights = f" at {size} pixels" if size else "", mark(module)
+        self._caches: tuple[FrozenOutputs, FrozenOutputs] | None = None
+        if cache is not None:
+            at, weights = f" at {size} pixels" if size else "", fingerprint(module)
             options: dict[str, Any] = {
-                "dtype": keep.dtype,
-                "max_bytes": keep.max_bytes,
+                "dtype": cache.dtype,
+                "max_bytes": cache.max_bytes,
                 "note": note,
             }
             what = (
                 f"teacher {type(module).__name__}{at} ({precision or 'as trained'}){self.shown.key}"
             )
             what += f" (classes {self._order})" if self._order else ""
-            answers = Kept(f"{what}: answers", weights, top_k=keep.top_k, **options)
-            self._kept = answers, Kept(f"{what}: features", weights, **options)
+            answers = FrozenOutputs(f"{what}: answers", weights, top_k=cache.top_k, **options)
+            self._caches = answers, FrozenOutputs(f"{what}: features", weights, **options)
 
     def begin(self) -> None:
         """Put the teacher into eval."""
@@ -115,7 +115,7 @@ class Taught:
     def end(self) -> None:
         """Let go of the caches' files; where nobody else uses the teacher, give it its own modes
         back."""
-        for kept in self._kept or ():
+        for kept in self._caches or ():
             kept.close()
         users, modes = _MODES.pop(self.module, (0, []))
         if users > 1:
@@ -125,7 +125,7 @@ class Taught:
                 module.training = training
 
     def outputs(
-        self, x: Tensor, places: Sequence[Place], samples: Samples | None, answers: bool = True
+        self, x: Tensor, places: Sequence[TapPoint], samples: Samples | None, answers: bool = True
     ) -> dict[str, Tensor]:
         """Return the logits, under `ANSWER`, and what is at the places, by their keys, for images
         (batch, channels, h, w).
@@ -140,9 +140,9 @@ class Taught:
             return once
 
         with torch.no_grad(), self._at_precision(x.device.type):
-            if self._kept is None:
+            if self._caches is None:
                 return compute()
-            on_answers, on_features = self._kept
+            on_answers, on_features = self._caches
             found = on_answers.layers(samples, compute, (ANSWER,), x.device) if answers else {}
             return (
                 {**on_features.layers(samples, compute, [p.key for p in places], x.device), **found}
@@ -154,7 +154,7 @@ class Taught:
         """Return what its caches did."""
         return [
             {"teacher": self.name, **kept.facts()}
-            for kept in self._kept or ()
+            for kept in self._caches or ()
             if kept.hits or kept.misses
         ]
 
@@ -169,7 +169,7 @@ class Taught:
                     new.to(own.dtype), 1 - momentum
                 ) if own.is_floating_point() else own.copy_(new)
 
-    def _run(self, x: Tensor, places: Sequence[Place], answers: bool) -> dict[str, Tensor]:
+    def _run(self, x: Tensor, places: Sequence[TapPoint], answers: bool) -> dict[str, Tensor]:
         if next(iter(self.module.parameters()), x).device != x.device:
             self.module.to(x.device)
         x = self.shown(x)

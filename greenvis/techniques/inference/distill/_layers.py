@@ -16,7 +16,7 @@ from greenvis.models.structure import Attention, View
 from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques._shared.features import as_map, prefix_of
-from greenvis.techniques._shared.rows import whole
+from greenvis.techniques._shared.rows import unmerge
 
 T = TypeVar("T")
 Part = Literal["output", "input", "q", "k", "v"]
@@ -25,7 +25,7 @@ PROJECTIONS: tuple[Part, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
-class Place:
+class TapPoint:
     """One tensor to read in each forward: a module's output or input, or the queries, keys or
     values of an attention.
 
@@ -85,21 +85,23 @@ class Taps:
     the module has none of them, and nothing keeps a graph alive between steps.
     """
 
-    def __init__(self, module: nn.Module, places: Sequence[Place], learning: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, points: Sequence[TapPoint], learning: bool = False
+    ) -> None:
         self.on, self.learning = True, learning
         self._model, self._seen = module, dict[str, Tensor]()
-        self._places = {p.key: p for p in places}
+        self._points = {p.key: p for p in points}
         self._hooks = [
             module.get_submodule(p.path).register_forward_hook(
                 _Tap(self, p, module.get_submodule(p.path)), with_kwargs=True
             )
-            for p in self._places.values()
+            for p in self._points.values()
         ]
 
-    def read(self, place: Place, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def read(self, place: TapPoint, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note what a place holds in this forward."""
         if self.on and (torch.is_grad_enabled() or not self.learning):
-            self._seen[place.key] = whole(self._model, place.read(module, args, kwargs, output))
+            self._seen[place.key] = unmerge(self._model, place.read(module, args, kwargs, output))
 
     def peek(self, key: str) -> Tensor:
         """Return what was read at one place, and keep it."""
@@ -113,7 +115,7 @@ class Taps:
 
     def take(self) -> dict[str, Tensor]:
         """Return all that was read and forget it."""
-        found = {key: self.peek(key) for key in self._places}
+        found = {key: self.peek(key) for key in self._points}
         self._seen.clear()
         return found
 
@@ -127,8 +129,8 @@ class Taps:
 class _Tap:
     """The hook itself; copied along with its module, it does nothing."""
 
-    def __init__(self, taps: Taps, place: Place, module: nn.Module) -> None:
-        self.taps, self.place, self.module = taps, place, module
+    def __init__(self, taps: Taps, point: TapPoint, module: nn.Module) -> None:
+        self.taps, self.place, self.module = taps, point, module
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is self.module:
@@ -142,10 +144,10 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Be a hook that does nothing."""
 
 
-def features(model: nn.Module, found: View, layers: Layers) -> list[Place]:
+def features(model: nn.Module, found: View, layers: Layers) -> list[TapPoint]:
     """Return the places of layers: "block" (all), "last" (block), "head" (the classifier's input),
     numbers of blocks, paths."""
-    chosen: dict[Place, None] = {}
+    chosen: dict[TapPoint, None] = {}
     whole = [
         b
         for b in found.blocks
@@ -158,13 +160,13 @@ def features(model: nn.Module, found: View, layers: Layers) -> list[Place]:
                     f"{type(model).__name__} shows no classifier, so there is no 'head' to read "
                     "before; name a layer"
                 )
-            chosen[Place(found.heads[0], "input")] = None
+            chosen[TapPoint(found.heads[0], "input")] = None
         else:
             for path in _paths(model, layer, whole, "block"):
                 laid = found.layouts.get(path)
                 behind = found.prefix_position == "behind"
                 chosen[
-                    Place(
+                    TapPoint(
                         path,
                         "output",
                         laid.channels if laid else 0,
@@ -177,7 +179,7 @@ def features(model: nn.Module, found: View, layers: Layers) -> list[Place]:
 
 def attentions(
     model: nn.Module, found: View, layers: Layers
-) -> list[tuple[Attention, dict[str, Place]]]:
+) -> list[tuple[Attention, dict[str, TapPoint]]]:
     """Return attentions with the places of their queries, keys and values. Raises BadInput where
     they cannot be read."""
     what = type(model).__name__
@@ -217,7 +219,7 @@ def attentions(
                 )
             behind = found.prefix_position == "behind"
             places = [
-                Place(str(p), n, -1, found.prefix_tokens, bool(one.qkv), behind=behind)
+                TapPoint(str(p), n, -1, found.prefix_tokens, bool(one.qkv), behind=behind)
                 for n, p in paths.items()
             ]
             out.append((one, {p.part: p for p in _measured(model, found, places)}))
@@ -250,7 +252,7 @@ def _paths(model: nn.Module, layer: str | int, row: Sequence[str], what: str) ->
     return [layer]
 
 
-def _measured(model: nn.Module, found: View, places: Sequence[Place]) -> list[Place]:
+def _measured(model: nn.Module, found: View, places: Sequence[TapPoint]) -> list[TapPoint]:
     """Return the places with axis and number of their channels, as one forward on the view's
     example shows them."""
     taps = Taps(model, places)

@@ -19,7 +19,7 @@ from greenvis.techniques._shared import features as of
 from greenvis.techniques.inference.distill import _kd
 from greenvis.techniques.inference.distill._layers import (
     Layers,
-    Place,
+    TapPoint,
     attentions,
     features,
     thinned,
@@ -202,8 +202,8 @@ class Comparison:
     "0k", "0v" of attentions."""
 
     loss: Loss
-    student: Mapping[str, Place]
-    teacher: Mapping[str, Place]
+    student: Mapping[str, TapPoint]
+    teacher: Mapping[str, TapPoint]
     heads: int = 1
 
     def modules(self) -> nn.Module | None:

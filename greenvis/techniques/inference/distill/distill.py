@@ -22,19 +22,19 @@ from greenvis.techniques.inference.distill import _teachers as teaching
 from greenvis.techniques.inference.distill._frozen_teacher import (
     ANSWER,
     ITSELF,
-    Keep,
-    Taught,
+    CacheOptions,
+    FrozenTeacher,
     Teacher,
     built,
 )
 from greenvis.techniques.inference.distill._kd import dkd_loss, kd_loss, kd_task_loss
-from greenvis.techniques.inference.distill._layers import Place, Taps
+from greenvis.techniques.inference.distill._layers import TapPoint, Taps
 from greenvis.techniques.inference.distill._losses import Comparison, Loss, Projections, compare
 
 __all__ = [
+    "CacheOptions",
     "Distill",
     "InstalledDistill",
-    "Keep",
     "Loss",
     "Teacher",
     "dkd_loss",
@@ -122,7 +122,9 @@ class Distill(Technique):
     teacher_epochs: Annotated[
         int | None, Field(ge=1, description="epochs with a teacher; the rest go without")
     ] = None
-    cache: Annotated[bool | Keep, Field(description="keep what the teacher says on disk")] = False
+    cache: Annotated[
+        bool | CacheOptions, Field(description="keep what the teacher says on disk")
+    ] = False
     precision: Annotated[
         Literal["fp32", "bf16"] | None,
         Field(description="of the teacher's forward; the training's where absent"),
@@ -256,23 +258,23 @@ class InstalledDistill(Installed):
         super().__init__()
         self.request = request
         self.epoch = self.steps = 0
-        keep = Keep.model_validate({}) if request.cache is True else request.cache or None
+        keep = CacheOptions.model_validate({}) if request.cache is True else request.cache or None
         options = (request.precision, request.compile, keep, lambda text: self.note(text))
         names = {
             n: any(loss.on_answers and loss.teacher in (n, None) for loss in request.losses)
             for n in modules
         }
         self.teachers = {
-            n: Taught(n, modules[n], t.size, *options, model, names[n])
+            n: FrozenTeacher(n, modules[n], t.size, *options, model, names[n])
             for n, t in request._all().items()
         }
         self._model = model
         self._compared = list(zip(request.losses, compared, strict=True))
-        self._places: dict[str, list[Place]] = {n: [] for n in modules}
+        self._points: dict[str, list[TapPoint]] = {n: [] for n in modules}
         for name, comparison in compared:
-            self._places[name] += list(comparison.teacher.values()) if comparison else []
+            self._points[name] += list(comparison.teacher.values()) if comparison else []
         mine = [p for _, c in compared if c for p in c.student.values()]
-        self._heads: tuple[Place, ...] = ()
+        self._heads: tuple[TapPoint, ...] = ()
         self._project(
             model,
             {i: m for i, (_, c) in enumerate(compared) if c and (m := c.modules()) is not None},
@@ -288,7 +290,7 @@ class InstalledDistill(Installed):
     def hear(self, model: nn.Module, heads: Sequence[str]) -> None:
         """Listen to the two heads apart: the task is for the class token's, the teacher for the
         other."""
-        self._heads = tuple(Place(path) for path in heads)
+        self._heads = tuple(TapPoint(path) for path in heads)
         self._head_taps = Taps(model, self._heads, learning=True)
         self.criterion = self._task
 
@@ -317,7 +319,7 @@ class InstalledDistill(Installed):
         with self.phase("teacher"):
             answers = self.request._answers
             told = {
-                n: t.outputs(x, self._places[n], self.samples, answers)
+                n: t.outputs(x, self._points[n], self.samples, answers)
                 for n, t in self.teachers.items()
             }
         out: dict[str, Tensor] = {}

@@ -16,7 +16,7 @@ from greenvis.core.technique import logits_of
 from greenvis.errors import GreenvisError
 from greenvis.models.structure.probing import is_learning, is_probing
 from greenvis.techniques._shared.doors import refuse_tracing
-from greenvis.techniques._shared.rows import rows_of, tell
+from greenvis.techniques._shared.rows import notify, rows_of
 from greenvis.techniques.inference.exits._confidence import NEVER, agreements, certainty
 
 Mode = Literal["collect", "record", "leave", "stop"]
@@ -77,14 +77,14 @@ class Pass:
     waiting: Any = None
     since: int | None = None
 
-    def keep(self, rows: Tensor) -> None:
+    def select(self, rows: Tensor) -> None:
         """Go on with these of the samples still in, int64 (remaining,)."""
         self.rows = self.rows[rows]
         if self.before is not None and self.count is not None:
             self.before, self.count = self.before[rows], self.count[rows]
 
 
-class AllLeft(Exception):
+class BatchExhausted(Exception):
     """No sample goes on, so the rest of the forward is not run. Caught by whoever began the pass,
     never seen outside."""
 
@@ -97,7 +97,9 @@ class Exits:
         self.model, self.criterion, self.detach = model, criterion, detach
         self.heads: list[nn.Module] = []
         self.thresholds: list[float] = []
-        self.seen: list[Tensor] | None = None  # the exits' logits of the last training forward
+        self.last_logits: list[Tensor] | None = (
+            None  # the exits' logits of the last training forward
+        )
         self.recorded: list[Tensor] = []
         self.tally: list[int] = []
         self.recording = False
@@ -105,11 +107,11 @@ class Exits:
         self.template: Any = None  # an output of the model, for its type
         self.dtype: torch.dtype | None = None  # of the model's logits, where an exit's differ
 
-    def put(self, path: str, seat: nn.Module, child: str, head: nn.Module) -> None:
+    def attach(self, path: str, seat: nn.Module, child: str, head: nn.Module) -> None:
         """Add the next exit behind the module at `path`; its head lives in `seat`."""
         seat.add_module(child, head.train(seat.training))
         self.model.get_submodule(path).register_forward_hook(
-            Place(self, len(self.heads)), with_kwargs=False
+            ExitHook(self, len(self.heads)), with_kwargs=False
         )
         self.heads.append(head)
         self.thresholds.append(NEVER)
@@ -158,7 +160,7 @@ class Exits:
         return certainty(logits, self.criterion) >= self.thresholds[k]
 
 
-class Place:
+class ExitHook:
     """Behind a block: asks the exit's head, and returns the block's output for those that go on."""
 
     _greenvis_passing = True  # where the block is skipped, the head is handed what was kept
@@ -184,7 +186,7 @@ class Place:
                 if (
                     not torch.compiler.is_compiling()
                 ):  # whoever traces keeps a stack that exceptions would upset
-                    raise AllLeft
+                    raise BatchExhausted
             return None
         if now.since is not None:
             return now.waiting.take_over(k, now) if k == now.since else None
@@ -207,14 +209,14 @@ class Place:
             now.left.append(now.rows[gone])
             self.exits.tally[self.number] += len(gone)
         if now.waiting is not None:
-            now.keep(go)
+            now.select(go)
             return now.waiting.exchange(self.number, now, rows_of(output, go, len(sure)))
         if not len(go):
-            raise AllLeft
+            raise BatchExhausted
         if len(go) == len(sure):
             return None
-        now.keep(go)
-        tell(self.exits.model, go, len(sure))
+        now.select(go)
+        notify(self.exits.model, go, len(sure))
         return rows_of(output, go, len(sure))
 
 
@@ -253,10 +255,10 @@ class Outer:
             _refuse_companions(tensors, batch)
         now = Pass(mode, torch.arange(batch, device=tensors[0][1].device))
         output = None
-        with under_way(exits, now), suppress(AllLeft):
+        with under_way(exits, now), suppress(BatchExhausted):
             output = self.__wrapped__(*args, **kwargs)
         if mode == "collect":
-            exits.seen = now.logits
+            exits.last_logits = now.logits
         elif mode == "record":
             exits.recorded[:] = [*now.logits, logits_of(output)]
         elif mode == "stop":

@@ -21,14 +21,14 @@ from greenvis.models.structure.layout import Layout, layouts
 from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import Trace, trace
 from greenvis.techniques._shared.attach import patches_matter, seat
-from greenvis.techniques._shared.rows import rows_of, tell
+from greenvis.techniques._shared.rows import notify, rows_of
 from greenvis.techniques.inference.exits._early_exit_runtime import ExitHead, Exits, Outer
 
 CHILD = "exit"
 
 
 @dataclass(frozen=True)
-class Found:
+class Placement:
     """The places chosen, in the order they are reached. layouts: of what each gives."""
 
     paths: tuple[str, ...]
@@ -38,9 +38,9 @@ class Found:
     macs: float
 
 
-def find(
+def find_placement(
     model: nn.Module, at: Sequence[int | float | str], shape: tuple[int, int, int] | None
-) -> Found:
+) -> Placement:
     """Return the places that `at` names. Raises BadInput, with what there is instead."""
     what = type(model).__name__
     found = view(model, shape, probe=False)
@@ -76,7 +76,7 @@ def find(
             raise BadInput(
                 f"samples cannot leave {what} behind '{path}': {why}; choose another place"
             )
-    return Found(paths, tuple(laid[p] for p in paths), found, logits.shape[1], spent[""])
+    return Placement(paths, tuple(laid[p] for p in paths), found, logits.shape[1], spent[""])
 
 
 def _by_number(there: list[str], number: int, what: str) -> str:
@@ -159,7 +159,7 @@ def _one_leaves(
 
 
 def _thinned(model: nn.Module, rows: Tensor, module: nn.Module, args: Any, output: Any) -> Any:
-    tell(model, rows, 3)
+    notify(model, rows, 3)
     return rows_of(output, rows, 3)
 
 
@@ -197,7 +197,7 @@ def pooling(model: nn.Module, found: View) -> str:
     return "mean" if patches_matter(model, found, found.blocks[-1]) else "token"
 
 
-def put(exits: Exits, found: Found, pool: str) -> None:
+def attach_exits(exits: Exits, found: Placement, pool: str) -> None:
     """Build the heads from the shapes traced and put each behind its place."""
     model = exits.model
     for path, layout in zip(found.paths, found.layouts, strict=True):
@@ -220,10 +220,10 @@ def put(exits: Exits, found: Found, pool: str) -> None:
             layout.width, found.classes, layout.channels, prefix, kind, device=weight.device,
             dtype=weight.dtype
         )  # fmt: skip
-        exits.put(path, home, CHILD, head)
+        exits.attach(path, home, CHILD, head)
 
 
-def try_out(exits: Exits, outer: Outer, found: Found) -> list[float]:
+def try_out(exits: Exits, outer: Outer, found: Placement) -> list[float]:
     """Run every exit once, note the types of the model's answers, and return MACs an image until
     each exit and in all."""
     model, one = exits.model, found.view.example[:1]

@@ -19,7 +19,12 @@ from torch import Tensor
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques._shared.rows import followed, joined, rows_of
-from greenvis.techniques.inference.exits._early_exit_runtime import AllLeft, Exits, Pass, under_way
+from greenvis.techniques.inference.exits._early_exit_runtime import (
+    BatchExhausted,
+    Exits,
+    Pass,
+    under_way,
+)
 
 
 class Waiting:
@@ -28,30 +33,30 @@ class Waiting:
 
     def __init__(self, exits: Exits, size: int) -> None:
         self.exits, self.size = exits, size
-        self.held: list[list[tuple[Pass, Any]]] = [[] for _ in exits.heads]
+        self.waiting: list[list[tuple[Pass, Any]]] = [[] for _ in exits.heads]
 
     def number(self, k: int) -> int:
         """Return how many wait behind exit k."""
-        return sum(len(its.rows) for its, _ in self.held[k])
+        return sum(len(its.rows) for its, _ in self.waiting[k])
 
     def exchange(self, k: int, now: Pass, output: Any) -> Any:
         """Take in the samples of this forward; where there are enough, return what the block gave
         for those who go on instead.
 
-        Raises AllLeft where there are too few: nobody goes on.
+        Raises BatchExhausted where there are too few: nobody goes on.
         """
         if len(now.rows):
-            self.held[k].append(
+            self.waiting[k].append(
                 (Pass(now.mode, now.rows, before=now.before, count=now.count), output)
             )
         if self.number(k) < self.size:
-            raise AllLeft
+            raise BatchExhausted
         return self.take_over(k, now)
 
     def take_over(self, k: int, now: Pass) -> Any:
         """Let those who have waited longest behind exit k, a batch at most, be the samples of this
         forward."""
-        queue = self.held[k]
+        queue = self.waiting[k]
         sizes = [len(its.rows) for its, _ in queue]
         output, rows = (
             joined([o for _, o in queue], sizes),
@@ -67,9 +72,9 @@ class Waiting:
         total, places = len(rows), torch.arange(len(rows), device=rows.device)
         if total > self.size:
             rest = replace(its)
-            rest.keep(places[self.size :])
+            rest.select(places[self.size :])
             queue.append((rest, rows_of(output, places[self.size :], total)))
-            its.keep(places[: self.size])
+            its.select(places[: self.size])
             output = rows_of(output, places[: self.size], total)
         now.rows, now.before, now.count, now.since = its.rows, its.before, its.count, None
         return output
@@ -153,7 +158,7 @@ def _run(
     """Run one forward. since: an exit; the samples that wait there go on, and the image `x` only
     takes the forward there."""
     now = Pass("leave", rows, waiting=waiting, since=since)
-    with torch.inference_mode(), under_way(exits, now), suppress(AllLeft):
+    with torch.inference_mode(), under_way(exits, now), suppress(BatchExhausted):
         now.answers.append(logits_of(exits.model(x)))
         now.left.append(now.rows)
         exits.tally[-1] += len(now.rows)

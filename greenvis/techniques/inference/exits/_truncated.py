@@ -12,7 +12,7 @@ from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques.inference.exits._early_exit_runtime import Exits
 
 
-class UpTo(nn.Module):
+class TruncatedModel(nn.Module):
     """A model that ends at an exit."""
 
     def __init__(self, model: nn.Module) -> None:

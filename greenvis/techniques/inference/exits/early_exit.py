@@ -25,7 +25,7 @@ from greenvis.techniques.inference.exits._calibration import Calibration, choose
 from greenvis.techniques.inference.exits._confidence import NEVER, confidences, self_distillation
 from greenvis.techniques.inference.exits._early_exit_runtime import Exits, Outer
 from greenvis.techniques.inference.exits._rebatch import answer
-from greenvis.techniques.inference.exits._truncated import UpTo, drop_unused
+from greenvis.techniques.inference.exits._truncated import TruncatedModel, drop_unused
 
 SWEEP = {
     "max_prob": (0.99, 0.95, 0.9, 0.8, 0.6),
@@ -123,7 +123,7 @@ class EarlyExit(Technique):
         answers."""
         if self.target_drop is not None and self.budget is not None:
             raise BadInput("early_exit takes target_drop or budget, not both")
-        found = _placement.find(model, self.at, self.input_shape)
+        found = _placement.find_placement(model, self.at, self.input_shape)
         for field, value in (("weights", self.weights), ("threshold", self.threshold)):
             if isinstance(value, tuple) and len(value) != len(found.paths):
                 raise BadInput(
@@ -132,7 +132,7 @@ class EarlyExit(Technique):
                 )
         exits = Exits(model, self.criterion, detach=self.base == "freeze")
         pool = _placement.pooling(model, found.view) if self.pool == "auto" else self.pool
-        _placement.put(exits, found, pool)
+        _placement.attach_exits(exits, found, pool)
         outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]  # the way in, and where answers meet
         costs = _placement.try_out(exits, outer, found)
         if self.threshold != "never":
@@ -155,7 +155,7 @@ class InstalledEarlyExit(Installed):
     """
 
     def __init__(
-        self, request: EarlyExit, exits: Exits, found: _placement.Found, costs: list[float]
+        self, request: EarlyExit, exits: Exits, found: _placement.Placement, costs: list[float]
     ) -> None:
         names = names_of(exits.model, (p for head in exits.heads for p in head.parameters()))
         super().__init__(names, freezes=request.base == "freeze")
@@ -184,7 +184,7 @@ class InstalledEarlyExit(Installed):
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"early_exit": Σ weight · (cross-entropy + distill · self-distillation)}."""
-        seen, self.exits.seen = self.exits.seen, None
+        seen, self.exits.last_logits = self.exits.last_logits, None
         if seen is None or (self.request.distill and logits is None):
             raise GreenvisError(
                 "early_exit adds its loss to a forward of the model in training mode: call "
@@ -356,7 +356,7 @@ def export(live: Any, exit: int) -> nn.Module:
     outer: Any = model.forward
     outer.exits.only = exit - 1
     drop_unused(model, outer.exits, installed.example)
-    return UpTo(model).eval()
+    return TruncatedModel(model).eval()
 
 
 def _of(live: Any) -> InstalledEarlyExit:

@@ -15,12 +15,12 @@ from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
 from greenvis.techniques._shared.blocks import (
     Block,
-    cut_mask,
-    halves,
+    gather_mask,
     main,
     masked_attention,
     rotated,
     set_mask,
+    split_blocks,
     with_main,
 )
 from greenvis.techniques._shared.doors import Doors, Passing, refuse_tracing
@@ -88,7 +88,7 @@ class TokenMerge(Technique):
         """Put merging in; r = 0 puts nothing in. Raises BadInput for windows and blocks that are
         not pre-norm, saying which."""
         found = view(model, self.input_shape, probe=False)
-        blocks = halves(model, found, "token merging")
+        blocks = split_blocks(model, found, "token merging")
         numbers = parse_r(len(blocks), self.r)
         start = next((i for i, n in enumerate(numbers) if n), None)
         if start is None:
@@ -156,7 +156,7 @@ class Flow(Follower):
         self.prefix, self.doors = prefix, doors
         self.steps: dict[int, Matching] = Passing()
         self.size: dict[int, Tensor] = Passing()
-        self.places: dict[int, Tensor] = Passing()
+        self.positions: dict[int, Tensor] = Passing()
         self.maps: dict[int, Tensor] = Passing()
         self.length = 0
         self.numbers: dict[str, int] = {}
@@ -164,10 +164,10 @@ class Flow(Follower):
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.steps, self.size, self.places, self.maps):
+        for kept in (self.steps, self.size, self.positions, self.maps):
             kept.update(rows_of(kept, rows, batch))
 
-    def give_back(self, tokens: Tensor) -> Tensor:
+    def unmerge(self, tokens: Tensor) -> Tensor:
         """Return tokens with the value each merged into. How many are left tells how often they
         were merged."""
         steps: list[Matching] = []
@@ -179,7 +179,7 @@ class Flow(Follower):
                 return _matching.unmerge(tokens, _matching.token_map(steps))
         return tokens
 
-    def carried(self, path: str) -> dict[str, Tensor]:
+    def export_state(self, path: str) -> dict[str, Tensor]:
         """Return sizes and places of the tokens that the block at `path` is given."""
         number = self.numbers.get(path)
         if number is None or number not in self.size:
@@ -190,13 +190,13 @@ class Flow(Follower):
                 "merged is not kept: leave "
                 "`cache` off, or set `restore: never` of the merging"
             )
-        return {"size": self.size[number].float(), "places": self.places[number].float()}
+        return {"size": self.size[number].float(), "places": self.positions[number].float()}
 
-    def put_back(self, path: str, found: Mapping[str, Tensor]) -> None:
+    def import_state(self, path: str, state: Mapping[str, Tensor]) -> None:
         """Take sizes and places; how tokens merged before is then unknown."""
         number = self.numbers[path]
         self.doors.begin()
-        self.size[number], self.places[number] = found["size"], found["places"].long()
+        self.size[number], self.positions[number] = state["size"], state["places"].long()
         self.steps = {i: m for i, m in self.steps.items() if i >= number}
 
     def upto(self, block: int | None) -> list[Matching]:
@@ -229,7 +229,7 @@ class Merging:
         if i not in flow.size:
             return given
         if given is not None:  # made for all tokens: transformers does so while a model is exported
-            given = cut_mask(given, flow.places[i], flow.length)
+            given = gather_mask(given, flow.positions[i], flow.length)
         if not self.proportional:
             return given
         log_size = flow.size[i].log()[:, None, None, :]
@@ -246,12 +246,12 @@ class Merging:
         else:
             if flow.doors.laid_out:
                 args, kwargs = with_main(
-                    args, kwargs, _matching.unmerge(main(args, kwargs), flow.places[i])
+                    args, kwargs, _matching.unmerge(main(args, kwargs), flow.positions[i])
                 )
             if self.block.rotary:
-                args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+                args, kwargs, _ = rotated(args, kwargs, flow.positions[i], flow.prefix, flow.length)
         if not self.r:
-            output = self.block.whole(*args, **kwargs)
+            output = self.block.forward(*args, **kwargs)
             self._pass_on(None)
         else:
             between = self.block.attend(*args, **kwargs)
@@ -295,21 +295,21 @@ class Merging:
         for kept, now in (
             (flow.steps, i),
             (flow.size, i + 1),
-            (flow.places, i + 1),
+            (flow.positions, i + 1),
             (flow.maps, i + 1),
         ):
             kept.pop(now, None)
         if matching is not None and size is not None:
             flow.steps[i], flow.size[i + 1] = matching, size
-            flow.places[i + 1] = (
-                flow.places[i].gather(1, matching.kept) if i in flow.places else matching.kept
+            flow.positions[i + 1] = (
+                flow.positions[i].gather(1, matching.kept) if i in flow.positions else matching.kept
             )
             if flow.doors.laid_out:
                 flow.maps[i + 1] = (
                     matching.map.gather(1, flow.maps[i]) if i in flow.maps else matching.map
                 )
         else:
-            for kept in (flow.size, flow.places, flow.maps):
+            for kept in (flow.size, flow.positions, flow.maps):
                 if i in kept:
                     kept[i + 1] = kept[i]
 

@@ -19,12 +19,12 @@ from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
 from greenvis.techniques._shared.blocks import (
     Block,
-    cut_mask,
-    halves,
+    gather_mask,
     main,
     masked_attention,
     rotated,
     set_mask,
+    split_blocks,
     with_main,
 )
 from greenvis.techniques._shared.doors import Doors, Passing, refuse_tracing
@@ -101,7 +101,7 @@ class TokenPrune(Technique):
                 "fuse needs the class token's attention as weights: set method: class_attention"
             )
         found = view(model, self.input_shape, probe=False)
-        blocks = halves(model, found, "token pruning")
+        blocks = split_blocks(model, found, "token pruning")
         places = self._places(len(blocks))
         self._check(model, found, blocks)
         added: list[nn.Parameter] = []
@@ -189,7 +189,7 @@ class Flow(Follower):
 
     def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors) -> None:
         self.prefix, self.keep, self.fuse, self.doors, self.length = prefix, keep, fuse, doors, 0
-        self.places: dict[int, Tensor] = Passing()
+        self.positions: dict[int, Tensor] = Passing()
         self.policy: dict[int, Tensor] = Passing()
         self.decided: dict[int, Tensor] = Passing()
         self.fused: dict[int, Tensor] = Passing()
@@ -198,15 +198,15 @@ class Flow(Follower):
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.places, self.policy, self.decided, self.fused, self.beside):
+        for kept in (self.positions, self.policy, self.decided, self.fused, self.beside):
             kept.update(rows_of(kept, rows, batch))
 
     def gathered(self, i: int, x: Tensor) -> Tensor:
         """Return the tokens block number `i` is to work on, of the whole row that another door
         shows (batch, length, dim)."""
-        if not self.doors.laid_out or i not in self.places:
+        if not self.doors.laid_out or i not in self.positions:
             return x
-        tokens = x.gather(1, self.places[i].unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+        tokens = x.gather(1, self.positions[i].unsqueeze(-1).expand(-1, -1, x.shape[-1]))
         return (
             torch.where(self.fused[i].unsqueeze(-1), self.beside[i], tokens)
             if i in self.fused
@@ -216,9 +216,9 @@ class Flow(Follower):
     def laid_out(self, i: int, before: Tensor, tokens: Tensor) -> Tensor:
         """Return what block number `i` is given as a whole row, where another door shows it: what
         left as it was `before`."""
-        if not self.doors.laid_out or i not in self.places:
+        if not self.doors.laid_out or i not in self.positions:
             return tokens
-        index, row = self.places[i], before
+        index, row = self.positions[i], before
         if i in self.fused:
             self.beside[i] = tokens
             index, row = index.masked_fill(self.fused[i], self.length), F.pad(before, (0, 0, 0, 1))
@@ -240,9 +240,11 @@ class Pruning:
 
     def mask(self, given: Tensor | None) -> Tensor | None:
         """Return the library's mask, cut to the tokens that are left."""
-        places = self.flow.places.get(self.number)
+        places = self.flow.positions.get(self.number)
         return (
-            given if given is None or places is None else cut_mask(given, places, self.flow.length)
+            given
+            if given is None or places is None
+            else gather_mask(given, places, self.flow.length)
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -256,13 +258,13 @@ class Pruning:
         if self.order == 1:
             refuse_tracing(main(args, kwargs), "which tokens are pruned")
             flow.doors.begin()
-            flow.places.clear()
+            flow.positions.clear()
             flow.fused.clear()
             flow.length = main(args, kwargs).shape[1]
             return args, kwargs
         args, kwargs = with_main(args, kwargs, flow.gathered(i, main(args, kwargs)))
-        if self.block.rotary and i in flow.places:
-            args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+        if self.block.rotary and i in flow.positions:
+            args, kwargs, _ = rotated(args, kwargs, flow.positions[i], flow.prefix, flow.length)
         return args, kwargs
 
     def _leave(self, x: Tensor, kept: Tensor, at: int) -> Tensor:
@@ -271,8 +273,8 @@ class Pruning:
         flow = self.flow
         prefix = torch.arange(flow.prefix, device=x.device).expand(len(x), -1)
         index = torch.cat([prefix, kept + flow.prefix], 1)
-        old, fused = flow.places.get(self.number), flow.fused.get(self.number)
-        flow.places[at] = index if old is None else old.gather(1, index)
+        old, fused = flow.positions.get(self.number), flow.fused.get(self.number)
+        flow.positions[at] = index if old is None else old.gather(1, index)
         if fused is not None:
             flow.fused[at] = fused.gather(1, index)
         return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
@@ -309,10 +311,10 @@ class Predicted(Pruning):
         elif self.order:
             x = self._remove(main(args, kwargs))
             if x.shape[1] != main(args, kwargs).shape[1] and self.block.rotary:
-                args, kwargs, _ = rotated(args, kwargs, flow.places[i], flow.prefix, flow.length)
+                args, kwargs, _ = rotated(args, kwargs, flow.positions[i], flow.prefix, flow.length)
             args, kwargs = with_main(args, kwargs, x)
-        output = self.block.whole(*args, **kwargs)
-        for kept, going in ((flow.places, flow.places.get(i)), (flow.policy, self._policy)):
+        output = self.block.forward(*args, **kwargs)
+        for kept, going in ((flow.positions, flow.positions.get(i)), (flow.policy, self._policy)):
             kept.pop(i + 1, None)
             if going is not None:
                 kept[i + 1] = going
@@ -363,7 +365,7 @@ class Attended(Pruning):
         """Run the halves, and remove tokens in between."""
         flow, i, before = self.flow, self.number, main(args, kwargs)
         args, kwargs = self._come(args, kwargs)
-        for kept in (flow.places, flow.fused):
+        for kept in (flow.positions, flow.fused):
             kept.pop(i + 1, None)
             if i in kept:
                 kept[i + 1] = kept[i]
@@ -372,7 +374,7 @@ class Attended(Pruning):
             args, kwargs = with_main(args, kwargs, x)
             output = self.block.feed(*args, **kwargs)
         else:
-            output = self.block.whole(*args, **kwargs)
+            output = self.block.forward(*args, **kwargs)
         return with_first(output, flow.laid_out(i + 1, before, first(output)))
 
     def _removed(self, x: Tensor) -> Tensor:
@@ -394,8 +396,8 @@ class Attended(Pruning):
         out = self._leave(x, kept, self.number + 1)
         if not flow.fuse:
             return out
-        places, at = flow.places[self.number + 1], self.number + 1
-        flow.places[at] = torch.cat(
+        places, at = flow.positions[self.number + 1], self.number + 1
+        flow.positions[at] = torch.cat(
             [places, places[:, -1:]], 1
         )  # the rest has no place; masks need one
         before = flow.fused.get(at, torch.zeros_like(places, dtype=torch.bool))
@@ -421,10 +423,10 @@ class InstalledTokenPrune(Installed):
         return ""
 
     @property
-    def kept(self) -> Tensor | None:
+    def kept_positions(self) -> Tensor | None:
         """Where the tokens of the last batch that reached the head stood, int64 (batch, tokens);
         None where all did."""
-        return self.flow.places[max(self.flow.places)] if self.flow.places else None
+        return self.flow.positions[max(self.flow.positions)] if self.flow.positions else None
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"token_prune": weight · ratio_loss} of the decisions of this step's forward."""

@@ -81,7 +81,7 @@ class Buffer:
             tuple[Tensor, Tensor]
         ] = []  # what these rows held when they were taken out
         self._changed: set[int] = set()  # slots that got another example since then
-        self.filled = self.seen = 0
+        self.filled = self.num_seen = 0
         self.random = random.Random(
             seed
         )  # a draw for each image offered: torch's would take longer than the images' storage
@@ -122,8 +122,8 @@ class Buffer:
         for row, slot in enumerate(self._slots(labels, scores)):
             if slot >= 0:
                 kept[slot] = row
-                self._label(slot, labels[row], scores[row], self.seen + row)
-        self.seen += len(labels)
+                self._label(slot, labels[row], scores[row], self.num_seen + row)
+        self.num_seen += len(labels)
         if kept:
             self._wait(list(kept), list(kept.values()), {"x": x, **more})
 
@@ -133,7 +133,7 @@ class Buffer:
         self._due, self._drawn, self._ready = [], [], []
         labels = y.tolist()
         for slot, label in enumerate(labels):
-            self._label(slot, label, 0.0, self.seen)
+            self._label(slot, label, 0.0, self.num_seen)
         if labels:
             self._wait([*range(len(labels))], [*range(len(labels))], {"x": x})
 
@@ -214,7 +214,7 @@ class Buffer:
             self.policy == "reservoir"
         ):  # ahead: it looks at none of them, and is asked at every step
             if len(self._fates) < len(labels):
-                first = self.seen + len(self._fates)
+                first = self.num_seen + len(self._fates)
                 self._fates += reservoir_slots(
                     np.arange(first, first + len(labels) + _FATES), self.size, self._below
                 )
@@ -300,7 +300,7 @@ class Buffer:
             "labels": self.labels,
             "ages": torch.tensor(self._ages, dtype=torch.int64),
             "scores": torch.tensor(self._scores, dtype=torch.float64),
-            "seen": torch.tensor([self.filled, self.seen]),
+            "seen": torch.tensor([self.filled, self.num_seen]),
             "seen_by_class": torch.tensor(counts, dtype=torch.int64).reshape(-1, 2),
             "full": torch.tensor(sorted(self._full), dtype=torch.int64),
             "fates": torch.tensor(self._fates, dtype=torch.int64),
@@ -310,7 +310,7 @@ class Buffer:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
-        self.filled, self.seen = (int(v) for v in state["seen"])
+        self.filled, self.num_seen = (int(v) for v in state["seen"])
         self._columns, self._waiting, self._due, self._ready = {}, {}, [], []
         self._fates, self._drawn = state["fates"].tolist(), state["drawn"].tolist()
         for name, values in state.items():

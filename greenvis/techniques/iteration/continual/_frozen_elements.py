@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Held:
+class FrozenElements:
     """One parameter and which of its elements are frozen, as `frozen` says: no gradient reaches
     them, and `hold` undoes what decay or momentum did to them.
 
@@ -37,7 +37,7 @@ class Held:
         self.values = self.parameter.detach().clone()
 
 
-class Mask(Held):
+class Mask(FrozenElements):
     """A parameter with a mask of frozen elements, nothing at first."""
 
     def __init__(self, parameter: nn.Parameter) -> None:

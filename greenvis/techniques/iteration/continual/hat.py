@@ -181,7 +181,7 @@ class Gate(nn.Module):
         self.embedding = nn.Parameter(torch.empty(units, dtype=precise, device=weight.device))
         self.register_buffer("used", torch.zeros(units, dtype=torch.bool, device=weight.device))
         self.s = 1.0
-        self.told: Tensor | None = None
+        self.override: Tensor | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -190,8 +190,8 @@ class Gate(nn.Module):
 
     def values(self) -> Tensor:
         """Return the gates (units,), 0 to 1; in eval 0 or 1."""
-        if self.told is not None:
-            return self.told.to(self.embedding)
+        if self.override is not None:
+            return self.override.to(self.embedding)
         return (
             torch.sigmoid(self.s * self.embedding)
             if self.training
@@ -280,12 +280,12 @@ class InstalledHat(Installed):
         """Use the units of the task, once it has ended; None: the current gates again."""
         ended = task.index if task is not None and task.index < len(self.masks) else None
         for i, gate in enumerate(self.gates):
-            gate.told = None if ended is None else self.masks[ended][i]
+            gate.override = None if ended is None else self.masks[ended][i]
         self.heads.show(ended)
 
     def end_task(self, loader: Any) -> None:
         """Freeze the task's units, and in the first task all that has no gate."""
-        self.heads.keep(len(self.masks))
+        self.heads.save(len(self.masks))
         self.masks.append([g.embedding.detach() > 0 for g in self.gates])
         for gate, mask in zip(self.gates, self.masks[-1], strict=True):
             gate.used |= mask

@@ -214,7 +214,7 @@ class InstalledLoraStream(Installed):
         super().__init__(freezes=True)
         self.request, self.model, self.layers, self.heads = request, model, layers, TaskHeads(heads)
         self.factors: list[float] = []
-        self.held: list[float] | None = (
+        self._latest_factors: list[float] | None = (
             None  # the factors to go back to after a test that told its task
         )
 
@@ -252,13 +252,13 @@ class InstalledLoraStream(Installed):
     def test_task(self, task: Experience | None) -> None:
         """Use the changes up to the task (arithmetic: its own), and again those of before when the
         test is over."""
-        if self.held is not None:
-            self.use(self.held)
-        self.held = None
+        if self._latest_factors is not None:
+            self.use(self._latest_factors)
+        self._latest_factors = None
         self.heads.show(task.index if task is not None else None)
         if task is not None and task.index < len(self.factors):
             alone = self.request.mode == "arithmetic"
-            self.held = self.factors
+            self._latest_factors = self.factors
             self.use(
                 [
                     float(i == task.index if alone else i <= task.index)
@@ -268,7 +268,7 @@ class InstalledLoraStream(Installed):
 
     def end_task(self, loader: Any) -> None:
         """Sum the changes (arithmetic); orthogonal ones are summed all along."""
-        self.heads.keep(len(self.factors) - 1)
+        self.heads.save(len(self.factors) - 1)
         if self.request.mode == "arithmetic":
             self.use([self.request.scale] * len(self.factors))
 

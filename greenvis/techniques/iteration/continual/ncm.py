@@ -96,7 +96,7 @@ class InstalledNcm(Installed):
         self.metric: Metric = metric
         self.heads = heads
         self.sums = [torch.zeros(h.out_features, h.in_features, dtype=torch.float64) for h in heads]
-        self.seen = torch.zeros(heads[0].out_features, dtype=torch.int64)
+        self.counts = torch.zeros(heads[0].out_features, dtype=torch.int64)
         self._given: dict[int, Tensor] = {}
         for head in heads:
             head.register_forward_pre_hook(self._note)
@@ -113,7 +113,7 @@ class InstalledNcm(Installed):
             require_class_numbers(
                 y, "ncm", "give labels as they are, without mixing or smoothing them"
             )
-            hot = F.one_hot(y, len(self.seen)).double()
+            hot = F.one_hot(y, len(self.counts)).double()
             new = {
                 str(i): hot.T @ self._given.pop(id(head)).flatten(1).double()
                 for i, head in enumerate(self.heads)
@@ -122,7 +122,7 @@ class InstalledNcm(Installed):
             distributed.all_reduce_sum(new, len(y))
             for i, sums in enumerate(self.sums):
                 sums += new[str(i)].cpu()
-            self.seen += new["seen"].long().cpu()
+            self.counts += new["seen"].long().cpu()
             return (
                 0.0 * torch.stack([p.sum() for head in self.heads for p in head.parameters()]).sum()
             )
@@ -132,11 +132,11 @@ class InstalledNcm(Installed):
     @torch.no_grad()
     def step_end(self) -> None:
         """Write the means so far into the classifier."""
-        known = self.seen > 0
+        known = self.counts > 0
         if not known.any():
             return
         for head, sums in zip(self.heads, self.sums, strict=True):
-            weight, bias = mean_classifier(sums / self.seen.clamp(min=1)[:, None], self.metric)
+            weight, bias = mean_classifier(sums / self.counts.clamp(min=1)[:, None], self.metric)
             head.weight.copy_(weight.to(head.weight))
             if head.bias is not None:
                 least = max(_UNSEEN, torch.finfo(head.bias.dtype).min / 1000)
@@ -144,13 +144,13 @@ class InstalledNcm(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return how many classes have a mean."""
-        return {"ncm_classes": int((self.seen > 0).sum())}
+        return {"ncm_classes": int((self.counts > 0).sum())}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return sums and counts."""
-        return {"seen": self.seen, **{f"sums.{i}": sums for i, sums in enumerate(self.sums)}}
+        return {"seen": self.counts, **{f"sums.{i}": sums for i, sums in enumerate(self.sums)}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
-        self.seen = state["seen"].cpu().clone()
+        self.counts = state["seen"].cpu().clone()
         self.sums = [state[f"sums.{i}"].cpu().clone() for i in range(len(self.sums))]

@@ -19,7 +19,7 @@ from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import View, reached, view
 from greenvis.tasks.answers import CLASSES
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
-from greenvis.techniques.iteration.continual._frozen_elements import Held
+from greenvis.techniques.iteration.continual._frozen_elements import FrozenElements
 
 MOST_TASKS = 255  # owners are kept as bytes
 
@@ -108,7 +108,7 @@ def _weights(model: nn.Module, found: View) -> set[int]:
     return {id(p) for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1}
 
 
-class Share(Held):
+class Share(FrozenElements):
     """One parameter and whose its elements are. owner: uint8 of its shape, 0 free, else the number
     (from 1) of a task.
 
@@ -206,7 +206,7 @@ class InstalledPackNet(Installed):
         for share in self.shares.values():
             share.pack()
         self.done += 1
-        self.heads.keep(self.done)
+        self.heads.save(self.done)
         hold_norms(self.model)
 
     def facts(self) -> Mapping[str, Any]:

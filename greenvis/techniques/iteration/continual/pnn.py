@@ -57,7 +57,7 @@ class Pnn(Technique):
         """Find the blocks between which columns meet. Raises BadInput for a model without any."""
         found = view(model, self.input_shape, probe=False)
         places = [
-            Place(path, model.get_submodule(path), home, found.layouts[path].inputs[axis], axis)
+            Lateral(path, model.get_submodule(path), home, found.layouts[path].inputs[axis], axis)
             for path in found.blocks
             if path in found.layouts and (home := seat(model, path)) is not None
             for axis in (found.layouts[path].channels,)
@@ -76,7 +76,7 @@ class Pnn(Technique):
         return InstalledPnn(self, model, places, own)
 
 
-class Place:
+class Lateral:
     """A block at whose entrance columns meet. home: the module in which its adapters live.
     channels: on axis `axis`."""
 
@@ -101,10 +101,10 @@ class InstalledPnn(Installed):
     )
 
     def __init__(
-        self, request: Pnn, model: nn.Module, places: list[Place], own: tuple[str, ...]
+        self, request: Pnn, model: nn.Module, laterals: list[Lateral], own: tuple[str, ...]
     ) -> None:
         super().__init__(own, freezes=True)
-        self.request, self.model, self.places, self.own = request, model, places, own
+        self.request, self.model, self.laterals, self.own = request, model, laterals, own
         self.start = {n: t.detach().clone() for n, t in self._values().items()}
         self.columns: list[dict[str, Tensor]] = []
         self.column = 0  # the one that runs
@@ -117,7 +117,7 @@ class InstalledPnn(Installed):
         ] = {}  # by block: what entered there, column by column
         self._running = False
         model.register_forward_pre_hook(self._before, with_kwargs=True)
-        for place in places:
+        for place in laterals:
             place.block.register_forward_pre_hook(partial(self._meet, place), with_kwargs=True)
 
     def begin_task(self, task: Experience) -> None:
@@ -126,7 +126,7 @@ class InstalledPnn(Installed):
             return
         self.column = self._latest = task.index
         added: list[nn.Parameter] = []
-        for place in self.places:
+        for place in self.laterals:
             weight = next(p for p in self.model.parameters() if p.is_floating_point())
             kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             nets = [
@@ -167,7 +167,7 @@ class InstalledPnn(Installed):
         """Run the columns before the one at work, for what enters their blocks."""
         if self._running or not self.column:
             return
-        self._entered = {place.path: [] for place in self.places}
+        self._entered = {place.path: [] for place in self.laterals}
         with self._nested(), torch.no_grad(), in_mode(self.model, False), self.phase("columns"):
             for number, values in enumerate(self.columns[: self.column]):
                 self.column = number
@@ -181,7 +181,7 @@ class InstalledPnn(Installed):
         finally:
             self._running, self.column = False, column
 
-    def _meet(self, place: Place, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _meet(self, place: Lateral, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Add to what enters a block what adapters make of the earlier columns'."""
         if not self.column and not self._running:
             return None

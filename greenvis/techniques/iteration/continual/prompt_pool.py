@@ -21,7 +21,7 @@ from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
 from greenvis.techniques._shared.attach import check_runs, train_only
 from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
-from greenvis.techniques._shared.frozen import Kept
+from greenvis.techniques._shared.frozen import FrozenOutputs
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
 
 _CHILD = "prompt_pool"
@@ -283,10 +283,10 @@ class Asker:
     def __init__(
         self, pool: Pool, heads: Sequence[str], readers: Sequence[str], weights: str
     ) -> None:
-        self.pool, self.heads, self.readers, self.kept = pool, heads, readers, None
+        self.pool, self.heads, self.readers, self.cache = pool, heads, readers, None
         self.samples: Samples | None = None
         if weights:
-            self.kept = Kept("the model without prompts: what its head reads", weights)
+            self.cache = FrozenOutputs("the model without prompts: what its head reads", weights)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "samples": None}  # a copy is shown other batches
@@ -299,7 +299,7 @@ class Asker:
         """Note the query (batch, dim) in the pool: of the model, or read back."""
         if self.pool.away:
             return
-        if self.kept is None or self.samples is None or not model.training:
+        if self.cache is None or self.samples is None or not model.training:
             self.pool.ask(self.answer(model, args, kwargs))
             return
         spared = {id(p) for part in (self.pool, *_at(model, self.heads)) for p in part.parameters()}
@@ -311,7 +311,7 @@ class Asker:
                 "cache: false"
             )
         self.pool.ask(
-            self.kept.outputs(
+            self.cache.outputs(
                 self.samples, lambda: self.answer(model, args, kwargs), self.pool.keys.device
             )
         )
@@ -337,9 +337,9 @@ class InstalledPromptPool(Installed):
         super().__init__(trainable, freezes=True)
         self.pool = pool
         self.asker = asker
-        self.kept = asker.kept if asker is not None else None
-        if self.kept is not None:
-            self.kept.note = self._tell
+        self.cache = asker.cache if asker is not None else None
+        if self.cache is not None:
+            self.cache.note = self._tell
 
     @property
     def samples(self) -> Samples | None:
@@ -366,7 +366,7 @@ class InstalledPromptPool(Installed):
 
     def keeps_of(self, path: str) -> str:
         """Return "" where no query was kept of the earlier model."""
-        return "the queries that were kept" if self.kept is not None else ""
+        return "the queries that were kept" if self.cache is not None else ""
 
     @property
     def shares(self) -> Tensor:
@@ -377,13 +377,13 @@ class InstalledPromptPool(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return how often each prompt was picked, and what the kept queries saved."""
-        kept = {"prompt_pool_queries": self.kept.facts()} if self.kept is not None else {}
+        kept = {"prompt_pool_queries": self.cache.facts()} if self.cache is not None else {}
         return {"prompt_pool_shares": [round(s, 4) for s in self.shares.tolist()], **kept}
 
     def undo(self) -> None:
         """Let go of the kept queries' files."""
-        if self.kept is not None:
-            self.kept.close()
+        if self.cache is not None:
+            self.cache.close()
 
 
 def _mark(model: nn.Module, heads: list[nn.Module]) -> str:

@@ -22,8 +22,13 @@ from greenvis import models
 from greenvis.core.technique import Installed
 from greenvis.errors import some
 from greenvis.models.structure.probing import image, probing
-from greenvis.techniques._shared.frozen import Kept
-from greenvis.techniques.iteration.peft._frozen_split import Cut, find_cut, frozen_part, skipping
+from greenvis.techniques._shared.frozen import FrozenOutputs
+from greenvis.techniques.iteration.peft._frozen_split import (
+    Split,
+    find_split,
+    frozen_part,
+    skipping,
+)
 
 _IMAGE = "images"
 
@@ -49,11 +54,11 @@ class InstalledPrefix(Installed):
         cache: Literal[True, "fp16"],
     ) -> None:
         super().__init__(trainable, freezes=True)
-        find_cut(
+        find_split(
             model, example[:1]
         )  # refuses what cannot work; others may still change the model, so it is found again
         self._dtype: Literal["fp32", "fp16"] = "fp16" if cache == "fp16" else "fp32"
-        self._cuts: dict[tuple[int, ...], tuple[Cut, Kept]] = {}
+        self._splits: dict[tuple[int, ...], tuple[Split, FrozenOutputs]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
         self._open = ExitStack()
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -61,7 +66,7 @@ class InstalledPrefix(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return {"prefix_cache": hits, misses, bytes, …}."""
-        found = [kept.facts() for _, kept in self._cuts.values()]
+        found = [kept.facts() for _, kept in self._splits.values()]
         sums = {
             k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "checked", "bytes")
         }
@@ -73,7 +78,7 @@ class InstalledPrefix(Installed):
 
     def undo(self) -> None:
         """Let go of the cache's files."""
-        for _, kept in self._cuts.values():
+        for _, kept in self._splits.values():
             kept.close()
 
     def _tell(self, text: str) -> None:
@@ -83,7 +88,7 @@ class InstalledPrefix(Installed):
         if not model.training:
             return
         x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        cut, kept = self._cut(model, x)
+        cut, kept = self._split(model, x)
         self._modes = [(m, m.training) for m in model.modules()]
         for module, _ in self._modes:
             module.training = False
@@ -91,7 +96,7 @@ class InstalledPrefix(Installed):
         if samples is not None and torch.is_grad_enabled() and len(samples.positions) == len(x):
             own = {_IMAGE: _digest(x)}
             with self.phase("prefix"):
-                names = (*cut.places, *cut.carried, _IMAGE)
+                names = (*cut.inputs, *cut.state_names, _IMAGE)
                 found = kept.layers(
                     samples,
                     lambda: {**frozen_part(model, cut, args, kwargs), **own},
@@ -114,21 +119,21 @@ class InstalledPrefix(Installed):
             module.training = training
         self._modes = []
 
-    def _cut(self, model: nn.Module, x: Tensor) -> tuple[Cut, Kept]:
+    def _split(self, model: nn.Module, x: Tensor) -> tuple[Split, FrozenOutputs]:
         size = tuple(x.shape[1:])
         if (
-            size not in self._cuts
+            size not in self._splits
             # in a thread of its own: who counts this step's FLOPs would take it for part of each
             # step
         ):
             with ThreadPoolExecutor(1) as aside:
-                self._cuts[size] = aside.submit(
+                self._splits[size] = aside.submit(
                     self._look, model, image(model, (size[0], size[1], size[2])).to(x)
                 ).result()
-        return self._cuts[size]
+        return self._splits[size]
 
-    def _look(self, model: nn.Module, example: Tensor) -> tuple[Cut, Kept]:
-        cut = find_cut(model, example)
+    def _look(self, model: nn.Module, example: Tensor) -> tuple[Split, FrozenOutputs]:
+        cut = find_split(model, example)
         with probing(model):
             answers = frozen_part(model, cut, (example,), {})
         seen = ", ".join(
@@ -140,4 +145,6 @@ class InstalledPrefix(Installed):
         }
         state[f"{model!r} {seen}"] = torch.empty(0)
         part = f"{type(model).__name__}: what enters {some(cut.trained, 2)}"
-        return cut, Kept(part, models.fingerprint(state), dtype=self._dtype, note=self._tell)
+        return cut, FrozenOutputs(
+            part, models.fingerprint(state), dtype=self._dtype, note=self._tell
+        )

@@ -5,7 +5,7 @@ Nothing of a forward is copied. Two traced forwards say which modules a gradient
 what the trained parts are handed; more, before anything is skipped, show that skipping changes
 nothing. Heads that a technique has put behind a frozen
 module train on what that gives: what they are handed is kept, too. So is what a technique carries
-from block to block beside the tokens (`_rows.Follower.carried`).
+from block to block beside the tokens (`rows.Follower.export_state`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from greenvis.core import surgery
 from greenvis.errors import BadInput, some
 from greenvis.models.structure.probing import learning, probing
 from greenvis.tasks.answers import main_output
-from greenvis.techniques._shared.rows import carried, put_back
+from greenvis.techniques._shared.rows import export_state, import_state
 
 _CARRIED = "carried"
 _PLAIN = (int, float, str, bool, type(None))
@@ -67,7 +67,7 @@ class _Use:
 
 
 @dataclass
-class Cut:
+class Split:
     """Where a model is cut. skipped: frozen modules and what they give, call by call. trained: the
     parts that learn.
 
@@ -77,8 +77,8 @@ class Cut:
 
     skipped: dict[str, list[Any]] = field(default_factory=dict)
     trained: tuple[str, ...] = ()
-    places: dict[str, tuple[str, int, int, Shape]] = field(default_factory=dict)
-    carried: tuple[str, ...] = ()
+    inputs: dict[str, tuple[str, int, int, Shape]] = field(default_factory=dict)
+    state_names: tuple[str, ...] = ()
     real: bool = False
 
     def holds(self, path: str) -> bool:
@@ -86,7 +86,7 @@ class Cut:
         return any(path == t or path.startswith(t + ".") for t in self.trained)
 
 
-def find_cut(model: nn.Module, x: Tensor) -> Cut:
+def find_split(model: nn.Module, x: Tensor) -> Split:
     """Find what of `model` no trained parameter reaches, for images like x (1, channels, height,
     width).
 
@@ -94,7 +94,7 @@ def find_cut(model: nn.Module, x: Tensor) -> Cut:
     skipped, and where a frozen part is used by another way than as the input of a trained module.
     """
     uses = _uses(model, x)
-    cut = Cut()
+    cut = Split()
     _divide(model, uses, cut)
     paths = {n: m for n, m in model.named_modules() if n in cut.skipped}
     if not any(True for m in paths.values() for _ in m.parameters()):
@@ -111,7 +111,7 @@ def find_cut(model: nn.Module, x: Tensor) -> Cut:
                             f"cache: what enters '{path}' has its batch on another axis than the "
                             "first"
                         )
-                    cut.places[f"{path}/{call}/{at}"] = (path, call, at, given)
+                    cut.inputs[f"{path}/{call}/{at}"] = (path, call, at, given)
     inside = {
         n: [part for at, part in m.named_modules(prefix=n) if not cut.holds(at)]
         for n, m in paths.items()
@@ -176,7 +176,7 @@ def _shape(two: Any, three: Any) -> Any:
     return Shape(times, more, two.dtype, two.requires_grad)
 
 
-def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], cut: Cut) -> None:
+def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], cut: Split) -> None:
     """Fill in which modules are skipped and which are trained, the outermost of each."""
     learned = {id(p) for p in model.parameters() if p.requires_grad}
     names = {id(m): n for n, m in model.named_modules()}
@@ -236,7 +236,7 @@ class _Enough(Exception):
 
 
 def frozen_part(
-    model: nn.Module, cut: Cut, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, cut: Split, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Run the model up to the last thing that is kept, and return what is, by name of its place,
     (batch, …)."""
@@ -248,13 +248,13 @@ def frozen_part(
         beside.update(
             {
                 f"{path}/{_CARRIED}/{name}": value.detach()
-                for name, value in carried(model, path).items()
+                for name, value in export_state(model, path).items()
             }
         )
-        for name, (there, number, at, shape) in cut.places.items():
+        for name, (there, number, at, shape) in cut.inputs.items():
             if (there, number) == (path, call):
                 found[name] = values[at].detach().unflatten(0, (batch, shape.times[0]))
-        if len(found) == len(cut.places):
+        if len(found) == len(cut.inputs):
             raise _Enough
 
     with torch.no_grad(), learning(model), _at_entrances(model, cut, take), suppress(_Enough):
@@ -263,22 +263,24 @@ def frozen_part(
 
 
 @contextmanager
-def skipping(model: nn.Module, cut: Cut, kept: Mapping[str, Tensor], batch: int) -> Iterator[None]:
+def skipping(
+    model: nn.Module, cut: Split, kept: Mapping[str, Tensor], batch: int
+) -> Iterator[None]:
     """Within, a forward of `batch` images runs the trained parts only, on what was kept."""
     device = next(iter(kept.values())).device
 
     def put(path: str, call: int, values: list[Any]) -> None:
         start = f"{path}/{_CARRIED}/"
-        put_back(
+        import_state(
             model,
             path,
             {
                 name.removeprefix(start): kept[name]
-                for name in cut.carried
+                for name in cut.state_names
                 if name.startswith(start)
             },
         )
-        for name, (there, number, at, shape) in cut.places.items():
+        for name, (there, number, at, shape) in cut.inputs.items():
             if (there, number) == (path, call):
                 values[at] = kept[name].flatten(0, 1).to(shape.dtype)
 
@@ -300,7 +302,7 @@ def skipping(model: nn.Module, cut: Cut, kept: Mapping[str, Tensor], batch: int)
 
 
 @contextmanager
-def _at_entrances(model: nn.Module, cut: Cut, do: Any) -> Iterator[None]:
+def _at_entrances(model: nn.Module, cut: Split, do: Any) -> Iterator[None]:
     """Call do(path, number of the call, arguments as a list) before each trained part; what it
     changes is what runs."""
     calls = dict.fromkeys(cut.trained, 0)
@@ -324,7 +326,7 @@ def _at_entrances(model: nn.Module, cut: Cut, do: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
+def _verify(model: nn.Module, x: Tensor, cut: Split) -> None:
     """Raise BadInput where skipping changes the outputs: something of the frozen part goes another
     way."""
     x = torch.cat([x, x.flip(-1) + 0.5])
@@ -332,7 +334,7 @@ def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
     with probing(model), learning(model):
         live = skipped = main_output(model.forward(x))
         kept = frozen_part(model, cut, (x,), {})
-        cut.carried = tuple(name for name in kept if name not in cut.places)
+        cut.state_names = tuple(name for name in kept if name not in cut.inputs)
         model.forward(x.flip(0))  # what it leaves behind must not be what the trained parts read
         for cut.real in (False, True):
             try:
@@ -342,7 +344,7 @@ def _verify(model: nn.Module, x: Tensor, cut: Cut) -> None:
             except RuntimeError:  # what is written to in place must be real memory
                 if cut.real:
                     raise
-    if not cut.places.keys() <= kept.keys() or not torch.allclose(
+    if not cut.inputs.keys() <= kept.keys() or not torch.allclose(
         live.float(), skipped.float(), rtol=1e-3, atol=1e-4
     ):
         raise BadInput(

@@ -116,7 +116,7 @@ class AdapterProbe(Technique):
     def _adapters(self, model: nn.Module, dim: int, depth: int) -> tec.EncoderAdapters:
         """Return new adapters, or those that pretraining left beside the model. Raises BadInput
         where they do not fit."""
-        kept = models.attached(model, tec.KEPT_ADAPTERS)
+        kept = models.attached(model, tec.ENCODER_ADAPTERS)
         if self.encoder_adapters is not None or kept is None:
             width, _ = tec.decoder_size(dim)
             return tec.EncoderAdapters(dim, depth, self.encoder_adapters or _GROUP, 4 * width)

@@ -122,7 +122,7 @@ class Ladder(nn.Module):
         self.up = nn.Linear(width, dim, **kind)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
-        self.seen: dict[int, Tensor] = {}
+        self.inputs: dict[int, Tensor] = {}
 
     def put(self, model: nn.Module, start: str, read: list[str]) -> None:
         """Live in the last block read, and look at the others and at the input of `start`."""
@@ -148,12 +148,12 @@ class Ladder(nn.Module):
     def join(self, block: nn.Module, args: Any, output: Any) -> Any:
         """Return the last block's output with the side network's added."""
         x = first(output)
-        outputs = [self.seen[i] for i in range(1, len(self.layers))]
-        change = self(self.seen[0], [*outputs, x.detach()])
+        outputs = [self.inputs[i] for i in range(1, len(self.layers))]
+        change = self(self.inputs[0], [*outputs, x.detach()])
         if (
             not torch.is_grad_enabled()
         ):  # else kept until the next forward: checkpointing may run this block once more
-            self.seen.clear()
+            self.inputs.clear()
         return with_first(output, x + change)
 
 
@@ -165,10 +165,10 @@ class _Rung:
 
     def before(self, block: nn.Module, args: Any, kwargs: Any) -> None:
         """Note a block's input."""
-        self.ladder.seen[self.index] = next(
+        self.ladder.inputs[self.index] = next(
             t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)
         ).detach()
 
     def behind(self, block: nn.Module, args: Any, output: Any) -> None:
         """Note a block's output."""
-        self.ladder.seen[self.index] = first(output).detach()
+        self.ladder.inputs[self.index] = first(output).detach()

@@ -176,7 +176,7 @@ class Shown:
         return out
 
 
-def given_base(base: Any, student: nn.Module) -> nn.Module:
+def resolve_base(base: Any, student: nn.Module) -> nn.Module:
     """Return a base as a model. Raises BadInput for what is none, or shares weights with the
     student."""
     if isinstance(base, str):

@@ -19,8 +19,8 @@ from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first, seat
 from greenvis.techniques._shared.features import as_map
-from greenvis.techniques._shared.frozen import Kept, mark
-from greenvis.techniques.iteration.reuse._bases import Base, given_base
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
+from greenvis.techniques.iteration.reuse._bases import Base, resolve_base
 
 _CHILD = "feature_distill"
 
@@ -84,7 +84,7 @@ class FeatureDistill(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the projection behind the last block. Raises BadInput for a model or a base without
         blocks."""
-        base, what = given_base(self.base, model), type(model).__name__
+        base, what = resolve_base(self.base, model), type(model).__name__
         found = view(model, self.input_shape, probe=False)
         last = found.blocks[-1] if found.blocks else ""
         layout, place = found.layouts.get(last), seat(model, last) if last else None
@@ -131,7 +131,7 @@ class InstalledFeatureDistill(Installed):
             request, model, place, projection, base, form,
         )  # fmt: skip
         self._modes = [(m, m.training) for m in base.model.modules()]
-        self._kept: Kept | None = None
+        self._kept: FrozenOutputs | None = None
         self._seen_as = (image, base.grid)
         self._see(base)
         base.model.eval()
@@ -180,7 +180,9 @@ class InstalledFeatureDistill(Installed):
                 f"{self.base.grid}{self.base.images.key}"
             )
             note = lambda text: self.note(text)  # noqa: E731
-            self._kept = Kept(part, mark(self.base.model), dtype=self.request.cache, note=note)
+            self._kept = FrozenOutputs(
+                part, fingerprint(self.base.model), dtype=self.request.cache, note=note
+            )
         return self._kept.outputs(self.samples, ask, x.device)
 
     def facts(self) -> Mapping[str, Any]:

@@ -18,9 +18,9 @@ from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
-from greenvis.techniques._shared.frozen import Kept, mark
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
 from greenvis.techniques._shared.masked import Encoder, adapt_token, class_token, fold_token
-from greenvis.techniques.iteration.reuse._bases import Base, given_base
+from greenvis.techniques.iteration.reuse._bases import Base, resolve_base
 
 _CHILD = "reuse"
 _EXACT_IN_HALF = 2048  # integers up to here are themselves in fp16
@@ -147,7 +147,7 @@ class Reuse(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks, adapters and decoder in. Raises BadInput for a model or a base that
         does not fit."""
-        bases = [given_base(base, model) for base in self.bases]
+        bases = [resolve_base(base, model) for base in self.bases]
         if not bases:
             raise BadInput("reuse needs a base: a model, or a reference to one")
         found = view(model, self.input_shape, probe=False)
@@ -158,7 +158,7 @@ class Reuse(Technique):
                 f"rows is {self.rows}, but {type(model).__name__} has {encoder.patches} patches: "
                 "give no more"
             )
-        if not 1 <= self.kept(encoder.patches) < encoder.patches:
+        if not 1 <= self.num_visible(encoder.patches) < encoder.patches:
             raise BadInput(
                 f"mask_ratio {self.mask_ratio} of {encoder.patches} patches leaves none hidden or "
                 "none visible: choose another"
@@ -200,7 +200,7 @@ class Reuse(Technique):
         )
         return InstalledReuse(self, names, encoder, parts, shown, fold)
 
-    def kept(self, patches: int) -> int:
+    def num_visible(self, patches: int) -> int:
         """Return how many patches of so many stay visible."""
         return int(patches * (1 - self.mask_ratio))
 
@@ -266,9 +266,9 @@ class InstalledReuse(Installed):
             fold,
         )
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
-        self._kept: dict[int, Kept] = {}
+        self._kept: dict[int, FrozenOutputs] = {}
         self._beside = models.attached(
-            encoder.model, tec.KEPT_ADAPTERS
+            encoder.model, tec.ENCODER_ADAPTERS
         )  # of an earlier pretraining
         for base in bases:
             base.model.eval()
@@ -280,7 +280,7 @@ class InstalledReuse(Installed):
         given = [self._targets(i, x) for i in range(len(self.bases))]
         patches = self.encoder.patches
         noise = torch.rand(len(x), patches, device=x.device)
-        keep, restore, mask = tec.random_mask(noise, self.request.kept(patches))
+        keep, restore, mask = tec.random_mask(noise, self.request.num_visible(patches))
         encoded = self.parts.encoded(self.encoder(x, keep))
         losses: dict[str, list[Tensor]] = {target: [] for target in self.request.targets}
         for i, target in enumerate(given):
@@ -329,9 +329,9 @@ class InstalledReuse(Installed):
                 f"{len(base.blocks)} blocks normalised over {request.normalise}, {request.rows} "
                 f"rows, on {base.grid}"
             )
-            self._kept[index] = Kept(
+            self._kept[index] = FrozenOutputs(
                 f"base {base.what}: {kept}{base.images.key}",
-                mark(base.model),
+                fingerprint(base.model),
                 dtype="fp32" if exact else "fp16",
                 note=lambda text: self.note(text),
             )
@@ -356,11 +356,13 @@ class InstalledReuse(Installed):
         if self._fold is not None:
             self._fold()
         if self.request.keep_adapters and self.parts.adapters is not None:
-            models.attach(self.encoder.model, tec.KEPT_ADAPTERS, self.parts.adapters.state_dict())
+            models.attach(
+                self.encoder.model, tec.ENCODER_ADAPTERS, self.parts.adapters.state_dict()
+            )
 
     def undo(self) -> None:
         """Close the caches and give the bases their own modes back."""
-        models.attach(self.encoder.model, tec.KEPT_ADAPTERS, self._beside)
+        models.attach(self.encoder.model, tec.ENCODER_ADAPTERS, self._beside)
         for kept in self._kept.values():
             kept.close()
         for module, training in self._modes:
