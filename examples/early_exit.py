@@ -50,11 +50,11 @@ with gv.track("early-exit", live, dir=tempfile.mkdtemp()) as run:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    found = live.calibrate(held_out)[
-        "early_exit"
-    ]  # thresholds that lose no more than the target, on images never trained on
+    # thresholds that lose no more than the target, on images never trained on
+    chosen = live.calibrate(held_out)["early_exit"]
     print(
-        f"thresholds {found['thresholds']}, kept: {found['met']}; {found['cost']:.0%} of the MACs"
+        f"thresholds {chosen['thresholds']}, kept: {chosen['met']}; "
+        f"{chosen['cost']:.0%} of the MACs"
     )
     folding = gv.fold_norms(live.finish(), images[:2])
     print(f"{len(folding.convolutions)} batch norms folded")

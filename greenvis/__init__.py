@@ -79,9 +79,9 @@ def __getattr__(name: str) -> Any:
         :1
     ].isupper():  # a technique class: gv.Lora, gv.Distill, and those of installed plug-ins
         registry = importlib.import_module("greenvis.techniques.registry")
-        found = registry.find_class(name)
-        if found is not None:
-            return found
+        cls = registry.find_class(name)
+        if cls is not None:
+            return cls
     raise AttributeError(f"module 'greenvis' has no attribute {name!r}")
 
 

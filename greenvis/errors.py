@@ -21,11 +21,11 @@ class BadInput(GreenvisError):
     with 2."""
 
 
-def nearest(wanted: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there
     is."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(wanted[:100], names, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
     if close:
         return f"; did you mean '{one_line(close[0])}'?"
     return f"; known: {some(names)}" if names else ""
@@ -33,9 +33,9 @@ def nearest(wanted: str, known: Iterable[str]) -> str:
 
 def some(names: Iterable[str], most: int = 6) -> str:
     """Format names for a message: "'a', 'b', … (+22)"."""
-    listed = list(names)
-    shown = ", ".join(f"'{one_line(n)}'" for n in listed[:most])
-    return shown + (f", … (+{len(listed) - most})" if len(listed) > most else "")
+    items = list(names)
+    shown = ", ".join(f"'{one_line(n)}'" for n in items[:most])
+    return shown + (f", … (+{len(items) - most})" if len(items) > most else "")
 
 
 def printable(text: str) -> str:

@@ -130,10 +130,10 @@ class Deltas:
         """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this
         model and techniques."""
         tensors, own = self._fitting(state)
-        there = self.model.state_dict(keep_vars=True)
+        current = self.model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, value in tensors.items():
-                there[name].copy_(value)
+                current[name].copy_(value)
         for technique, live in self._pairs():
             live.load_state_dict(own[technique.name])
 
@@ -148,13 +148,13 @@ class Deltas:
             owner, _, name = key.partition(".")
             (tensors if owner == "model" else own.setdefault(owner, {}))[name] = value
         strangers = sorted(set(own) - {t.name for t in self.techniques})
-        there = self.model.state_dict(keep_vars=True)
-        unknown = [n for n in tensors if n not in there]
-        missing = [n for n, p in self.trainable.items() if n in there and n not in tensors]
+        expected = self.model.state_dict(keep_vars=True)
+        unknown = [n for n in tensors if n not in expected]
+        missing = [n for n, p in self.trainable.items() if n in expected and n not in tensors]
         wrong = [
-            f"{n} {tuple(t.shape)} for {tuple(there[n].shape)}"
+            f"{n} {tuple(t.shape)} for {tuple(expected[n].shape)}"
             for n, t in tensors.items()
-            if n in there and t.shape != there[n].shape
+            if n in expected and t.shape != expected[n].shape
         ]
         problems = [
             ("techniques not installed here", strangers),
@@ -162,10 +162,10 @@ class Deltas:
             ("missing", missing),
             ("wrong shape", wrong),
         ]
-        if any(found for _, found in problems):
+        if any(names for _, names in problems):
             raise BadInput(
                 "this delta does not fit: "
-                + "; ".join(f"{what} {some(found)}" for what, found in problems if found)
+                + "; ".join(f"{what} {some(names)}" for what, names in problems if names)
             )
         return tensors, own
 
@@ -249,8 +249,8 @@ class Deltas:
             )
         if name == self.in_use:
             return
-        wanted = self._unnamed if name is None else self._named[name]
-        self._fitting(wanted)
+        target = self._unnamed if name is None else self._named[name]
+        self._fitting(target)
         now = self._copied()
         if self.in_use is None:
             self._unnamed = now
@@ -259,10 +259,10 @@ class Deltas:
         with torch.no_grad():
             for key, tensor in self.model.state_dict(keep_vars=True).items():
                 if (
-                    f"model.{key}" in now and f"model.{key}" not in wanted
+                    f"model.{key}" in now and f"model.{key}" not in target
                 ):  # a buffer that did not change there
                     tensor.copy_(self._snapshot.original(tensor))
-        self.load_state_dict(wanted)
+        self.load_state_dict(target)
         self.in_use = name
 
     def deltas(self) -> dict[str, int]:
@@ -284,9 +284,9 @@ class Deltas:
     def _base_fingerprint(self, state: Mapping[str, Tensor]) -> str:
         """Return the fingerprint of what lies under a delta, with the values it had before
         `wrap`."""
-        there = self.model.state_dict(keep_vars=True)
+        current = self.model.state_dict(keep_vars=True)
         return weights.fingerprint(
-            {n: self._snapshot.original(t) for n, t in there.items() if f"model.{n}" not in state}
+            {n: self._snapshot.original(t) for n, t in current.items() if f"model.{n}" not in state}
         )
 
 

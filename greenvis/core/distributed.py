@@ -65,8 +65,8 @@ def destroy_process_group() -> None:
 def refuse_sharding(model: nn.Module | None = None) -> None:
     """Raise BadInput for FSDP, DeepSpeed and the like: asked for by `accelerate launch`, or at work
     on `model` already."""
-    wanted = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") for name in _SHARDING}
-    asked = [name for name, value in wanted.items() if value.lower() in ("1", "true", "yes")]
+    requests = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") for name in _SHARDING}
+    shardings = [name for name, value in requests.items() if value.lower() in ("1", "true", "yes")]
     tensors = sys.modules.get("torch.distributed.tensor")  # whoever shards by it has imported it
     sharded = sys.modules.get("torch.distributed.fsdp")
     kinds = () if sharded is None else (sharded.FullyShardedDataParallel, sharded.FSDPModule)
@@ -74,16 +74,16 @@ def refuse_sharding(model: nn.Module | None = None) -> None:
         if isinstance(module, kinds) or "_is_fsdp_managed_module" in vars(
             module
         ):  # how the first FSDP marks what lies in it
-            asked.append("FSDP")
+            shardings.append("FSDP")
         elif type(module).__name__ == "DeepSpeedEngine":
-            asked.append("DeepSpeed")
+            shardings.append("DeepSpeed")
     for parameter in model.parameters() if model is not None else ():
         if tensors is not None and isinstance(parameter, tensors.DTensor):
-            asked.append("a sharding into DTensors (FSDP2, tensor parallelism)")
+            shardings.append("a sharding into DTensors (FSDP2, tensor parallelism)")
         elif hasattr(parameter, "ds_id"):
-            asked.append("DeepSpeed ZeRO")
-    if asked:
-        raise BadInput(f"{asked[0]} {_WHOLE}")
+            shardings.append("DeepSpeed ZeRO")
+    if shardings:
+        raise BadInput(f"{shardings[0]} {_WHOLE}")
 
 
 def world_size() -> int:
@@ -129,11 +129,13 @@ def split_batches(loader: DataLoader[Any]) -> DataLoader[Any]:
     make the whole batch."""
     if world_size() == 1:
         return loader
-    kept = {
+    options = {
         name: getattr(loader, name)
         for name in ("collate_fn", "num_workers", "generator", "pin_memory")
     }
-    return DataLoader(loader.dataset, batch_sampler=_RankBatchSampler(loader.batch_sampler), **kept)
+    return DataLoader(
+        loader.dataset, batch_sampler=_RankBatchSampler(loader.batch_sampler), **options
+    )
 
 
 class SampleMean:
@@ -251,18 +253,18 @@ def _device() -> torch.device:
     )
 
 
-def all_reduce_sum(total: Mapping[str, Tensor], seen: int) -> int:
+def all_reduce_sum(total: Mapping[str, Tensor], samples: int) -> int:
     """Add every process's tensors, in place and by name, and return the sum of what they have seen.
 
     Each process must name the same tensors. What is then divided by the sum is a mean over all
     processes' samples.
     """
     if world_size() == 1:
-        return seen
+        return samples
     for tensor in total.values():
         dist.all_reduce(tensor)
     number = torch.tensor(
-        seen, dtype=torch.int64, device=next(iter(total.values())).device if total else None
+        samples, dtype=torch.int64, device=next(iter(total.values())).device if total else None
     )
     dist.all_reduce(number)
     return int(number)
@@ -287,14 +289,14 @@ def on_main(ask: Callable[[], T]) -> T:
     raise."""
     if world_size() == 1:
         return ask()
-    held: list[Any] = [None]
+    outcome: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            held = [(ask(), None)]
+            outcome = [(ask(), None)]
         except Exception as error:  # whatever it is, the others must not wait for an answer
-            held = [(None, error)]
-    dist.broadcast_object_list(held, 0)
-    answer, error = held[0]
+            outcome = [(None, error)]
+    dist.broadcast_object_list(outcome, 0)
+    answer, error = outcome[0]
     if error is not None:
         raise report_once(error)
     return answer
@@ -318,8 +320,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> list[RemovableHandl
         return []
 
     def shared(gradient: Tensor) -> Tensor:
-        whole = gradient.clone()
-        all_reduce_mean([whole])
-        return whole
+        averaged = gradient.clone()
+        all_reduce_mean([averaged])
+        return averaged
 
     return [parameter.register_hook(shared) for parameter in parameters if parameter.requires_grad]

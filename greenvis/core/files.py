@@ -39,20 +39,19 @@ def read(path: str | os.PathLike[str], what: str = "file", most: int = MOST_TEXT
             path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
         )
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise BadInput(
-            f"cannot read the {what} {_shown(path)}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"cannot read the {what} {_printable(path)}: {reason}") from error
     try:
-        seen = os.fstat(handle)
-        if not stat.S_ISREG(seen.st_mode):
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
             raise BadInput(
-                f"cannot read the {what} {_shown(path)}: it is {_kind(seen.st_mode)}, not a "
+                f"cannot read the {what} {_printable(path)}: it is {_kind(status.st_mode)}, not a "
                 "regular file"
             )
-        if seen.st_size > most:
+        if status.st_size > most:
             raise BadInput(
-                f"cannot read the {what} {_shown(path)}: it has {seen.st_size:,} bytes, and at "
-                f"most {most:,} are read"
+                f"cannot read the {what} {_printable(path)}: it has {status.st_size:,} bytes, and "
+                f"at most {most:,} are read"
             )
         with os.fdopen(handle, "rb", closefd=False) as file:
             return file.read(most)
@@ -66,7 +65,7 @@ def read_text(path: str | os.PathLike[str], what: str = "file", most: int = MOST
         return read(path, what, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadInput(
-            f"cannot read the {what} {_shown(path)}: not UTF-8 at byte {error.start}"
+            f"cannot read the {what} {_printable(path)}: not UTF-8 at byte {error.start}"
         ) from error
 
 
@@ -76,8 +75,8 @@ def read_json(path: str | os.PathLike[str], what: str = "file", most: int = MOST
     try:
         return json.loads(read(path, what, most))
     except (ValueError, RecursionError) as error:
-        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadInput(f"cannot read the {what} {_shown(path)}: not JSON: {said}") from error
+        reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise BadInput(f"cannot read the {what} {_printable(path)}: not JSON: {reason}") from error
 
 
 @contextmanager
@@ -124,7 +123,7 @@ def lock(path: str | os.PathLike[str]) -> int:
     except OSError as error:
         if os.path.islink(path):
             raise GreenvisError(
-                f"the lock {_shown(path)} is a link; remove it, then try again"
+                f"the lock {_printable(path)} is a link; remove it, then try again"
             ) from error
         raise
 
@@ -142,8 +141,8 @@ def own_folder(folder: Path, below: Path) -> Path:
         current /= part
         if current.is_symlink():
             raise GreenvisError(
-                f"{_shown(current)} is a link, which is not written through; remove it, then try "
-                "again"
+                f"{_printable(current)} is a link, which is not written through; remove it, then "
+                "try again"
             )
         current.mkdir(exist_ok=True)
     return folder
@@ -154,7 +153,7 @@ def _kind(mode: int) -> str:
     return next((name for test, name in kinds if test(mode)), "a device")
 
 
-def _shown(path: str | os.PathLike[str]) -> str:
+def _printable(path: str | os.PathLike[str]) -> str:
     """Return a path as it may be printed: without control characters, cut to a line."""
     text = "".join(c if c.isprintable() else "�" for c in str(path))
     return text if len(text) <= 300 else text[:297] + "…"

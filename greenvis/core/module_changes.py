@@ -17,6 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from greenvis.core import distributed
 from greenvis.core.surgery import copy_hooks, holds_in_eval
 from greenvis.errors import BadInput, GreenvisError, some
 
@@ -132,6 +133,7 @@ class Watch:
         """
         for path, module, kind in self._kinds:
             if type(module) is not kind:
+                distributed.refuse_sharding(self.model)  # which makes modules of another class
                 raise BadInput(
                     f"'{path or type(module).__name__}' became a {type(module).__name__} after "
                     "wrap (parametrized?), which its "
@@ -140,9 +142,11 @@ class Watch:
                 )
         out: list[tuple[str, Any, Any]] = []
         for path, parent, name, child in self._edges:
-            held = parent._modules if isinstance(child, nn.Module) else parent._parameters
-            if held.get(name) is not child and not any(path.startswith(f"{p}.") for p, _, _ in out):
-                out.append((path, child, held.get(name)))
+            children = parent._modules if isinstance(child, nn.Module) else parent._parameters
+            if children.get(name) is not child and not any(
+                path.startswith(f"{p}.") for p, _, _ in out
+            ):
+                out.append((path, child, children.get(name)))
         return out
 
     def refuse_lost(self, base: set[int]) -> None:
@@ -191,14 +195,14 @@ class Optimizers:
         live = self._live()
         if live is None or optimizer in self._fit:
             return
-        steps = _held(optimizer)
+        steps = _parameter_ids(optimizer)
         if steps.isdisjoint(id(p) for p in live.model.parameters()):
             return  # of another model
         live.begin_training()
         trained = {n: p for n, p in live.declared.items() if p.requires_grad}
         if any(id(p) not in steps for p in trained.values()):  # one of several optimizers?
             steps = steps.union(
-                *(_held(o) for o in gc.get_objects() if issubclass(type(o), Optimizer))
+                *(_parameter_ids(o) for o in gc.get_objects() if issubclass(type(o), Optimizer))
             )
         if missing := [n for n, p in trained.items() if id(p) not in steps]:
             raise GreenvisError(
@@ -228,7 +232,7 @@ def _nobody() -> None:
     """Stand for a weak reference to what is gone."""
 
 
-def _held(optimizer: Optimizer) -> set[int]:
+def _parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 

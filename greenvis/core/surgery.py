@@ -42,7 +42,7 @@ class Snapshot:
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._values: dict[int, Tensor] = {}
-        self._places: dict[int, int] | None = None  # by id of a tensor
+        self._positions: dict[int, int] | None = None  # by id of a tensor
         self.keep_values()
 
     @property
@@ -65,18 +65,22 @@ class Snapshot:
 
     def unchanged(self, i: int) -> bool:
         """Whether tensor `i` still holds, bit for bit, the value it had."""
-        held = self._values.get(i)
-        if held is None:
+        original = self._values.get(i)
+        if original is None:
             return True
         now = self._tensors[i].detach().cpu()
-        return now.dtype == held.dtype and now.shape == held.shape and _same_bits(now, held)
+        return (
+            now.dtype == original.dtype
+            and now.shape == original.shape
+            and _same_bits(now, original)
+        )
 
     def original(self, tensor: Tensor) -> Tensor:
         """Return the value a tensor of the model had, or the tensor itself where it was not there
         or has not changed."""
-        if self._places is None:
-            self._places = {id(t): i for i, t in enumerate(self._tensors)}
-        return self._values.get(self._places.get(id(tensor), -1), tensor)
+        if self._positions is None:
+            self._positions = {id(t): i for i, t in enumerate(self._tensors)}
+        return self._values.get(self._positions.get(id(tensor), -1), tensor)
 
     def changed_buffers(self) -> set[int]:
         """Return the ids of buffers that were there and whose values have changed since."""
@@ -93,23 +97,20 @@ class Snapshot:
             module.__class__ = kind
             state = vars(module)
             state.clear()
-            for name, (value, held) in attributes.items():  # containers keep their identity
+            for name, (value, content) in attributes.items():  # containers keep their identity
                 state[name] = value
-                if isinstance(value, dict):
+                if isinstance(value, (dict, set)):
                     value.clear()
-                    value.update(held)
+                    value.update(content)
                 elif isinstance(value, list):
-                    value[:] = held
-                elif isinstance(value, set):
-                    value.clear()
-                    value.update(held)
+                    value[:] = content
         for parameter, flag, grad in self._flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad
         if values:
             with torch.no_grad():
-                for i, held in self._values.items():
-                    self._tensors[i].copy_(held)
+                for i, value in self._values.items():
+                    self._tensors[i].copy_(value)
 
 
 def find(
@@ -122,16 +123,20 @@ def find(
 
     Raises BadInput for a pattern that matches nothing, with what the model has.
     """
-    there = [path for path, m in model.named_modules() if path and isinstance(m, kind)]
+    candidates = [path for path, m in model.named_modules() if path and isinstance(m, kind)]
     kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-    found: dict[str, None] = {}
+    matches: dict[str, None] = {}
     for pattern in patterns:
-        hits = [p for p in there if fnmatchcase(p, pattern) or fnmatchcase(p, "*." + pattern)]
+        hits = [p for p in candidates if fnmatchcase(p, pattern) or fnmatchcase(p, "*." + pattern)]
         if not hits:
-            what = f"this model has {some(there)}" if there else f"this model has no {kinds} at all"
+            what = (
+                f"this model has {some(candidates)}"
+                if candidates
+                else f"this model has no {kinds} at all"
+            )
             raise BadInput(f"no {kinds} matches '{pattern}'; {what}")
-        found.update(dict.fromkeys(hits))
-    return list(found)
+        matches.update(dict.fromkeys(hits))
+    return list(matches)
 
 
 def parents_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str]]:
@@ -151,21 +156,21 @@ def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
 
     Raises BadInput where `old` is not a sub-module (the root cannot be replaced in place).
     """
-    places = parents_of(model, old)
-    if not places:
+    parents = parents_of(model, old)
+    if not parents:
         raise BadInput(
             f"cannot replace {type(old).__name__}: it is not a sub-module of {type(model).__name__}"
         )
-    for parent, name in places:
+    for parent, name in parents:
         parent._modules[name] = new
-    return len(places)
+    return len(parents)
 
 
 def names_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[str, ...]:
     """Return the names that these parameters have in `model`, in its order; a shared one has its
     first."""
-    wanted = {id(p) for p in parameters}
-    return tuple(n for n, p in model.named_parameters() if id(p) in wanted)
+    ids = {id(p) for p in parameters}
+    return tuple(n for n, p in model.named_parameters() if id(p) in ids)
 
 
 def freeze(

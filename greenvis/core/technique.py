@@ -140,9 +140,9 @@ class Technique(BaseModel):
         `install`."""
         return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
 
-    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+    def with_runs(self, results: Mapping[str, Any]) -> Technique:
         """Return the request with what those runs left, by the keys of `runs`, in their place."""
-        return self.model_copy(update=dict(found))
+        return self.model_copy(update=dict(results))
 
 
 @dataclass(frozen=True)
@@ -334,20 +334,19 @@ def explain(
         key = (*at, *loc)
         path = ".".join(str(k) for k in key)
         if problem["type"] == "extra_forbidden":
-            said = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
+            message = f"unknown field '{loc[-1]}'{nearest(str(loc[-1]), _fields(kind, loc[:-1]))}"
         elif problem["type"] == "missing":
-            said = f"'{loc[-1]}' is missing"
+            message = f"'{loc[-1]}' is missing"
         elif (
             problem["type"] == "value_error"
         ):  # of a check of ours, which has the value in its words
-            said = str(problem.get("ctx", {}).get("error", problem["msg"]))
+            message = str(problem.get("ctx", {}).get("error", problem["msg"]))
         else:
-            said = (
-                problem["msg"][:1].lower() + problem["msg"][1:] + f", not {shown(problem['input'])}"
-            )
+            text, value = problem["msg"], format_value(problem["input"])
+            message = f"{text[:1].lower()}{text[1:]}, not {value}"
             if problem["type"] == "literal_error":
-                said += nearest(str(problem["input"]), _choices(kind, loc))
-        line = f"{where(*key)}: {path + ': ' if path else ''}{said}"
+                message += nearest(str(problem["input"]), _choices(kind, loc))
+        line = f"{where(*key)}: {path + ': ' if path else ''}{message}"
         if line not in out:
             out.append(line)
         if len(out) == MOST_PROBLEMS:
@@ -372,16 +371,16 @@ def _fields(kind: Any, loc: tuple[Any, ...]) -> list[str]:
 
 
 def _choices(kind: Any, loc: tuple[Any, ...]) -> list[str]:
-    found = _field(kind, loc)
+    annotation = _field(kind, loc)
     return [
         str(v)
-        for a in (found, *get_args(found))
+        for a in (annotation, *get_args(annotation))
         for v in (get_args(a) if get_args(a) else (a,))
         if isinstance(v, (str, int))
     ]
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a value for a message, cut short and printable."""
     if (
         isinstance(value, int) and abs(value) > 10**18

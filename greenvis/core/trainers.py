@@ -39,10 +39,10 @@ class UsedInTerms:
         if not model.training or not torch.is_grad_enabled() or distributed.world_size() == 1:
             return None
         parameters = [p for n, p in model.named_parameters() if n in self.names and p.requires_grad]
-        for wanted in (
+        for accepts in (
             (lambda t: t.requires_grad, Tensor.is_floating_point) if parameters else ()
         ):  # a frozen base: none has
-            new, done = _joined(output, parameters, wanted)
+            new, done = _joined(output, parameters, accepts)
             if done:
                 return new
         return None
@@ -62,15 +62,15 @@ class _Joined(torch.autograd.Function):
 
 
 def _joined(
-    output: Any, parameters: list[nn.Parameter], wanted: Callable[[Tensor], bool]
+    output: Any, parameters: list[nn.Parameter], accepts: Callable[[Tensor], bool]
 ) -> tuple[Any, bool]:
     """Return what a model returned with the first tensor that is wanted joined, and whether there
     is one."""
     if isinstance(output, Tensor):
-        return (_Joined.apply(output, *parameters), True) if wanted(output) else (output, False)
+        return (_Joined.apply(output, *parameters), True) if accepts(output) else (output, False)
     if isinstance(output, Mapping):
         for key, value in output.items():
-            new, done = _joined(value, parameters, wanted)
+            new, done = _joined(value, parameters, accepts)
             if done:
                 changed: Any = copy.copy(
                     output
@@ -79,7 +79,7 @@ def _joined(
                 return changed, True
     elif isinstance(output, (tuple, list)):
         for i, value in enumerate(output):
-            new, done = _joined(value, parameters, wanted)
+            new, done = _joined(value, parameters, accepts)
             if done:
                 parts = [*output[:i], new, *output[i + 1 :]]
                 return type(output)(*parts) if hasattr(output, "_fields") else type(output)(
@@ -132,10 +132,8 @@ def watch(
     model: nn.Module, technique: str, parameters: Iterable[nn.Parameter], reads: bool
 ) -> None:
     """Put `Recomputed` on the modules that hold these parameters."""
-    wanted = {id(p) for p in parameters}
+    ids = {id(p) for p in parameters}
     for module in model.modules():
-        if _WATCHED not in vars(module) and any(
-            id(p) in wanted for p in module._parameters.values()
-        ):
+        if _WATCHED not in vars(module) and any(id(p) in ids for p in module._parameters.values()):
             module.register_forward_pre_hook(Recomputed(technique, reads))
             vars(module)[_WATCHED] = True

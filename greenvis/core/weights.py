@@ -93,13 +93,13 @@ def find_weights(pretrained: str, folder: Path) -> Path:
             f"{name.replace('_', '-')}"
         )
     home = Path(next(iter(spec.submodule_search_locations)))
-    found = sorted(p for p in home.rglob("*") if p.suffix in SUFFIXES)
-    if len(found) != 1:
+    candidates = sorted(p for p in home.rglob("*") if p.suffix in SUFFIXES)
+    if len(candidates) != 1:
         raise BadInput(
-            f"pretrained: the package '{name}' ships {len(found)} weight files, not one: "
-            f"{some(map(str, found))}"
+            f"pretrained: the package '{name}' ships {len(candidates)} weight files, not one: "
+            f"{some(map(str, candidates))}"
         )
-    return found[0]
+    return candidates[0]
 
 
 def in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -114,11 +114,14 @@ def in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
             f"the weights hold {len(state)} tensors, {type(model).__name__} has {len(own)}"
         )
     placed = {}
-    for (name, there), (given, tensor) in zip(own.items(), state.items(), strict=True):
-        if name.rpartition(".")[2] != given.rpartition(".")[2] or there.shape != tensor.shape:
+    for (name, own_tensor), (other_name, tensor) in zip(own.items(), state.items(), strict=True):
+        if (
+            name.rpartition(".")[2] != other_name.rpartition(".")[2]
+            or own_tensor.shape != tensor.shape
+        ):
             raise BadInput(
-                f"'{given}' {tuple(tensor.shape)} stands where '{name}' {tuple(there.shape)} "
-                "belongs"
+                f"'{other_name}' {tuple(tensor.shape)} stands where '{name}' "
+                f"{tuple(own_tensor.shape)} belongs"
             )
         placed[name] = tensor
     return placed
@@ -128,12 +131,12 @@ def head_names(model: nn.Module) -> set[str]:
     """Return the names of the classifier's parameters: the library's own `get_classifier`, else the
     last linear layer."""
     get = getattr(model, "get_classifier", None)
-    found: Any = (
+    classifier: Any = (
         get() if callable(get) else [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
     )
-    heads = found if isinstance(found, (list, tuple)) else [found]
-    wanted = {id(p) for h in heads if isinstance(h, nn.Module) for p in h.parameters()}
-    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted}
+    heads = classifier if isinstance(classifier, (list, tuple)) else [classifier]
+    ids = {id(p) for h in heads if isinstance(h, nn.Module) for p in h.parameters()}
+    return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
 
 
 def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
@@ -142,10 +145,10 @@ def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) ->
 
     None takes those of this name away. The model's keys stay what they are; its file's do not.
     """
-    there: dict[str, dict[str, Tensor]] = {
+    others: dict[str, dict[str, Tensor]] = {
         k: v for k, v in model.__dict__.get(_BESIDE, {}).items() if k != name
     }
-    model.__dict__[_BESIDE] = there if tensors is None else {**there, name: dict(tensors)}
+    model.__dict__[_BESIDE] = others if tensors is None else {**others, name: dict(tensors)}
     if not model.__dict__[_BESIDE]:
         del model.__dict__[_BESIDE]
 
@@ -240,13 +243,13 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Write safetensors with `metadata` as JSON; the file appears whole or not at all."""
-    seen: set[int] = set()
+    storages: set[int] = set()
     tensors = {}
     for name, value in state.items():
         tensor = value.detach().cpu().contiguous()
-        if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in storages:
             tensor = tensor.clone()  # safetensors refuses tensors that share memory (tied weights)
-        seen.add(tensor.untyped_storage().data_ptr())
+        storages.add(tensor.untyped_storage().data_ptr())
         tensors[name] = tensor
     with files.replacing(path) as part:
         save_file(tensors, part, metadata={METADATA_KEY: json.dumps(metadata)})

@@ -176,10 +176,10 @@ class Wrapped(Owners, Deltas):
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on: replay adds samples here; otherwise unchanged."""
         self._adopt_changes()
-        given = x
+        original = x
         for live in self.installed:
             x, y = live.batch(x, y)
-        if x is not given:  # these are no longer the samples that were shown
+        if x is not original:  # these are no longer the samples that were shown
             self.show(None)
         return x, y
 
@@ -321,10 +321,10 @@ class Wrapped(Owners, Deltas):
         `lr`."""
         self._adopt_changes()
         groups = [g for live in self.installed for g in live.param_groups(lr)]
-        taken = [id(p) for g in groups for p in g["params"]]
-        if len(taken) != len(set(taken)):
+        grouped = [id(p) for g in groups for p in g["params"]]
+        if len(grouped) != len(set(grouped)):
             raise GreenvisError("two techniques want the same parameter in groups of their own")
-        rest = [p for p in self.trainable.values() if id(p) not in set(taken)]
+        rest = [p for p in self.trainable.values() if id(p) not in set(grouped)]
         if rest:
             groups.append({"params": rest, "lr": lr})
         if not groups:

@@ -124,8 +124,8 @@ class _Values:
             yaml.constructor.ConstructorError,
             ValueError,
         ) as error:  # a tag; an impossible date, 5,000 digits
-            said = getattr(error, "problem", None) or str(error)
-            raise BadInput(f"{where}: {said}") from error
+            reason = getattr(error, "problem", None) or str(error)
+            raise BadInput(f"{where}: {reason}") from error
 
     def _mapping(self, node: yaml.MappingNode, at: Key) -> dict[str, Any]:
         out: dict[str, Any] = {}
@@ -169,34 +169,32 @@ def override(source: dict[str, Any], lines: dict[Key, str], text: str) -> None:
     for key in keys:
         if not key.isprintable() or len(key) > MOST_KEY:
             raise BadInput(f"--set takes KEY=VALUE; {key[:40]!r} is no key")
-    shown = text if len(text) <= MOST_KEY else text[:MOST_KEY] + "…"
-    parsed = parse(value, f"--set {shown}")
-    place: Any = source
+    setting = text if len(text) <= MOST_KEY else text[:MOST_KEY] + "…"
+    parsed = parse(value, f"--set {setting}")
+    node: Any = source
     for i, key in enumerate(keys[:-1]):
-        index = _index(key, place)
-        place = (
-            place[index]
+        index = _index(key, node)
+        node = (
+            node[index]
             if index is not None
-            else place.setdefault(key, {})
-            if isinstance(place, dict)
+            else node.setdefault(key, {})
+            if isinstance(node, dict)
             else None
         )
-        if not isinstance(place, (dict, list)):
-            raise BadInput(f"--set {shown}: '{'.'.join(keys[: i + 1])}' holds no keys")
-    index = _index(keys[-1], place)
-    if isinstance(place, list) and index is None:
-        raise BadInput(f"--set {shown}: '{keys[-1]}' is no index of that list of {len(place)}")
+        if not isinstance(node, (dict, list)):
+            raise BadInput(f"--set {setting}: '{'.'.join(keys[: i + 1])}' holds no keys")
+    index = _index(keys[-1], node)
+    if isinstance(node, list) and index is None:
+        raise BadInput(f"--set {setting}: '{keys[-1]}' is no index of that list of {len(node)}")
     last: Any = keys[-1] if index is None else index
-    place[last] = parsed
-    lines[tuple(int(k) if _is_number(k) else k for k in keys)] = f"--set {shown}"
+    node[last] = parsed
+    lines[tuple(int(k) if _is_number(k) else k for k in keys)] = f"--set {setting}"
 
 
 def _is_number(key: str) -> bool:
     return key.isascii() and key.isdecimal() and len(key) < 10
 
 
-def _index(key: str, place: Any) -> int | None:
+def _index(key: str, node: Any) -> int | None:
     """Return the index a key of --set means in a list, None where it is none."""
-    return (
-        int(key) if isinstance(place, list) and _is_number(key) and int(key) < len(place) else None
-    )
+    return int(key) if isinstance(node, list) and _is_number(key) and int(key) < len(node) else None

@@ -199,8 +199,8 @@ def check(
             "are"
         )
     if kind == "folder":
-        place = _at(folder, path)
-        sources.class_folders(place / "train" if (place / "train").is_dir() else place)
+        images = _at(folder, path)
+        sources.class_folders(images / "train" if (images / "train").is_dir() else images)
     elif kind == "hf-datasets":
         sources.hf_folder(_at(folder, path))
 
@@ -232,16 +232,24 @@ def load(
     become 0, 1, … in the order given. normalise: by channel, else pixels are 0 to 1. held_out: so
     many training images are kept from `train`, in `Data.held_out`. Raises BadInput.
     """
-    wanted: dict[str, Any] = {
+    requested: dict[str, Any] = {
         "train": train,
         "test": test,
         "img_size": img_size,
         "in_chans": in_chans,
         "seed": seed,
     }
-    place: dict[str, Any] = {"root": root, "folder": folder, "download": download}
-    check(name, **wanted, augment=augment, views=views, held_out=held_out, classes=classes, **place)
-    source = _read(name, wanted, _at(folder, root) if root else None, Path(folder), download)
+    location: dict[str, Any] = {"root": root, "folder": folder, "download": download}
+    check(
+        name,
+        **requested,
+        augment=augment,
+        views=views,
+        held_out=held_out,
+        classes=classes,
+        **location,
+    )
+    source = _read(name, requested, _at(folder, root) if root else None, Path(folder), download)
     numbers = (
         list(range(len(source.classes)))
         if classes is None
@@ -259,22 +267,24 @@ def load(
     rows: list[Tensor] = []
     splits: list[Split] = []
     for part, split in (("train", source.train), ("test", source.test)):
-        there = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
-        _enough(name, part, _sum(wanted[part], held_out if part == "train" else None), len(there))
-        drawn = there[sources.stratified(split.labels[there], seed)]
-        kept = (held_out or 0) if part == "train" else 0
-        rows += [drawn[: len(drawn) - kept][: wanted[part]].sort().values]
-        rows += [drawn[len(rows[-1]) :][:kept].sort().values] if kept else []
+        available = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
+        _enough(
+            name, part, _sum(requested[part], held_out if part == "train" else None), len(available)
+        )
+        drawn = available[sources.stratified(split.labels[available], seed)]
+        reserved = (held_out or 0) if part == "train" else 0
+        rows += [drawn[: len(drawn) - reserved][: requested[part]].sort().values]
+        rows += [drawn[len(rows[-1]) :][:reserved].sort().values] if reserved else []
         stored = replace(
             form, in_chans=min(form.in_chans, source.in_chans)
         )  # grey is made colour batch by batch
         for chosen in rows[len(splits) :]:
-            taken = split.take(chosen)
-            splits.append(_bring_to_size(Split(taken.images, label_of[taken.labels]), stored))
+            subset = split.take(chosen)
+            splits.append(_bring_to_size(Split(subset.images, label_of[subset.labels]), stored))
     form = _with_statistics(form, splits[0]) if normalise else form
     plain = replace(form, augment="none", views=None)
     train_set, test_set = ImageSet(splits[0], rows[0], form), ImageSet(splits[-1], rows[-1], plain)
-    held = ImageSet(splits[1], rows[1], plain) if held_out else None
+    held_out_set = ImageSet(splits[1], rows[1], plain) if held_out else None
     return Data(
         name,
         train_set,
@@ -282,12 +292,12 @@ def load(
         tuple(source.classes[n] for n in numbers),
         source.checksum,
         classes,
-        held,
+        held_out_set,
     )
 
 
 def _read(
-    name: str, wanted: dict[str, Any], root: Path | None, folder: Path, download: bool
+    name: str, requested: dict[str, Any], root: Path | None, folder: Path, download: bool
 ) -> Source:
     kind, _, path = name.partition(":")
     if kind == "digits":
@@ -299,25 +309,25 @@ def _read(
     if kind == "hf-datasets":
         return sources.hf_datasets(_at(folder, path))
     return sources.synthetic(
-        seed=wanted["seed"], **{k: wanted[k] or default for k, default in SYNTHETIC.items()}
+        seed=requested["seed"], **{k: requested[k] or default for k, default in SYNTHETIC.items()}
     )
 
 
-def _numbers(name: str, wanted: Sequence[str | int], there: Sequence[str]) -> list[int]:
+def _numbers(name: str, requested: Sequence[str | int], names: Sequence[str]) -> list[int]:
     """Return the classes asked for as numbers."""
     numbers = []
-    for one in wanted:
-        if one in there or (isinstance(one, int) and 0 <= one < len(there)):
-            numbers.append(one if isinstance(one, int) else there.index(one))
+    for one in requested:
+        if one in names or (isinstance(one, int) and 0 <= one < len(names)):
+            numbers.append(one if isinstance(one, int) else names.index(one))
         else:
             known = (
-                f"; '{name}' has {len(there)}, numbered from 0"
+                f"; '{name}' has {len(names)}, numbered from 0"
                 if isinstance(one, int)
-                else nearest(one, there)
+                else nearest(one, names)
             )
             raise BadInput(f"data: no class {one!r}{known}")
     if len(numbers) < 2 or len(set(numbers)) < len(numbers):
-        raise BadInput(f"data: classes takes two or more, each once; got {list(wanted)}")
+        raise BadInput(f"data: classes takes two or more, each once; got {list(requested)}")
     return numbers
 
 
@@ -325,17 +335,17 @@ def _at(folder: str | Path, path: str | Path) -> Path:
     return (Path(folder) / Path(path).expanduser()).resolve()
 
 
-def _sum(wanted: int | None, held_out: int | None) -> int | None:
+def _sum(requested: int | None, held_out: int | None) -> int | None:
     """How many images are asked for in all; of all there are, one at least beside those held
     out."""
-    return wanted if held_out is None else (wanted or 1) + held_out
+    return requested if held_out is None else (requested or 1) + held_out
 
 
-def _enough(name: str, part: str, wanted: int | None, there: int) -> None:
-    if wanted is not None and wanted > there:
+def _enough(name: str, part: str, requested: int | None, available: int) -> None:
+    if requested is not None and requested > available:
         raise BadInput(
-            f"data: {part} asks for {wanted} images, but '{name}' has {there}; ask for fewer or "
-            f"leave `{part}` out"
+            f"data: {part} asks for {requested} images, but '{name}' has {available}; ask for "
+            f"fewer or leave `{part}` out"
         )
 
 
@@ -398,7 +408,7 @@ class _Epoch(Dataset[Any]):
         return (*batch, torch.tensor(positions)) if self.positions else batch
 
 
-def _whole(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
 
 
@@ -430,7 +440,7 @@ def batches(
     return DataLoader(
         _Epoch(dataset, epoch, positions),
         batch_sampler=BatchSampler(visits, batch_size, drop_last),
-        collate_fn=_whole,
+        collate_fn=_identity,
         num_workers=workers,
         generator=torch.Generator(),
     )

@@ -132,8 +132,8 @@ class Cache:
         rows = self._rows(indices, view)
         if not self._is_open() and not self._open():
             return None
-        marks = self._index[rows]
-        if not marks.all():
+        checksums = self._index[rows]
+        if not checksums.all():
             return None
         checked = bool(self._checked[rows].all())
         if (
@@ -144,7 +144,7 @@ class Cache:
             return self._near[torch.from_numpy(rows).to(self._near.device)]
         entries = self._values[rows]
         astray = self._astray(entries)
-        damaged = rows[astray if checked else astray | (_sums(entries) != marks)]
+        damaged = rows[astray if checked else astray | (_sums(entries) != checksums)]
         if len(damaged):
             self._index[damaged] = 0
             self._note(
@@ -204,19 +204,19 @@ class Cache:
         entries, live = self._values[self._rows(indices, view)], outputs.detach().float().cpu()
         if tuple(live.shape[1:]) != self._shape or self._astray(entries).any():
             return False
-        there = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
+        stored = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
         if (
             self.top_k is not None
         ):  # two as good as equal may change places: compare those that are there
             at = torch.from_numpy(entries["at"].astype(np.int64))
             rest = live.scatter(1, at, float("-inf")).logsumexp(1, keepdim=True)
-            there = torch.cat([there, torch.from_numpy(entries["rest"].copy())[:, None]], 1)
+            stored = torch.cat([stored, torch.from_numpy(entries["rest"].copy())[:, None]], 1)
             live = torch.cat([live.gather(1, at), rest], 1)
         own = torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0.0
         eps = max(eps, own, float(np.finfo(KINDS[self.dtype]).eps))
         largest = live[live.isfinite()].abs().max() if live.isfinite().any() else torch.ones(())
         return torch.allclose(
-            there, live, rtol=0.0, atol=float(largest) * max(SAME, 8 * eps), equal_nan=True
+            stored, live, rtol=0.0, atol=float(largest) * max(SAME, 8 * eps), equal_nan=True
         )
 
     def forget(self) -> None:
@@ -301,16 +301,16 @@ class Cache:
         would kill the process."""
         if self._use < 0:
             return False
-        whole = all(
+        intact = all(
             isinstance(p, np.memmap)
             and p.filename is not None
             and size_of(Path(p.filename)) == p.nbytes
             for p in (self._values, self._index)
         )
-        if not whole:
+        if not intact:
             self._use, old = -1, self._use
             os.close(old)
-        return whole
+        return intact
 
     def _open(self) -> bool:
         """Open what is there; what is not whole is removed, with a note."""

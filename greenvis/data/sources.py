@@ -111,11 +111,11 @@ def stratified(labels: Tensor, seed: int) -> Tensor:
     Subsets of one seed are therefore nested: the first 100 are among the first 200.
     """
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    place = torch.empty(len(labels), dtype=torch.float64)
+    rank = torch.empty(len(labels), dtype=torch.float64)
     for label in labels.unique():
         of_class = shuffled[labels[shuffled] == label]
-        place[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
-    return shuffled[torch.argsort(place[shuffled], stable=True)]
+        rank[of_class] = (torch.arange(len(of_class), dtype=torch.float64) + 0.5) / len(of_class)
+    return shuffled[torch.argsort(rank[shuffled], stable=True)]
 
 
 def divide(split: Split, test: int) -> tuple[Split, Split]:
@@ -142,20 +142,20 @@ def digits() -> Source:
 def fashion_folder(root: Path | None) -> Path:
     """Return the folder that holds the IDX files of Fashion-MNIST. Raises BadInput with the ways to
     get them."""
-    places = (
+    candidates = (
         [root, root / "FashionMNIST" / "raw"]
         if root
         else [DEBIAN, DOWNLOADS / "FashionMNIST" / "raw"]
     )
-    for place in places:
+    for folder in candidates:
         if all(
-            _idx_path(place, part, kind)
+            _idx_path(folder, part, kind)
             for part in ("train", "t10k")
             for kind in ("images", "labels")
         ):
-            return place
+            return folder
     raise BadInput(
-        f"fashion-mnist: its four IDX files are not in {' or '.join(map(str, places))}; "
+        f"fashion-mnist: its four IDX files are not in {' or '.join(map(str, candidates))}; "
         "get them with `apt-get install dataset-fashion-mnist`, name their folder with `root`, or "
         "set `download: true`"
     )
@@ -164,20 +164,20 @@ def fashion_folder(root: Path | None) -> Path:
 def fashion_mnist(root: Path | None, download: bool) -> Source:
     """28x28 grey pictures of clothes: 60,000 to train and 10,000 to test (Xiao et al., 2017)."""
     try:
-        place = fashion_folder(root)
+        folder = fashion_folder(root)
     except BadInput:
         if not download:
             raise
-        place = _download_fashion(root or DOWNLOADS)
+        folder = _download_fashion(root or DOWNLOADS)
     parts = [
-        _read_idx(place, part, kind) for part in ("train", "t10k") for kind in ("images", "labels")
+        _read_idx(folder, part, kind) for part in ("train", "t10k") for kind in ("images", "labels")
     ]
     images, labels, test_images, test_labels = (torch.from_numpy(p) for p in parts)
     for x, y in ((images, labels), (test_images, test_labels)):
         if len(x) != len(y) or not len(y) or int(y.max()) >= len(FASHION):
             raise BadInput(
-                f"{place}: {len(x)} images and {len(y)} labels of {len(FASHION)} classes do not go "
-                "together"
+                f"{folder}: {len(x)} images and {len(y)} labels of {len(FASHION)} classes do not "
+                "go together"
             )
     train = Split(images[:, None], labels.long())
     test = Split(test_images[:, None], test_labels.long())
@@ -196,15 +196,15 @@ def _download_fashion(root: Path) -> Path:
     return fashion_folder(root)
 
 
-def _idx_path(place: Path, part: str, kind: str) -> Path | None:
+def _idx_path(folder: Path, part: str, kind: str) -> Path | None:
     stem = f"{part}-{kind}-idx{3 if kind == 'images' else 1}-ubyte"
-    return next((p for p in (place / f"{stem}.gz", place / stem) if p.is_file()), None)
+    return next((p for p in (folder / f"{stem}.gz", folder / stem) if p.is_file()), None)
 
 
-def _read_idx(place: Path, part: str, kind: str) -> np.ndarray:
+def _read_idx(folder: Path, part: str, kind: str) -> np.ndarray:
     """Read one IDX file: a magic number (0x08 = uint8, then the number of axes), the axes' lengths,
     the bytes."""
-    path = _idx_path(place, part, kind)
+    path = _idx_path(folder, part, kind)
     assert path is not None  # fashion_folder found it
     try:
         raw = files.read(path, f"IDX file of {kind}", MOST_IDX)
@@ -252,13 +252,13 @@ def class_folders(path: Path) -> list[Path]:
     two."""
     if not path.is_dir():
         raise BadInput(f"no folder at {path}")
-    found = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    _named(found)
-    if len(found) < 2:
+    folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+    _named(folders)
+    if len(folders) < 2:
         raise BadInput(
-            f"{path} has {len(found)} sub-folders; one for each class is needed, at least two"
+            f"{path} has {len(folders)} sub-folders; one for each class is needed, at least two"
         )
-    return found
+    return folders
 
 
 def _class_files(
@@ -292,16 +292,16 @@ def _regular(path: Path) -> None:
     """Raise BadInput for what has an image's name and is none: a folder, a pipe, a link to nothing,
     a file beyond all size."""
     try:
-        seen = path.stat()
+        status = path.stat()
     except OSError as error:
         raise BadInput(f"cannot read the image {one_line(path)}: {error.strerror}") from error
-    if not stat.S_ISREG(seen.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         raise BadInput(
             f"cannot read the image {one_line(path)}: it is no regular file; take it out"
         )
-    if seen.st_size > MOST_IMAGE:
+    if status.st_size > MOST_IMAGE:
         raise BadInput(
-            f"cannot read the image {one_line(path)}: {seen.st_size:,} bytes, and at most "
+            f"cannot read the image {one_line(path)}: {status.st_size:,} bytes, and at most "
             f"{MOST_IMAGE:,} are read"
         )
 
@@ -325,12 +325,12 @@ def _decode(data: bytes, what: str) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # decoders of strangers' bytes stumble in many ways
-        said = (
+        reason = (
             "no image of a known format"
             if isinstance(error, UnidentifiedImageError)
             else error or type(error).__name__
         )
-        raise BadInput(f"cannot read the {what}: {said}") from error
+        raise BadInput(f"cannot read the {what}: {reason}") from error
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

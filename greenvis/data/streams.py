@@ -153,13 +153,13 @@ def make(
         tests: list[ImageSet] = [Changed(images.test, change) for change in changes]
     else:
         groups = [tuple(part.tolist()) for part in classes.tensor_split(tasks)]
-        places = (
+        positions = (
             _blurred(images.train, groups, blur, seed)
             if kind == "free"
             else _own(images.train, groups)
         )
         train, tests = (
-            [images.train.take(p) for p in places],
+            [images.train.take(p) for p in positions],
             [images.test.take(p) for p in _own(images.test, groups)],
         )
     named = [(group, test) for group, test in zip(groups, tests, strict=True)]
@@ -167,13 +167,13 @@ def make(
         train = [Several(train)]
     elif train_on == "seen":
         train = [Several(train[: t + 1]) for t in range(tasks)]
-    told: list[Experience] = []
+    experiences: list[Experience] = []
     for t, part in enumerate(train):
-        there = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
-        own = tuple(c for c in there if c in set(part.targets.tolist()))
-        before = told[-1].classes_so_far if told else ()
+        ordered = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
+        own = tuple(c for c in ordered if c in set(part.targets.tolist()))
+        before = experiences[-1].classes_so_far if experiences else ()
         own = own if train_on == "all" or kind in ("free", "domain") else groups[t]
-        told.append(
+        experiences.append(
             Experience(
                 t,
                 own,
@@ -185,7 +185,7 @@ def make(
     return Stream(
         kind,
         head or ("multi" if kind == "task" else "single"),
-        tuple(told),
+        tuple(experiences),
         tuple(train),
         tuple(named),
         count,
@@ -203,12 +203,12 @@ def _blurred(
 ) -> list[Tensor]:
     """Line images up by their task's place plus a draw from ±blur tasks, and cut the line into
     equal parts."""
-    place = torch.empty(len(images), dtype=torch.float64)
+    position = torch.empty(len(images), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     for t, rows in enumerate(_own(images, groups)):
-        place[rows] = t + torch.rand(len(rows), generator=generator, dtype=torch.float64)
-    place += blur * (2 * torch.rand(len(images), generator=generator, dtype=torch.float64) - 1)
-    return list(place.argsort().tensor_split(len(groups)))
+        position[rows] = t + torch.rand(len(rows), generator=generator, dtype=torch.float64)
+    position += blur * (2 * torch.rand(len(images), generator=generator, dtype=torch.float64) - 1)
+    return list(position.argsort().tensor_split(len(groups)))
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,10 @@ class Change:
     def __call__(self, x: Tensor, black: Sequence[float]) -> Tensor:
         """Return x (B, C, H, W) changed; `black` by channel fills what a turn uncovers."""
         if self.seed is not None:
-            places = torch.randperm(
+            permutation = torch.randperm(
                 x.shape[-2] * x.shape[-1], generator=torch.Generator().manual_seed(self.seed)
             )
-            return x.flatten(2)[:, :, places].unflatten(2, x.shape[-2:])
+            return x.flatten(2)[:, :, permutation].unflatten(2, x.shape[-2:])
         if self.degrees:
             how = transforms.InterpolationMode.BILINEAR
             return transforms.rotate(x, self.degrees, interpolation=how, fill=list(black))

@@ -90,9 +90,9 @@ def mix(values: np.ndarray, *keys: int) -> np.ndarray:
 def _crop(x: Tensor, draws: np.ndarray, pad: int, flip: bool) -> Tensor:
     """Pad by black, cut out each image's own window, flip half of them left to right where
     asked."""
-    side, places = x.shape[-1], np.uint64(2 * pad + 1)
-    tops = (draws % places).astype(np.int64)
-    lefts = (draws // places % places).astype(np.int64)
+    side, offsets = x.shape[-1], np.uint64(2 * pad + 1)
+    tops = (draws % offsets).astype(np.int64)
+    lefts = (draws // offsets % offsets).astype(np.int64)
     flipped = (draws >> np.uint64(63)).astype(bool) if flip else np.zeros(len(draws), bool)
     padded = F.pad(x, [pad])
     out = torch.empty_like(x)

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from greenvis.core import yamlfile
-from greenvis.core.technique import Technique, explain, refuse_idle, shown
+from greenvis.core.technique import Technique, explain, format_value, refuse_idle
 from greenvis.core.yamlfile import Key
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import recipe_checks
@@ -472,7 +472,8 @@ def _technique(item: Any, where: Where, at: Key) -> Technique:
     entry = {item: {}} if isinstance(item, str) else item
     if not isinstance(entry, dict) or len(entry) != 1:
         raise BadInput(
-            f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not {shown(item)}"
+            f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not "
+            f"{format_value(item)}"
         )
     ((name, fields),) = entry.items()
     try:

@@ -55,9 +55,9 @@ def export(
             f"{folder} holds no {WEIGHTS_FILE}: give the folder of a finished run, as "
             "runs/RECIPE/ARM/seed0"
         )
-    place = f"file:{(folder / WEIGHTS_FILE).resolve()}"
-    ref, options = models.origin(place)
-    model = models.build(place, trust=trust).eval()
+    source = f"file:{(folder / WEIGHTS_FILE).resolve()}"
+    ref, options = models.origin(source)
+    model = models.build(source, trust=trust).eval()
     card, facts = _card(folder)
     x = torch.rand(2, *_shape(facts), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -93,8 +93,8 @@ def _card(folder: Path) -> tuple[str, dict[str, Any]]:
     done = [r for r in record.readable([folder]) if r.facts.get("data")]
     if not done:
         raise BadInput(f"{folder} holds no record of how its model was made")
-    found = results([folder])
-    return exports.model_card(found, found["order"][0]), done[-1].facts
+    comparison = results([folder])
+    return exports.model_card(comparison, comparison["order"][0]), done[-1].facts
 
 
 def _shape(facts: dict[str, Any]) -> tuple[int, int, int]:
@@ -140,10 +140,10 @@ class _Job:
         if pretrained is not True:
             return f"began as {Path(str(pretrained)).name}, whose licence applies"
         cfg: Any = getattr(self.model, "pretrained_cfg", None) or {}
-        said = ", ".join(str(cfg[k]) for k in ("hf_hub_id", "license") if cfg.get(k))
+        details = ", ".join(str(cfg[k]) for k in ("hf_hub_id", "license") if cfg.get(k))
         return (
             f"began as the published weights of {self.ref}"
-            + (f" ({said})" if said else "")
+            + (f" ({details})" if details else "")
             + ", whose licence applies"
         )
 
@@ -256,10 +256,10 @@ def _timm_hub(job: _Job) -> nn.Module:
     before = model.pretrained_cfg
     model.pretrained_cfg = {key: before[key] for key in _TIMM_FIELDS if key in before}
     config = {"label_names": inputs["labels"]} if inputs["labels"] else {}
-    seen = {key: tuple(inputs[key]) for key in ("input_size", "mean", "std")}
-    seen |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
+    settings = {key: tuple(inputs[key]) for key in ("input_size", "mean", "std")}
+    settings |= {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}
     try:
-        save_for_hf(model, str(job.folder), config, safe_serialization=True, data_config=seen)
+        save_for_hf(model, str(job.folder), config, safe_serialization=True, data_config=settings)
     finally:
         model.pretrained_cfg = before
     return timm.create_model(f"local-dir:{job.folder}", pretrained=True)

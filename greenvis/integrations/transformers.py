@@ -58,7 +58,7 @@ class GreenCallback(TrainerCallback):
         self._criterion = live.criterion(task_loss or F.cross_entropy)
         self._image_key, self._label_key = image_key, label_key
         self._images: Any = None
-        self._shown = self._asked = False
+        self._batch_called = self._loss_called = False
         self._samples = 0
         self._mean = distributed.SampleMean()
         self._changes_batches = any(type(i).batch is not Installed.batch for i in live.installed)
@@ -78,13 +78,13 @@ class GreenCallback(TrainerCallback):
             return self._criterion(logits, labels) * (
                 1.0 if count is None else _items(labels) / count
             )
-        if not self._shown and self.live.techniques:
+        if not self._batch_called and self.live.techniques:
             raise BadInput(
                 "techniques want each batch before the forward, where Trainer offers no place: use "
                 "GreenTrainer"
             )
         self._samples += len(labels)
-        self._asked = True
+        self._loss_called = True
         value = self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
         if (
             count is None or self._changes_batches
@@ -94,7 +94,7 @@ class GreenCallback(TrainerCallback):
 
     def batch(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Return a training batch as the techniques want it."""
-        self._shown, self._asked = True, False
+        self._batch_called, self._loss_called = True, False
         x, y = self.live.batch(inputs[self._image_key], inputs[self._label_key])
         return {**inputs, self._image_key: x, self._label_key: y}
 
@@ -161,7 +161,7 @@ class GreenCallback(TrainerCallback):
         self._started = True
         self._open.enter_context(self.run)
         self._open.enter_context(self.run.phase("train"))
-        hook = self.live.model.register_forward_pre_hook(self._seen, with_kwargs=True)
+        hook = self.live.model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
         self._open.callback(hook.remove)
 
     def on_optimizer_step(
@@ -208,7 +208,9 @@ class GreenCallback(TrainerCallback):
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _seen(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_forward(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         """Hold the images of this forward for the techniques; the first one in eval mode opens the
         phase "eval"."""
         self._images = kwargs.get(self._image_key, args[0] if args else None)
@@ -230,7 +232,7 @@ class GreenTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._said = False  # that checkpoints hold no plain weights
+        self._warned = False  # that checkpoints hold no plain weights
         green = self._green()
         if green is not None:
             green.check(self.args)
@@ -265,7 +267,7 @@ class GreenTrainer(Trainer):
         with green.run.flops(inputs):
             changed = green.batch(inputs)
             loss = super().training_step(model, changed, num_items_in_batch, *args, **kwargs)
-        if not green._asked:
+        if not green._loss_called:
             raise BadInput(
                 "the techniques' terms are in no loss: give compute_loss_func=green.loss, or none"
             )
@@ -315,13 +317,13 @@ class GreenTrainer(Trainer):
                 part.save_pretrained(folder)
         with files.replacing(folder / "training_args.bin") as part:
             torch.save(self.args, part)
-        said = (
+        message = (
             "%s gets no weights of its own, for from_pretrained would load them without their "
             "techniques (%s): %s"
         )
-        if not self._said:
-            logging.getLogger(__name__).warning(said, folder, reason, way)
-        self._said = True
+        if not self._warned:
+            logging.getLogger(__name__).warning(message, folder, reason, way)
+        self._warned = True
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

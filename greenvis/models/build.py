@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from greenvis.core import weights
-from greenvis.core.technique import shown
+from greenvis.core.technique import format_value
 from greenvis.errors import BadInput, nearest
 from greenvis.models import libraries
 from greenvis.models.libraries import Request
@@ -95,8 +95,8 @@ def save(
     What the model says of its images and classes (`describe`) goes with them.
     """
     ref, options = origin(ref, folder=folder, **options)
-    kept = {k: v for k, v in options.items() if k != "pretrained"}
-    about = {"ref": ref, "options": kept, "card": dict(card or {}), "inputs": description(model)}
+    stored = {k: v for k, v in options.items() if k != "pretrained"}
+    about = {"ref": ref, "options": stored, "card": dict(card or {}), "inputs": description(model)}
     weights.write(path, weights.full_state_dict(model), about)
 
 
@@ -116,7 +116,7 @@ def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | No
     """Return a name for the weights of others that `build` begins with, those of a library or a
     file; None for random ones."""
     request = _take_apart(ref, True, Path(folder), options)
-    given = options.get("pretrained")
+    pretrained = options.get("pretrained")
     local = (
         libraries.hf_weights(request)
         if request.library == "hf" and request.pretrained is None
@@ -124,7 +124,9 @@ def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | No
     )
     if not request.pretrained and local is None:
         return None
-    return f"{ref} with published weights" + (f" ({given})" if isinstance(given, str) else "")
+    return f"{ref} with published weights" + (
+        f" ({pretrained})" if isinstance(pretrained, str) else ""
+    )
 
 
 def file_of(ref: str, folder: str | Path = ".") -> Path:
@@ -133,7 +135,7 @@ def file_of(ref: str, folder: str | Path = ".") -> Path:
 
 
 def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
-    inner, given = origin(ref, folder=folder, **options)
+    inner, resolved = origin(ref, folder=folder, **options)
     file = file_of(ref, folder) if ref.startswith("file:") else None
     library, slash, name = inner.partition("/")
     if not slash and ":" in inner and not inner.startswith("file:"):
@@ -151,21 +153,23 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
         )
         raise BadInput(f"unknown model reference '{ref}'{hint}")
     rest = {
-        k: v for k, v in given.items() if k not in ("pretrained", "memory_format") and v is not None
+        k: v
+        for k, v in resolved.items()
+        if k not in ("pretrained", "memory_format") and v is not None
     }
     if not trust:
         _refuse_files(ref, rest)
     _refuse_giants(ref, rest)
-    memory_format = given.get("memory_format")
+    memory_format = resolved.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(
             f"unknown memory_format '{memory_format}'{nearest(str(memory_format), FORMATS)}"
         )
-    if not _is_size(given.get("img_size")):
+    if not _is_size(resolved.get("img_size")):
         raise BadInput(
-            f"img_size is {given['img_size']!r}; it is a side in pixels, or [height, width]"
+            f"img_size is {resolved['img_size']!r}; it is a side in pixels, or [height, width]"
         )
-    pretrained = given.get("pretrained")
+    pretrained = resolved.get("pretrained")
     if file is not None and pretrained:
         raise BadInput(f"'{ref}' has its own weights; leave out `pretrained`")
     if isinstance(pretrained, str):
@@ -186,10 +190,10 @@ def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
     """Raise BadInput where `img_size` says otherwise than the images (…, height, width) that a
     model took all the same."""
     size = options.get("img_size")
-    asked = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    requested = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if (
         size is None
-        or asked == tuple(shape[-2:])
+        or requested == tuple(shape[-2:])
         or any(str(key).startswith("dynamic") for key in options)
     ):
         return
@@ -241,7 +245,7 @@ def _refuse_giants(ref: str, options: Mapping[str, Any]) -> None:
             most = MOST_PIXELS if name in ("img_size", "image_size") else MOST_SIZE
             if isinstance(number, (int, float)) and not abs(number) <= most:  # NaN, too
                 raise BadInput(
-                    f"{ref}: the option '{name}' is {shown(number)}; its limit is {most:,}"
+                    f"{ref}: the option '{name}' is {format_value(number)}; its limit is {most:,}"
                 )
 
 
@@ -257,7 +261,7 @@ def _load_own(model: nn.Module, request: Request) -> None:
         head="replace" if changed else "match",
         source=f"the weights in {request.file}",
     )
-    said = (
+    inputs = (
         weights.metadata(request.file).get("inputs") or {}
     )  # none of an older file: then nothing is known
-    describe(model, **{**said, "classes": None if changed else said.get("classes")})
+    describe(model, **{**inputs, "classes": None if changed else inputs.get("classes")})

@@ -52,9 +52,9 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
     what = type(model).__name__
     example = example_input(model) if x is None else x
     with probing(model):
-        found = _pairs(model, example)
+        pairs = _pairs(model, example)
         before = main_output(model(example))
-    if not found:
+    if not pairs:
         norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
         has = (
             f"{norms} batch norms, none of them right behind a convolution that can take it up"
@@ -62,10 +62,10 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
             else "no batch norm"
         )
         raise BadInput(f"{what} has {has}: there is nothing to fold")
-    swaps = tuple(swap for _, pair in found for swap in pair)
+    swaps = tuple(swap for _, pair in pairs for swap in pair)
     for old, new in swaps:
         replace(model, old, new)
-    folding = Folding(model, tuple(path for path, _ in found), swaps)
+    folding = Folding(model, tuple(path for path, _ in pairs), swaps)
     try:
         with probing(model):
             after = main_output(model(example))
@@ -102,29 +102,29 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
     names: dict[nn.Module, str] = {
         m: n for n, m in model.named_modules() if isinstance(m, (_ConvNd, _BatchNorm)) and _plain(m)
     }
-    given: dict[
+    outputs: dict[
         int, tuple[_ConvNd, Tensor, Tensor]
     ] = {}  # by id of what a convolution gave, which is held: no id comes twice
     runs = dict.fromkeys(names, 0)
-    found: list[
+    pairs: list[
         tuple[Swap, Swap]
     ] = []  # a convolution and the folded one, its norm and what is left of it
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         runs[module] += 1
         if isinstance(module, _ConvNd):
-            given[id(output)] = (module, args[0], output)
-        elif id(args[0]) in given and module.running_mean is not None:
-            conv, taken, _ = given[id(args[0])]
+            outputs[id(output)] = (module, args[0], output)
+        elif id(args[0]) in outputs and module.running_mean is not None:
+            conv, x_in, _ = outputs[id(args[0])]
             fused: nn.Module = fuse_conv_bn_eval(conv, module, conv.transposed)  # type: ignore[type-var]
             fused.requires_grad_(False)
             fused._forward_hooks.clear()  # this one
             fused._forward_pre_hooks.clear()
             rest = nn.Sequential(*module.children()) if [*module.children()] else nn.Identity()
             if _close(
-                output, rest.eval()(fused(taken))
+                output, rest.eval()(fused(x_in))
             ):  # now: what follows may change either in place
-                found.append(((conv, fused), (module, rest)))
+                pairs.append(((conv, fused), (module, rest)))
 
     hooks = [m.register_forward_hook(note, prepend=True) for m in names]
     try:
@@ -133,7 +133,7 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
         for hook in hooks:
             hook.remove()
     return [
-        (names[conv], pair) for pair in found if runs[conv := pair[0][0]] == runs[pair[1][0]] == 1
+        (names[conv], pair) for pair in pairs if runs[conv := pair[0][0]] == runs[pair[1][0]] == 1
     ]
 
 

@@ -63,18 +63,18 @@ def _accepted(function: Callable[..., Any]) -> set[str] | None:
     except (NameError, ValueError):
         return None
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = {n for n, p in signature.parameters.items() if p.kind not in variadic}
+    names = {n for n, p in signature.parameters.items() if p.kind not in variadic}
     if all(p.kind not in variadic for p in signature.parameters.values()):
-        return found
+        return names
     built = signature.return_annotation
     if not inspect.isclass(built) or not issubclass(built, nn.Module) or built is nn.Module:
         return None
     for base in built.__mro__:  # up to the constructor that passes nothing on
         parameters = inspect.signature(base.__init__).parameters
-        found |= {n for n, p in parameters.items() if p.kind not in variadic} - {"self"}
+        names |= {n for n, p in parameters.items() if p.kind not in variadic} - {"self"}
         if all(p.kind not in variadic for p in parameters.values()):
             break
-    return found
+    return names
 
 
 def _published(request: Request, load: Callable[[], Any]) -> Any:
@@ -146,9 +146,9 @@ def _build_timm(request: Request) -> nn.Module:
         "num_classes": rows,
         "input_size": (channels, *cfg.input_size[1:]),
     }
-    wanted = {"in_chans": channels, **options, "num_classes": rows}
+    arguments = {"in_chans": channels, **options, "num_classes": rows}
     model = timm.create_model(
-        request.name, pretrained=True, pretrained_cfg_overlay=overlay, **wanted
+        request.name, pretrained=True, pretrained_cfg_overlay=overlay, **arguments
     )
     vars(model)["pretrained_cfg"]["state_dict"] = (
         None  # else the model keeps a second copy of the weights, and copies it
@@ -201,9 +201,9 @@ def _build_torchvision(request: Request) -> nn.Module:
     model = models.get_model(request.name, **options)
     set_in_chans(model, channels)
     _place_pretrained(model, state, "the published weights")
-    seen, names = published.transforms(), published.meta["categories"]
+    preset, names = published.transforms(), published.meta["categories"]
     same = options.get("num_classes", len(names)) == len(names)
-    preprocessing.describe(model, mean=seen.mean, std=seen.std, classes=names if same else None)
+    preprocessing.describe(model, mean=preset.mean, std=preset.std, classes=names if same else None)
     return model
 
 
@@ -273,18 +273,18 @@ def _hf_config(request: Request) -> tuple[Any, Path | None]:
         MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES as TYPES,
     )
 
-    place: Path | None = (request.folder / Path(request.name).expanduser()).resolve()
+    folder: Path | None = (request.folder / Path(request.name).expanduser()).resolve()
     try:
-        if (place / "config.json").is_file():
+        if (folder / "config.json").is_file():
             stored = AutoConfig.from_pretrained(
-                str(place), local_files_only=True, trust_remote_code=False
+                str(folder), local_files_only=True, trust_remote_code=False
             )
-            given, _ = type(stored).get_config_dict(str(place), local_files_only=True)
+            config_dict, _ = type(stored).get_config_dict(str(folder), local_files_only=True)
         elif request.name in TYPES:
-            place, stored, given = None, AutoConfig.for_model(request.name), {}
+            folder, stored, config_dict = None, AutoConfig.for_model(request.name), {}
         else:
-            place, stored = None, AutoConfig.from_pretrained(request.name, trust_remote_code=False)
-            given, _ = type(stored).get_config_dict(request.name)
+            folder, stored = None, AutoConfig.from_pretrained(request.name, trust_remote_code=False)
+            config_dict, _ = type(stored).get_config_dict(request.name)
     except Exception as error:  # not cached, offline, no such name, a broken file
         raise BadInput(
             f"unknown model '{request.ref}'{nearest(request.name, TYPES)} Neither a folder with a "
@@ -298,17 +298,17 @@ def _hf_config(request: Request) -> tuple[Any, Path | None]:
             "classifier for"
         )
     try:
-        config = _with_hf_options(request, stored, given)
+        config = _with_hf_options(request, stored, config_dict)
         if isinstance(TYPES[stored.model_type], tuple) and not config.architectures:
             config.architectures = [TYPES[stored.model_type][0]]  # of several, the plain classifier
-        return config, place
+        return config, folder
     except (TypeError, ValueError) as error:
         raise BadInput(
             f"{request.ref} refuses {request.options}: {weights.first_line(error)}"
         ) from error
 
 
-def _with_hf_options(request: Request, stored: Any, given: dict[str, Any]) -> Any:
+def _with_hf_options(request: Request, stored: Any, config_dict: dict[str, Any]) -> Any:
     """Make the configuration anew from what was `given` and the options in its own words.
 
     Anew, because a configuration derives values from others when it is made. The options belong to
@@ -327,7 +327,7 @@ def _with_hf_options(request: Request, stored: Any, given: dict[str, Any]) -> An
             round(full["intermediate_size"] * new["hidden_size"] / full["hidden_size"]),
         )
     derived = ("out_features", "out_indices", "stage_names", "model_type", "transformers_version")
-    values = {k: v for k, v in given.items() if k not in derived}
+    values = {k: v for k, v in config_dict.items() if k not in derived}
     if hasattr(stored, "vision_config"):
         values["vision_config"] = {**values.get("vision_config", {}), **new}
     else:
@@ -341,14 +341,16 @@ def _with_hf_options(request: Request, stored: Any, given: dict[str, Any]) -> An
 
 def hf_weights(request: Request) -> Path | None:
     """Return the local folder whose weights `hf/PATH` begins with, if it is one that holds any."""
-    place = (request.folder / Path(request.name).expanduser()).resolve()
-    return place if (place / "config.json").is_file() and any(place.glob("*.safetensors")) else None
+    folder = (request.folder / Path(request.name).expanduser()).resolve()
+    return (
+        folder if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")) else None
+    )
 
 
 def _build_hf(request: Request) -> nn.Module:
     from transformers import AutoModelForImageClassification as Classifier
 
-    config, place = _hf_config(request)
+    config, folder = _hf_config(request)
     has_weights = hf_weights(request) is not None
     if request.pretrained is False or (request.pretrained is None and not has_weights):
         return Classifier.from_config(config)
@@ -366,7 +368,7 @@ def _build_hf(request: Request) -> nn.Module:
         "use_safetensors": True,
         "ignore_mismatched_sizes": True,
     }
-    source = str(place) if place else request.name
+    source = str(folder) if folder else request.name
     model, info = _published(
         request,
         lambda: Classifier.from_pretrained(

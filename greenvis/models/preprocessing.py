@@ -79,13 +79,15 @@ def pixels_of(model: nn.Module) -> Pixels | None:
     holds them, or the image processor that lies beside a transformers model's weights.
     """
     if _SAID in model.__dict__:
-        said = model.__dict__[_SAID]
-        return None if said["mean"] is None else Pixels(tuple(said["mean"]), tuple(said["std"]))
-    found = _timm(model)
-    if not found:
+        stored = model.__dict__[_SAID]
+        return (
+            None if stored["mean"] is None else Pixels(tuple(stored["mean"]), tuple(stored["std"]))
+        )
+    cfg = _timm(model)
+    if not cfg:
         weights = _torchvision(model)
-        found = vars(weights.transforms()) if weights is not None else _processor(model)
-    mean, std = found.get("mean"), found.get("std")
+        cfg = vars(weights.transforms()) if weights is not None else _processor(model)
+    mean, std = cfg.get("mean"), cfg.get("std")
     if (
         not isinstance(mean, (tuple, list))
         or not isinstance(std, (tuple, list))
@@ -100,8 +102,8 @@ def classes_of(model: nn.Module) -> tuple[str, ...] | None:
     """Return the names of a model's classes in their order, None where nothing says them
     (transformers' "LABEL_0" is none)."""
     if _SAID in model.__dict__:
-        said = model.__dict__[_SAID]["classes"]
-        return None if said is None else tuple(said)
+        stored = model.__dict__[_SAID]["classes"]
+        return None if stored is None else tuple(stored)
     config: Any = getattr(model, "config", None)
     names: Any = getattr(config, "id2label", None) or _timm(model).get("label_names")
     if not names:
@@ -184,14 +186,14 @@ class Renormalise:
         """Return images (batch, channels, height, width) as the frozen model wants them."""
         if x.dim() != 4:
             return x
-        wanted = self.channels or x.shape[1]
+        channels = self.channels or x.shape[1]
         source = self.source.of(x.shape[1]) if self.source is not None else None
-        target = self.target.of(wanted) if self.target is not None else None
+        target = self.target.of(channels) if self.target is not None else None
         if not self.fact:
             self._tell(source, target)
         if source is None or target is None or source == target:
-            return _channels(x, wanted)
-        pixels = _channels(x.float() * _row(source.std, x) + _row(source.mean, x), wanted)
+            return _channels(x, channels)
+        pixels = _channels(x.float() * _row(source.std, x) + _row(source.mean, x), channels)
         return ((pixels - _row(target.mean, x)) / _row(target.std, x)).to(x.dtype)
 
     def _tell(self, source: Pixels | None, target: Pixels | None) -> None:
@@ -207,15 +209,15 @@ class Renormalise:
             ]
         )
         if source is not None or target is not None:
-            said = f"it was trained on {target}" if source is None else f"the images have {source}"
+            known = f"it was trained on {target}" if source is None else f"the images have {source}"
             self.note(
-                f"{self.who} is shown the images {self.fact} ({said}): "
+                f"{self.who} is shown the images {self.fact} ({known}): "
                 "greenvis.models.describe(model, mean=…, std=…) says it"
             )
 
 
-def _channels(x: Tensor, wanted: int) -> Tensor:
-    return x if x.shape[1] == wanted else x.mean(1, keepdim=True).expand(-1, wanted, -1, -1)
+def _channels(x: Tensor, channels: int) -> Tensor:
+    return x if x.shape[1] == channels else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
 
 
 def _row(values: Sequence[float], like: Tensor) -> Tensor:
@@ -245,21 +247,21 @@ def _torchvision(model: nn.Module) -> Any:
 def _processor(model: nn.Module) -> dict[str, Any]:
     """Return mean and std of the image processor beside a transformers model's weights; empty where
     there is none."""
-    place = getattr(model, "name_or_path", None)
-    if not isinstance(place, str) or not place or not hasattr(model, "config"):
+    path = getattr(model, "name_or_path", None)
+    if not isinstance(path, str) or not path or not hasattr(model, "config"):
         return {}
     try:
         from transformers.image_processing_utils import BaseImageProcessor
 
-        found, _ = BaseImageProcessor.get_image_processor_dict(place, local_files_only=True)
+        config, _ = BaseImageProcessor.get_image_processor_dict(path, local_files_only=True)
     except Exception:  # none there, or one this transformers cannot read: then nothing is known
         return {}
-    factor = found.get("rescale_factor", 1 / 255) if found.get("do_rescale", True) else 1.0
+    factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
     if abs(factor * 255 - 1) > 1e-3:
         return {}  # of another range than 0 to 1
-    if not found.get("do_normalize", True):
+    if not config.get("do_normalize", True):
         return {"mean": [0.0], "std": [1.0]}
-    return {"mean": found.get("image_mean"), "std": found.get("image_std")}
+    return {"mean": config.get("image_mean"), "std": config.get("image_std")}
 
 
 def _plain(name: str) -> str:
@@ -267,5 +269,5 @@ def _plain(name: str) -> str:
 
 
 def _short(values: Sequence[float]) -> str:
-    shown = [f"{v:.4g}" for v in values]
-    return shown[0] if len({*shown}) == 1 else "(" + ", ".join(shown) + ")"
+    texts = [f"{v:.4g}" for v in values]
+    return texts[0] if len({*texts}) == 1 else "(" + ", ".join(texts) + ")"

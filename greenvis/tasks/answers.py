@@ -203,8 +203,10 @@ def refuse_task(name: str, tasks: frozenset[str], instead: str, task: str) -> No
 
 def declared_task(model: Any) -> str | None:
     """Return the task that a transformers model's configuration names, None where it names none."""
-    said = getattr(getattr(model, "config", None), "problem_type", None)
-    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(said or "")
+    problem_type = getattr(getattr(model, "config", None), "problem_type", None)
+    return {"multi_label_classification": "multilabel", "regression": "regression"}.get(
+        problem_type or ""
+    )
 
 
 def _of_values(labels: Tensor, of_classes: str) -> str:

@@ -89,6 +89,6 @@ def energy_normalised_accuracy(matrix: Matrix, energy_j: float) -> float | None:
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
-    listed = list(values)
-    known = [v for v in listed if v is not None]
-    return math.fsum(known) / len(known) if known and len(known) == len(listed) else None
+    items = list(values)
+    known = [v for v in items if v is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(items) else None

@@ -63,7 +63,7 @@ def check_technique(
     A pair "works", "refuses" (BadInput, the model unchanged) or "fails". hosts: by default three
     small models.
     """
-    listed = (
+    host_list = (
         default_hosts()
         if hosts is None
         else hosts.values()
@@ -77,7 +77,7 @@ def check_technique(
             if isinstance(technique, type)
             else ({k: getattr(technique, k) for k in kind.model_fields},)
         )
-    return [_try([(kind, example)], host) for host in listed for example in examples]
+    return [_try([(kind, example)], host) for host in host_list for example in examples]
 
 
 def check_together(
@@ -120,7 +120,7 @@ def default_hosts() -> list[Host]:
 
 def _try(parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host) -> Result:
     name = " + ".join(kind.name for kind, _ in parts)
-    shown = " + ".join(
+    arguments = " + ".join(
         str(
             {
                 k: getattr(v, "__name__", type(v).__name__) if callable(v) else v
@@ -135,14 +135,14 @@ def _try(parts: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host)
         trial.nothing_matches()
         reason = trial.refusal()
         if reason:
-            return Result(name, shown, host.name, "refuses", reason)
+            return Result(name, arguments, host.name, "refuses", reason)
         trial.neutral()
         trial.rollback()
         trial.undo()
         trial.training()
         trial.resume()
     except Broken as error:
-        return Result(name, shown, host.name, "fails", str(error))
+        return Result(name, arguments, host.name, "fails", str(error))
     except Exception as error:  # whatever a technique raises is its failure, not the checker's
-        return Result(name, shown, host.name, "fails", f"{type(error).__name__}: {error}")
-    return Result(name, shown, host.name, "works")
+        return Result(name, arguments, host.name, "fails", f"{type(error).__name__}: {error}")
+    return Result(name, arguments, host.name, "works")

@@ -43,12 +43,12 @@ class Trial:
         of theirs as well."""
         out = []
         for kind, example in self.parts:
-            given = {**example, **((getattr(kind, more) if more else None) or {})}
+            arguments = {**example, **((getattr(kind, more) if more else None) or {})}
             out.append(
                 kind(
                     **{
                         k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
-                        for k, v in given.items()
+                        for k, v in arguments.items()
                     }
                 )
             )
@@ -175,8 +175,8 @@ class Trial:
 
     def resume(self) -> None:
         """Two steps, everything saved and loaded, two more: as four steps without a break."""
-        whole = self.wrapped()
-        self._train(whole, self._optimizer(whole), range(4))
+        uninterrupted = self.wrapped()
+        self._train(uninterrupted, self._optimizer(uninterrupted), range(4))
         first = self.wrapped()
         optimizer = self._optimizer(first)
         self._train(first, optimizer, range(2))
@@ -187,7 +187,7 @@ class Trial:
         self._train(second, continued, range(2, 4))
         self._same(
             self._outputs(second.model),
-            self._outputs(whole.model),
+            self._outputs(uninterrupted.model),
             "a resumed run differs from a whole one",
             1e-6,
         )
@@ -234,11 +234,11 @@ class Trial:
 
     @contextmanager
     def _unchanged(self, model: nn.Module, what: str) -> Iterator[None]:
-        outputs, before = self._outputs(model), _marks(model)
+        outputs, before = self._outputs(model), _fingerprint(model)
         values = {n: t.detach().clone() for n, t in model.state_dict().items()}
         yield
-        for name, mark in _marks(model).items():
-            if mark != before[name]:
+        for name, value in _fingerprint(model).items():
+            if value != before[name]:
                 raise Broken(f"{what} leaves other {name} behind")
         now = model.state_dict()
         if list(now) != list(values) or any(not torch.equal(now[n], t) for n, t in values.items()):
@@ -256,7 +256,7 @@ def _holds_model(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _marks(model: nn.Module) -> dict[str, Any]:
+def _fingerprint(model: nn.Module) -> dict[str, Any]:
     """Return all but values that undo must give back, by what it is."""
     modules = dict(model.named_modules(remove_duplicate=False))
     hooks = (

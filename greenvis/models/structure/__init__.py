@@ -103,14 +103,12 @@ class View:
         nothing plays here."""
         if name not in ROLES:
             raise BadInput(f"unknown role '{name}'{nearest(name, ROLES)}")
-        found = self._role(name)
-        if not found:
+        paths = self._role(name)
+        if not paths:
             have = {r: len(self._role(r)) for r in ROLES}
-            listed = (
-                ", ".join(f"{n} {r}" for r, n in have.items() if n) or "none of the known roles"
-            )
-            raise BadInput(f"this model has no '{name}' ({ROLES[name]}); it has {listed}")
-        return found
+            roles = ", ".join(f"{n} {r}" for r, n in have.items() if n) or "none of the known roles"
+            raise BadInput(f"this model has no '{name}' ({ROLES[name]}); it has {roles}")
+        return paths
 
     def _role(self, name: str) -> tuple[str, ...]:
         match name:
@@ -151,10 +149,10 @@ _KNOWN = WeakIdKeyDictionary()
 
 
 @contextmanager
-def known(model: nn.Module, found: View) -> Iterator[None]:
+def known(model: nn.Module, structure: View) -> Iterator[None]:
     """Let `view(model)` be `found` within, whatever is asked: for one who vouches that the model is
     built like its own."""
-    _KNOWN[model] = found
+    _KNOWN[model] = structure
     try:
         yield
     finally:
@@ -173,18 +171,18 @@ def view(
     if model in _KNOWN:
         return _KNOWN[model]
     example = image(model, example) if isinstance(example, tuple) else example
-    seen = trace(model, example) if example is not None else trace_any(model)
-    linears = [c for c in seen.calls if c.kind == "linear"]
-    convs = [c for c in seen.calls if c.kind == "conv"]
+    traced = trace(model, example) if example is not None else trace_any(model)
+    linears = [c for c in traced.calls if c.kind == "linear"]
+    convs = [c for c in traced.calls if c.kind == "conv"]
     functional = frozenset(c.path for c in (*linears, *convs) if c.functional)
-    attention = unique(parts.attention(model, call, functional) for call in seen.attentions)
-    mlps = parts.mlps(seen)
-    flags = parts.flags(model, seen)
+    attention = unique(parts.attention(model, call, functional) for call in traced.attentions)
+    mlps = parts.mlps(traced)
+    flags = parts.flags(model, traced)
     if probe:
-        flags |= _probe(model, seen)
-    patch_embed = parts.patch_embed(seen, bool(attention or mlps))
-    blocks, heads = parts.blocks(model, seen), parts.heads(seen)
-    prefix = 0 if "windowed" in flags else parts.prefix_tokens(seen, patch_embed)
+        flags |= _probe(model, traced)
+    patch_embed = parts.patch_embed(traced, bool(attention or mlps))
+    blocks, heads = parts.blocks(model, traced), parts.heads(traced)
+    prefix = 0 if "windowed" in flags else parts.prefix_tokens(traced, patch_embed)
     laid = [
         *blocks,
         *(p for a in attention for p in (a.path, a.out)),
@@ -192,23 +190,23 @@ def view(
     ]
     return View(
         library=type(model).__module__.partition(".")[0],
-        example=seen.input,
+        example=traced.input,
         attention=attention,
         mlps=mlps,
         convs=unique(c.path for c in convs),
         linears=unique(c.path for c in linears),
-        norms=unique(c.path for c in seen.calls if c.kind == "norm"),
+        norms=unique(c.path for c in traced.calls if c.kind == "norm"),
         heads=heads,
-        classifier=parts.classifier(seen, heads),
+        classifier=parts.classifier(traced, heads),
         blocks=blocks,
         patch_embed=patch_embed,
         prefix_tokens=prefix,
         flags=frozenset(flags),
         functional=functional,
         computed=frozenset(c.path for c in (*linears, *convs) if not c.direct),
-        layouts=layouts(seen, unique(p for p in laid if p)),
-        prefix_position=parts.prefix_position(seen, prefix),
-        pooling=parts.pooling(seen, heads, blocks, prefix),
+        layouts=layouts(traced, unique(p for p in laid if p)),
+        prefix_position=parts.prefix_position(traced, prefix),
+        pooling=parts.pooling(traced, heads, blocks, prefix),
     )
 
 
@@ -223,17 +221,17 @@ def example_input(
     """
     if shape is not None:
         return image(model, shape)
-    seen = trace_any(model).input
+    example = trace_any(model).input
     height, width = (
-        tuple(seen.shape[2:])
+        tuple(example.shape[2:])
         if size is None
         else (size, size)
         if isinstance(size, int)
         else tuple(size)
     )
-    if tuple(seen.shape[2:]) == (height, width):
-        return seen
-    return trace(model, image(model, (seen.shape[1], height, width))).input
+    if tuple(example.shape[2:]) == (height, width):
+        return example
+    return trace(model, image(model, (example.shape[1], height, width))).input
 
 
 def reached(
@@ -265,51 +263,51 @@ def reached(
     return frozenset(n for n, g in zip(named, grads, strict=False) if g is not None)
 
 
-def describe(found: View) -> list[tuple[str, str]]:
+def describe(structure: View) -> list[tuple[str, str]]:
     """Return rows (part, what was found) for `greenvis inspect`."""
-    first = found.attention[0] if found.attention else None
+    first = structure.attention[0] if structure.attention else None
     rows = [
-        ("library", found.library),
-        ("input", "×".join(map(str, found.input_shape))),
-        ("patch embedding", found.patch_embed or "none"),
+        ("library", structure.library),
+        ("input", "×".join(map(str, structure.input_shape))),
+        ("patch embedding", structure.patch_embed or "none"),
         (
             "prefix tokens",
-            f"{found.prefix_tokens} {found.prefix_position} the patches"
-            if found.prefix_tokens
+            f"{structure.prefix_tokens} {structure.prefix_position} the patches"
+            if structure.prefix_tokens
             else "0",
         ),
         (
             "stages",
-            f"{len(found.stages)}: {' + '.join(str(len(s)) for s in found.stages)} blocks"
-            if found.blocks
+            f"{len(structure.stages)}: {' + '.join(str(len(s)) for s in structure.stages)} blocks"
+            if structure.blocks
             else "none",
         ),
-        ("blocks", _counted(found.blocks)),
-        ("attention", _counted(a.path for a in found.attention)),
+        ("blocks", _counted(structure.blocks)),
+        ("attention", _counted(a.path for a in structure.attention)),
     ]
     if first is not None:
         inputs = {"qkv": first.qkv} if first.qkv else {"q": first.q, "k": first.k, "v": first.v}
         parts = ", ".join(
             f"{n} '{p}'" for n, p in {**inputs, "out": first.out}.items() if p is not None
         )
-        heads = " and ".join(map(str, sorted({a.heads for a in found.attention})))
+        heads = " and ".join(map(str, sorted({a.heads for a in structure.attention})))
         rows += [("", f"{first.kind}; {heads} heads" + (f"; first: {parts}" if parts else ""))]
     rows += [
-        ("mlp", _counted(m.path or "." for m in found.mlps)),
-        ("convolutions", _counted(found.convs)),
-        ("linear layers", _counted(found.linears)),
-        ("norms", _counted(found.norms)),
-        ("pooling", found.pooling or "none seen"),
-        ("classifier", some(found.classifier) or "none"),
-        ("flags", ", ".join(sorted(found.flags)) or "none"),
+        ("mlp", _counted(m.path or "." for m in structure.mlps)),
+        ("convolutions", _counted(structure.convs)),
+        ("linear layers", _counted(structure.linears)),
+        ("norms", _counted(structure.norms)),
+        ("pooling", structure.pooling or "none seen"),
+        ("classifier", some(structure.classifier) or "none"),
+        ("flags", ", ".join(sorted(structure.flags)) or "none"),
     ]
     return rows
 
 
-def _probe(model: nn.Module, seen: Trace) -> set[str]:
+def _probe(model: nn.Module, traced: Trace) -> set[str]:
     """Find by two more forwards whether another image size is refused, and whether the rest of a
     batch matters."""
-    x = seen.input
+    x = traced.input
     if x.device.type == "meta":
         return set()
     flags = set()
@@ -335,5 +333,5 @@ def _plain(output: object) -> object:
 
 
 def _counted(paths: Iterable[str]) -> str:
-    listed = list(paths)
-    return f"{len(listed)}: {some(listed, 2)}" if listed else "none"
+    names = list(paths)
+    return f"{len(names)}: {some(names, 2)}" if names else "none"

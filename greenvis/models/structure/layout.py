@@ -27,21 +27,21 @@ class Layout:
         return self.output[self.channels]
 
 
-def layouts(seen: Trace, paths: Iterable[str]) -> dict[str, Layout]:
+def layouts(traced: Trace, paths: Iterable[str]) -> dict[str, Layout]:
     """Return the layout of each part that gives a tensor of two or more axes, with the same
     channels each time it runs."""
-    found: dict[str, Layout] = {}
+    by_path: dict[str, Layout] = {}
     for path in paths:
-        runs = seen.runs.get(path, [])
+        runs = traced.runs.get(path, [])
         if not runs or any(len(shape) < 2 for run in runs for shape in run):
             continue
-        axis = _channels(seen, path, *runs[0])
+        axis = _channels(traced, path, *runs[0])
         if len({(len(output), output[axis]) for _, output in runs}) == 1:
-            found[path] = Layout(*runs[0], axis)
-    return found
+            by_path[path] = Layout(*runs[0], axis)
+    return by_path
 
 
-def _channels(seen: Trace, path: str, inputs: tuple[int, ...], output: tuple[int, ...]) -> int:
+def _channels(traced: Trace, path: str, inputs: tuple[int, ...], output: tuple[int, ...]) -> int:
     """A map has its channels first where a convolution in the part takes or gives that very map;
     else they are last.
 
@@ -51,9 +51,9 @@ def _channels(seen: Trace, path: str, inputs: tuple[int, ...], output: tuple[int
     if len(output) != 4:
         return -1
     within = path + "."
-    inside = [c for c in seen.calls if c.path == path or c.path.startswith(within)]
+    inside = [c for c in traced.calls if c.path == path or c.path.startswith(within)]
     convs = [c for c in inside if c.kind == "conv"]
     if any(c.kind != "norm" for c in inside):
         return 1 if any(c.in_shape == inputs or c.out_shape == output for c in convs) else -1
-    kinds = {c.kind for c in seen.calls if output in (c.in_shape, c.out_shape)}
+    kinds = {c.kind for c in traced.calls if output in (c.in_shape, c.out_shape)}
     return 1 if "conv" in kinds and "linear" not in kinds else -1

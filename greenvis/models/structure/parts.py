@@ -73,25 +73,25 @@ def attention(model: nn.Module, call: AttentionCall, functional: frozenset[str])
     return Attention(path, kind, heads, q=q, k=k, v=v, out=call.out)
 
 
-def mlps(seen: Trace) -> tuple[Mlp, ...]:
+def mlps(traced: Trace) -> tuple[Mlp, ...]:
     """Pairs of layers around an activation where the second gives the width back that the first
     took."""
     last: dict[str, Call] = {}
-    convolutional = any(c.kind == "conv" for c in seen.calls)
-    found: list[Mlp] = []
-    for call in seen.calls:
+    convolutional = any(c.kind == "conv" for c in traced.calls)
+    pairs: list[Mlp] = []
+    for call in traced.calls:
         if call.kind == "norm":
             continue
-        marks = {kind for kind, _ in call.sources}
+        kinds = {kind for kind, _ in call.sources}
         ups = [last[p] for p in weights_in(call.sources) if p in last]
         gates = {p for kind, p in call.sources if kind == "gate"}
         fits = (
-            "act" in marks
-            and not marks & {"sum", "attention", "scores", "map"}
-            and (len(ups) == 1 or (len(ups) == 2 and "mul" in marks))
+            "act" in kinds
+            and not kinds & {"sum", "attention", "scores", "map"}
+            and (len(ups) == 1 or (len(ups) == 2 and "mul" in kinds))
             and all(_pointwise(c) and c.kind == call.kind for c in ups)
             and _pointwise(call)
-            and not (call.kind == "conv" and "depthwise" in marks)
+            and not (call.kind == "conv" and "depthwise" in kinds)
             and all(c.in_features == call.out_features for c in ups)
             and not (
                 convolutional and call.pooled
@@ -100,40 +100,40 @@ def mlps(seen: Trace) -> tuple[Mlp, ...]:
         if fits:
             gate = next((c.path for c in ups if c.path in gates), None) if len(ups) == 2 else None
             up = next(c.path for c in ups if c.path != gate)
-            found.append(Mlp(_common(up, call.path), up, call.path, gate))
+            pairs.append(Mlp(_common(up, call.path), up, call.path, gate))
         last[call.path] = call
-    return unique(found)
+    return unique(pairs)
 
 
-def heads(seen: Trace) -> tuple[str, ...]:
+def heads(traced: Trace) -> tuple[str, ...]:
     """The last layers before the logits, if nothing but averaging comes after them."""
     try:
-        logits = main_output(seen.output)
+        logits = main_output(traced.output)
     except GreenvisError:
         return ()
-    tags = seen.tags_of(logits)
+    tags = traced.tags_of(logits)
     paths = weights_in(tags)
-    marks = {kind for kind, _ in tags}
-    last = {c.path: c for c in seen.calls if c.kind != "norm"}
+    kinds = {kind for kind, _ in tags}
+    last = {c.path: c for c in traced.calls if c.kind != "norm"}
     classes = logits.shape[-1] if logits.dim() == 2 else logits.shape[1] if logits.dim() > 2 else 0
-    if marks & {"norm", "act"} or len(paths) > MOST_HEADS or any(p not in last for p in paths):
+    if kinds & {"norm", "act"} or len(paths) > MOST_HEADS or any(p not in last for p in paths):
         return ()
     return tuple(paths) if all(last[p].out_features == classes for p in paths) else ()
 
 
-def classifier(seen: Trace, heads: tuple[str, ...]) -> tuple[str, ...]:
+def classifier(traced: Trace, heads: tuple[str, ...]) -> tuple[str, ...]:
     """The modules that make up the classifier: of each last layer, the module around it all of
     whose layers read one vector an image (a head of several layers, VGG's three), and which is not
     the whole model."""
-    return unique(_around(seen, head) for head in heads)
+    return unique(_around(traced, head) for head in heads)
 
 
-def _around(seen: Trace, head: str) -> str:
+def _around(traced: Trace, head: str) -> str:
     best = path = head
     while path := _parent(path):
-        inside = [c for c in seen.calls if _within(c.path, path)]
-        outside = [c for c in seen.calls if not _within(c.path, path) and c.kind != "norm"]
-        attends = any(_within(s, path) for a in seen.attentions for s in a.stack[-1:])
+        inside = [c for c in traced.calls if _within(c.path, path)]
+        outside = [c for c in traced.calls if not _within(c.path, path) and c.kind != "norm"]
+        attends = any(_within(s, path) for a in traced.attentions for s in a.stack[-1:])
         if attends or not outside or not all(_one_vector(c) for c in inside):
             break
         layers = sum(c.kind != "norm" for c in inside)
@@ -141,7 +141,7 @@ def _around(seen: Trace, head: str) -> str:
             outside
         ):  # a multi-layer perceptron: most of it is no head
             break
-        if len(inside) > sum(_within(c.path, best) for c in seen.calls):
+        if len(inside) > sum(_within(c.path, best) for c in traced.calls):
             best = path
     return best
 
@@ -152,9 +152,9 @@ def _one_vector(call: Call) -> bool:
     return math.prod(call.in_shape[1:]) == max(call.in_shape[1:], default=1)
 
 
-def patch_embed(seen: Trace, tokens: bool) -> str | None:
+def patch_embed(traced: Trace, tokens: bool) -> str | None:
     """Return the path of the layer that makes patches of the image, if one does."""
-    first = next((c for c in seen.calls if c.kind != "norm"), None)
+    first = next((c for c in traced.calls if c.kind != "norm"), None)
     if first is None or weights_in(first.sources):
         return None
     if first.kind == "linear":
@@ -167,77 +167,81 @@ def patch_embed(seen: Trace, tokens: bool) -> str | None:
     )
 
 
-def prefix_tokens(seen: Trace, patch_embed: str | None) -> int:
+def prefix_tokens(traced: Trace, patch_embed: str | None) -> int:
     """How many tokens the first attention has beyond the patches, where a grid of patches was
     joined with others."""
-    if seen.first_attention is None or len(seen.attentions[0].shape) < 2:
+    if traced.first_attention is None or len(traced.attentions[0].shape) < 2:
         return 0
-    before = seen.calls[: seen.first_attention]
+    before = traced.calls[: traced.first_attention]
     grids = {math.prod(c.out_shape[2:]) for c in before if c.kind == "conv"}
     grids |= {c.out_shape[1] for c in before if c.path == patch_embed and c.kind == "linear"}
-    length = seen.attentions[0].shape[-2]
-    joined = [part for join in seen.joins if sum(join) == length for part in join if part in grids]
+    length = traced.attentions[0].shape[-2]
+    joined = [
+        part for join in traced.joins if sum(join) == length for part in join if part in grids
+    ]
     return length - max(joined) if joined else 0
 
 
-def prefix_position(seen: Trace, prefix: int) -> str:
+def prefix_position(traced: Trace, prefix: int) -> str:
     """Return "before" or "behind": where the prefix tokens were joined to the patches; "" without
     any."""
     if not prefix:
         return ""
-    length = seen.attentions[0].shape[-2]
-    joins = [join for join in seen.joins if sum(join) == length and length - prefix in join]
+    length = traced.attentions[0].shape[-2]
+    joins = [join for join in traced.joins if sum(join) == length and length - prefix in join]
     return "behind" if joins and all(join[0] == length - prefix for join in joins) else "before"
 
 
-def pooling(seen: Trace, heads: tuple[str, ...], blocks: tuple[str, ...], prefix: int) -> str:
+def pooling(traced: Trace, heads: tuple[str, ...], blocks: tuple[str, ...], prefix: int) -> str:
     """Return how positions become one feature vector for the classifier: "mean", "max",
     "attention", "prefix token", or ""."""
     if not heads:
         return ""
-    calls = [c for c in seen.calls if c.kind != "norm"]
+    calls = [c for c in traced.calls if c.kind != "norm"]
     at = next((i for i, c in enumerate(calls) if c.path == heads[0]), 0)
     beside: set[tuple[str, object]] = set()  # marks of attention that no block holds
-    for i, attention in enumerate(seen.attentions):
+    for i, attention in enumerate(traced.attentions):
         if not any(_within(attention.stack[-1], block) for block in blocks):
             beside |= {("attention", i), ("weight", attention.out)}
     while (
         at >= 0 and calls[at].pooled
     ):  # layers between pooling and classifier are fed pooled features, too
-        found = {value for kind, value in calls[at].sources if kind == "pool"}
-        if found:
-            return " and ".join(sorted(found))
+        poolings = {value for kind, value in calls[at].sources if kind == "pool"}
+        if poolings:
+            return " and ".join(sorted(poolings))
         if beside & calls[at].sources:
             return "attention"
         at -= 1
     return "prefix token" if prefix else ""
 
 
-def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
+def blocks(model: nn.Module, traced: Trace) -> tuple[str, ...]:
     """The children of containers (else: siblings of one class; else: Sequentials) that ran and hold
     two or more layers.
 
     A stage steps aside for the blocks in it, where they hold most of its layers.
     """
-    layers = [*unique(c.path for c in seen.calls if c.kind != "norm")]
-    layers += [a.stack[-1] for a in seen.attentions if a.kind == "multihead"]
+    layers = [*unique(c.path for c in traced.calls if c.kind != "norm")]
+    layers += [a.stack[-1] for a in traced.attentions if a.kind == "multihead"]
     modules = dict(model.named_modules())
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     counts: Counter[str] = Counter()
     for layer in layers:
         parts = layer.split(".")
         counts.update(".".join(parts[:i]) for i in range(1, len(parts) + 1))
-    whole = [
-        p for p in seen.executed if p and counts[p] >= 2 and not isinstance(modules[p], containers)
+    modules_with_layers = [
+        p
+        for p in traced.executed
+        if p and counts[p] >= 2 and not isinstance(modules[p], containers)
     ]
-    candidates = [p for p in whole if isinstance(modules[_parent(p)], containers)]
+    candidates = [p for p in modules_with_layers if isinstance(modules[_parent(p)], containers)]
     if not candidates:
-        kinds = Counter((_parent(p), type(modules[p])) for p in whole)
-        candidates = [p for p in whole if kinds[_parent(p), type(modules[p])] > 1]
+        kinds = Counter((_parent(p), type(modules[p])) for p in modules_with_layers)
+        candidates = [p for p in modules_with_layers if kinds[_parent(p), type(modules[p])] > 1]
     if not candidates:  # stages written as Sequentials
         sequentials = [
             p
-            for p in seen.executed
+            for p in traced.executed
             if p and counts[p] >= 2 and isinstance(modules[p], nn.Sequential)
         ]
         candidates = [p for p in sequentials if isinstance(modules[_parent(p)], containers)]
@@ -254,14 +258,14 @@ def blocks(model: nn.Module, seen: Trace) -> tuple[str, ...]:
     return unique(f for c in tops(candidates) for f in finest(c))
 
 
-def flags(model: nn.Module, seen: Trace) -> set[str]:
+def flags(model: nn.Module, traced: Trace) -> set[str]:
     """Return which of "windowed", "rope" and "batch_norm" the model is."""
     flags = set()
-    for call in seen.attentions:
+    for call in traced.attentions:
         if (
             call.heads is not None
             and len(call.shape) > 3
-            and math.prod(call.shape[:-3]) > seen.input_shape[0]
+            and math.prod(call.shape[:-3]) > traced.input_shape[0]
         ):
             flags.add("windowed")
         if any(kind == "neg" for kind, _ in call.q):

@@ -34,13 +34,13 @@ def probing(model: nn.Module) -> Iterator[None]:
         for module, attributes, containers in saved:
             vars(module).clear()
             vars(module).update(attributes)
-            for container, held in containers:
+            for container, value in containers:
                 container.clear()
-                container.extend(held) if isinstance(container, list) else container.update(held)
+                container.extend(value) if isinstance(container, list) else container.update(value)
         with torch.no_grad():
-            for buffer, held in buffers:
-                if not torch.equal(buffer, held):
-                    buffer.copy_(held)
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def is_probing(model: nn.Module) -> bool:

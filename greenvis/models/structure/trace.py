@@ -142,38 +142,40 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 def trace(model: nn.Module, x: Tensor) -> Trace:
     """Run `model(x)` once, quietly, and return what it did. Raises BadInput, saying where, if the
     forward fails."""
-    seen = Trace(x)
+    traced = Trace(x)
     names = {id(m): n for n, m in model.named_modules()}
     stack: list[str] = []
     hooks = []
 
     def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
         stack.append(names[id(module)])
-        seen.executed.setdefault(stack[-1])
+        traced.executed.setdefault(stack[-1])
 
     def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         path = stack.pop()
-        taken = next(tensors_in((args, kwargs)), None)
-        given = output[0] if isinstance(output, tuple) and output else output
-        shapes = (tuple(t.shape) if isinstance(t, Tensor) else () for t in (taken, given))
-        seen.runs.setdefault(path, []).append((next(shapes), next(shapes)))
+        first_input = next(tensors_in((args, kwargs)), None)
+        first_output = output[0] if isinstance(output, tuple) and output else output
+        shapes = (
+            tuple(t.shape) if isinstance(t, Tensor) else () for t in (first_input, first_output)
+        )
+        traced.runs.setdefault(path, []).append((next(shapes), next(shapes)))
         if any(
-            t not in seen.tags for t in tensors_in(output)
+            t not in traced.tags for t in tensors_in(output)
         ):  # compiled code hides its functions: take the inputs' tags
-            tags = seen.tags_of(args, kwargs)
+            tags = traced.tags_of(args, kwargs)
             if tags and next(module.parameters(), None) is None:
                 tags |= {("act", None)}
             for tensor in tensors_in(output):
-                if tags and tensor not in seen.tags:
-                    seen.tags[tensor] = tags
+                if tags and tensor not in traced.tags:
+                    traced.tags[tensor] = tags
 
     with probing(model):
         for module in model.modules():
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True))
             hooks.append(module.register_forward_hook(leave, with_kwargs=True))
         try:
-            with _Recorder(seen, model, stack):
-                seen.output = model(x)
+            with _Recorder(traced, model, stack):
+                traced.output = model(x)
         except Exception as error:
             at = f"'{stack[-1]}' of " if stack and stack[-1] else ""
             raise BadInput(
@@ -185,7 +187,7 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
         finally:
             for hook in hooks:
                 hook.remove()
-    return seen
+    return traced
 
 
 def trace_any(model: nn.Module) -> Trace:
@@ -212,9 +214,9 @@ def trace_any(model: nn.Module) -> Trace:
 class _Recorder(TorchFunctionMode):
     """Sees every torch function of the forward and passes the tags on."""
 
-    def __init__(self, seen: Trace, model: nn.Module, stack: list[str]) -> None:
+    def __init__(self, traced: Trace, model: nn.Module, stack: list[str]) -> None:
         super().__init__()
-        self.seen, self.stack = seen, stack
+        self.traced, self.stack = traced, stack
         self.modules = dict(model.named_modules())
         self.owner = {
             id(p): n
@@ -228,7 +230,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = self.seen.tags_of(
+        before = self.traced.tags_of(
             args, kwargs
         )  # an in-place function changes its own input's tags
         out = func(*args, **kwargs)
@@ -236,7 +238,7 @@ class _Recorder(TorchFunctionMode):
         tags = self._tags(name, args, kwargs, before, out)
         if tags:
             for tensor in tensors_in(out):
-                self.seen.tags[tensor] = tags
+                self.traced.tags[tensor] = tags
         return out
 
     def _tags(self, name: str, args: Any, kwargs: Any, before: Tags, out: Any) -> Tags:
@@ -250,10 +252,10 @@ class _Recorder(TorchFunctionMode):
                 args[i] if len(args) > i else kwargs[n]
                 for i, n in enumerate(("query", "key", "value"))
             )
-            tags = self.seen.tags_of
+            tags = self.traced.tags_of
             return self._attention(tags(q), tags(k), tags(v), tuple(q.shape))
         if name in _LIKENESSES:
-            return self.seen.tags_of(args[:1])
+            return self.traced.tags_of(args[:1])
         if name in _PRODUCTS:
             return self._product(operands[-2:], before)
         if name in _NORMS or name == "rsqrt":
@@ -267,7 +269,7 @@ class _Recorder(TorchFunctionMode):
         if name in _POOLS:
             return before | {("pool", _POOLS[name])}
         branches = [
-            t for t in (self.seen.tags_of(o) for o in operands) if weights_in(t) or _attentions(t)
+            t for t in (self.traced.tags_of(o) for o in operands) if weights_in(t) or _attentions(t)
         ]
         if len(branches) > 1 and name in ("add", "iadd", "radd", "sub", "isub"):
             return before | {("sum", None)}
@@ -278,7 +280,7 @@ class _Recorder(TorchFunctionMode):
             parts = list(tensors_in(args[0] if args else kwargs["tensors"]))
             dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
             if all(p.dim() == 3 for p in parts) and dim in (1, -2):
-                self.seen.joins.append(tuple(p.shape[1] for p in parts))
+                self.traced.joins.append(tuple(p.shape[1] for p in parts))
         return before
 
     def _weighted(self, name: str, args: Any, kwargs: Any, before: Tags, out: Tensor) -> Tags:
@@ -296,8 +298,8 @@ class _Recorder(TorchFunctionMode):
             if not isinstance(self.modules[top], (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
                 return before
         depthwise = groups > 1 and groups == x.shape[1 - weight.dim()]
-        tags = self.seen.tags_of(x)
-        for attention in (self.seen.attentions[i] for i in _attentions(tags)):
+        tags = self.traced.tags_of(x)
+        for attention in (self.traced.attentions[i] for i in _attentions(tags)):
             inputs = weights_in(attention.q | attention.k | attention.v)
             beside = ("sum", None) in tags and not set(weights_in(tags)) <= set(
                 inputs
@@ -306,7 +308,7 @@ class _Recorder(TorchFunctionMode):
                 attention.out = path
         kind = "linear" if name == "linear" else "conv"
         i, o, w = tuple(x.shape), tuple(out.shape), tuple(weight.shape)
-        self.seen.calls.append(
+        self.traced.calls.append(
             Call(path, kind, tags, i, o, w, depthwise, functional=path != top, direct=direct)
         )
         own: Tags = frozenset({("weight", path)})
@@ -328,14 +330,14 @@ class _Recorder(TorchFunctionMode):
             leaf and own and all(p is None or p.dim() == 1 for p in own)
         ):
             shape = tuple(next(tensors_in(args), out).shape)
-            self.seen.calls.append(Call(path, "norm", before, shape, shape))
+            self.traced.calls.append(Call(path, "norm", before, shape, shape))
         return before | {("norm", None)}
 
     def _product(self, operands: list[Tensor], before: Tags) -> Tags:
         """Note q·k of two activations, and an attention where a softmax of one meets v."""
         if len(operands) < 2 or any(isinstance(o, nn.Parameter) for o in operands):
             return before
-        a, b = (self.seen.tags_of(o) for o in operands)
+        a, b = (self.traced.tags_of(o) for o in operands)
         maps = {i for kind, i in a ^ b if kind == "map"}
         if maps:
             index = max(maps)
@@ -367,10 +369,10 @@ class _Recorder(TorchFunctionMode):
         return self._add(call) | {("weight", self.stack[-1])}
 
     def _add(self, call: AttentionCall) -> Tags:
-        if self.seen.first_attention is None:
-            self.seen.first_attention = len(self.seen.calls)
-        self.seen.attentions.append(call)
-        return frozenset({("attention", len(self.seen.attentions) - 1)})
+        if self.traced.first_attention is None:
+            self.traced.first_attention = len(self.traced.calls)
+        self.traced.attentions.append(call)
+        return frozenset({("attention", len(self.traced.attentions) - 1)})
 
 
 def _attentions(tags: Tags) -> list[int]:
