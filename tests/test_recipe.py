@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -231,3 +233,31 @@ def test_a_setting_that_one_arm_uses_may_stand_above_all(
         "0.5}\narms: {a: {}, b: {}}\n"
     )
     assert load_recipe(_write(tmp_path, text.replace(old, new))).arms
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["--set", "model.ref=timm/vit_tny_patch16_224"], "did you mean 'vit_tiny_patch16_224'"),
+        (["--set", "model.ref=torchvision/resnt18"], "did you mean 'resnet18'"),
+        (["--out", "site"], "holds 'index.html', which no report of greenvis wrote"),
+    ],
+    ids=["timm", "torchvision", "folder"],
+)
+def test_a_wrong_model_or_folder_is_said_before_torch_is_imported(
+    words: list[str], why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("mine")
+    (tmp_path / "r.yaml").write_text(
+        "name: r\ndata: {name: digits}\nmodel: {ref: timm/resnet18}\narms: {a: {}}\n"
+    )
+    code = (
+        "import sys; from greenvis.cli.main import main; code = main(sys.argv[1:]); "
+        "sys.exit(code + 10 * ('torch' in sys.modules))"
+    )
+    command = [sys.executable, "-c", code, "run", "r.yaml", *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert why in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["r.yaml", "site"]

@@ -28,11 +28,16 @@ def run(args: Any) -> Answer | int:
     """Train a recipe's arms and write its report."""
     from greenvis.experiment import sweep
     from greenvis.meters import header
+    from greenvis.report.folder import refuse_foreign
 
+    if args.out:
+        refuse_foreign(Path(args.out))
     alone = header.ranks()[1] == 1
     recipes = (
         sweep.load(args.recipe, args.set) if alone else []
     )  # what is wrong is said before torch is imported
+    if recipes and not args.out:
+        refuse_foreign(_page_folder(args, recipes))
     from greenvis.core import distributed
     from greenvis.experiment import on_ray, session
     from greenvis.report import report
@@ -63,8 +68,7 @@ def run(args: Any) -> Answer | int:
     distributed.destroy_process_group()
     page = report(
         folders,
-        out=args.out
-        or Path("reports") / (sweep.title(args.recipe, args.set) if several else first.name),
+        out=_page_folder(args, recipes),
         baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
         metric=first.report.metric,
         margin=first.report.margin,
@@ -212,6 +216,15 @@ def bench(args: Any) -> Answer:
         )
     out = run(Path(args.out) if args.out else None, **({"per_family": None} if args.all else {}))
     return out, lambda: print_rows(out["rows"], f"bench {args.name}")
+
+
+def _page_folder(args: Any, recipes: Sequence[tuple[Any, Any]]) -> Path:
+    """Return where the report of a run goes."""
+    from greenvis.experiment import sweep
+
+    several = len(recipes) > 1
+    name = sweep.title(args.recipe, args.set) if several else recipes[0][0].name
+    return Path(args.out or Path("reports") / name)
 
 
 def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:

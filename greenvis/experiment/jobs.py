@@ -19,10 +19,9 @@ from greenvis import data, models
 from greenvis.core import distributed, files, weights
 from greenvis.core.technique import Samples, Technique
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.experiment.recipe import Arm, Recipe, load_recipe
+from greenvis.experiment.recipe import UNHASHED, Arm, Recipe, load_recipe
 from greenvis.meters.header import versions
 
-UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
 CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
 BOUNDARY = "stages.safetensors"  # what the stages that are over left behind

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 
 from greenvis.core.modes import in_mode
@@ -33,6 +32,8 @@ def knn_accuracy(
     train, test: features (N, dim) and (M, dim); nearness is the cosine s, a vote weighs exp(s /
     temperature). labels, target: int64 (N,) and (M,).
     """
+    from sklearn.neighbors import KNeighborsClassifier  # takes a second
+
     nearness: Any = lambda apart: np.exp((1 - apart) / temperature)  # noqa: E731
     votes = KNeighborsClassifier(
         min(k, len(train)), metric="cosine", algorithm="brute", weights=nearness

@@ -21,6 +21,7 @@ Where = Callable[..., str]  # key path -> "file:line"
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 
 
 class _Section(BaseModel):
@@ -434,6 +435,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             (lines[key[:end]] for end in range(len(key), -1, -1) if key[:end] in lines), str(path)
         )
 
+    recipe_checks.refuse_unknown_models(source, where)  # before techniques import torch
     try:
         recipe = Recipe(**source)
     except ValidationError as error:

@@ -1,11 +1,13 @@
-"""Settings of a recipe that would change nothing where they stand."""
+"""What is wrong with a recipe although each of its fields is right: settings that change nothing,
+models that do not exist."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from greenvis.errors import BadInput
+from greenvis.experiment import model_names
 
 if TYPE_CHECKING:
     from greenvis.experiment.recipe import Arm, Recipe
@@ -13,6 +15,23 @@ if TYPE_CHECKING:
 
 def _kind(arm: Arm) -> str:
     return "" if arm.stream is None else arm.stream.kind
+
+
+def refuse_unknown_models(source: Mapping[str, Any], where: Callable[..., str]) -> None:
+    """Raise BadInput for a model that timm or torchvision does not have.
+
+    Args:
+        source: a recipe as it was read; it may be wrong in any other way.
+        where: file and line of a key.
+    """
+    arms = source.get("arms")
+    keys = [("arms", name, "model") for name in arms] if isinstance(arms, Mapping) else []
+    for key in [("model",), *keys]:
+        value: Any = source
+        for part in (*key, "ref"):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if isinstance(value, str) and (why := model_names.unknown(value)):
+            raise BadInput(f"{where(*key, 'ref')}: {why}")
 
 
 IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (

@@ -10,8 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from greenvis.errors import BadInput
-from greenvis.experiment.jobs import UNHASHED
-from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.recipe import UNHASHED, Recipe, load_recipe
 
 BRACKETS = " []{}'\""
 LONGEST = 120  # characters of a name, which is a folder's

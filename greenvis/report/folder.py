@@ -4,7 +4,7 @@ nothing else."""
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -25,6 +25,20 @@ KINDS = (
 )
 
 
+PAGES = ("index.html", "report.md", "results.json", "results.csv")
+
+
+def refuse_foreign(folder: Path, names: Iterable[str] = PAGES) -> None:
+    """Raise BadInput where a file of these names stands in a folder that no report wrote there."""
+    before = written(folder)
+    foreign = [name for name in names if name not in before and _is_there(folder / name)]
+    if foreign:
+        raise BadInput(
+            f"{folder} holds {some(foreign, 3)}, which no report of greenvis wrote: give another "
+            "folder with --out, or move them away"
+        )
+
+
 def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     """Write a report's files, whole or not at all each, and delete those of the report that was
     there before.
@@ -37,14 +51,8 @@ def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
         BadInput: where a file stands in the way that no report wrote; nothing was changed.
         GreenvisError: where a folder below is a link.
     """
+    refuse_foreign(folder, contents)
     before = written(folder)
-    foreign = [name for name in contents if name not in before and _is_there(folder / name)]
-    if foreign:
-        raise BadInput(
-            f"{folder} holds {some(foreign, 3)}, which no report of greenvis wrote: give another "
-            "folder with --out, or move "
-            "them away"
-        )
     for parent in sorted({(folder / name).parent for name in (LIST, *contents)}):
         files.own_folder(parent, folder)
     names = {name for name in before if _is_there(folder / name)} | set(contents)
