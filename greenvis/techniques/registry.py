@@ -26,23 +26,30 @@ def names() -> list[str]:
 
 
 def find(name: str) -> type[Technique]:
-    """Return the technique class called `name`, importing only its file. Raises BadInput with the
-    nearest name."""
+    """Return a technique's class, importing only its file.
+
+    Args:
+        name: as in a recipe.
+
+    Raises:
+        BadInput: for an unknown name, with the nearest one.
+        GreenvisError: for a plug-in that does not load.
+    """
     if name in _own():
         return _class_in(importlib.import_module(_own()[name]), name)
     if name in _plugged():
         point = _plugged()[name]
         try:
-            found = point.load()
+            cls = point.load()
         except Exception as error:
             raise GreenvisError(
                 f"the plug-in technique '{name}' ({point.value}) does not load: {error}"
             ) from error
-        if not (isinstance(found, type) and issubclass(found, Technique)):
+        if not (isinstance(cls, type) and issubclass(cls, Technique)):
             raise GreenvisError(
                 f"the entry point '{name}' ({point.value}) is not a greenvis.Technique class"
             )
-        return found
+        return cls
     raise BadInput(f"unknown technique '{name}'{nearest(name, names())}")
 
 
@@ -50,8 +57,8 @@ def find_class(class_name: str) -> type[Technique] | None:
     """Return the technique class named `class_name` ("Lora"), or None. Serves `greenvis.Lora`."""
     for name in names():
         if name.replace("_", "").casefold() == class_name.casefold():
-            found = find(name)
-            return found if found.__name__ == class_name else None
+            cls = find(name)
+            return cls if cls.__name__ == class_name else None
     return None
 
 

@@ -29,34 +29,34 @@ def seat(model: nn.Module, path: str) -> nn.Module | None:
     return None if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else module
 
 
-def row_of_blocks(model: nn.Module, found: View) -> list[str]:
+def row_of_blocks(model: nn.Module, structure: View) -> list[str]:
     """Return the blocks that attend, first to last, where one sequence (batch, tokens, dim) runs
     through all of them.
 
     Raises BadInput, with the shapes there are, where none does.
     """
     what = type(model).__name__
-    blocks = [b for b in found.blocks if any(_inside(a.path, b) for a in found.attention)]
-    outside = [not any(_inside(a.path, b) for b in blocks) for a in found.attention]
+    blocks = [b for b in structure.blocks if any(_inside(a.path, b) for a in structure.attention)]
+    outside = [not any(_inside(a.path, b) for b in blocks) for a in structure.attention]
     if not blocks or any(
         outside[: len(outside) - outside[::-1].index(False)]
     ):  # attention pooling may come behind
         raise BadInput(f"{what} does not show its attention as a row of blocks")
-    laid = [found.layouts.get(b) for b in blocks]
+    layouts = [structure.layouts.get(b) for b in blocks]
     shapes = sorted(
-        {s for layout in laid for s in ((layout.inputs, layout.output) if layout else ((),))}
+        {s for layout in layouts for s in ((layout.inputs, layout.output) if layout else ((),))}
     )
     shape = shapes[0]
     if (
         len(shapes) > 1
         or len(shape) != 3
-        or shape[0] != len(found.example)
-        or shape[1] <= found.prefix_tokens
+        or shape[0] != len(structure.example)
+        or shape[1] <= structure.prefix_tokens
     ):
-        listed = " and ".join(map(str, shapes[:3])) + (" and others" if len(shapes) > 3 else "")
+        described = " and ".join(map(str, shapes[:3])) + (" and others" if len(shapes) > 3 else "")
         raise BadInput(
             f"the blocks of {what} do not all take and give one sequence (batch, tokens, dim), but "
-            f"{listed}"
+            f"{described}"
         )
     if any(seat(model, b) is not model.get_submodule(b) for b in blocks):
         raise BadInput(
@@ -80,45 +80,49 @@ def with_first(value: Any, new: Tensor) -> Any:
 
 
 def train_only(
-    model: nn.Module, added: list[nn.Parameter], found: View, head: str
+    model: nn.Module, added: list[nn.Parameter], structure: View, head: str
 ) -> tuple[str, ...]:
     """Freeze all but what was added and, unless `head` is "freeze", the classifier; return the
     names that train."""
     if head != "train":
         return freeze(model, but=added)
-    return freeze(model, but=[*added, *head_parameters(model, found)], follows=found.in_classifier)
+    return freeze(
+        model, but=[*added, *head_parameters(model, structure)], follows=structure.in_classifier
+    )
 
 
-def patches_matter(model: nn.Module, found: View, path: str) -> bool:
+def patches_matter(model: nn.Module, structure: View, path: str) -> bool:
     """Whether anything past `path` reads its tokens behind the prefix: not so where only the class
     token goes to the head."""
-    if found.example.device.type == "meta" or not found.prefix_tokens:
+    if structure.example.device.type == "meta" or not structure.prefix_tokens:
         return True
-    watched = [model.get_submodule(p) for p in found.heads]
+    watched = [model.get_submodule(p) for p in structure.heads]
     noise = torch.Generator().manual_seed(0)
     outcomes: list[list[Tensor]] = []
 
     def disturb(module: nn.Module, args: Any, output: Any) -> Any:
-        tokens = first(output)[:, found.prefix_tokens :]
+        tokens = first(output)[:, structure.prefix_tokens :]
         tokens = torch.rand(tokens.shape, generator=noise).to(tokens)
-        return with_first(output, torch.cat([first(output)[:, : found.prefix_tokens], tokens], 1))
+        return with_first(
+            output, torch.cat([first(output)[:, : structure.prefix_tokens], tokens], 1)
+        )
 
     for disturbed in (False, True):
-        seen: list[Tensor] = []
-        hooks = [m.register_forward_pre_hook(partial(_keep, seen)) for m in watched]
+        captured: list[Tensor] = []
+        hooks = [m.register_forward_pre_hook(partial(_capture, captured)) for m in watched]
         hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
         try:
             with probing(model):
-                output = main_output(model(found.example))
+                output = main_output(model(structure.example))
         finally:
             for hook in hooks:
                 hook.remove()
-        outcomes.append(seen or [output])
+        outcomes.append(captured or [output])
     return not all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 
 
-def _keep(kept: list[Tensor], module: nn.Module, args: Any) -> None:
-    kept.append(args[0].clone())
+def _capture(captured: list[Tensor], module: nn.Module, args: Any) -> None:
+    captured.append(args[0].clone())
 
 
 def check_runs(model: nn.Module, example: Tensor, added: list[nn.Parameter], what: str) -> None:

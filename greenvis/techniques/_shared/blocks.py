@@ -80,33 +80,39 @@ class Silent(nn.Module):
         return (zero, *[None] * (self.outputs - 1)) if self.outputs else zero
 
 
-def split_blocks(model: nn.Module, found: View, what: str) -> list[Block]:
+def split_blocks(model: nn.Module, structure: View, what: str) -> list[Block]:
     """Return the blocks of `model` in order, each in halves that were checked to equal it.
 
-    what: what is to be done to tokens, for messages ("token merging"). Raises BadInput, with the
-    reason, for windows, for anything but pre-norm blocks (x + attention, then x + MLP), and for
-    blocks that use the places of their tokens otherwise than by rotary embeddings they are given.
+    Args:
+        model: to split.
+        structure: its view.
+        what: what is to be done to tokens, for messages ("token merging").
+
+    Raises:
+        BadInput: for windows, for anything but pre-norm blocks (x + attention, then x + MLP), and
+            for blocks that use the positions of their tokens otherwise than by rotary embeddings
+            they are handed.
     """
     name = type(model).__name__
-    if not found.attention:
+    if not structure.attention:
         raise BadInput(f"{what} goes by attention, and {name} has none")
-    if "windowed" in found.flags:
+    if "windowed" in structure.flags:
         raise BadInput(
             f"{name} attends in windows of its grid, whose tokens {what} would move; take a model "
             "with global attention"
         )
-    paths = row_of_blocks(model, found)
-    runs, calls = _watch(model, found, paths)
-    blocks = [_split(model, found, path, runs[path]) for path in paths]
+    paths = row_of_blocks(model, structure)
+    runs, calls = _watch(model, structure, paths)
+    blocks = [_split(model, structure, path, runs[path]) for path in paths]
     with probing(model):
         for block in blocks:
             args, kwargs = calls[block.path]
-            _check(block, args, kwargs, found, what)
+            _check(block, args, kwargs, structure, what)
     return blocks
 
 
 def _watch(
-    model: nn.Module, found: View, paths: list[str]
+    model: nn.Module, structure: View, paths: list[str]
 ) -> tuple[dict[str, list[tuple[str, int]]], dict[str, tuple[Any, Any]]]:
     """Run the model; return for each block the children that ran once with the length of their
     output tuples, and its call."""
@@ -120,7 +126,7 @@ def _watch(
 
         return note
 
-    def whole(path: str) -> Callable[..., None]:
+    def block_hook(path: str) -> Callable[..., None]:
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             calls[path] = (args, kwargs)
 
@@ -132,19 +138,19 @@ def _watch(
             module.register_forward_hook(child(path, name))
             for name, module in block.named_children()
         ]
-        hooks.append(block.register_forward_hook(whole(path), with_kwargs=True, prepend=True))
+        hooks.append(block.register_forward_hook(block_hook(path), with_kwargs=True, prepend=True))
     try:
         with probing(model):
-            model(found.example)
+            model(structure.example)
     finally:
         for hook in hooks:
             hook.remove()
     return {p: [(n, k[0]) for n, k in by.items() if len(k) == 1] for p, by in ran.items()}, calls
 
 
-def _split(model: nn.Module, found: View, path: str, runs: list[tuple[str, int]]) -> Block:
+def _split(model: nn.Module, structure: View, path: str, runs: list[tuple[str, int]]) -> Block:
     """Return the block cut before the first norm behind its attention."""
-    inside = [a.path for a in found.attention if a.path.startswith(path + ".")]
+    inside = [a.path for a in structure.attention if a.path.startswith(path + ".")]
     if len(inside) != 1:
         raise BadInput(
             f"block '{path}' of {type(model).__name__} has {len(inside)} attentions; one is needed"
@@ -152,7 +158,7 @@ def _split(model: nn.Module, found: View, path: str, runs: list[tuple[str, int]]
     names = [name for name, _ in runs]
     child = inside[0][len(path) + 1 :].split(".")[0]
     behind = names[names.index(child) + 1 :] if child in names else []
-    norm = next((n for n in behind if f"{path}.{n}" in found.norms), None)
+    norm = next((n for n in behind if f"{path}.{n}" in structure.norms), None)
     if norm is None:
         raise BadInput(
             f"block '{path}' of {type(model).__name__} "
@@ -171,7 +177,7 @@ def _silenced(module: nn.Module, parts: dict[str, int]) -> nn.Module:
     return half
 
 
-def _check(block: Block, args: Any, kwargs: Any, found: View, what: str) -> None:
+def _check(block: Block, args: Any, kwargs: Any, structure: View, what: str) -> None:
     """Raise BadInput where the halves are not the block, or where it uses the places of its
     tokens."""
     x = main(args, kwargs)
@@ -181,28 +187,28 @@ def _check(block: Block, args: Any, kwargs: Any, found: View, what: str) -> None
     with torch.no_grad():
         try:
             between = with_main(args, kwargs, first(block.attend(*args, **kwargs)))
-            whole = first(block.feed(*between[0], **between[1]))
+            output = first(block.feed(*between[0], **between[1]))
         except Exception as error:  # whatever a block raises here means: not in halves
             raise BadInput(
                 f"{where} is not x + attention followed by x + MLP (pre-norm): "
                 f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        if not torch.equal(whole, first(block.forward(*args, **kwargs))):
+        if not torch.equal(output, first(block.forward(*args, **kwargs))):
             raise BadInput(
                 f"{where} is not x + attention followed by x + MLP (pre-norm), so {what} finds no "
                 "place in it"
             )
-        prefix, length = found.prefix_tokens, x.shape[1]
-        places = torch.arange(prefix, length, device=x.device).roll(1)
-        order = torch.cat([torch.arange(prefix, device=x.device), places])
-        if "rope" in found.flags:
+        prefix, length = structure.prefix_tokens, x.shape[1]
+        shifted = torch.arange(prefix, length, device=x.device).roll(1)
+        order = torch.cat([torch.arange(prefix, device=x.device), shifted])
+        if "rope" in structure.flags:
             args, kwargs, block.rotary = rotated(
                 args, kwargs, order.expand(len(x), -1), prefix, length
             )
         args, kwargs = with_main(args, kwargs, x[:, order])
         again = first(block.forward(*args, **kwargs)).float()
-        error = (again - whole[:, order].float()).abs().max()
-        if not error <= (1e-3 if x.dtype.itemsize >= 4 else 5e-2) * whole.float().abs().max():
+        error = (again - output[:, order].float()).abs().max()
+        if not error <= (1e-3 if x.dtype.itemsize >= 4 else 5e-2) * output.float().abs().max():
             raise BadInput(f"{where} uses the places of its tokens, which {what} would change")
 
 
@@ -225,44 +231,53 @@ def with_main(
 
 
 def rotated(
-    args: tuple[Any, ...], kwargs: dict[str, Any], places: Tensor, prefix: int, length: int
+    args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor, prefix: int, length: int
 ) -> tuple[tuple[Any, ...], dict[str, Any], bool]:
-    """Return the arguments with the rows of `places` in each rotary embedding, and whether there
-    was one.
+    """Select the rows of each rotary embedding among a block's arguments.
 
-    places: int64 (batch, tokens), where each token (its prefix first) stood in the sequence of
-    `length`. An embedding is a tensor (patches, features) or (heads, patches, features) among the
-    further arguments, alone or in a tuple; its rows become (batch, 1 or heads, tokens, features).
+    Args:
+        args, kwargs: of the block. An embedding is a tensor (patches, features) or (heads, patches,
+            features) behind the tokens, alone or in a tuple.
+        positions: int64 (batch, tokens), where each token (its prefix first) stood in the sequence.
+        prefix: tokens before the patches.
+        length: of the sequence.
+
+    Returns:
+        The arguments, each embedding now (batch, 1 or heads, tokens, features), and whether there
+        was one.
     """
-    there = False
+    has_rope = False
 
     def rows(value: Any) -> Any:
-        nonlocal there
+        nonlocal has_rope
         if isinstance(value, (tuple, list)):
             return type(value)(map(rows, value))
         if not isinstance(value, Tensor) or value.dim() < 2 or not value.is_floating_point():
             return value
         if value.shape[-2] not in (length - prefix, length):
             return value
-        there = True
-        index = places if value.shape[-2] == length else places[:, prefix:] - prefix
+        has_rope = True
+        index = positions if value.shape[-2] == length else positions[:, prefix:] - prefix
         heads = value.reshape(-1, *value.shape[-2:])  # (1 or heads, patches, features)
         return heads.index_select(1, index.flatten()).unflatten(1, index.shape).transpose(0, 1)
 
     head, tail = args[:1], args[1:]
     if not args:
         name = next(n for n, v in kwargs.items() if isinstance(v, Tensor))
-        return args, {n: v if n == name else rows(v) for n, v in kwargs.items()}, there
+        return args, {n: v if n == name else rows(v) for n, v in kwargs.items()}, has_rope
     out = tuple(map(rows, tail))
-    return (*head, *out), {n: rows(v) for n, v in kwargs.items()}, there
+    return (*head, *out), {n: rows(v) for n, v in kwargs.items()}, has_rope
 
 
 # -- the mask of an attention ---------------------------------------------------------------------
 
 
 def masked_attention(model: nn.Module, path: str, block: str) -> nn.Module:
-    """Return the attention, or the module around it, that takes a mask. Raises BadInput where none
-    within the block does."""
+    """Return the attention, or the module around it, that takes a mask.
+
+    Raises:
+        BadInput: where none within the block does.
+    """
     while path != block:
         module = model.get_submodule(path)
         if _mask_name(module):
@@ -272,54 +287,67 @@ def masked_attention(model: nn.Module, path: str, block: str) -> nn.Module:
 
 
 def set_mask(module: nn.Module, mask: Callable[[Tensor | None], Tensor | None]) -> None:
-    """Call the attention with mask(given), by the library's own argument. given: the mask it is
-    called with, mostly None.
+    """Change the mask of an attention, by the library's own argument.
 
-    A mask is added to the logits: (batch, 1, 1 or length, length).
+    Args:
+        module: the attention.
+        mask: called with the mask that the attention is called with, mostly None; returns the one
+            to
+            use, which is added to the logits: (batch, 1, 1 or length, length).
     """
     name = _mask_name(module)
-    place = list(inspect.signature(type(module).forward).parameters).index(name) - 1
+    index = list(inspect.signature(type(module).forward).parameters).index(name) - 1
     module.register_forward_pre_hook(
-        mark_skippable(partial(_put, mask, name, place)), with_kwargs=True
+        mark_skippable(partial(_put, mask, name, index)), with_kwargs=True
     )
 
 
 def _put(
     mask: Callable[[Tensor | None], Tensor | None],
     name: str,
-    place: int,
+    index: int,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    given = args[place] if len(args) > place else kwargs.get(name)
-    wanted = mask(given)
-    if wanted is given or wanted is None:
+    attn_mask = args[index] if len(args) > index else kwargs.get(name)
+    new_mask = mask(attn_mask)
+    if new_mask is attn_mask or new_mask is None:
         return None
-    wanted = wanted.to(main(args, kwargs).dtype)
+    new_mask = new_mask.to(main(args, kwargs).dtype)
     if isinstance(module, nn.MultiheadAttention):
-        if wanted.shape[2] == 1:
-            return args, {**kwargs, "key_padding_mask": wanted[:, 0, 0]}
-        wanted = wanted.expand(-1, module.num_heads, -1, -1).flatten(0, 1)
-    if len(args) > place:
-        return (*args[:place], wanted, *args[place + 1 :]), kwargs
-    return args, {**kwargs, name: wanted}
+        if new_mask.shape[2] == 1:
+            return args, {**kwargs, "key_padding_mask": new_mask[:, 0, 0]}
+        new_mask = new_mask.expand(-1, module.num_heads, -1, -1).flatten(0, 1)
+    if len(args) > index:
+        return (*args[:index], new_mask, *args[index + 1 :]), kwargs
+    return args, {**kwargs, name: new_mask}
 
 
-def gather_mask(given: Tensor, places: Tensor, length: int) -> Tensor:
-    """Return a mask (…, 1 or heads, 1 or length, length) for the tokens at `places`, int64 (batch,
-    tokens), added to logits."""
-    if given.dtype == torch.bool:
-        given = torch.zeros(given.shape, device=given.device).masked_fill(~given, float("-inf"))
-    if given.dim() != 4 or given.shape[-1] != length:
-        return given
-    batch, tokens = places.shape
-    cut = given.expand(batch, -1, -1, -1)
-    cut = cut.gather(3, places[:, None, None].expand(-1, *cut.shape[1:3], tokens))
+def gather_mask(attn_mask: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Cut a mask to the tokens at some positions.
+
+    Args:
+        attn_mask: (…, 1 or heads, 1 or length, length), added to logits, or bool.
+        positions: int64 (batch, tokens).
+        length: of the full sequence; a mask of another is returned as it is.
+
+    Returns:
+        (batch, 1 or heads, 1 or tokens, tokens), added to logits.
+    """
+    if attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape, device=attn_mask.device).masked_fill(
+            ~attn_mask, float("-inf")
+        )
+    if attn_mask.dim() != 4 or attn_mask.shape[-1] != length:
+        return attn_mask
+    batch, tokens = positions.shape
+    cut = attn_mask.expand(batch, -1, -1, -1)
+    cut = cut.gather(3, positions[:, None, None].expand(-1, *cut.shape[1:3], tokens))
     return (
         cut
         if cut.shape[2] == 1
-        else cut.gather(2, places[:, None, :, None].expand(-1, cut.shape[1], -1, tokens))
+        else cut.gather(2, positions[:, None, :, None].expand(-1, cut.shape[1], -1, tokens))
     )
 
 

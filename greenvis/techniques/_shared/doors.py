@@ -109,19 +109,17 @@ class Doors:
     def asks(self, kwargs: dict[str, Any]) -> bool:
         """Whether this call wants hidden states. Raises GreenvisError where it wants attention
         maps."""
-        if self._wanted("output_attentions", kwargs):
+        if self._is_requested("output_attentions", kwargs):
             raise GreenvisError(
                 f"attention maps of {type(self.model).__name__} are of other tokens than its "
                 "patches here: ask without "
                 "output_attentions, or undo() first"
             )
-        return self._wanted("output_hidden_states", kwargs)
+        return self._is_requested("output_hidden_states", kwargs)
 
-    def _wanted(self, name: str, kwargs: dict[str, Any]) -> bool:
-        wanted = kwargs.get(name)
-        return bool(
-            any(getattr(c, name, False) for c in self.configs) if wanted is None else wanted
-        )
+    def _is_requested(self, name: str, kwargs: dict[str, Any]) -> bool:
+        value = kwargs.get(name)
+        return bool(any(getattr(c, name, False) for c in self.configs) if value is None else value)
 
     def begin(self) -> None:
         """Settle for this pass whether the row is shown: the first block that changes it calls

@@ -18,10 +18,15 @@ from greenvis.errors import GreenvisError
 def as_map(features: Tensor, channels: int, prefix: int = 0, aspect: float = 1.0) -> Tensor:
     """Return features of a layer as a map.
 
-    features: a map with its channels on axis `channels` (1 or -1), tokens (batch, prefix + patches,
-    channels), or a vector.
-    prefix: class and other tokens before the patches, which have no place in a grid. aspect: height
-    / width of the image.
+    Args:
+        features: a map with its channels on axis `channels`, tokens (batch, prefix + patches,
+            channels), or a vector.
+        channels: their axis, 1 or -1.
+        prefix: class and other tokens before the patches, which have no position in a grid.
+        aspect: height / width of the image.
+
+    Returns:
+        (batch, channels, height, width).
     """
     if features.dim() == 4:
         return features if channels == 1 else features.permute(0, 3, 1, 2)
@@ -135,9 +140,15 @@ def relation_loss(
     """Return KL(teacher ‖ student) of the relations of tokens (MiniLM: Wang et al., 2020; v2:
     2021), averaged over rows.
 
-    Each pair holds (a, b), both (batch, tokens, width): queries and keys, or values twice. Its
-    relation is softmax(a·bᵀ / √d) in each of `heads` heads of d = width / heads; widths may differ,
-    so the number of heads is given.
+    A relation is softmax(a·bᵀ / √d) in each of `heads` heads of d = width / heads.
+
+    Args:
+        student, teacher: pairs (a, b), (batch, tokens, width) each: queries and keys, or values
+            twice. Widths may differ.
+        heads: of the relation.
+
+    Returns:
+        A scalar.
     """
     log_s, log_t = (_relation(a, b, heads) for a, b in (student, teacher))
     return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1).mean()

@@ -31,7 +31,7 @@ CHECK_EVERY = 64
 
 
 def fingerprint(module: nn.Module) -> str:
-    """Return what tells one frozen part from another: its structure and every weight and buffer."""
+    """Return a digest of a frozen part: of its structure and every weight and buffer."""
     return models.fingerprint({**module.state_dict(), repr(module): torch.empty(0)})
 
 
@@ -69,7 +69,7 @@ class FrozenOutputs:
         self._options: dict[str, Any] = {"dtype": dtype, "top_k": top_k, "max_bytes": max_bytes}
         self._caches: dict[tuple[Any, ...], tuple[Cache, np.ndarray]] = {}
         self.hits = self.misses = self.earlier = self.checked = 0
-        self._dice, self._seen = random.Random(weights), set[Path]()
+        self._dice, self._compared = random.Random(weights), set[Path]()
 
     def outputs(
         self,
@@ -77,12 +77,19 @@ class FrozenOutputs:
         compute: Callable[[], Tensor],
         device: torch.device | str | None = None,
     ) -> Tensor:
-        """Return the part's outputs for this batch, float32 (batch, …) on `device`: read back, or
-        computed and kept.
+        """Return the part's outputs for this batch: read back, or computed and stored.
 
-        samples: None, where the loop does not say which they are or a technique changed them,
-        means: compute. Raises BadInput where no view of a sample ever comes twice, and where the
-        cache has no room.
+        Args:
+            samples: which samples the batch holds; None, where the loop does not say or a technique
+                changed them, means: compute.
+            compute: returns the outputs, (batch, …).
+            device: of what is returned.
+
+        Returns:
+            float32 (batch, …).
+
+        Raises:
+            BadInput: where no view of a sample ever comes twice, and where the cache has no room.
         """
         return self.layers(samples, lambda: {_ONE: compute()}, (_ONE,), device)[_ONE]
 
@@ -96,15 +103,23 @@ class FrozenOutputs:
         """Return the outputs of several layers, as `outputs` does; each has a cache of its own,
         named after the layer.
 
-        A batch of which anything is missing is computed whole.
+        A batch of which anything is missing is computed in full.
+
+        Args:
+            samples, device: as for `outputs`.
+            compute: returns the outputs by name.
+            names: of the layers.
+
+        Returns:
+            By name, float32 (batch, …).
         """
         if samples is None:
             return {name: value.float() for name, value in _computed(compute, names).items()}
         caches = {name: self._cache(samples, name, device) for name in names}
         rows = samples.view * samples.length + samples.positions.cpu().numpy()
-        found = self._read(samples, caches, device)
-        whole = len(found) == len(caches)
-        earlier = int(next(iter(caches.values()))[1][rows].sum()) if whole else 0
+        stored = self._read(samples, caches, device)
+        complete = len(stored) == len(caches)
+        earlier = int(next(iter(caches.values()))[1][rows].sum()) if complete else 0
         computed: dict[str, Tensor] = {}
         if earlier and self._is_due(caches):
             with (
@@ -112,8 +127,8 @@ class FrozenOutputs:
             ):  # who counts this step's FLOPs would take it for part of each step
                 computed = _computed(compute, names)
             self.checked += len(rows)
-            whole = self._agree(samples, caches, computed, _precision(device)[1])
-        if whole:
+            complete = self._matches(samples, caches, computed, _precision(device)[1])
+        if complete:
             self.hits += len(rows)
             if earlier and not self.earlier and self.note is not None:
                 self.note(
@@ -128,17 +143,17 @@ class FrozenOutputs:
                 cache.put(samples.positions, computed[name], samples.view)
                 before[rows] = False
             rounds = self._options["dtype"] != "fp32" or self._options["top_k"] is not None
-            found = {**computed, **(self._read(samples, caches, device) if rounds else {})}
-        return {name: value.float().to(device) for name, value in found.items()}
+            stored = {**computed, **(self._read(samples, caches, device) if rounds else {})}
+        return {name: value.float().to(device) for name, value in stored.items()}
 
     def _is_due(self, caches: Mapping[str, tuple[Cache, np.ndarray]]) -> bool:
         """Return whether this batch is one to compare: the first of a cache, then one in
         CHECK_EVERY."""
-        new = {cache.path for cache, _ in caches.values()} - self._seen
-        self._seen |= new
+        new = {cache.path for cache, _ in caches.values()} - self._compared
+        self._compared |= new
         return bool(new) or self._dice.random() < 1 / CHECK_EVERY
 
-    def _agree(
+    def _matches(
         self,
         samples: Samples,
         caches: Mapping[str, tuple[Cache, np.ndarray]],
@@ -174,11 +189,11 @@ class FrozenOutputs:
         device: torch.device | str | None,
     ) -> dict[str, Tensor]:
         """Return what is there, by layer."""
-        found = {
+        stored = {
             name: cache.get(samples.positions, samples.view, device)
             for name, (cache, _) in caches.items()
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in stored.items() if value is not None}
 
     def facts(self) -> dict[str, Any]:
         """Return what a report says: samples read back and computed, bytes on disk, and reads of
@@ -209,7 +224,7 @@ class FrozenOutputs:
         self, samples: Samples, name: str, device: torch.device | str | None
     ) -> tuple[Cache, np.ndarray]:
         precision = _precision(device)[0]
-        place = (
+        key = (
             samples.folder,
             *sorted(samples.key.items()),
             samples.length,
@@ -217,9 +232,9 @@ class FrozenOutputs:
             name,
             precision,
         )
-        if place not in self._caches:
-            self._caches[place] = self._open(samples, {"layer": name, "precision": precision})
-        return self._caches[place]
+        if key not in self._caches:
+            self._caches[key] = self._open(samples, {"layer": name, "precision": precision})
+        return self._caches[key]
 
     def _open(self, samples: Samples, more: Mapping[str, str]) -> tuple[Cache, np.ndarray]:
         if samples.views is None:
@@ -257,5 +272,5 @@ def _computed(
     compute: Callable[[], Mapping[str, Tensor]], names: Sequence[str]
 ) -> dict[str, Tensor]:
     with torch.no_grad():
-        found = compute()
-    return {name: found[name].detach() for name in names}
+        outputs = compute()
+    return {name: outputs[name].detach() for name in names}

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from greenvis.models.structure import View
 
 
-def head_parameters(model: nn.Module, found: View) -> list[nn.Parameter]:
+def head_parameters(model: nn.Module, structure: View) -> list[nn.Parameter]:
     """Return the parameters of the model's classifier, all its layers.
 
     Where the last layer trains and others of the classifier were frozen before, those stay so: that
     was somebody's choice.
     """
-    last = [p for path in found.heads for p in model.get_submodule(path).parameters()]
-    every = [p for path in found.classifier for p in model.get_submodule(path).parameters()]
+    last = [p for path in structure.heads for p in model.get_submodule(path).parameters()]
+    every = [p for path in structure.classifier for p in model.get_submodule(path).parameters()]
     chosen = bool(last) and all(p.requires_grad for p in last)
     return [p for p in every if p.requires_grad or not chosen]
 
@@ -48,7 +48,9 @@ class TaskHeads:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the copies, as "head.TASK.NUMBER"."""
         return {
-            f"head.{task}.{i}": t for task, kept in self.saved.items() for i, t in enumerate(kept)
+            f"head.{task}.{i}": t
+            for task, parameters in self.saved.items()
+            for i, t in enumerate(parameters)
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

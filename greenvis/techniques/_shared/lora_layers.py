@@ -79,8 +79,8 @@ def to_float32(model: nn.Module) -> None:
     """Replace every tensor of lower precision, leaving the old ones as they are for `undo`."""
     done: dict[int, Any] = {}
     for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            for name, tensor in held.items():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
                 if tensor is None or not tensor.is_floating_point() or tensor.dtype.itemsize >= 4:
                     continue
                 if id(tensor) not in done:
@@ -90,7 +90,7 @@ def to_float32(model: nn.Module) -> None:
                         if isinstance(tensor, nn.Parameter)
                         else new
                     )
-                held[name] = done[id(tensor)]
+                tensors[name] = done[id(tensor)]
 
 
 def inner_linears(model: nn.Module) -> dict[str, str]:

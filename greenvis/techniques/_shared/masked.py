@@ -29,9 +29,9 @@ class Encoder:
     patches cannot be left out.
     """
 
-    def __init__(self, model: nn.Module, found: View) -> None:
+    def __init__(self, model: nn.Module, structure: View) -> None:
         what = type(model).__name__
-        if not found.attention:
+        if not structure.attention:
             raise BadInput(
                 f"masked pretraining leaves patches out of a vision transformer, and {what} has no "
                 "attention"
@@ -40,16 +40,16 @@ class Encoder:
             ("windowed", "attends in windows of its grid"),
             ("rope", "rotates queries and keys by place (RoPE)"),
         ):
-            if flag in found.flags:
+            if flag in structure.flags:
                 raise BadInput(
                     f"{what} {why}, so that its blocks need every patch: none can be left out"
                 )
         self.model = model
-        self.blocks = row_of_blocks(model, found)
-        length, self.dim = found.layouts[self.blocks[0]].output[1:]
-        self.prefix = found.prefix_tokens
-        self.grid = grid_of(length - self.prefix, found.input_shape, what)
-        self._keep: Tensor | None = None
+        self.blocks = row_of_blocks(model, structure)
+        length, self.dim = structure.layouts[self.blocks[0]].output[1:]
+        self.prefix = structure.prefix_tokens
+        self.grid = grid_of(length - self.prefix, structure.input_shape, what)
+        self._ids_keep: Tensor | None = None
         self._entered = (
             WeakIdKeyDictionary()
         )  # what the first block was given: visible patches; for it may run again
@@ -58,11 +58,11 @@ class Encoder:
         model.get_submodule(self.blocks[0]).register_forward_pre_hook(self._enter, with_kwargs=True)
         for path in self.blocks:
             model.get_submodule(path).register_forward_hook(self._note)
-        norm = last_norm(model, found, self.blocks[-1])
+        norm = last_norm(model, structure, self.blocks[-1])
         self.normed = norm is not None
         if norm is not None:
             norm.register_forward_hook(self._note_norm)
-        self._check(found)
+        self._check(structure)
 
     def __getstate__(self) -> dict[str, Any]:  # a copy starts between two forwards
         return {**vars(self), "_entered": None, "_outputs": [], "_normed": None}
@@ -85,10 +85,14 @@ class Encoder:
         )
 
     def __call__(self, x: Tensor, ids_keep: Tensor) -> list[Tensor]:
-        """Return every block's output (batch, prefix + kept, dim) for images x and visible patches
-        keep (batch, kept).
+        """Return every block's output on the visible patches.
 
-        The last is normed, where the model norms it.
+        Args:
+            x: images (batch, channels, height, width).
+            ids_keep: positions of the visible patches, int64 (batch, visible).
+
+        Returns:
+            Per block (batch, prefix + visible, dim); the last is normed, where the model norms it.
         """
         with self._masking(ids_keep):
             self.model(x)
@@ -96,53 +100,53 @@ class Encoder:
             return outputs if self._normed is None else [*outputs[:-1], self._normed]
 
     @contextmanager
-    def _masking(self, keep: Tensor) -> Iterator[None]:
-        self._keep, self._normed = keep, None
+    def _masking(self, ids_keep: Tensor) -> Iterator[None]:
+        self._ids_keep, self._normed = ids_keep, None
         self._outputs.clear()
         try:
             yield
         finally:
-            self._keep, self._normed = None, None
+            self._ids_keep, self._normed = None, None
             self._outputs.clear()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else next(n for n, value in kwargs.items() if isinstance(value, Tensor))
         x = args[0] if name is None else kwargs[name]
-        keep = (
-            self._entered.get(x) if self._keep is None else self._keep
+        ids_keep = (
+            self._entered.get(x) if self._ids_keep is None else self._ids_keep
         )  # gradient checkpointing runs it in the backward
-        if keep is None:
+        if ids_keep is None:
             return None
-        self._entered[x] = keep
-        x = torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], keep)], 1)
+        self._entered[x] = ids_keep
+        x = torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], ids_keep)], 1)
         return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
 
     def _note(self, block: nn.Module, args: Any, output: Any) -> None:
-        if self._keep is not None:
+        if self._ids_keep is not None:
             self._outputs.append(first(output))
 
     def _note_norm(self, norm: nn.Module, args: Any, output: Tensor) -> None:
-        if self._keep is not None:
+        if self._ids_keep is not None:
             self._normed = output
 
-    def _check(self, found: View) -> None:
+    def _check(self, structure: View) -> None:
         """Raise BadInput where blocks fail on fewer patches, or give patches in another order
         something else."""
-        if found.example.device.type == "meta":
+        if structure.example.device.type == "meta":
             return
         what = type(self.model).__name__
-        places = torch.arange(self.patches, device=found.example.device)[None]
+        ids = torch.arange(self.patches, device=structure.example.device)[None]
         try:
             with probing(self.model):
-                few = self(found.example, places[:, :: max(2, self.patches // 3)])
-                ordered, turned = (self(found.example, p)[-1] for p in (places, places.roll(1, 1)))
+                few = self(structure.example, ids[:, :: max(2, self.patches // 3)])
+                ordered, turned = (self(structure.example, p)[-1] for p in (ids, ids.roll(1, 1)))
         except BadInput:
             raise
         except Exception as error:  # whatever a library raises here means: not with fewer patches
-            said = str(error).strip().partition("\n")[0][:200]
+            reason = str(error).strip().partition("\n")[0][:200]
             raise BadInput(
                 f"the blocks of {what} do not run on some of the patches only: "
-                f"{type(error).__name__}: {said}"
+                f"{type(error).__name__}: {reason}"
             ) from error
         error = (
             (ordered[:, self.prefix :].roll(1, 1) - turned[:, self.prefix :]).float().abs().max()
@@ -158,8 +162,16 @@ class Encoder:
 
 
 def grid_of(patches: int, image: tuple[int, int, int], what: str) -> tuple[int, int]:
-    """Return (height, width) of the grid that `patches` make of an image (channels, height, width).
-    Raises BadInput."""
+    """Return the (height, width) of the grid that patches make of an image.
+
+    Args:
+        patches: how many.
+        image: (channels, height, width) in pixels.
+        what: the model, for messages.
+
+    Raises:
+        BadInput: where they make no grid of the image's aspect ratio.
+    """
     height = round(math.sqrt(patches * image[1] / image[2]))
     if (
         height < 1
@@ -173,12 +185,12 @@ def grid_of(patches: int, image: tuple[int, int, int], what: str) -> tuple[int, 
     return height, patches // height
 
 
-def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, str] | None:
+def class_token(model: nn.Module, structure: View, block: str) -> tuple[nn.Module, str] | None:
     """Return (module, name) of the parameter that the first token starts from and no other; None
     where there is none."""
-    if not found.prefix_tokens or found.example.device.type == "meta":
+    if not structure.prefix_tokens or structure.example.device.type == "meta":
         return None
-    dim = found.layouts[block].width
+    dim = structure.layouts[block].width
     layers = (nn.Linear, nn.Conv2d, nn.LayerNorm)
     named = [
         (module, name, p)
@@ -187,10 +199,10 @@ def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, s
         for name, p in module._parameters.items()
         if p is not None and p.numel() == dim and p.is_floating_point() and p.shape[-1] == dim
     ]
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+        inputs.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
 
     flags = [p.requires_grad for _, _, p in named]
     hook = model.get_submodule(block).register_forward_pre_hook(
@@ -200,12 +212,12 @@ def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, s
         with probing(model), torch.enable_grad():
             for _, _, p in named:
                 p.requires_grad_(True)
-            model(found.example)
+            model(structure.example)
             parameters = [p for _, _, p in named]
             probe = torch.linspace(
-                -1, 1, dim, dtype=seen[0].dtype, device=seen[0].device
+                -1, 1, dim, dtype=inputs[0].dtype, device=inputs[0].device
             )  # a norm's output sums to nothing
-            own, others = ((part * probe).sum() for part in (seen[0][:, 0], seen[0][:, 1:]))
+            own, others = ((part * probe).sum() for part in (inputs[0][:, 0], inputs[0][:, 1:]))
             grads = [
                 torch.autograd.grad(s, parameters, retain_graph=True, allow_unused=True)
                 for s in (own, others)
@@ -220,15 +232,15 @@ def class_token(model: nn.Module, found: View, block: str) -> tuple[nn.Module, s
     return None
 
 
-def adapt_token(place: tuple[nn.Module, str], adapter: nn.Module) -> None:
+def adapt_token(target: tuple[nn.Module, str], adapter: nn.Module) -> None:
     """Send a parameter through `adapter` wherever the model reads it."""
-    parametrize.register_parametrization(*place, _Adapted(adapter), unsafe=True)
+    parametrize.register_parametrization(*target, _Adapted(adapter), unsafe=True)
 
 
-def fold_token(place: tuple[nn.Module, str], adapter: nn.Module) -> None:
+def fold_token(target: tuple[nn.Module, str], adapter: nn.Module) -> None:
     """Give the parameter the value that `adapter` makes of it: exact, for it depends on no
     image."""
-    token = place[0].get_parameter(place[1])
+    token = target[0].get_parameter(target[1])
     with torch.no_grad():
         token.copy_(adapter(token))
 
@@ -242,7 +254,7 @@ class _Adapted(nn.Module):
         return self.adapter(token)
 
 
-def last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
+def last_norm(model: nn.Module, structure: View, block: str) -> nn.Module | None:
     """Return the norm that is handed the very output of the last block, if one is."""
     outputs: list[Tensor] = []
     hit: list[nn.Module] = []
@@ -254,12 +266,12 @@ def last_norm(model: nn.Module, found: View, block: str) -> nn.Module | None:
         if outputs and args and args[0] is outputs[-1]:
             hit.append(module)
 
-    norms = [model.get_submodule(p) for p in found.norms if p and not p.startswith(block + ".")]
+    norms = [model.get_submodule(p) for p in structure.norms if p and not p.startswith(block + ".")]
     hooks = [model.get_submodule(block).register_forward_hook(note)]
     hooks += [n.register_forward_pre_hook(ask) for n in norms]
     try:
         with probing(model):
-            model(found.example)
+            model(structure.example)
     finally:
         for hook in hooks:
             hook.remove()

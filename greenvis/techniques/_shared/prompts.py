@@ -108,27 +108,27 @@ class Carrying:
         return type(self.block).forward(self.block, *args, **kwargs)
 
 
-def prompt_blocks(model: nn.Module, found: View) -> list[str]:
+def prompt_blocks(model: nn.Module, structure: View) -> list[str]:
     """Return the blocks that attend, first to last. Raises BadInput where tokens of another kind
     cannot be right."""
     what = type(model).__name__
-    if not found.attention:
+    if not structure.attention:
         raise BadInput(
             f"prompts are read by attention, and {what} has none; use adapters or low-rank changes"
         )
-    if "windowed" in found.flags:
+    if "windowed" in structure.flags:
         raise BadInput(f"{what} attends in windows of its grid, in which prompts have no place")
-    if "rope" in found.flags:
+    if "rope" in structure.flags:
         raise BadInput(
             f"{what} rotates queries and keys by their place in the grid (RoPE), and a prompt has "
             "no place"
         )
-    blocks = row_of_blocks(model, found)
-    _check_places(model, found.example, blocks, found.prefix_tokens)
+    blocks = row_of_blocks(model, structure)
+    _check_permutation(model, structure.example, blocks, structure.prefix_tokens)
     return blocks
 
 
-def _check_places(model: nn.Module, example: Tensor, blocks: list[str], prefix: int) -> None:
+def _check_permutation(model: nn.Module, example: Tensor, blocks: list[str], prefix: int) -> None:
     """Raise BadInput where a block gives the same patches in another order something else: it uses
     their places."""
     if example.device.type == "meta":

@@ -21,33 +21,33 @@ class Representation:
     Raises BadInput for a model that shows no classifier.
     """
 
-    def __init__(self, model: nn.Module, found: View) -> None:
-        if not found.heads:
+    def __init__(self, model: nn.Module, structure: View) -> None:
+        if not structure.heads:
             raise BadInput(
                 f"{type(model).__name__} shows no classifier, so nothing says which of its outputs "
                 "is to be trained"
             )
-        self.model, self.head = model, found.heads[0]
-        if found.example.device.type == "meta":
+        self.model, self.head = model, structure.heads[0]
+        if structure.example.device.type == "meta":
             raise BadInput(
                 f"{type(model).__name__} has no weights yet (device meta): load them first"
             )
         with probing(model), torch.no_grad():
-            self.dim = self(found.example).shape[1]
+            self.dim = self(structure.example).shape[1]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return (batch, dim) of images x (batch, channels, height, width)."""
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def note(module: nn.Module, args: Any) -> None:
-            seen.append(args[0])
+            inputs.append(args[0])
 
         hook = self.model.get_submodule(self.head).register_forward_pre_hook(note)
         try:
             self.model(x)
         finally:
             hook.remove()
-        return seen[0].flatten(1)
+        return inputs[0].flatten(1)
 
     def add(self, name: str, part: nn.Module) -> tuple[str, ...]:
         """Put a module that learns beside the classifier's own weights; return the names of its

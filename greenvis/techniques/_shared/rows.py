@@ -25,8 +25,11 @@ class Follower:
         return tokens
 
     def export_state(self, path: str) -> dict[str, Tensor]:
-        """Return what the block at `path` finds of this forward beside its input, each float32
-        (batch, …)."""
+        """Return what the block at `path` reads of this forward beside its input.
+
+        Returns:
+            By name, float32 (batch, …).
+        """
         return {}
 
     def import_state(self, path: str, state: Mapping[str, Tensor]) -> None:
@@ -63,8 +66,11 @@ def unmerge(model: nn.Module, value: Tensor) -> Tensor:
 
 
 def export_state(model: nn.Module, path: str) -> dict[str, Tensor]:
-    """Return what followers carry to the block at `path`, by the number of the follower and a name
-    of its own."""
+    """Return what followers hold for the block at `path`.
+
+    Returns:
+        By the follower's number and a name of its own ("0.size"), float32 (batch, …).
+    """
     followers = enumerate(_followers(model))
     return {
         f"{i}.{name}": value
@@ -74,7 +80,7 @@ def export_state(model: nn.Module, path: str) -> dict[str, Tensor]:
 
 
 def import_state(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> None:
-    """Give followers back what `export_state` gave."""
+    """Give followers back what `export_state` returned."""
     for i, follower in enumerate(_followers(model)):
         mine = {
             name.removeprefix(f"{i}."): value
@@ -102,10 +108,15 @@ def rows_of(value: Any, rows: Tensor, batch: int) -> Any:
 
 
 def joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
-    """Return what is laid out by sample in each of `parts` as one, the first part's samples first;
-    else the first part's.
+    """Join what is laid out by sample in each of `parts`, the first part's samples first; the
+    counterpart of `rows_of`.
 
-    sizes: how many samples each part holds. The counterpart of `rows_of`.
+    Args:
+        parts: alike but for their number of samples.
+        sizes: samples per part.
+
+    Returns:
+        One of their kind; what is not laid out by sample is the first part's.
     """
     one = parts[0]
     if isinstance(one, Tensor):

@@ -14,11 +14,16 @@ ENCODER_ADAPTERS = (
 
 
 def random_mask(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (keep, restore, mask) for patches ranked by noise (batch, patches): the `kept` lowest
-    stay visible.
+    """Choose the patches that stay visible: those of the lowest noise.
 
-    keep: int64 (batch, kept), places of the visible patches. restore: int64 (batch, patches), where
-    each patch stands in [visible, masked]. mask: (batch, patches), 1 where hidden.
+    Args:
+        noise: (batch, patches).
+        num_visible: patches that stay, per image.
+
+    Returns:
+        ids_keep, int64 (batch, visible), positions of the visible patches; restore, int64 (batch,
+        patches), where each patch stands in [visible, masked]; mask, (batch, patches), 1 where
+        hidden.
     """
     order = noise.argsort(1)
     restore = order.argsort(1)
@@ -26,13 +31,29 @@ def random_mask(noise: Tensor, num_visible: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def visible(patches: Tensor, ids_keep: Tensor) -> Tensor:
-    """Return the patches (batch, kept, dim) at the places `keep` of (batch, patches, dim)."""
+    """Return the visible patches.
+
+    Args:
+        patches: (batch, patches, dim).
+        ids_keep: their positions, int64 (batch, visible).
+
+    Returns:
+        (batch, visible, dim).
+    """
     return patches.gather(1, ids_keep.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
 def unshuffle(shown: Tensor, mask_token: Tensor, restore: Tensor) -> Tensor:
-    """Return (batch, patches, dim): what is shown (batch, kept, dim) in its places, the mask token
-    (1, 1, dim) elsewhere."""
+    """Put visible patches back to their positions, and the mask token to all others.
+
+    Args:
+        shown: (batch, visible, dim).
+        mask_token: (1, 1, dim).
+        restore: of `random_mask`, int64 (batch, patches).
+
+    Returns:
+        (batch, patches, dim).
+    """
     hidden = mask_token.to(shown.dtype).expand(
         shown.shape[0], restore.shape[1] - shown.shape[1], -1
     )
@@ -91,24 +112,34 @@ def feature_loss(predicted: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 def attention_loss(predicted: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return the cross entropy of attention maps, averaged over batch, rows and heads, a scalar.
+    """Return the cross entropy of attention maps, averaged over batch, rows and heads.
 
-    Both: logits (…, patches). The temperature divides the target's logits only.
+    Args:
+        predicted, target: logits (…, patches).
+        temperature: divides the target's logits only.
+
+    Returns:
+        A scalar.
     """
     return -((target / temperature).softmax(-1) * predicted.log_softmax(-1)).sum(-1).mean()
 
 
 def sincos_2d(dim: int, height: int, width: int, prefix: int = 0) -> Tensor:
-    """Return fixed position embeddings (1, prefix + height · width, dim): sines and cosines of
-    column, then of row.
+    """Return fixed position embeddings: sines and cosines of the column, then of the row.
 
-    dim: a multiple of 4. Prefix tokens get zeros.
+    Args:
+        dim: a multiple of 4.
+        height, width: of the grid, in patches.
+        prefix: tokens before the patches, which get zeros.
+
+    Returns:
+        (1, prefix + height · width, dim).
     """
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     parts = []
-    for place in (column, row):
-        angle = place.reshape(-1, 1).double() * frequency
+    for coordinate in (column, row):
+        angle = coordinate.reshape(-1, 1).double() * frequency
         parts += [angle.sin(), angle.cos()]
     return torch.cat([torch.zeros(prefix, dim), torch.cat(parts, 1).float()]).unsqueeze(0)
 
@@ -178,8 +209,16 @@ class Decoder(nn.Module):
         self.register_buffer("positions", sincos_2d(dim, *grid, prefix), persistent=False)
 
     def forward(self, encoded: Tensor, entry: Entry, restore: Tensor) -> Tensor:
-        """encoded: (batch, prefix + kept, encoder dim). Returns (batch, prefix + patches, decoder
-        dim), normed for `entry`."""
+        """Decode for one target.
+
+        Args:
+            encoded: (batch, prefix + visible, encoder dim).
+            entry: the target's.
+            restore: of `random_mask`, int64 (batch, patches).
+
+        Returns:
+            (batch, prefix + patches, decoder dim), normed for `entry`.
+        """
         x = entry.embed(encoded)
         x = torch.cat(
             [x[:, : self.prefix], unshuffle(x[:, self.prefix :], entry.mask_token, restore)], 1
@@ -224,10 +263,17 @@ class AttentionHead(Entry):
         self.heads, self.scale = heads, width**-0.5
 
     def forward(self, decoded: Tensor, prefix: int, top: Tensor) -> Tensor:
-        """decoded: (batch, prefix + patches, decoder dim); top: (batch, k). Returns logits (batch,
-        1 + k, heads, patches).
+        """Predict rows of the base's attention.
 
         Without prefix tokens the mean of all patches' queries stands for the class token's.
+
+        Args:
+            decoded: (batch, prefix + patches, decoder dim).
+            top: patches whose rows are predicted, int64 (batch, k).
+            prefix: tokens before the patches.
+
+        Returns:
+            Logits (batch, 1 + k, heads, patches).
         """
         q, k = self.qk(decoded).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         patches = q[:, :, prefix:]

@@ -20,8 +20,15 @@ QUARTERS = 4
 
 
 def turned(images: Tensor, quarters: Tensor) -> Tensor:
-    """Return images (batch, channels, side, side), each turned counter-clockwise by its number of
-    quarter turns (batch,)."""
+    """Turn each image counter-clockwise by its number of quarter turns.
+
+    Args:
+        images: (batch, channels, side, side).
+        quarters: quarter turns per image, (batch,).
+
+    Returns:
+        The turned images, of the same shape.
+    """
     out = torch.empty_like(images)
     for number in range(QUARTERS):
         chosen = quarters == number
@@ -58,13 +65,13 @@ class Rotation(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the layer that tells turns in. Raises BadInput for images that are not square, or no
         classifier."""
-        found = view(model, self.input_shape, probe=False)
-        if found.input_shape[1] != found.input_shape[2]:
+        structure = view(model, self.input_shape, probe=False)
+        if structure.input_shape[1] != structure.input_shape[2]:
             raise BadInput(
-                f"a quarter turn of images of {found.input_shape[1:]} has another shape: rotation "
-                "needs square ones"
+                f"a quarter turn of images of {structure.input_shape[1:]} has another shape: "
+                "rotation needs square ones"
             )
-        representation = Representation(model, found)
+        representation = Representation(model, structure)
         head = nn.Linear(representation.dim, QUARTERS)
         return InstalledRotation(self, representation.add(_CHILD, head), representation, head)
 
@@ -97,5 +104,5 @@ class InstalledRotation(Installed):
             x = x.repeat_interleave(QUARTERS, 0)
         else:
             quarters = torch.randint(QUARTERS, (len(x),), device=x.device)
-        told = self.head(self.representation(turned(x, quarters)))
-        return {"rotation": F.cross_entropy(told.float(), quarters)}
+        predicted = self.head(self.representation(turned(x, quarters)))
+        return {"rotation": F.cross_entropy(predicted.float(), quarters)}

@@ -21,11 +21,17 @@ _ASPECT = 4 / 3  # a crop's sides are to each other at most as this, stretched b
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
-    """Return the normalised temperature-scaled cross entropy (Chen et al., 2020, equation 1), a
-    scalar.
+    """Return the normalised temperature-scaled cross entropy (Chen et al., 2020, equation 1).
 
-    first, second: the two views' projections (batch, dim). Each of the 2 · batch is to tell its
-    partner, by cosine, from the other 2 · batch − 2; itself does not compete.
+    Each of the 2 · batch projections is to tell its partner, by cosine, from the other
+    2 · batch − 2; itself does not compete.
+
+    Args:
+        first, second: projections of the two views, (batch, dim) each.
+        temperature: divides the cosines.
+
+    Returns:
+        A scalar.
     """
     both = F.normalize(torch.cat([first, second]).float(), dim=1)
     likeness = (both @ both.T / temperature).fill_diagonal_(-torch.inf)
@@ -34,13 +40,18 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -> Tensor:
-    """Return another look at each image (batch, channels, height, width), drawn from torch's random
-    state.
+    """Return another look at each image, drawn from torch's random state, in one resampling.
 
-    A crop of at least `area` of the image, its sides stretched by up to 4 : 3, brought back to
-    size; left to right turned half the time, if `flip`; contrast and brightness changed by up to
-    `colour` (a factor about the image's mean, and a shift in units of its deviation). All images in
-    one resampling.
+    Args:
+        images: (batch, channels, height, width).
+        area: least share of the image that a crop shows; its sides are stretched by up to 4 : 3,
+            and it is brought back to the image's size.
+        colour: greatest change of contrast (a factor about the image's mean) and of brightness (a
+            shift in units of its standard deviation).
+        flip: whether half of the images are turned left to right.
+
+    Returns:
+        The views, of the images' shape and dtype.
     """
     count, device = len(images), images.device
 
@@ -57,10 +68,10 @@ def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -
         torch.where(drawn(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones(count, device=device)
     )
     zero = torch.zeros(count, device=device)
-    place = torch.stack(
+    theta = torch.stack(
         [torch.stack([width * turned, zero, across], 1), torch.stack([zero, height, down], 1)], 1
     )
-    grid = F.affine_grid(place, list(images.shape), align_corners=False)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
     mean, deviation = out.mean((1, 2, 3), keepdim=True), out.std((1, 2, 3), keepdim=True)
     contrast, brightness = (drawn(-colour, colour).view(-1, 1, 1, 1) for _ in range(2))

@@ -23,8 +23,15 @@ _BINS = 9
 
 
 def patchify(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return images (batch, channels, height, width) as patches (batch, rows · columns, pixels ·
-    channels), channels last."""
+    """Cut images into patches.
+
+    Args:
+        images: (batch, channels, height, width).
+        grid: (rows, columns) of patches.
+
+    Returns:
+        (batch, rows · columns, pixels · channels), channels last.
+    """
     rows, columns = grid
     x = images.unflatten(3, (columns, -1)).unflatten(
         2, (rows, -1)
@@ -33,13 +40,20 @@ def patchify(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def hog(images: Tensor, grid: tuple[int, int], bins: int = _BINS) -> Tensor:
-    """Return histograms of oriented gradients (MaskFeat: Wei et al., 2022), (batch, patches,
-    features).
+    """Return histograms of oriented gradients (MaskFeat: Wei et al., 2022).
 
     Each pixel's gradient, by Sobel's filters, counts with its size in one of `bins` unsigned
     directions, channel by channel, over cells of a patch (two to a side where it has 8 pixels or
     more, else one); each cell's histogram has length 1. As the authors' code has it without its
     Gaussian window, for cells of any size.
+
+    Args:
+        images: (batch, channels, height, width).
+        grid: (rows, columns) of patches.
+        bins: directions per histogram.
+
+    Returns:
+        (batch, patches, features).
     """
     x = F.pad(images, (1, 1, 1, 1), mode="reflect")
     across, down = x[..., 2:] - x[..., :-2], x[..., 2:, :] - x[..., :-2, :]
@@ -99,21 +113,22 @@ class Mae(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks and decoder in. Raises BadInput for a model that needs all its
         patches."""
-        found = view(model, self.input_shape, probe=False)
-        encoder = Encoder(model, found)
+        structure = view(model, self.input_shape, probe=False)
+        encoder = Encoder(model, structure)
         if not 1 <= int(encoder.patches * (1 - self.mask_ratio)) < encoder.patches:
             raise BadInput(
                 f"mask_ratio {self.mask_ratio} of {encoder.patches} patches leaves none hidden or "
                 "none visible: choose another"
             )
         if any(
-            side % cells for side, cells in zip(found.input_shape[1:], encoder.grid, strict=True)
+            side % cells
+            for side, cells in zip(structure.input_shape[1:], encoder.grid, strict=True)
         ):
             raise BadInput(
-                f"images of {found.input_shape[1:]} pixels do not divide into a grid of "
+                f"images of {structure.input_shape[1:]} pixels do not divide into a grid of "
                 f"{encoder.grid} patches"
             )
-        width = self.targets(found.example, encoder.grid).shape[-1]
+        width = self.targets(structure.example, encoder.grid).shape[-1]
         weight = encoder.weight
         parts = Parts(encoder, self.decoder_depth, self.decoder_dim, width).to(
             device=weight.device, dtype=weight.dtype
@@ -156,8 +171,10 @@ class InstalledMae(Installed):
         height, width)."""
         patches = self.encoder.patches
         noise = torch.rand(len(x), patches, device=x.device)
-        keep, restore, mask = tec.random_mask(noise, int(patches * (1 - self.request.mask_ratio)))
-        encoded = self.encoder(x, keep)[-1]
+        ids_keep, restore, mask = tec.random_mask(
+            noise, int(patches * (1 - self.request.mask_ratio))
+        )
+        encoded = self.encoder(x, ids_keep)[-1]
         decoded = self.parts.decoder(encoded, self.parts.head, restore)
         predicted = self.parts.head(decoded, self.encoder.prefix).float()
         return {

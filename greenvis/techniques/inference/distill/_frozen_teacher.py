@@ -43,8 +43,8 @@ class Teacher(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _short(cls, given: Any) -> Any:
-        return given if isinstance(given, (Mapping, cls)) else {"model": given}
+    def _short(cls, value: Any) -> Any:
+        return value if isinstance(value, (Mapping, cls)) else {"model": value}
 
 
 class CacheOptions(BaseModel):
@@ -115,8 +115,8 @@ class FrozenTeacher:
     def end(self) -> None:
         """Let go of the caches' files; where nobody else uses the teacher, give it its own modes
         back."""
-        for kept in self._caches or ():
-            kept.close()
+        for cache in self._caches or ():
+            cache.close()
         users, modes = _MODES.pop(self.module, (0, []))
         if users > 1:
             _MODES[self.module] = users - 1, modes
@@ -125,7 +125,7 @@ class FrozenTeacher:
                 module.training = training
 
     def outputs(
-        self, x: Tensor, places: Sequence[TapPoint], samples: Samples | None, answers: bool = True
+        self, x: Tensor, points: Sequence[TapPoint], samples: Samples | None, answers: bool = True
     ) -> dict[str, Tensor]:
         """Return the logits, under `ANSWER`, and what is at the places, by their keys, for images
         (batch, channels, h, w).
@@ -136,26 +136,29 @@ class FrozenTeacher:
 
         def compute() -> dict[str, Tensor]:
             if not once:
-                once.update(self._run(x, places, answers))
+                once.update(self._run(x, points, answers))
             return once
 
         with torch.no_grad(), self._at_precision(x.device.type):
             if self._caches is None:
                 return compute()
             on_answers, on_features = self._caches
-            found = on_answers.layers(samples, compute, (ANSWER,), x.device) if answers else {}
+            logits = on_answers.layers(samples, compute, (ANSWER,), x.device) if answers else {}
             return (
-                {**on_features.layers(samples, compute, [p.key for p in places], x.device), **found}
-                if places
-                else found
+                {
+                    **on_features.layers(samples, compute, [p.key for p in points], x.device),
+                    **logits,
+                }
+                if points
+                else logits
             )
 
     def facts(self) -> list[dict[str, Any]]:
         """Return what its caches did."""
         return [
-            {"teacher": self.name, **kept.facts()}
-            for kept in self._caches or ()
-            if kept.hits or kept.misses
+            {"teacher": self.name, **cache.facts()}
+            for cache in self._caches or ()
+            if cache.hits or cache.misses
         ]
 
     def follow(self, student: nn.Module, momentum: float) -> None:
@@ -169,16 +172,16 @@ class FrozenTeacher:
                     new.to(own.dtype), 1 - momentum
                 ) if own.is_floating_point() else own.copy_(new)
 
-    def _run(self, x: Tensor, places: Sequence[TapPoint], answers: bool) -> dict[str, Tensor]:
+    def _run(self, x: Tensor, points: Sequence[TapPoint], answers: bool) -> dict[str, Tensor]:
         if next(iter(self.module.parameters()), x).device != x.device:
             self.module.to(x.device)
         x = self.shown(x)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
-        taps = Taps(self.module, places)
+        taps = Taps(self.module, points)
         try:
             self.module.eval()
-            with _slow_path() if places else nullcontext():
+            with _slow_path() if points else nullcontext():
                 output = self._forward(x)
             return {
                 **taps.take(),

@@ -89,7 +89,7 @@ class Taps:
         self, module: nn.Module, points: Sequence[TapPoint], learning: bool = False
     ) -> None:
         self.on, self.learning = True, learning
-        self._model, self._seen = module, dict[str, Tensor]()
+        self._model, self._outputs = module, dict[str, Tensor]()
         self._points = {p.key: p for p in points}
         self._hooks = [
             module.get_submodule(p.path).register_forward_hook(
@@ -98,43 +98,45 @@ class Taps:
             for p in self._points.values()
         ]
 
-    def read(self, place: TapPoint, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def read(self, point: TapPoint, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note what a place holds in this forward."""
         if self.on and (torch.is_grad_enabled() or not self.learning):
-            self._seen[place.key] = unmerge(self._model, place.read(module, args, kwargs, output))
+            self._outputs[point.key] = unmerge(
+                self._model, point.read(module, args, kwargs, output)
+            )
 
     def peek(self, key: str) -> Tensor:
         """Return what was read at one place, and keep it."""
-        if key not in self._seen:
+        if key not in self._outputs:
             raise GreenvisError(
                 f"nothing was read at '{key}': it did not run, with gradients, since the last "
                 "step; call the model before the "
                 "loss, and each time"
             )
-        return self._seen[key]
+        return self._outputs[key]
 
     def take(self) -> dict[str, Tensor]:
         """Return all that was read and forget it."""
-        found = {key: self.peek(key) for key in self._points}
-        self._seen.clear()
-        return found
+        outputs = {key: self.peek(key) for key in self._points}
+        self._outputs.clear()
+        return outputs
 
     def remove(self) -> None:
         """Take the taps off."""
         for hook in self._hooks:
             hook.remove()
-        self._seen.clear()
+        self._outputs.clear()
 
 
 class _Tap:
     """The hook itself; copied along with its module, it does nothing."""
 
     def __init__(self, taps: Taps, point: TapPoint, module: nn.Module) -> None:
-        self.taps, self.place, self.module = taps, point, module
+        self.taps, self.point, self.module = taps, point, module
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if module is self.module:
-            self.taps.read(self.place, module, args, kwargs, output)
+            self.taps.read(self.point, module, args, kwargs, output)
 
     def __deepcopy__(self, memo: Any) -> Callable[..., None]:
         return _nothing
@@ -144,53 +146,53 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
     """Be a hook that does nothing."""
 
 
-def features(model: nn.Module, found: View, layers: Layers) -> list[TapPoint]:
+def features(model: nn.Module, structure: View, layers: Layers) -> list[TapPoint]:
     """Return the places of layers: "block" (all), "last" (block), "head" (the classifier's input),
     numbers of blocks, paths."""
     chosen: dict[TapPoint, None] = {}
-    whole = [
+    per_sample = [
         b
-        for b in found.blocks
-        if b in found.layouts and found.layouts[b].output[0] == len(found.example)
+        for b in structure.blocks
+        if b in structure.layouts and structure.layouts[b].output[0] == len(structure.example)
     ]
     for layer in layers if isinstance(layers, tuple) else (layers,):
         if layer == "head":
-            if not found.heads:
+            if not structure.heads:
                 raise BadInput(
                     f"{type(model).__name__} shows no classifier, so there is no 'head' to read "
                     "before; name a layer"
                 )
-            chosen[TapPoint(found.heads[0], "input")] = None
+            chosen[TapPoint(structure.heads[0], "input")] = None
         else:
-            for path in _paths(model, layer, whole, "block"):
-                laid = found.layouts.get(path)
-                behind = found.prefix_position == "behind"
+            for path in _paths(model, layer, per_sample, "block"):
+                layout = structure.layouts.get(path)
+                behind = structure.prefix_position == "behind"
                 chosen[
                     TapPoint(
                         path,
                         "output",
-                        laid.channels if laid else 0,
-                        found.prefix_tokens,
+                        layout.channels if layout else 0,
+                        structure.prefix_tokens,
                         behind=behind,
                     )
                 ] = None
-    return _measured(model, found, list(chosen))
+    return _measured(model, structure, list(chosen))
 
 
 def attentions(
-    model: nn.Module, found: View, layers: Layers
+    model: nn.Module, structure: View, layers: Layers
 ) -> list[tuple[Attention, dict[str, TapPoint]]]:
     """Return attentions with the places of their queries, keys and values. Raises BadInput where
     they cannot be read."""
     what = type(model).__name__
-    if not found.attention:
+    if not structure.attention:
         raise BadInput(f"relations of tokens are read off attention, and {what} has none")
-    if "windowed" in found.flags:
+    if "windowed" in structure.flags:
         raise BadInput(
             f"{what} attends in windows, whose relations another model has not; distil features "
             "instead"
         )
-    at = {a.path: a for a in found.attention}
+    at = {a.path: a for a in structure.attention}
     out = []
     for layer in layers if isinstance(layers, tuple) else (layers,):
         for path in _paths(model, layer, tuple(at), "attention"):
@@ -217,12 +219,12 @@ def attentions(
                     f"'{path}' of {what} does not show its queries, keys and values; name another "
                     "attention"
                 )
-            behind = found.prefix_position == "behind"
-            places = [
-                TapPoint(str(p), n, -1, found.prefix_tokens, bool(one.qkv), behind=behind)
+            behind = structure.prefix_position == "behind"
+            points = [
+                TapPoint(str(p), n, -1, structure.prefix_tokens, bool(one.qkv), behind=behind)
                 for n, p in paths.items()
             ]
-            out.append((one, {p.part: p for p in _measured(model, found, places)}))
+            out.append((one, {p.part: p for p in _measured(model, structure, points)}))
     return out
 
 
@@ -252,34 +254,34 @@ def _paths(model: nn.Module, layer: str | int, row: Sequence[str], what: str) ->
     return [layer]
 
 
-def _measured(model: nn.Module, found: View, places: Sequence[TapPoint]) -> list[TapPoint]:
+def _measured(model: nn.Module, structure: View, points: Sequence[TapPoint]) -> list[TapPoint]:
     """Return the places with axis and number of their channels, as one forward on the view's
     example shows them."""
-    taps = Taps(model, places)
+    taps = Taps(model, points)
     try:
         with probing(model):
-            model(found.example)
-        seen = {key: tuple(t.shape) for key, t in taps.take().items()}
+            model(structure.example)
+        shapes = {key: tuple(t.shape) for key, t in taps.take().items()}
     finally:
         taps.remove()
     out = []
-    for place in places:
-        shape = seen[place.key]
-        if len(shape) not in (2, 3, 4) or shape[0] != len(found.example):
+    for point in points:
+        shape = shapes[point.key]
+        if len(shape) not in (2, 3, 4) or shape[0] != len(structure.example):
             raise BadInput(
-                f"'{place.key}' of {type(model).__name__} gives {shape} for one image: neither a "
+                f"'{point.key}' of {type(model).__name__} gives {shape} for one image: neither a "
                 "map, nor tokens, nor a "
                 "vector of its own; name another layer"
             )
-        axis = place.channels or (1 if len(shape) == 4 else -1)
-        prefix = place.prefix if len(shape) == 3 else 0
+        axis = point.channels or (1 if len(shape) == 4 else -1)
+        prefix = point.prefix if len(shape) == 3 else 0
         out.append(
             replace(
-                place,
+                point,
                 channels=axis,
                 prefix=prefix,
                 width=shape[axis],
-                behind=place.behind and prefix > 0,
+                behind=point.behind and prefix > 0,
             )
         )
     return out

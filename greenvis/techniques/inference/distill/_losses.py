@@ -297,11 +297,11 @@ class Comparison:
                 [m[..., :count].permute(0, 3, 1, 2).flatten(0, 1)[..., None] for m in pair]
                 for pair in prefixes.values()
             ]
-            places = [of.on_one_grid(s[n], t[n])[0][0, 0].numel() for n in s]
+            sizes = [of.on_one_grid(s[n], t[n])[0][0, 0].numel() for n in s]
             apart = fused([a for a, _ in single], [b for _, b in single])
             terms = [
                 (a * n + b * count) / (n + count)
-                for a, b, n in zip(terms, apart, places, strict=True)
+                for a, b, n in zip(terms, apart, sizes, strict=True)
             ]
         return _sum(terms)
 
@@ -322,14 +322,14 @@ class Comparison:
 
 
 def compare(
-    loss: Loss, student: nn.Module, its: View, teacher: nn.Module, theirs: View
+    loss: Loss, student: nn.Module, student_view: View, teacher: nn.Module, teacher_view: View
 ) -> Comparison:
     """Choose the layers of both. Of unequal numbers the longer row is thinned evenly, its last
     stays. Raises BadInput."""
-    wanted = loss.layers if loss.layers is not None else DEFAULT_LAYERS.get(loss.kind, "last")
-    other = loss.teacher_layers if loss.teacher_layers is not None else wanted
+    layers = loss.layers if loss.layers is not None else DEFAULT_LAYERS.get(loss.kind, "last")
+    other = loss.teacher_layers if loss.teacher_layers is not None else layers
     if loss.kind == "minilm":
-        s, t = attentions(student, its, wanted), attentions(teacher, theirs, other)
+        s, t = attentions(student, student_view, layers), attentions(teacher, teacher_view, other)
         count = min(len(s), len(t))
         s, t = thinned(s, count), thinned(t, count)
         used = "".join(loss.relations)
@@ -350,7 +350,7 @@ def compare(
                 "give other `heads`"
             )
         return Comparison(loss, mine, yours, heads)
-    s, t = features(student, its, wanted), features(teacher, theirs, other)
+    s, t = features(student, student_view, layers), features(teacher, teacher_view, other)
     count = min(len(s), len(t))
     mine, yours = ({str(i): p for i, p in enumerate(thinned(row, count))} for row in (s, t))
     return Comparison(loss, mine, yours)

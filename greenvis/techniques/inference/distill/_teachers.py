@@ -17,15 +17,22 @@ from greenvis.techniques.inference.distill._frozen_teacher import ANSWER
 
 
 def compared_rows(
-    student: Tensor, told: Mapping[str, dict[str, Tensor]], y: Any
+    student: Tensor, teacher_outputs: Mapping[str, dict[str, Tensor]], y: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the student's answers as rows, one per image or pixel, and their class numbers, where
-    labels are given.
+    """Return answers as rows, one per image or pixel.
 
-    told: each teacher's outputs, whose answers become rows, too. Raises GreenvisError for another
-    shape.
+    Args:
+        student: its answers.
+        teacher_outputs: each teacher's outputs, whose answers become rows, too.
+        y: labels, or None.
+
+    Returns:
+        The student's rows, and their class numbers where labels are known.
+
+    Raises:
+        GreenvisError: where a teacher's answers have another shape than the student's.
     """
-    for outputs in told.values():
+    for outputs in teacher_outputs.values():
         if outputs[ANSWER].shape != student.shape:
             raise GreenvisError(
                 f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's "
@@ -84,13 +91,15 @@ def conflict(student_logits: Tensor, logits: Tensor, temperature: float) -> dict
     """
     log_answers = F.log_softmax(logits / temperature, dim=-1)
     pulls = F.softmax(student_logits / temperature, dim=-1) - log_answers.exp()
-    found: dict[str, list[Tensor]] = {"disagreement": [], "kl": [], "cosine": []}
+    measures: dict[str, list[Tensor]] = {"disagreement": [], "kl": [], "cosine": []}
     for a, b in combinations(range(len(logits)), 2):
         p, q = log_answers[a], log_answers[b]
-        found["disagreement"].append((logits[a].argmax(-1) != logits[b].argmax(-1)).float().mean())
-        found["kl"].append(((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2)
-        found["cosine"].append(F.cosine_similarity(pulls[a], pulls[b], dim=-1).mean())
-    return {name: torch.stack(values).mean() for name, values in found.items()}
+        measures["disagreement"].append(
+            (logits[a].argmax(-1) != logits[b].argmax(-1)).float().mean()
+        )
+        measures["kl"].append(((p.exp() - q.exp()) * (p - q)).sum(-1).mean() / 2)
+        measures["cosine"].append(F.cosine_similarity(pulls[a], pulls[b], dim=-1).mean())
+    return {name: torch.stack(values).mean() for name, values in measures.items()}
 
 
 class Conflicts:
@@ -128,12 +137,14 @@ def weights_of(
     how: "fixed", "agreement", "confidence" or "learned" (softmax of `learned`, one number a
     teacher).
     """
-    given = torch.tensor(list(prior), dtype=logits.dtype, device=logits.device)
-    given = given / given.sum()
+    prior_weights = torch.tensor(list(prior), dtype=logits.dtype, device=logits.device)
+    prior_weights = prior_weights / prior_weights.sum()
     rules: Mapping[str, Callable[[], Tensor]] = {
-        "fixed": lambda: given[:, None].expand(logits.shape[:2]),
-        "agreement": lambda: by_agreement(F.log_softmax(logits / temperature, dim=-1), given),
-        "confidence": lambda: by_confidence(logits, _needed(target), given),
+        "fixed": lambda: prior_weights[:, None].expand(logits.shape[:2]),
+        "agreement": lambda: by_agreement(
+            F.log_softmax(logits / temperature, dim=-1), prior_weights
+        ),
+        "confidence": lambda: by_confidence(logits, _needed(target), prior_weights),
         "learned": lambda: _needed(learned).to(logits).softmax(0)[:, None].expand(logits.shape[:2]),
     }
     return rules[how]()

@@ -212,13 +212,13 @@ class Distill(Technique):
         modules = {name: built(name, t.model, model) for name, t in self._all().items()}
         on_features = [loss for loss in self.losses if not loss.on_answers]
         token = any(loss.kind == "token" for loss in self.losses)
-        found = view(model, self.input_shape, probe=False) if on_features or token else None
-        if token and (found is None or len(found.heads) != 2):
+        structure = view(model, self.input_shape, probe=False) if on_features or token else None
+        if token and (structure is None or len(structure.heads) != 2):
             raise BadInput(
                 f"{type(model).__name__} has no distillation token with a classifier of its own; "
                 "timm's deit_*_distilled_* have"
             )
-        seen = {
+        teacher_views = {
             n: self._teacher_view(m)
             for n, m in modules.items()
             if any(loss.teacher in (n, None) for loss in on_features)
@@ -228,12 +228,12 @@ class Distill(Technique):
             name = loss.teacher or next(iter(modules))
             pair = None
             if not loss.on_answers:
-                assert found is not None
-                pair = compare(loss, model, found, modules[name], seen[name])
+                assert structure is not None
+                pair = compare(loss, model, structure, modules[name], teacher_views[name])
             compared.append((name, pair))
         live = InstalledDistill(self, modules, compared, model)
-        if token and found is not None:
-            live.hear(model, found.heads)
+        if token and structure is not None:
+            live.hear(model, structure.heads)
         return live
 
     def _teacher_view(self, module: nn.Module) -> Any:
@@ -258,8 +258,10 @@ class InstalledDistill(Installed):
         super().__init__()
         self.request = request
         self.epoch = self.steps = 0
-        keep = CacheOptions.model_validate({}) if request.cache is True else request.cache or None
-        options = (request.precision, request.compile, keep, lambda text: self.note(text))
+        cache_options = (
+            CacheOptions.model_validate({}) if request.cache is True else request.cache or None
+        )
+        options = (request.precision, request.compile, cache_options, lambda text: self.note(text))
         names = {
             n: any(loss.on_answers and loss.teacher in (n, None) for loss in request.losses)
             for n in modules
@@ -318,7 +320,7 @@ class InstalledDistill(Installed):
                       "or another technique changes the batch")  # fmt: skip
         with self.phase("teacher"):
             answers = self.request._answers
-            told = {
+            teacher_outputs = {
                 n: t.outputs(x, self._points[n], self.samples, answers)
                 for n, t in self.teachers.items()
             }
@@ -329,9 +331,9 @@ class InstalledDistill(Installed):
                 loss.reads_labels for loss in self.request.losses
             ) or self.request.combine in ("confidence", "learned")
             student, target = teaching.compared_rows(
-                logits_of(logits).float(), told, y if reads else None
+                logits_of(logits).float(), teacher_outputs, y if reads else None
             )
-            logits = torch.stack([outputs[ANSWER].float() for outputs in told.values()])
+            logits = torch.stack([outputs[ANSWER].float() for outputs in teacher_outputs.values()])
             self._conflicts.add(student, logits, self.request.temperature)
             out.update(self._learn_weights(logits, target))
         for i, (loss, (name, comparison)) in enumerate(self._compared):
@@ -339,12 +341,15 @@ class InstalledDistill(Installed):
                 temperature = loss.temperature or self.request.temperature
                 whose = heads[1].float() if loss.kind == "token" else student
                 value = loss.answer(
-                    whose, self._together(loss, told, target, temperature), target, temperature
+                    whose,
+                    self._together(loss, teacher_outputs, target, temperature),
+                    target,
+                    temperature,
                 )
             else:
                 value = comparison.value(
                     own,
-                    told[name],
+                    teacher_outputs[name],
                     x.shape[-2] / x.shape[-1],
                     getattr(self._projections, str(i), None),
                 )
@@ -371,7 +376,7 @@ class InstalledDistill(Installed):
     def facts(self) -> Mapping[str, Any]:
         """Return what caches did, and epoch by epoch how much teachers contradict each other
         (`_teachers.conflict`)."""
-        kept = [fact for t in self.teachers.values() for fact in t.facts()]
+        caches = [fact for t in self.teachers.values() for fact in t.facts()]
         learned = getattr(self._projections, "teachers", None)
         weights = (
             {}
@@ -379,12 +384,12 @@ class InstalledDistill(Installed):
             else dict(zip(self.teachers, learned.detach().softmax(0).tolist(), strict=True))
         )
         shown = {n: t.shown.fact for n, t in self.teachers.items() if t.shown.fact}
-        found = {
-            "distill_cache": kept, "distill_conflict": self._conflicts.history,
+        facts = {
+            "distill_cache": caches, "distill_conflict": self._conflicts.history,
             "distill_teachers": weights,
             "distill_images": shown,
         }  # fmt: skip
-        return {name: value for name, value in found.items() if value}
+        return {name: value for name, value in facts.items() if value}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return how far it has come, and the weights of a teacher that is the student's own
@@ -452,11 +457,15 @@ class InstalledDistill(Installed):
         return weighted
 
     def _together(
-        self, loss: Loss, told: Mapping[str, Mapping[str, Tensor]], target: Any, temperature: float
+        self,
+        loss: Loss,
+        teacher_outputs: Mapping[str, Mapping[str, Tensor]],
+        target: Any,
+        temperature: float,
     ) -> Tensor:
         """Return the logarithms of what the teachers answer together, softened, (rows, classes)."""
-        names = [loss.teacher] if loss.teacher else list(told)
-        logits = torch.stack([told[n][ANSWER].float() for n in names])
+        names = [loss.teacher] if loss.teacher else list(teacher_outputs)
+        logits = torch.stack([teacher_outputs[n][ANSWER].float() for n in names])
         if len(names) == 1:
             return F.log_softmax(logits[0] / temperature, dim=-1)
         prior = [t.weight for t in self.request._all().values()]

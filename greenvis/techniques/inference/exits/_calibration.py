@@ -80,7 +80,7 @@ def choose(
     propose, decide = order[: len(order) // 2], order[len(order) // 2 :]
     sure = _confidence.confidences(logits, criterion)
     right = logits.argmax(-1) == targets
-    held = _Held(
+    held_out = _HeldOut(
         sure[:, decide],
         right[:, decide],
         torch.as_tensor(costs, dtype=torch.float64),
@@ -88,23 +88,25 @@ def choose(
         confidence,
     )
     if budget is not None:
-        tried = _for_budget(sure[:, propose], held.costs, budget, criterion)
-        judged = [held.judge(thresholds, {"budget": budget}, False) for thresholds in tried]
-        found = next((j for j in judged if j.cost <= budget), judged[-1])
-        return replace(found, met=found.cost <= budget * CLOSE)
+        tried = _for_budget(sure[:, propose], held_out.costs, budget, criterion)
+        judged = [held_out.judge(thresholds, {"budget": budget}, False) for thresholds in tried]
+        candidate = next((j for j in judged if j.cost <= budget), judged[-1])
+        return replace(candidate, met=candidate.cost <= budget * CLOSE)
     assert target_drop is not None
     never = (_confidence.NEVER,) * (len(logits) - 1)
-    best = held.judge(never, {"target_drop": target_drop}, True)
+    best = held_out.judge(never, {"target_drop": target_drop}, True)
     for threshold in _confidence.common_thresholds(sure[:, propose], criterion):
-        found = held.judge((threshold,) * (len(logits) - 1), {"target_drop": target_drop}, True)
-        if found.drop_upper > target_drop:
+        candidate = held_out.judge(
+            (threshold,) * (len(logits) - 1), {"target_drop": target_drop}, True
+        )
+        if candidate.drop_upper > target_drop:
             break
-        best = found
+        best = candidate
     return best
 
 
 @dataclass(frozen=True)
-class _Held:
+class _HeldOut:
     """The deciding half. sure, right: (exits, samples)."""
 
     sure: Tensor
@@ -118,8 +120,8 @@ class _Held:
     ) -> Calibration:
         """Say what thresholds do to these samples."""
         at = _confidence.leaves_at(self.sure, (*thresholds, _confidence.ALWAYS))
-        early, whole = self.right.gather(0, at[None])[0], self.right[-1]
-        lost, gained, samples = int((whole & ~early).sum()), int((early & ~whole).sum()), len(at)
+        early, full = self.right.gather(0, at[None])[0], self.right[-1]
+        lost, gained, samples = int((full & ~early).sum()), int((early & ~full).sum()), len(at)
         nobody = bool(
             (at == len(self.costs) - 1).all()
         )  # then nothing can be lost, here or elsewhere, with thresholds of never
@@ -128,7 +130,7 @@ class _Held:
             self.criterion, thresholds, tuple((torch.bincount(at,
             minlength=len(self.costs)) / samples).tolist()),
             float(self.costs[at].mean() / self.costs[-1]), float(early.float().mean()),
-            float(whole.float().mean()),
+            float(full.float().mean()),
             (lost - gained) / samples, 0.0 if never else _confidence.drop_bound(lost, gained,
             samples, self.confidence),
             self.confidence, samples, asked, met,

@@ -106,10 +106,10 @@ def budget_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:
     thresholds = torch.full((exits,), -ALWAYS, dtype=confidence.dtype)
     still = torch.ones(samples, dtype=torch.bool)
     for k in range(exits - 1):
-        wanted = math.floor(samples * float(shares[k]))
+        quota = math.floor(samples * float(shares[k]))
         left = confidence[k][still]
-        if 0 < wanted <= len(left):
-            thresholds[k] = left.topk(wanted).values[-1]
+        if 0 < quota <= len(left):
+            thresholds[k] = left.topk(quota).values[-1]
         still &= confidence[k] < thresholds[k]
     thresholds[-1] = ALWAYS
     return thresholds

@@ -43,56 +43,62 @@ def find_placement(
 ) -> Placement:
     """Return the places that `at` names. Raises BadInput, with what there is instead."""
     what = type(model).__name__
-    found = view(model, shape, probe=False)
-    seen = trace(model, found.example)
-    logits = logits_of(seen.output)
-    if logits.dim() != 2 or len(logits) != len(found.example) or logits.shape[1] < 2:
+    structure = view(model, shape, probe=False)
+    traced = trace(model, structure.example)
+    logits = logits_of(traced.output)
+    if logits.dim() != 2 or len(logits) != len(structure.example) or logits.shape[1] < 2:
         raise BadInput(
             f"exits answer with (batch, classes), two or more, and {what} gives "
             f"{tuple(logits.shape)}"
         )
     named = [p for p in at if isinstance(p, str)]
     for path in named:
-        if path not in seen.executed or not path:
+        if path not in traced.executed or not path:
             raise BadInput(
                 f"at names '{path}', but {what} runs no such "
-                f"module{nearest(path, found.blocks or seen.executed)}"
+                f"module{nearest(path, structure.blocks or traced.executed)}"
             )
-    within = [p for p in seen.executed if p and "." not in p]
-    laid = layouts(seen, dict.fromkeys([*found.blocks, *within, *named]))
+    within = [p for p in traced.executed if p and "." not in p]
+    layout_of = layouts(traced, dict.fromkeys([*structure.blocks, *within, *named]))
     for path in named:
-        if why := _why_not(model, seen, laid, path):
+        if why := _why_not(model, traced, layout_of, path):
             raise BadInput(f"no exit can stand behind '{path}' of {what}: {why}")
-    there = [p for p in found.blocks if not _why_not(model, seen, laid, p)]
-    if not there:
-        there = [p for p in within if p not in found.heads and not _why_not(model, seen, laid, p)]
-        there = [p for p, why in _one_leaves(model, found.example, there) if not why]
-    spent = _spent(model, found.example, [*there, *named])
-    chosen = {*named, *(_by_number(there, n, what) for n in at if isinstance(n, int))}
-    chosen |= {_by_share(there, spent, s, what) for s in at if isinstance(s, float)}
+    candidates = [p for p in structure.blocks if not _why_not(model, traced, layout_of, p)]
+    if not candidates:
+        candidates = [
+            p
+            for p in within
+            if p not in structure.heads and not _why_not(model, traced, layout_of, p)
+        ]
+        candidates = [p for p, why in _one_leaves(model, structure.example, candidates) if not why]
+    spent = _spent(model, structure.example, [*candidates, *named])
+    chosen = {*named, *(_by_number(candidates, n, what) for n in at if isinstance(n, int))}
+    chosen |= {_by_share(candidates, spent, s, what) for s in at if isinstance(s, float)}
     paths = tuple(p for p in spent if p in chosen)
-    for path, why in _one_leaves(model, found.example, paths):
+    for path, why in _one_leaves(model, structure.example, paths):
         if why:
             raise BadInput(
                 f"samples cannot leave {what} behind '{path}': {why}; choose another place"
             )
-    return Placement(paths, tuple(laid[p] for p in paths), found, logits.shape[1], spent[""])
+    return Placement(
+        paths, tuple(layout_of[p] for p in paths), structure, logits.shape[1], spent[""]
+    )
 
 
-def _by_number(there: list[str], number: int, what: str) -> str:
-    if not 1 <= number <= len(there):
+def _by_number(candidates: list[str], number: int, what: str) -> str:
+    if not 1 <= number <= len(candidates):
         raise BadInput(
-            f"at names block {number}, but samples can leave {what} after {len(there)} blocks: "
-            f"give 1 to {len(there)}"
+            f"at names block {number}, but samples can leave {what} after {len(candidates)} "
+            f"blocks: give 1 to {len(candidates)}"
         )
-    return there[number - 1]
+    return candidates[number - 1]
 
 
-def _by_share(there: list[str], spent: dict[str, float], share: float, what: str) -> str:
+def _by_share(candidates: list[str], spent: dict[str, float], share: float, what: str) -> str:
     if not 0 < share < 1:
         raise BadInput(f"at has the share {share}: a share of the MACs lies between 0 and 1")
     before = [
-        p for p in there if spent[p] < 0.97 * spent[""]
+        p for p in candidates if spent[p] < 0.97 * spent[""]
     ]  # an exit behind the last block saves nothing
     if not before:
         raise BadInput(
@@ -102,17 +108,17 @@ def _by_share(there: list[str], spent: dict[str, float], share: float, what: str
     return min(before, key=lambda p: abs(spent[p] / spent[""] - share))
 
 
-def _why_not(model: nn.Module, seen: Trace, laid: dict[str, Layout], path: str) -> str:
+def _why_not(model: nn.Module, traced: Trace, layout_of: dict[str, Layout], path: str) -> str:
     """Say why no exit can stand behind `path`, "" where one can."""
-    runs = seen.runs.get(path, [])
+    runs = traced.runs.get(path, [])
     if len(runs) != 1:
         return f"it runs {len(runs)} times in a forward"
-    if path not in laid:
+    if path not in layout_of:
         return "it does not give one tensor"
-    if laid[path].output[0] != seen.input_shape[0]:
-        return f"what it gives, {laid[path].output}, is not laid out by sample"
-    if len(laid[path].output) > 4:
-        return f"it gives {len(laid[path].output)} axes"
+    if layout_of[path].output[0] != traced.input_shape[0]:
+        return f"what it gives, {layout_of[path].output}, is not laid out by sample"
+    if len(layout_of[path].output) > 4:
+        return f"it gives {len(layout_of[path].output)} axes"
     return (
         ""
         if seat(model, path) is not None
@@ -131,8 +137,8 @@ def _one_leaves(
     one, stay = example[:1], torch.tensor([0, 2], device=example.device)
     images = torch.cat([one, 1 - one.flip(-1), one.roll(one.shape[-2] // 3, -2)])
     with probing(model):
-        whole = logits_of(model(images)).float()
-        apart, fine = (whole - whole.mean(0)).abs().max(), images.dtype.itemsize >= 4
+        full = logits_of(model(images)).float()
+        apart, fine = (full - full.mean(0)).abs().max(), images.dtype.itemsize >= 4
         for path in paths:
             hook = model.get_submodule(path).register_forward_hook(partial(_thinned, model, stay))
             try:
@@ -146,10 +152,8 @@ def _one_leaves(
                 continue
             finally:
                 hook.remove()
-            limit = (1e-2 if fine else 0.2) * apart + (1e-5 if fine else 1e-2) * whole.abs().max()
-            same = rest.shape == whole[stay].shape and bool(
-                (rest - whole[stay]).abs().max() <= limit
-            )
+            limit = (1e-2 if fine else 0.2) * apart + (1e-5 if fine else 1e-2) * full.abs().max()
+            same = rest.shape == full[stay].shape and bool((rest - full[stay]).abs().max() <= limit)
             yield (
                 path,
                 ""
@@ -189,21 +193,21 @@ def _counting() -> Iterator[FlopCounterMode]:
         yield mode
 
 
-def pooling(model: nn.Module, found: View) -> str:
+def pooling(model: nn.Module, structure: View) -> str:
     """Return what the model's own classifier reads of the tokens: "token" where that is the class
     token alone, else "mean"."""
-    if not found.prefix_tokens or not found.blocks:
+    if not structure.prefix_tokens or not structure.blocks:
         return "mean"
-    return "mean" if patches_matter(model, found, found.blocks[-1]) else "token"
+    return "mean" if patches_matter(model, structure, structure.blocks[-1]) else "token"
 
 
-def attach_exits(exits: Exits, found: Placement, pool: str) -> None:
+def attach_exits(exits: Exits, placement: Placement, pool: str) -> None:
     """Build the heads from the shapes traced and put each behind its place."""
     model = exits.model
-    for path, layout in zip(found.paths, found.layouts, strict=True):
+    for path, layout in zip(placement.paths, placement.layouts, strict=True):
         home = seat(model, path)
         assert home is not None
-        prefix = found.view.prefix_tokens if len(layout.output) == 3 else 0
+        prefix = placement.view.prefix_tokens if len(layout.output) == 3 else 0
         kind = pool if prefix else "mean"
         if pool in ("token", "both") and not prefix:
             raise BadInput(
@@ -217,18 +221,18 @@ def attach_exits(exits: Exits, found: Placement, pool: str) -> None:
             torch.empty(0),
         )
         head = ExitHead(
-            layout.width, found.classes, layout.channels, prefix, kind, device=weight.device,
+            layout.width, placement.classes, layout.channels, prefix, kind, device=weight.device,
             dtype=weight.dtype
         )  # fmt: skip
         exits.attach(path, home, CHILD, head)
 
 
-def try_out(exits: Exits, outer: Outer, found: Placement) -> list[float]:
+def try_out(exits: Exits, outer: Outer, placement: Placement) -> list[float]:
     """Run every exit once, note the types of the model's answers, and return MACs an image until
     each exit and in all."""
-    model, one = exits.model, found.view.example[:1]
+    model, one = exits.model, placement.view.example[:1]
     costs: list[float] = []
-    with probing(model), _counting() as mode, exits.record() as seen:
+    with probing(model), _counting() as mode, exits.record() as recorded:
         hooks = [
             h.register_forward_hook(lambda m, a, o: costs.append(mode.get_total_flops() / 2))
             for h in exits.heads
@@ -239,5 +243,5 @@ def try_out(exits: Exits, outer: Outer, found: Placement) -> list[float]:
             for hook in hooks:
                 hook.remove()
         costs.append(mode.get_total_flops() / 2)
-        exits.dtype = seen[-1].dtype if seen[0].dtype != seen[-1].dtype else None
+        exits.dtype = recorded[-1].dtype if recorded[0].dtype != recorded[-1].dtype else None
     return costs

@@ -37,7 +37,7 @@ class Waiting:
 
     def number(self, k: int) -> int:
         """Return how many wait behind exit k."""
-        return sum(len(its.rows) for its, _ in self.waiting[k])
+        return sum(len(queued.rows) for queued, _ in self.waiting[k])
 
     def exchange(self, k: int, now: Pass, output: Any) -> Any:
         """Take in the samples of this forward; where there are enough, return what the block gave
@@ -57,32 +57,32 @@ class Waiting:
         """Let those who have waited longest behind exit k, a batch at most, be the samples of this
         forward."""
         queue = self.waiting[k]
-        sizes = [len(its.rows) for its, _ in queue]
+        sizes = [len(queued.rows) for queued, _ in queue]
         output, rows = (
             joined([o for _, o in queue], sizes),
-            torch.cat([its.rows for its, _ in queue]),
+            torch.cat([queued.rows for queued, _ in queue]),
         )
-        its = Pass(
+        merged = Pass(
             now.mode,
             rows,
-            before=_joined(its.before for its, _ in queue),
-            count=_joined(its.count for its, _ in queue),
+            before=_joined(queued.before for queued, _ in queue),
+            count=_joined(queued.count for queued, _ in queue),
         )
         queue.clear()
-        total, places = len(rows), torch.arange(len(rows), device=rows.device)
+        total, index = len(rows), torch.arange(len(rows), device=rows.device)
         if total > self.size:
-            rest = replace(its)
-            rest.select(places[self.size :])
-            queue.append((rest, rows_of(output, places[self.size :], total)))
-            its.select(places[: self.size])
-            output = rows_of(output, places[: self.size], total)
-        now.rows, now.before, now.count, now.since = its.rows, its.before, its.count, None
+            rest = replace(merged)
+            rest.select(index[self.size :])
+            queue.append((rest, rows_of(output, index[self.size :], total)))
+            merged.select(index[: self.size])
+            output = rows_of(output, index[: self.size], total)
+        now.rows, now.before, now.count, now.since = merged.rows, merged.before, merged.count, None
         return output
 
 
 def _joined(parts: Iterable[Tensor | None]) -> Tensor | None:
-    there = [p for p in parts if p is not None]
-    return torch.cat(there) if there else None
+    present = [p for p in parts if p is not None]
+    return torch.cat(present) if present else None
 
 
 class _Answers:
@@ -91,31 +91,31 @@ class _Answers:
     def __init__(self) -> None:
         self.first = 0  # number of the first sample held
         self.logits = torch.empty(0)
-        self.there = torch.zeros(0, dtype=torch.bool)
+        self.answered = torch.zeros(0, dtype=torch.bool)
         self.batches: list[int] = []
 
     def expect(self, size: int) -> None:
         self.batches.append(size)
-        self.there = torch.cat([self.there, torch.zeros(size, dtype=torch.bool)])
+        self.answered = torch.cat([self.answered, torch.zeros(size, dtype=torch.bool)])
 
     def take(self, rows: Tensor, logits: Tensor) -> None:
         at = rows - self.first
         known = self.logits if len(self.logits) else logits[:0]
         self.logits = torch.cat(
-            [known, known.new_empty(len(self.there) - len(known), *logits.shape[1:])]
+            [known, known.new_empty(len(self.answered) - len(known), *logits.shape[1:])]
         )
         self.logits[at] = logits.to(self.logits.dtype)
-        self.there[at.cpu()] = True
+        self.answered[at.cpu()] = True
 
-    def whole(self) -> Iterator[Tensor]:
+    def completed(self) -> Iterator[Tensor]:
         """Yield the batches that are answered, the first that is not ending it."""
-        while self.batches and bool(self.there[: self.batches[0]].all()):
+        while self.batches and bool(self.answered[: self.batches[0]].all()):
             size = self.batches.pop(0)
             self.first += size
-            done, self.logits, self.there = (
+            done, self.logits, self.answered = (
                 self.logits[:size],
                 self.logits[size:],
-                self.there[size:],
+                self.answered[size:],
             )
             yield done
 
@@ -139,10 +139,10 @@ def answer(exits: Exits, batches: Iterable[Tensor], size: int | None) -> Iterato
         start += len(x)
         if one is not None:
             _go_on(exits, one, waiting, waiting.size, answers)
-        yield from answers.whole()
+        yield from answers.completed()
     if one is not None:
         _go_on(exits, one, waiting, 1, answers)
-    yield from answers.whole()
+    yield from answers.completed()
 
 
 def _go_on(exits: Exits, one: Tensor, waiting: Waiting, enough: int, answers: _Answers) -> None:

@@ -28,11 +28,11 @@ class Blank(nn.Module):
     """Stands where nothing is computed any more: gives zeros of the shape that was given there,
     which export leaves out."""
 
-    def __init__(self, taken: Tensor, given: Any) -> None:
+    def __init__(self, taken: Tensor, output: Any) -> None:
         super().__init__()
         self.rows = len(taken)
-        self.shapes = [(tuple(t.shape), t.dtype) for t in tensors_in(given)]
-        self.single = isinstance(given, Tensor)
+        self.shapes = [(tuple(t.shape), t.dtype) for t in tensors_in(output)]
+        self.single = isinstance(output, Tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return zeros for the batch there is now."""
@@ -50,18 +50,18 @@ def drop_unused(model: nn.Module, exits: Exits, example: Tensor) -> None:
     only = exits.only
     exits.only = None
     with exits.record():
-        whole = _executed(model, example)
+        full = _executed(model, example)
     exits.only = only
     stopped = _executed(model, example)
     blanks: dict[nn.Module, nn.Module] = {}
     for parent in [*model.modules()]:
         for name, child in parent._modules.items():
             if (
-                child in whole
+                child in full
                 and child not in stopped
-                and all(isinstance(t, Tensor) for t in _parts(whole[child][1]))
+                and all(isinstance(t, Tensor) for t in _parts(full[child][1]))
             ):
-                parent._modules[name] = blanks.setdefault(child, Blank(*whole[child]))
+                parent._modules[name] = blanks.setdefault(child, Blank(*full[child]))
     exits.heads[:] = [
         head if k == only else nn.Identity().eval() for k, head in enumerate(exits.heads)
     ]
@@ -73,12 +73,12 @@ def _parts(output: Any) -> tuple[Any, ...]:
 
 def _executed(model: nn.Module, example: Tensor) -> dict[nn.Module, tuple[Tensor, Any]]:
     """Return the modules that run, each with its first tensor in, and what it gave."""
-    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+    executed: dict[nn.Module, tuple[Tensor, Any]] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         taken = next(tensors_in((args, kwargs)), None)
         if taken is not None:
-            seen[module] = (taken, output)
+            executed[module] = (taken, output)
 
     with probing(model):
         hooks = [
@@ -90,4 +90,4 @@ def _executed(model: nn.Module, example: Tensor) -> dict[nn.Module, tuple[Tensor
         finally:
             for hook in hooks:
                 hook.remove()
-    return seen
+    return executed

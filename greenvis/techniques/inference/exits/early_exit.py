@@ -123,28 +123,28 @@ class EarlyExit(Technique):
         answers."""
         if self.target_drop is not None and self.budget is not None:
             raise BadInput("early_exit takes target_drop or budget, not both")
-        found = _placement.find_placement(model, self.at, self.input_shape)
+        placement = _placement.find_placement(model, self.at, self.input_shape)
         for field, value in (("weights", self.weights), ("threshold", self.threshold)):
-            if isinstance(value, tuple) and len(value) != len(found.paths):
+            if isinstance(value, tuple) and len(value) != len(placement.paths):
                 raise BadInput(
                     f"early_exit: {field} has {len(value)} values, but there are "
-                    f"{len(found.paths)} exits"
+                    f"{len(placement.paths)} exits"
                 )
         exits = Exits(model, self.criterion, detach=self.base == "freeze")
-        pool = _placement.pooling(model, found.view) if self.pool == "auto" else self.pool
-        _placement.attach_exits(exits, found, pool)
+        pool = _placement.pooling(model, placement.view) if self.pool == "auto" else self.pool
+        _placement.attach_exits(exits, placement, pool)
         outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]  # the way in, and where answers meet
-        costs = _placement.try_out(exits, outer, found)
+        costs = _placement.try_out(exits, outer, placement)
         if self.threshold != "never":
-            given = (
+            thresholds = (
                 self.threshold
                 if isinstance(self.threshold, tuple)
-                else (self.threshold,) * len(found.paths)
+                else (self.threshold,) * len(placement.paths)
             )
-            exits.thresholds[:] = [float(t) for t in given]
+            exits.thresholds[:] = [float(t) for t in thresholds]
         if self.base == "freeze":
             freeze(model, but=[p for head in exits.heads for p in head.parameters()])
-        return InstalledEarlyExit(self, exits, found, costs)
+        return InstalledEarlyExit(self, exits, placement, costs)
 
 
 class InstalledEarlyExit(Installed):
@@ -155,12 +155,16 @@ class InstalledEarlyExit(Installed):
     """
 
     def __init__(
-        self, request: EarlyExit, exits: Exits, found: _placement.Placement, costs: list[float]
+        self, request: EarlyExit, exits: Exits, placement: _placement.Placement, costs: list[float]
     ) -> None:
         names = names_of(exits.model, (p for head in exits.heads for p in head.parameters()))
         super().__init__(names, freezes=request.base == "freeze")
         self.request, self.exits, self.costs = request, exits, costs
-        self.paths, self.example, self.macs = found.paths, found.view.example, found.macs
+        self.paths, self.example, self.macs = (
+            placement.paths,
+            placement.view.example,
+            placement.macs,
+        )
         self.calibrates = request.target_drop is not None or request.budget is not None
         self.calibration: Calibration | None = None
         self.unmergeable = (
@@ -175,17 +179,17 @@ class InstalledEarlyExit(Installed):
 
     @thresholds.setter
     def thresholds(self, values: Iterable[float]) -> None:
-        given = [float(v) for v in values]
-        if len(given) != len(self.paths):
+        thresholds = [float(v) for v in values]
+        if len(thresholds) != len(self.paths):
             raise BadInput(
-                f"{len(given)} thresholds for {len(self.paths)} exits: give one for each"
+                f"{len(thresholds)} thresholds for {len(self.paths)} exits: give one for each"
             )
-        self.exits.thresholds[:] = given
+        self.exits.thresholds[:] = thresholds
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"early_exit": Σ weight · (cross-entropy + distill · self-distillation)}."""
-        seen, self.exits.last_logits = self.exits.last_logits, None
-        if seen is None or (self.request.distill and logits is None):
+        exit_logits, self.exits.last_logits = self.exits.last_logits, None
+        if exit_logits is None or (self.request.distill and logits is None):
             raise GreenvisError(
                 "early_exit adds its loss to a forward of the model in training mode: call "
                 "model.train() and model(x)"
@@ -195,7 +199,9 @@ class InstalledEarlyExit(Installed):
                 f"early_exit learns from labels, one tensor (batch,), not {type(y).__name__}"
             )
         total = []
-        for weight, early in zip(self.request.weights or [1.0] * len(seen), seen, strict=True):
+        for weight, early in zip(
+            self.request.weights or [1.0] * len(exit_logits), exit_logits, strict=True
+        ):
             loss = F.cross_entropy(early, y)
             if self.request.distill:
                 loss = loss + self.request.distill * self_distillation(
@@ -278,10 +284,10 @@ class InstalledEarlyExit(Installed):
         the labels (samples,)."""
         model, rows, labels = self.exits.model, [], []
         device = next(iter(model.parameters())).device
-        with in_mode(model, False), torch.inference_mode(), self.exits.record() as seen:
+        with in_mode(model, False), torch.inference_mode(), self.exits.record() as recorded:
             for x, y, *_ in loader:
                 model(x.to(device))
-                rows.append(torch.stack([s.float().cpu() for s in seen]))
+                rows.append(torch.stack([s.float().cpu() for s in recorded]))
                 labels.append(y.cpu())
         if not rows:
             raise BadInput("calibrate was given no samples: pass a loader of held-out (x, y)")
@@ -299,37 +305,57 @@ def calibrate(
     """Choose the thresholds of `live` on held-out samples, set them, and return what they do
     (`choose` says how).
 
-    live: what `wrap` gave. loader: (x, y) that no training step has seen, and that are not the test
-    set. target_drop: accuracy that may be lost, 0 to 1, kept by an upper bound that holds with
-    `confidence`; where no threshold keeps it, nobody leaves and `drop_upper` is 0. budget: mean
-    MACs ÷ the whole model's. `live.save` keeps the thresholds. Of several processes all take what
-    the first one's samples say. Raises BadInput.
+    `live.save` keeps the thresholds. Of several processes all take what the first one's samples
+    say.
+
+    Args:
+        live: what `wrap` returned.
+        loader: batches (x, y) that no training step has seen, and that are not the test set.
+        target_drop: accuracy that may be lost, 0 to 1, kept by an upper bound that holds with
+            `confidence`; where no threshold keeps it, no sample leaves and `drop_upper` is 0.
+        budget: mean MACs per image, as a share of the full model's.
+        confidence: of the bound, 0 to 1.
+
+    Returns:
+        The thresholds, and the accuracy and MACs they give.
+
+    Raises:
+        BadInput: for a model without exits, for both goals or none, and for too few samples.
     """
     installed = _of(live)
     logits, targets = installed.logits(loader)
     refuse_task(EarlyExit.name, EarlyExit.tasks, EarlyExit.instead, task_of(logits[-1], targets))
     how: dict[str, Any] = {"target_drop": target_drop, "budget": budget, "confidence": confidence}
-    found = distributed.on_main(
+    calibration = distributed.on_main(
         lambda: choose(logits, targets, installed.costs, installed.request.criterion, **how)
     )
-    installed.thresholds = found.thresholds
-    installed.calibration = found
-    return found
+    installed.thresholds = calibration.thresholds
+    installed.calibration = calibration
+    return calibration
 
 
 def rebatched(live: Any, batches: Iterable[Tensor], size: int | None = None) -> Iterator[Tensor]:
     """Answer a stream of batches so that behind each exit samples of several batches go on
-    together, as one whole batch.
+    together, as one full batch.
 
-    batches: images (batch, channels, height, width) on the model's device. size: samples from which
-    a batch goes on behind an exit; the first batch's own where absent. Yields the logits (batch,
-    classes) of each batch in order, in inference mode,
-    once all its samples are answered: those of the last ones when `batches` ends. The answers are
-    those that the model gives batch by batch, up to rounding; up to `size` − 1 samples wait behind
-    each exit meanwhile. Saves energy where small batches use the machine less well, for answers
-    that come later (dynamic rebatching, DREX: Liu et al., 2025). What still waits at the end goes
-    on behind a forward of one image an exit. Raises BadInput where tokens merge or are pruned, too,
-    and GreenvisError in training mode.
+    Saves energy where small batches use the machine less well, for answers that come later (dynamic
+    rebatching, DREX: Liu et al., 2025). The answers are those that the model gives batch by batch,
+    up to rounding; up to `size` − 1 samples wait behind each exit meanwhile. What still waits at
+    the end goes on behind a forward of one image per exit.
+
+    Args:
+        live: what `wrap` returned.
+        batches: images (batch, channels, height, width) on the model's device.
+        size: samples from which a batch goes on behind an exit; None: as many as the first batch
+            has.
+
+    Returns:
+        An iterator over the logits (batch, classes) of each batch in order, in inference mode, each
+        once all its samples are answered: those of the last ones when `batches` ends.
+
+    Raises:
+        BadInput: where tokens merge or are pruned, too.
+        GreenvisError: in training mode.
     """
     installed = _of(live)
     if size is not None and size < 1:
@@ -340,11 +366,19 @@ def rebatched(live: Any, batches: Iterable[Tensor], size: int | None = None) -> 
 
 
 def export(live: Any, exit: int) -> nn.Module:
-    """Return a copy of the model that ends at this exit (1 is the first), static, in eval, without
-    what lies behind.
+    """Return a copy of the model that ends at this exit, static, without what lies behind.
 
-    It holds no decision on data: torch.export, torch.compile and ONNX take it whole. Raises
-    BadInput for an exit there is not.
+    It holds no decision on data: torch.export, torch.compile and ONNX take it whole.
+
+    Args:
+        live: what `wrap` returned.
+        exit: number of the exit, from 1.
+
+    Returns:
+        A module in eval mode: images (batch, channels, height, width) to logits (batch, classes).
+
+    Raises:
+        BadInput: for an exit that does not exist.
     """
     installed = _of(live)
     if not 1 <= exit <= len(installed.paths):
@@ -360,9 +394,9 @@ def export(live: Any, exit: int) -> nn.Module:
 
 
 def _of(live: Any) -> InstalledEarlyExit:
-    found = [i for i in getattr(live, "installed", [live]) if isinstance(i, InstalledEarlyExit)]
-    if not found:
+    installed = [i for i in getattr(live, "installed", [live]) if isinstance(i, InstalledEarlyExit)]
+    if not installed:
         raise BadInput(
             "this model has no early exits: wrap it with EarlyExit(…) and give what wrap() returned"
         )
-    return found[0]
+    return installed[0]

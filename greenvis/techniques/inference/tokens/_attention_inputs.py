@@ -60,37 +60,37 @@ class Source:
             return value.unflatten(-1, (self.heads, -1))
         return value.transpose(1, 2) if self.layout == "heads first" else value
 
-    def watch(self, model: nn.Module, keep: Any) -> None:
+    def watch(self, model: nn.Module, callback: Any) -> None:
         """Call keep(value) with what `read` takes each time the attention runs, for the block it is
         in to read."""
         module = model.get_submodule(self.path)
         if self.layout == "packed":
             module.register_forward_pre_hook(
-                mark_skippable(partial(_taken, keep)), with_kwargs=True
+                mark_skippable(partial(_call_with_input, callback)), with_kwargs=True
             )
         else:
-            module.register_forward_hook(mark_skippable(partial(_given, keep)))
+            module.register_forward_hook(mark_skippable(partial(_call_with_output, callback)))
 
 
-def _taken(keep: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
-    keep(main(args, kwargs))
+def _call_with_input(callback: Any, module: nn.Module, args: Any, kwargs: Any) -> None:
+    callback(main(args, kwargs))
 
 
-def _given(keep: Any, module: nn.Module, args: Any, output: Any) -> None:
-    keep(output)
+def _call_with_output(callback: Any, module: nn.Module, args: Any, output: Any) -> None:
+    callback(output)
 
 
-def sources(model: nn.Module, found: View, blocks: list[Block], which: Which) -> list[Source]:
+def sources(model: nn.Module, structure: View, blocks: list[Block], which: Which) -> list[Source]:
     """Return where each block's queries or keys are read. Raises BadInput where a block's cannot be
     found."""
-    seen = _Seen(model, [b.attention for b in blocks], which)
-    seen.run(found.example)
-    return [_source(model, found, block, which, seen) for block in blocks]
+    trace = _Trace(model, [b.attention for b in blocks], which)
+    trace.run(structure.example)
+    return [_source(model, structure, block, which, trace) for block in blocks]
 
 
-def _source(model: nn.Module, found: View, block: Block, which: Which, seen: _Seen) -> Source:
-    attention = next(a for a in found.attention if a.path == block.attention)
-    truth = seen.truth.get(block.attention)
+def _source(model: nn.Module, structure: View, block: Block, which: Which, trace: _Trace) -> Source:
+    attention = next(a for a in structure.attention if a.path == block.attention)
+    truth = trace.truth.get(block.attention)
     module = model.get_submodule(block.attention)
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None or not module.batch_first:
@@ -105,11 +105,11 @@ def _source(model: nn.Module, found: View, block: Block, which: Which, seen: _Se
             return Source(path, which, "fused" if attention.qkv else "flat", attention.heads)
     else:
         rows = (
-            found.prefix_tokens if "rope" in found.flags else truth.shape[2]
+            structure.prefix_tokens if "rope" in structure.flags else truth.shape[2]
         )  # only the prefix is not rotated
         heads, truth = truth.shape[1], truth[:, :, :rows].transpose(1, 2)
         layouts: tuple[Layout, ...] = ("heads first", "heads last", "flat", "fused")
-        for path, value in reversed(seen.outputs[block.attention]):
+        for path, value in reversed(trace.outputs[block.attention]):
             for layout in layouts if rows else ():
                 candidate = Source(path, which, layout, heads)
                 if _gives(candidate, model.get_submodule(path), value, truth, rows):
@@ -120,7 +120,7 @@ def _source(model: nn.Module, found: View, block: Block, which: Which, seen: _Se
             return Source(path, which, "fused" if attention.qkv else "flat", heads)
         candidate = Source(block.attention, which, "packed", heads)
         if _packed(module)[0] is not None and _gives(
-            candidate, module, seen.inputs[block.attention], truth, rows
+            candidate, module, trace.inputs[block.attention], truth, rows
         ):
             return candidate
     raise BadInput(f"the keys of '{block.attention}' ({type(module).__name__}) are given by none "
@@ -143,12 +143,12 @@ def _packed(module: nn.Module) -> tuple[Any, Any]:
     return getattr(getattr(module, "qkv", None), "weight", None), None
 
 
-class _Seen(TorchFunctionMode):
+class _Trace(TorchFunctionMode):
     """What each attention was called with and what its parts gave, in one forward."""
 
     def __init__(self, model: nn.Module, paths: list[str], which: Which) -> None:
         super().__init__()
-        self.model, self.paths, self.place = model, paths, 0 if which == "query" else 1
+        self.model, self.paths, self.index = model, paths, 0 if which == "query" else 1
         self.inside: list[str] = []
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, list[tuple[str, Tensor]]] = {p: [] for p in paths}
@@ -177,8 +177,8 @@ class _Seen(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "scaled_dot_product_attention" and self.inside:
-            name = ("query", "key")[self.place]
-            value = args[self.place] if len(args) > self.place else (kwargs or {})[name]
+            name = ("query", "key")[self.index]
+            value = args[self.index] if len(args) > self.index else (kwargs or {})[name]
             self.truth[self.inside[-1]] = value.detach().clone()
         return func(*args, **(kwargs or {}))
 

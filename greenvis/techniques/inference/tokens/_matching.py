@@ -56,7 +56,7 @@ class Matching:
     Set A are the tokens at even places, set B those at odd ones. unmerged, source: int64 (batch,
     n), (batch, r), into A: those that stay, and those that merge, the most similar first.
     destination: (batch, r), into B, for each source. The remaining sequence is [protected][unmerged
-    of A][B]. kept: (batch, remaining), where in the old sequence each token of it stood (one
+    of A][B]. positions: (batch, remaining), where in the old sequence each token of it stood (one
     that others merged into: its B's place). target: (batch, r), where in it the token lies that
     each source merged into.
     """
@@ -65,7 +65,7 @@ class Matching:
     unmerged: Tensor
     source: Tensor
     destination: Tensor
-    kept: Tensor
+    positions: Tensor
     target: Tensor
 
     @property
@@ -81,19 +81,19 @@ class Matching:
     @property
     def map(self) -> Tensor:
         """Place in the new sequence at which each old token lies, int64 (batch, length)."""
-        new = torch.arange(self.remaining, device=self.kept.device).expand_as(self.kept)
+        new = torch.arange(self.remaining, device=self.positions.device).expand_as(self.positions)
         out = torch.empty(
-            self.kept.shape[0], self.length, dtype=torch.int64, device=self.kept.device
+            self.positions.shape[0], self.length, dtype=torch.int64, device=self.positions.device
         )
-        return out.scatter_(1, self.kept, new).scatter_(1, 2 * self.source, self.target)
+        return out.scatter_(1, self.positions, new).scatter_(1, 2 * self.source, self.target)
 
     def sizes(self, size: Tensor | None = None) -> Tensor:
         """Return how many patches each remaining token stands for, fp32 (batch, remaining), from
         those before; None: 1 each."""
         if size is None:
-            new = torch.ones(self.kept.shape, device=self.kept.device)
+            new = torch.ones(self.positions.shape, device=self.positions.device)
             return new.scatter_add(1, self.target, torch.ones(self.target.shape, device=new.device))
-        return size.gather(1, self.kept).scatter_add(
+        return size.gather(1, self.positions).scatter_add(
             1, self.target, size.gather(1, 2 * self.source)
         )
 
@@ -107,9 +107,9 @@ class Matching:
         if size is None:
             stays, joins = 1 / new, 1 / new.gather(1, self.target)
         else:
-            stays = size.gather(1, self.kept) / new
+            stays = size.gather(1, self.positions) / new
             joins = size.gather(1, 2 * self.source) / new.gather(1, self.target)
-        out = _rows(x, self.kept) * stays.unsqueeze(-1).to(x.dtype)
+        out = _rows(x, self.positions) * stays.unsqueeze(-1).to(x.dtype)
         sources = _rows(x, 2 * self.source) * joins.unsqueeze(-1).to(x.dtype)
         return _added(out, self.target, sources), new
 
@@ -117,7 +117,7 @@ class Matching:
         """Return x with each source reduced into its destination: (batch, remaining, channels).
         Sizes play no part."""
         index = self.target.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return _rows(x, self.kept).scatter_reduce(1, index, _rows(x, 2 * self.source), mode)
+        return _rows(x, self.positions).scatter_reduce(1, index, _rows(x, 2 * self.source), mode)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Return (batch, length, channels): each old token gets the value of the one it merged
@@ -157,20 +157,25 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0) -> Match
             rest = torch.arange((length + 1) // 2 - first_a, device=device).expand(batch, -1)
             source = destination = rest[:, :0]
         unmerged, source = rest + first_a, source + first_a
-        kept = torch.cat([still, 2 * unmerged, odd], 1)
+        positions = torch.cat([still, 2 * unmerged, odd], 1)
         unmerged = torch.cat([still[:, ::2] // 2, unmerged], 1)
         return Matching(
-            length, unmerged, source, destination, kept, destination + (length - r - length // 2)
+            length,
+            unmerged,
+            source,
+            destination,
+            positions,
+            destination + (length - r - length // 2),
         )
 
 
 def token_map(matchings: Sequence[Matching]) -> Tensor:
     """Return in which token, after all of `matchings` in turn, each token of the first sequence
     lies: int64 (batch, length)."""
-    found = matchings[0].map
+    composed = matchings[0].map
     for matching in matchings[1:]:
-        found = matching.map.gather(1, found)
-    return found
+        composed = matching.map.gather(1, composed)
+    return composed
 
 
 def unmerge(x: Tensor, token_map: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ def masked_softmax(logits: Tensor, policy: Tensor, eps: float = EPS) -> Tensor:
     to about 1: eps / length is added to each weight and eps to their sum.
     """
     length = logits.shape[-1]
-    seen = policy_matrix(policy[..., 0]).to(logits.dtype)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * seen
+    visible = policy_matrix(policy[..., 0]).to(logits.dtype)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * visible
     return (weights + eps / length) / (weights.sum(-1, keepdim=True) + eps)
 
 
@@ -60,10 +60,10 @@ class Predictor(nn.Module):
         (batch, length, 1)."""
         x = self.in_conv(x)
         half = x.shape[-1] // 2
-        whole = (x[..., half:] * policy).sum(1, keepdim=True) / policy.sum(1, keepdim=True).clamp(
+        pooled = (x[..., half:] * policy).sum(1, keepdim=True) / policy.sum(1, keepdim=True).clamp(
             min=1
         )
-        return self.out_conv(torch.cat([x[..., :half], whole.expand(-1, x.shape[1], -1)], -1))
+        return self.out_conv(torch.cat([x[..., :half], pooled.expand(-1, x.shape[1], -1)], -1))
 
 
 def decide(log_probabilities: Tensor, policy: Tensor) -> Tensor:
@@ -103,11 +103,11 @@ def class_attention(query: Tensor, key: Tensor) -> Tensor:
     return logits.softmax(-1).mean(1)
 
 
-def fused(x: Tensor, weights: Tensor, kept: Tensor) -> Tensor:
+def fused(x: Tensor, weights: Tensor, keep_index: Tensor) -> Tensor:
     """Return the tokens that are not kept as one, their sum by weight: (batch, 1, channels) (Liang
     et al., 2022, eq. 3).
 
-    x: (batch, length, channels). weights: (batch, length). kept: int64 (batch, count).
+    x: (batch, length, channels). weights: (batch, length). keep_index: int64 (batch, count).
     """
-    rest = weights.scatter(1, kept, 0.0)
+    rest = weights.scatter(1, keep_index, 0.0)
     return (rest.unsqueeze(1).to(x.dtype)) @ x

@@ -87,20 +87,20 @@ class TokenMerge(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put merging in; r = 0 puts nothing in. Raises BadInput for windows and blocks that are
         not pre-norm, saying which."""
-        found = view(model, self.input_shape, probe=False)
-        blocks = split_blocks(model, found, "token merging")
+        structure = view(model, self.input_shape, probe=False)
+        blocks = split_blocks(model, structure, "token merging")
         numbers = parse_r(len(blocks), self.r)
         start = next((i for i, n in enumerate(numbers) if n), None)
         if start is None:
-            return InstalledTokenMerge(Flow(found.prefix_tokens, Doors(model, [])))
-        if "rope" in found.flags and not all(b.rotary for b in blocks):
+            return InstalledTokenMerge(Flow(structure.prefix_tokens, Doors(model, [])))
+        if "rope" in structure.flags and not all(b.rotary for b in blocks):
             raise BadInput(
                 f"{type(model).__name__} rotates queries and keys by their place (RoPE), but its "
                 "blocks are not handed the "
                 "embedding, so it cannot go with merged tokens"
             )
-        keys = sources(model, found, blocks, "key")
-        flow = Flow(found.prefix_tokens, Doors(model, (b.module for b in blocks[start:])))
+        keys = sources(model, structure, blocks, "key")
+        flow = Flow(structure.prefix_tokens, Doors(model, (b.module for b in blocks[start:])))
         parts = zip(blocks, keys, numbers, strict=True)
         merging = [
             Merging(b, k, n, flow, i, self.proportional) for i, (b, k, n) in enumerate(parts)
@@ -113,8 +113,8 @@ class TokenMerge(Technique):
         merging[0].starts = True
         reads = (
             self.restore == "auto"
-            and bool(found.heads)
-            and patches_matter(model, found, blocks[-1].path)
+            and bool(structure.heads)
+            and patches_matter(model, structure, blocks[-1].path)
         )
         restore = self.restore == "always" or reads
         merging[-1].restore = flow.restores = restore
@@ -127,14 +127,14 @@ class TokenMerge(Technique):
             *["forward_features"] if never else []
         )  # what it gives is what the head reads
         if (
-            not flow.doors.settle(found.example, maps_only=never)
+            not flow.doors.settle(structure.example, maps_only=never)
             and self.restore == "auto"
             and not restore
         ):
             merging[-1].restore = flow.restores = True  # the model's own output holds the tokens
-            flow.doors.settle(found.example)
-        if found.example.device.type != "meta":
-            check_runs(model, found.example, [], f"r = {self.r}")
+            flow.doors.settle(structure.example)
+        if structure.example.device.type != "meta":
+            check_runs(model, structure.example, [], f"r = {self.r}")
         live = InstalledTokenMerge(flow)
         live.unmergeable = (
             "merging tokens is a change of the run, not of weights; keep the model wrapped"
@@ -145,11 +145,14 @@ class TokenMerge(Technique):
 class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
-    steps: the matching of each block that merged. size, places: of the tokens each block is given,
-    how many of the first ones each stands for, and where it stood among them. maps: in which of
-    them each first one lies, where they are laid out.
-    length: how many they were. numbers: of the blocks, by path. restores: whether all tokens are
-    given back behind the last.
+    Attributes:
+        steps: the matching of each block that merged.
+        size, positions: of the tokens each block receives, how many of the first ones each stands
+            for, and where it stood among them.
+        maps: in which of them each first one lies, where they are laid out.
+        length: tokens at first.
+        numbers: of the blocks, by path.
+        restores: whether all tokens are given back behind the last block.
     """
 
     def __init__(self, prefix: int, doors: Doors) -> None:
@@ -164,8 +167,8 @@ class Flow(Follower):
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.steps, self.size, self.positions, self.maps):
-            kept.update(rows_of(kept, rows, batch))
+        for state in (self.steps, self.size, self.positions, self.maps):
+            state.update(rows_of(state, rows, batch))
 
     def unmerge(self, tokens: Tensor) -> Tensor:
         """Return tokens with the value each merged into. How many are left tells how often they
@@ -222,18 +225,20 @@ class Merging:
             self.key.watch(model, self._keep)
         self.block.module.forward = self.forward
 
-    def mask(self, given: Tensor | None) -> Tensor | None:
+    def mask(self, attn_mask: Tensor | None) -> Tensor | None:
         """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32, on top
         of the library's mask."""
         flow, i = self.flow, self.number
         if i not in flow.size:
-            return given
-        if given is not None:  # made for all tokens: transformers does so while a model is exported
-            given = gather_mask(given, flow.positions[i], flow.length)
+            return attn_mask
+        if (
+            attn_mask is not None
+        ):  # made for all tokens: transformers does so while a model is exported
+            attn_mask = gather_mask(attn_mask, flow.positions[i], flow.length)
         if not self.proportional:
-            return given
+            return attn_mask
         log_size = flow.size[i].log()[:, None, None, :]
-        return log_size if given is None else log_size + given
+        return log_size if attn_mask is None else log_size + attn_mask
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and merge between its attention and its MLP."""
@@ -292,26 +297,28 @@ class Merging:
 
     def _pass_on(self, matching: Matching | None, size: Tensor | None = None) -> None:
         flow, i = self.flow, self.number
-        for kept, now in (
+        for state, now in (
             (flow.steps, i),
             (flow.size, i + 1),
             (flow.positions, i + 1),
             (flow.maps, i + 1),
         ):
-            kept.pop(now, None)
+            state.pop(now, None)
         if matching is not None and size is not None:
             flow.steps[i], flow.size[i + 1] = matching, size
             flow.positions[i + 1] = (
-                flow.positions[i].gather(1, matching.kept) if i in flow.positions else matching.kept
+                flow.positions[i].gather(1, matching.positions)
+                if i in flow.positions
+                else matching.positions
             )
             if flow.doors.laid_out:
                 flow.maps[i + 1] = (
                     matching.map.gather(1, flow.maps[i]) if i in flow.maps else matching.map
                 )
         else:
-            for kept in (flow.size, flow.positions, flow.maps):
-                if i in kept:
-                    kept[i + 1] = kept[i]
+            for state in (flow.size, flow.positions, flow.maps):
+                if i in state:
+                    state[i + 1] = state[i]
 
     def _keep(self, value: Tensor) -> None:
         self._value = value.detach()
@@ -355,5 +362,5 @@ class InstalledTokenMerge(Installed):
     def unmerge(self, x: Tensor, block: int | None = None) -> Tensor:
         """Return features (batch, remaining, channels), as the block before number `block` gave
         them, for all first tokens."""
-        found = self.token_map(block)
-        return x if found is None else _matching.unmerge(x, found)
+        mapping = self.token_map(block)
+        return x if mapping is None else _matching.unmerge(x, mapping)

@@ -100,14 +100,14 @@ class TokenPrune(Technique):
             raise BadInput(
                 "fuse needs the class token's attention as weights: set method: class_attention"
             )
-        found = view(model, self.input_shape, probe=False)
-        blocks = split_blocks(model, found, "token pruning")
-        places = self._places(len(blocks))
-        self._check(model, found, blocks)
+        structure = view(model, self.input_shape, probe=False)
+        blocks = split_blocks(model, structure, "token pruning")
+        pruning_blocks = self._pruning_blocks(len(blocks))
+        self._check(model, structure, blocks)
         added: list[nn.Parameter] = []
-        start = places[0]
+        start = pruning_blocks[0]
         flow = Flow(
-            found.prefix_tokens,
+            structure.prefix_tokens,
             self.keep,
             self.fuse,
             Doors(model, (b.module for b in blocks[start:])),
@@ -116,8 +116,8 @@ class TokenPrune(Technique):
             pruning: list[Pruning] = [Predicted(b, i, flow) for i, b in enumerate(blocks)]
         else:
             pairs = zip(
-                sources(model, found, blocks, "query"),
-                sources(model, found, blocks, "key"),
+                sources(model, structure, blocks, "query"),
+                sources(model, structure, blocks, "key"),
                 strict=True,
             )
             pruning = [
@@ -127,17 +127,20 @@ class TokenPrune(Technique):
         where = [
             (p, masked_attention(model, p.block.attention, p.block.path)) for p in pruning[start:]
         ]
-        for k, i in enumerate(places, 1):
-            added += pruning[i].take(model, k, found)
+        for k, i in enumerate(pruning_blocks, 1):
+            added += pruning[i].take(model, k, structure)
         for p, attention in where:
             set_mask(attention, p.mask)
             p.block.module.forward = p.forward
         follow(model, flow)
         flow.doors.put()
-        flow.doors.settle(found.example)
-        if found.example.device.type != "meta":
+        flow.doors.settle(structure.example)
+        if structure.example.device.type != "meta":
             check_runs(
-                model, found.example, [], f"{self.keep:.0%} of the tokens kept in blocks {places}"
+                model,
+                structure.example,
+                [],
+                f"{self.keep:.0%} of the tokens kept in blocks {pruning_blocks}",
             )
         live = InstalledTokenPrune(flow, self.weight, names_of(model, added))
         live.unmergeable = (
@@ -145,32 +148,32 @@ class TokenPrune(Technique):
         )
         return live
 
-    def _places(self, depth: int) -> list[int]:
-        places = (
+    def _pruning_blocks(self, depth: int) -> list[int]:
+        chosen = (
             self.blocks if self.blocks is not None else [max(1, depth * i // 4) for i in (1, 2, 3)]
         )
-        places = sorted({i for i in places if self.blocks is not None or i < depth})
-        if wrong := [i for i in places if not 0 <= i < depth]:
+        chosen = sorted({i for i in chosen if self.blocks is not None or i < depth})
+        if wrong := [i for i in chosen if not 0 <= i < depth]:
             raise BadInput(f"there is no block {wrong[0]}: the model has {depth}, numbered from 0")
-        if not places:
+        if not chosen:
             raise BadInput(
                 f"no block is named in which tokens leave; the model has {depth}, numbered from 0"
             )
-        return places
+        return chosen
 
-    def _check(self, model: nn.Module, found: View, blocks: list[Block]) -> None:
+    def _check(self, model: nn.Module, structure: View, blocks: list[Block]) -> None:
         name = type(model).__name__
-        if not found.prefix_tokens or patches_matter(model, found, blocks[-1].path):
+        if not structure.prefix_tokens or patches_matter(model, structure, blocks[-1].path):
             raise BadInput(
                 f"the head of {name} reads its patches, of which pruned ones would be missing; use "
                 "token_merge"
             )
-        if "rope" in found.flags and not all(b.rotary for b in blocks):
+        if "rope" in structure.flags and not all(b.rotary for b in blocks):
             raise BadInput(
                 f"{name} rotates queries and keys (RoPE), but its blocks are not handed the "
                 "embedding"
             )
-        if "rope" in found.flags and self.method == "class_attention":
+        if "rope" in structure.flags and self.method == "class_attention":
             raise BadInput(
                 f"{name} rotates keys by their place (RoPE), so its class attention is not read; "
                 "use the predictor"
@@ -180,11 +183,14 @@ class TokenPrune(Technique):
 class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
 
-    places: where the tokens a block is given stood, (batch, tokens). policy: in training, which of
-    them count, (batch, tokens);
-    decided: which do from this block on. length: how many tokens there were first. fused: which of
-    a block's tokens are others fused, bool (batch, tokens); they have no place. beside: what a
-    block gave, where its fused ones cannot be laid out.
+    Attributes:
+        positions: where the tokens a block receives stood, (batch, tokens).
+        policy: in training, which of them count, (batch, tokens).
+        decided: which do from this block on.
+        length: tokens at first.
+        fused: which of a block's tokens are others fused, bool (batch, tokens); they have no
+            position.
+        beside: what a block returned, where its fused ones cannot be laid out.
     """
 
     def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors) -> None:
@@ -198,8 +204,8 @@ class Flow(Follower):
 
     def keep_rows(self, rows: Tensor, batch: int) -> None:
         """Forget the samples that left the batch early."""
-        for kept in (self.positions, self.policy, self.decided, self.fused, self.beside):
-            kept.update(rows_of(kept, rows, batch))
+        for state in (self.positions, self.policy, self.decided, self.fused, self.beside):
+            state.update(rows_of(state, rows, batch))
 
     def gathered(self, i: int, x: Tensor) -> Tensor:
         """Return the tokens block number `i` is to work on, of the whole row that another door
@@ -233,18 +239,18 @@ class Pruning:
         self.block, self.number, self.flow = block, number, flow
         self.order = 0
 
-    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+    def take(self, model: nn.Module, order: int, structure: View) -> list[nn.Parameter]:
         """Become the order-th block in which tokens leave; return parameters that were added."""
         self.order = order
         return []
 
-    def mask(self, given: Tensor | None) -> Tensor | None:
+    def mask(self, attn_mask: Tensor | None) -> Tensor | None:
         """Return the library's mask, cut to the tokens that are left."""
-        places = self.flow.positions.get(self.number)
+        positions = self.flow.positions.get(self.number)
         return (
-            given
-            if given is None or places is None
-            else gather_mask(given, places, self.flow.length)
+            attn_mask
+            if attn_mask is None or positions is None
+            else gather_mask(attn_mask, positions, self.flow.length)
         )
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -267,12 +273,13 @@ class Pruning:
             args, kwargs, _ = rotated(args, kwargs, flow.positions[i], flow.prefix, flow.length)
         return args, kwargs
 
-    def _leave(self, x: Tensor, kept: Tensor, at: int) -> Tensor:
-        """Return x with its prefix and the patches `kept` (batch, count); block number `at` is
-        given these."""
+    def _leave(self, x: Tensor, keep_index: Tensor, at: int) -> Tensor:
+        """Return x with its prefix and the patches `keep_index` (batch, count) only, which block
+        number `at` receives.
+        """
         flow = self.flow
         prefix = torch.arange(flow.prefix, device=x.device).expand(len(x), -1)
-        index = torch.cat([prefix, kept + flow.prefix], 1)
+        index = torch.cat([prefix, keep_index + flow.prefix], 1)
         old, fused = flow.positions.get(self.number), flow.fused.get(self.number)
         flow.positions[at] = index if old is None else old.gather(1, index)
         if fused is not None:
@@ -283,24 +290,28 @@ class Pruning:
 class Predicted(Pruning):
     """Tokens leave in front of the block; while it trains they stay, masked."""
 
-    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+    def take(self, model: nn.Module, order: int, structure: View) -> list[nn.Parameter]:
         """Put a predictor into the block."""
-        super().take(model, order, found)
+        super().take(model, order, structure)
         self.flow.shares[self.number] = self.flow.keep**order
         weight = next(p for p in self.block.module.parameters() if p.is_floating_point())
-        predictor = Predictor(found.layouts[self.block.path].width).to(weight.device, weight.dtype)
+        predictor = Predictor(structure.layouts[self.block.path].width).to(
+            weight.device, weight.dtype
+        )
         self.block.module.add_module(_CHILD, predictor.train(self.block.module.training))
         return list(predictor.parameters())
 
-    def mask(self, given: Tensor | None) -> Tensor | None:
+    def mask(self, attn_mask: Tensor | None) -> Tensor | None:
         """Add the mask of the tokens that were decided against."""
-        given, policy = super().mask(given), self._policy
+        attn_mask, policy = super().mask(attn_mask), self._policy
         if policy is None or not self.block.module.training:
-            return given
+            return attn_mask
         if policy.requires_grad:  # what decided lies outside of a block that is checkpointed
             refuse_recomputed(TokenPrune.name)
-        seen = policy_mask(torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1))
-        return seen if given is None else seen + given
+        pruned_mask = policy_mask(
+            torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1)
+        )
+        return pruned_mask if attn_mask is None else pruned_mask + attn_mask
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Decide in front of the block, then run it."""
@@ -314,10 +325,10 @@ class Predicted(Pruning):
                 args, kwargs, _ = rotated(args, kwargs, flow.positions[i], flow.prefix, flow.length)
             args, kwargs = with_main(args, kwargs, x)
         output = self.block.forward(*args, **kwargs)
-        for kept, going in ((flow.positions, flow.positions.get(i)), (flow.policy, self._policy)):
-            kept.pop(i + 1, None)
+        for state, going in ((flow.positions, flow.positions.get(i)), (flow.policy, self._policy)):
+            state.pop(i + 1, None)
             if going is not None:
-                kept[i + 1] = going
+                state[i + 1] = going
         return with_first(output, flow.laid_out(i + 1, before, first(output)))
 
     @property
@@ -355,20 +366,20 @@ class Attended(Pruning):
         self.query, self.key = query, key
         self._values: dict[str, Tensor] = {}
 
-    def take(self, model: nn.Module, order: int, found: View) -> list[nn.Parameter]:
+    def take(self, model: nn.Module, order: int, structure: View) -> list[nn.Parameter]:
         """Watch queries and keys."""
         self.query.watch(model, self._keep_query)
         self.key.watch(model, self._keep_key)
-        return super().take(model, order, found)
+        return super().take(model, order, structure)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the halves, and remove tokens in between."""
         flow, i, before = self.flow, self.number, main(args, kwargs)
         args, kwargs = self._come(args, kwargs)
-        for kept in (flow.positions, flow.fused):
-            kept.pop(i + 1, None)
-            if i in kept:
-                kept[i + 1] = kept[i]
+        for state in (flow.positions, flow.fused):
+            state.pop(i + 1, None)
+            if i in state:
+                state[i + 1] = state[i]
         if self.order:
             x = self._removed(first(self.block.attend(*args, **kwargs)))
             args, kwargs = with_main(args, kwargs, x)
@@ -392,17 +403,17 @@ class Attended(Pruning):
                 for s in (self.query, self.key)
             )
             attention = class_attention(query, key)[:, flow.prefix :]
-            kept = best(attention, count)
-        out = self._leave(x, kept, self.number + 1)
+            keep_index = best(attention, count)
+        out = self._leave(x, keep_index, self.number + 1)
         if not flow.fuse:
             return out
-        places, at = flow.positions[self.number + 1], self.number + 1
+        positions, at = flow.positions[self.number + 1], self.number + 1
         flow.positions[at] = torch.cat(
-            [places, places[:, -1:]], 1
+            [positions, positions[:, -1:]], 1
         )  # the rest has no place; masks need one
-        before = flow.fused.get(at, torch.zeros_like(places, dtype=torch.bool))
+        before = flow.fused.get(at, torch.zeros_like(positions, dtype=torch.bool))
         flow.fused[at] = F.pad(before, (0, 1), value=True)
-        return torch.cat([out, fused(patches, attention, kept)], 1)
+        return torch.cat([out, fused(patches, attention, keep_index)], 1)
 
     def _keep_query(self, value: Tensor) -> None:
         self._values["query"] = value.detach()

@@ -50,8 +50,8 @@ def dequantise(
     goes to a GPU."""
     shape = (*low.shape, *(1,) * (levels.ndim - 2)) if levels.ndim > 2 else low.shape
     on = [
-        torch.from_numpy(its).to(device)
-        for its in (levels, low.reshape(shape), scale.reshape(shape))
+        torch.from_numpy(array).to(device)
+        for array in (levels, low.reshape(shape), scale.reshape(shape))
     ]
     return on[0].float().mul_(on[2]).add_(on[1])
 
@@ -90,7 +90,7 @@ class Buffer:
         ] = []  # of what is kept; the slots' ages and the classes' counts go with it
         self._ages: list[int] = []
         self._scores: list[float] = []
-        self._seen_by_class: dict[int, int] = {}
+        self._seen_per_class: dict[int, int] = {}
         self._full: set[int] = (
             set()
         )  # classes that are the largest, or once were, of a buffer with no slot left
@@ -118,14 +118,14 @@ class Buffer:
         (n, …)."""
         labels = y.tolist()
         scores = more.pop("score").tolist() if "score" in more else [0.0] * len(labels)
-        kept: dict[int, int] = {}  # rows by slot: one taken twice holds the later
+        row_of_slot: dict[int, int] = {}  # rows by slot: one taken twice holds the later
         for row, slot in enumerate(self._slots(labels, scores)):
             if slot >= 0:
-                kept[slot] = row
+                row_of_slot[slot] = row
                 self._label(slot, labels[row], scores[row], self.num_seen + row)
         self.num_seen += len(labels)
-        if kept:
-            self._wait(list(kept), list(kept.values()), {"x": x, **more})
+        if row_of_slot:
+            self._wait(list(row_of_slot), list(row_of_slot.values()), {"x": x, **more})
 
     def replace(self, x: Tensor, y: Tensor) -> None:
         """Hold exactly these examples from now on."""
@@ -191,8 +191,8 @@ class Buffer:
         x = self._columns["x"].take(rows, 0)
         if self.exact:
             return torch.from_numpy(x).to(device), y
-        its = self._columns["range"].take(rows, 0)
-        return dequantise(x, its[:, 0], its[:, 1], device), y
+        ranges = self._columns["range"].take(rows, 0)
+        return dequantise(x, ranges[:, 0], ranges[:, 1], device), y
 
     def column(self, name: str, rows: Sequence[int]) -> Tensor:
         """Return what was offered under this name beside the images of these rows, float32 (n,
@@ -205,7 +205,7 @@ class Buffer:
         """All that is stored, by name, (size, …) each: "x", "range" (low and scale, by channel) and
         more; labels apart."""
         self._store()
-        return {name: torch.from_numpy(its) for name, its in self._columns.items()}
+        return {name: torch.from_numpy(array) for name, array in self._columns.items()}
 
     def _slots(self, labels: list[int], scores: list[float]) -> Iterable[int]:
         """Return where each new item goes, or -1; to be taken one by one, as each is noted before
@@ -224,11 +224,11 @@ class Buffer:
 
     def _slot(self, label: int, score: float) -> int:
         slot = self._chosen(label, score)
-        self._seen_by_class[label] = self._seen_by_class.get(label, 0) + 1
+        self._seen_per_class[label] = self._seen_per_class.get(label, 0) + 1
         return slot
 
     def _chosen(self, label: int, score: float) -> int:
-        randint, before = self.random.randrange, self._seen_by_class
+        randint, before = self.random.randrange, self._seen_per_class
         match self.policy:
             case "ring":
                 return ring_slot(self._labels, self._ages, label, self.size)
@@ -263,13 +263,14 @@ class Buffer:
         if not self._waiting:
             room = max(1, min(_WAITING, _VALUES // max(1, batch["x"][0].numel())))
             self._waiting = {
-                name: np.empty((room, *its.shape[1:]), np.float32) for name, its in batch.items()
+                name: np.empty((room, *tensor.shape[1:]), np.float32)
+                for name, tensor in batch.items()
             }
         self._changed.update(slots)
         while rows:
             start, room = len(self._due), len(self._waiting["x"]) - len(self._due)
-            for name, its in batch.items():
-                _copy(its, rows[:room], self._waiting[name][start : start + len(rows)])
+            for name, tensor in batch.items():
+                _copy(tensor, rows[:room], self._waiting[name][start : start + len(rows)])
             self._due += slots[:room]
             slots, rows = slots[room:], rows[room:]
             if rows:
@@ -282,7 +283,7 @@ class Buffer:
     def _store(self) -> None:
         if not self._due:
             return
-        taken = {name: its[: len(self._due)] for name, its in self._waiting.items()}
+        taken = {name: array[: len(self._due)] for name, array in self._waiting.items()}
         if not self.exact:
             taken["x"], low, scale = quantise(taken["x"])
             taken["range"] = np.stack([low, scale], 1)
@@ -294,7 +295,7 @@ class Buffer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the examples and all that decides which come next."""
-        counts = sorted(self._seen_by_class.items())
+        counts = sorted(self._seen_per_class.items())
         return {
             **{f"column.{k}": v[: self.filled].clone() for k, v in self.columns.items()},
             "labels": self.labels,
@@ -320,16 +321,16 @@ class Buffer:
                 self._columns[name.removeprefix("column.")] = column
         self._labels = state["labels"].tolist()
         self._ages = state["ages"].tolist()
-        self._seen_by_class = {int(c): int(n) for c, n in state["seen_by_class"]}
+        self._seen_per_class = {int(c): int(n) for c, n in state["seen_by_class"]}
         self._full = set(state["full"].tolist())
         self._scores = state["scores"].tolist()
         version, _, gauss = self.random.getstate()
         self.random.setstate((version, tuple(state["random"].tolist()), gauss))
 
 
-def _copy(its: Tensor, rows: list[int], to: Array) -> None:
+def _copy(tensor: Tensor, rows: list[int], to: Array) -> None:
     """Copy some rows of a tensor into a float32 array."""
-    if its.is_cpu and its.dtype == torch.float32 and not its.requires_grad:
-        its.numpy().take(rows, 0, to, "clip")  # "raise", the default, would copy twice
+    if tensor.is_cpu and tensor.dtype == torch.float32 and not tensor.requires_grad:
+        tensor.numpy().take(rows, 0, to, "clip")  # "raise", the default, would copy twice
     else:
-        to[:] = its.detach()[rows].float().cpu().numpy()
+        to[:] = tensor.detach()[rows].float().cpu().numpy()

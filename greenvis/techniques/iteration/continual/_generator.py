@@ -56,7 +56,7 @@ class Generator:
         if not self.shape:
             self._begin(loader, outputs)
         earlier = list(self.classes)
-        net, seen = self.net.to(device), set(earlier)
+        net, classes = self.net.to(device), set(earlier)
         before = {k: v.clone() for k, v in net.state_dict().items()}
         memory = _net(self._values, self.outputs).to(device)
         memory.load_state_dict(before)
@@ -64,7 +64,7 @@ class Generator:
         for _ in range(epochs):
             for x, y in loader:
                 x, y = x.to(device), y.to(device)
-                seen |= set(y.tolist())
+                classes |= set(y.tolist())
                 pixels = self._pixels(x)
                 if earlier:
                     labels = self._labels(earlier, max(1, round(share * len(x)))).to(device)
@@ -74,7 +74,7 @@ class Generator:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        self.net, self.classes = net.cpu(), sorted(seen)
+        self.net, self.classes = net.cpu(), sorted(classes)
 
     def draw(self, count: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
         """Return images (count, *shape) and labels (count,) of the classes it knows, each as

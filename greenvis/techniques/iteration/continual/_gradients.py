@@ -23,25 +23,25 @@ def sample_gradients(
     x: (batch, …), y: int64 (batch,). rows: which samples these are, int64 (n,). Give the model in
     eval mode.
     """
-    held = {n: model.get_parameter(n).detach() for n in names}
+    weights = {n: model.get_parameter(n).detach() for n in names}
 
     def loss(parameters: dict[str, Tensor], image: Tensor, label: Tensor) -> Tensor:
         return F.cross_entropy(
             logits_of(functional_call(model, parameters, (image[None],))), label[None]
         )
 
-    size = max(1, _CHUNK // max(sum(p.numel() for p in held.values()), 1))
+    size = max(1, _CHUNK // max(sum(p.numel() for p in weights.values()), 1))
     for rows in torch.arange(len(x)).split(size):
         try:
-            found = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")(
-                held, x[rows], y[rows]
+            gradients = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")(
+                weights, x[rows], y[rows]
             )
         except (
             RuntimeError
         ):  # not every operation has a rule for batches of functions: one sample at a time, then
-            singles = [grad(loss)(held, x[i], y[i]) for i in rows]
-            found = {n: torch.stack([s[n] for s in singles]) for n in names}
-        yield rows, {n: g.detach() for n, g in found.items()}
+            singles = [grad(loss)(weights, x[i], y[i]) for i in rows]
+            gradients = {n: torch.stack([s[n] for s in singles]) for n in names}
+        yield rows, {n: g.detach() for n, g in gradients.items()}
 
 
 def closeness(model: nn.Module, x: Tensor, y: Tensor, others_x: Tensor, others_y: Tensor) -> Tensor:
@@ -55,9 +55,12 @@ def closeness(model: nn.Module, x: Tensor, y: Tensor, others_x: Tensor, others_y
     if not len(others_x):
         return torch.ones(len(x))
     others = torch.cat(
-        [_flat(found) for _, found in sample_gradients(model, names, others_x, others_y)]
+        [_flat(gradients) for _, gradients in sample_gradients(model, names, others_x, others_y)]
     )
-    own = [(_flat(found) @ others.T).amax(1) for _, found in sample_gradients(model, names, x, y)]
+    own = [
+        (_flat(gradients) @ others.T).amax(1)
+        for _, gradients in sample_gradients(model, names, x, y)
+    ]
     return 1 + torch.cat(own).cpu()
 
 

@@ -30,25 +30,25 @@ class Entrance:
     ) -> None:
         """Raises BadInput, with nothing changed, where no such layer is, nothing learns above it or
         something goes past it."""
-        found = view(model, shape, probe=False)
-        self.path = _path(model, found, layer)
+        structure = view(model, shape, probe=False)
+        self.path = _path(model, structure, layer)
         self.module = model.get_submodule(self.path)
-        layout = found.layouts.get(self.path)
+        layout = structure.layouts.get(self.path)
         self._axis = layout.channels if layout is not None else 1
         self._take: Callable[[Tensor], None] | None = None
         self._join: Tensor | None = None
-        if found.example.device.type == "meta":
+        if structure.example.device.type == "meta":
             raise BadInput(
                 "latent replay looks at what enters its layer, and a model on the meta device "
                 "gives nothing"
             )
-        example = torch.cat([found.example[:1], found.example[:1].flip(-1) + 0.5])
+        example = torch.cat([structure.example[:1], structure.example[:1].flip(-1) + 0.5])
         below = self._below(model, example)
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         if not below or learning <= below:
-            there = "below" if not below else "from"
+            side = "below" if not below else "from"
             raise BadInput(
-                f"nothing {there} '{self.path}' learns, so latent replay has nothing to "
+                f"nothing {side} '{self.path}' learns, so latent replay has nothing to "
                 f"{'save' if not below else 'train'}"
             )
         self._check(model, example)
@@ -88,21 +88,21 @@ class Entrance:
         named = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
         flags = [(p, p.requires_grad) for p in model.parameters()]
         try:
-            with probing(model), torch.enable_grad(), self._watched() as seen:
+            with probing(model), torch.enable_grad(), self._watched() as entered:
                 for parameter in named.values():
                     parameter.requires_grad_()
                 model(example)
-                if len(seen) != 1:
+                if len(entered) != 1:
                     raise BadInput(
-                        f"'{self.path}' runs {len(seen)} times in a forward; latent replay needs a "
-                        "layer that runs once"
+                        f"'{self.path}' runs {len(entered)} times in a forward; latent replay "
+                        "needs a layer that runs once"
                     )
-                if len(seen[0]) != len(example):
+                if len(entered[0]) != len(example):
                     raise BadInput(f"what enters '{self.path}' does not have a row for each image")
-                whole = seen[0].float().sum()
+                total = entered[0].float().sum()
                 grads = (
-                    torch.autograd.grad(whole, list(named.values()), allow_unused=True)
-                    if whole.requires_grad
+                    torch.autograd.grad(total, list(named.values()), allow_unused=True)
+                    if total.requires_grad
                     else []
                 )
         finally:
@@ -114,20 +114,20 @@ class Entrance:
         """Raise BadInput where something of what lies below goes past the layer: kept examples have
         no such thing."""
         with probing(model):
-            with self._watched() as seen:
-                wanted = main_output(model(example))
-            kept = seen[0][1:]
+            with self._watched() as entered:
+                expected = main_output(model(example))
+            rest = entered[0][1:]
 
             def join(module: nn.Module, args: Any, kwargs: Any) -> Any:
                 values, at, spec = taken_apart(args, kwargs)
-                values[at] = torch.cat([values[at], kept])
+                values[at] = torch.cat([values[at], rest])
                 return tree_unflatten(values, spec)
 
             handle = self.module.register_forward_pre_hook(join, with_kwargs=True)
             try:
                 got = main_output(model(example[:1]))
-                fits = got.shape == wanted.shape and torch.allclose(
-                    got.float(), wanted.float(), rtol=1e-3, atol=1e-4
+                fits = got.shape == expected.shape and torch.allclose(
+                    got.float(), expected.float(), rtol=1e-3, atol=1e-4
                 )
             except RuntimeError:  # of shapes that disagree: what goes past has another batch
                 fits = False
@@ -142,15 +142,15 @@ class Entrance:
 
     @contextmanager
     def _watched(self) -> Iterator[list[Tensor]]:
-        seen: list[Tensor] = []
+        entered: list[Tensor] = []
 
         def look(module: nn.Module, args: Any, kwargs: Any) -> None:
             values, at, _ = taken_apart(args, kwargs)
-            seen.append(values[at])
+            entered.append(values[at])
 
         handle = self.module.register_forward_pre_hook(look, with_kwargs=True)
         try:
-            yield seen
+            yield entered
         finally:
             handle.remove()
 
@@ -165,7 +165,7 @@ class Entrance:
                 surgery.hold_in_eval(module)
 
 
-def _path(model: nn.Module, found: View, layer: int | str) -> str:
+def _path(model: nn.Module, structure: View, layer: int | str) -> str:
     if isinstance(layer, str):
         paths = [n for n, _ in model.named_modules() if n]
         if layer not in paths:
@@ -173,13 +173,12 @@ def _path(model: nn.Module, found: View, layer: int | str) -> str:
                 f"latent: no module '{layer}' in {type(model).__name__}{nearest(layer, paths)}"
             )
         return layer
-    if not -len(found.blocks) <= layer < len(found.blocks):
+    if not -len(structure.blocks) <= layer < len(structure.blocks):
         raise BadInput(
-            f"latent: block {layer} of {len(found.blocks)} of {type(model).__name__} (counted from "
-            "0; negative: from the end); "
-            "or give a module's path"
+            f"latent: block {layer} of {len(structure.blocks)} of {type(model).__name__} (counted "
+            "from 0; negative: from the end); or give a module's path"
         )
-    return found.blocks[layer]
+    return structure.blocks[layer]
 
 
 def taken_apart(args: Any, kwargs: Any) -> tuple[list[Any], int, Any]:

@@ -53,27 +53,37 @@ def largest(labels: Sequence[int]) -> set[int]:
 def balanced_slot(
     labels: Sequence[int],
     label: int,
-    seen: int,
+    num_seen: int,
     full: Collection[int],
     size: int,
     randint: Callable[[int], int],
 ) -> int:
-    """Return the slot of a new item of class `label`, -1 to pass it over (CBRS: Chrysakis and
-    Moens, 2020, algorithm 1).
+    """Return the slot of a new item of class `label` (CBRS: Chrysakis and Moens, 2020,
+    algorithm 1).
 
-    seen: items of its class so far, without it. full: classes that are the largest, or were at any
-    time since all slots were taken; a full class stays full. An item of another class takes a
-    random item's place of the largest; one of a full class enters its own class's reservoir. So
-    classes are balanced whatever the stream's imbalance, and what is here of each is drawn evenly
-    from all that came of it.
+    An item of another class than the largest takes a random item's slot of the largest; one of a
+    full class enters its own class's reservoir. So classes are balanced whatever the stream's
+    imbalance, and what is here of each is drawn evenly from all that came of it.
+
+    Args:
+        labels: of the items here.
+        label: of the new one.
+        num_seen: items of its class so far, without it.
+        full: classes that are the largest, or were at any time since all slots were taken; a full
+            class stays full.
+        size: slots.
+        randint: of n, a random number from 0 to n − 1.
+
+    Returns:
+        The slot, −1 to pass the item over.
     """
     if len(labels) < size:
         return len(labels)
     if label not in full:
         return _one_of_the_largest(labels, randint)
     own = [i for i, c in enumerate(labels) if c == label]
-    place = randint(seen + 1)
-    return own[place] if place < len(own) else -1
+    draw = randint(num_seen + 1)
+    return own[draw] if draw < len(own) else -1
 
 
 def greedy_slot(

@@ -26,24 +26,46 @@ _EMBEDDING = 6.0  # bound on embeddings: a gate further out would not come back
 
 
 def temperature(step: int, steps: int, s_max: float) -> float:
-    """Return s at `step` (from 0) of `steps`: from 1 / s_max, linearly, to s_max (Serra et al.,
-    2018, eq. 3)."""
+    """Return the gates' s, which rises linearly from 1 / s_max to s_max (Serra et al., 2018, eq.
+    3).
+
+    Args:
+        step: of the training, from 0.
+        steps: how many there are.
+        s_max: s at the last step.
+
+    Returns:
+        s at `step`.
+    """
     done = min(step / max(steps - 1, 1), 1.0)
     return 1 / s_max + (s_max - 1 / s_max) * done
 
 
 def compensated(grad: Tensor, embedding: Tensor, s: float, s_max: float) -> Tensor:
-    """Return the gradient of embeddings as if the gate had been sigmoid(e), times s_max (eq. 6 and
-    7)."""
+    """Return the gradient of embeddings as if the gate had been sigmoid(e), times s_max (eq. 6, 7).
+
+    Args:
+        grad, embedding: (units,) each.
+        s: of this step.
+        s_max: s at the last step.
+
+    Returns:
+        (units,).
+    """
     bent = torch.cosh((s * embedding).clamp(-_MOST, _MOST)) + 1
     return grad * (s_max / s) * bent / (torch.cosh(embedding) + 1)
 
 
 def sparsity(gates: Sequence[Tensor], used: Sequence[Tensor]) -> Tensor:
     """Return the share of units not used by earlier tasks that the gates let through, over all
-    layers (eq. 8): a scalar.
+    layers (eq. 8).
 
-    gates: 0 to 1, (units,) a layer. used: 0 or 1, those of earlier tasks.
+    Args:
+        gates: per layer (units,), 0 to 1.
+        used: per layer (units,), 1 where an earlier task uses the unit, else 0.
+
+    Returns:
+        A scalar.
     """
     free = [1 - u for u in used]
     passed = torch.stack([(g * f).sum() for g, f in zip(gates, free, strict=True)]).sum()
@@ -89,14 +111,14 @@ class Hat(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the gates in. Raises BadInput for a model without MLPs whose hidden units can be
         gated."""
-        found = view(model, self.input_shape, probe=False)
-        gated = _gated(model, found)
+        structure = view(model, self.input_shape, probe=False)
+        gated = _gated(model, structure)
         learning = (
-            reached(model, found.example)
-            if found.example.device.type != "meta"
+            reached(model, structure.example)
+            if structure.example.device.type != "meta"
             else set(dict(model.named_parameters()))
         )
-        heads = head_parameters(model, found)
+        heads = head_parameters(model, structure)
         spared = {id(p) for p in heads}
         body = {n: p for n, p in model.named_parameters() if n in learning and id(p) not in spared}
         gates: list[Gate] = []
@@ -111,51 +133,51 @@ class Hat(Technique):
         )
 
 
-def _gated(model: nn.Module, found: View) -> list[Mlp]:
+def _gated(model: nn.Module, structure: View) -> list[Mlp]:
     what = type(model).__name__
-    if not found.mlps:
+    if not structure.mlps:
         raise BadInput(
             f"hat gates the hidden units of MLPs, and {what} has none; packnet takes any layer"
         )
-    fit = [mlp for mlp in found.mlps if _fits(model, found, mlp)]
+    fit = [mlp for mlp in structure.mlps if _fits(model, structure, mlp)]
     if not fit:
         raise BadInput(
             f"no MLP of {what} has hidden units that can be gated one by one "
-            f"('{found.mlps[0].path}' mixes them)"
+            f"('{structure.mlps[0].path}' mixes them)"
         )
     return fit
 
 
-def _fits(model: nn.Module, found: View, mlp: Mlp) -> bool:
+def _fits(model: nn.Module, structure: View, mlp: Mlp) -> bool:
     """Whether what enters `down` depends, unit by unit, on what leaves `up` (and `gate`): no norm
     or the like in between."""
     ups = [mlp.up, *([mlp.gate] if mlp.gate else [])]
     layers = [model.get_submodule(p) for p in (*ups, mlp.down)]
     if not all(isinstance(m, nn.Linear) for m in layers) or {*ups, mlp.down} & {
-        *found.functional,
-        *found.computed,
+        *structure.functional,
+        *structure.computed,
     }:
         return False
     units = layers[-1].in_features
     if any(m.out_features != units for m in layers[:-1]):  # halves of one layer, say
         return False
-    if found.example.device.type == "meta":
+    if structure.example.device.type == "meta":
         return True
-    seen: list[Tensor] = []
+    inputs: list[Tensor] = []
     for changed in (False, True):
-        hooks = [layers[-1].register_forward_pre_hook(partial(_note, seen))]
+        hooks = [layers[-1].register_forward_pre_hook(partial(_note, inputs))]
         hooks += [m.register_forward_hook(_disturb) for m in layers[:-1]] if changed else []
         try:
             with probing(model):
-                model(found.example)
+                model(structure.example)
         finally:
             for hook in hooks:
                 hook.remove()
-    return torch.equal(seen[0][..., 1:], seen[-1][..., 1:])
+    return torch.equal(inputs[0][..., 1:], inputs[-1][..., 1:])
 
 
-def _note(seen: list[Tensor], module: nn.Module, args: Any) -> None:
-    seen.append(args[0].clone())
+def _note(inputs: list[Tensor], module: nn.Module, args: Any) -> None:
+    inputs.append(args[0].clone())
 
 
 def _disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -163,11 +185,13 @@ def _disturb(module: nn.Module, args: Any, output: Tensor) -> Tensor:
 
 
 class Gate(nn.Module):
-    """The gates of one MLP's hidden units, living in the layer that reads them. embedding:
-    (units,).
+    """The gates of one MLP's hidden units, living in the layer that reads them.
 
-    used: by ended tasks, by unit. s: how steep gates are in training. told: open units (0 or 1) of
-    the task a test tells.
+    Attributes:
+        embedding: (units,).
+        used: by ended tasks, bool (units,).
+        s: how steep gates are in training.
+        override: open units (0 or 1) of the task that a test names.
     """
 
     used: Tensor
@@ -273,8 +297,8 @@ class InstalledHat(Installed):
             for gate in self.gates:
                 gate.embedding.clamp_(-_EMBEDDING, _EMBEDDING)
         if self.masks:
-            for held in self.body.values():
-                held.hold()
+            for elements in self.body.values():
+                elements.hold()
 
     def test_task(self, task: Experience | None) -> None:
         """Use the units of the task, once it has ended; None: the current gates again."""
@@ -328,21 +352,21 @@ class InstalledHat(Installed):
 
     def undo(self) -> None:
         """Let go of the gradients."""
-        for hook in (*self.hooks, *(held.hook for held in self.body.values())):
+        for hook in (*self.hooks, *(elements.hook for elements in self.body.values())):
             hook.remove()
 
     def _freeze(self) -> None:
         """Hold the weights into and out of used units, and all that has no gate."""
-        for held in self.body.values():
-            held.mask = torch.ones((), dtype=torch.bool)
+        for elements in self.body.values():
+            elements.mask = torch.ones((), dtype=torch.bool)
         for down, ups, gate in self.reads:
             self._hold(down.weight, gate.used[None, :])
             for up in ups:
                 self._hold(up.weight, gate.used[:, None])
                 if up.bias is not None:
                     self._hold(up.bias, gate.used)
-        for held in self.body.values():
-            held.take()
+        for elements in self.body.values():
+            elements.take()
         hold_norms(self.model)
 
     def _hold(self, parameter: Any, mask: Tensor) -> None:

@@ -29,10 +29,14 @@ ROLES = ("linear", "attention", "qkv", "mlp", "conv")
 
 
 def orthogonality(earlier: Sequence[Tensor], current: Tensor) -> Tensor:
-    """Return the sum over earlier tasks of ‖A_i·Aᵀ‖², a scalar: 0 where the row spaces are
-    orthogonal (Wang et al., 2023).
+    """Return the sum over earlier tasks of ‖A_i·Aᵀ‖² (Wang et al., 2023).
 
-    earlier, current: factors A, (rank, inputs) each; the rank may differ.
+    Args:
+        earlier: factors A of the earlier tasks, (rank, inputs) each; the rank may differ.
+        current: the current task's, (rank, inputs).
+
+    Returns:
+        A scalar, 0 where the row spaces are orthogonal.
     """
     return torch.stack([(a @ current.T).square().sum() for a in earlier]).sum()
 
@@ -99,24 +103,26 @@ class LoraStream(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the first task's change around the targets. Raises BadInput where nothing matches or
         a layer does not fit."""
-        found = view(model, self.input_shape, probe=False)
-        paths = self._paths(model, found)
-        places = {path: parents_of(model, model.get_submodule(path)) for path in paths}
-        heads = head_parameters(model, found) if self.head == "train" else []
+        structure = view(model, self.input_shape, probe=False)
+        paths = self._paths(model, structure)
+        parents = {path: parents_of(model, model.get_submodule(path)) for path in paths}
+        heads = head_parameters(model, structure) if self.head == "train" else []
         inject(self, model, paths, 0)
         layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
         for path, layer in layers.items():
-            for parent, name in places[path]:  # PEFT wraps one alias of a shared module
+            for parent, name in parents[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
         keep_off_the_fast_path(model, layers)
         live = InstalledLoraStream(self, model, layers, heads)
         freeze(
-            model, but=live.learns(0), follows=found.in_classifier if heads else lambda path: False
+            model,
+            but=live.learns(0),
+            follows=structure.in_classifier if heads else lambda path: False,
         )
         live.use([1.0])
         return live
 
-    def _paths(self, model: nn.Module, found: View) -> list[str]:
+    def _paths(self, model: nn.Module, structure: View) -> list[str]:
         """Return the paths to change, in the model's order. Raises BadInput before anything is
         touched."""
         chosen: set[str] = set()
@@ -124,7 +130,7 @@ class LoraStream(Technique):
             role = target in ROLES
             try:
                 hits = (
-                    found.role(target)
+                    structure.role(target)
                     if role
                     else tuple(find(model, [target], (nn.Linear, nn.Conv2d)))
                 )
@@ -134,10 +140,14 @@ class LoraStream(Technique):
                 ) from None
             if not role:
                 hits = (
-                    tuple(p for p in hits if not found.in_classifier(p) and p != found.patch_embed)
+                    tuple(
+                        p
+                        for p in hits
+                        if not structure.in_classifier(p) and p != structure.patch_embed
+                    )
                     or hits
                 )
-            why = {p: _why_not(model, found, p) for p in hits}
+            why = {p: _why_not(model, structure, p) for p in hits}
             good = [p for p in hits if not why[p]]
             if not good or (not role and len(good) < len(hits)):
                 bad = next(p for p in hits if why[p])
@@ -145,14 +155,14 @@ class LoraStream(Technique):
                     f"lora_stream cannot change '{bad}', which '{target}' names: {why[bad]}"
                 )
             chosen.update(good)
-        if self.head == "train" and (inside := sorted(filter(found.in_classifier, chosen))):
+        if self.head == "train" and (inside := sorted(filter(structure.in_classifier, chosen))):
             raise BadInput(
                 f"{some(inside)} is the classifier, which trains in full; set head: freeze"
             )
         return [p for p, _ in model.named_modules() if p in chosen]
 
 
-def _why_not(model: nn.Module, found: View, path: str) -> str:
+def _why_not(model: nn.Module, structure: View, path: str) -> str:
     """Return why a layer cannot be changed, or ""."""
     module = model.get_submodule(path)
     if not isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -160,11 +170,11 @@ def _why_not(model: nn.Module, found: View, path: str) -> str:
             f"it is a {type(module).__name__}, not a Linear or Conv2d; the technique 'lora' takes "
             "it for one task"
         )
-    if path not in (*found.linears, *found.convs):
+    if path not in (*structure.linears, *structure.convs):
         return "it never runs in a forward, so it would learn nothing"
-    if path in found.functional or path in inner_linears(model):
+    if path in structure.functional or path in inner_linears(model):
         return "its weight is read by another module; the technique 'lora' takes it for one task"
-    if path in found.computed:
+    if path in structure.computed:
         return f"it does not use its weight as it is (a standardised {type(module).__name__})"
     if isinstance(module, nn.Conv2d) and (
         module.groups > 1 or set(module.dilation) != {1} or module.padding_mode != "zeros"
@@ -257,11 +267,11 @@ class InstalledLoraStream(Installed):
         self._latest_factors = None
         self.heads.show(task.index if task is not None else None)
         if task is not None and task.index < len(self.factors):
-            alone = self.request.mode == "arithmetic"
+            own_only = self.request.mode == "arithmetic"
             self._latest_factors = self.factors
             self.use(
                 [
-                    float(i == task.index if alone else i <= task.index)
+                    float(i == task.index if own_only else i <= task.index)
                     for i in range(len(self.factors))
                 ]
             )

@@ -23,12 +23,19 @@ def lwf_loss(
     temperature: float = 2.0,
     form: Literal["kl", "cross_entropy"] = "kl",
 ) -> Tensor:
-    """Return the distance of softened answers for earlier classes (LwF: Li and Hoiem, 2016, eq. 2),
-    a scalar.
+    """Return the distance of softened answers for earlier classes (LwF: Li and Hoiem, 2016, eq. 2).
 
-    Both logits: (rows, classes); `classes` are the earlier ones, all where None. Summed over them,
-    averaged over the rows, without a factor T². "kl" and "cross_entropy" differ by the old answers'
-    entropy: another value, the same gradient.
+    Summed over the classes, averaged over the rows, without a factor T².
+
+    Args:
+        new_logits, old_logits: (rows, classes) each.
+        classes: the earlier ones; None: all.
+        temperature: divides both logits.
+        form: "kl" and "cross_entropy" differ by the old answers' entropy: another value, the same
+            gradient.
+
+    Returns:
+        A scalar.
     """
     if classes is not None:
         at = torch.as_tensor(classes, device=new_logits.device)
@@ -42,8 +49,15 @@ def lwf_loss(
 
 
 def between(old: Tensor, new: Tensor, share: float) -> Tensor:
-    """Return share · old + (1 − share) · new: weights between two tasks' (WiSE-FT: Wortsman et al.,
-    2022)."""
+    """Return weights between two tasks' (WiSE-FT: Wortsman et al., 2022).
+
+    Args:
+        old, new: of one shape.
+        share: of the old ones, 0 to 1.
+
+    Returns:
+        share · old + (1 − share) · new.
+    """
     return torch.lerp(new, old, share) if new.is_floating_point() else new
 
 
@@ -88,11 +102,11 @@ class InstalledLwf(Installed):
             str, Tensor
         ] = {}  # what learns, and buffers, as they were when the last task ended
         self.classes: list[int] = []  # of earlier tasks; empty where nobody said
-        self._seen: tuple[int, ...] = ()
+        self._seen_classes: tuple[int, ...] = ()
 
     def begin_task(self, task: Experience) -> None:
         """Note which classes count as earlier from the task's end on."""
-        self._seen = task.classes_so_far
+        self._seen_classes = task.classes_so_far
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"lwf": weight · lwf_loss}, from the second task on."""
@@ -131,7 +145,7 @@ class InstalledLwf(Installed):
         self.earlier = {
             n: t.detach().clone() for n, t in [*now.items(), *self.model.named_buffers()]
         }
-        self.classes = list(self._seen)
+        self.classes = list(self._seen_classes)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the earlier weights and classes."""

@@ -22,11 +22,15 @@ _UNSEEN = -1e30  # the bias of a class without a mean
 
 
 def mean_classifier(means: Tensor, metric: Metric = "euclidean") -> tuple[Tensor, Tensor]:
-    """Return the weight (classes, dim) and bias (classes,) of the linear classifier that names the
-    nearest mean.
+    """Return the linear classifier that answers with the nearest mean.
 
-    means: (classes, dim). "euclidean": f·μ − ½‖μ‖², which ranks as −½‖f − μ‖² does (Mensink et al.,
-    2013). "cosine": f·μ/‖μ‖.
+    Args:
+        means: (classes, dim).
+        metric: "euclidean": f·μ − ½‖μ‖², which ranks as −½‖f − μ‖² does (Mensink et al., 2013).
+            "cosine": f·μ/‖μ‖.
+
+    Returns:
+        Weight (classes, dim) and bias (classes,).
     """
     if metric == "cosine":
         return F.normalize(means, dim=1), means.new_zeros(len(means))
@@ -62,15 +66,15 @@ class Ncm(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput where that is no linear layer on one
         feature vector an image."""
-        found = view(model, self.input_shape, probe=False)
-        heads = [_linear(model, found, path, self.metric) for path in found.role("head")]
+        structure = view(model, self.input_shape, probe=False)
+        heads = [_linear(model, structure, path, self.metric) for path in structure.role("head")]
         names = freeze(model, but=[p for head in heads for p in head.parameters()])
         for module in model.modules():
             hold_in_eval(module)
         return InstalledNcm(self.metric, heads, names)
 
 
-def _linear(model: nn.Module, found: View, path: str, metric: Metric) -> nn.Linear:
+def _linear(model: nn.Module, structure: View, path: str, metric: Metric) -> nn.Linear:
     head = model.get_submodule(path)
     if not isinstance(head, nn.Linear):
         raise BadInput(
@@ -80,7 +84,7 @@ def _linear(model: nn.Module, found: View, path: str, metric: Metric) -> nn.Line
         raise BadInput(
             f"'{path}' has no bias, which a euclidean distance needs: choose metric cosine"
         )
-    if path in found.functional:
+    if path in structure.functional:
         raise BadInput(
             f"the weight of '{path}' is read by another module, so ncm does not see what it is "
             "given"
@@ -89,7 +93,7 @@ def _linear(model: nn.Module, found: View, path: str, metric: Metric) -> nn.Line
 
 
 class InstalledNcm(Installed):
-    """Sums and counts by class. seen: images of each class so far."""
+    """Sums and counts by class. counts: images of each class so far."""
 
     def __init__(self, metric: Metric, heads: list[nn.Linear], trainable: tuple[str, ...]) -> None:
         super().__init__(trainable, freezes=True)
@@ -97,14 +101,14 @@ class InstalledNcm(Installed):
         self.heads = heads
         self.sums = [torch.zeros(h.out_features, h.in_features, dtype=torch.float64) for h in heads]
         self.counts = torch.zeros(heads[0].out_features, dtype=torch.int64)
-        self._given: dict[int, Tensor] = {}
+        self._features: dict[int, Tensor] = {}
         for head in heads:
             head.register_forward_pre_hook(self._note)
         self.criterion = self._nothing
 
     def _note(self, module: nn.Module, args: Any) -> None:
         if torch.is_grad_enabled():
-            self._given[id(module)] = args[0].detach()
+            self._features[id(module)] = args[0].detach()
 
     def _nothing(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return a loss of 0 with a gradient of 0, which takes in the step's features."""
@@ -115,7 +119,7 @@ class InstalledNcm(Installed):
             )
             hot = F.one_hot(y, len(self.counts)).double()
             new = {
-                str(i): hot.T @ self._given.pop(id(head)).flatten(1).double()
+                str(i): hot.T @ self._features.pop(id(head)).flatten(1).double()
                 for i, head in enumerate(self.heads)
             }
             new["seen"] = hot.sum(0)

@@ -26,9 +26,15 @@ MOST_TASKS = 255  # owners are kept as bytes
 
 def largest(weight: Tensor, free: Tensor, share: float) -> Tensor:
     """Return which of the free weights are the `share` of greatest magnitude, at least one where
-    any is free: bool, as weight.
+    any is free.
 
-    weight: any shape. free: bool of that shape.
+    Args:
+        weight: any shape.
+        free: bool of that shape.
+        share: of the free weights, 0 to 1.
+
+    Returns:
+        bool of that shape.
     """
     count = math.ceil(share * int(free.sum()))
     magnitude = weight.detach().abs().masked_fill(~free, -1.0).flatten()
@@ -76,16 +82,16 @@ class PackNet(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Find the weights to pack. Raises BadInput for a model without layers but its
         classifier."""
-        found = view(model, self.input_shape, probe=False)
-        heads = head_parameters(model, found)
+        structure = view(model, self.input_shape, probe=False)
+        heads = head_parameters(model, structure)
         learning = (
-            reached(model, found.example)
-            if found.example.device.type != "meta"
+            reached(model, structure.example)
+            if structure.example.device.type != "meta"
             else set(dict(model.named_parameters()))
         )
         named = {n: p for n, p in model.named_parameters() if n in learning}
         body = {n: p for n, p in named.items() if not any(p is h for h in heads)}
-        weights = _weights(model, found)
+        weights = _weights(model, structure)
         if not any(id(p) in weights for p in body.values()):
             raise BadInput(
                 f"{type(model).__name__} has no layers but its classifier, so there is nothing to "
@@ -100,10 +106,10 @@ class PackNet(Technique):
         )
 
 
-def _weights(model: nn.Module, found: View) -> set[int]:
+def _weights(model: nn.Module, structure: View) -> set[int]:
     """Return the ids of the weights of layers, which are pruned: Linear, convolution, attention
     projections."""
-    layers = [model.get_submodule(p) for p in (*found.linears, *found.convs)]
+    layers = [model.get_submodule(p) for p in (*structure.linears, *structure.convs)]
     layers += [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     return {id(p) for layer in layers for p in layer.parameters(recurse=False) if p.ndim > 1}
 

@@ -55,25 +55,27 @@ class Pnn(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Find the blocks between which columns meet. Raises BadInput for a model without any."""
-        found = view(model, self.input_shape, probe=False)
-        places = [
-            Lateral(path, model.get_submodule(path), home, found.layouts[path].inputs[axis], axis)
-            for path in found.blocks
-            if path in found.layouts and (home := seat(model, path)) is not None
-            for axis in (found.layouts[path].channels,)
+        structure = view(model, self.input_shape, probe=False)
+        laterals = [
+            Lateral(
+                path, model.get_submodule(path), home, structure.layouts[path].inputs[axis], axis
+            )
+            for path in structure.blocks
+            if path in structure.layouts and (home := seat(model, path)) is not None
+            for axis in (structure.layouts[path].channels,)
         ]
-        if not places:
+        if not laterals:
             raise BadInput(
                 f"columns meet at the blocks of a model, and {type(model).__name__} shows none; "
                 "packnet takes any layer"
             )
         learning = (
-            reached(model, found.example)
-            if found.example.device.type != "meta"
+            reached(model, structure.example)
+            if structure.example.device.type != "meta"
             else set(dict(model.named_parameters()))
         )
         own = tuple(n for n, p in model.named_parameters() if p.requires_grad and n in learning)
-        return InstalledPnn(self, model, places, own)
+        return InstalledPnn(self, model, laterals, own)
 
 
 class Lateral:
@@ -117,8 +119,8 @@ class InstalledPnn(Installed):
         ] = {}  # by block: what entered there, column by column
         self._running = False
         model.register_forward_pre_hook(self._before, with_kwargs=True)
-        for place in laterals:
-            place.block.register_forward_pre_hook(partial(self._meet, place), with_kwargs=True)
+        for lateral in laterals:
+            lateral.block.register_forward_pre_hook(partial(self._meet, lateral), with_kwargs=True)
 
     def begin_task(self, task: Experience) -> None:
         """Begin a new column, with adapters from all before it."""
@@ -126,23 +128,23 @@ class InstalledPnn(Installed):
             return
         self.column = self._latest = task.index
         added: list[nn.Parameter] = []
-        for place in self.laterals:
+        for lateral in self.laterals:
             weight = next(p for p in self.model.parameters() if p.is_floating_point())
             kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             nets = [
                 Bottleneck(
-                    place.channels,
+                    lateral.channels,
                     self.request.width,
                     nn.ReLU(),
-                    axis=place.axis,
+                    axis=lateral.axis,
                     scale=1.0,
                     dropout=0.0,
                     **kind,
                 )
                 for _ in range(task.index)
             ]
-            place.home.add_module(f"{_CHILD}{task.index}", nn.ModuleList(nets))
-            place.adapters.append(nets)
+            lateral.home.add_module(f"{_CHILD}{task.index}", nn.ModuleList(nets))
+            lateral.adapters.append(nets)
             added += [p for net in nets for p in net.parameters()]
         self._fill(self.start)
         self.trainable = self.own + names_of(self.model, added)
@@ -167,7 +169,7 @@ class InstalledPnn(Installed):
         """Run the columns before the one at work, for what enters their blocks."""
         if self._running or not self.column:
             return
-        self._entered = {place.path: [] for place in self.laterals}
+        self._entered = {lateral.path: [] for lateral in self.laterals}
         with self._nested(), torch.no_grad(), in_mode(self.model, False), self.phase("columns"):
             for number, values in enumerate(self.columns[: self.column]):
                 self.column = number
@@ -181,16 +183,16 @@ class InstalledPnn(Installed):
         finally:
             self._running, self.column = False, column
 
-    def _meet(self, place: Lateral, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    def _meet(self, lateral: Lateral, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """Add to what enters a block what adapters make of the earlier columns'."""
         if not self.column and not self._running:
             return None
         values, at, spec = taken_apart(args, kwargs)
-        earlier = self._entered[place.path][: self.column]
-        for net, seen in zip(place.adapters[self.column], earlier, strict=True):
-            values[at] = values[at] + net(seen)
+        earlier = self._entered[lateral.path][: self.column]
+        for net, features in zip(lateral.adapters[self.column], earlier, strict=True):
+            values[at] = values[at] + net(features)
         if self._running:
-            self._entered[place.path].append(values[at])
+            self._entered[lateral.path].append(values[at])
         return tree_unflatten(values, spec)
 
     def _values(self) -> dict[str, Tensor]:

@@ -28,36 +28,63 @@ _CHILD = "prompt_pool"
 
 
 def similarities(query: Tensor, keys: Tensor) -> Tensor:
-    """Return the cosines of each query with each key: query (batch, dim), keys (pool, dim) to
-    (batch, pool)."""
+    """Return the cosine of each query with each key.
+
+    Args:
+        query: (batch, dim).
+        keys: (pool, dim).
+
+    Returns:
+        (batch, pool).
+    """
     return F.normalize(query, dim=-1) @ F.normalize(keys, dim=-1).T
 
 
 def nearest_prompts(similarity: Tensor, top_n: int, penalty: Tensor | None = None) -> Tensor:
-    """Return the `top_n` prompts of least distance (1 - cosine) × penalty for each sample, the
-    nearest first (Wang et al., 2022, eq. 3 and 4): int64 (batch, top_n).
+    """Return the `top_n` prompts of least distance (1 - cosine) × penalty for each sample (Wang et
+    al., 2022, eq. 3 and 4).
 
-    similarity: (batch, pool). penalty: (pool,), greater for prompts that earlier tasks used often;
-    none: all alike.
+    Args:
+        similarity: cosines, (batch, pool).
+        top_n: prompts per sample.
+        penalty: (pool,), greater for prompts that earlier tasks used often; None: all alike.
+
+    Returns:
+        int64 (batch, top_n), the nearest first.
     """
     scores = similarity.detach()
     return (scores if penalty is None else (scores - 1) * penalty).topk(top_n, dim=1).indices
 
 
 def majority(index: Tensor, pool: int) -> Tensor:
-    """Return the prompts that most samples picked, the most frequent first: index (batch, top_n) to
-    (top_n,)."""
+    """Return the prompts that most samples picked, the most frequent first.
+
+    Args:
+        index: prompts picked per sample, (batch, top_n).
+        pool: prompts in the pool.
+
+    Returns:
+        int64 (top_n,).
+    """
     counts = torch.bincount(index.flatten(), minlength=pool)
-    there = counts.nonzero().flatten()
+    picked = counts.nonzero().flatten()
     padded = F.pad(
-        counts[there], (0, pool - len(there))
+        counts[picked], (0, pool - len(picked))
     )  # as wide as the pool, so that ties fall as in the authors' port
-    return there[padded.topk(index.shape[1]).indices]
+    return picked[padded.topk(index.shape[1]).indices]
 
 
 def reduce_sim(similarity: Tensor, index: Tensor) -> Tensor:
     """Return the similarities of the picked prompts, summed over them and averaged over the batch
-    (eq. 5): a scalar."""
+    (eq. 5).
+
+    Args:
+        similarity: cosines, (batch, pool).
+        index: prompts picked per sample, (batch, top_n).
+
+    Returns:
+        A scalar.
+    """
     return similarity.gather(1, index).sum() / len(index)
 
 
@@ -157,32 +184,38 @@ class PromptPool(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the pool in. Raises BadInput for anything but a plain sequence of patches through all
         blocks."""
-        found = view(model, self.input_shape, probe=False)
-        blocks = prompt_blocks(model, found)
-        dim = found.layouts[blocks[0]].output[2]
+        structure = view(model, self.input_shape, probe=False)
+        blocks = prompt_blocks(model, structure)
+        dim = structure.layouts[blocks[0]].output[2]
         weight = next(
             p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
         )
-        width = dim if self.query == "patch" else _feature(model, found).shape[1]
+        width = dim if self.query == "patch" else _feature(model, structure).shape[1]
         kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
         rows = torch.empty(self.pool, self.length, dim, **kind).uniform_(-1, 1)
         pool = Pool(
-            self, rows, torch.empty(self.pool, width, **kind).uniform_(-1, 1), found.prefix_tokens
+            self,
+            rows,
+            torch.empty(self.pool, width, **kind).uniform_(-1, 1),
+            structure.prefix_tokens,
         )
         asker = None
         if self.query == "class":
-            heads = _at(model, found.classifier)
+            heads = _at(model, structure.classifier)
             asker = Asker(
-                pool, found.classifier, _readers(found), _mark(model, heads) if self.cache else ""
+                pool,
+                structure.classifier,
+                _readers(structure),
+                _fingerprint(model, heads) if self.cache else "",
             )
             asker.put(model)
         doors = Doors(model, [model.get_submodule(path) for path in blocks])
         pool.put(model, blocks, _CHILD, doors)
         doors.put()
-        doors.settle(found.example)
-        check_runs(model, found.example, [pool.rows], f"{self.top_n} prompts of {self.length}")
+        doors.settle(structure.example)
+        check_runs(model, structure.example, [pool.rows], f"{self.top_n} prompts of {self.length}")
         live = InstalledPromptPool(
-            train_only(model, [pool.rows, pool.keys], found, self.head), pool, asker
+            train_only(model, [pool.rows, pool.keys], structure, self.head), pool, asker
         )
         live.unmergeable = (
             "prompts are tokens of the sequence, not a change of weights; keep the model wrapped"
@@ -377,8 +410,8 @@ class InstalledPromptPool(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return how often each prompt was picked, and what the kept queries saved."""
-        kept = {"prompt_pool_queries": self.cache.facts()} if self.cache is not None else {}
-        return {"prompt_pool_shares": [round(s, 4) for s in self.shares.tolist()], **kept}
+        queries = {"prompt_pool_queries": self.cache.facts()} if self.cache is not None else {}
+        return {"prompt_pool_shares": [round(s, 4) for s in self.shares.tolist()], **queries}
 
     def undo(self) -> None:
         """Let go of the kept queries' files."""
@@ -386,7 +419,7 @@ class InstalledPromptPool(Installed):
             self.cache.close()
 
 
-def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
+def _fingerprint(model: nn.Module, heads: list[nn.Module]) -> str:
     """Return a fingerprint of the model but its heads, which train and which no query depends
     on."""
     spared = {id(t) for head in heads for t in (*head.parameters(), *head.buffers())}
@@ -395,11 +428,11 @@ def _mark(model: nn.Module, heads: list[nn.Module]) -> str:
     )
 
 
-def _feature(model: nn.Module, found: View) -> Tensor:
+def _feature(model: nn.Module, structure: View) -> Tensor:
     """Return what the head reads for the example. Raises BadInput where that is no vector per
     image."""
     with probing(model):
-        feature = _run(model, _readers(found), (found.example,), {})
+        feature = _run(model, _readers(structure), (structure.example,), {})
     if feature.ndim != 2:
         raise BadInput(
             f"the head of {type(model).__name__} reads {tuple(feature.shape)}, not one vector "
@@ -409,10 +442,14 @@ def _feature(model: nn.Module, found: View) -> Tensor:
     return feature
 
 
-def _readers(found: View) -> list[str]:
+def _readers(structure: View) -> list[str]:
     """Return the classifier's layers: what the first of them reads does not change while they
     train."""
-    return [p for p in (*found.norms, *found.linears, *found.convs) if found.in_classifier(p)]
+    return [
+        p
+        for p in (*structure.norms, *structure.linears, *structure.convs)
+        if structure.in_classifier(p)
+    ]
 
 
 def _at(model: nn.Module, paths: Sequence[str]) -> list[nn.Module]:

@@ -27,20 +27,31 @@ def fisher(
 ) -> dict[str, Tensor]:
     """Return the diagonal of a Fisher information by parameter, a mean over the loader's samples.
 
-    "sample": the square of each sample's gradient (the empirical Fisher). "batch": the square of
-    each batch's mean gradient, a mean over batches; smaller about by the batch size (avalanche's).
-    "weighted": each sample's square times the probability of its label (mammoth's, but for its
-    division by full batches). "true": labels from the model, the expectation over all classes taken
-    exactly, at the cost of a backward for each (Kirkpatrick et al., 2017). Of several
-    processes each may bring its own part of the data: the mean is over all of it.
+    Of several processes each may bring its own part of the data: the mean is over all of it.
+
+    Args:
+        model: images to logits (batch, classes).
+        names: parameters.
+        loader: batches (x, y).
+        definition: "sample": the square of each sample's gradient (the empirical Fisher). "batch":
+            the square of each batch's mean gradient, a mean over batches; smaller about by the
+            batch size (avalanche's). "weighted": each sample's square times the probability of its
+            label (mammoth's, but for its division by full batches). "true": labels from the model,
+            the expectation over all classes taken exactly, at the cost of a backward for each
+            (Kirkpatrick et al., 2017).
+
+    Returns:
+        By name a tensor of the parameter's shape.
     """
     total = _zeros(model, names)
     count = 0
-    for x, y in _placed(model, loader, least=1 if definition == "batch" else _TOGETHER):
+    for x, y in _on_device(model, loader, least=1 if definition == "batch" else _TOGETHER):
         require_class_numbers(y, "a Fisher information", Regularize.instead)
         if definition == "batch":
-            found = _gradients(model, names, lambda x=x, y=y: F.cross_entropy(_logits(model, x), y))
-            _add(total, {n: g.square() for n, g in found.items()})
+            gradients = _gradients(
+                model, names, lambda x=x, y=y: F.cross_entropy(_logits(model, x), y)
+            )
+            _add(total, {n: g.square() for n, g in gradients.items()})
             count += 1
             continue
         with torch.no_grad():
@@ -72,17 +83,24 @@ def mas(
     """Return memory-aware importances by parameter (Aljundi et al., 2018, eq. 3), a mean over
     samples; labels are not used.
 
-    The absolute gradient of the squared L2 norm of the logits, of each sample or of each batch's
-    mean (as libraries have it).
+    Args:
+        model: images to logits (batch, classes).
+        names: parameters.
+        loader: batches (x, y).
+        definition: the absolute gradient of the squared L2 norm of the logits, of each "sample" or
+            of each "batch"'s mean (as libraries have it).
+
+    Returns:
+        By name a tensor of the parameter's shape.
     """
     total = _zeros(model, names)
     count = 0
-    for x, _ in _placed(model, loader):
+    for x, _ in _on_device(model, loader):
         for part in x.split(1 if definition == "sample" else len(x)):
-            found = _gradients(
+            gradients = _gradients(
                 model, names, lambda x=part: _logits(model, x).square().sum(1).mean()
             )
-            _add(total, {n: len(part) * g.abs() for n, g in found.items()})
+            _add(total, {n: len(part) * g.abs() for n, g in gradients.items()})
         count += len(x)
     count = distributed.all_reduce_sum(total, count)
     return {n: t / max(count, 1) for n, t in total.items()}
@@ -90,9 +108,15 @@ def mas(
 
 def path_importance(path: Tensor, moved: Tensor, damping: float) -> Tensor:
     """Return what a task's path through the weights adds to their importance (SI: Zenke et al.,
-    2017, eq. 5), never negative.
+    2017, eq. 5).
 
-    path: the sum over steps of −gradient · change. moved: the whole change.
+    Args:
+        path: the sum over steps of −gradient · change, of a parameter's shape.
+        moved: the change over all steps.
+        damping: added to its square.
+
+    Returns:
+        Of the parameter's shape, never negative.
     """
     return (path / (moved.square() + damping)).clamp_min(0)
 
@@ -100,8 +124,14 @@ def path_importance(path: Tensor, moved: Tensor, damping: float) -> Tensor:
 def penalty(
     parameters: Mapping[str, Tensor], importance: Mapping[str, Tensor], anchor: Mapping[str, Tensor]
 ) -> Tensor:
-    """Return Σ importance · (parameter − anchor)², a scalar, without a factor ½, as libraries have
-    it."""
+    """Return Σ importance · (parameter − anchor)², without a factor ½, as libraries have it.
+
+    Args:
+        parameters, importance, anchor: by name, of one shape each.
+
+    Returns:
+        A scalar.
+    """
     return torch.stack(
         [(w * (parameters[n] - anchor[n]).square()).sum() for n, w in importance.items()]
     ).sum()
@@ -194,10 +224,12 @@ class InstalledRegularize(Installed):
         if self.request.method == "si":
             self._follow()
         now = dict(self.model.named_parameters())
-        held = {n: w for n, w in self.importance.items() if n in now and now[n].requires_grad}
-        if not held:
+        importance = {n: w for n, w in self.importance.items() if n in now and now[n].requires_grad}
+        if not importance:
             return {}
-        return {"regularize": self.request.weight * (penalty(now, held, self.anchor) + self.rest)}
+        return {
+            "regularize": self.request.weight * (penalty(now, importance, self.anchor) + self.rest)
+        }
 
     def step_end(self) -> None:
         """Add the step to the path of each weight. A step that was skipped moved nothing, and its
@@ -276,10 +308,10 @@ class InstalledRegularize(Installed):
         """Fold one more quadratic into the sum of all tasks', which is one quadratic about a
         weighted mean, and a rest."""
         old, anchor = self._decay() * old, self.anchor.get(name, now)
-        whole = old + new
-        share = torch.where(whole > 0, new / whole.clamp_min(torch.finfo(whole.dtype).tiny), 0.0)
+        total = old + new
+        share = torch.where(total > 0, new / total.clamp_min(torch.finfo(total.dtype).tiny), 0.0)
         self.rest += float((old * share * (now - anchor).square()).double().sum())
-        self.importance[name], self.anchor[name] = whole, anchor + share * (now - anchor)
+        self.importance[name], self.anchor[name] = total, anchor + share * (now - anchor)
 
     def _follow(self) -> None:
         """Note each weight's gradient as it comes, and where the task began."""
@@ -301,30 +333,30 @@ class InstalledRegularize(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return importances, anchors and the paths of the task under way."""
-        kept = {
+        groups = {
             "importance": self.importance,
             "anchor": self.anchor,
             "path": self._path,
             "start": self._start,
         }
-        state = {f"{kind}.{n}": t for kind, tensors in kept.items() for n, t in tensors.items()}
+        state = {f"{kind}.{n}": t for kind, tensors in groups.items() for n, t in tensors.items()}
         return {**state, "rest": torch.tensor(self.rest, dtype=torch.float64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
-        places = {n: p.device for n, p in self.model.named_parameters()}
-        kept = {
+        devices = {n: p.device for n, p in self.model.named_parameters()}
+        groups = {
             "importance": self.importance,
             "anchor": self.anchor,
             "path": self._path,
             "start": self._start,
         }
-        for kind, held in kept.items():
-            found = {
+        for kind, group in groups.items():
+            values = {
                 k.removeprefix(kind + "."): v for k, v in state.items() if k.startswith(kind + ".")
             }
-            held.clear()
-            held.update({n: v.clone().to(places.get(n, v.device)) for n, v in found.items()})
+            group.clear()
+            group.update({n: v.clone().to(devices.get(n, v.device)) for n, v in values.items()})
         self._last = {n: self.model.get_parameter(n).detach().clone() for n in self._path}
         self.rest = float(state["rest"])
 
@@ -339,14 +371,14 @@ def _squares(
 ) -> dict[str, Tensor]:
     """Return by parameter the sum over samples of weight · gradient² of the cross entropy."""
     total = _zeros(model, names)
-    for rows, found in sample_gradients(model, names, x, y):
+    for rows, gradients in sample_gradients(model, names, x, y):
         _add(
             total,
             {
                 n: torch.einsum(
                     "b,b...->...", weights[rows].to(_precise(g)), g.to(_precise(g)).square()
                 )
-                for n, g in found.items()
+                for n, g in gradients.items()
             },
         )
     return total
@@ -354,8 +386,8 @@ def _squares(
 
 def _gradients(model: nn.Module, names: list[str], loss: Callable[[], Tensor]) -> dict[str, Tensor]:
     parameters = [model.get_parameter(n) for n in names]
-    found = torch.autograd.grad(loss(), parameters, allow_unused=True)
-    pairs = zip(names, parameters, found, strict=True)
+    gradients = torch.autograd.grad(loss(), parameters, allow_unused=True)
+    pairs = zip(names, parameters, gradients, strict=True)
     return {n: (torch.zeros_like(p) if g is None else g).to(_precise(p)) for n, p, g in pairs}
 
 
@@ -379,18 +411,21 @@ def _add(total: dict[str, Tensor], more: Mapping[str, Tensor]) -> None:
         total[name] += value
 
 
-def _placed(model: nn.Module, loader: Any, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def _on_device(model: nn.Module, loader: Any, least: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the loader's batches on the model's device, some together until they hold `least`
     samples."""
     device = next(model.parameters()).device
-    held: list[tuple[Tensor, Tensor]] = []
+    pending: list[tuple[Tensor, Tensor]] = []
     for x, y in loader:
-        held.append((x, y))
-        if sum(len(x) for x, _ in held) >= least:
+        pending.append((x, y))
+        if sum(len(x) for x, _ in pending) >= least:
             yield (
-                torch.cat([x for x, _ in held]).to(device),
-                torch.cat([y for _, y in held]).to(device),
+                torch.cat([x for x, _ in pending]).to(device),
+                torch.cat([y for _, y in pending]).to(device),
             )
-            held = []
-    if held:
-        yield torch.cat([x for x, _ in held]).to(device), torch.cat([y for _, y in held]).to(device)
+            pending = []
+    if pending:
+        yield (
+            torch.cat([x for x, _ in pending]).to(device),
+            torch.cat([y for _, y in pending]).to(device),
+        )

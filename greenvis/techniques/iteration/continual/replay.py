@@ -40,11 +40,20 @@ def er_ace_loss(
     fresh: int,
     task_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Tensor:
-    """Return the asymmetric loss of ER-ACE (Caccia et al., 2022, eq. 3), a scalar.
+    """Return the asymmetric loss of ER-ACE (Caccia et al., 2022, eq. 3).
 
-    logits: (fresh + replayed, classes), the new images first. New ones compete among the classes of
-    their own batch, so that they do not push earlier classes down; replayed ones among all. Each
-    part is a mean of its own. Of several processes the batch is all of theirs.
+    New images compete among the classes of their own batch, so that they do not push earlier
+    classes down; replayed ones among all. Each part is a mean of its own. Of several processes the
+    batch is all of theirs.
+
+    Args:
+        logits: (fresh + replayed, classes), the new images first.
+        y: int64 (fresh + replayed,).
+        fresh: how many images are new.
+        task_loss: of logits and labels.
+
+    Returns:
+        A scalar.
     """
     own = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
     own[y[:fresh].unique()] = True
@@ -196,7 +205,7 @@ class InstalledReplay(Installed):
         self.steps = 0
         self._parts: list[int] = []  # of the batch now: how many are new, and of each draw
         self._first: list[int] = []  # those of the optimizer step's first batch, empty before it
-        self._wanted: Tensor | None = None  # the kept logits of the first draw
+        self._stored_logits: Tensor | None = None  # the kept logits of the first draw
         self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
         self._outputs = 0
         self._last = False  # whether no task comes after this one
@@ -223,7 +232,7 @@ class InstalledReplay(Installed):
         r = self.request
         if self.generator is None:
             self._new.append({"y": y} if self.entrance is not None else {"x": x, "y": y})
-        self._parts, self._wanted = [len(x)], None
+        self._parts, self._stored_logits = [len(x)], None
         self.steps += 1
         count = r.batch_size or max(1, round(r.share * len(x)))
         xs, ys = [], [y]
@@ -274,7 +283,7 @@ class InstalledReplay(Installed):
             return None
         rows, x, y = self.buffer.sample(count, device)
         if first and self._keeps_logits:
-            self._wanted = self.buffer.column("logits", rows).to(device)
+            self._stored_logits = self.buffer.column("logits", rows).to(device)
         return x, y
 
     def _taken(self, entered: Tensor) -> None:
@@ -291,13 +300,13 @@ class InstalledReplay(Installed):
         now = logits_of(logits)
         self._new[-1]["logits"] = now[: self._parts[0]].detach()
         weights = self._weigh(now)
-        if self._wanted is None:
+        if self._stored_logits is None:
             return {}
         first = self._parts[0]
         return {
             "der": self.request.alpha
             * weights[1]
-            * F.mse_loss(now[first : first + self._parts[1]], self._wanted.to(now.dtype))
+            * F.mse_loss(now[first : first + self._parts[1]], self._stored_logits.to(now.dtype))
         }
 
     def step_end(self) -> None:
@@ -314,13 +323,13 @@ class InstalledReplay(Installed):
                 )
             if self.request.policy == "gradient":
                 device = new["x"].device
-                kept = (
+                compared = (
                     self.buffer.take(self.buffer.draw(_COMPARED), device)
                     if len(self.buffer)
                     else (new["x"][:0], new["y"][:0])
                 )
                 with in_mode(self.model, False):
-                    new["score"] = closeness(self.model, new["x"], new["y"], *kept)
+                    new["score"] = closeness(self.model, new["x"], new["y"], *compared)
             if self.request.policy != "herding":
                 self.buffer.offer(**new)
         self._new.clear()
@@ -338,20 +347,20 @@ class InstalledReplay(Installed):
                 self._teach(self.generator, loader)
         if self.generator is not None or self.request.policy != "herding":
             return
-        found: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        by_class: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for x, y, features in self._features(loader):
             for label in y.unique().tolist():
-                found.setdefault(label, []).append((x[y == label], features[y == label]))
+                by_class.setdefault(label, []).append((x[y == label], features[y == label]))
         old_x, old_y = (
             self.buffer.take(range(len(self.buffer)))
             if len(self.buffer)
             else (None, torch.zeros(0))
         )
-        before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in found]
-        share = max(1, self.buffer.size // (len(before) + len(found)))
+        before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in by_class]
+        share = max(1, self.buffer.size // (len(before) + len(by_class)))
         xs = [] if old_x is None else [old_x[old_y == c][:share] for c in before]
         ys = [torch.full((len(x),), c) for x, c in zip(xs, before, strict=True)]
-        for label, parts in found.items():
+        for label, parts in by_class.items():
             images, features = (torch.cat(column) for column in zip(*parts, strict=True))
             xs.append(images[herding(F.normalize(features.double(), dim=1), share)])
             ys.append(torch.full((len(xs[-1]),), label))
@@ -416,5 +425,5 @@ class InstalledReplay(Installed):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the buffer back; what it goes on to keep and draw is what it would have."""
         self.steps = int(state["steps"])
-        kept: Any = self.buffer if self.generator is None else self.generator
-        kept.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k != "steps"})
+        memory: Any = self.buffer if self.generator is None else self.generator
+        memory.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k != "steps"})

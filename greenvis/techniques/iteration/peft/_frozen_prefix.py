@@ -1,10 +1,10 @@
-"""A frozen prefix that runs once: what enters the first trained part is kept for each sample, and
+"""A frozen prefix that runs once: what enters the first trained part is cached per sample, and
 what lies before is skipped.
 
-`_cut` finds where. In a step on samples that were shown (`Wrapped.show`), the frozen modules answer
-with zeros of the right shape, and the trained parts get what was kept. So, in such a step, only the
-logits are right, and those of heads that train: what else the model's output may hold of its frozen
-part (hidden states) is zeros.
+`_frozen_split` finds where. In a step on samples that were shown (`Wrapped.show`), the frozen
+modules answer with zeros of the right shape, and the trained parts get what was cached. So, in such
+a step, only the logits are right, and those of heads that train: what else the model's output may
+hold of its frozen part (hidden states) is zeros.
 """
 
 from __future__ import annotations
@@ -66,11 +66,11 @@ class InstalledPrefix(Installed):
 
     def facts(self) -> Mapping[str, Any]:
         """Return {"prefix_cache": hits, misses, bytes, …}."""
-        found = [kept.facts() for _, kept in self._splits.values()]
+        facts = [cache.facts() for _, cache in self._splits.values()]
         sums = {
-            k: sum(f[k] for f in found) for k in ("hits", "misses", "earlier", "checked", "bytes")
+            k: sum(f[k] for f in facts) for k in ("hits", "misses", "earlier", "checked", "bytes")
         }
-        return {"prefix_cache": {"part": found[0]["part"], **sums}} if found else {}
+        return {"prefix_cache": {"part": facts[0]["part"], **sums}} if facts else {}
 
     def keeps_of(self, path: str) -> str:
         """Return "": nothing of a module that is not its own."""
@@ -78,8 +78,8 @@ class InstalledPrefix(Installed):
 
     def undo(self) -> None:
         """Let go of the cache's files."""
-        for _, kept in self._splits.values():
-            kept.close()
+        for _, cache in self._splits.values():
+            cache.close()
 
     def _tell(self, text: str) -> None:
         self.note(text)  # a tracked run may begin after this
@@ -88,30 +88,30 @@ class InstalledPrefix(Installed):
         if not model.training:
             return
         x = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        cut, kept = self._split(model, x)
+        split, cache = self._split(model, x)
         self._modes = [(m, m.training) for m in model.modules()]
         for module, _ in self._modes:
             module.training = False
-        samples, found = self.samples, {}
+        samples, outputs = self.samples, {}
         if samples is not None and torch.is_grad_enabled() and len(samples.positions) == len(x):
             own = {_IMAGE: _digest(x)}
             with self.phase("prefix"):
-                names = (*cut.inputs, *cut.state_names, _IMAGE)
-                found = kept.layers(
+                names = (*split.inputs, *split.state_names, _IMAGE)
+                outputs = cache.layers(
                     samples,
-                    lambda: {**frozen_part(model, cut, args, kwargs), **own},
+                    lambda: {**frozen_part(model, split, args, kwargs), **own},
                     names,
                     x.device,
                 )
             if not torch.allclose(
-                found[_IMAGE], own[_IMAGE], rtol=1e-3, atol=1e-4
+                outputs[_IMAGE], own[_IMAGE], rtol=1e-3, atol=1e-4
             ):  # not the images of these positions
-                found = {}
-        trained = {id(m) for path in cut.trained for m in model.get_submodule(path).modules()}
+                outputs = {}
+        trained = {id(m) for path in split.trained for m in model.get_submodule(path).modules()}
         for module, training in self._modes:
             module.training = training and id(module) in trained
-        if found:
-            self._open.enter_context(skipping(model, cut, found, len(x)))
+        if outputs:
+            self._open.enter_context(skipping(model, split, outputs, len(x)))
 
     def _leave(self, model: nn.Module, args: Any, output: Any) -> None:
         self._open.close()
@@ -133,18 +133,18 @@ class InstalledPrefix(Installed):
         return self._splits[size]
 
     def _look(self, model: nn.Module, example: Tensor) -> tuple[Split, FrozenOutputs]:
-        cut = find_split(model, example)
+        split = find_split(model, example)
         with probing(model):
-            answers = frozen_part(model, cut, (example,), {})
-        seen = ", ".join(
+            answers = frozen_part(model, split, (example,), {})
+        summary = ", ".join(
             f"{n} {a.float().abs().mean():.4g}" for n, a in answers.items()
         )  # hooks have no weights to compare
         learned = {n for n, p in model.named_parameters() if p.requires_grad}
         state = {
-            n: t for n, t in model.state_dict().items() if not cut.holds(n) and n not in learned
+            n: t for n, t in model.state_dict().items() if not split.holds(n) and n not in learned
         }
-        state[f"{model!r} {seen}"] = torch.empty(0)
-        part = f"{type(model).__name__}: what enters {some(cut.trained, 2)}"
-        return cut, FrozenOutputs(
+        state[f"{model!r} {summary}"] = torch.empty(0)
+        part = f"{type(model).__name__}: what enters {some(split.trained, 2)}"
+        return split, FrozenOutputs(
             part, models.fingerprint(state), dtype=self._dtype, note=self._tell
         )

@@ -68,11 +68,15 @@ class _Use:
 
 @dataclass
 class Split:
-    """Where a model is cut. skipped: frozen modules and what they give, call by call. trained: the
-    parts that learn.
+    """Where a model is split into a frozen part and what trains.
 
-    places: what is kept: name -> (trained part, number of its call, place among its arguments,
-    shape). carried: names of what is kept beside.
+    Attributes:
+        skipped: frozen modules and what they return, call by call.
+        trained: the parts that learn.
+        inputs: what is cached: name -> (trained part, number of its call, position among its
+            arguments, shape).
+        state_names: names of what followers hold beside.
+        real: whether skipped modules must return real memory, which may be written to.
     """
 
     skipped: dict[str, list[Any]] = field(default_factory=dict)
@@ -94,26 +98,26 @@ def find_split(model: nn.Module, x: Tensor) -> Split:
     skipped, and where a frozen part is used by another way than as the input of a trained module.
     """
     uses = _uses(model, x)
-    cut = Split()
-    _divide(model, uses, cut)
-    paths = {n: m for n, m in model.named_modules() if n in cut.skipped}
+    split = Split()
+    _divide(model, uses, split)
+    paths = {n: m for n, m in model.named_modules() if n in split.skipped}
     if not any(True for m in paths.values() for _ in m.parameters()):
         raise BadInput(
             f"cache: no part of {type(model).__name__} is frozen below what trains, so nothing can "
             "be kept"
         )
-    for path in cut.trained:
+    for path in split.trained:
         for call, use in enumerate(uses[path]):
-            for at, given in enumerate(use.inputs):
-                if isinstance(given, Shape) and given.batched and not given.grad:
-                    if given.more[0] or any(given.times[1:]):
+            for at, leaf in enumerate(use.inputs):
+                if isinstance(leaf, Shape) and leaf.batched and not leaf.grad:
+                    if leaf.more[0] or any(leaf.times[1:]):
                         raise BadInput(
                             f"cache: what enters '{path}' has its batch on another axis than the "
                             "first"
                         )
-                    cut.inputs[f"{path}/{call}/{at}"] = (path, call, at, given)
+                    split.inputs[f"{path}/{call}/{at}"] = (path, call, at, leaf)
     inside = {
-        n: [part for at, part in m.named_modules(prefix=n) if not cut.holds(at)]
+        n: [part for at, part in m.named_modules(prefix=n) if not split.holds(at)]
         for n, m in paths.items()
     }
     watched = [n for n, parts in inside.items() if any(_hooked(part) for part in parts)]
@@ -122,14 +126,14 @@ def find_split(model: nn.Module, x: Tensor) -> Split:
             f"cache: a hook (of another technique?) reads or changes {some(watched)}, so it must "
             "run: leave `cache` off"
         )
-    _verify(model, x, cut)
-    return cut
+    _verify(model, x, split)
+    return split
 
 
 def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
     """Return every call of every module by path, shapes as functions of the batch, from forwards of
     2 and of 3 images."""
-    seen: list[list[tuple[str, tuple[Any, ...], Any]]] = [[], []]
+    runs: list[list[tuple[str, tuple[Any, ...], Any]]] = [[], []]
     ends: dict[str, list[int]] = {}
     names = {id(m): n for n, m in model.named_modules()}
 
@@ -139,7 +143,7 @@ def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
     def end(calls: list[Any], module: nn.Module, args: Any, output: Any) -> None:
         ends.setdefault(names[id(module)], []).append(len(calls))
 
-    for calls, batch in zip(seen, (2, 3), strict=True):
+    for calls, batch in zip(runs, (2, 3), strict=True):
         ends.clear()
         hooks = [
             m.register_forward_hook(partial(leave, calls), with_kwargs=True)
@@ -154,18 +158,18 @@ def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
         finally:
             for hook in hooks:
                 hook.remove()
-    if [path for path, _, _ in seen[0]] != [path for path, _, _ in seen[1]]:
+    if [path for path, _, _ in runs[0]] != [path for path, _, _ in runs[1]]:
         raise BadInput(
             f"cache: {type(model).__name__} runs other layers for another number of images"
         )
-    found: dict[str, list[_Use]] = {}
-    for left, ((path, taken, given), (_, taken3, given3)) in enumerate(zip(*seen, strict=True)):
+    uses: dict[str, list[_Use]] = {}
+    for left, ((path, taken, outputs), (_, taken3, outputs3)) in enumerate(zip(*runs, strict=True)):
         inputs = tuple(_shape(a, b) for a, b in zip(taken, taken3, strict=True))
-        leaves, spec = tree_flatten(given)
-        output = [_shape(a, b) for a, b in zip(leaves, tree_leaves(given3), strict=True)]
-        ended = ends[path][len(found.get(path, ()))]
-        found.setdefault(path, []).append(_Use(inputs, tree_unflatten(output, spec), left, ended))
-    return found
+        leaves, spec = tree_flatten(outputs)
+        output = [_shape(a, b) for a, b in zip(leaves, tree_leaves(outputs3), strict=True)]
+        ended = ends[path][len(uses.get(path, ()))]
+        uses.setdefault(path, []).append(_Use(inputs, tree_unflatten(output, spec), left, ended))
+    return uses
 
 
 def _shape(two: Any, three: Any) -> Any:
@@ -176,7 +180,7 @@ def _shape(two: Any, three: Any) -> Any:
     return Shape(times, more, two.dtype, two.requires_grad)
 
 
-def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], cut: Split) -> None:
+def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], split: Split) -> None:
     """Fill in which modules are skipped and which are trained, the outermost of each."""
     learned = {id(p) for p in model.parameters() if p.requires_grad}
     names = {id(m): n for n, m in model.named_modules()}
@@ -204,11 +208,11 @@ def _divide(model: nn.Module, uses: Mapping[str, list[_Use]], cut: Split) -> Non
                 ]
             )
             if frozen(path) and (not learns or (heads and all(behind(n, path) for n in heads))):
-                cut.skipped[path] = [use.output for use in uses[path]]
-                cut.trained += tuple(heads)
+                split.skipped[path] = [use.output for use in uses[path]]
+                split.trained += tuple(heads)
                 return
             if learns and not any(_weighs(model, n, learned) and frozen(n) for n in below):
-                cut.trained += (path,)
+                split.trained += (path,)
                 return
         for child in module.children():
             visit(child)
@@ -236,11 +240,11 @@ class _Enough(Exception):
 
 
 def frozen_part(
-    model: nn.Module, cut: Split, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    model: nn.Module, split: Split, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> dict[str, Tensor]:
     """Run the model up to the last thing that is kept, and return what is, by name of its place,
     (batch, …)."""
-    found: dict[str, Tensor] = {}
+    cached: dict[str, Tensor] = {}
     beside: dict[str, Tensor] = {}
     batch = len(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
@@ -251,23 +255,23 @@ def frozen_part(
                 for name, value in export_state(model, path).items()
             }
         )
-        for name, (there, number, at, shape) in cut.inputs.items():
-            if (there, number) == (path, call):
-                found[name] = values[at].detach().unflatten(0, (batch, shape.times[0]))
-        if len(found) == len(cut.inputs):
+        for name, (owner, number, at, shape) in split.inputs.items():
+            if (owner, number) == (path, call):
+                cached[name] = values[at].detach().unflatten(0, (batch, shape.times[0]))
+        if len(cached) == len(split.inputs):
             raise _Enough
 
-    with torch.no_grad(), learning(model), _at_entrances(model, cut, take), suppress(_Enough):
+    with torch.no_grad(), learning(model), _at_entrances(model, split, take), suppress(_Enough):
         model.forward(*args, **kwargs)
-    return found | beside
+    return cached | beside
 
 
 @contextmanager
 def skipping(
-    model: nn.Module, cut: Split, kept: Mapping[str, Tensor], batch: int
+    model: nn.Module, split: Split, cached: Mapping[str, Tensor], batch: int
 ) -> Iterator[None]:
     """Within, a forward of `batch` images runs the trained parts only, on what was kept."""
-    device = next(iter(kept.values())).device
+    device = next(iter(cached.values())).device
 
     def put(path: str, call: int, values: list[Any]) -> None:
         start = f"{path}/{_CARRIED}/"
@@ -275,23 +279,25 @@ def skipping(
             model,
             path,
             {
-                name.removeprefix(start): kept[name]
-                for name in cut.state_names
+                name.removeprefix(start): cached[name]
+                for name in split.state_names
                 if name.startswith(start)
             },
         )
-        for name, (there, number, at, shape) in cut.inputs.items():
-            if (there, number) == (path, call):
-                values[at] = kept[name].flatten(0, 1).to(shape.dtype)
+        for name, (owner, number, at, shape) in split.inputs.items():
+            if (owner, number) == (path, call):
+                values[at] = cached[name].flatten(0, 1).to(shape.dtype)
 
-    def answer(given: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
-        return tree_map_only(Shape, lambda shape: shape.zeros(batch, device, cut.real), next(given))
+    def answer(shapes: Iterator[Any], *args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(
+            Shape, lambda shape: shape.zeros(batch, device, split.real), next(shapes)
+        )
 
-    before = {path: vars(model.get_submodule(path)).get("forward") for path in cut.skipped}
+    before = {path: vars(model.get_submodule(path)).get("forward") for path in split.skipped}
     try:
-        for path, given in cut.skipped.items():
-            vars(model.get_submodule(path))["forward"] = partial(answer, iter(given))
-        with _at_entrances(model, cut, put):
+        for path, shapes in split.skipped.items():
+            vars(model.get_submodule(path))["forward"] = partial(answer, iter(shapes))
+        with _at_entrances(model, split, put):
             yield
     finally:
         for path, forward in before.items():
@@ -302,10 +308,10 @@ def skipping(
 
 
 @contextmanager
-def _at_entrances(model: nn.Module, cut: Split, do: Any) -> Iterator[None]:
+def _at_entrances(model: nn.Module, split: Split, do: Any) -> Iterator[None]:
     """Call do(path, number of the call, arguments as a list) before each trained part; what it
     changes is what runs."""
-    calls = dict.fromkeys(cut.trained, 0)
+    calls = dict.fromkeys(split.trained, 0)
 
     def enter(path: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         values, spec = tree_flatten((args, kwargs))
@@ -317,7 +323,7 @@ def _at_entrances(model: nn.Module, cut: Split, do: Any) -> Iterator[None]:
         model.get_submodule(p).register_forward_pre_hook(
             partial(enter, p), with_kwargs=True, prepend=True
         )
-        for p in cut.trained
+        for p in split.trained
     ]
     try:
         yield
@@ -326,29 +332,29 @@ def _at_entrances(model: nn.Module, cut: Split, do: Any) -> Iterator[None]:
             hook.remove()
 
 
-def _verify(model: nn.Module, x: Tensor, cut: Split) -> None:
+def _verify(model: nn.Module, x: Tensor, split: Split) -> None:
     """Raise BadInput where skipping changes the outputs: something of the frozen part goes another
     way."""
     x = torch.cat([x, x.flip(-1) + 0.5])
 
     with probing(model), learning(model):
         live = skipped = main_output(model.forward(x))
-        kept = frozen_part(model, cut, (x,), {})
-        cut.state_names = tuple(name for name in kept if name not in cut.inputs)
+        cached = frozen_part(model, split, (x,), {})
+        split.state_names = tuple(name for name in cached if name not in split.inputs)
         model.forward(x.flip(0))  # what it leaves behind must not be what the trained parts read
-        for cut.real in (False, True):
+        for split.real in (False, True):
             try:
-                with skipping(model, cut, kept, len(x)):
+                with skipping(model, split, cached, len(x)):
                     skipped = main_output(model.forward(x))
                 break
             except RuntimeError:  # what is written to in place must be real memory
-                if cut.real:
+                if split.real:
                     raise
-    if not cut.inputs.keys() <= kept.keys() or not torch.allclose(
+    if not split.inputs.keys() <= cached.keys() or not torch.allclose(
         live.float(), skipped.float(), rtol=1e-3, atol=1e-4
     ):
         raise BadInput(
             f"cache: in {type(model).__name__}, something of the frozen part reaches what trains "
             "by another way than into "
-            f"{some(cut.trained, 2)} (a skip connection past it?): leave `cache` off"
+            f"{some(split.trained, 2)} (a skip connection past it?): leave `cache` off"
         )

@@ -42,7 +42,7 @@ class Ranks:
     def __init__(self, model: nn.Module, config: AdaLoraConfig, total_steps: int | None) -> None:
         self.tuner = AdaLoraModel(model, config, NAME)
         self.config = config
-        self.given = total_steps
+        self.total_steps = total_steps
         self.step = 0
 
     @property
@@ -76,7 +76,7 @@ class Ranks:
         self.step += 1
 
     def _plan(self, total_steps: int | None) -> None:
-        total = self.given or total_steps
+        total = self.total_steps or total_steps
         if total is None:
             raise BadInput(
                 "adalora spreads its budget of ranks over the whole training and does not know its "

@@ -50,17 +50,17 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
     )
 
     def rows(inputs: tuple[Tensor, ...], model_input: Any, name: str) -> Tensor:
-        found = inputs[0].reshape(-1, inputs[0].shape[-1]).contiguous()
-        if min(found.shape) < rank:
+        tokens = inputs[0].reshape(-1, inputs[0].shape[-1]).contiguous()
+        if min(tokens.shape) < rank:
             raise BadInput(
                 f"eva takes {rank} directions from what '{name[2:].removesuffix('.base_layer')}' "
                 "is fed, which is "
-                f"{len(found)} rows of {found.shape[1]}: give larger batches, or a lower rank"
+                f"{len(tokens)} rows of {tokens.shape[1]}: give larger batches, or a lower rank"
             )
-        return found
+        return tokens
 
     with probing(model):
-        found = get_eva_state_dict(
+        state_dict = get_eva_state_dict(
             root,
             cast(Any, _Same(images[:EVA_IMAGES])),
             config,
@@ -71,7 +71,7 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
         )
     with torch.no_grad():
         for name, layer in names.items():
-            layer.lora_A[NAME].weight.copy_(found[name])
+            layer.lora_A[NAME].weight.copy_(state_dict[name])
     distributed.sync(layer.lora_A[NAME].weight for layer in layers.values())
 
 

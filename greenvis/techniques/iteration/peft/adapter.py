@@ -80,24 +80,24 @@ class Adapter(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put adapters at their places. Raises BadInput for a model without such places, or with
         fewer blocks."""
-        found = view(model, self.input_shape, probe=False)
-        grid = Grid(tuple(found.example.shape))
-        places = self._places(model, found, grid)
-        last = next(reversed(places))
-        if self.variant in ("conv", "mona") and not patches_matter(model, found, last):
-            del places[last]
-            if not places:
+        structure = view(model, self.input_shape, probe=False)
+        grid = Grid(tuple(structure.example.shape))
+        targets = self._targets(model, structure, grid)
+        last = next(reversed(targets))
+        if self.variant in ("conv", "mona") and not patches_matter(model, structure, last):
+            del targets[last]
+            if not targets:
                 raise BadInput(
                     f"behind '{last}' only the prefix token is read, so {self.variant} adapters do "
                     "nothing; raise blocks"
                 )
         kind = _kind(model)
         added: list[nn.Parameter] = []
-        for path, inputs in places.items():
-            layout = found.layouts[path]
+        for path, inputs in targets.items():
+            layout = structure.layouts[path]
             net = self._net(layout.width, layout.channels, kind)
             if self.variant in ("conv", "mona"):
-                _Behind(net, layout.channels, grid, found.prefix_tokens).put(model, path)
+                _Behind(net, layout.channels, grid, structure.prefix_tokens).put(model, path)
             elif inputs is None:
                 _Behind(net, layout.channels).put(model, path)
             else:
@@ -105,38 +105,42 @@ class Adapter(Technique):
             added += net.parameters()
         if self.variant in ("conv", "mona"):
             model.register_forward_pre_hook(grid.watch, with_kwargs=True)
-            for path in found.convs[:1]:  # which every door leads through
+            for path in structure.convs[:1]:  # which every door leads through
                 model.get_submodule(path).register_forward_pre_hook(
                     mark_skippable(partial(grid.watch)), with_kwargs=True
                 )
-        check_runs(model, found.example, added, f"{self.variant} adapters")
-        live = Installed(train_only(model, added, found, self.head), freezes=True)
+        check_runs(model, structure.example, added, f"{self.variant} adapters")
+        live = Installed(train_only(model, added, structure, self.head), freezes=True)
         live.unmergeable = (
             "an adapter is a non-linear network of its own, not a change of weights; keep the "
             "model wrapped"
         )
         return live
 
-    def _places(self, model: nn.Module, found: View, grid: Grid) -> dict[str, str | None]:
+    def _targets(self, model: nn.Module, structure: View, grid: Grid) -> dict[str, str | None]:
         """Return where outputs are adapted, each with the layer whose input is read (None: the
         output itself)."""
         if self.variant in ("conv", "mona"):
-            fits = {p: None for p in found.role("block") if _is_grid(found, grid, p)}
+            fits = {p: None for p in structure.role("block") if _is_grid(structure, grid, p)}
             missing = "blocks that give maps, or tokens in a grid"
         elif self.variant == "adaptformer":
-            fits = {m.down: m.up for m in found.mlps if _widths_agree(found, m.up, m.down)}
+            fits = {m.down: m.up for m in structure.mlps if _widths_agree(structure, m.up, m.down)}
             missing = "MLPs of two layers that it calls itself"
         else:
-            pairs = [(a.out, a.path) for a in found.attention] + [
-                (m.down, m.path) for m in found.mlps
+            pairs = [(a.out, a.path) for a in structure.attention] + [
+                (m.down, m.path) for m in structure.mlps
             ]
-            fits = {p: None for p in (_callable(found, *pair) for pair in pairs) if p is not None}
+            fits = {
+                p: None for p in (_callable(structure, *pair) for pair in pairs) if p is not None
+            }
             missing = "attention or MLPs"
-        fits = {p: i for p, i in fits.items() if p in found.layouts and seat(model, p) is not None}
+        fits = {
+            p: i for p, i in fits.items() if p in structure.layouts and seat(model, p) is not None
+        }
         if not fits:
             other = (
                 "; variant: conv adapts blocks"
-                if self.variant in ("houlsby", "adaptformer") and found.blocks
+                if self.variant in ("houlsby", "adaptformer") and structure.blocks
                 else ""
             )
             raise BadInput(
@@ -145,12 +149,12 @@ class Adapter(Technique):
             )
         if self.blocks is None:
             return fits
-        if self.blocks > len(found.blocks):
+        if self.blocks > len(structure.blocks):
             raise BadInput(
-                f"blocks is {self.blocks}, but {type(model).__name__} has {len(found.blocks)}: "
+                f"blocks is {self.blocks}, but {type(model).__name__} has {len(structure.blocks)}: "
                 "give no more"
             )
-        last = found.blocks[-self.blocks :]
+        last = structure.blocks[-self.blocks :]
         chosen = {
             p: i for p, i in fits.items() if any(p == b or p.startswith(b + ".") for b in last)
         }
@@ -210,7 +214,7 @@ class _Beside(nn.Module):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.net = net
-        self.seen: Tensor | None = None
+        self.input: Tensor | None = None
 
     def put(self, model: nn.Module, path: str, inputs: str) -> None:
         _hold(model.get_submodule(path), self).register_forward_hook(self.after)
@@ -218,11 +222,11 @@ class _Beside(nn.Module):
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Keep the input until the output is there."""
-        self.seen = args[0]
+        self.input = args[0]
 
     def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         """Return the output with the parallel branch added."""
-        x, self.seen = self.seen, None
+        x, self.input = self.input, None
         assert x is not None
         return output + self.net(x)
 
@@ -237,27 +241,27 @@ def _hold(module: nn.Module | None, child: nn.Module) -> nn.Module:
     return module
 
 
-def _callable(found: View, layer: str | None, owner: str) -> str | None:
+def _callable(structure: View, layer: str | None, owner: str) -> str | None:
     """Return the layer, or its owner where the layer's weight is read and the layer never runs."""
-    return layer if layer and layer not in found.functional else owner or None
+    return layer if layer and layer not in structure.functional else owner or None
 
 
-def _widths_agree(found: View, up: str, down: str) -> bool:
-    one, other = found.layouts.get(up), found.layouts.get(down)
+def _widths_agree(structure: View, up: str, down: str) -> bool:
+    one, other = structure.layouts.get(up), structure.layouts.get(down)
     return one is not None and other is not None and one.inputs == other.output
 
 
-def _is_grid(found: View, grid: Grid, path: str) -> bool:
-    layout = found.layouts.get(path)
+def _is_grid(structure: View, grid: Grid, path: str) -> bool:
+    layout = structure.layouts.get(path)
     if layout is None:
         return False
     tokens = len(layout.output) == 3
     return len(layout.output) == 4 or (
-        tokens and grid.size(layout.output[1] - found.prefix_tokens) is not None
+        tokens and grid.size(layout.output[1] - structure.prefix_tokens) is not None
     )
 
 
 def _kind(model: nn.Module) -> dict[str, Any]:
     """Return device and dtype for new parts: those of the first floating-point parameter."""
-    found = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return {} if found is None else {"device": found.device, "dtype": found.dtype}
+    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
+    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}

@@ -74,18 +74,18 @@ class AdapterProbe(Technique):
                 "adapter_probe without an adapter is a linear probe: set input_adapter, or "
                 "encoder_adapters: 3"
             )
-        found = view(model, self.input_shape, probe=False)
-        if not found.attention:
+        structure = view(model, self.input_shape, probe=False)
+        if not structure.attention:
             raise BadInput(
                 f"adapters of a vision transformer read its blocks, and {type(model).__name__} has "
                 "no attention"
             )
-        blocks = row_of_blocks(model, found)
+        blocks = row_of_blocks(model, structure)
         weight = next(
             p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
         )
         kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        token = class_token(model, found, blocks[0]) if self.input_adapter else None
+        token = class_token(model, structure, blocks[0]) if self.input_adapter else None
         if self.input_adapter and token is None:
             raise BadInput(
                 f"{type(model).__name__} shows no class token for an input adapter; leave "
@@ -93,19 +93,21 @@ class AdapterProbe(Technique):
             )
         added: list[nn.Parameter] = []
         if self.encoder_adapters != 0:
-            norm = last_norm(model, found, blocks[-1])
-            adapters = self._adapters(model, found.layouts[blocks[0]].width, len(blocks)).to(**kind)
+            norm = last_norm(model, structure, blocks[-1])
+            adapters = self._adapters(model, structure.layouts[blocks[0]].width, len(blocks)).to(
+                **kind
+            )
             model.get_submodule(blocks[-1]).add_module(_CHILD, adapters)
             _Readout(adapters).put([model.get_submodule(b) for b in blocks], norm)
             added += adapters.parameters()
         fold = None
         if token is not None:
-            adapter = ResidualTokenMlp(found.layouts[blocks[0]].width).to(**kind)
+            adapter = ResidualTokenMlp(structure.layouts[blocks[0]].width).to(**kind)
             adapt_token(token, adapter)
             fold = partial(fold_token, token, adapter)
             added += adapter.parameters()
-        check_runs(model, found.example, added, "adapters of a probe")
-        live = InstalledAdapterProbe(train_only(model, added, found, "train"), fold)
+        check_runs(model, structure.example, added, "adapters of a probe")
+        live = InstalledAdapterProbe(train_only(model, added, structure, "train"), fold)
         if self.encoder_adapters != 0:
             live.unmergeable = (
                 "encoder adapters are networks of their own behind the blocks; keep the model "
@@ -116,14 +118,17 @@ class AdapterProbe(Technique):
     def _adapters(self, model: nn.Module, dim: int, depth: int) -> tec.EncoderAdapters:
         """Return new adapters, or those that pretraining left beside the model. Raises BadInput
         where they do not fit."""
-        kept = models.attached(model, tec.ENCODER_ADAPTERS)
-        if self.encoder_adapters is not None or kept is None:
+        attached = models.attached(model, tec.ENCODER_ADAPTERS)
+        if self.encoder_adapters is not None or attached is None:
             width, _ = tec.decoder_size(dim)
             return tec.EncoderAdapters(dim, depth, self.encoder_adapters or _GROUP, 4 * width)
-        group, hidden = kept["fuse.0.weight"].shape[1] // dim, kept["mlps.0.fc1.weight"].shape[0]
+        group, hidden = (
+            attached["fuse.0.weight"].shape[1] // dim,
+            attached["mlps.0.fc1.weight"].shape[0],
+        )
         adapters = tec.EncoderAdapters(dim, depth, max(1, group), hidden)
         try:
-            adapters.load_state_dict(kept)
+            adapters.load_state_dict(attached)
         except RuntimeError as error:
             raise BadInput(
                 f"the encoder adapters kept beside this {type(model).__name__} are not of {depth} "
@@ -165,7 +170,7 @@ class _Readout:
 
     def __init__(self, adapters: nn.Module) -> None:
         self.adapters = adapters
-        self.seen: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     def put(self, blocks: list[nn.Module], norm: nn.Module | None) -> None:
         """Look at every block; answer at the last."""
@@ -177,12 +182,12 @@ class _Readout:
         )
 
     def _begin(self, block: nn.Module, args: Any, kwargs: Any) -> None:
-        self.seen.clear()
+        self.outputs.clear()
 
     def _note(self, block: nn.Module, args: Any, output: Any) -> None:
-        self.seen.append(first(output))
+        self.outputs.append(first(output))
 
     def _answer(self, depth: int, module: nn.Module, args: Any, output: Any) -> Any:
-        outputs = [*self.seen[: depth - 1], first(output)]
-        self.seen.clear()
+        outputs = [*self.outputs[: depth - 1], first(output)]
+        self.outputs.clear()
         return with_first(output, self.adapters(torch.cat(outputs, -1)))

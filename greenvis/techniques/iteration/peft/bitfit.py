@@ -35,17 +35,17 @@ class Bitfit(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but biases and classifier. Raises BadInput for a model without biases."""
-        found = view(model, self.input_shape, probe=False)
-        live = reached(model, found.example)
+        structure = view(model, self.input_shape, probe=False)
+        live = reached(model, structure.example)
         names = {n for n in live if n.rpartition(".")[2].endswith("bias")}
         if not names:
             raise BadInput(
                 f"{type(model).__name__} has no bias that reaches its output; use lora or norm_tune"
             )
         if self.head == "train":
-            names |= live & set(names_of(model, head_parameters(model, found)))
+            names |= live & set(names_of(model, head_parameters(model, structure)))
         trained = [p for n, p in model.named_parameters() if n in names]
-        follows = found.in_classifier if self.head == "train" else lambda path: False
+        follows = structure.in_classifier if self.head == "train" else lambda path: False
         freeze(model, but=trained, follows=follows)
         hold_norms(model, but=lambda path, norm: follows(path))
         return Installed(names_of(model, trained), freezes=True)

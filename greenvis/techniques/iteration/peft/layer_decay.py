@@ -38,9 +38,9 @@ class LayerDecay(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Number the layers; nothing is changed. Raises BadInput for a model without blocks."""
-        found = view(model, self.input_shape, probe=False)
-        blocks = found.role("block")
-        depths = layer_numbers(found, [n for n, _ in model.named_parameters()])
+        structure = view(model, self.input_shape, probe=False)
+        blocks = structure.role("block")
+        depths = layer_numbers(structure, [n for n, _ in model.named_parameters()])
         factors = {
             id(p): self.decay ** (len(blocks) + 1 - depths[n]) for n, p in model.named_parameters()
         }
@@ -63,13 +63,20 @@ class InstalledLayerDecay(Installed):
         return [{"params": groups[factor], "lr": lr * factor} for factor in sorted(groups)]
 
 
-def layer_numbers(found: View, names: Sequence[str]) -> dict[str, int]:
+def layer_numbers(structure: View, names: Sequence[str]) -> dict[str, int]:
     """Return each parameter's layer: 0 before the first block, i + 1 in block i, blocks + 1 behind
     the last.
 
     What stands between two blocks (a stage's downsampling) counts with the one before it.
+
+    Args:
+        structure: of the model.
+        names: parameters.
+
+    Returns:
+        The layer by name.
     """
-    number = {path: i + 1 for i, path in enumerate(found.blocks)}
+    number = {path: i + 1 for i, path in enumerate(structure.blocks)}
     last = len(number) + 1
 
     def block_of(path: str) -> int | None:
@@ -77,10 +84,10 @@ def layer_numbers(found: View, names: Sequence[str]) -> dict[str, int]:
 
     outside: dict[str, int] = {}
     for layers in (
-        found.linears,
-        found.convs,
-        found.norms,
-        tuple(a.path for a in found.attention),
+        structure.linears,
+        structure.convs,
+        structure.norms,
+        tuple(a.path for a in structure.attention),
     ):  # each in order
         numbers = [block_of(path) for path in layers]
         inside = [i for i, n in enumerate(numbers) if n is not None]
@@ -88,7 +95,7 @@ def layer_numbers(found: View, names: Sequence[str]) -> dict[str, int]:
             if numbers[i] is None and inside:
                 before = [n for n in numbers[:i] if n is not None]
                 outside[path] = last if i > inside[-1] else max(before, default=0)
-    outside |= dict.fromkeys(found.classifier, last)
+    outside |= dict.fromkeys(structure.classifier, last)
 
     def of(name: str) -> int:
         owner = block_of(name)

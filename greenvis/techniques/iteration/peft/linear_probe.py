@@ -47,11 +47,11 @@ class LinearProbe(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""
-        found = view(model, self.input_shape, probe=False)
-        found.role("head")  # refuses a model that shows none
-        names = train_only(model, [], found, "train")
+        structure = view(model, self.input_shape, probe=False)
+        structure.role("head")  # refuses a model that shows none
+        names = train_only(model, [], structure, "train")
         return (
-            InstalledPrefix(model, names, found.example, self.cache)
+            InstalledPrefix(model, names, structure.example, self.cache)
             if self.cache
             else Installed(names, freezes=True)
         )

@@ -126,23 +126,23 @@ class Lora(Technique):
         """Put low-rank layers around the targets. Raises BadInput where nothing matches or a layer
         cannot be changed."""
         self._check()
-        found = view(model, self.input_shape, probe=False)
-        paths = self._targets(model, found)
-        heads = head_parameters(model, found) if self.head == "train" else []
-        places = {path: parents_of(model, model.get_submodule(path)) for path in paths}
+        structure = view(model, self.input_shape, probe=False)
+        paths = self._targets(model, structure)
+        heads = head_parameters(model, structure) if self.head == "train" else []
+        parents = {path: parents_of(model, model.get_submodule(path)) for path in paths}
         ranks = self._inject(model, paths)
         layers: dict[str, Any] = {}
         for path in paths:
             layer = layers[path] = model.get_submodule(path)
-            if path in found.functional:
+            if path in structure.functional:
                 layer.__class__ = ReadLinear
-            for parent, name in places[path]:  # PEFT wraps one alias of a shared module
+            for parent, name in parents[path]:  # PEFT wraps one alias of a shared module
                 parent._modules[name] = layer
         keep_off_the_fast_path(model, layers)
         learned = [
             p for layer in layers.values() for n, p in layer.named_parameters() if "lora_" in n
         ]
-        follows = found.in_classifier if heads else lambda path: False
+        follows = structure.in_classifier if heads else lambda path: False
         trainable = freeze(model, but=[*learned, *heads], follows=follows)
         return InstalledLora(self, model, layers, trainable, ranks)
 
@@ -156,10 +156,10 @@ class Lora(Technique):
                     f"adalora goes from start_rank to rank: {self.first_rank} must be above "
                     f"{self.rank}"
                 )
-        elif given := sorted(
+        elif unused := sorted(
             {"start_rank", "total_steps", "orthogonal"} & self.recipe_form().keys()
         ):
-            raise BadInput(f"{some(given)} is for variant: adalora, not {self.variant}")
+            raise BadInput(f"{some(unused)} is for variant: adalora, not {self.variant}")
         if self.init == "lora_ga":
             checked(self.calibration)
         elif self.calibration is not None:
@@ -170,14 +170,14 @@ class Lora(Technique):
         """Ranks of each layer when training begins."""
         return self.rank if self.variant != "adalora" else self.start_rank or -(-3 * self.rank // 2)
 
-    def _targets(self, model: nn.Module, found: View) -> list[str]:
+    def _targets(self, model: nn.Module, structure: View) -> list[str]:
         """Return the paths to change, in the model's order. Raises BadInput before anything is
         touched."""
         chosen: dict[str, None] = {}
         for target in self.targets:
             if target in ROLES:
-                paths = found.role(target)
-                why = {p: self._why_not(model, found, p, merging=True) for p in paths}
+                paths = structure.role(target)
+                why = {p: self._why_not(model, structure, p, merging=True) for p in paths}
                 good = [p for p in paths if not why[p]]
                 if not good:
                     raise BadInput(
@@ -185,10 +185,10 @@ class Lora(Technique):
                     )
                 chosen.update(dict.fromkeys(good))
             else:
-                chosen.update(dict.fromkeys(self._matches(model, found, target)))
+                chosen.update(dict.fromkeys(self._matches(model, structure, target)))
         return [p for p, _ in model.named_modules() if p in chosen]
 
-    def _matches(self, model: nn.Module, found: View, pattern: str) -> list[str]:
+    def _matches(self, model: nn.Module, structure: View, pattern: str) -> list[str]:
         try:
             hits = find(model, [pattern], _KINDS)
         except BadInput:
@@ -205,13 +205,15 @@ class Lora(Technique):
                 f"'{hits[0]}' is read as a weight by its nn.MultiheadAttention: target "
                 f"'{inner[hits[0]]}' itself"
             )
-        named = [p for p in outer if not found.in_classifier(p) and p != found.patch_embed] or outer
-        if self.head == "train" and all(map(found.in_classifier, named)):
+        named = [
+            p for p in outer if not structure.in_classifier(p) and p != structure.patch_embed
+        ] or outer
+        if self.head == "train" and all(map(structure.in_classifier, named)):
             raise BadInput(
                 f"'{pattern}' names the classifier {some(named)}, which trains in full; set head: "
                 "freeze"
             )
-        ran = {*found.linears, *found.convs, *(a.path for a in found.attention)}
+        ran = {*structure.linears, *structure.convs, *(a.path for a in structure.attention)}
         live = [p for p in named if p in ran]
         if not live:
             raise BadInput(
@@ -219,11 +221,11 @@ class Lora(Technique):
                 "nothing"
             )
         for path in live:
-            if reason := self._why_not(model, found, path, merging=False):
+            if reason := self._why_not(model, structure, path, merging=False):
                 raise BadInput(f"'{pattern}' names '{path}', which lora cannot change: {reason}")
         return live
 
-    def _why_not(self, model: nn.Module, found: View, path: str, merging: bool) -> str:
+    def _why_not(self, model: nn.Module, structure: View, path: str, merging: bool) -> str:
         """Return why a layer cannot be changed, or "". merging: also where the change could not be
         merged."""
         module = model.get_submodule(path)
@@ -231,13 +233,13 @@ class Lora(Technique):
             return (
                 f"'{path}' is a {type(module).__name__}, not a Linear, Conv2d or MultiheadAttention"
             )
-        if path in found.computed:
+        if path in structure.computed:
             return (
                 f"'{path}' does not use its weight as it is (a standardised "
                 f"{type(module).__name__})"
             )
         if self.init in ("eva", "lora_ga") and (
-            not isinstance(module, nn.Linear) or path in found.functional
+            not isinstance(module, nn.Linear) or path in structure.functional
         ):
             return (
                 f"'{path}' is not a Linear that runs itself, and PEFT starts no other with "
@@ -264,13 +266,13 @@ class Lora(Technique):
                     f"'{path}' has dilation {module.dilation} and padding '{module.padding_mode}', "
                     "which PEFT ignores"
                 )
-        if isinstance(module, nn.Conv2d) and path in found.functional:
+        if isinstance(module, nn.Conv2d) and path in structure.functional:
             return f"'{path}' is a convolution whose weight another module reads"
-        whole = isinstance(module, nn.MultiheadAttention)
-        if whole and not module._qkv_same_embed_dim:
+        multihead = isinstance(module, nn.MultiheadAttention)
+        if multihead and not module._qkv_same_embed_dim:
             return f"'{path}' has q, k and v of different widths, which PEFT does not support"
-        if whole or path in found.functional:
-            how = "an nn.MultiheadAttention" if whole else "read as a weight by another module"
+        if multihead or path in structure.functional:
+            how = "an nn.MultiheadAttention" if multihead else "read as a weight by another module"
             if self.variant in ("dora", "adalora"):
                 name = {"dora": "DoRA", "adalora": "AdaLoRA"}[self.variant]
                 return (

@@ -41,18 +41,18 @@ class NormTune(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but norms and classifier. Raises BadInput for a model without trainable
         norms."""
-        found = view(model, self.input_shape, probe=False)
-        live = reached(model, found.example)
-        names = {n for n in live if n.rpartition(".")[0] in found.role("norm")}
+        structure = view(model, self.input_shape, probe=False)
+        live = reached(model, structure.example)
+        names = {n for n in live if n.rpartition(".")[0] in structure.role("norm")}
         if not names:
             raise BadInput(
                 f"the norms of {type(model).__name__} have no scale or shift to train; use lora or "
                 "bitfit"
             )
         if self.head == "train":
-            names |= live & set(names_of(model, head_parameters(model, found)))
+            names |= live & set(names_of(model, head_parameters(model, structure)))
         trained = [p for n, p in model.named_parameters() if n in names]
-        follows = found.in_classifier if self.head == "train" else lambda path: False
+        follows = structure.in_classifier if self.head == "train" else lambda path: False
         freeze(model, but=trained, follows=follows)
         if self.statistics == "hold":
             hold_norms(model, but=lambda path, norm: follows(path))

@@ -47,8 +47,8 @@ class Partial(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""
-        found = view(model, self.input_shape, probe=False)
-        blocks = found.role("block")
+        structure = view(model, self.input_shape, probe=False)
+        blocks = structure.role("block")
         if self.blocks > len(blocks):
             raise BadInput(
                 f"blocks is {self.blocks}, but {type(model).__name__} has {len(blocks)}: give 1 to "
@@ -57,32 +57,32 @@ class Partial(Technique):
         chosen = blocks[-self.blocks :]
         behind = {*chosen}
         for layers in (
-            found.linears,
-            found.convs,
-            found.norms,
-            tuple(a.path for a in found.attention),
+            structure.linears,
+            structure.convs,
+            structure.norms,
+            tuple(a.path for a in structure.attention),
         ):  # each in order
             first = next(
                 (i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))),
                 len(layers),
             )
             behind |= set(layers[first:])
-        live = reached(model, found.example)
-        classifier = set(names_of(model, head_parameters(model, found)))
+        live = reached(model, structure.example)
+        classifier = set(names_of(model, head_parameters(model, structure)))
         names = {
             n
             for n in live
             if n in classifier
-            or n.startswith(tuple(f"{p}." for p in behind if not found.in_classifier(p)))
+            or n.startswith(tuple(f"{p}." for p in behind if not structure.in_classifier(p)))
         }
         freeze(
             model,
             but=[p for n, p in model.named_parameters() if n in names],
-            follows=found.in_classifier,
+            follows=structure.in_classifier,
         )
         trained = tuple(n for n, _ in model.named_parameters() if n in names)
         return (
-            InstalledPrefix(model, trained, found.example, self.cache)
+            InstalledPrefix(model, trained, structure.example, self.cache)
             if self.cache
             else Installed(trained, freezes=True)
         )

@@ -26,10 +26,20 @@ _IMAGES = 64  # of the first batch that are looked at for prototypes
 
 
 def prototypes(tokens: Tensor, number: int, rounds: int = 20) -> Tensor:
-    """Return `number` centres of the tokens (count, dim) by Lloyd's k-means, (number, dim): the
-    same ones each time.
+    """Return centres of the tokens by Lloyd's k-means, the same ones each time.
 
-    Starts from tokens spread evenly over the list. Raises BadInput for fewer tokens than centres.
+    Starts from tokens spread evenly over the list.
+
+    Args:
+        tokens: (count, dim).
+        number: centres.
+        rounds: iterations at most.
+
+    Returns:
+        (number, dim).
+
+    Raises:
+        BadInput: for fewer tokens than centres.
     """
     if len(tokens) < number:
         raise BadInput(
@@ -39,8 +49,8 @@ def prototypes(tokens: Tensor, number: int, rounds: int = 20) -> Tensor:
     points = tokens.detach().cpu().numpy()
     start = points[np.linspace(0, len(points) - 1, number).astype(int)]
     options: dict[str, Any] = {"init": start, "n_init": 1, "max_iter": rounds}
-    found = KMeans(number, **options).fit(points)
-    return torch.from_numpy(found.cluster_centers_).to(tokens)
+    kmeans = KMeans(number, **options).fit(points)
+    return torch.from_numpy(kmeans.cluster_centers_).to(tokens)
 
 
 class Prompt(Technique):
@@ -88,11 +98,11 @@ class Prompt(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the prompts in. Raises BadInput for anything but a plain sequence of patches through
         all blocks."""
-        found = view(model, self.input_shape, probe=False)
-        blocks = prompt_blocks(model, found)
-        length, dim = found.layouts[blocks[0]].output[1:]
-        patch = math.prod(found.example.shape[1:]) / (
-            length - found.prefix_tokens
+        structure = view(model, self.input_shape, probe=False)
+        blocks = prompt_blocks(model, structure)
+        length, dim = structure.layouts[blocks[0]].output[1:]
+        patch = math.prod(structure.example.shape[1:]) / (
+            length - structure.prefix_tokens
         )  # c·p², also behind a convolutional stem
         bound = math.sqrt(6 / (patch + dim))
         weight = next(
@@ -103,16 +113,16 @@ class Prompt(Technique):
             rows = torch.empty(self.tokens, dim, device=weight.device, dtype=weight.dtype).uniform_(
                 -bound, bound
             )
-            prompts = Prompts(rows, found.prefix_tokens, self.dropout)
+            prompts = Prompts(rows, structure.prefix_tokens, self.dropout)
             put.append(prompts)
         doors = Doors(model, [model.get_submodule(path) for path in blocks])
         for path, prompts in zip(blocks, put, strict=False):
             prompts.put(model, [path] if self.depth == "deep" else blocks, _CHILD, doors)
         doors.put()
-        doors.settle(found.example)
+        doors.settle(structure.example)
         added = [prompts.rows for prompts in put]
-        check_runs(model, found.example, added, f"{self.tokens} {self.depth} prompts")
-        names = train_only(model, added, found, self.head)
+        check_runs(model, structure.example, added, f"{self.tokens} {self.depth} prompts")
+        names = train_only(model, added, structure, self.head)
         return InstalledPrompt(model, put, names, started=self.init == "uniform")
 
 
@@ -165,10 +175,10 @@ class InstalledPrompt(Installed):
             for prompts in self.put:
                 prompts.away = True
             self.model(images)
-            found = [torch.cat([t.flatten(0, 1) for t in p.noted]).float() for p in self.put]
+            noted = [torch.cat([t.flatten(0, 1) for t in p.noted]).float() for p in self.put]
         starts = [
             prototypes(tokens, prompts.length)
-            for tokens, prompts in zip(found, self.put, strict=True)
+            for tokens, prompts in zip(noted, self.put, strict=True)
         ]
         with torch.no_grad():
             for prompts, start in zip(self.put, starts, strict=True):

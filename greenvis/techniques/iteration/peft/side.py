@@ -67,19 +67,19 @@ class Side(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the side network in. Raises BadInput where no one sequence runs through all
         blocks."""
-        found = view(model, self.input_shape, probe=False)
-        if not found.attention:
+        structure = view(model, self.input_shape, probe=False)
+        if not structure.attention:
             raise BadInput(
                 f"a side network reads the tokens of attention blocks, and {type(model).__name__} "
                 "has none"
             )
-        blocks = row_of_blocks(model, found)
+        blocks = row_of_blocks(model, structure)
         if self.every > len(blocks):
             raise BadInput(
                 f"every is {self.every}, but {type(model).__name__} has {len(blocks)} blocks: give "
                 "no more"
             )
-        dim = found.layouts[blocks[0]].width
+        dim = structure.layouts[blocks[0]].width
         if dim // self.reduction < 1:
             raise BadInput(
                 f"reduction is {self.reduction}, but the tokens of {type(model).__name__} have "
@@ -94,8 +94,8 @@ class Side(Technique):
         )
         ladder.put(model, blocks[0], read)
         added = list(ladder.parameters())
-        check_runs(model, found.example, added, "a side network")
-        live = Installed(train_only(model, added, found, self.head), freezes=True)
+        check_runs(model, structure.example, added, "a side network")
+        live = Installed(train_only(model, added, structure, self.head), freezes=True)
         live.unmergeable = (
             "a side network is a network of its own beside the model's; keep the model wrapped"
         )

@@ -46,16 +46,16 @@ class Base:
             attention,
         )
         try:
-            found = view(model, image, probe=False)
+            structure = view(model, image, probe=False)
         except BadInput:  # not of this size, or not of these channels: its own
-            found = view(model, probe=False)
-        self.input_shape, self._prefix = found.input_shape, found.prefix_tokens
+            structure = view(model, probe=False)
+        self.input_shape, self._prefix = structure.input_shape, structure.prefix_tokens
         self.images = models.Renormalise(
-            f"the base {self.what}", source, models.pixels_of(model), found.input_shape[0]
+            f"the base {self.what}", source, models.pixels_of(model), structure.input_shape[0]
         )
-        if not found.blocks:
+        if not structure.blocks:
             raise BadInput(f"the base {self.what} shows no blocks whose outputs could be a target")
-        last = found.layouts.get(found.blocks[-1])
+        last = structure.layouts.get(structure.blocks[-1])
         if last is None or len(last.output) not in (3, 4):
             raise BadInput(
                 f"the last block of the base {self.what} gives neither tokens nor a map, but "
@@ -63,18 +63,18 @@ class Base:
             )
         alike = [
             b
-            for b in found.blocks
-            if found.layouts.get(b) is not None and found.layouts[b].output == last.output
+            for b in structure.blocks
+            if structure.layouts.get(b) is not None and structure.layouts[b].output == last.output
         ]
         self.blocks, self._axis = alike[-layers:], last.channels
         self.width = last.width
-        if attention and not found.attention:
+        if attention and not structure.attention:
             raise BadInput(
                 f"the base {self.what} has no attention to learn from; set targets: [feature]"
             )
         self.heads = 0
         with in_mode(model, False):
-            shown = self._look(found.example)
+            shown = self._look(structure.example)
         if shown.logits is not None:
             self.heads = shown.logits.shape[1]
         if not shown.features.isfinite().all():
@@ -256,10 +256,15 @@ class _Scores(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _fused(self, args: Any, kwargs: Any) -> None:
-        given = _named(
+        arguments = _named(
             ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"), args, kwargs
         )
-        q, k, bias, scale = given["query"], given["key"], given.get("attn_mask"), given.get("scale")
+        q, k, bias, scale = (
+            arguments["query"],
+            arguments["key"],
+            arguments.get("attn_mask"),
+            arguments.get("scale"),
+        )
         if q.dim() != 4 or q.shape != k.shape:
             return
         logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -275,12 +280,12 @@ class _Scores(TorchFunctionMode):
             "in_proj_weight",
             "in_proj_bias",
         )
-        given = _named(names, args, kwargs)
+        arguments = _named(names, args, kwargs)
         query, heads, weight, bias = (
-            given["query"],
-            given["num_heads"],
-            given["in_proj_weight"],
-            given["in_proj_bias"],
+            arguments["query"],
+            arguments["num_heads"],
+            arguments["in_proj_weight"],
+            arguments["in_proj_bias"],
         )
         if query.dim() != 3 or weight is None:
             return

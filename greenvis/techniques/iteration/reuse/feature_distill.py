@@ -26,20 +26,30 @@ _CHILD = "feature_distill"
 
 
 def whitened_loss(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tensor:
-    """Return the smooth L1 distance of predicted features from a base's whitened ones, both (batch,
-    places, channels).
+    """Return the smooth L1 distance of predicted features from a base's whitened ones (Wei et al.,
+    2022, equation 2).
 
-    (Wei et al., 2022, equation 2.) Squared below a difference of `beta`, absolute above. The target
-    is `whitened` already.
+    Args:
+        predicted: (batch, positions, channels).
+        target: `whitened` already, of that shape.
+        beta: squared below this difference, absolute above.
+
+    Returns:
+        A scalar.
     """
     return F.smooth_l1_loss(_precise(predicted), _precise(target), beta=beta)
 
 
 def whitened(features: Tensor) -> Tensor:
-    """Return features (batch, places, channels) with mean 0 and variance 1 over the channels of
-    each place.
+    """Return features with mean 0 and variance 1 over the channels of each position.
 
     A layer norm without weights, as Wei et al. (2022) have it: of the biased variance.
+
+    Args:
+        features: (batch, positions, channels).
+
+    Returns:
+        Of that shape.
     """
     return F.layer_norm(_precise(features), features.shape[-1:])
 
@@ -85,28 +95,31 @@ class FeatureDistill(Technique):
         """Put the projection behind the last block. Raises BadInput for a model or a base without
         blocks."""
         base, what = resolve_base(self.base, model), type(model).__name__
-        found = view(model, self.input_shape, probe=False)
-        last = found.blocks[-1] if found.blocks else ""
-        layout, place = found.layouts.get(last), seat(model, last) if last else None
-        if layout is None or place is None or len(layout.output) not in (3, 4):
+        structure = view(model, self.input_shape, probe=False)
+        last = structure.blocks[-1] if structure.blocks else ""
+        layout, block = structure.layouts.get(last), seat(model, last) if last else None
+        if layout is None or block is None or len(layout.output) not in (3, 4):
             raise BadInput(
                 f"{what} shows no last block whose features could become a base's; `greenvis "
                 "inspect` says what it has"
             )
-        aspect = found.input_shape[1] / found.input_shape[2]
+        aspect = structure.input_shape[1] / structure.input_shape[2]
         shape = as_map(
-            found.example.new_zeros(layout.output), layout.channels, found.prefix_tokens, aspect
+            structure.example.new_zeros(layout.output),
+            layout.channels,
+            structure.prefix_tokens,
+            aspect,
         ).shape
         shown = Base(
-            base, found.input_shape, (shape[2], shape[3]), 1, False, models.pixels_of(model)
+            base, structure.input_shape, (shape[2], shape[3]), 1, False, models.pixels_of(model)
         )
         weight = next(p for p in model.parameters() if p.is_floating_point())
         projection = nn.Linear(shape[1], shown.width).to(device=weight.device, dtype=weight.dtype)
-        place.add_module(_CHILD, projection)
+        block.add_module(_CHILD, projection)
         names = names_of(model, projection.parameters())
-        form = {"channels": layout.channels, "prefix": found.prefix_tokens, "aspect": aspect}
+        form = {"channels": layout.channels, "prefix": structure.prefix_tokens, "aspect": aspect}
         return InstalledFeatureDistill(
-            self, names, model, place, projection, shown, found.input_shape, form
+            self, names, model, block, projection, shown, structure.input_shape, form
         )
 
 
@@ -120,34 +133,34 @@ class InstalledFeatureDistill(Installed):
         request: FeatureDistill,
         names: tuple[str, ...],
         model: nn.Module,
-        place: nn.Module,
+        block: nn.Module,
         projection: nn.Module,
         base: Base,
         image: tuple[int, int, int],
         form: dict[str, Any],
     ) -> None:
         super().__init__(names)
-        self.request, self.model, self.place, self.projection, self.base, self._form = (
-            request, model, place, projection, base, form,
+        self.request, self.model, self.block, self.projection, self.base, self._form = (
+            request, model, block, projection, base, form,
         )  # fmt: skip
         self._modes = [(m, m.training) for m in base.model.modules()]
-        self._kept: FrozenOutputs | None = None
-        self._seen_as = (image, base.grid)
+        self._cache: FrozenOutputs | None = None
+        self._base_grid = (image, base.grid)
         self._see(base)
         base.model.eval()
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"feature_distill"}: `whitened_loss` of images x (batch, channels, height,
         width)."""
-        seen: list[Tensor] = []
-        hook = self.place.register_forward_hook(
-            lambda module, args, output: seen.append(first(output))
+        outputs: list[Tensor] = []
+        hook = self.block.register_forward_hook(
+            lambda module, args, output: outputs.append(first(output))
         )
         try:
             self.model(x)
         finally:
             hook.remove()
-        features = as_map(seen[-1], **self._form)
+        features = as_map(outputs[-1], **self._form)
         target = self._target(x, (features.shape[2], features.shape[3]))
         predicted = self.projection(features.flatten(2).transpose(1, 2))
         return {"feature_distill": whitened_loss(predicted, target, self.request.beta)}
@@ -163,8 +176,8 @@ class InstalledFeatureDistill(Installed):
         if (
             shape,
             grid,
-        ) != self._seen_as:  # a model that takes images of any size shows its grid only now
-            self._seen_as = (shape, grid)
+        ) != self._base_grid:  # a model that takes images of any size shows its grid only now
+            self._base_grid = (shape, grid)
             self._close()
             self._see(Base(self.base.model, shape, grid, 1, False, self.base.images.source))
 
@@ -174,25 +187,27 @@ class InstalledFeatureDistill(Installed):
 
         if self.samples is None or self.request.cache == "off":
             return ask()
-        if self._kept is None:
+        if self._cache is None:
             part = (
                 f"base {self.base.what}: last block under a layer norm, on "
                 f"{self.base.grid}{self.base.images.key}"
             )
             note = lambda text: self.note(text)  # noqa: E731
-            self._kept = FrozenOutputs(
+            self._cache = FrozenOutputs(
                 part, fingerprint(self.base.model), dtype=self.request.cache, note=note
             )
-        return self._kept.outputs(self.samples, ask, x.device)
+        return self._cache.outputs(self.samples, ask, x.device)
 
     def facts(self) -> Mapping[str, Any]:
         """Return how many of the base's features were read back and computed, and how it was shown
         the images."""
-        kept = {"feature_distill_targets": [self._kept.facts()]} if self._kept is not None else {}
+        cached = (
+            {"feature_distill_targets": [self._cache.facts()]} if self._cache is not None else {}
+        )
         return (
-            {**kept, "feature_distill_images": self.base.images.fact}
+            {**cached, "feature_distill_images": self.base.images.fact}
             if self.base.images.fact
-            else kept
+            else cached
         )
 
     def undo(self) -> None:
@@ -202,9 +217,9 @@ class InstalledFeatureDistill(Installed):
             module.training = training
 
     def _close(self) -> None:
-        if self._kept is not None:
-            self._kept.close()
-        self._kept = None
+        if self._cache is not None:
+            self._cache.close()
+        self._cache = None
 
 
 def _precise(features: Tensor) -> Tensor:

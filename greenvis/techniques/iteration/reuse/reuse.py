@@ -150,8 +150,8 @@ class Reuse(Technique):
         bases = [resolve_base(base, model) for base in self.bases]
         if not bases:
             raise BadInput("reuse needs a base: a model, or a reference to one")
-        found = view(model, self.input_shape, probe=False)
-        encoder = Encoder(model, found)
+        structure = view(model, self.input_shape, probe=False)
+        encoder = Encoder(model, structure)
         asks = "attention" in self.targets
         if asks and self.rows > encoder.patches:
             raise BadInput(
@@ -165,11 +165,11 @@ class Reuse(Technique):
             )
         source = models.pixels_of(model)
         shown = [
-            Base(base, found.input_shape, encoder.grid, self.last_layers, asks, source)
+            Base(base, structure.input_shape, encoder.grid, self.last_layers, asks, source)
             for base in bases
         ]
         token = (
-            class_token(model, found, encoder.blocks[0])
+            class_token(model, structure, encoder.blocks[0])
             if self.input_adapter is not False
             else None
         )
@@ -222,14 +222,14 @@ class Parts(nn.Module):
         )
         self.heads = nn.ModuleList()
         for base in bases:
-            its = nn.ModuleDict()
+            base_heads = nn.ModuleDict()
             if "feature" in request.targets:
-                its["feature"] = tec.FeatureHead(dim, width, base.width)
+                base_heads["feature"] = tec.FeatureHead(dim, width, base.width)
             if "attention" in request.targets:
-                its["attention"] = tec.AttentionHead(
+                base_heads["attention"] = tec.AttentionHead(
                     dim, width, base.heads * max(1, base.width // base.heads), base.heads
                 )
-            self.heads.append(its)
+            self.heads.append(base_heads)
 
     def encoded(self, outputs: list[Tensor]) -> Tensor:
         """Return (batch, prefix + kept, dim) of the outputs of all blocks."""
@@ -266,7 +266,7 @@ class InstalledReuse(Installed):
             fold,
         )
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
-        self._kept: dict[int, FrozenOutputs] = {}
+        self._caches: dict[int, FrozenOutputs] = {}
         self._beside = models.attached(
             encoder.model, tec.ENCODER_ADAPTERS
         )  # of an earlier pretraining
@@ -277,13 +277,13 @@ class InstalledReuse(Installed):
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"reuse_feature", "reuse_attention"}: means over the bases, of images x (batch,
         channels, height, width)."""
-        given = [self._targets(i, x) for i in range(len(self.bases))]
+        targets = [self._targets(i, x) for i in range(len(self.bases))]
         patches = self.encoder.patches
         noise = torch.rand(len(x), patches, device=x.device)
-        keep, restore, mask = tec.random_mask(noise, self.request.num_visible(patches))
-        encoded = self.parts.encoded(self.encoder(x, keep))
+        ids_keep, restore, mask = tec.random_mask(noise, self.request.num_visible(patches))
+        encoded = self.parts.encoded(self.encoder(x, ids_keep))
         losses: dict[str, list[Tensor]] = {target: [] for target in self.request.targets}
-        for i, target in enumerate(given):
+        for i, target in enumerate(targets):
             if "feature" in losses:
                 predicted = self.parts.predicted(i, "feature", encoded, restore)
                 losses["feature"].append(
@@ -323,19 +323,19 @@ class InstalledReuse(Installed):
         samples = self.samples if request.cache != "off" else None
         if samples is None:
             return {name: value.float() for name, value in ask().items() if name in names}
-        if index not in self._kept:
+        if index not in self._caches:
             exact = request.cache == "fp32" or self.encoder.patches > _EXACT_IN_HALF
-            kept = (
+            description = (
                 f"{len(base.blocks)} blocks normalised over {request.normalise}, {request.rows} "
                 f"rows, on {base.grid}"
             )
-            self._kept[index] = FrozenOutputs(
-                f"base {base.what}: {kept}{base.images.key}",
+            self._caches[index] = FrozenOutputs(
+                f"base {base.what}: {description}{base.images.key}",
                 fingerprint(base.model),
                 dtype="fp32" if exact else "fp16",
                 note=lambda text: self.note(text),
             )
-        return self._kept[index].layers(samples, ask, names, x.device)
+        return self._caches[index].layers(samples, ask, names, x.device)
 
     def keeps_of(self, path: str) -> str:
         """Nothing: its parts are asked for where they hang."""
@@ -344,11 +344,13 @@ class InstalledReuse(Installed):
     def facts(self) -> Mapping[str, Any]:
         """Return how many of the bases' targets were read back and computed, and how bases were
         shown the images."""
-        kept = (
-            {"reuse_targets": [kept.facts() for kept in self._kept.values()]} if self._kept else {}
+        cached = (
+            {"reuse_targets": [cache.facts() for cache in self._caches.values()]}
+            if self._caches
+            else {}
         )
         shown = [base.images.fact for base in self.bases if base.images.fact]
-        return {**kept, "reuse_images": shown} if shown else kept
+        return {**cached, "reuse_images": shown} if shown else cached
 
     def merge(self) -> None:
         """Fold the class token's MLP into the token; all else that was added is gone, but for
@@ -363,7 +365,7 @@ class InstalledReuse(Installed):
     def undo(self) -> None:
         """Close the caches and give the bases their own modes back."""
         models.attach(self.encoder.model, tec.ENCODER_ADAPTERS, self._beside)
-        for kept in self._kept.values():
-            kept.close()
+        for cache in self._caches.values():
+            cache.close()
         for module, training in self._modes:
             module.training = training
