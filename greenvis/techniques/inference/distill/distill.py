@@ -196,12 +196,12 @@ class Distill(Technique):
         }
         return super().runs() | {key: ref for key, ref in several.items() if ref.startswith("run:")}
 
-    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+    def with_runs(self, results: Mapping[str, Any]) -> Technique:
         """Return the request with models in the place of the runs."""
         if self.teachers is None:
-            return super().with_runs(found)
+            return super().with_runs(results)
         placed = {
-            n: t.model_copy(update={"model": found.get(f"teachers.{n}", t.model)})
+            n: t.model_copy(update={"model": results.get(f"teachers.{n}", t.model)})
             for n, t in self.teachers.items()
         }
         return self.model_copy(update={"teachers": placed})

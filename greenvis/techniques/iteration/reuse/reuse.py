@@ -133,10 +133,10 @@ class Reuse(Technique):
             if isinstance(base, str) and base.startswith("run:")
         }
 
-    def with_runs(self, found: Mapping[str, Any]) -> Technique:
+    def with_runs(self, results: Mapping[str, Any]) -> Technique:
         """Return the request with what those runs left in their place."""
         return self.model_copy(
-            update={"base": [found.get(str(i), base) for i, base in enumerate(self.bases)]}
+            update={"base": [results.get(str(i), base) for i, base in enumerate(self.bases)]}
         )
 
     @property
