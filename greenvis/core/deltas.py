@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
 BESIDE = "greenvis."  # before the names of what techniques put beside a model's own state
 _FORM = "techniques"
-_COMING = "_greenvis_coming"  # that, between the two hooks of `load_state_dict`
+_PENDING = "_greenvis_coming"  # that, between the two hooks of `load_state_dict`
 
 LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], weakref.ref[Deltas]]] = (
     weakref.WeakKeyDictionary()
@@ -45,10 +45,10 @@ class Deltas:
         self._unnamed: dict[str, Tensor] = {}  # what the model held before the first switch
         self.in_use: str | None = None
 
-    def _enter(self) -> None:
+    def _register(self) -> None:
         """Note that the techniques are at work on the model."""
-        self.model.register_load_state_dict_pre_hook(_take_out)
-        self.model.register_load_state_dict_post_hook(_give)
+        self.model.register_load_state_dict_pre_hook(_pop_technique_state)
+        self.model.register_load_state_dict_post_hook(_restore_technique_state)
         LIVE[self.model] = tuple(t.name for t in self.techniques), weakref.ref(self)
 
     @property
@@ -129,7 +129,7 @@ class Deltas:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this
         model and techniques."""
-        tensors, own = self._fitting(state)
+        tensors, own = self._check_fit(state)
         current = self.model.state_dict(keep_vars=True)
         with torch.no_grad():
             for name, value in tensors.items():
@@ -137,7 +137,7 @@ class Deltas:
         for technique, live in self._pairs():
             live.load_state_dict(own[technique.name])
 
-    def _fitting(
+    def _check_fit(
         self, state: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
         """Return the model's tensors and each technique's state. Raises BadInput where they do not
@@ -174,7 +174,7 @@ class Deltas:
         into `folder`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = self._copied()
+        state = self._detached_copy()
         card = {
             "greenvis_delta": 1,
             "techniques": self.recipe_form(),
@@ -229,8 +229,8 @@ class Deltas:
             raise BadInput(
                 f"there is a delta '{name}' already; remove('{name}') first, or choose another name"
             )
-        state = self._copied() if folder is None else self._read(Path(folder))
-        self._fitting(state)
+        state = self._detached_copy() if folder is None else self._read(Path(folder))
+        self._check_fit(state)
         self._named[name] = state
 
     def use(self, name: str | None) -> None:
@@ -250,8 +250,8 @@ class Deltas:
         if name == self.in_use:
             return
         target = self._unnamed if name is None else self._named[name]
-        self._fitting(target)
-        now = self._copied()
+        self._check_fit(target)
+        now = self._detached_copy()
         if self.in_use is None:
             self._unnamed = now
         else:
@@ -277,7 +277,7 @@ class Deltas:
             raise BadInput(f"delta '{name}' is in use; use(None) or another one, then remove it")
         del self._named[name]
 
-    def _copied(self) -> dict[str, Tensor]:
+    def _detached_copy(self) -> dict[str, Tensor]:
         """Return the delta as copies in CPU memory, which share nothing with the model."""
         return _copies(self.state_dict())
 
@@ -290,7 +290,7 @@ class Deltas:
         )
 
 
-def _take_out(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+def _pop_technique_state(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Before a model's `load_state_dict`: take out what `state_beside` returned, which was put
     beside its state.
 
@@ -309,12 +309,12 @@ def _take_out(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) 
         raise BadInput(
             f"this state was saved with {form}, but the model is wrapped with {live.recipe_form()}"
         )
-    vars(model)[_COMING] = mine
+    vars(model)[_PENDING] = mine
 
 
-def _give(model: nn.Module, keys: Any) -> None:
+def _restore_technique_state(model: nn.Module, keys: Any) -> None:
     """After it: give that to the techniques, some of which look at the model's weights."""
-    live, mine = LIVE[model][1]() if model in LIVE else None, vars(model).pop(_COMING, None)
+    live, mine = LIVE[model][1]() if model in LIVE else None, vars(model).pop(_PENDING, None)
     if live is None or not mine:  # the form alone: what they hold lies elsewhere
         return
     for technique, installed in live._pairs():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _SHARDING = ("FSDP", "DeepSpeed", "Megatron_LM")  # as accelerate's environment variables spell them
-_WHOLE = (
+_SHARDING_ADVICE = (
     "cuts a model's parameters up, and techniques (their terms, deltas, merge and undo) need them "
     "whole: use plain data "
     "parallelism (DDP: torchrun, accelerate launch --multi_gpu), or train without gv.wrap and "
@@ -83,7 +83,7 @@ def refuse_sharding(model: nn.Module | None = None) -> None:
         elif hasattr(parameter, "ds_id"):
             shardings.append("DeepSpeed ZeRO")
     if shardings:
-        raise BadInput(f"{shardings[0]} {_WHOLE}")
+        raise BadInput(f"{shardings[0]} {_SHARDING_ADVICE}")
 
 
 def world_size() -> int:
@@ -228,7 +228,7 @@ def main_first(ask: Callable[[], T]) -> T:
     if not rank():
         dist.barrier()
     heard: list[Any] = [None] * world_size()
-    own = None if error is None else (isinstance(error, BadInput), _words(error))
+    own = None if error is None else (isinstance(error, BadInput), _message(error))
     dist.all_gather_object(heard, own)
     first = next((i for i, one in enumerate(heard) if one is not None), None)
     if first is None:
@@ -240,7 +240,7 @@ def main_first(ask: Callable[[], T]) -> T:
     raise error
 
 
-def _words(error: Exception) -> str:
+def _message(error: Exception) -> str:
     return str(error) if isinstance(error, GreenvisError) else f"{type(error).__name__}: {error}"
 
 

@@ -71,12 +71,12 @@ class Watch:
             "forward" in vars(m) for m in modules
         )
         self.parts = parts and bool(live.installed)  # whether a copy of the model is no plain one
-        if self.parts or any(map(_ours, (hook for m in modules for hook in _hooks(m)))):
+        if self.parts or any(map(_is_ours, (hook for m in modules for hook in _hooks(m)))):
             self.model.register_forward_pre_hook(self, prepend=True)
         self.note()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_live": _nobody}  # a copy of the model is nobody's to train
+        return {**vars(self), "_live": _gone}  # a copy of the model is nobody's to train
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Look, before a forward of the model in training."""
@@ -112,7 +112,7 @@ class Watch:
                 )
         if live is not None:
             for path, old, new in replaced:
-                live.check_replaced(path, _parameters(old), _parameters(new), _hanging(old))
+                live.check_replaced(path, _parameters(old), _parameters(new), _what_hangs_on(old))
             for path, old, new in replaced:
                 live.take_replaced(path, _parameters(old), _parameters(new))
         for _, old, new in converted:
@@ -160,7 +160,7 @@ class Watch:
                     "then: merge first, then convert the model"
                 )
 
-    def put_adopted(self) -> None:
+    def restore_adopted(self) -> None:
         """Put what came since into the model that has its own structure back, without what hung
         there."""
         for (path, name), new in self._adopted.items():
@@ -168,7 +168,7 @@ class Watch:
             (parent._modules if isinstance(new, nn.Module) else parent._parameters)[name] = new
             for module in new.modules() if isinstance(new, nn.Module) else ():
                 for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                    for key in [key for key, hook in hooks.items() if _ours(hook)]:
+                    for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
                         del hooks[key]
         vars(self.model).update(self._attributes)
 
@@ -228,7 +228,7 @@ register_optimizer_step_pre_hook(
 )  # one for good: torch goes through its hooks while models are collected
 
 
-def _nobody() -> None:
+def _gone() -> None:
     """Stand for a weak reference to what is gone."""
 
 
@@ -236,13 +236,13 @@ def _parameter_ids(optimizer: Optimizer) -> set[int]:
     return {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
 
 
-def _hanging(old: Any) -> str:
+def _what_hangs_on(old: Any) -> str:
     """Say what techniques had hung on a part that is gone; nothing if only batch norms were held
     there."""
     for module in old.modules() if isinstance(old, nn.Module) else ():
         if "forward" in vars(module):
             return "a forward of its own"
-        if any(_ours(hook) and not holds_in_eval(hook) for hook in _hooks(module)):
+        if any(_is_ours(hook) and not holds_in_eval(hook) for hook in _hooks(module)):
             return "hooks"
     return ""
 
@@ -254,7 +254,7 @@ def _hooks(module: nn.Module) -> list[Any]:
     ]  # they only look
 
 
-def _ours(hook: Any) -> bool:
+def _is_ours(hook: Any) -> bool:
     maker = getattr(getattr(hook, "func", hook), "__module__", None) or type(hook).__module__
     return maker.startswith("greenvis.")
 

@@ -86,12 +86,12 @@ class Wrapped(Owners, Deltas):
         self._watch = Watch(self)
         self._optimizers = Optimizers(self)
         forget_compiled()
-        self._enter()
+        self._register()
 
     def _install(self) -> None:
-        self._refuse(answers.declared_task(self.model))
+        self._refuse_task(answers.declared_task(self.model))
         for technique in self.techniques:
-            self.installed.append(self._put_in(technique))
+            self.installed.append(self._install_one(technique))
             self._own(technique, self.installed[-1])
         self._freeze()
         if sum(live.criterion is not None for live in self.installed) > 1:
@@ -118,7 +118,7 @@ class Wrapped(Owners, Deltas):
             refuse_clash(a, b, _broken(a, one) & _needed(b, other))
         self._watch_trainers()
 
-    def _put_in(self, technique: Technique) -> Installed:
+    def _install_one(self, technique: Technique) -> Installed:
         """Install one technique; a refusal names those that changed the model before it."""
         before = [t.name for t in self.techniques[: len(self.installed)]]
         try:
@@ -131,17 +131,19 @@ class Wrapped(Owners, Deltas):
                 "remove one"
             ) from error
 
-    def _refuse(self, task: str | None) -> None:
+    def _refuse_task(self, task: str | None) -> None:
         """Raise BadInput where a technique is not right for what the answers and labels are."""
         if task is not None:
             for technique in self.techniques:
                 answers.refuse_task(technique.name, technique.tasks, technique.instead, task)
 
-    def _check(self, logits: Any, y: Any) -> None:
+    def _check_task(self, logits: Any, y: Any) -> None:
         """Refuse answers and labels that a technique would read wrongly, before it does."""
         strict = any(technique.tasks < answers.TASKS.keys() for technique in self.techniques)
         if strict and (logits is not None or answers.is_tensor(y)):
-            self._refuse(answers.task_of(None if logits is None else answers.logits_of(logits), y))
+            self._refuse_task(
+                answers.task_of(None if logits is None else answers.logits_of(logits), y)
+            )
 
     def _watch_trainers(self) -> None:
         """Notice what a trainer does to the gradients of what techniques declare."""
@@ -195,7 +197,7 @@ class Wrapped(Owners, Deltas):
             ):  # its forward passes DistributedDataParallel by
                 self._shared = distributed.average_gradients(self.trainable.values())
             self._stepped = True
-        self._check(logits, y)
+        self._check_task(logits, y)
         self.trained_on = next((len(v) for v in (y, x) if hasattr(v, "__len__")), self.trained_on)
         out: dict[str, Tensor] = {}
         for technique, live in self._pairs():
@@ -230,7 +232,7 @@ class Wrapped(Owners, Deltas):
 
     def _checked(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def loss(logits: Any, y: Any = None, *rest: Any, **more: Any) -> Tensor:
-            self._check(logits, y)
+            self._check_task(logits, y)
             return criterion(logits, y, *rest, **more)
 
         return loss
@@ -357,7 +359,7 @@ class Wrapped(Owners, Deltas):
         modes = {module: module.training for module in self.model.modules()}
         self._snapshot.restore(values=False)
         if self._watch is not None:
-            self._watch.put_adopted()
+            self._watch.restore_adopted()
         for module in self.model.modules():
             module.training = modes.get(module, self.model.training)
         for live in reversed(self.installed):

@@ -187,22 +187,22 @@ def check(
         )
     if kind in SIZES:
         for option, value, most in zip(
-            ("train", "test"), (_sum(train, held_out), test), SIZES[kind], strict=True
+            ("train", "test"), (_with_held_out(train, held_out), test), SIZES[kind], strict=True
         ):
-            _enough(name, option, value, most)
+            _check_count(name, option, value, most)
     if kind == "fashion-mnist":
         if not download:
-            sources.fashion_folder(_at(folder, root) if root else None)
+            sources.fashion_folder(_resolve(folder, root) if root else None)
     elif root is not None or download:
         raise BadInput(
             f"data: `root` and `download` are for fashion-mnist; '{name}' knows where its images "
             "are"
         )
     if kind == "folder":
-        images = _at(folder, path)
+        images = _resolve(folder, path)
         sources.class_folders(images / "train" if (images / "train").is_dir() else images)
     elif kind == "hf-datasets":
-        sources.hf_folder(_at(folder, path))
+        sources.hf_folder(_resolve(folder, path))
 
 
 def load(
@@ -249,11 +249,13 @@ def load(
         classes=classes,
         **location,
     )
-    source = _read(name, requested, _at(folder, root) if root else None, Path(folder), download)
+    source = _read(
+        name, requested, _resolve(folder, root) if root else None, Path(folder), download
+    )
     numbers = (
         list(range(len(source.classes)))
         if classes is None
-        else _numbers(name, classes, source.classes)
+        else _class_indices(name, classes, source.classes)
     )
     form = Transform(
         img_size or source.img_size,
@@ -268,8 +270,11 @@ def load(
     splits: list[Split] = []
     for part, split in (("train", source.train), ("test", source.test)):
         available = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
-        _enough(
-            name, part, _sum(requested[part], held_out if part == "train" else None), len(available)
+        _check_count(
+            name,
+            part,
+            _with_held_out(requested[part], held_out if part == "train" else None),
+            len(available),
         )
         drawn = available[sources.stratified(split.labels[available], seed)]
         reserved = (held_out or 0) if part == "train" else 0
@@ -305,15 +310,15 @@ def _read(
     if kind == "fashion-mnist":
         return sources.fashion_mnist(root, download)
     if kind == "folder":
-        return sources.image_folder(_at(folder, path))
+        return sources.image_folder(_resolve(folder, path))
     if kind == "hf-datasets":
-        return sources.hf_datasets(_at(folder, path))
+        return sources.hf_datasets(_resolve(folder, path))
     return sources.synthetic(
         seed=requested["seed"], **{k: requested[k] or default for k, default in SYNTHETIC.items()}
     )
 
 
-def _numbers(name: str, requested: Sequence[str | int], names: Sequence[str]) -> list[int]:
+def _class_indices(name: str, requested: Sequence[str | int], names: Sequence[str]) -> list[int]:
     """Return the classes asked for as numbers."""
     numbers = []
     for one in requested:
@@ -331,17 +336,17 @@ def _numbers(name: str, requested: Sequence[str | int], names: Sequence[str]) ->
     return numbers
 
 
-def _at(folder: str | Path, path: str | Path) -> Path:
+def _resolve(folder: str | Path, path: str | Path) -> Path:
     return (Path(folder) / Path(path).expanduser()).resolve()
 
 
-def _sum(requested: int | None, held_out: int | None) -> int | None:
+def _with_held_out(requested: int | None, held_out: int | None) -> int | None:
     """How many images are asked for in all; of all there are, one at least beside those held
     out."""
     return requested if held_out is None else (requested or 1) + held_out
 
 
-def _enough(name: str, part: str, requested: int | None, available: int) -> None:
+def _check_count(name: str, part: str, requested: int | None, available: int) -> None:
     if requested is not None and requested > available:
         raise BadInput(
             f"data: {part} asks for {requested} images, but '{name}' has {available}; ask for "

@@ -44,8 +44,8 @@ from greenvis.errors import BadInput, GreenvisError
 SCHEMA = 1
 MAX_BYTES = 8 * 2**30
 FILES = ("in-use", "key.json", "values.bin", "index.bin")
-THERE = np.uint64(1 << 32)
-NEAR_SHARE = 0.25  # of a GPU's free memory may hold entries of one cache
+PRESENT = np.uint64(1 << 32)
+DEVICE_SHARE = 0.25  # of a GPU's free memory may hold entries of one cache
 SAME = 1e-3  # of the largest output: what another batch, kernel or device may change
 KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -88,8 +88,8 @@ class Cache:
         self.length, self.views, self.dtype, self.top_k = length, views, dtype, top_k
         self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
         form = {"length": length, "views": views, "dtype": dtype, "top_k": top_k, "schema": SCHEMA}
-        self._head: dict[str, Any] = {"key": {k: str(v) for k, v in key.items()}, **form}
-        name = hashlib.sha256(json.dumps(self._head, sort_keys=True).encode()).hexdigest()[:32]
+        self._header: dict[str, Any] = {"key": {k: str(v) for k, v in key.items()}, **form}
+        name = hashlib.sha256(json.dumps(self._header, sort_keys=True).encode()).hexdigest()[:32]
         self.path = self.folder / name
         self._about = about
         self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
@@ -98,7 +98,7 @@ class Cache:
         self._index: np.ndarray = np.empty(0, np.uint64)
         self._shape: tuple[int, ...] = ()
         self._checked = np.zeros(length * views, bool)
-        self._near: Tensor | None = None
+        self._device_copy: Tensor | None = None
         if self.path.is_dir():
             self._open()
         else:
@@ -138,13 +138,13 @@ class Cache:
         checked = bool(self._checked[rows].all())
         if (
             checked
-            and self._near is not None
-            and self._near.device == torch.device(device or "cpu")
+            and self._device_copy is not None
+            and self._device_copy.device == torch.device(device or "cpu")
         ):
-            return self._near[torch.from_numpy(rows).to(self._near.device)]
+            return self._device_copy[torch.from_numpy(rows).to(self._device_copy.device)]
         entries = self._values[rows]
-        astray = self._astray(entries)
-        damaged = rows[astray if checked else astray | (_sums(entries) != checksums)]
+        astray = self._invalid(entries)
+        damaged = rows[astray if checked else astray | (_checksums(entries) != checksums)]
         if len(damaged):
             self._index[damaged] = 0
             self._note(
@@ -153,22 +153,22 @@ class Cache:
             )
             return None
         self._checked[rows] = True
-        return self._hold(rows, self._unpack(entries).to(device))
+        return self._keep_on_device(rows, self._unpack(entries).to(device))
 
-    def _hold(self, rows: np.ndarray, values: Tensor) -> Tensor:
+    def _keep_on_device(self, rows: np.ndarray, values: Tensor) -> Tensor:
         """Return the values; a GPU that has room for all there may be holds them from now on."""
         if values.is_cuda:
             need = values.element_size() * values.shape[1:].numel() * len(self._index)
             if (
-                self._near is None
-                and need <= NEAR_SHARE * torch.cuda.mem_get_info(values.device)[0]
+                self._device_copy is None
+                and need <= DEVICE_SHARE * torch.cuda.mem_get_info(values.device)[0]
             ):
-                self._near, self._checked[:] = (
+                self._device_copy, self._checked[:] = (
                     values.new_empty(len(self._index), *values.shape[1:]),
                     False,
                 )
-            if self._near is not None:
-                self._near[torch.from_numpy(rows).to(values.device)] = values
+            if self._device_copy is not None:
+                self._device_copy[torch.from_numpy(rows).to(values.device)] = values
                 self._checked[rows] = True
         return values
 
@@ -190,7 +190,7 @@ class Cache:
         self._checked[rows] = False
         self._index[rows] = 0  # a reader between the two writes finds nothing, not a half
         self._values[rows] = entries
-        self._index[rows] = _sums(entries)
+        self._index[rows] = _checksums(entries)
 
     def agrees(
         self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0, eps: float = 0.0
@@ -202,7 +202,7 @@ class Cache:
         format computed in.
         """
         entries, live = self._values[self._rows(indices, view)], outputs.detach().float().cpu()
-        if tuple(live.shape[1:]) != self._shape or self._astray(entries).any():
+        if tuple(live.shape[1:]) != self._shape or self._invalid(entries).any():
             return False
         stored = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
         if (
@@ -233,7 +233,7 @@ class Cache:
             for part in (self._values, self._index):
                 if isinstance(part, np.memmap):
                     part.flush()
-            self._values, self._index, self._near = np.empty(0), np.empty(0, np.uint64), None
+            self._values, self._index, self._device_copy = np.empty(0), np.empty(0, np.uint64), None
             os.close(self._use)
             self._use = -1
 
@@ -281,7 +281,7 @@ class Cache:
         entries["values"] = outputs.numpy()
         return entries
 
-    def _astray(self, entries: np.ndarray) -> np.ndarray:
+    def _invalid(self, entries: np.ndarray) -> np.ndarray:
         """Return which entries name classes that there are none of, bool (B,)."""
         if self.top_k is None:
             return np.zeros(len(entries), bool)
@@ -327,7 +327,7 @@ class Cache:
             shape = tuple(head.pop("shape"))
             count, entry = self.length * self.views, self._entry(shape)
             sizes = (size_of(self.path / "values.bin"), size_of(self.path / "index.bin"))
-            if head != self._head or sizes != (count * entry.itemsize, count * 8):
+            if head != self._header or sizes != (count * entry.itemsize, count * 8):
                 raise ValueError(
                     f"files of {sizes} bytes instead of {(count * entry.itemsize, count * 8)}"
                 )
@@ -342,7 +342,7 @@ class Cache:
                 remove(self.path)
             return False
         self._use, self._shape = use, shape
-        self._checked[:], self._near = False, None
+        self._checked[:], self._device_copy = False, None
         return True
 
     def _create(self, shape: tuple[int, ...]) -> None:
@@ -363,7 +363,7 @@ class Cache:
                         with open(new / name, "wb") as file:
                             reserve(file.fileno(), size)
                     (new / "key.json").write_text(
-                        json.dumps({**self._head, "shape": shape}, indent=1)
+                        json.dumps({**self._header, "shape": shape}, indent=1)
                     )
                     os.rename(new, self.path)
                 except OSError as error:
@@ -411,7 +411,7 @@ class Cache:
                 head = files.read_json(path / "key.json", "key")
                 old, new = (
                     {**h["key"], **{k: v for k, v in h.items() if k not in ("key", "shape")}}
-                    for h in (head, self._head)
+                    for h in (head, self._header)
                 )
             except (BadInput, KeyError, TypeError, AttributeError):
                 continue
@@ -427,9 +427,9 @@ class Cache:
             self._note(f"cache: {what}. Outputs are computed anew")
 
 
-def _sums(entries: np.ndarray) -> np.ndarray:
+def _checksums(entries: np.ndarray) -> np.ndarray:
     """Return what the index holds for each entry: the flag and the CRC-32 of its bytes."""
     size = entries.dtype.itemsize
     raw = np.ascontiguousarray(entries).view(np.uint8).reshape(-1).data
     sums = [zlib.crc32(raw[i * size : (i + 1) * size]) for i in range(len(entries))]
-    return np.array(sums, np.uint64) | THERE
+    return np.array(sums, np.uint64) | PRESENT

@@ -253,7 +253,7 @@ def class_folders(path: Path) -> list[Path]:
     if not path.is_dir():
         raise BadInput(f"no folder at {path}")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
-    _named(folders)
+    _check_names(folders)
     if len(folders) < 2:
         raise BadInput(
             f"{path} has {len(folders)} sub-folders; one for each class is needed, at least two"
@@ -274,21 +274,21 @@ def _class_files(
         images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if not images:
             raise BadInput(f"no images in {folder}; looked for {some(sorted(IMAGE_SUFFIXES), 10)}")
-        _named(images)
+        _check_names(images)
         for image in images:
-            _regular(image)
+            _check_regular(image)
         out += [(image, names.index(folder.name)) for image in images]
     return out, names
 
 
-def _named(paths: Iterable[Path]) -> None:
+def _check_names(paths: Iterable[Path]) -> None:
     """Raise BadInput for a name that is not UTF-8: no record could hold it."""
     for path in paths:
         if any("\ud800" <= c <= "\udfff" for c in str(path)):
             raise BadInput(f"the name of {one_line(path)} is not UTF-8: rename it, or take it out")
 
 
-def _regular(path: Path) -> None:
+def _check_regular(path: Path) -> None:
     """Raise BadInput for what has an image's name and is none: a folder, a pipe, a link to nothing,
     a file beyond all size."""
     try:

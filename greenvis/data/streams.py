@@ -147,7 +147,8 @@ def make(
     if kind == "domain":
         groups = [tuple(range(count))] * tasks
         changes = [
-            _change(domain, t, tasks, images, seed if order == "seed" else 0) for t in range(tasks)
+            _domain_shift(domain, t, tasks, images, seed if order == "seed" else 0)
+            for t in range(tasks)
         ]
         train: list[ImageSet] = [Changed(images.train, change) for change in changes]
         tests: list[ImageSet] = [Changed(images.test, change) for change in changes]
@@ -156,17 +157,17 @@ def make(
         positions = (
             _blurred(images.train, groups, blur, seed)
             if kind == "free"
-            else _own(images.train, groups)
+            else _rows_of(images.train, groups)
         )
         train, tests = (
             [images.train.take(p) for p in positions],
-            [images.test.take(p) for p in _own(images.test, groups)],
+            [images.test.take(p) for p in _rows_of(images.test, groups)],
         )
     named = [(group, test) for group, test in zip(groups, tests, strict=True)]
     if train_on == "all":
-        train = [Several(train)]
+        train = [Concat(train)]
     elif train_on == "seen":
-        train = [Several(train[: t + 1]) for t in range(tasks)]
+        train = [Concat(train[: t + 1]) for t in range(tasks)]
     experiences: list[Experience] = []
     for t, part in enumerate(train):
         ordered = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
@@ -192,7 +193,7 @@ def make(
     )
 
 
-def _own(images: ImageSet, groups: Sequence[Sequence[int]]) -> list[Tensor]:
+def _rows_of(images: ImageSet, groups: Sequence[Sequence[int]]) -> list[Tensor]:
     return [
         torch.isin(images.targets, torch.tensor(group)).nonzero().squeeze(1) for group in groups
     ]
@@ -205,7 +206,7 @@ def _blurred(
     equal parts."""
     position = torch.empty(len(images), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    for t, rows in enumerate(_own(images, groups)):
+    for t, rows in enumerate(_rows_of(images, groups)):
         position[rows] = t + torch.rand(len(rows), generator=generator, dtype=torch.float64)
     position += blur * (2 * torch.rand(len(images), generator=generator, dtype=torch.float64) - 1)
     return list(position.argsort().tensor_split(len(groups)))
@@ -232,7 +233,7 @@ class Change:
         return x
 
 
-def _change(domain: str, t: int, tasks: int, images: Data, seed: int) -> Change:
+def _domain_shift(domain: str, t: int, tasks: int, images: Data, seed: int) -> Change:
     if domain == "rotate":
         return Change(degrees=HALF_TURN * t / tasks)
     return Change(seed=seed * 1009 + t if t else None)
@@ -260,7 +261,7 @@ class Changed(ImageSet):
         return {**super().key(), "domain": str(self.change)}
 
 
-class Several(ImageSet):
+class Concat(ImageSet):
     """Sets one behind another, as one."""
 
     def __init__(self, parts: Sequence[ImageSet]) -> None:
@@ -294,7 +295,7 @@ class Several(ImageSet):
             rows[(rows >= a) & (rows < b)] - int(a)
             for a, b in zip(self._starts, self._starts[1:], strict=False)
         ]
-        return Several([part.take(r) for part, r in zip(self.parts, inside, strict=True)])
+        return Concat([part.take(r) for part, r in zip(self.parts, inside, strict=True)])
 
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on."""

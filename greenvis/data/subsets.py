@@ -114,7 +114,7 @@ def condense(
             drawn = torch.stack(
                 [r[torch.randint(len(r), (batch,), generator=generator)] for r in rows]
             )
-            change = _change(images.shape[-1], flip, generator)
+            change = _random_shift(images.shape[-1], flip, generator)
             with torch.no_grad():
                 real = embed(change(images[drawn.flatten()]), filters).unflatten(
                     0, (len(start), batch)
@@ -127,7 +127,7 @@ def condense(
     return made
 
 
-def _change(side: int, flip: bool, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
+def _random_shift(side: int, flip: bool, generator: torch.Generator) -> Callable[[Tensor], Tensor]:
     """Return one random shift (up to an eighth of the side) and flip, the same for all images it is
     given."""
     pad = max(1, side // 8)
@@ -171,7 +171,7 @@ def make(
     if file is not None and file.exists():
         state = weights.read_state(file)
     else:
-        state = _made(images, method, per_class, seed, count, options)
+        state = _select(images, method, per_class, seed, count, options)
         if file is not None:
             weights.write(file, state, {"method": method, "per_class": per_class, "seed": seed})
     if "rows" in state:
@@ -186,7 +186,7 @@ def make(
     )
 
 
-def _made(
+def _select(
     images: ImageSet,
     method: Method,
     per_class: int,

@@ -51,7 +51,7 @@ MOST_PIXELS, MOST_SIZE = 16_384, 1_000_000
 def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
     """Raise BadInput for what `build` could not do, without building: kinds, names, options, files,
     missing trust."""
-    request = _take_apart(ref, trust, Path(folder), options)
+    request = _parse_reference(ref, trust, Path(folder), options)
     libraries.LIBRARIES[request.library].check(request)
 
 
@@ -62,7 +62,7 @@ def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
     trust: allow references that import code. Weights are read from safetensors or with
     weights_only, never unpickled.
     """
-    request = _take_apart(ref, trust, Path(folder), options)
+    request = _parse_reference(ref, trust, Path(folder), options)
     library = libraries.LIBRARIES[request.library]
     library.check(request)
     try:
@@ -76,7 +76,7 @@ def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
     if not isinstance(model, nn.Module):
         raise BadInput(f"{ref} returned a {type(model).__name__}, not a torch.nn.Module")
     if request.file is not None:
-        _load_own(model, request)
+        _load_file(model, request)
     return model if request.memory_format is None else model.to(memory_format=request.memory_format)
 
 
@@ -115,7 +115,7 @@ def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, 
 def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | None:
     """Return a name for the weights of others that `build` begins with, those of a library or a
     file; None for random ones."""
-    request = _take_apart(ref, True, Path(folder), options)
+    request = _parse_reference(ref, True, Path(folder), options)
     pretrained = options.get("pretrained")
     local = (
         libraries.hf_weights(request)
@@ -134,7 +134,7 @@ def file_of(ref: str, folder: str | Path = ".") -> Path:
     return (Path(folder) / Path(ref.removeprefix("file:")).expanduser()).resolve()
 
 
-def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
+def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, Any]) -> Request:
     inner, resolved = origin(ref, folder=folder, **options)
     file = file_of(ref, folder) if ref.startswith("file:") else None
     library, slash, name = inner.partition("/")
@@ -159,7 +159,7 @@ def _take_apart(ref: str, trust: bool, folder: Path, options: Mapping[str, Any])
     }
     if not trust:
         _refuse_files(ref, rest)
-    _refuse_giants(ref, rest)
+    _refuse_huge_sizes(ref, rest)
     memory_format = resolved.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(
@@ -238,7 +238,7 @@ def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
             )
 
 
-def _refuse_giants(ref: str, options: Mapping[str, Any]) -> None:
+def _refuse_huge_sizes(ref: str, options: Mapping[str, Any]) -> None:
     """Refuse sizes that no machine holds, before a library tries."""
     for name, value in options.items():
         for number in value if isinstance(value, (list, tuple)) else (value,):
@@ -249,7 +249,7 @@ def _refuse_giants(ref: str, options: Mapping[str, Any]) -> None:
                 )
 
 
-def _load_own(model: nn.Module, request: Request) -> None:
+def _load_file(model: nn.Module, request: Request) -> None:
     """Load the file's weights; where num_classes was changed, the classifier starts anew."""
     assert request.file is not None
     state = weights.read_state(request.file)

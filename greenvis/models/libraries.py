@@ -48,14 +48,14 @@ class Library(NamedTuple):
     build: Callable[[Request], nn.Module]
 
 
-def _known(request: Request, options: Iterable[str], known: Iterable[str]) -> None:
+def _check_options(request: Request, options: Iterable[str], known: Iterable[str]) -> None:
     names = set(known)
     for option in options:
         if option not in names:
             raise BadInput(f"{request.ref} has no option '{option}'{nearest(option, names)}")
 
 
-def _accepted(function: Callable[..., Any]) -> set[str] | None:
+def _option_names(function: Callable[..., Any]) -> set[str] | None:
     """Return the names of a builder's options, with those of the class it says it returns; None
     where that stays open."""
     try:
@@ -77,7 +77,7 @@ def _accepted(function: Callable[..., Any]) -> set[str] | None:
     return names
 
 
-def _published(request: Request, load: Callable[[], Any]) -> Any:
+def _fetch(request: Request, load: Callable[[], Any]) -> Any:
     """Fetch the weights a library publishes, from its local cache or the net; say what to do where
     neither has them."""
     try:
@@ -99,7 +99,7 @@ def _timm_options(request: Request) -> dict[str, Any]:
             "unknown model "
             f"'{request.ref}'{nearest(request.name.partition('.')[0], timm.list_models())}"
         )
-    known = _accepted(timm.model_entrypoint(request.name.partition(".")[0]))
+    known = _option_names(timm.model_entrypoint(request.name.partition(".")[0]))
     options = dict(request.options)
     if known is not None:
         if "img_size" not in known:
@@ -111,7 +111,7 @@ def _timm_options(request: Request) -> dict[str, Any]:
             "device",
             "dtype",
         }
-        _known(request, options, known)
+        _check_options(request, options, known)
     elif not timm.get_pretrained_cfg_value(request.name, "fixed_input_size"):
         options.pop("img_size", None)
     return options
@@ -124,9 +124,7 @@ def _build_timm(request: Request) -> nn.Module:
     if not request.pretrained:
         return timm.create_model(request.name, **options)
     if request.pretrained is True:
-        return _published(
-            request, lambda: timm.create_model(request.name, pretrained=True, **options)
-        )
+        return _fetch(request, lambda: timm.create_model(request.name, pretrained=True, **options))
     state = weights.read_state(request.pretrained)
     if (
         "_conv_stem.weight" in state
@@ -165,14 +163,14 @@ def _torchvision_options(request: Request) -> dict[str, Any]:
     names = models.list_models(module=models)
     if request.name not in names:
         raise BadInput(f"unknown model '{request.ref}'{nearest(request.name, names)}")
-    known = _accepted(models.get_model_builder(request.name))
+    known = _option_names(models.get_model_builder(request.name))
     options = dict(request.options)
     if "img_size" in options:
         size = options.pop("img_size")
         if known is None or "image_size" in known:
             options["image_size"] = size
     if known is not None:
-        _known(
+        _check_options(
             request,
             options,
             (known | {"num_classes", "in_chans", "img_size"}) - {"weights", "progress"},
@@ -189,18 +187,16 @@ def _build_torchvision(request: Request) -> nn.Module:
         model = models.get_model(request.name, **options)
         set_in_chans(model, channels)
         if request.pretrained:
-            _place_pretrained(
-                model, weights.read_state(request.pretrained), str(request.pretrained)
-            )
+            _load_pretrained(model, weights.read_state(request.pretrained), str(request.pretrained))
         return model
     published = models.get_model_weights(request.name).DEFAULT  # type: ignore[attr-defined]
-    state = _published(
+    state = _fetch(
         request,
         lambda: published.get_state_dict(progress=False, check_hash=True, weights_only=True),
     )
     model = models.get_model(request.name, **options)
     set_in_chans(model, channels)
-    _place_pretrained(model, state, "the published weights")
+    _load_pretrained(model, state, "the published weights")
     preset, names = published.transforms(), published.meta["categories"]
     same = options.get("num_classes", len(names)) == len(names)
     preprocessing.describe(model, mean=preset.mean, std=preset.std, classes=names if same else None)
@@ -248,7 +244,7 @@ def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return grey.expand(-1, channels, -1, -1) / channels
 
 
-def _place_pretrained(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def _load_pretrained(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Place weights made for maybe other channels and classes: the stem is adapted, a head of
     another shape starts anew."""
     own = model.state_dict()
@@ -319,7 +315,9 @@ def _with_hf_options(request: Request, stored: Any, config_dict: dict[str, Any])
     words = {
         option: word for option, word in HF_WORDS.items() if word in full and option not in full
     }
-    _known(request, request.options, {*full, *words, "num_classes", "num_labels", "img_size"})
+    _check_options(
+        request, request.options, {*full, *words, "num_classes", "num_labels", "img_size"}
+    )
     new = {words.get(o, o): v for o, v in request.options.items() if o in full or o in words}
     if "hidden_size" in new and "intermediate_size" in full:
         new.setdefault(
@@ -356,7 +354,7 @@ def _build_hf(request: Request) -> nn.Module:
         return Classifier.from_config(config)
     if isinstance(request.pretrained, Path):
         model = Classifier.from_config(config)
-        _place_pretrained(model, weights.read_state(request.pretrained), str(request.pretrained))
+        _load_pretrained(model, weights.read_state(request.pretrained), str(request.pretrained))
         return model
     channels = request.options.get("in_chans")
     if channels is not None:  # load for the weights' own channels, change after
@@ -369,7 +367,7 @@ def _build_hf(request: Request) -> nn.Module:
         "ignore_mismatched_sizes": True,
     }
     source = str(folder) if folder else request.name
-    model, info = _published(
+    model, info = _fetch(
         request,
         lambda: Classifier.from_pretrained(
             source, output_loading_info=True, trust_remote_code=False, **options
@@ -396,7 +394,7 @@ def _build_hf(request: Request) -> nn.Module:
 MOVED = {"greenvis.subset": "greenvis.data.subsets"}  # in recipes and model files made before
 
 
-def _function(request: Request) -> Callable[..., Any]:
+def _import_function(request: Request) -> Callable[..., Any]:
     """Import what `package.module:function` names; modules beside the recipe come after the
     installed ones."""
     module, _, name = request.name.partition(":")
@@ -415,23 +413,23 @@ def _function(request: Request) -> Callable[..., Any]:
             f"'{module}' has no function "
             f"'{name}'{nearest(name, [n for n in dir(home) if n[0] != '_'])}"
         )
-    known = _accepted(function)
+    known = _option_names(function)
     if known is not None:
-        _known(request, request.options, known)
+        _check_options(request, request.options, known)
     return function
 
 
 def _build_code(request: Request) -> nn.Module:
-    function = _function(request)
+    function = _import_function(request)
     if request.pretrained is True:
         return function(pretrained=True, **request.options)
     model = function(**request.options)
     if isinstance(request.pretrained, Path):
-        _place_pretrained(model, weights.read_state(request.pretrained), str(request.pretrained))
+        _load_pretrained(model, weights.read_state(request.pretrained), str(request.pretrained))
     return model
 
 
-def _plain(request: Request) -> Callable[..., nn.Module]:
+def _plain_function(request: Request) -> Callable[..., nn.Module]:
     from greenvis.models import plain
 
     names = [n for n, f in vars(plain).items() if inspect.isfunction(f)]
@@ -440,7 +438,7 @@ def _plain(request: Request) -> Callable[..., nn.Module]:
     if request.pretrained:
         raise BadInput(f"{request.ref} is published with no weights; leave out `pretrained`")
     function = getattr(plain, request.name)
-    _known(request, request.options, _accepted(function) or ())
+    _check_options(request, request.options, _option_names(function) or ())
     return function
 
 
@@ -448,6 +446,6 @@ LIBRARIES = {
     "timm": Library(_timm_options, _build_timm),
     "torchvision": Library(_torchvision_options, _build_torchvision),
     "hf": Library(_hf_config, _build_hf),
-    "plain": Library(_plain, lambda request: _plain(request)(**request.options)),
-    "code": Library(_function, _build_code),
+    "plain": Library(_plain_function, lambda request: _plain_function(request)(**request.options)),
+    "code": Library(_import_function, _build_code),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.errors import BadInput, some
 
-_SAID = "_greenvis_inputs"
+_DESCRIPTION = "_greenvis_inputs"
 
 
 class Pixels(NamedTuple):
@@ -53,7 +53,7 @@ def describe(
         raise BadInput(
             f"describe takes mean and std of as many channels, or neither; got {mean} and {std}"
         )
-    model.__dict__[_SAID] = {
+    model.__dict__[_DESCRIPTION] = {
         "mean": None if mean is None else [float(v) for v in mean],
         "std": None if std is None else [float(v) for v in std],
         "classes": None if classes is None else [str(name) for name in classes],
@@ -62,8 +62,8 @@ def describe(
 
 def description(model: nn.Module) -> dict[str, Any]:
     """Return what `describe` takes: as it was said, else as the model's library says it."""
-    if _SAID in model.__dict__:
-        return dict(model.__dict__[_SAID])
+    if _DESCRIPTION in model.__dict__:
+        return dict(model.__dict__[_DESCRIPTION])
     pixels, classes = pixels_of(model), classes_of(model)
     return {
         "mean": None if pixels is None else list(pixels.mean),
@@ -78,8 +78,8 @@ def pixels_of(model: nn.Module) -> Pixels | None:
     As `describe` said it; else timm's `pretrained_cfg`, torchvision's `weights` where the model
     holds them, or the image processor that lies beside a transformers model's weights.
     """
-    if _SAID in model.__dict__:
-        stored = model.__dict__[_SAID]
+    if _DESCRIPTION in model.__dict__:
+        stored = model.__dict__[_DESCRIPTION]
         return (
             None if stored["mean"] is None else Pixels(tuple(stored["mean"]), tuple(stored["std"]))
         )
@@ -101,8 +101,8 @@ def pixels_of(model: nn.Module) -> Pixels | None:
 def classes_of(model: nn.Module) -> tuple[str, ...] | None:
     """Return the names of a model's classes in their order, None where nothing says them
     (transformers' "LABEL_0" is none)."""
-    if _SAID in model.__dict__:
-        stored = model.__dict__[_SAID]["classes"]
+    if _DESCRIPTION in model.__dict__:
+        stored = model.__dict__[_DESCRIPTION]["classes"]
         return None if stored is None else tuple(stored)
     config: Any = getattr(model, "config", None)
     names: Any = getattr(config, "id2label", None) or _timm(model).get("label_names")
@@ -190,13 +190,13 @@ class Renormalise:
         source = self.source.of(x.shape[1]) if self.source is not None else None
         target = self.target.of(channels) if self.target is not None else None
         if not self.fact:
-            self._tell(source, target)
+            self._note_conversion(source, target)
         if source is None or target is None or source == target:
             return _channels(x, channels)
         pixels = _channels(x.float() * _row(source.std, x) + _row(source.mean, x), channels)
         return ((pixels - _row(target.mean, x)) / _row(target.std, x)).to(x.dtype)
 
-    def _tell(self, source: Pixels | None, target: Pixels | None) -> None:
+    def _note_conversion(self, source: Pixels | None, target: Pixels | None) -> None:
         if source is not None and target is not None:
             self.fact = (
                 "as they come" if source == target else f"converted from {source} to {target}"

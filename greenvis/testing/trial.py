@@ -234,10 +234,10 @@ class Trial:
 
     @contextmanager
     def _unchanged(self, model: nn.Module, what: str) -> Iterator[None]:
-        outputs, before = self._outputs(model), _fingerprint(model)
+        outputs, before = self._outputs(model), _structure(model)
         values = {n: t.detach().clone() for n, t in model.state_dict().items()}
         yield
-        for name, value in _fingerprint(model).items():
+        for name, value in _structure(model).items():
             if value != before[name]:
                 raise Broken(f"{what} leaves other {name} behind")
         now = model.state_dict()
@@ -256,7 +256,7 @@ def _holds_model(value: Any) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _fingerprint(model: nn.Module) -> dict[str, Any]:
+def _structure(model: nn.Module) -> dict[str, Any]:
     """Return all but values that undo must give back, by what it is."""
     modules = dict(model.named_modules(remove_duplicate=False))
     hooks = (

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_LOOKED_AT = "_greenvis_looked_at"
+_PROBING = "_greenvis_looked_at"
 _LEARNING = "_greenvis_learning"
 
 
@@ -26,7 +26,7 @@ def probing(model: nn.Module) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         model.eval()
-        vars(model)[_LOOKED_AT] = True  # gone with the other attributes
+        vars(model)[_PROBING] = True  # gone with the other attributes
         with torch.no_grad(), torch.random.fork_rng(devices=cuda):
             yield
     finally:
@@ -45,7 +45,7 @@ def probing(model: nn.Module) -> Iterator[None]:
 
 def is_probing(model: nn.Module) -> bool:
     """Whether this model runs in `probing`, where every part has to run: no early exits."""
-    return _LOOKED_AT in vars(model)
+    return _PROBING in vars(model)
 
 
 @contextmanager
