@@ -65,8 +65,12 @@ class Deltas:
         def _pairs(self) -> Iterator[tuple[Technique, Installed]]: ...
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the delta only: parameters that learn, learned or were added; buffers that
-        changed; techniques' state."""
+        """Return the delta only.
+
+        Returns:
+            Tensors by name: parameters that train, trained or were added; buffers that changed; the
+            techniques' own state.
+        """
         distributed.refuse_sharding(self.model)
         changed = self._snapshot.changed_buffers() | self._learned
         before = {id(t) for t in self._snapshot._tensors}
@@ -81,11 +85,15 @@ class Deltas:
         return state
 
     def plain_state_dict(self) -> dict[str, Tensor]:
-        """Return what the state of the model would be after `merge`, in CPU memory; the model
-        itself stays as it is.
+        """Return what the state of the model would be after `merge`; the model itself stays as it
+        is.
 
-        A plain model of the same kind, without greenvis, takes it. Raises GreenvisError where a
-        technique cannot be folded.
+        Returns:
+            Tensors in CPU memory by name, which a plain model of the same kind takes without
+            greenvis.
+
+        Raises:
+            GreenvisError: Where a technique cannot be folded.
         """
         if not self.active:
             return _copies(self.model.state_dict())
@@ -109,7 +117,10 @@ class Deltas:
 
         A model with the same techniques takes both back by its `load_state_dict`; any other
         refuses. Of several processes each has to save for itself what it holds alone (a share of a
-        replay buffer), which is not in here.
+        replay buffer), which is not included.
+
+        Returns:
+            Tensors by name.
         """
         shared = [
             (t, live) for t, live in self._pairs() if not t.apart or distributed.world_size() == 1
@@ -127,8 +138,14 @@ class Deltas:
         return {BESIDE + _FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take a delta back. Raises BadInput, with nothing changed, where it does not fit this
-        model and techniques."""
+        """Load a delta.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            BadInput: Where it does not fit this model and techniques; nothing is changed then.
+        """
         tensors, own = self._check_fit(state)
         current = self.model.state_dict(keep_vars=True)
         with torch.no_grad():
@@ -170,8 +187,14 @@ class Deltas:
         return tensors, own
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the delta (safetensors) and its card (JSON: techniques, base fingerprint, size)
-        into `folder`."""
+        """Write the delta (safetensors) and its card (JSON: techniques, base fingerprint, size).
+
+        Args:
+            folder: Where to; made where it does not exist.
+
+        Returns:
+            The folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         state = self._detached_copy()
@@ -190,8 +213,14 @@ class Deltas:
         return folder
 
     def load(self, folder: str | os.PathLike[str]) -> None:
-        """Load what `save` wrote. Raises BadInput for other techniques, another base, or a damaged
-        file."""
+        """Load what `save` wrote.
+
+        Args:
+            folder: The folder that was saved to.
+
+        Raises:
+            BadInput: For other techniques, another base, or a damaged file.
+        """
         self.load_state_dict(self._read(Path(folder)))
 
     def _read(self, folder: Path) -> dict[str, Tensor]:
@@ -219,11 +248,14 @@ class Deltas:
     # -- several on one base ----------------------------------------------------------------------
 
     def add(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
-        """Keep a delta under a name, in CPU memory: that of `folder` (see `save`), or a copy of
-        what the model holds now.
+        """Hold a delta under a name, in CPU memory; the model stays as it is.
 
-        The model stays as it is. Raises BadInput for a name that is taken, other techniques,
-        another base, a damaged file.
+        Args:
+            name: A new name.
+            folder: What `save` wrote; None for a copy of what the model holds now.
+
+        Raises:
+            BadInput: For a name that is taken, other techniques, another base, a damaged file.
         """
         if name in self._named:
             raise BadInput(
@@ -234,13 +266,17 @@ class Deltas:
         self._named[name] = state
 
     def use(self, name: str | None) -> None:
-        """Show a named delta, bit for bit: parameters keep their identity, values are copied in.
-        None: none of them.
+        """Switch to a named delta, bit for bit: parameters keep their identity, values are copied
+        in.
 
-        What the delta in use learned in the meantime stays with it; with None, the model is as
-        before the first switch.
-        To train after a switch, build a new optimizer: an old one has the other's momentum. Raises
-        BadInput for a name that was not added.
+        What the delta in use learned in the meantime stays with it. To train after a switch, build
+        a new optimizer: an old one has the other's momentum.
+
+        Args:
+            name: A delta that was added; None for the model as it was before the first switch.
+
+        Raises:
+            BadInput: For a name that was not added.
         """
         if name is not None and name not in self._named:
             raise BadInput(
@@ -266,11 +302,22 @@ class Deltas:
         self.in_use = name
 
     def deltas(self) -> dict[str, int]:
-        """Return the bytes of each named delta, by name."""
+        """Return the named deltas.
+
+        Returns:
+            Bytes by name.
+        """
         return {name: _bytes(state) for name, state in self._named.items()}
 
     def remove(self, name: str) -> None:
-        """Forget a named delta. Raises BadInput for one that is in use, or was never added."""
+        """Forget a named delta.
+
+        Args:
+            name: A delta that was added.
+
+        Raises:
+            BadInput: For one that is in use, or was never added.
+        """
         if name not in self._named:
             raise BadInput(f"no delta '{name}' to remove{nearest(name, self._named)}")
         if name == self.in_use:

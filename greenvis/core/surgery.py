@@ -118,10 +118,18 @@ def find(
     patterns: Sequence[str],
     kind: type[nn.Module] | tuple[type[nn.Module], ...] = nn.Linear,
 ) -> list[str]:
-    """Return the paths of modules of `kind` that match a pattern: a shell pattern on the whole
-    path, or its last parts.
+    """Return the paths of modules that match a pattern.
 
-    Raises BadInput for a pattern that matches nothing, with what the model has.
+    Args:
+        model: The model.
+        patterns: Shell patterns on the whole path, or on its last parts.
+        kind: Classes of the modules.
+
+    Returns:
+        Paths, in the model's order per pattern.
+
+    Raises:
+        BadInput: For a pattern that matches nothing, with what the model has.
     """
     candidates = [path for path, m in model.named_modules() if path and isinstance(m, kind)]
     kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
@@ -151,10 +159,18 @@ def parents_of(model: nn.Module, module: nn.Module) -> list[tuple[nn.Module, str
 
 
 def replace(model: nn.Module, old: nn.Module, new: nn.Module) -> int:
-    """Put `new` wherever `old` stands, under every parent that shares it; return in how many
-    places.
+    """Put `new` wherever `old` stands, under every parent that shares it.
 
-    Raises BadInput where `old` is not a sub-module (the root cannot be replaced in place).
+    Args:
+        model: The model.
+        old: A sub-module.
+        new: What replaces it.
+
+    Returns:
+        How many parents had it.
+
+    Raises:
+        BadInput: Where `old` is not a sub-module (the root cannot be replaced in place).
     """
     parents = parents_of(model, old)
     if not parents:
@@ -178,13 +194,19 @@ def freeze(
     but: Iterable[nn.Parameter] = (),
     follows: Callable[[str], bool] = lambda path: False,
 ) -> tuple[str, ...]:
-    """Stop every parameter from training except those in `but`, whose names it returns; hold frozen
-    batch norms' statistics.
+    """Stop every parameter from training except some; hold frozen batch norms' statistics.
 
     A frozen BatchNorm still drifts in train mode, so it is held in eval whenever it runs, also
     after `model.train()`.
-    follows: whether the one at a path keeps following its inputs though it may have no parameter
-    that trains.
+
+    Args:
+        model: The model.
+        but: Parameters that go on training.
+        follows: Whether the batch norm at a path keeps following its inputs though it may have no
+            parameter that trains.
+
+    Returns:
+        The names of the parameters in `but`.
     """
     names = names_of(model, but)
     spared = set(names)

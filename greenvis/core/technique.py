@@ -47,8 +47,18 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def refuse_idle(spec: M, only_with: OnlyWith) -> M:
-    """Return `spec`. Raises ValueError where a field that differs from its default changes nothing
-    beside another's value."""
+    """Refuse a field that differs from its default and changes nothing beside another's value.
+
+    Args:
+        spec: The model to check.
+        only_with: By field: another field, and its values with which the field counts.
+
+    Returns:
+        `spec`.
+
+    Raises:
+        ValueError: Where a field is set in vain.
+    """
     for name, (other, values) in only_with.items():
         chosen = getattr(spec, other)
         if chosen not in values and getattr(spec, name) != type(spec).model_fields[name].default:
@@ -115,17 +125,31 @@ class Technique(BaseModel):
         return refuse_idle(self, self.only_with)
 
     def for_images(self, shape: tuple[int, ...]) -> Self:
-        """Return the request for images (channels, height, width), where it asks for their shape
-        and was given none."""
+        """Return the request for images of a shape, where it asks for one and has none.
+
+        Args:
+            shape: (channels, height, width).
+
+        Returns:
+            The request with `input_shape` set, or itself.
+        """
         missing = "input_shape" in type(self).model_fields and dict(self)["input_shape"] is None
         return self.model_copy(update={"input_shape": shape}) if missing else self
 
     def install(self, model: nn.Module) -> Installed:
-        """Change `model` in place and return the live change.
+        """Change a model in place.
 
-        Check first, change last: raise `BadInput` before anything is touched where the model does
-        not fit.
-        No undo is needed here: `wrap` takes a snapshot and restores it.
+        Check first, change last: raise before anything is touched where the model does not fit. No
+        undo is needed here: `wrap` takes a snapshot and restores it.
+
+        Args:
+            model: The model to change.
+
+        Returns:
+            The live change.
+
+        Raises:
+            BadInput: Where the model does not fit.
         """
         raise NotImplementedError
 
@@ -136,25 +160,38 @@ class Technique(BaseModel):
         )
 
     def runs(self) -> dict[str, str]:
-        """Fields that name another run ("run:NAME"), by field: the experiment resolves them before
-        `install`."""
+        """Return the fields that name another run, which the experiment resolves before `install`.
+
+        Returns:
+            "run:NAME" by field.
+        """
         return {k: v for k, v in self if isinstance(v, str) and v.startswith("run:")}
 
     def with_runs(self, results: Mapping[str, Any]) -> Technique:
-        """Return the request with what those runs left, by the keys of `runs`, in their place."""
+        """Return the request with other runs' results in place of their names.
+
+        Args:
+            results: What those runs left, by the keys of `runs`.
+
+        Returns:
+            A new request.
+        """
         return self.model_copy(update=dict(results))
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples a batch holds, so that what a frozen part gives for them can be kept
+    """Which samples a batch holds, so that what a frozen part gives for them can be cached
     (`greenvis.data.output_cache`).
 
-    folder: where caches lie. key: what the images depend on, in words (`ImageSet.key`). length:
-    images in the data set.
-    views: augmented versions of each, None where no version comes twice, so that nothing is worth
-    keeping.
-    positions: int64 (batch,). view: which version this batch shows, 0 to views - 1.
+    Args:
+        folder: Where caches lie.
+        key: What the images depend on, in words (`ImageSet.key`).
+        length: Images in the data set.
+        views: Augmented versions of each image; None where no version comes twice, so that nothing
+            is worth caching.
+        positions: int64 (batch,).
+        view: Which version this batch shows, 0 to views - 1.
     """
 
     folder: Path
@@ -187,14 +224,18 @@ class Experience:
 class Installed:
     """One technique, live on a model. Every seam is optional; the defaults do nothing.
 
-    trainable: names of the parameters (of the model, after install) which this technique trains and
-    saves.
-    freezes: True where every parameter no technique lists is to stay frozen.
-    unmergeable: why the change cannot be folded into the model's own weights, if it cannot.
-    samples: which samples the current batch holds; None where the loop does not say, or where they
-    were changed.
-    total_steps: how many optimizer steps the training takes; None where the loop does not say.
-    calibrates: whether `calibrate` wants held-out images after training.
+    Args:
+        trainable: Names of the parameters (of the model, after install) which this technique trains
+            and saves.
+        freezes: True where every parameter no technique lists is to stay frozen.
+
+    Attributes:
+        unmergeable: Why the change cannot be folded into the model's own weights, if it cannot.
+        samples: Which samples the current batch holds; None where the loop does not say, or where
+            they were changed.
+        total_steps: Optimizer steps of the training; None where the loop does not say.
+        calibrates: Whether `calibrate` wants held-out images after training.
+        criterion: Builds the loss that replaces the task loss; None where it does not.
     """
 
     pretext: ClassVar[bool] = False
@@ -216,15 +257,39 @@ class Installed:
         return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return the batch to train on, before the forward."""
+        """Return the batch to train on, before the forward.
+
+        Args:
+            x: Images (batch, channels, height, width), or what the model takes.
+            y: Labels (batch, …).
+
+        Returns:
+            The images and labels to train on.
+        """
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
-        """Return the extra loss terms of this step by name, each a scalar, already weighted."""
+        """Return the extra loss terms of this step.
+
+        Args:
+            x: Images (batch, channels, height, width) that `batch` returned.
+            y: Their labels.
+            logits: (batch, classes), or the model's output that has them; None of a pretext.
+
+        Returns:
+            Scalars, already weighted, by name.
+        """
         return {}
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
-        """Return optimizer groups for parameters that want other settings than the rest."""
+        """Return optimizer groups for parameters that want other settings than the rest.
+
+        Args:
+            lr: The learning rate of the rest.
+
+        Returns:
+            Groups for a `torch.optim` optimizer.
+        """
         return []
 
     def step_end(self) -> None:
@@ -234,35 +299,55 @@ class Installed:
         """After an epoch."""
 
     def begin_task(self, task: Experience) -> None:
-        """Before training on a task, and before its optimizer is built: parameters may be added
-        here, named in `trainable`.
+        """Before training on an experience, and before its optimizer is built: parameters may be
+        added here, named in `trainable`.
 
-        A resumed run calls it for each task so far, in order, without training, and then loads the
-        state: what it adds must depend on the tasks alone, and nothing may be added elsewhere.
+        A resumed run calls it for each experience so far, in order, without training, and then
+        loads the state: what it adds must depend on the experiences alone, and nothing may be added
+        elsewhere.
+
+        Args:
+            task: The experience to come.
         """
 
     def keeps_of(self, path: str) -> str:
-        """Say what this technique knows of the module at `path` that a new one there (a larger
-        classifier) would not have.
+        """Say what this technique knows of a module that a new one at its path (a larger
+        classifier) would not have; asked when somebody has replaced it.
 
-        Asked when somebody has replaced it; "" where nothing hangs on the old one: the new one's
-        parameters then take the place of its in `trainable`. The default speaks for techniques that
-        are nothing but names of parameters.
+        The default speaks for techniques that are nothing but names of parameters.
+
+        Args:
+            path: Of the module.
+
+        Returns:
+            A reason; "" where nothing hangs on the old module: the new one's parameters then
+            replace its parameters in `trainable`.
         """
         return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
 
     def test_task(self, task: Experience | None) -> None:
-        """Before an evaluation that tells which task its images are of; None: they are not told, or
-        the evaluation is over."""
+        """Before an evaluation that says which task its images are of.
+
+        Args:
+            task: The experience; None where the test does not say, or the evaluation is over.
+        """
 
     def end_task(self, loader: Any) -> None:
-        """At a task boundary; `loader` yields the finished task's (x, y)."""
+        """At a task boundary.
+
+        Args:
+            loader: Yields (x, y) of the finished experience.
+        """
 
     def calibrate(self, loader: Any) -> Mapping[str, Any]:
-        """After training, where `calibrates`: choose what is to be chosen on images that no
-        training step has seen.
+        """Choose, after training, what is to be chosen on images that no training step has seen;
+        called where `calibrates`.
 
-        loader: their (x, y). Returns facts for the run record.
+        Args:
+            loader: Yields their (x, y).
+
+        Returns:
+            Facts for the run record.
         """
         return {}
 
@@ -270,27 +355,40 @@ class Installed:
         """Return settings between which the finished model can be switched without training, for a
         report to compare.
 
-        Each call gives new contexts. A setting holds within its context; what the context gave then
-        holds facts of what was
-        answered within: lists of counts ("exits": how many samples left where), and numbers that
-        are means over images. Under
-        "answer" it may say how a stream of batches is answered: an iterator of images to one of
-        their logits, in order.
+        Returns:
+            New contexts by name. A setting holds within its context; the context yields facts of
+            what was answered within: lists of counts ("exits": how many samples left where), and
+            numbers that are means per image. Under "answer" it may say how a stream of batches is
+            answered: an iterator of images to one of their logits, in order.
         """
         return {}
 
     def facts(self) -> Mapping[str, Any]:
-        """Return what the run record should say of this technique's work, once training has
-        ended."""
+        """Return what the run record should say of this technique's work, once training has ended.
+
+        Returns:
+            Facts by name.
+        """
         return {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return state that is not among the model's parameters and buffers (a replay buffer, a
-        running mean)."""
+        running mean).
+
+        Returns:
+            Tensors by name.
+        """
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take back what `state_dict` gave."""
+        """Load what `state_dict` returned.
+
+        Args:
+            state: Tensors by name.
+
+        Raises:
+            GreenvisError: Where this technique has no such state.
+        """
         if state:
             raise GreenvisError(
                 f"{type(self).__name__} holds no state of its own, but was given {sorted(state)}"
@@ -323,7 +421,18 @@ def explain(
     where: Callable[..., str],
     at: tuple[str | int, ...] = (),
 ) -> str:
-    """Say each problem on a line: where, which key, what is wrong, the nearest right name."""
+    """Say each problem of a validation on a line: where, which key, what is wrong, the nearest
+    right name.
+
+    Args:
+        error: What pydantic raised.
+        kind: The model class that was validated.
+        where: From a key path to what stands before it in the line ("recipe.yaml:3").
+        at: The key path of the value that was validated.
+
+    Returns:
+        The message.
+    """
     out = []
     for problem in error.errors():
         loc = tuple(
@@ -391,8 +500,14 @@ def format_value(value: Any) -> str:
 
 
 def refuse_conflicts(techniques: Sequence[Technique]) -> None:
-    """Raise BadInput for a technique listed twice, and for a pair where one breaks what the other
-    needs."""
+    """Refuse a technique listed twice, and a pair where one breaks what the other needs.
+
+    Args:
+        techniques: Those to install together.
+
+    Raises:
+        BadInput: With both names, the reason and the way out.
+    """
     names = [t.name for t in techniques]
     twice = [n for n in names if names.count(n) > 1]
     if twice:
@@ -405,7 +520,16 @@ def refuse_conflicts(techniques: Sequence[Technique]) -> None:
 
 
 def refuse_clash(a: Technique, b: Technique, clash: frozenset[str]) -> None:
-    """Raise BadInput where `a` breaks something (keys of `PROPERTIES`) that `b` needs."""
+    """Refuse a pair of techniques.
+
+    Args:
+        a: The technique that breaks something.
+        b: The technique that needs it.
+        clash: What: keys of `PROPERTIES`.
+
+    Raises:
+        BadInput: Unless `clash` is empty.
+    """
     if clash:
         what = " and ".join(PROPERTIES.get(c, c) for c in sorted(clash))
         raise BadInput(

@@ -51,8 +51,17 @@ def first_line(error: BaseException) -> str:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """Read tensors by name from safetensors, or from a torch file with `weights_only=True`. Raises
-    BadInput."""
+    """Read tensors by name from safetensors, or from a torch file with `weights_only=True`.
+
+    Args:
+        path: The weight file.
+
+    Returns:
+        Tensors by name, in CPU memory.
+
+    Raises:
+        BadInput: Where there is no such file, or it holds anything else.
+    """
     path = Path(path)
     if not path.is_file():
         raise BadInput(f"no weights at {path}")
@@ -78,8 +87,18 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
 
 
 def find_weights(pretrained: str, folder: Path) -> Path:
-    """Return the file that `pretrained` names: a path relative to `folder`, or "package:NAME" whose
-    package ships one."""
+    """Return the file that `pretrained` names.
+
+    Args:
+        pretrained: A path relative to `folder`, or "package:NAME" whose package ships one.
+        folder: The recipe's folder.
+
+    Returns:
+        The path.
+
+    Raises:
+        BadInput: Where there is none, or the package ships several.
+    """
     kind, _, name = pretrained.partition(":")
     if kind != "package":
         path = (folder / Path(pretrained).expanduser()).resolve()
@@ -103,10 +122,18 @@ def find_weights(pretrained: str, folder: Path) -> Path:
 
 
 def in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return `state` under the model's own names, tensor by tensor in order: for the same net
-    written with other names.
+    """Match weights to a model tensor by tensor in order: for the same net written with other
+    names.
 
-    Raises BadInput unless number, kinds (weight, bias, running_mean, …) and shapes agree all along.
+    Args:
+        state: Tensors under other names.
+        model: The model that is to take them.
+
+    Returns:
+        `state` under the model's own names.
+
+    Raises:
+        BadInput: Unless number, kinds (weight, bias, running_mean, …) and shapes agree all along.
     """
     own = model.state_dict()
     if len(own) != len(state):
@@ -128,8 +155,15 @@ def in_order(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
 
 
 def head_names(model: nn.Module) -> set[str]:
-    """Return the names of the classifier's parameters: the library's own `get_classifier`, else the
-    last linear layer."""
+    """Return the names of the classifier's parameters.
+
+    Args:
+        model: The model; its library's own `get_classifier` is asked, else the last linear layer is
+            the classifier.
+
+    Returns:
+        Names of parameters.
+    """
     get = getattr(model, "get_classifier", None)
     classifier: Any = (
         get() if callable(get) else [m for m in model.modules() if isinstance(m, nn.Linear)][-1:]
@@ -140,10 +174,15 @@ def head_names(model: nn.Module) -> set[str]:
 
 
 def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
-    """Lay tensors beside a model, which its own forward does not use: they go where it goes, into
-    its file and back.
+    """Attach tensors to a model, which its own forward does not use: they go into its file and
+    back.
 
-    None takes those of this name away. The model's keys stay what they are; its file's do not.
+    The model's keys stay what they are; its file's do not.
+
+    Args:
+        model: The model.
+        name: Of the group of tensors.
+        tensors: By name; None takes those of this group away.
     """
     others: dict[str, dict[str, Tensor]] = {
         k: v for k, v in model.__dict__.get(_BESIDE, {}).items() if k != name
@@ -154,12 +193,27 @@ def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) ->
 
 
 def attached(model: nn.Module, name: str) -> dict[str, Tensor] | None:
-    """Return what `attach` laid beside a model under this name, None where it did not."""
+    """Return tensors that were attached to a model.
+
+    Args:
+        model: The model.
+        name: Of the group of tensors.
+
+    Returns:
+        What `attach` was given; None where it was not.
+    """
     return model.__dict__.get(_BESIDE, {}).get(name)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state and what lies beside it, as its file has them."""
+    """Return the model's state and the tensors attached to it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Tensors by name, as the model's file has them.
+    """
     beside = model.__dict__.get(_BESIDE, {})
     return {
         **model.state_dict(),
@@ -176,10 +230,19 @@ def load_state(
     head: str = "match",
     source: str = "the weights",
 ) -> list[str]:
-    """Load `state` into `model`; return the names left as they were. Check first: a misfit raises
-    BadInput, model unchanged.
+    """Load weights into a model; check first, then change.
 
-    head: "match" places the classifier too; "replace" leaves the model's own classifier as it is.
+    Args:
+        model: The model.
+        state: Tensors by name, attached ones included.
+        head: "match" loads the classifier too; "replace" leaves the model's own classifier.
+        source: What the weights are, for the message.
+
+    Returns:
+        Names of the parameters that were left as they are.
+
+    Raises:
+        BadInput: Where anything does not fit; the model is unchanged then.
     """
     if head not in ("match", "replace"):
         raise BadInput(f"head is '{head}'; it is 'match' or 'replace'")
@@ -220,17 +283,31 @@ def load_state(
 
 
 def load_weights(model: nn.Module, path: str | Path, *, head: str = "match") -> list[str]:
-    """Load a weight file into `model`; return the names not loaded (the head's, with
-    head="replace").
+    """Load a weight file into a model.
 
-    Raises BadInput, with the model unchanged, where anything outside the head does not fit.
+    Args:
+        model: The model.
+        path: The weight file.
+        head: "match" loads the classifier too; "replace" leaves the model's own classifier.
+
+    Returns:
+        Names of the parameters that were left as they are (the head's, with head="replace").
+
+    Raises:
+        BadInput: Where anything outside the head does not fit; the model is unchanged then.
     """
     return load_state(model, read_state(path), head=head, source=f"the weights in {path}")
 
 
 def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
-    """Return sha256 over the state's (or the given part's) names, shapes, dtypes and bytes,
-    whatever order and device."""
+    """Return sha256 over a state's names, shapes, dtypes and bytes, whatever order and device.
+
+    Args:
+        model: A model, or tensors by name.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(
         (model if isinstance(model, Mapping) else model.state_dict()).items()
@@ -242,7 +319,13 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write safetensors with `metadata` as JSON; the file appears whole or not at all."""
+    """Write safetensors; the file appears whole or not at all.
+
+    Args:
+        path: The file.
+        state: Tensors by name.
+        metadata: Stored as JSON in the file's header.
+    """
     storages: set[int] = set()
     tensors = {}
     for name, value in state.items():
@@ -256,8 +339,17 @@ def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def metadata(path: str | Path) -> dict[str, Any]:
-    """Return what `write` stored beside the tensors. Raises BadInput for a file that greenvis did
-    not write."""
+    """Return what `write` stored beside the tensors.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The metadata.
+
+    Raises:
+        BadInput: For a file that greenvis did not write.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {})[METADATA_KEY])

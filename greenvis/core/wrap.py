@@ -30,10 +30,18 @@ from greenvis.tasks import answers
 
 
 def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
-    """Install techniques on `model`, in place and undoable.
+    """Install techniques on a model, in place and undoable.
 
-    Raises BadInput for a conflict, a model that does not fit, is wrapped already, or is to be
-    sharded (FSDP, DeepSpeed); the model is then unchanged.
+    Args:
+        model: The model to change; it stays the user's own object.
+        techniques: One technique or several; their order does not matter.
+
+    Returns:
+        The live changes, and the seams a training loop calls.
+
+    Raises:
+        BadInput: For a conflict, a model that does not fit, is wrapped already, or is to be sharded
+            (FSDP, DeepSpeed). The model is then unchanged.
     """
     requests = [techniques] if isinstance(techniques, Technique) else list(techniques)
     if not isinstance(model, nn.Module):
@@ -167,16 +175,27 @@ class Wrapped(Owners, Deltas):
 
     def show(self, samples: Samples | None) -> None:
         """Tell the techniques which samples the next batch holds, so that outputs of frozen parts
-        can be kept and reused.
+        can be cached and reused.
 
-        Optional: without it nothing is kept. Call with None before the model sees anything else (an
-        evaluation).
+        Optional: without it nothing is cached.
+
+        Args:
+            samples: The samples of the next batch; None before the model sees anything else (an
+                evaluation).
         """
         for live in self.installed:
             live.samples = samples
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Return the batch to train on: replay adds samples here; otherwise unchanged."""
+        """Return the batch to train on: replay adds samples here; otherwise unchanged.
+
+        Args:
+            x: Images (batch, channels, height, width), or what the model takes.
+            y: Labels (batch, …).
+
+        Returns:
+            The images and labels to train on.
+        """
         self._adopt_changes()
         original = x
         for live in self.installed:
@@ -186,8 +205,21 @@ class Wrapped(Owners, Deltas):
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
-        """Return all extra loss terms of this step by name. logits: (batch, classes), or the
-        model's output that has them."""
+        """Return all extra loss terms of this step by name.
+
+        Args:
+            x: Images (batch, channels, height, width) that `batch` returned.
+            y: Their labels.
+            logits: (batch, classes), or the model's output that has them; None of a pretext.
+
+        Returns:
+            Scalars, already weighted, by name.
+
+        Raises:
+            BadInput: Where a technique would read these answers or labels wrongly, or the model is
+                sharded.
+            GreenvisError: Where two techniques add a term of one name.
+        """
         self._adopt_changes()
         self.begin_training()
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
@@ -211,7 +243,20 @@ class Wrapped(Owners, Deltas):
         return out
 
     def loss(self, x: Any, y: Any, logits: Any) -> Tensor:
-        """Return the sum of the extra terms, a scalar; zero where there are none."""
+        """Return the sum of the extra loss terms.
+
+        Args:
+            x: Images (batch, channels, height, width) that `batch` returned.
+            y: Their labels.
+            logits: (batch, classes), or the model's output that has them; None of a pretext.
+
+        Returns:
+            A scalar; zero where there are no terms.
+
+        Raises:
+            BadInput: As `terms` does.
+            GreenvisError: As `terms` does.
+        """
         terms = self.terms(x, y, logits)
         if terms:
             return torch.stack(list(terms.values())).sum()
@@ -223,8 +268,15 @@ class Wrapped(Owners, Deltas):
         )
 
     def criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the task loss to use: a technique's, built on the given one, or the given one
-        itself."""
+        """Return the task loss to train with: a technique's, built on `task_loss`, or `task_loss`
+        itself.
+
+        Args:
+            task_loss: Of logits and labels, as `torch.nn.functional.cross_entropy`.
+
+        Returns:
+            A loss with the same arguments.
+        """
         for live in self.installed:
             if live.criterion is not None:
                 return self._checked(live.criterion(task_loss))
@@ -249,8 +301,12 @@ class Wrapped(Owners, Deltas):
             live.epoch_end()
 
     def begin_task(self, task: Experience) -> None:
-        """Call before a task of a stream, and before its optimizer is built: techniques may add
-        parameters here."""
+        """Call before an experience of a stream, and before its optimizer is built: techniques may
+        add parameters here.
+
+        Args:
+            task: The experience to come.
+        """
         self._adopt_changes()
         self._learned |= {id(p) for p in self.trainable.values()} if task.index else set()
         for technique, live in self._pairs():
@@ -265,31 +321,53 @@ class Wrapped(Owners, Deltas):
         self._watch_trainers()
 
     def test_task(self, task: Experience | None) -> None:
-        """Call before an evaluation on images of one task if they are said to be of it, and with
-        None when it is over."""
+        """Call before an evaluation on images of one task, where the test says so, and when it is
+        over.
+
+        Args:
+            task: The experience the images belong to; None when the evaluation is over.
+        """
         for live in self.installed:
             live.test_task(task)
 
     def end_task(self, loader: Any) -> None:
-        """Call at a task boundary with the finished task's loader."""
+        """Call at a task boundary.
+
+        Args:
+            loader: Yields (x, y) of the finished experience.
+        """
         for live in self.installed:
             live.end_task(loader)
 
     def plan(self, steps: int) -> None:
-        """Say how many optimizer steps are to come, for techniques with a schedule of their own;
-        call before the first."""
+        """Say how long the training is, for techniques with a schedule of their own; call before
+        the first step.
+
+        Args:
+            steps: Optimizer steps to come.
+        """
         for live in self.installed:
             live.total_steps = steps
 
     def meter(self, run: Any) -> None:
-        """Let techniques cut their own phases (a teacher's forward) in a tracked run, and their
-        warnings in its record."""
+        """Let techniques meter phases of their own (a teacher's forward), and write their warnings
+        into the record.
+
+        Args:
+            run: A tracked run (`gv.track`).
+        """
         for live in self.installed:
             live.phase, live.note = run.phase, run.note
 
     def calibrate(self, loader: Any) -> dict[str, Any]:
-        """Call after training with held-out (x, y) that no step has seen: techniques choose their
-        thresholds on them."""
+        """Let techniques choose their thresholds after training.
+
+        Args:
+            loader: Yields held-out (x, y) that no training step has seen.
+
+        Returns:
+            Facts for the run record, by name of the technique.
+        """
         return {
             t.name: dict(live.calibrate(loader)) for t, live in self._pairs() if live.calibrates
         }
@@ -320,7 +398,17 @@ class Wrapped(Owners, Deltas):
 
     def param_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return optimizer groups: the techniques' own first, every other trainable parameter at
-        `lr`."""
+        `lr`.
+
+        Args:
+            lr: The learning rate.
+
+        Returns:
+            Groups for a `torch.optim` optimizer.
+
+        Raises:
+            GreenvisError: Where nothing is trainable, or two techniques want the same parameter.
+        """
         self._adopt_changes()
         groups = [g for live in self.installed for g in live.param_groups(lr)]
         grouped = [id(p) for g in groups for p in g["params"]]
@@ -338,11 +426,13 @@ class Wrapped(Owners, Deltas):
     # -- the ends ---------------------------------------------------------------------------------
 
     def merge(self) -> nn.Module:
-        """Fold everything into the model's own weights and return it: plain, loadable without
-        greenvis.
+        """Fold everything into the model's own weights; `undo` still works afterwards.
 
-        Raises GreenvisError, with nothing changed, where a technique cannot be folded. `undo` still
-        works afterwards.
+        Returns:
+            The model: plain, loadable without greenvis.
+
+        Raises:
+            GreenvisError: Where a technique cannot be folded; nothing is changed then.
         """
         self.check_foldable()
         self._adopt_changes()
@@ -366,14 +456,20 @@ class Wrapped(Owners, Deltas):
             live.merge()
 
     def finish(self) -> nn.Module:
-        """Return the model in eval as it will be served: merged where every technique can be, else
-        with them in it."""
+        """Prepare the model to be served, in eval mode.
+
+        Returns:
+            The model: merged where every technique can be, else with the techniques in it.
+        """
         model = self.model if any(live.unmergeable for live in self.installed) else self.merge()
         return model.eval()
 
     def undo(self) -> nn.Module:
-        """Return the model as it was before `wrap`, bit for bit: weights, keys, hooks, flags, mode.
-        Training is undone too."""
+        """Take everything back, training included, bit for bit: weights, keys, hooks, flags, mode.
+
+        Returns:
+            The model as it was before `wrap`.
+        """
         self._release()
         self._snapshot.restore()
         return self.model
