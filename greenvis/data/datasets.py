@@ -60,7 +60,15 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return list(zip(x.unbind(), y.tolist(), strict=True))
 
     def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Return x float32 (B, C, H, W), normalised, and y int64 (B,)."""
+        """Return images and labels at some positions.
+
+        Args:
+            positions: int64 (B,).
+            epoch: Which augmentation, from 0.
+
+        Returns:
+            x float32 (B, C, H, W), normalised, and y int64 (B,).
+        """
         rows = torch.as_tensor(positions, dtype=torch.int64)
         images = self.split.images
         if isinstance(images, Tensor):
@@ -71,7 +79,14 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
         return self.transform.normalise(x), self.split.labels[rows]
 
     def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
-        """Return a subset; its images keep their ids, and so their augmentation."""
+        """Return a subset; its images keep their ids, and so their augmentation.
+
+        Args:
+            positions: int64 (n,).
+
+        Returns:
+            The subset, in this order.
+        """
         rows = torch.as_tensor(positions, dtype=torch.int64)
         return ImageSet(self.split.take(rows), self.ids[rows], self.transform)
 
@@ -157,8 +172,14 @@ def check(
     download: bool = False,
     classes: Sequence[str | int] | None = None,
 ) -> None:
-    """Raise BadInput for what `load` could not do, without loading: unknown names, missing files,
-    sizes out of range."""
+    """Check a data set's settings without loading it: unknown names, missing files, sizes out of
+    range.
+
+    Takes the arguments of `load`.
+
+    Raises:
+        BadInput: For what `load` could not do.
+    """
     kind, _, path = name.partition(":")
     kinds = {n.partition(":")[0] for n in NAMES}
     if kind not in kinds or (path != "") != (f"{kind}:PATH" in NAMES):
@@ -222,15 +243,31 @@ def load(
     classes: Sequence[str | int] | None = None,
     normalise: bool = True,
 ) -> Data:
-    """Load a data set of `NAMES`.
+    """Load a data set.
 
-    train, test: how many images, drawn by class and seed (default: all). img_size, in_chans: what
-    to bring images to (default: their own; 224 and 3 for folders). augment: "crop" (pad by an
-    eighth, crop back), "crop-flip", or "randaug" (RandAugment, Cubuk et al., 2020, then crop-flip).
-    views: repeat the augmentation after so many epochs, so that a teacher's outputs can be kept.
-    PATH and root are relative to `folder`. classes: only these, by name or number; their labels
-    become 0, 1, … in the order given. normalise: by channel, else pixels are 0 to 1. held_out: so
-    many training images are kept from `train`, in `Data.held_out`. Raises BadInput.
+    Args:
+        name: One of `NAMES`; PATH is relative to `folder`.
+        train: Training images, drawn by class and seed (default: all).
+        test: Test images, drawn by class and seed (default: all).
+        held_out: Training images kept from `train`, in `Data.held_out`.
+        img_size: Side in pixels to bring images to (default: their own; 224 for folders).
+        in_chans: Channels to bring images to, 1 or 3 (default: their own; 3 for folders).
+        augment: "crop" (pad by an eighth, crop back), "crop-flip", or "randaug" (RandAugment, Cubuk
+            et al., 2020, then crop-flip).
+        views: Repeat the augmentation after so many epochs, so that a teacher's outputs can be
+            cached.
+        seed: Of draws and augmentation.
+        root: Folder of fashion-mnist's files, relative to `folder`.
+        folder: What paths are relative to.
+        download: Fetch fashion-mnist where it is not on the disk.
+        classes: Only these, by name or number; their labels become 0, 1, … in this order.
+        normalise: By channel; else pixels are 0 to 1.
+
+    Returns:
+        The training and test images.
+
+    Raises:
+        BadInput: As `check` does, and for files that cannot be read.
     """
     requested: dict[str, Any] = {
         "train": train,
@@ -388,8 +425,17 @@ def _with_statistics(form: Transform, split: Split) -> Transform:
 
 
 def order(length: int, *, epoch: int = 0, seed: int = 0, shuffle: bool = False) -> Tensor:
-    """Return the positions in the order an epoch visits them, int64 (length,): a function of the
-    arguments alone."""
+    """Return the positions in the order an epoch visits them: a function of the arguments alone.
+
+    Args:
+        length: Images.
+        epoch: From 0.
+        seed: Of the shuffling.
+        shuffle: Whether the order is random.
+
+    Returns:
+        int64 (length,).
+    """
     if not shuffle:
         return torch.arange(length)
     key = int(mix(np.array([epoch]), seed)[0] >> np.uint64(1))
@@ -429,12 +475,27 @@ def batches(
     drop_last: bool = False,
     positions: bool = False,
 ) -> DataLoader[Any]:
-    """Return one epoch's loader of (x float32 (B, C, H, W), y int64 (B,)); with `positions`, also
-    where they stand, int64 (B,).
+    """Return one epoch's loader.
 
-    Order and augmentation depend on seed and epoch only, whatever the workers. `start` passes over
-    batches unread, so that a run resumes where it was. torch's global random state is not touched.
-    Any map-style data set will do.
+    Order and augmentation depend on seed and epoch only, whatever the workers. torch's global
+    random state is not touched.
+
+    Args:
+        dataset: Any map-style data set.
+        batch_size: Samples per batch.
+        epoch: From 0.
+        seed: Of the shuffling.
+        shuffle: Whether the order is random.
+        start: Batches to pass over unread, so that a run resumes where it was.
+        workers: Processes that load.
+        drop_last: Whether a smaller last batch is left out.
+        positions: Whether batches also say where their samples stand.
+
+    Returns:
+        A loader of (x float32 (B, C, H, W), y int64 (B,)); with `positions`, also int64 (B,).
+
+    Raises:
+        BadInput: For a batch size below 1 or a start below 0.
     """
     if batch_size < 1 or start < 0:
         raise BadInput(

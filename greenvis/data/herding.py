@@ -7,11 +7,17 @@ from torch import Tensor
 
 
 def herding(features: Tensor, count: int) -> Tensor:
-    """Return rows of features (n, dim), int64 (at most count,), in the order chosen (Welling,
-    2009).
+    """Choose the rows whose mean stays nearest the mean of all (Welling, 2009).
 
     Each brings the mean of those chosen nearest to the mean of all, so a list is cut from behind.
     iCaRL (Rebuffi et al., 2017, algorithm 4) gives it features of length 1.
+
+    Args:
+        features: (n, dim).
+        count: Rows to choose, at most.
+
+    Returns:
+        Rows, int64 (at most count,), in the order chosen.
     """
     features = features.double()
     mean, total = features.mean(0), torch.zeros_like(features[0])

@@ -51,18 +51,26 @@ KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class Cache:
-    """What a frozen part gives for each sample of a data set, on disk.
+    """What a frozen part gives for each sample of a data set, on disk. Safe under several
+    processes.
 
-    key: what the outputs depend on, in words (checksum of the data, transform, fingerprint of the
-    weights): any change is another cache, and `note` is told which part changed. length: samples;
-    views: augmented versions of each.
-    dtype: "fp32" gives back what was put, bit for bit; "fp16" halves it. top_k: keep only the k
-    greatest of (B, classes) logits; the others come back equal, so that the softmax of the kept
-    ones is unchanged. max_bytes: for all caches in
-    `folder` (default 8 GiB); the least recently used make room, those in use stay. Safe under
-    several processes.
-    about: words of the key that say what this is; a cache that differs in one of them is not what
-    `note` compares with.
+    Args:
+        folder: Where all caches lie.
+        key: What the outputs depend on, in words (checksum of the data, transform, fingerprint of
+            the weights): any change is another cache.
+        length: Samples.
+        views: Augmented versions of each.
+        dtype: "fp32" gives back what was put, bit for bit; "fp16" halves it.
+        top_k: Store only the k greatest of (B, classes) logits; the others come back equal, so that
+            the softmax of those stored is unchanged.
+        max_bytes: For all caches in `folder` (default 8 GiB); the least recently used make room,
+            those in use stay.
+        note: Called with what changed in the key, or was damaged.
+        about: Words of the key that say what this is; a cache that differs in one of them is not
+            what `note` compares with.
+
+    Raises:
+        BadInput: For settings out of range.
     """
 
     def __init__(
@@ -115,7 +123,15 @@ class Cache:
         return self._values.nbytes + self._index.nbytes if self._is_open() else 0
 
     def has(self, indices: Sequence[int] | Tensor, view: int = 0) -> Tensor:
-        """Return which samples are there, bool (B,)."""
+        """Return which samples are stored.
+
+        Args:
+            indices: int64 (B,).
+            view: Which augmented version, from 0.
+
+        Returns:
+            bool (B,).
+        """
         rows = self._rows(indices, view)
         if not self._is_open() and not self._open():
             return torch.zeros(len(rows), dtype=torch.bool)
@@ -127,8 +143,16 @@ class Cache:
         view: int = 0,
         device: torch.device | str | None = None,
     ) -> Tensor | None:
-        """Return the outputs of these samples, float32 (B, …), or None where one is missing or
-        damaged: compute, then `put`."""
+        """Return the outputs of samples.
+
+        Args:
+            indices: int64 (B,).
+            view: Which augmented version, from 0.
+            device: Where to.
+
+        Returns:
+            float32 (B, …), or None where one is missing or damaged: compute, then `put`.
+        """
         rows = self._rows(indices, view)
         if not self._is_open() and not self._open():
             return None
@@ -173,8 +197,16 @@ class Cache:
         return values
 
     def put(self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0) -> None:
-        """Keep the outputs (B, …) of these samples. Raises BadInput where they cannot be kept as
-        asked, or there is no room."""
+        """Store the outputs of samples.
+
+        Args:
+            indices: int64 (B,).
+            outputs: (B, …).
+            view: Which augmented version, from 0.
+
+        Raises:
+            BadInput: Where they cannot be stored as asked, or there is no room.
+        """
         rows = self._rows(indices, view)
         if len(outputs) != len(rows):
             raise BadInput(f"cache: {len(outputs)} outputs for {len(rows)} samples")
@@ -195,11 +227,19 @@ class Cache:
     def agrees(
         self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0, eps: float = 0.0
     ) -> bool:
-        """Return whether what is there of these samples is what `put` would leave of `outputs`, but
-        for rounding.
+        """Compare stored outputs of samples with what `put` would leave of `outputs`, but for
+        rounding.
 
-        Checksums tell accidents; this tells values that others put there. eps: of the coarsest
-        format computed in.
+        Checksums tell accidents; this tells values that others put there.
+
+        Args:
+            indices: int64 (B,).
+            outputs: (B, …).
+            view: Which augmented version, from 0.
+            eps: Of the coarsest format computed in.
+
+        Returns:
+            Whether they agree.
         """
         entries, live = self._values[self._rows(indices, view)], outputs.detach().float().cpu()
         if tuple(live.shape[1:]) != self._shape or self._invalid(entries).any():

@@ -32,11 +32,17 @@ HALF_TURN = 180.0  # degrees over which the domains of a rotated stream are spre
 
 @dataclass(frozen=True)
 class Stream:
-    """Tasks in order, with what to train each on, and what to test on after each.
+    """Experiences in order, with what to train each on, and what to test on after each.
 
-    single head: all classes compete from the start. growing: those seen so far. multi: those of an
-    image's own task while training; at test time those seen so far, or those of its task where it
-    is told. tests: (classes, images) a task; tasks and train are one where all is learned at once.
+    Attributes:
+        kind: "class", "task", "domain" or "free".
+        head: "single": all classes compete from the start. "growing": those seen so far. "multi":
+            those of an image's own task while training; at test time those seen so far, or those of
+            its task where the test says which.
+        experiences: In order; one where all is learned at once.
+        train: The training images of each experience.
+        tests: (classes, images) by task.
+        classes: How many in all.
     """
 
     kind: Kind
@@ -67,8 +73,19 @@ class Stream:
         seed: int = 0,
         workers: int = 0,
     ) -> DataLoader[Any]:
-        """Return one epoch's loader of (x, y, positions) of a task, shuffled; see
-        `data.batches`."""
+        """Return one epoch's loader of an experience, shuffled; see `data.batches`.
+
+        Args:
+            index: Of the experience.
+            batch_size: Samples per batch.
+            epoch: From 0.
+            start: Batches to pass over unread.
+            seed: Of the shuffling.
+            workers: Processes that load.
+
+        Returns:
+            A loader of (x, y, positions).
+        """
         options: dict[str, Any] = {
             "epoch": epoch,
             "seed": seed + 7919 * index,
@@ -78,10 +95,20 @@ class Stream:
         return data.batches(self.train[index], batch_size, shuffle=True, positions=True, **options)
 
     def masked(self, index: int, logits: Tensor, y: Tensor) -> Tensor:
-        """Return the logits (batch, outputs) of a training step on task `index`, -inf where a class
-        has no say.
+        """Return the logits of a training step, -inf where a class does not compete.
 
         A replayed image of an earlier task competes with its own task's classes under a multi head.
+
+        Args:
+            index: Of the experience.
+            logits: (batch, outputs).
+            y: Labels int64 (batch,).
+
+        Returns:
+            (batch, outputs).
+
+        Raises:
+            BadInput: For mixed labels, unless the head is single.
         """
         if self.head == "single":
             return logits
@@ -99,8 +126,15 @@ class Stream:
         return logits.masked_fill(~fellows[y], -torch.inf)
 
     def task_loss(self, index: int, smoothing: float = 0.0) -> Any:
-        """Return cross entropy (logits, y) over the classes that compete in training on task
-        `index`."""
+        """Return cross entropy over the classes that compete in training on an experience.
+
+        Args:
+            index: Of the experience.
+            smoothing: Label smoothing, 0 to 1.
+
+        Returns:
+            A loss of (logits, y).
+        """
         return lambda logits, y: F.cross_entropy(
             self.masked(index, logits, y), y, label_smoothing=smoothing
         )
@@ -118,15 +152,27 @@ def make(
     train_on: Literal["task", "seen", "all"] = "task",
     seed: int = 0,
 ) -> Stream:
-    """Cut a data set into a stream of tasks.
+    """Cut a data set into a stream of experiences.
 
-    kind: "class", "task" and "free" deal the classes out to tasks, in an order drawn from `seed` or
-    as given; "domain" shows all images in each task, turned (task t of T by t/T of a half turn) or
-    their pixels permuted (the first as they are).
-    blur: of "free": an image stands up to so many tasks from its own place. head: "multi" for
-    "task", else "single".
-    train_on: each task's own images, all images seen so far (cumulative), or all at once (joint).
-    Raises BadInput.
+    Args:
+        images: The data set.
+        kind: "class", "task" and "free" deal the classes out to tasks; "domain" shows all images in
+            each task, turned (task t of T by t/T of a half turn) or their pixels permuted (the
+            first as they are).
+        tasks: How many.
+        order: "seed": classes in an order drawn from `seed`; "given": as the data has them.
+        head: See `Stream`; "multi" for kind "task", else "single".
+        domain: How images of "domain" change.
+        blur: Of "free": an image stands up to so many tasks from its own position.
+        train_on: Each task's own images, all images seen so far (cumulative), or all at once
+            (joint).
+        seed: Of the order.
+
+    Returns:
+        The stream.
+
+    Raises:
+        BadInput: For more tasks than classes, or a multi head where tasks share their classes.
     """
     count = len(images.classes)
     if kind != "domain" and tasks > count:

@@ -78,7 +78,12 @@ def matching_loss(real: Tensor, synthetic: Tensor) -> Tensor:
     """Return the squared distance of the classes' mean embeddings, summed over classes (Zhao and
     Bilen, 2023, eq. 5).
 
-    real: (classes, n, features). synthetic: (classes, m, features).
+    Args:
+        real: (classes, n, features).
+        synthetic: (classes, m, features).
+
+    Returns:
+        A scalar.
     """
     return (real.mean(1) - synthetic.mean(1)).square().sum()
 
@@ -96,14 +101,25 @@ def condense(
     seed: int = 0,
     count: Callable[[int], AbstractContextManager[Any]] = nullcontext,
 ) -> Tensor:
-    """Return synthetic images (classes, m, C, H, W) whose mean embeddings match the classes' own,
-    in new random networks each time (distribution matching: Zhao and Bilen, 2023).
+    """Return synthetic images whose mean embeddings match the classes' own, in new random networks
+    each time (distribution matching: Zhao and Bilen, 2023).
 
-    images: float (N, C, H, W), normalised; labels: int64 (N,), 0 … classes - 1; start: real images
-    to start from, (classes, m, C, H, W). batch: real images a class and iteration; lr falls to
-    zero, which averages their chance out. Real and synthetic images are shifted, and flipped, alike
-    each time. count: the context of an iteration (`Tracker.flops`). Costs iterations · classes ·
-    (batch + 3 · m) forwards of a network of `width` channels.
+    Costs iterations · classes · (batch + 3 · m) forwards of a network of `width` channels.
+
+    Args:
+        images: float (N, C, H, W), normalised.
+        labels: int64 (N,), 0 … classes - 1.
+        start: Real images to start from, (classes, m, C, H, W).
+        iterations: Steps.
+        lr: Falls to zero, which averages the networks' chance out.
+        batch: Real images per class and iteration.
+        width: Channels of the networks.
+        flip: Whether real and synthetic images are flipped, alike each time, besides being shifted.
+        seed: Of networks and draws.
+        count: The context of an iteration (`Tracker.flops`).
+
+    Returns:
+        (classes, m, C, H, W).
     """
     generator = torch.Generator().manual_seed(seed)
     rows = [(labels == c).nonzero().squeeze(1) for c in range(len(start))]
@@ -160,12 +176,24 @@ def make(
     count: Callable[[int], AbstractContextManager[Any]] = nullcontext,
     **options: Any,
 ) -> ImageSet:
-    """Return `per_class` images a class that stand for `images`, shown as those are.
+    """Return a few images per class that stand for a training set, shown as those are.
 
-    random: drawn. herding: those whose mean embedding, in a random network, stays nearest to the
-    class's. condensed: made, starting from those drawn (`condense`, which takes options), and
-    rounded to 8 bits. file: where the outcome is kept, and taken from if it is there. Raises
-    BadInput for a class with fewer.
+    Args:
+        images: The training set.
+        method: "random": drawn. "herding": those whose mean embedding, in a random network, stays
+            nearest to the class's. "condensed": made, starting from those drawn (`condense`, which
+            takes options), and rounded to 8 bits.
+        per_class: Images per class.
+        seed: Of draws and networks.
+        file: Where the outcome is stored, and read from if it exists.
+        count: The context of an iteration (`Tracker.flops`).
+        options: Of `condense`.
+
+    Returns:
+        The subset.
+
+    Raises:
+        BadInput: For a class with fewer images.
     """
     check(images, per_class)
     if file is not None and file.exists():

@@ -24,7 +24,10 @@ class GreenAccelerator(Accelerator):
     optimizer step learns the mean over all its samples, replayed ones included, however many
     micro-batches and processes they came in. `save_state` writes, beside the weights, what
     techniques are and hold; `load_state` takes it back, and a plain Accelerator refuses it.
-    options: those of Accelerator.
+
+    Args:
+        live: What `gv.wrap` returned.
+        options: Those of Accelerator.
     """
 
     def __init__(self, live: Wrapped, **options: Any) -> None:

@@ -36,16 +36,25 @@ TOLERANCE = 1e-4  # of the greatest absolute logit: other kernels round otherwis
 def export(
     run: str | Path, to: str, out: str | Path | None = None, *, trust: bool = False
 ) -> dict[str, Any]:
-    """Write the model that a recipe's run left, in another form, and return {"path",
-    "max_difference", "card"}.
+    """Write the model that a recipe's run left, in another form.
 
-    run: the folder of a finished run (runs/RECIPE/ARM/seedN). to: one of `FORMS`; "hub" is a folder
-    that timm or transformers loads back. The exported model is loaded again and answers two images:
-    max_difference is the greatest absolute difference of its logits from the live model's;
-    safetensors and hub give the same bits. Every form holds the names of the classes and how images
-    are prepared, as this run did it. The card (README.md, Markdown with metadata) says what
-    training it cost, what the weights began as, and what was done. Raises BadInput for a run
-    without a model or a model the form cannot hold; nothing is left behind then.
+    The exported model is loaded again and answers two images. Every form holds the names of the
+    classes and how images are prepared, as this run did it. The card (README.md, Markdown with
+    metadata) says what training it cost, what the weights began as, and what was done.
+
+    Args:
+        run: The folder of a finished run (runs/RECIPE/ARM/seedN).
+        to: One of `FORMS`; "hub" is a folder that timm or transformers loads back.
+        out: Where to; below "exports" where absent.
+        trust: Allow a model whose reference imports code.
+
+    Returns:
+        "path", "to", "card" and "max_difference": the greatest absolute difference of the exported
+        model's logits from the live model's; safetensors and hub give the same bits.
+
+    Raises:
+        BadInput: For a run without a model or a model the form cannot hold; nothing is left behind
+            then.
     """
     folder = Path(run)
     if to not in FORMS:

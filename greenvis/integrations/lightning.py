@@ -25,16 +25,19 @@ class GreenCallback(Callback):
     """Meter a Lightning run and train it with the techniques of `live`, which wraps the module's
     network.
 
-    name and options are those of `gv.track`; `run` is the tracked run, a new one at each `fit`. The
-    module's own
-    `training_step` changes the batch and adds the terms: `x, y = live.batch(x, y)` and
-    `loss = criterion(logits, y) + live.loss(x, y, logits)`, a mean over its batch;
-    `configure_optimizers` takes
-    `live.param_groups(lr)`. An optimizer step of automatic optimization learns the mean over all
-    its samples, replayed ones included, however many micro-batches and processes they came in.
-    Lightning's checkpoints hold, beside the weights, what the techniques are and hold: a module
-    whose network is wrapped alike takes it back, any other refuses it. For plain weights see
-    `live.plain_state_dict`.
+    The module's own `training_step` changes the batch and adds the terms: `x, y = live.batch(x, y)`
+    and `loss = criterion(logits, y) + live.loss(x, y, logits)`, a mean over its batch;
+    `configure_optimizers` takes `live.param_groups(lr)`. An optimizer step of automatic
+    optimization learns the mean over all its samples, replayed ones included, however many
+    micro-batches and processes they came in. Lightning's checkpoints hold, beside the weights, what
+    the techniques are and hold: a module whose network is wrapped alike takes it back, any other
+    refuses it. For plain weights see `live.plain_state_dict`. `run` is the tracked run, a new one
+    at each `fit`.
+
+    Args:
+        live: What `gv.wrap` returned.
+        name: Of the run, as `gv.track` takes it.
+        options: Those of `gv.track`.
     """
 
     def __init__(self, live: Wrapped, name: str, **options: Any) -> None:

@@ -36,12 +36,23 @@ class GreenCallback(TrainerCallback):
         green = GreenCallback(live, "pets")
         GreenTrainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
-    name and options are those of `gv.track`; `run` is the tracked run, a new one at each `train()`.
-    task_loss: of logits (batch, classes) and labels, a mean over them; where absent, cross entropy
-    with the arguments' label smoothing. An optimizer step learns the mean over all its samples,
-    replayed ones included, however many micro-batches and processes (DDP) they came in.
-    Raises BadInput where the trainer is not a `GreenTrainer`, where codecarbon would meter the same
-    run again, for DataParallel, FSDP and DeepSpeed, and for settings that would be without effect.
+    An optimizer step learns the mean over all its samples, replayed ones included, however many
+    micro-batches and processes (DDP) they came in. `run` is the tracked run, a new one at each
+    `train()`.
+
+    Args:
+        live: What `gv.wrap` returned.
+        name: Of the run, as `gv.track` takes it.
+        task_loss: Of logits (batch, classes) and labels, a mean over them; where absent, cross
+            entropy with the arguments' label smoothing.
+        image_key: The images in a batch.
+        label_key: The labels in a batch.
+        options: Those of `gv.track`.
+
+    Raises:
+        BadInput: Where the trainer is not a `GreenTrainer`, where codecarbon would meter the same
+            run again, for DataParallel, FSDP and DeepSpeed, and for settings that would be without
+            effect.
     """
 
     def __init__(

@@ -49,18 +49,39 @@ MOST_PIXELS, MOST_SIZE = 16_384, 1_000_000
 
 
 def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
-    """Raise BadInput for what `build` could not do, without building: kinds, names, options, files,
-    missing trust."""
+    """Check a model reference without building it: kinds, names, options, files, missing trust.
+
+    Args:
+        ref: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/NAME, package.module:function or
+            file:PATH.
+        trust: Allow references that import code.
+        folder: What paths are relative to.
+        options: As `build` takes them.
+
+    Raises:
+        BadInput: For what `build` could not do.
+    """
     request = _parse_reference(ref, trust, Path(folder), options)
     libraries.LIBRARIES[request.library].check(request)
 
 
 def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> nn.Module:
-    """Build the model. Weights are random, or `pretrained`; paths are relative to `folder`. Raises
-    BadInput.
+    """Build a model by reference.
 
-    trust: allow references that import code. Weights are read from safetensors or with
-    weights_only, never unpickled.
+    Args:
+        ref: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/NAME, package.module:function or
+            file:PATH.
+        trust: Allow references that import code. Weights are read from safetensors or with
+            weights_only, never unpickled.
+        folder: What paths are relative to.
+        options: pretrained, num_classes, in_chans, img_size (pixels), …, in greenvis's words;
+            others as the library has them.
+
+    Returns:
+        The model, with random weights or those `pretrained` names.
+
+    Raises:
+        BadInput: For an unknown name or option, weights that do not fit, code without trust.
     """
     request = _parse_reference(ref, trust, Path(folder), options)
     library = libraries.LIBRARIES[request.library]
@@ -89,10 +110,17 @@ def save(
     card: Mapping[str, Any] | None = None,
     folder: str | Path = ".",
 ) -> None:
-    """Write the weights with what builds their model again (`file:PATH`), and a card of facts, as
-    one safetensors file.
+    """Write a model's weights with what builds it again (`file:PATH`) as one safetensors file.
 
     What the model says of its images and classes (`describe`) goes with them.
+
+    Args:
+        model: The model.
+        path: The file.
+        ref: The reference it was built by.
+        options: The options it was built with.
+        card: Facts to store in the file.
+        folder: What paths in `ref` are relative to.
     """
     ref, options = origin(ref, folder=folder, **options)
     stored = {k: v for k, v in options.items() if k != "pretrained"}
@@ -102,7 +130,19 @@ def save(
 
 def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:
     """Return the reference and options a model comes from in the end: those named inside the file
-    for `file:PATH`."""
+    for `file:PATH`.
+
+    Args:
+        ref: A model reference.
+        folder: What its path is relative to.
+        options: Laid over those of the file.
+
+    Returns:
+        The reference and its options.
+
+    Raises:
+        BadInput: For a file that does not name its model.
+    """
     if not ref.startswith("file:"):
         return ref, options
     path = file_of(ref, folder)
@@ -113,8 +153,16 @@ def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, 
 
 
 def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | None:
-    """Return a name for the weights of others that `build` begins with, those of a library or a
-    file; None for random ones."""
+    """Name the weights of others that `build` begins with.
+
+    Args:
+        ref: A model reference.
+        folder: What its path is relative to.
+        options: As `build` takes them.
+
+    Returns:
+        A name for the weights of a library or a file; None for random ones.
+    """
     request = _parse_reference(ref, True, Path(folder), options)
     pretrained = options.get("pretrained")
     local = (
@@ -130,7 +178,15 @@ def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | No
 
 
 def file_of(ref: str, folder: str | Path = ".") -> Path:
-    """Return the path that "file:PATH" names, relative to `folder`."""
+    """Return the path that "file:PATH" names.
+
+    Args:
+        ref: "file:PATH".
+        folder: What PATH is relative to.
+
+    Returns:
+        An absolute path.
+    """
     return (Path(folder) / Path(ref.removeprefix("file:")).expanduser()).resolve()
 
 
@@ -187,8 +243,15 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
 
 
 def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
-    """Raise BadInput where `img_size` says otherwise than the images (…, height, width) that a
-    model took all the same."""
+    """Refuse an `img_size` that a model which takes images of any size does not heed.
+
+    Args:
+        options: The model's.
+        shape: (…, height, width) of the images it took, in pixels.
+
+    Raises:
+        BadInput: Where `img_size` says otherwise than `shape`.
+    """
     size = options.get("img_size")
     requested = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
     if (

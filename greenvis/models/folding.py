@@ -37,17 +37,26 @@ class Folding:
 
 
 def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
-    """Fold each batch norm into the convolution right before it, in place, and return what was done
-    (Jacob et al., 2018, 3.2).
+    """Fold each batch norm into the convolution right before it, in place (Jacob et al., 2018,
+    3.2).
 
     In eval w′ = w · γ / √(σ² + ε) and b′ = β + (b − μ) · γ / √(σ² + ε) give the same answers up to
     rounding, and what stood between the norm and the next layer (timm's activation) stays. The
     model is put into eval and is for inference alone: training it on would move weights that `undo`
     throws away. A norm is left where it is if its convolution computes its weights, has other
-    readers, runs more than once, or carries a technique's change. x: images (batch, channels,
-    height, width) to find pairs and to compare answers on; guessed where absent. Raises BadInput,
-    with nothing changed, where no norm can be folded or the answers would change by more than 1e-4
-    of the greatest.
+    readers, runs more than once, or carries a technique's change.
+
+    Args:
+        model: The model.
+        x: Images (batch, channels, height, width) to find pairs and to compare answers on; guessed
+            where absent.
+
+    Returns:
+        What was done, with its `undo`.
+
+    Raises:
+        BadInput: Where no norm can be folded or the answers would change by more than 1e-4 of the
+            greatest; nothing is changed then.
     """
     what = type(model).__name__
     example = example_input(model) if x is None else x
@@ -85,7 +94,15 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
 
 @contextmanager
 def folded(model: nn.Module, x: Tensor | None = None) -> Iterator[nn.Module]:
-    """Hold the model folded within (`fold_norms`)."""
+    """Hold the model folded within the block (`fold_norms`).
+
+    Args:
+        model: The model.
+        x: As `fold_norms` takes it.
+
+    Yields:
+        The model.
+    """
     folding = fold_norms(model, x)
     try:
         yield model

@@ -20,6 +20,15 @@ def mlp(
     then the classifier.
 
     Weights start as Glorot and Bengio (2010) have it, uniform, biases at 0.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels.
+        hidden: Width of each hidden layer.
+
+    Returns:
+        The model.
     """
     widths = [in_chans * img_size**2, *hidden]
     layers: list[nn.Module] = [nn.Flatten()]

@@ -44,8 +44,14 @@ def describe(
     """Say which images a model knows, before what its library says of it; `models.save` puts it
     into the model's file.
 
-    mean, std: by channel, of pixels from 0 to 1. classes: their names, in the order of the logits.
-    None: not known.
+    Args:
+        model: The model.
+        mean: By channel, of pixels from 0 to 1; None: not known.
+        std: By channel, of pixels from 0 to 1; None: not known.
+        classes: Their names, in the order of the logits; None: not known.
+
+    Raises:
+        BadInput: Where mean and std are not of as many channels.
     """
     if (mean is None) != (std is None) or (
         mean is not None and std is not None and len(mean) != len(std)
@@ -61,7 +67,14 @@ def describe(
 
 
 def description(model: nn.Module) -> dict[str, Any]:
-    """Return what `describe` takes: as it was said, else as the model's library says it."""
+    """Return what `describe` takes: as it was said, else as the model's library says it.
+
+    Args:
+        model: The model.
+
+    Returns:
+        "mean", "std" and "classes", None where not known.
+    """
     if _DESCRIPTION in model.__dict__:
         return dict(model.__dict__[_DESCRIPTION])
     pixels, classes = pixels_of(model), classes_of(model)
@@ -73,10 +86,16 @@ def description(model: nn.Module) -> dict[str, Any]:
 
 
 def pixels_of(model: nn.Module) -> Pixels | None:
-    """Return how a model's images are normalised, None where nothing says so.
+    """Return how a model's images are normalised.
 
     As `describe` said it; else timm's `pretrained_cfg`, torchvision's `weights` where the model
     holds them, or the image processor that lies beside a transformers model's weights.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Mean and deviation by channel; None where nothing says so.
     """
     if _DESCRIPTION in model.__dict__:
         stored = model.__dict__[_DESCRIPTION]
@@ -99,8 +118,14 @@ def pixels_of(model: nn.Module) -> Pixels | None:
 
 
 def classes_of(model: nn.Module) -> tuple[str, ...] | None:
-    """Return the names of a model's classes in their order, None where nothing says them
-    (transformers' "LABEL_0" is none)."""
+    """Return the names of a model's classes in their order.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Names; None where nothing says them (transformers' "LABEL_0" is none).
+    """
     if _DESCRIPTION in model.__dict__:
         stored = model.__dict__[_DESCRIPTION]["classes"]
         return None if stored is None else tuple(stored)
@@ -118,11 +143,19 @@ def classes_of(model: nn.Module) -> tuple[str, ...] | None:
 
 
 def order_of(own: Sequence[str] | None, other: Sequence[str] | None, who: str) -> list[int] | None:
-    """Return where each of a model's own classes stands among another's; None where they stand
-    alike or one says nothing.
+    """Match a model's classes to another's by name, without case and underscores.
 
-    Names are compared without case and underscores. Raises BadInput where a class has no partner,
-    or two of them.
+    Args:
+        own: The student's classes, in order.
+        other: The other model's.
+        who: The other model, for the message.
+
+    Returns:
+        The index of each own class among the others; None where both orders are alike or one is not
+        known.
+
+    Raises:
+        BadInput: Where a class has no partner, or two of them.
     """
     if own is None or other is None:
         return None

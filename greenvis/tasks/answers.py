@@ -34,11 +34,17 @@ def is_tensor(value: Any) -> TypeGuard[Tensor]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """Return the logits in a model's output: a tensor, a tuple of one, `.logits` (transformers), or
-    "out" (torchvision).
+    """Return the logits in a model's output.
 
-    Raises BadInput for what says of no tensor that it is the answer: several heads, embeddings, a
-    tuple of two.
+    Args:
+        output: A tensor, a tuple of one, `.logits` (transformers), or "out" (torchvision).
+
+    Returns:
+        The tensor that is the answer.
+
+    Raises:
+        BadInput: For what says of no tensor that it is the answer: several heads, embeddings, a
+            tuple of two.
     """
     if isinstance(output, Mapping):
         parts: Mapping[Any, Any] = {
@@ -83,10 +89,17 @@ def _no_logits(output: Any, names: Sequence[str]) -> str:
 
 
 def main_output(output: Any) -> Tensor:
-    """Return the tensor by which two runs of one model are compared: its logits, else its
-    embedding, else the first tensor.
+    """Return the tensor by which two runs of one model are compared; it is not claimed to be
+    logits.
 
-    It is not claimed to be logits. Raises BadInput where there is no tensor.
+    Args:
+        output: What a model returned.
+
+    Returns:
+        Its logits, else its embedding, else the first tensor.
+
+    Raises:
+        BadInput: Where there is no tensor.
     """
     try:
         return logits_of(output)
@@ -103,8 +116,15 @@ def main_output(output: Any) -> Tensor:
 
 
 def mask_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
-    """Return the logits (batch, outputs) with all but `classes` at -inf, so that those alone
-    compete; None: all do."""
+    """Let some classes alone compete.
+
+    Args:
+        logits: (batch, outputs).
+        classes: Those that compete; None: all.
+
+    Returns:
+        (batch, outputs), -inf for the other classes.
+    """
     if classes is None:
         return logits
     away = logits.new_ones(logits.shape[1]).bool()
@@ -113,17 +133,31 @@ def mask_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
 
 
 def class_rows(logits: Tensor) -> Tensor:
-    """Return logits (batch, classes) or (batch, classes, height, width) as (rows, classes): a row
-    per image, or per pixel."""
+    """Return logits with a row per image, or per pixel.
+
+    Args:
+        logits: (batch, classes) or (batch, classes, height, width).
+
+    Returns:
+        (rows, classes).
+    """
     return logits if logits.dim() == 2 else logits.movedim(1, -1).flatten(0, -2)
 
 
 def class_numbers(y: Any, logits: Tensor, who: str) -> Tensor:
-    """Return labels as int64 (rows,), in the order of `class_rows(logits)`: of class numbers, or of
-    probabilities.
+    """Return labels in the order of `class_rows(logits)`.
 
-    Raises BadInput for what is neither, for labels of another size, and for a label that is no
-    class (−1, 255).
+    Args:
+        y: Class numbers, or probabilities.
+        logits: (batch, classes) or (batch, classes, height, width).
+        who: Who needs them, for the message.
+
+    Returns:
+        int64 (rows,).
+
+    Raises:
+        BadInput: For what is neither, for labels of another size, and for a label that is no class
+            (−1, 255).
     """
     if not is_tensor(y):
         raise BadInput(
@@ -148,7 +182,16 @@ def class_numbers(y: Any, logits: Tensor, who: str) -> Tensor:
 
 
 def require_class_numbers(y: Any, who: str, instead: str) -> None:
-    """Raise BadInput unless `y` is one class number per image: integers (batch,)."""
+    """Refuse labels that are not one class number per image.
+
+    Args:
+        y: Labels.
+        who: Who needs them, for the message.
+        instead: What to do, for the message.
+
+    Raises:
+        BadInput: Unless `y` is integers (batch,).
+    """
     if not is_tensor(y) or y.dim() != 1 or not _integer(y):
         raise BadInput(
             f"{who} needs one class number per image, integers (batch,), not {_form(y)}: {instead}"
@@ -156,11 +199,18 @@ def require_class_numbers(y: Any, who: str, instead: str) -> None:
 
 
 def task_of(logits: Tensor | None, y: Any) -> str:
-    """Return which of `TASKS` an answer and its labels are, by their shapes and values. Raises
-    BadInput where none is.
+    """Return which of `TASKS` an answer and its labels are, by their shapes and values.
 
-    logits: None where the technique works before there is an answer. y: None, or no tensor, where
-    there are no labels: then axis 1 of the answer is taken for classes.
+    Args:
+        logits: The answer; None where the technique works before there is one.
+        y: Labels; None, or no tensor, where there are none: then axis 1 of the answer is taken for
+            classes.
+
+    Returns:
+        A key of `TASKS`.
+
+    Raises:
+        BadInput: Where they are none.
     """
     labels = y if is_tensor(y) else None
     if logits is not None:
@@ -192,7 +242,17 @@ def task_of(logits: Tensor | None, y: Any) -> str:
 
 
 def refuse_task(name: str, tasks: frozenset[str], instead: str, task: str) -> None:
-    """Raise BadInput where a technique is not right for a task."""
+    """Refuse a technique for a task it is not right for.
+
+    Args:
+        name: Of the technique.
+        tasks: Those it is right for.
+        instead: What to do, for the message.
+        task: A key of `TASKS`.
+
+    Raises:
+        BadInput: Where `task` is not among `tasks`.
+    """
     if task not in tasks:
         way = instead or "leave it out"
         raise BadInput(

@@ -16,8 +16,14 @@ from greenvis.testing.trial import Broken, Trial
 
 @dataclass(frozen=True)
 class Host:
-    """A small model to try techniques on. input_shape: (channels, height, width). The same weights
-    at each `build()`."""
+    """A small model to try techniques on, with the same weights at each `build()`.
+
+    Args:
+        name: In results.
+        builder: Returns a new model.
+        input_shape: (channels, height, width).
+        classes: Outputs of the model.
+    """
 
     name: str
     builder: Callable[[], nn.Module]
@@ -57,11 +63,15 @@ def check_technique(
     hosts: Mapping[str, Host] | Iterable[Host] | None = None,
     examples: Sequence[Mapping[str, Any]] | None = None,
 ) -> list[Result]:
-    """Try a technique on every host, with each of its `examples` (or, for an instance, as it is),
-    against the contract.
+    """Try a technique on every host, with each of its examples, against the contract.
 
-    A pair "works", "refuses" (BadInput, the model unchanged) or "fails". hosts: by default three
-    small models.
+    Args:
+        technique: A class, or an instance to be tried as it is.
+        hosts: Small models; by default three.
+        examples: Arguments of the class; by default its `examples`.
+
+    Returns:
+        For each pair: it "works", "refuses" (BadInput, the model unchanged) or "fails".
     """
     host_list = (
         default_hosts()
@@ -83,8 +93,15 @@ def check_technique(
 def check_together(
     kinds: Sequence[tuple[type[Technique], Mapping[str, Any]]], host: Host
 ) -> Result:
-    """Try several techniques, each with its arguments, at once on a host, against the contract as
-    `check_technique` does."""
+    """Try several techniques at once on a host, against the contract as `check_technique` does.
+
+    Args:
+        kinds: Classes, each with its arguments.
+        host: A small model.
+
+    Returns:
+        Whether they work together there.
+    """
     return _try(kinds, host)
 
 

@@ -42,17 +42,26 @@ class View:
     """What a model consists of; every entry is a path for `model.get_submodule`, in order of
     execution.
 
-    example: the images (batch, channels, height, width) it was seen on. prefix_tokens: class,
-    distillation and register tokens before the patches. heads: the last layers before the logits.
-    classifier: the modules around them that read one vector an image, of one layer or several.
-    functional: layers whose weight is read by another module. computed: layers that use something
-    computed from their weight (standardised). flags: "windowed", "rope", "fixed_grid",
-    "batch_dependent",
-    "batch_norm".
-    layouts: shapes in and out of blocks, attentions, MLPs and their first and last layers.
-    prefix_position: "before" or
-    "behind" the patches. pooling: what the classifier gets of the positions: "mean", "max",
-    "attention", "prefix token".
+    Attributes:
+        library: The package of the model's class.
+        example: The images (batch, channels, height, width) it was traced on.
+        attention: Projections and heads of each attention.
+        mlps: The layers of each MLP.
+        convs: Convolutions.
+        linears: Fully connected layers.
+        norms: Normalisation layers.
+        heads: The last layers before the logits.
+        classifier: The modules around them that read one vector per image, of one layer or several.
+        blocks: The repeated blocks.
+        patch_embed: The layer that makes patches, if one does.
+        prefix_tokens: Class, distillation and register tokens joined to the patches.
+        flags: Of "windowed", "rope", "fixed_grid", "batch_dependent", "batch_norm".
+        functional: Layers whose weight is read by another module.
+        computed: Layers that use something computed from their weight (standardised).
+        layouts: Shapes in and out of blocks, attentions, MLPs and their first and last layers.
+        prefix_position: "before" or "behind" the patches.
+        pooling: What the classifier gets of the positions: "mean", "max", "attention", "prefix
+            token".
     """
 
     library: str
@@ -99,8 +108,17 @@ class View:
         return any(path == c or path.startswith(c + ".") for c in self.classifier)
 
     def role(self, name: str) -> tuple[str, ...]:
-        """Return the paths that play a role. Raises BadInput for an unknown role, or one that
-        nothing plays here."""
+        """Return the paths that play a role.
+
+        Args:
+            name: One of `ROLES`.
+
+        Returns:
+            Paths of modules.
+
+        Raises:
+            BadInput: For an unknown role, or one that nothing plays here.
+        """
         if name not in ROLES:
             raise BadInput(f"unknown role '{name}'{nearest(name, ROLES)}")
         paths = self._role(name)
@@ -150,8 +168,13 @@ _KNOWN = WeakIdKeyDictionary()
 
 @contextmanager
 def known(model: nn.Module, structure: View) -> Iterator[None]:
-    """Let `view(model)` be `found` within, whatever is asked: for one who vouches that the model is
-    built like its own."""
+    """Let `view(model)` return `structure` within the block, whatever is asked: for one who vouches
+    that the model is built like its own.
+
+    Args:
+        model: The model.
+        structure: What `view` is to return.
+    """
     _KNOWN[model] = structure
     try:
         yield
@@ -162,11 +185,20 @@ def known(model: nn.Module, structure: View) -> Iterator[None]:
 def view(
     model: nn.Module, example: Tensor | tuple[int, int, int] | None = None, probe: bool = True
 ) -> View:
-    """Find the parts of `model`, which stays bit for bit as it is.
+    """Find the parts of a model, which stays bit for bit as it is.
 
-    example: (batch, channels, height, width), or one image's shape; without it the shape is
-    inferred. probe: also run the two further forwards that the flags "fixed_grid" and
-    "batch_dependent" need. Raises BadInput where a forward fails, with what it saw.
+    Args:
+        model: The model.
+        example: Images (batch, channels, height, width), or one image's shape; inferred where
+            absent.
+        probe: Also run the two further forwards that the flags "fixed_grid" and "batch_dependent"
+            need.
+
+    Returns:
+        The model's structure.
+
+    Raises:
+        BadInput: Where a forward fails, with what it ran on.
     """
     if model in _KNOWN:
         return _KNOWN[model]
@@ -213,11 +245,19 @@ def view(
 def example_input(
     model: nn.Module, shape: tuple[int, int, int] | None = None, size: Any = None
 ) -> Tensor:
-    """Return an image batch (1, channels, height, width) that `model` takes: of `shape`, else as
-    its configuration says or by trial, where it is placed and in its precision.
+    """Return an image batch that a model takes, on its device and in its precision.
 
-    size: side, or (height, width), where the shape is not given. Raises BadInput with the sizes
-    that were tried, or where the model does not take images of this one.
+    Args:
+        model: The model.
+        shape: (channels, height, width); else as the model's configuration says, or by trial.
+        size: Side, or (height, width), in pixels, where the shape is absent.
+
+    Returns:
+        (1, channels, height, width).
+
+    Raises:
+        BadInput: With the sizes that were tried, or where the model does not take images of this
+            one.
     """
     if shape is not None:
         return image(model, shape)
@@ -237,8 +277,16 @@ def example_input(
 def reached(
     model: nn.Module, example: Tensor, among: Collection[str] | None = None
 ) -> frozenset[str]:
-    """Return the names of the parameters (of those in `among`) that a gradient of the outputs
-    reaches: what could learn."""
+    """Return the parameters that a gradient of the outputs reaches: what could learn.
+
+    Args:
+        model: The model.
+        example: Images (batch, channels, height, width).
+        among: Names of the parameters to ask about; all where absent.
+
+    Returns:
+        Names of parameters.
+    """
     everything = dict(model.named_parameters())
     named = {
         n: p
@@ -264,7 +312,14 @@ def reached(
 
 
 def describe(structure: View) -> list[tuple[str, str]]:
-    """Return rows (part, what was found) for `greenvis inspect`."""
+    """Return rows for `greenvis inspect`.
+
+    Args:
+        structure: What `view` returned.
+
+    Returns:
+        (part, what it is) by row.
+    """
     first = structure.attention[0] if structure.attention else None
     rows = [
         ("library", structure.library),

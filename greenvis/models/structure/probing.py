@@ -17,8 +17,12 @@ _LEARNING = "_greenvis_learning"
 
 @contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """Eval, no gradients, no fused fast path, random state forked; modes, buffers and attributes
-    are given back."""
+    """Run a model without leaving a mark on it: eval, no gradients, no fused fast path, random
+    state forked; modes, buffers and attributes are restored.
+
+    Args:
+        model: The model.
+    """
     saved = [(m, dict(vars(m)), _containers(m)) for m in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if b.device.type != "meta"]
     fast = torch.backends.mha.get_fastpath_enabled()

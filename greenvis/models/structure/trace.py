@@ -140,8 +140,18 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:
-    """Run `model(x)` once, quietly, and return what it did. Raises BadInput, saying where, if the
-    forward fails."""
+    """Run `model(x)` once, without leaving a trace on the model, and return what it did.
+
+    Args:
+        model: The model.
+        x: Images (batch, channels, height, width).
+
+    Returns:
+        The calls, attentions and shapes of the forward.
+
+    Raises:
+        BadInput: Where the forward fails, saying in which module.
+    """
     traced = Trace(x)
     names = {id(m): n for n, m in model.named_modules()}
     stack: list[str] = []
@@ -191,9 +201,16 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
 
 
 def trace_any(model: nn.Module) -> Trace:
-    """Trace `model` on the first image shape it takes: its configuration's, else common sizes.
+    """Trace a model on the first image shape it takes: its configuration's, else common sizes.
 
-    Raises BadInput with the shapes that were tried and why the last one failed.
+    Args:
+        model: The model.
+
+    Returns:
+        The calls, attentions and shapes of the forward.
+
+    Raises:
+        BadInput: With the shapes that were tried and why the first one failed.
     """
     tried: dict[tuple[int, ...], str] = {}
     for shape in shapes(model):
