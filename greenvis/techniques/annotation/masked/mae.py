@@ -137,8 +137,15 @@ class Mae(Technique):
         return InstalledMae(self, names_of(model, parts.parameters()), encoder, parts)
 
     def targets(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Return what is to be reconstructed of images (batch, channels, height, width): (batch,
-        patches, features)."""
+        """Return what is to be reconstructed.
+
+        Args:
+            images: (batch, channels, height, width).
+            grid: (rows, columns) of patches.
+
+        Returns:
+            (batch, patches, features).
+        """
         if self.target == "hog":
             return hog(images, grid)
         pixels = patchify(images, grid)

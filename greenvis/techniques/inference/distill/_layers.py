@@ -78,7 +78,7 @@ class TapPoint:
 
 
 class Taps:
-    """Taps on places of one module; `take` gives what they read in the last forward, once, by key;
+    """Taps on points of one module; `take` gives what they read in the last forward, once, by key;
     merged tokens given back.
 
     learning: read only where gradients are recorded (a student, not its evaluation). A deep copy of
@@ -99,14 +99,14 @@ class Taps:
         ]
 
     def read(self, point: TapPoint, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        """Note what a place holds in this forward."""
+        """Note what a point holds in this forward."""
         if self.on and (torch.is_grad_enabled() or not self.learning):
             self._outputs[point.key] = unmerge(
                 self._model, point.read(module, args, kwargs, output)
             )
 
     def peek(self, key: str) -> Tensor:
-        """Return what was read at one place, and keep it."""
+        """Return what was read at one point, and keep it."""
         if key not in self._outputs:
             raise GreenvisError(
                 f"nothing was read at '{key}': it did not run, with gradients, since the last "
@@ -147,8 +147,14 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def features(model: nn.Module, structure: View, layers: Layers) -> list[TapPoint]:
-    """Return the places of layers: "block" (all), "last" (block), "head" (the classifier's input),
-    numbers of blocks, paths."""
+    """Return the points of layers.
+
+    Args:
+        model: to read.
+        structure: its view.
+        layers: "block" (all), "last" (block), "head" (the classifier's input), numbers of blocks,
+            or paths.
+    """
     chosen: dict[TapPoint, None] = {}
     per_sample = [
         b
@@ -182,8 +188,11 @@ def features(model: nn.Module, structure: View, layers: Layers) -> list[TapPoint
 def attentions(
     model: nn.Module, structure: View, layers: Layers
 ) -> list[tuple[Attention, dict[str, TapPoint]]]:
-    """Return attentions with the places of their queries, keys and values. Raises BadInput where
-    they cannot be read."""
+    """Return attentions with the points of their queries, keys and values.
+
+    Raises:
+        BadInput: where they cannot be read.
+    """
     what = type(model).__name__
     if not structure.attention:
         raise BadInput(f"relations of tokens are read off attention, and {what} has none")

@@ -56,7 +56,7 @@ class Distill(Technique):
     Saves inference energy, where the student is smaller than the model it replaces: it stays a
     plain model, and merges. Costs one forward of each teacher a step, in the phase "teacher", and
     the teachers' own training: it pays back after N* images served, or never. `cache` keeps what a
-    teacher says, so that it is asked once an image and view, not once an epoch;
+    teacher says, so that it is asked once per image and view, not once per epoch;
     `teacher_epochs` stops asking early; `precision` and `compile` make each forward cheaper. Adds a
     term "distill_KIND" for each loss.
 

@@ -61,7 +61,7 @@ def leaves_at(confidence: Tensor, thresholds: Sequence[float] | Tensor) -> Tenso
     """Return the exit each sample leaves at, int64 (samples,): the first where confidence ≥
     threshold, else the last.
 
-    confidence: (exits, samples). thresholds: one an exit; the last exit's is not looked at.
+    confidence: (exits, samples). thresholds: one per exit; the last exit's is not looked at.
     """
     limits = torch.as_tensor(thresholds, dtype=torch.float64)[:, None]
     sure = confidence.double() >= limits

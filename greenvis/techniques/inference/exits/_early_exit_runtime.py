@@ -25,10 +25,15 @@ _running = threading.local()  # the forwards under way in this thread: one model
 
 
 class ExitHead(nn.Module):
-    """A classifier on what a block gives: pooled features or a class token, layer norm, linear.
+    """A classifier on what a block returns: pooled features or a class token, layer norm, linear.
 
-    channels: their axis, 1 or −1. prefix: tokens before the patches. pool: "token" (the first),
-    "mean" (of the patches or of the map) or "both". Gives (batch, classes).
+    Args:
+        width: channels of what the block returns.
+        classes: of the answer, (batch, classes).
+        channels: their axis, 1 or −1.
+        prefix: tokens before the patches.
+        pool: "token" (the first), "mean" (of the patches or of the map) or "both".
+        kind: device and dtype.
     """
 
     def __init__(
@@ -58,11 +63,12 @@ class ExitHead(nn.Module):
 
 @dataclass
 class Pass:
-    """One forward under way. rows: where the samples still in stood in the batch, or their numbers
-    in a stream.
+    """One forward under way.
 
-    waiting: where samples of several batches wait behind exits to go on together (`_rebatch`).
-    since: an exit; those who wait there take this forward over.
+    Attributes:
+        rows: where the samples still in stood in the batch, or their numbers in a stream.
+        waiting: where samples of several batches wait behind exits to go on together (`_rebatch`).
+        since: an exit; those who wait there take this forward over.
     """
 
     mode: Mode
@@ -90,8 +96,11 @@ class BatchExhausted(Exception):
 
 
 class Exits:
-    """The exits of one model, and what they are to do. thresholds: one an exit; `NEVER` lets nobody
-    leave there."""
+    """The exits of one model, and what they are to do.
+
+    Attributes:
+        thresholds: one per exit; at `NEVER` no sample leaves.
+    """
 
     def __init__(self, model: nn.Module, criterion: str, detach: bool) -> None:
         self.model, self.criterion, self.detach = model, criterion, detach

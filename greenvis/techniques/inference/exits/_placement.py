@@ -29,7 +29,15 @@ CHILD = "exit"
 
 @dataclass(frozen=True)
 class Placement:
-    """The places chosen, in the order they are reached. layouts: of what each gives."""
+    """The modules chosen to have an exit behind them.
+
+    Attributes:
+        paths: in the order they are reached.
+        layouts: of what each returns.
+        view: of the model.
+        classes: of its answer.
+        macs: of the model without exits, per image.
+    """
 
     paths: tuple[str, ...]
     layouts: tuple[Layout, ...]
@@ -41,7 +49,16 @@ class Placement:
 def find_placement(
     model: nn.Module, at: Sequence[int | float | str], shape: tuple[int, int, int] | None
 ) -> Placement:
-    """Return the places that `at` names. Raises BadInput, with what there is instead."""
+    """Choose the modules that `at` names.
+
+    Args:
+        model: in which samples leave early.
+        at: numbers of blocks from 1, shares of the MACs, or paths.
+        shape: (channels, height, width) of an image; None: inferred.
+
+    Raises:
+        BadInput: where no sample can leave there, with what can be named instead.
+    """
     what = type(model).__name__
     structure = view(model, shape, probe=False)
     traced = trace(model, structure.example)
@@ -228,8 +245,11 @@ def attach_exits(exits: Exits, placement: Placement, pool: str) -> None:
 
 
 def try_out(exits: Exits, outer: Outer, placement: Placement) -> list[float]:
-    """Run every exit once, note the types of the model's answers, and return MACs an image until
-    each exit and in all."""
+    """Run every exit once and note the types of the model's answers.
+
+    Returns:
+        MACs per image until each exit, and to the end.
+    """
     model, one = exits.model, placement.view.example[:1]
     costs: list[float] = []
     with probing(model), _counting() as mode, exits.record() as recorded:

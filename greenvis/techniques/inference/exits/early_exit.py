@@ -94,7 +94,7 @@ class EarlyExit(Technique):
     ] = "max_prob"
     threshold: Annotated[
         Literal["never"] | float | tuple[float, ...],
-        Field(description="leave from here on; one, or one an exit"),
+        Field(description="leave from here on; one, or one per exit"),
     ] = "never"
     target_drop: Annotated[
         float | None,
@@ -148,7 +148,7 @@ class EarlyExit(Technique):
 
 
 class InstalledEarlyExit(Installed):
-    """The exits at work. paths: the modules they are behind. costs: MACs an image until each exit,
+    """The exits at work. paths: the modules they are behind. costs: MACs per image until each exit,
     and to the end.
 
     macs: of an image by the model without its exits.
@@ -223,11 +223,12 @@ class InstalledEarlyExit(Installed):
     def at(
         self, thresholds: Iterable[float] | float, rebatch: bool = False
     ) -> Iterator[dict[str, Any]]:
-        """Hold these thresholds (one for all, or one each) within; then the mapping says how many
-        left at each exit.
+        """Hold these thresholds within; then the mapping says how many samples left at each exit.
 
-        rebatch: the mapping holds under "answer" how a stream of batches is answered by
-        `rebatched`.
+        Args:
+            thresholds: one for all exits, or one per exit.
+            rebatch: whether the mapping holds, under "answer", how a stream of batches is answered
+                by `rebatched`.
         """
         before, facts = list(self.thresholds), dict[str, Any]()
         if rebatch:
@@ -275,13 +276,28 @@ class InstalledEarlyExit(Installed):
         ).as_dict()  # fmt: skip
 
     def sureness(self, loader: Iterable[Any]) -> Tensor:
-        """Return how sure every exit is of each sample, the model's end last, float32 (exits,
-        samples)."""
+        """Return how sure every exit is of each sample.
+
+        Args:
+            loader: batches (x, y).
+
+        Returns:
+            float32 (exits, samples), the model's end last.
+        """
         return confidences(self.logits(loader)[0], self.request.criterion)
 
     def logits(self, loader: Iterable[Any]) -> tuple[Tensor, Tensor]:
-        """Return every exit's logits, the model's own last, float32 (exits, samples, classes), and
-        the labels (samples,)."""
+        """Return every exit's logits.
+
+        Args:
+            loader: batches (x, y).
+
+        Returns:
+            Logits, float32 (exits, samples, classes), the model's own last, and labels (samples,).
+
+        Raises:
+            BadInput: for a loader without samples.
+        """
         model, rows, labels = self.exits.model, [], []
         device = next(iter(model.parameters())).device
         with in_mode(model, False), torch.inference_mode(), self.exits.record() as recorded:

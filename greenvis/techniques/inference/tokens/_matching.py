@@ -34,7 +34,7 @@ def parse_r(depth: int, r: int | Sequence[float]) -> list[int]:
     else:
         if len(r) > depth:
             raise BadInput(
-                f"r has {len(r)} numbers, but the model has {depth} blocks: give one a block, or "
+                f"r has {len(r)} numbers, but the model has {depth} blocks: give one per block, or "
                 "one for all"
             )
         if wrong := [n for n in r if n != int(n)]:

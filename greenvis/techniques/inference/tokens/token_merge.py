@@ -66,7 +66,7 @@ class TokenMerge(Technique):
         int | list[float],
         Field(
             description="tokens merged in each block: one number, [r, inflection] (-1 falls from "
-            "2r to 0), or one a block"
+            "2r to 0), or one per block"
         ),
     ] = 8
     proportional: Annotated[
@@ -183,7 +183,11 @@ class Flow(Follower):
         return tokens
 
     def export_state(self, path: str) -> dict[str, Tensor]:
-        """Return sizes and places of the tokens that the block at `path` is given."""
+        """Return sizes and positions of the tokens that the block at `path` receives.
+
+        Raises:
+            BadInput: where they are given back behind it.
+        """
         number = self.numbers.get(path)
         if number is None or number not in self.size:
             return {}
@@ -196,7 +200,7 @@ class Flow(Follower):
         return {"size": self.size[number].float(), "places": self.positions[number].float()}
 
     def import_state(self, path: str, state: Mapping[str, Tensor]) -> None:
-        """Take sizes and places; how tokens merged before is then unknown."""
+        """Take sizes and positions; how tokens merged before is then unknown."""
         number = self.numbers[path]
         self.doors.begin()
         self.size[number], self.positions[number] = state["size"], state["places"].long()
@@ -226,8 +230,14 @@ class Merging:
         self.block.module.forward = self.forward
 
     def mask(self, attn_mask: Tensor | None) -> Tensor | None:
-        """Return log(size) of the tokens the block is given, (batch, 1, 1, length) in fp32, on top
-        of the library's mask."""
+        """Return log(size) of the tokens the block receives, on top of the library's mask.
+
+        Args:
+            attn_mask: the library's, mostly None.
+
+        Returns:
+            fp32 (batch, 1, 1, length), or None where nothing is to be masked.
+        """
         flow, i = self.flow, self.number
         if i not in flow.size:
             return attn_mask
@@ -336,17 +346,26 @@ class InstalledTokenMerge(Installed):
         return ""
 
     def token_map(self, block: int | None = None) -> Tensor | None:
-        """Return in which token each of the first ones lies behind the blocks before number `block`
-        (None: behind the last).
+        """Return in which token each of the first ones lies.
 
-        int64 (batch, length); None where nothing has merged yet.
+        Args:
+            block: behind the blocks before this number; None: behind the last.
+
+        Returns:
+            int64 (batch, length); None where nothing has merged yet.
         """
         steps = self.flow.upto(block)
         return _matching.token_map(steps) if steps else None
 
     def sizes(self, block: int | None = None) -> Tensor | None:
-        """Return how many of the first tokens each remaining one stands for, fp32 (batch,
-        remaining); None: all 1."""
+        """Return how many of the first tokens each remaining one stands for.
+
+        Args:
+            block: behind the blocks before this number; None: behind the last.
+
+        Returns:
+            fp32 (batch, remaining); None: all 1.
+        """
         steps = self.flow.upto(block)
         return (
             self.flow.size[max(i for i in self.flow.steps if block is None or i < block) + 1]
@@ -355,12 +374,27 @@ class InstalledTokenMerge(Installed):
         )
 
     def source(self, block: int | None = None) -> Tensor | None:
-        """Return (batch, remaining, length): 1 where a first token lies in a remaining one."""
+        """Return which of the first tokens lie in each remaining one.
+
+        Args:
+            block: behind the blocks before this number; None: behind the last.
+
+        Returns:
+            (batch, remaining, length), 1 where a first token lies in a remaining one, else 0; None
+            where nothing has merged yet.
+        """
         steps = self.flow.upto(block)
         return source_matrix(_matching.token_map(steps), steps[-1].remaining) if steps else None
 
     def unmerge(self, x: Tensor, block: int | None = None) -> Tensor:
-        """Return features (batch, remaining, channels), as the block before number `block` gave
-        them, for all first tokens."""
+        """Return features for all first tokens.
+
+        Args:
+            x: (batch, remaining, channels), of the block before number `block`.
+            block: None: of the last block.
+
+        Returns:
+            (batch, length, channels).
+        """
         mapping = self.token_map(block)
         return x if mapping is None else _matching.unmerge(x, mapping)

@@ -436,7 +436,8 @@ class InstalledTokenPrune(Installed):
     @property
     def kept_positions(self) -> Tensor | None:
         """Where the tokens of the last batch that reached the head stood, int64 (batch, tokens);
-        None where all did."""
+        None where all did.
+        """
         return self.flow.positions[max(self.flow.positions)] if self.flow.positions else None
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:

@@ -11,7 +11,8 @@ class FrozenElements:
     """One parameter and which of its elements are frozen, as `frozen` says: no gradient reaches
     them, and `hold` undoes what decay or momentum did to them.
 
-    values: what frozen elements are held at.
+    Attributes:
+        values: what frozen elements are held at.
     """
 
     def __init__(self, parameter: nn.Parameter) -> None:

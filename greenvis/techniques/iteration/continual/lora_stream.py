@@ -229,11 +229,14 @@ class InstalledLoraStream(Installed):
         )
 
     def use(self, factors: Sequence[float]) -> None:
-        """Use each task's change times a factor: 0 leaves it out, a negative one takes it away
-        (task negation).
+        """Use each task's change times a factor; the next task sets them anew.
 
-        Raises BadInput for another number of factors than there are tasks. The next task sets them
-        anew.
+        Args:
+            factors: one per task: 0 leaves its change out, a negative one takes it away (task
+                negation).
+
+        Raises:
+            BadInput: for another number of factors than there are tasks.
         """
         tasks = len(next(iter(self.layers.values())).lora_A)
         if len(factors) != tasks:

@@ -65,7 +65,7 @@ class Ncm(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput where that is no linear layer on one
-        feature vector an image."""
+        feature vector per image."""
         structure = view(model, self.input_shape, probe=False)
         heads = [_linear(model, structure, path, self.metric) for path in structure.role("head")]
         names = freeze(model, but=[p for head in heads for p in head.parameters()])

@@ -232,7 +232,11 @@ class Parts(nn.Module):
             self.heads.append(base_heads)
 
     def encoded(self, outputs: list[Tensor]) -> Tensor:
-        """Return (batch, prefix + kept, dim) of the outputs of all blocks."""
+        """Return the representation that the decoder reads, of the outputs of all blocks.
+
+        Returns:
+            (batch, prefix + visible, dim).
+        """
         return outputs[-1] if self.adapters is None else self.adapters(torch.cat(outputs, -1))
 
     def predicted(
