@@ -71,17 +71,17 @@ def run(
     for host, (ref, options, _, images) in hosts.items():
         for name, own in data.items():
             own = [*own, f"data.train={images}", *overrides]
-            found = advise(
+            advice = advise(
                 ref, name, serve=SERVED, plans=plans, overrides=own, runs=runs, **options
             )
-            every = load_recipe(found["plans"])
+            every = load_recipe(advice["plans"])
             spent = measured(session.run(every, runs=runs), list(every.arms))
             plain = next(plan for plan, spec in every.arms.items() if not spec.techniques)
             cells.append(
-                {"host": host, "data": name, "images": images, **judged(found, spent, plain)}
+                {"host": host, "data": name, "images": images, **judged(advice, spent, plain)}
             )
-            place = Path(found["plans"]).parent
-            folders += [place.with_name(f"{place.name}-{kind}") for kind in ("trials", "plans")]
+            parent = Path(advice["plans"]).parent
+            folders += [parent.with_name(f"{parent.name}-{kind}") for kind in ("trials", "plans")]
     result = {
         "rows": [
             {"host": cell["host"], "data": cell["data"], "images": cell["images"], **cell["row"]}
@@ -91,7 +91,7 @@ def run(
         "served": SERVED,
         "overrides": list(overrides),
         "machine": cpu(),
-        "cpu_s": round(sum(its.sum("cpu_s") or 0.0 for its in record.readable(folders))),
+        "cpu_s": round(sum(r.sum("cpu_s") or 0.0 for r in record.readable(folders))),
     }
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -117,26 +117,30 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
     plans that serve models of the same MACs and parameters the median, since the rest of their
     difference is the machine's.
     """
-    found: dict[str, dict[str, float]] = {}
+    spent: dict[str, dict[str, float]] = {}
     alike: dict[tuple[Any, Any], list[float]] = {}
     keys: dict[str, tuple[Any, Any]] = {}
     for plan in plans:
         done = json.loads((folder / plan / "seed0/done.json").read_text())
-        its = next(run for run in record.readable([folder / plan]) if run.id == done["run"])
-        keys[plan] = (its.facts["macs"], its.facts["params"])
+        trained = next(run for run in record.readable([folder / plan]) if run.id == done["run"])
+        keys[plan] = (trained.facts["macs"], trained.facts["params"])
         alike.setdefault(keys[plan], []).append(
-            1000 * pricing.facts(its)["inference_energy_j"]["value"]
+            1000 * pricing.facts(trained)["inference_energy_j"]["value"]
         )
-        training, whole = (pricing.run_energy(its, phase).value or 0.0 for phase in ("train", None))
-        found[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": whole}
-    for plan, its in found.items():
-        its["serve_energy_j"] = statistics.median(alike[keys[plan]])
-        its["total_energy_j"] = its["train_energy_j"] + SERVED / 1000 * its["serve_energy_j"]
-    return found
+        training, total = (
+            pricing.run_energy(trained, phase).value or 0.0 for phase in ("train", None)
+        )
+        spent[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": total}
+    for plan, figures in spent.items():
+        figures["serve_energy_j"] = statistics.median(alike[keys[plan]])
+        figures["total_energy_j"] = (
+            figures["train_energy_j"] + SERVED / 1000 * figures["serve_energy_j"]
+        )
+    return spent
 
 
 def judged(
-    found: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], plain: str
+    advice: Mapping[str, Any], spent: Mapping[str, Mapping[str, float]], plain: str
 ) -> dict[str, Any]:
     """Return {"row", "plans", "sweep"}: the advice against what was measured, for a target and for
     many.
@@ -144,28 +148,32 @@ def judged(
     spent: as `measured` gives. plain: the plan without techniques; the target is its accuracy less
     `GIVEN_UP`. sweep: the same for each accuracy that any plan reached as the target.
     """
-    rows = found["rows"]
-    told = {row["plan"]: row for row in rows}
+    rows = advice["rows"]
+    forecasts = {row["plan"]: row for row in rows}
     target = max(spent[plain]["accuracy"] - GIVEN_UP, 0.01)
     main = regret(rows, spent, target)
-    sweep = [regret(rows, spent, its["accuracy"]) for its in spent.values() if its["accuracy"] > 0]
+    sweep = [
+        regret(rows, spent, figures["accuracy"])
+        for figures in spent.values()
+        if figures["accuracy"] > 0
+    ]
     plans = []
-    for plan, its in spent.items():
-        if plan in told:  # its trials may have failed where the run did not
-            predicted = {key: told[plan][key] for key in PREDICTED}
+    for plan, entry in spent.items():
+        if plan in forecasts:  # its trials may have failed where the run did not
+            predicted = {key: forecasts[plan][key] for key in PREDICTED}
             plans.append(
                 {
                     "plan": plan,
                     "predicted": predicted,
-                    "measured": dict(its),
-                    "front": told[plan]["front"],
+                    "measured": dict(entry),
+                    "front": forecasts[plan]["front"],
                 }
             )
     inside = dict.fromkeys(PREDICTED, 0)
-    for its in plans:
-        for key, figure in its["predicted"].items():
-            inside[key] += figure["low"] <= its["measured"][key] <= figure["high"]
-    cost = {plan: its["total_energy_j"] for plan, its in spent.items()}
+    for entry in plans:
+        for key, figure in entry["predicted"].items():
+            inside[key] += figure["low"] <= entry["measured"][key] <= figure["high"]
+    cost = {plan: figures["total_energy_j"] for plan, figures in spent.items()}
     row = {
         "target": f"{target:.1%}", "pick": main["pick"], "best": main["best"],
         "regret": None if main["regret"] is None else f"{main['regret']:.1%}",
@@ -173,14 +181,14 @@ def judged(
         "plain": plain, "plain over best": f"{cost[plain] / cost[main['best']] - 1:.1%}",
         "in range": f"{inside['accuracy']}/{len(plans)}",
         "energy in band": f"{inside['total_energy_j']}/{len(plans)}",
-        "trials": f"{found['trials_energy_j']:.0f} J",
-        "all runs": f"{sum(its['run_j'] for its in spent.values()):.0f} J",
+        "trials": f"{advice['trials_energy_j']:.0f} J",
+        "all runs": f"{sum(figures['run_j'] for figures in spent.values()):.0f} J",
     }  # fmt: skip
     return {
         "row": row,
         "main": main,
         "plans": plans,
-        "refused": dict(found["refused"]),
+        "refused": dict(advice["refused"]),
         "sweep": sweep,
     }
 
@@ -196,7 +204,7 @@ def regret(
     """
     pick, _ = choose(rows, target)
     assert pick is not None
-    reach = [plan for plan, its in spent.items() if its["accuracy"] >= target]
+    reach = [plan for plan, figures in spent.items() if figures["accuracy"] >= target]
     best = min(reach, key=lambda plan: spent[plan]["total_energy_j"])
     short = target - spent[pick]["accuracy"]
     over = spent[pick]["total_energy_j"] / spent[best]["total_energy_j"] - 1
@@ -266,19 +274,19 @@ def _why(cells: Sequence[Mapping[str, Any]]) -> list[str]:
             if main["missed"] is None
             else f"{100 * main['missed']:.1f} points short"
         )
-        told = "; ".join(_told(by[plan]) for plan in (main["pick"], main["best"]) if plan in by)
-        lines.append(f"- {cell['host']}, {cell['data']}: the pick is {how}. {told}.")
+        texts = "; ".join(_outcome(by[plan]) for plan in (main["pick"], main["best"]) if plan in by)
+        lines.append(f"- {cell['host']}, {cell['data']}: the pick is {how}. {texts}.")
     return ["Where it is not, and why:", "", *lines] if lines else []
 
 
-def _told(plan: Mapping[str, Any]) -> str:
-    told, seen = (
-        (its["accuracy"], its["total_energy_j"]) for its in (plan["predicted"], plan["measured"])
+def _outcome(plan: Mapping[str, Any]) -> str:
+    predicted, actual = (
+        (figures["accuracy"], figures["total_energy_j"])
+        for figures in (plan["predicted"], plan["measured"])
     )
     return (
-        f"{plan['plan']} was predicted {told[0]['value']:.1%} for {told[1]['value']:.0f} J and "
-        f"reached {seen[0]:.1%} for "
-        f"{seen[1]:.0f} J"
+        f"{plan['plan']} was predicted {predicted[0]['value']:.1%} for "
+        f"{predicted[1]['value']:.0f} J and reached {actual[0]:.1%} for {actual[1]:.0f} J"
     )
 
 
@@ -290,18 +298,20 @@ def _plans(cell: Mapping[str, Any]) -> list[str]:
         for word in (f"{what}, predicted", "measured")
     ]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    for its in sorted(cell["plans"], key=lambda p: p["measured"]["total_energy_j"]):
-        told, seen = its["predicted"], its["measured"]
-        accuracy = told["accuracy"]
+    for entry in sorted(cell["plans"], key=lambda p: p["measured"]["total_energy_j"]):
+        predicted, actual = entry["predicted"], entry["measured"]
+        accuracy = predicted["accuracy"]
         shown = [
             f"{accuracy['value']:.1%} ({100 * accuracy['low']:.0f}–{100 * accuracy['high']:.0f})",
-            f"{seen['accuracy']:.1%}",
+            f"{actual['accuracy']:.1%}",
         ]
         for key, form in (
             ("train_energy_j", ".1f"),
             ("serve_energy_j", ".2f"),
             ("total_energy_j", ".0f"),
         ):
-            shown += [f"{told[key]['value']:{form}} J", f"{seen[key]:{form}} J"]
-        lines.append(f"| {its['plan']}{' (front)' if its['front'] else ''} | {' | '.join(shown)} |")
+            shown += [f"{predicted[key]['value']:{form}} J", f"{actual[key]:{form}} J"]
+        lines.append(
+            f"| {entry['plan']}{' (front)' if entry['front'] else ''} | {' | '.join(shown)} |"
+        )
     return [*lines, "", *(f"- left out: {plan}: {why}" for plan, why in cell["refused"].items())]

@@ -36,7 +36,7 @@ def run(
     rows: dict[str, dict[str, Any]] = {
         f"{a} + {b}": {"pair": f"{a} + {b}"} for a, b in combinations(names, 2)
     }
-    found: list[Result] = []
+    results: list[Result] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for host in (HOSTS[h] for h in hosts):
@@ -47,11 +47,11 @@ def run(
                     rows[f"{a} + {b}"][host.name] = "alone"
                     continue
                 result = check_together([first, second], host)
-                found.append(result)
+                results.append(result)
                 rows[f"{a} + {b}"][host.name] = result.outcome
     reasons = [
         {"pair": r.technique, "host": r.host, "outcome": r.outcome, "reason": r.reason}
-        for r in found
+        for r in results
         if r.reason
     ]
     result = {

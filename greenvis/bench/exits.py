@@ -78,8 +78,8 @@ def run(
         with tempfile.TemporaryDirectory() as folder, track("exits", dir=folder) as tracker:
             rows = []
             for batch in batches:
-                found = _measured(plain, installed, arms, x, batch, rounds, tracker)
-                rows += _rows(batch, arms, found, macs, images, batch == max(batches))
+                timings = _measured(plain, installed, arms, x, batch, rounds, tracker)
+                rows += _rows(batch, arms, timings, macs, images, batch == max(batches))
     finally:
         torch.set_num_threads(before)
     result = {
@@ -106,22 +106,24 @@ def _measured(
 ) -> dict[str, dict[str, Any]]:
     """Return seconds by call, seconds and joules by round, and where the images left, by
     setting."""
-    found = {name: {"calls": [], "seconds": [], "joules": [], "left": None} for name in arms}
+    timings = {name: {"calls": [], "seconds": [], "joules": [], "left": None} for name in arms}
     parts = x.split(batch)
     with torch.inference_mode():
         plain(parts[0])
         for i in range(rounds):
             for name in [*arms][:: 1 if i % 2 == 0 else -1]:
                 if arms[name] is None:
-                    _serve(plain, parts, found[name], run)
+                    _serve(plain, parts, timings[name], run)
                     continue
                 with installed.at(arms[name]) as facts:
-                    _serve(installed.exits.model, parts, found[name], run)
-                found[name]["left"] = facts
-    return found
+                    _serve(installed.exits.model, parts, timings[name], run)
+                timings[name]["left"] = facts
+    return timings
 
 
-def _serve(model: nn.Module, parts: Sequence[Tensor], found: dict[str, Any], run: Tracker) -> None:
+def _serve(
+    model: nn.Module, parts: Sequence[Tensor], timings: dict[str, Any], run: Tracker
+) -> None:
     waiting = asynchronous(model, parts[0])
     clock = time.perf_counter if waiting else time.process_time
     before, began = run.energy().value, clock()
@@ -129,27 +131,27 @@ def _serve(model: nn.Module, parts: Sequence[Tensor], found: dict[str, Any], run
         start = time.perf_counter()
         model(part)
         wait(waiting)
-        found["calls"].append(time.perf_counter() - start)
-    found["seconds"].append(clock() - began)
+        timings["calls"].append(time.perf_counter() - start)
+    timings["seconds"].append(clock() - began)
     after = run.energy().value
-    found["joules"].append(None if before is None or after is None else after - before)
+    timings["joules"].append(None if before is None or after is None else after - before)
 
 
 def _rows(
     batch: int,
     arms: dict[str, Any],
-    found: dict[str, dict[str, Any]],
+    timings: dict[str, dict[str, Any]],
     macs: float,
     images: int,
     largest: bool,
 ) -> list[dict[str, Any]]:
-    seconds = {name: statistics.median(f["seconds"]) for name, f in found.items()}
+    seconds = {name: statistics.median(f["seconds"]) for name, f in timings.items()}
     joules = {
         name: statistics.median(f["joules"]) if None not in f["joules"] else None
-        for name, f in found.items()
+        for name, f in timings.items()
     }
     rows = []
-    for name, f in found.items():
+    for name, f in timings.items():
         left = f["left"] or {"exits": [], "macs": macs}
         spent, plain, share = joules[name], joules[PLAIN], left["macs"] / macs
         energy = spent / plain if spent is not None and plain else None

@@ -44,10 +44,10 @@ def run(out: Path | None = None) -> dict[str, Any]:
                         **_timed(words, folder, TARGETS[verb]),
                     }
                 )
-    found = {"rows": rows}
+    result = {"rows": rows}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(found, indent=1) + "\n")
+        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
         head = "| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|\n"
         body = "".join("| " + " | ".join(str(v) for v in row.values()) + " |\n" for row in rows)
         machine = (
@@ -56,7 +56,7 @@ def run(out: Path | None = None) -> dict[str, Any]:
         )
         text = f"# Many runs at once\n\n{machine}\n\n{head}{body}"
         files.write(out / "report.md", text)
-    return found
+    return result
 
 
 def _timed(words: list[str], folder: str, target_s: float) -> dict[str, Any]:

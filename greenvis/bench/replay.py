@@ -112,13 +112,13 @@ def _measured(name: str, rounds: int) -> dict[str, list[float]]:
         LOADED: lambda: _ours(_model(name), first, second, _loaded),
         BARE: lambda: _bare(_model(name), _task(2 * images, 1)),
     }
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    timings: dict[str, list[float]] = {arm: [] for arm in arms}
     for i in range(rounds + 1):
         for arm in [*arms][:: 1 if i % 2 == 0 else -1]:
             gc.collect()  # or an arm pays for what another one left
             seconds = arms[arm]()
-            found[arm] += [seconds] if i else []  # the first round warms up
-    return found
+            timings[arm] += [seconds] if i else []  # the first round warms up
+    return timings
 
 
 def _model(name: str) -> nn.Module:
@@ -216,12 +216,12 @@ def _timed(train: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def _rows(model: str, found: dict[str, list[float]]) -> list[dict[str, Any]]:
-    medians = {arm: statistics.median(seconds) for arm, seconds in found.items()}
+def _rows(model: str, timings: dict[str, list[float]]) -> list[dict[str, Any]]:
+    medians = {arm: statistics.median(seconds) for arm, seconds in timings.items()}
     rows = []
-    for arm, seconds in found.items():
+    for arm, seconds in timings.items():
         ratio = statistics.median(
-            own / peer for own, peer in zip(seconds, found[PEER_ARM], strict=True)
+            own / peer for own, peer in zip(seconds, timings[PEER_ARM], strict=True)
         )
         judged = model == "mlp" and arm in (OURS, EXACT, LOADED)
         rows.append({

@@ -109,7 +109,7 @@ def _measured(
     arms: dict[str, nn.Module], x: torch.Tensor, device: torch.device, rounds: int, run: Tracker
 ) -> dict[str, list[tuple[float, float | None]]]:
     """Return seconds and joules of one batch, by arm and round."""
-    found: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
+    timings: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
     x, clock = x.to(device), time.perf_counter if device.type == "cuda" else time.process_time
     with torch.inference_mode():
         for arm in arms.values():
@@ -121,32 +121,32 @@ def _measured(
                 arms[name](x)
                 wait([device])
                 seconds, after = clock() - start, run.energy().value
-                found[name].append(
+                timings[name].append(
                     (seconds, None if before is None or after is None else after - before)
                 )
-    return found
+    return timings
 
 
 def _rows(
-    batch: int, found: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]
+    batch: int, timings: dict[str, list[tuple[float, float | None]]], macs: dict[str, int]
 ) -> list[dict[str, Any]]:
-    seconds = {name: statistics.median(s for s, _ in runs) for name, runs in found.items()}
+    seconds = {name: statistics.median(s for s, _ in runs) for name, runs in timings.items()}
     joules: dict[str, float | None] = {}
-    for name, runs in found.items():
+    for name, runs in timings.items():
         known = [j for _, j in runs if j is not None]
         joules[name] = (
             round(statistics.median(known) / batch, 4) if len(known) == len(runs) else None
         )
     rows = []
-    for name in found:
+    for name in timings:
         rounds = list(
-            zip(found[PLAIN], found[name], strict=True)
+            zip(timings[PLAIN], timings[name], strict=True)
         )  # of one round: what else the machine did met both alike
         ratio, faster = (
             macs[PLAIN] / macs[name],
-            statistics.median(plain / its for (plain, _), (its, _) in rounds),
+            statistics.median(plain / own for (plain, _), (own, _) in rounds),
         )
-        shares = [its / plain for (_, plain), (_, its) in rounds if its is not None and plain]
+        shares = [own / plain for (_, plain), (_, own) in rounds if own is not None and plain]
         target = TARGETS.get(name) if batch in (16, 32) else None
         rows.append({
             "batch": batch, "r": name, "gmacs": round(macs[name] / 1e9, 2),

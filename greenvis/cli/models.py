@@ -71,8 +71,8 @@ def inspect(args: Any) -> Answer:
 
     model, x = _model(args)
     rows = [
-        {"part": part, "found": found}
-        for part, found in structure.describe(structure.view(model, x))
+        {"part": part, "found": value}
+        for part, value in structure.describe(structure.view(model, x))
     ]
     return rows, lambda: print_rows(rows, args.model)
 
@@ -144,7 +144,7 @@ def card(args: Any) -> Answer:
     from greenvis.experiment import lineage
     from greenvis.report.formatting import si
 
-    found = lineage.read_card(left_by(args.file, args.runs))
+    content = lineage.read_card(left_by(args.file, args.runs))
 
     def cost(energy: dict[str, Any]) -> str:
         if energy["value"] is None:
@@ -155,36 +155,36 @@ def card(args: Any) -> Answer:
         )
 
     def show() -> None:
-        data = found.get("data") or {}
-        accuracy = found.get("accuracy")
-        write(f"{found['file']}: {found['ref']}")
+        data = content.get("data") or {}
+        accuracy = content.get("accuracy")
+        write(f"{content['file']}: {content['ref']}")
         write(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
         write("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
-        for depth, role, entry in lineage.tree(found):
+        for depth, role, entry in lineage.tree(content):
             seed = "" if entry["seed"] is None else f", seed {entry['seed']}"
             write(
                 f"{'  ' * depth}{role + ' ' if role else ''}{entry['name']}{seed}: "
                 f"{cost(entry['energy_j'])}"
             )
-        write(f"with all it was made from: {cost(found['total_j'])}")
-        write_block(f"\nits recipe:\n\n{found.get('recipe', '')}")
+        write(f"with all it was made from: {cost(content['total_j'])}")
+        write_block(f"\nits recipe:\n\n{content.get('recipe', '')}")
 
-    return found, show
+    return content, show
 
 
 def export(args: Any) -> Answer:
     """Write a finished run's model in another form."""
     from greenvis.integrations.export import export
 
-    found = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
+    exported = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
 
     def show() -> None:
         write(
-            f"{found['path']}: {found['to']}; greatest difference from the live model "
-            f"{found['max_difference']:.1e}"
+            f"{exported['path']}: {exported['to']}; greatest difference from the live model "
+            f"{exported['max_difference']:.1e}"
         )
 
-    return found, show
+    return exported, show
 
 
 def _model(args: Any) -> tuple[Any, Any]:

@@ -46,8 +46,8 @@ def left_by(text: str, runs: str) -> str:
         return record.named(text, runs)
     folder = run[1][0].parent
     done = folder / "done.json"
-    mark = files.read_json(done, "mark of a finished run") if done.is_file() else {}
-    left = mark.get("run") if isinstance(mark, dict) else None
+    finished = files.read_json(done, "mark of a finished run") if done.is_file() else {}
+    left = finished.get("run") if isinstance(finished, dict) else None
     if left != run[0]:
         raise BadInput(
             f"run {run[0]} left no model; {folder} holds "

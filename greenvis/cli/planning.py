@@ -22,7 +22,7 @@ def plan(args: Any) -> Answer:
     arms = {}
     for recipe, _ in recipes:
         arms |= plan(recipe, **options)["arms"]
-    found = {"arms": arms, "total": total(arms)}
+    prediction = {"arms": arms, "total": total(arms)}
 
     def show() -> None:
         from greenvis.report.formatting import duration, si
@@ -34,7 +34,7 @@ def plan(args: Any) -> Answer:
             "FLOPs": ("flops", si),
         }
         rows = []
-        for name, arm in [*found["arms"].items(), ("total", found["total"])]:
+        for name, arm in [*prediction["arms"].items(), ("total", prediction["total"])]:
             figures = {head: form(arm[key]["value"]) for head, (key, form) in forms.items()}
             band = f"{si(arm['energy_j']['low'], 'J')} – {si(arm['energy_j']['high'], 'J')}"
             rows.append(
@@ -48,7 +48,7 @@ def plan(args: Any) -> Answer:
             )
         print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
 
-    return found, show
+    return prediction, show
 
 
 def rank(args: Any) -> Answer:
@@ -56,7 +56,7 @@ def rank(args: Any) -> Answer:
     from greenvis.planning.rank import METHODS, rank
     from greenvis.report.formatting import si
 
-    found = rank(
+    ranking = rank(
         args.bases,
         args.data,
         images=args.images,
@@ -76,30 +76,31 @@ def rank(args: Any) -> Answer:
                 "energy": si(row["energy_j"], "J"),
                 "fine-tuned": "" if "tuned_accuracy" not in row else f"{row['tuned_accuracy']:.4f}",
             }
-            for row in found["rows"]
+            for row in ranking["rows"]
         ]
         print_rows(
             rows,
-            f"bases for {found['data']}, by {found['by']} of {found['images']} training images",
+            f"bases for {ranking['data']}, by {ranking['by']} of {ranking['images']} training "
+            "images",
         )
-        spent = found["energy_j"]
+        spent = ranking["energy_j"]
         text = (
             f"the ranking took {si(spent['value'], 'J')} ({si(spent['low'], 'J')} – "
             f"{si(spent['high'], 'J')})"
         )
-        if found["tuning_energy_j"]:
-            text += f"; fine-tuning each of them once took {si(found['tuning_energy_j'], 'J')}"
+        if ranking["tuning_energy_j"]:
+            text += f"; fine-tuning each of them once took {si(ranking['tuning_energy_j'], 'J')}"
         write(text)
-        for method, its in (found["correlation"] or {}).items():
-            taus = f"weighted tau {its['weighted_tau']:+.2f}, tau {its['tau']:+.2f}"
-            write(f"{method} against real fine-tuning of {its['bases']} bases: {taus}")
-        if found["correlation"] is None:
+        for method, agreement in (ranking["correlation"] or {}).items():
+            taus = f"weighted tau {agreement['weighted_tau']:+.2f}, tau {agreement['tau']:+.2f}"
+            write(f"{method} against real fine-tuning of {agreement['bases']} bases: {taus}")
+        if ranking["correlation"] is None:
             write(
                 "fewer than three of these bases were fine-tuned on this data on record, so "
                 "nothing says how right this is"
             )
 
-    return found, show
+    return ranking, show
 
 
 def advise(args: Any) -> Answer:
@@ -108,7 +109,7 @@ def advise(args: Any) -> Answer:
     from greenvis.planning.advise import advise
     from greenvis.planning.candidates import PLANS
 
-    found = advise(
+    advice = advise(
         args.model,
         args.data,
         target_accuracy=args.target_accuracy,
@@ -125,39 +126,39 @@ def advise(args: Any) -> Answer:
         say=teller(args),
         **options(args),
     )
-    return found, lambda: _show_advice(found)
+    return advice, lambda: _show_advice(advice)
 
 
-def _show_advice(found: dict[str, Any]) -> None:
+def _show_advice(advice: dict[str, Any]) -> None:
     from greenvis.planning.plan import BUSY_BAND
     from greenvis.report.formatting import count, gain, si
 
-    served, images = count(found["serve"]), count(found["images"])
+    served, images = count(advice["serve"]), count(advice["images"])
     rows = []
-    for row in found["rows"]:
-        its = row["accuracy"]
+    for row in advice["rows"]:
+        accuracy = row["accuracy"]
         rows.append(
             {
                 "plan": row["plan"],
-                "accuracy": f"{gain('accuracy', its['value'])} ({its['low'] * 100:.0f} – "
-                f"{its['high'] * 100:.0f})",
+                "accuracy": f"{gain('accuracy', accuracy['value'])} ({accuracy['low'] * 100:.0f} – "
+                f"{accuracy['high'] * 100:.0f})",
                 "training": si(row["train_energy_j"]["value"], "J"),
                 "1,000 images": si(row["serve_energy_j"]["value"], "J"),
                 f"with {served}": si(row["total_energy_j"]["value"], "J"),
                 "front": ", ".join(
-                    ["yes"] * row["front"] + ["taken"] * (row["plan"] == found["pick"])
+                    ["yes"] * row["front"] + ["taken"] * (row["plan"] == advice["pick"])
                 ),
             }
         )
-    print_rows(rows, f"{found['model']} for {found['data']}, {images} training images: predicted")
-    for plan, why in found["refused"].items():
+    print_rows(rows, f"{advice['model']} for {advice['data']}, {images} training images: predicted")
+    for plan, why in advice["refused"].items():
         write(f"left out: {plan}: {why}")
     sizes = ", ".join(
-        str(n) for n in sorted({t["images"] for row in found["rows"] for t in row["trials"]})
+        str(n) for n in sorted({t["images"] for row in advice["rows"] for t in row["trials"]})
     )
-    spent = si(found["trials_energy_j"], "J")
+    spent = si(advice["trials_energy_j"], "J")
     write(
-        f"from trials on {sizes} images, tested on {found['held']} others of the training images, "
+        f"from trials on {sizes} images, tested on {advice['held']} others of the training images, "
         f"which took {spent}"
     )
     write(
@@ -168,6 +169,6 @@ def _show_advice(found: dict[str, Any]) -> None:
         f"and the sampling error. Energy: ±{BUSY_BAND:.0%}. Front: no other plan is both cheaper "
         "and more accurate"
     )
-    write(f"{found['pick'] or 'none'}: {found['why']}")
-    if found["recipe"]:
-        write(f"greenvis run {shlex.quote(str(found['recipe']))}")
+    write(f"{advice['pick'] or 'none'}: {advice['why']}")
+    if advice["recipe"]:
+        write(f"greenvis run {shlex.quote(str(advice['recipe']))}")

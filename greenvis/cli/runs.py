@@ -76,9 +76,9 @@ def run(args: Any) -> Answer | int:
         note=first.report.note,
     )
     if failed:
-        listed = "; ".join(f"{name}: {why}" for name, why in failed.items())
+        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
         raise GreenvisError(
-            f"{len(failed)} runs failed ({listed}); {page} has the others, and the same command "
+            f"{len(failed)} runs failed ({reasons}); {page} has the others, and the same command "
             "goes on from here"
         )
     return reported(page)
@@ -89,16 +89,18 @@ def report(args: Any) -> Answer:
     from greenvis.meters import record
     from greenvis.report import report
 
-    wanted = {k: getattr(args, k) for k in ("out", "baseline", "grid", "title", "served", "margin")}
-    return reported(report([record.named(path, args.runs) for path in args.paths], **wanted))
+    options = {
+        k: getattr(args, k) for k in ("out", "baseline", "grid", "title", "served", "margin")
+    }
+    return reported(report([record.named(path, args.runs) for path in args.paths], **options))
 
 
 def overview(args: Any) -> Answer:
     """Sum many reports up."""
     from greenvis.report.overview import markdown, overview
 
-    found = overview(args.folder)
-    return found, lambda: write_block(markdown(found))
+    summary = overview(args.folder)
+    return summary, lambda: write_block(markdown(summary))
 
 
 def doctor(args: Any) -> Answer:
@@ -115,8 +117,8 @@ def doctor(args: Any) -> Answer:
         from rich.text import Text
 
         for row in rows:
-            said = ", ".join(str(row[k]) for k in ("source", "provenance", "band") if row.get(k))
-            console().print(Text(one_line(f"{row['what']}: {said}")))
+            text = ", ".join(str(row[k]) for k in ("source", "provenance", "band") if row.get(k))
+            console().print(Text(one_line(f"{row['what']}: {text}")))
             for key in ("why", "better"):
                 if row.get(key):
                     console().print(
@@ -135,7 +137,7 @@ def track(args: Any) -> Answer | int:
         raise BadInput("greenvis track takes a command after --: greenvis track -- python train.py")
     code, run = track_command(words, name=args.name, country=args.country, dir=args.dir)
     energy = run.energy()
-    said = {
+    answer = {
         "record": None if run.lost else str(run.path),
         "exit": code,
         "energy_j": energy.value,
@@ -147,9 +149,9 @@ def track(args: Any) -> Answer | int:
         if energy.value is None
         else f"{energy.value:.1f} J ({energy.low:.1f}–{energy.high:.1f}, {energy.provenance})"
     )
-    kept = f"the record is lost: {run.lost}" if run.lost else f"record: {run.path}"
+    where = f"the record is lost: {run.lost}" if run.lost else f"record: {run.path}"
     print(
-        json_text(said) if args.json else message(f"{text}; {kept}"),
+        json_text(answer) if args.json else message(f"{text}; {where}"),
         file=sys.stdout if args.json else sys.stderr,
     )
     return code

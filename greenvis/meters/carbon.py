@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from greenvis.errors import BadInput, nearest
-from greenvis.meters.grid import given, lookup
+from greenvis.meters.grid import constant, lookup
 
 EMBODIED_KEYS = ("kg", "lifetime_years", "share")
 
@@ -30,7 +30,7 @@ def header(
     if country is not None and intensity is not None:
         raise BadInput(f"give country={country!r} or intensity={intensity!r}, not both")
     out: dict[str, Any] = {
-        "carbon_intensity": given(intensity) if intensity is not None else lookup(country),
+        "carbon_intensity": constant(intensity) if intensity is not None else lookup(country),
         "pue": float(pue),
     }
     if embodied is not None:

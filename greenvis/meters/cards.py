@@ -33,7 +33,7 @@ def visible(
     comes before the mask.
     """
     if uuids is not None:
-        chosen, why = _by_uuid(cards, uuids, whole=True)
+        chosen, why = _by_uuid(cards, uuids, strict=True)
     elif (mask := environ.get(MASK)) is None:
         chosen, why = list(range(len(cards))), ""
     else:
@@ -51,7 +51,7 @@ def visible(
 
 
 def _by_uuid(
-    cards: Sequence[Card], words: Sequence[str], *, whole: bool = False
+    cards: Sequence[Card], words: Sequence[str], *, strict: bool = False
 ) -> tuple[list[int], str]:
     chosen: list[int] = []
     for word in words:
@@ -64,7 +64,7 @@ def _by_uuid(
         matches = [i for i, c in enumerate(cards) if bare and _bare(c.uuid).startswith(bare)]
         if len(matches) == 1 and matches[0] not in chosen:
             chosen.append(matches[0])
-        elif whole:
+        elif strict:
             return [], f"NVML does not know the GPU {word} that torch uses"
         else:
             break  # as CUDA does: from the first entry on that is no card, all are ignored

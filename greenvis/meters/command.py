@@ -35,7 +35,7 @@ def track_command(
         raise BadInput("no command was given: greenvis track -- python train.py")
     run = track(name or _name(words), **options, header={"command": list(words)})
     folder = Path(options.get("dir", "runs")).absolute()
-    before = next(place for place in (folder, *folder.parents) if place.exists())
+    before = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with _orphans_come_here(), run:
         ours = set(children(os.getpid())) if sys.platform == "linux" else set()
         try:

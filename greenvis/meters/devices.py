@@ -70,13 +70,13 @@ def uncounted(kinds: Iterable[str], why: str) -> dict[str, Any] | None:
 def asynchronous(*holders: Any) -> list[Any]:
     """Return the devices of these tensors and modules that are asked and answer later: all but the
     processor."""
-    seen: dict[Any, None] = {}
+    devices: dict[Any, None] = {}
     for holder in holders:
         tensors = (
             [*holder.parameters(), *holder.buffers()] if hasattr(holder, "parameters") else [holder]
         )
-        seen.update(dict.fromkeys(t.device for t in tensors if t.device.type not in HOSTS))
-    return [*seen]
+        devices.update(dict.fromkeys(t.device for t in tensors if t.device.type not in HOSTS))
+    return [*devices]
 
 
 def wait(devices: Iterable[Any]) -> None:

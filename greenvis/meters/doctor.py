@@ -20,13 +20,13 @@ def doctor(country: str | None = None) -> list[dict[str, Any]]:
     if not any(c["name"] == "gpu" for c in meter.components):
         rows.append(_plain("gpu", "none", "", "no NVIDIA driver is loaded here", ""))
     described = header.cpu()
-    place = "virtual machine" if described["virtual"] else "bare machine"
+    kind = "virtual machine" if described["virtual"] else "bare machine"
     rows.append(
         _plain(
             "processor",
             described["name"] or "name hidden",
             "",
-            f"{described['allowed']} logical CPUs, {place}",
+            f"{described['allowed']} logical CPUs, {kind}",
             "",
         )
     )
@@ -100,13 +100,13 @@ def _plain(what: str, source: str, provenance: str, why: str, better: str) -> di
 
 def _grid(country: str | None) -> dict[str, Any]:
     try:
-        found = lookup(country)
+        intensity = lookup(country)
     except BadInput as error:
         return _plain("grid", "none", "", str(error), "give country= or intensity=")
-    if found["assumed"]:
+    if intensity["assumed"]:
         why = (
-            f"no country was given: {found['value']:g} g/kWh, the world average "
-            f"({found['source']}), is assumed"
+            f"no country was given: {intensity['value']:g} g/kWh, the world average "
+            f"({intensity['source']}), is assumed"
         )
         return _plain(
             "grid",
@@ -117,9 +117,9 @@ def _grid(country: str | None) -> dict[str, Any]:
         )
     return _plain(
         "grid",
-        found["zone"],
+        intensity["zone"],
         "estimated",
-        f"{found['value']:g} g/kWh, {found['year']}: {found['source']}",
+        f"{intensity['value']:g} g/kWh, {intensity['year']}: {intensity['source']}",
         "",
     )
 

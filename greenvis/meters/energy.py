@@ -237,10 +237,10 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     path = path or os.environ.get(OVERRIDE)
     if not path:
         return table
-    given = files.read_json(path, "coefficients file")
-    if not isinstance(given, dict):
+    content = files.read_json(path, "coefficients file")
+    if not isinstance(content, dict):
         raise BadInput(f"cannot read the coefficients file {path}: it is no mapping")
-    for key, value in given.items():
+    for key, value in content.items():
         if key == "wall_meter":
             table["cpu_w_per_busy_cpu"] = _from_wall_meter(path, value)
         elif key not in table:

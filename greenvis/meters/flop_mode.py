@@ -40,14 +40,14 @@ class FlopMode(TorchDispatchMode):
     """Adds up FLOPs (1 MAC = 2) of what runs inside, in this thread and its backward. Numbers and
     kernels stay.
 
-    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; by_place: FLOPs
-    by what `place` says at the time; unhandled: calls of heavy operators without a formula.
+    total; by_path: FLOPs by each name on `path`, which the caller pushes and pops; by_phase: FLOPs
+    by what `phase` says at the time; unhandled: calls of heavy operators without a formula.
     """
 
-    def __init__(self, place: Callable[[], str] | None = None) -> None:
+    def __init__(self, phase: Callable[[], str] | None = None) -> None:
         super().__init__()
-        self._place = place
-        self.by_place: Counter[str] = Counter()
+        self._phase = phase
+        self.by_phase: Counter[str] = Counter()
         self.total = 0
         self.path: list[str] = []
         self.by_path: Counter[str] = Counter()
@@ -71,8 +71,8 @@ class FlopMode(TorchDispatchMode):
             self.total += flops
             for name in dict.fromkeys(self.path):
                 self.by_path[name] += flops
-            if self._place is not None:
-                self.by_place[self._place()] += flops
+            if self._phase is not None:
+                self.by_phase[self._phase()] += flops
 
 
 _routes: dict[

@@ -55,7 +55,7 @@ NO_COUNTRY = {
 }
 
 
-def given(intensity: float) -> dict[str, Any]:
+def constant(intensity: float) -> dict[str, Any]:
     """Return a carbon intensity the user states, in g CO2e per kWh."""
     if not (isinstance(intensity, (int, float)) and 0 <= intensity < math.inf):
         raise BadInput(
@@ -186,21 +186,21 @@ def _region(word: str, country: str, region: str) -> dict[str, Any]:
     if country in ("CHN", "CN"):
         table = _load("2023/china_provincial_emissions.json")
         zones = {k[3:]: v for k, v in table["data"].items()}
-        found = _pick(word, region, zones)
+        entry = _pick(word, region, zones)
         return _entry(
-            found["emission_factor"],
+            entry["emission_factor"],
             f"CHN-{region}",
-            found["description"],
-            found["year"],
+            entry["description"],
+            entry["year"],
             table["metadata"]["source"],
         )
     if country in ("CAN", "CA"):
         provinces = {k.upper(): (k, v) for k, v in _load("2023/canada_energy_mix.json").items()}
-        found = _pick(word, PROVINCES.get(region, region).upper(), provinces)
+        entry = _pick(word, PROVINCES.get(region, region).upper(), provinces)
         return _entry(
-            _of_mix(found[1]),
-            f"CAN-{found[0]}",
-            found[0],
+            _of_mix(entry[1]),
+            f"CAN-{entry[0]}",
+            entry[0],
             2023,
             "codecarbon's generation mix × its factor per source",
         )

@@ -141,12 +141,12 @@ def cpu() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions that matter for repeating a run, without importing anything."""
-    wanted = ("greenvis", "torch", "torchvision", "timm", "transformers", "peft")
+    packages = ("greenvis", "torch", "torchvision", "timm", "transformers", "peft")
     out = {"python": sys.version.split()[0], "platform": sys.platform}
     for folder in filter(os.path.isdir, sys.path):
         for entry in os.listdir(folder):  # importlib.metadata says the same, after 20 ms of imports
             name, _, version = entry.removesuffix(".dist-info").partition("-")
-            if entry.endswith(".dist-info") and name in wanted:
+            if entry.endswith(".dist-info") and name in packages:
                 out.setdefault(name, version)
     return out
 

@@ -57,10 +57,12 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     if any(
         note.startswith(flops.WITH_DATA) for note in count.notes
     ):  # it may do more for some images than for others
-        found = flops.distribution(model, x)
+        distribution = flops.distribution(model, x)
         macs, spread = (
-            found["mean"],
-            {"macs_distribution": found} if found["min"] < found["max"] else {},
+            distribution["mean"],
+            {"macs_distribution": distribution}
+            if distribution["min"] < distribution["max"]
+            else {},
         )
     single = speed.latency(model, x[:1], seconds=LOOK_S)
     return {
@@ -117,8 +119,8 @@ def _seen(run: Tracker) -> dict[str, float]:
 def _since(before: Mapping[str, float], run: Tracker) -> dict[str, float]:
     """Return what was observed since `_seen`, and from when to when."""
     now = _seen(run)
-    seen = {q: v - before.get(q, 0.0) for q, v in now.items() if q not in UNCOUNTED}
-    return seen | {"from_s": before["at_s"], "to_s": now["at_s"]}
+    observed = {q: v - before.get(q, 0.0) for q, v in now.items() if q not in UNCOUNTED}
+    return observed | {"from_s": before["at_s"], "to_s": now["at_s"]}
 
 
 def compare(
@@ -153,19 +155,19 @@ def compare(
             contexts = [*points().items()]
             for name, point in contexts if (i + number) % 2 == 0 else contexts[::-1]:
                 _give_memory_back()
-                with points()[name] as told, torch.inference_mode():
-                    _hits(part[:WARM], told, answer)
-                with point as told, torch.inference_mode(), run.phase("serve"):
+                with points()[name] as stats, torch.inference_mode():
+                    _hits(part[:WARM], stats, answer)
+                with point as stats, torch.inference_mode(), run.phase("serve"):
                     before = _seen(run)
-                    hits = _hits(part, told, answer)
+                    hits = _hits(part, stats, answer)
                     spent[name] = _summed(spent.get(name), _since(before, run))
                     run.add(samples=size)
                 if not number:
                     rights[name] = rights.get(name, 0) + hits
-                    facts.setdefault(name, []).append((size, told))
+                    facts.setdefault(name, []).append((size, stats))
             images += 0 if number else size
-        for name, seen in spent.items():
-            passes.setdefault(name, []).append(seen)
+        for name, observed in spent.items():
+            passes.setdefault(name, []).append(observed)
     return [
         {
             "setting": name,
@@ -189,12 +191,12 @@ def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict
 
 
 def _hits(
-    part: Sequence[tuple[Any, Tensor]], told: dict[str, Any], answer: Callable[[Any], Tensor]
+    part: Sequence[tuple[Any, Tensor]], stats: dict[str, Any], answer: Callable[[Any], Tensor]
 ) -> int:
     """Answer these batches, as the setting that gave `told` does, and return how many answers are
     right."""
-    own, given = told.pop("answer", None), (x for x, _ in part)
-    answers = map(answer, given) if own is None else own(given)
+    own, inputs = stats.pop("answer", None), (x for x, _ in part)
+    answers = map(answer, inputs) if own is None else own(inputs)
     return sum(
         int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True)
     )
@@ -210,8 +212,8 @@ def _give_memory_back() -> None:
 
 def _parts(batches: Iterable[Any], turn: int) -> Iterator[list[tuple[Any, Tensor]]]:
     """Yield lists of so many batches (x, y)."""
-    there = iter(batches)
-    while part := [(x, y) for x, y, *_ in islice(there, turn)]:
+    remaining = iter(batches)
+    while part := [(x, y) for x, y, *_ in islice(remaining, turn)]:
         yield part
 
 
@@ -233,8 +235,8 @@ def _together(parts: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
     """Return one mapping for all: lists of counts added up, numbers averaged over images."""
     images = sum(n for n, _ in parts)
     return {
-        key: [sum(c) for c in zip(*(told[key] for _, told in parts), strict=True)]
+        key: [sum(c) for c in zip(*(stats[key] for _, stats in parts), strict=True)]
         if isinstance(value, list)
-        else sum(n * told[key] for n, told in parts) / images
+        else sum(n * stats[key] for n, stats in parts) / images
         for key, value in parts[0][1].items()
     }

@@ -36,39 +36,39 @@ class Peak:
 @contextmanager
 def peak(sample_s: float = SAMPLE_S) -> Iterator[Peak]:
     """Measure peak memory over a block: `with peak() as p: …` and then `p.resident_mb`."""
-    tree, found, halt = open_tree(), Peak(), threading.Event()
+    tree, usage, halt = open_tree(), Peak(), threading.Event()
     cuda = _cuda()
 
     def look() -> None:
         tree.cpu_s()  # lists the children
-        found.resident_mb = max(found.resident_mb, tree.resident_gb() * 1000)
+        usage.resident_mb = max(usage.resident_mb, tree.resident_gb() * 1000)
 
     def watch() -> None:
         while not halt.wait(sample_s):
             look()
 
     look()
-    start = found.resident_mb
+    start = usage.resident_mb
     if cuda is not None:
         cuda.synchronize()
         cuda.reset_peak_memory_stats()
     thread = threading.Thread(target=watch, name="greenvis-memory", daemon=True)
     thread.start()
     try:
-        yield found
+        yield usage
     finally:
         halt.set()
         thread.join()
         look()
-        found.grown_mb = found.resident_mb - start
+        usage.grown_mb = usage.resident_mb - start
         if cuda is not None:
             cuda.synchronize()
             free, total = cuda.mem_get_info()
-            found.allocated_mb, found.reserved_mb = (
+            usage.allocated_mb, usage.reserved_mb = (
                 cuda.max_memory_allocated() / MB,
                 cuda.max_memory_reserved() / MB,
             )
-            found.device_mb = (total - free) / MB
+            usage.device_mb = (total - free) / MB
 
 
 def peak_mb() -> float:

@@ -57,13 +57,13 @@ def _component(totals: Mapping[str, float], c: Mapping[str, Any]) -> Reading:
         c.get("coefficient") or {},
         c.get("source", ""),
     )
-    seen, provenance, reason = totals.get(quantity), c.get("provenance", "estimated"), ""
-    if seen is None or "central" not in k:
+    amount, provenance, reason = totals.get(quantity), c.get("provenance", "estimated"), ""
+    if amount is None or "central" not in k:
         return Reading(
             "energy_j", None, None, None, source, provenance, c.get("reason") or "not observed"
         )
     unseen, wall = totals.get(quantity + UNSEEN, 0.0), totals.get("wall_s", 0.0)
-    if 0 < unseen > WHOLE * wall or (seen <= 0 and quantity.endswith("_j")):
+    if 0 < unseen > WHOLE * wall or (amount <= 0 and quantity.endswith("_j")):
         provenance = PARTLY_UNKNOWN if unseen > 0 or wall > STILL_S else provenance
         reason = f"{source}: the counter stood still or told nothing that can be believed"
         return Reading("energy_j", None, None, None, source, provenance, reason)
@@ -78,7 +78,7 @@ def _component(totals: Mapping[str, float], c: Mapping[str, Any]) -> Reading:
         k.get("high", k["central"]) * again.get("high", 1.0),
     )
     return Reading(
-        "energy_j", seen * k["central"], seen * low, seen * high, source, provenance, reason
+        "energy_j", amount * k["central"], amount * low, amount * high, source, provenance, reason
     )
 
 
@@ -88,21 +88,19 @@ def add(readings: Iterable[Reading], name: str = "energy_j") -> Reading:
 
     A missing reading weakens the sum where it is known to have spent something ("partly unknown").
     """
-    listed = list(readings)
-    there = [r for r in listed if r.value is not None]
-    reason = "; ".join(dict.fromkeys(r.reason for r in listed if r.reason))
-    counted = [
-        r.provenance for r in listed if r.value is not None or r.provenance == PARTLY_UNKNOWN
-    ]
+    items = list(readings)
+    known = [r for r in items if r.value is not None]
+    reason = "; ".join(dict.fromkeys(r.reason for r in items if r.reason))
+    counted = [r.provenance for r in items if r.value is not None or r.provenance == PARTLY_UNKNOWN]
     weakest = PROVENANCES[max(map(PROVENANCES.index, counted), default=1)]
-    if not there:
+    if not known:
         return Reading(name, None, provenance=weakest, reason=reason or "not observed")
     return Reading(
         name,
-        math.fsum(r.value or 0.0 for r in there),
-        math.fsum((r.value if r.low is None else r.low) or 0.0 for r in there),
-        math.fsum((r.value if r.high is None else r.high) or 0.0 for r in there),
-        method=" + ".join(dict.fromkeys(r.method for r in there if r.method)),
+        math.fsum(r.value or 0.0 for r in known),
+        math.fsum((r.value if r.low is None else r.low) or 0.0 for r in known),
+        math.fsum((r.value if r.high is None else r.high) or 0.0 for r in known),
+        method=" + ".join(dict.fromkeys(r.method for r in known if r.method)),
         provenance=weakest,
         reason=reason,
     )
@@ -130,10 +128,10 @@ def forecast(
 ) -> dict[str, float]:
     """Return {"value", "low", "high"} in joules of quantities predicted as such; the coefficients'
     own band is not in it."""
-    listed = list(components)
+    priced = list(components)
     bounds = ("value", "low", "high")
     spent = {
-        b: add(energy({q: f[b] for q, f in figures.items()}, listed).values()).value for b in bounds
+        b: add(energy({q: f[b] for q, f in figures.items()}, priced).values()).value for b in bounds
     }
     return {b: value or 0.0 for b, value in spent.items()}
 
@@ -197,8 +195,8 @@ def charged(runs: Sequence[Run]) -> list[list[Mapping[str, Any]]]:
     best: dict[tuple[Any, ...], tuple[float, int]] = {}
     for i, run in enumerate(runs):
         for c in run.header.get("components") or []:
-            seen = run.sum(c.get("observation") or "") or 0.0
-            best[_counter(run, c)] = max(best.get(_counter(run, c), (-1.0, 0)), (seen, -i))
+            amount = run.sum(c.get("observation") or "") or 0.0
+            best[_counter(run, c)] = max(best.get(_counter(run, c), (-1.0, 0)), (amount, -i))
     return [
         [
             c
@@ -227,8 +225,8 @@ def observed(attempts: Iterable[Sequence[Run]]) -> list[dict[str, Any]]:
     """
     out: list[dict[str, Any]] = []
     for runs in attempts:
-        for run, listed in zip(runs, charged(runs), strict=True):
-            components = [{k: c[k] for k in PRICED if k in c} for c in listed]
+        for run, counted in zip(runs, charged(runs), strict=True):
+            components = [{k: c[k] for k in PRICED if k in c} for c in counted]
             totals = {q: v for q in _quantities(components) if (v := run.sum(q)) is not None}
             totals = {q: v - (run.sum(q, STARTUP) or 0.0) for q, v in totals.items()}
             same = next((entry for entry in out if entry["components"] == components), None)
@@ -256,12 +254,12 @@ def spent(
 ) -> Reading:
     """Return the energy of what `observed` gave; components: those that price an entry without its
     own."""
-    listed = [
+    readings = [
         joules(e.get("totals"), e.get("components", components))
         for e in entries
         if isinstance(e, Mapping)
     ]
-    return add(listed) if listed else Reading("energy_j", None, reason="not observed")
+    return add(readings) if readings else Reading("energy_j", None, reason="not observed")
 
 
 def facts(run: Run) -> dict[str, Any]:
@@ -309,19 +307,19 @@ def reading(energy_j: Reading) -> dict[str, Any]:
     }
 
 
-def joules(seen: Any, components: Iterable[Mapping[str, Any]]) -> Reading:
+def joules(totals: Any, components: Iterable[Mapping[str, Any]]) -> Reading:
     """Return the energy of what all components observed together; what is no number is not
     observed."""
-    return add(energy(_numbers(seen), components).values())
+    return add(energy(_numbers(totals), components).values())
 
 
-def _numbers(seen: Any) -> dict[str, float]:
+def _numbers(totals: Any) -> dict[str, float]:
     """Return the numbers among what a record says was observed: records may come from other
     hands."""
-    listed = seen.items() if isinstance(seen, Mapping) else ()
+    items = totals.items() if isinstance(totals, Mapping) else ()
     return {
         str(q): v
-        for q, v in listed
+        for q, v in items
         if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     }
 
@@ -334,9 +332,9 @@ def image(
 
     None where a reading tells no energy.
     """
-    listed = served.get("rounds")
-    seen = [_numbers(r) for r in listed] if isinstance(listed, list) else []
-    rounds = [(r.get("samples", 0.0), _step(r, components)) for r in seen]
+    entries = served.get("rounds")
+    totals = [_numbers(r) for r in entries] if isinstance(entries, list) else []
+    rounds = [(r.get("samples", 0.0), _step(r, components)) for r in totals]
     if not rounds or any(n <= 0 or j.value is None for n, j in rounds):
         return None
     each = sorted((j.value or 0.0) / n for n, j in rounds)
@@ -377,12 +375,12 @@ def settings(
     return out
 
 
-def _step(seen: Mapping[str, float], components: Sequence[Mapping[str, Any]]) -> Reading:
+def _step(totals: Mapping[str, float], components: Sequence[Mapping[str, Any]]) -> Reading:
     """Return the joules of a short time: a counter that did not step in it says nothing of its own
     health."""
-    told = joules(seen, components)
-    still = told.value is None and any(c.get("observation") in seen for c in components)
-    return told._replace(value=0.0, low=0.0, high=0.0) if still else told
+    result = joules(totals, components)
+    still = result.value is None and any(c.get("observation") in totals for c in components)
+    return result._replace(value=0.0, low=0.0, high=0.0) if still else result
 
 
 def steadiness(own: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
@@ -407,8 +405,8 @@ def median_spread(values: Sequence[float]) -> float:
 
 def _quantities(components: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return what is observed for the components' sake."""
-    seen = [str(c["observation"]) for c in components if c.get("observation")]
-    return list(dict.fromkeys([*seen, *(q + UNSEEN for q in seen), "wall_s"]))
+    quantities = [str(c["observation"]) for c in components if c.get("observation")]
+    return list(dict.fromkeys([*quantities, *(q + UNSEEN for q in quantities), "wall_s"]))
 
 
 def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) -> Reading:
@@ -434,20 +432,20 @@ def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) ->
     )
 
 
-def embodied(given: Mapping[str, Any] | None, wall_s: float) -> Reading:
+def embodied(hardware: Mapping[str, Any] | None, wall_s: float) -> Reading:
     """Return the grams of CO2e of making the machine that fall to a run: kg × share × run time /
     lifetime.
 
     given: the header's {"kg", "lifetime_years", "share"}; None where the user gave nothing.
     """
-    if not given:
+    if not hardware:
         return Reading("embodied_g", None, reason="no embodied carbon of the machine was given")
     grams = (
-        given["kg"]
+        hardware["kg"]
         * 1000
-        * given.get("share", 1.0)
+        * hardware.get("share", 1.0)
         * wall_s
-        / (given.get("lifetime_years", 4.0) * YEAR_S)
+        / (hardware.get("lifetime_years", 4.0) * YEAR_S)
     )
     return Reading(
         "embodied_g", grams, method="kg × share × run time / lifetime", provenance="estimated"

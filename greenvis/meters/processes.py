@@ -95,10 +95,10 @@ class ProcessTree:
 
     def _look(self, pid: int) -> bool:
         """Read one process; False where it has ended (or its number now belongs to another)."""
-        found = _stat(pid)
+        stat = _stat(pid)
         known = self._seen.get(pid)
-        if found is not None and (known is None or known[0] == found[0]):
-            self._seen[pid] = found
+        if stat is not None and (known is None or known[0] == stat[0]):
+            self._seen[pid] = stat
             return True
         if known is not None:
             del self._seen[pid]

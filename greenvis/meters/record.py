@@ -208,12 +208,12 @@ class Run:
     def sum(self, quantity: str, phase: str | None = None) -> float | None:
         """Sum a quantity over all phases, or over one phase and those below it. None where it was
         never observed."""
-        found = [
+        values = [
             t[quantity]
             for name, t in self.totals.items()
             if quantity in t and (phase is None or name == phase or name.startswith(phase + "/"))
         ]
-        return math.fsum(found) if found else None
+        return math.fsum(values) if values else None
 
 
 def read(path: str | os.PathLike[str]) -> Run:
@@ -285,16 +285,16 @@ def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     not."""
     texts = [text for text in raw.split(b"\n") if text.strip()]
     try:  # all at once is four times faster, and right where nothing is damaged
-        whole = json.loads(b"[" + b",".join(texts) + b"]")
+        parsed = json.loads(b"[" + b",".join(texts) + b"]")
     except (ValueError, RecursionError):
-        whole = []
-    values = whole if len(whole) == len(texts) else map(_parsed, texts)
-    found = [
+        parsed = []
+    values = parsed if len(parsed) == len(texts) else map(_parsed, texts)
+    lines = [
         (line["type"], line)
         for line in values
         if isinstance(line, dict) and isinstance(line.get("type"), str)
     ]
-    return found, len(texts) - len(found)
+    return lines, len(texts) - len(lines)
 
 
 def _parsed(text: bytes) -> Any:
@@ -308,8 +308,8 @@ def _parsed(text: bytes) -> Any:
 def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
     """Yield the record files among `paths`: files as given, folders searched through. Raises
     BadInput for a missing one."""
-    for given in paths:
-        path = Path(given)
+    for entry in paths:
+        path = Path(entry)
         if path.is_dir():
             yield from sorted(path.rglob("*" + SUFFIX))
         elif path.is_file():
@@ -351,7 +351,7 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
     """
     if len(word) < LEAST_OF_AN_ID:
         return None
-    listed = [
+    candidates = [
         path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()
     ]  # a pipe would hang
     for id_of in (
@@ -359,7 +359,7 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
         _first_id,
     ):  # files may be renamed
         ids: dict[str, list[Path]] = {}
-        for path in listed:
+        for path in candidates:
             if (run := id_of(path)).startswith(word) or run.endswith(word):
                 ids.setdefault(run, []).append(path)
         if len(ids) > 1 and word not in ids:

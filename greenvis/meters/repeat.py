@@ -76,33 +76,35 @@ def measure(
         say(f"{number + 1} of {times}: {new[-1][1]:.3f} s of CPU time")
     file = path()
     file.parent.mkdir(parents=True, exist_ok=True)
-    listed = [*_readings(processor), *new][-MOST:]
-    files.write(file, json.dumps({"processor": processor, "cpus": host.cpus(), "readings": listed}))
+    readings = [*_readings(processor), *new][-MOST:]
+    files.write(
+        file, json.dumps({"processor": processor, "cpus": host.cpus(), "readings": readings})
+    )
 
 
 def band(processor: str, default: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return {"low", "central", "high", "unit", "citation"}: of this machine's readings, else the
     default. Never raises."""
-    listed = _readings(processor)
-    if len(listed) < LEAST:
+    readings = _readings(processor)
+    if len(readings) < LEAST:
         return default
-    values = [value for _, value in listed]
+    values = [value for _, value in readings]
     middle = statistics.median(values)
     low, high = min(values) / middle, max(values) / middle
-    hours = (max(at for at, _ in listed) - min(at for at, _ in listed)) / 3600
-    said = f"{len(listed)} runs over {hours:.2g} h read ×{max(values) / min(values):.3g} apart"
-    measured = f"measured on this machine: {said}"
+    hours = (max(at for at, _ in readings) - min(at for at, _ in readings)) / 3600
+    summary = f"{len(readings)} runs over {hours:.2g} h read ×{max(values) / min(values):.3g} apart"
+    measured = f"measured on this machine: {summary}"
     if hours < APART_H:
         low, high = min(low, default["low"]), max(high, default["high"])
         measured = (
-            f"default, for {APART_H:g} h must lie between runs (on this machine {said}): "
+            f"default, for {APART_H:g} h must lie between runs (on this machine {summary}): "
             f"{default['citation']}"
         )
     return {
         **default,
         "low": low,
         "high": high,
-        "runs": len(listed),
+        "runs": len(readings),
         "hours": hours,
         "citation": measured,
     }
@@ -115,7 +117,7 @@ def _readings(processor: str) -> list[tuple[float, float]]:
         held = files.read_json(path(), "readings of repeatability", 2**20)
         if (held["processor"], held["cpus"]) != (processor, host.cpus()):
             return []
-        listed = [(float(at), float(value)) for at, value in held["readings"]]
+        readings = [(float(at), float(value)) for at, value in held["readings"]]
     except (
         BadInput,
         OSError,
@@ -126,4 +128,4 @@ def _readings(processor: str) -> list[tuple[float, float]]:
         RuntimeError,
     ):  # no home: no readings
         return []
-    return [(at, value) for at, value in listed if 0 < value < 3600 and 0 < at < 1e11][-MOST:]
+    return [(at, value) for at, value in readings if 0 < value < 3600 and 0 < at < 1e11][-MOST:]

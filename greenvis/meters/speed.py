@@ -62,10 +62,10 @@ def throughput(
     for size in batch_sizes:
         batch = x.repeat(math.ceil(size / x.shape[0]), *[1] * (x.dim() - 1))[:size]
         try:
-            found = latency(model, batch, seconds=seconds, least=3)
+            timing = latency(model, batch, seconds=seconds, least=3)
         except torch.OutOfMemoryError:
             break
-        out[size] = size / found["mean"] * 1000
+        out[size] = size / timing["mean"] * 1000
     return out
 
 

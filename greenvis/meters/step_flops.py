@@ -29,7 +29,7 @@ class _Kind:
     to look again."""
 
     flops: dict[str, int] = field(default_factory=dict)
-    seen: int = 0
+    steps: int = 0
     next_look: int = 1
     phase: str = ""
 
@@ -44,7 +44,7 @@ class StepFlops:
         self._phase: str | None = None
         self._steps = self._learning = 0
         self._known: dict[tuple[Any, ...], _Kind] = {}
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self._compiled = _is_compiled(model)
 
     def step(self, tracker: Tracker, batch: Any) -> AbstractContextManager[Any]:
@@ -58,8 +58,8 @@ class StepFlops:
             return nullcontext()
         phase = tracker.current_phase
         kind = self._known.setdefault(self._key(phase, batch), _Kind())
-        kind.seen += 1
-        if kind.seen < kind.next_look and kind.phase == phase:
+        kind.steps += 1
+        if kind.steps < kind.next_look and kind.phase == phase:
             for below, flops in kind.flops.items():
                 tracker.add(phase + below, flops=flops)
             return nullcontext()
@@ -69,12 +69,12 @@ class StepFlops:
 
     @contextmanager
     def _counted(self, tracker: Tracker, kind: _Kind, phase: str) -> Iterator[None]:
-        if kind.seen >= kind.next_look:
-            kind.next_look = min(kind.seen * AGAIN, kind.seen + LONGEST)
+        if kind.steps >= kind.next_look:
+            kind.next_look = min(kind.steps * AGAIN, kind.steps + LONGEST)
         kind.phase = phase
         with FlopMode(lambda: tracker.current_phase) as mode:
             yield
-        kind.flops = {place.removeprefix(phase): n for place, n in mode.by_place.items()}
+        kind.flops = {path.removeprefix(phase): n for path, n in mode.by_phase.items()}
         for name in mode.unhandled:
             self._tell(tracker, f"FLOPs of {name} were not counted: no formula is known for it")
         for below, flops in kind.flops.items():
@@ -98,8 +98,8 @@ class StepFlops:
         )
 
     def _tell(self, tracker: Tracker, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        if text not in self._reported:
+            self._reported.add(text)
             tracker.note(text)
 
 

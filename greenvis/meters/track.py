@@ -80,18 +80,18 @@ def track(
         raise BadInput(
             f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}"
         )
-    given = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(
+    fields = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(
         header or {}
     )
     folder = Path(dir) / _slug(name)
-    if "arm" in given and "seed" in given:
-        folder = folder / _slug(str(given["arm"])) / f"seed{given['seed']}"
+    if "arm" in fields and "seed" in fields:
+        folder = folder / _slug(str(fields["arm"])) / f"seed{fields['seed']}"
 
     def open_source() -> Source:
         return source if source is not None else Meter(coefficients, wall_meter)
 
     return Tracker(
-        name, folder, given, open_source, live, codecarbon=codecarbon, interval_s=interval_s
+        name, folder, fields, open_source, live, codecarbon=codecarbon, interval_s=interval_s
     )
 
 
@@ -408,9 +408,9 @@ class Tracker:
                 return
 
     def _witness(self, crosscheck: CrossCheck) -> None:
-        found = crosscheck.stop()
-        if found is not None:
-            self.fact(codecarbon=found)
+        reading = crosscheck.stop()
+        if reading is not None:
+            self.fact(codecarbon=reading)
         elif crosscheck.problem:
             self.note(crosscheck.problem)
 

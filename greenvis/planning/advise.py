@@ -81,43 +81,43 @@ def advise(
         jobs, more = candidates.fitting(
             session, recipe.model_copy(update={"name": f"{name}-trials"})
         )
-        whole = yaml.safe_load(recipe.text())
-        whole["arms"] = {plan: arm for plan, arm in whole["arms"].items() if plan in jobs}
-        candidates.written(folder / "plans.yaml", whole)
+        all_plans = yaml.safe_load(recipe.text())
+        all_plans["arms"] = {plan: arm for plan, arm in all_plans["arms"].items() if plan in jobs}
+        candidates.written(folder / "plans.yaml", all_plans)
         trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
         trials.run(serve)
     rows = _rows(trials, serve)
     pick, why = choose(rows, target_accuracy, most)
-    found: dict[str, Any] = {
+    advice: dict[str, Any] = {
         "rows": rows,
         "refused": {**refused, **more, **trials.failed},
         "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
-        "trials_energy_j": math.fsum(t.total_j for its in trials.found.values() for t in its),
+        "trials_energy_j": math.fsum(t.total_j for tried in trials.results.values() for t in tried),
         "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
         "serve": serve, "target_accuracy": target_accuracy, "budget_j": most,
     }  # fmt: skip
     if pick is not None:
-        found["recipe"] = str(
-            _write(Path(out) if out else folder / "recipe.yaml", whole, name, found)
+        advice["recipe"] = str(
+            _write(Path(out) if out else folder / "recipe.yaml", all_plans, name, advice)
         )
-    return found
+    return advice
 
 
 def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
     """Return what is predicted of each plan, in order of total energy, and whether it is on the
     Pareto front."""
-    told = {plan: trials.predicted(plan, serve) for plan in trials.found}
+    forecasts = {plan: trials.predicted(plan, serve) for plan in trials.results}
     points = {
-        plan: (its["total_energy_j"]["value"], its["accuracy"]["value"])
-        for plan, its in told.items()
+        plan: (figures["total_energy_j"]["value"], figures["accuracy"]["value"])
+        for plan, figures in forecasts.items()
     }
     front = pareto(points)
     return [
         {
             "plan": plan,
-            **told[plan],
+            **forecasts[plan],
             "front": plan in front,
-            "trials": [asdict(trial) for trial in trials.found[plan]],
+            "trials": [asdict(trial) for trial in trials.results[plan]],
         }
         for plan in sorted(points, key=lambda plan: points[plan][0])
     ]
@@ -209,13 +209,13 @@ def _check(target: float | None, serve: float, share: float, out: str | Path | N
         )
 
 
-def _write(path: Path, whole: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> Path:
+def _write(path: Path, all_plans: Mapping[str, Any], name: str, advice: Mapping[str, Any]) -> Path:
     """Write the recipe of the plan that is taken."""
-    row = next(row for row in found["rows"] if row["plan"] == found["pick"])
+    row = next(row for row in advice["rows"] if row["plan"] == advice["pick"])
     accuracy, spent, served = (row[key] for key in ("accuracy", "train_energy_j", "serve_energy_j"))
     lines = (
         f"{MADE.removeprefix('# ')} "
-        f"{shlex.join(map(str, (found['model'], '--data', found['data'])))}`: {found['why']}.",
+        f"{shlex.join(map(str, (advice['model'], '--data', advice['data'])))}`: {advice['why']}.",
         f"Predicted: accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to "
         f"{accuracy['high']:.3f}), training "
         f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
@@ -223,6 +223,10 @@ def _write(path: Path, whole: Mapping[str, Any], name: str, found: Mapping[str, 
         "",
         f"  greenvis run {shlex.quote(str(path))}",
     )
-    content = {**whole, "name": name, "arms": {found["pick"]: whole["arms"][found["pick"]]}}
+    content = {
+        **all_plans,
+        "name": name,
+        "arms": {advice["pick"]: all_plans["arms"][advice["pick"]]},
+    }
     candidates.written(path, content, comment=lines)
     return path

@@ -46,13 +46,13 @@ def source(
     greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for a
     model, data set or file of plans that cannot be used.
     """
-    content, place = _plans(Path(plans)), _data(data_name)
-    data.check(**{k: v for k, v in place.items() if k != "normalise"})
+    content, dataset = _plans(Path(plans)), _data(data_name)
+    data.check(**{k: v for k, v in dataset.items() if k != "normalise"})
     reference = _reference(ref, runs)
-    given = dict(options or {})
-    if isinstance(start := given.get("pretrained"), str) and Path(start).expanduser().is_file():
-        given["pretrained"] = str(Path(start).expanduser().resolve())
-    model = models.build(reference, trust=trust, **given)
+    settings = dict(options or {})
+    if isinstance(start := settings.get("pretrained"), str) and Path(start).expanduser().is_file():
+        settings["pretrained"] = str(Path(start).expanduser().resolve())
+    model = models.build(reference, trust=trust, **settings)
     filled = _tokens(model) | (
         {"$teacher": _reference(teacher, runs)} if teacher is not None else {}
     )
@@ -71,10 +71,10 @@ def source(
             lacking[name] = MISSING[missing[0]]
         else:
             arms[name] = _put(arm or {}, filled)
-    own = _model(reference, given)
+    own = _model(reference, settings)
     return {
         "name": "advise-" + _slug(f"{Path(data_name).stem}-{_short(ref)}"),
-        "data": {**_shown(reference, model, given), **place},
+        "data": {**_shown(reference, model, settings), **dataset},
         "model": own,
         "train": {"seeds": [0], **content.get("train", {})},
         "arms": arms,
@@ -145,19 +145,19 @@ def _plans(path: Path) -> dict[str, Any]:
 def _data(name: str) -> dict[str, Any]:
     """Return the data section that a data set's name, or a recipe's file, means; its paths
     absolute."""
-    found, folder = {"name": name}, Path()
+    section, folder = {"name": name}, Path()
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(name)
-        found, folder = (
+        section, folder = (
             recipe.data.model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"}),
             recipe.folder,
         )
-    kind, colon, path = found["name"].partition(":")
+    kind, colon, path = section["name"].partition(":")
     if colon:
-        found["name"] = f"{kind}:{(folder / Path(path).expanduser()).resolve()}"
-    if found.get("root"):
-        found["root"] = str((folder / Path(found["root"]).expanduser()).resolve())
-    return found
+        section["name"] = f"{kind}:{(folder / Path(path).expanduser()).resolve()}"
+    if section.get("root"):
+        section["root"] = str((folder / Path(section["root"]).expanduser()).resolve())
+    return section
 
 
 def _reference(ref: str, runs: str | Path) -> str:
@@ -167,17 +167,19 @@ def _reference(ref: str, runs: str | Path) -> str:
     return f"file:{models.file_of(ref)}" if ref.startswith("file:") else ref
 
 
-def _model(reference: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def _model(reference: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the model section: a file's weights are a start, for a classifier of the new data's
     classes."""
     if not reference.startswith("file:"):
-        return {"ref": reference, **given}
-    inner, stored = models.origin(reference, **given)
-    kept = {k: v for k, v in stored.items() if k not in ("num_classes", "in_chans") or k in given}
-    return {"ref": inner, **kept, "init": reference}
+        return {"ref": reference, **settings}
+    inner, stored = models.origin(reference, **settings)
+    shared = {
+        k: v for k, v in stored.items() if k not in ("num_classes", "in_chans") or k in settings
+    }
+    return {"ref": inner, **shared, "init": reference}
 
 
-def _shown(reference: str, model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(reference: str, model: nn.Module, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return size and channels of the images a model is shown: those its run trained on, else what
     the model says."""
     if reference.startswith("file:"):
@@ -189,24 +191,24 @@ def _shown(reference: str, model: nn.Module, given: Mapping[str, Any]) -> dict[s
             plain = {} if any(s != 1 for s in facts.get("std") or ()) else {"normalise": False}
             return {"img_size": facts["img_size"], "in_chans": facts["in_chans"], **plain}
     channels, height, _ = structure.example_input(model).shape[1:]
-    return {"img_size": given.get("img_size") or height, "in_chans": channels}
+    return {"img_size": settings.get("img_size") or height, "in_chans": channels}
 
 
 def _tokens(model: nn.Module) -> dict[str, Any]:
     """Return {"$merge": tokens to merge in each block so that half of the patches are gone at the
     end}; {} without tokens."""
     try:
-        found = structure.view(model, probe=False)
+        view = structure.view(model, probe=False)
     except BadInput:  # what cannot be seen; the techniques say so in their own words
         return {}
     shape = (
-        found.layouts[found.blocks[0]].inputs
-        if found.blocks and found.blocks[0] in found.layouts
+        view.layouts[view.blocks[0]].inputs
+        if view.blocks and view.blocks[0] in view.layouts
         else ()
     )
-    if not found.attention or len(shape) != 3:
+    if not view.attention or len(shape) != 3:
         return {}
-    return {"$merge": max(1, (shape[1] - found.prefix_tokens) // (2 * len(found.blocks)))}
+    return {"$merge": max(1, (shape[1] - view.prefix_tokens) // (2 * len(view.blocks)))}
 
 
 def _words(value: Any) -> set[str]:
@@ -229,8 +231,8 @@ def _put(value: Any, filled: Mapping[str, Any]) -> Any:
 
 def _short(ref: str) -> str:
     """Return a model's reference in few words, for names of files."""
-    place = Path(ref.removeprefix("timm/").rpartition(":")[2])
-    return "/".join((place.parent if place.suffix == ".safetensors" else place).parts[-2:])
+    path = Path(ref.removeprefix("timm/").rpartition(":")[2])
+    return "/".join((path.parent if path.suffix == ".safetensors" else path).parts[-2:])
 
 
 def _slug(text: str) -> str:

@@ -80,7 +80,7 @@ def plan(
             continue
         say(f"{name}: a few steps")
         with loop.threads(job.arm.train.threads):
-            parts = [_predict(session, its) for its in stages.of(job) or [job]]
+            parts = [_predict(session, stage) for stage in stages.of(job) or [job]]
             making = _making(session, job) if job.arm.subset else None
         arms[name]["each"] = _summed(
             [figures for figures, _ in [*parts, *([making] if making else [])]]
@@ -97,10 +97,10 @@ def plan(
                 if not (job.folder / f"{job.inputs}-{SUBSET_FILE}").exists()
             ]
         arms[name] |= _priced(_summed(left), parts[0][1])
-    found = {"arms": arms, "total": total(arms)}
+    prediction = {"arms": arms, "total": total(arms)}
     path = Path(runs) / recipe.name / PLAN_FILE
-    write_json(path, found)
-    return found
+    write_json(path, prediction)
+    return prediction
 
 
 def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -121,19 +121,21 @@ def _shares_left(session: Session, job: Job) -> list[float]:
     )
     left = [0.0] * over + [1.0] * (len(each or [job]) - over)
     if file.exists() and over < len(left):
-        spec, its, at = (
+        spec, stream, at = (
             (each or [job])[over].arm.train,
             session.stream(job),
             checkpoint.read(file)["progress"],
         )
-        parts = [len(part) for part in its.train] if its else [len(_shown(session, job))]
-        seen = sum(parts[: at["task"]]) * spec.epochs
-        seen += (
+        parts = [len(part) for part in stream.train] if stream else [len(_shown(session, job))]
+        shown = sum(parts[: at["task"]]) * spec.epochs
+        shown += (
             (at["epoch"] * parts[at["task"]] + at["batch"] * spec.batch_size)
             if at["task"] < len(parts)
             else 0
         )
-        left[over] = 0.0 if at["reached"] else max(0.0, 1 - seen / max(sum(parts) * spec.epochs, 1))
+        left[over] = (
+            0.0 if at["reached"] else max(0.0, 1 - shown / max(sum(parts) * spec.epochs, 1))
+        )
     return left
 
 
@@ -155,19 +157,19 @@ def _predict(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
     first = min(2 * spec.accumulate, batches)
     step_s = (_few(session, job, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
     steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
-    seen = _few(session, job, steps, GROUPS + 1, tests)
+    measured = _few(session, job, steps, GROUPS + 1, tests)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
-    its = session.stream(job)
-    if its is None:
-        return _whole(
-            seen, spec.epochs * batches / steps, evaluations * len(images.test) / shown
-        ), seen.header
-    trained = sum(math.ceil(len(part) / spec.batch_size) for part in its.train)
-    tested = len(its.experiences) * sum(
-        len(part) for _, part in its.tests
-    )  # all of them after each task
-    return _whole(seen, spec.epochs * trained / steps, tested / shown), seen.header
+    stream = session.stream(job)
+    if stream is None:
+        return _extrapolated(
+            measured, spec.epochs * batches / steps, evaluations * len(images.test) / shown
+        ), measured.header
+    trained = sum(math.ceil(len(part) / spec.batch_size) for part in stream.train)
+    tested = len(stream.experiences) * sum(
+        len(part) for _, part in stream.tests
+    )  # all of them after each experience
+    return _extrapolated(measured, spec.epochs * trained / steps, tested / shown), measured.header
 
 
 def _shown(session: Session, job: Job) -> data.ImageSet:
@@ -192,16 +194,16 @@ def _making(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
                     subsets.make(
                         images, seed=job.seed, count=run.flops, **{**spec, "iterations": few}
                     )
-        seen = record.read(next(record.find([folder])))
+        measured = record.read(next(record.find([folder])))
     counted = {
-        quantity: spec["iterations"] / few * (seen.sum(quantity, "subset") or 0.0)
-        for quantity in _quantities(seen)
+        quantity: spec["iterations"] / few * (measured.sum(quantity, "subset") or 0.0)
+        for quantity in _quantities(measured)
     }
     bands = {quantity: 0.0 if quantity == "flops" else MAKING_BAND for quantity in counted}
     return {
         q: {"low": v * (1 - bands[q]), "value": v, "high": v * (1 + bands[q])}
         for q, v in counted.items()
-    }, seen.header
+    }, measured.header
 
 
 def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> record.Run:
@@ -231,13 +233,13 @@ def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> rec
         return record.read(next(record.find([folder])))
 
 
-def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> Figures:
+def _extrapolated(measured: record.Run, train_factor: float, eval_factor: float) -> Figures:
     groups = [f"train/epoch{g + 2}" for g in range(GROUPS)]
 
     def figure(quantity: str) -> dict[str, float]:
-        each = [seen.sum(quantity, phase) or 0.0 for phase in groups]
+        each = [measured.sum(quantity, phase) or 0.0 for phase in groups]
         fixed, band = (
-            eval_factor * (seen.sum(quantity, "eval") or 0.0),
+            eval_factor * (measured.sum(quantity, "eval") or 0.0),
             COUNT_BAND if quantity == "flops" else BUSY_BAND,
         )
         middle = train_factor * math.fsum(each) / len(each) + fixed
@@ -248,12 +250,12 @@ def _whole(seen: record.Run, train_factor: float, eval_factor: float) -> Figures
             "high": max(high, middle * (1 + band)),
         }
 
-    return {quantity: figure(quantity) for quantity in _quantities(seen)}
+    return {quantity: figure(quantity) for quantity in _quantities(measured)}
 
 
-def _quantities(seen: record.Run) -> list[str]:
+def _quantities(measured: record.Run) -> list[str]:
     """Return what a prediction is made of: what the components are priced by, time and FLOPs."""
-    priced = [str(c["observation"]) for c in seen.header["components"] if c.get("observation")]
+    priced = [str(c["observation"]) for c in measured.header["components"] if c.get("observation")]
     return list(dict.fromkeys([*priced, "wall_s", "flops"]))
 
 

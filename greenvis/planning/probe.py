@@ -72,17 +72,17 @@ def probe(
 def _finished(run: Path) -> list[Path]:
     """Return the folders of models below an arm's folder, or the run's own. Raises BadInput where
     there is none."""
-    found = (
+    folders = (
         [run]
         if (run / WEIGHTS_FILE).is_file()
         else sorted(p.parent for p in run.glob(f"*/{WEIGHTS_FILE}"))
     )
-    if not found:
+    if not folders:
         raise BadInput(
             f"{run} holds no {WEIGHTS_FILE}: give the folder of a finished run, as "
             "runs/RECIPE/ARM/seed0, or of its arm"
         )
-    return found
+    return folders
 
 
 def _protocol(path: Path) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def _protocol(path: Path) -> dict[str, Any]:
 
 def _source(card: dict[str, Any], protocol: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe's content: the protocol, for the model and the data of a card."""
-    whole = yamlfile.parse(card["recipe"], f"{card['file']}: the recipe in its card")
-    given = whole.get("data") if isinstance(whole, dict) else None
-    if not isinstance(given, dict):
+    recipe = yamlfile.parse(card["recipe"], f"{card['file']}: the recipe in its card")
+    section = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(section, dict):
         raise BadInput(f"{card['file']}: the recipe in its card names no data")
-    data = {k: v for k, v in given.items() if k in _DATA}
+    data = {k: v for k, v in section.items() if k in _DATA}
     facts = card["data"]
     arms = {}
     for name, arm in protocol["arms"].items():

@@ -64,9 +64,9 @@ def rank(
             f"{some(options)} would change none of these bases: options are for those of a library"
         )
     built = {base: _build(base, Path(runs), trust, options) for base in bases}
-    wanted = _data(data_name)
+    dataset = _data(data_name)
     shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
-    shown = {shape: _images(wanted, shape, images) for shape in dict.fromkeys(shapes.values())}
+    shown = {shape: _images(dataset, shape, images) for shape in dict.fromkeys(shapes.values())}
     rows: list[dict[str, Any]] = []
     with track("rank", dir=runs) as run:
         for number, (base, model) in enumerate(built.items(), 1):
@@ -85,10 +85,10 @@ def rank(
         [row["tuning_energy_j"] for row in rows if row.get("tuning_energy_j") is not None],
     )
     return {
-        "rows": [{"rank": place, **row} for place, row in enumerate(rows, 1)],
+        "rows": [{"rank": position, **row} for position, row in enumerate(rows, 1)],
         "by": by,
         "data": data_name,
-        "images": max(len(its.train) for its in shown.values()),
+        "images": max(len(part.train) for part in shown.values()),
         "correlation": correlation([row for row in rows if "tuned_accuracy" in row]),
         "energy_j": {
             "value": spent.value,
@@ -134,43 +134,43 @@ def tuned_on_record(
     the same classes of the same data; of several such settings of data and training, the one that
     most of the bases had, and all have.
     """
-    found: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
+    by_setting: dict[str, dict[str, dict[int, tuple[float, float | None]]]] = {}
     for path in record.find([runs]) if Path(runs).is_dir() else ():
         try:
-            its = record.read(path)
+            run = record.read(path)
         except GreenvisError:  # another's file, or one of a newer schema
             continue
-        base = _base_of(its, bases, options)
-        facts = its.facts.get("data") or {}
+        base = _base_of(run, bases, options)
+        facts = run.facts.get("data") or {}
         same = (
             facts.get("checksum") == images.checksum and facts.get("only") == images.facts()["only"]
         )
-        if base is None or its.status != "done" or not same or its.facts.get("accuracy") is None:
+        if base is None or run.status != "done" or not same or run.facts.get("accuracy") is None:
             continue
-        train = {k: v for k, v in (its.facts.get("train") or {}).items() if k not in UNHASHED}
+        train = {k: v for k, v in (run.facts.get("train") or {}).items() if k not in UNHASHED}
         setting = json.dumps([facts, train], sort_keys=True, default=str)
-        seeds = found.setdefault(setting, {}).setdefault(base, {})
-        seeds[int(its.header.get("seed", 0))] = (
-            its.facts["accuracy"],
-            pricing.run_energy(its, "train").value,
+        seeds = by_setting.setdefault(setting, {}).setdefault(base, {})
+        seeds[int(run.header.get("seed", 0))] = (
+            run.facts["accuracy"],
+            pricing.run_energy(run, "train").value,
         )
-    if not found:
+    if not by_setting:
         return {}
     out: dict[str, dict[str, float]] = {}
-    for base, seeds in max(found.values(), key=len).items():
+    for base, seeds in max(by_setting.values(), key=len).items():
         spent = [energy for _, energy in seeds.values() if energy is not None]
         out[base] = {"tuned_accuracy": sum(accuracy for accuracy, _ in seeds.values()) / len(seeds)}
         out[base] |= {"tuning_energy_j": sum(spent) / len(spent)} if spent else {}
     return out
 
 
-def _base_of(its: record.Run, bases: Sequence[str], options: Mapping[str, Any]) -> str | None:
+def _base_of(run: record.Run, bases: Sequence[str], options: Mapping[str, Any]) -> str | None:
     """Return which of the bases a run fine-tuned, None where it did something else."""
-    model = its.facts.get("model") or {}
-    if its.facts.get("techniques") or its.facts.get("stages"):
+    model = run.facts.get("model") or {}
+    if run.facts.get("techniques") or run.facts.get("stages"):
         return None
     if str(model.get("init") or "").startswith("run:"):
-        used = next((u.get("name") for u in its.uses if u.get("role") == "base"), None)
+        used = next((u.get("name") for u in run.uses if u.get("role") == "base"), None)
         return next((base for base in bases if used is not None and _arm(base) == used), None)
     pretrained = (model.get("options") or {}).get("pretrained")
     alike = pretrained and pretrained == options.get("pretrained") and not model.get("init")
@@ -200,8 +200,8 @@ def _shape(base: str, model: nn.Module, runs: Path, options: Mapping[str, Any]) 
     what it is asked for or says.
     """
     if _arm(base) is not None:
-        for its in record.readable([weights_of(base, runs).parent]):
-            if facts := its.facts.get("data"):
+        for run in record.readable([weights_of(base, runs).parent]):
+            if facts := run.facts.get("data"):
                 return facts["in_chans"], facts["img_size"], facts["img_size"]
     size = None if base.startswith("file:") else options.get("img_size")
     return tuple(structure.example_input(model, size=size).shape[1:])
@@ -214,16 +214,16 @@ def weights_of(base: str, runs: str | Path) -> Path:
     Raises BadInput where there are none.
     """
     folder = Path(runs) / base.removeprefix("run:") if base.startswith("run:") else Path(base)
-    found = sorted([*folder.glob(WEIGHTS_FILE), *folder.glob(f"seed*/{WEIGHTS_FILE}")])
-    if not found:
-        there = sorted(
+    weights = sorted([*folder.glob(WEIGHTS_FILE), *folder.glob(f"seed*/{WEIGHTS_FILE}")])
+    if not weights:
+        known = sorted(
             {
                 f"run:{p.parent.parent.relative_to(runs)}"
                 for p in Path(runs).glob(f"*/*/seed*/{WEIGHTS_FILE}")
             }
         )
-        raise BadInput(f"'{base}' left no {WEIGHTS_FILE} below {runs}{nearest(base, there)}")
-    return found[0]
+        raise BadInput(f"'{base}' left no {WEIGHTS_FILE} below {runs}{nearest(base, known)}")
+    return weights[0]
 
 
 def _data(name: str) -> dict[str, Any]:
@@ -234,11 +234,11 @@ def _data(name: str) -> dict[str, Any]:
     return {"name": name}
 
 
-def _images(wanted: Mapping[str, Any], shape: tuple[int, ...], most: int) -> data.Data:
+def _images(section: Mapping[str, Any], shape: tuple[int, ...], most: int) -> data.Data:
     """Return at most `most` training images, unchanged ones, as a model of this input shape takes
     them."""
     plain: dict[str, Any] = {
-        **wanted,
+        **section,
         "in_chans": shape[0],
         "img_size": shape[1],
         "augment": "none",
@@ -249,14 +249,14 @@ def _images(wanted: Mapping[str, Any], shape: tuple[int, ...], most: int) -> dat
     try:
         return data.load(**plain)
     except BadInput:  # fewer images than asked for: all of them
-        return data.load(**{**plain, "train": wanted.get("train")})
+        return data.load(**{**plain, "train": section.get("train")})
 
 
 def _scores(model: nn.Module, images: data.ImageSet, run: Tracker) -> dict[str, Any]:
     """Return every score of a base's features on these images, and their dimension."""
     loader = data.batches(images, BATCH)
-    found, labels = knn.features(model, run.steps(loader, phase="features", progress=False))
-    x, y = found.cpu().numpy(), labels.cpu().numpy()
+    features, labels = knn.features(model, run.steps(loader, phase="features", progress=False))
+    x, y = features.cpu().numpy(), labels.cpu().numpy()
     scores: dict[str, Any] = {}
     for method, score in SCORES.items():
         with run.phase(method):

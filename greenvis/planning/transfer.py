@@ -140,8 +140,8 @@ def ped(
     and a variance a class.
     """
     steps = ped_steps(features, labels, general, n_sigma=n_sigma, step=step)
-    kept = [fall for fall in steps if fall.ratio > EXIT_RATIO]
-    return kept[-1].features if kept else checked(features, labels)[0]
+    steep = [fall for fall in steps if fall.ratio > EXIT_RATIO]
+    return steep[-1].features if steep else checked(features, labels)[0]
 
 
 def ped_steps(
@@ -200,11 +200,11 @@ def checked(features: Any, labels: Any) -> tuple[Array, Array]:
             "transfer scores: some features are not finite; look at the base and at the data's "
             "normalisation"
         )
-    found, y = np.unique(y, return_inverse=True)
-    if len(found) < 2 or len(x) <= len(found):
+    classes, y = np.unique(y, return_inverse=True)
+    if len(classes) < 2 or len(x) <= len(classes):
         raise BadInput(
             f"transfer scores need two classes and more images than classes, not {len(x)} images "
-            f"of {len(found)}"
+            f"of {len(classes)}"
         )
     return x, y
 

@@ -67,8 +67,8 @@ class Trials:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.session, self.jobs, self.fresh, self.say = session, jobs, fresh, say
-        its = session.jobs.images(next(iter(jobs.values())).recipe)
-        self.images, classes = len(its.train), len(its.classes)
+        dataset = session.jobs.images(next(iter(jobs.values())).recipe)
+        self.images, classes = len(dataset.train), len(dataset.classes)
         longest = min(int(share * self.images), MOST)
         self.sizes = (longest // 4, longest // 2, longest)
         if self.sizes[0] < LEAST * classes:
@@ -78,12 +78,12 @@ class Trials:
                 f"shortest trial would have {self.sizes[0]} images, and {LEAST} a class are "
                 "needed; give more images or share"
             )
-        order = stratified(its.train.targets, its.train.transform.seed)
-        plain = replace(its.train.transform, augment="none", views=None)
-        self._train, self._order = its.train, order
+        order = stratified(dataset.train.targets, dataset.train.transform.seed)
+        plain = replace(dataset.train.transform, augment="none", views=None)
+        self._train, self._order = dataset.train, order
         last = order[longest:][-HELD:]
-        self.held = data.ImageSet(its.train.split, its.train.ids, plain).take(last)
-        self.found: dict[str, list[Trial]] = {name: [] for name in jobs}
+        self.held = data.ImageSet(dataset.train.split, dataset.train.ids, plain).take(last)
+        self.results: dict[str, list[Trial]] = {name: [] for name in jobs}
         self.failed: dict[str, str] = {}
         self._plain_j: float | None = None  # to serve one image by the model's own structure
 
@@ -95,28 +95,28 @@ class Trials:
         training fails goes to `failed`.
         """
         for number, size in enumerate(self.sizes):
-            names = list(self.found) if number < len(self.sizes) - 1 else self._ahead(images)
+            names = list(self.results) if number < len(self.sizes) - 1 else self._ahead(images)
             for name in names:
                 try:
                     trial = self._trial(self.jobs[name], size, number > 0)
-                    self.found[name].append(trial)
+                    self.results[name].append(trial)
                     if trial.plain and self._plain_j is None:
                         self._plain_j = trial.served_j
                 except GreenvisError as error:
                     self.failed[name] = str(error)
-            self.found = {
-                name: trials for name, trials in self.found.items() if name not in self.failed
+            self.results = {
+                name: trials for name, trials in self.results.items() if name not in self.failed
             }
-        if not self.found:
+        if not self.results:
             raise GreenvisError(f"no plan could be trained: {next(iter(self.failed.values()))}")
 
     def served_j(self, name: str) -> float:
         """Return the joules of one image a plan serves: its own last reading, or that of another
         plan with the same model."""
-        own = [t.served_j for t in self.found[name] if t.served_j is not None]
-        found = self._plain_j if self.found[name][-1].plain else own[-1]
-        assert found is not None
-        return found
+        own = [t.served_j for t in self.results[name] if t.served_j is not None]
+        joules = self._plain_j if self.results[name][-1].plain else own[-1]
+        assert joules is not None
+        return joules
 
     def predicted(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
         """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's
@@ -124,7 +124,7 @@ class Trials:
 
         serve_energy_j: of 1,000 images; total: of training and `images` served.
         """
-        trials = self.found[name]
+        trials = self.results[name]
         accuracy = extrapolate.accuracy(
             [(t.images, t.accuracy) for t in trials], self.images, len(self.held)
         )
@@ -143,13 +143,13 @@ class Trials:
     def _ahead(self, images: float) -> list[str]:
         """Return the plans no other beats on predicted accuracy and energy, then those only such
         beat, … until half are."""
-        told = {name: self.predicted(name, images) for name in self.found}
+        forecasts = {name: self.predicted(name, images) for name in self.results}
         left = {
-            name: (its["total_energy_j"]["value"], its["accuracy"]["value"])
-            for name, its in told.items()
+            name: (figures["total_energy_j"]["value"], figures["accuracy"]["value"])
+            for name, figures in forecasts.items()
         }
         ahead: list[str] = []
-        while len(ahead) < math.ceil(len(told) / 2):
+        while len(ahead) < math.ceil(len(forecasts) / 2):
             ahead += (front := pareto(left))
             left = {name: point for name, point in left.items() if name not in front}
         return ahead
@@ -222,11 +222,11 @@ class Trials:
         runs = [*record.readable([folder])] if folder.is_dir() else []
         same = []
         for run in runs:
-            its = run.facts.get("trial") or {}
+            facts = run.facts.get("trial") or {}
             if (
                 run.status == "done"
                 and run.header.get("inputs") == job.inputs
-                and its.get("images") == size
+                and facts.get("images") == size
             ):
                 same.append(run)
         return _read(max(same, key=lambda run: run.header.get("clock_s", 0.0))) if same else None
@@ -240,7 +240,9 @@ def _read(run: record.Run) -> Trial:
         raise GreenvisError(
             f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`"
         )
-    its = dict(run.facts["trial"])
-    if served := pricing.image(its.pop("served", {}), run.header["components"]):
-        its["served_j"] = served["value"]
-    return Trial(first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **its)
+    fields = dict(run.facts["trial"])
+    if served := pricing.image(fields.pop("served", {}), run.header["components"]):
+        fields["served_j"] = served["value"]
+    return Trial(
+        first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **fields
+    )

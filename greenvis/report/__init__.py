@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.meters.grid import given, lookup
+from greenvis.meters.grid import constant, lookup
 
 SERVED = 1_000_000  # images: the usage at which making and using a model are added up, unless told
 
@@ -42,20 +42,22 @@ def report(
     """
     paths = _listed(paths)
     with _no_collection():
-        found = results(
+        content = results(
             paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
         )
-        found["title"], found["note"] = title or found["title"], note or found["note"]
+        content["title"], content["note"] = title or content["title"], note or content["note"]
         from greenvis.report import archive, page, stored
 
-        place = stored.file(paths)
-        beside = place and place.parent / archive.NAME
+        results_file = stored.file(paths)
+        beside = results_file and results_file.parent / archive.NAME
         with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
             packed = archive.pack(each)
-        folder = place.parent if place else Path("reports") / _file_name(found["name"])
+        folder = (
+            results_file.parent if results_file else Path("reports") / _file_name(content["name"])
+        )
         try:
-            with stored.believed(place):
-                return page.write(found, folder if out is None else Path(out), packed)
+            with stored.believed(results_file):
+                return page.write(content, folder if out is None else Path(out), packed)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
@@ -79,10 +81,15 @@ def results(
                 else "points that may be lost, 0 or more"
             )
             raise BadInput(f"{name} is {value!r}; give the {what}")
-    if place := stored.file(paths):
-        with stored.believed(place):
+    if results_file := stored.file(paths):
+        with stored.believed(results_file):
             return stored.again(
-                place, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
+                results_file,
+                baseline=baseline,
+                metric=metric,
+                grid=grid,
+                served=served,
+                margin=margin,
             )
     with archive.unpacked(_listed(paths)) as each:
         runs, notes = groups.load(each, metric)
@@ -112,11 +119,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def table(found: Mapping[str, Any]) -> Any:
+def table(results: Mapping[str, Any]) -> Any:
     """Return results as a rich table for a terminal: one row an arm."""
     from greenvis.report import terminal
 
-    return terminal.table(found)
+    return terminal.table(results)
 
 
 def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -133,7 +140,7 @@ def _intensity(grid: float | str | Mapping[str, Any] | None) -> dict[str, Any] |
         value = float(grid)
     except ValueError:
         return lookup(str(grid))
-    return {**given(value), "source": "given by the reader of this report"}
+    return {**constant(value), "source": "given by the reader of this report"}
 
 
 def _file_name(name: str) -> str:

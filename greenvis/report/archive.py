@@ -31,7 +31,7 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
     Where the whole is larger than `MOST`, running totals that later ones replace are left out; None
     where that is not enough.
     """
-    found: dict[tuple[str, str], bytes] = {}
+    by_key: dict[tuple[str, str], bytes] = {}
     size = 0
     for path, _ in record_files(paths):
         size += path.stat().st_size
@@ -39,10 +39,10 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
             return None
         raw = path.read_bytes()
         key = _key(raw)
-        if key and len(raw) > len(found.get(key, b"")):
-            found[key] = raw
-    listed = [found[key] for key in sorted(found)]
-    for form in (listed, map(_thin, listed)) if listed else ():
+        if key and len(raw) > len(by_key.get(key, b"")):
+            by_key[key] = raw
+    records = [by_key[key] for key in sorted(by_key)]
+    for form in (records, map(_thin, records)) if records else ():
         packed = lzma.compress(
             b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in form), preset=6
         )
@@ -70,18 +70,20 @@ def unpacked(paths: Iterable[str | os.PathLike[str]]) -> Iterator[list[str | os.
 def inside(path: str | os.PathLike[str]) -> Path | None:
     """Return the archive that a path is, or that its folder holds where no record lies there; None
     for other paths."""
-    place = Path(path)
-    if place.name.endswith(record.SUFFIX + ".xz"):
-        return place
-    packed = place / NAME
-    return packed if packed.is_file() and next(iter(record.find([place])), None) is None else None
+    candidate = Path(path)
+    if candidate.name.endswith(record.SUFFIX + ".xz"):
+        return candidate
+    packed = candidate / NAME
+    return (
+        packed if packed.is_file() and next(iter(record.find([candidate])), None) is None else None
+    )
 
 
 def _unpack(packed: Path, folder: Path) -> Path:
     raw = files.read(packed, "archive of run records")
     unpacker = lzma.LZMADecompressor()
     try:
-        whole = unpacker.decompress(raw, MOST_READ)
+        content = unpacker.decompress(raw, MOST_READ)
     except lzma.LZMAError as error:
         raise BadInput(f"{packed} is not an archive of run records: {error}") from error
     if not unpacker.eof:
@@ -91,9 +93,9 @@ def _unpack(packed: Path, folder: Path) -> Path:
             else f"it unpacks to more than {MOST_READ:,} bytes"
         )
         raise BadInput(f"{packed} cannot be read: {why}")
-    if whole.count(BETWEEN) > MOST_RECORDS:
+    if content.count(BETWEEN) > MOST_RECORDS:
         raise BadInput(f"{packed} cannot be read: it holds more than {MOST_RECORDS:,} records")
-    for i, one in enumerate((b"\n" + whole).split(b"\n" + BETWEEN)[1:]):
+    for i, one in enumerate((b"\n" + content).split(b"\n" + BETWEEN)[1:]):
         (folder / f"{packed.parent.name}-{i:05d}{record.SUFFIX}").write_bytes(one)
     return folder
 

@@ -43,9 +43,9 @@ class Arm:
 
 def per_seed(arm: Arm, value: Callable[[SeedRun], float | None]) -> dict[int, float]:
     """Return a number by finished seed, leaving out seeds where it is missing or not finite."""
-    found = {seed: value(run) for seed, run in arm.done.items()}
+    values = {seed: value(run) for seed, run in arm.done.items()}
     return {
-        s: float(v) for s, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)
+        s: float(v) for s, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)
     }
 
 
@@ -86,10 +86,10 @@ def pue_of(attempt: Attempt) -> float:
 def mean_reading(readings: Iterable[Reading]) -> dict[str, Any]:
     """Return {"value", "low", "high", "provenance", "method", "std", "n"}, the mean over seeds
     bound by bound."""
-    listed = list(readings)
-    there = [r for r in listed if r.value is not None]
-    if not there:
-        reasons = sorted({r.reason for r in listed if r.reason})
+    items = list(readings)
+    known = [r for r in items if r.value is not None]
+    if not known:
+        reasons = sorted({r.reason for r in items if r.reason})
         return {
             "value": None,
             "low": None,
@@ -97,8 +97,8 @@ def mean_reading(readings: Iterable[Reading]) -> dict[str, Any]:
             "provenance": None,
             "reason": "; ".join(reasons) or "no finished run",
         }
-    n, total = len(there), pricing.add(there)
-    s = stats.summary({i: r.value for i, r in enumerate(there) if r.value is not None})
+    n, total = len(known), pricing.add(known)
+    s = stats.summary({i: r.value for i, r in enumerate(known) if r.value is not None})
     out = {
         "value": s["mean"],
         "low": (total.low or 0) / n,
@@ -116,10 +116,10 @@ def mean_reading(readings: Iterable[Reading]) -> dict[str, Any]:
 
 def sum_reading(readings: Iterable[Reading]) -> dict[str, Any]:
     """Return {"value", "low", "high", "provenance"} of a sum; 0 for nothing at all."""
-    listed = list(readings)
-    if not listed:
+    items = list(readings)
+    if not items:
         return {"value": 0.0, "low": 0.0, "high": 0.0, "provenance": None}
-    r = pricing.add(listed)
+    r = pricing.add(items)
     return {
         "value": r.value,
         "low": r.low,
@@ -174,25 +174,25 @@ def fact(key: str) -> Callable[[SeedRun], float | None]:
 
 def wall(run: SeedRun) -> float | None:
     """Seconds of the attempts that led to a result, measurement left out."""
-    found = [
+    seconds = [
         t["wall_s"]
         for a in run.chain
         for s, t in a.totals.items()
         if s not in APART and "wall_s" in t
     ]
-    return math.fsum(found) if found else None
+    return math.fsum(seconds) if seconds else None
 
 
 def train_flops(run: SeedRun) -> float | None:
     """FLOPs counted while training (all attempts, a teacher's included), else the fact of that
     name."""
-    found = [
+    counts = [
         t["flops"]
         for a in run.chain
         for s, t in a.totals.items()
         if s in ("train", "teacher") and t.get("flops")
     ]
-    return math.fsum(found) if found else fact("train_flops")(run)
+    return math.fsum(counts) if counts else fact("train_flops")(run)
 
 
 def latency_p50(run: SeedRun) -> float | None:
@@ -217,9 +217,9 @@ def embodied(run: SeedRun) -> float | None:
         for s, t in a.totals.items()
         if s not in APART and "wall_s" in t
     ]
-    found = [embodied_g(a, s) for a, s in walls]
-    known = [g for g in found if g is not None]
-    return math.fsum(known) if known and len(known) == len(found) else None
+    by_attempt = [embodied_g(a, s) for a, s in walls]
+    known = [g for g in by_attempt if g is not None]
+    return math.fsum(known) if known and len(known) == len(by_attempt) else None
 
 
 def _by_stage(done: list[SeedRun]) -> dict[str, Any]:
@@ -270,19 +270,19 @@ def repeats(arm: Arm) -> list[Attempt]:
 def inference(done: list[SeedRun]) -> dict[str, Any]:
     """Joules an image: the fact `inference_energy_j`, else what the timed inference of the measure
     phase took."""
-    found: dict[int, Reading] = {}
+    by_seed: dict[int, Reading] = {}
     for run in done:
         fact = run.done.facts.get("inference_energy_j") if run.done else None
         fact = {"value": fact} if isinstance(fact, (int, float)) else fact
         if isinstance(fact, Mapping) and isinstance(fact.get("value"), (int, float)):
             v, p = fact["value"], fact.get("provenance")
-            found[run.seed] = Reading(
+            by_seed[run.seed] = Reading(
                 "inference_energy_j", v, fact.get("low", v), fact.get("high", v),
                 str(fact.get("method") or "fact"),
                 p if p in PROVENANCES else "estimated",
             )  # fmt: skip
         elif run.done and run.done.inference_j and run.done.inference_j.value is not None:
-            found[run.seed] = run.done.inference_j
+            by_seed[run.seed] = run.done.inference_j
     facts = [run.done.facts.get("inference_energy_j") for run in done if run.done]
     spreads = [
         s
@@ -291,8 +291,8 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
         and isinstance(s := f.get("spread"), (int, float))
         and 0 <= s < 1e3
     ]
-    out = mean_reading(found.values()) | {
-        "by_seed": {str(s): r.value for s, r in sorted(found.items())}
+    out = mean_reading(by_seed.values()) | {
+        "by_seed": {str(s): r.value for s, r in sorted(by_seed.items())}
     }
     out |= {"spread": max(spreads)} if spreads else {}
     if out["value"] is None:
@@ -304,12 +304,12 @@ def inference(done: list[SeedRun]) -> dict[str, Any]:
 
 def latency(done: list[SeedRun]) -> dict[str, float] | None:
     """Return the seeds' mean latency in milliseconds by quantile, None where none was measured."""
-    found = [r.done.facts.get("latency_ms") for r in done if r.done]
-    found = [{"p50": f} if isinstance(f, (int, float)) else f for f in found]
+    latencies = [r.done.facts.get("latency_ms") for r in done if r.done]
+    latencies = [{"p50": f} if isinstance(f, (int, float)) else f for f in latencies]
     keys = sorted(
         {
             k
-            for f in found
+            for f in latencies
             if isinstance(f, Mapping)
             for k, v in f.items()
             if isinstance(v, (int, float))
@@ -317,7 +317,7 @@ def latency(done: list[SeedRun]) -> dict[str, float] | None:
     )
     means = {
         k: stats.summary(
-            {i: f[k] for i, f in enumerate(found) if isinstance(f, Mapping) and k in f}
+            {i: f[k] for i, f in enumerate(latencies) if isinstance(f, Mapping) and k in f}
         )["mean"]
         for k in keys
     }

@@ -101,22 +101,22 @@ def results(
             f"metric '{metric}' is a cost the report shows anyway; name what is gained, such as "
             "'accuracy'"
         )
-    listed = to_arms(groups)
-    base = _baseline(baseline, listed)
-    last = {a.label: next((r.done for r in a.done.values()), None) for a in listed}
-    users = reuse.users(r for a in listed for r in a.done.values())
-    table = {a.label: _row(a, metric, grid, users) for a in listed}
-    if all(t[metric]["n"] == 0 for t in table.values()) and any(a.done for a in listed):
-        _unknown_metric(metric, listed)
-    comparison.reach(table, {a.label: a for a in listed}, base, metric)
-    for arm in listed:
+    arms = to_arms(groups)
+    base = _baseline(baseline, arms)
+    last = {a.label: next((r.done for r in a.done.values()), None) for a in arms}
+    users = reuse.users(r for a in arms for r in a.done.values())
+    table = {a.label: _row(a, metric, grid, users) for a in arms}
+    if all(t[metric]["n"] == 0 for t in table.values()) and any(a.done for a in arms):
+        _unknown_metric(metric, arms)
+    comparison.reach(table, {a.label: a for a in arms}, base, metric)
+    for arm in arms:
         table[arm.label]["curve"] = {
             str(s): [list(p) for p in comparison.thin(comparison.curve(r))]
             for s, r in arm.done.items()
         }
         table[arm.label]["sci"] = comparison.sci(table[arm.label], last[arm.label])
-    names, stated = sorted({g.name for g in groups}), _stated(listed)
-    found = {
+    names, stated = sorted({g.name for g in groups}), _stated(arms)
+    content = {
         "schema": SCHEMA,
         "name": names[0]
         if len(names) == 1
@@ -131,14 +131,14 @@ def results(
         "served": served,
         "lower_is_better": comparison.lower_is_better(metric),
         "arms": table,
-        "order": _order(listed, base),
-        "totals": _totals(listed, grid),
-        "incomplete": _incomplete(listed),
-        "family": family.family(listed),
-        **provenance.describe(listed, grid, notes),
+        "order": _order(arms, base),
+        "totals": _totals(arms, grid),
+        "incomplete": _incomplete(arms),
+        "family": family.family(arms),
+        **provenance.describe(arms, grid, notes),
     }
-    comparison.compare(found)
-    return found
+    comparison.compare(content)
+    return content
 
 
 def _row(
@@ -223,37 +223,34 @@ def _newest(runs: list[SeedRun]) -> str:
     return newest.inputs
 
 
-def _baseline(asked: str | None, listed: list[Arm]) -> str | None:
+def _baseline(asked: str | None, arms: list[Arm]) -> str | None:
     """The baseline asked for, else the one the newest records name, else an arm called "baseline",
     else none."""
-    labels = [a.label for a in listed]
+    labels = [a.label for a in arms]
     if asked is not None:
         if asked not in labels:
             raise BadInput(f"no arm '{asked}' to be the baseline{nearest(asked, labels)}")
         return asked
     named = sorted(
-        (x.start_s, str(x.header.get("baseline")))
-        for a in listed
-        for r in a.runs
-        for x in r.attempts
+        (x.start_s, str(x.header.get("baseline"))) for a in arms for r in a.runs for x in r.attempts
     )
     return next((b for b in (*(n for _, n in reversed(named)), "baseline") if b in labels), None)
 
 
-def _stated(listed: list[Arm]) -> dict[str, Any]:
+def _stated(arms: list[Arm]) -> dict[str, Any]:
     """What the newest recipe in the records says under `report`: title, note, margin; {} where none
     is recorded."""
     recipes = [
-        (a.start_s, a.header.get("recipe")) for arm in listed for r in arm.runs for a in r.attempts
+        (a.start_s, a.header.get("recipe")) for arm in arms for r in arm.runs for a in r.attempts
     ]
     texts = [(at, text) for at, text in recipes if isinstance(text, str)]
     try:
         recipe = yamlfile.parse(max(texts)[1], "its recipe") if texts else None
     except BadInput:  # a header of other hands
         recipe = None
-    said = recipe.get("report") if isinstance(recipe, dict) else None
-    said = said if isinstance(said, dict) else {}
-    return {k: v for k, v in said.items() if k == "margin" or isinstance(v, str)}
+    section = recipe.get("report") if isinstance(recipe, dict) else None
+    section = section if isinstance(section, dict) else {}
+    return {k: v for k, v in section.items() if k == "margin" or isinstance(v, str)}
 
 
 def _margin(stated: Mapping[str, Any], metric: str) -> float:
@@ -269,10 +266,10 @@ def _margin(stated: Mapping[str, Any], metric: str) -> float:
     )
 
 
-def _unknown_metric(metric: str, listed: list[Arm]) -> None:
+def _unknown_metric(metric: str, arms: list[Arm]) -> None:
     facts = {
         k
-        for a in listed
+        for a in arms
         for r in a.done.values()
         for k, v in (r.done.facts if r.done else {}).items()
         if isinstance(v, (int, float)) and k not in RESERVED
@@ -285,15 +282,15 @@ def _unknown_metric(metric: str, listed: list[Arm]) -> None:
         )
 
 
-def _order(listed: list[Arm], base: str | None) -> list[str]:
+def _order(arms: list[Arm], base: str | None) -> list[str]:
     """The order of tables and figures: the baseline, then the arms as they were first started."""
-    first = {a.label: min(x.start_s for r in a.runs for x in r.attempts) for a in listed}
+    first = {a.label: min(x.start_s for r in a.runs for x in r.attempts) for a in arms}
     return sorted(first, key=lambda label: (label != base, first[label], label))
 
 
-def _totals(listed: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]:
+def _totals(arms: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]:
     """Everything these records burnt, whatever became of it."""
-    every = [a for arm in listed for r in arm.all for a in r.attempts]
+    every = [a for arm in arms for r in arm.all for a in r.attempts]
     attempts, overlapping = (
         [a for a in every if not a.inside],
         [a for a in every if a.seen_j.value is not None],
@@ -310,12 +307,12 @@ def _totals(listed: list[Arm], grid: Mapping[str, Any] | None) -> dict[str, Any]
             "seen_j": arms_.sum_reading(a.seen_j for a in overlapping),
             "counted_j": arms_.sum_reading(a.own_j for a in overlapping),
         },
-        "runs": sum(len(arm.all) for arm in listed),
+        "runs": sum(len(arm.all) for arm in arms),
         "attempts": dict(sorted(Counter(a.status for a in attempts).items())),
     }
 
 
-def _incomplete(listed: list[Arm]) -> list[dict[str, Any]]:
+def _incomplete(arms: list[Arm]) -> list[dict[str, Any]]:
     """Seed runs without a finished attempt, and what they burnt."""
     return [
         {
@@ -323,5 +320,5 @@ def _incomplete(listed: list[Arm]) -> list[dict[str, Any]]:
             "reason": next((a.reason for a in reversed(run.attempts) if a.reason), ""),
             "energy_j": arms_.sum_reading(a.total_energy_j for a in run.attempts),
         }
-        for arm in listed for run in arm.all if not run.done
+        for arm in arms for run in arm.all if not run.done
     ]  # fmt: skip

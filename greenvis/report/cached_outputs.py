@@ -14,17 +14,17 @@ COUNTS = ("misses", "hits", "earlier", "bytes")
 def rows(facts: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return a row for each part that was kept, {"part", "misses", "hits", "earlier", "bytes"}:
     means over runs."""
-    found: dict[str, list[Mapping[str, Any]]] = {}
+    by_part: dict[str, list[Mapping[str, Any]]] = {}
     for one in facts:
         for value in one.values():
             for entry in value if isinstance(value, list) else [value]:
                 if isinstance(entry, Mapping) and all(
                     isinstance(entry.get(key), int) for key in COUNTS
                 ):
-                    found.setdefault(str(entry.get("part")), []).append(entry)
+                    by_part.setdefault(str(entry.get("part")), []).append(entry)
     return [
         {"part": part, **{k: sum(e[k] for e in each) / len(each) for k in COUNTS}}
-        for part, each in found.items()
+        for part, each in by_part.items()
     ]
 
 
@@ -41,7 +41,7 @@ def merged(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 {
                     **entry,
                     **{
-                        k: sum(its[i].get(k, 0) for its in every if i < len(its))
+                        k: sum(entries[i].get(k, 0) for entries in every if i < len(entries))
                         for k in entry
                         if k in added
                     },
@@ -51,7 +51,7 @@ def merged(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def section(found: Mapping[str, Any]) -> dict[str, Any]:
+def section(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the report; empty where no arm kept anything."""
     cells = [
         [
@@ -62,15 +62,15 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
             si(row["earlier"]),
             si(row["bytes"], "B"),
         ]
-        for a in found["order"]
-        for row in found["arms"][a].get("kept", ())
+        for a in results["order"]
+        for row in results["arms"][a].get("kept", ())
     ]
     head = ["Arm", "Outputs of", "Computed", "Read back", "… computed by an earlier run", "On disk"]
-    said = (
+    text = (
         "Images whose outputs of a frozen part were computed, and read back from disk instead; "
         "means over seeds, of the start "
         "that finished. What an earlier run computed is paid for in that run's record, not in this "
         "arm's energy."
     )
     table = {"head": head, "rows": cells} if cells else None
-    return {"title": "Kept outputs", "items": [said] if cells else [], "table": table}
+    return {"title": "Kept outputs", "items": [text] if cells else [], "table": table}

@@ -13,23 +13,31 @@ from greenvis.report.figures import Drawing, short
 Results = dict[str, Any]
 
 
-def draw(found: Results) -> list[Drawing]:
+def draw(results: Results) -> list[Drawing]:
     """Return the figures these results allow."""
     with figures.theme():
+        styles = _styles(results)
         drawn = [
-            gain_vs_energy(found), energy_to_gain(found), by_phase(found), size_and_speed(found),
-            payback(found),
-            family.tree(found), continual.curve(found, _styles(found)), continual.growth(found,
-            _styles(found)),
-            *(task_matrix(found, a, i) for i, a in enumerate(found["order"][: figures.MOST_ARMS])),
-        ]  # fmt: skip
+            gain_vs_energy(results),
+            energy_to_gain(results),
+            by_phase(results),
+            size_and_speed(results),
+            payback(results),
+            family.tree(results),
+            continual.curve(results, styles),
+            continual.growth(results, styles),
+            *(
+                task_matrix(results, a, i)
+                for i, a in enumerate(results["order"][: figures.MOST_ARMS])
+            ),
+        ]
     return [d for d in drawn if d is not None]
 
 
-def _styles(found: Results) -> dict[str, dict[str, Any]]:
+def _styles(results: Results) -> dict[str, dict[str, Any]]:
     """Each arm's looks, the same in all figures; the grey is the baseline's alone."""
-    offset = 0 if found["baseline"] in found["order"] else 1
-    return {a: figures.style(i + offset) for i, a in enumerate(found["order"])}
+    offset = 0 if results["baseline"] in results["order"] else 1
+    return {a: figures.style(i + offset) for i, a in enumerate(results["order"])}
 
 
 def _most(labels: list[str]) -> tuple[list[str], str]:
@@ -40,22 +48,22 @@ def _most(labels: list[str]) -> tuple[list[str], str]:
     ], f" The first {figures.MOST_ARMS} of {len(labels)} arms." if rest > 0 else ""
 
 
-def gain_vs_energy(found: Results) -> Drawing | None:
+def gain_vs_energy(results: Results) -> Drawing | None:
     """The metric against the energy of the whole line, with spread over seeds and the front of the
     means."""
-    metric, arms = found["metric"], found["arms"]
-    line = {a: arms[a]["train_energy_with_reuse_j"] for a in found["order"]}
+    metric, arms = results["metric"], results["arms"]
+    line = {a: arms[a]["train_energy_with_reuse_j"] for a in results["order"]}
     points = {
         a: (line[a]["value"], arms[a][metric]["mean"])
-        for a in found["order"]
+        for a in results["order"]
         if line[a]["value"] is not None and arms[a][metric]["mean"] is not None
     }
     if not points:
         return None
-    sign, k = (-1 if found["lower_is_better"] else 1), (100 if formatting.share(metric) else 1)
+    sign, k = (-1 if results["lower_is_better"] else 1), (100 if formatting.share(metric) else 1)
     front = stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()})
     figure, [ax] = figures.canvas()
-    looks = _styles(found)
+    looks = _styles(results)
     named, rest = _most(list(points))
     if len(front) > 1:
         ax.plot(
@@ -87,7 +95,7 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     reused = any(row["uses"] for row in arms.values())
     energy = "energy, base and teacher included" if reused else "training energy"
     ax.set_xlabel(f"{energy} (less is better)")
-    ax.set_ylabel(_axis(found))
+    ax.set_ylabel(_axis(results))
     ax.margins(0.14)
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
@@ -116,21 +124,21 @@ def gain_vs_energy(found: Results) -> Drawing | None:
     )
 
 
-def _axis(found: Results) -> str:
-    unit = " (%)" if formatting.share(found["metric"]) else ""
-    return f"{short(found['metric'])}{unit}"
+def _axis(results: Results) -> str:
+    unit = " (%)" if formatting.share(results["metric"]) else ""
+    return f"{short(results['metric'])}{unit}"
 
 
-def energy_to_gain(found: Results) -> Drawing | None:
+def energy_to_gain(results: Results) -> Drawing | None:
     """The metric over the energy spent so far: one line a seed."""
-    metric, curves = found["metric"], {a: found["arms"][a]["curve"] for a in found["order"]}
-    there = [a for a in found["order"] if any(len(c) > 1 for c in curves[a].values())]
-    if not there:
+    metric, curves = results["metric"], {a: results["arms"][a]["curve"] for a in results["order"]}
+    drawable = [a for a in results["order"] if any(len(c) > 1 for c in curves[a].values())]
+    if not drawable:
         return None
-    labels, rest = _most(there)
+    labels, rest = _most(drawable)
     k = 100 if formatting.share(metric) else 1
     figure, [ax] = figures.canvas()
-    looks = _styles(found)
+    looks = _styles(results)
     for a in labels:
         lines = [c for _, c in sorted(curves[a].items()) if len(c) > 1]
         for i, line in enumerate(lines):
@@ -143,9 +151,9 @@ def energy_to_gain(found: Results) -> Drawing | None:
             )
     target = next(
         (
-            found["arms"][a]["energy_to_baseline_j"]["target"]
-            for a in there
-            if found["arms"][a].get("energy_to_baseline_j")
+            results["arms"][a]["energy_to_baseline_j"]["target"]
+            for a in drawable
+            if results["arms"][a].get("energy_to_baseline_j")
         ),
         None,
     )
@@ -155,16 +163,16 @@ def energy_to_gain(found: Results) -> Drawing | None:
             color=figures.MUTED,
             lw=1,
             ls=":",
-            label=f"final {short(str(found['baseline']), 14)}",
+            label=f"final {short(str(results['baseline']), 14)}",
         )
     ax.set_xlabel("energy of own training so far")
-    ax.set_ylabel(_axis(found))
+    ax.set_ylabel(_axis(results))
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
     figures.legend_below(figure, ax)
     reached = []
     for a in labels:
-        e = found["arms"][a].get("energy_to_baseline_j")
+        e = results["arms"][a].get("energy_to_baseline_j")
         if e:
             missed = (
                 f" ({e['not_reached']} of {e['n'] + e['not_reached']} seeds did not)"
@@ -189,25 +197,25 @@ def energy_to_gain(found: Results) -> Drawing | None:
     )
 
 
-def by_phase(found: Results) -> Drawing | None:
+def by_phase(results: Results) -> Drawing | None:
     """Energy by stage, stacked: mean over seeds."""
-    arms = found["arms"]
-    there, rest = _most([a for a in found["order"] if arms[a]["energy_by_phase_j"]])
-    if not there:
+    arms = results["arms"]
+    shown, rest = _most([a for a in results["order"] if arms[a]["energy_by_phase_j"]])
+    if not shown:
         return None
     known = list(figures.STAGES)
     stages = sorted(
-        {s for a in there for s in arms[a]["energy_by_phase_j"]},
+        {s for a in shown for s in arms[a]["energy_by_phase_j"]},
         key=lambda s: (known.index(s) if s in known else 99, s),
     )
-    figure, [ax] = figures.canvas(height=max(2.2, 1.5 + 0.36 * len(there)))
-    left = dict.fromkeys(there, 0.0)
+    figure, [ax] = figures.canvas(height=max(2.2, 1.5 + 0.36 * len(shown)))
+    left = dict.fromkeys(shown, 0.0)
     for i, s in enumerate(stages):
-        values = [arms[a]["energy_by_phase_j"].get(s, 0.0) for a in there]
+        values = [arms[a]["energy_by_phase_j"].get(s, 0.0) for a in shown]
         colour = figures.SERIES[figures.STAGES.get(s, 4 + i % 4)][0]
-        ax.barh([short(a, 18) for a in there], values, left=[left[a] for a in there], color=colour,
+        ax.barh([short(a, 18) for a in shown], values, left=[left[a] for a in shown], color=colour,
                 edgecolor=figures.GROUND, lw=0.8, label=short(s, 14))  # fmt: skip
-        left = {a: left[a] + v for a, v in zip(there, values, strict=True)}
+        left = {a: left[a] + v for a, v in zip(shown, values, strict=True)}
     ax.invert_yaxis()
     ax.grid(axis="y", visible=False)
     ax.set_xlabel("energy, mean over seeds")
@@ -221,7 +229,7 @@ def by_phase(found: Results) -> Drawing | None:
             for s in stages
             if s in arms[a]["energy_by_phase_j"]
         )
-        for a in there
+        for a in shown
     )
     caption = f"Mean over seeds, own training and measurement; “other” is time in no phase.{rest}"
     return figures.save(
@@ -229,7 +237,7 @@ def by_phase(found: Results) -> Drawing | None:
     )
 
 
-def size_and_speed(found: Results) -> Drawing | None:
+def size_and_speed(results: Results) -> Drawing | None:
     """Small bars side by side: compute, size and latency of each arm."""
     panels: list[tuple[str, str, Callable[[dict[str, Any]], float | None]]] = [
         ("MACs an image", "", lambda r: r["macs"]),
@@ -245,17 +253,17 @@ def size_and_speed(found: Results) -> Drawing | None:
             ),
         ),
     ]
-    arms = found["arms"]
-    panels = [p for p in panels if any(p[2](arms[a]) is not None for a in found["order"])]
+    arms = results["arms"]
+    panels = [p for p in panels if any(p[2](arms[a]) is not None for a in results["order"])]
     labels, rest = _most(
-        [a for a in found["order"] if any(p[2](arms[a]) is not None for p in panels)]
+        [a for a in results["order"] if any(p[2](arms[a]) is not None for p in panels)]
     )
     if not panels or not labels:
         return None
     columns = 2 if len(panels) > 1 else 1
     rows = -(-len(panels) // columns)
     figure, axes = figures.canvas(5.2, rows * max(1.2, 0.7 + 0.26 * len(labels)), columns, rows)
-    looks = _styles(found)
+    looks = _styles(results)
     for i, (ax, (title, unit, value)) in enumerate(zip(axes, panels, strict=False)):
         values = [value(arms[a]) or 0.0 for a in labels]
         std = [arms[a]["std"]["latency_p50_ms"] or 0.0 for a in labels] if unit else []
@@ -298,21 +306,21 @@ def size_and_speed(found: Results) -> Drawing | None:
     )
 
 
-def payback(found: Results) -> Drawing | None:
+def payback(results: Results) -> Drawing | None:
     """Energy to make and use each arm, as a share of the baseline's, against the images served,
     with the crossing points."""
-    arms, base = found["arms"], found["baseline"]
-    there = [
+    arms, base = results["arms"], results["baseline"]
+    measured = [
         a
-        for a in found["order"]
+        for a in results["order"]
         if arms[a]["inference_energy_j"]["value"] and arms[a]["train_energy_j"]["value"] is not None
     ]
     rivals = [
         a
-        for a in there
+        for a in measured
         if a != base and arms[a]["vs_baseline"] and arms[a]["vs_baseline"]["payback"]
     ]
-    if base not in there or not rivals:
+    if base not in measured or not rivals:
         return None
     labels, rest = _most(rivals)
     points = {a: arms[a]["vs_baseline"]["payback"] for a in labels}
@@ -322,13 +330,13 @@ def payback(found: Results) -> Drawing | None:
         for k in p
         if p[k]["images"] and p[k]["images"] < 1e12
     ]
-    far = max([found["served"], *(4 * n for n in crossings)])
+    far = max([results["served"], *(4 * n for n in crossings)])
     xs = [10 ** (2 + i * (math.log10(max(far, 1e3)) - 2) / 60) for i in range(61)]
     import numpy as np
     from matplotlib.ticker import LogLocator, NullLocator
 
     figure, [ax] = figures.canvas(height=4.0)
-    looks = _styles(found)
+    looks = _styles(results)
     ax.axhline(
         1.0,
         color=figures.MUTED,
@@ -342,8 +350,10 @@ def payback(found: Results) -> Drawing | None:
         ax.plot(xs, mean, label=short(a), **look, lw=0.9 if unsure else 1.8)
         ax.fill_between(xs, low, high, color=look["color"], alpha=0.14, lw=0)
         if arms[a]["base_reuse"] != arms[base]["base_reuse"]:
-            whole = _shares(arms[a], arms[base], xs, reuse=True)[1]
-            ax.plot(xs, whole, label=f"{short(a, 12)}, all charged", **{**look, "linestyle": ":"})
+            with_reuse = _shares(arms[a], arms[base], xs, reuse=True)[1]
+            ax.plot(
+                xs, with_reuse, label=f"{short(a, 12)}, all charged", **{**look, "linestyle": ":"}
+            )
         n = points[a]["own"]["images"]
         if n and xs[0] <= n <= far:
             ax.plot(
@@ -369,7 +379,7 @@ def payback(found: Results) -> Drawing | None:
     else:
         ax.set_ylim(bottom=0)
     figures.legend_below(figure, ax)
-    said = " ".join(
+    paybacks = " ".join(
         formatting.payback(points[a]["own"], short(a, 40), short(str(base), 40)) for a in labels
     )
     how = (
@@ -383,8 +393,8 @@ def payback(found: Results) -> Drawing | None:
         figure,
         "payback",
         "Payback: energy to make and use, against images served",
-        f"{said} {how}{rest}",
-        f"{said} {how}{rest}",
+        f"{paybacks} {how}{rest}",
+        f"{paybacks} {how}{rest}",
     )
 
 
@@ -396,10 +406,10 @@ def _shares(
 
     def cost(row: dict[str, Any], seed: str | None, x: float) -> float:
         make, use = (row[k] for k in ("train_energy_j", "inference_energy_j"))
-        whole = (
+        reused = (
             (row["base_reuse"]["whole_j"]["value"] or 0.0) if reuse and row["base_reuse"] else 0.0
         )
-        return whole + (
+        return reused + (
             make["value"] + use["value"] * x
             if seed is None
             else make["by_seed"][seed] + use["by_seed"][seed] * x
@@ -418,9 +428,9 @@ def _shares(
     return [min(e) for e in each], mean, [max(e) for e in each]
 
 
-def task_matrix(found: Results, label: str, i: int) -> Drawing | None:
+def task_matrix(results: Results, label: str, i: int) -> Drawing | None:
     """Accuracy on each task after learning each task, for continual learning."""
-    matrix = found["arms"][label].get("task_accuracy")
+    matrix = results["arms"][label].get("task_accuracy")
     if not matrix:
         return None
     from matplotlib import colormaps

@@ -19,41 +19,41 @@ READINGS = (
 )  # an arm's readings that are compared
 
 
-def compare(found: dict[str, Any]) -> None:
+def compare(results: dict[str, Any]) -> None:
     """Put into each arm of the results how it compares with the baseline, from values by seed:
     `vs_baseline`, `full_cycle`.
 
     Everything here is derived: `results.json` of older rules, or with another baseline or margin,
     is compared anew by this.
     """
-    table, base, metric = found["arms"], found["baseline"], found["metric"]
+    table, base, metric = results["arms"], results["baseline"], results["metric"]
     for row in table.values():
         row["vs_baseline"] = None
-        row["full_cycle"] = full_cycle(row, found["served"])
+        row["full_cycle"] = full_cycle(row, results["served"])
     if base is None or not table[base]["seeds"]:
         return
-    found["noise_floor"] = floor.floors(found)
+    results["noise_floor"] = floor.floors(results)
     by_seed = {label: _by_seed(row, metric) for label, row in table.items() if row["seeds"]}
     rivals = [a for a in by_seed if a != base]
-    found["comparisons"] = many = sum(
+    results["comparisons"] = many = sum(
         len({*table[a]["seeds"]} & {*table[base]["seeds"]}) > 1 for a in rivals
     )
     for label in rivals:
         own, bases = by_seed[label], by_seed[base]
         vs = {k: stats.ratio(own[k], bases[k], many) for k in own if k != metric and k in bases}
-        vs = floor.widened(vs, found)
+        vs = floor.widened(vs, results)
         gain = stats.difference(own[metric], bases[metric], many)
         vs[metric] = gain and gain | stats.decide(
-            gain, allowed(found), many, found["lower_is_better"]
+            gain, allowed(results), many, results["lower_is_better"]
         )
         vs["payback"] = _payback(own, bases, vs["inference_energy"])
         table[label]["vs_baseline"] = vs
 
 
-def allowed(found: dict[str, Any]) -> float:
+def allowed(results: dict[str, Any]) -> float:
     """Return how much of the metric may be lost, in its own unit: `margin` is in points for a share
     of 1."""
-    return found["margin"] / 100 if formatting.share(found["metric"]) else found["margin"]
+    return results["margin"] / 100 if formatting.share(results["metric"]) else results["margin"]
 
 
 def _by_seed(row: dict[str, Any], metric: str) -> dict[str, dict[str, float]]:
@@ -117,15 +117,15 @@ def _energy_to(arm: Arm, target: float | None, lower: bool) -> dict[str, Any] | 
     if target is None:
         return None
     sign = -1.0 if lower else 1.0
-    found = {
+    to_target = {
         s: stats.energy_to([(j, sign * y) for j, y in curve(r)], sign * target)
         for s, r in arm.done.items()
         if len(curve(r)) > 1
     }
-    reached = {s: v for s, v in found.items() if v is not None}
+    reached = {s: v for s, v in to_target.items() if v is not None}
     return (
-        {**stats.summary(reached), "target": target, "not_reached": len(found) - len(reached)}
-        if found
+        {**stats.summary(reached), "target": target, "not_reached": len(to_target) - len(reached)}
+        if to_target
         else None
     )
 
@@ -160,16 +160,16 @@ def full_cycle(row: dict[str, Any], served: float) -> dict[str, Any]:
         row["inference_energy_j"]["value"],
         row["base_reuse"],
     )
-    whole, shared = (base["whole_j"]["value"], base["shared_j"]) if base else (0.0, 0.0)
+    reused, shared = (base["whole_j"]["value"], base["shared_j"]) if base else (0.0, 0.0)
     serve = None if infer is None else infer * served
     known = make is not None and serve is not None
     return {
         "served": served,
         "make_j": make,
-        "reuse_whole_j": whole,
+        "reuse_whole_j": reused,
         "reuse_shared_j": shared,
         "serve_j": serve,
-        "total_whole_j": math.fsum((make or 0.0, whole or 0.0, serve or 0.0)) if known else None,
+        "total_whole_j": math.fsum((make or 0.0, reused or 0.0, serve or 0.0)) if known else None,
         "total_shared_j": math.fsum((make or 0.0, shared or 0.0, serve or 0.0)) if known else None,
         "wh_per_1000_images": None if infer is None else infer * 1000 / 3600,
     }

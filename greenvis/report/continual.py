@@ -22,9 +22,9 @@ def summary(
 
     facts: of each finished seed that left a matrix. energy_j: of each seed.
     """
-    found: dict[str, dict[int, float]] = {}
-    for seed, its in facts.items():
-        matrix = its["task_accuracy"]
+    by_key: dict[str, dict[int, float]] = {}
+    for seed, fact in facts.items():
+        matrix = fact["task_accuracy"]
         spent = energy_j.get(seed)
         values = {
             "average_incremental_accuracy": cl_metrics.average_incremental_accuracy(matrix),
@@ -32,19 +32,19 @@ def summary(
             "forgetting_first": cl_metrics.forgetting(matrix, "first"),
             "backward_transfer": cl_metrics.backward_transfer(matrix),
             "plasticity": cl_metrics.plasticity(matrix),
-            "task_energy_j": cl_metrics.joules_per_task(its.get("task_energy_j") or []),
+            "task_energy_j": cl_metrics.joules_per_task(fact.get("task_energy_j") or []),
             "accuracy_per_kj": None
             if spent is None
             else cl_metrics.energy_normalised_accuracy(matrix, spent),
-            "buffer_bytes": its.get("buffer_bytes"),
+            "buffer_bytes": fact.get("buffer_bytes"),
         }
         for key, value in values.items():
             if isinstance(value, (int, float)):
-                found.setdefault(key, {})[seed] = value
-    curves = [cl_metrics.averages(its["task_accuracy"]) for its in facts.values()]
-    spent_by_task = [its["task_energy_j"] for its in facts.values() if its.get("task_energy_j")]
+                by_key.setdefault(key, {})[seed] = value
+    curves = [cl_metrics.averages(fact["task_accuracy"]) for fact in facts.values()]
+    spent_by_task = [fact["task_energy_j"] for fact in facts.values() if fact.get("task_energy_j")]
     lists = {"averages": _means(curves), "energy_by_task_j": _means(spent_by_task)}
-    return {key: stats.summary(by_seed) for key, by_seed in found.items()} | lists
+    return {key: stats.summary(by_seed) for key, by_seed in by_key.items()} | lists
 
 
 def _means(curves: Iterable[list[float | None]]) -> list[float | None]:
@@ -76,8 +76,8 @@ def columns() -> list[Column]:
 
 
 def _value(row: Row, key: str, part: str = "mean") -> float | None:
-    found = (row.get("continual") or {}).get(key)
-    return found[part] if found else None
+    metric = (row.get("continual") or {}).get(key)
+    return metric[part] if metric else None
 
 
 def _share(key: str, title: str) -> Column:
@@ -98,27 +98,28 @@ def _figure(key: str, title: str, unit: str) -> Column:
     )
 
 
-def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
+def curve(results: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
     """The average accuracy over the tasks so far, as they come: one line an arm."""
     curves = {
-        a: (found["arms"][a].get("continual") or {}).get("averages") or [] for a in found["order"]
+        a: (results["arms"][a].get("continual") or {}).get("averages") or []
+        for a in results["order"]
     }
-    there = [a for a in found["order"] if sum(v is not None for v in curves[a]) > 1][
+    labels = [a for a in results["order"] if sum(v is not None for v in curves[a]) > 1][
         : figures.MOST_ARMS
     ]
-    if not there:
+    if not labels:
         return None
     figure, [ax] = figures.canvas(height=4.0)
-    for a in there:
+    for a in labels:
         points = [(t + 1, 100 * v) for t, v in enumerate(curves[a]) if v is not None]
         ax.plot(
             [t for t, _ in points], [v for _, v in points], label=short(a), **{**looks[a], "ms": 5}
         )
     ax.set_xlabel("tasks learned")
     ax.set_ylabel("accuracy on them (%)")
-    ax.set_xticks(range(1, max(len(curves[a]) for a in there) + 1))
+    ax.set_xticks(range(1, max(len(curves[a]) for a in labels) + 1))
     figures.legend_below(figure, ax)
-    ends = ", ".join(f"{short(a, 40)} {formatting.gain('accuracy', curves[a][-1])}" for a in there)
+    ends = ", ".join(f"{short(a, 40)} {formatting.gain('accuracy', curves[a][-1])}" for a in labels)
     desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
     return figures.save(
         figure,
@@ -129,42 +130,42 @@ def curve(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing
     )
 
 
-def growth(found: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
+def growth(results: dict[str, Any], looks: Mapping[str, dict[str, Any]]) -> Drawing | None:
     """The energy of all tasks so far, as they come, and from which number of tasks an arm costs
     less than the baseline."""
     sums = {
-        a: _sums((found["arms"][a].get("continual") or {}).get("energy_by_task_j") or [])
-        for a in found["order"]
+        a: _sums((results["arms"][a].get("continual") or {}).get("energy_by_task_j") or [])
+        for a in results["order"]
     }
-    there = [a for a in found["order"] if len(sums[a]) > 1][: figures.MOST_ARMS]
-    if not there:
+    labels = [a for a in results["order"] if len(sums[a]) > 1][: figures.MOST_ARMS]
+    if not labels:
         return None
     figure, [ax] = figures.canvas(height=4.0)
-    for a in there:
+    for a in labels:
         ax.plot(range(1, len(sums[a]) + 1), sums[a], label=short(a), **{**looks[a], "ms": 5})
     ax.set_xlabel("tasks learned")
     ax.set_ylabel("energy of all so far")
     ax.set_xticks(
-        range(1, max(len(sums[a]) for a in there) + 1, 1 + max(len(sums[a]) for a in there) // 12)
+        range(1, max(len(sums[a]) for a in labels) + 1, 1 + max(len(sums[a]) for a in labels) // 12)
     )
     figures.unit_axis(ax.yaxis, "J")
     figures.legend_below(figure, ax)
-    base = found["baseline"]
-    said = [
+    base = results["baseline"]
+    texts = [
         cheaper(short(a, 40), sums[a], short(str(base), 40), sums[base])
-        for a in there
+        for a in labels
         if a != base and sums.get(base)
     ]
     desc = " ".join(
-        ["Energy of training and testing, summed over the tasks so far; mean over seeds.", *said]
+        ["Energy of training and testing, summed over the tasks so far; mean over seeds.", *texts]
     )
     return figures.save(figure, "energy-by-tasks", "Energy as tasks come", desc, desc)
 
 
-def cheaper(arm: str, its: list[float], base: str, bases: list[float]) -> str:
+def cheaper(arm: str, costs: list[float], base: str, bases: list[float]) -> str:
     """Return in words from which number of tasks an arm has cost less than the baseline, and keeps
     to it."""
-    compared = list(zip(its, bases, strict=False))
+    compared = list(zip(costs, bases, strict=False))
     dearer = [t for t, (a, b) in enumerate(compared, 1) if a >= b]
     if not dearer:
         return f"{arm} costs less than {base} from the first task on."

@@ -27,25 +27,25 @@ NAMES = {
 }
 
 
-def files(found: dict[str, Any]) -> dict[str, str]:
+def files(results: dict[str, Any]) -> dict[str, str]:
     """Return the exports by file name; the model card is that of the arm in the verdict."""
     return {
-        "model-card.md": model_card(found, verdict.headline(found)),
-        "spdx.json": _json(spdx(found)),
-        "sci.json": _json(sci(found)),
-        "annex-xi.json": _json(annex_xi(found)),
-        "citation.bib": bibtex(found),
+        "model-card.md": model_card(results, verdict.headline(results)),
+        "spdx.json": _json(spdx(results)),
+        "sci.json": _json(sci(results)),
+        "annex-xi.json": _json(annex_xi(results)),
+        "citation.bib": bibtex(results),
     }
 
 
-def model_card(found: dict[str, Any], arm: str) -> str:
+def model_card(results: dict[str, Any], arm: str) -> str:
     """Return a model card (Markdown with metadata on top) for one arm, as the Hugging Face Hub
     reads it.
 
     `co2_eq_emissions.emissions` is in grams, for training one model: the mean over seeds. Raises
     BadInput for an unknown arm.
     """
-    row = _row(found, arm)
+    row = _row(results, arm)
     meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
     grams = row["carbon_g"]
     if grams["value"] is not None:
@@ -57,12 +57,12 @@ def model_card(found: dict[str, Any], arm: str) -> str:
         meta["co2_eq_emissions"] = {
             "emissions": grams["value"],
             "source": how,
-            **_training_type(found, row),
+            **_training_type(results, row),
             "geographical_location": ", ".join(row["zones"]) or "unknown",
-            "hardware_used": ", ".join(_hardware(found)) or "unknown",
+            "hardware_used": ", ".join(_hardware(results)) or "unknown",
         }
-    metric = found["metric"]
-    data = next((d for d in found["data"] if isinstance(d, dict)), {})
+    metric = results["metric"]
+    data = next((d for d in results["data"] if isinstance(d, dict)), {})
     if row[metric]["mean"] is not None and data.get("name"):
         result = {
             "task": {"type": "image-classification"},
@@ -75,7 +75,7 @@ def model_card(found: dict[str, Any], arm: str) -> str:
                 }
             ],
         }
-        meta["model-index"] = [{"name": f"{found['name']}/{arm}", "results": [result]}]
+        meta["model-index"] = [{"name": f"{results['name']}/{arm}", "results": [result]}]
     front = "\n".join(
         f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items()
     )  # JSON is YAML
@@ -86,8 +86,8 @@ def model_card(found: dict[str, Any], arm: str) -> str:
     )
     carbon = f"Carbon: {formatting.si(grams['value'], 'g')} CO₂e."
     body = [
-        f"# {md(found['name'])}: {md(arm)}",
-        md(verdict.sentence(found, arm)),
+        f"# {md(results['name'])}: {md(arm)}",
+        md(verdict.sentence(results, arm)),
         md(
             f"Own training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). "
             f"{carbon} Mean of {n} seed(s)."
@@ -97,15 +97,17 @@ def model_card(found: dict[str, Any], arm: str) -> str:
     return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
-def spdx(found: dict[str, Any]) -> dict[str, Any]:
+def spdx(results: dict[str, Any]) -> dict[str, Any]:
     """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its
     energy in kWh."""
-    key = hashlib.sha256(to_json(found).encode()).hexdigest()[:32]
+    key = hashlib.sha256(to_json(results).encode()).hexdigest()[:32]
     base = f"urn:spdx:greenvis:{key}"
     info, agent, document = "_:creationinfo", f"{base}:agent", f"{base}:document"
-    arms = [a for a in found["order"] if found["arms"][a]["train_energy_j"]["value"] is not None]
-    packages = [_package(found, a, f"{base}:arm{i}", info) for i, a in enumerate(arms)]
-    created = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).strftime(
+    arms = [
+        a for a in results["order"] if results["arms"][a]["train_energy_j"]["value"] is not None
+    ]
+    packages = [_package(results, a, f"{base}:arm{i}", info) for i, a in enumerate(arms)]
+    created = datetime.datetime.fromtimestamp(results["newest_run_s"], datetime.UTC).strftime(
         "%Y-%m-%dT%H:%M:%SZ"
     )
     graph = [
@@ -122,7 +124,7 @@ def spdx(found: dict[str, Any]) -> dict[str, Any]:
             "type": "SpdxDocument",
             "spdxId": document,
             "creationInfo": info,
-            "name": figures.clean(found["name"]),
+            "name": figures.clean(results["name"]),
             "profileConformance": ["core", "software", "ai"],
             "rootElement": [p["spdxId"] for p in packages] or [agent],
         },
@@ -130,8 +132,8 @@ def spdx(found: dict[str, Any]) -> dict[str, Any]:
     return {"@context": "https://spdx.org/rdf/3.0.1/spdx-context.jsonld", "@graph": graph}
 
 
-def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[str, Any]:
-    row = found["arms"][arm]
+def _package(results: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[str, Any]:
+    row = results["arms"][arm]
     kind = "ai_finetuningEnergyConsumption" if _tuned(row) else "ai_trainingEnergyConsumption"
     consumption: dict[str, Any] = {
         "type": "ai_EnergyConsumption",
@@ -145,13 +147,13 @@ def _package(found: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[s
         "type": "ai_AIPackage",
         "spdxId": spdx_id,
         "creationInfo": info,
-        "name": figures.clean(f"{found['name']}/{arm}"),
+        "name": figures.clean(f"{results['name']}/{arm}"),
         "ai_energyConsumption": consumption,
         "comment": f"Energy is {reading['provenance']} ({reading['method']}), {band} kWh, the mean "
         f"of {reading['n']} seed(s). "
         "Inference energy is for one image.",
     }
-    metric, mean = found["metric"], row[found["metric"]]["mean"]
+    metric, mean = results["metric"], row[results["metric"]]["mean"]
     if mean is not None:
         out["ai_metric"] = [{"type": "DictionaryEntry", "key": metric, "value": f"{mean:.6g}"}]
     return out
@@ -170,7 +172,7 @@ def _plain(joules: float) -> str:
     return f"{joules / JOULES_PER_KWH:.15f}".rstrip("0").rstrip(".") or "0"
 
 
-def sci(found: dict[str, Any]) -> dict[str, Any]:
+def sci(results: dict[str, Any]) -> dict[str, Any]:
     """Return the Software Carbon Intensity of one inference by arm: ((E × I) + M) / R, the terms
     apart."""
     return {
@@ -187,12 +189,12 @@ def sci(found: dict[str, Any]) -> dict[str, Any]:
                 if s["m_g"] is None
                 else "",
             }
-            for a, s in ((a, found["arms"][a]["sci"]) for a in found["order"])
+            for a, s in ((a, results["arms"][a]["sci"]) for a in results["order"])
         },
     }
 
 
-def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
+def annex_xi(results: dict[str, Any]) -> dict[str, Any]:
     """Return, arm by arm, the figures that items 2(d) and 2(e) of the EU AI Act's Annex XI ask for.
     A format, no compliance."""
     return {
@@ -201,7 +203,7 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
             a: {
                 "2d_training_flops": row["train_flops"],
                 "2d_training_time_s": row["wall_s"],
-                "2d_hardware": _hardware(found),
+                "2d_hardware": _hardware(results),
                 "2d_seeds": row["seeds"],
                 "2e_energy_kwh": _per_kwh(row["train_energy_j"]),
                 "2e_known_or_estimated": row["train_energy_j"]["provenance"],
@@ -211,7 +213,7 @@ def annex_xi(found: dict[str, Any]) -> dict[str, Any]:
                 else None,
                 "2e_not_counted": reuse.unknown(row),
             }
-            for a, row in ((a, found["arms"][a]) for a in found["order"])
+            for a, row in ((a, results["arms"][a]) for a in results["order"])
         },
     }
 
@@ -223,15 +225,15 @@ def _per_kwh(reading: dict[str, Any]) -> dict[str, float | None]:
     }
 
 
-def bibtex(found: dict[str, Any]) -> str:
+def bibtex(results: dict[str, Any]) -> str:
     """Return a BibTeX entry for the report."""
-    year = datetime.datetime.fromtimestamp(found["newest_run_s"], datetime.UTC).year
-    key = re.sub(r"[^A-Za-z0-9]+", "-", found["name"]).strip("-")[:40] or "report"
-    total = found["totals"]["energy_j"]["value"]
+    year = datetime.datetime.fromtimestamp(results["newest_run_s"], datetime.UTC).year
+    key = re.sub(r"[^A-Za-z0-9]+", "-", results["name"]).strip("-")[:40] or "report"
+    total = results["totals"]["energy_j"]["value"]
     spent = f"{formatting.si(total, 'J')} in all" if total is not None else "energy unknown"
     return (
-        f"@misc{{greenvis-{key},\n  title = {{{_tex(found['name'])}: energy and accuracy of "
-        f"{len(found['order'])} arms}},\n"
+        f"@misc{{greenvis-{key},\n  title = {{{_tex(results['name'])}: energy and accuracy of "
+        f"{len(results['order'])} arms}},\n"
         f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = "
         f"{{{_tex(spent)}}},\n}}\n"
     )
@@ -256,24 +258,24 @@ def _line(row: dict[str, Any]) -> str:
 
 def _tuned(row: dict[str, Any]) -> bool:
     """Whether the arm starts from a trained base, or trains a part of a model only."""
-    learned, whole = row["trainable_params"], row["params"]
+    learned, total = row["trainable_params"], row["params"]
     return any(u["role"] == "base" for u in row["uses"]) or (
-        learned is not None and whole is not None and learned < whole
+        learned is not None and total is not None and learned < total
     )
 
 
-def _training_type(found: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+def _training_type(results: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
     """Return the Hub's word for how the arm was trained; none where the records do not say what it
     began with."""
     if _tuned(row):
         return {"training_type": "fine-tuning"}
-    return {"training_type": "pre-training"} if found["models"] else {}
+    return {"training_type": "pre-training"} if results["models"] else {}
 
 
-def _hardware(found: dict[str, Any]) -> list[str]:
+def _hardware(results: dict[str, Any]) -> list[str]:
     out = []
     for key in ("cpu", "gpu"):
-        for value in found["environment"][key]:
+        for value in results["environment"][key]:
             out.append(
                 str(value.get("name") or value.get("model") or value)
                 if isinstance(value, dict)
@@ -282,10 +284,10 @@ def _hardware(found: dict[str, Any]) -> list[str]:
     return out
 
 
-def _row(found: dict[str, Any], arm: str) -> dict[str, Any]:
-    if arm not in found["arms"]:
-        raise BadInput(f"no arm '{arm}' in this report{nearest(arm, found['arms'])}")
-    return found["arms"][arm]
+def _row(results: dict[str, Any], arm: str) -> dict[str, Any]:
+    if arm not in results["arms"]:
+        raise BadInput(f"no arm '{arm}' in this report{nearest(arm, results['arms'])}")
+    return results["arms"][arm]
 
 
 def _clean(value: Any) -> Any:

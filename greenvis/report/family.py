@@ -18,7 +18,7 @@ MOST_ROWS = 24  # models that a figure can hold
 _INDENT = 0.06  # of the width, a generation
 
 
-def family(listed: list[Arm]) -> dict[str, Any] | None:
+def family(arms: list[Arm]) -> dict[str, Any] | None:
     """Return {"members", "links"} of all arms that build on others, with all they build on; None
     where none does.
 
@@ -28,7 +28,7 @@ def family(listed: list[Arm]) -> dict[str, Any] | None:
     """
     costs: dict[str, dict[Any, float | None]] = defaultdict(dict)
     links: dict[tuple[str, str], str] = {}
-    for arm in listed:
+    for arm in arms:
         for run in arm.done.values():
             uses = uses_of(run).values()
             own = f"{run.name}/{run.arm}"
@@ -65,28 +65,28 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _above(name: str, on: Mapping[str, list[str]]) -> list[str]:
     """Return all that a member was made from, each once."""
-    found: list[str] = []
+    ancestors: list[str] = []
     left = list(on.get(name, ()))
     while left:
         one = left.pop(0)
-        if one not in found and one != name:
-            found.append(one)
+        if one not in ancestors and one != name:
+            ancestors.append(one)
             left += on.get(one, ())
-    return found
+    return ancestors
 
 
-def tree(found: dict[str, Any]) -> Drawing | None:
+def tree(results: dict[str, Any]) -> Drawing | None:
     """The family, a line a model, below what it was made from: what it cost, and what its whole
     line cost."""
-    its = found.get("family")
-    if not its:
+    section = results.get("family")
+    if not section:
         return None
     on: dict[str, list[str]] = defaultdict(list)
-    said: dict[str, list[str]] = defaultdict(list)
-    for link in its["links"]:
+    sources: dict[str, list[str]] = defaultdict(list)
+    for link in section["links"]:
         on[link["of"]].append(link["on"])
-        said[link["of"]].append(f"{link['role']} {link['on']}")
-    order = _order(list(its["members"]), on)
+        sources[link["of"]].append(f"{link['role']} {link['on']}")
+    order = _order(list(section["members"]), on)
     places = {
         name: (_INDENT * _generation(name, on, ()), -row)
         for row, name in enumerate(order[:MOST_ROWS])
@@ -97,8 +97,8 @@ def tree(found: dict[str, Any]) -> Drawing | None:
             x0, y0 = places[above]
             ax.plot([x0, x0, x - 0.01], [y0 - 0.35, y, y], color=figures.MUTED, lw=1.0)
         text = (
-            f"{short(name.removeprefix(str(found['name']) + '/'), 28)}: "
-            f"{_cost(its['members'][name])}"
+            f"{short(name.removeprefix(str(results['name']) + '/'), 28)}: "
+            f"{_cost(section['members'][name])}"
         )
         ax.text(x, y, text, ha="left", va="center", color=figures.INK)
     ax.set_xlim(-0.02, 1)
@@ -110,12 +110,13 @@ def tree(found: dict[str, Any]) -> Drawing | None:
         "counted once; means over seeds."
     )
     caption += f" {rest} more are not drawn." if rest else ""
-    listed = [
-        f"{n} ({_cost(its['members'][n])})" + (f" from {' and '.join(said[n])}" if said[n] else "")
+    lines = [
+        f"{n} ({_cost(section['members'][n])})"
+        + (f" from {' and '.join(sources[n])}" if sources[n] else "")
         for n in order
     ]
     return figures.save(
-        figure, "family", "What was made from what", "; ".join(listed) + ". " + caption, caption
+        figure, "family", "What was made from what", "; ".join(lines) + ". " + caption, caption
     )
 
 
@@ -123,16 +124,16 @@ def _order(names: list[str], on: Mapping[str, list[str]]) -> list[str]:
     """Return the members, each behind all that it was made from and as near to it as can be."""
     made: list[str] = []
 
-    def place(name: str) -> None:
+    def visit(name: str) -> None:
         if name not in made and all(
             parent in made or parent not in names for parent in on.get(name, ())
         ):
             made.append(name)
             for child in (n for n in names if name in on.get(n, ())):
-                place(child)
+                visit(child)
 
     for name in names:
-        place(name)
+        visit(name)
     return made + [n for n in names if n not in made]
 
 

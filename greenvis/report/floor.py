@@ -19,7 +19,7 @@ SERVING = ("inference_energy",)
 _BRIEF = (("training", "training"), ("image", "serving"))
 
 
-def floors(found: Mapping[str, Any]) -> dict[str, Any]:
+def floors(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those
     compared}, or None.
 
@@ -28,7 +28,7 @@ def floors(found: Mapping[str, Any]) -> dict[str, Any]:
     are the same: of one model, with as many MACs and parameters. Results of before there were
     inputs say neither.
     """
-    rows = {a: r for a, r in found["arms"].items() if "inputs" in r and r["seeds"]}
+    rows = {a: r for a, r in results["arms"].items() if "inputs" in r and r["seeds"]}
     return {
         "training": _apart(rows, lambda r: r["inputs"], "train_energy_j"),
         "serving": _apart(rows, lambda r: r["network"], "inference_energy_j"),
@@ -51,11 +51,11 @@ def _apart(rows: Mapping[str, Any], work: Any, reading: str) -> dict[str, Any] |
     }
 
 
-def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+def widened(vs: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
     """Return ratios to the baseline with the floor in their intervals."""
     out = dict(vs)
     for kind, quantities in (("training", TRAINING), ("serving", SERVING)):
-        floor = found["noise_floor"][kind]
+        floor = results["noise_floor"][kind]
         for q in quantities if floor else ():
             r = out.get(q)
             if r and r["low"] is not None:
@@ -63,29 +63,29 @@ def widened(vs: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def brief(found: Mapping[str, Any]) -> str:
+def brief(results: Mapping[str, Any]) -> str:
     """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
-    floor = found.get("noise_floor") or {}
-    said = [
+    floor = results.get("noise_floor") or {}
+    parts = [
         f"{k} ×{formatting.figures(max(f['ratio'], 1.001), 3)}"
         for k, f in ((w, floor.get(t)) for w, t in _BRIEF)
         if f
     ]
-    return ", ".join(said) or "unknown"
+    return ", ".join(parts) or "unknown"
 
 
-def sentence(found: Mapping[str, Any]) -> str:
+def sentence(results: Mapping[str, Any]) -> str:
     """Say what the floor of the tables is."""
     kinds = {"training": "training", "serving": "one image"}
-    known = {kind: f for kind in kinds if (f := (found.get("noise_floor") or {}).get(kind))}
-    said = [
+    known = {kind: f for kind in kinds if (f := (results.get("noise_floor") or {}).get(kind))}
+    parts = [
         f"{kinds[k]} ×{formatting.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})"
         for k, f in known.items()
     ]
-    if not said:
+    if not parts:
         return "Noise floor: not known, for no two arms did the same work."
     return (
-        f"Noise floor, by which arms that did the same work read apart: {'; '.join(said)}. It is "
+        f"Noise floor, by which arms that did the same work read apart: {'; '.join(parts)}. It is "
         "in the intervals of energies: "
         "a smaller difference is none."
     )

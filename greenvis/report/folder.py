@@ -70,12 +70,12 @@ def written(folder: Path) -> set[str]:
     """Return the names of the files that a report of ours wrote there."""
     try:
         names = files.read_json(folder / LIST, "list of a report's files")["files"]
-        listed = {name for name in names if isinstance(name, str) and _is_ours(name)}
+        ours = {name for name in names if isinstance(name, str) and _is_ours(name)}
     except (BadInput, KeyError, TypeError):  # one of an earlier greenvis has results, but no list
-        listed = _unlisted(folder)
+        ours = _unlisted(folder)
     return {
         name
-        for name in listed
+        for name in ours
         if not (folder / name).parent.is_symlink() and not (folder / name).is_dir()
     }
 

@@ -25,25 +25,23 @@ def predicted(done: list[SeedRun], grid: arms_.Intensity | None) -> dict[str, An
     """
     rows: dict[str, list[tuple[float, float, float, float]]] = {}
     for run in done:
-        said = run.done.facts.get("predicted") if run.done else None
-        if not isinstance(said, Mapping):
+        prediction = run.done.facts.get("predicted") if run.done else None
+        if not isinstance(prediction, Mapping):
             continue
         for key, actual in _actual(run, grid).items():
-            band = _band(run, said, key, grid)
+            band = _band(run, prediction, key, grid)
             if band and actual is not None:
                 rows.setdefault(key, []).append((*band, actual))
-    return {key: _summary(found) for key, found in rows.items()} or None
+    return {key: _summary(bands) for key, bands in rows.items()} or None
 
 
-def _summary(found: list[tuple[float, float, float, float]]) -> dict[str, Any]:
-    value, low, high, actual = (
-        math.fsum(column) / len(found) for column in zip(*found, strict=True)
-    )
+def _summary(rows: list[tuple[float, float, float, float]]) -> dict[str, Any]:
+    value, low, high, actual = (math.fsum(column) / len(rows) for column in zip(*rows, strict=True))
     ratio = actual / value if value > 0 else None
     return {
         "value": value, "low": low, "high": high, "actual": actual, "ratio": ratio,
         "inside": low <= actual <= high,
-        "n": len(found),
+        "n": len(rows),
     }  # fmt: skip
 
 
@@ -64,13 +62,13 @@ def _actual(run: SeedRun, grid: arms_.Intensity | None) -> dict[str, float | Non
 
 
 def _band(
-    run: SeedRun, said: Mapping[str, Any], key: str, grid: arms_.Intensity | None
+    run: SeedRun, prediction: Mapping[str, Any], key: str, grid: arms_.Intensity | None
 ) -> tuple[float, float, float] | None:
     """Return (value, low, high) of a prediction; None where the fact does not have the three
     numbers."""
     figures = {
         q: f
-        for q, f in said.items()
+        for q, f in prediction.items()
         if isinstance(f, Mapping) and all(_number(f.get(b)) for b in BOUNDS)
     }
     figure = figures.get("energy_j" if key == "carbon_g" else key)

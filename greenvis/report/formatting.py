@@ -190,8 +190,8 @@ def decided(d: Mapping[str, Any] | None, margin: str = "") -> str:
         return f"loses more than {margin}" if margin else "loses"
     more = d["more_seeds"]
     seeds = "one more seed" if more == 1 else f"{more} more seeds"
-    told = f"about {seeds} would tell" if more else "more seeds than could be run would tell"
-    return f"not yet decided{f' at {margin}' if margin else ''}, {told}"
+    hint = f"about {seeds} would tell" if more else "more seeds than could be run would tell"
+    return f"not yet decided{f' at {margin}' if margin else ''}, {hint}"
 
 
 def shown(d: Mapping[str, Any] | None) -> bool:

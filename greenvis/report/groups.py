@@ -134,11 +134,9 @@ class SeedRun:
 
 
 def _total(readings: Iterable[Reading]) -> Reading:
-    listed = list(readings)
+    items = list(readings)
     return (
-        pricing.add(listed)
-        if listed
-        else Reading("energy_j", None, reason="no sample was recorded")
+        pricing.add(items) if items else Reading("energy_j", None, reason="no sample was recorded")
     )
 
 
@@ -221,17 +219,17 @@ def _completeness(part: Part) -> tuple[bool, float, int]:
 def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path, bool]]:
     """Yield (file, whether it was named by itself) of files, folders and glob patterns. Raises
     BadInput for none."""
-    for given in paths:
-        text = os.fspath(given)
+    for entry in paths:
+        text = os.fspath(entry)
         if glob.has_magic(text) and not os.path.exists(text):
-            found = sorted(glob.glob(text, recursive=True))
-            if not found:
+            matches = sorted(glob.glob(text, recursive=True))
+            if not matches:
                 raise BadInput(f"no file matches the pattern '{text}'")
             yield from (
-                (Path(f), False) for f in found if f.endswith(record.SUFFIX) and os.path.isfile(f)
+                (Path(f), False) for f in matches if f.endswith(record.SUFFIX) and os.path.isfile(f)
             )
         else:
-            yield from ((p, p == Path(given)) for p in record.find([given]))
+            yield from ((p, p == Path(entry)) for p in record.find([entry]))
 
 
 def summarize(run: Run, metric: str) -> Part:
@@ -267,12 +265,12 @@ def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
     ]
     weights = _weights(run) if logs else {}
     points: list[tuple[float, float]] = []
-    seen: dict[str, Mapping[str, float]] = {}
+    latest: dict[str, Mapping[str, float]] = {}
     joules: dict[str, float] = {}
     for log in logs[:: max(1, len(logs) // CURVE_POINTS)]:
         for phase, totals in log["totals"].items():
-            if seen.get(phase) is not totals and stage(phase) not in APART:
-                seen[phase] = totals
+            if latest.get(phase) is not totals and stage(phase) not in APART:
+                latest[phase] = totals
                 known = [totals[q] * w for q, w in weights.items() if q in totals]
                 if known:
                     joules[phase] = sum(known)
@@ -296,11 +294,11 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
     """Give records that overlap their shares of what they saw in common. Returns what each of them
     saw, by its id()."""
     known = {p: part for part in parts if (p := overlap.span(part.run)) is not None}
-    seen: dict[int, Reading] = {}
-    for its, pieces in overlap.pieces(list(known)).items():
-        part = known[its]
+    undivided: dict[int, Reading] = {}
+    for span, pieces in overlap.pieces(list(known)).items():
+        part = known[span]
         run, before = part.run, _making(part.run)
-        seen[id(part)] = _total(r for c in pricing.phases(run).values() for r in c.values())
+        undivided[id(part)] = _total(r for c in pricing.phases(run).values() for r in c.values())
         header, shared, own = overlap.divided(run, pieces, run.header)
         run.header, run.totals, part.own = header, _by_stage(shared), _by_stage(own)
         after = _making(run)
@@ -313,7 +311,7 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
         if part.inference:
             part.inference = (part.inference[0], _sum(timed))
         run.facts = overlap.facts(run.facts, pieces)
-    return seen
+    return undivided
 
 
 def _making(run: Run) -> float:
@@ -332,33 +330,33 @@ def _by_stage(phases: overlap.Totals) -> overlap.Totals:
     return out
 
 
-def _sum(listed: Iterable[Mapping[str, float]]) -> dict[str, float]:
+def _sum(items: Iterable[Mapping[str, float]]) -> dict[str, float]:
     out: dict[str, float] = {}
-    for totals in listed:
+    for totals in items:
         _add(out, totals)
     return out
 
 
 def _group(parts: list[Part]) -> list[SeedRun]:
-    seen = _count_once(parts)
+    undivided = _count_once(parts)
     by_run: dict[str, list[Part]] = {}
     for part in parts:
         by_run.setdefault(part.id, []).append(part)
     groups: dict[tuple[str, str, int, str], SeedRun] = {}
     for run_id in sorted(by_run):
-        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank), seen)
+        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank), undivided)
         h = attempt.header
         name = str(h.get("name") or "run")
         key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
         groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
     for attempt in (a for g in groups.values() for a in g.attempts):
-        whole = attempt.total_energy_j.value
+        total = attempt.total_energy_j.value
         if attempt.header.get("nested_in") in by_run and not all(
             map(overlap.span, (p.run for p in by_run[attempt.id]))
         ):
             attempt.inside = True  # it does not say when it ran
         else:
-            attempt.inside = bool(whole) and (attempt.own_j.value or 0.0) < NOTHING * whole
+            attempt.inside = bool(total) and (attempt.own_j.value or 0.0) < NOTHING * total
         if attempt.inside:
             attempt.own_j = attempt.own_j._replace(value=0.0, low=0.0, high=0.0)
     for group in groups.values():
@@ -366,7 +364,7 @@ def _group(parts: list[Part]) -> list[SeedRun]:
     return [groups[key] for key in sorted(groups)]
 
 
-def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
+def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> Attempt:
     """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes'
     quantities summed."""
     first = parts[0]
@@ -412,7 +410,7 @@ def _merge(parts: list[Part], seen: Mapping[int, Reading]) -> Attempt:
         next((p.reason for p in parts if p.status == status), ""),
         _total(merged.energy.get(STARTUP, {}).values()),
         _total(every),
-        _total(seen[id(p)] for p in parts if id(p) in seen),
+        _total(undivided[id(p)] for p in parts if id(p) in undivided),
     )
 
 
@@ -424,10 +422,10 @@ def _share(first: Part, parts: list[Part], merged: pricing.Merged) -> list[tuple
     alone = pricing.add(
         r for s, c in pricing.phases(first.run).items() if s not in APART for r in c.values()
     ).value
-    whole = pricing.add(
+    total = pricing.add(
         r for s, c in merged.energy.items() if s not in APART for r in c.values()
     ).value
-    return [(j * whole / alone, y) for j, y in first.curve] if alone and whole else first.curve
+    return [(j * total / alone, y) for j, y in first.curve] if alone and total else first.curve
 
 
 def _scaled(reading: Reading, k: float) -> Reading:

@@ -101,10 +101,10 @@ def group(
 def column(name: str, columns: Sequence[str], doing: str) -> str:
     """Return the column that a name means: its own, one without its unit, or as a terminal heads
     it. Raises BadInput."""
-    wanted = WORDS.get(name.lower(), name.lower())
-    match = next((c for c in columns if wanted in (c, c.rpartition("_")[0])), None)
+    requested = WORDS.get(name.lower(), name.lower())
+    match = next((c for c in columns if requested in (c, c.rpartition("_")[0])), None)
     if match is None:
-        raise BadInput(f"cannot {doing} by '{name}'{nearest(wanted, columns)}")
+        raise BadInput(f"cannot {doing} by '{name}'{nearest(requested, columns)}")
     return match
 
 
@@ -207,19 +207,19 @@ def _ratio(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _limit(text: str) -> float:
-    found = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", str(text))
-    if not found:
+    match = re.fullmatch(r"\s*([+-]?\d+(?:\.\d+)?)\s*%\s*", str(text))
+    if not match:
         raise BadInput(
             f"max_energy is '{text}'; write a percentage: '+5%' allows 5 % more, '-10%' demands 10 "
             "% less"
         )
-    return 1 + float(found[1]) / 100
+    return 1 + float(match[1]) / 100
 
 
 def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]]:
     """Return the arms at a path: of a results.json, of the report in a folder, or of records."""
-    given = Path(path)
-    file = given / "results.json" if (given / "results.json").is_file() else given
+    source = Path(path)
+    file = source / "results.json" if (source / "results.json").is_file() else source
     if file.suffix != ".json":
         return results([path], metric=metric)["arms"]
     return stored.read(file)["arms"]
@@ -304,10 +304,10 @@ def quick(path: Path) -> Run | None:
     if header is None or not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
         return None
     run = Run(path, header)
-    wanted = _last(lines)
+    needed = _last(lines)
     try:
-        parsed = json.loads(b"[" + b",".join(wanted) + b"]")  # all at once is several times faster
-        undamaged = len(parsed) == len(wanted)
+        parsed = json.loads(b"[" + b",".join(needed) + b"]")  # all at once is several times faster
+        undamaged = len(parsed) == len(needed)
     except (ValueError, RecursionError):
         parsed, undamaged = [], False
     for line in parsed if undamaged else map(_parsed, reversed(lines)):
@@ -322,7 +322,7 @@ def quick(path: Path) -> Run | None:
 
 def _last(lines: list[bytes]) -> list[bytes]:
     """Return, the last first, the lines that no later one replaces, if all of them can be read."""
-    wanted, phases, logged = [], set(), False
+    needed, phases, logged = [], set(), False
     for raw in reversed(lines):
         sample = _PHASE.match(raw)
         if sample:
@@ -334,8 +334,8 @@ def _last(lines: list[bytes]) -> list[bytes]:
                 continue
             logged = b'"accuracy":' in raw
         if raw:
-            wanted.append(raw)
-    return wanted
+            needed.append(raw)
+    return needed
 
 
 def _keep(run: Run, line: dict[str, Any]) -> None:
@@ -356,9 +356,9 @@ def _keep(run: Run, line: dict[str, Any]) -> None:
     elif kind == "end" and run.end is None:
         run.end = line
     elif kind == "component":  # a source that turned out otherwise replaces the header's
-        listed = run.header.get("components") or []
+        components = run.header.get("components") or []
         run.header["components"] = [
-            {**c, **line} if c.get("name") == line.get("name") else c for c in listed
+            {**c, **line} if c.get("name") == line.get("name") else c for c in components
         ]
 
 

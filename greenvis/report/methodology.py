@@ -13,20 +13,20 @@ from greenvis.report.formatting import si
 Section = dict[str, Any]  # {"title", "items": [text], "table": None | {"head", "rows"}}
 
 
-def sections(found: dict[str, Any]) -> list[Section]:
+def sections(results: dict[str, Any]) -> list[Section]:
     """Return the sections, each {"title", "items", "table"}."""
     return [
-        _section("What is counted", _counted(found)),
-        {"title": "Sources of energy", "items": [], "table": _sources(found)},
-        _section("Carbon intensity", _grid(found)),
-        _section("Not counted", found["not_counted"]),
-        _section("Runs", _runs(found)),
-        _section("Cross-check and disturbance", _checks(found)),
-        _predicted(found),
-        cached_outputs.section(found),
-        teachers.section(found),
-        _section("Notes of the runs", found["notes"][:50]),
-        _section("Environment and data", _environment(found)),
+        _section("What is counted", _counted(results)),
+        {"title": "Sources of energy", "items": [], "table": _sources(results)},
+        _section("Carbon intensity", _grid(results)),
+        _section("Not counted", results["not_counted"]),
+        _section("Runs", _runs(results)),
+        _section("Cross-check and disturbance", _checks(results)),
+        _predicted(results),
+        cached_outputs.section(results),
+        teachers.section(results),
+        _section("Notes of the runs", results["notes"][:50]),
+        _section("Environment and data", _environment(results)),
     ]
 
 
@@ -34,9 +34,9 @@ def _section(title: str, items: list[str]) -> Section:
     return {"title": title, "items": items, "table": None}
 
 
-def _counted(found: dict[str, Any]) -> list[str]:
+def _counted(results: dict[str, Any]) -> list[str]:
     n = sorted(
-        {len(found["arms"][a]["seeds"]) for a in found["order"] if found["arms"][a]["seeds"]}
+        {len(results["arms"][a]["seeds"]) for a in results["order"] if results["arms"][a]["seeds"]}
     )
     seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no"
     return [
@@ -54,29 +54,29 @@ def _counted(found: dict[str, Any]) -> list[str]:
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on "
         "one host share them, so they "
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
-        _repeatability(found),
-        *_repeated(found),
-        *_intervals(found),
-        *_chosen(found),
-        f"Pricing model: {found['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; "
+        _repeatability(results),
+        *_repeated(results),
+        *_intervals(results),
+        *_chosen(results),
+        f"Pricing model: {results['pricing_model']}. SCI follows ISO/IEC 21031 with R = one image; "
         "no certification is claimed.",
     ]
 
 
-def _chosen(found: dict[str, Any]) -> list[str]:
+def _chosen(results: dict[str, Any]) -> list[str]:
     """Say on which images choices were made: held out ones, or, for all that is known, the
     test's."""
-    reached = any(found["arms"][a].get("energy_to_baseline_j") for a in found["order"])
+    reached = any(results["arms"][a].get("energy_to_baseline_j") for a in results["order"])
     read = (
         [
-            f"Where an arm reached the baseline's {found['metric']} is read off test images, epoch "
-            "by epoch."
+            f"Where an arm reached the baseline's {results['metric']} is read off test images, "
+            "epoch by epoch."
         ]
         if reached
         else []
     )
     held = sorted(
-        {d["held_out"] for d in found["data"] if isinstance(d, dict) and d.get("held_out")}
+        {d["held_out"] for d in results["data"] if isinstance(d, dict) and d.get("held_out")}
     )
     if held:
         many = " or ".join(f"{n:,}" for n in held)
@@ -95,43 +95,43 @@ def _chosen(found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _intervals(found: dict[str, Any]) -> list[str]:
+def _intervals(results: dict[str, Any]) -> list[str]:
     """Say what the intervals are, and that sentences, marks and tables rest on them alone."""
-    if not found["comparisons"]:
+    if not results["comparisons"]:
         return [
             "No arm is compared with a baseline by two seeds or more: nothing is said to be better "
             "or cheaper."
         ]
-    m, lost = found["comparisons"], verdict.margin(found)
+    m, lost = results["comparisons"], verdict.margin(results)
     return [
         "Intervals of differences and ratios are Student's t, paired by seed, each at "
         f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "
         "(Bonferroni). “Shown”, “keeps”, “loses” "
         "and bold are read off them and nothing else: a difference is shown where its interval "
         "leaves out no change.",
-        f"An arm keeps the {found['metric']} where its whole interval lies above −{lost}, loses it "
-        "where the whole interval "
+        f"An arm keeps the {results['metric']} where its whole interval lies above −{lost}, loses "
+        "it where the whole interval "
         "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean "
         "and scatter stay. One seed "
         "decides nothing.",
     ]
 
 
-def _repeatability(found: dict[str, Any]) -> str:
+def _repeatability(results: dict[str, Any]) -> str:
     """Say how far the same work reads apart at another time, and whether bands hold that."""
     bands = [
         s["repeatability"]
-        for s in found["sources"]
+        for s in results["sources"]
         if s.get("provenance") == "estimated" and s.get("repeatability")
     ]
-    said = {
+    texts = {
         f"×{k['low']:.3g}–{k['high']:.3g}, {k.get('citation') or 'of unknown origin'}"
         for k in bands
     }
-    if said:
+    if texts:
         return (
             "Bands hold how far the same work reads apart from one time to another: "
-            f"{'; '.join(sorted(said))}."
+            f"{'; '.join(sorted(texts))}."
         )
     return (
         "How far the same work reads apart from one time to another is in no band here: on a "
@@ -140,10 +140,10 @@ def _repeatability(found: dict[str, Any]) -> str:
     )
 
 
-def _repeated(found: dict[str, Any]) -> list[str]:
+def _repeated(results: dict[str, Any]) -> list[str]:
     """Say how well the energy of one image was told, where the records know."""
     worst = max(
-        (found["arms"][a]["inference_energy_j"].get("spread", 0.0) for a in found["order"]),
+        (results["arms"][a]["inference_energy_j"].get("spread", 0.0) for a in results["order"]),
         default=0.0,
     )
     return [
@@ -154,9 +154,9 @@ def _repeated(found: dict[str, Any]) -> list[str]:
     ] if worst else []  # fmt: skip
 
 
-def _sources(found: dict[str, Any]) -> dict[str, Any]:
+def _sources(results: dict[str, Any]) -> dict[str, Any]:
     rows = []
-    for s in found["sources"]:
+    for s in results["sources"]:
         k = s.get("coefficient") or {}
         unit = f" {k.get('unit', '')}".rstrip()
         band = (
@@ -190,9 +190,9 @@ def _sources(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _grid(found: dict[str, Any]) -> list[str]:
+def _grid(results: dict[str, Any]) -> list[str]:
     out = []
-    for g in found["carbon_intensity"]:
+    for g in results["carbon_intensity"]:
         if not isinstance(g, dict) or g.get("value") is None:
             continue
         band = (
@@ -211,22 +211,22 @@ def _grid(found: dict[str, Any]) -> list[str]:
             f"{g.get('zone', '?')}: {g['value']:g} g CO₂e per kWh{band}{year}, from "
             f"{source}.{assumed}"
         )
-    if len(found["carbon_intensity"]) > 1:
+    if len(results["carbon_intensity"]) > 1:
         out.append(
             "The runs were priced with different grids: compare their joules, or give one grid for "
             "all."
         )
-    if found["repriced"]:
+    if results["repriced"]:
         out.append(
             "The grams were priced anew with this intensity; the recorded one was set aside. "
             "Joules are unchanged."
         )
-    pue = ", ".join(f"{p:g}" for p in found["pue"]) or "none recorded, 1 used"
+    pue = ", ".join(f"{p:g}" for p in results["pue"]) or "none recorded, 1 used"
     return [*(out or ["No carbon intensity is known: no grams are given."]), f"PUE: {pue}."]
 
 
-def _runs(found: dict[str, Any]) -> list[str]:
-    t = found["totals"]
+def _runs(results: dict[str, Any]) -> list[str]:
+    t = results["totals"]
     starts = ", ".join(f"{n} {s}" for s, n in t["attempts"].items())
     out = [
         f"{t['runs']} run(s), started {sum(t['attempts'].values())} time(s): {starts}. All "
@@ -238,7 +238,7 @@ def _runs(found: dict[str, Any]) -> list[str]:
             f"Of this, starts that crashed, failed or were stopped took {lost}: kept in all totals."
         )
     repeated = sum(
-        found["arms"][a]["spent"]["repeated_energy_j"]["value"] or 0 for a in found["order"]
+        results["arms"][a]["spent"]["repeated_energy_j"]["value"] or 0 for a in results["order"]
     )
     if repeated:
         out.append(
@@ -267,7 +267,7 @@ def _runs(found: dict[str, Any]) -> list[str]:
             "whose it was; a run that lies inside another shows what it saw."
         )
     older = sum(
-        found["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in found["order"]
+        results["arms"][a]["spent"]["older_inputs_energy_j"]["value"] or 0 for a in results["order"]
     )
     if older:
         out.append(
@@ -280,27 +280,27 @@ def _runs(found: dict[str, Any]) -> list[str]:
             "to its last line counts; "
             "what came after (one sample's interval at most) is not."
         )
-    for row in found["incomplete"][:20]:
+    for row in results["incomplete"][:20]:
         why = f" ({row['reason']})" if row["reason"] else ""
         tried = f"{', '.join(row['attempts'])}{why}, {si(row['energy_j']['value'], 'J')} spent"
         out.append(f"Not finished: {row['arm']}, seed {row['seed']}: {tried}.")
-    if len(found["incomplete"]) > 20:
-        out.append(f"… and {len(found['incomplete']) - 20} more that did not finish.")
-    if found["damaged_lines"]:
+    if len(results["incomplete"]) > 20:
+        out.append(f"… and {len(results['incomplete']) - 20} more that did not finish.")
+    if results["damaged_lines"]:
         out.append(
-            f"{found['damaged_lines']} damaged line(s) in the records were skipped; totals are "
+            f"{results['damaged_lines']} damaged line(s) in the records were skipped; totals are "
             "cumulative, so a damaged line "
             "costs at most what was observed since the one before."
         )
-    if found.get("paused_s"):
+    if results.get("paused_s"):
         out.append(
-            f"Processes stood still for {formatting.duration(found['paused_s'])} (stopped or "
+            f"Processes stood still for {formatting.duration(results['paused_s'])} (stopped or "
             "suspended): what the machine and their "
             "memory drew meanwhile is in the records, but not charged to the runs."
         )
-    if found["missing_ranks"]:
+    if results["missing_ranks"]:
         out.append(
-            f"{found['missing_ranks']} process record(s) are missing: the energy is too low by "
+            f"{results['missing_ranks']} process record(s) are missing: the energy is too low by "
             "them."
         )
     return out
@@ -317,14 +317,17 @@ def _spent(totals: dict[str, Any]) -> str:
     )
 
 
-def _checks(found: dict[str, Any]) -> list[str]:
-    out = _codecarbon([c for c in found["crosscheck"] if c["ratio"] is not None])
-    if found["steal_s"] is not None and found["cpu_s"]:
-        stolen, used = formatting.duration(found["steal_s"]), formatting.duration(found["cpu_s"])
+def _checks(results: dict[str, Any]) -> list[str]:
+    out = _codecarbon([c for c in results["crosscheck"] if c["ratio"] is not None])
+    if results["steal_s"] is not None and results["cpu_s"]:
+        stolen, used = (
+            formatting.duration(results["steal_s"]),
+            formatting.duration(results["cpu_s"]),
+        )
         out.append(
             f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time."
         )
-    return out + _same_network(found)
+    return out + _same_network(results)
 
 
 def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
@@ -352,17 +355,17 @@ def _codecarbon(checks: list[dict[str, Any]]) -> list[str]:
     return out + ([f"… and {len(outside) - 20} more outside."] if len(outside) > 20 else [])
 
 
-def _same_network(found: dict[str, Any]) -> list[str]:
+def _same_network(results: dict[str, Any]) -> list[str]:
     """Say how far arms that serve a network of the same MACs and parameters are apart: that much is
     noise here."""
     alike: dict[tuple[float, float], list[str]] = {}
-    for a in found["order"]:
-        row = found["arms"][a]
+    for a in results["order"]:
+        row = results["arms"][a]
         if row["macs"] and row["params"] and row["inference_energy_j"]["value"]:
             alike.setdefault((row["macs"], row["params"]), []).append(a)
     out = []
     for (macs, params), names in alike.items():
-        rows = [found["arms"][a] for a in names]
+        rows = [results["arms"][a] for a in names]
         joules = sorted(r["inference_energy_j"]["value"] for r in rows)
         slow = sorted(
             r["latency_ms"]["p50"] for r in rows if r["latency_ms"] and r["latency_ms"].get("p50")
@@ -385,11 +388,11 @@ def _same_network(found: dict[str, Any]) -> list[str]:
     return out[:5]
 
 
-def _predicted(found: dict[str, Any]) -> Section:
+def _predicted(results: dict[str, Any]) -> Section:
     """Return the plan's prediction beside what it came to, where a plan was made."""
     rows = []
-    for a in found["order"]:
-        p = found["arms"][a].get("predicted")
+    for a in results["order"]:
+        p = results["arms"][a].get("predicted")
         if p:
             cells = [
                 (p.get("energy_j"), _joules),
@@ -403,7 +406,7 @@ def _predicted(found: dict[str, Any]) -> Section:
         "Time: predicted → actual",
         "FLOPs: predicted → actual",
     ]
-    said = (
+    text = (
         "Training and evaluation of one seed, as `greenvis plan` put it before from a few steps, "
         "and the mean over seeds "
         "after; × is actual ÷ predicted. Grams follow the joules. A busy machine stretches time "
@@ -411,7 +414,7 @@ def _predicted(found: dict[str, Any]) -> Section:
     )
     return {
         "title": "Predicted and actual",
-        "items": [said] if rows else [],
+        "items": [text] if rows else [],
         "table": {"head": head, "rows": rows} if rows else None,
     }
 
@@ -431,7 +434,7 @@ def _forecast(f: dict[str, Any] | None, form: Callable[[float], str]) -> str:
     )
 
 
-def _environment(found: dict[str, Any]) -> list[str]:
+def _environment(results: dict[str, Any]) -> list[str]:
     out = []
     for key, title in (
         ("cpu", "Processor"),
@@ -440,10 +443,10 @@ def _environment(found: dict[str, Any]) -> list[str]:
         ("host", "Host"),
         ("versions", "Versions"),
     ):
-        out += [f"{title}: {_flat(v)}" for v in found["environment"][key][:5]]
-    out += [f"Data: {_flat(v)}" for v in found["data"][:10]]
-    out += [f"Model: {_flat(v)}" for v in found["models"][:10]]
-    out += [f"Code: {_flat(v)}" for v in found["git"][:5]]
+        out += [f"{title}: {_flat(v)}" for v in results["environment"][key][:5]]
+    out += [f"Data: {_flat(v)}" for v in results["data"][:10]]
+    out += [f"Model: {_flat(v)}" for v in results["models"][:10]]
+    out += [f"Code: {_flat(v)}" for v in results["git"][:5]]
     return out
 
 

@@ -47,7 +47,7 @@ class Span:
 
     run: str
     nested_in: str | None
-    place: tuple[Any, Any]
+    machine: tuple[Any, Any]
     pid: Any
     parents: tuple[Any, ...]
     begin: float
@@ -100,9 +100,9 @@ def pieces(spans: Sequence[Span]) -> dict[Span, list[Piece]]:
     nested = {s.run: s.nested_in for s in spans}
     out: dict[Span, list[Piece]] = {}
     for one, others in _overlapping(spans):
-        found = list(_pieces(one, others, nested))
-        if any(not p.own or any(share < 1 for share in p.shares.values()) for p in found):
-            out[one] = found
+        parts = list(_pieces(one, others, nested))
+        if any(not p.own or any(share < 1 for share in p.shares.values()) for p in parts):
+            out[one] = parts
     return out
 
 
@@ -114,17 +114,17 @@ def divided(
     shared: Totals = {}
     own: Totals = {}
     used = {q for piece in parts for q in piece.shares}
-    for begin, end, phase, seen in timeline(run.path):
+    for begin, end, phase, observed in timeline(run.path):
         into, counted = shared.setdefault(phase, {}), own.setdefault(phase, {})
-        for quantity, value in seen.items():
+        for quantity, value in observed.items():
             if not possible(quantity, value):
                 continue
             share, once = _mean(parts, begin, end, quantity)
-            kept = WALL_SHARE if quantity == WALL and WALL in used else quantity
-            if kept != quantity:
+            target = WALL_SHARE if quantity == WALL and WALL in used else quantity
+            if target != quantity:
                 into[quantity] = into.get(quantity, 0.0) + value
-            into[kept] = into.get(kept, 0.0) + value * share
-            counted[kept] = counted.get(kept, 0.0) + value * once
+            into[target] = into.get(target, 0.0) + value * share
+            counted[target] = counted.get(target, 0.0) + value * once
     least = {q: min((p.shares.get(q, 1.0) for p in parts), default=1.0) for q in used}
     components = [
         _component(c, least.get(c.get("observation") or "", 1.0))
@@ -136,14 +136,19 @@ def divided(
 def facts(run_facts: Mapping[str, Any], parts: Sequence[Piece]) -> dict[str, Any]:
     """Return a record's facts with its share of what they observe of serving and tasks."""
 
-    def shared(seen: Any) -> Any:
-        if isinstance(seen, list):
-            return [shared(one) for one in seen]
-        if not isinstance(seen, Mapping):
-            return seen
-        if not {"from_s", "to_s"} <= seen.keys():
-            return {key: shared(value) if key in OBSERVED else value for key, value in seen.items()}
-        return {q: v * _mean(parts, seen["from_s"], seen["to_s"], q)[0] for q, v in seen.items()}
+    def shared(observed: Any) -> Any:
+        if isinstance(observed, list):
+            return [shared(one) for one in observed]
+        if not isinstance(observed, Mapping):
+            return observed
+        if not {"from_s", "to_s"} <= observed.keys():
+            return {
+                key: shared(value) if key in OBSERVED else value for key, value in observed.items()
+            }
+        return {
+            q: v * _mean(parts, observed["from_s"], observed["to_s"], q)[0]
+            for q, v in observed.items()
+        }
 
     return {key: shared(value) if key in OBSERVED else value for key, value in run_facts.items()}
 
@@ -162,13 +167,13 @@ def _component(c: Mapping[str, Any], least: float) -> dict[str, Any]:
 
 def _overlapping(spans: Sequence[Span]) -> Iterator[tuple[Span, list[Span]]]:
     """Yield each record with those of other runs that overlap it on its machine."""
-    by_place: dict[tuple[Any, Any], list[Span]] = {}
+    by_machine: dict[tuple[Any, Any], list[Span]] = {}
     for s in spans:
-        by_place.setdefault(s.place, []).append(s)
-    for listed in by_place.values():
+        by_machine.setdefault(s.machine, []).append(s)
+    for group in by_machine.values():
         active: list[Span] = []
-        others: dict[Span, list[Span]] = {s: [] for s in listed}
-        for s in sorted(listed, key=lambda s: (s.begin, s.run)):
+        others: dict[Span, list[Span]] = {s: [] for s in group}
+        for s in sorted(group, key=lambda s: (s.begin, s.run)):
             active = [a for a in active if a.end > s.begin]
             for a in active:
                 if a.run != s.run:
@@ -203,12 +208,12 @@ def _share(
     same = [o for o in beside if quantity in o.counters and (machine or o.pid == one.pid)]
     parts = []
     for device in devices or ("",):
-        seen = [
+        sharing = [
             o
             for o in same
             if not devices or not o.counters[quantity][1] or device in o.counters[quantity][1]
         ]
-        outer = {o.run for o in seen if not any(_covers(x, o, nested) for x in (*seen, one))}
+        outer = {o.run for o in sharing if not any(_covers(x, o, nested) for x in (*sharing, one))}
         parts.append(1 / (1 + len(outer)))
     return math.fsum(parts) / len(parts)
 
@@ -216,7 +221,7 @@ def _share(
 def _covers(outer: Span, inner: Span, nested: Mapping[str, str | None]) -> bool:
     """Whether all that one record counts is counted by another as well, as long as that is
     active."""
-    if outer is inner or outer.place != inner.place:
+    if outer is inner or outer.machine != inner.machine:
         return False
     if outer.pid != inner.pid:
         return outer.pid in inner.parents or outer.run in _above(inner.run, nested)

@@ -41,26 +41,32 @@ def overview(folder: str | Path) -> dict[str, Any]:
     rows: list[dict[str, str]] = []
     reports: list[dict[str, str]] = []
     for path in sorted(Path(folder).glob("*/report.md")):
-        its = {"name": path.parent.name, "path": path.as_posix()}
+        entry = {"name": path.parent.name, "path": path.as_posix()}
         try:
-            found = files.read_json(path.parent / stored.NAME, "results", stored.MOST_BYTES)
+            content = files.read_json(path.parent / stored.NAME, "results", stored.MOST_BYTES)
         except BadInput as error:
             raise BadInput(
                 f"{path.parent} holds a report.md, but no results.json to read: {error}"
             ) from error
-        if not isinstance(found, dict) or "baseline" not in found:
+        if not isinstance(content, dict) or "baseline" not in content:
             text = files.read_text(path, "report")
             command = re.search(r"`(greenvis [^`]+)`", text)
             title = text.partition("\n")[0].removeprefix("# ")
-            reports.append({**its, "command": command[1] if command else "", "found": f"{title}."})
+            reports.append(
+                {**entry, "command": command[1] if command else "", "found": f"{title}."}
+            )
             continue
-        found = stored.read(path.parent / stored.NAME)
-        apart = floor.brief(found)
+        content = stored.read(path.parent / stored.NAME)
+        apart = floor.brief(content)
         rows += [
-            {**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(found)
+            {**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(content)
         ]
         reports.append(
-            {**its, "command": markup.shell(found["command"]), "found": verdict.opening(found)}
+            {
+                **entry,
+                "command": markup.shell(content["command"]),
+                "found": verdict.opening(content),
+            }
         )
     if not reports:
         raise BadInput(
@@ -71,12 +77,12 @@ def overview(folder: str | Path) -> dict[str, Any]:
     return {"techniques": rows, "reports": reports}
 
 
-def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
+def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
     """Return the overview as Markdown, arms of one report in one row, with links from a file in the
     folder `beside`."""
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in found["techniques"]:
+    for row in summary["techniques"]:
         grouped.setdefault((row["technique"], row["measured in"], row["against"]), []).append(row)
     for (technique, path, base), rows in grouped.items():
         first = [
@@ -99,19 +105,19 @@ def markdown(found: Mapping[str, Any], beside: str | Path = ".") -> str:
         "far arms that did the same work read apart; unknown where none did.",
         "",
     ]
-    for its in found["reports"]:
-        said = f"{markup.code(its['command'])}: {markup.md(its['found'])}"
-        lines.append(f"- **{_link(its['name'], its['path'], beside)}**, {said}")
+    for entry in summary["reports"]:
+        line = f"{markup.code(entry['command'])}: {markup.md(entry['found'])}"
+        lines.append(f"- **{_link(entry['name'], entry['path'], beside)}**, {line}")
     return "\n".join(lines) + "\n"
 
 
-def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    base, metric = found["baseline"], found["metric"]
+def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
+    base, metric = results["baseline"], results["metric"]
     if base is None:
         return
-    common = _names(found["arms"][base])
-    for label in found["order"]:
-        arm = found["arms"][label]
+    common = _names(results["arms"][base])
+    for label in results["order"]:
+        arm = results["arms"][label]
         own = [name for name in _names(arm) if name not in common]
         against = arm["vs_baseline"]
         if label == base or not against or len(own) != 1:
@@ -134,7 +140,7 @@ def _rows(found: Mapping[str, Any]) -> Iterator[dict[str, str]]:
             + lacking,
             "own share": _ratio(against["train_energy"]),
             "energy of an image": _ratio(against["inference_energy"]),
-            "differs in": ", ".join(differences(found["recipe"], label, base)) or ALONE,
+            "differs in": ", ".join(differences(results["recipe"], label, base)) or ALONE,
         }
 
 

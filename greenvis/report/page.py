@@ -31,15 +31,15 @@ TEMPLATES = Path(__file__).with_name("templates")
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
-def write(found: dict[str, Any], folder: Path, packed: bytes | None = None) -> Path:
+def write(results: dict[str, Any], folder: Path, packed: bytes | None = None) -> Path:
     """Write all files of a report into `folder`, `packed` records among them, and return the path
     of its index.html."""
-    drawings = charts.draw(found)
-    view = _view(found, drawings) | {"packed": packed is not None}
+    drawings = charts.draw(results)
+    view = _view(results, drawings) | {"packed": packed is not None}
     contents: dict[str, str | bytes] = {f"figures/{d.name}.svg": d.svg for d in drawings}
     contents |= {archive.NAME: packed} if packed else {}
-    contents |= {"results.json": to_json(found), "results.csv": to_csv(found)}
-    contents |= {f"exports/{name}": text for name, text in exports.files(found).items()}
+    contents |= {"results.json": to_json(results), "results.csv": to_csv(results)}
+    contents |= {f"exports/{name}": text for name, text in exports.files(results).items()}
     contents["report.md"] = render("report.md.j2", view)
     contents["index.html"] = render("index.html.j2", view)  # last: where it is, all is there
     publish(folder, contents)
@@ -65,35 +65,37 @@ def render(template: str, view: dict[str, Any]) -> str:
     return env.get_template(template).render(view).rstrip() + "\n"
 
 
-def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
+def _view(results: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
     """What the templates show."""
-    top = verdict.headline(found)
+    top = verdict.headline(results)
     return {
-        "r": found,
-        "title": figures.clean(found["title"] or found["name"]),
-        "note": found["note"] and figures.clean(found["note"]),
-        "margin": verdict.margin(found),
-        "verdict": verdict.opening(found),
+        "r": results,
+        "title": figures.clean(results["title"] or results["name"]),
+        "note": results["note"] and figures.clean(results["note"]),
+        "margin": verdict.margin(results),
+        "verdict": verdict.opening(results),
         "others": [
-            verdict.sentence(found, a) for a in found["order"] if a not in (top, found["baseline"])
+            verdict.sentence(results, a)
+            for a in results["order"]
+            if a not in (top, results["baseline"])
         ][:20],
-        "more_arms": max(0, len(found["order"]) - 22),
-        "rows_left_out": max(0, len(found["order"]) - tables.MOST_ROWS),
-        "costs": _table(found, tables.costs(found)),
-        "sizes": _table(found, tables.sizes()),
-        "tasks": _table(found, continual.columns()),
-        "cycle": _table(found, tables.cycle(found)),
-        "paybacks": _paybacks(found),
+        "more_arms": max(0, len(results["order"]) - 22),
+        "rows_left_out": max(0, len(results["order"]) - tables.MOST_ROWS),
+        "costs": _table(results, tables.costs(results)),
+        "sizes": _table(results, tables.sizes()),
+        "tasks": _table(results, continual.columns()),
+        "cycle": _table(results, tables.cycle(results)),
+        "paybacks": _paybacks(results),
         "settings": {
             "head": settings.HEAD,
-            "rows": (switched := settings.table(found)),
+            "rows": (switched := settings.table(results)),
             "note": settings.note(switched),
         },
         "drawings": drawings,
-        "methodology": methodology.sections(found),
-        "noise_floor": floor.sentence(found),
+        "methodology": methodology.sections(results),
+        "noise_floor": floor.sentence(results),
         "assumed_grid": any(
-            g.get("assumed") for g in found["carbon_intensity"] if isinstance(g, dict)
+            g.get("assumed") for g in results["carbon_intensity"] if isinstance(g, dict)
         ),
         "formatting": formatting,
         "exports": exports.NAMES,
@@ -101,32 +103,41 @@ def _view(found: dict[str, Any], drawings: list[Drawing]) -> dict[str, Any]:
     }
 
 
-def _table(found: dict[str, Any], columns: list[tables.Column]) -> dict[str, Any]:
-    columns = tables.used(found, columns)
-    return {"columns": columns, "rows": tables.cells(found, columns)}
+def _table(results: dict[str, Any], columns: list[tables.Column]) -> dict[str, Any]:
+    columns = tables.used(results, columns)
+    return {"columns": columns, "rows": tables.cells(results, columns)}
 
 
-def _paybacks(found: dict[str, Any]) -> list[str]:
+def _paybacks(results: dict[str, Any]) -> list[str]:
     out = []
-    for a in found["order"][: tables.MOST_ROWS]:
-        vs = found["arms"][a]["vs_baseline"]
+    for a in results["order"][: tables.MOST_ROWS]:
+        vs = results["arms"][a]["vs_baseline"]
         if not vs:
             continue
-        p, base = vs["payback"], str(found["baseline"])
+        p, base = vs["payback"], str(results["baseline"])
         text = formatting.payback(p["own"] if p else None, a, base)
-        if p and p["own"]["verdict"] != "not shown" and (charged := verdict.builds_on(found, a)):
-            whole = formatting.payback(p["with_reuse"], a, base)
+        if p and p["own"]["verdict"] != "not shown" and (charged := verdict.builds_on(results, a)):
+            with_reuse = formatting.payback(p["with_reuse"], a, base)
             also = f" Charging {charged} as well"
-            text += f"{also} changes nothing in this." if whole == text else f"{also}: {whole}"
+            text += (
+                f"{also} changes nothing in this."
+                if with_reuse == text
+                else f"{also}: {with_reuse}"
+            )
         out.append(text)
     return out
 
 
-def to_csv(found: dict[str, Any]) -> str:
+def to_csv(results: dict[str, Any]) -> str:
     """Return one row an arm: plain numbers, the unit in each column's name. Text never becomes a
     formula."""
-    metric = found["metric"]
-    columns = [*tables.costs(found), *tables.sizes(), *continual.columns(), *tables.cycle(found)]
+    metric = results["metric"]
+    columns = [
+        *tables.costs(results),
+        *tables.sizes(),
+        *continual.columns(),
+        *tables.cycle(results),
+    ]
     readings = (
         "train_energy_with_reuse_j",
         "train_energy_j",
@@ -146,8 +157,8 @@ def to_csv(found: dict[str, Any]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([_cell(h) for h in head])
-    for a in found["order"]:
-        row = found["arms"][a]
+    for a in results["order"]:
+        row = results["arms"][a]
         values: list[Any] = [a, row["status"], len(row["seeds"]), row[metric]["std"]]
         values += [by_key[k].number(row) for k in head[4:] if k in by_key and k not in readings]
         values += [row[k][p] for k in readings for p in ("value", "low", "high", "provenance")]

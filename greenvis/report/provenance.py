@@ -14,11 +14,11 @@ from greenvis.report.groups import Attempt
 from greenvis.report.reuse import use_energy
 
 
-def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
+def describe(arms: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
     """Return {"environment", "recipe", "command", "sources", "carbon_intensity", "not_counted",
     "notes", …}."""
-    attempts = [a for arm in listed for r in arm.all for a in r.attempts]
-    shown = [a for arm in listed for r in arm.runs for a in r.attempts]
+    attempts = [a for arm in arms for r in arm.all for a in r.attempts]
+    shown = [a for arm in arms for r in arm.runs for a in r.attempts]
     newest = max(shown, key=lambda a: (a.start_s, a.id))
     return {
         "environment": {
@@ -41,7 +41,7 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
         "pue": _different(a.header.get("pue") for a in attempts),
         "embodied": _different(a.header.get("embodied") for a in attempts),
         "not_counted": _not_counted(attempts),
-        "crosscheck": _crosscheck(listed),
+        "crosscheck": _crosscheck(arms),
         "steal_s": _total(attempts, "steal_s"),
         "cpu_s": _total(attempts, "cpu_s"),
         "paused_s": _total(attempts, PAUSED + "wall_s"),
@@ -53,22 +53,22 @@ def describe(listed: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]
 
 def _different(values: Iterable[Any]) -> list[Any]:
     """Return the different values there are, in a stable order, None left out."""
-    found = {
+    distinct = {
         repr(v): v for v in values if v not in (None, "", {}, [])
     }  # repr, for it is fast over many runs
-    unique = {json.dumps(v, sort_keys=True): v for v in found.values()}
+    unique = {json.dumps(v, sort_keys=True): v for v in distinct.values()}
     return [unique[k] for k in sorted(unique)]
 
 
 def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
     """The energy sources used, one row for each different component, and on how many starts."""
-    seen: dict[str, tuple[dict[str, Any], int]] = {}
+    counts: dict[str, tuple[dict[str, Any], int]] = {}
     for a in attempts:
         for c in a.header.get("components") or []:
             key = repr(c)
-            seen[key] = (c, seen[key][1] + 1 if key in seen else 1)
+            counts[key] = (c, counts[key][1] + 1 if key in counts else 1)
     rows: dict[str, dict[str, Any]] = {}
-    for c, n in seen.values():
+    for c, n in counts.values():
         keep = {
             k: c.get(k)
             for k in ("name", "source", "scope", "coefficient", "provenance", "citation", "reason")
@@ -91,11 +91,11 @@ def _not_counted(attempts: list[Attempt]) -> list[str]:
             for name, reading in stage.items():
                 if reading.value is None:
                     missing.setdefault(name, set()).add(reading.reason or "not observed")
-    seen = {
+    known = {
         n for a in attempts for e in a.energy.values() for n, r in e.items() if r.value is not None
     }
     out += [
-        f"{n}: {'; '.join(sorted(missing[n]))}" + (" (on some runs)" if n in seen else "")
+        f"{n}: {'; '.join(sorted(missing[n]))}" + (" (on some runs)" if n in known else "")
         for n in sorted(missing)
     ]
     if not any(a.header.get("embodied") for a in attempts):
@@ -112,10 +112,10 @@ def not_counted(use: Mapping[str, Any]) -> str:
     return f"what it took to make {use['name']} (a {use['role']}): not known"
 
 
-def _crosscheck(listed: list[Arm]) -> list[dict[str, Any]]:
+def _crosscheck(arms: list[Arm]) -> list[dict[str, Any]]:
     """codecarbon's reading beside ours, for each finished run that has one."""
     rows = []
-    for arm in listed:
+    for arm in arms:
         for seed, run in sorted(arm.done.items()):
             fact = run.done.facts.get("codecarbon") if run.done else None
             if isinstance(fact, (Mapping, int, float)) and run.done:
@@ -145,5 +145,5 @@ def _inside(value: Any, low: float | None, high: float | None) -> bool | None:
 
 
 def _total(attempts: list[Attempt], quantity: str) -> float | None:
-    found = [t[quantity] for a in attempts for t in a.totals.values() if quantity in t]
-    return float(sum(found)) if found else None
+    values = [t[quantity] for a in attempts for t in a.totals.values() if quantity in t]
+    return float(sum(values)) if values else None

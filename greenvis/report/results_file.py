@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def to_json(found: Mapping[str, Any]) -> str:
+def to_json(results: Mapping[str, Any]) -> str:
     """Return results as the text of results.json: sorted, so the same results are the same
     bytes."""
     indent = (
-        1 if len(found["arms"]) <= 100 else None
+        1 if len(results["arms"]) <= 100 else None
     )  # for people to read; of thousands of arms it would take long
     return (
-        json.dumps(found, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+        json.dumps(results, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        + "\n"
     )

@@ -78,15 +78,15 @@ def reuse(
     use it. What has no known cost is in neither. Grams are priced with the grid and PUE of the run
     that uses it: its own are not in a `uses` line.
     """
-    listed: dict[str, Mapping[str, Any]] = {}
+    uses: dict[str, Mapping[str, Any]] = {}
     for run in done:
-        listed |= uses_of(run)
+        uses |= uses_of(run)
     line = [with_reuse(r) for r in done]
     by_seed = {str(r.seed): x.value for r, x in zip(done, line, strict=True) if x.value is not None}
     out: dict[str, Any] = {
         "train_energy_with_reuse_j": arms_.mean_reading(line) | {"by_seed": by_seed}
     }
-    if not listed:
+    if not uses:
         return {**out, "uses": [], "base_reuse": None}
     rows = [
         {
@@ -95,17 +95,17 @@ def reuse(
             "energy_j": arms_.sum_reading([use_energy(u)]), "used_by_runs": shared_by[k],
             **({"of": list(map(str, u["of"]))} if u.get("of") else {}),
         }
-        for k, u in sorted(listed.items())
+        for k, u in sorted(uses.items())
     ]  # fmt: skip
-    whole = [pricing.add(use_energy(u) for u in uses_of(r).values()) for r in done]
+    totals = [pricing.add(use_energy(u) for u in uses_of(r).values()) for r in done]
     grams = [
-        arms_.attempt_grams(r.done, w, grid) for r, w in zip(done, whole, strict=True) if r.done
+        arms_.attempt_grams(r.done, w, grid) for r, w in zip(done, totals, strict=True) if r.done
     ]
     return {
         **out,
         "uses": rows,
         "base_reuse": {
-            "whole_j": arms_.mean_reading(whole),
+            "whole_j": arms_.mean_reading(totals),
             "whole_g": arms_.mean_reading(grams),
             "shared_j": _shared(done, shared_by, lambda run, use: use_energy(use)),
             "shared_g": _shared(

@@ -57,11 +57,11 @@ def settings(arm: Arm) -> list[dict[str, Any]]:
     return out
 
 
-def table(found: Mapping[str, Any]) -> list[list[str]]:
+def table(results: Mapping[str, Any]) -> list[list[str]]:
     """Return the table's rows as text, `HEAD` above them."""
     rows = []
-    for arm in found["order"]:
-        for s in found["arms"][arm].get("operating_points", ()):
+    for arm in results["order"]:
+        for s in results["arms"][arm].get("operating_points", ()):
             joules = s["inference_energy_j"]
             rows.append([
                 arm, s["setting"], formatting.spread("accuracy", s["accuracy"]),
@@ -80,8 +80,8 @@ def note(rows: list[list[str]]) -> str:
 
 def _rows(fact: Any) -> dict[str, Mapping[str, Any]]:
     """Return the settings of one run by name: records may come from other hands."""
-    listed = fact if isinstance(fact, list) else []
-    return {str(r["setting"]): r for r in listed if isinstance(r, Mapping) and "setting" in r}
+    entries = fact if isinstance(fact, list) else []
+    return {str(r["setting"]): r for r in entries if isinstance(r, Mapping) and "setting" in r}
 
 
 def _number(value: Any) -> bool:
@@ -120,16 +120,16 @@ def _realised(energy: float | None, macs: float | None) -> float | None:
 
 
 def _mean(values: list[float | None]) -> float | None:
-    there = [v for v in values if v is not None]
-    return math.fsum(there) / len(there) if there else None
+    known = [v for v in values if v is not None]
+    return math.fsum(known) / len(known) if known else None
 
 
 def _shares(tallies: list[Any]) -> list[float]:
-    there = [t for t in tallies if isinstance(t, list) and t and all(_number(n) for n in t)]
-    if not there or len({len(t) for t in there}) > 1:
+    known = [t for t in tallies if isinstance(t, list) and t and all(_number(n) for n in t)]
+    if not known or len({len(t) for t in known}) > 1:
         return []
-    total = sum(sum(t) for t in there)
-    return [sum(t[k] for t in there) / total for k in range(len(there[0]))] if total else []
+    total = sum(sum(t) for t in known)
+    return [sum(t[k] for t in known) / total for k in range(len(known[0]))] if total else []
 
 
 def _give_or_take(ratio: float | None, spread: float | None) -> str:

@@ -280,17 +280,17 @@ class _Results(_Loose):
     noise_floor: dict[_Word, _Mapping | None] | None = None
 
 
-def check(found: Any, path: Path) -> None:
+def check(content: Any, path: Path) -> None:
     """Raise BadInput, naming file and place, where results are not what `greenvis.report.build`
     writes."""
-    if not is_plain(found, most=MOST_DEPTH):
+    if not is_plain(content, most=MOST_DEPTH):
         raise BadInput(
             f"{path} is not a results.json of greenvis: numbers that are not finite, or nested too "
             "deeply"
         )
     try:
-        read = _Results.model_validate(found)
-        for label, row in found["arms"].items():
+        read = _Results.model_validate(content)
+        for label, row in content["arms"].items():
             _in_arm(row.get(read.metric), label)
             if row["uses"] and row["base_reuse"] is None:
                 raise _Odd(
@@ -302,11 +302,13 @@ def check(found: Any, path: Path) -> None:
             ):
                 raise _Odd(f"arms.{one_line(label)[:100]}: a reading without its method")
     except ValidationError as error:
-        said = [
+        problems = [
             f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}"
             for e in error.errors()[:MOST_SAID]
         ]
-        raise BadInput(f"{path} is not a results.json of greenvis: {'; '.join(said)}") from error
+        raise BadInput(
+            f"{path} is not a results.json of greenvis: {'; '.join(problems)}"
+        ) from error
     except _Odd as error:
         raise BadInput(f"{path} is not a results.json of greenvis: {error}") from error
     if sorted(read.order) != sorted(read.arms) or read.baseline not in (None, *read.arms):

@@ -21,18 +21,18 @@ MOST_BYTES = 256 * 2**20
 def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
     """Return the results.json that `paths` names, itself or by a folder without records, packed or
     not; None for records."""
-    listed = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    if len(listed) != 1:
+    entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if len(entries) != 1:
         return None
-    path = Path(listed[0])
+    path = Path(entries[0])
     if path.suffix == ".json":
         return path
-    there = (
+    is_report = (
         (path / NAME).is_file()
         and archive.inside(path) is None
         and next(iter(record.find([path])), None) is None
     )
-    return path / NAME if there else None
+    return path / NAME if is_report else None
 
 
 @contextmanager
@@ -53,10 +53,10 @@ def believed(path: Path | None) -> Iterator[None]:
 
 def read(path: Path) -> dict[str, Any]:
     """Return the results in a file. Raises BadInput for what is none, or of another schema."""
-    found = files.read_json(path, "results", MOST_BYTES)
-    if not isinstance(found, dict) or not isinstance(found.get("arms"), dict):
+    content = files.read_json(path, "results", MOST_BYTES)
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
         raise BadInput(f"{path} is not a {NAME} of greenvis: it has no arms")
-    schema = found.get("schema", 0)
+    schema = content.get("schema", 0)
     if not isinstance(schema, int):
         raise BadInput(f"{path} is not a {NAME} of greenvis: its schema is no number")
     if schema != build.SCHEMA:
@@ -66,8 +66,8 @@ def read(path: Path) -> dict[str, Any]:
         raise BadInput(
             f"{path} has schema {str(schema)[:20]}, and this greenvis reads {build.SCHEMA}: {way}"
         )
-    shape.check(found, path)
-    return found
+    shape.check(content, path)
+    return content
 
 
 def again(
@@ -85,17 +85,19 @@ def again(
     Joules and grams stay as they are: to price them anew, and for another metric, the records are
     needed.
     """
-    found = read(path)
-    if grid is not None or metric not in ("accuracy", found["metric"]):
+    results = read(path)
+    if grid is not None or metric not in ("accuracy", results["metric"]):
         raise BadInput(
-            f"{path} holds figures that are priced, of {found['metric']}: a grid or another metric "
-            "wants run records"
+            f"{path} holds figures that are priced, of {results['metric']}: a grid or another "
+            "metric wants run records"
         )
-    if baseline is not None and baseline not in found["arms"]:
-        raise BadInput(f"no arm '{baseline}' to be the baseline{nearest(baseline, found['arms'])}")
+    if baseline is not None and baseline not in results["arms"]:
+        raise BadInput(
+            f"no arm '{baseline}' to be the baseline{nearest(baseline, results['arms'])}"
+        )
     changed = {"baseline": baseline, "served": served and round(served), "margin": margin}
-    found |= {key: value for key, value in changed.items() if value is not None}
+    results |= {key: value for key, value in changed.items() if value is not None}
     if baseline is not None:
-        found["order"] = [baseline, *(a for a in found["order"] if a != baseline)]
-    comparison.compare(found)
-    return found
+        results["order"] = [baseline, *(a for a in results["order"] if a != baseline)]
+    comparison.compare(results)
+    return results

@@ -13,11 +13,11 @@ from greenvis.report.formatting import MISSING, si
 MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
 
-def costs(found: dict[str, Any]) -> list[Column]:
+def costs(results: dict[str, Any]) -> list[Column]:
     """Return the columns of the first table: what was gained and what it cost, with all it builds
     on first."""
-    metric = found["metric"]
-    reused = any(row["uses"] for row in found["arms"].values())
+    metric = results["metric"]
+    reused = any(row["uses"] for row in results["arms"].values())
     line = [
         _reading(
             "train_energy_with_reuse_j",
@@ -93,7 +93,7 @@ def sizes() -> list[Column]:
     ]
 
 
-def cycle(found: dict[str, Any]) -> list[Column]:
+def cycle(results: dict[str, Any]) -> list[Column]:
     """Return the columns of the full-cycle table."""
     return [
         Column(
@@ -153,16 +153,16 @@ def cycle(found: dict[str, Any]) -> list[Column]:
 
 
 def cells(
-    found: dict[str, Any], columns: list[Column], most: int = MOST_ROWS
+    results: dict[str, Any], columns: list[Column], most: int = MOST_ROWS
 ) -> list[dict[str, Any]]:
     """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub",
     "badge", "shown"}]}."""
-    arms = found["arms"]
+    arms = results["arms"]
     return [
         {
             "arm": a,
             "status": arms[a]["status"],
-            "baseline": a == found["baseline"],
+            "baseline": a == results["baseline"],
             "techniques": _techniques(arms[a]),
             "cells": [
                 {
@@ -175,14 +175,14 @@ def cells(
                 for c in columns
             ],
         }
-        for a in found["order"][:most]
+        for a in results["order"][:most]
     ]
 
 
-def used(found: dict[str, Any], columns: list[Column]) -> list[Column]:
+def used(results: dict[str, Any], columns: list[Column]) -> list[Column]:
     """Return the columns in which at least one arm has a value, or something to say of what it
     builds on."""
-    rows = found["arms"].values()
+    rows = results["arms"].values()
     return [
         c
         for c in columns
@@ -245,10 +245,10 @@ def _seeds(row: Row) -> str:
 
 def _techniques(row: Row) -> str:
     """Return the names in the fact `techniques`: names, {"name": …} or {NAME: {fields}}."""
-    listed = row.get("techniques")
+    techniques = row.get("techniques")
     names = (
-        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in listed]
-        if isinstance(listed, list)
+        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in techniques]
+        if isinstance(techniques, list)
         else []
     )
     return ", ".join(map(str, names))
@@ -288,10 +288,10 @@ def _builds_on(row: Row) -> str:
 
 def _reused(row: Row) -> str:
     """Return what a row builds on: "base, 116 mg CO₂e; not counted: the weights of others"."""
-    said = ", ".join(
+    parts = ", ".join(
         x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x
     )
-    return said + (f"; not counted: {', '.join(names)}" if (names := reuse.unknown(row)) else "")
+    return parts + (f"; not counted: {', '.join(names)}" if (names := reuse.unknown(row)) else "")
 
 
 def _grams(row: Row, key: str) -> str:

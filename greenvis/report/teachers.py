@@ -20,37 +20,38 @@ def teachers(facts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     "…_teachers".
     """
     runs = list(facts)
-    found = [
+    conflicts = [
         v
         for one in runs
         for v in one.values()
         if isinstance(v, Mapping) and all(_numbers(v.get(m)) for m in MEASURES)
     ]
-    given = [
+    learned = [
         v
         for one in runs
         for k, v in one.items()
         if k.endswith("_teachers") and isinstance(v, Mapping) and v
     ]
     out: dict[str, Any] = {}
-    if found:
+    if conflicts:
         out["conflict"] = {
-            m: [_mean(f[m][0] for f in found), _mean(f[m][-1] for f in found)] for m in MEASURES
+            m: [_mean(f[m][0] for f in conflicts), _mean(f[m][-1] for f in conflicts)]
+            for m in MEASURES
         }
-    if given and all(given[0].keys() == g.keys() and _numbers([*g.values()]) for g in given):
-        out["weights"] = {name: _mean(g[name] for g in given) for name in given[0]}
+    if learned and all(learned[0].keys() == g.keys() and _numbers([*g.values()]) for g in learned):
+        out["weights"] = {name: _mean(g[name] for g in learned) for name in learned[0]}
     return out
 
 
-def section(found: Mapping[str, Any]) -> dict[str, Any]:
+def section(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return the section of the report; empty where no arm had several teachers."""
     cells = []
-    for a in found["order"]:
-        its = found["arms"][a].get("teachers", {})
-        if its:
-            spans = its.get("conflict", {})
+    for a in results["order"]:
+        summary = results["arms"][a].get("teachers", {})
+        if summary:
+            spans = summary.get("conflict", {})
             weights = ", ".join(
-                f"{name} {weight:.2f}" for name, weight in its.get("weights", {}).items()
+                f"{name} {weight:.2f}" for name, weight in summary.get("weights", {}).items()
             )
             cells.append([a, *(_span(spans.get(m)) for m in MEASURES), weights or "not learned"])
     head = [
@@ -60,7 +61,7 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
         "Cosine of their pulls",
         "Learned weights",
     ]
-    said = (
+    text = (
         "Between each two teachers, in the first epoch → in the last, means over seeds: how often "
         "they choose other classes, "
         "how far their softened answers are apart, and the cosine between the gradients that each "
@@ -68,7 +69,7 @@ def section(found: Mapping[str, Any]) -> dict[str, Any]:
         "student's logits (below 0 they pull it apart)."
     )
     table = {"head": head, "rows": cells} if cells else None
-    return {"title": "Several teachers", "items": [said] if cells else [], "table": table}
+    return {"title": "Several teachers", "items": [text] if cells else [], "table": table}
 
 
 def _numbers(value: Any) -> bool:
@@ -81,8 +82,8 @@ def _numbers(value: Any) -> bool:
 
 
 def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return math.fsum(listed) / len(listed)
+    items = list(values)
+    return math.fsum(items) / len(items)
 
 
 def _span(ends: list[float] | None) -> str:

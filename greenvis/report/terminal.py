@@ -17,27 +17,29 @@ HEADS = {
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
-def table(found: Mapping[str, Any]) -> Any:
+def table(results: Mapping[str, Any]) -> Any:
     """Return results as a rich table: one row an arm, what was gained and what it cost."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    listed = tables.used(dict(found), tables.costs(dict(found)))
-    whole = [c for c in listed if c.key.endswith("train_energy_with_reuse_j")] != []
+    available = tables.used(dict(results), tables.costs(dict(results)))
+    with_reuse = [c for c in available if c.key.endswith("train_energy_with_reuse_j")] != []
     energy = (
         ("train_energy_with_reuse_j", "vs_train_energy_with_reuse")
-        if whole
+        if with_reuse
         else ("train_energy_j", "vs_train_energy")
     )
-    columns = [c for c in listed if c.key in (found["metric"], "vs_metric", *energy, "carbon_g")]
+    columns = [
+        c for c in available if c.key in (results["metric"], "vs_metric", *energy, "carbon_g")
+    ]
     out = Table(
-        title=Text(one_line(found["name"])),
+        title=Text(one_line(results["name"])),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    out.caption = Text(one_line(floor.sentence(found)))
+    out.caption = Text(one_line(floor.sentence(results)))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")
@@ -48,7 +50,7 @@ def table(found: Mapping[str, Any]) -> Any:
             no_wrap=not against,
             width=16 if against else None,
         )
-    for row in tables.cells(dict(found), columns):
+    for row in tables.cells(dict(results), columns):
         texts = []
         for column, cell in zip(columns, row["cells"], strict=True):
             text = Text(one_line(cell["text"]), style="bold" if cell["shown"] else "")
@@ -64,7 +66,7 @@ def _below(text: Any, more: str) -> Any:
     return text.append(f"\n{one_line(more)}", style="dim") if more else text
 
 
-def rows(listed: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
+def rows(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return rows of `ls`, `group`, `compare` or `diff` in words: few columns, units people read,
     no long digits."""
     return [
@@ -75,7 +77,7 @@ def rows(listed: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
         else _gated(r)
         if "limit" in r
         else _any(r)
-        for r in listed
+        for r in entries
     ]
 
 

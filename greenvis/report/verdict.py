@@ -8,20 +8,20 @@ from typing import Any
 from greenvis.report import continual, formatting, reuse
 
 
-def headline(found: dict[str, Any]) -> str:
+def headline(results: dict[str, Any]) -> str:
     """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to
     compare."""
-    return _choice(found)[0]
+    return _choice(results)[0]
 
 
-def opening(found: dict[str, Any]) -> str:
+def opening(results: dict[str, Any]) -> str:
     """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came
     nearest."""
-    label, lacking = _choice(found)
-    return lacking + sentence(found, label)
+    label, lacking = _choice(results)
+    return lacking + sentence(results, label)
 
 
-def _choice(found: dict[str, Any]) -> tuple[str, str]:
+def _choice(results: dict[str, Any]) -> tuple[str, str]:
     """Return the arm of the verdict, and what to say first where no arm saved energy and kept the
     metric.
 
@@ -30,9 +30,9 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     that trained on all tasks of a stream at once is a
     bound: it is named where there is no other.
     """
-    arms, base, metric = found["arms"], found["baseline"], found["metric"]
-    sign = -1 if found["lower_is_better"] else 1
-    compared = [a for a in found["order"] if arms[a]["vs_baseline"]]
+    arms, base, metric = results["arms"], results["baseline"], results["metric"]
+    sign = -1 if results["lower_is_better"] else 1
+    compared = [a for a in results["order"] if arms[a]["vs_baseline"]]
     rivals = [a for a in compared if not continual.all_at_once(arms[a])] or compared
 
     def gain(a: str) -> float:
@@ -41,13 +41,13 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
         )
 
     if not rivals:
-        scored = [a for a in found["order"] if arms[a][metric]["mean"] is not None]
-        best = max(scored, key=gain) if scored else found["order"][0]
+        scored = [a for a in results["order"] if arms[a][metric]["mean"] is not None]
+        best = max(scored, key=gain) if scored else results["order"][0]
         return (base if base in scored and base is not None else best), ""
-    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][cost(found, a)])]
-    keep = [a for a in cheap if keeps(found, a)]
+    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][cost(results, a)])]
+    keep = [a for a in cheap if keeps(results, a)]
     if keep:
-        return min(keep, key=lambda a: arms[a]["vs_baseline"][cost(found, a)]["ratio"]), ""
+        return min(keep, key=lambda a: arms[a]["vs_baseline"][cost(results, a)]["ratio"]), ""
     better = [
         a
         for a in rivals
@@ -59,11 +59,11 @@ def _choice(found: dict[str, Any]) -> tuple[str, str]:
     return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
 
 
-def cost(found: dict[str, Any], label: str) -> str:
+def cost(results: dict[str, Any], label: str) -> str:
     """Return the energy an arm is judged by: with all it builds on; one image's where it goes on
     from the baseline itself."""
-    whole = f"{found['name']}/{found['baseline']}"
-    goes_on = any(u["name"] == whole for u in found["arms"][label]["uses"])
+    baseline = f"{results['name']}/{results['baseline']}"
+    goes_on = any(u["name"] == baseline for u in results["arms"][label]["uses"])
     return "inference_energy" if goes_on else "train_energy_with_reuse"
 
 
@@ -72,19 +72,19 @@ def _cheaper(r: dict[str, Any] | None) -> bool:
     return bool(r) and r["ratio"] < 1 and formatting.shown(r)
 
 
-def keeps(found: dict[str, Any], label: str) -> bool:
+def keeps(results: dict[str, Any], label: str) -> bool:
     """Whether an arm's interval lies within the margin, or there is no metric at all that it could
     lose."""
-    arms, metric = found["arms"], found["metric"]
+    arms, metric = results["arms"], results["metric"]
     d = arms[label]["vs_baseline"][metric]
     return (
         d["verdict"] == "keeps" if d else all(row[metric]["mean"] is None for row in arms.values())
     )
 
 
-def sentence(found: dict[str, Any], label: str) -> str:
+def sentence(results: dict[str, Any], label: str) -> str:
     """Return what the records show of one arm, beside the baseline where there is one."""
-    row, base, metric = found["arms"][label], found["baseline"], found["metric"]
+    row, base, metric = results["arms"][label], results["baseline"], results["metric"]
     if row["status"] == "incomplete":
         tried = ", ".join(
             f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items()
@@ -109,17 +109,17 @@ def sentence(found: dict[str, Any], label: str) -> str:
         return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(
             row
         )
-    key = cost(found, label)
+    key = cost(results, label)
     if key == "inference_energy":
-        said = (
+        text = (
             f"{reached}, going on from {base}, with "
-            f"{_energy(found, label, key, 'energy an image')}; {_gain(found, label)}."
+            f"{_energy(results, label, key, 'energy an image')}; {_gain(results, label)}."
         )
-        said += f" Making it: {_energy(found, label, 'train_energy_with_reuse', 'energy')}."
+        text += f" Making it: {_energy(results, label, 'train_energy_with_reuse', 'energy')}."
     else:
-        what = "energy" if builds_on(found, label) else "training energy"
-        said = f"{reached} with {_energy(found, label, key, what)}; {_gain(found, label)}."
-    return said + not_counted(row, found["arms"][base]) + _partly(row)
+        what = "energy" if builds_on(results, label) else "training energy"
+        text = f"{reached} with {_energy(results, label, key, what)}; {_gain(results, label)}."
+    return text + not_counted(row, results["arms"][base]) + _partly(row)
 
 
 def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
@@ -141,10 +141,10 @@ def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
     return reached + (f" for {joules} of {what}" if joules else "") + one + "."
 
 
-def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
+def _energy(results: dict[str, Any], label: str, key: str, what: str) -> str:
     """Return an arm's energy beside the baseline's: "2.1 times less energy (1.9–2.3) than full",
     and its own share."""
-    vs, base = found["arms"][label]["vs_baseline"], found["baseline"]
+    vs, base = results["arms"][label]["vs_baseline"], results["baseline"]
     r = vs[key]
     if not r or r["low"] is None:
         return f"an unknown share of the {what} of {base}"
@@ -152,7 +152,7 @@ def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
     if r["low"] == r["high"] == 1:
         text = f"{formatting.times(r, what)} as {base}"
     own = vs["train_energy"]
-    charged = builds_on(found, label)
+    charged = builds_on(results, label)
     if key != "train_energy_with_reuse" or not charged:
         return text
     share = (
@@ -163,27 +163,27 @@ def _energy(found: dict[str, Any], label: str, key: str, what: str) -> str:
     return f"{text} ({charged} included{share})"
 
 
-def _gain(found: dict[str, Any], label: str) -> str:
-    metric = found["metric"]
-    d = found["arms"][label]["vs_baseline"][metric]
+def _gain(results: dict[str, Any], label: str) -> str:
+    metric = results["metric"]
+    d = results["arms"][label]["vs_baseline"][metric]
     if not d:
         return f"no {metric} to compare"
     band = formatting.interval(metric, d)
     text = f"{metric} {formatting.points(metric, d['mean'])}" + (
         f" (95\u00a0% interval {band})" if band else ""
     )
-    return f"{text}: {formatting.decided(d, margin(found))}"
+    return f"{text}: {formatting.decided(d, margin(results))}"
 
 
-def margin(found: dict[str, Any]) -> str:
+def margin(results: dict[str, Any]) -> str:
     """Return how much may be lost, in words: "0.5 points"."""
-    metric = found["metric"]
+    metric = results["metric"]
     unit = (
-        ("point" if found["margin"] == 1 else "points")
+        ("point" if results["margin"] == 1 else "points")
         if formatting.share(metric)
         else f"of {metric}"
     )
-    return f"{found['margin']:g} {unit}"
+    return f"{results['margin']:g} {unit}"
 
 
 def not_counted(*rows: dict[str, Any]) -> str:
@@ -192,12 +192,12 @@ def not_counted(*rows: dict[str, Any]) -> str:
     return f" Not counted, for its cost is not known: {', '.join(names)}." if names else ""
 
 
-def builds_on(found: dict[str, Any], label: str) -> str:
+def builds_on(results: dict[str, Any], label: str) -> str:
     """Return what is charged in a comparison of an arm to the baseline: "the base of full and
     lora"; "" for nothing."""
     known = {
-        a: [u for u in found["arms"][a]["uses"] if u["energy_j"]["value"] is not None]
-        for a in (found["baseline"], label)
+        a: [u for u in results["arms"][a]["uses"] if u["energy_j"]["value"] is not None]
+        for a in (results["baseline"], label)
     }
     roles = dict.fromkeys(u["role"] for uses in known.values() for u in uses)
     return (

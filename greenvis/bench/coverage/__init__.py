@@ -172,8 +172,8 @@ def _notable(technique: str, outcome: str) -> bool:
 
 
 def _outcome(results: Sequence[Result], technique: str, host: str) -> str:
-    found = {r.outcome for r in results if (r.technique, r.host) == (technique, host)}
-    return next(o for o in ("fails", "works", "refuses") if o in found)
+    outcomes = {r.outcome for r in results if (r.technique, r.host) == (technique, host)}
+    return next(o for o in ("fails", "works", "refuses") if o in outcomes)
 
 
 def _shown(outcome: str) -> str:

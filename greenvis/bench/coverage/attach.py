@@ -74,20 +74,20 @@ def _row(name: str) -> dict[str, str] | None:
     model = _build(name)
     if getattr(model, "num_classes", 0) < 1:
         return None
-    found = view(model, probe=False)
+    structure = view(model, probe=False)
     tried = {
         t: [registry.find(t)(**request) for request in requests] for t, requests in REQUESTS.items()
     }
-    kind = "attention" if found.attention else "convolution or MLP"
-    return {"kind": kind, **{t: _first(name, found, requests) for t, requests in tried.items()}}
+    kind = "attention" if structure.attention else "convolution or MLP"
+    return {"kind": kind, **{t: _first(name, structure, requests) for t, requests in tried.items()}}
 
 
-def _first(name: str, found: View, requests: Sequence[Technique]) -> str:
+def _first(name: str, structure: View, requests: Sequence[Technique]) -> str:
     reasons = []
     for request in requests:
         model = _build(name)
         try:
-            with known(model, found):  # looking at it again would take half of the time
+            with known(model, structure):  # looking at it again would take half of the time
                 request.install(model)
         except GreenvisError as error:
             reasons.append(str(error))

@@ -40,14 +40,14 @@ def table(
 ) -> list[dict[str, str]]:
     """Return a row for each technique and host: by tool "works", "fails: …", or "refuses: …" where
     the two do not fit."""
-    wanted = [*TOOLS, "DDP"] if tools is None else list(tools)
+    requested = [*TOOLS, "DDP"] if tools is None else list(tools)
     pairs = [(technique, host) for technique in techniques for host in hosts]
     refused = {pair: _refusal(*pair) for pair in pairs}
-    ranks = _ddp([p for p in pairs if not refused[p]]) if "DDP" in wanted else {}
+    ranks = _ddp([p for p in pairs if not refused[p]]) if "DDP" in requested else {}
     rows = []
     for pair in pairs:
         row = {"technique": pair[0], "host": pair[1]}
-        for tool in wanted:
+        for tool in requested:
             row[tool] = (
                 f"refuses: {refused[pair]}"
                 if refused[pair]
@@ -70,11 +70,11 @@ def build(technique: str, host: str) -> Wrapped:
         model = HOSTS[host].build()
         torch.manual_seed(2)
         try:
-            given = {
+            settings = {
                 k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
                 for k, v in example.items()
             }
-            live = wrap(model, kind(**given))
+            live = wrap(model, kind(**settings))
         except BadInput as error:
             refusal = refusal if i else error
             continue
@@ -193,8 +193,8 @@ def _ddp(pairs: Sequence[tuple[str, str]]) -> dict[tuple[str, str], str]:
         return {}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "outcomes.pt"
-        given = (list(pairs), f"file://{folder}/meet", str(out))
-        torch.multiprocessing.spawn(_rank, given, nprocs=RANKS)  # type: ignore[attr-defined]
+        arguments = (list(pairs), f"file://{folder}/meet", str(out))
+        torch.multiprocessing.spawn(_rank, arguments, nprocs=RANKS)  # type: ignore[attr-defined]
         return torch.load(out, weights_only=True)
 
 

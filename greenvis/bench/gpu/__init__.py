@@ -143,7 +143,7 @@ def _cell(
             reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
-    said = {
+    result = {
         "cell": cell.name, "about": (cell.rows.__doc__ or "").strip(), "device": described,
         "reason": reason,
         "seconds": round(time.monotonic() - started, 1), "rows": rows,
@@ -151,6 +151,6 @@ def _cell(
     if path is not None:
         files.write(
             files.own_folder(path.parent, path.parent.parent) / path.name,
-            json.dumps(said, indent=1) + "\n",
+            json.dumps(result, indent=1) + "\n",
         )
-    return said
+    return result

@@ -68,9 +68,9 @@ def measure(
                 call()
             bench.sync()
             seconds, after = time.perf_counter() - start, bench.meter.read()
-            seen = {key: after[key] - before[key] for key in before if key in after}
+            observed = {key: after[key] - before[key] for key in before if key in after}
             work = {"seconds": seconds, "calls": calls[name], "units": units * calls[name]}
-            rounds[name].append(work | {"observed": seen, **_joules(bench, seen)})
+            rounds[name].append(work | {"observed": observed, **_joules(bench, observed)})
     return [_row(name, rounds[name], rounds[next(iter(arms))]) for name in arms]
 
 
@@ -85,8 +85,8 @@ def _calls(bench: Bench, call: Callable[[], Any]) -> int:
     return max(1, math.ceil(bench.look_s / max(time.perf_counter() - start, 1e-6)))
 
 
-def _joules(bench: Bench, seen: Mapping[str, float]) -> dict[str, float | None]:
-    readings = pricing.energy(seen, bench.meter.components)
+def _joules(bench: Bench, observed: Mapping[str, float]) -> dict[str, float | None]:
+    readings = pricing.energy(observed, bench.meter.components)
     gpu = readings.get("gpu")
     total = pricing.add(readings.values()).value
     return {"gpu_j": gpu.value if gpu else None, "total_j": total}

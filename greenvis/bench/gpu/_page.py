@@ -59,9 +59,9 @@ def _markdown(result: Mapping[str, Any]) -> str:
             "GPU.** It shows that the kit "
             "runs. `make gpu` on a machine with a CUDA GPU measures.", "",
         ]  # fmt: skip
-    seen = device["versions"]
+    versions = device["versions"]
     lines += [
-        f"`greenvis bench gpu`, torch {seen['torch']}, timm {seen.get('timm', '?')}, CUDA "
+        f"`greenvis bench gpu`, torch {versions['torch']}, timm {versions.get('timm', '?')}, CUDA "
         f"{device['cuda'] or 'none'}, "
         f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs "
         "in accuracy stands in other "

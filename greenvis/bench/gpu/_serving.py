@@ -119,7 +119,7 @@ def exits(bench: Bench) -> list[dict[str, Any]]:
         NEVER: [float("inf")] * len(_exiting.AT),
         **_exiting.thresholds(installed, x, (0.2, 0.4, 0.7)),
     }
-    whole = flops.count(plain, x[:1], cross_check=False).macs
+    full_macs = flops.count(plain, x[:1], cross_check=False).macs
     for batch in bench.pick((1, 8, 64, 512), (1, 8)):
         # one call serves the same images at each batch size, at batch 1 fewer of them
         parts = x[: bench.pick(64 if batch == 1 else 512, 16)].split(batch)
@@ -130,7 +130,7 @@ def exits(bench: Bench) -> list[dict[str, Any]]:
             with installed.at(at) as facts, torch.inference_mode():
                 for part in parts:
                     exiting(part)
-            shares[name] = facts["macs"] / whole
+            shares[name] = facts["macs"] / full_macs
         for row in measure(bench, arms):
             share, energy = shares[row["setting"]], row["energy_ratio"]
             realised = (1 - energy) / (1 - share) if energy is not None and share < 0.95 else None

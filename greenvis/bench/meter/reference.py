@@ -70,11 +70,11 @@ def flops_error() -> dict[str, Any]:
     for name, (build, macs) in REFERENCE.items():
         with torch.device("meta"):
             model = build().eval()
-        found = count(model, (3, 224, 224))
-        ours += [found.macs / macs - 1, (found.counters["fvcore"] or 0) / macs - 1]
+        counted = count(model, (3, 224, 224))
+        ours += [counted.macs / macs - 1, (counted.counters["fvcore"] or 0) / macs - 1]
         if name in AS_THEY_ARE:
             peers += [x / macs - 1 for x in _as_they_are(model)]
-        models.append(f"{name}: {found.macs / 1e9:.3f} GMACs")
+        models.append(f"{name}: {counted.macs / 1e9:.3f} GMACs")
     worst = max(abs(e) for e in ours)
     span = f"{min(peers):+.0%} … {max(peers):+.0%}"
     return {
@@ -180,8 +180,8 @@ def _best(*steps: Callable[[], None], n: int = 9) -> list[float]:
     them."""
     times: list[list[float]] = [[] for _ in steps]
     for _ in range(n):
-        for step, its in zip(steps, times, strict=True):
+        for step, seconds in zip(steps, times, strict=True):
             start = time.process_time()
             step()
-            its.append(time.process_time() - start)
-    return [min(its) for its in times]
+            seconds.append(time.process_time() - start)
+    return [min(seconds) for seconds in times]

@@ -159,15 +159,15 @@ def killed() -> dict[str, Any]:
             "signal.SIGKILL)"
         )
         _python(BURN + OURS + "gv.track('t').start(); " + body, cwd=folder)
-        kept = _only(folder).sum("wall_s") or 0.0
+        covered_s = _only(folder).sum("wall_s") or 0.0
         _python(BURN + PEER + "peer(measure_power_secs=1).start(); " + body, cwd=folder)
         rows = _csv_rows(folder)
     return _row(
         "killed after 3.5 s",
         f"{rows} rows kept",
-        f"{kept:.2f} s kept",
+        f"{covered_s:.2f} s kept",
         "≤ one sample lost",
-        kept >= 2.4,
+        covered_s >= 2.4,
     )
 
 
@@ -201,9 +201,9 @@ def endings() -> dict[str, Any]:
             return (_only(folder).sum("cpu_s") or 0.0) > 0.2, _csv_rows(folder) > 0
 
     with ThreadPoolExecutor(2) as pool:
-        kept = dict(zip(ENDINGS, pool.map(keeps, ENDINGS), strict=True))
-    n, (ours, peers) = len(ENDINGS), (sum(k[i] for k in kept.values()) for i in (0, 1))
-    lost = ", ".join(name for name, k in kept.items() if not k[0])
+        outcomes = dict(zip(ENDINGS, pool.map(keeps, ENDINGS), strict=True))
+    n, (ours, peers) = len(ENDINGS), (sum(k[i] for k in outcomes.values()) for i in (0, 1))
+    lost = ", ".join(name for name, k in outcomes.items() if not k[0])
     return _row(
         "endings that keep the data",
         f"{peers} of {n}",
@@ -242,7 +242,7 @@ def child() -> dict[str, Any]:
         BURN + OURS + f"run = gv.track('t', interval_s=60).start(); {child}; run.stop(); "
         "print(json.dumps(str(run.path)))"
     )[0]
-    seen = (record.read(ours).sum("cpu_s") or 0.0) / 3
+    measured = (record.read(ours).sum("cpu_s") or 0.0) / 3
     peer = _python(
         BURN
         + PEER
@@ -250,13 +250,13 @@ def child() -> dict[str, Any]:
         f"t.start(); {child}; t.stop()\n"
         f"print(json.dumps(t.final_emissions_data.cpu_energy * 3.6e6 / {PEER_W} / 3))"
     )[0]
-    text = f"{seen:.1%}, its interpreter's start included"
+    text = f"{measured:.1%}, its interpreter's start included"
     return _row(
         "child of 3 CPU-s that ends between samples",
         f"{peer:.0%} seen",
         text,
         "≥ 99 %, once",
-        0.99 <= seen <= 1.1,
+        0.99 <= measured <= 1.1,
     )
 
 
