@@ -193,7 +193,7 @@ def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict
 def _hits(
     part: Sequence[tuple[Any, Tensor]], stats: dict[str, Any], answer: Callable[[Any], Tensor]
 ) -> int:
-    """Answer these batches, as the setting that gave `told` does, and return how many answers are
+    """Answer these batches, as the setting that gave `stats` does, and return how many answers are
     right."""
     own, inputs = stats.pop("answer", None), (x for x, _ in part)
     answers = map(answer, inputs) if own is None else own(inputs)

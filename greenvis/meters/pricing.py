@@ -436,7 +436,7 @@ def embodied(hardware: Mapping[str, Any] | None, wall_s: float) -> Reading:
     """Return the grams of CO2e of making the machine that fall to a run: kg × share × run time /
     lifetime.
 
-    given: the header's {"kg", "lifetime_years", "share"}; None where the user gave nothing.
+    hardware: the header's {"kg", "lifetime_years", "share"}; None where the user gave nothing.
     """
     if not hardware:
         return Reading("embodied_g", None, reason="no embodied carbon of the machine was given")
