@@ -166,7 +166,7 @@ def ls(args: Any) -> Answer:
     )
     if args.group:
         rows = group(rows, args.group.split(","), args.sort)
-    return rows, lambda: _print_brief(rows, f"{len(rows)} {'groups' if args.group else 'runs'}")
+    return rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if args.group else 'runs'}")
 
 
 def compare(args: Any) -> Answer:
@@ -175,7 +175,7 @@ def compare(args: Any) -> Answer:
     from greenvis.report.listing import compare
 
     rows = compare(*(record.named(side, args.runs) for side in (args.a, args.b)))
-    return rows, lambda: _print_brief(rows, f"{args.a} and {args.b}")
+    return rows, lambda: _print_runs(rows, f"{args.a} and {args.b}")
 
 
 def diff(args: Any) -> int:
@@ -188,7 +188,7 @@ def diff(args: Any) -> int:
     if args.json:
         print(json_text({"ok": fine, "rows": rows}))
     else:
-        _print_brief(rows, "within the limit" if fine else "over the limit")
+        _print_runs(rows, "within the limit" if fine else "over the limit")
     return 0 if fine else 1
 
 
@@ -229,7 +229,7 @@ def _page_folder(args: Any, recipes: Sequence[tuple[Any, Any]]) -> Path:
     return Path(args.out or Path("reports") / name)
 
 
-def _print_brief(rows: Sequence[dict[str, Any]], title: str) -> None:
+def _print_runs(rows: Sequence[dict[str, Any]], title: str) -> None:
     from greenvis.report import terminal
 
     print_rows(terminal.rows(rows), title)

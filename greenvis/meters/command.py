@@ -25,11 +25,20 @@ _SUBREAPER = 36  # PR_SET_CHILD_SUBREAPER of linux/prctl.h
 def track_command(
     words: Sequence[str], *, name: str | None = None, **options: Any
 ) -> tuple[int, Tracker]:
-    """Run a command to its end under a tracker and return its exit code (128 + n where signal n
-    ended it) and the tracker.
+    """Run a command to its end under a tracker.
 
-    options: those of `track`. Signals meant for the command (SIGINT, SIGTERM, SIGHUP) are passed on
-    to it. Raises BadInput where the command cannot be started; no record is left then.
+    Signals meant for the command (SIGINT, SIGTERM, SIGHUP) are passed on to it.
+
+    Args:
+        words: the program and its arguments.
+        name: of the run; by default the program's or the script's.
+        options: those of `track`.
+
+    Returns:
+        The exit code (128 + n where signal n ended it) and the tracker.
+
+    Raises:
+        BadInput: where the command cannot be started; no record is left then.
     """
     if not words:
         raise BadInput("no command was given: greenvis track -- python train.py")

@@ -58,11 +58,21 @@ def count(
     """Count one image's forward (in eval mode) and, with `train`, its forward and backward (in
     train mode, as it learns now).
 
-    example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), or a dict of
-    them.
     The model is not changed: a copy without data is run on the meta device; one that cannot run
-    there is run where it is, and put back. cross_check: also count with fvcore. Raises BadInput
-    where the model does not take the example.
+    there is run where it is, and put back.
+
+    Args:
+        model: any module.
+        example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), or a dict
+            of them.
+        train: count a training step, too.
+        cross_check: also count with fvcore.
+
+    Returns:
+        MACs and FLOPs per image, in all and by module.
+
+    Raises:
+        BadInput: where the model does not take the example.
     """
     inputs, size = _inputs(model, example)
     notes: list[str] = []
@@ -93,10 +103,15 @@ def count(
 
 
 def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) -> dict[str, float]:
-    """Count a model whose work depends on its input, one real image at a time: MACs as mean, p5,
-    p50, p95, min and max.
+    """Count a model whose work depends on its input, one real image at a time.
 
-    samples: tensors (C, H, W) or batches (batch, C, H, W), or (x, y) pairs of either.
+    Args:
+        model: any module.
+        samples: tensors (C, H, W) or batches (batch, C, H, W), or (x, y) pairs of either.
+        limit: the most images to count.
+
+    Returns:
+        MACs per image: mean, p5, p50, p95, min and max.
     """
     macs: list[float] = []
     with _in_place(model) as device:

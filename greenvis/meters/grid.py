@@ -56,7 +56,14 @@ NO_COUNTRY = {
 
 
 def constant(intensity: float) -> dict[str, Any]:
-    """Return a carbon intensity the user states, in g CO2e per kWh."""
+    """Return a carbon intensity the user states, in the form of `lookup`.
+
+    Args:
+        intensity: g CO2e per kWh, 0 or more.
+
+    Raises:
+        BadInput: for no such number.
+    """
     if not (isinstance(intensity, (int, float)) and 0 <= intensity < math.inf):
         raise BadInput(
             f"intensity is {intensity!r}; give grams of CO2e per kWh, 0 or more (coal is about "
@@ -72,10 +79,17 @@ def constant(intensity: float) -> dict[str, Any]:
 
 
 def lookup(zone: str | None) -> dict[str, Any]:
-    """Return {"value": g CO2e per kWh, "zone", "name", "year", "source", "assumed"} of a zone.
+    """Return the carbon intensity of a zone.
 
-    None gives the world average, marked `assumed`. Raises BadInput, with the nearest zone, for one
-    that is not known.
+    Args:
+        zone: an ISO-3 country or a region of one ("FRA", "USA-CA"); None for the world average,
+            which is marked `assumed`.
+
+    Returns:
+        {"value": g CO2e per kWh, "zone", "name", "year", "source", "assumed"}.
+
+    Raises:
+        BadInput: for a zone that is not known, with the nearest.
     """
     if zone is None:
         return _world()

@@ -20,11 +20,17 @@ WARM_UP = 3
 def latency(
     model: nn.Module, x: Tensor, *, seconds: float = 2.0, least: int = 10, most: int = 1000
 ) -> dict[str, Any]:
-    """Return one call's time in milliseconds: {"p50", "p95", "mean", "batch_size", "calls"}, in
-    eval mode, no gradients.
+    """Return one call's time in milliseconds, in eval mode and without gradients.
 
-    x: a batch (batch, …) on the model's device. Calls are repeated for about `seconds`, `least` to
-    `most` times.
+    Args:
+        model: any module.
+        x: a batch (batch, …) on the model's device.
+        seconds: for about which calls are repeated.
+        least: the fewest calls.
+        most: the most calls.
+
+    Returns:
+        {"p50", "p95", "mean", "batch_size", "calls"}.
     """
     if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
         raise BadInput(

@@ -61,16 +61,27 @@ def track(
     """Return a tracker of energy, carbon, FLOPs, memory and time: a context manager and a
     decorator.
 
-    live: what `gv.wrap` returned (or a plain model): its parameters become facts, its techniques'
-    phases are cut.
-    country: a zone of `meters.carbon` ("FRA", "USA-CA"); intensity: g CO2e per kWh instead; pue:
-    ratio >= 1;
-    embodied: {"kg", "lifetime_years", "share"}; header: further values for the record's header
-    (arm, seed, inputs);
-    codecarbon: run codecarbon beside as a cross-check; coefficients, wall_meter: see
-    `meters.energy.Meter`;
-    source: replaces the live meter (`meters.energy.Replay`).
-    Raises BadInput for a bad name, zone, PUE or coefficients file, before anything runs.
+    Args:
+        name: of the run, and of its folder below `dir`.
+        live: what `gv.wrap` returned, or a plain model: its parameters become facts, and its
+            techniques' phases are cut.
+        dir: folder of run records.
+        country: a zone of `meters.grid` ("FRA", "USA-CA").
+        intensity: of the grid, in g CO2e per kWh, instead of a zone.
+        pue: power usage effectiveness of the building, a ratio of 1 or more.
+        embodied: {"kg", "lifetime_years", "share"} of making the machine.
+        header: further values for the record's header (arm, seed, inputs).
+        codecarbon: run codecarbon beside it as a cross-check.
+        interval_s: seconds between two samples.
+        coefficients: see `meters.energy.Meter`.
+        wall_meter: see `meters.energy.Meter`.
+        source: replaces the live meter (`meters.energy.Replay`).
+
+    Returns:
+        The tracker; it meters from `start()`, or from entering its `with` block.
+
+    Raises:
+        BadInput: for a bad name, zone, PUE or coefficients file, before anything runs.
     """
     if not isinstance(name, str) or not name.strip():
         raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')
@@ -255,12 +266,16 @@ class Tracker:
         total: int | None = None,
         progress: bool = True,
     ) -> Iterator[B]:
-        """Yield the loader's batches in a phase (None: the current one), counting steps, samples
-        and FLOPs.
+        """Yield the loader's batches in a phase, counting steps, samples and FLOPs.
 
-        progress: a bar on stderr where that is a terminal. FLOPs are counted on the first step of
-        each kind (shapes, mode, what learns) and looked up after; the arithmetic of the step is not
-        touched.
+        FLOPs are counted on the first step of each kind (shapes, mode, what learns) and looked up
+        after; the arithmetic of the step is not touched.
+
+        Args:
+            loader: any iterable of batches.
+            phase: in which they are counted; None for the current one.
+            total: batches to come, for the progress bar, where the loader has no length.
+            progress: a bar on stderr where that is a terminal.
         """
         return steps.steps(self, loader, phase, total, progress)
 

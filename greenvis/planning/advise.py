@@ -49,22 +49,37 @@ def advise(
     """Predict accuracy and energy of every plan that fits a model and data, and write the recipe of
     the one to take.
 
-    model, data_name, plans, teacher, options: see `candidates.source`. target_accuracy: 0 to 1.
-    budget: joules, or "5Wh", that training and serving may take together. serve: images the model
-    will answer. share: see `trials.Trials`. overrides: of the recipe ("train.epochs=3"). out: where
-    to write it (default: below `runs`); a file that is not advice is not replaced.
-
     Plans train on a share of the training images and are tested on others of them: the test images
-    are not looked at. See
-    `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how the whole training is
-    predicted, `choose` for which plan is taken.
+    are not looked at. See `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how
+    the whole training is predicted, `choose` for which plan is taken.
 
-    Returns {"rows": [{"plan", "accuracy", "train_energy_j", "serve_energy_j" (of 1,000 images),
-    "total_energy_j", "front",
-    "trials"}] by total energy, "refused": {plan: reason}, "pick", "why", "recipe": its file,
-    "plans": a recipe of them all,
-    "trials_energy_j", "data", "model", "images", "serve", "target_accuracy", "budget_j"}; figures
-    as {"value", "low", "high"}. Raises BadInput before anything is spent.
+    Args:
+        model: a model reference; see `candidates.source`.
+        data_name: a data set by name, or a recipe's file, whose data it is then.
+        target_accuracy: 0 to 1.
+        budget: joules, or "5Wh", that training and serving may take together.
+        serve: images the model will answer.
+        teacher: a trained model to learn from.
+        plans: a file of plans to weigh.
+        share: of the training images, in the longest trial; see `trials.Trials`.
+        out: where to write the recipe (default: below `runs`); a file that is not advice is not
+            replaced.
+        overrides: of the recipe ("train.epochs=3").
+        runs: folder of run records.
+        fresh: try again what was tried before.
+        trust: allow models given as package.module:function, which runs their code.
+        say: told how the work goes on.
+        options: of the model.
+
+    Returns:
+        {"rows": [{"plan", "accuracy", "train_energy_j", "serve_energy_j" (of 1,000 images),
+        "total_energy_j", "front", "trials"}] by total energy, "refused": {plan: reason}, "pick",
+        "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j", "data",
+        "model", "images", "serve", "target_accuracy", "budget_j"}; figures as {"value", "low",
+        "high"}.
+
+    Raises:
+        BadInput: before anything is spent.
     """
     distributed.require_single_process("greenvis advise")
     most = None if budget is None else joules(budget)

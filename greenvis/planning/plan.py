@@ -52,12 +52,25 @@ def plan(
     """Measure a few steps of each arm and return what training and evaluation of all arms and seeds
     will cost.
 
-    {"arms": {ARM: {"runs", "done", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…}},
-    figures as {"value", "low",
-    "high"} of what is still to do: runs of these inputs that are done cost nothing more, one that
-    broke off what it has left. An arm this recipe builds on is listed by its name. each: one whole
-    run's observations (CPU-seconds, GB-seconds, …), kept beside the records, so that the report can
-    set them against what was spent. Raises BadInput, GreenvisError.
+    One whole run's observations (CPU-seconds, GB-seconds, …) are written beside the records, so
+    that the report can set them against what was spent.
+
+    Args:
+        recipe: a recipe, or its file.
+        overrides: of the recipe ("train.epochs=3").
+        runs: folder of run records.
+        trust: allow models given as package.module:function, which runs their code.
+        say: told how the work goes on.
+
+    Returns:
+        {"arms": {ARM: {"runs", "done", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…}},
+        figures as {"value", "low", "high"} of what is still to do: finished runs of these inputs
+        cost nothing more, one that broke off what it has left. An arm this recipe builds on is
+        listed by its name.
+
+    Raises:
+        BadInput: where the recipe cannot be used.
+        GreenvisError: where an arm's steps fail.
     """
     distributed.require_single_process("greenvis plan")
     if not isinstance(recipe, Recipe):

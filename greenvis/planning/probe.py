@@ -42,16 +42,25 @@ def probe(
     trust: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Path, Recipe]:
-    """Evaluate the model that a run left, metered, and return the folder of the records and the
-    (last) recipe run.
+    """Evaluate the model that a run left, metered, on the data it was trained on.
 
-    run: a run's folder (runs/RECIPE/ARM/seed0), or an arm's, with all its seeds. The data are those
-    it was trained on.
-    protocol: a file as greenvis/planning/probe.yaml: a recipe without name, data and model, whose
-    arms may say `labels`, the share of labels used. Arms that the model cannot take are left out,
+    Each seed's recipe is written beside its records. Arms that the model cannot take are left out,
     and said.
-    overrides: of the recipes made ("train.epochs=3"). Each seed's recipe is written beside its
-    records. Raises BadInput where there is no model with a card.
+
+    Args:
+        run: a run's folder (runs/RECIPE/ARM/seed0), or an arm's, with all its seeds.
+        protocol: a file as greenvis/planning/probe.yaml: a recipe without name, data and model,
+            whose arms may say `labels`, the share of labels used.
+        overrides: of the recipes made ("train.epochs=3").
+        runs: folder of the new run records.
+        trust: allow models given as package.module:function, which runs their code.
+        say: told how the work goes on.
+
+    Returns:
+        The folder of the records and the (last) recipe run.
+
+    Raises:
+        BadInput: where there is no model with a card.
     """
     distributed.require_single_process("greenvis probe")
     folders = _finished(Path(run))

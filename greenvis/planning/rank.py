@@ -38,17 +38,28 @@ def rank(
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Rank candidate bases for new data without training, best first, and return what was found.
+    """Rank candidate bases for new data without training, best first. The ranking is a tracked run
+    itself.
 
-    bases: model references; "run:RECIPE/ARM" for what a recipe's arm left below `runs`, or its
-    folder. data_name: a data set's name, or a recipe's file, whose data it is then. images: so many
-    training images are shown to each base (fewer where there are fewer). by: the score to sort by,
-    one of `METHODS`. options: of bases that are a library's (pretrained, img_size, …). Returns
-    {"rows": [{"base", "rank", a score a method, "dim", "energy_j", and, where full fine-tuning of
-    these bases on this data is on record, "tuned_accuracy" and "tuning_energy_j"}], "correlation":
-    {method: {"weighted_tau", "tau", "bases"}} or None, "energy_j": {"value", "low", "high"} of the
-    whole ranking, "tuning_energy_j", "record", …}. The ranking is a tracked run itself. Raises
-    BadInput for an unknown base, data set or score, before anything is spent.
+    Args:
+        bases: model references; "run:RECIPE/ARM" for what a recipe's arm left below `runs`, or its
+            folder.
+        data_name: a data set's name, or a recipe's file, whose data it is then.
+        images: training images shown to each base (fewer where there are fewer).
+        by: the score to sort by, one of `METHODS`.
+        runs: folder of run records.
+        trust: allow models given as package.module:function, which runs their code.
+        say: told how the work goes on.
+        options: of bases that are a library's (pretrained, img_size, …).
+
+    Returns:
+        {"rows": [{"base", "rank", one score per method, "dim", "energy_j", and, where full
+        fine-tuning of these bases on this data is on record, "tuned_accuracy" and
+        "tuning_energy_j"}], "correlation": {method: {"weighted_tau", "tau", "bases"}} or None,
+        "energy_j": {"value", "low", "high"} of the whole ranking, "tuning_energy_j", "record", …}.
+
+    Raises:
+        BadInput: for an unknown base, data set or score, before anything is spent.
     """
     if by not in METHODS:
         raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")

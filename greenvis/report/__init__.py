@@ -29,16 +29,28 @@ def report(
     note: str | None = None,
     margin: float | None = None,
 ) -> Path:
-    """Write a report of the runs recorded at `paths` and return the path of its index.html.
+    """Write a report of recorded runs.
 
-    paths: records, folders of them or glob patterns; a report's folder, for the records packed in
-    it; or one results.json, which is compared and put into words anew. out: the folder to write,
-    reports/<name> by default. baseline: the arm others are compared with (default: the one called
-    "baseline"). grid: a zone ("SWE", see `greenvis.meters.grid`), g CO2e per kWh, or a carbon
-    intensity {"value", "low", "high", "zone", "source"}, in place of the recorded one. served: the
-    images at which making and using a model are added up. note: shown below the verdict, as its
-    author's words. margin: points of a share (0.5), or units of another metric (0), that an arm may
-    lose and still keep it. Raises BadInput where there is nothing to report.
+    Args:
+        paths: records, folders of them or glob patterns; a report's folder, for the records packed
+            in it; or one results.json, which is compared and written anew.
+        out: the folder to write, reports/<name> by default.
+        baseline: the arm others are compared with (default: the one called "baseline").
+        metric: what the arms gain, a fact of the runs.
+        grid: a zone ("SWE", see `greenvis.meters.grid`), g CO2e per kWh, or a carbon intensity
+            {"value", "low", "high", "zone", "source"}, in place of the recorded one.
+        title: headline of the report.
+        served: the images at which making and using a model are added up.
+        note: shown below the verdict, as its author's words.
+        margin: points of a share (0.5), or units of another metric (0), that an arm may lose and
+            still keep it.
+
+    Returns:
+        The path of its index.html.
+
+    Raises:
+        BadInput: where there is nothing to report.
+        GreenvisError: where the folder cannot be written.
     """
     paths = _listed(paths)
     with _no_collection():
@@ -70,7 +82,19 @@ def results(
     served: float | None = None,
     margin: float | None = None,
 ) -> dict[str, Any]:
-    """Return what `report` writes to results.json, writing nothing."""
+    """Return what `report` writes to results.json, writing nothing.
+
+    Args:
+        paths: as in `report`.
+        baseline: as in `report`.
+        metric: as in `report`.
+        grid: as in `report`.
+        served: as in `report`.
+        margin: as in `report`.
+
+    Raises:
+        BadInput: where there is nothing to report.
+    """
     from greenvis.report import archive, build, groups, stored
 
     for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
@@ -120,7 +144,11 @@ def _no_collection() -> Iterator[None]:
 
 
 def table(results: Mapping[str, Any]) -> Any:
-    """Return results as a rich table for a terminal: one row an arm."""
+    """Return results as a rich table for a terminal: one row per arm.
+
+    Args:
+        results: of `results`, or read from a results.json.
+    """
     from greenvis.report import terminal
 
     return terminal.table(results)

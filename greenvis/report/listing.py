@@ -41,12 +41,16 @@ _PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
 
 def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str, Any]]:
-    """Return one row a record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j,
+    """Return one row per record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j,
     carbon_g, wall_s, path.
 
-    where: keep rows in whose name, arm, run id or status this text occurs. sort: a column, "-"
-    before it for descending; rows without a value come last. Files that are no records are left
-    out. Raises BadInput for an unknown column.
+    Args:
+        paths: records and folders; files that are no records are left out.
+        where: keep rows in whose name, arm, run id or status this text occurs.
+        sort: a column, "-" before it for descending; rows without a value come last.
+
+    Raises:
+        BadInput: for an unknown column.
     """
     key = column(sort.removeprefix("-"), COLUMNS, "sort")
     rows = []
@@ -63,12 +67,19 @@ def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str,
 def group(
     rows: Iterable[dict[str, Any]], by: Iterable[str] = ("name", "arm"), sort: str = ""
 ) -> list[dict[str, Any]]:
-    """Return `ls` rows put together: one row for each value of the columns `by`, with runs, done,
-    means and sums.
+    """Return `ls` rows put together: one row for each value of the columns `by`.
 
-    accuracy is the mean over finished runs that have one; energy_j, carbon_g and wall_s are sums
-    over all. sort: as in `ls`, by a column of the groups; those of `by` where it is empty. Raises
-    BadInput for an unknown column.
+    Args:
+        rows: of `ls`.
+        by: columns.
+        sort: as in `ls`, by a column of the groups; those of `by` where it is empty.
+
+    Returns:
+        Rows with runs and done (counts), accuracy (the mean over finished runs that have one), and
+        energy_j, carbon_g and wall_s (sums over all).
+
+    Raises:
+        BadInput: for an unknown column.
     """
     columns = [column(name, COLUMNS, "group") for name in by]
     heads = (*columns, "runs", "done", "accuracy", *SUMS)
@@ -121,11 +132,20 @@ def _sorted(
 def compare(
     a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy"
 ) -> list[dict[str, Any]]:
-    """Return one row for each arm and quantity of two runs, folders of runs or results.json files.
+    """Compare two runs, folders of runs or results.json files: one row per arm and quantity.
 
-    Rows: {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}. Arms are matched by
-    name; two single arms of different names are compared with each other. Raises BadInput where
-    nothing matches.
+    Arms are matched by name; two single arms of different names are compared with each other.
+
+    Args:
+        a: what is compared with.
+        b: what is compared.
+        metric: what the arms gain.
+
+    Returns:
+        Rows of {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}.
+
+    Raises:
+        BadInput: where nothing matches.
     """
     left, right = _side(a, metric), _side(b, metric)
     rows = []
@@ -163,14 +183,19 @@ def diff(
     max_energy: str = "+5%",
     metric: str = "accuracy",
 ) -> tuple[bool, list[dict[str, Any]]]:
-    """Return whether the training energy of `b` stays within `max_energy` of `a` for every arm of
-    `a`, and a row an arm.
+    """Say whether the training energy of `b` stays within a limit of that of `a`, for every arm of
+    `a`.
 
-    a, b: records, folders of them or results.json files (a committed report is a good `a`).
-    max_energy: "+5%" allows 5 % more, "-10%" demands 10 % less. Rows: {"arm", "a_j", "b_j",
-    "ratio", "low", "high", "limit", "ok", "why"}; the ratio is paired by seed where both have the
-    seeds. An arm that is missing or unfinished in `b` is not ok; one that is unfinished in `a` is
-    left out.
+    Args:
+        a: records, folders of them or a results.json (a committed report is a good one).
+        b: as `a`.
+        max_energy: "+5%" allows 5 % more, "-10%" demands 10 % less.
+        metric: what the arms gain.
+
+    Returns:
+        Whether all arms are within it, and one row per arm: {"arm", "a_j", "b_j", "ratio", "low",
+        "high", "limit", "ok", "why"}; the ratio is paired by seed where both have the seeds. An arm
+        that is missing or unfinished in `b` is not ok; one that is unfinished in `a` is left out.
     """
     limit = _limit(max_energy)
     left, right = _side(a, metric), _side(b, metric)

@@ -29,14 +29,22 @@ ASIDE = (
 
 
 def overview(folder: str | Path) -> dict[str, Any]:
-    """Return {"techniques": [rows of `HEAD`], "reports": [{"name", "path", "command", "found"}]} of
-    all reports in a folder.
+    """Sum up all reports in a folder.
 
     A technique's rows are the arms that have that technique and no other more than their report's
     baseline: accuracy against the baseline's, energies as ratios to its, each with its interval;
     bold where that leaves out no change. "differs in" comes from comparing the two arms' recipes:
-    the technique alone, or what else. found: a report's first sentence, or its title where it
-    compares no arms. Raises BadInput for a folder without reports.
+    the technique alone, or what else.
+
+    Args:
+        folder: one in which each report has a folder.
+
+    Returns:
+        {"techniques": [rows of `HEAD`], "reports": [{"name", "path", "command", "found"}]}; "found"
+        is a report's first sentence, or its title where it compares no arms.
+
+    Raises:
+        BadInput: for a folder without reports.
     """
     rows: list[dict[str, str]] = []
     reports: list[dict[str, str]] = []
