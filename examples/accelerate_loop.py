@@ -24,13 +24,11 @@ loader = DataLoader(TensorDataset(images[:400], labels[:400]), batch_size=50, sh
 
 model = torchvision.models.resnet18(num_classes=10)
 criterion = nn.CrossEntropyLoss()
-live = gv.wrap(
-    model, gv.Distill(teacher=copy.deepcopy(model), weight=0.1)
-)  # greenvis: before prepare
+# greenvis: before prepare
+live = gv.wrap(model, gv.Distill(teacher=copy.deepcopy(model), weight=0.1))
 
-accelerator = GreenAccelerator(
-    live, cpu=True
-)  # greenvis: weighs by samples, saves what techniques hold
+# greenvis: weighs by samples, saves what techniques hold
+accelerator = GreenAccelerator(live, cpu=True)
 optimizer = torch.optim.SGD(live.param_groups(lr=0.02), momentum=0.9)  # greenvis
 prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 with gv.track("accelerate-loop", live, dir=tempfile.mkdtemp()) as run:  # greenvis

@@ -294,9 +294,8 @@ class Deltas:
             self._named[self.in_use] = now
         with torch.no_grad():
             for key, tensor in self.model.state_dict(keep_vars=True).items():
-                if (
-                    f"model.{key}" in now and f"model.{key}" not in target
-                ):  # a buffer that did not change there
+                # a buffer that did not change there
+                if f"model.{key}" in now and f"model.{key}" not in target:
                     tensor.copy_(self._snapshot.original(tensor))
         self.load_state_dict(target)
         self.in_use = name

@@ -51,9 +51,8 @@ def init_process_group() -> None:
         refuse_sharding()
         from accelerate import PartialState
 
-        PartialState(
-            cpu=not torch.accelerator.is_available()
-        )  # else it takes no notice of a launcher where there is no GPU
+        # else it takes no notice of a launcher where there is no GPU
+        PartialState(cpu=not torch.accelerator.is_available())
 
 
 def destroy_process_group() -> None:
@@ -71,9 +70,8 @@ def refuse_sharding(model: nn.Module | None = None) -> None:
     sharded = sys.modules.get("torch.distributed.fsdp")
     kinds = () if sharded is None else (sharded.FullyShardedDataParallel, sharded.FSDPModule)
     for module in model.modules() if model is not None else ():
-        if isinstance(module, kinds) or "_is_fsdp_managed_module" in vars(
-            module
-        ):  # how the first FSDP marks what lies in it
+        # how the first FSDP marks what lies in it
+        if isinstance(module, kinds) or "_is_fsdp_managed_module" in vars(module):
             shardings.append("FSDP")
         elif type(module).__name__ == "DeepSpeedEngine":
             shardings.append("DeepSpeed")

@@ -223,9 +223,8 @@ def _before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         optimizers.check(optimizer)
 
 
-register_optimizer_step_pre_hook(
-    _before_step
-)  # one for good: torch goes through its hooks while models are collected
+# one for good: torch goes through its hooks while models are collected
+register_optimizer_step_pre_hook(_before_step)
 
 
 def _gone() -> None:
@@ -249,9 +248,8 @@ def _what_hangs_on(old: Any) -> str:
 
 def _hooks(module: nn.Module) -> list[Any]:
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [
-        hook for hook in hooks if getattr(hook, "__module__", "") != "greenvis.core.trainers"
-    ]  # they only look
+    # they only look
+    return [hook for hook in hooks if getattr(hook, "__module__", "") != "greenvis.core.trainers"]
 
 
 def _is_ours(hook: Any) -> bool:

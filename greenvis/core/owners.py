@@ -126,9 +126,8 @@ class Owners:
         return {n: p for n, p in self.model.named_parameters() if id(p) in owned}
 
     def _freeze(self) -> None:
-        if any(
-            live.freezes for _, live in self._pairs()
-        ):  # what one technique freezes, another's own parameters must survive
+        # what one technique freezes, another's own parameters must survive
+        if any(live.freezes for _, live in self._pairs()):
             declared = self.declared
             for name, parameter in self.model.named_parameters():
                 parameter.requires_grad_(name in declared)

@@ -40,9 +40,8 @@ PROPERTIES: dict[str, str] = {
 }
 
 
-OnlyWith = Mapping[
-    str, tuple[str, tuple[Any, ...]]
-]  # by field: another field, and the values of it that count
+# by field: another field, and the values of it that count
+OnlyWith = Mapping[str, tuple[str, tuple[Any, ...]]]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -102,9 +101,8 @@ class Technique(BaseModel):
     )
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
-    tasks: ClassVar[frozenset[str]] = frozenset(
-        TASKS
-    )  # it is right for; `wrap` and each step refuse the others
+    # it is right for; `wrap` and each step refuse the others
+    tasks: ClassVar[frozenset[str]] = frozenset(TASKS)
     instead: ClassVar[str] = ""  # what such a refusal says to do
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     neutral: ClassVar[Mapping[str, Any] | None] = {}
@@ -491,9 +489,8 @@ def _choices(kind: Any, loc: tuple[Any, ...]) -> list[str]:
 
 def format_value(value: Any) -> str:
     """Format a value for a message, cut short and printable."""
-    if (
-        isinstance(value, int) and abs(value) > 10**18
-    ):  # Python refuses to write thousands of digits
+    # Python refuses to write thousands of digits
+    if isinstance(value, int) and abs(value) > 10**18:
         return f"a whole number of {value.bit_length()} bits"
     text = printable(json.dumps(value, default=str, ensure_ascii=False))
     return text if len(text) < 60 else text[:57] + "…"

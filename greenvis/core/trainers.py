@@ -39,9 +39,8 @@ class UsedInTerms:
         if not model.training or not torch.is_grad_enabled() or distributed.world_size() == 1:
             return None
         parameters = [p for n, p in model.named_parameters() if n in self.names and p.requires_grad]
-        for accepts in (
-            (lambda t: t.requires_grad, Tensor.is_floating_point) if parameters else ()
-        ):  # a frozen base: none has
+        # a frozen base: none has
+        for accepts in (lambda t: t.requires_grad, Tensor.is_floating_point) if parameters else ():
             new, done = _joined(output, parameters, accepts)
             if done:
                 return new
@@ -72,9 +71,8 @@ def _joined(
         for key, value in output.items():
             new, done = _joined(value, parameters, accepts)
             if done:
-                changed: Any = copy.copy(
-                    output
-                )  # a transformers output is a mapping and a dataclass
+                # a transformers output is a mapping and a dataclass
+                changed: Any = copy.copy(output)
                 changed[key] = new
                 return changed, True
     elif isinstance(output, (tuple, list)):

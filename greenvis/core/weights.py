@@ -18,11 +18,9 @@ from torch import Tensor, nn
 from greenvis.core import files
 from greenvis.errors import BadInput, some
 
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 METADATA_KEY = "greenvis"
 ATTACHED = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
 _BESIDE = "_greenvis_beside"
-
 
 SUFFIXES = (
     ".safetensors",
@@ -43,9 +41,8 @@ SUFFIXES = (
 def first_line(error: BaseException) -> str:
     """Return what an error of another library says, short enough for a message of ours."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
-    if len(lines) > 1 and lines[0].endswith(
-        ":"
-    ):  # the first only announces, as torch's load_state_dict does
+    # the first only announces, as torch's load_state_dict does
+    if len(lines) > 1 and lines[0].endswith(":"):
         lines[0] += " " + lines[1]
     return lines[0][:300] if lines else type(error).__name__
 

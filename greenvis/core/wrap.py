@@ -224,9 +224,8 @@ class Wrapped(Owners, Deltas):
         self.begin_training()
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             distributed.refuse_sharding(self.model)
-            if (
-                self.pretext and distributed.world_size() > 1
-            ):  # its forward passes DistributedDataParallel by
+            # its forward passes DistributedDataParallel by
+            if self.pretext and distributed.world_size() > 1:
                 self._shared = distributed.average_gradients(self.trainable.values())
             self._stepped = True
         self._check_task(logits, y)

@@ -61,9 +61,8 @@ def compose(text: str, source: str) -> yaml.Node | None:
     depth = nodes = 0
     line = 1
     try:
-        for event in yaml.parse(
-            text, Loader=_Loader
-        ):  # events first: building a tree from them is recursive
+        # events first: building a tree from them is recursive
+        for event in yaml.parse(text, Loader=_Loader):
             line = event.start_mark.line + 1
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(
                 event, yaml.CollectionEndEvent

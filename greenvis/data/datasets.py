@@ -21,9 +21,8 @@ from greenvis.errors import BadInput, nearest
 NAMES = ("digits", "fashion-mnist", "folder:PATH", "hf-datasets:PATH", "synthetic")
 SIZES = {"digits": (1347, 450), "fashion-mnist": (60_000, 10_000), "synthetic": (100_000, 100_000)}
 SYNTHETIC = {"train": 2000, "test": 500, "img_size": 32, "in_chans": 3}
-IN_MEMORY = (
-    512 * 2**20
-)  # bytes a split may take once brought to size; above, images are brought to size batch by batch
+# bytes a split may take once brought to size; above, images are brought to size batch by batch
+IN_MEMORY = 512 * 2**20
 STATISTICS_IMAGES = 2000  # enough for mean and deviation to 1 %, and half a second at 224 pixels
 
 
@@ -317,9 +316,8 @@ def load(
         reserved = (held_out or 0) if part == "train" else 0
         rows += [drawn[: len(drawn) - reserved][: requested[part]].sort().values]
         rows += [drawn[len(rows[-1]) :][:reserved].sort().values] if reserved else []
-        stored = replace(
-            form, in_chans=min(form.in_chans, source.in_chans)
-        )  # grey is made colour batch by batch
+        # grey is made colour batch by batch
+        stored = replace(form, in_chans=min(form.in_chans, source.in_chans))
         for chosen in rows[len(splits) :]:
             subset = split.take(chosen)
             splits.append(_bring_to_size(Split(subset.images, label_of[subset.labels]), stored))

@@ -245,9 +245,8 @@ class Cache:
         if tuple(live.shape[1:]) != self._shape or self._invalid(entries).any():
             return False
         stored = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
-        if (
-            self.top_k is not None
-        ):  # two as good as equal may change places: compare those that are there
+        # two as good as equal may change places: compare those that are there
+        if self.top_k is not None:
             at = torch.from_numpy(entries["at"].astype(np.int64))
             rest = live.scatter(1, at, float("-inf")).logsumexp(1, keepdim=True)
             stored = torch.cat([stored, torch.from_numpy(entries["rest"].copy())[:, None]], 1)

@@ -41,6 +41,7 @@ FASHION = (
     "Ankle boot",
 )
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# of no other a decoder is asked: some start programs
 FORMATS = (
     "BMP",
     "GIF",
@@ -49,7 +50,7 @@ FORMATS = (
     "PPM",
     "TIFF",
     "WEBP",
-)  # of no other a decoder is asked: some start programs
+)
 MOST_IMAGE = 256 * 2**20  # bytes of an image's file
 MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
 MOST_IDX = 64 * 2**20  # bytes of an IDX file: Fashion-MNIST's largest has 47 million

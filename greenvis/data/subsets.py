@@ -204,9 +204,8 @@ def make(
             weights.write(file, state, {"method": method, "per_class": per_class, "seed": seed})
     if "rows" in state:
         return images.take(state["rows"])
-    first = int.from_bytes(
-        hashlib.sha256(state["images"].numpy().tobytes()).digest()[:5], "big"
-    )  # no other set has these ids
+    # no other set has these ids
+    first = int.from_bytes(hashlib.sha256(state["images"].numpy().tobytes()).digest()[:5], "big")
     return ImageSet(
         Split(state["images"], state["labels"]),
         first + torch.arange(len(state["labels"])),

@@ -109,9 +109,8 @@ def _randaugment(image: Tensor, draw: int) -> Tensor:
     back."""
     before = torch.get_rng_state()
     try:
-        torch.default_generator.manual_seed(
-            draw >> 1
-        )  # the CPU's alone: torch.manual_seed would reseed GPUs too
+        # the CPU's alone: torch.manual_seed would reseed GPUs too
+        torch.default_generator.manual_seed(draw >> 1)
         return _RANDAUGMENT(image)
     finally:
         torch.set_rng_state(before)

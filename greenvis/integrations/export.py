@@ -189,9 +189,8 @@ def _torch_export(job: _Job) -> Tensor:
     )
     with torch.no_grad():
         again = torch.export.load(job.folder / "model.pt2").module()
-        return torch.cat(
-            [logits_of(again(one)) for one in job.x.split(1)]
-        )  # another batch size than the traced one
+        # another batch size than the traced one
+        return torch.cat([logits_of(again(one)) for one in job.x.split(1)])
 
 
 def _onnx(job: _Job) -> Tensor:
@@ -232,9 +231,8 @@ def _safetensors(job: _Job) -> Tensor:
     (job.folder / "model.json").write_text(
         json.dumps({"ref": job.ref, "options": job.options, "inputs": job.inputs}, indent=2)
     )
-    again = models.build(
-        job.ref, trust=True, **job.options
-    )  # trusted a moment ago, when the live one was built
+    # trusted a moment ago, when the live one was built
+    again = models.build(job.ref, trust=True, **job.options)
     models.load_weights(again, job.folder / "model.safetensors")
     with torch.no_grad():
         return logits_of(again.eval()(job.x))

@@ -97,9 +97,8 @@ class GreenCallback(TrainerCallback):
         self._samples += len(labels)
         self._loss_called = True
         value = self._criterion(logits, labels) + self.live.loss(self._images, labels, logits)
-        if (
-            count is None or self._changes_batches
-        ):  # what is to be divided by is known when the step is complete
+        # what is to be divided by is known when the step is complete
+        if count is None or self._changes_batches:
             return value * self._mean.weight(_items(labels), count)
         return value * (_items(labels) / count)
 
@@ -287,9 +286,8 @@ class GreenTrainer(Trainer):
         if num_items_in_batch is None:
             return loss / self.current_gradient_accumulation_steps
         before, after = (batch[green._label_key] for batch in (inputs, changed))
-        return (
-            loss if before is after else loss * (_items(before) / _items(after)).to(loss)
-        )  # for the log: a mean of its own
+        # for the log: a mean of its own
+        return loss if before is after else loss * (_items(before) / _items(after)).to(loss)
 
     # -- saving -----------------------------------------------------------------------------------
 

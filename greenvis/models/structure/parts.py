@@ -85,6 +85,7 @@ def mlps(traced: Trace) -> tuple[Mlp, ...]:
         kinds = {kind for kind, _ in call.sources}
         ups = [last[p] for p in weights_in(call.sources) if p in last]
         gates = {p for kind, p in call.sources if kind == "gate"}
+        # squeeze-and-excitation: an MLP on pooled features is a gate
         fits = (
             "act" in kinds
             and not kinds & {"sum", "attention", "scores", "map"}
@@ -93,9 +94,7 @@ def mlps(traced: Trace) -> tuple[Mlp, ...]:
             and _pointwise(call)
             and not (call.kind == "conv" and "depthwise" in kinds)
             and all(c.in_features == call.out_features for c in ups)
-            and not (
-                convolutional and call.pooled
-            )  # squeeze-and-excitation: an MLP on pooled features is a gate
+            and not (convolutional and call.pooled)
         )
         if fits:
             gate = next((c.path for c in ups if c.path in gates), None) if len(ups) == 2 else None
@@ -137,9 +136,8 @@ def _around(traced: Trace, head: str) -> str:
         if attends or not outside or not all(_one_vector(c) for c in inside):
             break
         layers = sum(c.kind != "norm" for c in inside)
-        if all(_one_vector(c) for c in outside) and layers > len(
-            outside
-        ):  # a multi-layer perceptron: most of it is no head
+        # a multi-layer perceptron: most of it is no head
+        if all(_one_vector(c) for c in outside) and layers > len(outside):
             break
         if len(inside) > sum(_within(c.path, best) for c in traced.calls):
             best = path
@@ -203,9 +201,8 @@ def pooling(traced: Trace, heads: tuple[str, ...], blocks: tuple[str, ...], pref
     for i, attention in enumerate(traced.attentions):
         if not any(_within(attention.stack[-1], block) for block in blocks):
             beside |= {("attention", i), ("weight", attention.out)}
-    while (
-        at >= 0 and calls[at].pooled
-    ):  # layers between pooling and classifier are fed pooled features, too
+    # layers between pooling and classifier are fed pooled features, too
+    while at >= 0 and calls[at].pooled:
         poolings = {value for kind, value in calls[at].sources if kind == "pool"}
         if poolings:
             return " and ".join(sorted(poolings))

@@ -37,9 +37,8 @@ _POOLS = {
     "adaptive_max_pool2d": "max", "max_pool2d": "max",
 }  # fmt: skip
 _NEGATIONS = frozenset({"neg", "negative", "view_as_complex", "rsub"})
-_LIKENESSES = frozenset(
-    {"type_as", "expand_as", "view_as", "reshape_as", "to"}
-)  # only the first operand's values matter
+# only the first operand's values matter
+_LIKENESSES = frozenset({"type_as", "expand_as", "view_as", "reshape_as", "to"})
 
 
 @dataclass(frozen=True)
@@ -101,13 +100,11 @@ class Trace:
     output: Any = None
     calls: list[Call] = field(default_factory=list)
     attentions: list[AttentionCall] = field(default_factory=list)
-    joins: list[tuple[int, ...]] = field(
-        default_factory=list
-    )  # token counts of what each torch.cat along tokens joined
+    # token counts of what each torch.cat along tokens joined
+    joins: list[tuple[int, ...]] = field(default_factory=list)
     executed: dict[str, None] = field(default_factory=dict)
-    runs: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = field(
-        default_factory=dict
-    )  # shapes in and out, by path
+    # shapes in and out, by path
+    runs: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = field(default_factory=dict)
     first_attention: int | None = None  # how many calls came before it
     tags: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)
 
@@ -169,9 +166,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             tuple(t.shape) if isinstance(t, Tensor) else () for t in (first_input, first_output)
         )
         traced.runs.setdefault(path, []).append((next(shapes), next(shapes)))
-        if any(
-            t not in traced.tags for t in tensors_in(output)
-        ):  # compiled code hides its functions: take the inputs' tags
+        # compiled code hides its functions: take the inputs' tags
+        if any(t not in traced.tags for t in tensors_in(output)):
             tags = traced.tags_of(args, kwargs)
             if tags and next(module.parameters(), None) is None:
                 tags |= {("act", None)}
@@ -247,9 +243,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = self.traced.tags_of(
-            args, kwargs
-        )  # an in-place function changes its own input's tags
+        # an in-place function changes its own input's tags
+        before = self.traced.tags_of(args, kwargs)
         out = func(*args, **kwargs)
         name = getattr(func, "__name__", "").strip("_")
         tags = self._tags(name, args, kwargs, before, out)
@@ -318,9 +313,8 @@ class _Recorder(TorchFunctionMode):
         tags = self.traced.tags_of(x)
         for attention in (self.traced.attentions[i] for i in _attentions(tags)):
             inputs = weights_in(attention.q | attention.k | attention.v)
-            beside = ("sum", None) in tags and not set(weights_in(tags)) <= set(
-                inputs
-            )  # summed with the stream: past `out`
+            # summed with the stream: past `out`
+            beside = ("sum", None) in tags and not set(weights_in(tags)) <= set(inputs)
             if attention.out is None and not beside:
                 attention.out = path
         kind = "linear" if name == "linear" else "conv"
@@ -331,9 +325,8 @@ class _Recorder(TorchFunctionMode):
         own: Tags = frozenset({("weight", path)})
         if depthwise:
             return tags | own | {("depthwise", path)}
-        return own | {
-            t for t in tags if t[0] in ("scores", "map")
-        }  # talking heads: a Linear between product and softmax
+        # talking heads: a Linear between product and softmax
+        return own | {t for t in tags if t[0] in ("scores", "map")}
 
     def _norm(self, name: str, args: Any, kwargs: Any, before: Tags, out: Any) -> Tags:
         path = next(
