@@ -80,13 +80,13 @@ def test_learns_adapters_and_classifier_only() -> None:
 
 def test_the_input_adapter_begins_at_nothing_and_folds_away() -> None:
     model, x = _vit(), _images()
-    wanted, keys = model(x), list(model.state_dict())
+    expected, keys = model(x), list(model.state_dict())
     live = wrap(model, AdapterProbe(encoder_adapters=0, input_adapter=True))
-    assert torch.equal(model(x), wanted)
+    assert torch.equal(model(x), expected)
     for _ in range(2):
         _step(live, x)
     learned = model(x)
-    assert not torch.allclose(learned, wanted, atol=1e-3)
+    assert not torch.allclose(learned, expected, atol=1e-3)
     merged = live.merge()
     assert list(merged.state_dict()) == keys
     assert torch.allclose(merged(x), learned, atol=1e-6)

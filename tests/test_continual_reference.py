@@ -67,8 +67,8 @@ def test_the_recipe_has_the_protocol_of_the_reference() -> None:
     from greenvis.experiment.recipe import load_recipe
 
     recipe = load_recipe(RECIPE)
-    for name, wanted in ARMS.items():
-        (row,) = [r for r in REFERENCE if all(r[k] == v for k, v in wanted.items())]
+    for name, settings in ARMS.items():
+        (row,) = [r for r in REFERENCE if all(r[k] == v for k, v in settings.items())]
         arm = recipe.arm(name)
         assert (arm.train.lr, arm.train.batch_size, arm.train.epochs, arm.train.momentum) == (
             row["lr"],

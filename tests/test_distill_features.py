@@ -134,13 +134,13 @@ def test_queries_read_off_a_multihead_are_those_it_uses() -> None:
     from greenvis.techniques.inference.distill._layers import attentions
 
     model = HOSTS["torchvision-vit"].build().eval()
-    ((attention, places),) = attentions(model, view(model, probe=False), "last")
+    ((attention, points),) = attentions(model, view(model, probe=False), "last")
     mha = model.get_submodule(attention.path)
     seen: list[Tensor] = []
     hook = mha.register_forward_hook(lambda m, args, output: seen.append(args[0]))
-    taps = Taps(model, list(places.values()))
+    taps = Taps(model, list(points.values()))
     model(_batch()[0])
-    q, k, v = (taps.take()[places[part].key] if part == "q" else torch.empty(0) for part in "qkv")
+    q, k, v = (taps.take()[points[part].key] if part == "q" else torch.empty(0) for part in "qkv")
     hook.remove()
     assert k.numel() == v.numel() == 0
     width = mha.embed_dim
@@ -204,14 +204,14 @@ def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, in
         s, t = both
         match kind:
             case "cosine":
-                wanted = (1 - F.cosine_similarity(s, t, dim=2)).mean()
+                expected = (1 - F.cosine_similarity(s, t, dim=2)).mean()
             case "hint":
                 ((projection,),) = live.installed[0]._projections.get_submodule("0")
-                wanted = F.mse_loss(s @ projection.weight[:, :, 0, 0].T + projection.bias, t)
+                expected = F.mse_loss(s @ projection.weight[:, :, 0, 0].T + projection.bias, t)
             case "attention_transfer":
-                wanted = F.mse_loss(*(F.normalize(m.square().mean(2)) for m in (s, t)))
+                expected = F.mse_loss(*(F.normalize(m.square().mean(2)) for m in (s, t)))
             case _:
-                wanted = torch.zeros(())
+                expected = torch.zeros(())
                 for a, b in ((0, 1), (2, 2)):
                     logs = []
                     for m in (s, t):
@@ -219,8 +219,8 @@ def test_what_is_compared_are_all_tokens_that_both_have(registers: tuple[int, in
                             m.chunk(3, 2)[i].unflatten(2, (2, 8)).transpose(1, 2) for i in (a, b)
                         )
                         logs.append((q @ k.mT / 8**0.5).log_softmax(-1))
-                    wanted = wanted + (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
-        assert torch.allclose(term, wanted, atol=1e-5), kind
+                    expected = expected + (logs[1].exp() * (logs[1] - logs[0])).sum(-1).mean()
+        assert torch.allclose(term, expected, atol=1e-5), kind
 
 
 def test_a_teacher_without_class_token_teaches_patches() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def thresholds_for(mix: str, sure: Tensor) -> list[float]:
 def test_budget_thresholds_are_those_of_msdnet() -> None:
     known = torch.load(FIXTURE, weights_only=True)
     for row in known["rows"]:
-        shares = _confidence.geometric_shares(row["p"], 4)
+        shares = _confidence.geometric_shares(math.log(row["p"]), 4)
         torch.testing.assert_close(shares.float(), row["exit_probs"])
         thresholds = _confidence.budget_thresholds(known["val_probs"].amax(-1), shares)
         torch.testing.assert_close(thresholds, row["thresholds"])
@@ -150,7 +151,7 @@ def test_the_shares_asked_for_leave(
         ).float()
         / values
     )
-    shares = _confidence.geometric_shares(p, exits)
+    shares = _confidence.geometric_shares(math.log(p), exits)
     at = _confidence.leaves_at(sure, _confidence.budget_thresholds(sure, shares))
     left = torch.bincount(at, minlength=exits)
     assert int(left.sum()) == samples

@@ -112,8 +112,8 @@ def test_saved_and_loaded_they_go_on_exactly(request_: gv.Replay, tmp_path: Path
         model = _net()
         return gv.wrap(model, request_)
 
-    whole, first = fresh(), fresh()
-    _stream(whole, range(3))
+    uninterrupted, first = fresh(), fresh()
+    _stream(uninterrupted, range(3))
     _stream(first, range(2))
     first.save(tmp_path)
     second = fresh()
@@ -121,7 +121,7 @@ def test_saved_and_loaded_they_go_on_exactly(request_: gv.Replay, tmp_path: Path
     _stream(second, range(2, 3))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+        for a, b in zip(second.model.parameters(), uninterrupted.model.parameters(), strict=True)
     )
 
 

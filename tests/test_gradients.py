@@ -89,17 +89,17 @@ def test_importances_of_si_know_neither_the_scale_nor_a_skipped_step(
     scale: float, how: str, overflow: bool
 ) -> None:
     si = gv.Regularize(method="si", weight=1.0)
-    wanted, got = _left(si, overflow=overflow), _left(si, scale, overflow, how)
-    assert sum(v.sum() for v in wanted.values()) > 0.01
-    for name, value in wanted.items():
+    expected, got = _left(si, overflow=overflow), _left(si, scale, overflow, how)
+    assert sum(v.sum() for v in expected.values()) > 0.01
+    for name, value in expected.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-7), name
 
 
 @pytest.mark.parametrize(("how", "scale"), [("", 2.0**10), ("unscaled first", 2.0**16)])
 def test_ranks_of_adalora_are_weighed_by_unscaled_gradients(how: str, scale: float) -> None:
-    wanted, got = _left(_adalora()), _left(_adalora(), scale, how=how)
-    assert any("importance" in name for name in wanted)
-    for name, value in wanted.items():
+    expected, got = _left(_adalora()), _left(_adalora(), scale, how=how)
+    assert any("importance" in name for name in expected)
+    for name, value in expected.items():
         assert torch.allclose(got[name].double(), value.double(), rtol=1e-3, atol=1e-9), name
 
 
@@ -124,11 +124,11 @@ def test_importances_of_small_gradients_in_half_precision_are_not_lost(
     loader = list(zip(X, Y, strict=True))
     halves = [(x.to(dtype), y) for x, y in loader]
     ask = mas if kind == "mas" else fisher
-    wanted, got = (
+    expected, got = (
         ask(n, names, data, *(() if kind == "mas" else (kind,)))
         for n, data in ((net, loader), (half, halves))
     )
-    for name, value in wanted.items():
+    for name, value in expected.items():
         assert got[name].dtype == torch.float32
         assert got[name].sum() > 0
         assert torch.allclose(got[name].sum(), value.sum(), rtol=0.1), name
@@ -139,9 +139,9 @@ def test_gradients_are_compared_in_half_precision_without_overflow() -> None:
     with torch.no_grad():
         net.last.weight.mul_(300)
     x, y = 300 * X[0], Y[0]
-    wanted = closeness(net, x, y, x.flip(0), y.flip(0))
+    expected = closeness(net, x, y, x.flip(0), y.flip(0))
     got = closeness(net.half(), x.half(), y, x.flip(0).half(), y.flip(0))
-    assert torch.allclose(got, wanted, atol=0.02)
+    assert torch.allclose(got, expected, atol=0.02)
 
 
 def test_gates_of_hat_learn_in_half_precision() -> None:

@@ -154,23 +154,23 @@ def test_the_term_shuts_gates_and_free_units_go_on_learning() -> None:
 
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     host, request = HOSTS["timm-vit"], Hat(anneal_steps=3)
-    whole, resumed = (wrap(host.build(), request) for _ in range(2))
-    _train(whole, range(1), end=False)
-    _shut(whole, 0.6)
-    whole.end_task([])
-    _train(whole, range(1, 2), steps=2, end=False)
-    whole.save(tmp_path)
+    uninterrupted, resumed = (wrap(host.build(), request) for _ in range(2))
+    _train(uninterrupted, range(1), end=False)
+    _shut(uninterrupted, 0.6)
+    uninterrupted.end_task([])
+    _train(uninterrupted, range(1, 2), steps=2, end=False)
+    uninterrupted.save(tmp_path)
     for index in range(2):
         resumed.begin_task(_task(index))
     resumed.load(tmp_path)
-    for live in (whole, resumed):
+    for live in (uninterrupted, resumed):
         _train(live, range(1, 2), begin=2)
         torch.manual_seed(5)
         _train(live, range(2, 3))
     x, _ = host.batch()
     for index in (None, 0, 1, 2):
-        assert torch.equal(_outputs(resumed, x, index), _outputs(whole, x, index))
-    assert resumed.facts() == whole.facts()
+        assert torch.equal(_outputs(resumed, x, index), _outputs(uninterrupted, x, index))
+    assert resumed.facts() == uninterrupted.facts()
 
 
 def test_merges_to_the_current_task_and_undoes() -> None:

@@ -49,7 +49,7 @@ def test_replayed_features_join_at_the_layer(name: str, layer: Any, module: str)
     kept_y = buffer.labels.clone()
     with torch.no_grad():
         live.model.eval()
-        wanted = live.model(shown)
+        expected = live.model(shown)
         live.model.train()
     x, y = live.batch(torch.rand(4, 3, 32, 32), torch.zeros(4, dtype=torch.int64))
     entered.clear()
@@ -57,9 +57,9 @@ def test_replayed_features_join_at_the_layer(name: str, layer: Any, module: str)
     assert len(x) == 4
     assert (len(y), len(logits)) == (8, 8)
     assert entered == [4]  # images that went through what is frozen
-    order = [int((wanted - row).abs().amax(1).argmin()) for row in logits[4:].detach()]
+    order = [int((expected - row).abs().amax(1).argmin()) for row in logits[4:].detach()]
     assert sorted(order) == [0, 1, 2, 3]
-    assert torch.allclose(logits[4:], wanted[order], atol=1e-4)
+    assert torch.allclose(logits[4:], expected[order], atol=1e-4)
     assert y[4:].tolist() == kept_y[order].tolist()
     before = {n for n, p in live.model.named_parameters() if not p.requires_grad}
     assert before
@@ -79,10 +79,10 @@ def test_features_are_bytes_by_channel(name: str, layer: int) -> None:
         live.loss(x, y, live.model(x))
         live.step_end()
         both.append(live.installed[0].buffer)
-    small, whole = both
+    small, exact = both
     assert small.columns["x"].dtype == torch.uint8
     assert small.columns["range"].shape == (len(small.columns["x"]), 2, small.columns["x"].shape[1])
-    taken, exact_x = small.take(range(4))[0], whole.take(range(4))[0]
+    taken, exact_x = small.take(range(4))[0], exact.take(range(4))[0]
     spread = exact_x.flatten(2).amax(2) - exact_x.flatten(2).amin(2)
     assert ((taken - exact_x).flatten(2).abs().amax(2) <= spread / 509 + 1e-6).all()
 
@@ -109,9 +109,9 @@ def test_the_part_below_stays_bit_for_bit() -> None:
 
 @pytest.mark.parametrize("method", ["er_ace", "derpp"])
 def test_saved_and_loaded_it_goes_on_exactly(method: Any, tmp_path: Path) -> None:
-    whole = _live(method=method)
+    uninterrupted = _live(method=method)
     for seed in range(4):
-        _step(whole, seed)
+        _step(uninterrupted, seed)
     first = _live(method=method)
     for seed in range(2):
         _step(first, seed)
@@ -122,7 +122,7 @@ def test_saved_and_loaded_it_goes_on_exactly(method: Any, tmp_path: Path) -> Non
         _step(second, seed)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+        for a, b in zip(second.model.parameters(), uninterrupted.model.parameters(), strict=True)
     )
 
 

@@ -138,15 +138,17 @@ def test_orthogonality_is_zero_for_orthonormal_factors() -> None:
 def test_adalora_resumes(at: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     base = _Two()
-    whole, first, second = (wrap(copy.deepcopy(base), _adalora(total_steps=9)) for _ in range(3))
+    uninterrupted, first, second = (
+        wrap(copy.deepcopy(base), _adalora(total_steps=9)) for _ in range(3)
+    )
     for live in (first, second):
-        live.load_state_dict(whole.state_dict())
-    _train(whole, 10)
+        live.load_state_dict(uninterrupted.state_dict())
+    _train(uninterrupted, 10)
     _train(first, at)
     first.save(tmp_path)
     second.load(tmp_path)
     _train(second, 10 - at)
-    assert torch.equal(second.model(X), whole.model(X))
+    assert torch.equal(second.model(X), uninterrupted.model(X))
 
 
 def test_adalora_says_what_it_misses() -> None:

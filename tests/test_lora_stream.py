@@ -156,8 +156,8 @@ def test_trains_the_current_change_and_the_head_only() -> None:
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path, mode: Any) -> None:
     request = LoraStream(rank=2, mode=mode)
     torch.manual_seed(0)
-    whole = wrap(_vit(), request)
-    _train(whole, range(3))
+    uninterrupted = wrap(_vit(), request)
+    _train(uninterrupted, range(3))
     torch.manual_seed(0)
     first, second = wrap(_vit(), request), wrap(_vit(), request)
     torch.manual_seed(0)
@@ -172,12 +172,12 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path, mode: Any) -> None:
     second.load(tmp_path)
     _train(second, range(1, 3), begin=2)
     x = _images()
-    assert torch.equal(second.model(x), whole.model(x))
-    for live in (second, whole):
+    assert torch.equal(second.model(x), uninterrupted.model(x))
+    for live in (second, uninterrupted):
         live.test_task(_task(0))
-    assert torch.equal(second.model(x), whole.model(x))
-    assert second.facts() == whole.facts()
-    assert whole.facts()["lora_stream_tasks"] == 3
+    assert torch.equal(second.model(x), uninterrupted.model(x))
+    assert second.facts() == uninterrupted.facts()
+    assert uninterrupted.facts()["lora_stream_tasks"] == 3
     with pytest.raises(BadInput, match="does not fit"):
         wrap(_vit(), request).load(tmp_path)  # no task has begun there
 

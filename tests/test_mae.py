@@ -93,7 +93,7 @@ def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
     )
     patch = side // grid
     cells = patch // cell
-    wanted = np.zeros((grid, grid, 3, cells, cells, 9))
+    expected = np.zeros((grid, grid, 3, cells, cells, 9))
     for channel in range(3):
         pixels = x[0, channel].numpy()
         across, down = (ndimage.sobel(pixels, axis, mode="mirror") for axis in (1, 0))
@@ -109,9 +109,11 @@ def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
                     column % patch // cell,
                     bin_,
                 )
-                wanted[at] += math.hypot(a, d)
-    wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
-    assert np.allclose(hog(x, (grid, grid))[0].numpy(), wanted.reshape(grid * grid, -1), atol=1e-6)
+                expected[at] += math.hypot(a, d)
+    expected /= np.linalg.norm(expected, axis=-1, keepdims=True)
+    assert np.allclose(
+        hog(x, (grid, grid))[0].numpy(), expected.reshape(grid * grid, -1), atol=1e-6
+    )
 
 
 def test_the_loss_counts_masked_patches_only() -> None:

@@ -69,9 +69,9 @@ def test_equals_scikit_learns_nearest_centroid_whatever_came_first() -> None:
     test = torch.cat([x for x, _ in _batches(range(4), 8)])
     live.model.eval()
     with torch.no_grad():
-        features, wanted = body(x).numpy(), body(test).numpy()
+        features, expected = body(x).numpy(), body(test).numpy()
         got = live.model(test).argmax(1).numpy()
-    assert np.array_equal(got, NearestCentroid().fit(features, y.numpy()).predict(wanted))
+    assert np.array_equal(got, NearestCentroid().fit(features, y.numpy()).predict(expected))
     assert live.facts()["ncm_classes"] == 4  # never class 4, of which nothing is known
 
 
@@ -90,17 +90,17 @@ def test_only_the_classifier_changes_and_undo_gives_it_back() -> None:
 
 
 def test_goes_on_from_what_was_saved_and_merges_to_a_plain_model(tmp_path: Path) -> None:
-    whole, first, second = (gv.wrap(_net(), gv.Ncm()) for _ in range(3))
-    _train(whole, _batches(range(2)) + _batches(range(2, 4)))
+    uninterrupted, first, second = (gv.wrap(_net(), gv.Ncm()) for _ in range(3))
+    _train(uninterrupted, _batches(range(2)) + _batches(range(2, 4)))
     _train(first, _batches(range(2)))
     first.save(tmp_path)
     second.load(tmp_path)
     _train(second, _batches(range(2, 4)))
     x = torch.rand(7, 3, 2, 2)
-    wanted = whole.model.eval()(x)
-    assert torch.equal(second.model.eval()(x), wanted)
-    merged = whole.merge()
-    assert torch.equal(merged.eval()(x), wanted)
+    expected = uninterrupted.model.eval()(x)
+    assert torch.equal(second.model.eval()(x), expected)
+    merged = uninterrupted.merge()
+    assert torch.equal(merged.eval()(x), expected)
     assert list(merged.state_dict()) == list(_net().state_dict())
 
 

@@ -126,19 +126,19 @@ def test_retraining_lowers_the_loss_that_pruning_raised() -> None:
 
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     host, request = HOSTS["timm-resnet"], PackNet()
-    whole, resumed = (wrap(host.build(), request) for _ in range(2))
-    _train(whole, host.input_shape, range(1), steps=3)
-    _train(whole, host.input_shape, range(1, 2), steps=2, end=False)
-    whole.save(tmp_path)
+    uninterrupted, resumed = (wrap(host.build(), request) for _ in range(2))
+    _train(uninterrupted, host.input_shape, range(1), steps=3)
+    _train(uninterrupted, host.input_shape, range(1, 2), steps=2, end=False)
+    uninterrupted.save(tmp_path)
     for index in range(2):
         resumed.begin_task(_task(index))
     resumed.load(tmp_path)
-    for live in (whole, resumed):
+    for live in (uninterrupted, resumed):
         _train(live, host.input_shape, range(1, 3), steps=3, begin=2)
     x, _ = host.batch()
     for index in (None, 0, 1, 2):
-        assert torch.equal(_outputs(resumed, x, index), _outputs(whole, x, index))
-    assert resumed.facts() == whole.facts()
+        assert torch.equal(_outputs(resumed, x, index), _outputs(uninterrupted, x, index))
+    assert resumed.facts() == uninterrupted.facts()
 
 
 def test_undo_is_exact_and_merge_keeps_all() -> None:

@@ -154,9 +154,9 @@ def test_only_the_current_column_learns() -> None:
 
 
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
-    whole, first, second = (_live() for _ in range(3))
+    uninterrupted, first, second = (_live() for _ in range(3))
     torch.manual_seed(4)
-    _stream(whole, range(3))
+    _stream(uninterrupted, range(3))
     torch.manual_seed(4)
     _stream(first, range(2))
     first.save(tmp_path)
@@ -169,7 +169,7 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     _stream_from(second, 2)
     assert all(
         torch.equal(a, b)
-        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+        for a, b in zip(second.model.parameters(), uninterrupted.model.parameters(), strict=True)
     )
 
 
@@ -181,10 +181,10 @@ def _stream_from(live: Any, task: int) -> None:
 
 def test_undo_leaves_no_adapter_and_a_model_without_blocks_is_refused() -> None:
     live = _live()
-    wanted = HOSTS["timm-vit"].build().state_dict()
+    expected = HOSTS["timm-vit"].build().state_dict()
     _stream(live, range(2))
     model = live.undo()
-    assert list(model.state_dict()) == list(wanted)
-    assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
+    assert list(model.state_dict()) == list(expected)
+    assert all(torch.equal(t, expected[n]) for n, t in model.state_dict().items())
     with pytest.raises(gv.BadInput, match="packnet takes any layer"):
         gv.wrap(HOSTS["plain"].build(), gv.Pnn())

@@ -102,14 +102,14 @@ def test_all_turns_are_judged_together() -> None:
     x = torch.rand(3, 3, 32, 32)
     with torch.no_grad():
         found = live.terms(x, None, None)["rotation"]
-        told = [
+        predicted = [
             head(model.forward_head(model.forward_features(x.rot90(q, (2, 3))), pre_logits=True))
             for q in range(4)
         ]
-    wanted = torch.stack(
-        [F.cross_entropy(t, torch.full((3,), q)) for q, t in enumerate(told)]
+    expected = torch.stack(
+        [F.cross_entropy(t, torch.full((3,), q)) for q, t in enumerate(predicted)]
     ).mean()
-    assert torch.allclose(found, wanted, atol=1e-6)
+    assert torch.allclose(found, expected, atol=1e-6)
 
 
 # -- a base's features ----------------------------------------------------------------------------
@@ -133,8 +133,8 @@ def test_learns_the_base_s_whitened_features() -> None:
         tokens
     )  # the authors' whitening: of the biased variance
     error = (own - target).abs()
-    wanted = torch.where(error < 0.7, error**2 / 1.4, error - 0.35).mean()
-    assert torch.allclose(found, wanted, atol=1e-5)
+    expected = torch.where(error < 0.7, error**2 / 1.4, error - 0.35).mean()
+    assert torch.allclose(found, expected, atol=1e-5)
     assert torch.allclose(found, whitened_loss(own, target, 0.7), atol=1e-6)
 
 

@@ -194,17 +194,17 @@ def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     request = PromptPool(pool=4, length=2, top_n=2, diversity=0.5)
     torch.manual_seed(0)
-    whole = wrap(_vit(), request)
+    uninterrupted = wrap(_vit(), request)
     torch.manual_seed(0)
     first, second = wrap(_vit(), request), wrap(_vit(), request)
-    _train(whole, range(3))
+    _train(uninterrupted, range(3))
     _train(first, range(2))
     first.save(tmp_path)
     second.load(tmp_path)
     _train(second, range(2, 3))
     x = _images()
-    assert torch.equal(second.model.eval()(x), whole.model.eval()(x))
-    assert torch.equal(second.installed[0].shares, whole.installed[0].shares)  # type: ignore[attr-defined]
+    assert torch.equal(second.model.eval()(x), uninterrupted.model.eval()(x))
+    assert torch.equal(second.installed[0].shares, uninterrupted.installed[0].shares)  # type: ignore[attr-defined]
 
 
 def test_queries_are_kept_and_change_nothing(tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def _loader(size: int) -> list[tuple[Tensor, Tensor]]:
     return list(zip(X.split(size), Y.split(size), strict=True))
 
 
-def _same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> bool:
-    return all(torch.allclose(found[n], wanted[n], atol=1e-6, rtol=1e-4) for n in NAMES)
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return all(torch.allclose(found[n], expected[n], atol=1e-6, rtol=1e-4) for n in NAMES)
 
 
 @pytest.mark.parametrize("size", [1, 8, 24])
@@ -100,18 +100,18 @@ def test_mas_equals_avalanches(size: int, definition: Any) -> None:
 def test_ewc_of_each_task_is_the_sum_of_their_penalties() -> None:
     net = _net()
     live = gv.wrap(net, gv.Regularize(weight=2.0, online=False))
-    wanted = []
+    expected = []
     for shift in (0.0, 0.2, -0.1):
         with torch.no_grad():
             for p in net.parameters():
                 p.add_(shift)
         importance = fisher(net, NAMES, _loader(8))
-        wanted.append((importance, {n: p.detach().clone() for n, p in net.named_parameters()}))
+        expected.append((importance, {n: p.detach().clone() for n, p in net.named_parameters()}))
         live.end_task(_loader(8))
     now = EWC["perturbed_params"]
     net.load_state_dict(now)
     assert live.loss(X, Y, net(X)).item() == pytest.approx(
-        2.0 * sum(penalty(now, *w).item() for w in wanted), rel=1e-4
+        2.0 * sum(penalty(now, *w).item() for w in expected), rel=1e-4
     )
 
 
@@ -126,8 +126,8 @@ def test_online_ewc_decays_and_holds_to_the_last() -> None:
     live.end_task(_loader(8))
     net.load_state_dict(EWC["state_dict"])
     both = {n: 0.9 * first[n] + second[n] for n in NAMES}
-    wanted = 2.0 * penalty(EWC["state_dict"], both, EWC["perturbed_params"])
-    assert live.loss(X, Y, net(X)).item() == pytest.approx(wanted.item(), rel=1e-5)
+    expected = 2.0 * penalty(EWC["state_dict"], both, EWC["perturbed_params"])
+    assert live.loss(X, Y, net(X)).item() == pytest.approx(expected.item(), rel=1e-5)
     assert net.training
 
 
@@ -158,11 +158,11 @@ def test_si_follows_the_path_of_each_weight() -> None:
         live.step_end()
     live.end_task(_loader(8))
     moved = {n: p.detach() - start[n] for n, p in net.named_parameters()}
-    wanted = {n: path_importance(path[n], moved[n], 0.2) for n in path}
+    expected = {n: path_importance(path[n], moved[n], 0.2) for n in path}
     at = {n: p.detach().clone() for n, p in net.named_parameters()}
     net.load_state_dict(start)
     assert live.loss(X, Y, net(X)).item() == pytest.approx(
-        0.5 * penalty(start, wanted, at).item(), rel=1e-4
+        0.5 * penalty(start, expected, at).item(), rel=1e-4
     )
     assert (path_importance(torch.tensor([-1.0]), torch.tensor([1.0]), 0.1) == 0).all()
 
@@ -219,13 +219,13 @@ def test_saved_and_loaded_in_the_middle_of_a_task_it_goes_on_exactly(
         if steps.stop == 8:
             live.end_task(_loader(8))
 
-    whole, first, second = (gv.wrap(_net(), request_of()) for _ in range(3))
-    train(whole, range(8))
+    uninterrupted, first, second = (gv.wrap(_net(), request_of()) for _ in range(3))
+    train(uninterrupted, range(8))
     train(first, range(5))
     first.save(tmp_path)
     second.load(tmp_path)
     train(second, range(5, 8))
-    one, other = (live.state_dict() for live in (whole, second))
+    one, other = (live.state_dict() for live in (uninterrupted, second))
     assert one.keys() == other.keys()
     assert all(torch.equal(v, other[k]) for k, v in one.items())
 

@@ -139,8 +139,8 @@ def _steps(live: Any, batches: range) -> list[Tensor]:
 @pytest.mark.parametrize("policy", ["reservoir", "ring", "balanced"])
 def test_saved_and_loaded_it_goes_on_exactly(method: Any, policy: Any, tmp_path: Path) -> None:
     request = gv.Replay(size=6, method=method, policy=policy, batch_size=3, every=2)
-    whole = gv.wrap(_net(), request)
-    seen = _steps(whole, range(9))
+    uninterrupted = gv.wrap(_net(), request)
+    seen = _steps(uninterrupted, range(9))
     first = gv.wrap(_net(), request)
     _steps(first, range(5))
     first.save(tmp_path)
@@ -150,7 +150,7 @@ def test_saved_and_loaded_it_goes_on_exactly(method: Any, policy: Any, tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(again, seen[5:], strict=True))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+        for a, b in zip(second.model.parameters(), uninterrupted.model.parameters(), strict=True)
     )
     assert [len(x) > 4 for x in seen] == [False, True] * 4 + [False]
 
@@ -267,8 +267,8 @@ def test_dark_experience_matches_what_the_network_said_then() -> None:
     assert torch.allclose(
         live.loss(x, y, logits), 0.3 * F.mse_loss(logits[4:12], kept["logits"][rows])
     )
-    wanted = F.cross_entropy(logits[:4], y[:4]) + 0.7 * F.cross_entropy(logits[12:], y[12:])
-    assert torch.allclose(live.criterion(F.cross_entropy)(logits, y), wanted)
+    expected = F.cross_entropy(logits[:4], y[:4]) + 0.7 * F.cross_entropy(logits[12:], y[12:])
+    assert torch.allclose(live.criterion(F.cross_entropy)(logits, y), expected)
     fresh = gv.wrap(_net(), gv.Replay(method="der"))
     x, y = fresh.batch(*_batch(0))
     then = fresh.model(x).detach()

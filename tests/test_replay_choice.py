@@ -61,18 +61,18 @@ def test_goes_on_exactly_from_anywhere(
     labels: list[int], size: int, seed: int, cut: int, policy: str
 ) -> None:
     x, y = torch.arange(len(labels) * 2.0).view(-1, 2), torch.tensor(labels)
-    whole, first, second = (Buffer(size, policy, s) for s in (seed, seed, seed + 1))
-    for buffer in (whole, first):
+    uninterrupted, first, second = (Buffer(size, policy, s) for s in (seed, seed, seed + 1))
+    for buffer in (uninterrupted, first):
         buffer.offer(x[:cut], y[:cut])
     second.load_state_dict({k: v.clone() for k, v in first.state_dict().items()})
-    for buffer in (whole, second):
+    for buffer in (uninterrupted, second):
         buffer.offer(x[cut:], y[cut:])
-    assert torch.equal(second.labels, whole.labels)
-    assert second.draw(5) == whole.draw(5)
-    assert second.facts() == whole.facts()
-    if len(whole):
-        rows = range(len(whole))
-        assert torch.equal(second.take(rows)[0], whole.take(rows)[0])
+    assert torch.equal(second.labels, uninterrupted.labels)
+    assert second.draw(5) == uninterrupted.draw(5)
+    assert second.facts() == uninterrupted.facts()
+    if len(uninterrupted):
+        rows = range(len(uninterrupted))
+        assert torch.equal(second.take(rows)[0], uninterrupted.take(rows)[0])
 
 
 STREAMS = {  # slots, and how often each class comes
@@ -183,9 +183,9 @@ def test_closeness_is_the_greatest_cosine_of_whole_gradients() -> None:
             F.cross_entropy(net(x[i : i + 1]), y[i : i + 1]), list(net.parameters())
         )
         rows.append(torch.cat([g.flatten() for g in grads]))
-    wanted = F.cosine_similarity(rows[0][None], torch.stack(rows[2:]), dim=1).max()
+    expected = F.cosine_similarity(rows[0][None], torch.stack(rows[2:]), dim=1).max()
     found = closeness(net, x[:2], y[:2], x[2:], y[2:])
-    assert torch.allclose(found[0], 1 + wanted, atol=1e-5)
+    assert torch.allclose(found[0], 1 + expected, atol=1e-5)
     assert torch.equal(closeness(net, x, y, x[:0], y[:0]), torch.ones(5))
     ((_, each),) = sample_gradients(net, ["1.weight"], x, y)
     assert torch.allclose(each["1.weight"].flatten(1), torch.stack(rows)[:, :24], atol=1e-6)
@@ -205,17 +205,19 @@ def test_gradient_selection_works_in_a_loop_and_goes_on_exactly(tmp_path: Path) 
             optimizer.zero_grad()
 
     torch.manual_seed(5)
-    whole, first, second = (gv.wrap(_net(), gv.Replay(size=8, policy="gradient")) for _ in range(3))
-    steps(whole, range(8))
+    uninterrupted, first, second = (
+        gv.wrap(_net(), gv.Replay(size=8, policy="gradient")) for _ in range(3)
+    )
+    steps(uninterrupted, range(8))
     steps(first, range(5))
     first.save(tmp_path)
     second.load(tmp_path)
     steps(second, range(5, 8))
     assert all(
         torch.equal(a, b)
-        for a, b in zip(second.model.parameters(), whole.model.parameters(), strict=True)
+        for a, b in zip(second.model.parameters(), uninterrupted.model.parameters(), strict=True)
     )
-    scores = whole.installed[0].buffer.state_dict()["scores"]  # type: ignore[attr-defined]
+    scores = uninterrupted.installed[0].buffer.state_dict()["scores"]  # type: ignore[attr-defined]
     assert len(scores.unique()) > 4
     assert 0 <= scores.min() <= scores.max() <= 2
 

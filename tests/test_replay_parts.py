@@ -73,8 +73,8 @@ def _one_big_batch(model: nn.Module, method: str, both: list[tuple]) -> torch.Te
         away = ~torch.isin(torch.arange(5), new[1])
         logits = model(new[0]).masked_fill(away, -1e300)
         return F.cross_entropy(logits, new[1]) + F.cross_entropy(model(draws[0][0]), draws[0][1])
-    wanted = torch.cat([w for *_, w in both])
-    loss = F.cross_entropy(model(new[0]), new[1]) + 0.5 * F.mse_loss(model(draws[0][0]), wanted)
+    expected = torch.cat([w for *_, w in both])
+    loss = F.cross_entropy(model(new[0]), new[1]) + 0.5 * F.mse_loss(model(draws[0][0]), expected)
     return loss + (
         0.5 * F.cross_entropy(model(draws[1][0]), draws[1][1]) if method == "derpp" else 0
     )

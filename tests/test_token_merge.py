@@ -80,8 +80,6 @@ def test_matching_merging_and_unmerging_equal_the_fixtures() -> None:
         assert torch.allclose(x, case["x_merged"], atol=1e-6)
         assert torch.equal(size, case["size_out"][..., 0])
         assert torch.equal(source_matrix(matching.map, matching.remaining), case["source"])
-        assert torch.equal(matching.reduce(case["x"], "amax"), case["x_amax"])
-        assert torch.allclose(matching.reduce(case["x"], "mean"), case["x_mean_mode"], atol=1e-6)
         if not case[
             "distill_token"
         ]:  # with one, the reference forgets that its sequence is interleaved

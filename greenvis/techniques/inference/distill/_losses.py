@@ -28,7 +28,6 @@ from greenvis.techniques.inference.distill._layers import (
 Kind = Literal[
     "kd", "dkd", "token", "hint", "attention_transfer", "review", "rkd", "cosine", "minilm"
 ]
-Relation = Literal["qk", "qq", "kk", "vv"]
 ANSWERS = ("kd", "dkd", "token")  # compare answers; the others compare features
 DEFAULT_LAYERS: Mapping[str, Layers] = {
     "attention_transfer": "block",

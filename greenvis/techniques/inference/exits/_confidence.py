@@ -69,11 +69,17 @@ def leaves_at(confidence: Tensor, thresholds: Sequence[float] | Tensor) -> Tenso
     return sure.long().argmax(0)
 
 
-def geometric_shares(p: float, exits: int) -> Tensor:
-    """Return what share of the samples is to leave at each exit, float64 (exits,): p, p², …
-    normalised (MSDNet)."""
-    shares = torch.exp(math.log(p) * torch.arange(1, exits + 1, dtype=torch.float64))
-    return shares / shares.sum()
+def geometric_shares(log_p: float, exits: int) -> Tensor:
+    """Return what share of the samples is to leave at each exit: p, p², … normalised (MSDNet).
+
+    Args:
+        log_p: logarithm of p.
+        exits: how many, the model's end among them.
+
+    Returns:
+        float64 (exits,).
+    """
+    return torch.softmax(log_p * torch.arange(1, exits + 1, dtype=torch.float64), 0)
 
 
 def shares_for_budget(costs: Sequence[float] | Tensor, budget: float) -> Tensor:
@@ -85,13 +91,9 @@ def shares_for_budget(costs: Sequence[float] | Tensor, budget: float) -> Tensor:
     low, high = -50.0, 50.0  # log p; the mean cost grows with it
     for _ in range(100):
         middle = (low + high) / 2
-        over = float((_shares(middle, len(spent)) * spent).sum()) > budget
+        over = float((geometric_shares(middle, len(spent)) * spent).sum()) > budget
         low, high = (low, middle) if over else (middle, high)
-    return _shares(low, len(spent))
-
-
-def _shares(log_p: float, exits: int) -> Tensor:
-    return torch.softmax(log_p * torch.arange(1, exits + 1, dtype=torch.float64), 0)
+    return geometric_shares(low, len(spent))
 
 
 def budget_thresholds(confidence: Tensor, shares: Tensor) -> Tensor:

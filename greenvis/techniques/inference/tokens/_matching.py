@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -112,12 +111,6 @@ class Matching:
         out = _rows(x, self.positions) * stays.unsqueeze(-1).to(x.dtype)
         sources = _rows(x, 2 * self.source) * joins.unsqueeze(-1).to(x.dtype)
         return _added(out, self.target, sources), new
-
-    def reduce(self, x: Tensor, mode: Literal["sum", "mean", "amax"] = "sum") -> Tensor:
-        """Return x with each source reduced into its destination: (batch, remaining, channels).
-        Sizes play no part."""
-        index = self.target.unsqueeze(-1).expand(-1, -1, x.shape[-1])
-        return _rows(x, self.positions).scatter_reduce(1, index, _rows(x, 2 * self.source), mode)
 
     def unmerge(self, x: Tensor) -> Tensor:
         """Return (batch, length, channels): each old token gets the value of the one it merged
