@@ -103,11 +103,11 @@ def test_intervals_and_what_they_decide_are_those_of_the_values_by_seed(path: Pa
 GAIN = re.compile(r"([+−]?[\d.]+) points \(95 % interval ([+−]?[\d.]+) to ([+−]?[\d.]+)\): (\w+)")
 NUMBER = r"(?:over |under )?[\d.,]+"
 SHOWN = re.compile(
-    rf"({NUMBER}) (times|%) (less|more) (?:training )?energy(?: an image)?(?: "
+    rf"({NUMBER}) (times|%) (less|more) (?:training )?energy(?: per image)?(?: "
     rf"\(({NUMBER})–({NUMBER})\))?"
 )
 OPEN = re.compile(
-    rf"no difference shown in (?:training )?energy(?: an image)? \(×({NUMBER}), "
+    rf"no difference shown in (?:training )?energy(?: per image)? \(×({NUMBER}), "
     rf"({NUMBER})–({NUMBER})\)"
 )
 

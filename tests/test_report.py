@@ -527,7 +527,7 @@ def test_an_arm_that_goes_on_from_the_baseline_is_judged_by_its_inference(tmp_pa
         synthetic.write(tmp_path, "merged", seed, **more, infer_j=0.0015 + 1e-6 * seed)
     said = opening(results(tmp_path))
     assert said.startswith(
-        "merged reached 90.3\u00a0% ± 0.2, going on from baseline, with 2.0 times less energy an "
+        "merged reached 90.3\u00a0% ± 0.2, going on from baseline, with 2.0 times less energy per "
         "image"
     )
     assert "Making it: no difference shown in energy (×0.986" in said

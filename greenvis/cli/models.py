@@ -106,7 +106,7 @@ def flops(args: Any) -> Answer:
         write(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
         write(f"counters: {out['counters']}; not counted: {out['unhandled'] or 'nothing'}")
         if spread := out.get("distribution"):
-            write("MACs of an image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
+            write("MACs per image: " + ", ".join(f"{k} {v:.4g}" for k, v in spread.items()))
         for note in out["notes"]:
             write(f"note: {note}")
 

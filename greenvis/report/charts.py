@@ -182,7 +182,7 @@ def energy_to_gain(results: Results) -> Drawing | None:
             when = f"after {formatting.si(e['mean'], 'J')}{missed}" if e["n"] else "never"
             reached.append(f"{short(a, 40)} {when}")
     level = formatting.gain(metric, target)
-    desc = "One line a seed, own training only."
+    desc = "One line per seed, own training only."
     if reached:
         desc += (
             f" Reached {level}, the baseline's final {metric}, and stayed there: "
@@ -240,7 +240,7 @@ def by_phase(results: Results) -> Drawing | None:
 def size_and_speed(results: Results) -> Drawing | None:
     """Small bars side by side: compute, size and latency of each arm."""
     panels: list[tuple[str, str, Callable[[dict[str, Any]], float | None]]] = [
-        ("MACs an image", "", lambda r: r["macs"]),
+        ("MACs per image", "", lambda r: r["macs"]),
         ("training FLOPs", "", lambda r: r["train_flops"]),
         ("trained parameters", "", lambda r: r["trainable_params"]),
         (
@@ -352,7 +352,10 @@ def payback(results: Results) -> Drawing | None:
         if arms[a]["base_reuse"] != arms[base]["base_reuse"]:
             with_reuse = _shares(arms[a], arms[base], xs, reuse=True)[1]
             ax.plot(
-                xs, with_reuse, label=f"{short(a, 12)}, all charged", **{**look, "linestyle": ":"}
+                xs,
+                with_reuse,
+                label=f"{short(a, 12)}, including the base",
+                **{**look, "linestyle": ":"},
             )
         n = points[a]["own"]["images"]
         if n and xs[0] <= n <= far:
@@ -386,9 +389,7 @@ def payback(results: Results) -> Drawing | None:
         "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the "
         "energy of one image shows no "
     )
-    how += (
-        f"difference. Dotted: base and teacher charged whole.{verdict.not_counted(*arms.values())}"
-    )
+    how += f"difference. Dotted: base and teacher included.{verdict.not_counted(*arms.values())}"
     return figures.save(
         figure,
         "payback",

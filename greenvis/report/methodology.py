@@ -48,7 +48,7 @@ def _counted(results: dict[str, Any]) -> list[str]:
         "included”, which comparisons "
         "rest on first; own training is the run's own share. What others trained, at a cost nobody "
         "knows, is in neither.",
-        f"Finished seeds an arm: {seeds}. Ratios and differences to the baseline are paired by "
+        f"Finished seeds per arm: {seeds}. Ratios and differences to the baseline are paired by "
         "seed; a ratio is a geometric "
         "mean.",
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on "
@@ -381,7 +381,7 @@ def _same_network(results: dict[str, Any]) -> list[str]:
         out.append(
             f"{who} answer with {si(macs)} MACs and {si(params)} parameters alike, yet read "
             f"{si(joules[0], 'J')} to "
-            f"{si(joules[-1], 'J')} an image{latency}: where the networks are the same, this is "
+            f"{si(joules[-1], 'J')} per image{latency}: where the networks are the same, this is "
             "the noise of timing here, "
             "and smaller differences between other arms mean nothing."
         )

@@ -118,7 +118,7 @@ def _paybacks(results: dict[str, Any]) -> list[str]:
         text = formatting.payback(p["own"] if p else None, a, base)
         if p and p["own"]["verdict"] != "not shown" and (charged := verdict.builds_on(results, a)):
             with_reuse = formatting.payback(p["with_reuse"], a, base)
-            also = f" Charging {charged} as well"
+            also = f" Including {charged}"
             text += (
                 f"{also} changes nothing in this."
                 if with_reuse == text

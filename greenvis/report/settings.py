@@ -18,7 +18,7 @@ HEAD = (
     "Accuracy",
     "Energy of 1,000 images",
     "÷ never",
-    "MACs an image",
+    "MACs per image",
     "÷ never",
     "Realised ÷ theoretical",
     "Leaves at exit 1, 2, … end",

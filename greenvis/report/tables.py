@@ -72,7 +72,7 @@ def sizes() -> list[Column]:
         _plain("params", "Parameters"),
         _plain("trainable_params", "Trained parameters"),
         _plain("delta_bytes", "Size of what was learned", "B"),
-        _plain("macs", "MACs an image"),
+        _plain("macs", "MACs per image"),
         _plain("train_flops", "Training FLOPs"),
         Column(
             "latency_p50_ms",
@@ -133,7 +133,7 @@ def cycle(results: dict[str, Any]) -> list[Column]:
         ),
         Column(
             "sci_g",
-            "SCI (CO₂e an image)",
+            "SCI (CO₂e per image)",
             lambda r: r["sci"]["g_per_image"],
             lambda r: si(r["sci"]["g_per_image"], "g"),
         ),

@@ -113,7 +113,7 @@ def sentence(results: dict[str, Any], label: str) -> str:
     if key == "inference_energy":
         text = (
             f"{reached}, going on from {base}, with "
-            f"{_energy(results, label, key, 'energy an image')}; {_gain(results, label)}."
+            f"{_energy(results, label, key, 'energy per image')}; {_gain(results, label)}."
         )
         text += f" Making it: {_energy(results, label, 'train_energy_with_reuse', 'energy')}."
     else:
