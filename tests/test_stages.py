@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.experiment import loop, session, stages
+from greenvis.experiment import layers, loop, session, stages
 from greenvis.meters import record
 from greenvis.planning.plan import plan
 
@@ -226,7 +226,7 @@ def test_what_cannot_be_is_refused_with_its_line(
 
 def test_layers_freeze_the_others_and_their_statistics() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5))
-    live = wrap(model, stages.Layers(of=("3",)))
+    live = wrap(model, layers.Layers(of=("3",)))
     assert set(live.trainable) == {"3.weight", "3.bias"}
     model.train()(torch.rand(2, 3, 4, 4))
     assert torch.equal(model[1].running_mean, torch.zeros(4))

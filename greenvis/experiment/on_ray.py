@@ -215,7 +215,7 @@ def finish(order: Order) -> None:
     )
     jobs = session.jobs.of(load_recipe(order.recipe, order.overrides))
     job = next(job for job in jobs if job.folder == order.folder)
-    session.finish(job)
+    session.run_job(job)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,14 @@ from torch import nn
 
 from greenvis import data, models
 from greenvis.core import distributed
-from greenvis.core.technique import Technique, logits_of
+from greenvis.core.technique import logits_of
 from greenvis.core.wrap import Wrapped, wrap
-from greenvis.data import streams as stream
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
 from greenvis.experiment import knn, lineage, loggers, loop, stages
 from greenvis.experiment import stream as continual
 from greenvis.experiment.jobs import (
     CHECKPOINT_FILE,
-    SUBSET_FILE,
     WEIGHTS_FILE,
     Job,
     Jobs,
@@ -33,16 +31,16 @@ from greenvis.experiment.jobs import (
     located,
     locked,
     model_options,
-    placed,
     predicted,
     samples_of,
 )
+from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
-from greenvis.experiment.startup import Beginning, warm_up
-from greenvis.meters import memory, record
+from greenvis.experiment.startup import Beginning
+from greenvis.meters import memory
 from greenvis.meters.measure import compare, measure
-from greenvis.meters.track import Tracker, track
-from greenvis.models.folding import fold_norms, folded
+from greenvis.meters.track import Tracker
+from greenvis.models.folding import fold_norms
 
 
 def run(
@@ -78,7 +76,7 @@ def run(
         for job in jobs:
             if fresh and job.recipe is recipe and distributed.rank() == 0:
                 forget(job)
-            session.finish(job)
+            session.run_job(job)
     return Path(runs) / recipe.name
 
 
@@ -99,6 +97,7 @@ class Session:
         )
         self.jobs, self.beginning = Jobs(runs), Beginning(fresh_process)
         self._checked: set[tuple[str, str]] = set()
+        self._prepared: dict[tuple[Path, str], Prepared] = {}
 
     def plan(self, recipe: Recipe) -> list[Job]:
         """Return the recipe's jobs with those they build on before them, all checked. Seeds
@@ -108,7 +107,15 @@ class Session:
             self._check(job)
         return jobs
 
-    def finish(self, job: Job) -> None:
+    def prepare(self, job: Job) -> Prepared:
+        """Return a job with all it trains on and with, made once."""
+        key = (job.folder, job.inputs)
+        if key not in self._prepared:
+            images = self.jobs.images(job.recipe)
+            self._prepared[key] = Prepared(job, images, self.trust, self.command, self.prepare)
+        return self._prepared[key]
+
+    def run_job(self, job: Job) -> None:
         """Run a job unless it is done."""
         name = f"{job.name} seed {job.seed}"
         waiting = partial(self.say, f"{name}: another process is at it; waiting for it to end")
@@ -131,7 +138,7 @@ class Session:
             )
             self.say(f"{name}: training{spoiled}")
             with loop.threads(job.arm.train.threads):
-                self._train(job)
+                self._train(self.prepare(job))
 
     # -- before anything is written ---------------------------------------------------------------
 
@@ -143,8 +150,9 @@ class Session:
             return
         self._checked.add(key)
         where = job.recipe.where("arms", job.arm.name)
-        images = self.jobs.images(job.recipe)
-        located(job.recipe.where("data", "stream"), self.stream, job)
+        prepared = self.prepare(job)
+        images = prepared.images
+        located(job.recipe.where("data", "stream"), lambda: prepared.stream)
         if job.arm.subset is not None:
             located(
                 job.recipe.where("arms", job.arm.name, "subset"),
@@ -153,10 +161,10 @@ class Session:
                 job.arm.subset.per_class,
             )
         check_shares(job, images)
-        model = self.build(job, weights=False)
+        model = prepared.build(weights=False)
         lineage.check_range(job, images.facts())
-        stages.check(job, model, self._ready)
-        live = located(where, wrap, model, self._ready(job))
+        stages.check(prepared, model)
+        live = located(where, wrap, model, prepared.techniques(trained=False))
         if images.held_out is None and any(i.calibrates for i in live.installed):
             live.undo()
             names = some(
@@ -194,67 +202,29 @@ class Session:
         if job.arm.model.fold_norms:
             located(where, fold_norms, model, x)
 
-    def _ready(self, job: Job) -> list[Technique]:
-        return self.techniques(job, trained=False)
-
-    def build(self, job: Job, weights: bool = True) -> nn.Module:
-        """Build the arm's model, from its own random state; with `weights`, load what `init`
-        names."""
-        spec, options = job.arm.model, model_options(job, self.jobs.images(job.recipe))
-        torch.manual_seed(job.seed)
-        where = (
-            job.recipe.where("arms", job.arm.name, "model")
-            if job.recipe.arms[job.arm.name].model
-            else job.recipe.where("model", "ref")
-        )
-        model = located(
-            where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options
-        )
-        used = job.uses.get(spec.init or "")
-        if spec.init and (weights or used is None):
-            path = (
-                used.folder / WEIGHTS_FILE
-                if used
-                else job.recipe.folder / spec.init.removeprefix("file:")
-            )
-            located(
-                where,
-                models.load_weights,
-                model,
-                path,
-                head="match" if spec.classifier == "keep" else "replace",
-            )
-        models.describe(
-            model, **self.jobs.images(job.recipe).inputs
-        )  # what it is shown from here on
-        return model
-
     # -- the run ----------------------------------------------------------------------------------
 
-    def _train(self, job: Job) -> None:
-        images = self.jobs.images(job.recipe)
+    def _train(self, prepared: Prepared) -> None:
+        job = prepared.job
         job.folder.mkdir(parents=True, exist_ok=True)
         checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
-        with self.tracker(
-            job, self.runs, job.recipe.meter.codecarbon and distributed.world_size() == 1
-        ) as tracker:
-            self.beginning.book(tracker, job, partial(warm_up, self))
+        codecarbon = job.recipe.meter.codecarbon and distributed.world_size() == 1
+        with prepared.tracker(self.runs, codecarbon) as tracker:
+            self.beginning.book(tracker, prepared)
             memory.reset_peak()
             with tracker.phase("setup"):
-                model = self.build(job)
-                live = wrap(model, () if job.arm.stages else self.techniques(job))
+                model = prepared.build()
+                live = wrap(model, () if job.arm.stages else prepared.techniques())
             tracker.live = live
             live.meter(tracker)
-            self._facts(job, live, tracker)
+            self._facts(prepared, live, tracker)
             if job.arm.stages:
                 live.undo()
-                live, progress, delta = stages.train(
-                    job, model, self.techniques, self._fit, tracker
-                )
+                live, progress, delta = stages.train(prepared, model, self._fit, tracker)
             else:
-                progress = self._fit(job, live, tracker, checkpoint)
+                progress = self._fit(prepared, live, tracker, checkpoint)
                 delta = live.state_dict()
-            accuracy = self._calibrate(job, live, tracker, progress.accuracy)
+            accuracy = self._calibrate(prepared, live, tracker, progress.accuracy)
             tracker.fact(
                 accuracy=accuracy,
                 epochs=progress.epoch,
@@ -262,13 +232,13 @@ class Session:
                 peak_memory_mb=memory.peak_mb(),
                 **live.facts(),
             )
-            with self.served(job, live) as model, tracker.phase("measure"):
-                distributed.on_main(lambda: self._measure(live, model, images, tracker))
+            with prepared.served(live) as model, tracker.phase("measure"):
+                distributed.on_main(lambda: self._measure(live, model, prepared.images, tracker))
 
         def keep() -> None:
             place = {
                 "ref": job.arm.model.ref,
-                "options": model_options(job, images),
+                "options": model_options(job, prepared.images),
                 "folder": job.recipe.folder,
             }
             models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
@@ -293,11 +263,11 @@ class Session:
             tracker.fact(operating_points=points)
 
     def _calibrate(
-        self, job: Job, live: Wrapped, tracker: Tracker, accuracy: float | None
+        self, prepared: Prepared, live: Wrapped, tracker: Tracker, accuracy: float | None
     ) -> float | None:
         """Let techniques choose on the images held out; return the accuracy of the model as it then
         is."""
-        images = self.jobs.images(job.recipe)
+        images = prepared.images
         if not any(i.calibrates for i in live.installed) or images.held_out is None:
             return accuracy
         with tracker.phase("calibrate"):
@@ -310,23 +280,23 @@ class Session:
 
     def _fit(
         self,
-        job: Job,
+        prepared: Prepared,
         live: Wrapped,
         tracker: Tracker,
         checkpoint: Path,
         phase: str = "train",
         done: int = 0,
     ) -> loop.Progress:
-        spec, images = job.arm.train, self.jobs.images(job.recipe)
+        job, images, stream = prepared.job, prepared.images, prepared.stream
+        spec = job.arm.train
         size, tests = spec.batch_size, max(spec.batch_size, 256)
         options: dict[str, Any] = {
             "seed": job.seed,
             "checkpoint": checkpoint,
             "log_with": self.log_with,
         }
-        its = self.stream(job)
-        if its is None:
-            own = self.training(job, tracker)
+        if stream is None:
+            own = prepared.training(tracker)
             batches = partial(
                 data.batches,
                 own,
@@ -372,109 +342,22 @@ class Session:
                 **options,
             )
         assert job.arm.stream is not None
-        known = [samples_of(part, job.caches(self.runs)) for part in its.train]
+        known = [samples_of(part, job.caches(self.runs)) for part in stream.train]
         progress = continual.fit_stream(
             live,
-            its,
-            lambda task: data.batches(its.tests[task][1], tests, workers=spec.workers),
+            stream,
+            lambda task: data.batches(stream.tests[task][1], tests, workers=spec.workers),
             spec,
             tracker,
             samples=lambda task, epoch, at: known[task](0, epoch, at),
             restart=job.arm.stream.restart,
             **options,
         )
-        tracker.fact(stream=its.facts(), task_observed=progress.observed, **progress.rows)
+        tracker.fact(stream=stream.facts(), task_observed=progress.observed, **progress.rows)
         return progress
 
-    def training(self, job: Job, tracker: Tracker) -> data.ImageSet:
-        """Return the images a job trains on; a subset is chosen or made in a phase of its own, and
-        kept beside the record."""
-        spec, images = job.arm.subset, self.jobs.images(job.recipe)
-        if spec is None:
-            return images.train
-        with tracker.phase("subset"):
-            file = job.folder / f"{job.inputs}-{SUBSET_FILE}"
-            make = partial(
-                subsets.make,
-                images.train,
-                seed=job.seed,
-                file=file,
-                count=tracker.flops,
-                **spec.model_dump(),
-            )
-            its = distributed.main_first(make)  # the first makes it, and the others find its file
-        tracker.fact(
-            data={
-                **images.facts(),
-                "train": len(its),
-                "subset": spec.model_dump(),
-                "chosen_from": len(images.train),
-            }
-        )
-        return its
-
-    def stream(self, job: Job) -> stream.Stream | None:
-        """Return the stream of tasks a job trains on, None where its data is no stream. Raises
-        BadInput."""
-        spec = job.arm.stream
-        if spec is None:
-            return None
-        if job.arm.train.target_accuracy is not None:
-            raise BadInput(
-                "train.target_accuracy ends one training; a stream of tasks has no such end: leave "
-                "it out"
-            )
-        made = stream.make(
-            self.jobs.images(job.recipe), seed=job.seed, **spec.model_dump(exclude={"restart"})
-        )
-        if made.head != "single" and job.arm.train.label_smoothing:
-            raise BadInput(
-                f"train.label_smoothing gives a share to classes which a {made.head} head hides; "
-                "leave it out"
-            )
-        return made
-
-    def tracker(self, job: Job, folder: Path, codecarbon: bool) -> Tracker:
-        """Return the meter of a job, which puts its record below `folder`."""
-        meter = job.recipe.meter
-        header = {
-            "name": job.recipe.name, "arm": job.arm.name, "seed": job.seed, "inputs": job.inputs,
-            "attempt": distributed.on_main(lambda: len(list(job.folder.glob("*.rank0"
-            + record.SUFFIX)))) + 1,
-            "baseline": job.recipe.baseline, "recipe": job.recipe.text(), "command": self.command,
-        }  # fmt: skip
-        return track(
-            job.recipe.name, dir=folder, country=meter.country, intensity=meter.intensity,
-            pue=meter.pue,
-            codecarbon=codecarbon, header=header,
-        )  # fmt: skip
-
-    def techniques(self, job: Job, trained: bool = True) -> list[Technique]:
-        """Return what a job (or one stage of it) wraps its model with; see `resolved`."""
-        return self.layers(job) + [
-            self.resolved(job, technique, trained) for technique in job.arm.techniques
-        ]
-
-    def layers(self, job: Job) -> list[Technique]:
-        """Return what freezes all but the layers a stage names, if it names any."""
-        return [stages.Layers(of=job.arm.layers)] if job.arm.layers else []
-
-    def resolved(self, job: Job, technique: Technique, trained: bool = True) -> Technique:
-        """Put the model a job left in the place of each "run:NAME"; with `trained` False, an
-        untrained one like it."""
-        found = {}
-        for field, ref in technique.runs().items():
-            used = job.uses[ref]
-            file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
-            found[field] = (
-                models.build(file, trust=self.trust, folder=used.recipe.folder)
-                if trained
-                else self.build(used, weights=False)
-            )
-        shape = tuple(self.jobs.images(job.recipe).test[0][0].shape)
-        return placed(technique, job.recipe.folder).with_runs(found).for_images(shape)
-
-    def _facts(self, job: Job, live: Wrapped, tracker: Tracker) -> None:
+    def _facts(self, prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
+        job = prepared.job
         learning = sum(p.numel() for p in live.trainable.values())
         tracker.fact(
             model={
@@ -483,7 +366,7 @@ class Session:
                 "init": job.arm.model.init,
             }
             | ({"fold_norms": True} if job.arm.model.fold_norms else {}),
-            data=self.jobs.images(job.recipe).facts(),
+            data=prepared.images.facts(),
             techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
             train=job.arm.train.model_dump(),
             trainable_params=learning,
@@ -492,16 +375,3 @@ class Session:
         )
         for line in lineage.ancestors(job):
             tracker.uses(**line)
-
-    @contextmanager
-    def served(self, job: Job, live: Wrapped) -> Iterator[nn.Module]:
-        """Hold the model within as it will be served: merged where that is possible, its norms
-        folded where that is wanted."""
-        model = live.finish()
-        x = next(iter(data.batches(self.jobs.images(job.recipe).test, 2)))[0]
-        with (
-            folded(model, x.to(next(model.parameters()).device))
-            if job.arm.model.fold_norms
-            else nullcontext()
-        ):
-            yield model

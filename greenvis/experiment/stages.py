@@ -4,63 +4,29 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core import distributed, surgery, weights
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core import distributed, weights
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment.jobs import BOUNDARY, CHECKPOINT_FILE, Job, located
+from greenvis.experiment.jobs import BOUNDARY, CHECKPOINT_FILE, located
 from greenvis.experiment.loop import Progress
+from greenvis.experiment.prepare import Prepared
 from greenvis.meters.track import Tracker
-from greenvis.models.structure import ROLES, view
 
 
-class Layers(Technique):
-    """Train only the layers named, and freeze the others with their batch norms: what `layers:` of
-    a stage means."""
-
-    name: ClassVar[str] = "layers"
-    stage: ClassVar[Stage] = "base"
-
-    of: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, description="roles (head, block, …) or patterns of module paths"),
-    ]
-
-    def install(self, model: nn.Module) -> Installed:
-        """Freeze the others. Raises BadInput for a pattern that matches nothing, with what the
-        model has."""
-        paths: set[str] = set()
-        for one in self.of:
-            found = (
-                view(model, probe=False).role(one)
-                if one in ROLES
-                else surgery.find(model, [one], nn.Module)
-            )
-            paths |= set(found)
-        learned = [p for path in paths for p in model.get_submodule(path).parameters()]
-        return Installed(surgery.freeze(model, but=learned), freezes=True)
-
-
-def of(job: Job) -> list[Job]:
-    """Return a job for each stage, with its own `train` and techniques; none where the arm has no
-    stages."""
-    return [dataclasses.replace(job, arm=stage) for stage in job.arm.stages]
-
-
-def check(job: Job, model: nn.Module, techniques: Callable[[Job], Sequence[Technique]]) -> None:
+def check(prepared: Prepared, model: nn.Module) -> None:
     """Wrap and merge `model` stage by stage, untrained. Raises BadInput with file:line for a stage
     that cannot be."""
-    for number, its in enumerate(of(job)):
+    job = prepared.job
+    for number, stage in enumerate(prepared.stages):
         where = job.recipe.where("arms", job.arm.name, "stages", number)
-        live = located(where, wrap, model, techniques(its))
+        live = located(where, wrap, model, stage.techniques(trained=False))
         if number + 1 < len(job.arm.stages):
             stuck = [
                 f"{t.name}: {i.unmergeable}"
@@ -78,9 +44,8 @@ def check(job: Job, model: nn.Module, techniques: Callable[[Job], Sequence[Techn
 
 
 def train(
-    job: Job,
+    prepared: Prepared,
     model: nn.Module,
-    techniques: Callable[[Job], Sequence[Technique]],
     fit: Callable[..., Progress],
     run: Tracker,
 ) -> tuple[Wrapped, Progress, dict[str, Tensor]]:
@@ -88,37 +53,37 @@ def train(
     stages changed or added.
 
     Each stage is merged into the model before the next begins, and has an optimizer and a schedule
-    of its own; its epochs are metered below "train/NAME". techniques(job): those of a stage.
-    fit(job, live, run, checkpoint, phase=, done=): trains one. A run that was cut short goes on in
-    the stage it had come to.
+    of its own; its epochs are metered below "train/NAME". fit(prepared, live, run, checkpoint,
+    phase=, done=): trains one. A run that was cut short goes on in the stage it had come to.
     """
+    job, stages = prepared.job, prepared.stages
     started = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     file = job.folder / f"{job.inputs}-{BOUNDARY}"
     rows: list[dict[str, Any]] = _resume(model, file)
     if rows:
         run.note(f"resumed after stage '{rows[-1]['stage']}'")
-    stages = of(job)
     while True:
         number = len(rows)
-        its = stages[number]
+        stage = stages[number]
         torch.manual_seed(job.seed + number)
         with run.phase("setup"):
-            live = wrap(model, techniques(its))
+            live = wrap(model, stage.techniques())
         run.live = live
         live.meter(run)
         learning = sum(p.numel() for p in live.trainable.values())
         done = sum(row["epochs"] for row in rows)
         checkpoint = job.folder / f"{job.inputs}-{number + 1}-{CHECKPOINT_FILE}"
-        progress = fit(its, live, run, checkpoint, phase=f"train/{its.arm.stage}", done=done)
+        name = stage.job.arm.stage
+        progress = fit(stage, live, run, checkpoint, phase=f"train/{name}", done=done)
         row = {
-            "stage": its.arm.stage,
+            "stage": name,
             "epochs": progress.epoch,
             "accuracy": progress.accuracy,
             "trainable_params": learning,
         }
         rows.append(row)
         run.log(**row)
-        used = [{t.name: t.recipe_form()} for stage in stages for t in stage.arm.techniques]
+        used = [{t.name: t.recipe_form()} for s in stages for t in s.job.arm.techniques]
         run.fact(stages=rows, techniques=used, **live.facts())
         if len(rows) == len(stages):
             break

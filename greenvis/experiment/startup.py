@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from typing import Any
 from greenvis import data
 from greenvis.core import distributed
 from greenvis.core.wrap import wrap
-from greenvis.experiment import loop, stages
-from greenvis.experiment.jobs import Job
+from greenvis.experiment import loop
+from greenvis.experiment.prepare import Prepared
 from greenvis.meters.processes import TICK_S, open_tree
 from greenvis.meters.record import STARTUP
 from greenvis.meters.track import Tracker
@@ -33,7 +32,7 @@ class Beginning:
         self._begun_s = time.monotonic() - (_age_s() if fresh_process else 0.0)
         self._booked = False
 
-    def book(self, tracker: Tracker, job: Job, warm_up: Callable[[Job], None]) -> None:
+    def book(self, tracker: Tracker, prepared: Prepared) -> None:
         """Write down, once, what passed since the beginning, and make the first calls that this
         process has not made."""
         if self._booked:
@@ -44,36 +43,31 @@ class Beginning:
         tracker.add(STARTUP, wall_s=wall_s, cpu_s=cpu_s, ram_gb_s=gb_s)
         if "steps" not in _warm:
             _warm.add("steps")
-            with (
-                tracker.phase(STARTUP),
-                contextlib.suppress(Exception),
-            ):  # what cannot be trained says so in its arm
-                warm_up(job)
+            # what cannot be trained says so in its arm
+            with tracker.phase(STARTUP), contextlib.suppress(Exception):
+                warm_up(prepared)
 
 
-def warm_up(session: Any, job: Job) -> None:
+def warm_up(prepared: Prepared) -> None:
     """Train a step of a job on a model that is thrown away, so that no arm pays for what happens
     once in a process."""
-    first = (stages.of(job) or [job])[0]
-    images, spec = (
-        session.jobs.images(job.recipe),
-        first.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None}),
-    )
-    live = wrap(session.build(job, weights=False), session.techniques(first, trained=False))
+    first = (prepared.stages or [prepared])[0]
+    spec = first.job.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None})
+    live = wrap(prepared.build(weights=False), first.techniques(trained=False))
     if distributed.world_size() > 1:  # the others' share of so little is none
         live.undo()
         return
 
     def batch(*_: int) -> list[Any]:
-        return list(islice(data.batches(images.train, spec.batch_size), 1))
+        return list(islice(data.batches(prepared.images.train, spec.batch_size), 1))
 
     with (
         tempfile.TemporaryDirectory() as folder,
-        session.tracker(job, Path(folder), codecarbon=False) as run,
+        prepared.tracker(Path(folder)) as run,
     ):
         run.live = live
         live.meter(run)
-        loop.fit(live, batch, 1, batch, spec, run, seed=job.seed)
+        loop.fit(live, batch, 1, batch, spec, run, seed=prepared.job.seed)
     live.undo()
 
 

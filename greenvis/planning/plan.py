@@ -12,9 +12,8 @@ from typing import Any
 
 from greenvis import data
 from greenvis.core import distributed, weights
-from greenvis.core.wrap import wrap
 from greenvis.data import subsets
-from greenvis.experiment import checkpoint, loop, stages
+from greenvis.experiment import checkpoint, loop
 from greenvis.experiment.jobs import (
     BOUNDARY,
     CHECKPOINT_FILE,
@@ -24,6 +23,7 @@ from greenvis.experiment.jobs import (
     predicted,
     write_json,
 )
+from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record
@@ -93,15 +93,16 @@ def plan(
             continue
         say(f"{name}: a few steps")
         with loop.threads(job.arm.train.threads):
-            parts = [_predict(session, stage) for stage in stages.of(job) or [job]]
-            making = _making(session, job) if job.arm.subset else None
+            prepared = session.prepare(job)
+            parts = [_predict(part) for part in prepared.stages or [prepared]]
+            making = _making(prepared) if job.arm.subset else None
         arms[name]["each"] = _summed(
             [figures for figures, _ in [*parts, *([making] if making else [])]]
         )
         left = [
             _scaled(parts[i][0], share)
             for job in ahead
-            for i, share in enumerate(_shares_left(session, job))
+            for i, share in enumerate(_shares_left(session.prepare(job)))
         ]
         if making:
             left += [
@@ -123,23 +124,20 @@ def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _shares_left(session: Session, job: Job) -> list[float]:
+def _shares_left(prepared: Prepared) -> list[float]:
     """Return the share of its training that a job has still to do, by stage (one for a job
     without), as its checkpoint says."""
-    each = stages.of(job)
+    job, each = prepared.job, prepared.stages
     boundary = job.folder / f"{job.inputs}-{BOUNDARY}"
     over = len(weights.metadata(boundary)["rows"]) if each and boundary.exists() else 0
     file = job.folder / (
         f"{job.inputs}-{over + 1}-{CHECKPOINT_FILE}" if each else f"{job.inputs}-{CHECKPOINT_FILE}"
     )
-    left = [0.0] * over + [1.0] * (len(each or [job]) - over)
+    left = [0.0] * over + [1.0] * (len(each or [prepared]) - over)
     if file.exists() and over < len(left):
-        spec, stream, at = (
-            (each or [job])[over].arm.train,
-            session.stream(job),
-            checkpoint.read(file)["progress"],
-        )
-        parts = [len(part) for part in stream.train] if stream else [len(_shown(session, job))]
+        spec = (each or [prepared])[over].job.arm.train
+        stream, at = prepared.stream, checkpoint.read(file)["progress"]
+        parts = [len(p) for p in stream.train] if stream else [len(_like_trained(prepared))]
         shown = sum(parts[: at["task"]]) * spec.epochs
         shown += (
             (at["epoch"] * parts[at["task"]] + at["batch"] * spec.batch_size)
@@ -155,25 +153,22 @@ def _shares_left(session: Session, job: Job) -> list[float]:
 Figures = dict[str, dict[str, float]]  # by quantity: {"value", "low", "high"}
 
 
-def _predict(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
+def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     """Train groups of steps on a model that is thrown away, long enough to be told from their
     start, and scale them up.
 
     Returns what the whole training observes, by quantity, and the header of the few steps' record,
     which prices it.
     """
-    spec, images = job.arm.train, session.jobs.images(job.recipe)
-    batches, tests = (
-        math.ceil(len(_shown(session, job)) / spec.batch_size),
-        max(spec.batch_size, 256),
-    )
+    spec, images, stream = prepared.job.arm.train, prepared.images, prepared.stream
+    batches = math.ceil(len(_like_trained(prepared)) / spec.batch_size)
+    tests = max(spec.batch_size, 256)
     first = min(2 * spec.accumulate, batches)
-    step_s = (_few(session, job, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
+    step_s = (_few(prepared, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
     steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
-    measured = _few(session, job, steps, GROUPS + 1, tests)
+    measured = _few(prepared, steps, GROUPS + 1, tests)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
-    stream = session.stream(job)
     if stream is None:
         return _extrapolated(
             measured, spec.epochs * batches / steps, evaluations * len(images.test) / shown
@@ -185,23 +180,24 @@ def _predict(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
     return _extrapolated(measured, spec.epochs * trained / steps, tested / shown), measured.header
 
 
-def _shown(session: Session, job: Job) -> data.ImageSet:
+def _like_trained(prepared: Prepared) -> data.ImageSet:
     """Return as many images as the job trains on, and like them."""
-    images, spec = session.jobs.images(job.recipe).train, job.arm.subset
+    images, spec = prepared.images.train, prepared.job.arm.subset
     return (
         images if spec is None else subsets.make(images, method="random", per_class=spec.per_class)
     )
 
 
-def _making(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
+def _making(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     """Choose or make the arm's subset, in fewer iterations, and scale them up."""
+    job = prepared.job
     assert job.arm.subset is not None
-    images, spec = session.jobs.images(job.recipe).train, job.arm.subset.model_dump()
+    images, spec = prepared.images.train, job.arm.subset.model_dump()
     few = (
         min(ITERATIONS, spec["iterations"]) if spec["method"] == "condensed" else spec["iterations"]
     )
     with tempfile.TemporaryDirectory() as folder:
-        with session.tracker(job, Path(folder), codecarbon=False) as run:
+        with prepared.tracker(Path(folder)) as run:
             for phase in ("warm-up", "subset"):
                 with run.phase(phase):
                     subsets.make(
@@ -219,17 +215,17 @@ def _making(session: Session, job: Job) -> tuple[Figures, dict[str, Any]]:
     }, measured.header
 
 
-def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> record.Run:
+def _few(prepared: Prepared, steps: int, groups: int, tests: int) -> record.Run:
     """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the
     record."""
-    images = session.jobs.images(job.recipe)
+    job, images = prepared.job, prepared.images
     spec = job.arm.train.model_copy(
         update={"epochs": groups, "target_accuracy": None, "eval_every": 1}
     )
 
     def some(epoch: int, start: int) -> list[Any]:
         loader = data.batches(
-            _shown(session, job), spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True
+            _like_trained(prepared), spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True
         )
         return list(islice(loader, steps))
 
@@ -237,8 +233,8 @@ def _few(session: Session, job: Job, steps: int, groups: int, tests: int) -> rec
         return list(islice(data.batches(images.test, tests), EVAL_BATCHES))
 
     with tempfile.TemporaryDirectory() as folder:
-        live = wrap(session.build(job, weights=False), session.techniques(job, trained=False))
-        with session.tracker(job, Path(folder), codecarbon=False) as run:
+        live = prepared.wrapped(trained=False)
+        with prepared.tracker(Path(folder)) as run:
             run.live = live
             live.meter(run)
             loop.fit(live, some, steps, test, spec, run, seed=job.seed)

@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from greenvis import data
-from greenvis.core.wrap import Wrapped, wrap
+from greenvis.core.wrap import Wrapped
 from greenvis.data.sources import stratified
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
 from greenvis.experiment.jobs import Job, samples_of
+from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record
 from greenvis.meters.measure import serve
@@ -67,7 +68,7 @@ class Trials:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.session, self.jobs, self.fresh, self.say = session, jobs, fresh, say
-        dataset = session.jobs.images(next(iter(jobs.values())).recipe)
+        dataset = session.prepare(next(iter(jobs.values()))).images
         self.images, classes = len(dataset.train), len(dataset.classes)
         longest = min(int(share * self.images), MOST)
         self.sizes = (longest // 4, longest // 2, longest)
@@ -165,15 +166,19 @@ class Trials:
             return before
         self.say(f"{job.arm.name}: {size} images")
         with loop.threads(job.arm.train.threads), tempfile.TemporaryDirectory() as folder:
-            live = wrap(self.session.build(job), self.session.techniques(job))
+            prepared = self.session.prepare(job)
+            live = prepared.wrapped()
             try:
-                path = self._run(job, live, size, Path(folder), serving)
+                path = self._run(prepared, live, size, Path(folder), serving)
             finally:
                 live.undo()
         return _read(record.read(path))
 
-    def _run(self, job: Job, live: Wrapped, size: int, folder: Path, serving: bool) -> Path:
+    def _run(
+        self, prepared: Prepared, live: Wrapped, size: int, folder: Path, serving: bool
+    ) -> Path:
         """Train on the first `size` images, and return the record."""
+        job = prepared.job
         spec = job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
         shown = self._train.take(self._order[:size])
         samples = samples_of(shown, folder)
@@ -192,7 +197,7 @@ class Trials:
         def which(epoch: int, at: Tensor) -> Any:
             return samples(0, epoch, at)
 
-        with self.session.tracker(job, self.session.runs, codecarbon=False) as run:
+        with prepared.tracker(self.session.runs) as run:
             run.live = live
             live.meter(run)
             steps = math.ceil(size / spec.batch_size)
@@ -210,7 +215,7 @@ class Trials:
             facts: dict[str, Any] = {"images": size, "accuracy": progress.accuracy, "plain": plain}
             if serving and not (plain and self._plain_j is not None):
                 x = next(iter(data.batches(self.held, BATCH)))[0]
-                with self.session.served(job, live) as model:
+                with prepared.served(live) as model:
                     facts["served"] = serve(model, x, run)["inference"]
             run.fact(trial=facts)
         assert run.path is not None

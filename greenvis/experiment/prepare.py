@@ -1,0 +1,202 @@
+"""One job made ready: its images, stream, model and techniques, made in one place for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from greenvis import data, models
+from greenvis.core import distributed
+from greenvis.core.technique import Technique
+from greenvis.core.wrap import Wrapped, wrap
+from greenvis.data import streams, subsets
+from greenvis.errors import BadInput
+from greenvis.experiment.jobs import (
+    SUBSET_FILE,
+    WEIGHTS_FILE,
+    Job,
+    located,
+    model_options,
+    placed,
+)
+from greenvis.experiment.layers import Layers
+from greenvis.meters import record
+from greenvis.meters.track import Tracker, track
+from greenvis.models.folding import folded
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """What a job trains on and with. `run`, `plan`, `advise`, stages and workers take it from here.
+
+    Args:
+        job: what is to be done; a stage's job has the stage's arm.
+        images: the recipe's data.
+        trust: whether references may import code.
+        command: the words of the command, for the record.
+        prepare: makes the jobs ready that this one builds on.
+    """
+
+    job: Job
+    images: data.Data
+    trust: bool
+    command: Sequence[str]
+    prepare: Callable[[Job], Prepared]
+
+    @cached_property
+    def stages(self) -> list[Prepared]:
+        """One for each stage of the arm, with its own `train` and techniques; none without."""
+        return [replace(self, job=replace(self.job, arm=stage)) for stage in self.job.arm.stages]
+
+    @cached_property
+    def stream(self) -> streams.Stream | None:
+        """The stream of experiences the job trains on; None where its data is no stream.
+
+        Raises:
+            BadInput: for settings that no stream has.
+        """
+        spec = self.job.arm.stream
+        if spec is None:
+            return None
+        if self.job.arm.train.target_accuracy is not None:
+            raise BadInput(
+                "train.target_accuracy ends one training; a stream of tasks has no such end: leave "
+                "it out"
+            )
+        stream = streams.make(
+            self.images, seed=self.job.seed, **spec.model_dump(exclude={"restart"})
+        )
+        if stream.head != "single" and self.job.arm.train.label_smoothing:
+            raise BadInput(
+                f"train.label_smoothing gives a share to classes which a {stream.head} head hides; "
+                "leave it out"
+            )
+        return stream
+
+    def build(self, weights: bool = True) -> nn.Module:
+        """Build the arm's model, from its own random state.
+
+        Args:
+            weights: whether to load what `init` names.
+        """
+        job = self.job
+        spec, options = job.arm.model, model_options(job, self.images)
+        torch.manual_seed(job.seed)
+        where = (
+            job.recipe.where("arms", job.arm.name, "model")
+            if job.recipe.arms[job.arm.name].model
+            else job.recipe.where("model", "ref")
+        )
+        model = located(
+            where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options
+        )
+        used = job.uses.get(spec.init or "")
+        if spec.init and (weights or used is None):
+            path = (
+                used.folder / WEIGHTS_FILE
+                if used
+                else job.recipe.folder / spec.init.removeprefix("file:")
+            )
+            head = "match" if spec.classifier == "keep" else "replace"
+            located(where, models.load_weights, model, path, head=head)
+        models.describe(model, **self.images.inputs)  # what it is shown from here on
+        return model
+
+    def techniques(self, trained: bool = True) -> list[Technique]:
+        """Return what the model is wrapped with, layers to freeze first; see `resolved`."""
+        layers = [Layers(of=self.job.arm.layers)] if self.job.arm.layers else []
+        return [*layers, *(self.resolved(t, trained) for t in self.job.arm.techniques)]
+
+    def resolved(self, technique: Technique, trained: bool = True) -> Technique:
+        """Put the model a job left in the place of each "run:NAME".
+
+        Args:
+            trained: False puts an untrained model like it there, before that job has run.
+        """
+        sources = {}
+        for field, ref in technique.runs().items():
+            used = self.job.uses[ref]
+            file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
+            sources[field] = (
+                models.build(file, trust=self.trust, folder=used.recipe.folder)
+                if trained
+                else self.prepare(used).build(weights=False)
+            )
+        shape = tuple(self.images.test[0][0].shape)
+        return placed(technique, self.job.recipe.folder).with_runs(sources).for_images(shape)
+
+    def wrapped(self, trained: bool = True) -> Wrapped:
+        """Return the model with its techniques on it; with `trained` False, all of them new."""
+        return wrap(self.build(weights=trained), self.techniques(trained))
+
+    def training(self, tracker: Tracker) -> data.ImageSet:
+        """Return the images the job trains on; a subset is chosen or made in a phase of its own,
+        and its file lies beside the record."""
+        spec, images = self.job.arm.subset, self.images
+        if spec is None:
+            return images.train
+        with tracker.phase("subset"):
+            make = partial(
+                subsets.make,
+                images.train,
+                seed=self.job.seed,
+                file=self.job.folder / f"{self.job.inputs}-{SUBSET_FILE}",
+                count=tracker.flops,
+                **spec.model_dump(),
+            )
+            subset = distributed.main_first(make)  # the others read the file of the first
+        tracker.fact(
+            data={
+                **images.facts(),
+                "train": len(subset),
+                "subset": spec.model_dump(),
+                "chosen_from": len(images.train),
+            }
+        )
+        return subset
+
+    def tracker(self, folder: Path, codecarbon: bool = False) -> Tracker:
+        """Return the meter of the job, which puts its record below `folder`."""
+        job, meter = self.job, self.job.recipe.meter
+
+        def attempts() -> int:
+            return len(list(job.folder.glob("*.rank0" + record.SUFFIX)))
+
+        header = {
+            "name": job.recipe.name,
+            "arm": job.arm.name,
+            "seed": job.seed,
+            "inputs": job.inputs,
+            "attempt": distributed.on_main(attempts) + 1,
+            "baseline": job.recipe.baseline,
+            "recipe": job.recipe.text(),
+            "command": list(self.command),
+        }
+        return track(
+            job.recipe.name,
+            dir=folder,
+            country=meter.country,
+            intensity=meter.intensity,
+            pue=meter.pue,
+            codecarbon=codecarbon,
+            header=header,
+        )
+
+    @contextmanager
+    def served(self, live: Wrapped) -> Iterator[nn.Module]:
+        """Hold the model within as it will be served: merged where that is possible, its norms
+        folded where that is wanted."""
+        model = live.finish()
+        x = next(iter(data.batches(self.images.test, 2)))[0]
+        with (
+            folded(model, x.to(next(model.parameters()).device))
+            if self.job.arm.model.fold_norms
+            else nullcontext()
+        ):
+            yield model
