@@ -52,31 +52,31 @@ class Job:
     def done(self) -> dict[str, Any] | None:
         """Return what its finished run left, or None where it is yet to run, ran with other inputs,
         or left other weights."""
-        left = self._mark()
+        left = self._done_entry()
         return left if left is not None and self._has_weights_of(left) else None
 
     def spoiled(self) -> bool:
         """Whether it was done once, but its weights are no longer those that its run left."""
-        left = self._mark()
+        left = self._done_entry()
         return left is not None and not self._has_weights_of(left)
 
     def finished(self, run: str, accuracy: float | None) -> None:
         """Mark it as done. The mark names run and weights: a process killed before leaves a mark
         that fits neither."""
         digest = _digest(self.folder / WEIGHTS_FILE)
-        mark = {
+        entry = {
             "inputs": self.inputs,
             "run": run,
             "accuracy": accuracy,
             "weights": digest,
             "versions": versions(),
         }
-        write_json(self.folder / DONE_FILE, mark)
+        write_json(self.folder / DONE_FILE, entry)
 
     def other_versions(self) -> str:
         """Return in words which libraries its finished run had in other versions than there are
         now; "" where none."""
-        then = (self._mark() or {}).get("versions")
+        then = (self._done_entry() or {}).get("versions")
         then, now = then if isinstance(then, dict) else {}, versions()
         return ", ".join(
             f"{name} {then[name]} then, {now[name]} now"
@@ -84,18 +84,18 @@ class Job:
             if then.get(name, now[name]) != now[name]
         )
 
-    def _mark(self) -> dict[str, Any] | None:
+    def _done_entry(self) -> dict[str, Any] | None:
         try:
             left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
         except BadInput:
             return None
         return left if isinstance(left, dict) and left.get("inputs") == self.inputs else None
 
-    def _has_weights_of(self, mark: dict[str, Any]) -> bool:
+    def _has_weights_of(self, entry: dict[str, Any]) -> bool:
         path = self.folder / WEIGHTS_FILE
         try:
-            if "weights" in mark:
-                return _digest(path) == mark["weights"]
+            if "weights" in entry:
+                return _digest(path) == entry["weights"]
             weights.metadata(
                 path
             )  # of an earlier greenvis, which noted no digest: at least it is whole
@@ -167,9 +167,9 @@ class Jobs:
             if arm.subset is not None:
                 inputs["subset"] = arm.subset.model_dump()
             if arm.stages:
-                inputs["stages"] = [_stage(its) for its in arm.stages]
-            if its := model_files(arm, recipe.folder):
-                inputs["files"] = [file.is_file() and _digest(file) for _, file in its]
+                inputs["stages"] = [_stage(stage) for stage in arm.stages]
+            if weight_files := model_files(arm, recipe.folder):
+                inputs["files"] = [file.is_file() and _digest(file) for _, file in weight_files]
             digest = hashlib.sha256(
                 json.dumps(inputs, sort_keys=True, default=str).encode()
             ).hexdigest()[:16]
@@ -180,17 +180,17 @@ class Jobs:
     def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
         """Return the job that "run:NAME" means: an arm of this recipe, or of the recipe NAME.yaml
         beside it ("NAME/ARM")."""
-        wanted = ref.removeprefix("run:")
-        if wanted in recipe.arms:
-            other, name = recipe, wanted
+        name_wanted = ref.removeprefix("run:")
+        if name_wanted in recipe.arms:
+            other, name = recipe, name_wanted
         else:
-            stem, _, name = wanted.partition("/")
+            stem, _, name = name_wanted.partition("/")
             path = recipe.folder / f"{stem}.yaml"
             if not path.is_file():
                 names = [*recipe.arms, *(p.stem for p in recipe.folder.glob("*.yaml"))]
                 raise BadInput(
                     f"{recipe.where('arms', arm.name)}: '{ref}' is neither an arm of this recipe "
-                    f"nor a recipe {path}{nearest(wanted, names)}"
+                    f"nor a recipe {path}{nearest(name_wanted, names)}"
                 )
             other = self._recipes.setdefault(path.resolve(), load_recipe(path))
             name = name or other.baseline
@@ -199,8 +199,10 @@ class Jobs:
                     f"{recipe.where('arms', arm.name)}: recipe {path} has no arm "
                     f"'{name}'{nearest(name, other.arms)}"
                 )
-        its = other.arm(name)
-        return self._job(other, its, seed if seed in its.train.seeds else its.train.seeds[0], above)
+        base = other.arm(name)
+        return self._job(
+            other, base, seed if seed in base.train.seeds else base.train.seeds[0], above
+        )
 
 
 def model_files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
@@ -214,8 +216,8 @@ def model_files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
     ]
     refs = [
         (role, ref)
-        for role, given in named
-        for ref in (given if isinstance(given, list) else [given])
+        for role, reference in named
+        for ref in (reference if isinstance(reference, list) else [reference])
     ]
     return [
         (role, models.file_of(ref, folder))
@@ -237,13 +239,13 @@ def placed(technique: Technique, folder: Path) -> Technique:
             else value
         )
 
-    listed = {
+    files_named = {
         name: (value, full(value))
         for name, value in technique
         if isinstance(value, (str, list, tuple))
     }
     return technique.model_copy(
-        update={name: new for name, (old, new) in listed.items() if new != old}
+        update={name: new for name, (old, new) in files_named.items() if new != old}
     )
 
 
@@ -252,13 +254,13 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _stage(its: Arm) -> dict[str, Any]:
-    made = [{t.name: t.recipe_form()} for t in its.techniques]
+def _stage(stage: Arm) -> dict[str, Any]:
+    made = [{t.name: t.recipe_form()} for t in stage.techniques]
     return {
-        "name": its.stage,
-        "train": its.train.model_dump(exclude=UNHASHED),
+        "name": stage.stage,
+        "train": stage.train.model_dump(exclude=UNHASHED),
         "techniques": made,
-        "layers": its.layers,
+        "layers": stage.layers,
     }
 
 

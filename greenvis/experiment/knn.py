@@ -74,8 +74,8 @@ def score(model: nn.Module, train: Iterable[Any], test: Iterable[Any], most: int
     head = head_of(model)
     first = next(iter(train))
     bank, labels = features(model, islice(train, max(1, -(-most // len(first[1])))), head)
-    found, target = features(model, test, head)
-    return knn_accuracy(bank, labels, found, target)
+    test_features, target = features(model, test, head)
+    return knn_accuracy(bank, labels, test_features, target)
 
 
 def head_of(model: nn.Module) -> str:

@@ -29,11 +29,11 @@ class Layers(Technique):
         model has."""
         paths: set[str] = set()
         for one in self.of:
-            found = (
+            matching = (
                 view(model, probe=False).role(one)
                 if one in ROLES
                 else surgery.find(model, [one], nn.Module)
             )
-            paths |= set(found)
+            paths |= set(matching)
         learned = [p for path in paths for p in model.get_submodule(path).parameters()]
         return Installed(surgery.freeze(model, but=learned), freezes=True)

@@ -104,9 +104,9 @@ def ancestors(job: Job) -> list[dict[str, Any]]:
     that a family tree can be drawn. Each stands there once, however many build on it.
     Weights that others made are among them, by name, with no runs, and an energy nobody knows.
     """
-    found: dict[str, dict[str, Any]] = {}
-    _collect(job, found)
-    return list(found.values())
+    lines: dict[str, dict[str, Any]] = {}
+    _collect(job, lines)
+    return list(lines.values())
 
 
 def card(job: Job, accuracy: float | None) -> dict[str, Any]:
@@ -128,14 +128,14 @@ def card(job: Job, accuracy: float | None) -> dict[str, Any]:
     }
 
 
-def read_card(place: str | Path) -> dict[str, Any]:
+def read_card(location: str | Path) -> dict[str, Any]:
     """Return the card of a weight file, or of a finished run's folder, with "file", "ref",
     "energy_j" and "total_j".
 
     total_j: its own energy and that of all it was made from, each counted once; its value is None
     where one is not known. Raises BadInput where there is no card.
     """
-    path = Path(place)
+    path = Path(location)
     if (
         path.is_dir()
         and not (path / WEIGHTS_FILE).is_file()
@@ -146,14 +146,14 @@ def read_card(place: str | Path) -> dict[str, Any]:
         )
     path = path / WEIGHTS_FILE if path.is_dir() else path
     stored = weights.metadata(path)
-    its = stored.get("card") or {}
-    if not _is_card(its):
+    stored_card = stored.get("card") or {}
+    if not _is_card(stored_card):
         raise BadInput(
             f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it"
         )
-    its = _priced(_checked(path, its))
-    its["uses"] = [_priced(use) for use in its.get("uses", ())]
-    parts = [_reading(entry["energy_j"]) for entry in (its, *its["uses"])]
+    stored_card = _priced(_checked(path, stored_card))
+    stored_card["uses"] = [_priced(use) for use in stored_card.get("uses", ())]
+    parts = [_reading(entry["energy_j"]) for entry in (stored_card, *stored_card["uses"])]
     known = all(part.value is not None for part in parts)
     total = (
         pricing.add(parts)
@@ -161,10 +161,10 @@ def read_card(place: str | Path) -> dict[str, Any]:
         else Reading("energy_j", None, reason="the cost of a part is not known")
     )
     more = {"ref": stored.get("ref"), "options": stored.get("options")}
-    return {"file": str(path), **more, **its, "total_j": pricing.reading(total)}
+    return {"file": str(path), **more, **stored_card, "total_j": pricing.reading(total)}
 
 
-def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
+def tree(card: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
     """Return a card's family as (depth, role, entry), the model itself first.
 
     One that two build on stands below both, what it builds on in its turn below the first.
@@ -178,11 +178,11 @@ def tree(its: Mapping[str, Any]) -> list[tuple[int, str, dict[str, Any]]]:
         if name in shown or len(rows) >= MOST_ROWS:
             return
         shown.add(name)
-        for use in its.get("uses", ()):
+        for use in card.get("uses", ()):
             if name in use["of"] and _key(use) not in above:
                 below(use, use["role"], (*above, name))
 
-    below({"name": its["arm"], **its}, "", ())
+    below({"name": card["arm"], **card}, "", ())
     return rows
 
 
@@ -193,8 +193,8 @@ def check_range(job: Job, own: Mapping[str, Any]) -> None:
     own: the facts of the job's data. Another mean and deviation are another data set's, and no
     error.
     """
-    for name, its in _bases_data(job):
-        plain, wanted = (_plain(facts) for facts in (its, own))
+    for name, earlier in _bases_data(job):
+        plain, wanted = (_plain(facts) for facts in (earlier, own))
         if plain is not None and wanted is not None and plain != wanted:
             said = {True: "from 0 to 1", False: "normalised"}
             raise BadInput(
@@ -205,7 +205,7 @@ def check_range(job: Job, own: Mapping[str, Any]) -> None:
             )
 
 
-def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
+def _collect(job: Job, lines: dict[str, dict[str, Any]]) -> None:
     child = f"{job.name} seed {job.seed}"
     named = {ref: t.role for t in _techniques(job) for ref in t.runs().values()}
     for ref, used in job.uses.items():
@@ -217,29 +217,29 @@ def _collect(job: Job, found: dict[str, dict[str, Any]]) -> None:
             "runs": [processes[0].id for processes in attempts],
             "observed": pricing.observed(attempts),
         }
-        _add(found, line, [child])
-        _collect(used, found)
+        _add(lines, line, [child])
+        _collect(used, lines)
     for role, name in _by_others(job):
         _add(
-            found,
+            lines,
             {"role": role, "name": name, "seed": None, "runs": [], "energy_j": NOT_KNOWN},
             [child],
         )
-    for role, _, its in _cards(job):
+    for role, _, card in _cards(job):
         line = {
             "role": role,
-            "name": its["arm"],
-            "seed": its["seed"],
-            "runs": [its["run"]],
-            **_cost(its),
+            "name": card["arm"],
+            "seed": card["seed"],
+            "runs": [card["run"]],
+            **_cost(card),
         }
-        _add(found, line, [child])
-        for use in its.get("uses", ()):
-            _add(found, use, use["of"])
+        _add(lines, line, [child])
+        for use in card.get("uses", ()):
+            _add(lines, use, use["of"])
 
 
-def _add(found: dict[str, dict[str, Any]], line: Mapping[str, Any], of: Sequence[str]) -> None:
-    entry = found.setdefault(_key(line), {**line, "of": []})
+def _add(lines: dict[str, dict[str, Any]], line: Mapping[str, Any], of: Sequence[str]) -> None:
+    entry = lines.setdefault(_key(line), {**line, "of": []})
     entry["of"] = list(dict.fromkeys([*entry["of"], *of]))
 
 
@@ -283,32 +283,32 @@ def _techniques(job: Job) -> Iterable[Any]:
 def _attempts(job: Job) -> list[list[record.Run]]:
     """Return the records of all attempts at a job, in order: of each attempt its processes', the
     first process's first."""
-    found: dict[str, list[record.Run]] = {}
+    by_run: dict[str, list[record.Run]] = {}
     for run in record.readable([job.folder] if job.folder.is_dir() else []):
         if run.header.get("inputs") == job.inputs:
-            found.setdefault(run.id, []).append(run)
-    attempts = [sorted(runs, key=lambda r: r.header.get("rank", 0)) for runs in found.values()]
+            by_run.setdefault(run.id, []).append(run)
+    attempts = [sorted(runs, key=lambda r: r.header.get("rank", 0)) for runs in by_run.values()]
     return sorted(attempts, key=lambda runs: runs[0].header.get("clock_s", 0.0))
 
 
-def _is_card(its: Any) -> bool:
+def _is_card(card: Any) -> bool:
     return (
-        isinstance(its, dict)
-        and all(key in its for key in KEYS)
-        and any(its.get(key) is not None for key in COST)
+        isinstance(card, dict)
+        and all(key in card for key in KEYS)
+        and any(card.get(key) is not None for key in COST)
     )
 
 
-def _cost(its: Mapping[str, Any]) -> dict[str, Any]:
+def _cost(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a card says of its cost, in its own words."""
-    return {key: its[key] for key in COST if key in its}
+    return {key: card[key] for key in COST if key in card}
 
 
-def _priced(its: Mapping[str, Any]) -> dict[str, Any]:
+def _priced(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry of a card with its joules."""
-    if its.get("observed") is not None:
-        return {**its, "energy_j": pricing.reading(pricing.spent(its["observed"]))}
-    return {**its, "energy_j": its.get("energy_j") or pricing.reading(Reading("energy_j", None))}
+    if card.get("observed") is not None:
+        return {**card, "energy_j": pricing.reading(pricing.spent(card["observed"]))}
+    return {**card, "energy_j": card.get("energy_j") or pricing.reading(Reading("energy_j", None))}
 
 
 def _reading(energy: Mapping[str, Any]) -> Reading:
@@ -323,8 +323,8 @@ def _reading(energy: Mapping[str, Any]) -> Reading:
 def _bases_data(job: Job) -> Iterator[tuple[str, Mapping[str, Any]]]:
     for used in job.uses.values():
         yield used.name, {"normalise": used.recipe.data.normalise}
-    for _, path, its in _cards(job):
-        yield str(path), its.get("data") or {}
+    for _, path, card in _cards(job):
+        yield str(path), card.get("data") or {}
 
 
 def _plain(facts: Mapping[str, Any]) -> bool | None:

@@ -122,16 +122,19 @@ def fit(
                 accuracy = distributed.on_main(partial(score, model))
             else:
                 accuracy = evaluate(model, test_batches(), loop.accelerator)
-            seen = (
+            held_out_accuracy = (
                 evaluate(model, held_out(), loop.accelerator)
                 if target <= 1 and held_out is not None
                 else None
             )
-        loop.log(accuracy=accuracy, **({} if seen is None else {"held_out_accuracy": seen}))
+        loop.log(
+            accuracy=accuracy,
+            **({} if held_out_accuracy is None else {"held_out_accuracy": held_out_accuracy}),
+        )
         progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
         progress.accuracy, progress.reached = (
             accuracy,
-            (accuracy if seen is None else seen) >= target,
+            (accuracy if held_out_accuracy is None else held_out_accuracy) >= target,
         )
 
     with loop.logging():
@@ -308,9 +311,11 @@ def _all_reached(live: Wrapped) -> None:
         else [n for n, p in live.trainable.items() if p.grad is None]
     )
     if without:
-        said = f"{some(without)} got no gradient, and several processes wait for each other's"
+        problem = f"{some(without)} got no gradient, and several processes wait for each other's"
         raise distributed.report_once(
-            GreenvisError(f"{said}: freeze what the loss does not reach, or train as one process")
+            GreenvisError(
+                f"{problem}: freeze what the loss does not reach, or train as one process"
+            )
         )
 
 
@@ -409,11 +414,11 @@ def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
     value = shared.item()
     if not math.isfinite(value):
         before = f" (noted before: {notes[-1]})" if notes else ""
-        said = (
+        problem = (
             f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, "
             "set train.clip_norm, "
         )
-        raise distributed.report_once(GreenvisError(f"{said}or look at the data{before}"))
+        raise distributed.report_once(GreenvisError(f"{problem}or look at the data{before}"))
 
 
 class _Steady:

@@ -52,7 +52,7 @@ class Order:
     overrides: tuple[str, ...]
     runs: Path
     folder: Path
-    seen: Path
+    witness: Path
     trust: bool
     command: tuple[str, ...]
     log_with: tuple[str, ...] = field(default=())
@@ -95,15 +95,15 @@ def run(
             for unit in units.values():
                 if any(unit.job.recipe is recipe for recipe in own):
                     forget(unit.job)
-        seen = folder / f".ray-{uuid.uuid4().hex}"
-        seen.touch()
-        held.callback(seen.unlink)
+        witness = folder / f".ray-{uuid.uuid4().hex}"
+        witness.touch()
+        held.callback(witness.unlink)
         ray = held.enter_context(_cluster())
 
         def order(unit: Unit) -> Order:
             path = unit.job.recipe.path.resolve()
             return Order(
-                path, unit.overrides, folder, unit.job.folder, seen, trust, tuple(command),
+                path, unit.overrides, folder, unit.job.folder, witness, trust, tuple(command),
                 tuple(log_with)
             )  # fmt: skip
 
@@ -200,7 +200,7 @@ class _Driver:
 def finish(order: Order) -> None:
     """Finish one job: what a worker does. Raises GreenvisError where it does not see the folder of
     runs."""
-    if not order.seen.exists():
+    if not order.witness.exists():
         raise GreenvisError(
             f"{os.uname().nodename} does not see {order.runs}: give --runs a folder that every "
             "machine of the cluster shares"

@@ -298,8 +298,8 @@ class Arm(BaseModel):
     def needs(self) -> list[str]:
         """Return the references to other runs ("run:NAME") this arm builds on."""
         own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
-        listed = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
-        return own + [ref for t in listed for ref in t.runs().values()]
+        techniques = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
+        return own + [ref for t in techniques for ref in t.runs().values()]
 
 
 class Recipe(_Section):
@@ -385,24 +385,24 @@ class Recipe(_Section):
 
     def _stages(self, arm: Arm) -> tuple[Arm, ...]:
         """Return the arm's stages, each as an arm of its own."""
-        listed, at = self.arms[arm.name].stages, ("arms", arm.name, "stages")
-        for beside, there in (("techniques", arm.techniques), ("data.stream", arm.stream)):
-            if listed and there:
+        specs, at = self.arms[arm.name].stages, ("arms", arm.name, "stages")
+        for beside, present in (("techniques", arm.techniques), ("data.stream", arm.stream)):
+            if specs and present:
                 raise BadInput(
                     f"{self.where(*at)}: an arm has stages or {beside}, not both; a stage has its "
                     "own techniques"
                 )
         out: list[Arm] = []
-        for i, spec in enumerate(listed):
+        for i, spec in enumerate(specs):
             stage = spec.name or f"stage{i + 1}"
-            whole = sorted({"seeds", "threads"} & spec.train.keys())
-            if whole or stage in [s.stage for s in out]:
-                said = (
-                    f"train.{whole[0]} belongs to the whole arm"
-                    if whole
+            run_wide = sorted({"seeds", "threads"} & spec.train.keys())
+            if run_wide or stage in [s.stage for s in out]:
+                names = (
+                    f"train.{run_wide[0]} belongs to the whole arm"
+                    if run_wide
                     else f"a second stage is named '{stage}'"
                 )
-                raise BadInput(f"{self.where(*at, i)}: {said}")
+                raise BadInput(f"{self.where(*at, i)}: {names}")
             own = {**arm.train.model_dump(exclude_unset=True), **spec.train}
             made = [
                 _technique(item, self.where, (*at, i, "techniques", j))
@@ -466,8 +466,8 @@ def parse_techniques(text: str) -> list[Technique]:
     """Return techniques written as in a recipe, YAML or JSON: '[{lora: {rank: 8}}]'. Raises
     BadInput."""
     items = yamlfile.parse(text, "techniques")
-    listed = items if isinstance(items, list) else [items]
-    return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(listed)]
+    entries = items if isinstance(items, list) else [items]
+    return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(entries)]
 
 
 def _technique(item: Any, where: Where, at: Key) -> Technique:

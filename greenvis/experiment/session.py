@@ -68,8 +68,8 @@ def run(
     loggers.check(log_with)
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    told = say if distributed.rank() == 0 else lambda text: None
-    session = Session(Path(runs), trust, command, told, log_with, fresh_process)
+    say_once = say if distributed.rank() == 0 else lambda text: None
+    session = Session(Path(runs), trust, command, say_once, log_with, fresh_process)
     jobs = distributed.main_first(partial(session.plan, recipe))
     with ExitStack() as held:
         distributed.main_first(partial(held.enter_context, locked(Path(runs) / recipe.name)))
@@ -236,12 +236,14 @@ class Session:
                 distributed.on_main(lambda: self._measure(live, model, prepared.images, tracker))
 
         def keep() -> None:
-            place = {
+            origin = {
                 "ref": job.arm.model.ref,
                 "options": model_options(job, prepared.images),
                 "folder": job.recipe.folder,
             }
-            models.save(model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **place)
+            models.save(
+                model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **origin
+            )
             job.finished(tracker.id, accuracy)
             forget(job, done=False)
 
@@ -274,9 +276,9 @@ class Session:
             tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
             live.model.eval()
         with tracker.phase("eval"):
-            found = loop.evaluate(live.model, data.batches(images.test, 256))
-        tracker.log(accuracy=found)
-        return found
+            calibrated = loop.evaluate(live.model, data.batches(images.test, 256))
+        tracker.log(accuracy=calibrated)
+        return calibrated
 
     def _fit(
         self,

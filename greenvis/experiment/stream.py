@@ -67,8 +67,8 @@ def fit_stream(
                 with run.phase(f"train/task{index + 1}/end"):
                     live.end_task(Repeatable(stream, index, spec, seed))
             with run.phase(f"eval/task{index + 1}"):
-                found = _test(loop, stream, index, tests)
-            for name, row in found.items():
+                accuracies = _test(loop, stream, index, tests)
+            for name, row in accuracies.items():
                 rows = progress.rows.setdefault(
                     name, [[None] * count for _ in range(count - len(stream.experiences))]
                 )
@@ -77,7 +77,7 @@ def fit_stream(
             spent |= {"from_s": begun, "to_s": time.monotonic()}
             progress.observed.append(None if resumed else spent)
             resumed = False  # of the others nothing lies in an earlier record
-            progress.accuracy = math.fsum(found[MATRIX]) / count
+            progress.accuracy = math.fsum(accuracies[MATRIX]) / count
             loop.log(task=index + 1, accuracy=progress.accuracy)
             progress.task, progress.epoch = index + 1, 0
     loop.model.eval()

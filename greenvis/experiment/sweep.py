@@ -24,10 +24,10 @@ def values(text: str) -> list[str]:
     A list or mapping of YAML, and what stands in quotation marks, is one value. Raises BadInput for
     an empty one.
     """
-    key, equals, given = text.partition("=")
-    if not equals or "," not in given or given.strip()[:1] in ("[", "{", '"', "'"):
+    key, equals, value_text = text.partition("=")
+    if not equals or "," not in value_text or value_text.strip()[:1] in ("[", "{", '"', "'"):
         return [text]
-    parts = [part.strip() for part in given.split(",")]
+    parts = [part.strip() for part in value_text.split(",")]
     if not all(parts):
         raise BadInput(
             f"--set {text}: a value between the commas is missing; quote a text that has commas of "
