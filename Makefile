@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-oldest fuzz gpu lint readme clean
+.PHONY: demo test test-slow test-oldest fuzz gpu lint readme map clean
 
 demo: $(VENV)/.demo
 	$(BIN)/greenvis run recipes/quickstart.yaml --out runs/quickstart-report
@@ -38,6 +38,9 @@ lint: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python tests/readme.py
+
+map: $(VENV)/.dev
+	$(BIN)/python tests/rooms.py
 
 $(VENV)/.uv:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "greenvis needs Python 3.11 or newer; this is %s. Use: make PYTHON=python3.11 ..." % sys.version.split()[0])'

@@ -5,75 +5,21 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parent.parent / "greenvis"
-# a room may import those named, and errors; what is not named is forbidden
-ROOMS: dict[str, set[str]] = {
-    "errors": set(),
-    "tasks": set(),
-    "core": {"tasks"},
-    "meters": {"core"},
-    "data": {"core"},
-    "models": {"core", "tasks"},
-    "techniques": {"core", "data", "models", "tasks"},
-    "experiment": {"core", "data", "meters", "models", "techniques"},
-    "report": {"core", "meters", "tasks"},
-    "planning": {"core", "data", "experiment", "meters", "models", "report"},
-    "integrations": {"core", "experiment", "meters", "models", "report"},
-    "testing": {"core"},
-    "bench": {
-        "core", "experiment", "meters", "models", "planning", "techniques", "testing",
-    },
-    "cli": {
-        "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",
-        "techniques",
-    },
-    "__main__": {"cli"},
-}  # fmt: skip
-MOST_ROOMS, MOST_FLOORS = 16, 9
-FILES = sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
-
-
-def _name(path: Path) -> str:
-    parts = path.relative_to(ROOT.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _is_module(name: str) -> bool:
-    path = ROOT.parent / name.replace(".", "/")
-    return path.with_suffix(".py").exists() or (path / "__init__.py").exists()
-
-
-@cache
-def _imports(path: Path) -> frozenset[str]:
-    """What a file imports as it runs, sooner or later; what only type checkers read is left out."""
-    out: set[str] = set()
-    tree = ast.parse(path.read_text())
-    checked = [n for n in ast.walk(tree) if isinstance(n, ast.If) and _is_for_types(n)]
-    for_types = {id(below) for n in checked for body in n.body for below in ast.walk(body)}
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
-        if isinstance(node, ast.Import):
-            out |= {a.name for a in node.names if a.name.split(".")[0] == "greenvis"}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "greenvis":
-            below = [f"{node.module}.{a.name}" for a in node.names]
-            out |= {m if _is_module(m) else str(node.module) for m in below}
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            raise AssertionError(f"{path}: relative import; write the whole name")
-    return frozenset(out - {"greenvis"})
-
-
-def _is_for_types(node: ast.If) -> bool:
-    return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def _room(module: str) -> str:
-    return module.split(".")[1]
+from rooms import (
+    FILES,
+    MOST_FLOORS,
+    MOST_ROOMS,
+    ROOMS,
+    ROOT,
+    floor,
+    imports,
+    module_name,
+    picture,
+    room_of,
+)
 
 
 def test_there_are_few_rooms_and_few_floors() -> None:
@@ -81,17 +27,14 @@ def test_there_are_few_rooms_and_few_floors() -> None:
     assert rooms - {"__init__"} == set(ROOMS)
     assert len(ROOMS) <= MOST_ROOMS
 
-    def floor(room: str) -> int:
-        return 1 + max((floor(below) for below in ROOMS[room]), default=0)
-
     assert max(map(floor, ROOMS)) <= MOST_FLOORS  # endless where the table has a circle
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_only_what_lies_below(path: Path) -> None:
-    room = _room(_name(path))
-    for module in _imports(path):
-        below = _room(module)
+    room = room_of(module_name(path))
+    for module in imports(path):
+        below = room_of(module)
         assert below in ROOMS[room] | {room, "errors"}, f"{room} may not import {module}"
         if below != room:
             private = [part for part in module.split(".")[2:] if part.startswith("_")]
@@ -101,12 +44,12 @@ def test_imports_only_what_lies_below(path: Path) -> None:
 def test_no_row_of_the_table_is_idle() -> None:
     used: dict[str, set[str]] = {room: set() for room in ROOMS}
     for path in FILES:
-        used[_room(_name(path))] |= {_room(m) for m in _imports(path)}
+        used[room_of(module_name(path))] |= {room_of(m) for m in imports(path)}
     assert {room: below - used[room] for room, below in ROOMS.items() if below - used[room]} == {}
 
 
 def test_no_circle_among_files() -> None:
-    below = {_name(p): {m for m in _imports(p) if m != _name(p)} for p in FILES}
+    below = {module_name(p): {m for m in imports(p) if m != module_name(p)} for p in FILES}
     done: set[str] = set()
     under_way: list[str] = []
 
@@ -133,10 +76,10 @@ def _home(module: str) -> tuple[str, ...]:
 def test_no_technique_and_no_benchmark_imports_another(room: str) -> None:
     """What several of a family share is a file with an underscore; what families share is _shared."""
     for path in FILES:
-        if _room(name := _name(path)) != room:
+        if room_of(name := module_name(path)) != room:
             continue
-        for module in _imports(path):
-            if _room(module) != room or _is_package(module):
+        for module in imports(path):
+            if room_of(module) != room or _is_package(module):
                 continue
             parts, home = module.split("."), _home(module)
             own = tuple(name.split(".")[1:])
@@ -203,3 +146,7 @@ def test_record_needs_the_standard_library_only(file: str) -> None:
         for root in roots:
             known = {*sys.stdlib_module_names, "greenvis"}
             assert root.split(".")[0] in known, f"{file} imports {root}"
+
+
+def test_the_picture_of_the_rooms_is_drawn_from_their_imports() -> None:
+    assert picture() in (ROOT.parent / "CONTRIBUTING.md").read_text(), "run `make map`"
