@@ -75,9 +75,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(f"greenvis.{_HOMES[name]}"), name)
-    if name[
-        :1
-    ].isupper():  # a technique class: gv.Lora, gv.Distill, and those of installed plug-ins
+    # a technique class: gv.Lora, gv.Distill, and those of installed plug-ins
+    if name[:1].isupper():
         registry = importlib.import_module("greenvis.techniques.registry")
         cls = registry.find_class(name)
         if cls is not None:

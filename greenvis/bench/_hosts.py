@@ -126,9 +126,8 @@ def _torchvision_vit() -> nn.Module:
         num_classes=CLASSES,
     )
     head: Any = model.heads.head
-    nn.init.normal_(
-        head.weight, std=0.1
-    )  # torchvision starts it at zero, which hides every difference
+    # torchvision starts it at zero, which hides every difference
+    nn.init.normal_(head.weight, std=0.1)
     return model
 
 

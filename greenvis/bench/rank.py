@@ -44,11 +44,12 @@ def run(
     result = rank(bases, str(recipe), images=images, runs=runs)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
+        # no paths of this machine
         content = {
             **result,
             "data": recipe.name,
             "record": Path(result["record"]).name,
-        }  # no paths of this machine
+        }
         files.write(out / "results.json", json.dumps(content, indent=1) + "\n")
         files.write(out / "report.md", _report(result))
     return result

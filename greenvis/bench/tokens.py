@@ -139,9 +139,8 @@ def _rows(
         )
     rows = []
     for name in timings:
-        rounds = list(
-            zip(timings[PLAIN], timings[name], strict=True)
-        )  # of one round: what else the machine did met both alike
+        # of one round: what else the machine did met both alike
+        rounds = list(zip(timings[PLAIN], timings[name], strict=True))
         ratio, faster = (
             macs[PLAIN] / macs[name],
             statistics.median(plain / own for (plain, _), (own, _) in rounds),

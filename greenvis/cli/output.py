@@ -130,9 +130,8 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
             "them, --out a report"
         )
     for column in columns:
-        copied = (
-            column == "run"
-        )  # a name to copy stays on one line; words are where a heading breaks
+        # a name to copy stays on one line; words are where a heading breaks
+        copied = column == "run"
         table.add_column(Text(one_line(column.replace("_", " "))), overflow="fold", no_wrap=copied)
     for row in rows:
         table.add_row(*(Text("" if row.get(c) is None else one_line(row[c])) for c in columns))

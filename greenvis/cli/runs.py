@@ -33,9 +33,8 @@ def run(args: Any) -> Answer | int:
     if args.out:
         refuse_foreign(Path(args.out))
     alone = header.ranks()[1] == 1
-    recipes = (
-        sweep.load(args.recipe, args.set) if alone else []
-    )  # what is wrong is said before torch is imported
+    # what is wrong is said before torch is imported
+    recipes = sweep.load(args.recipe, args.set) if alone else []
     if recipes and not args.out:
         refuse_foreign(_page_folder(args, recipes))
     from greenvis.core import distributed

@@ -62,9 +62,8 @@ class Watch:
     def __init__(self, live: Wrapped) -> None:
         self._live: Callable[[], Wrapped | None] = weakref.ref(live)
         self.model = live.model
-        self._adopted: dict[
-            tuple[str, str], Any
-        ] = {}  # by (path of the parent, name): what came since, and stays
+        # by (path of the parent, name): what came since, and stays
+        self._adopted: dict[tuple[str, str], Any] = {}
         self._attributes: dict[str, Any] = {}  # of the model, that changed with them
         modules = [*self.model.modules()]
         parts = any(i.freezes or i.trainable for i in live.installed) or any(

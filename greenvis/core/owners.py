@@ -23,9 +23,8 @@ class Owners:
     _watch: Watch | None = None
 
     def __init__(self) -> None:
-        self._owned: dict[
-            str, dict[int, nn.Parameter]
-        ] = {}  # by technique: the parameters it declares
+        # by technique: the parameters it declares
+        self._owned: dict[str, dict[int, nn.Parameter]] = {}
         self._start: dict[str, Any] | None = (
             None  # sums of the declared parameters when training began
         )

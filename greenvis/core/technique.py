@@ -90,9 +90,8 @@ class Technique(BaseModel):
     )
 
     name: ClassVar[str]
-    only_with: ClassVar[
-        OnlyWith
-    ] = {}  # fields that change nothing but with these values of another, and may not be set then
+    # fields that change nothing but with these values of another, and may not be set then
+    only_with: ClassVar[OnlyWith] = {}
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
     role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
@@ -249,9 +248,10 @@ class Installed:
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
 
+    # a copy of the model belongs to no run, and is shown other batches
     def __getstate__(
         self,
-    ) -> dict[str, Any]:  # a copy of the model belongs to no run, and is shown other batches
+    ) -> dict[str, Any]:
         return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:

@@ -96,9 +96,8 @@ class Job:
         try:
             if "weights" in entry:
                 return _digest(path) == entry["weights"]
-            weights.metadata(
-                path
-            )  # of an earlier greenvis, which noted no digest: at least it is whole
+            # of an earlier greenvis, which noted no digest: at least it is whole
+            weights.metadata(path)
         except (OSError, BadInput):
             return False
         return True
@@ -149,10 +148,11 @@ class Jobs:
             uses = {
                 ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()
             }
+            # left out: what runs were known by before there was a choice
             usual = {
                 "classifier": "new",
                 "fold_norms": False,
-            }  # left out: what runs were known by before there was a choice
+            }
             inputs = {
                 "data": self.images(recipe).facts(),
                 "model": arm.model.model_dump(

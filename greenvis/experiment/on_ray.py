@@ -221,9 +221,8 @@ def finish(order: Order) -> None:
 @contextmanager
 def _cluster() -> Iterator[Any]:
     """Connect to a cluster, or start one here for as long as the block lasts."""
-    os.environ.setdefault(
-        "RAY_USAGE_STATS_ENABLED", "0"
-    )  # nobody here asked to send anything anywhere
+    # nobody here asked to send anything anywhere
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray: Any = importlib.import_module("ray")
     joined = ray.is_initialized()
     if not joined:

@@ -98,9 +98,8 @@ def train(
         for n, t in now.items()
         if n not in started or not torch.equal(t.detach().cpu(), started[n])
     }
-    run.fact(
-        trainable_params=max(row["trainable_params"] for row in rows)
-    )  # the most that learn at once
+    # the most that learn at once
+    run.fact(trainable_params=max(row["trainable_params"] for row in rows))
     return live, dataclasses.replace(progress, epoch=sum(row["epochs"] for row in rows)), changed
 
 

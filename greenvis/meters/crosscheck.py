@@ -31,9 +31,8 @@ class CrossCheck:
             return
         try:
             package = importlib.import_module("codecarbon")
-            logging.getLogger("codecarbon").setLevel(
-                logging.ERROR
-            )  # after the import, which sets its own
+            # after the import, which sets its own
+            logging.getLogger("codecarbon").setLevel(logging.ERROR)
             self._version = str(package.__version__)
             self._tracker = package.OfflineEmissionsTracker(
                 country_iso_code=_country(header), tracking_mode="process",

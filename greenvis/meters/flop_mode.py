@@ -75,9 +75,8 @@ class FlopMode(TorchDispatchMode):
                 self.by_phase[self._phase()] += flops
 
 
-_routes: dict[
-    Any, Formula | None
-] = {}  # by operator: its formula, or None where nothing is to be counted
+# by operator: its formula, or None where nothing is to be counted
+_routes: dict[Any, Formula | None] = {}
 
 
 def _route(func: Any) -> Formula | None:

@@ -74,9 +74,8 @@ class _Gpu:
             nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
             self.counts = True
         except nvml.NVMLError as error:
-            self.counts = (
-                getattr(error, "value", NOT_SUPPORTED) != NOT_SUPPORTED
-            )  # else it failed just now: not for good
+            # else it failed just now: not for good
+            self.counts = getattr(error, "value", NOT_SUPPORTED) != NOT_SUPPORTED
 
     def read(self, nvml: Any, now: float) -> None:
         try:

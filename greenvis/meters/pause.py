@@ -30,9 +30,8 @@ class Pauses:
         at, cpu = time.monotonic(), time.process_time()
         elapsed, used = at - self._at, cpu - self._cpu
         self._at, self._cpu = at, cpu
-        rate = max(
-            self._used_s / self._ran_s if self._ran_s else 1.0, IDLE
-        )  # CPUs it usually keeps busy
+        # CPUs it usually keeps busy
+        rate = max(self._used_s / self._ran_s if self._ran_s else 1.0, IDLE)
         late = elapsed > self._interval_s + LATE_S and used < rate * elapsed / 2
         ran = min(self._interval_s, used / rate) if late else elapsed
         self._ran_s, self._used_s = self._ran_s + ran, self._used_s + used

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from greenvis.meters.record import PARTLY_UNKNOWN, PROVENANCES, STARTUP, UNSEEN, Reading, Run
 
 MODEL = "linear-1"  # name and version of the pricing model
+# of a component
 PRICED = (
     "name",
     "source",
@@ -28,13 +29,14 @@ PRICED = (
     "reason",
     "devices",
     "repeatability",
-)  # of a component
+)
 JOULES_PER_KWH = 3.6e6
 YEAR_S = 365.25 * 86400
+# unseen for more than this share of the time: all of it; for no more than this: never
 WHOLE, NEVER_S = (
     0.999,
     1e-9,
-)  # unseen for more than this share of the time: all of it; for no more than this: never
+)
 STILL_S = 2.0  # a part as short as this may end between two steps of a counter that is well
 
 
@@ -117,9 +119,8 @@ def run_energy(run: Run, phase: str | None = None) -> Reading:
     if not chosen:
         return Reading("energy_j", None, reason="no sample was recorded")
     quantities = {q: None for totals in chosen for q in totals}
-    together = {
-        q: math.fsum(t.get(q, 0.0) for t in chosen) for q in quantities
-    }  # what one phase missed, the next may have
+    # what one phase missed, the next may have
+    together = {q: math.fsum(t.get(q, 0.0) for t in chosen) for q in quantities}
     return add(energy(together, run.header.get("components") or []).values())
 
 

@@ -30,9 +30,8 @@ class ProcessTree:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._seen: dict[
-            int, tuple[int, float]
-        ] = {}  # live descendants: start time in ticks, CPU-seconds when last read
+        # live descendants: start time in ticks, CPU-seconds when last read
+        self._seen: dict[int, tuple[int, float]] = {}
         self._orphans: set[int] = set()
         self._walked = -1.0
         self._raw = self._total = self._lost = 0.0
@@ -176,9 +175,8 @@ def children(pid: int) -> list[int]:
     """Return the children of a process, whichever of its threads started them; none where it has
     ended."""
     try:
-        if not os.path.exists(
-            f"/proc/{pid}/task/{pid}/children"
-        ):  # a kernel without that file, or an ended process
+        # a kernel without that file, or an ended process
+        if not os.path.exists(f"/proc/{pid}/task/{pid}/children"):
             return [
                 p for p in map(int, filter(str.isdigit, os.listdir("/proc"))) if _parent(p) == pid
             ]

@@ -72,20 +72,20 @@ PARTLY_UNKNOWN: Literal["partly unknown"] = (
     "partly unknown"  # provenance of a figure from which something is missing
 )
 Provenance = Literal["measured", "estimated", "constant", "partly unknown"]
+# the weakest last
 PROVENANCES: tuple[Provenance, ...] = (
     "measured",
     "estimated",
     "constant",
     "partly unknown",
-)  # the weakest last
+)
 # follows a quantity's name: the seconds for which its counter told nothing that can be
 # believed
 UNSEEN = "_unseen_s"
 
 
-class Reading(
-    NamedTuple
-):  # no dataclass in this file: its import costs a fifth of a tracker's start
+# no dataclass in this file: its import costs a fifth of a tracker's start
+class Reading(NamedTuple):
     """A figure with its band, how it was obtained, and, where it is missing (`value` None), why."""
 
     name: str
@@ -163,9 +163,8 @@ class Writer:
             self._sync()
         except OSError as error:
             self.problem = f"cannot write {self.path}: {error}"
-            if (
-                len(self._held) > KEEP_LINES
-            ):  # totals are cumulative: the newest lines matter, and the header
+            # totals are cumulative: the newest lines matter, and the header
+            if len(self._held) > KEEP_LINES:
                 del self._held[1 : len(self._held) - KEEP_LINES // 2]
 
     def _sync(self, force: bool = False) -> None:
@@ -351,13 +350,13 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
     """
     if len(word) < LEAST_OF_AN_ID:
         return None
-    candidates = [
-        path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()
-    ]  # a pipe would hang
+    # a pipe would hang
+    candidates = [path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()]
+    # files may be renamed
     for id_of in (
         lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0],
         _first_id,
-    ):  # files may be renamed
+    ):
         ids: dict[str, list[Path]] = {}
         for path in candidates:
             if (run := id_of(path)).startswith(word) or run.endswith(word):

@@ -63,9 +63,8 @@ class StepFlops:
             for below, flops in kind.flops.items():
                 tracker.add(phase + below, flops=flops)
             return nullcontext()
-        return self._counted(
-            tracker, kind, phase
-        )  # also at the first step of an epoch: outputs may be cached by then
+        # also at the first step of an epoch: outputs may be cached by then
+        return self._counted(tracker, kind, phase)
 
     @contextmanager
     def _counted(self, tracker: Tracker, kind: _Kind, phase: str) -> Iterator[None]:

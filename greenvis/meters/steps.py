@@ -20,9 +20,8 @@ def steps(
     tracker: Tracker, loader: Iterable[B], phase: str | None, total: int | None, progress: bool
 ) -> Iterator[B]:
     """Yield the loader's batches inside `phase`; see `Tracker.steps`."""
-    inside = (tracker.current_phase + "/").startswith(
-        f"{phase}/"
-    )  # "train" inside of train/epoch3 is that very phase
+    # "train" inside of train/epoch3 is that very phase
+    inside = (tracker.current_phase + "/").startswith(f"{phase}/")
     with tracker.phase(phase) if phase and not inside else nullcontext():
         shown = progress and sys.stderr.isatty() and ranks()[0] == 0
         for batch in bar(loader, phase or tracker.name, total) if shown else loader:

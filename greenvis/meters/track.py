@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 B = TypeVar("B")
 P = ParamSpec("P")
 R = TypeVar("R")
-_turns: dict[
-    str, int
-] = {}  # how often this process has tracked a name: part of the ranks' common run id
+# how often this process has tracked a name: part of the ranks' common run id
+_turns: dict[str, int] = {}
 
 
 def track(
@@ -157,10 +156,11 @@ class Tracker:
             )
         self._identify()
         self._thread_id = threading.get_ident()
+        # of another thread's tracker nothing says that it is around
         around = (
             self._thread_id,
             threading.main_thread().ident,
-        )  # of another thread's tracker nothing says that it is around
+        )
         active = [
             t
             for t in reversed(endings.active())
@@ -199,9 +199,8 @@ class Tracker:
         with self._defer_signals():
             self._ledger.cut()
             self._flush()
-            if (
-                self._crosscheck is not None and status != "stopped"
-            ):  # a signal leaves no time for another's end
+            # a signal leaves no time for another's end
+            if self._crosscheck is not None and status != "stopped":
                 self._witness(self._crosscheck)
             for name in (
                 self.live.unmoved() if status == "done" and hasattr(self.live, "unmoved") else ()
@@ -343,9 +342,10 @@ class Tracker:
         if self._state != "running" or "torch" not in sys.modules:
             return nullcontext()
         if self._step_flops is None:
+            # imports torch, which is there already
             from greenvis.meters.step_flops import (
                 StepFlops,
-            )  # imports torch, which is there already
+            )
 
             self._step_flops = StepFlops(getattr(self.live, "model", self.live))
         return self._step_flops.step(self, batch)
@@ -413,9 +413,8 @@ class Tracker:
 
     def _identify(self) -> None:
         rank = headers.ranks()[0]
-        while (
-            True
-        ):  # ranks' ids follow from their launcher, which may have launched the same before
+        # ranks' ids follow from their launcher, which may have launched the same before
+        while True:
             turn = _turns[self.name] = _turns.get(self.name, -1) + 1
             self.id = headers.run_id(self.name, turn)
             self.path = headers.here() / self._folder / f"{self.id}.rank{rank}{SUFFIX}"

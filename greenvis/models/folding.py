@@ -119,13 +119,11 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
     names: dict[nn.Module, str] = {
         m: n for n, m in model.named_modules() if isinstance(m, (_ConvNd, _BatchNorm)) and _plain(m)
     }
-    outputs: dict[
-        int, tuple[_ConvNd, Tensor, Tensor]
-    ] = {}  # by id of what a convolution gave, which is held: no id comes twice
+    # by id of what a convolution gave, which is held: no id comes twice
+    outputs: dict[int, tuple[_ConvNd, Tensor, Tensor]] = {}
     runs = dict.fromkeys(names, 0)
-    pairs: list[
-        tuple[Swap, Swap]
-    ] = []  # a convolution and the folded one, its norm and what is left of it
+    # a convolution and the folded one, its norm and what is left of it
+    pairs: list[tuple[Swap, Swap]] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
         runs[module] += 1

@@ -31,10 +31,11 @@ from greenvis.meters import pricing, record
 GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
+# of making a subset: how many are tried, and how far off that may be
 ITERATIONS, MAKING_BAND = (
     5,
     0.3,
-)  # of making a subset: how many are tried, and how far off that may be
+)
 BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
 BOUNDS, FIGURES = ("value", "low", "high"), ("energy_j", "carbon_g", "wall_s", "flops")
 NOTHING = dict.fromkeys(BOUNDS, 0.0)
@@ -174,9 +175,8 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
             measured, spec.epochs * batches / steps, evaluations * len(images.test) / shown
         ), measured.header
     trained = sum(math.ceil(len(part) / spec.batch_size) for part in stream.train)
-    tested = len(stream.experiences) * sum(
-        len(part) for _, part in stream.tests
-    )  # all of them after each experience
+    # all of them after each experience
+    tested = len(stream.experiences) * sum(len(part) for _, part in stream.tests)
     return _extrapolated(measured, spec.epochs * trained / steps, tested / shown), measured.header
 
 

@@ -19,17 +19,19 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from greenvis.errors import BadInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# of PED; its authors choose them by hand, data set by data set: these are among theirs
 N_SIGMA, STEP = (
     0.6,
     0.5,
-)  # of PED; its authors choose them by hand, data set by data set: these are among theirs
+)
 MAX_STEPS, EXIT_RATIO = 6, 0.5
 _ITERATIONS, _TOLERANCE = 11, 1e-3  # of LogME's fixed point
 _LEAST_DEVIATION = 1e-3  # of a dimension, by which PED divides
+# of SFDA: without the floor fewer images than dimensions have no discriminant
 _SOFTENING, _LEAST_SHRINKAGE = (
     5.0,
     1e-10,
-)  # of SFDA: without the floor fewer images than dimensions have no discriminant
+)
 _MULTIPLICATIONS = 5  # of SFDA's power iteration
 
 
@@ -49,9 +51,8 @@ def logme(features: Any, labels: Any) -> float:
     for number in range(int(y.max()) + 1):
         target = (y == number).astype(np.float64)
         along = (u.T @ target) ** 2
-        beyond = max(
-            float(target @ target - along.sum()), 0.0
-        )  # what no direction of the features reaches
+        # what no direction of the features reaches
+        beyond = max(float(target @ target - along.sum()), 0.0)
         prior = noise = 1.0
         weight = residual = 0.0
         for _ in range(_ITERATIONS):

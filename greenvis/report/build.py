@@ -146,9 +146,8 @@ def _row(
 ) -> dict[str, Any]:
     done = list(arm.done.values())
     row = arms_.numbers(arm, metric, grid) | reuse.reuse(done, users, grid)
-    row |= {
-        "inputs": None if arm.runs[0].tracked else arm.runs[0].inputs or None
-    }  # the same in two arms: the same work
+    # the same in two arms: the same work
+    row |= {"inputs": None if arm.runs[0].tracked else arm.runs[0].inputs or None}
     row |= {"network": _network(row, done)}
     planned, switched = forecast.predicted(done, grid), settings.settings(arm)
     return (
@@ -274,9 +273,8 @@ def _unknown_metric(metric: str, arms: list[Arm]) -> None:
         for k, v in (r.done.facts if r.done else {}).items()
         if isinstance(v, (int, float)) and k not in RESERVED
     }
-    if (
-        metric != "accuracy"
-    ):  # a tracked run need not have an accuracy; another metric was asked for on purpose
+    # a tracked run need not have an accuracy; another metric was asked for on purpose
+    if metric != "accuracy":
         raise BadInput(
             f"no finished run has a fact or a log named '{metric}'{nearest(metric, facts)}"
         )

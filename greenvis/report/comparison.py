@@ -12,11 +12,12 @@ from greenvis.report import floor, formatting, stats
 from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
 
+# an arm's readings that are compared
 READINGS = (
     "train_energy_j",
     "train_energy_with_reuse_j",
     "inference_energy_j",
-)  # an arm's readings that are compared
+)
 
 
 def compare(results: dict[str, Any]) -> None:

@@ -76,9 +76,8 @@ def model_card(results: dict[str, Any], arm: str) -> str:
             ],
         }
         meta["model-index"] = [{"name": f"{results['name']}/{arm}", "results": [result]}]
-    front = "\n".join(
-        f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items()
-    )  # JSON is YAML
+    # JSON is YAML
+    front = "\n".join(f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items())
     energy, n = row["train_energy_j"], len(row["seeds"])
     joules, band = (
         formatting.si(energy["value"], "J"),
@@ -299,7 +298,6 @@ def _clean(value: Any) -> Any:
 
 
 def _json(value: Any) -> str:
-    many = (
-        len(value.get("arms") or value.get("@graph") or ()) > 100
-    )  # for people to read; of thousands it would take long
+    # for people to read; of thousands it would take long
+    many = len(value.get("arms") or value.get("@graph") or ()) > 100
     return json.dumps(value, indent=None if many else 1, ensure_ascii=False, allow_nan=False) + "\n"

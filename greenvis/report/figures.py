@@ -150,9 +150,8 @@ def save(figure: Figure, name: str, title: str, desc: str, caption: str) -> Draw
 
 def style(i: int) -> dict[str, Any]:
     """Return colour, marker and line of the i-th series; the baseline is 0."""
-    turn, k = (
-        divmod(i - 1, len(SERIES) - 1) if i else (0, -1)
-    )  # grey and circle are the baseline's alone
+    # grey and circle are the baseline's alone
+    turn, k = divmod(i - 1, len(SERIES) - 1) if i else (0, -1)
     return {
         "color": SERIES[k + 1][0],
         "marker": MARKERS[(k + turn) % (len(MARKERS) - 1) + 1] if i else MARKERS[0],

@@ -10,11 +10,12 @@ from typing import Any
 
 from greenvis.report import formatting, stats
 
+# quantities to which each floor belongs
 TRAINING = (
     "train_energy",
     "total_energy",
     "train_energy_with_reuse",
-)  # quantities to which each floor belongs
+)
 SERVING = ("inference_energy",)
 _BRIEF = (("training", "training"), ("image", "serving"))
 

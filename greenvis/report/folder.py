@@ -56,9 +56,8 @@ def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     for parent in sorted({(folder / name).parent for name in (LIST, *contents)}):
         files.own_folder(parent, folder)
     names = {name for name in before if _is_there(folder / name)} | set(contents)
-    files.write(
-        folder / LIST, json.dumps({"files": sorted(names)}, indent=1) + "\n"
-    )  # first: a kill leaves nothing unlisted
+    # first: a kill leaves nothing unlisted
+    files.write(folder / LIST, json.dumps({"files": sorted(names)}, indent=1) + "\n")
     for name in sorted(before - set(contents)):
         (folder / name).unlink(missing_ok=True)
     for name, content in contents.items():

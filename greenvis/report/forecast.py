@@ -72,9 +72,8 @@ def _band(
         if isinstance(f, Mapping) and all(_number(f.get(b)) for b in BOUNDS)
     }
     figure = figures.get("energy_j" if key == "carbon_g" else key)
-    if (
-        figure is None and key in ("energy_j", "carbon_g") and run.done
-    ):  # observations, priced as the run itself is
+    # observations, priced as the run itself is
+    if figure is None and key in ("energy_j", "carbon_g") and run.done:
         components = run.done.header.get("components") or []
         figure = (
             pricing.forecast(figures, components)

@@ -22,11 +22,12 @@ from greenvis.meters.record import STARTUP, Reading, Run
 from greenvis.report import cached_outputs, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
+# stages that are not part of making the model: latency and FLOP measurement
 APART = (
     "measure",
     "report",
     STARTUP,
-)  # stages that are not part of making the model: latency and FLOP measurement
+)
 CURVE_POINTS = 400
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
@@ -42,9 +43,8 @@ class Part:
     run: Run  # header, facts, what it uses and totals by stage, no logs
     notes: list[str]
     curve: list[tuple[float, float]]  # (joules so far in this record, metric)
-    inference: (
-        tuple[float, dict[str, float]] | None
-    )  # samples, totals of the phases that timed inference
+    # samples, totals of the phases that timed inference
+    inference: tuple[float, dict[str, float]] | None
     damaged_lines: int
     reason: str
     own: overlap.Totals | None = None  # of its totals what counts once among all runs; None: all
@@ -172,9 +172,8 @@ def load(
             continue
         known = parts.get((part.id, part.rank))
         if known is not None and _origin(known) != _origin(part):
-            named = part.run.path.name.startswith(
-                f"{part.id}."
-            )  # as the run itself named its record
+            # as the run itself named its record
+            named = part.run.path.name.startswith(f"{part.id}.")
             kept_, left = (
                 (part, known)
                 if named and not known.run.path.name.startswith(f"{part.id}.")

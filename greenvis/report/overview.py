@@ -20,12 +20,13 @@ HEAD = (
     "energy of an image", "noise floor", "differs in",
 )  # fmt: skip
 ALONE = "the technique alone"
+# settings of `train` that change no result
 ASIDE = (
     "seeds",
     "threads",
     "workers",
     "checkpoint_every_s",
-)  # settings of `train` that change no result
+)
 
 
 def overview(folder: str | Path) -> dict[str, Any]:

@@ -51,15 +51,14 @@ def render(template: str, view: dict[str, Any]) -> str:
     either."""
     import jinja2
 
+    # not what is markup already
     env = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=template.startswith("index.html"),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: (
-            printable(value) if type(value) is str else value
-        ),  # not what is markup already
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     env.filters.update(md=md, fence=fence, clean=figures.clean, shell=shell)
     return env.get_template(template).render(view).rstrip() + "\n"

@@ -53,9 +53,8 @@ def describe(arms: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) 
 
 def _different(values: Iterable[Any]) -> list[Any]:
     """Return the different values there are, in a stable order, None left out."""
-    distinct = {
-        repr(v): v for v in values if v not in (None, "", {}, [])
-    }  # repr, for it is fast over many runs
+    # repr, for it is fast over many runs
+    distinct = {repr(v): v for v in values if v not in (None, "", {}, [])}
     unique = {json.dumps(v, sort_keys=True): v for v in distinct.values()}
     return [unique[k] for k in sorted(unique)]
 

@@ -10,9 +10,8 @@ from typing import Any
 def to_json(results: Mapping[str, Any]) -> str:
     """Return results as the text of results.json: sorted, so the same results are the same
     bytes."""
-    indent = (
-        1 if len(results["arms"]) <= 100 else None
-    )  # for people to read; of thousands of arms it would take long
+    # for people to read; of thousands of arms it would take long
+    indent = 1 if len(results["arms"]) <= 100 else None
     return (
         json.dumps(results, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
         + "\n"

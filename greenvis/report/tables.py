@@ -311,9 +311,8 @@ def _users(row: Row) -> str:
 
 def _vs(row: Row, key: str, part: str) -> float | None:
     vs = row["vs_baseline"]
-    return (
-        vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None
-    )  # one seed: no interval, no comparison
+    # one seed: no interval, no comparison
+    return vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None
 
 
 def _ms(row: Row, key: str) -> float | None:

@@ -223,9 +223,8 @@ def _alike_on_ranks(rank: int, technique: str, host: str) -> None:
     model = DistributedDataParallel(live.model)
     halves = [(a, b) for a, b in zip(x.chunk(RANKS), y.chunk(RANKS), strict=True)]
     apart = [build(technique, host) for _ in halves]
-    _gradients(
-        live, model, *halves[rank]
-    )  # DDP misses parameters without a gradient only at the second forward
+    # DDP misses parameters without a gradient only at the second forward
+    _gradients(live, model, *halves[rank])
     got = _gradients(live, model, *halves[rank])
     for one, half in zip(apart, halves, strict=True):
         _gradients(one, one.model, *half)

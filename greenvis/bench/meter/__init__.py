@@ -28,10 +28,11 @@ def run(out: Path | None = None) -> dict[str, Any]:
     """
     started = time.monotonic()
     rows = [row() for row in SCENES]
+    # imports torch: after the scenes of small processes
     from greenvis.bench.meter.reference import (
         flops_cost,
         flops_error,
-    )  # imports torch: after the scenes of small processes
+    )
 
     rows += [flops_error(), flops_cost()]
     result = {"rows": rows, "machine": _machine(), "seconds": round(time.monotonic() - started)}

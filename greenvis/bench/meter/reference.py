@@ -56,11 +56,12 @@ REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }  # fmt: skip
 
 
+# peers run in full: only their worst cases
 AS_THEY_ARE = (
     "ViT-B/16 (torchvision)",
     "MobileNetV3-L",
     "EfficientNet-B0",
-)  # peers run in full: only their worst cases
+)
 
 
 def flops_error() -> dict[str, Any]:

@@ -237,9 +237,8 @@ class _Recorder(TorchFunctionMode):
             for p in m._parameters.values()
             if p is not None
         }
-        self.pairs: dict[
-            int, tuple[Tags, Tags, tuple[int, ...]]
-        ] = {}  # q and k of each product of two activations
+        # q and k of each product of two activations
+        self.pairs: dict[int, tuple[Tags, Tags, tuple[int, ...]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

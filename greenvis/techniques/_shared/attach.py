@@ -38,9 +38,8 @@ def row_of_blocks(model: nn.Module, structure: View) -> list[str]:
     what = type(model).__name__
     blocks = [b for b in structure.blocks if any(_inside(a.path, b) for a in structure.attention)]
     outside = [not any(_inside(a.path, b) for b in blocks) for a in structure.attention]
-    if not blocks or any(
-        outside[: len(outside) - outside[::-1].index(False)]
-    ):  # attention pooling may come behind
+    # attention pooling may come behind
+    if not blocks or any(outside[: len(outside) - outside[::-1].index(False)]):
         raise BadInput(f"{what} does not show its attention as a row of blocks")
     layouts = [structure.layouts.get(b) for b in blocks]
     shapes = sorted(

@@ -122,9 +122,8 @@ class FrozenOutputs:
         earlier = int(next(iter(caches.values()))[1][rows].sum()) if complete else 0
         computed: dict[str, Tensor] = {}
         if earlier and self._is_due(caches):
-            with (
-                _disable_current_modes()
-            ):  # who counts this step's FLOPs would take it for part of each step
+            # who counts this step's FLOPs would take it for part of each step
+            with _disable_current_modes():
                 computed = _computed(compute, names)
             self.checked += len(rows)
             complete = self._matches(samples, caches, computed, _precision(device)[1])
@@ -253,9 +252,8 @@ class FrozenOutputs:
             about=("part", "layer"),
             **self._options,
         )
-        every = range(
-            samples.length
-        )  # what is there now an earlier run left; what comes may be another process's of this one
+        # what is there now an earlier run left; what comes may be another process's of this one
+        every = range(samples.length)
         return cache, torch.cat([cache.has(every, view) for view in range(samples.views)]).numpy()
 
 

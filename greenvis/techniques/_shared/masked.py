@@ -50,9 +50,8 @@ class Encoder:
         self.prefix = structure.prefix_tokens
         self.grid = grid_of(length - self.prefix, structure.input_shape, what)
         self._ids_keep: Tensor | None = None
-        self._entered = (
-            WeakIdKeyDictionary()
-        )  # what the first block was given: visible patches; for it may run again
+        # what the first block was given: visible patches; for it may run again
+        self._entered = WeakIdKeyDictionary()
         self._outputs: list[Tensor] = []
         self._normed: Tensor | None = None
         model.get_submodule(self.blocks[0]).register_forward_pre_hook(self._enter, with_kwargs=True)
@@ -112,9 +111,8 @@ class Encoder:
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         name = None if args else next(n for n, value in kwargs.items() if isinstance(value, Tensor))
         x = args[0] if name is None else kwargs[name]
-        ids_keep = (
-            self._entered.get(x) if self._ids_keep is None else self._ids_keep
-        )  # gradient checkpointing runs it in the backward
+        # gradient checkpointing runs it in the backward
+        ids_keep = self._entered.get(x) if self._ids_keep is None else self._ids_keep
         if ids_keep is None:
             return None
         self._entered[x] = ids_keep
@@ -214,9 +212,8 @@ def class_token(model: nn.Module, structure: View, block: str) -> tuple[nn.Modul
                 p.requires_grad_(True)
             model(structure.example)
             parameters = [p for _, _, p in named]
-            probe = torch.linspace(
-                -1, 1, dim, dtype=inputs[0].dtype, device=inputs[0].device
-            )  # a norm's output sums to nothing
+            # a norm's output sums to nothing
+            probe = torch.linspace(-1, 1, dim, dtype=inputs[0].dtype, device=inputs[0].device)
             own, others = ((part * probe).sum() for part in (inputs[0][:, 0], inputs[0][:, 1:]))
             grads = [
                 torch.autograd.grad(s, parameters, retain_graph=True, allow_unused=True)

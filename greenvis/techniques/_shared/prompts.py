@@ -55,9 +55,8 @@ class Joined(nn.Module):
     def leave(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return a sequence without the tokens, and those."""
         start, end = self.prefix, self.prefix + self.length
-        rows = x[
-            :, start:end
-        ]  # before the sequence: who traces a block (torch.fx) takes the last value for its output
+        # before the sequence: who traces a block (torch.fx) takes the last value for its output
+        rows = x[:, start:end]
         return torch.cat([x[:, :start], x[:, end:]], 1), rows
 
     def last(self, x: Tensor, rows: Tensor, laid_out: bool) -> Tensor:

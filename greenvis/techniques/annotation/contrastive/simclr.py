@@ -59,9 +59,8 @@ def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -
         return torch.rand(count, device=device) * (high - low) + low
 
     share = drawn(area, 1.0)
-    stretch = (
-        (drawn(-1.0, 1.0) * share.log().neg().clamp(max=math.log(_ASPECT))).exp().sqrt()
-    )  # both sides within the image
+    # both sides within the image
+    stretch = (drawn(-1.0, 1.0) * share.log().neg().clamp(max=math.log(_ASPECT))).exp().sqrt()
     height, width = share.sqrt() / stretch, share.sqrt() * stretch
     down, across = (drawn(-1.0, 1.0) * (1 - size) for size in (height, width))
     turned = (

@@ -33,9 +33,8 @@ def patchify(images: Tensor, grid: tuple[int, int]) -> Tensor:
         (batch, rows · columns, pixels · channels), channels last.
     """
     rows, columns = grid
-    x = images.unflatten(3, (columns, -1)).unflatten(
-        2, (rows, -1)
-    )  # (batch, channels, rows, p, columns, q)
+    # (batch, channels, rows, p, columns, q)
+    x = images.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
     return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 

@@ -122,9 +122,8 @@ class _HeldOut:
         at = _confidence.leaves_at(self.sure, (*thresholds, _confidence.ALWAYS))
         early, full = self.right.gather(0, at[None])[0], self.right[-1]
         lost, gained, samples = int((full & ~early).sum()), int((early & ~full).sum()), len(at)
-        nobody = bool(
-            (at == len(self.costs) - 1).all()
-        )  # then nothing can be lost, here or elsewhere, with thresholds of never
+        # then nothing can be lost, here or elsewhere, with thresholds of never
+        nobody = bool((at == len(self.costs) - 1).all())
         never = nobody and all(t == _confidence.NEVER for t in thresholds)
         return Calibration(
             self.criterion, thresholds, tuple((torch.bincount(at,

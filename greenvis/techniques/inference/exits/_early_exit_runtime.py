@@ -73,9 +73,8 @@ class Pass:
 
     mode: Mode
     rows: Tensor
-    logits: list[Tensor] = field(
-        default_factory=list
-    )  # of each exit, all samples ("collect", "record")
+    # of each exit, all samples ("collect", "record")
+    logits: list[Tensor] = field(default_factory=list)
     answers: list[Tensor] = field(default_factory=list)  # of those that left ("leave", "stop")
     left: list[Tensor] = field(default_factory=list)  # where those stood
     before: Tensor | None = None
@@ -184,17 +183,15 @@ class ExitHook:
         refuse_tracing(x, "who leaves early")
         now = current(exits)
         if now is None:
-            if (
-                exits.training and torch.is_grad_enabled()
-            ):  # checkpointing runs the block again, and wants the same work
+            # checkpointing runs the block again, and wants the same work
+            if exits.training and torch.is_grad_enabled():
                 exits.heads[k](x.detach() if exits.detach else x)
             return None
         if now.mode == "stop":
             if k == exits.only:
                 now.answers.append(exits.heads[k](x))
-                if (
-                    not torch.compiler.is_compiling()
-                ):  # whoever traces keeps a stack that exceptions would upset
+                # whoever traces keeps a stack that exceptions would upset
+                if not torch.compiler.is_compiling():
                     raise BatchExhausted
             return None
         if now.since is not None:
@@ -234,10 +231,11 @@ class Outer:
     the answers in order."""
 
     def __init__(self, exits: Exits, inner: Callable[..., Any]) -> None:
+        # the name by which inspect.signature finds the model's own
         self.exits, self.__wrapped__ = (
             exits,
             inner,
-        )  # the name by which inspect.signature finds the model's own
+        )
 
     @property
     def __code__(self) -> Any:

@@ -114,9 +114,8 @@ def _by_number(candidates: list[str], number: int, what: str) -> str:
 def _by_share(candidates: list[str], spent: dict[str, float], share: float, what: str) -> str:
     if not 0 < share < 1:
         raise BadInput(f"at has the share {share}: a share of the MACs lies between 0 and 1")
-    before = [
-        p for p in candidates if spent[p] < 0.97 * spent[""]
-    ]  # an exit behind the last block saves nothing
+    # an exit behind the last block saves nothing
+    before = [p for p in candidates if spent[p] < 0.97 * spent[""]]
     if not before:
         raise BadInput(
             f"{what} shows no block before its end behind which samples could leave; name a module "

@@ -104,9 +104,8 @@ def _source(model: nn.Module, structure: View, block: Block, which: Which, trace
         if path is not None and attention.kind == "linear":
             return Source(path, which, "fused" if attention.qkv else "flat", attention.heads)
     else:
-        rows = (
-            structure.prefix_tokens if "rope" in structure.flags else truth.shape[2]
-        )  # only the prefix is not rotated
+        # only the prefix is not rotated
+        rows = structure.prefix_tokens if "rope" in structure.flags else truth.shape[2]
         heads, truth = truth.shape[1], truth[:, :, :rows].transpose(1, 2)
         layouts: tuple[Layout, ...] = ("heads first", "heads last", "flat", "fused")
         for path, value in reversed(trace.outputs[block.attention]):

@@ -130,10 +130,11 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0) -> Match
     if not 0 <= protected <= length:
         raise BadInput(f"cannot protect {protected} of {length} tokens")
     r = max(0, min(r, (length - protected) // 2))
+    # of each set, those after the protected ones
     first_a, first_b = (
         (protected + 1) // 2,
         protected // 2,
-    )  # of each set, those after the protected ones
+    )
     with torch.no_grad():
         metric = F.normalize(metric.float(), dim=-1)
         batch, device = metric.shape[0], metric.device

@@ -106,9 +106,8 @@ class TokenMerge(Technique):
             Merging(b, k, n, flow, i, self.proportional) for i, (b, k, n) in enumerate(parts)
         ][start:]
         where = [masked_attention(model, m.block.attention, m.block.path) for m in merging[1:]]
-        for module, m in zip(
-            where, merging[1:], strict=True
-        ):  # before the first merge all sizes are 1
+        # before the first merge all sizes are 1
+        for module, m in zip(where, merging[1:], strict=True):
             set_mask(module, m.mask)
         merging[0].starts = True
         reads = (
@@ -123,9 +122,8 @@ class TokenMerge(Technique):
             m.put(model)
         follow(model, flow)
         never = self.restore == "never"
-        flow.doors.put(
-            *["forward_features"] if never else []
-        )  # what it gives is what the head reads
+        # what it gives is what the head reads
+        flow.doors.put(*["forward_features"] if never else [])
         if (
             not flow.doors.settle(structure.example, maps_only=never)
             and self.restore == "auto"
@@ -241,9 +239,8 @@ class Merging:
         flow, i = self.flow, self.number
         if i not in flow.size:
             return attn_mask
-        if (
-            attn_mask is not None
-        ):  # made for all tokens: transformers does so while a model is exported
+        # made for all tokens: transformers does so while a model is exported
+        if attn_mask is not None:
             attn_mask = gather_mask(attn_mask, flow.positions[i], flow.length)
         if not self.proportional:
             return attn_mask

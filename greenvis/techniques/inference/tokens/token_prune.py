@@ -408,9 +408,8 @@ class Attended(Pruning):
         if not flow.fuse:
             return out
         positions, at = flow.positions[self.number + 1], self.number + 1
-        flow.positions[at] = torch.cat(
-            [positions, positions[:, -1:]], 1
-        )  # the rest has no place; masks need one
+        # the rest has no place; masks need one
+        flow.positions[at] = torch.cat([positions, positions[:, -1:]], 1)
         before = flow.fused.get(at, torch.zeros_like(positions, dtype=torch.bool))
         flow.fused[at] = F.pad(before, (0, 1), value=True)
         return torch.cat([out, fused(patches, attention, keep_index)], 1)

@@ -70,30 +70,25 @@ class Buffer:
 
     def __init__(self, size: int, policy: str, seed: int, exact: bool = False) -> None:
         self.size, self.policy, self.exact = size, policy, exact
-        self._columns: dict[
-            str, Array
-        ] = {}  # NumPy's: on a few images its calls take a third of torch's
+        # NumPy's: on a few images its calls take a third of torch's
+        self._columns: dict[str, Array] = {}
         self._waiting: dict[str, Array] = {}  # float32, the first rows of which are to be stored
         self._due: list[int] = []  # in these slots
         self._fates: list[int] = []  # of a reservoir's next items: their slots, or -1
         self._drawn: list[list[int]] = []  # the next steps' rows, the last first
-        self._ready: list[
-            tuple[Tensor, Tensor]
-        ] = []  # what these rows held when they were taken out
+        # what these rows held when they were taken out
+        self._ready: list[tuple[Tensor, Tensor]] = []
         self._changed: set[int] = set()  # slots that got another example since then
         self.filled = self.num_seen = 0
-        self.random = random.Random(
-            seed
-        )  # a draw for each image offered: torch's would take longer than the images' storage
-        self._labels: list[
-            int
-        ] = []  # of what is kept; the slots' ages and the classes' counts go with it
+        # a draw for each image offered: torch's would take longer than the images' storage
+        self.random = random.Random(seed)
+        # of what is kept; the slots' ages and the classes' counts go with it
+        self._labels: list[int] = []
         self._ages: list[int] = []
         self._scores: list[float] = []
         self._seen_per_class: dict[int, int] = {}
-        self._full: set[int] = (
-            set()
-        )  # classes that are the largest, or once were, of a buffer with no slot left
+        # classes that are the largest, or once were, of a buffer with no slot left
+        self._full: set[int] = set()
 
     def __len__(self) -> int:
         return self.filled
@@ -141,9 +136,8 @@ class Buffer:
         """Return distinct random rows, at most count."""
         if self.filled < 2 * count:
             return self.random.sample(range(self.filled), min(count, self.filled))
-        rows: dict[
-            int, None
-        ] = {}  # as `sample` does where few of many are wanted, in a fifth of its time
+        # as `sample` does where few of many are wanted, in a fifth of its time
+        rows: dict[int, None] = {}
         uniform, filled = self.random.random, self.filled
         while len(rows) < count:
             rows[int(uniform() * filled)] = None
@@ -210,9 +204,8 @@ class Buffer:
     def _slots(self, labels: list[int], scores: list[float]) -> Iterable[int]:
         """Return where each new item goes, or -1; to be taken one by one, as each is noted before
         the next is decided."""
-        if (
-            self.policy == "reservoir"
-        ):  # ahead: it looks at none of them, and is asked at every step
+        # ahead: it looks at none of them, and is asked at every step
+        if self.policy == "reservoir":
             if len(self._fates) < len(labels):
                 first = self.num_seen + len(self._fates)
                 self._fates += reservoir_slots(

@@ -65,6 +65,5 @@ def closeness(model: nn.Module, x: Tensor, y: Tensor, others_x: Tensor, others_y
 
 
 def _flat(gradients: dict[str, Tensor]) -> Tensor:
-    return F.normalize(
-        torch.cat([g.flatten(1).float() for g in gradients.values()], 1), dim=1
-    )  # norms overflow in half
+    # norms overflow in half
+    return F.normalize(torch.cat([g.flatten(1).float() for g in gradients.values()], 1), dim=1)

@@ -199,9 +199,8 @@ class Gate(nn.Module):
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         units = weight.shape[1]
-        precise = torch.promote_types(
-            weight.dtype, torch.float32
-        )  # what compensates its gradient overflows in half
+        # what compensates its gradient overflows in half
+        precise = torch.promote_types(weight.dtype, torch.float32)
         self.embedding = nn.Parameter(torch.empty(units, dtype=precise, device=weight.device))
         self.register_buffer("used", torch.zeros(units, dtype=torch.bool, device=weight.device))
         self.s = 1.0

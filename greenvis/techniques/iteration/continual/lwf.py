@@ -98,9 +98,8 @@ class InstalledLwf(Installed):
     def __init__(self, request: Lwf, model: nn.Module) -> None:
         super().__init__()
         self.request, self.model = request, model
-        self.earlier: dict[
-            str, Tensor
-        ] = {}  # what learns, and buffers, as they were when the last task ended
+        # what learns, and buffers, as they were when the last task ended
+        self.earlier: dict[str, Tensor] = {}
         self.classes: list[int] = []  # of earlier tasks; empty where nobody said
         self._seen_classes: tuple[int, ...] = ()
 
@@ -119,9 +118,8 @@ class InstalledLwf(Installed):
         now = logits_of(logits)
         with self.phase("earlier"), in_mode(self.model, False), torch.no_grad():
             before = logits_of(functional_call(self.model, self.earlier, (x,)))
-        now = now[
-            : len(before)
-        ]  # behind the images may stand features that were replayed, of which there is no image
+        # behind the images may stand features that were replayed, of which there is no image
+        now = now[: len(before)]
         if before.shape != now.shape:
             raise GreenvisError(
                 f"the earlier model answers with {tuple(before.shape)}, the model with "

@@ -125,10 +125,11 @@ class Share(FrozenElements):
         super().__init__(parameter)
         self.pruned = pruned
         self.owner = torch.zeros_like(parameter, dtype=torch.uint8)
+        # in retraining, of task `number`, free elements are to stay zero
         self.resting, self.number = (
             False,
             0,
-        )  # in retraining, of task `number`, free elements are to stay zero
+        )
         self._now: Tensor | None = None
 
     def frozen(self) -> Tensor:

@@ -114,9 +114,8 @@ class InstalledPnn(Installed):
         self._now: dict[str, Tensor] | None = (
             None  # the latest column's, while a test shows another
         )
-        self._entered: dict[
-            str, list[Tensor]
-        ] = {}  # by block: what entered there, column by column
+        # by block: what entered there, column by column
+        self._entered: dict[str, list[Tensor]] = {}
         self._running = False
         model.register_forward_pre_hook(self._before, with_kwargs=True)
         for lateral in laterals:

@@ -68,9 +68,8 @@ def majority(index: Tensor, pool: int) -> Tensor:
     """
     counts = torch.bincount(index.flatten(), minlength=pool)
     picked = counts.nonzero().flatten()
-    padded = F.pad(
-        counts[picked], (0, pool - len(picked))
-    )  # as wide as the pool, so that ties fall as in the authors' port
+    # as wide as the pool, so that ties fall as in the authors' port
+    padded = F.pad(counts[picked], (0, pool - len(picked)))
     return picked[padded.topk(index.shape[1]).indices]
 
 
@@ -287,9 +286,8 @@ class Pool(Joined):
         if not self.request.diversity or not self.before.any():
             return None
         share = (self.before / self.before.sum()).to(similarity.dtype)
-        return (1 - self.request.diversity + self.request.diversity * share).clamp(
-            min=1e-6
-        )  # unused ones: by distance still
+        # unused ones: by distance still
+        return (1 - self.request.diversity + self.request.diversity * share).clamp(min=1e-6)
 
     def last(self, x: Tensor, rows: Tensor, laid_out: bool) -> Tensor:
         """Return the sequence; with readout "prompts" every token of it becomes the mean of the
@@ -355,9 +353,8 @@ class Asker:
         self.pool.away = True
         try:
             with in_mode(model, False), torch.no_grad():
-                gone = self.readers and not _at(
-                    model, self.readers
-                )  # with the classifier around them
+                # with the classifier around them
+                gone = self.readers and not _at(model, self.readers)
                 return _run(model, self.heads if gone else self.readers, args, kwargs)
         finally:
             self.pool.away = False

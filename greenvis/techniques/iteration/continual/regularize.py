@@ -202,14 +202,12 @@ class InstalledRegularize(Installed):
         self.importance: dict[str, Tensor] = {}
         self.anchor: dict[str, Tensor] = {}
         self.rest = 0.0  # of EWC per task: what the penalty is at its lowest
-        self._path: dict[
-            str, Tensor
-        ] = {}  # of SI: −gradient · change so far, where the task and where the step began
+        # of SI: −gradient · change so far, where the task and where the step began
+        self._path: dict[str, Tensor] = {}
         self._start: dict[str, Tensor] = {}
         self._last: dict[str, Tensor] = {}
-        self._grads: dict[
-            str, Tensor
-        ] = {}  # the tensors themselves: what a trainer does to them until `step_end` counts
+        # the tensors themselves: what a trainer does to them until `step_end` counts
+        self._grads: dict[str, Tensor] = {}
         self._hooks: list[RemovableHandle] = []
         self._hooked: set[int] = set()
         self._lr: float | None = None
@@ -237,9 +235,8 @@ class InstalledRegularize(Installed):
         with torch.no_grad():
             for name, noted in self._grads.items():
                 parameter = self.model.get_parameter(name)
-                gradient = (
-                    noted if parameter.grad is None else parameter.grad
-                )  # None: cleared already
+                # None: cleared already
+                gradient = noted if parameter.grad is None else parameter.grad
                 gradient = gradient.to(self._path[name].dtype).nan_to_num(0.0, 0.0, 0.0)
                 if name in self.importance:  # the task's own gradient, without the penalty's
                     pull = self.importance[name] * (self._last[name] - self.anchor[name])

@@ -54,9 +54,8 @@ class InstalledPrefix(Installed):
         cache: Literal[True, "fp16"],
     ) -> None:
         super().__init__(trainable, freezes=True)
-        find_split(
-            model, example[:1]
-        )  # refuses what cannot work; others may still change the model, so it is found again
+        # refuses what cannot work; others may still change the model, so it is found again
+        find_split(model, example[:1])
         self._dtype: Literal["fp32", "fp16"] = "fp16" if cache == "fp16" else "fp32"
         self._splits: dict[tuple[int, ...], tuple[Split, FrozenOutputs]] = {}
         self._modes: list[tuple[nn.Module, bool]] = []
@@ -103,9 +102,8 @@ class InstalledPrefix(Installed):
                     names,
                     x.device,
                 )
-            if not torch.allclose(
-                outputs[_IMAGE], own[_IMAGE], rtol=1e-3, atol=1e-4
-            ):  # not the images of these positions
+            # not the images of these positions
+            if not torch.allclose(outputs[_IMAGE], own[_IMAGE], rtol=1e-3, atol=1e-4):
                 outputs = {}
         trained = {id(m) for path in split.trained for m in model.get_submodule(path).modules()}
         for module, training in self._modes:
@@ -136,9 +134,8 @@ class InstalledPrefix(Installed):
         split = find_split(model, example)
         with probing(model):
             answers = frozen_part(model, split, (example,), {})
-        summary = ", ".join(
-            f"{n} {a.float().abs().mean():.4g}" for n, a in answers.items()
-        )  # hooks have no weights to compare
+        # hooks have no weights to compare
+        summary = ", ".join(f"{n} {a.float().abs().mean():.4g}" for n, a in answers.items())
         learned = {n for n, p in model.named_parameters() if p.requires_grad}
         state = {
             n: t for n, t in model.state_dict().items() if not split.holds(n) and n not in learned

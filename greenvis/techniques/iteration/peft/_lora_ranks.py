@@ -124,6 +124,5 @@ class Ranks:
             if f"ranks.importance.{name}" in state:
                 allocator.exp_avg_ipt[name] = state[f"ranks.importance.{name}"].to(factor)
                 allocator.exp_avg_unc[name] = state[f"ranks.uncertainty.{name}"].to(factor)
-                allocator.ipt[name] = torch.zeros_like(
-                    factor
-                )  # PEFT's sign that the others are there
+                # PEFT's sign that the others are there
+                allocator.ipt[name] = torch.zeros_like(factor)

@@ -34,14 +34,12 @@ def eva(model: nn.Module, layers: Mapping[str, Any], images: Tensor) -> None:
     is left out (PEFT's rho = 1). layers: PEFT's, by path, around Linears. images: (batch, channels,
     height, width). Raises BadInput where they give a layer fewer rows than it has ranks.
     """
-    root = nn.Sequential(
-        model
-    )  # PEFT takes a model with PEFT's layers for a PeftModel, by an attribute
+    # PEFT takes a model with PEFT's layers for a PeftModel, by an attribute
+    root = nn.Sequential(model)
     names = {f"0.{path}.base_layer": layer for path, layer in layers.items()}
     rank = next(iter(layers.values())).r[NAME]
-    even = EvaConfig(
-        rho=1.0
-    )  # each layer keeps its rank: parameters that an optimizer holds cannot change their shape
+    # each layer keeps its rank: parameters that an optimizer holds cannot change their shape
+    even = EvaConfig(rho=1.0)
     config = LoraConfig(
         r=rank,
         init_lora_weights="eva",

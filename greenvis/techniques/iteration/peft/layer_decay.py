@@ -83,12 +83,13 @@ def layer_numbers(structure: View, names: Sequence[str]) -> dict[str, int]:
         return next((n for b, n in number.items() if path == b or path.startswith(b + ".")), None)
 
     outside: dict[str, int] = {}
+    # each in order
     for layers in (
         structure.linears,
         structure.convs,
         structure.norms,
         tuple(a.path for a in structure.attention),
-    ):  # each in order
+    ):
         numbers = [block_of(path) for path in layers]
         inside = [i for i, n in enumerate(numbers) if n is not None]
         for i, path in enumerate(layers):
@@ -103,9 +104,8 @@ def layer_numbers(structure: View, names: Sequence[str]) -> dict[str, int]:
             return owner
         path = name.rpartition(".")[0]
         around = [n for p, n in outside.items() if path == p or path.startswith(p + ".")]
-        if not around and not any(
-            b.startswith(path + ".") for b in number
-        ):  # a part's own parameter: with the part's layers
+        # a part's own parameter: with the part's layers
+        if not around and not any(b.startswith(path + ".") for b in number):
             around = [
                 min((n for p, n in outside.items() if path and p.startswith(path + ".")), default=0)
             ]

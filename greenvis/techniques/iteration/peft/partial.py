@@ -56,12 +56,13 @@ class Partial(Technique):
             )
         chosen = blocks[-self.blocks :]
         behind = {*chosen}
+        # each in order
         for layers in (
             structure.linears,
             structure.convs,
             structure.norms,
             tuple(a.path for a in structure.attention),
-        ):  # each in order
+        ):
             first = next(
                 (i for i, p in enumerate(layers) if p.startswith(tuple(f"{c}." for c in chosen))),
                 len(layers),

@@ -101,9 +101,8 @@ class Prompt(Technique):
         structure = view(model, self.input_shape, probe=False)
         blocks = prompt_blocks(model, structure)
         length, dim = structure.layouts[blocks[0]].output[1:]
-        patch = math.prod(structure.example.shape[1:]) / (
-            length - structure.prefix_tokens
-        )  # c·p², also behind a convolutional stem
+        # c·p², also behind a convolutional stem
+        patch = math.prod(structure.example.shape[1:]) / (length - structure.prefix_tokens)
         bound = math.sqrt(6 / (patch + dim))
         weight = next(
             p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()

@@ -150,9 +150,8 @@ class Ladder(nn.Module):
         x = first(output)
         outputs = [self.inputs[i] for i in range(1, len(self.layers))]
         change = self(self.inputs[0], [*outputs, x.detach()])
-        if (
-            not torch.is_grad_enabled()
-        ):  # else kept until the next forward: checkpointing may run this block once more
+        # else kept until the next forward: checkpointing may run this block once more
+        if not torch.is_grad_enabled():
             self.inputs.clear()
         return with_first(output, x + change)
 

@@ -145,9 +145,8 @@ class Base:
         p, n = self._prefix, logits.shape[-1] - self._prefix
         own = grid_of(n, self.input_shape, self.what)
         patches = logits[:, :, p:, p:]
-        head = (
-            logits[:, :, :1, p:] if p else patches.mean(2, keepdim=True)
-        )  # the row of the patches' mean query
+        # the row of the patches' mean query
+        head = logits[:, :, :1, p:] if p else patches.mean(2, keepdim=True)
         rows = resampled(torch.cat([head, patches], 2).flatten(0, 2).unsqueeze(-1), own, self.grid)
         rows = rows.reshape(*logits.shape[:2], 1 + n, -1)
         if own == self.grid:

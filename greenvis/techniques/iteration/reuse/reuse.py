@@ -271,9 +271,8 @@ class InstalledReuse(Installed):
         )
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
         self._caches: dict[int, FrozenOutputs] = {}
-        self._beside = models.attached(
-            encoder.model, tec.ENCODER_ADAPTERS
-        )  # of an earlier pretraining
+        # of an earlier pretraining
+        self._beside = models.attached(encoder.model, tec.ENCODER_ADAPTERS)
         for base in bases:
             base.model.eval()
             base.images.note = lambda text: self.note(text)
