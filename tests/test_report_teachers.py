@@ -49,9 +49,6 @@ def test_the_report_shows_it_and_only_where_there_is_one(tmp_path: Path) -> None
     assert "| two | 0.50 → 0.25 | 1.00 → 0.50 | −0.25 → 0.12 | a 0.75, b 0.25 |" in shown
     assert json.loads((tmp_path / "out" / "results.json").read_text())["arms"]["two"]["teachers"][
         "conflict"
-    ]["kl"] == [
-        1.0,
-        0.5,
-    ]
+    ]["kl"] == [1.0, 0.5]
     gv.report([tmp_path / "one"], out=tmp_path / "alone")
     assert "Several teachers" not in (tmp_path / "alone" / "report.md").read_text()

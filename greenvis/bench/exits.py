@@ -31,13 +31,7 @@ from greenvis.meters.track import Tracker, track
 MODEL = "timm/deit_tiny_patch16_224"
 BATCHES = (1, 4, 16, 64)
 # of those who come to an exit: how many leave there, at each of three
-LEAVING = (
-    0.0,
-    0.2,
-    0.4,
-    0.7,
-    1.0,
-)
+LEAVING = (0.0, 0.2, 0.4, 0.7, 1.0)
 TARGET = 0.85  # of the MACs saved, at the largest batch: the energy saved
 PLAIN, NEVER = "unmodified", "never"
 

@@ -45,11 +45,7 @@ def run(
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # no paths of this machine
-        content = {
-            **result,
-            "data": recipe.name,
-            "record": Path(result["record"]).name,
-        }
+        content = {**result, "data": recipe.name, "record": Path(result["record"]).name}
         files.write(out / "results.json", json.dumps(content, indent=1) + "\n")
         files.write(out / "report.md", _report(result))
     return result

@@ -400,9 +400,7 @@ def _record_verbs(verb: _Verb) -> None:
         help="do the same work for a minute: how far it reads apart, for the bands",
     )
     p = verb(
-        "track",
-        runs.track,
-        "meter any command and its children: greenvis track -- python train.py",
+        "track", runs.track, "meter any command and its children: greenvis track -- python train.py"
     )
     p.add_argument("--name", default="command")
     p.add_argument("--country", help="ISO-3 code of the grid, as FRA")

@@ -249,9 +249,7 @@ class Installed:
         self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
 
     # a copy of the model belongs to no run, and is shown other batches
-    def __getstate__(
-        self,
-    ) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:

@@ -42,15 +42,7 @@ FASHION = (
 )
 IMAGE_SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # of no other a decoder is asked: some start programs
-FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-)
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_IMAGE = 256 * 2**20  # bytes of an image's file
 MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
 MOST_IDX = 64 * 2**20  # bytes of an IDX file: Fashion-MNIST's largest has 47 million

@@ -149,10 +149,7 @@ class Jobs:
                 ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()
             }
             # left out: what runs were known by before there was a choice
-            usual = {
-                "classifier": "new",
-                "fold_norms": False,
-            }
+            usual = {"classifier": "new", "fold_norms": False}
             inputs = {
                 "data": self.images(recipe).facts(),
                 "model": arm.model.model_dump(

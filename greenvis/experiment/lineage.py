@@ -19,11 +19,7 @@ from greenvis.meters.record import Provenance, Reading
 
 NOT_KNOWN = {"value": None, "low": None, "high": None}  # joules of what others made
 # what a weight file's card must hold to be an ancestor, beside its cost
-KEYS = (
-    "run",
-    "arm",
-    "seed",
-)
+KEYS = ("run", "arm", "seed")
 COST = ("observed", "energy_j")  # as observations; in older cards as joules
 MOST_ROWS, MOST_COMPONENTS = 1000, 100  # of a family tree; of a meter
 _Name = Annotated[str, Field(max_length=300)]

@@ -17,14 +17,7 @@ from greenvis.core.technique import Technique
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput
-from greenvis.experiment.jobs import (
-    SUBSET_FILE,
-    WEIGHTS_FILE,
-    Job,
-    located,
-    model_options,
-    placed,
-)
+from greenvis.experiment.jobs import SUBSET_FILE, WEIGHTS_FILE, Job, located, model_options, placed
 from greenvis.experiment.layers import Layers
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track

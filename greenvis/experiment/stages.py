@@ -44,10 +44,7 @@ def check(prepared: Prepared, model: nn.Module) -> None:
 
 
 def train(
-    prepared: Prepared,
-    model: nn.Module,
-    fit: Callable[..., Progress],
-    run: Tracker,
+    prepared: Prepared, model: nn.Module, fit: Callable[..., Progress], run: Tracker
 ) -> tuple[Wrapped, Progress, dict[str, Tensor]]:
     """Train `model` stage by stage and return the last stage's wrap, how it ended, and what all
     stages changed or added.

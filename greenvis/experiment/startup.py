@@ -61,10 +61,7 @@ def warm_up(prepared: Prepared) -> None:
     def batch(*_: int) -> list[Any]:
         return list(islice(data.batches(prepared.images.train, spec.batch_size), 1))
 
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        prepared.tracker(Path(folder)) as run,
-    ):
+    with tempfile.TemporaryDirectory() as folder, prepared.tracker(Path(folder)) as run:
         run.live = live
         live.meter(run)
         loop.fit(live, batch, 1, batch, spec, run, seed=prepared.job.seed)

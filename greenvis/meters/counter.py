@@ -45,10 +45,7 @@ class Counter:
         self._dropped_s = 0.0
         self._read_at = self._moved_at = opened
         # small steps in a row do not outgrow time × most either
-        self._credit, self._credit_at = (
-            most * GRACE_S,
-            opened,
-        )
+        self._credit, self._credit_at = (most * GRACE_S, opened)
         self._notes: dict[str, str] = {}
         self._new_notes: list[str] = []
 

@@ -33,10 +33,7 @@ PRICED = (
 JOULES_PER_KWH = 3.6e6
 YEAR_S = 365.25 * 86400
 # unseen for more than this share of the time: all of it; for no more than this: never
-WHOLE, NEVER_S = (
-    0.999,
-    1e-9,
-)
+WHOLE, NEVER_S = (0.999, 1e-9)
 STILL_S = 2.0  # a part as short as this may end between two steps of a counter that is well
 
 

@@ -73,12 +73,7 @@ PARTLY_UNKNOWN: Literal["partly unknown"] = (
 )
 Provenance = Literal["measured", "estimated", "constant", "partly unknown"]
 # the weakest last
-PROVENANCES: tuple[Provenance, ...] = (
-    "measured",
-    "estimated",
-    "constant",
-    "partly unknown",
-)
+PROVENANCES: tuple[Provenance, ...] = ("measured", "estimated", "constant", "partly unknown")
 # follows a quantity's name: the seconds for which its counter told nothing that can be
 # believed
 UNSEEN = "_unseen_s"
@@ -353,10 +348,7 @@ def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[P
     # a pipe would hang
     candidates = [path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()]
     # files may be renamed
-    for id_of in (
-        lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0],
-        _first_id,
-    ):
+    for id_of in (lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0], _first_id):
         ids: dict[str, list[Path]] = {}
         for path in candidates:
             if (run := id_of(path)).startswith(word) or run.endswith(word):

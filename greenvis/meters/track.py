@@ -157,10 +157,7 @@ class Tracker:
         self._identify()
         self._thread_id = threading.get_ident()
         # of another thread's tracker nothing says that it is around
-        around = (
-            self._thread_id,
-            threading.main_thread().ident,
-        )
+        around = (self._thread_id, threading.main_thread().ident)
         active = [
             t
             for t in reversed(endings.active())
@@ -343,9 +340,7 @@ class Tracker:
             return nullcontext()
         if self._step_flops is None:
             # imports torch, which is there already
-            from greenvis.meters.step_flops import (
-                StepFlops,
-            )
+            from greenvis.meters.step_flops import StepFlops
 
             self._step_flops = StepFlops(getattr(self.live, "model", self.live))
         return self._step_flops.step(self, batch)

@@ -32,10 +32,7 @@ GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
 # of making a subset: how many are tried, and how far off that may be
-ITERATIONS, MAKING_BAND = (
-    5,
-    0.3,
-)
+ITERATIONS, MAKING_BAND = (5, 0.3)
 BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
 BOUNDS, FIGURES = ("value", "low", "high"), ("energy_j", "carbon_g", "wall_s", "flops")
 NOTHING = dict.fromkeys(BOUNDS, 0.0)

@@ -20,18 +20,12 @@ from greenvis.errors import BadInput
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # of PED; its authors choose them by hand, data set by data set: these are among theirs
-N_SIGMA, STEP = (
-    0.6,
-    0.5,
-)
+N_SIGMA, STEP = (0.6, 0.5)
 MAX_STEPS, EXIT_RATIO = 6, 0.5
 _ITERATIONS, _TOLERANCE = 11, 1e-3  # of LogME's fixed point
 _LEAST_DEVIATION = 1e-3  # of a dimension, by which PED divides
 # of SFDA: without the floor fewer images than dimensions have no discriminant
-_SOFTENING, _LEAST_SHRINKAGE = (
-    5.0,
-    1e-10,
-)
+_SOFTENING, _LEAST_SHRINKAGE = (5.0, 1e-10)
 _MULTIPLICATIONS = 5  # of SFDA's power iteration
 
 

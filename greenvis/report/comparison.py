@@ -13,11 +13,7 @@ from greenvis.report.arms import Arm
 from greenvis.report.groups import Attempt, SeedRun
 
 # an arm's readings that are compared
-READINGS = (
-    "train_energy_j",
-    "train_energy_with_reuse_j",
-    "inference_energy_j",
-)
+READINGS = ("train_energy_j", "train_energy_with_reuse_j", "inference_energy_j")
 
 
 def compare(results: dict[str, Any]) -> None:

@@ -11,11 +11,7 @@ from typing import Any
 from greenvis.report import formatting, stats
 
 # quantities to which each floor belongs
-TRAINING = (
-    "train_energy",
-    "total_energy",
-    "train_energy_with_reuse",
-)
+TRAINING = ("train_energy", "total_energy", "train_energy_with_reuse")
 SERVING = ("inference_energy",)
 _BRIEF = (("training", "training"), ("image", "serving"))
 

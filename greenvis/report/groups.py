@@ -23,11 +23,7 @@ from greenvis.report import cached_outputs, overlap, schema
 
 OTHER = "other"  # time in no phase: set-up, loading
 # stages that are not part of making the model: latency and FLOP measurement
-APART = (
-    "measure",
-    "report",
-    STARTUP,
-)
+APART = ("measure", "report", STARTUP)
 CURVE_POINTS = 400
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 

@@ -23,21 +23,12 @@ from greenvis.meters.record import Run, timeline
 from greenvis.report.schema import possible
 
 # facts that hold observations, or lists of them
-OBSERVED = (
-    "inference",
-    "rounds",
-    "operating_points",
-    "passes",
-    "task_observed",
-)
+OBSERVED = ("inference", "rounds", "operating_points", "passes", "task_observed")
 TOLERANCE = (
     0.05  # of its length: so much later than what it lies in may a run end and still lie in it
 )
 # time itself is not divided, only what it is priced for
-WALL, WALL_SHARE = (
-    "wall_s",
-    "wall_share_s",
-)
+WALL, WALL_SHARE = ("wall_s", "wall_share_s")
 
 Totals = dict[str, dict[str, float]]
 

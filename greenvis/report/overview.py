@@ -21,12 +21,7 @@ HEAD = (
 )  # fmt: skip
 ALONE = "the technique alone"
 # settings of `train` that change no result
-ASIDE = (
-    "seeds",
-    "threads",
-    "workers",
-    "checkpoint_every_s",
-)
+ASIDE = ("seeds", "threads", "workers", "checkpoint_every_s")
 
 
 def overview(folder: str | Path) -> dict[str, Any]:

@@ -175,10 +175,7 @@ def precision(bench: Bench) -> list[dict[str, Any]]:
 def int8(bench: Bench) -> list[dict[str, Any]]:
     """ViT-B/16 with bf16 weights, each block compiled, and the same with torchao's dynamic int8."""
     try:
-        from torchao.quantization import (  # type: ignore[import-not-found]
-            Int8DynamicActivationInt8WeightConfig,
-            quantize_,
-        )
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # type: ignore[import-not-found]
     except ImportError as error:
         raise NotMeasured("torchao is not installed: pip install torchao") from error
     ref, batch = "timm/vit_base_patch16_224", bench.pick(256, 4)

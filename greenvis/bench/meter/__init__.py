@@ -29,10 +29,7 @@ def run(out: Path | None = None) -> dict[str, Any]:
     started = time.monotonic()
     rows = [row() for row in SCENES]
     # imports torch: after the scenes of small processes
-    from greenvis.bench.meter.reference import (
-        flops_cost,
-        flops_error,
-    )
+    from greenvis.bench.meter.reference import flops_cost, flops_error
 
     rows += [flops_error(), flops_cost()]
     result = {"rows": rows, "machine": _machine(), "seconds": round(time.monotonic() - started)}

@@ -57,11 +57,7 @@ REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
 
 
 # peers run in full: only their worst cases
-AS_THEY_ARE = (
-    "ViT-B/16 (torchvision)",
-    "MobileNetV3-L",
-    "EfficientNet-B0",
-)
+AS_THEY_ARE = ("ViT-B/16 (torchvision)", "MobileNetV3-L", "EfficientNet-B0")
 
 
 def flops_error() -> dict[str, Any]:

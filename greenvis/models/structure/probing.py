@@ -107,11 +107,7 @@ def shapes(model: nn.Module) -> Iterator[tuple[int, int, int]]:
         if len(pair) == 2:
             yield channels or 3, int(pair[0]), int(pair[1])
             # where pixels are re-arranged before the first convolution
-            yield (
-                3,
-                int(pair[0]),
-                int(pair[1]),
-            )
+            yield (3, int(pair[0]), int(pair[1]))
     linear = next((m for m in model.modules() if isinstance(m, nn.Linear)), None)
     if conv is None and linear is not None:  # a flattened image
         for c in (1, 3):

@@ -116,10 +116,7 @@ class Loss(BaseModel):
     relations: Annotated[
         tuple[Literal["qk", "qq", "kk", "vv"], ...],
         Field(min_length=1, description="pairs minilm relates"),
-    ] = (
-        "qk",
-        "vv",
-    )
+    ] = ("qk", "vv")
     heads: Annotated[
         int | None, Field(ge=1, description="of the relations; as many as both have where absent")
     ] = None

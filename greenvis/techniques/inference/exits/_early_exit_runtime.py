@@ -232,10 +232,7 @@ class Outer:
 
     def __init__(self, exits: Exits, inner: Callable[..., Any]) -> None:
         # the name by which inspect.signature finds the model's own
-        self.exits, self.__wrapped__ = (
-            exits,
-            inner,
-        )
+        self.exits, self.__wrapped__ = (exits, inner)
 
     @property
     def __code__(self) -> Any:

@@ -131,10 +131,7 @@ def bipartite_soft_matching(metric: Tensor, r: int, protected: int = 0) -> Match
         raise BadInput(f"cannot protect {protected} of {length} tokens")
     r = max(0, min(r, (length - protected) // 2))
     # of each set, those after the protected ones
-    first_a, first_b = (
-        (protected + 1) // 2,
-        protected // 2,
-    )
+    first_a, first_b = ((protected + 1) // 2, protected // 2)
     with torch.no_grad():
         metric = F.normalize(metric.float(), dim=-1)
         batch, device = metric.shape[0], metric.device

@@ -126,10 +126,7 @@ class Share(FrozenElements):
         self.pruned = pruned
         self.owner = torch.zeros_like(parameter, dtype=torch.uint8)
         # in retraining, of task `number`, free elements are to stay zero
-        self.resting, self.number = (
-            False,
-            0,
-        )
+        self.resting, self.number = (False, 0)
         self._now: Tensor | None = None
 
     def frozen(self) -> Tensor:

@@ -174,10 +174,7 @@ class InstalledFeatureDistill(Installed):
         earlier or asked for."""
         shape = (x.shape[1], x.shape[2], x.shape[3])
         # a model that takes images of any size shows its grid only now
-        if (
-            shape,
-            grid,
-        ) != self._base_grid:
+        if (shape, grid) != self._base_grid:
             self._base_grid = (shape, grid)
             self._close()
             self._see(Base(self.base.model, shape, grid, 1, False, self.base.images.source))
