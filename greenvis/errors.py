@@ -41,8 +41,7 @@ def some(names: Iterable[str], most: int = 6) -> str:
 def printable(text: str) -> str:
     """Return a text as a terminal may get it: lines kept, every other control character (escape
     sequences) replaced."""
-    # these take no room or a space's, and do nothing: pages of ours have
-    # them
+    # these take no room or a space's, and do nothing: pages of ours have them
     shown = "\n\t\N{WORD JOINER}\N{NO-BREAK SPACE}"
     return "".join(
         c if c.isprintable() or c in shown else "\N{REPLACEMENT CHARACTER}" for c in text

@@ -47,8 +47,7 @@ WORKS = {
     "token_prune": 7,
 }
 # each time: two techniques, in so many of their examples, on all hosts; every technique and example
-# on a few; slow:
-# all
+# on a few; slow: all
 PROOF = {"distill": 1, "lora": 2}
 FEW = (
     "timm-deit-distilled",

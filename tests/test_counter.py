@@ -43,14 +43,12 @@ def plugged(tmp_path: Path, *script: float | str | None) -> gv.track:
 @pytest.mark.parametrize(
     ("script", "joules", "provenance", "word"),
     [
-        # dropped before the run
-        # began
+        # dropped before the run began
         ((0, LIFETIME, LIFETIME + 5, LIFETIME + 10), 10.0, "measured", "cannot be"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, LIFETIME + 10), 10.0, "measured", ""),
         ((None, None, LIFETIME, LIFETIME + 5), 5.0, "partly unknown", "out of reach"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, 1.0, 6.0), 10.0, "partly unknown", "cannot be"),
-        # the gap is
-        # bridged
+        # the gap is bridged
         ((LIFETIME, LIFETIME, None, None, LIFETIME + 5), 5.0, "measured", "out of reach"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, None), 5.0, "partly unknown", "out of reach"),
         ((LIFETIME, LIFETIME, LIFETIME + 5, 9e99, LIFETIME + 9), 5.0, "partly unknown", "cannot "
@@ -107,8 +105,7 @@ def put(zone: Path, joules: float) -> None:
 @pytest.mark.parametrize(
     ("values", "range_uj", "joules", "doubted"),
     [
-        # began anew: the step is dropped, not taken for a
-        # wrap
+        # began anew: the step is dropped, not taken for a wrap
         ((5000.0, 5010.0, 2.0, 4.0), "262143328850", 12.0, True),
         ((262143.0, 4.0), "262143328850", 4.32885, False),
         ((9.0, 0.5), "10000000", 1.5, False),

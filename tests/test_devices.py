@@ -52,8 +52,7 @@ def env(mask: str | None, order: str | None = None) -> dict[str, str]:
         (ALIKE, env("7"), None, [], "hides every GPU"),
         (ALIKE, env(""), None, [], "hides every GPU"),
         (ALIKE, env("GPU-"), None, [], "hides every GPU"),
-        # which of the
-        # two?
+        # which of the two?
         ([Card("GPU-ab1", "T4"), Card("GPU-ab2", "T4")], env("GPU-ab"), None, [], "hides every "
                                                                                   "GPU"),
         (ALIKE, env(None), ["9999"], [], "does not know the GPU 9999"),

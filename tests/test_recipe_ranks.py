@@ -21,8 +21,7 @@ from greenvis.report.groups import load
 
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # accelerate has no launcher of its own for several CPU processes but by MPI; without a GPU these
-# meet over gloo as
-# well
+# meet over gloo as well
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
 "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",

@@ -56,8 +56,7 @@ def _by_definition(x: Any, y: Any) -> float:
 
 
 # images of each class, dimensions, scale of the features (which decides the shrinkage), distance of
-# the
-# classes
+# the classes
 UNEQUAL = {
     "unequal classes": ((70, 20, 7), 6, 0.3, 1.0),
     "two classes, one of three images": ((3, 50), 5, 0.5, 0.5),

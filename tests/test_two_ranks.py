@@ -18,8 +18,7 @@ from greenvis.core import distributed as ranks
 SCRIPT = Path(__file__).parent / "two_ranks.py"
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 # accelerate has no launcher of its own for several CPU processes but by MPI; the script asks for
-# the CPU
-# itself
+# the CPU itself
 ACCELERATE = ("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines",
 "1",
               "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port",

@@ -46,9 +46,8 @@ def run(
     threads: int = 1,
 ) -> dict[str, Any]:
     """Return {"rows": [{"batch", "thresholds", "exits", "gmacs", "macs_ratio", "images_per_s",
-    "speedup", "latency_p50_ms",
-    "latency_p95_ms", "energy_j", "energy_ratio", "realised", "target"}], …}: one row for each batch
-    size and setting.
+    "speedup", "latency_p50_ms", "latency_p95_ms", "energy_j", "energy_ratio", "realised",
+    "target"}], …}: one row for each batch size and setting.
 
     The same images are served at each batch size. Thresholds are those at which a share of the
     images that come to an exit leaves there. Settings take turns within each round, in turned order

@@ -45,8 +45,8 @@ def run(
     threads: int = 1,
 ) -> dict[str, Any]:
     """Return {"rows": [{"batch", "r", "gmacs", "flops_ratio", "images_per_s", "speedup",
-    "realised", "latency_ms",
-    "energy_j", "energy_ratio", "target"}], …}: one row for each batch size and r, random weights.
+    "realised", "latency_ms", "energy_j", "energy_ratio", "target"}], …}: one row for each batch
+    size and r, random weights.
 
     Settings take turns within each round and the order turns around every other round, so that a
     neighbour's load meets all alike. images_per_s and latency_ms are of CPU time (on a GPU of wall

@@ -2,8 +2,7 @@
 never through a link.
 
 Standard library only. Everything greenvis reads as text or JSON comes through `read`, everything it
-writes through
-`replacing` (or `write`), `lock` and `own_folder`.
+writes through `replacing` (or `write`), `lock` and `own_folder`.
 """
 
 from __future__ import annotations
@@ -132,8 +131,7 @@ def own_folder(folder: Path, below: Path) -> Path:
     """Make `folder` and what lies between it and `below`, and return it.
 
     Raises GreenvisError where one of them is a link: what greenvis writes would land in a folder
-    that is not its own.
-    `below` itself is the user's choice, and may be one.
+    that is not its own. `below` itself is the user's choice, and may be one.
     """
     below.mkdir(parents=True, exist_ok=True)
     current = below

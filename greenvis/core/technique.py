@@ -26,8 +26,7 @@ Stage = Literal["base", "weights", "tokens", "exits", "objective"]
 STAGES: tuple[Stage, ...] = ("base", "weights", "tokens", "exits", "objective")
 
 # What one technique may need of the model's run and another may break; `wrap` puts these words in
-# its
-# refusal.
+# its refusal.
 PROPERTIES: dict[str, str] = {
     "token_grid": "a fixed grid of tokens from block to block",
     "token_places": "a row for each patch, or a way back to it, in the tokens of every block",

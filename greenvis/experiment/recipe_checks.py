@@ -36,8 +36,7 @@ def refuse_unknown_models(source: Mapping[str, Any], where: Callable[..., str]) 
 
 IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
     # a setting that changes nothing but beside what is said of another: where it is set, its name,
-    # the test, the
-    # words
+    # the test, the words
     ("train", "momentum", lambda arm: arm.train.optimizer == "sgd", "it is of optimizer: sgd"),
     (
         "train",

@@ -39,13 +39,11 @@ def fit_stream(
 
     tests(i): the (x, y) of task i's test. samples(task, epoch, positions): which samples a batch
     holds. restart: begin each task from the weights `live` has now. Each task has an optimizer and
-    a schedule of its own; phases are
-    "train/task1/epoch1", "train/task1/end" (what techniques do at its end) and "eval/task1".
-    Of Progress, `rows` holds "task_accuracy": a row a task, the accuracy on each task's test, among
-    the classes of
-    `Stream.head` (of its own task alone in a task-incremental stream); "task_accuracy_known": the
-    same answers with the task given. A row that was not measured is None. Resumes in the middle of
-    a task to the same weights.
+    a schedule of its own; phases are "train/task1/epoch1", "train/task1/end" (what techniques do at
+    its end) and "eval/task1". Of Progress, `rows` holds "task_accuracy": a row a task, the accuracy
+    on each task's test, among the classes of `Stream.head` (of its own task alone in a
+    task-incremental stream); "task_accuracy_known": the same answers with the task given. A row
+    that was not measured is None. Resumes in the middle of a task to the same weights.
     """
     start = {k: v.clone() for k, v in live.state_dict().items()} if restart else {}
     loop = Loop(live, spec, run, seed, checkpoint, log_with)

@@ -228,9 +228,8 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     """Return our table, with the user's file (or the one $GREENVIS_COEFFICIENTS names) over it.
 
     The file is JSON with any of our keys, each {"low", "central", "high", "citation"}; or
-    "wall_meter":
-    {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from which the watts per
-    busy CPU follow. Raises BadInput for a file that is not such a table.
+    "wall_meter": {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from which
+    the watts per busy CPU follow. Raises BadInput for a file that is not such a table.
     """
     table = json.loads(COEFFICIENTS.read_text())
     table["repeatability"] = repeat.band(cpu_name(), table["repeatability"])

@@ -2,10 +2,9 @@
 itself is not imported).
 
 Standard library only. Zones: ISO-3 country ("FRA"); US state ("USA-CA"); Canadian or Chinese
-province ("CAN-ontario" or
-"CAN-ON", "CHN-BJ"); Nordic bidding zone ("SE3", "NO4"); Google Cloud region ("gcp:europe-west1").
-codecarbon ships no figures of other clouds' regions: for those the zone is where the machines
-stand.
+province ("CAN-ontario" or "CAN-ON", "CHN-BJ"); Nordic bidding zone ("SE3", "NO4"); Google Cloud
+region ("gcp:europe-west1"). codecarbon ships no figures of other clouds' regions: for those the
+zone is where the machines stand.
 """
 
 from __future__ import annotations

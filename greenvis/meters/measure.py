@@ -27,8 +27,7 @@ STEADY = 0.03  # readings are repeated until their median's spread is no more,
 LEAST, MOST_S = 5, 3.0  # so many at least, and for so many seconds at most
 # passes over the images where settings of one model are compared, more while they are unsteady,
 PASSES, PASSES_S = (3, 60.0)
-# as far as they fit into so many seconds
-# of a reading: no energy is told by it
+# as far as they fit into so many seconds of a reading: no energy is told by it
 UNCOUNTED = ("at_s", "samples", "steps", "flops", "steal_s")
 # batches that a setting answers before the next one's turn, and some before they count
 TURN, WARM = (16, 2)

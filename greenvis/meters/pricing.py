@@ -43,9 +43,9 @@ def energy(
     """Return each component's energy, in joules, for one phase's totals (or their sum).
 
     components: the header's list: {"name", "source", "observation", "coefficient": {"low",
-    "central", "high"},
-    "provenance", "reason"}. A component whose observation is absent, or of which nothing was seen,
-    reads None, with the reason; one that was seen in part is "partly unknown".
+    "central", "high"}, "provenance", "reason"}. A component whose observation is absent, or of
+    which nothing was seen, reads None, with the reason; one that was seen in part is "partly
+    unknown".
     """
     return {c["name"]: _component(totals, c) for c in components}
 

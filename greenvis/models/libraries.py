@@ -133,8 +133,7 @@ def _build_timm(request: Request) -> nn.Module:
     assert cfg is not None
     heads = [cfg.classifier] if isinstance(cfg.classifier, str) else list(cfg.classifier or [])
     # Load with the weights' own number of classes, where timm checks every name; the head asked for
-    # comes
-    # after.
+    # comes after.
     rows = next((len(state[f"{h}.weight"]) for h in heads if f"{h}.weight" in state), 0)
     stem = state.get(f"{cfg.first_conv}.weight")
     channels = stem.shape[1] if stem is not None else 3

@@ -364,8 +364,7 @@ TIMED: dict[str, Callable[[SeedRun], float | None]] = {
     "peak_memory_mb": fact("peak_memory_mb"),
 }  # fmt: skip
 # what is compared with the baseline beside the metric and the readings that have their own values
-# by
-# seed
+# by seed
 COMPARED: dict[str, Callable[[SeedRun], float | None]] = {
     "total_energy": lambda r: r.total_energy_j.value, "train_flops": train_flops, "wall": wall,
     "latency_p50": latency_p50,

@@ -32,15 +32,14 @@ results.json, schema 2 (units stand in the keys; null is "not known", never 0):
                          metric (`stats.decide`). low, high: an interval that holds together with
                          those of all `comparisons` arms with 95 % (`stats.interval`), null for one
                          seed; payback {own, with_reuse}: {verdict, images, low, high, seeds_agree};
-                         verdict is "at once",
-                         "pays back", "ahead until", "never", or "not shown" where one image costs
-                         the same for all we know
+                         verdict is "at once", "pays back", "ahead until", "never", or "not shown"
+                         where one image costs the same for all we know
       energy_to_baseline_j, curve {seed: [[joules, METRIC], …]}, status, seeds, attempts, zones,
       assumed_grid
     noise_floor {training, serving}                      {ratio, arms}: how far arms that did the
     same work read apart totals, incomplete                                   everything these
-      records burnt, once; seed runs that never finished totals.startup_j
-      of that, what `starts` processes took to start: in no arm totals.overlapping {starts, seen_j,
+      records burnt, once; seed runs that never finished totals.startup_j of that, what `starts`
+      processes took to start: in no arm totals.overlapping {starts, seen_j,
                          counted_j}     starts that ran beside others on one counter, or in one
                          process: what they read together, and what of that is counted; arms have
                          equal shares of what several saw

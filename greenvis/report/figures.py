@@ -20,8 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # (on white, on dark): at least 3:1 against the ground for marks and 4.5:1 for text; told apart by
-# marker and line as
-# well
+# marker and line as well
 INK, MUTED, GRID, GROUND = "#1c2431", "#59636e", "#d5dae2", "#ffffff"
 SERIES = (
     ("#5b6471", "#a8b3c2"), ("#0f766d", "#2dd4bf"), ("#b4530a", "#fbbf24"), ("#6d28d8", "#b79cff"),

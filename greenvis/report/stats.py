@@ -28,9 +28,8 @@ def ratio(arm: Seeds, base: Seeds, comparisons: int = 1) -> dict[str, Any] | Non
     `interval`), on the logarithm.
 
     Pairing cancels what both share (the host, its coefficients, the seed). The geometric mean makes
-    "2 times less" and
-    "half" the same statement. Without a common seed it is the ratio of means, with no interval.
-    None if not defined.
+    "2 times less" and "half" the same statement. Without a common seed it is the ratio of means,
+    with no interval. None if not defined.
     """
     pairs = [(arm[s], base[s]) for s in arm if s in base]
     n = len(pairs)

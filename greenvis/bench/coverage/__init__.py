@@ -80,8 +80,7 @@ def markdown(result: dict[str, Any]) -> str:
         f"`greenvis bench coverage{'' if result['per_family'] else ' --all'} --out OUT`; "
         f"{' + '.join(map(str, result['seconds'].values()))} s; "
         + ", ".join(f"{k} {v}" for k, v in result["versions"].items()) + ".", "",
-        # of one who put the results
-        # together
+        # of one who put the results together
         *([result["note"], ""] if result.get("note") else ()),
         "## The contract", "",
         "Tiny models with random weights, all points of the contract (`greenvis.testing`): neutral "

@@ -48,8 +48,7 @@ def measure(
     bench: Bench, arms: Mapping[str, tuple[Callable[[], Any], int]]
 ) -> list[dict[str, Any]]:
     """Return one row per setting: {"setting", "ms", "units_per_s", "gpu_j", "total_j", "speedup",
-    "energy_ratio", "low",
-    "high", "observed"}.
+    "energy_ratio", "low", "high", "observed"}.
 
     arms: by name, a call and how many units (images) it works on. Settings take turns in each
     round, in turned order every other one; ms is per call, joules are per unit, medians over

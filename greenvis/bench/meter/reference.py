@@ -35,8 +35,7 @@ def _hugging_face(model: str, config: str, **options: Any) -> Callable[[], nn.Mo
 
 
 # MACs of one 224 × 224 image, by the papers' own convention (products of convolutions, linear
-# layers and
-# attention).
+# layers and attention).
 REFERENCE: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "ResNet-50": (_timm("resnet50"), 4_089_184_256),
     "ViT-B/16 (timm)": (_timm("vit_base_patch16_224"), 17_563_828_224),

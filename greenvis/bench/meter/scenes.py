@@ -100,8 +100,7 @@ def phase() -> dict[str, Any]:
 
 def neighbours() -> dict[str, Any]:
     """Energy of the same work beside busy neighbours over that without them."""
-    # neighbours come when the imports are
-    # done
+    # neighbours come when the imports are done
     go = "print(json.dumps('ready'), flush=True); sys.stdin.readline()\n"
     ours = (
         BURN + OURS + f"work(5000)\n{go}with gv.track('t') as run: "

@@ -33,9 +33,8 @@ class Source:
     says.
 
     "fused": (batch, length, 3·heads·dim); "flat": (batch, length, heads·dim); "heads first":
-    (batch, heads, length, dim);
-    "heads last": (batch, length, heads, dim). "packed": computed from the module's input, by
-    in_proj_weight or qkv.weight.
+    (batch, heads, length, dim); "heads last": (batch, length, heads, dim). "packed": computed from
+    the module's input, by in_proj_weight or qkv.weight.
     """
 
     path: str

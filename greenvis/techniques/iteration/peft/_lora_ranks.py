@@ -19,8 +19,7 @@ def orthogonality(factors: Iterable[tuple[str, Tensor]]) -> Tensor:
     rank), a scalar.
 
     Zhang et al. (2023, eq. 4), with PEFT's plain Frobenius norm (the paper squares it). factors: by
-    name, of which the part
-    "lora_A" or "lora_B" tells the kind.
+    name, of which the part "lora_A" or "lora_B" tells the kind.
     """
     distances = []
     for name, factor in factors:
@@ -69,8 +68,7 @@ class Ranks:
                 "between optimizer.step() and optimizer.zero_grad()"
             )
         # a gradient that is not finite is of a step that a scaler skipped: one such would spoil the
-        # running means for
-        # good
+        # running means for good
         if settled or all(p.grad.isfinite().all() for _, p in self.factors if p.grad is not None):
             self.tuner.update_and_allocate(self.step)
         self.step += 1

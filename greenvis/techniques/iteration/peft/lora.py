@@ -46,8 +46,7 @@ class Lora(Technique):
     change and merge (so no depthwise convolutions); an explicit pattern that hits a layer it cannot
     is refused. The head is left out of patterns unless they name nothing else. AdaLoRA trains
     start_rank ranks of each layer and switches off those that matter least, over the whole
-    training, until
-    `rank` are left on average; what is off stays in the delta, as zeros.
+    training, until `rank` are left on average; what is off stays in the delta, as zeros.
     """
 
     name: ClassVar[str] = "lora"

@@ -34,8 +34,7 @@ class Side(Technique):
     = sigmoid(α / 0.1); what the last one gives is projected up and added to the last block's
     output. That projection starts at zero, so a fresh side changes nothing (the authors read the
     side alone). The classifier trains in full. Dropout and stochastic depth of the frozen part stay
-    as
-    `model.train()` sets them.
+    as `model.train()` sets them.
     """
 
     name: ClassVar[str] = "side"
