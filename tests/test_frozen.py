@@ -269,7 +269,7 @@ def test_a_comparison_adds_no_flops_to_the_steps(tmp_path: Path) -> None:
         with FlopMode(lambda: "") as mode:
             _epochs(cached, part, tmp_path, 1)
         cached.close()
-        assert sum(mode.by_place.values()) == flops
+        assert sum(mode.by_phase.values()) == flops
 
 
 def test_other_precision_is_another_cache(tmp_path: Path) -> None:
