@@ -10,9 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import permutations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from greenvis.errors import BadInput, GreenvisError, nearest, printable
 from greenvis.tasks.answers import TASKS
@@ -24,6 +24,21 @@ if TYPE_CHECKING:
 
 Stage = Literal["base", "weights", "tokens", "exits", "objective"]
 STAGES: tuple[Stage, ...] = ("base", "weights", "tokens", "exits", "objective")
+
+# fields that many techniques have
+InputShape = Annotated[
+    tuple[int, int, int] | None,
+    Field(description="(channels, height, width) of an image, if it cannot be inferred"),
+]
+Classifier = Annotated[
+    Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
+]
+PrefixCache = Annotated[
+    bool | Literal["fp16"],
+    Field(
+        description="run the frozen part once a sample and keep what it gives (fp16: half the size)"
+    ),
+]
 
 # What one technique may need of the model's run and another may break; `wrap` puts these words in
 # its refusal.

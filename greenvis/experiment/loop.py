@@ -178,7 +178,7 @@ class Loop:
         self.scheduler = LambdaLR(
             self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
         )
-        plain = lambda logits, y: F.cross_entropy(logits, y, label_smoothing=spec.label_smoothing)  # noqa: E731
+        plain = partial(F.cross_entropy, label_smoothing=spec.label_smoothing)
         self.criterion = self.live.criterion(part.task_loss or plain)
         if self._left is not None:
             states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)

@@ -28,8 +28,10 @@ Formula = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
 # Work that may be large and that no formula covers: shown as not counted. Elementwise work, norms,
 # pooling and moves are left out by the field's convention.
 _HEAVY = re.compile(
-    r"fft|cdist|lstm|gru|rnn|quantized|onednn|mkldnn|linalg|einsum|conv|mm|matmul|attention|bilinear|sparse|mkl|fbgemm|svd"
-    r"|cholesky|solve|inverse|grid_sampler|transformer|embedding_bag|dot|kron|mv$|vv|addr|ger$|outer"
+    r"fft|cdist|lstm|gru|rnn|quantized|onednn|mkldnn|linalg|einsum|conv|mm|matmul|attention|bilinear"
+    r"|sparse|mkl|fbgemm|svd"
+    r"|cholesky|solve|inverse|grid_sampler|transformer|embedding_bag|dot|kron|mv$|vv"
+    r"|addr|ger$|outer"
 )
 _LIGHT = re.compile(r"upsample|comm|norm|common|sparse_resize|to_mkldnn|to_dense|qscheme|dense_dim")
 

@@ -131,7 +131,8 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
             outputs[id(output)] = (module, args[0], output)
         elif id(args[0]) in outputs and module.running_mean is not None:
             conv, x_in, _ = outputs[id(args[0])]
-            fused: nn.Module = fuse_conv_bn_eval(conv, module, conv.transposed)  # type: ignore[type-var]
+            fuse: Any = fuse_conv_bn_eval
+            fused: nn.Module = fuse(conv, module, conv.transposed)
             fused.requires_grad_(False)
             fused._forward_hooks.clear()  # this one
             fused._forward_pre_hooks.clear()

@@ -164,6 +164,7 @@ def numbers(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
 
 
 def text_keys(values: Mapping[int, float]) -> dict[str, float]:
+    """Return figures by seed with keys as JSON has them."""
     return {str(s): v for s, v in values.items()}
 
 

@@ -228,6 +228,7 @@ def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path
 
 
 def summarize(run: Run, metric: str) -> Part:
+    """Return what a report needs of one process's record: totals by stage, curve, facts."""
     stages: dict[str, dict[str, float]] = {}
     timed: dict[str, float] = {}
     for phase, totals in run.totals.items():

@@ -3,6 +3,7 @@ its fused attention."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -175,7 +176,7 @@ def precision(bench: Bench) -> list[dict[str, Any]]:
 def int8(bench: Bench) -> list[dict[str, Any]]:
     """ViT-B/16 with bf16 weights, each block compiled, and the same with torchao's dynamic int8."""
     try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_  # type: ignore[import-not-found]
+        torchao: Any = importlib.import_module("torchao.quantization")
     except ImportError as error:
         raise NotMeasured("torchao is not installed: pip install torchao") from error
     ref, batch = "timm/vit_base_patch16_224", bench.pick(256, 4)
@@ -183,7 +184,7 @@ def int8(bench: Bench) -> list[dict[str, Any]]:
     for name in ("bf16, compiled", "int8, compiled"):
         model, x = _bf16(bench, ref, batch)
         if name.startswith("int8"):
-            quantize_(model, Int8DynamicActivationInt8WeightConfig())
+            torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig())
         _compile_blocks(model)
         arms[name] = (forward(model, x), batch)
     return [{"model": label(bench, ref), "batch": batch, **row} for row in measure(bench, arms)]

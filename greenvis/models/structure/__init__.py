@@ -384,7 +384,8 @@ def _probe(model: nn.Module, traced: Trace) -> set[str]:
 
 
 def _plain(output: object) -> object:
-    return output.to_tuple() if hasattr(output, "to_tuple") else output  # type: ignore[attr-defined]
+    to_tuple: Any = getattr(output, "to_tuple", None)
+    return output if to_tuple is None else to_tuple()
 
 
 def _counted(paths: Iterable[str]) -> str:

@@ -10,7 +10,8 @@ A technique holds one `FrozenOutputs` for each frozen part and asks it for the c
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,3 +273,14 @@ def _computed(
     with torch.no_grad():
         outputs = compute()
     return {name: outputs[name].detach() for name in names}
+
+
+@contextmanager
+def slow_path() -> Iterator[None]:
+    """Keep torch from fusing a whole encoder layer in eval, which runs no hook."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)

@@ -46,7 +46,8 @@ class Joined(nn.Module):
         blocks = [model.get_submodule(path) for path in paths]
         blocks[0].add_module(child, self.train(blocks[0].training))
         for number, block in enumerate(blocks):
-            block.forward = Carrying(self, block, doors, number, number == len(blocks) - 1)  # type: ignore[method-assign]
+            last = number == len(blocks) - 1
+            block.forward = Carrying(self, block, doors, number, last)  # type: ignore[method-assign]
 
     def with_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return x (batch, tokens, dim) with the tokens in it."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.representation import Representation
@@ -57,10 +57,7 @@ class Rotation(Technique):
         Literal["drawn", "all"],
         Field(description="show each image in one turn, drawn for it, or in all four at once"),
     ] = "drawn"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the layer that tells turns in. Raises BadInput for images that are not square, or no

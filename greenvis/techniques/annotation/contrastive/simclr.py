@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.models.structure import view
 from greenvis.techniques._shared.representation import Representation
 
@@ -105,10 +105,7 @@ class Simclr(Technique):
         float, Field(ge=0, le=1, description="how far contrast and brightness change")
     ] = 0.4
     flip: Annotated[bool, Field(description="turn views left to right half the time")] = True
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the projection in. Raises BadInput for a model that shows no classifier."""

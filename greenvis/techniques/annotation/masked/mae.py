@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, OnlyWith, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -104,10 +104,7 @@ class Mae(Technique):
     decoder_dim: Annotated[
         int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")
     ] = None
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks and decoder in. Raises BadInput for a model that needs all its

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.core.technique import Samples, logits_of
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, slow_path
 from greenvis.techniques.inference.distill._layers import TapPoint, Taps
 
 ANSWER = "logits"
@@ -181,7 +181,7 @@ class FrozenTeacher:
         taps = Taps(self.module, points)
         try:
             self.module.eval()
-            with _slow_path() if points else nullcontext():
+            with slow_path() if points else nullcontext():
                 output = self._forward(x)
             return {
                 **taps.take(),
@@ -240,14 +240,3 @@ def built(name: str, model: Any, student: nn.Module) -> nn.Module:
                        "so it would change as the "
                        "student learns; give copy.deepcopy(model) or another model")  # fmt: skip
     return model
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    """Keep torch from fusing a whole encoder layer in eval, which runs no hook."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

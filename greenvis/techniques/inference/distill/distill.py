@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, Stage, Technique, logits_of
+from greenvis.core.technique import InputShape, Installed, Stage, Technique, logits_of
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import view
 from greenvis.tasks.answers import CLASSES, PIXELS_TOO, TASKS
@@ -130,10 +130,7 @@ class Distill(Technique):
         Field(description="of the teacher's forward; the training's where absent"),
     ] = None
     compile: Annotated[bool, Field(description="compile the teacher; answers only")] = False
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     @model_validator(mode="after")
     def _fits(self) -> Distill:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import freeze, names_of
-from greenvis.core.technique import Installed, Stage, Technique, logits_of
+from greenvis.core.technique import InputShape, Installed, Stage, Technique, logits_of
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.tasks.answers import CLASSES, is_tensor, refuse_task, task_of
 from greenvis.techniques._shared.rows import followed
@@ -113,10 +113,7 @@ class EarlyExit(Technique):
     confidence: Annotated[
         float, Field(ge=0.5, lt=1, description="with which the bound on the drop holds")
     ] = 0.95
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the exits in. Raises BadInput where samples cannot leave without changing the others'
@@ -133,7 +130,8 @@ class EarlyExit(Technique):
         exits = Exits(model, self.criterion, detach=self.base == "freeze")
         pool = _placement.pooling(model, placement.view) if self.pool == "auto" else self.pool
         _placement.attach_exits(exits, placement, pool)
-        outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]  # the way in, and where answers meet
+        # the way in, and where answers meet
+        outer = model.forward = Outer(exits, model.forward)  # type: ignore[method-assign]
         costs = _placement.try_out(exits, outer, placement)
         if self.threshold != "never":
             thresholds = (

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
@@ -79,10 +79,7 @@ class TokenMerge(Technique):
             "always, or never"
         ),
     ] = "auto"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put merging in; r = 0 puts nothing in. Raises BadInput for windows and blocks that are

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, OnlyWith, Stage, Technique
 from greenvis.core.trainers import refuse_recomputed
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
@@ -88,10 +88,7 @@ class TokenPrune(Technique):
         False
     )
     weight: Annotated[float, Field(ge=0, description="predictor: factor of the ratio loss")] = 2.0
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put pruning in. Raises BadInput for windows, blocks that are not pre-norm, and heads that

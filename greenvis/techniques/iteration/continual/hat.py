@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import hold_norms, names_of
-from greenvis.core.technique import Experience, Installed, Stage, Technique
+from greenvis.core.technique import Experience, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, reached, view
 from greenvis.models.structure.parts import Mlp
@@ -103,10 +103,7 @@ class Hat(Technique):
     lr_ratio: Annotated[
         float, Field(gt=0, description="learning rate of the embeddings over that of the rest")
     ] = 10.0
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the gates in. Raises BadInput for a model without MLPs whose hidden units can be

@@ -14,7 +14,15 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import find, freeze, names_of, parents_of
-from greenvis.core.technique import Experience, Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import (
+    Classifier,
+    Experience,
+    InputShape,
+    Installed,
+    OnlyWith,
+    Stage,
+    Technique,
+)
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
@@ -87,13 +95,8 @@ class LoraStream(Technique):
     scale: Annotated[
         float, Field(gt=0, description="arithmetic: factor of each change in the sum")
     ] = 1.0
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -194,7 +197,8 @@ def inject(request: LoraStream, model: nn.Module, paths: Sequence[str], task: in
     """Have PEFT add the change of task number `task` to the layers."""
     config = LoraConfig(
         r=request.rank,
-        lora_alpha=request.alpha or request.rank,  # type: ignore[arg-type]  # any positive number scales
+        # any positive number scales
+        lora_alpha=request.alpha or request.rank,  # type: ignore[arg-type]
         target_modules="|".join(re.escape(p) for p in paths),
     )
     try:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.core import distributed
 from greenvis.core.surgery import freeze, hold_in_eval
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
 from greenvis.tasks.answers import CLASSES, require_class_numbers
@@ -58,10 +58,7 @@ class Ncm(Technique):
     metric: Annotated[Metric, Field(description="euclidean needs a classifier with a bias")] = (
         "euclidean"
     )
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput where that is no linear layer on one

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import hold_norms
-from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of, mask_classes
+from greenvis.core.technique import (
+    Experience,
+    InputShape,
+    Installed,
+    Stage,
+    Technique,
+    logits_of,
+    mask_classes,
+)
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import View, reached, view
 from greenvis.tasks.answers import CLASSES
@@ -74,10 +82,7 @@ class PackNet(Technique):
         int, Field(ge=0, description="epochs on the task's images after pruning")
     ] = 1
     retrain_lr: Annotated[float, Field(gt=0, description="learning rate of that")] = 1e-3
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Find the weights to pack. Raises BadInput for a model without layers but its

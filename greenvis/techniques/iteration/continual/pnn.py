@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Experience, Installed, Stage, Technique
+from greenvis.core.technique import Experience, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.attach import seat
@@ -48,10 +48,7 @@ class Pnn(Technique):
     width: Annotated[
         int, Field(ge=1, description="hidden units of each adapter between two columns")
     ] = 16
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Find the blocks between which columns meet. Raises BadInput for a model without any."""

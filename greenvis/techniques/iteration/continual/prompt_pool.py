@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Installed, Samples, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
 from greenvis.models.structure.probing import probing
@@ -155,13 +155,8 @@ class PromptPool(Technique):
     cache: Annotated[
         bool, Field(description="compute each training image's query once, and keep it on disk")
     ] = False
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     @model_validator(mode="after")
     def _enough(self) -> PromptPool:
@@ -173,7 +168,8 @@ class PromptPool(Technique):
         return self
 
     @property
-    def breaks(self) -> frozenset[str]:  # type: ignore[override]  # a majority is a matter of the whole batch
+    # a majority is a matter of the whole batch
+    def breaks(self) -> frozenset[str]:  # type: ignore[override]
         """What this breaks for others: the grid of tokens, and with select "batch" the independence
         of samples."""
         return frozenset(

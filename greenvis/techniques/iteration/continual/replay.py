@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from greenvis.core import distributed as ranks
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Experience, Installed, OnlyWith, Stage, Technique, logits_of
+from greenvis.core.technique import (
+    Experience,
+    InputShape,
+    Installed,
+    OnlyWith,
+    Stage,
+    Technique,
+    logits_of,
+)
 from greenvis.data.herding import herding
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
@@ -137,10 +145,7 @@ class Replay(Technique):
         int, Field(ge=1, description="of gdumb and of the generator: passes at a task's end")
     ] = 30
     lr: Annotated[float, Field(gt=0, description="of gdumb")] = 0.05
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     @model_validator(mode="after")
     def _fits(self) -> Replay:

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import mark_skippable
-from greenvis.core.technique import Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, OnlyWith, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import (
@@ -69,13 +69,8 @@ class Adapter(Technique):
     blocks: Annotated[
         int | None, Field(ge=1, description="adapt the last so many blocks only; default all")
     ] = None
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put adapters at their places. Raises BadInput for a model without such places, or with

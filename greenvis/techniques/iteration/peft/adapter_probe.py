@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis import models
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -61,10 +61,7 @@ class AdapterProbe(Technique):
     input_adapter: Annotated[
         bool, Field(description="also send the class token through an MLP")
     ] = False
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze the model and put the adapters in. Raises BadInput where no one sequence runs

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
 from torch import nn
 
 from greenvis.core.surgery import freeze, hold_norms, names_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -25,13 +24,8 @@ class Bitfit(Technique):
     name: ClassVar[str] = "bitfit"
     stage: ClassVar[Stage] = "weights"
 
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but biases and classifier. Raises BadInput for a model without biases."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from torch import nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.models.structure import View, view
 
 
@@ -31,10 +31,7 @@ class LayerDecay(Technique):
     decay: Annotated[
         float, Field(gt=0, le=1, description="factor from a block to the one before it")
     ] = 0.65
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Number the layers; nothing is changed. Raises BadInput for a model without blocks."""

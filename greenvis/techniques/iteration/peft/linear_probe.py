@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-from pydantic import Field
 from torch import nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, PrefixCache, Stage, Technique
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import train_only
 from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
@@ -33,17 +32,8 @@ class LinearProbe(Technique):
     stage: ClassVar[Stage] = "weights"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
 
-    cache: Annotated[
-        bool | Literal["fp16"],
-        Field(
-            description="run the frozen part once a sample and keep what it gives (fp16: half the "
-            "size)"
-        ),
-    ] = False
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    cache: PrefixCache = False
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""

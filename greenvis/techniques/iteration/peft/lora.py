@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import find, freeze, parents_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -75,9 +75,7 @@ class Lora(Technique):
         tuple[str, ...],
         Field(min_length=1, description=f"roles ({', '.join(ROLES)}) or patterns of module paths"),
     ] = ("attention",)
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
+    head: Classifier = "train"
     init: Annotated[
         Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"],
         Field(
@@ -111,10 +109,7 @@ class Lora(Technique):
         float,
         Field(ge=0, description="adalora: factor of the penalty that keeps factors orthogonal"),
     ] = 0.1
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     @field_validator("targets", mode="before")
     @classmethod
@@ -307,7 +302,8 @@ class Lora(Technique):
             r=self.rank,
             use_dora=self.variant == "dora",
             use_rslora=self.variant == "rslora",
-            init_lora_weights=True if self.init == "default" else self.init,  # type: ignore[arg-type]  # lora_ga is not in its type
+            # lora_ga is not in its type
+            init_lora_weights=self.init == "default" or self.init,  # type: ignore[arg-type]
             eva_config=EvaConfig(rho=1.0) if self.init == "eva" else None,
             lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
             **common,

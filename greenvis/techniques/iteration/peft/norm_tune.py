@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import nn
 
 from greenvis.core.surgery import freeze, hold_norms, names_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -26,17 +26,12 @@ class NormTune(Technique):
     name: ClassVar[str] = "norm_tune"
     stage: ClassVar[Stage] = "weights"
 
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
+    head: Classifier = "train"
     statistics: Annotated[
         Literal["follow", "hold"],
         Field(description="of batch norms: follow the new images, or hold what they are"),
     ] = "follow"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but norms and classifier. Raises BadInput for a model without trainable

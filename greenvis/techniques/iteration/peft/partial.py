@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 from torch import nn
 
 from greenvis.core.surgery import freeze, names_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, PrefixCache, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -33,17 +33,8 @@ class Partial(Technique):
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
 
     blocks: Annotated[int, Field(ge=1, description="how many of the last blocks train")] = 1
-    cache: Annotated[
-        bool | Literal["fp16"],
-        Field(
-            description="run the frozen part once a sample and keep what it gives (fp16: half the "
-            "size)"
-        ),
-    ] = False
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    cache: PrefixCache = False
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""

@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from greenvis.core import distributed
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
@@ -87,13 +87,8 @@ class Prompt(Technique):
         Field(description="how prompts start; prototypes looks at the first training batch"),
     ] = "uniform"
     dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the prompts")] = 0.0
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the prompts in. Raises BadInput for anything but a plain sequence of patches through

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import (
@@ -55,13 +55,8 @@ class Side(Technique):
     every: Annotated[
         int, Field(ge=1, description="a side layer for every so many blocks, counted from the last")
     ] = 1
-    head: Annotated[
-        Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
-    ] = "train"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    head: Classifier = "train"
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the side network in. Raises BadInput where no one sequence runs through all

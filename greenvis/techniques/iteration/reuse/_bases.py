@@ -4,8 +4,7 @@ of attention."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first
+from greenvis.techniques._shared.frozen import slow_path
 from greenvis.techniques._shared.masked import grid_of
 from greenvis.techniques._shared.tec import attention_rows, top_patches
 
@@ -112,7 +112,7 @@ class Base:
             blocks[-1].register_forward_pre_hook(enter)
         ]
         try:
-            with _slow_path(), torch.no_grad():
+            with slow_path(), torch.no_grad():
                 if self.attention:
                     with scores:
                         self.model(x)
@@ -194,18 +194,6 @@ def resolve_base(base: Any, student: nn.Module) -> nn.Module:
                        "change as the model learns; "
                        "give copy.deepcopy(model) or another model")  # fmt: skip
     return base
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    """Switch off torch's fused encoder layers, which run neither hooks nor functions that could be
-    seen."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def fitted(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first, seat
@@ -86,10 +86,7 @@ class FeatureDistill(Technique):
         Literal["fp16", "fp32", "off"],
         Field(description="precision in which the base's features are kept on disk"),
     ] = "fp16"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the projection behind the last block. Raises BadInput for a model or a base without

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -120,10 +120,7 @@ class Reuse(Technique):
         Literal["fp16", "fp32", "off"],
         Field(description="precision in which a base's targets are kept on disk"),
     ] = "fp16"
-    input_shape: Annotated[
-        tuple[int, int, int] | None,
-        Field(description="(channels, height, width) of an image, if it cannot be inferred"),
-    ] = None
+    input_shape: InputShape = None
 
     def runs(self) -> dict[str, str]:
         """Bases that name another run, by their number."""
