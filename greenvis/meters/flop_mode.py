@@ -28,7 +28,8 @@ Formula = Callable[[tuple[Any, ...], dict[str, Any], Any], int]
 # Work that may be large and that no formula covers: shown as not counted. Elementwise work, norms,
 # pooling and moves are left out by the field's convention.
 _HEAVY = re.compile(
-    r"fft|cdist|lstm|gru|rnn|quantized|onednn|mkldnn|linalg|einsum|conv|mm|matmul|attention|bilinear"
+    r"fft|cdist|lstm|gru|rnn|quantized|onednn|mkldnn|linalg|einsum|conv"
+    r"|mm|matmul|attention|bilinear"
     r"|sparse|mkl|fbgemm|svd"
     r"|cholesky|solve|inverse|grid_sampler|transformer|embedding_bag|dot|kron|mv$|vv"
     r"|addr|ger$|outer"

@@ -47,7 +47,8 @@ class Joined(nn.Module):
         blocks[0].add_module(child, self.train(blocks[0].training))
         for number, block in enumerate(blocks):
             last = number == len(blocks) - 1
-            block.forward = Carrying(self, block, doors, number, last)  # type: ignore[method-assign]
+            carrying: Any = Carrying(self, block, doors, number, last)
+            block.forward = carrying
 
     def with_rows(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return x (batch, tokens, dim) with the tokens in it."""
