@@ -1,8 +1,9 @@
 """Run greenvis again and again, each time ended without a word at another of its writes; then once
 more, undisturbed.
 
-python killed.py FIRST STEP RECIPE: in folders of their own below the current one, each a copy of
-`start`, if there is one. Writes are renames, removals and lines of a record. Prints a JSON line for
+python killed.py FIRST STEP KINDS RECIPE: in folders of their own below the current one, each a copy
+of `start`, if there is one. KINDS, by commas, are the writes that count, of WRITES: renames,
+removals and lines of a record. Prints a JSON line for
 each: at which write it ended and at what, the exit code of the run after it, what that said, and
 what lies there then. The first line is of a run that nobody ended.
 """
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from greenvis.cli import main as cli
 from greenvis.meters import record
 
 FINISHED = 77
+WRITES = ("replace", "rename", "unlink", "remove", "write")
 
 
-def ending_at(number: int) -> None:
+def ending_at(number: int, kinds: Iterable[str]) -> None:
     """Make this process end itself, as by kill -9, just before its write of that number."""
     left = number
 
@@ -47,18 +49,20 @@ def ending_at(number: int) -> None:
 
         setattr(os, name, write)
 
-    for name in ("replace", "rename", "unlink", "remove", "write"):
+    for name in kinds:
         counted(name)
 
 
-def run(folder: Path, recipe: str, number: int = 0) -> tuple[int, str]:
+def run(
+    folder: Path, recipe: str, number: int = 0, kinds: Iterable[str] = WRITES
+) -> tuple[int, str]:
     """Run the recipe in a process of its own; return its exit code and what it said."""
     child = os.fork()
     if not child:
         os.chdir(folder)
         said = io.StringIO()
         if number:
-            ending_at(number)
+            ending_at(number, kinds)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             code = cli.main(["run", recipe])
         if not number:
@@ -142,7 +146,8 @@ def _digest(path: Path) -> str:
 
 def main() -> None:
     """See above."""
-    first, step, recipe = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    first, step, kinds = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
+    recipe = Path(sys.argv[4])
     number = 0
     while True:
         folder = Path(str(number)).resolve()
@@ -151,7 +156,7 @@ def main() -> None:
         ).is_dir() else folder.mkdir()
         for file in recipe.parent.glob("*.yaml"):
             shutil.copy(file, folder)
-        ended = run(folder, recipe.name, number)[0] if number else None
+        ended = run(folder, recipe.name, number, kinds)[0] if number else None
         code, said = run(folder, recipe.name)
         at = (folder / "ended").read_text() if (folder / "ended").exists() else ""
         print(
