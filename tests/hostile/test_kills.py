@@ -31,7 +31,7 @@ arms:
 @pytest.mark.parametrize(
     ("first", "step", "kinds"),
     [
-        pytest.param(3, 11, ("replace", "rename"), id="some-renames"),
+        pytest.param(3, 15, ("replace", "rename"), id="some-renames"),
         pytest.param(12, 37, ("write", "unlink", "remove"), id="some-others"),
         *(
             pytest.param(i, 4, killed.WRITES, id=f"all-{i}-of-4", marks=pytest.mark.slow)
