@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"core", "experiment", "meters", "models", "report"},
     "testing": {"core"},
     "bench": {
-        "core", "experiment", "meters", "models", "planning", "techniques", "testing",
+        "core", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
     },
     "cli": {
         "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from greenvis.bench import _floor
 from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
@@ -21,6 +22,7 @@ from greenvis.meters import pricing, record
 from greenvis.meters.header import cpu
 from greenvis.planning.advise import advise, choose
 from greenvis.planning.candidates import PLANS
+from greenvis.report.formatting import si
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 # the model, its options, the recipe that trains it if one does, how many images it learns from
@@ -91,6 +93,7 @@ def run(
         "served": SERVED,
         "overrides": list(overrides),
         "machine": cpu(),
+        "repeatability": _floor.repeatability(),
         "cpu_s": round(sum(r.sum("cpu_s") or 0.0 for r in record.readable(folders))),
     }
     if out is not None:
@@ -181,8 +184,8 @@ def judged(
         "plain": plain, "plain over best": f"{cost[plain] / cost[main['best']] - 1:.1%}",
         "in range": f"{inside['accuracy']}/{len(plans)}",
         "energy in band": f"{inside['total_energy_j']}/{len(plans)}",
-        "trials": f"{advice['trials_energy_j']:.0f} J",
-        "all runs": f"{sum(figures['run_j'] for figures in spent.values()):.0f} J",
+        "trials": si(advice["trials_energy_j"], "J"),
+        "all runs": si(sum(figures["run_j"] for figures in spent.values()), "J"),
     }  # fmt: skip
     return {
         "row": row,
@@ -254,7 +257,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
             "of thumb (see "
         "`greenvis.planning.extrapolate`); energy in band: of training and serving. trials: what "
         "the advice cost; all runs: what "
-        "running every plan cost. Energy as `greenvis doctor` says.", "", *_why(cells),
+        "running every plan cost. Energy as `greenvis doctor` says. "
+        + _floor.sentence(None, repeatability=result.get("repeatability")), "", *_why(cells),
     ]  # fmt: skip
     for cell in cells:
         lines += ["", f"## {cell['host']}, {cell['data']}", "", *_plans(cell)]
@@ -286,7 +290,7 @@ def _outcome(plan: Mapping[str, Any]) -> str:
     )
     return (
         f"{plan['plan']} was predicted {predicted[0]['value']:.1%} for "
-        f"{predicted[1]['value']:.0f} J and reached {actual[0]:.1%} for {actual[1]:.0f} J"
+        f"{si(predicted[1]['value'], 'J')} and reached {actual[0]:.1%} for {si(actual[1], 'J')}"
     )
 
 
@@ -305,12 +309,8 @@ def _plans(cell: Mapping[str, Any]) -> list[str]:
             f"{accuracy['value']:.1%} ({100 * accuracy['low']:.0f}–{100 * accuracy['high']:.0f})",
             f"{actual['accuracy']:.1%}",
         ]
-        for key, form in (
-            ("train_energy_j", ".1f"),
-            ("serve_energy_j", ".2f"),
-            ("total_energy_j", ".0f"),
-        ):
-            shown += [f"{predicted[key]['value']:{form}} J", f"{actual[key]:{form}} J"]
+        for key in ("train_energy_j", "serve_energy_j", "total_energy_j"):
+            shown += [si(predicted[key]["value"], "J"), si(actual[key], "J")]
         lines.append(
             f"| {entry['plan']}{' (front)' if entry['front'] else ''} | {' | '.join(shown)} |"
         )

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.bench import _exiting
+from greenvis.bench import _exiting, _floor
 from greenvis.bench._exiting import AT
 from greenvis.core import files
 from greenvis.meters import flops
@@ -187,10 +187,12 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "turns; CPU time, energy as `greenvis doctor` says. `exits` are the images that left at "
         "each, the last being the "
         "model's end; `realised` is the energy saved over the MACs saved.", "",
-        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+        *_floor.table(rows),
     ]  # fmt: skip
+    apart = _floor.ratio(row["energy_ratio"] for row in rows if row["setting"] == NEVER)
     lines += [
-        "| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows
+        "",
+        _floor.sentence(apart, "never, which lets nobody leave, and the unmodified model"),
     ]
     losses = [
         f"batch {r['batch']}, {r['setting']}"

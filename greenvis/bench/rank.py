@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from greenvis.bench import _floor
 from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
@@ -42,6 +43,7 @@ def run(
     bases = list(dict.fromkeys(str(read.arm(name).model.init) for name in read.arms))
     session.run(read, runs=runs)
     result = rank(bases, str(recipe), images=images, runs=runs)
+    result["repeatability"] = _floor.repeatability()
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         # no paths of this machine
@@ -59,9 +61,9 @@ def _report(result: dict[str, Any]) -> str:
         f"Bases trained here, scored by the features of {result['images']} training images, and "
         "what full fine-tuning of "
         "each reached (means over seeds). Higher scores should stand beside higher accuracies.", "",
-        f"The whole ranking, all scores of all bases, took {spent['value']:.0f} J "
-        f"({spent['low']:.0f}–{spent['high']:.0f}, "
-        f"{spent['provenance']})." + (f" Fine-tuning each base once took {tuning:.0f} J."
+        f"The whole ranking, all scores of all bases, took {_floor.joules(spent['value'])} J "
+        f"({_floor.joules(spent['low'])}–{_floor.joules(spent['high'])}, "
+        f"{spent['provenance']})." + (f" Fine-tuning each base once took {_floor.joules(tuning)} J."
         if tuning else ""), "",
         "| base | fine-tuned | " + " | ".join(METHODS) + " | dimensions | J |",
         "|---" * (len(METHODS) + 4) + "|",
@@ -70,8 +72,10 @@ def _report(result: dict[str, Any]) -> str:
         scores = " | ".join(f"{row[method]:.3f}" for method in METHODS)
         tuned = f"{row['tuned_accuracy']:.4f}" if "tuned_accuracy" in row else "not on record"
         lines.append(
-            f"| {row['base']} | {tuned} | {scores} | {row['dim']} | {row['energy_j']:.2f} |"
+            f"| {row['base']} | {tuned} | {scores} | {row['dim']} "
+            f"| {_floor.joules(row['energy_j'])} |"
         )
+    lines += ["", _floor.sentence(None, repeatability=result.get("repeatability"))]
     if wide := [row["base"] for row in rows if row["dim"] >= result["images"]]:
         lines += ["", f"sfda says nothing of {', '.join(wide)}: with as many dimensions as images "
                       "any labels score about 1. "

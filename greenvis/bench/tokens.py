@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from greenvis import models
+from greenvis.bench import _floor
 from greenvis.core import files
 from greenvis.core.wrap import wrap
 from greenvis.meters import flops
@@ -175,11 +176,10 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "energy as `greenvis doctor` says. `realised` is the speed-up over the ratio of FLOPs; "
         "`energy_ratio` below 1 is a "
         "saving.", "",
-        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
+        *_floor.table(rows),
     ]  # fmt: skip
-    lines += [
-        "| " + " | ".join("–" if v is None else str(v) for v in row.values()) + " |" for row in rows
-    ]
+    apart = _floor.ratio(row["energy_ratio"] for row in rows if row["r"] == "0")
+    lines += ["", _floor.sentence(apart, "r 0, which merges nothing, and the unmodified model")]
     losses = [
         f"batch {row['batch']}, r {row['r']}"
         for row in rows
