@@ -56,7 +56,7 @@ with gv.track("early-exit", live, dir=tempfile.mkdtemp()) as run:
         f"thresholds {chosen['thresholds']}, kept: {chosen['met']}; "
         f"{chosen['cost']:.0%} of the MACs"
     )
-    folding = gv.fold_norms(live.finish(), images[:2])
+    folding = gv.fold_norms(live.for_inference(), images[:2])
     print(f"{len(folding.convolutions)} batch norms folded")
     with torch.inference_mode(), run.phase("serve"):
         print(f"accuracy {accuracy([model(x) for x in stream]):.3f} batch by batch")

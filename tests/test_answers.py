@@ -246,7 +246,7 @@ def test_a_segmenter_answers_as_before_over_classes(kind: str) -> None:
     y = torch.zeros(2, *SHAPE[1:], dtype=torch.int64)
     before = logits_of(model(x)).detach()
     live = gv.wrap(model, gv.Lwf())
-    live.end_task([(x, y)])
+    live.end_experience([(x, y)])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -300,7 +300,7 @@ def test_labels_that_are_no_class_per_image_are_refused(technique: str, labels: 
             live.criterion(F.mse_loss)(model(x), y)
     if technique == "ewc":
         with pytest.raises(BadInput, match="method mas, or si"):
-            live.end_task([(x, y)])
+            live.end_experience([(x, y)])
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -335,7 +335,7 @@ def test_what_reads_no_labels_takes_any(labels: str) -> None:
         model = _net()
         live = gv.wrap(model, technique)
         assert live.loss(x, y, model(x)).isfinite()
-        live.end_task([(x, y)])
+        live.end_experience([(x, y)])
 
 
 @pytest.mark.parametrize(

@@ -384,7 +384,7 @@ def _train(
     for epoch in range(epochs):
         order = torch.randperm(12, generator=torch.Generator().manual_seed(epoch))
         for at in order.split(4):
-            live.show(Samples(folder, {"data": "twelve"}, 12, 1, at))
+            live.set_samples(Samples(folder, {"data": "twelve"}, 12, 1, at))
             _step(live, x[at], y[at])
             optimizer.step()
             optimizer.zero_grad()
@@ -418,7 +418,7 @@ def test_smaller_caches_are_close_and_say_so(tmp_path: Path) -> None:
     losses, sizes = [], []
     for cache in (False, True, CacheOptions(dtype="fp16"), CacheOptions(dtype="fp16", top_k=1)):
         live = gv.wrap(student, gv.Distill(teacher=teacher, cache=cache, temperature=1.0))
-        live.show(Samples(tmp_path, {"data": "four"}, 4, 1, torch.arange(4)))
+        live.set_samples(Samples(tmp_path, {"data": "four"}, 4, 1, torch.arange(4)))
         losses.append(live.loss(x, y, student(x)).item())
         sizes += [f["bytes"] for f in live.facts().get("distill_cache", [])]
         live.undo()
@@ -436,7 +436,7 @@ def test_another_teacher_is_another_cache(tmp_path: Path) -> None:
         live = gv.wrap(_cnn(), gv.Distill(teacher=_vit(), cache=True))
         notes: list[str] = []
         live.installed[0].note = notes.append
-        live.show(samples)
+        live.set_samples(samples)
         _step(live, x, y)
         assert any("weights changed" in n for n in notes) == noted
         live.undo()

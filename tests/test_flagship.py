@@ -67,14 +67,14 @@ def _steps(
     model.train()
     for _ in range(3):
         for at in (torch.tensor([0, 2, 4]), torch.tensor([5, 1, 3])):
-            live.show(
+            live.set_samples(
                 None if folder is None else Samples(folder, {"images": "of the test"}, 6, 1, at)
             )
             logits = logits_of(model(x[at]))
             (F.cross_entropy(logits, y[at]) + live.loss(x[at], y[at], logits)).backward()
             optimizer.step()
             optimizer.zero_grad()
-    live.show(None)
+    live.set_samples(None)
     model.eval()
     return live
 
@@ -110,7 +110,7 @@ def test_sizes_of_merged_tokens_are_those_of_the_images_at_hand(
     seen = []
     for at in (torch.tensor([0, 2, 4]), torch.tensor([5, 1, 3])):
         for samples in (None, Samples(tmp_path, {"images": "of the test"}, 6, 1, at)):
-            live.show(samples)
+            live.set_samples(samples)
             live.model(images[0][at])
             seen.append((merging.flow.size[2].clone(), merging.flow.positions[2].clone()))
     for computed, read in (seen[:2], seen[2:]):

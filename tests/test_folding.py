@@ -179,7 +179,7 @@ def test_weights_stay_channels_last() -> None:
 def test_samples_leave_a_folded_model_as_before(at: tuple[int | str, ...]) -> None:
     live = gv.wrap(lived(HOSTS["timm-resnet"].build()), gv.EarlyExit(at=at, threshold=0.25))
     x = torch.rand(6, *HOSTS["timm-resnet"].input_shape)
-    model = live.finish()
+    model = live.for_inference()
     for head in live.installed[0].exits.heads:  # type: ignore[attr-defined]
         nn.init.normal_(head.linear.weight, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():

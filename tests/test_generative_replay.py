@@ -38,7 +38,7 @@ def _images(*classes: int, each: int = 40) -> list[tuple[Tensor, Tensor]]:
 
 def _stream(live: Any, tasks: range, *, learn: bool = True) -> None:
     for t in range(tasks.stop):
-        live.begin_task(TASKS[t])
+        live.begin_experience(TASKS[t])
         if t not in tasks:
             continue
         optimizer = torch.optim.SGD(live.param_groups(0.2))
@@ -50,7 +50,7 @@ def _stream(live: Any, tasks: range, *, learn: bool = True) -> None:
             optimizer.step()
             live.step_end()
             optimizer.zero_grad()
-        live.end_task(_images(*TASKS[t].classes))
+        live.end_experience(_images(*TASKS[t].classes))
 
 
 def test_the_bound_is_that_of_the_paper() -> None:
@@ -136,12 +136,12 @@ def test_gdumb_learns_at_the_end_of_a_task_only_and_from_the_start() -> None:
         live.step_end()
     assert all(torch.equal(p, b) for p, b in zip(live.model.parameters(), before, strict=True))
     assert live.installed[0].buffer.labels.bincount().tolist() == [6, 6]  # type: ignore[attr-defined]
-    live.end_task(_images(0, 1))
+    live.end_experience(_images(0, 1))
     once = [p.clone() for p in live.model.parameters()]
     with torch.no_grad():
         for p in live.model.parameters():
             p.add_(1.0)  # whatever the weights are when a task ends, training begins from the first
-    live.end_task(_images(0, 1))
+    live.end_experience(_images(0, 1))
     with torch.no_grad():
         right = [float((live.model(x).argmax(1) == y).float().mean()) for x, y in _images(0, 1)]
     assert min(right) == 1.0

@@ -74,7 +74,7 @@ def _left(
         live.step_end()
         optimizer.zero_grad()
     if isinstance(request, gv.Regularize):
-        live.end_task([(X[0], Y[0])])
+        live.end_experience([(X[0], Y[0])])
     return {
         k: v
         for k, v in live.state_dict().items()
@@ -150,7 +150,7 @@ def test_gates_of_hat_learn_in_half_precision() -> None:
         img_size=8, patch_size=4, in_chans=1, embed_dim=8, depth=1, num_heads=2, num_classes=4
     )
     live = gv.wrap(model.half(), gv.Hat(s_max=400.0, anneal_steps=4))
-    live.begin_task(Experience(0, (0, 1, 2, 3), (0, 1, 2, 3)))
+    live.begin_experience(Experience(0, (0, 1, 2, 3), (0, 1, 2, 3)))
     images, labels = torch.randn(4, 1, 8, 8).half(), torch.arange(4)
     for _ in range(4):
         x, y = live.batch(images, labels)

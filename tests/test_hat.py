@@ -34,7 +34,7 @@ def _train(live: Wrapped, tasks: range, steps: int = 4, begin: int = 0, end: boo
     for index in tasks:
         first = begin if index == tasks[0] else 0
         if not first:
-            live.begin_task(_task(index))
+            live.begin_experience(_task(index))
         optimizer = torch.optim.AdamW(live.param_groups(1e-2), weight_decay=0.1)
         for step in range(first, steps):
             generator = torch.Generator().manual_seed(100 * index + step)
@@ -47,15 +47,15 @@ def _train(live: Wrapped, tasks: range, steps: int = 4, begin: int = 0, end: boo
             optimizer.zero_grad()
             live.step_end()
         if end:
-            live.end_task([])
+            live.end_experience([])
     live.model.eval()
 
 
 def _outputs(live: Wrapped, x: Tensor, told: int | None = None) -> Tensor:
-    live.test_task(None if told is None else _task(told))
+    live.eval_experience(None if told is None else _task(told))
     with torch.no_grad():
         out = logits_of(live.model.eval()(x))
-    live.test_task(None)
+    live.eval_experience(None)
     return out
 
 
@@ -124,7 +124,7 @@ def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
     for index in range(3):
         _train(live, range(index, index + 1), end=False)
         _shut(live, 0.7, index)
-        live.end_task([])
+        live.end_experience([])
         told.append(_outputs(live, x, index))
         assert torch.equal(_outputs(live, x), told[-1])
         assert all(torch.equal(_outputs(live, x, i), then) for i, then in enumerate(told))
@@ -157,11 +157,11 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     uninterrupted, resumed = (wrap(host.build(), request) for _ in range(2))
     _train(uninterrupted, range(1), end=False)
     _shut(uninterrupted, 0.6)
-    uninterrupted.end_task([])
+    uninterrupted.end_experience([])
     _train(uninterrupted, range(1, 2), steps=2, end=False)
     uninterrupted.save(tmp_path)
     for index in range(2):
-        resumed.begin_task(_task(index))
+        resumed.begin_experience(_task(index))
     resumed.load(tmp_path)
     for live in (uninterrupted, resumed):
         _train(live, range(1, 2), begin=2)
@@ -180,7 +180,7 @@ def test_merges_to_the_current_task_and_undoes() -> None:
     live = wrap(model, Hat())
     _train(live, range(1), end=False)
     _shut(live, 0.5)
-    live.end_task([])
+    live.end_experience([])
     outputs = _outputs(live, x)
     live.merge()
     assert list(model.state_dict()) == keys
@@ -194,10 +194,10 @@ def test_merges_to_the_current_task_and_undoes() -> None:
 
 def test_says_where_no_unit_is_left_and_refuses_nonsense() -> None:
     live = wrap(HOSTS["timm-vit"].build(), Hat())
-    live.begin_task(_task(0))
-    live.end_task([])
+    live.begin_experience(_task(0))
+    live.end_experience([])
     with pytest.warns(UserWarning, match="no free unit is left for task 2, which can only choose"):
-        live.begin_task(_task(1))
+        live.begin_experience(_task(1))
     for wrong in ({"s_max": 1}, {"weight": -1}, {"anneal_steps": 0}, {"gates": 3}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Hat(**wrong)  # type: ignore[arg-type]

@@ -94,10 +94,10 @@ REFUSE: dict[str, Callable[[], list[gv.Technique]]] = {
 
 def first_task(techniques: list[gv.Technique]) -> Any:
     live = gv.wrap(vit(), techniques)
-    live.begin_task(Experience(0, (0, 1), (0, 1), 2))
+    live.begin_experience(Experience(0, (0, 1), (0, 1), 2))
     y = torch.tensor([0, 1, 0, 1])
     step(live, y)
-    live.end_task([(torch.rand(4, 3, 16, 16), y)])
+    live.end_experience([(torch.rand(4, 3, 16, 16), y)])
     return live
 
 
@@ -109,7 +109,7 @@ def test_a_new_classifier_is_trained_saved_and_merged(
     live = first_task(TAKE[name]())
     model = live.model
     change(model)
-    live.begin_task(Experience(1, (2, 3), (0, 1, 2, 3), 2))
+    live.begin_experience(Experience(1, (2, 3), (0, 1, 2, 3), 2))
     before = {n: p.detach().clone() for n, p in model.head.named_parameters()}
     step(live, torch.tensor([2, 3, 2, 3]))
     assert not [n for n, p in model.head.named_parameters() if torch.equal(before[n], p)]
@@ -135,7 +135,7 @@ def test_a_new_classifier_is_refused_where_something_hangs_on_the_old(name: str)
     live = first_task(REFUSE[name]())
     live.model.reset_classifier(4)
     with pytest.raises(gv.GreenvisError, match="replaced after wrap"):
-        live.begin_task(Experience(1, (2, 3), (0, 1, 2, 3), 2))
+        live.begin_experience(Experience(1, (2, 3), (0, 1, 2, 3), 2))
     for seam in (
         lambda: live.batch(None, None),
         lambda: live.loss(None, None, None),

@@ -173,7 +173,7 @@ def test_lwf_compares_the_images_and_not_what_joined_them() -> None:
         HOSTS["timm-vit"].build(), [gv.Replay(size=8, latent=2, batch_size=4), gv.Lwf()]
     )
     x, y = torch.rand(4, 3, 32, 32), torch.arange(4) % 5
-    live.end_task([(x, y)])
+    live.end_experience([(x, y)])
     _step(live, 0)
     shown, told = live.batch(x, y)
     logits = live.model(shown)

@@ -46,7 +46,7 @@ def _train(live: Wrapped, tasks: range, steps: int = 3, begin: int = 0, end: boo
     for index in tasks:
         first = begin if index == tasks[0] else 0
         if not first:
-            live.begin_task(_task(index))
+            live.begin_experience(_task(index))
         optimizer = torch.optim.SGD(live.param_groups(0.1), weight_decay=0.1)
         for step in range(first, steps):
             x, y = _images(4 + step), torch.arange(4 + step) % 2
@@ -60,7 +60,7 @@ def _train(live: Wrapped, tasks: range, steps: int = 3, begin: int = 0, end: boo
             optimizer.zero_grad()
             live.step_end()
         if end:
-            live.end_task([])
+            live.end_experience([])
     live.model.eval()
 
 
@@ -96,10 +96,10 @@ def test_computes_the_base_and_the_sum_of_changes(mode: Any) -> None:
     assert torch.allclose(layer(x), base + factor * x @ sum(changes).T, atol=1e-5)
     _of(live).use([1, 0, -0.5])  # negation
     assert torch.allclose(layer(x), base + x @ (changes[0] - 0.5 * changes[2]).T, atol=1e-5)
-    live.test_task(_task(1))
+    live.eval_experience(_task(1))
     told = changes[1] if mode == "arithmetic" else changes[0] + changes[1]
     assert torch.allclose(layer(x), base + x @ told.T, atol=1e-5)
-    live.test_task(None)
+    live.eval_experience(None)
     assert _of(live).factors == [1, 0, -0.5]
 
 
@@ -113,14 +113,14 @@ def test_a_task_that_is_told_is_not_forgotten_by_a_bit(mode: Any) -> None:
         for n, p in model.named_parameters()
         if "task0" in n or not p.requires_grad
     }
-    live.test_task(_task(0))
+    live.eval_experience(_task(0))
     before = model(x)
-    live.test_task(None)
+    live.eval_experience(None)
     _train(live, range(1, 3))
     assert all(torch.equal(model.get_parameter(n), value) for n, value in frozen.items())
-    live.test_task(_task(0))
+    live.eval_experience(_task(0))
     assert torch.equal(model(x), before)
-    live.test_task(None)
+    live.eval_experience(None)
     assert not torch.equal(model(x), before)
 
 
@@ -140,15 +140,15 @@ def test_the_term_makes_the_next_task_orthogonal() -> None:
 
 def test_trains_the_current_change_and_the_head_only() -> None:
     live = wrap(_vit(), [LoraStream(rank=2, targets=("mlp",)), Adapter(width=2)])
-    live.begin_task(_task(0))
-    live.begin_task(_task(1))
+    live.begin_experience(_task(0))
+    live.begin_experience(_task(1))
     assert {n.split("task")[1][0] for n in live.trainable if "lora" in n} == {"1"}
     assert {"head.weight", "head.bias"} <= set(live.trainable)
     learning = set(live.trainable)
     assert any("adapter" in n for n in learning)
-    live.end_task([])
-    live.test_task(_task(0))
-    live.test_task(None)
+    live.end_experience([])
+    live.eval_experience(_task(0))
+    live.eval_experience(None)
     assert set(live.trainable) == learning
 
 
@@ -167,14 +167,14 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path, mode: Any) -> None:
     state = torch.get_rng_state()
     first.save(tmp_path)
     for index in range(2):
-        second.begin_task(_task(index))
+        second.begin_experience(_task(index))
     torch.set_rng_state(state)
     second.load(tmp_path)
     _train(second, range(1, 3), begin=2)
     x = _images()
     assert torch.equal(second.model(x), uninterrupted.model(x))
     for live in (second, uninterrupted):
-        live.test_task(_task(0))
+        live.eval_experience(_task(0))
     assert torch.equal(second.model(x), uninterrupted.model(x))
     assert second.facts() == uninterrupted.facts()
     assert uninterrupted.facts()["lora_stream_tasks"] == 3

@@ -34,7 +34,7 @@ def _train(
     for index in tasks:
         first = begin if index == tasks[0] else 0
         if not first:
-            live.begin_task(_task(index))
+            live.begin_experience(_task(index))
         optimizer = torch.optim.AdamW(live.param_groups(1e-2), weight_decay=0.1)
         for step in range(first, steps):
             x, y = _batch(shape, index, step)
@@ -45,15 +45,15 @@ def _train(
             optimizer.zero_grad()
             live.step_end()
         if end:
-            live.end_task([_batch(shape, index, step) for step in range(2)])
+            live.end_experience([_batch(shape, index, step) for step in range(2)])
     live.model.eval()
 
 
 def _outputs(live: Wrapped, x: Tensor, told: int | None = None) -> Tensor:
-    live.test_task(None if told is None else _task(told))
+    live.eval_experience(None if told is None else _task(told))
     with torch.no_grad():
         out = logits_of(live.model.eval()(x))
-    live.test_task(None)
+    live.eval_experience(None)
     return out
 
 
@@ -75,9 +75,9 @@ def test_the_largest_free_weights() -> None:
 def test_prunes_by_magnitude_layer_by_layer_and_rests_the_others_at_zero() -> None:
     model = HOSTS["timm-vit"].build()
     live = wrap(model, PackNet(keep=0.5, retrain_epochs=0))
-    live.begin_task(_task(0))
+    live.begin_experience(_task(0))
     weight, before = model.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight.detach().clone()  # type: ignore[index]
-    live.end_task([])
+    live.end_experience([])
     kept = weight != 0
     assert kept.float().mean() == 0.5
     assert torch.equal(weight[kept], before[kept])
@@ -116,8 +116,8 @@ def test_retraining_lowers_the_loss_that_pruning_raised() -> None:
     for epochs in (0, 50):
         model = HOSTS["timm-vit"].build()
         live = wrap(model, PackNet(keep=0.1, retrain_epochs=epochs, retrain_lr=1e-2))
-        live.begin_task(_task(0))
-        live.end_task([(x, y)])
+        live.begin_experience(_task(0))
+        live.end_experience([(x, y)])
         assert model.training
         losses[epochs] = F.cross_entropy(model.eval()(x)[:, :2], y).item()
         assert (model.blocks[0].attn.qkv.weight == 0).float().mean() == pytest.approx(0.9, abs=1e-3)  # type: ignore[index]
@@ -131,7 +131,7 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     _train(uninterrupted, host.input_shape, range(1, 2), steps=2, end=False)
     uninterrupted.save(tmp_path)
     for index in range(2):
-        resumed.begin_task(_task(index))
+        resumed.begin_experience(_task(index))
     resumed.load(tmp_path)
     for live in (uninterrupted, resumed):
         _train(live, host.input_shape, range(1, 3), steps=3, begin=2)
@@ -147,9 +147,9 @@ def test_undo_is_exact_and_merge_keeps_all() -> None:
     before, keys = Snapshot(model), list(model.state_dict())
     live = wrap(model, PackNet())
     _train(live, host.input_shape, range(2))
-    live.test_task(_task(0))
+    live.eval_experience(_task(0))
     with torch.no_grad():
-        live.test_task(None)
+        live.eval_experience(None)
         outputs = model(x)
         live.merge()
         assert torch.equal(model.eval()(x), outputs)
@@ -162,12 +162,12 @@ def test_undo_is_exact_and_merge_keeps_all() -> None:
 
 def test_says_where_no_room_is_left() -> None:
     live = wrap(HOSTS["timm-vit"].build(), PackNet(keep=1.0, retrain_epochs=0))
-    live.begin_task(_task(0))
-    live.end_task([])
+    live.begin_experience(_task(0))
+    live.end_experience([])
     with pytest.raises(
         GreenvisError, match=r"no weight is left for task 2: give packnet a lower `keep` than 1.0"
     ):
-        live.begin_task(_task(1))
+        live.begin_experience(_task(1))
     assert _of(live).done == 1
 
 

@@ -41,10 +41,10 @@ def _stream(live: Any, tasks: range, size: int = 32) -> list[Tensor]:
     """Train on tasks; return what the model says on some images when each has ended."""
     said = []
     for t in range(tasks.stop):
-        live.begin_task(TASKS[t])
+        live.begin_experience(TASKS[t])
         if t in tasks:
             _train(live, t, size=size)
-            live.end_task([])
+            live.end_experience([])
             said.append(_answers(live.model, size))
     return said
 
@@ -78,13 +78,13 @@ def test_a_column_adds_what_adapters_make_of_the_one_before() -> None:
     net = _Net()
     live = gv.wrap(net, gv.Pnn(width=4, input_shape=(1, 2, 3)))
     installed: Any = live.installed[0]
-    live.begin_task(TASKS[0])
+    live.begin_experience(TASKS[0])
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    live.end_task([])
+    live.end_experience([])
     old = {n: v.clone() for n, v in installed.columns[0].items()}
-    live.begin_task(TASKS[1])
+    live.begin_experience(TASKS[1])
     fresh = _Net()
     x = torch.rand(4, 1, 2, 3)
     with torch.no_grad():
@@ -125,9 +125,9 @@ def test_a_task_that_is_told_is_not_forgotten_by_a_bit(name: str, size: int) -> 
     latest = _answers(model, size)
     assert torch.equal(latest, said[2])
     for t in range(3):
-        live.test_task(TASKS[t])
+        live.eval_experience(TASKS[t])
         assert torch.equal(_answers(model, size), said[t])
-        live.test_task(None)
+        live.eval_experience(None)
         assert torch.equal(_answers(model, size), latest)
     assert not torch.allclose(said[0], said[1])
     assert live.facts()["pnn_columns"] == 3
@@ -136,7 +136,7 @@ def test_a_task_that_is_told_is_not_forgotten_by_a_bit(name: str, size: int) -> 
 def test_only_the_current_column_learns() -> None:
     live = _live()
     _stream(live, range(2))
-    live.begin_task(TASKS[2])
+    live.begin_experience(TASKS[2])
     names = set(live.trainable)
     assert {n for n in names if ".pnn" in n} == {
         n for n, _ in live.model.named_parameters() if ".pnn2." in n
@@ -161,7 +161,7 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     _stream(first, range(2))
     first.save(tmp_path)
     for task in TASKS[:2]:
-        second.begin_task(task)
+        second.begin_experience(task)
     second.load(tmp_path)
     torch.manual_seed(100 + 2)  # as after the last step of the second task
     torch.rand(4, 3, 32, 32)
@@ -174,9 +174,9 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
 
 
 def _stream_from(live: Any, task: int) -> None:
-    live.begin_task(TASKS[task])
+    live.begin_experience(TASKS[task])
     _train(live, task)
-    live.end_task([])
+    live.end_experience([])
 
 
 def test_undo_leaves_no_adapter_and_a_model_without_blocks_is_refused() -> None:

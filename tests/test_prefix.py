@@ -52,12 +52,14 @@ def _train(
     optimizer = torch.optim.SGD(live.param_groups(0.1))
     model.train()
     for step, (x, y, at) in enumerate(_batches(shape)):
-        live.show(None if folder is None else Samples(folder, {"images": "of the test"}, 8, 1, at))
+        live.set_samples(
+            None if folder is None else Samples(folder, {"images": "of the test"}, 8, 1, at)
+        )
         torch.manual_seed(step)  # the trained part may drop paths
         F.cross_entropy(logits_of(model(x)), y).backward()
         optimizer.step()
         optimizer.zero_grad()
-    live.show(None)
+    live.set_samples(None)
     return live
 
 
@@ -127,7 +129,7 @@ def test_a_model_with_dropout_gives_one_answer_for_the_frozen_part(tmp_path: Pat
     live = wrap(model, LinearProbe(cache=True))
     x, _, at = _batches((3, 32, 32))[0]
     first = model(x)
-    live.show(Samples(tmp_path, {"images": "abc"}, 8, 1, at))
+    live.set_samples(Samples(tmp_path, {"images": "abc"}, 8, 1, at))
     assert torch.equal(model(x), first)
     assert torch.equal(model(x), first)
 
@@ -137,12 +139,12 @@ def test_other_images_than_those_shown_are_computed(tmp_path: Path) -> None:
     live = wrap(model, LinearProbe(cache=True))
     x, _, at = _batches((3, 32, 32))[0]
     shown = Samples(tmp_path, {"images": "abc"}, 8, 1, at)
-    live.show(shown)
+    live.set_samples(shown)
     model(x)
     assert not torch.equal(model(x.flip(-1)), model(x))
-    live.show(None)
+    live.set_samples(None)
     right = model(x.flip(-1))
-    live.show(shown)
+    live.set_samples(shown)
     assert torch.equal(model(x.flip(-1)), right)
 
 
@@ -170,7 +172,7 @@ def test_nothing_frozen_is_refused() -> None:
 def test_endless_augmentation_is_refused_before_the_first_step(tmp_path: Path) -> None:
     live = wrap(HOSTS["timm-vit"].build(), LinearProbe(cache=True))
     x, _, at = _batches((3, 32, 32))[0]
-    live.show(Samples(tmp_path, {"images": "abc"}, 8, None, at))
+    live.set_samples(Samples(tmp_path, {"images": "abc"}, 8, None, at))
     with pytest.raises(BadInput, match=r"set data\.views"):
         live.model(x)
     assert all(m.training for m in live.model.modules())

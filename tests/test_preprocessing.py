@@ -346,7 +346,7 @@ def test_a_kept_answer_is_not_taken_for_another_students(tmp_path: Path) -> None
         student = _plain()
         describe(student, mean=(mean,) * 3, std=(0.5,) * 3)
         live = gv.wrap(student, gv.Distill(teacher=teacher, cache=True))
-        live.show(Samples(tmp_path, {"images": "x"}, 3, 1, torch.arange(3)))
+        live.set_samples(Samples(tmp_path, {"images": "x"}, 3, 1, torch.arange(3)))
         live.loss(x, None, student(x))
         stored.append(len([*caches(tmp_path)]))
         live.undo()

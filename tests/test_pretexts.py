@@ -168,7 +168,7 @@ def test_kept_features_cost_no_forward_of_the_base(tmp_path: Path) -> None:
     asked.clear()
     x, losses = torch.rand(8, 3, 32, 32), []
     for _ in range(3):
-        live.show(Samples(tmp_path, {"images": "random"}, 8, 1, torch.arange(8)))
+        live.set_samples(Samples(tmp_path, {"images": "random"}, 8, 1, torch.arange(8)))
         with torch.no_grad():
             losses.append(live.loss(x, None, None).item())
     assert asked == [8]

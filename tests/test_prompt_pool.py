@@ -160,7 +160,7 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
     pool = model.blocks[0].prompt_pool
     model(x)
     first = pool.picked.clone()
-    live.end_task([])
+    live.end_experience([])
     assert torch.equal(pool.before, first)
     model(x)
     assert pool.picked[first == first.max()].sum() < first.max() * (first == first.max()).sum()
@@ -177,7 +177,9 @@ def test_diversity_turns_to_unused_prompts_in_training_only() -> None:
 
 def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
     for index in tasks:
-        live.begin_task(Experience(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2))))
+        live.begin_experience(
+            Experience(index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)))
+        )
         optimizer = torch.optim.AdamW(live.param_groups(1e-2))
         for step in range(steps):
             x, y = _images(4 + step), torch.arange(4 + step) % 2 + 2 * index
@@ -188,7 +190,7 @@ def _train(live: Wrapped, tasks: range, steps: int = 2) -> None:
             optimizer.step()
             optimizer.zero_grad()
             live.step_end()
-        live.end_task([])
+        live.end_experience([])
 
 
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
@@ -214,10 +216,12 @@ def test_queries_are_kept_and_change_nothing(tmp_path: Path) -> None:
         live = wrap(model, PromptPool(pool=4, length=2, top_n=2, cache=cache))
         x = _images()
         for _ in range(repeat):
-            live.show(Samples(tmp_path, {"images": "these"}, len(x), 1, torch.arange(len(x))))
+            live.set_samples(
+                Samples(tmp_path, {"images": "these"}, len(x), 1, torch.arange(len(x)))
+            )
             torch.manual_seed(2)
             logits = model(x)
-        live.show(None)
+        live.set_samples(None)
         facts = live.facts()
         live.undo()
         return logits, facts.get("prompt_pool_queries")
@@ -228,7 +232,7 @@ def test_queries_are_kept_and_change_nothing(tmp_path: Path) -> None:
     assert (facts["hits"], facts["misses"]) == (6, 6)
     assert torch.allclose(kept, plain, atol=1e-6)
     live = wrap(_vit().train(), [PromptPool(pool=4, top_n=2, cache=True), Adapter(width=2)])
-    live.show(Samples(tmp_path, {"images": "these"}, 6, 1, torch.arange(6)))
+    live.set_samples(Samples(tmp_path, {"images": "these"}, 6, 1, torch.arange(6)))
     with pytest.raises(GreenvisError, match=r"cannot be kept, for .*adapter.* trains"):
         live.model(_images())
 

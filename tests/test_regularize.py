@@ -107,7 +107,7 @@ def test_ewc_of_each_task_is_the_sum_of_their_penalties() -> None:
                 p.add_(shift)
         importance = fisher(net, NAMES, _loader(8))
         expected.append((importance, {n: p.detach().clone() for n, p in net.named_parameters()}))
-        live.end_task(_loader(8))
+        live.end_experience(_loader(8))
     now = EWC["perturbed_params"]
     net.load_state_dict(now)
     assert live.loss(X, Y, net(X)).item() == pytest.approx(
@@ -120,10 +120,10 @@ def test_online_ewc_decays_and_holds_to_the_last() -> None:
     live = gv.wrap(net, gv.Regularize(weight=2.0, decay=0.9, fisher="weighted"))
     assert live.loss(X, Y, net(X)).item() == 0
     first = fisher(net, NAMES, _loader(8), "weighted")
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     net.load_state_dict(EWC["perturbed_params"])
     second = fisher(net, NAMES, _loader(8), "weighted")
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     net.load_state_dict(EWC["state_dict"])
     both = {n: 0.9 * first[n] + second[n] for n in NAMES}
     expected = 2.0 * penalty(EWC["state_dict"], both, EWC["perturbed_params"])
@@ -135,10 +135,10 @@ def test_mas_takes_a_share_of_what_was_and_what_is() -> None:
     net = _net()
     live = gv.wrap(net, gv.Regularize(method="mas", fisher="batch"))
     first = mas(net, NAMES, _loader(8))
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     net.load_state_dict(EWC["perturbed_params"])
     second = mas(net, NAMES, _loader(8))
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     assert _same(live.installed[0].importance, {n: (first[n] + second[n]) / 2 for n in NAMES})  # type: ignore[attr-defined]
 
 
@@ -156,7 +156,7 @@ def test_si_follows_the_path_of_each_weight() -> None:
         optimizer.step()
         optimizer.zero_grad()
         live.step_end()
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     moved = {n: p.detach() - start[n] for n, p in net.named_parameters()}
     expected = {n: path_importance(path[n], moved[n], 0.2) for n in path}
     at = {n: p.detach().clone() for n, p in net.named_parameters()}
@@ -181,20 +181,20 @@ def test_lwf_equals_both_libraries(row: int) -> None:
 def test_lwf_compares_earlier_classes_with_the_earlier_model() -> None:
     net = nn.Sequential(_net(), nn.BatchNorm1d(4))
     live = gv.wrap(net, gv.Lwf(weight=0.5, keep=0.25))
-    live.begin_task(Experience(0, (0, 1), (0, 1)))
+    live.begin_experience(Experience(0, (0, 1), (0, 1)))
     assert live.loss(X, Y, net(X)).item() == 0
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     before = {n: t.clone() for n, t in net.state_dict().items()}
     old = net.eval()(X).detach()
     with torch.no_grad():
         net.get_parameter("0.2.bias").add_(torch.arange(4.0))
-    live.begin_task(Experience(1, (2, 3), (0, 1, 2, 3)))
+    live.begin_experience(Experience(1, (2, 3), (0, 1, 2, 3)))
     now = net.train()(X)
     buffers = {n: b.clone() for n, b in net.named_buffers()}
     assert torch.allclose(live.loss(X, Y, now), 0.5 * lwf_loss(now, old, [0, 1]), atol=1e-6)
     assert all(torch.equal(b, buffers[n]) for n, b in net.named_buffers())
     assert all(m.training for m in net.modules())
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     assert torch.allclose(
         net.get_parameter("0.2.bias"), before["0.2.bias"] + 0.75 * torch.arange(4.0)
     )
@@ -207,7 +207,7 @@ def test_saved_and_loaded_in_the_middle_of_a_task_it_goes_on_exactly(
     def train(live: Any, steps: range) -> None:
         for i in steps:
             if i == 3:
-                live.end_task(_loader(8))
+                live.end_experience(_loader(8))
             x, y = _loader(8)[i % 3]
             logits = live.model(x)
             (F.cross_entropy(logits, y) + live.loss(x, y, logits)).backward()
@@ -217,7 +217,7 @@ def test_saved_and_loaded_in_the_middle_of_a_task_it_goes_on_exactly(
                     p.grad = None
             live.step_end()
         if steps.stop == 8:
-            live.end_task(_loader(8))
+            live.end_experience(_loader(8))
 
     uninterrupted, first, second = (gv.wrap(_net(), request_of()) for _ in range(3))
     train(uninterrupted, range(8))
@@ -236,7 +236,7 @@ def test_undo_leaves_nothing_behind(request_of: Any) -> None:
     live = gv.wrap(net, request_of())
     net(X).sum().backward()
     live.loss(X, Y, net(X))
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     live.undo()
     assert all(torch.equal(t, EWC["state_dict"][n]) for n, t in net.state_dict().items())
     assert not any(p._post_accumulate_grad_hooks for p in net.parameters())
@@ -250,7 +250,7 @@ def test_a_penalty_that_gradient_descent_cannot_follow_is_foretold(
     says so beforehand."""
     net = _net()
     live = gv.wrap(net, gv.Regularize(weight=1.0))
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     greatest = max(float(v.max()) for v in live.installed[0].importance.values())  # type: ignore[attr-defined]
     lr = 1 / greatest
     live.undo()
@@ -258,7 +258,7 @@ def test_a_penalty_that_gradient_descent_cannot_follow_is_foretold(
     notes: list[str] = []
     live.installed[0].note = notes.append
     optimizer = torch.optim.SGD(live.param_groups(lr), lr)
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     assert bool(notes) == diverges
     assert all(f"the greatest is {greatest:.3g}" in note for note in notes)
     with torch.no_grad():
@@ -278,6 +278,6 @@ def test_bad_requests_say_what_to_do() -> None:
     with pytest.raises(gv.BadInput, match="should be 'ewc', 'mas' or 'si'"):
         gv.Regularize(method="ewx")  # type: ignore[arg-type]
     live = gv.wrap(_net(), gv.Lwf())
-    live.end_task(_loader(8))
+    live.end_experience(_loader(8))
     with pytest.raises(GreenvisError, match="needs logits"):
         live.loss(X, Y, None)

@@ -292,14 +292,14 @@ def test_herding_chooses_at_a_tasks_end_and_shares_among_classes() -> None:
     _steps(live, range(2))
     buffer = live.installed[0].buffer  # type: ignore[attr-defined]
     assert len(buffer) == 0
-    live.end_task([(x[low], y[low])])
+    live.end_experience([(x[low], y[low])])
     assert Counter(buffer.labels.tolist()) == {0: 4, 1: 4}
     best = buffer.take([0, 1])[0]
     mine = x[y == buffer.labels[0]]
     with torch.no_grad():
         rows = herding(F.normalize(model[:3](mine).double(), dim=1), 2)
     assert torch.allclose(best, mine[rows], atol=2e-3)
-    live.end_task([(x[high], y[high])])
+    live.end_experience([(x[high], y[high])])
     assert Counter(buffer.labels.tolist()) == {0: 2, 1: 2, 2: 2, 3: 2}
     assert torch.allclose(buffer.take([0, 1])[0], best, atol=4e-3)  # cut from behind
     assert model.training

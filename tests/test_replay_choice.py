@@ -235,13 +235,13 @@ def test_never_a_test_image_nor_one_of_a_task_to_come(
     live = wrap(model, gv.Replay(size=30, policy=policy, exact=True))
     buffer: Any = live.installed[0].buffer  # type: ignore[attr-defined]
     kept: list[Tensor] = []
-    end = live.installed[0].end_task
+    end = live.installed[0].end_experience
 
     def look(loader: Any) -> None:
         end(loader)
         kept.append(buffer.take(range(len(buffer)))[0].flatten(1))
 
-    live.installed[0].end_task = look  # type: ignore[method-assign]
+    live.installed[0].end_experience = look  # type: ignore[method-assign]
     spec = TrainSpec(epochs=1, batch_size=16, lr=0.01)
     with gv.track("choice", dir=tmp_path, codecarbon=False) as run:
         continual.fit_stream(live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run)

@@ -37,7 +37,7 @@ for task in range(2):
         loss = live.criterion(F.cross_entropy)(logits, by) + live.loss(bx, by, logits)
         accelerator.backward(loss)
         optimizer.step(); live.step_end(); optimizer.zero_grad()
-    live.end_task(loader)
+    live.end_experience(loader)
     buffer = live.installed[0].buffer
     after.append(buffer.take(range(len(buffer)))[0][:, 0, 0, 0].clone())
 torch.save({"kept": after, "size": buffer.size, "drawn": buffer.draw(5),

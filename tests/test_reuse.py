@@ -341,7 +341,7 @@ def test_kept_targets_teach_the_same(tmp_path: Path, precision: Any) -> None:
         base.register_forward_hook(count)
         optimizer = torch.optim.AdamW(live.param_groups(1e-3))
         for samples, _ in zip(_samples(tmp_path), range(3), strict=False):
-            live.show(samples)
+            live.set_samples(samples)
             live.loss(x, None, None).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -408,7 +408,7 @@ def test_a_later_epoch_costs_less_than_one_of_a_masked_autoencoder(tmp_path: Pat
         model: Any = _vit(**size)
         live = wrap(model, Reuse(base=_vit(**size), cache=cache))
         for samples, epoch in zip(_samples(tmp_path), (1, 2), strict=False):
-            live.show(samples)
+            live.set_samples(samples)
             costs[cache, epoch] = _flops(live, x)
         live.undo()
     rival = _flops(wrap(_vit(**size), Mae()), x)

@@ -328,13 +328,13 @@ class _Columns(Installed):
         super().__init__(freezes=True)
         self.model, self.told = model, []
 
-    def begin_task(self, task: Experience) -> None:
-        self.told.append(task.index)
-        self.model.register_parameter(f"scale{task.index}", nn.Parameter(torch.ones(3)))
-        self.trainable = (f"scale{task.index}",)
+    def begin_experience(self, experience: Experience) -> None:
+        self.told.append(experience.index)
+        self.model.register_parameter(f"scale{experience.index}", nn.Parameter(torch.ones(3)))
+        self.trainable = (f"scale{experience.index}",)
 
-    def test_task(self, task: Experience | None) -> None:
-        self.told.append(None if task is None else task.classes)
+    def eval_experience(self, experience: Experience | None) -> None:
+        self.told.append(None if experience is None else experience.classes)
 
 
 def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
@@ -345,18 +345,18 @@ def test_a_technique_hears_of_tasks_and_may_grow_at_their_start() -> None:
         task = Experience(
             index, (2 * index, 2 * index + 1), tuple(range(2 * index + 2)), 2, known=True
         )
-        live.begin_task(task)
+        live.begin_experience(task)
         assert list(live.trainable) == [
             f"scale{index}"
         ]  # this task's own learns, the one before is kept
-        live.test_task(task)
+        live.eval_experience(task)
         with torch.no_grad():
             live.trainable[f"scale{index}"].fill_(index + 5.0)
-    live.test_task(None)
+    live.eval_experience(None)
     assert live.installed[0].told == [0, (0, 1), 1, (2, 3), None]  # type: ignore[attr-defined]
     again = gv.wrap(nn.Sequential(nn.Linear(4, 3)), _Column())
     for index in range(2):
-        again.begin_task(Experience(index, (index,), (index,)))
+        again.begin_experience(Experience(index, (index,), (index,)))
     again.load_state_dict(live.state_dict())
     assert (
         again.model.get_parameter("scale0").tolist() == [5.0] * 3

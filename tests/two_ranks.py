@@ -68,7 +68,7 @@ class Case:
         for epoch in epochs:
             self.model.train()
             for number, share in enumerate(self.shares(rows, epoch)):
-                self.live.show(
+                self.live.set_samples(
                     Samples(
                         self.folder / f"cache{self.ranks}", {"images": "random"}, IMAGES, 1, share
                     )
@@ -89,7 +89,7 @@ class Case:
                     self.optimizer.step()
                     self.live.step_end()
                     self.optimizer.zero_grad()
-            self.live.show(None)
+            self.live.set_samples(None)
             self.live.epoch_end()
 
     def _loss(self, x: Tensor, y: Tensor, pretext: bool) -> Tensor:
@@ -137,10 +137,10 @@ def tasks(folder: Path, technique: gv.Technique, epochs: int = EPOCHS) -> dict[s
     case = Case([technique], folder)
     for index, classes in enumerate(((0, 1), (2, 3))):
         rows = torch.isin(case.y, torch.tensor(classes)).nonzero().squeeze(1)
-        case.live.begin_task(Experience(index, classes, tuple(range(2 * index + 2)), 2))
+        case.live.begin_experience(Experience(index, classes, tuple(range(2 * index + 2)), 2))
         case.start()
         case.train(rows, range(epochs))
-        case.live.end_task([(case.x[share], case.y[share]) for share in case.shares(rows, 0)])
+        case.live.end_experience([(case.x[share], case.y[share]) for share in case.shares(rows, 0)])
     return case.left()
 
 

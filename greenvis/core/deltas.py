@@ -111,7 +111,7 @@ class Deltas:
             if live.unmergeable:
                 raise GreenvisError(f"{technique.name} cannot be merged: {live.unmergeable}")
 
-    def state_beside(self) -> dict[str, Tensor]:
+    def checkpoint_state(self) -> dict[str, Tensor]:
         """Return what the techniques are and hold, under names to put beside those of the model's
         own `state_dict`.
 
@@ -123,17 +123,19 @@ class Deltas:
             Tensors by name.
         """
         shared = [
-            (t, live) for t, live in self._pairs() if not t.apart or distributed.world_size() == 1
+            (t, live)
+            for t, live in self._pairs()
+            if not t.rank_local or distributed.world_size() == 1
         ]
         own = {
             f"{BESIDE}{t.name}.{k}": v.detach()
             for t, live in shared
             for k, v in live.state_dict().items()
         }
-        return self.form_beside() | own
+        return self.checkpoint_config() | own
 
-    def form_beside(self) -> dict[str, Tensor]:
-        """Return what the techniques are, as `state_beside`, without what they hold."""
+    def checkpoint_config(self) -> dict[str, Tensor]:
+        """Return what the techniques are, as `checkpoint_state`, without what they hold."""
         form = json.dumps(self.recipe_form(), sort_keys=True).encode()
         return {BESIDE + _FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
 
@@ -337,7 +339,7 @@ class Deltas:
 
 
 def _pop_technique_state(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before a model's `load_state_dict`: take out what `state_beside` returned, which was put
+    """Before a model's `load_state_dict`: take out what `checkpoint_state` returned, which was put
     beside its state.
 
     Raises BadInput where it is of other techniques.
@@ -366,7 +368,7 @@ def _restore_technique_state(model: nn.Module, keys: Any) -> None:
     for technique, installed in live._pairs():
         start = f"{technique.name}."
         own = {k.removeprefix(start): v for k, v in mine.items() if k.startswith(start)}
-        if own or not technique.apart:
+        if own or not technique.rank_local:
             installed.load_state_dict(own)
         elif distributed.world_size() == 1:
             raise BadInput(

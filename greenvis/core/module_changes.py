@@ -208,7 +208,7 @@ class Optimizers:
                 f"this {type(optimizer).__name__} steps, but no optimizer holds {some(missing)} of "
                 "this model, which "
                 f"{some(live.who_trains(missing))} would train: build the optimizer after wrap "
-                "(and after begin_task), from "
+                "(and after begin_experience), from "
                 "live.param_groups(lr); set requires_grad to False where they are not to learn"
             )
         self._fit.add(optimizer)

@@ -71,7 +71,7 @@ class Owners:
                 "the technique train it (head: train)"
             )
         for technique, live in self._pairs():
-            if new and (why := live.keeps_of(path)):
+            if new and (why := live.replacement_blocker(path)):
                 raise BadInput(
                     f"{start}{technique.name} cannot go on with another: {why}{end}, with all "
                     "classes it will need"

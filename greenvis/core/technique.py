@@ -109,7 +109,7 @@ class Technique(BaseModel):
     stage: ClassVar[Stage]
     order: ClassVar[int] = 0
     role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
-    apart: ClassVar[bool] = (
+    rank_local: ClassVar[bool] = (
         False  # whether each of several processes holds a state of its own, as a share of a buffer
     )
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -308,7 +308,7 @@ class Installed:
     def epoch_end(self) -> None:
         """After an epoch."""
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Before training on an experience, and before its optimizer is built: parameters may be
         added here, named in `trainable`.
 
@@ -317,10 +317,10 @@ class Installed:
         elsewhere.
 
         Args:
-            task: The experience to come.
+            experience: The experience to come.
         """
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Say what this technique knows of a module that a new one at its path (a larger
         classifier) would not have; asked when somebody has replaced it.
 
@@ -335,14 +335,14 @@ class Installed:
         """
         return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Before an evaluation that says which task its images are of.
 
         Args:
-            task: The experience; None where the test does not say, or the evaluation is over.
+            experience: The experience; None where the test does not say, or the evaluation is over.
         """
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """At a task boundary.
 
         Args:

@@ -173,7 +173,7 @@ class Wrapped(Owners, Deltas):
         the task loss."""
         return any(live.pretext for live in self.installed)
 
-    def show(self, samples: Samples | None) -> None:
+    def set_samples(self, samples: Samples | None) -> None:
         """Tell the techniques which samples the next batch holds, so that outputs of frozen parts
         can be cached and reused.
 
@@ -201,7 +201,7 @@ class Wrapped(Owners, Deltas):
         for live in self.installed:
             x, y = live.batch(x, y)
         if x is not original:  # these are no longer the samples that were shown
-            self.show(None)
+            self.set_samples(None)
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
@@ -299,18 +299,18 @@ class Wrapped(Owners, Deltas):
         for live in self.installed:
             live.epoch_end()
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Call before an experience of a stream, and before its optimizer is built: techniques may
         add parameters here.
 
         Args:
-            task: The experience to come.
+            experience: The experience to come.
         """
         self._adopt_changes()
-        self._learned |= {id(p) for p in self.trainable.values()} if task.index else set()
+        self._learned |= {id(p) for p in self.trainable.values()} if experience.index else set()
         for technique, live in self._pairs():
             declared = live.trainable
-            live.begin_task(task)
+            live.begin_experience(experience)
             if live.trainable is not declared:
                 self._own(technique, live)
         self._freeze()
@@ -319,24 +319,24 @@ class Wrapped(Owners, Deltas):
             self._watch.note()
         self._watch_trainers()
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Call before an evaluation on images of one task, where the test says so, and when it is
         over.
 
         Args:
-            task: The experience the images belong to; None when the evaluation is over.
+            experience: The experience the images belong to; None when the evaluation is over.
         """
         for live in self.installed:
-            live.test_task(task)
+            live.eval_experience(experience)
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Call at a task boundary.
 
         Args:
             loader: Yields (x, y) of the finished experience.
         """
         for live in self.installed:
-            live.end_task(loader)
+            live.end_experience(loader)
 
     def plan(self, steps: int) -> None:
         """Say how long the training is, for techniques with a schedule of their own; call before
@@ -454,7 +454,7 @@ class Wrapped(Owners, Deltas):
         for live in reversed(self.installed):
             live.merge()
 
-    def finish(self) -> nn.Module:
+    def for_inference(self) -> nn.Module:
         """Prepare the model to be served, in eval mode.
 
         Returns:

@@ -312,7 +312,7 @@ def check_shares(job: Job, images: data.Data) -> None:
             f"{many}: start it without the launcher, or give each process its share in a loop of "
             "your own (gv.wrap, gv.track)"
         )
-    apart = [t.name for arm in (job.arm, *job.arm.stages) for t in arm.techniques if t.apart]
+    apart = [t.name for arm in (job.arm, *job.arm.stages) for t in arm.techniques if t.rank_local]
     if apart:
         raise BadInput(
             f"{where}: each process holds a part of what '{apart[0]}' keeps, which one checkpoint "

@@ -243,7 +243,7 @@ class Loop:
             _Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"
         ):
             if part.samples is not None:
-                live.show(part.samples(progress.epoch, positions[0]))
+                live.set_samples(part.samples(progress.epoch, positions[0]))
             with accelerator.accumulate(model):
                 x, y = live.batch(x, y)
                 with accelerator.autocast():
@@ -275,7 +275,7 @@ class Loop:
             ):
                 self.save()
                 saved_at = time.monotonic()
-        live.show(None)
+        live.set_samples(None)
         live.epoch_end()
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if losses:

@@ -185,7 +185,7 @@ class Prepared:
     def served(self, live: Wrapped) -> Iterator[nn.Module]:
         """Hold the model within as it will be served: merged where that is possible, its norms
         folded where that is wanted."""
-        model = live.finish()
+        model = live.for_inference()
         x = next(iter(data.batches(self.images.test, 2)))[0]
         with (
             folded(model, x.to(next(model.parameters()).device))

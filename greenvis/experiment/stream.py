@@ -51,19 +51,19 @@ def fit_stream(
     resumed = progress.step > 0
     for task in stream.experiences[: progress.task]:
         if stream.has_task_boundaries:
-            live.begin_task(task)
+            live.begin_experience(task)
     with loop.logging():
         for index in range(progress.task, len(stream.experiences)):
             before, begun = run.observed(), time.monotonic()
             if restart:
                 live.load_state_dict(start)
             if stream.has_task_boundaries:
-                live.begin_task(stream.experiences[index])
+                live.begin_experience(stream.experiences[index])
             loop.begin(_part(stream, index, spec, seed, samples))
             loop.train()
             if stream.has_task_boundaries:
                 with run.phase(f"train/task{index + 1}/end"):
-                    live.end_task(Repeatable(stream, index, spec, seed))
+                    live.end_experience(Repeatable(stream, index, spec, seed))
             with run.phase(f"eval/task{index + 1}"):
                 accuracies = _test(loop, stream, index, tests)
             for name, row in accuracies.items():
@@ -130,12 +130,12 @@ def _test(
     for t, (classes, _) in enumerate(stream.tests):
         if stream.kind == "task":
             shown: dict[str, tuple[int, ...] | None] = {MATRIX: classes}
-            live.test_task(
+            live.eval_experience(
                 stream.experiences[t] if len(stream.experiences) == len(stream.tests) else None
             )
         else:
             shown = {MATRIX: seen} | ({} if stream.kind == "domain" else {KNOWN: classes})
         for name, accuracy in accuracies(loop.model, tests(t), shown, loop.accelerator).items():
             out.setdefault(name, []).append(accuracy)
-    live.test_task(None)
+    live.eval_experience(None)
     return out

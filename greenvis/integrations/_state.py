@@ -57,7 +57,7 @@ def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
     written = sorted(folder.glob("process-*-of-*.safetensors"))
     here = folder / _name(distributed.rank())
     if (
-        any(t.apart for t in live.techniques)
+        any(t.rank_local for t in live.techniques)
         and not here.exists()
         and (written or distributed.world_size() > 1)
     ):
@@ -72,7 +72,7 @@ def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
 def own_state(live: Wrapped, every: bool = False) -> dict[str, Tensor]:
     """Return the state of techniques that each of several processes holds for itself; every: of
     all, of one process too."""
-    chosen = [(t.apart and distributed.world_size() > 1) or every for t in live.techniques]
+    chosen = [(t.rank_local and distributed.world_size() > 1) or every for t in live.techniques]
     pairs = [
         (t, i) for t, i, own in zip(live.techniques, live.installed, chosen, strict=True) if own
     ]

@@ -60,7 +60,7 @@ class GreenAccelerator(Accelerator):
                 state.update(
                     {
                         f"{prefix}{'.' if prefix else ''}{k}": v
-                        for k, v in self.live.form_beside().items()
+                        for k, v in self.live.checkpoint_config().items()
                     }
                 )
         _state.save_own(

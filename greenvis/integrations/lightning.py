@@ -160,7 +160,7 @@ class GreenCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it back. Raises BadInput where another number of processes left it."""
         parts = state_dict.get("parts", [None])
-        if any(t.apart for t in self.live.techniques):
+        if any(t.rank_local for t in self.live.techniques):
             if len(parts) != ranks.world_size():
                 raise BadInput(
                     f"the checkpoint holds the parts of {len(parts)} process(es), and here train "
@@ -176,7 +176,7 @@ class GreenCallback(Callback):
             for name, part in module.named_modules():
                 if part is self.live.model:
                     state.update(
-                        {f"{prefix}{name}.{k}": v for k, v in self.live.state_beside().items()}
+                        {f"{prefix}{name}.{k}": v for k, v in self.live.checkpoint_state().items()}
                     )
 
     def _log(self, trainer: Trainer) -> dict[str, float]:

@@ -98,7 +98,7 @@ def _step(live: Wrapped, x: Tensor, y: Tensor, folder: Path) -> Callable[[], Non
 
     def call() -> None:
         with torch.autocast(x.device.type, torch.bfloat16):
-            live.show(samples)
+            live.set_samples(samples)
             inputs, labels = live.batch(x, y)
             logits = live.model(inputs)
             loss = F.cross_entropy(logits, labels) + live.loss(inputs, labels, logits)

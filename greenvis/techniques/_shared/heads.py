@@ -36,7 +36,7 @@ class TaskHeads:
         """Keep the classifier as task number `task`'s."""
         self.saved[task] = [p.detach().clone() for p in self.parameters]
 
-    def show(self, task: int | None) -> None:
+    def select(self, task: int | None) -> None:
         """Show task number `task`'s classifier, if it has ended; None: the current one again."""
         if self._now is not None:
             self._fill(self._now)

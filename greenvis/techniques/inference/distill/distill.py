@@ -313,7 +313,7 @@ class InstalledDistill(Installed):
         heads = list(self._head_taps.take().values())
         if self.request.cache and self.samples is None and not self.steps:
             self.note("distill: nothing is cached, for the loop does not say which samples a batch "
-                      "holds (`Wrapped.show`), "
+                      "holds (`Wrapped.set_samples`), "
                       "or another technique changes the batch")  # fmt: skip
         with self.phase("teacher"):
             answers = self.request._answers

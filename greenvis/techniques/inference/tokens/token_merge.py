@@ -335,7 +335,7 @@ class InstalledTokenMerge(Installed):
         super().__init__()
         self.flow = flow
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "": nothing of a module that is not its own."""
         return ""
 

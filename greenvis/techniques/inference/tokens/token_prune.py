@@ -425,7 +425,7 @@ class InstalledTokenPrune(Installed):
         super().__init__(trainable)
         self.flow, self.weight = flow, weight
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "": nothing of a module that is not its own."""
         return ""
 

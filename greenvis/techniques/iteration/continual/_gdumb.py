@@ -53,7 +53,7 @@ class InstalledGdumb(Installed):
         learning = [p for p in self.model.parameters() if p.requires_grad]
         return {"gdumb": torch.stack([0.0 * p.sum() for p in learning]).sum()}
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Train from the first weights on the buffer: SGD, learning rate down a cosine, in the
         phase "gdumb"."""
         self._restart()

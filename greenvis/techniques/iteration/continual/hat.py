@@ -258,14 +258,14 @@ class InstalledHat(Installed):
             }
         ]
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Draw new gates for a task after the first, and say where no unit is left for it."""
-        if self.masks and task.index == len(self.masks):
+        if self.masks and experience.index == len(self.masks):
             if all(g.used.all() for g in self.gates):
                 self.note(
-                    f"hat: no free unit is left for task {task.index + 1}, which can only choose "
-                    "among those of earlier tasks: "
-                    "give a greater weight or lr_ratio, more steps, or a wider model"
+                    f"hat: no free unit is left for task {experience.index + 1}, which can only "
+                    "choose among those of earlier tasks: give a greater weight or lr_ratio, more "
+                    "steps, or a wider model"
                 )
             self.step = 0
             for gate in self.gates:
@@ -296,14 +296,18 @@ class InstalledHat(Installed):
             for elements in self.body.values():
                 elements.hold()
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Use the units of the task, once it has ended; None: the current gates again."""
-        ended = task.index if task is not None and task.index < len(self.masks) else None
+        ended = (
+            experience.index
+            if experience is not None and experience.index < len(self.masks)
+            else None
+        )
         for i, gate in enumerate(self.gates):
             gate.override = None if ended is None else self.masks[ended][i]
-        self.heads.show(ended)
+        self.heads.select(ended)
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Freeze the task's units, and in the first task all that has no gate."""
         self.heads.save(len(self.masks))
         self.masks.append([g.embedding.detach() > 0 for g in self.gates])

@@ -260,30 +260,30 @@ class InstalledLoraStream(Installed):
                     parameter.requires_grad_(i == tasks - 1)
         self.trainable = names_of(self.model, self.learns(tasks - 1))
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Freeze the earlier tasks' changes and add this one's."""
-        for index in range(len(self.factors), task.index + 1):
+        for index in range(len(self.factors), experience.index + 1):
             inject(self.request, self.model, list(self.layers), index)
             self.use([0.0 if self.request.mode == "arithmetic" else 1.0] * index + [1.0])
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Use the changes up to the task (arithmetic: its own), and again those of before when the
         test is over."""
         if self._latest_factors is not None:
             self.use(self._latest_factors)
         self._latest_factors = None
-        self.heads.show(task.index if task is not None else None)
-        if task is not None and task.index < len(self.factors):
+        self.heads.select(experience.index if experience is not None else None)
+        if experience is not None and experience.index < len(self.factors):
             own_only = self.request.mode == "arithmetic"
             self._latest_factors = self.factors
             self.use(
                 [
-                    float(i == task.index if own_only else i <= task.index)
+                    float(i == experience.index if own_only else i <= experience.index)
                     for i in range(len(self.factors))
                 ]
             )
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Sum the changes (arithmetic); orthogonal ones are summed all along."""
         self.heads.save(len(self.factors) - 1)
         if self.request.mode == "arithmetic":

@@ -103,9 +103,9 @@ class InstalledLwf(Installed):
         self.classes: list[int] = []  # of earlier tasks; empty where nobody said
         self._seen_classes: tuple[int, ...] = ()
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Note which classes count as earlier from the task's end on."""
-        self._seen_classes = task.classes_so_far
+        self._seen_classes = experience.classes_so_far
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"lwf": weight · lwf_loss}, from the second task on."""
@@ -132,7 +132,7 @@ class InstalledLwf(Installed):
             "lwf": r.weight * lwf_loss(now, before, self.classes or None, r.temperature, r.form)
         }
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Go a share of the way back to the earlier weights, if asked; from now on these are the
         earlier ones."""
         now = {n: p for n, p in self.model.named_parameters() if p.requires_grad}

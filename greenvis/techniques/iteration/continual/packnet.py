@@ -156,7 +156,7 @@ class Share(FrozenElements):
         self.resting = False
 
     @torch.no_grad()
-    def show(self, number: int | None) -> None:
+    def select(self, number: int | None) -> None:
         """Show the elements of tasks up to `number` alone, the others as zeros; None: all as they
         were."""
         if self._now is not None:
@@ -184,10 +184,10 @@ class InstalledPackNet(Installed):
         self.done = 0
         self.classes: tuple[int, ...] = ()
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Take the task's classes, for retraining. Raises GreenvisError where no room is left."""
-        self.classes = task.classes
-        if task.index == self.done:
+        self.classes = experience.classes
+        if experience.index == self.done:
             self._check_room()
 
     def step_end(self) -> None:
@@ -196,15 +196,19 @@ class InstalledPackNet(Installed):
             for share in self.shares.values():
                 share.hold()
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Use the weights up to the task, once it is packed, and all of them again when the test is
         over."""
-        number = task.index + 1 if task is not None and task.index < self.done else None
+        number = (
+            experience.index + 1
+            if experience is not None and experience.index < self.done
+            else None
+        )
         for share in self.shares.values():
-            share.show(number)
-        self.heads.show(number)
+            share.select(number)
+        self.heads.select(number)
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Prune, retrain on the task's images, and freeze what the task keeps. Raises GreenvisError
         where no room is left."""
         self._check_room()

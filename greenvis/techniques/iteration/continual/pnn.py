@@ -118,11 +118,11 @@ class InstalledPnn(Installed):
         for lateral in laterals:
             lateral.block.register_forward_pre_hook(partial(self._meet, lateral), with_kwargs=True)
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Begin a new column, with adapters from all before it."""
-        if task.index == 0:
+        if experience.index == 0:
             return
-        self.column = self._latest = task.index
+        self.column = self._latest = experience.index
         added: list[nn.Parameter] = []
         for lateral in self.laterals:
             weight = next(p for p in self.model.parameters() if p.is_floating_point())
@@ -137,29 +137,29 @@ class InstalledPnn(Installed):
                     dropout=0.0,
                     **kind,
                 )
-                for _ in range(task.index)
+                for _ in range(experience.index)
             ]
-            lateral.home.add_module(f"{_CHILD}{task.index}", nn.ModuleList(nets))
+            lateral.home.add_module(f"{_CHILD}{experience.index}", nn.ModuleList(nets))
             lateral.adapters.append(nets)
             added += [p for net in nets for p in net.parameters()]
         self._fill(self.start)
         self.trainable = self.own + names_of(self.model, added)
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Keep the column as it is."""
         now = self._values()
         self.columns.append({n: now[n].detach().clone() for n in self.start})
 
-    def test_task(self, task: Experience | None) -> None:
+    def eval_experience(self, experience: Experience | None) -> None:
         """Run the column of the task, once it has ended; None: the latest again."""
         if self._now is not None:
             self._fill(self._now)
             self._now, self.column = None, self._latest
-        if task is not None and task.index < min(len(self.columns), self._latest):
+        if experience is not None and experience.index < min(len(self.columns), self._latest):
             now = self._values()
             self._now = {n: now[n].detach().clone() for n in self.start}
-            self._fill(self.columns[task.index])
-            self.column = task.index
+            self._fill(self.columns[experience.index])
+            self.column = experience.index
 
     def _before(self, model: nn.Module, args: Any, kwargs: Any) -> None:
         """Run the columns before the one at work, for what enters their blocks."""

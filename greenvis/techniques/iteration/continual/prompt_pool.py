@@ -385,12 +385,12 @@ class InstalledPromptPool(Installed):
         pulled = self.pool.now.pop("pull", None)
         return {} if pulled is None else {"prompt_pool": -self.pool.request.pull * pulled}
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Count this task's picks among the earlier ones."""
         self.pool.before += self.pool.picked
         self.pool.picked.zero_()
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "" where no query was kept of the earlier model."""
         return "the queries that were kept" if self.cache is not None else ""
 

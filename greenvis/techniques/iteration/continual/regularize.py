@@ -245,7 +245,7 @@ class InstalledRegularize(Installed):
                 self._last[name] = parameter.detach().clone()
         self._grads.clear()
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Add the task's importances, and hold on to the weights as they are."""
         request, decay = self.request, self._decay()
         now = {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}

@@ -93,7 +93,7 @@ class Replay(Technique):
     so with few tasks it may save nothing. New and replayed run as one batch. Kept after the
     optimizer step, as they were shown, augmentation included. Policy gradient costs, each step, a
     backward for each new image and 10 kept ones. Of several processes each keeps its share of
-    `size`, of the images it is shown: give `end_task` its own part of the data, too.
+    `size`, of the images it is shown: give `end_experience` its own part of the data, too.
     """
 
     name: ClassVar[str] = "replay"
@@ -102,7 +102,7 @@ class Replay(Technique):
         ("gdumb",)),
     }  # fmt: skip
     stage: ClassVar[Stage] = "objective"
-    apart: ClassVar[bool] = True
+    rank_local: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str]] = CLASSES
     instead: ClassVar[str] = (
         "its buffer keeps a class number for each image; hold the weights by importances (MAS, SI)"
@@ -218,7 +218,7 @@ class InstalledReplay(Installed):
         if request.method != "er":
             self.criterion = self._criterion
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Say that kept logits are of so many classes."""
         return (
             "its buffer keeps logits of the earlier classes"
@@ -340,11 +340,11 @@ class InstalledReplay(Installed):
         self._new.clear()
         self._first = []
 
-    def begin_task(self, task: Experience) -> None:
+    def begin_experience(self, experience: Experience) -> None:
         """Note whether another task comes."""
-        self._last = task.count is not None and task.index + 1 == task.count
+        self._last = experience.count is not None and experience.index + 1 == experience.count
 
-    def end_task(self, loader: Any) -> None:
+    def end_experience(self, loader: Any) -> None:
         """Choose each class's examples anew, or let the generator learn the task, where that is
         done at a task's end."""
         if self.generator is not None and not self._last:

@@ -1,7 +1,7 @@
 """A frozen prefix that runs once: what enters the first trained part is cached per sample, and
 what lies before is skipped.
 
-`_frozen_split` finds where. In a step on samples that were shown (`Wrapped.show`), the frozen
+`_frozen_split` finds where. In a step on known samples (`Wrapped.set_samples`), the frozen
 modules answer with zeros of the right shape, and the trained parts get what was cached. So, in such
 a step, only the logits are right, and those of heads that train: what else the model's output may
 hold of its frozen part (hidden states) is zeros.
@@ -71,7 +71,7 @@ class InstalledPrefix(Installed):
         }
         return {"prefix_cache": {"part": facts[0]["part"], **sums}} if facts else {}
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "": nothing of a module that is not its own."""
         return ""
 

@@ -25,7 +25,7 @@ class LinearProbe(Technique):
     `model.train()` sets them; with `cache`, all but
     the classifier runs in eval, and its forward, too, is saved from the second time on that a
     version of an image is seen: what enters the classifier is kept on disk. In a loop of one's own,
-    `Wrapped.show` says which samples a batch holds.
+    `Wrapped.set_samples` says which samples a batch holds.
     """
 
     name: ClassVar[str] = "linear_probe"

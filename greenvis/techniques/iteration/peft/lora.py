@@ -371,7 +371,7 @@ class InstalledLora(Installed):
         if self.ranks is not None:
             self.ranks.advance(self.total_steps)
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "" but for the layers around which it put its own."""
         return "its factors" if any(path.startswith(layer) for layer in self.layers) else ""
 

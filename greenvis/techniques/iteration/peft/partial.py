@@ -25,7 +25,7 @@ class Partial(Technique):
     frozen part stay as `model.train()` sets them; with
     `cache`, it runs in eval, and its forward, too, is saved from the second time on that a version
     of an image is seen: what enters the first trained block is kept on disk. In a loop of one's
-    own, `Wrapped.show` says which samples a batch holds.
+    own, `Wrapped.set_samples` says which samples a batch holds.
     """
 
     name: ClassVar[str] = "partial"

@@ -152,7 +152,7 @@ class InstalledPrompt(Installed):
             )
         return {}
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Return "": nothing of a module that is not its own."""
         return ""
 

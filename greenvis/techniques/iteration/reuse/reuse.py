@@ -337,7 +337,7 @@ class InstalledReuse(Installed):
             )
         return self._caches[index].layers(samples, ask, names, x.device)
 
-    def keeps_of(self, path: str) -> str:
+    def replacement_blocker(self, path: str) -> str:
         """Nothing: its parts are asked for where they hang."""
         return ""
 
