@@ -4,14 +4,18 @@ one each."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import pkgutil
+import sys
 from collections.abc import Collection
-from functools import cached_property
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, Generic, TypeVar
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from greenvis.errors import BadInput, GreenvisError, nearest
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 T = TypeVar("T")
 
@@ -78,14 +82,19 @@ class Door(Generic[T]):
     @cached_property
     def own(self) -> dict[str, str]:
         """Module paths of greenvis's own classes, by name."""
-        root = importlib.import_module(self.package)
-        walked = pkgutil.walk_packages(root.__path__, self.package + ".")
-        modules = [m.name for m in walked if not m.ispkg and "._" not in m.name]
-        return {m.rpartition(".")[2]: m for m in modules if m not in self.besides}
+        root = Path(str(importlib.import_module(self.package).__file__)).parent
+        files = [path.relative_to(root).with_suffix("").parts for path in root.rglob("*.py")]
+        public = [parts for parts in files if not any(part.startswith("_") for part in parts)]
+        modules = {parts[-1]: ".".join([self.package, *parts]) for parts in public}
+        return {name: module for name, module in modules.items() if module not in self.besides}
 
     @cached_property
     def plugged(self) -> dict[str, EntryPoint]:
         """Entry points of outside packages, by name."""
+        if f"[{self.group}]" not in _declared():
+            return {}
+        from importlib.metadata import entry_points
+
         return {point.name: point for point in entry_points(group=self.group)}
 
     def _class_in(self, module: Any, name: str) -> type[T]:
@@ -94,3 +103,15 @@ class Door(Generic[T]):
             if own and issubclass(value, self.base):
                 return value
         raise GreenvisError(f"{module.__name__} holds no {self.kind} named '{name}'")
+
+
+@cache
+def _declared() -> str:
+    """Return what all installed packages declare as entry points; importlib.metadata, which says
+    the same, takes 30 ms to import and to search."""
+    folders = [Path(folder) for folder in sys.path if Path(folder).is_dir()]
+    out: list[str] = []
+    for path in (f for folder in folders for f in folder.glob("*.*-info/entry_points.txt")):
+        with contextlib.suppress(OSError):
+            out.append(path.read_text("utf-8", "replace"))
+    return "\n".join(out)

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 import greenvis as gv
-from greenvis.meters import energy, host, pricing, rapl
+from greenvis.meters import host, pricing
 from greenvis.meters.counter import GRACE_S, Counter
-from greenvis.meters.energy import ONE, Meter
+from greenvis.meters.energy import Meter
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.record import read
+from greenvis.meters.sources import cpu_time
+from greenvis.meters.sources.base import ONE
+from greenvis.meters.sources.rapl import Rapl
 
 LIFETIME = 3.6e8  # J a plug has counted since it was bought
 
@@ -102,6 +105,13 @@ def put(zone: Path, joules: float) -> None:
     (zone / "energy_uj").write_text(f"{int(joules * 1e6)}\n")
 
 
+def watching(zone: Path, joules: float) -> Rapl:
+    put(zone, joules)
+    source = Rapl()
+    source.watch_zone("cpu", zone)
+    return source
+
+
 @pytest.mark.parametrize(
     ("values", "range_uj", "joules", "doubted"),
     [
@@ -120,8 +130,7 @@ def test_rapl_tells_a_wrap_from_a_reset(
 ) -> None:
     limit = zone / "max_energy_range_uj"
     limit.unlink() if range_uj is None else limit.write_text(range_uj)
-    put(zone, values[0])
-    counters = rapl.Rapl([("cpu_j", zone)])
+    counters = watching(zone, values[0])
     for value in values[1:]:
         put(zone, value)
         reading = counters.read()
@@ -130,8 +139,7 @@ def test_rapl_tells_a_wrap_from_a_reset(
 
 
 def test_rapl_read_too_seldom_to_see_it_wrap_is_not_believed(zone: Path) -> None:
-    put(zone, 1.0)
-    counters = rapl.Rapl([("cpu_j", zone)])
+    counters = watching(zone, 1.0)
     opened = host.clocks()[0]
     put(zone, 2.0)
     reading = counters.read(opened + 3600)  # 262 kJ last for some minutes
@@ -140,11 +148,11 @@ def test_rapl_read_too_seldom_to_see_it_wrap_is_not_believed(zone: Path) -> None
 
 
 def test_a_machine_that_slept_may_have_begun_its_counters_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [100.0, 0.0]
     monkeypatch.setattr(host, "clocks", lambda: (clock[0], clock[1]))
-    meter = Meter(wall_meter=Plug(50.0, 51.0, 58.0, 60.0), powercap=tmp_path)
+    meter = Meter(wall_meter=Plug(50.0, 51.0, 58.0, 60.0))
     clock[0] = 101.0
     assert meter.read()["meter_j"] == 1.0
     clock[:] = [102.0, 3600.0]  # it slept for an hour; the plug went on, or did not: who knows
@@ -212,9 +220,7 @@ def test_a_clock_that_goes_back_takes_no_time_away() -> None:
     assert seconds == [5.0, 5.0, 7.0]
 
 
-def test_processor_time_and_memory_are_counters_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processor_time_and_memory_are_counters_too(monkeypatch: pytest.MonkeyPatch) -> None:
     class Tree:
         cpu, gb = 5.0, 1.0
 
@@ -225,10 +231,10 @@ def test_processor_time_and_memory_are_counters_too(
             return self.gb
 
     tree, clock = Tree(), [0.0, 0.0]
-    monkeypatch.setattr(energy, "open_tree", lambda: tree)
+    monkeypatch.setattr(cpu_time, "open_tree", lambda: tree)
     monkeypatch.setattr(host, "clocks", lambda: (clock[0], clock[1]))
     monkeypatch.setattr(host, "cpus", lambda: 2)
-    ledger = Ledger(meter := Meter(powercap=tmp_path))
+    ledger = Ledger(meter := Meter(sources=[cpu_time.CpuTime()]))
     for now, tree.cpu, tree.gb in ((1.0, 6.5, 1.0), (2.0, 9000.0, 0.0), (3.0, 9001.0, 1.0)):
         clock[0] = now
         ledger.cut()

@@ -22,10 +22,11 @@ from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from test_nvml import Driver
 
-from greenvis.meters import energy, host, nvml, pricing, rapl, wall
+from greenvis.meters import host, pricing
 from greenvis.meters.counter import GRACE_S, Counter
 from greenvis.meters.energy import Meter
 from greenvis.meters.ledger import Ledger
+from greenvis.meters.sources import cpu_time, nvml, rapl, wall
 
 CPUS, MEMORY_GB, WRAPS_AT_J = 4, 16.0, 65_536.0
 ZONES = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "dram"}
@@ -183,15 +184,14 @@ def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> 
     enter(mock.patch.object(host, "clocks", side_effect=lambda: (machine.now, machine.slept)))
     enter(mock.patch.object(host, "cpus", return_value=CPUS))
     enter(mock.patch.object(host, "memory_gb", return_value=MEMORY_GB))
-    enter(mock.patch.object(energy, "open_tree", return_value=Tree(machine)))
+    enter(mock.patch.object(cpu_time, "open_tree", return_value=Tree(machine)))
     enter(mock.patch.object(nvml, "DRIVER", (driver_file,)))
     enter(mock.patch.dict(sys.modules, {"pynvml": Gpus(machine)}))
     enter(mock.patch.dict(os.environ))
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-    clock = mock.Mock(monotonic=lambda: machine.now, perf_counter=work)
-    enter(mock.patch.object(rapl, "time", clock))
-    enter(mock.patch.object(nvml, "time", clock))
-    return Meter(wall_meter=machine.plug if plug else None, powercap=machine.folder)
+    enter(mock.patch.object(rapl, "time", mock.Mock(perf_counter=work)))
+    enter(mock.patch.object(rapl, "POWERCAP", machine.folder))
+    return Meter(wall_meter=machine.plug if plug else None)
 
 
 @settings(max_examples=150, deadline=None)

@@ -138,7 +138,7 @@ class Elsewhere(nn.Module):
 def test_a_device_without_a_counter_is_a_component_that_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, word: str
 ) -> None:
-    monkeypatch.setattr("greenvis.meters.nvml.DRIVER", (str(tmp_path / "none"),))
+    monkeypatch.setattr("greenvis.meters.sources.nvml.DRIVER", (str(tmp_path / "none"),))
     with gv.track("t", Elsewhere(kind), dir=tmp_path) as run, run.phase("train"):
         sum(range(100_000))
     record = read(run.path)
@@ -157,7 +157,7 @@ def test_a_device_without_a_counter_is_a_component_that_says_so(
 
 
 def test_rocm_is_no_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("greenvis.meters.nvml.DRIVER", (str(tmp_path / "none"),))
+    monkeypatch.setattr("greenvis.meters.sources.nvml.DRIVER", (str(tmp_path / "none"),))
     monkeypatch.setattr(torch.version, "hip", "6.4")
     with gv.track("t", Elsewhere("cuda"), dir=tmp_path) as run:
         pass

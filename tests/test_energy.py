@@ -16,10 +16,11 @@ import pytest
 
 from greenvis.errors import BadInput
 from greenvis.meters import pricing
-from greenvis.meters.energy import Meter, Replay, load_coefficients
+from greenvis.meters.coefficients import load_coefficients
+from greenvis.meters.energy import Meter, Replay
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.processes import PortableTree, ProcessTree, open_tree
-from greenvis.meters.rapl import Rapl, open_rapl
+from greenvis.meters.sources import cpu_time, rapl
 
 BURN = "import time\ne = time.process_time() + {s}\nwhile time.process_time() < e: sum(range(1000))"
 
@@ -178,7 +179,13 @@ while time.monotonic() < end and os.path.exists(sys.argv[1]):
 
 
 @pytest.fixture
-def powercap(tmp_path: Path) -> Path:
+def no_rapl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without RAPL."""
+    monkeypatch.setattr(rapl, "POWERCAP", tmp_path / "none")
+
+
+@pytest.fixture
+def powercap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A powercap tree whose counters stand still."""
     for zone, name in (
         ("intel-rapl:0", "package-0"),
@@ -190,6 +197,7 @@ def powercap(tmp_path: Path) -> Path:
         (folder / "name").write_text(name + "\n")
         (folder / "energy_uj").write_text("1000\n")
         (folder / "max_energy_range_uj").write_text("262143328850\n")
+    monkeypatch.setattr(rapl, "POWERCAP", tmp_path / "powercap")
     return tmp_path / "powercap"
 
 
@@ -207,17 +215,17 @@ def advancing(powercap: Path) -> Iterator[Path]:
 
 
 def test_a_counter_that_stands_still_is_not_trusted(powercap: Path) -> None:
-    rapl, why = open_rapl(powercap)
-    assert rapl is None
-    assert "stood still" in why
-    assert Meter(powercap=powercap).components[0]["source"] == "cpu-time model"
+    cpu = Meter().components[0]
+    assert cpu["source"] == "cpu-time model"
+    assert "stood still" in cpu["reason"]
 
 
-def test_a_counter_that_advances_is_read(advancing: Path) -> None:
-    live, _ = open_rapl(advancing, load_s=2.0)
-    assert live is not None
-    assert set(live.read()) == {"cpu_j", "dram_j"}  # "core" is part of the package: counted once
-    meter = Meter(powercap=advancing)
+def test_a_counter_that_advances_is_read(advancing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rapl, "LOAD_S", 2.0)
+    source = rapl.Rapl()
+    source.open({})
+    assert set(source.read()) == {"cpu_j", "dram_j"}  # "core" is part of the package: counted once
+    meter = Meter()
     assert [(c["name"], c["source"], c["provenance"]) for c in meter.components[:2]] == [
         ("cpu", "rapl", "measured"), ("ram", "rapl", "measured"),
     ]  # fmt: skip
@@ -228,13 +236,15 @@ def test_rapl_counters_wrap_around(powercap: Path) -> None:
     zone = powercap / "intel-rapl:0"
     (zone / "max_energy_range_uj").write_text("10000000\n")
     (zone / "energy_uj").write_text("9000000\n")
-    rapl = Rapl([("cpu_j", zone)])
+    source = rapl.Rapl()
+    source.watch_zone("cpu", zone)
     (zone / "energy_uj").write_text("500000\n")
-    assert rapl.read()["cpu_j"] == pytest.approx(1.5)
+    assert source.read()["cpu_j"] == pytest.approx(1.5)
 
 
-def test_no_counter_falls_back_to_cpu_time_with_the_reason(tmp_path: Path) -> None:
-    cpu, ram, *_ = Meter(powercap=tmp_path).components
+@pytest.mark.usefixtures("no_rapl")
+def test_no_counter_falls_back_to_cpu_time_with_the_reason() -> None:
+    cpu, ram, *_ = Meter().components
     assert (cpu["source"], cpu["observation"], cpu["scope"]) == (
         "cpu-time model",
         "cpu_s",
@@ -245,12 +255,13 @@ def test_no_counter_falls_back_to_cpu_time_with_the_reason(tmp_path: Path) -> No
     assert cpu["citation"]
 
 
-def test_wall_time_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_rapl")
+def test_wall_time_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
     def unavailable() -> ProcessTree:
         raise OSError("the processor time used is not available")
 
-    monkeypatch.setattr("greenvis.meters.energy.open_tree", unavailable)  # no such system at hand
-    meter = Meter(powercap=tmp_path)
+    monkeypatch.setattr(cpu_time, "open_tree", unavailable)  # no such system at hand
+    meter = Meter()
     assert [(c["source"], c["provenance"]) for c in meter.components] == [("wall time", "constant")]
     ledger = Ledger(meter)
     time.sleep(0.05)
@@ -261,13 +272,14 @@ def test_wall_time_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.Monkey
     assert ledger.sums()["wall_s"] >= 0.05
 
 
+@pytest.mark.usefixtures("no_rapl")
 def test_the_users_coefficients_and_wall_meter_come_first(tmp_path: Path) -> None:
     file = tmp_path / "mine.json"
     file.write_text(json.dumps({"wall_meter": {"idle_w": 40, "busy_w": 100, "busy_cpus": 10}}))
-    cpu = Meter(file, powercap=tmp_path).components[0]
+    cpu = Meter(file).components[0]
     assert (cpu["coefficient"]["low"], cpu["coefficient"]["high"]) == (6.0, 10.0)
     joules = iter(range(0, 1000, 7))
-    meter = Meter(wall_meter=lambda: next(joules), powercap=tmp_path)
+    meter = Meter(wall_meter=lambda: next(joules))
     assert [c["name"] for c in meter.components] == ["machine"]
     ledger = Ledger(meter)
     ledger.cut()

@@ -11,9 +11,10 @@ from types import ModuleType
 import pytest
 
 import greenvis as gv
-from greenvis.meters import devices, nvml, pricing
+from greenvis.meters import devices, pricing
 from greenvis.meters.energy import Meter
 from greenvis.meters.record import read
+from greenvis.meters.sources import nvml, rapl
 
 
 class Driver(ModuleType):
@@ -60,6 +61,7 @@ class Driver(ModuleType):
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Driver:
     (tmp_path / "version").write_text("NVRM")
     monkeypatch.setattr(nvml, "DRIVER", (str(tmp_path / "version"),))
+    monkeypatch.setattr(rapl, "POWERCAP", tmp_path)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     stand_in = Driver()
     monkeypatch.setitem(sys.modules, "pynvml", stand_in)
@@ -79,15 +81,16 @@ def test_only_visible_gpus_are_read(
 ) -> None:
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    reader, why = nvml.open_nvml()
-    assert (reader.devices if reader else []) == devices
-    assert why
+    source = nvml.Nvml()
+    source.open({})
+    assert [uuid for c in source.components for uuid in c["devices"]] == devices
+    assert bool(source.reason) == (not devices)
 
 
 def test_the_counters_joules_since_opening_are_a_measured_component(
     driver: Driver, tmp_path: Path
 ) -> None:
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     gpu = next(c for c in meter.components if c["name"] == "gpu")
     assert (gpu["source"], gpu["provenance"], gpu["scope"], gpu["devices"]) == (
         "nvml", "measured", "machine", ["GPU-0", "GPU-1", "GPU-2"],
@@ -101,7 +104,7 @@ def test_without_a_counter_power_is_integrated_and_called_an_estimate(
     driver: Driver, tmp_path: Path
 ) -> None:
     driver.counter = False
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     assert next(c for c in meter.components if c["name"] == "gpu")["provenance"] == "estimated"
     time.sleep(0.2)
     assert meter.read()["gpu_j"] == pytest.approx(3 * 50 * 0.2, rel=0.5)
@@ -121,7 +124,7 @@ def test_a_counter_that_stands_still_is_taken_back(
 
 
 def test_a_driver_that_began_anew_takes_no_joules_back(driver: Driver, tmp_path: Path) -> None:
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     driver.energy = [3000, 1000, 2000]
     assert meter.read()["gpu_j"] == 3.0
     driver.energy = [0, 1500, 2000]
@@ -135,7 +138,7 @@ def test_a_driver_that_began_anew_takes_no_joules_back(driver: Driver, tmp_path:
 def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(
     driver: Driver, tmp_path: Path
 ) -> None:
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     driver.lost = {1}
     driver.energy = [3000, 1000, 1000]
     reading = meter.read()
@@ -146,7 +149,7 @@ def test_a_gpu_that_falls_off_the_bus_leaves_the_others_measured(
 
 def test_a_gpu_out_of_reach_at_first_has_no_baseline(driver: Driver, tmp_path: Path) -> None:
     driver.lost, driver.energy = {0, 1, 2}, [10**12] * 3
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     assert pricing.energy(meter.read(), meter.components)["gpu"].value is None
     driver.lost = set()
     meter.read()
@@ -186,7 +189,7 @@ def test_other_cards_than_the_mask_said_are_read_once_torch_has_opened_them(
     driver: Driver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     driver.energy = [2000, 1000, 1000]
     assert meter.read()["gpu_j"] == 1.0
     monkeypatch.setattr(devices, "uuids", lambda: ["GPU-2"])
@@ -209,7 +212,7 @@ def test_the_cards_torch_opens_are_mostly_those_read(
 ) -> None:
     if mask:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    meter = Meter(powercap=tmp_path)
+    meter = Meter()
     monkeypatch.setattr(devices, "in_use", lambda: {"cuda"})
     monkeypatch.setattr(devices, "uuids", lambda: uuids)
     assert meter.corrections() == []
@@ -219,9 +222,11 @@ def test_no_driver_is_no_gpu_and_costs_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(nvml, "DRIVER", (str(tmp_path / "none"),))
-    reader, why = nvml.open_nvml()
-    assert reader is None
-    assert "no NVIDIA driver" in why
+    source = nvml.Nvml()
+    source.open({})
+    assert source.components == []
+    assert "no NVIDIA driver" in source.reason
+    assert not source.missing
 
 
 @pytest.mark.gpu

@@ -21,18 +21,19 @@ PAUSE_S = 1.6
 MACHINE = """
 import hashlib, sys, time
 import greenvis as gv
-from greenvis.meters.energy import ONE, Meter
+from greenvis.meters.energy import Meter
+from greenvis.meters.sources.base import MeterSource
+from greenvis.meters.sources.cpu_time import CpuTime
 
-class Machine(Meter):
-    "This process, on a machine whose counter sees 100 W."
-    def __init__(self):
-        super().__init__()
-        cpu = {"name": "cpu", "source": "rapl", "scope": "machine", "observation": "cpu_j", "coefficient": ONE,
-               "provenance": "measured"}
-        self.components = [cpu, *(c for c in self.components if c["name"] == "ram")]
-    def read(self, full=True):
-        seen = super().read(full)
-        return seen | {"cpu_j": 100 * seen["wall_s"]}
+class HundredWatts(MeterSource):
+    "A machine whose counter sees 100 W."
+    name, quantities = "rapl", {"cpu": "cpu_j"}
+    def connect(self, coefficients):
+        self.watch("cpu", lambda now: 100 * now, 1000)
+        return [self.component("cpu")]
+
+def Machine():
+    return Meter(sources=[HundredWatts(), CpuTime()])
 
 def burn(seconds):
     end = time.process_time() + seconds

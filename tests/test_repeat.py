@@ -13,8 +13,10 @@ import pytest
 import greenvis as gv
 from greenvis.cli import main as cli
 from greenvis.meters import record, repeat
+from greenvis.meters.coefficients import COEFFICIENTS
 from greenvis.meters.doctor import doctor
-from greenvis.meters.energy import COEFFICIENTS, Meter, cpu_name
+from greenvis.meters.energy import Meter
+from greenvis.meters.host import cpu_name
 
 DEFAULT = json.loads(COEFFICIENTS.read_text())["repeatability"]
 

@@ -7,10 +7,8 @@ torch is looked at where the program has imported it, never imported here, and n
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
-
-from greenvis.meters.record import PARTLY_UNKNOWN
 
 HOSTS = ("cpu", "meta")
 NAMES = {"cuda": "CUDA", "rocm": "ROCm", "mps": "MPS (Apple)", "xpu": "XPU (Intel)"}
@@ -47,24 +45,21 @@ def uuids(torch: Any = None) -> list[str] | None:
         return None
 
 
-def uncounted(kinds: Iterable[str], why: str) -> dict[str, Any] | None:
-    """Return the component that says whose joules are missing, for devices in use that no counter
-    covers; None for none.
+def uncounted(kinds: Iterable[str], closed: Mapping[str, str]) -> str:
+    """Return in words whose joules are missing, of devices in use that no counter covers; "" for
+    none.
 
-    why: what is known of NVML's absence.
+    Args:
+        kinds: of the devices.
+        closed: by kind, why the counter there is for it cannot be read.
     """
     missing = sorted(set(kinds) - set(HOSTS))
-    if not missing:
-        return None
     reasons = [
-        why if k == "cuda" else f"greenvis reads no energy counter of {NAMES.get(k, k)} devices"
+        closed.get(k) or f"greenvis reads no energy counter of {NAMES.get(k, k)} devices"
         for k in missing
     ]
-    return {
-        "name": "gpu", "source": "none", "scope": "machine", "observation": "", "coefficient": {},
-        "provenance": PARTLY_UNKNOWN, "reason": f"none, because {'; '.join(reasons)}: what the "
-                                                "device used is not in the total",
-    }  # fmt: skip
+    why = f"none, because {'; '.join(reasons)}: what the device used is not in the total"
+    return why if missing else ""
 
 
 def asynchronous(*holders: Any) -> list[Any]:

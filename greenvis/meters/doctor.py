@@ -8,8 +8,10 @@ from typing import Any
 
 from greenvis.errors import BadInput
 from greenvis.meters import header
-from greenvis.meters.energy import Meter, load_coefficients
+from greenvis.meters.coefficients import load_coefficients
+from greenvis.meters.energy import Meter
 from greenvis.meters.grid import lookup
+from greenvis.meters.sources.base import MeterSource
 
 
 def doctor(country: str | None = None) -> list[dict[str, Any]]:
@@ -18,7 +20,10 @@ def doctor(country: str | None = None) -> list[dict[str, Any]]:
     meter = Meter()
     rows = [_row(c) for c in meter.components]
     if not any(c["name"] == "gpu" for c in meter.components):
-        rows.append(_plain("gpu", "none", "", "no NVIDIA driver is loaded here", ""))
+        why = "; ".join(s.reason for s in meter.sources if s.accelerators and s.reason)
+        rows.append(_plain("gpu", "none", "", why, ""))
+    rows += [_source(source, meter.components) for source in meter.sources]
+    rows += [_plain("meter source", "none", "", text, "") for text in meter.new_notes()]
     described = header.cpu()
     kind = "virtual machine" if described["virtual"] else "bare machine"
     rows.append(
@@ -72,6 +77,20 @@ def _row(c: dict[str, Any]) -> dict[str, Any]:
         "band": band,
         "why": c.get("reason", ""), "better": better,
     }  # fmt: skip
+
+
+def _source(source: MeterSource, components: list[dict[str, Any]]) -> dict[str, Any]:
+    """Say of a source whether it can be read here, and what it is used for."""
+    names = [c["name"] for c in components if c["observation"] in source.quantities.values()]
+    provenance = " + ".join(dict.fromkeys(c["provenance"] for c in source.components))
+    use = f"prices {' and '.join(names)}" if names else "others are surer"
+    return _plain(
+        f"meter source {source.name}",
+        "not available" if source.reason else "available",
+        provenance,
+        source.reason or use,
+        "",
+    )
 
 
 def _repeatability() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from greenvis.meters.energy import cpu_name
+from greenvis.meters.host import cpu_name
 
 RUN_ENV = (
     "GREENVIS_RUN"  # "run id:pid": tells a child process that a tracker above it counts it already

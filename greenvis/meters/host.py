@@ -41,3 +41,22 @@ def steal_ticks() -> int | None:
             return int(f.readline().split()[8])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it; "" where it is unknown."""
+    try:
+        with open("/proc/cpuinfo", "rb") as f:
+            text = f.read(2048).decode("utf-8", "replace")
+    except OSError:
+        import platform
+
+        return platform.processor()
+    return next(
+        (
+            line.split(":", 1)[1].strip()
+            for line in text.splitlines()
+            if line.startswith("model name")
+        ),
+        "",
+    )

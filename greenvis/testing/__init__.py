@@ -1,5 +1,5 @@
-"""The contract every technique keeps, as a check that authors of plug-ins can run:
-`check_technique(MyTechnique)`."""
+"""The contracts of what is found by name, as checks that authors of plug-ins can run:
+`check_technique(MyTechnique)`, `check_meter_source(MySource)`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core.technique import Technique
+from greenvis.testing.meter_sources import SourceResult, check_meter_source
 from greenvis.testing.trial import Broken, Trial
+
+__all__ = [
+    "Host",
+    "Result",
+    "SourceResult",
+    "check_meter_source",
+    "check_technique",
+    "check_together",
+    "default_hosts",
+]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ with atheris.instrument_imports(include=["greenvis"]):
     from greenvis.experiment import lineage
     from greenvis.experiment.recipe import load_recipe
     from greenvis.meters import record
-    from greenvis.meters.energy import load_coefficients
+    from greenvis.meters.coefficients import load_coefficients
     from greenvis.report import results
     from greenvis.report.listing import ls
 

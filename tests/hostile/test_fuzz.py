@@ -20,7 +20,7 @@ from greenvis.errors import GreenvisError
 from greenvis.experiment import lineage
 from greenvis.experiment.recipe import load_recipe
 from greenvis.meters import record
-from greenvis.meters.energy import load_coefficients
+from greenvis.meters.coefficients import load_coefficients
 from greenvis.report import report, results
 from greenvis.report.listing import ls
 from tests.hostile.test_loading import card

@@ -15,7 +15,8 @@ import pytest
 
 from greenvis.errors import BadInput
 from greenvis.meters import record
-from greenvis.meters.energy import Replay, load_coefficients
+from greenvis.meters.coefficients import load_coefficients
+from greenvis.meters.energy import Replay
 from greenvis.planning import candidates, probe
 from greenvis.report import archive, report, stored
 from greenvis.report.listing import compare, diff
