@@ -227,14 +227,12 @@ def _markdown(result: Mapping[str, Any]) -> str:
     lines = [
         "# Advice: its pick beside the cheapest plan that reached the target", "",
         f"`greenvis bench advise --out reports/advice`, {result['cpu_s']} s of CPU time, "
-        f"{', '.join(result['overrides'])}. "
-        f"Advice on {len({c['host'] for c in cells})} hosts and {len({c['data'] for c in cells})} "
-        "data sets; then every plan "
-        "was trained on all the images, one seed, and the plan that advice takes was set against "
-        "the cheapest plan that really "
-        f"reached the target. Energy is that of training and of serving {result['served']:,} "
-        "images. The target is what plain "
-        f"fine-tuning reached, less {100 * GIVEN_UP:g} point.", "",
+        f"{', '.join(result['overrides'])}. Advice on {len({c['host'] for c in cells})} hosts and "
+        f"{len({c['data'] for c in cells})} data sets; then every plan was trained on all the "
+        "images, one seed, and the plan that advice takes was set against the cheapest plan that "
+        "really reached the target. Energy is that of training and of serving "
+        f"{result['served']:,} images. The target is what plain fine-tuning reached, less "
+        f"{100 * GIVEN_UP:g} point.", "",
         f"**The pick is within {FAIR:.0%} of the best in {len(fair)} of {len(cells)} cells.** With "
         "each accuracy that any plan "
         f"reached as the target ({len(sweep)} targets), the pick reached it {len(regrets)} times, "

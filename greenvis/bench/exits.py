@@ -177,16 +177,13 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     lines = [
         "# Early exit: throughput and energy against fused attention", "",
         f"`greenvis bench exits --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
-        f"CPUs, {result['threads']} "
-        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random "
-        "weights (what leaving costs in "
-        "accuracy stands in the reports of recipes/exits), exits after "
-        f"{', '.join(f'{a:.0%}' for a in AT)} of the MACs. The "
-        f"same {result['images']} images at each batch size; medians of {result['rounds']} rounds "
-        "in which all settings take "
-        "turns; CPU time, energy as `greenvis doctor` says. `exits` are the images that left at "
-        "each, the last being the "
-        "model's end; `realised` is the energy saved over the MACs saved.", "",
+        f"CPUs, {result['threads']} thread(s), {result['device']}, torch {result['torch']}. "
+        f"`{result['model']}`, random weights (what leaving costs in accuracy stands in the "
+        f"reports of recipes/exits), exits after {', '.join(f'{a:.0%}' for a in AT)} of the MACs. "
+        f"The same {result['images']} images at each batch size; medians of {result['rounds']} "
+        "rounds in which all settings take turns; CPU time, energy as `greenvis doctor` says. "
+        "`exits` are the images that left at each, the last being the model's end; `realised` is "
+        "the energy saved over the MACs saved.", "",
         *_floor.table(rows),
     ]  # fmt: skip
     apart = _floor.ratio(row["energy_ratio"] for row in rows if row["setting"] == NEVER)

@@ -239,18 +239,14 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     lines = [
         "# A training step with a replay buffer, beside avalanche-lib", "",
         f"`greenvis bench replay --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
-        f"CPUs, {result['threads']} "
-        f"thread(s), torch {result['torch']}, avalanche-lib {result[PEER]}. ER with a buffer of "
-        f"{BUFFER}, {BATCH} new and "
-        f"{BATCH} replayed images a step, SGD. The CPU time of training on a task of {counts} "
-        "images, divided by its steps: "
+        f"CPUs, {result['threads']} thread(s), torch {result['torch']}, avalanche-lib "
+        f"{result[PEER]}. ER with a buffer of {BUFFER}, {BATCH} new and {BATCH} replayed images a "
+        f"step, SGD. The CPU time of training on a task of {counts} images, divided by its steps: "
         "loading, replay, forward, backward, optimizer, and what the buffer keeps (greenvis at "
-        "each step, avalanche-lib at the "
-        f"task's end). Medians over {result['rounds']} rounds; arms take turns in each, and "
-        "vs_peer compares within a round. "
-        "greenvis keeps images as bytes, or float32 (exact); avalanche-lib keeps which images of "
-        "the data set in memory they "
-        "are.", "",
+        f"each step, avalanche-lib at the task's end). Medians over {result['rounds']} rounds; "
+        "arms take turns in each, and vs_peer compares within a round. greenvis keeps images as "
+        "bytes, or float32 (exact); avalanche-lib keeps which images of the data set in memory "
+        "they are.", "",
         "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
     ]  # fmt: skip
     lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]

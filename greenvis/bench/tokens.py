@@ -167,14 +167,11 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     lines = [
         "# Token merging: throughput and energy against fused attention", "",
         f"`greenvis bench tokens --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
-        f"CPUs, {result['threads']} "
-        f"thread(s), {result['device']}, torch {result['torch']}. `{result['model']}`, random "
-        "weights (what merging costs in "
-        "accuracy stands in the reports of recipes/tokens). Medians of "
-        f"{result['rounds']} rounds in which all settings take turns, ratios of what ran in the "
-        "same round; CPU time, "
-        "energy as `greenvis doctor` says. `realised` is the speed-up over the ratio of FLOPs; "
-        "`energy_ratio` below 1 is a "
+        f"CPUs, {result['threads']} thread(s), {result['device']}, torch {result['torch']}. "
+        f"`{result['model']}`, random weights (what merging costs in accuracy stands in the "
+        f"reports of recipes/tokens). Medians of {result['rounds']} rounds in which all settings "
+        "take turns, ratios of what ran in the same round; CPU time, energy as `greenvis doctor` "
+        "says. `realised` is the speed-up over the ratio of FLOPs; `energy_ratio` below 1 is a "
         "saving.", "",
         *_floor.table(rows),
     ]  # fmt: skip

@@ -22,9 +22,8 @@ T = TypeVar("T")
 _SHARDING = ("FSDP", "DeepSpeed", "Megatron_LM")  # as accelerate's environment variables spell them
 _SHARDING_ADVICE = (
     "cuts a model's parameters up, and techniques (their terms, deltas, merge and undo) need them "
-    "whole: use plain data "
-    "parallelism (DDP: torchrun, accelerate launch --multi_gpu), or train without gv.wrap and "
-    "meter with gv.track alone"
+    "whole: use plain data parallelism (DDP: torchrun, accelerate launch --multi_gpu), or train "
+    "without gv.wrap and meter with gv.track alone"
 )
 
 

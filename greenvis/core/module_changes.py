@@ -106,8 +106,7 @@ class Watch:
             if any("forward" in vars(module) for module in old.modules()):
                 raise BadInput(
                     f"'{path}' became a {type(new).__name__} after wrap, and a technique had put a "
-                    "forward of its own there: "
-                    "convert the model before wrap"
+                    "forward of its own there: convert the model before wrap"
                 )
         if live is not None:
             for path, old, new in replaced:
@@ -135,9 +134,8 @@ class Watch:
                 distributed.refuse_sharding(self.model)  # which makes modules of another class
                 raise BadInput(
                     f"'{path or type(module).__name__}' became a {type(module).__name__} after "
-                    "wrap (parametrized?), which its "
-                    "techniques do not know: take that back, or undo() first, change the model, "
-                    "and wrap it then"
+                    "wrap (parametrized?), which its techniques do not know: take that back, or "
+                    "undo() first, change the model, and wrap it then"
                 )
         out: list[tuple[str, Any, Any]] = []
         for path, parent, name, child in self._edges:
@@ -155,8 +153,7 @@ class Watch:
             if id(self.model.get_submodule(path)) not in base:
                 raise GreenvisError(
                     f"'{path}.{name}' became a {type(new).__name__} inside what a technique had "
-                    "put in, which cannot be folded "
-                    "then: merge first, then convert the model"
+                    "put in, which cannot be folded then: merge first, then convert the model"
                 )
 
     def restore_adopted(self) -> None:
@@ -206,10 +203,9 @@ class Optimizers:
         if missing := [n for n, p in trained.items() if id(p) not in steps]:
             raise GreenvisError(
                 f"this {type(optimizer).__name__} steps, but no optimizer holds {some(missing)} of "
-                "this model, which "
-                f"{some(live.who_trains(missing))} would train: build the optimizer after wrap "
-                "(and after begin_experience), from "
-                "live.param_groups(lr); set requires_grad to False where they are not to learn"
+                f"this model, which {some(live.who_trains(missing))} would train: build the "
+                "optimizer after wrap (and after begin_experience), from live.param_groups(lr); "
+                "set requires_grad to False where they are not to learn"
             )
         self._fit.add(optimizer)
 

@@ -67,8 +67,7 @@ class Owners:
         ):
             raise BadInput(
                 f"{start}{some(freezing)} trains nothing there, so that it would stay at the "
-                f"weights it has now{end}, or let "
-                "the technique train it (head: train)"
+                f"weights it has now{end}, or let the technique train it (head: train)"
             )
         for technique, live in self._pairs():
             if new and (why := live.replacement_blocker(path)):

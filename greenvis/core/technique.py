@@ -543,6 +543,5 @@ def refuse_clash(a: Technique, b: Technique, clash: frozenset[str]) -> None:
         what = " and ".join(PROPERTIES.get(c, c) for c in sorted(clash))
         raise BadInput(
             f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, which "
-            f"'{a.name}' breaks; remove one, or "
-            "use them in separate stages"
+            f"'{a.name}' breaks; remove one, or use them in separate stages"
         )

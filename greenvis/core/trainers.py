@@ -24,9 +24,8 @@ class UsedInTerms:
     own loss uses.
 
     With find_unused_parameters=True (transformers' default) it follows what the model returns back
-    to the parameters, and takes
-    those it does not meet for unused: their gradients would come a second time, and end the
-    training. names: theirs.
+    to the parameters, and takes those it does not meet for unused: their gradients would come a
+    second time, and end the training. names: theirs.
     """
 
     _greenvis_passing = True

@@ -118,9 +118,8 @@ class Wrapped(Owners, Deltas):
             if pretext is not None and not live.pretext and learns:
                 raise BadInput(
                     f"'{pretext}' and '{technique.name}' do not go together: '{pretext}' is a "
-                    "pretext, which trains the whole "
-                    f"model without its answers, and '{technique.name}' learns from these; use "
-                    "them in separate stages"
+                    "pretext, which trains the whole model without its answers, and "
+                    f"'{technique.name}' learns from these; use them in separate stages"
                 )
         for (a, one), (b, other) in permutations(self._pairs(), 2):
             refuse_clash(a, b, _broken(a, one) & _needed(b, other))

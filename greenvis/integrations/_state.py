@@ -22,8 +22,7 @@ def check_live(live: Any, what: str) -> None:
     if not isinstance(live, Wrapped):
         raise BadInput(
             f"{what} takes what gv.wrap returned, not {type(live).__name__}: to meter a run "
-            "without a technique give "
-            f"{what}(gv.wrap(model), …)"
+            f"without a technique give {what}(gv.wrap(model), …)"
         )
 
 
@@ -63,8 +62,7 @@ def load_own(live: Wrapped, folder: Path) -> dict[str, Tensor]:
     ):
         raise BadInput(
             f"{folder} holds the parts of {len(written) or 1} process(es), and here train "
-            f"{distributed.world_size()}: start as many, or "
-            "begin without a checkpoint"
+            f"{distributed.world_size()}: start as many, or begin without a checkpoint"
         )
     return load_file(here if here.exists() else written[0]) if written else {}
 

@@ -261,8 +261,7 @@ def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
         return
     raise BadInput(
         f"the model's img_size is {size}, which changes nothing here: it takes images of any size, "
-        "and the data's are "
-        f"{shape[-2]}×{shape[-1]}; set data.img_size, or leave the model's out"
+        f"and the data's are {shape[-2]}×{shape[-1]}; set data.img_size, or leave the model's out"
     )
 
 
@@ -294,9 +293,8 @@ def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
         if reads(name, value):
             raise BadInput(
                 f"{ref}: the option '{name}' can make the library read a file, whose content may "
-                "run code; give weights by "
-                "`pretrained` or `init`, which never do, or pass `--trust` (trust=True) if you "
-                "trust it"
+                "run code; give weights by `pretrained` or `init`, which never do, or pass "
+                "`--trust` (trust=True) if you trust it"
             )
 
 

@@ -81,8 +81,7 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
         if not _close(before, after):
             raise BadInput(
                 f"{what} answers otherwise with its batch norms folded, because something else "
-                "reads what one of those "
-                "convolutions gives: use it as it is"
+                "reads what one of those convolutions gives: use it as it is"
             )
     except BaseException:
         folding.undo()

@@ -282,9 +282,8 @@ def _hf_config(request: Request) -> tuple[Any, Path | None]:
     except Exception as error:  # not cached, offline, no such name, a broken file
         raise BadInput(
             f"unknown model '{request.ref}'{nearest(request.name, TYPES)} Neither a folder with a "
-            "config.json in "
-            f"{request.folder.resolve()}, nor a vision model type of transformers, nor to be had: "
-            f"{weights.first_line(error)}"
+            f"config.json in {request.folder.resolve()}, nor a vision model type of transformers, "
+            f"nor to be had: {weights.first_line(error)}"
         ) from error
     if stored.model_type not in TYPES:
         raise BadInput(

@@ -175,9 +175,8 @@ def order_of(own: Sequence[str] | None, other: Sequence[str] | None, who: str) -
         )
         raise BadInput(
             f"{who} {what} (it says {some(other, 3)}; the student {some(own, 3)}): their answers "
-            "cannot be compared class by "
-            "class; give both the same names (`id2label`, or greenvis.models.describe(model, "
-            "classes=…)), or distil features"
+            "cannot be compared class by class; give both the same names (`id2label`, or "
+            "greenvis.models.describe(model, classes=…)), or distil features"
         )
     return [theirs.index(name) for name in mine]
 

@@ -110,8 +110,7 @@ def _refuse_other_device(out: Path | None, described: dict[str, Any]) -> None:
         if other["name"] != described["name"] and not other["rehearsal"]:
             raise BadInput(
                 f"{out} holds figures of '{other['name']}', and this is '{described['name']}': "
-                "give another folder "
-                "(--out), or delete that one"
+                "give another folder (--out), or delete that one"
             )
 
 

@@ -64,14 +64,12 @@ def _markdown(result: Mapping[str, Any]) -> str:
     versions = device["versions"]
     lines += [
         f"`greenvis bench gpu`, torch {versions['torch']}, timm {versions.get('timm', '?')}, CUDA "
-        f"{device['cuda'] or 'none'}, "
-        f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's size: what a technique costs "
-        "in accuracy stands in other "
-        "reports. Settings of a cell take turns; medians over rounds, ratios of what ran in the "
-        "same round to the cell's first "
+        f"{device['cuda'] or 'none'}, {device['cpu']['allowed']} CPUs. Random weights, ImageNet's "
+        "size: what a technique costs in accuracy stands in other reports. Settings of a cell take "
+        "turns; medians over rounds, ratios of what ran in the same round to the cell's first "
         "setting of that model and batch; `range` is the least and the greatest energy ratio of a "
-        "round. Joules are per image; "
-        "the total adds processor and memory (`greenvis doctor` says how) to the GPU's counter.",
+        "round. Joules are per image; the total adds processor and memory (`greenvis doctor` says "
+        "how) to the GPU's counter.",
         "",
     ]  # fmt: skip
     lines += _verdicts(result["cells"]) if not device["rehearsal"] else []

@@ -53,10 +53,9 @@ def _markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Meter: greenvis beside codecarbon", "",
         f"`greenvis bench meter --out reports/bench-meter`, {result['seconds']} s on "
-        f"{m['cpu']['allowed']} logical CPUs "
-        f"({'virtual' if m['cpu']['virtual'] else 'bare'} machine), codecarbon {m['codecarbon']}, "
-        f"torch {m['torch']}, "
-        f"fvcore {m['fvcore']}. Other guests share the machine: read ratios.", "",
+        f"{m['cpu']['allowed']} logical CPUs ({'virtual' if m['cpu']['virtual'] else 'bare'} "
+        f"machine), codecarbon {m['codecarbon']}, torch {m['torch']}, fvcore {m['fvcore']}. Other "
+        "guests share the machine: read ratios.", "",
         "| quantity | codecarbon | greenvis | target | met |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [

@@ -107,9 +107,8 @@ def neighbours() -> dict[str, Any]:
         f"work({WORK})\nprint(json.dumps(run.energy().value))"
     )
     peer = BURN + PEER + (
-        f"t = peer(measure_power_secs=1, tracking_mode='MODE', save_to_file=False)\n{go}"
-        f"t.start(); work({WORK}); t.stop(); "
-        "print(json.dumps(t.final_emissions_data.energy_consumed * 3.6e6))"
+        f"t = peer(measure_power_secs=1, tracking_mode='MODE', save_to_file=False)\n{go}t.start(); "
+        f"work({WORK}); t.stop(); print(json.dumps(t.final_emissions_data.energy_consumed * 3.6e6))"
     )  # fmt: skip
     scenes: dict[str, Callable[[int], float]] = {
         "ours": lambda n: statistics.median(_beside(ours, n) for _ in range(3)),

@@ -186,9 +186,8 @@ def trace(model: nn.Module, x: Tensor) -> Trace:
             at = f"'{stack[-1]}' of " if stack and stack[-1] else ""
             raise BadInput(
                 f"a forward of {type(model).__name__} on an input {tuple(x.shape)} failed in "
-                f"{at}it: "
-                f"{type(error).__name__}: {str(error).strip()[:300]}; give an example input that "
-                "the model takes"
+                f"{at}it: {type(error).__name__}: {str(error).strip()[:300]}; give an example "
+                "input that the model takes"
             ) from error
         finally:
             for hook in hooks:
@@ -219,8 +218,7 @@ def trace_any(model: nn.Module) -> Trace:
     reason = next(iter(tried.values()), "it has no parameters")
     raise BadInput(
         f"no image shape found that {type(model).__name__} takes; tried {[*tried]}: {reason}. "
-        "Structure is read from one "
-        "forward on an image batch (batch, channels, height, width)"
+        "Structure is read from one forward on an image batch (batch, channels, height, width)"
     )
 
 

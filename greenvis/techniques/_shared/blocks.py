@@ -292,8 +292,7 @@ def set_mask(module: nn.Module, mask: Callable[[Tensor | None], Tensor | None]) 
     Args:
         module: the attention.
         mask: called with the mask that the attention is called with, mostly None; returns the one
-            to
-            use, which is added to the logits: (batch, 1, 1 or length, length).
+            to use, which is added to the logits: (batch, 1, 1 or length, length).
     """
     name = _mask_name(module)
     index = list(inspect.signature(type(module).forward).parameters).index(name) - 1

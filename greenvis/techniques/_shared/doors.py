@@ -44,8 +44,7 @@ def refuse_tracing(value: Any, what: str) -> None:
     if isinstance(value, torch.fx.Proxy):
         raise GreenvisError(
             f"torch.fx (create_feature_extractor, FX quantisation) cannot trace {what}: trace the "
-            "plain "
-            "model, or read features by hooks"
+            "plain model, or read features by hooks"
         )
 
 
@@ -112,8 +111,7 @@ class Doors:
         if self._is_requested("output_attentions", kwargs):
             raise GreenvisError(
                 f"attention maps of {type(self.model).__name__} are of other tokens than its "
-                "patches here: ask without "
-                "output_attentions, or undo() first"
+                "patches here: ask without output_attentions, or undo() first"
             )
         return self._is_requested("output_hidden_states", kwargs)
 

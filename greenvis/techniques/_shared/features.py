@@ -41,8 +41,7 @@ def as_map(features: Tensor, channels: int, prefix: int = 0, aspect: float = 1.0
     if height < 1 or patches % height:
         raise GreenvisError(
             f"{patches} tokens lie on no grid of an image with height : width = {aspect:.3g}; "
-            "distil from a layer that has its "
-            "patches whole, or answers only"
+            "distil from a layer that has its patches whole, or answers only"
         )
     return features[:, prefix:].transpose(1, 2).unflatten(2, (height, patches // height))
 

@@ -128,8 +128,7 @@ def sincos_2d(dim: int, height: int, width: int, prefix: int = 0) -> Tensor:
     """Return fixed position embeddings: sines and cosines of the column, then of the row.
 
     Args:
-        dim: a multiple of 4.
-        height, width: of the grid, in patches.
+        dim: a multiple of 4. height, width: of the grid, in patches.
         prefix: tokens before the patches, which get zeros.
 
     Returns:

@@ -110,8 +110,7 @@ class Taps:
         if key not in self._outputs:
             raise GreenvisError(
                 f"nothing was read at '{key}': it did not run, with gradients, since the last "
-                "step; call the model before the "
-                "loss, and each time"
+                "step; call the model before the loss, and each time"
             )
         return self._outputs[key]
 
@@ -279,8 +278,7 @@ def _measured(model: nn.Module, structure: View, points: Sequence[TapPoint]) -> 
         if len(shape) not in (2, 3, 4) or shape[0] != len(structure.example):
             raise BadInput(
                 f"'{point.key}' of {type(model).__name__} gives {shape} for one image: neither a "
-                "map, nor tokens, nor a "
-                "vector of its own; name another layer"
+                "map, nor tokens, nor a vector of its own; name another layer"
             )
         axis = point.channels or (1 if len(shape) == 4 else -1)
         prefix = point.prefix if len(shape) == 3 else 0

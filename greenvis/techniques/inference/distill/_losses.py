@@ -51,19 +51,16 @@ class Loss(BaseModel):
     """One comparison of student and teacher. A setting of another kind is refused.
 
     On answers: "kd" (Hinton et al., 2015), "dkd" (decoupled: Zhao et al., 2022), "token" (a
-    distillation token with a head of
-    its own: DeiT, Touvron et al., 2021; its equation 3 is `hard`, with task_weight 0.5 and weight
-    0.5). On features: "hint" (FitNets: Romero et al., 2015), "attention_transfer" (Zagoruyko &
-    Komodakis, 2017), "review" (levels fused from the last to
-    the first: in the manner of ReviewKD, Chen et al., 2021), "cosine" (hidden states, as in
+    distillation token with a head of its own: DeiT, Touvron et al., 2021; its equation 3 is `hard`,
+    with task_weight 0.5 and weight 0.5). On features: "hint" (FitNets: Romero et al., 2015),
+    "attention_transfer" (Zagoruyko & Komodakis, 2017), "review" (levels fused from the last to the
+    first: in the manner of ReviewKD, Chen et al., 2021), "cosine" (hidden states, as in
     DistilBERT: Sanh et al., 2019),
     "rkd" (distances and angles in a batch: Park et al., 2019), "minilm" (relations of queries, keys
     and values: Wang et al., 2020, 2021). Sums over pairs of layers. Of a transformer's layer all
-    but rkd compare all tokens, as the papers on
-    transformers do: patches on one grid, and as many class and register tokens as both have, in
-    their order. Where one has
-    none, as a residual network, patches alone: a classifier of the class token then has no lesson
-    of its own.
+    but rkd compare all tokens, as the papers on transformers do: patches on one grid, and as many
+    class and register tokens as both have, in their order. Where one has none, as a residual
+    network, patches alone: a classifier of the class token then has no lesson of its own.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

@@ -36,9 +36,8 @@ def compared_rows(
         if outputs[ANSWER].shape != student.shape:
             raise GreenvisError(
                 f"the teacher's logits are {tuple(outputs[ANSWER].shape)}, the student's "
-                f"{tuple(student.shape)}: both must "
-                "answer for the same classes; set num_classes of the teacher, or distil features "
-                "only"
+                f"{tuple(student.shape)}: both must answer for the same classes; set num_classes "
+                "of the teacher, or distil features only"
             )
         outputs[ANSWER] = class_rows(outputs[ANSWER])
     return class_rows(student), class_numbers(y, student, "distillation") if y is not None else None

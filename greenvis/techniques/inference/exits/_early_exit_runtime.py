@@ -315,8 +315,7 @@ def _refuse_companions(tensors: list[tuple[Any, Tensor]], batch: int) -> None:
     if beside:
         raise GreenvisError(
             f"samples that leave early cannot be taken out of the argument '{beside[0]}': call the "
-            "model with the images "
-            "alone, and compute the loss from its output"
+            "model with the images alone, and compute the loss from its output"
         )
 
 

@@ -127,8 +127,7 @@ def answer(exits: Exits, batches: Iterable[Tensor], size: int | None) -> Iterato
     if followed(exits.model):
         raise BadInput(
             "samples cannot wait for others where tokens merge or are pruned: what is known of "
-            "them would have to wait, too; "
-            "answer batch by batch"
+            "them would have to wait, too; answer batch by batch"
         )
     waiting, answers, start, one = Waiting(exits, size or 0), _Answers(), 0, None
     for x in batches:

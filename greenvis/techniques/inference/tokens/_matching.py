@@ -201,8 +201,7 @@ def _added(x: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     if torch.onnx.is_in_onnx_export() and torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise BadInput(
             "the old ONNX exporter adds only one of the tokens that merge into one place, and "
-            "would give other answers: call "
-            "torch.onnx.export(…, dynamo=True)"
+            "would give other answers: call torch.onnx.export(…, dynamo=True)"
         )
     batch, length, channels = x.shape
     first = torch.arange(batch, device=x.device).unsqueeze(1) * length

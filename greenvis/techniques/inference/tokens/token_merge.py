@@ -93,8 +93,7 @@ class TokenMerge(Technique):
         if "rope" in structure.flags and not all(b.rotary for b in blocks):
             raise BadInput(
                 f"{type(model).__name__} rotates queries and keys by their place (RoPE), but its "
-                "blocks are not handed the "
-                "embedding, so it cannot go with merged tokens"
+                "blocks are not handed the embedding, so it cannot go with merged tokens"
             )
         keys = sources(model, structure, blocks, "key")
         flow = Flow(structure.prefix_tokens, Doors(model, (b.module for b in blocks[start:])))
@@ -189,8 +188,7 @@ class Flow(Follower):
         if self.restores or self.doors.laid_out:
             raise BadInput(
                 f"cache: tokens that merged before '{path}' are given back behind it, and how they "
-                "merged is not kept: leave "
-                "`cache` off, or set `restore: never` of the merging"
+                "merged is not kept: leave `cache` off, or set `restore: never` of the merging"
             )
         return {"size": self.size[number].float(), "places": self.positions[number].float()}
 

@@ -101,8 +101,7 @@ class Generator:
         if self._values > MOST:
             raise BadInput(
                 f"the generator draws images of up to {MOST:,} values, not {self._values:,}: set "
-                "data.img_size, or keep images "
-                "in a buffer"
+                "data.img_size, or keep images in a buffer"
             )
         self.outputs, self.range = outputs, torch.tensor([low, max(high, low + 1e-6)])
         with torch.random.fork_rng():

@@ -68,8 +68,7 @@ class Entrance:
         if values[at].requires_grad:
             raise GreenvisError(
                 f"something below '{self.path}' learns (another technique's?), so what was kept "
-                "there would be out of date: "
-                "let it learn from that layer on only, or replay images"
+                "there would be out of date: let it learn from that layer on only, or replay images"
             )
         take(self._channels_first(values[at].detach()))
         if self._join is None:
@@ -136,8 +135,7 @@ class Entrance:
         if not fits:
             raise BadInput(
                 f"in {type(model).__name__}, more than what enters '{self.path}' reaches what lies "
-                "above it (a skip past it?): "
-                "choose another layer for latent replay"
+                "above it (a skip past it?): choose another layer for latent replay"
             )
 
     @contextmanager

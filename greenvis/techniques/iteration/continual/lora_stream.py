@@ -58,10 +58,9 @@ class LoraStream(Technique):
     alone on the base; once it has ended all are summed, each times `scale`. Where a test tells its
     task, the changes up to that task are used (arithmetic: that one alone). Saves the storage of a
     model per task, and replay. Costs as LoRA does in training, and each task adds a change, in
-    memory
-    and in compute, until they are merged: at inference then nothing. Where no test tells its task,
-    forgetting is lessened, not excluded; where it does, a task is answered as when it ended. The
-    classifier trains in full; a told task has it as it was when the task ended. Build a new
+    memory and in compute, until they are merged: at inference then nothing. Where no test tells its
+    task, forgetting is lessened, not excluded; where it does, a task is answered as when it ended.
+    The classifier trains in full; a told task has it as it was when the task ended. Build a new
     optimizer for each task: each has parameters of its own.
     """
 

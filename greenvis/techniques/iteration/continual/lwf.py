@@ -123,8 +123,7 @@ class InstalledLwf(Installed):
         if before.shape != now.shape:
             raise GreenvisError(
                 f"the earlier model answers with {tuple(before.shape)}, the model with "
-                f"{tuple(now.shape)}: lwf needs an output "
-                "for every class from the start"
+                f"{tuple(now.shape)}: lwf needs an output for every class from the start"
             )
         r = self.request
         now, before = class_rows(now), class_rows(before.to(now.dtype))

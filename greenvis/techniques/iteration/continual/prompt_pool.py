@@ -96,15 +96,14 @@ class PromptPool(Technique):
     with query: patch none) to ask the frozen model for the image's class feature, and top_n·length
     more tokens in every block; nothing merges. Order: [class and other prefix
     tokens][prompts][patches], prompts without position embedding. The keys learn by the term
-    "prompt_pool", -pull·(mean similarity of picked keys to the query), and by that alone.
-    Each image picks for itself. The authors' port takes one majority for the whole batch, in tests
-    too, so that accuracy
-    depends on how tests are batched: select: batch, which breaks batch independence. diversity: 1
-    multiplies distances by how often earlier tasks used a prompt (eq. 4), in training. cache: the
-    query of each image is computed once and read back in later epochs and runs. readout: prompts
-    gives the head the mean of the prompts' outputs in place of every token (before the final norm;
-    the authors average behind it). The classifier trains in full; the authors' loss is among a
-    task's own classes (a stream with head: multi).
+    "prompt_pool", -pull·(mean similarity of picked keys to the query), and by that alone. Each
+    image picks for itself. The authors' port takes one majority for the whole batch, in tests too,
+    so that accuracy depends on how tests are batched: select: batch, which breaks batch
+    independence. diversity: 1 multiplies distances by how often earlier tasks used a prompt (eq.
+    4), in training. cache: the query of each image is computed once and read back in later epochs
+    and runs. readout: prompts gives the head the mean of the prompts' outputs in place of every
+    token (before the final norm; the authors average behind it). The classifier trains in full; the
+    authors' loss is among a task's own classes (a stream with head: multi).
     """
 
     name: ClassVar[str] = "prompt_pool"
@@ -256,8 +255,7 @@ class Pool(Joined):
         if self.request.query == "class" and not again() and self.now.pop("asked", None) is None:
             raise GreenvisError(
                 "prompt_pool asks the whole model which prompts to take, and this call of its "
-                "blocks went past that: call the "
-                "model itself, or set query: patch"
+                "blocks went past that: call the model itself, or set query: patch"
             )
         query = (
             x[:, self.prefix :].mean(1).detach()
@@ -293,8 +291,7 @@ class Pool(Joined):
         if laid_out:
             raise GreenvisError(
                 "prompt_pool puts the prompts' mean in the place of every token, so there are no "
-                "features of patches to give: "
-                "set readout: class"
+                "features of patches to give: set readout: class"
             )
         return rows.mean(1, keepdim=True).expand_as(x)
 
@@ -429,8 +426,7 @@ def _feature(model: nn.Module, structure: View) -> Tensor:
     if feature.ndim != 2:
         raise BadInput(
             f"the head of {type(model).__name__} reads {tuple(feature.shape)}, not one vector "
-            "(batch, dim) per image, so it "
-            "gives no query; set query: patch"
+            "(batch, dim) per image, so it gives no query; set query: patch"
         )
     return feature
 

@@ -290,10 +290,9 @@ class InstalledRegularize(Installed):
             bound = 1 / (self._lr * self.request.weight)
             self.note(
                 f"regularize: at a learning rate of {self._lr:g}, gradient descent throws off a "
-                "weight whose importance tops "
-                f"1 / (lr · weight) = {bound:.3g}, and the greatest is {greatest:.3g}; expect a "
-                "loss that is not finite, "
-                f"unless weight is below {1 / (self._lr * greatest):.2g} or train.clip_norm is set"
+                f"weight whose importance tops 1 / (lr · weight) = {bound:.3g}, and the greatest "
+                f"is {greatest:.3g}; expect a loss that is not finite, unless weight is below "
+                f"{1 / (self._lr * greatest):.2g} or train.clip_norm is set"
             )
 
     def _decay(self) -> float:

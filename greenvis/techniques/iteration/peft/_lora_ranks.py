@@ -64,8 +64,7 @@ class Ranks:
         if missing and not settled:
             raise GreenvisError(
                 f"adalora weighs ranks by their gradients, and '{missing[0]}' has none: call "
-                "step_end() of the wrapped model "
-                "between optimizer.step() and optimizer.zero_grad()"
+                "step_end() of the wrapped model between optimizer.step() and optimizer.zero_grad()"
             )
         # a gradient that is not finite is of a step that a scaler skipped: one such would spoil the
         # running means for good

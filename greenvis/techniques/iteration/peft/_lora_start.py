@@ -120,8 +120,7 @@ def gradients(
     if bad:
         raise BadInput(
             f"lora_ga starts from gradients, and {some(bad)} got none that is finite: give the "
-            "model in float32 (half "
-            "precision has no scaler here), and finite images"
+            "model in float32 (half precision has no scaler here), and finite images"
         )
 
 
@@ -138,8 +137,6 @@ def checked(calibration: Any) -> tuple[Tensor, Tensor]:
         return pair[0], pair[1]
     raise BadInput(
         "init lora_ga starts from the gradient of labelled images: give calibration=(images, "
-        "labels), tensors of shape (batch, "
-        "channels, height, width) and class numbers (batch,); a recipe has none to give, so use "
-        "eva, which looks at the first "
-        "batch"
+        "labels), tensors of shape (batch, channels, height, width) and class numbers (batch,); a "
+        "recipe has none to give, so use eva, which looks at the first batch"
     )

@@ -33,9 +33,8 @@ class Adapter(Technique):
     filters (Yin et al., 2025).
 
     Saves optimizer memory and storage per task (the delta), and the backward below the first
-    adapted block. Costs a few per
-    cent of inference, for good: adapters are not linear, so nothing merges. A fresh adapter changes
-    nothing.
+    adapted block. Costs a few per cent of inference, for good: adapters are not linear, so nothing
+    merges. A fresh adapter changes nothing.
     "houlsby" adapts the outputs of attention and MLP before they join the stream; "adaptformer"
     adds scale · bottleneck of the MLP's normalised input to its output; "conv" and "mona" adapt
     each block's output, as maps or as the grid of its tokens without the prefix tokens (the paper's

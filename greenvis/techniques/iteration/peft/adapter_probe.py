@@ -31,8 +31,7 @@ _GROUP = 3
 
 class AdapterProbe(Technique):
     """Train the classifier of a frozen vision transformer together with encoder adapters, an input
-    adapter, or both (the light
-    tuning of TEC: Gao et al., 2022).
+    adapter, or both (the light tuning of TEC: Gao et al., 2022).
 
     Saves the backward through the encoder (not with the input adapter, which stands before it) and
     optimizer memory, as a linear probe does. Costs the adapters' compute, in training and for good.
@@ -129,8 +128,7 @@ class AdapterProbe(Technique):
         except RuntimeError as error:
             raise BadInput(
                 f"the encoder adapters kept beside this {type(model).__name__} are not of {depth} "
-                f"blocks of width {dim}; "
-                f"encoder_adapters: {_GROUP} begins with new ones"
+                f"blocks of width {dim}; encoder_adapters: {_GROUP} begins with new ones"
             ) from error
         return adapters
 

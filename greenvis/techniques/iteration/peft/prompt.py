@@ -147,8 +147,7 @@ class InstalledPrompt(Installed):
         if not self.started:
             raise BadInput(
                 "prompts with init: prototypes start from the first training batch: call batch(x, "
-                "y) of the wrapped model "
-                "before its forward"
+                "y) of the wrapped model before its forward"
             )
         return {}
 

@@ -40,10 +40,9 @@ class Reuse(Technique):
     "base_reuse": once, where views of the images repeat (`data.augment: none`, or `data.views`),
     for its targets are kept on disk. A pretext: labels are not used, and the classifier stays
     untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a
-    head of
-    its own behind one shared decoder: the mean of the base's last blocks, normalised over the
-    patches (masked patches count), and the attention of the last block, rows of the class token and
-    of the patches it attends to most. The class token passes an MLP, which `merge` folds away
+    head of its own behind one shared decoder: the mean of the base's last blocks, normalised over
+    the patches (masked patches count), and the attention of the last block, rows of the class token
+    and of the patches it attends to most. The class token passes an MLP, which `merge` folds away
     exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis
     inspect` understands: of another width, depth, grid or library, without a class token (the mean
     query stands for it), or without attention (targets: [feature]); it never changes. It is handed
