@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from greenvis.cli import benchmarks
 from greenvis.cli import main as cli
+from greenvis.cli.app import GROUPS
 from greenvis.experiment.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+OPTIONS = json.loads((ROOT / "tests/data/cli_options.json").read_text())
 TINY = """\
 name: tiny
 data: {name: digits, train: 60, test: 40}
@@ -161,15 +166,16 @@ def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> N
         (["bench", "metre"], "did you mean 'meter'?"),
         (["bench", "--all"], "name the benchmark to run"),
         (["ls", "--srt", "arm"], "ls has no option --srt; did you mean '--sort'?"),
-        (["ls", "--sort"], "--sort: expected one argument"),
+        (["ls", "--sort"], "'--sort' requires an argument"),
+        (["ls", "--sort", "--where", "x"], "--sort lacks its value (see greenvis ls --help)"),
         (["ls", "--sort", "typo", "--where", "nothing"], "cannot sort by 'typo'"),
         (
             ["ls", "tests", "--group", "amr", "--where", "nothing"],
             "cannot group by 'amr'; did you mean 'arm'?",
         ),
-        (["explain"], "required: technique"),
-        (["flops", "timm/resnet18", "extra"], "flops cannot use 'extra'"),
-        (["flops", "timm/resnet18", "--img-size", "0"], "0 is no whole number above 0"),
+        (["explain"], "Missing argument 'technique' (see greenvis explain --help)"),
+        (["flops", "timm/resnet18", "extra"], "(extra) (see greenvis flops --help)"),
+        (["flops", "timm/resnet18", "--img-size", "0"], "Invalid value for '--img-size'"),
         (["flops", "timm/resnet18", "--option", "img_size=wide"], "img_size is 'wide'"),
         (
             ["flops", "plain/mlp", "--img-size", "28", "--in-chnas", "1"],
@@ -371,7 +377,81 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         "diff",
         "bench",
     ):
-        assert f"    {verb}" in said
+        assert f"\n  {verb} " in said
+    for group in GROUPS:
+        assert f"\n{group}:\n" in said
+
+
+def _taken(command: Any) -> dict[str, Any]:
+    """What a command takes, as the file of `tests/data` writes it."""
+    ctx = typer.Context(command)
+    params = [p for p in command.get_params(ctx) if p.name != "help"]
+    options = [p for p in params if p.param_type_name == "option"]
+    return {
+        "options": {name for p in options for name in p.opts} | {"-h", "--help"},
+        "arguments": [(p.nargs == -1, p.required) for p in params if p not in options],
+        "defaults": {p.opts[0]: p.default for p in options if p.default},
+    }
+
+
+@pytest.mark.parametrize("verb", OPTIONS)
+def test_every_verb_takes_what_it_took(verb: str) -> None:
+    """The file lists what the command line took before it was built on typer."""
+    before = OPTIONS[verb]
+    if verb == "bench":  # its options are now those of each benchmark
+        coverage = _taken(benchmarks._command("coverage"))
+        assert set(before["options"]) <= coverage["options"]
+        return
+    now = _taken(typer.main.get_command(cli.app).commands[verb])
+    assert now["options"] == set(before["options"])
+    many = {"+": (True, True), "*": (True, False), "...": (True, False), "?": (False, False)}
+    assert now["arguments"] == [many.get(n, (False, True)) for _, n in before["arguments"]]
+    assert now["defaults"] == {k: v for k, v in before["defaults"].items() if v}
+
+
+def test_no_verb_is_lost() -> None:
+    assert set(typer.main.get_command(cli.app).commands) == set(OPTIONS)
+
+
+def test_a_benchmark_is_named_before_or_after_its_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert "meter" in _json(capsys, "bench")
+    for words in (["listing", "--rounds", "3"], ["--rounds", "3", "listing"]):
+        assert cli.main(["bench", *words]) == 2
+        assert "listing has no option --rounds" in capsys.readouterr().err
+    assert cli.main(["bench", "rank", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--recipe" in shown
+    assert "--out" in shown
+
+
+def test_a_shell_completes_verbs_options_techniques_and_benchmarks() -> None:
+    for line, answers in {
+        "greenvis expl": {"explain"},
+        "greenvis ls --wh": {"--where"},
+        "greenvis explain lora_": {"lora_stream"},
+        "greenvis bench met": {"meter"},
+    }.items():
+        asked = {
+            "_GREENVIS_COMPLETE": "complete_bash",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(line.count(" ")),
+        }
+        command = [sys.executable, "-m", "greenvis"]
+        done = subprocess.run(
+            command, env=os.environ | asked, capture_output=True, text=True, check=False
+        )
+        assert set(done.stdout.split()) == answers, done.stderr
+
+
+@pytest.mark.parametrize("option", ["--out", "--baseline", "--title"])
+def test_no_option_takes_another_for_its_value(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert f"{option} lacks its value" in _json(capsys, "report", "runs", option, code=2)["error"]
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(ROOT / "recipes")))

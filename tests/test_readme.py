@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import typer
 from readme import BEGIN, END, measured, techniques
 
-from greenvis.cli.main import _commands, _parser
+from greenvis.cli.main import app
 from greenvis.experiment.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ def test_the_table_of_techniques_is_the_registry() -> None:
 def test_every_command_named_exists() -> None:
     commands = set(re.findall(r"(?:`|^)greenvis ([a-z]+)\b", TEXT, re.M))
     assert commands
-    assert commands <= set(_commands(_parser()))
+    assert commands <= set(typer.main.get_command(app).commands)
 
 
 def test_links_lead_somewhere() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.bench import _floor
+from greenvis.bench._options import Out, Runs
 from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
@@ -49,12 +50,12 @@ FAIR = 0.1  # a regret up to here is fine
 
 
 def run(
-    out: Path | None = None,
+    out: Out = None,
     hosts: Mapping[str, Host] = HOSTS,
     data: Mapping[str, Sequence[str]] = DATA,
     overrides: Sequence[str] = TRAIN,
     plans: str | Path = PLANS,
-    runs: str | Path = "runs",
+    runs: Runs = "runs",
 ) -> dict[str, Any]:
     """Return {"rows": [{"host", "data", "target", "pick", "best", "regret", …}], "cells", …}: a row
     for each cell.

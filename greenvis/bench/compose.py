@@ -8,10 +8,10 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from typing import Any
 
 from greenvis.bench._hosts import HOSTS
+from greenvis.bench._options import Out, Techniques
 from greenvis.core import files
 from greenvis.core.technique import Technique
 from greenvis.techniques import registry
@@ -22,7 +22,7 @@ Part = tuple[type[Technique], Mapping[str, Any]]
 
 
 def run(
-    out: Path | None = None, techniques: Sequence[str] | None = None, hosts: Sequence[str] = ON
+    out: Out = None, techniques: Techniques = None, hosts: Sequence[str] = ON
 ) -> dict[str, Any]:
     """Return {"rows": [{"pair", HOST: outcome, …}], "reasons", "unclear", "seconds"}.
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from greenvis.bench import _exiting, _floor
 from greenvis.bench._exiting import AT
+from greenvis.bench._options import Images, Model, Out, Rounds, Threads
 from greenvis.core import files
 from greenvis.meters import flops
 from greenvis.meters.devices import asynchronous, wait
@@ -37,13 +38,13 @@ PLAIN, NEVER = "unmodified", "never"
 
 
 def run(
-    out: Path | None = None,
-    model: str = MODEL,
+    out: Out = None,
+    model: Model = MODEL,
     batches: Sequence[int] = BATCHES,
     leaving: Sequence[float] = LEAVING,
-    images: int = 64,
-    rounds: int = 3,
-    threads: int = 1,
+    images: Images = 64,
+    rounds: Rounds = 3,
+    threads: Threads = 1,
 ) -> dict[str, Any]:
     """Return {"rows": [{"batch", "thresholds", "exits", "gmacs", "macs_ratio", "images_per_s",
     "speedup", "latency_p50_ms", "latency_p95_ms", "energy_j", "energy_ratio", "realised",

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from greenvis.bench._options import Out
 from greenvis.core import files
 from greenvis.meters.record import Writer
 
@@ -22,7 +23,7 @@ TARGETS = {"ls": 5.0, "report": 20.0}  # seconds
 MOST_MB = 1000.0
 
 
-def run(out: Path | None = None) -> dict[str, Any]:
+def run(out: Out = None) -> dict[str, Any]:
     """Return {"rows": [{"command", "lines", "wall_s", "cpu_s", "memory_mb", "target", "met"}]},
     each in a process of its own.
 

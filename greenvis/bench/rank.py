@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from greenvis.bench import _floor
+from greenvis.bench._options import Images, Out, Runs
 from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
@@ -22,10 +25,12 @@ RECIPE = Path(__file__).parents[2] / "recipes/reuse/rank.yaml"
 
 
 def run(
-    out: Path | None = None,
-    recipe: Path = RECIPE,
-    runs: str | Path = "runs",
-    images: int = 500,
+    out: Out = None,
+    recipe: Annotated[
+        Path, typer.Option(help="whose arms fine-tune one base each", show_default=RECIPE.name)
+    ] = RECIPE,
+    runs: Runs = "runs",
+    images: Images = 500,
     overrides: tuple[str, ...] = (),
 ) -> dict[str, Any]:
     """Return what `greenvis.planning.rank.rank` says of the bases that a recipe's arms start from,

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from greenvis import models
+from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.core import files
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
@@ -65,7 +66,7 @@ PEER_ARM, OURS, EXACT, BARE = (
 LOADED = "greenvis, torch's DataLoader"
 
 
-def run(out: Path | None = None, rounds: int = 15, threads: int = 1) -> dict[str, Any]:
+def run(out: Out = None, rounds: Rounds = 15, threads: Threads = 1) -> dict[str, Any]:
     """Return {"rows": [{"model", "arm", "step_ms", "vs_peer", "without_the_model_ms", "target"}],
     …}: medians over rounds, of the ratio to the peer within a round.
 

@@ -22,6 +22,7 @@ from torch import nn
 
 from greenvis import models
 from greenvis.bench import _floor
+from greenvis.bench._options import Model, Out, Rounds, Threads
 from greenvis.core import files
 from greenvis.core.wrap import wrap
 from greenvis.meters import flops
@@ -38,12 +39,12 @@ PLAIN = "unmodified"
 
 
 def run(
-    out: Path | None = None,
-    model: str = MODEL,
+    out: Out = None,
+    model: Model = MODEL,
     schedules: Sequence[Any] = SCHEDULES,
     batches: Sequence[int] = BATCHES,
-    rounds: int = 9,
-    threads: int = 1,
+    rounds: Rounds = 9,
+    threads: Threads = 1,
 ) -> dict[str, Any]:
     """Return {"rows": [{"batch", "r", "gmacs", "flops_ratio", "images_per_s", "speedup",
     "realised", "latency_ms", "energy_j", "energy_ratio", "target"}], …}: one row for each batch

@@ -1,19 +1,20 @@
 """Commands about techniques and models: `techniques`, `explain`, `schema`, `inspect`, `flops`,
-`probe`, `card`, `export`.
-
-Each returns what `--json` prints and a function that shows it.
-"""
+`probe`, `card`, `export`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from greenvis.cli import app
+from greenvis.cli.app import argument, effect, option, verb
 from greenvis.cli.output import (
-    Answer,
+    answer,
+    json_text,
     left_by,
-    options,
+    model_options,
     print_rows,
     reported,
     teller,
@@ -22,20 +23,31 @@ from greenvis.cli.output import (
 )
 
 
-def techniques(args: Any) -> Answer:
-    """List the techniques."""
+def _names(incomplete: str) -> list[str]:
+    """Return the techniques that a shell may complete a word to."""
+    from greenvis.techniques import registry
+
+    return [name for name in registry.names() if name.startswith(incomplete)]
+
+
+@verb(app.MODELS)
+def techniques(as_json: app.Json = False) -> None:
+    """list the techniques, own and plugged in"""
     from greenvis.techniques import registry
 
     about = {name: registry.about(name) for name in registry.names()}
-    rows = [{"name": n, "stage": a["stage"], "does": _effect(a["doc"])} for n, a in about.items()]
-    return rows, lambda: print_rows(rows, "techniques")
+    rows = [{"name": n, "stage": a["stage"], "does": effect(a["doc"])} for n, a in about.items()]
+    answer(as_json, rows, lambda: print_rows(rows, "techniques"))
 
 
-def explain(args: Any) -> Answer:
-    """Describe one technique and its settings."""
+@verb(app.MODELS)
+def explain(
+    technique: Annotated[str, typer.Argument(autocompletion=_names)], as_json: app.Json = False
+) -> None:
+    """say what a technique does, saves and costs, and its settings"""
     from greenvis.techniques import registry
 
-    about = registry.about(args.technique)
+    about = registry.about(technique)
     rows = [
         {
             "field": n,
@@ -47,51 +59,82 @@ def explain(args: Any) -> Answer:
     ]
 
     def show() -> None:
-        write_block(f"{args.technique} (stage {about['stage']})\n\n{about['doc']}")
+        write_block(f"{technique} (stage {about['stage']})\n\n{about['doc']}")
         print()
         print_rows(
             [{**r, "type": r["type"] if isinstance(r["type"], str) else "several"} for r in rows],
             "settings",
         )
 
-    return {"name": args.technique, **about}, show
+    answer(as_json, {"name": technique, **about}, show)
 
 
-def schema(args: Any) -> Answer:
-    """Give the JSON Schema of a recipe."""
+@verb(app.MODELS)
+def schema(as_json: app.Json = False) -> None:
+    """print the JSON Schema of a recipe"""
     from greenvis.experiment.recipe import schema
 
     form = schema()
-    return form, lambda: print(json.dumps(form, indent=2))
+    answer(as_json, form, lambda: print(json_text(form, indent=2)))
 
 
-def inspect(args: Any) -> Answer:
-    """Show a model's parts."""
+@verb(app.MODELS)
+def inspect(
+    model: app.Model,
+    img_size: app.ImgSize = None,
+    in_chans: app.InChans = None,
+    num_classes: app.NumClasses = None,
+    options: app.ModelOptions = None,
+    trust: app.Trust = False,
+    as_json: app.Json = False,
+) -> None:
+    """show a model's blocks, attention, MLPs, norms and heads, found by structure"""
     from greenvis.models import structure
 
-    model, x = _model(args)
+    sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
+    built, x = _built(model, trust, model_options(options, **sizes))
     rows = [
         {"part": part, "found": value}
-        for part, value in structure.describe(structure.view(model, x))
+        for part, value in structure.describe(structure.view(built, x))
     ]
-    return rows, lambda: print_rows(rows, args.model)
+    answer(as_json, rows, lambda: print_rows(rows, model))
 
 
-def flops(args: Any) -> Answer:
-    """Count a model's MACs and FLOPs."""
-    from greenvis import data
+@verb(app.MODELS)
+def flops(
+    model: app.Model,
+    img_size: app.ImgSize = None,
+    in_chans: app.InChans = None,
+    num_classes: app.NumClasses = None,
+    options: app.ModelOptions = None,
+    trust: app.Trust = False,
+    techniques: Annotated[
+        str | None, option('list as in a recipe: \'[{"lora": {"rank": 8}}]\'', "JSON")
+    ] = None,
+    data: Annotated[
+        str | None,
+        option(
+            "also count 64 test images of this data set one by one: work may depend on the image",
+            "NAME",
+        ),
+    ] = None,
+    as_json: app.Json = False,
+) -> None:
+    """count a model's MACs and FLOPs, by module, with two counters"""
+    from greenvis import data as datasets
     from greenvis.core.wrap import wrap
     from greenvis.experiment.recipe import parse_techniques
     from greenvis.meters import flops
 
-    model, x = _model(args)
-    if args.techniques:
-        wrap(model, [t.for_images(tuple(x.shape[1:])) for t in parse_techniques(args.techniques)])
-    count = flops.count(model, x, train=True)
+    sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
+    built, x = _built(model, trust, model_options(options, **sizes))
+    if techniques:
+        wrap(built, [t.for_images(tuple(x.shape[1:])) for t in parse_techniques(techniques)])
+    count = flops.count(built, x, train=True)
     out = count.as_dict()
-    if args.data:
-        images = data.load(args.data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
-        out["distribution"] = flops.distribution(model, [images.batch(range(len(images)))[0]])
+    if data:
+        images = datasets.load(data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
+        out["distribution"] = flops.distribution(built, [images.batch(range(len(images)))[0]])
     elif any(note.startswith(flops.WITH_DATA) for note in count.notes):
         out["notes"].append(
             "the work may depend on the image: --data NAME counts real ones, one by one"
@@ -99,8 +142,7 @@ def flops(args: Any) -> Answer:
 
     def show() -> None:
         print_rows(
-            [{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()],
-            args.model,
+            [{"module": k, "MMACs": f"{v / 1e6:,.2f}"} for k, v in out["by_module"].items()], model
         )
         forward = f"{out['macs'] / 1e9:.4g} GMACs, {out['flops'] / 1e9:.4g} GFLOPs"
         write(f"forward {forward}; training step {out['train_flops'] / 1e9:.4g} GFLOPs")
@@ -110,41 +152,60 @@ def flops(args: Any) -> Answer:
         for note in out["notes"]:
             write(f"note: {note}")
 
-    return out, show
+    answer(as_json, out, show)
 
 
-def probe(args: Any) -> Answer:
-    """Evaluate a saved model: probes, fine-tuning, few labels, nearest neighbours."""
+@verb(app.MODELS)
+def probe(
+    run: Annotated[
+        str,
+        argument(
+            "a finished run's folder, runs/RECIPE/ARM/seed0, its id, or its arm's folder, "
+            "with all seeds"
+        ),
+    ],
+    overrides: app.Overrides = None,
+    protocol: Annotated[
+        str | None, option("of arms, as greenvis/planning/probe.yaml", "FILE")
+    ] = None,
+    trust: app.Trust = False,
+    runs: app.Runs = "runs",
+    out: Annotated[str | None, option("folder of the report, not reports/probe-RECIPE-ARM")] = None,
+    as_json: app.Json = False,
+) -> None:
+    """evaluate a saved model: linear probe, adapters, nearest neighbours, few labels, tuning"""
     from greenvis.planning import probe as probing
     from greenvis.report import report
 
-    protocol = args.protocol or probing.PROTOCOL
     folder, recipe = probing.probe(
-        left_by(args.run, args.runs),
-        protocol=protocol,
-        overrides=args.set,
-        runs=args.runs,
-        trust=args.trust,
-        say=teller(args),
+        left_by(run, runs),
+        protocol=protocol or probing.PROTOCOL,
+        overrides=overrides or (),
+        runs=runs,
+        trust=trust,
+        say=teller(as_json),
     )
-    out = args.out or Path("reports") / recipe.name
-    return reported(
-        report(
-            [folder],
-            out=out,
-            baseline=recipe.baseline,
-            title=recipe.report.title,
-            note=recipe.report.note,
-        )
+    page = report(
+        [folder],
+        out=out or Path("reports") / recipe.name,
+        baseline=recipe.baseline,
+        title=recipe.report.title,
+        note=recipe.report.note,
     )
+    reported(as_json, page)
 
 
-def card(args: Any) -> Answer:
-    """Say what a saved model was made from, and what all of it cost."""
+@verb(app.MODELS)
+def card(
+    file: Annotated[str, argument("a weight file of greenvis, a finished run's folder, or its id")],
+    runs: app.Runs = "runs",
+    as_json: app.Json = False,
+) -> None:
+    """say what a saved model was made from, and what all of it cost"""
     from greenvis.experiment import lineage
     from greenvis.report.formatting import si
 
-    content = lineage.read_card(left_by(args.file, args.runs))
+    content = lineage.read_card(left_by(file, runs))
 
     def cost(energy: dict[str, Any]) -> str:
         if energy["value"] is None:
@@ -169,14 +230,22 @@ def card(args: Any) -> Answer:
         write(f"with all it was made from: {cost(content['total_j'])}")
         write_block(f"\nits recipe:\n\n{content.get('recipe', '')}")
 
-    return content, show
+    answer(as_json, content, show)
 
 
-def export(args: Any) -> Answer:
-    """Write a finished run's model in another form."""
+@verb(app.MODELS)
+def export(
+    run: Annotated[str, argument("the folder of a finished run, runs/RECIPE/ARM/seed0, or its id")],
+    to: Annotated[str, option("torch.export, onnx, safetensors or hub", "FORM")],
+    runs: app.Runs = "runs",
+    out: Annotated[str | None, option("the folder to make, not exports/RECIPE-ARM-seedN")] = None,
+    trust: app.Trust = False,
+    as_json: app.Json = False,
+) -> None:
+    """write a finished run's model as torch.export, ONNX, safetensors or a Hub folder, checked"""
     from greenvis.integrations.export import export
 
-    exported = export(left_by(args.run, args.runs), args.to, args.out, trust=args.trust)
+    exported = export(left_by(run, runs), to, out, trust=trust)
 
     def show() -> None:
         write(
@@ -184,20 +253,14 @@ def export(args: Any) -> Answer:
             f"{exported['max_difference']:.1e}"
         )
 
-    return exported, show
+    answer(as_json, exported, show)
 
 
-def _model(args: Any) -> tuple[Any, Any]:
+def _built(model: str, trust: bool, options: dict[str, Any]) -> tuple[Any, Any]:
     """Return the model, and an image batch of the size asked for: many take images of any, and are
     built for none."""
     from greenvis import models
     from greenvis.models import structure
 
-    asked = options(args)
-    model = models.build(args.model, trust=args.trust, **asked).eval()
-    return model, structure.example_input(model, size=asked.get("img_size"))
-
-
-def _effect(doc: str) -> str:
-    """Return the first paragraph of a technique's docstring."""
-    return " ".join(doc.partition("\n\n")[0].split())
+    built = models.build(model, trust=trust, **options).eval()
+    return built, structure.example_input(built, size=options.get("img_size"))

@@ -1,5 +1,4 @@
-"""What commands share: how an answer is shown in a terminal, and options that several of them
-take."""
+"""What commands share: how an answer is shown in a terminal."""
 
 from __future__ import annotations
 
@@ -13,13 +12,26 @@ from typing import Any
 from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput, one_line, printable
 
-Answer = tuple[Any, Callable[[], None]]  # data for programs, and what prints it for people
 MOST_COLUMNS = 16  # of a table in a terminal
 WIDE = 200  # characters of a line that no terminal shows
 
 
-def reported(page: Path) -> Answer:
-    """Return the results of a report that was just written, and what shows them as a table."""
+def answer(as_json: bool, data: Any, show: Callable[[], None]) -> None:
+    """Print an answer.
+
+    Args:
+        as_json: whether for programs.
+        data: what programs get.
+        show: prints it for people.
+    """
+    if as_json:
+        print(json_text(data, indent=2))
+    else:
+        show()
+
+
+def reported(as_json: bool, page: Path) -> None:
+    """Print the results of a report that was just written; for people as a table."""
     results = files.read_json(page.parent / "results.json", "results", 256 * 2**20)
 
     def show() -> None:
@@ -30,7 +42,7 @@ def reported(page: Path) -> Answer:
         console().print(table(results))
         console().print(Text.assemble("report: ", (one_line(page), "bold")), soft_wrap=True)
 
-    return {"report": str(page), "results": results}, show
+    answer(as_json, {"report": str(page), "results": results}, show)
 
 
 def left_by(text: str, runs: str) -> str:
@@ -56,14 +68,15 @@ def left_by(text: str, runs: str) -> str:
     return str(folder)
 
 
-def options(args: Any) -> dict[str, Any]:
-    """Return the model options given on the command line."""
-    options = {
-        k: getattr(args, k)
-        for k in ("img_size", "in_chans", "num_classes")
-        if getattr(args, k, None) is not None
-    }
-    for text in args.option:
+def model_options(texts: Sequence[str] | None, **sizes: int | None) -> dict[str, Any]:
+    """Return the options of a model.
+
+    Args:
+        texts: of `--option`, each KEY=VALUE.
+        sizes: those with an option of their own; None where it was left out.
+    """
+    options: dict[str, Any] = {k: v for k, v in sizes.items() if v is not None}
+    for text in texts or ():
         key, equals, value = text.partition("=")
         if not equals:
             raise BadInput(f"--option takes KEY=VALUE, as in --option depth=6; got '{text}'")
@@ -108,10 +121,10 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def teller(args: Any) -> Callable[[str], None]:
+def teller(as_json: bool) -> Callable[[str], None]:
     """Return what tells how the work goes on: `say`, and nothing where the answer is for
     programs."""
-    return (lambda text: None) if args.json else say
+    return (lambda text: None) if as_json else say
 
 
 def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:

@@ -1,27 +1,34 @@
-"""Commands that predict before energy is spent: `plan`, `rank`, `advise`.
-
-Each returns what `--json` prints and a function that shows it.
-"""
+"""Commands that predict before energy is spent: `plan`, `rank`, `advise`."""
 
 from __future__ import annotations
 
 import shlex
-from typing import Any
+from typing import Annotated, Any
 
-from greenvis.cli.output import Answer, options, print_rows, teller, write
+from greenvis.cli import app
+from greenvis.cli.app import argument, option, verb
+from greenvis.cli.output import answer, model_options, print_rows, teller, write
+
+Data = Annotated[str, option("a data set, or a recipe's file, whose data it is then", "NAME")]
 
 
-def plan(args: Any) -> Answer:
-    """Predict what a recipe, or each of a sweep, will cost."""
+@verb(app.PLAN)
+def plan(
+    recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
+    overrides: app.Overrides = None,
+    trust: app.Trust = False,
+    runs: app.Runs = "runs",
+    as_json: app.Json = False,
+) -> None:
+    """predict what a recipe will cost from a few steps of each arm, before it is spent"""
     from greenvis.experiment import sweep
 
-    recipes = sweep.load(args.recipe, args.set)  # what is wrong is said before torch is imported
+    recipes = sweep.load(recipe, overrides or ())  # what is wrong is said before torch is imported
     from greenvis.planning.plan import plan, total
 
-    options: dict[str, Any] = {"runs": args.runs, "trust": args.trust, "say": teller(args)}
     arms = {}
-    for recipe, _ in recipes:
-        arms |= plan(recipe, **options)["arms"]
+    for one, _ in recipes:
+        arms |= plan(one, runs=runs, trust=trust, say=teller(as_json))["arms"]
     prediction = {"arms": arms, "total": total(arms)}
 
     def show() -> None:
@@ -48,23 +55,36 @@ def plan(args: Any) -> Answer:
             )
         print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
 
-    return prediction, show
+    answer(as_json, prediction, show)
 
 
-def rank(args: Any) -> Answer:
-    """Rank candidate bases for new data, without training."""
+@verb(app.PLAN)
+def rank(
+    bases: Annotated[
+        list[str],
+        argument("a model reference, run:RECIPE/ARM (what an arm left), or its folder", "BASE..."),
+    ],
+    data: Data,
+    images: Annotated[int, option("training images shown to each base")] = 1000,
+    by: Annotated[str, option("to sort by: logme, h_score, sfda or ped", "SCORE")] = "logme",
+    options: app.ModelOptions = None,
+    trust: app.Trust = False,
+    runs: app.Runs = "runs",
+    as_json: app.Json = False,
+) -> None:
+    """rank pretrained bases for new data without training (LogME, H-score, SFDA, PED)"""
     from greenvis.planning.rank import METHODS, rank
     from greenvis.report.formatting import si
 
     ranking = rank(
-        args.bases,
-        args.data,
-        images=args.images,
-        by=args.by,
-        runs=args.runs,
-        trust=args.trust,
-        say=teller(args),
-        **options(args),
+        bases,
+        data,
+        images=images,
+        by=by,
+        runs=runs,
+        trust=trust,
+        say=teller(as_json),
+        **model_options(options),
     )
 
     def show() -> None:
@@ -100,33 +120,66 @@ def rank(args: Any) -> Answer:
                 "nothing says how right this is"
             )
 
-    return ranking, show
+    answer(as_json, ranking, show)
 
 
-def advise(args: Any) -> Answer:
-    """Compare the ways to train a model for new data by short trials, and write the recipe of the
-    one to take."""
+@verb(app.PLAN)
+def advise(
+    model: app.Model,
+    data: Data,
+    target_accuracy: Annotated[
+        float | None, option("0 to 1: take the cheapest plan predicted to reach it", "A")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        option("the most that training and serving may take together: 5Wh, 0.2kWh, 18kJ", "ENERGY"),
+    ] = None,
+    serve: Annotated[float, option("images the model will answer", "N")] = 1_000_000,
+    teacher: Annotated[
+        str | None, option("a trained model to learn from: as MODEL", "MODEL")
+    ] = None,
+    plans: Annotated[
+        str | None, option("of plans to weigh, as greenvis/planning/advise.yaml", "FILE")
+    ] = None,
+    share: Annotated[float, option("of the training images, in the longest trial")] = 0.25,
+    img_size: app.ImgSize = None,
+    in_chans: app.InChans = None,
+    num_classes: app.NumClasses = None,
+    options: app.ModelOptions = None,
+    trust: app.Trust = False,
+    overrides: app.Overrides = None,
+    fresh: Annotated[bool, option("try again what was tried before", name="--fresh")] = False,
+    runs: app.Runs = "runs",
+    out: Annotated[
+        str | None, option("the recipe to write, not RUNS/advise-DATA-MODEL/recipe.yaml")
+    ] = None,
+    as_json: app.Json = False,
+) -> None:
+    """advise which way to train a model for new data: short trials, energy, a recipe
+
+    MODEL may also be run:RECIPE/ARM (what an arm left), or its folder.
+    """
     from greenvis.planning.advise import advise
     from greenvis.planning.candidates import PLANS
 
     advice = advise(
-        args.model,
-        args.data,
-        target_accuracy=args.target_accuracy,
-        budget=args.budget,
-        serve=args.serve,
-        teacher=args.teacher,
-        plans=args.plans or PLANS,
-        share=args.share,
-        out=args.out,
-        overrides=args.set,
-        runs=args.runs,
-        fresh=args.fresh,
-        trust=args.trust,
-        say=teller(args),
-        **options(args),
+        model,
+        data,
+        target_accuracy=target_accuracy,
+        budget=budget,
+        serve=serve,
+        teacher=teacher,
+        plans=plans or PLANS,
+        share=share,
+        out=out,
+        overrides=overrides or (),
+        runs=runs,
+        fresh=fresh,
+        trust=trust,
+        say=teller(as_json),
+        **model_options(options, img_size=img_size, in_chans=in_chans, num_classes=num_classes),
     )
-    return advice, lambda: _show_advice(advice)
+    answer(as_json, advice, lambda: _show_advice(advice))
 
 
 def _show_advice(advice: dict[str, Any]) -> None:

@@ -1,18 +1,19 @@
 """Commands that make records and read them: `run`, `report`, `overview`, `track`, `doctor`, `ls`,
-`compare`, `diff`, `bench`.
-
-Each returns what `--json` prints and a function that shows it, or an exit code.
-"""
+`compare`, `diff`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from greenvis.cli import app
+from greenvis.cli.app import argument, option, verb
 from greenvis.cli.output import (
-    Answer,
+    answer,
     console,
     json_text,
     message,
@@ -23,51 +24,81 @@ from greenvis.cli.output import (
 )
 from greenvis.errors import BadInput, GreenvisError, nearest, one_line
 
+ReportFolder = Annotated[str | None, option("folder of the report, not reports/NAME", name="--out")]
+Side = Annotated[
+    str,
+    argument("a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it"),
+]
 
-def run(args: Any) -> Answer | int:
-    """Train a recipe's arms and write its report."""
+
+@verb(app.TRAIN)
+def run(
+    recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
+    overrides: app.Overrides = None,
+    engine: Annotated[
+        str, option("one-by-one, or ray: on a Ray cluster", "ENGINE", name="--on")
+    ] = "one-by-one",
+    fresh: Annotated[
+        bool, option("train finished arms again (their energy stays in the totals)", name="--fresh")
+    ] = False,
+    trust: app.Trust = False,
+    runs: app.Runs = "runs",
+    log_with: Annotated[
+        list[str] | None,
+        option(
+            "log accuracy, loss and joules to a tracker, too: tensorboard, wandb or mlflow",
+            "TRACKER",
+        ),
+    ] = None,
+    out: ReportFolder = None,
+    as_json: app.Json = False,
+) -> None:
+    """train every arm of a recipe, metered, and write its report
+
+    `--set train.epochs=3,6` trains with each of the values in turn.
+    """
     from greenvis.experiment import sweep
     from greenvis.meters import header
     from greenvis.report.folder import refuse_foreign
 
-    if args.out:
-        refuse_foreign(Path(args.out))
+    overrides = overrides or []
+    if out:
+        refuse_foreign(Path(out))
     alone = header.ranks()[1] == 1
     # what is wrong is said before torch is imported
-    recipes = sweep.load(args.recipe, args.set) if alone else []
-    if recipes and not args.out:
-        refuse_foreign(_page_folder(args, recipes))
+    recipes = sweep.load(recipe, overrides) if alone else []
+    if recipes and not out:
+        refuse_foreign(_page_folder(recipe, overrides, recipes))
     from greenvis.core import distributed
     from greenvis.experiment import on_ray, session
     from greenvis.report import report
 
     engines = ("one-by-one", "ray")
-    if args.on not in engines:
-        raise BadInput(f"cannot run on '{args.on}'{nearest(args.on, engines)}")
+    if engine not in engines:
+        raise BadInput(f"cannot run on '{engine}'{nearest(engine, engines)}")
     distributed.init_process_group()
-    recipes = recipes or distributed.main_first(lambda: sweep.load(args.recipe, args.set))
+    recipes = recipes or distributed.main_first(lambda: sweep.load(recipe, overrides))
     first, several = recipes[0][0], len(recipes) > 1
     options: dict[str, Any] = {
-        "runs": args.runs, "fresh": args.fresh, "trust": args.trust, "log_with": args.log_with,
-        "command": ["greenvis", "run", args.recipe, *(w for s in args.set for w in ("--set", s))],
-        "say": teller(args),
+        "runs": runs, "fresh": fresh, "trust": trust, "log_with": log_with or [],
+        "command": ["greenvis", "run", recipe, *(w for s in overrides for w in ("--set", s))],
+        "say": teller(as_json),
     }  # fmt: skip
     failed: dict[str, str] = {}
-    if args.on == "ray":
+    if engine == "ray":
         distributed.require_single_process("greenvis run --on ray")
         folders, failed = on_ray.run(recipes, **options)
     else:
         folders = [
-            session.run(recipe, **options, fresh_process=not i)
-            for i, (recipe, _) in enumerate(recipes)
+            session.run(one, **options, fresh_process=not i) for i, (one, _) in enumerate(recipes)
         ]
     if distributed.rank():
         distributed.destroy_process_group()
-        return 0  # the first of several processes reports
+        return  # the first of several processes reports
     distributed.destroy_process_group()
     page = report(
         folders,
-        out=_page_folder(args, recipes),
+        out=out or _page_folder(recipe, overrides, recipes),
         baseline=f"{first.name}/{first.baseline}" if several else first.baseline,
         metric=first.report.metric,
         margin=first.report.margin,
@@ -80,35 +111,82 @@ def run(args: Any) -> Answer | int:
             f"{len(failed)} runs failed ({reasons}); {page} has the others, and the same command "
             "goes on from here"
         )
-    return reported(page)
+    reported(as_json, page)
 
 
-def report(args: Any) -> Answer:
-    """Write a report from records."""
+@verb(app.REPORT)
+def report(
+    paths: Annotated[
+        list[str],
+        argument(
+            "records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; or one "
+            "results.json",
+            "RUN...",
+        ),
+    ],
+    runs: app.Runs = "runs",
+    out: ReportFolder = None,
+    baseline: Annotated[str | None, option("what the others are measured against", "ARM")] = None,
+    grid: Annotated[
+        str | None,
+        option(
+            "price the carbon with another grid: a zone as SWE, or g CO2e per kWh; changes "
+            "grams only"
+        ),
+    ] = None,
+    served: Annotated[
+        float | None, option("images a model will answer, not 1,000,000", "N")
+    ] = None,
+    margin: Annotated[
+        float | None, option("of accuracy an arm may lose and still keep it, not 0.5", "POINTS")
+    ] = None,
+    title: Annotated[str | None, option("headline of the report")] = None,
+    as_json: app.Json = False,
+) -> None:
+    """write a report from run records made anywhere"""
     from greenvis.meters import record
     from greenvis.report import report
 
-    options = {
-        k: getattr(args, k) for k in ("out", "baseline", "grid", "title", "served", "margin")
-    }
-    return reported(report([record.named(path, args.runs) for path in args.paths], **options))
+    page = report(
+        [record.named(path, runs) for path in paths],
+        out=out,
+        baseline=baseline,
+        grid=grid,
+        title=title,
+        served=served,
+        margin=margin,
+    )
+    reported(as_json, page)
 
 
-def overview(args: Any) -> Answer:
-    """Sum many reports up."""
+@verb(app.REPORT)
+def overview(
+    folder: Annotated[str, argument("folder in which each report has a folder")] = "reports",
+    as_json: app.Json = False,
+) -> None:
+    """many reports at a glance: what each technique saved and cost, as Markdown"""
     from greenvis.report.overview import markdown, overview
 
-    summary = overview(args.folder)
-    return summary, lambda: write_block(markdown(summary))
+    summary = overview(folder)
+    answer(as_json, summary, lambda: write_block(markdown(summary)))
 
 
-def doctor(args: Any) -> Answer:
-    """Say where each figure comes from here."""
+@verb(app.MEASURE)
+def doctor(
+    again: Annotated[
+        bool,
+        option(
+            "do the same work for a minute: how far it reads apart, for the bands", name="--repeat"
+        ),
+    ] = False,
+    as_json: app.Json = False,
+) -> None:
+    """say where each energy figure comes from on this machine, and why"""
     from greenvis.meters import header, repeat
     from greenvis.meters.doctor import doctor
 
-    if args.repeat:
-        repeat.measure(header.cpu()["name"], say=teller(args))
+    if again:
+        repeat.measure(header.cpu()["name"], say=teller(as_json))
     rows = doctor()
 
     def show() -> None:
@@ -124,19 +202,30 @@ def doctor(args: Any) -> Answer:
                         Padding(Text(one_line(f"{key}: {row[key]}"), style="dim"), (0, 0, 0, 4))
                     )
 
-    return rows, show
+    answer(as_json, rows, show)
 
 
-def track(args: Any) -> Answer | int:
-    """Meter a command; its exit code is the answer."""
+@verb(app.MEASURE, context_settings={"allow_interspersed_args": False})
+def track(
+    command: Annotated[
+        list[str] | None, typer.Argument(metavar="-- COMMAND...", show_default=False)
+    ] = None,
+    name: Annotated[str, option("of the run")] = "command",
+    country: Annotated[str | None, option("ISO-3 code of the grid, as FRA", "ZONE")] = None,
+    folder: Annotated[str, option("folder of run records", name="--dir")] = "runs",
+    as_json: app.Json = False,
+) -> int:
+    """meter any command and its children: greenvis track -- python train.py
+
+    The exit code is that of the command.
+    """
     from greenvis.meters.command import track_command
 
-    words = args.command[1:] if args.command[:1] == ["--"] else args.command
-    if not words:
+    if not command:
         raise BadInput("greenvis track takes a command after --: greenvis track -- python train.py")
-    code, run = track_command(words, name=args.name, country=args.country, dir=args.dir)
+    code, run = track_command(command, name=name, country=country, dir=folder)
     energy = run.energy()
-    answer = {
+    metered = {
         "record": None if run.lost else str(run.path),
         "exit": code,
         "energy_j": energy.value,
@@ -150,82 +239,70 @@ def track(args: Any) -> Answer | int:
     )
     where = f"the record is lost: {run.lost}" if run.lost else f"record: {run.path}"
     print(
-        json_text(answer) if args.json else message(f"{text}; {where}"),
-        file=sys.stdout if args.json else sys.stderr,
+        json_text(metered) if as_json else message(f"{text}; {where}"),
+        file=sys.stdout if as_json else sys.stderr,
     )
     return code
 
 
-def ls(args: Any) -> Answer:
-    """List recorded runs."""
+@verb(app.REPORT)
+def ls(
+    paths: Annotated[list[str] | None, argument("records and their folders")] = None,
+    where: Annotated[
+        str, option("only runs in whose name, arm, id or status this occurs", "TEXT")
+    ] = "",
+    sort: Annotated[
+        str,
+        option("to sort by, - before it for descending: -energy; without, when it began", "COLUMN"),
+    ] = "",
+    by: Annotated[
+        str, option("one row for each value of these: name,arm", "COLUMNS", name="--group")
+    ] = "",
+    as_json: app.Json = False,
+) -> None:
+    """list recorded runs"""
     from greenvis.report.listing import group, ls
 
-    rows = ls(
-        args.paths, where=args.where, sort="started_s" if args.group else args.sort or "started_s"
-    )
-    if args.group:
-        rows = group(rows, args.group.split(","), args.sort)
-    return rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if args.group else 'runs'}")
+    rows = ls(paths or ["runs"], where=where, sort="started_s" if by else sort or "started_s")
+    if by:
+        rows = group(rows, by.split(","), sort)
+    answer(as_json, rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if by else 'runs'}"))
 
 
-def compare(args: Any) -> Answer:
-    """Compare two runs."""
+@verb(app.REPORT)
+def compare(a: Side, b: Side, runs: app.Runs = "runs", as_json: app.Json = False) -> None:
+    """compare two runs figure by figure"""
     from greenvis.meters import record
     from greenvis.report.listing import compare
 
-    rows = compare(*(record.named(side, args.runs) for side in (args.a, args.b)))
-    return rows, lambda: _print_runs(rows, f"{args.a} and {args.b}")
+    rows = compare(*(record.named(side, runs) for side in (a, b)))
+    answer(as_json, rows, lambda: _print_runs(rows, f"{a} and {b}"))
 
 
-def diff(args: Any) -> int:
-    """Compare two runs against a limit: exit 0 within it, 1 over it."""
+@verb(app.REPORT)
+def diff(
+    a: Side,
+    b: Side,
+    runs: app.Runs = "runs",
+    max_energy: Annotated[str, option("the most B's energy may exceed A's", "PERCENT")] = "+5%",
+    as_json: app.Json = False,
+) -> int:
+    """fail (exit 1) where run B costs more than run A allows: a gate for CI"""
     from greenvis.meters import record
     from greenvis.report.listing import diff
 
-    a, b = (record.named(side, args.runs) for side in (args.a, args.b))
-    fine, rows = diff(a, b, max_energy=args.max_energy)
-    if args.json:
-        print(json_text({"ok": fine, "rows": rows}))
-    else:
-        _print_runs(rows, "within the limit" if fine else "over the limit")
+    fine, rows = diff(*(record.named(side, runs) for side in (a, b)), max_energy=max_energy)
+    title = "within the limit" if fine else "over the limit"
+    answer(as_json, {"ok": fine, "rows": rows}, lambda: _print_runs(rows, title))
     return 0 if fine else 1
 
 
-def bench(args: Any) -> Answer:
-    """Run a benchmark, or list them."""
-    import importlib
-    import pkgutil
-    from inspect import signature
-
-    import greenvis.bench
-
-    names = [
-        m.name for m in pkgutil.iter_modules(greenvis.bench.__path__) if not m.name.startswith("_")
-    ]
-    if args.name is None:
-        if args.out or args.all:
-            raise BadInput(
-                "name the benchmark to run: greenvis bench NAME; without a name they are listed"
-            )
-        return names, lambda: print("\n".join(names))
-    if args.name not in names:
-        raise BadInput(f"unknown benchmark '{args.name}'{nearest(args.name, names)}")
-    run = importlib.import_module(f"greenvis.bench.{args.name}").run
-    if args.all and "per_family" not in signature(run).parameters:
-        raise BadInput(
-            f"--all is for coverage, which draws from timm's models; {args.name} has no such sample"
-        )
-    out = run(Path(args.out) if args.out else None, **({"per_family": None} if args.all else {}))
-    return out, lambda: print_rows(out["rows"], f"bench {args.name}")
-
-
-def _page_folder(args: Any, recipes: Sequence[tuple[Any, Any]]) -> Path:
-    """Return where the report of a run goes."""
+def _page_folder(path: str, overrides: Sequence[str], recipes: Sequence[tuple[Any, Any]]) -> Path:
+    """Return where the report of a run goes by default."""
     from greenvis.experiment import sweep
 
     several = len(recipes) > 1
-    name = sweep.title(args.recipe, args.set) if several else recipes[0][0].name
-    return Path(args.out or Path("reports") / name)
+    return Path("reports") / (sweep.title(path, overrides) if several else recipes[0][0].name)
 
 
 def _print_runs(rows: Sequence[dict[str, Any]], title: str) -> None:

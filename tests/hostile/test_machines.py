@@ -168,7 +168,8 @@ def test_hardly_any_file_descriptors(most: int, tmp_path: Path) -> None:
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:
     code = (
-        "from greenvis.cli import main as cli, runs; runs.ls = lambda args: 1 / 0; import sys; "
+        "from greenvis.cli import main as cli; from greenvis.report import listing; import sys; "
+        "listing.ls = lambda *args, **options: 1 / 0; "
         "sys.exit(cli.main(['ls', '.']))"
     )
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

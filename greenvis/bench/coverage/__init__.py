@@ -8,10 +8,12 @@ import time
 import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from greenvis.bench._hosts import HOSTS
+from greenvis.bench._options import Out, Techniques
 from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
 from greenvis.core import files
@@ -22,15 +24,20 @@ LIBRARIES = ("greenvis", "timm", "torchvision", "transformers", "peft", "torch")
 
 
 def run(
-    out: Path | None = None, per_family: int | None = 1, techniques: Sequence[str] | None = None
+    out: Out = None,
+    every: Annotated[
+        bool,
+        typer.Option("--all", help="attach to every model timm lists, not to a sample (an hour)"),
+    ] = False,
+    techniques: Techniques = None,
 ) -> dict[str, Any]:
     """Return {"rows": one a host, with the outcome of each technique, "results", "tools", "attach",
     "attached", "versions", …}.
 
-    out: a folder to write report.md and results.json to. per_family: how many models of each timm
-    family to attach to; None for all of them (an hour or two). techniques: names; default all there
-    are.
+    out: a folder to write report.md and results.json to. every: whether to attach to all models of
+    timm (an hour or two), or to one of each family. techniques: names; default all there are.
     """
+    per_family = None if every else 1
     started = time.monotonic()
     names = registry.names() if techniques is None else list(techniques)
     with warnings.catch_warnings():

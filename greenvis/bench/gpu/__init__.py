@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
+import typer
 
+from greenvis.bench._options import Out, Rounds
 from greenvis.bench.gpu import _counter, _page, _serving, _training
 from greenvis.bench.gpu._measure import Bench, NotMeasured
 from greenvis.core import files
@@ -47,11 +49,15 @@ BUDGET_S = 470.0
 
 
 def run(
-    out: Path | None = None,
-    cells: Sequence[str] | None = None,
-    budget_s: float = BUDGET_S,
+    out: Out = None,
+    cells: Annotated[
+        list[str] | None, typer.Option("--cell", metavar="NAME", help="only these; may be repeated")
+    ] = None,
+    budget_s: Annotated[
+        float, typer.Option(help="seconds; no cell is begun that would likely end later")
+    ] = BUDGET_S,
     look_s: float | None = None,
-    rounds: int = 3,
+    rounds: Rounds = 3,
 ) -> dict[str, Any]:
     """Measure the cells and return {"rows": one per setting in brief, "device", "cells": all that
     was measured}.

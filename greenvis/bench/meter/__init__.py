@@ -6,9 +6,9 @@ from __future__ import annotations
 import json
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+from greenvis.bench._options import Out
 from greenvis.bench.meter import scenes
 from greenvis.core import files
 from greenvis.meters import pricing
@@ -21,7 +21,7 @@ SCENES = (
 )  # fmt: skip
 
 
-def run(out: Path | None = None) -> dict[str, Any]:
+def run(out: Out = None) -> dict[str, Any]:
     """Return {"rows": [{"quantity", "codecarbon", "ours", "target", "met"}], "machine", "seconds"}.
 
     out: a folder to write report.md and results.json to.
