@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -16,3 +20,16 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def with_outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of processes in which the package of tests/outside is installed."""
+    folder = tmp_path_factory.mktemp("outside")
+    # building writes into the source folder
+    source = shutil.copytree(Path(__file__).parent / "outside", folder / "source")
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+    install = [*pip, "--no-index", "--target", str(folder / "site"), str(source)]
+    subprocess.run(install, check=True, capture_output=True)
+    paths = [str(folder / "site"), str(Path(__file__).parents[1])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

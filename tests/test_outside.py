@@ -1,0 +1,101 @@
+"""A package outside greenvis, really installed, adds to each door; a recipe uses it all."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+OUTSIDE = Path(__file__).parent / "outside"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory, with_outside: dict[str, str]) -> Path:
+    """The folder in which the recipe ran: `runs` and `reports/outside` are in it."""
+    folder = tmp_path_factory.mktemp("ran")
+    command = [sys.executable, "-m", "greenvis", "run", str(OUTSIDE / "recipe.yaml")]
+    done = subprocess.run(
+        command, cwd=folder, env=with_outside, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def beside(installed: dict[str, str], code: str, **env: str) -> Any:
+    """Run a program where the outside package is installed; return the JSON it prints."""
+    command = [sys.executable, "-c", "import json, greenvis as gv\n" + code]
+    done = subprocess.run(command, env={**installed, **env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_recipe_uses_what_an_outside_package_adds(ran: Path) -> None:
+    results = json.loads((ran / "reports/outside/results.json").read_text())
+    plain, gain = results["arms"]["plain"], results["arms"]["gain"]
+    assert gain["trainable_params"] == plain["trainable_params"] + 10  # a factor for each class
+    assert gain["params"] == plain["params"]  # once merged
+    assert gain["techniques"] == [{"gain": {"weight": 0.2}}]
+
+
+def test_an_outside_technique_keeps_the_contract(with_outside: dict[str, str]) -> None:
+    code = (
+        "from greenvis.techniques import registry\n"
+        "from greenvis.testing import check_technique\n"
+        "assert gv.Gain is registry.find('gain')\n"
+        "print(json.dumps([[r.outcome, r.reason] for r in check_technique(gv.Gain)]))\n"
+    )
+    outcomes = beside(with_outside, code)
+    assert outcomes
+    assert all(outcome == "works" for outcome, _ in outcomes), outcomes
+
+
+def test_an_outside_meter_source_meters_a_run(with_outside: dict[str, str], tmp_path: Path) -> None:
+    code = (
+        "import time\n"
+        "from greenvis.meters import pricing, record\n"
+        f"with gv.track('plug', dir={str(tmp_path)!r}) as run:\n"
+        "    time.sleep(0.3)\n"
+        "found = record.read(run.path)\n"
+        "parts = [dict(r._asdict()) for r in pricing.phases(found)[''].values()]\n"
+        "print(json.dumps([run.header['components'], parts, found.totals['']]))\n"
+    )
+    (plug,), (reading,), totals = beside(with_outside, code, CONSTANT_PLUG_W="60")
+    assert (plug["name"], plug["source"], plug["observation"]) == (
+        "machine",
+        "constant_plug",
+        "constant_plug_j",
+    )
+    assert (reading["method"], reading["provenance"]) == ("constant_plug", "measured")
+    assert reading["value"] == pytest.approx(60 * totals["wall_s"])
+    assert totals["wall_s"] > 0.3
+    components, _, _ = beside(with_outside, code)  # nothing is plugged in: the others go on
+    assert "constant_plug" not in [c["source"] for c in components]
+
+
+def test_an_outside_meter_source_keeps_the_contract_and_doctor_names_it(
+    with_outside: dict[str, str],
+) -> None:
+    code = (
+        "from greenvis.meters.doctor import doctor\n"
+        "from greenvis.testing import check_meter_source\n"
+        "from greenvis_outside.meter import ConstantPlug\n"
+        "row = next(r for r in doctor() if r['what'] == 'meter source constant_plug')\n"
+        "print(json.dumps([check_meter_source(ConstantPlug), row['source'], row['why']]))\n"
+    )
+    check, state, _ = beside(with_outside, code, CONSTANT_PLUG_W="60")
+    assert (check, state) == (["constant_plug", "works", ""], "available")
+    (_, outcome, reason), state, why = beside(with_outside, code)
+    assert (outcome, state) == ("refuses", "not available")
+    assert reason == why == "$CONSTANT_PLUG_W names no watts"
+
+
+def test_where_it_is_not_installed_the_recipe_names_what_is_missing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "greenvis", "run", str(OUTSIDE / "recipe.yaml")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "unknown" in done.stderr
+    assert not (tmp_path / "runs").exists()
