@@ -26,7 +26,8 @@ from greenvis.meters import host, pricing
 from greenvis.meters.counter import GRACE_S, Counter
 from greenvis.meters.energy import Meter
 from greenvis.meters.ledger import Ledger
-from greenvis.meters.sources import cpu_time, nvml, rapl, wall
+from greenvis.meters.sources import DOOR, cpu_time, nvml, rapl, wall
+from greenvis.testing.meter_sources import on_devices
 
 CPUS, MEMORY_GB, WRAPS_AT_J = 4, 16.0, 65_536.0
 ZONES = {"intel-rapl:0": "package-0", "intel-rapl:1": "package-1", "intel-rapl:0:0": "dram"}
@@ -171,8 +172,8 @@ def driver_file(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
-def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> Meter:
-    """Open a meter on the machine, its RAPL counters advancing under the short load it begins
+def patched(machine: Host, driver_file: str, stack: ExitStack) -> None:
+    """Let sources look at the machine, its RAPL counters advancing under the short load they begin
     with."""
     load = itertools.count(1)
 
@@ -191,6 +192,11 @@ def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> 
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
     enter(mock.patch.object(rapl, "time", mock.Mock(perf_counter=work)))
     enter(mock.patch.object(rapl, "POWERCAP", machine.folder))
+
+
+def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> Meter:
+    """Open a meter on the machine."""
+    patched(machine, driver_file, stack)
     return Meter(wall_meter=machine.plug if plug else None)
 
 
@@ -347,3 +353,46 @@ def test_a_single_counter_fed_with_anything(
         before = counter.total
     assert counter.total <= most * (elapsed + GRACE_S) * (1 + 1e-9)
     assert len(counter.new_notes()) <= 6
+
+
+HAPPENINGS = st.lists(
+    st.tuples(
+        st.sampled_from(["on", "dark", "light", "anew", "jump", "garbage", "lose"]),
+        st.floats(1e-3, 30.0),
+        st.floats(0.0, 4.0),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(happenings=HAPPENINGS, dark=st.booleans())
+@pytest.mark.parametrize("name", sorted(DOOR.own))
+def test_any_meter_source_on_devices_that_do_anything(
+    driver_file: str, name: str, happenings: list[tuple[str, float, float]], dark: bool
+) -> None:
+    """Whatever its counters' devices do, a source says nothing that cannot be."""
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        machine = Host(Path(folder))
+        patched(machine, driver_file, stack)
+        make = DOOR.find(name) if name != "wall" else lambda: wall.Wall(machine.plug)
+        source, devices = on_devices(make, dark=dark, level=1000.0)
+        before, elapsed = source.read(), 0.0
+        for what, seconds, load in happenings:
+            machine.now, elapsed = machine.now + seconds, elapsed + seconds
+            for device in (d for stand_ins in devices.values() for d in stand_ins):
+                device.level += load * device.most * seconds
+                if what in ("dark", "light"):
+                    device.dark = what == "dark"
+                elif what in ("anew", "jump", "garbage"):
+                    device.level = {"anew": 0.0, "jump": 1e11, "garbage": float("nan")}[what]
+            if what == "lose":
+                source.lose(machine.now, "the machine slept")
+            totals = source.read(machine.now)
+            for quantity, stand_ins in devices.items():
+                most = sum(d.most for d in stand_ins) * (elapsed + GRACE_S)
+                assert before[quantity] <= totals[quantity] <= most * (1 + 1e-9) + 1e-6
+                assert 0 <= totals.get(quantity + "_unseen_s", 0.0) <= elapsed + 1e-3
+            before = totals
+        doubted = any(quantity.endswith("_unseen_s") for quantity in before)
+        assert bool(source.new_notes()) == doubted

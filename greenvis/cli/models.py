@@ -135,7 +135,7 @@ def flops(
     if data:
         images = datasets.load(data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
         out["distribution"] = flops.distribution(built, [images.batch(range(len(images)))[0]])
-    elif any(note.startswith(flops.WITH_DATA) for note in count.notes):
+    elif count.with_data:
         out["notes"].append(
             "the work may depend on the image: --data NAME counts real ones, one by one"
         )

@@ -15,14 +15,22 @@ from greenvis.meters import host, repeat
 COEFFICIENTS = Path(__file__).with_name("coefficients.json")
 OVERRIDE = "GREENVIS_COEFFICIENTS"  # environment variable: the user's own coefficients file
 MOST = 1e6  # of any coefficient of a user's: watts, ratios
+SHAPES = {
+    "processors": 'is a list of {"match", "tdp_w", "threads"}',
+    "wall_meter": 'needs {"idle_w", "busy_w", "busy_cpus"}',
+}
 
 
 def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, Any]:
-    """Return our table, with the user's file (or the one $GREENVIS_COEFFICIENTS names) over it.
+    """Return our table, with the user's file over it.
 
-    The file is JSON with any of our keys, each {"low", "central", "high", "citation"}; or
-    "wall_meter": {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from which
-    the watts per busy CPU follow. Raises BadInput for a file that is not such a table.
+    Args:
+        path: JSON with any of our keys, each {"low", "central", "high", "citation"}; or
+            "wall_meter": {"idle_w", "busy_w", "busy_cpus", "citation"}, a plug's two readings, from
+            which the watts per busy CPU follow. By default what $GREENVIS_COEFFICIENTS names.
+
+    Raises:
+        BadInput: for a file that is not such a table.
     """
     table = json.loads(COEFFICIENTS.read_text())
     table["repeatability"] = repeat.band(host.cpu_name(), table["repeatability"])
@@ -33,86 +41,61 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     if not isinstance(content, dict):
         raise BadInput(f"cannot read the coefficients file {path}: it is no mapping")
     for key, value in content.items():
-        if key == "wall_meter":
-            table["cpu_w_per_busy_cpu"] = _from_wall_meter(path, value)
-        elif key not in table:
+        if key not in table and key not in SHAPES:
             raise BadInput(
                 f"{path}: unknown coefficient '{key}'{nearest(key, [*table, 'wall_meter'])}"
             )
-        elif key == "version":
-            table[key] = one_line(value)[:200]
-        elif key == "processors":
-            table[key] = _processors(path, value)
-        else:
-            table[key] = _checked(path, key, value)
-        if key in ("cpu_w_per_busy_cpu", "wall_meter"):
-            table["processors"] = []  # the user's own figure comes before a table of processors
+        try:
+            _put(table, key, value, path)
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
+            shape = SHAPES.get(key, 'needs numbers {"low", "central", "high"} in order')
+            raise BadInput(f"{path}: {key} {shape}: {error}") from error
     table["version"] = f"{table['version']} + {path}"
     return table
 
 
-def _checked(path: Any, key: str, value: Any) -> dict[str, Any]:
-    try:
+def _put(table: dict[str, Any], key: str, value: Any, path: Any) -> None:
+    """Put one entry of a user's file into the table; any error is what is wrong with its shape."""
+    origin = f"given by the user in {path}"
+    if key == "version":
+        table[key] = one_line(value)[:200]
+    elif key == "processors":
+        table[key] = [_processor(row, origin) for row in value]
+    elif key == "wall_meter":
+        table["cpu_w_per_busy_cpu"] = _of_a_plug(value, path)
+    else:
         low, central, high = (float(value[k]) for k in ("low", "central", "high"))
         if not 0 <= low <= central <= high <= MOST:
             raise ValueError(f"0 <= low <= central <= high <= {MOST:,} does not hold")
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise BadInput(
-            f'{path}: {key} needs numbers {{"low", "central", "high"}} in order: {error}'
-        ) from error
-    words = {k: one_line(value[k])[:5000] for k in ("unit", "citation") if k in value}
-    return {
-        "citation": f"given by the user in {path}",
-        **words,
-        "low": low,
-        "central": central,
-        "high": high,
-    }
+        words = {k: one_line(value[k])[:5000] for k in ("unit", "citation") if k in value}
+        band = {"low": low, "central": central, "high": high}
+        table[key] = {"citation": origin, **words, **band}
+    if key in ("cpu_w_per_busy_cpu", "wall_meter"):
+        table["processors"] = []  # the user's own figure comes before a table of processors
 
 
-def _processors(path: Any, value: Any) -> list[dict[str, Any]]:
-    """Return a table of processors, as ours: a part of the name, its thermal design power and its
+def _processor(row: Any, origin: str) -> dict[str, Any]:
+    """Return a row of a table of processors: a part of the name, its thermal design power and its
     threads."""
-    try:
-        return [
-            {
-                "match": str(row["match"])[:200]
-                if row["match"]
-                else _refuse("an empty match is in every name"),
-                "tdp_w": watts
-                if 0 < (watts := float(row["tdp_w"])) <= MOST
-                else _refuse("tdp_w is out of range"),
-                "threads": threads
-                if 0 < (threads := float(row["threads"])) <= MOST
-                else _refuse("threads is out of range"),
-                "citation": one_line(row.get("citation", f"given by the user in {path}"))[:5000],
-            }
-            for row in value
-        ]
-    except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as error:
-        raise BadInput(
-            f'{path}: processors is a list of {{"match", "tdp_w", "threads"}}: {error}'
-        ) from error
+    watts, threads = float(row["tdp_w"]), float(row["threads"])
+    if not row["match"]:
+        raise ValueError("an empty match is in every name")
+    if not (0 < watts <= MOST and 0 < threads <= MOST):
+        raise ValueError("tdp_w or threads is out of range")
+    citation = one_line(row.get("citation", origin))[:5000]
+    match = str(row["match"])[:200]
+    return {"match": match, "tdp_w": watts, "threads": threads, "citation": citation}
 
 
-def _refuse(why: str) -> Any:
-    raise ValueError(why)
-
-
-def _from_wall_meter(path: Any, value: Any) -> dict[str, Any]:
+def _of_a_plug(value: Any, path: Any) -> dict[str, Any]:
     """Turn a plug's readings into watts per busy CPU: low is the extra draw of work alone, high
     adds the idle machine."""
-    try:
-        idle, busy, cpus = (float(value[k]) for k in ("idle_w", "busy_w", "busy_cpus"))
-        if not (0 <= idle < busy <= MOST and 0 < cpus <= MOST):
-            raise ValueError(f"0 <= idle_w < busy_w <= {MOST:,} and busy_cpus > 0 do not hold")
-    except (TypeError, KeyError, ValueError, OverflowError) as error:
-        raise BadInput(
-            f'{path}: wall_meter needs {{"idle_w", "busy_w", "busy_cpus"}}: {error}'
-        ) from error
+    idle, busy, cpus = (float(value[k]) for k in ("idle_w", "busy_w", "busy_cpus"))
+    if not (0 <= idle < busy <= MOST and 0 < cpus <= MOST):
+        raise ValueError(f"0 <= idle_w < busy_w <= {MOST:,} and busy_cpus > 0 do not hold")
+    text = f"wall meter, {path}: {idle:g} W idle, {busy:g} W with {cpus:g} CPUs busy"
     low, high = (busy - idle) / cpus, busy / cpus
     return {
         "low": low, "central": high, "high": high, "unit": "W per busy logical CPU",
-        "citation": one_line(value.get("citation", f"wall meter, {path}: {idle:g} W idle, {busy:g} "
-                                                   f"W with {cpus:g} CPUs busy")),
+        "citation": one_line(value.get("citation", text)),
     }  # fmt: skip

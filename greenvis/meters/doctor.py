@@ -7,48 +7,42 @@ from importlib import metadata
 from typing import Any
 
 from greenvis.errors import BadInput
-from greenvis.meters import header
+from greenvis.meters import header, repeat
 from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.energy import Meter
 from greenvis.meters.grid import lookup
 from greenvis.meters.sources.base import MeterSource
 
 
-def doctor(country: str | None = None) -> list[dict[str, Any]]:
-    """Return a row for each thing measured: {"what", "source", "provenance", "band", "why",
-    "better"}."""
+def doctor(country: str | None = None) -> list[dict[str, str]]:
+    """Return a row for each thing measured, and for each source of readings.
+
+    Args:
+        country: a zone of `meters.grid`, for the grid's row.
+
+    Returns:
+        Rows {"what", "source", "provenance", "band", "why", "better"}: "better" is what would make
+        a figure surer.
+    """
     meter = Meter()
-    rows = [_row(c) for c in meter.components]
+    rows = [_component(c) for c in meter.components]
     if not any(c["name"] == "gpu" for c in meter.components):
         why = "; ".join(s.reason for s in meter.sources if s.accelerators and s.reason)
-        rows.append(_plain("gpu", "none", "", why, ""))
+        rows.append(_row("gpu", "none", why))
     rows += [_source(source, meter.components) for source in meter.sources]
-    rows += [_plain("meter source", "none", "", text, "") for text in meter.new_notes()]
-    described = header.cpu()
-    kind = "virtual machine" if described["virtual"] else "bare machine"
-    rows.append(
-        _plain(
-            "processor",
-            described["name"] or "name hidden",
-            "",
-            f"{described['allowed']} logical CPUs, {kind}",
-            "",
-        )
-    )
-    steal = meter.read().get("steal_s")
-    rows.append(
-        _plain(
-            "steal",
-            "/proc/stat" if steal is not None else "none",
-            "measured",
-            "time other machines took from this one",
-            "",
-        )
-    )
-    rows.append(_repeatability())
-    rows.append(_grid(country))
-    rows += [_library(name, why) for name, why in _LIBRARIES]
-    return rows
+    rows += [_row("meter source", "none", text) for text in meter.new_notes()]
+    cpu = header.cpu()
+    kind = "virtual machine" if cpu["virtual"] else "bare machine"
+    where = f"{cpu['allowed']} logical CPUs, {kind}"
+    steal = "/proc/stat" if "steal_s" in meter.read() else "none"
+    return [
+        *rows,
+        _row("processor", cpu["name"] or "name hidden", where),
+        _row("steal", steal, "time other machines took from this one", provenance="measured"),
+        _repeatability(),
+        _grid(country),
+        *(_library(name, why) for name, why in _LIBRARIES),
+    ]
 
 
 _LIBRARIES = (
@@ -64,87 +58,69 @@ _BETTER = {
 }
 
 
-def _row(c: dict[str, Any]) -> dict[str, Any]:
-    k = c.get("coefficient") or {}
-    band = (
-        f"{k['low']:g} – {k['central']:g} – {k['high']:g} {k.get('unit', '')}"
-        if k and c["provenance"] == "estimated"
-        else ""
-    )
-    better = "" if c.get("provenance") == "measured" else _BETTER.get(c["name"], "")
+def _row(
+    what: str, source: str, why: str, *, provenance: str = "", band: str = "", better: str = ""
+) -> dict[str, str]:
     return {
-        "what": c["name"], "source": c["source"], "provenance": c.get("provenance", ""),
-        "band": band,
-        "why": c.get("reason", ""), "better": better,
+        "what": what, "source": source, "provenance": provenance, "band": band, "why": why,
+        "better": better,
     }  # fmt: skip
 
 
-def _source(source: MeterSource, components: list[dict[str, Any]]) -> dict[str, Any]:
-    """Say of a source whether it can be read here, and what it is used for."""
-    names = [c["name"] for c in components if c["observation"] in source.quantities.values()]
-    provenance = " + ".join(dict.fromkeys(c["provenance"] for c in source.components))
-    use = f"prices {' and '.join(names)}" if names else "others are surer"
-    return _plain(
-        f"meter source {source.name}",
-        "not available" if source.reason else "available",
-        provenance,
-        source.reason or use,
-        "",
+def _component(c: dict[str, Any]) -> dict[str, str]:
+    k, provenance = c["coefficient"], c.get("provenance", "")
+    band = ""
+    if provenance == "estimated":
+        band = f"{k['low']:g} – {k['central']:g} – {k['high']:g} {k.get('unit', '')}"
+    better = "" if provenance == "measured" else _BETTER.get(c["name"], "")
+    return _row(
+        c["name"], c["source"], c["reason"], provenance=provenance, band=band, better=better
     )
 
 
-def _repeatability() -> dict[str, Any]:
+def _source(source: MeterSource, components: list[dict[str, Any]]) -> dict[str, str]:
+    """Say of a source whether it can be read here, and what it is used for."""
+    what = f"meter source {source.name}"
+    if source.reason:
+        return _row(what, "not available", source.reason)
+    names = [c["name"] for c in components if c["observation"] in source.quantities.values()]
+    use = f"prices {' and '.join(names)}" if names else "others are surer"
+    provenance = " + ".join(dict.fromkeys(c["provenance"] for c in source.components))
+    return _row(what, "available", use, provenance=provenance)
+
+
+def _repeatability() -> dict[str, str]:
     """Say how far the same work reads apart here: measured, or the default."""
     k = load_coefficients()["repeatability"]
-    known = k["citation"].startswith("measured")
-    return {
-        "what": "repeatability", "source": "the same work, again" if known else "default",
-        "provenance": "measured" if known else "estimated", "band": f"×{k['low']:.2g} – "
-                                                                    f"×{k['high']:.2g}",
-                                                                    "why": k["citation"],
-        "better": "greenvis doctor --repeat, today and on another day: a minute each",
-    }  # fmt: skip
+    known = k.get("hours", 0.0) >= repeat.APART_H
+    return _row(
+        "repeatability",
+        "the same work, again" if known else "default",
+        k["citation"],
+        provenance="measured" if known else "estimated",
+        band=f"×{k['low']:.2g} – ×{k['high']:.2g}",
+        better="greenvis doctor --repeat, today and on another day: a minute each",
+    )
 
 
-def _plain(what: str, source: str, provenance: str, why: str, better: str) -> dict[str, Any]:
-    return {
-        "what": what,
-        "source": source,
-        "provenance": provenance,
-        "band": "",
-        "why": why,
-        "better": better,
-    }
-
-
-def _grid(country: str | None) -> dict[str, Any]:
+def _grid(country: str | None) -> dict[str, str]:
     try:
         intensity = lookup(country)
     except BadInput as error:
-        return _plain("grid", "none", "", str(error), "give country= or intensity=")
+        return _row("grid", "none", str(error), better="give country= or intensity=")
     if intensity["assumed"]:
         why = (
             f"no country was given: {intensity['value']:g} g/kWh, the world average "
             f"({intensity['source']}), is assumed"
         )
-        return _plain(
-            "grid",
-            "world average",
-            "constant",
-            why,
-            'country="FRA" (ISO-3), or intensity= in g/kWh',
-        )
-    return _plain(
-        "grid",
-        intensity["zone"],
-        "estimated",
-        f"{intensity['value']:g} g/kWh, {intensity['year']}: {intensity['source']}",
-        "",
-    )
+        better = 'country="FRA" (ISO-3), or intensity= in g/kWh'
+        return _row("grid", "world average", why, provenance="constant", better=better)
+    why = f"{intensity['value']:g} g/kWh, {intensity['year']}: {intensity['source']}"
+    return _row("grid", intensity["zone"], why, provenance="estimated")
 
 
-def _library(name: str, why: str) -> dict[str, Any]:
+def _library(name: str, why: str) -> dict[str, str]:
     try:
-        return _plain(name, metadata.version(name), "", why, "")
+        return _row(name, metadata.version(name), why)
     except metadata.PackageNotFoundError:
-        return _plain(name, "not installed", "", why, f"pip install {name}")
+        return _row(name, "not installed", why, better=f"pip install {name}")

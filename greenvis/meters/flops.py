@@ -24,8 +24,6 @@ from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
 
-WITH_DATA = "run with data"  # how the note begins that says so: the work may depend on it
-
 # What fvcore counts and the convention does not.
 _APART = (
     "batch_norm", "layer_norm", "group_norm", "instance_norm", "rms_norm", "adaptive_avg_pool1d",
@@ -36,8 +34,11 @@ _APART = (
 
 @dataclass(frozen=True)
 class FlopCount:
-    """What one image costs. by_module: MACs of the forward by qualified name ("" is the whole);
-    counters: MACs by counter."""
+    """What one image costs.
+
+    by_module: MACs of the forward by qualified name ("" is the model); counters: MACs by counter;
+    with_data: whether it was run where it is, for the work may depend on the data.
+    """
 
     macs: int
     flops: int
@@ -46,6 +47,7 @@ class FlopCount:
     unhandled: dict[str, int] = field(default_factory=dict)
     counters: dict[str, int | None] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    with_data: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as JSON can hold them."""
@@ -76,12 +78,14 @@ def count(
     """
     inputs, size = _inputs(model, example)
     notes: list[str] = []
+    with_data = False
     try:
         with _stand_in(model, "meta") as twin:
             forward = _forward(twin, _to(inputs, "meta"))
             learned = _train(twin, _to(inputs, "meta"), size) if train else None
     except Exception as error:  # work that depends on the data, or a model that cannot be copied
-        notes.append(f"{WITH_DATA}, not on the meta device: {_first_line(error)}")
+        with_data = True
+        notes.append(f"run with data, not on the meta device: {_first_line(error)}")
         with _in_place(model) as device:
             try:
                 forward = _forward(model, _to(inputs, device))
@@ -98,7 +102,7 @@ def count(
         macs, _each(forward.total, size), learned, {k: _each(v, 2 * size) for k,
         v in forward.by_path.items()},
         dict(forward.unhandled), {"torch": macs, "fvcore": None if other is None else _each(other,
-        size)}, notes,
+        size)}, notes, with_data,
     )  # fmt: skip
 
 

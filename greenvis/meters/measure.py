@@ -43,7 +43,7 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     count = flops.count(model, x[:1])
     macs, spread = count.macs, {}
     # it may do more for some images than for others
-    if any(note.startswith(flops.WITH_DATA) for note in count.notes):
+    if count.with_data:
         distribution = flops.distribution(model, x)
         macs, spread = (
             distribution["mean"],
