@@ -17,11 +17,11 @@ ROOMS: dict[str, set[str]] = {
     "data": {"core"},
     "models": {"core", "tasks"},
     "techniques": {"core", "data", "models", "tasks"},
-    "experiment": {"core", "data", "meters", "models", "techniques"},
+    "experiment": {"core", "data", "meters", "models", "tasks", "techniques"},
     "report": {"core", "meters", "tasks"},
     "planning": {"core", "data", "experiment", "meters", "models", "report"},
     "integrations": {"core", "experiment", "meters", "models", "report"},
-    "testing": {"core", "meters"},
+    "testing": {"core", "meters", "tasks"},
     "bench": {
         "core", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
     },

@@ -152,7 +152,7 @@ def test_techniques_on_the_command_line() -> None:
     assert technique.recipe_form() == {"teacher": "file:x", "weight": 2.0}
     for text, message in [
         ("[", "not YAML"),
-        ("[1]", "one technique an item"),
+        ("[1]", "one name an item"),
         ("[{distill: {}}]", "give either 'teacher' or 'teachers'"),
     ]:
         with pytest.raises(BadInput, match=message):

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeV
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from greenvis.errors import BadInput, GreenvisError, nearest, printable
-from greenvis.tasks.answers import TASKS
 from greenvis.tasks.answers import logits_of as logits_of
 from greenvis.tasks.answers import mask_classes as mask_classes
 
@@ -114,8 +113,8 @@ class Technique(BaseModel):
     )
     needs: ClassVar[frozenset[str]] = frozenset()
     breaks: ClassVar[frozenset[str]] = frozenset()
-    # it is right for; `wrap` and each step refuse the others
-    tasks: ClassVar[frozenset[str]] = frozenset(TASKS)
+    # forms (`Task.form`) it is right for, None: all; `wrap` and each step refuse the others
+    tasks: ClassVar[frozenset[str] | None] = None
     instead: ClassVar[str] = ""  # what such a refusal says to do
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)
     neutral: ClassVar[Mapping[str, Any] | None] = {}

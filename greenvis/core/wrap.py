@@ -26,22 +26,31 @@ from greenvis.core.technique import (
     refuse_conflicts,
 )
 from greenvis.errors import BadInput, GreenvisError, some
-from greenvis.tasks import answers
+from greenvis.tasks import answers, registry
+from greenvis.tasks.base import Task
 
 
-def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> Wrapped:
+def wrap(
+    model: nn.Module,
+    techniques: Technique | Sequence[Technique] = (),
+    *,
+    task: str | Task | None = None,
+) -> Wrapped:
     """Install techniques on a model, in place and undoable.
 
     Args:
         model: The model to change; it stays the user's own object.
         techniques: One technique or several; their order does not matter.
+        task: What the model answers, such as "classification"; told by the labels of each step
+            where None.
 
     Returns:
         The live changes, and the seams a training loop calls.
 
     Raises:
-        BadInput: For a conflict, a model that does not fit, is wrapped already, or is to be sharded
-            (FSDP, DeepSpeed). The model is then unchanged.
+        BadInput: For a conflict, a technique that is not right for the task, a model that does not
+            fit, is wrapped already, or is to be sharded (FSDP, DeepSpeed). The model is then
+            unchanged.
     """
     requests = [techniques] if isinstance(techniques, Technique) else list(techniques)
     if not isinstance(model, nn.Module):
@@ -65,15 +74,17 @@ def wrap(model: nn.Module, techniques: Technique | Sequence[Technique] = ()) -> 
     refuse_compiled(model)
     requests.sort(key=lambda t: (STAGES.index(t.stage), t.order, t.name))
     refuse_conflicts(requests)
-    return Wrapped(model, requests)
+    return Wrapped(model, requests, None if task is None else registry.resolve(task))
 
 
 class Wrapped(Owners, Deltas):
     """A model with techniques live on it, and the seams a training loop calls. `model` is the
     user's own object."""
 
-    def __init__(self, model: nn.Module, techniques: Sequence[Technique]) -> None:
-        self.model = model
+    def __init__(
+        self, model: nn.Module, techniques: Sequence[Technique], task: Task | None = None
+    ) -> None:
+        self.model, self.task = model, task
         self.techniques = tuple(techniques)
         self.installed: list[Installed] = []
         self._learned: set[int] = set()  # parameters that earlier tasks trained
@@ -97,7 +108,7 @@ class Wrapped(Owners, Deltas):
         self._register()
 
     def _install(self) -> None:
-        self._refuse_task(answers.declared_task(self.model))
+        self._refuse_form(self._form())
         for technique in self.techniques:
             self.installed.append(self._install_one(technique))
             self._own(technique, self.installed[-1])
@@ -138,19 +149,33 @@ class Wrapped(Owners, Deltas):
                 "remove one"
             ) from error
 
-    def _refuse_task(self, task: str | None) -> None:
+    def _form(self) -> str | None:
+        """Return the form of the task, as the caller or the model's configuration names it."""
+        declared = answers.declared_task(self.model)
+        if self.task is None:
+            return declared
+        if declared is not None and self.task.form != declared:
+            raise BadInput(
+                f"task= says {self.task.name}, and the configuration of this "
+                f"{type(self.model).__name__} {declared} (problem_type): change one of them"
+            )
+        return self.task.form
+
+    def _refuse_form(self, form: str | None) -> None:
         """Raise BadInput where a technique is not right for what the answers and labels are."""
-        if task is not None:
+        if form is not None:
             for technique in self.techniques:
-                answers.refuse_task(technique.name, technique.tasks, technique.instead, task)
+                answers.refuse_task(technique.name, technique.tasks, technique.instead, form)
 
     def _check_task(self, logits: Any, y: Any) -> None:
         """Refuse answers and labels that a technique would read wrongly, before it does."""
-        strict = any(technique.tasks < answers.TASKS.keys() for technique in self.techniques)
-        if strict and (logits is not None or answers.is_tensor(y)):
-            self._refuse_task(
-                answers.task_of(None if logits is None else answers.logits_of(logits), y)
-            )
+        if self.task is not None and logits is not None:
+            self.task.check(self.task.outputs(logits), y)
+            return
+        readable = logits is not None or answers.is_tensor(y)
+        if self.task is None and readable and any(t.tasks is not None for t in self.techniques):
+            outputs = None if logits is None else answers.logits_of(logits)
+            self._refuse_form(answers.task_of(outputs, y))
 
     def _watch_trainers(self) -> None:
         """Notice what a trainer does to the gradients of what techniques declare."""

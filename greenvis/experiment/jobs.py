@@ -21,6 +21,7 @@ from greenvis.core.technique import Samples, Technique
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.experiment.recipe import UNHASHED, Arm, Recipe, load_recipe
 from greenvis.meters.header import versions
+from greenvis.tasks.base import Task
 
 DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
 CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
@@ -159,6 +160,8 @@ class Jobs:
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
                 "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
             }
+            if task := _unusual(arm.task):
+                inputs["task"] = task
             if arm.stream is not None:
                 inputs["stream"] = arm.stream.model_dump()
             if arm.subset is not None:
@@ -249,6 +252,13 @@ def placed(technique: Technique, folder: Path) -> Technique:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _unusual(task: Task) -> dict[str, Any]:
+    """Return a task as a recipe writes it; empty where it is what all recipes had before there was
+    a choice."""
+    form = {task.name: task.model_dump(mode="json", exclude_defaults=True)}
+    return {} if form == {"classification": {}} else form
 
 
 def _stage(stage: Arm) -> dict[str, Any]:

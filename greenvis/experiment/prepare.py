@@ -22,6 +22,7 @@ from greenvis.experiment.layers import Layers
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
 from greenvis.models.folding import folded
+from greenvis.tasks.base import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,20 @@ class Prepared:
     def stages(self) -> list[Prepared]:
         """One for each stage of the arm, with its own `train` and techniques; none without."""
         return [replace(self, job=replace(self.job, arm=stage)) for stage in self.job.arm.stages]
+
+    @cached_property
+    def task(self) -> Task:
+        """What the model answers, with `train.label_smoothing` where that is set.
+
+        Raises:
+            BadInput: for label smoothing of a task that has none.
+        """
+        task, smoothing = self.job.arm.task, self.job.arm.train.label_smoothing
+        if not smoothing:
+            return task
+        if "label_smoothing" not in type(task).model_fields:
+            raise BadInput(f"train.label_smoothing is of classes, and task '{task.name}' has none")
+        return task.model_copy(update={"label_smoothing": smoothing})
 
     @cached_property
     def stream(self) -> streams.Stream | None:
@@ -126,7 +141,7 @@ class Prepared:
 
     def wrapped(self, trained: bool = True) -> Wrapped:
         """Return the model with its techniques on it; with `trained` False, all of them new."""
-        return wrap(self.build(weights=trained), self.techniques(trained))
+        return wrap(self.build(weights=trained), self.techniques(trained), task=self.task)
 
     def training(self, tracker: Tracker) -> data.ImageSet:
         """Return the images the job trains on; a subset is chosen or made in a phase of its own,

@@ -15,6 +15,8 @@ from greenvis.core.technique import Technique, explain, format_value, refuse_idl
 from greenvis.core.yamlfile import Key
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import recipe_checks
+from greenvis.tasks import registry as task_registry
+from greenvis.tasks.base import Task
 from greenvis.techniques import registry
 
 Where = Callable[..., str]  # key path -> "file:line"
@@ -287,6 +289,7 @@ class Arm(BaseModel):
 
     name: str
     model: ModelSpec
+    task: Task
     train: TrainSpec
     techniques: tuple[Technique, ...]
     stream: StreamSpec | None = None
@@ -310,6 +313,10 @@ class Recipe(_Section):
     name: Annotated[Name, Field(description="also the folder of runs and report")]
     data: DataSpec
     model: ModelSpec
+    task: Annotated[
+        str | dict[str, dict[str, Any] | None],
+        Field(description="what the model answers, by name, or {NAME: {its fields}}"),
+    ] = "classification"
     train: TrainSpec = TrainSpec()
     arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
     report: ReportSpec = ReportSpec()
@@ -364,11 +371,13 @@ class Recipe(_Section):
         }
         at = ("arms", name, "techniques")
         techniques = tuple(
-            _technique(item, self.where, (*at, i)) for i, item in enumerate(spec.techniques)
+            _named(registry.find, item, self.where, (*at, i))
+            for i, item in enumerate(spec.techniques)
         )
         arm = Arm(
             name=name,
             model=_valid(ModelSpec, model, self.where, ("arms", name, "model")),
+            task=_named(task_registry.find, self.task, self.where, ("task",)),
             train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
             techniques=techniques,
             stream=None
@@ -405,7 +414,7 @@ class Recipe(_Section):
                 raise BadInput(f"{self.where(*at, i)}: {names}")
             own = {**arm.train.model_dump(exclude_unset=True), **spec.train}
             made = [
-                _technique(item, self.where, (*at, i, "techniques", j))
+                _named(registry.find, item, self.where, (*at, i, "techniques", j))
                 for j, item in enumerate(spec.techniques)
             ]
             train = _valid(TrainSpec, own, self.where, (*at, i, "train"))
@@ -451,7 +460,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, with every technique's own schema under `$defs`."""
+    """Return the JSON Schema of a recipe, with each technique's and task's own schema under `$defs`."""
     out = Recipe.model_json_schema()
     out["properties"]["extends"] = {
         "type": "string",
@@ -459,6 +468,8 @@ def schema() -> dict[str, Any]:
     }
     for name in registry.names():
         out.setdefault("$defs", {})[f"technique:{name}"] = registry.about(name)["schema"]
+    for name in task_registry.names():
+        out["$defs"][f"task:{name}"] = task_registry.find(name).model_json_schema()
     return out
 
 
@@ -467,19 +478,21 @@ def parse_techniques(text: str) -> list[Technique]:
     BadInput."""
     items = yamlfile.parse(text, "techniques")
     entries = items if isinstance(items, list) else [items]
-    return [_technique(item, lambda *key: "techniques", (i,)) for i, item in enumerate(entries)]
+    where: Where = lambda *key: "techniques"  # noqa: E731
+    return [_named(registry.find, item, where, (i,)) for i, item in enumerate(entries)]
 
 
-def _technique(item: Any, where: Where, at: Key) -> Technique:
+def _named(find: Callable[[str], type[Any]], item: Any, where: Where, at: Key) -> Any:
+    """Return what an entry asks for, "NAME" or {NAME: {fields}}."""
     entry = {item: {}} if isinstance(item, str) else item
     if not isinstance(entry, dict) or len(entry) != 1:
         raise BadInput(
-            f"{where(*at)}: one technique an item, as in '- lora: {{rank: 8}}', not "
-            f"{format_value(item)}"
+            f"{where(*at)}: one name an item, with its fields below it, as in "
+            f"'lora: {{rank: 8}}', not {format_value(item)}"
         )
     ((name, fields),) = entry.items()
     try:
-        kind = registry.find(name)
+        kind = find(name)
     except BadInput as error:
         raise BadInput(f"{where(*at, name)}: {error}") from error
     return _valid(kind, fields or {}, where, (*at, name))

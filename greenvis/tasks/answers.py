@@ -12,7 +12,8 @@ from greenvis.errors import BadInput, some
 if TYPE_CHECKING:
     from torch import Tensor
 
-TASKS: dict[str, str] = {
+# what answers and labels look like, by the form of a task
+FORMS: dict[str, str] = {
     "classification": "one class per image: logits (batch, classes), labels (batch,) or "
     "probabilities (batch, classes)",
     "segmentation": "one class per pixel: logits (batch, classes, height, width), labels (batch, "
@@ -21,7 +22,7 @@ TASKS: dict[str, str] = {
     "its own",
     "regression": "numbers, not classes",
 }
-CLASSES = frozenset({"classification"})  # tasks of techniques that want a class number per image
+CLASSES = frozenset({"classification"})  # forms of techniques that want a class number per image
 # of those that compare distributions over classes, whatever has one
 PIXELS_TOO = CLASSES | {"segmentation"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"
@@ -198,7 +199,7 @@ def require_class_numbers(y: Any, who: str, instead: str) -> None:
 
 
 def task_of(logits: Tensor | None, y: Any) -> str:
-    """Return which of `TASKS` an answer and its labels are, by their shapes and values.
+    """Return which of `FORMS` an answer and its labels are, by their shapes and values.
 
     Args:
         logits: The answer; None where the technique works before there is one.
@@ -206,7 +207,7 @@ def task_of(logits: Tensor | None, y: Any) -> str:
             classes.
 
     Returns:
-        A key of `TASKS`.
+        A key of `FORMS`.
 
     Raises:
         BadInput: Where they are none.
@@ -237,26 +238,26 @@ def task_of(logits: Tensor | None, y: Any) -> str:
         return "regression"
     raise BadInput(f"labels {_form(labels)} do not go with an answer "
                    f"{tuple(logits.shape) if logits is not None else ''}: "
-                   + "; ".join(TASKS.values()))  # fmt: skip
+                   + "; ".join(FORMS.values()))  # fmt: skip
 
 
-def refuse_task(name: str, tasks: frozenset[str], instead: str, task: str) -> None:
+def refuse_task(name: str, forms: frozenset[str] | None, instead: str, form: str) -> None:
     """Refuse a technique for a task it is not right for.
 
     Args:
         name: Of the technique.
-        tasks: Those it is right for.
+        forms: Of the tasks it is right for; None: of all.
         instead: What to do, for the message.
-        task: A key of `TASKS`.
+        form: Of the task, such as a key of `FORMS`.
 
     Raises:
-        BadInput: Where `task` is not among `tasks`.
+        BadInput: Where `form` is not among `forms`.
     """
-    if task not in tasks:
+    if forms is not None and form not in forms:
         way = instead or "leave it out"
+        words = f" ({FORMS[form]})" if form in FORMS else ""
         raise BadInput(
-            f"'{name}' is right for {some(sorted(tasks))}, and this is {task} ({TASKS[task]}): "
-            f"{way}"
+            f"'{name}' is right for {some(sorted(forms))}, and this is {form}{words}: {way}"
         )
 
 

@@ -1,5 +1,5 @@
 """The contracts of what is found by name, as checks that authors of plug-ins can run:
-`check_technique(MyTechnique)`, `check_meter_source(MySource)`."""
+`check_technique(MyTechnique)`, `check_task(MyTask)`, `check_meter_source(MySource)`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.core.technique import Technique
 from greenvis.testing.meter_sources import SourceResult, check_meter_source
+from greenvis.testing.tasks import check_task
 from greenvis.testing.trial import Broken, Trial
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Result",
     "SourceResult",
     "check_meter_source",
+    "check_task",
     "check_technique",
     "check_together",
     "default_hosts",

@@ -16,7 +16,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Stage, Technique, logits_of
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import view
-from greenvis.tasks.answers import CLASSES, PIXELS_TOO, TASKS
+from greenvis.tasks.answers import CLASSES, PIXELS_TOO
 from greenvis.techniques._shared.attach import seat
 from greenvis.techniques.inference.distill import _teachers as teaching
 from greenvis.techniques.inference.distill._frozen_teacher import (
@@ -166,11 +166,11 @@ class Distill(Technique):
         )
 
     @property
-    def tasks(self) -> frozenset[str]:  # type: ignore[override]
+    def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
         """What it is right for: answers are compared as distributions over classes, features
         whatever the answer is."""
         if not self._answers:
-            return frozenset(TASKS)
+            return None
         return CLASSES if any(loss.kind == "token" for loss in self.losses) else PIXELS_TOO
 
     @property

@@ -56,7 +56,7 @@ class EarlyExit(Technique):
     name: ClassVar[str] = "early_exit"
     stage: ClassVar[Stage] = "exits"
     needs: ClassVar[frozenset[str]] = frozenset({"batch_independence"})
-    tasks: ClassVar[frozenset[str]] = CLASSES
+    tasks: ClassVar[frozenset[str] | None] = CLASSES
     instead: ClassVar[str] = (
         "an exit is sure of one class; a smaller model, or fewer tokens, answers any task for less"
     )

@@ -73,7 +73,7 @@ class Lwf(Technique):
 
     name: ClassVar[str] = "lwf"
     stage: ClassVar[Stage] = "objective"
-    tasks: ClassVar[frozenset[str]] = PIXELS_TOO
+    tasks: ClassVar[frozenset[str] | None] = PIXELS_TOO
     instead: ClassVar[str] = "hold the weights by importances that read no labels (MAS, SI)"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"weight": 0.5},)
 

@@ -51,7 +51,7 @@ class Ncm(Technique):
     name: ClassVar[str] = "ncm"
     stage: ClassVar[Stage] = "objective"
     breaks: ClassVar[frozenset[str]] = frozenset({"gradients"})
-    tasks: ClassVar[frozenset[str]] = CLASSES
+    tasks: ClassVar[frozenset[str] | None] = CLASSES
     instead: ClassVar[str] = "a mean is that of the images of one class: train a classifier"
     examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"metric": "cosine"}, {})
 

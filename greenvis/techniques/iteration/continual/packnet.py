@@ -69,7 +69,7 @@ class PackNet(Technique):
     name: ClassVar[str] = "packnet"
     stage: ClassVar[Stage] = "weights"
     needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
-    tasks: ClassVar[frozenset[str]] = CLASSES
+    tasks: ClassVar[frozenset[str] | None] = CLASSES
     instead: ClassVar[str] = (
         "its training after pruning is by cross entropy; hold the weights by importances (MAS, SI)"
     )

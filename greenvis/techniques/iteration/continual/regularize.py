@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, OnlyWith, Stage, Technique, logits_of
-from greenvis.tasks.answers import CLASSES, TASKS, require_class_numbers
+from greenvis.tasks.answers import CLASSES, require_class_numbers
 from greenvis.techniques.iteration.continual._gradients import sample_gradients
 
 Fisher = Literal["sample", "batch", "weighted", "true"]
@@ -183,10 +183,10 @@ class Regularize(Technique):
     damping: Annotated[float, Field(gt=0, description="of si: added to the squared change")] = 0.1
 
     @property
-    def tasks(self) -> frozenset[str]:  # type: ignore[override]
+    def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
         """What it is right for: a Fisher information is that of a class per image; MAS and SI read
         no labels."""
-        return CLASSES if self.method == "ewc" else frozenset(TASKS)
+        return CLASSES if self.method == "ewc" else None
 
     def install(self, model: nn.Module) -> Installed:
         """Leave the model as it is."""

@@ -1,0 +1,103 @@
+"""The contract every task keeps, as a check that authors of plug-ins can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.tasks.base import Example, Task
+
+RESERVED = {"epoch", "step", "loss", "task", "stage"}  # keys of a record's log lines
+SIZE, FIRST = 12, 5  # samples; how many of them come in the first of two batches
+
+
+def check_task(task: type[Task] | Task) -> None:
+    """Try a task against the contract.
+
+    Its loss is the mean of its losses per sample and has a gradient; it refuses what it cannot
+    name as an answer, and labels that do not go with one; its metrics over two batches are those
+    over all samples; the best answers score best, in the direction its primary metric names.
+
+    Args:
+        task: A class without required fields, or a task made.
+
+    Raises:
+        GreenvisError: With each rule it breaks on a line.
+
+    Example:
+        >>> from greenvis.tasks.classification import Classification
+        >>> check_task(Classification(label_smoothing=0.1))
+    """
+    made = task() if isinstance(task, type) else task
+    broken = list(_broken(made, made.example(SIZE)))
+    if broken:
+        raise GreenvisError(f"task '{made.name}': " + "\n".join(broken))
+
+
+def _broken(task: Task, example: Example) -> Iterator[str]:
+    outputs, labels, best = example
+    losses, loss = task.losses(outputs, labels), task.loss(outputs, labels)
+    if losses.shape != (SIZE,):
+        yield f"losses are {tuple(losses.shape)}, not one per sample ({SIZE},)"
+    elif not torch.allclose(losses.mean(), loss):
+        yield f"the loss {loss:g} is not the mean of the losses per sample, {losses.mean():g}"
+    learned = outputs.detach().clone().requires_grad_()
+    task.loss(learned, labels).backward()
+    if learned.grad is None or not learned.grad.abs().sum() > 0:
+        yield "the loss has no gradient"
+    if task.loss(best, labels) > loss:
+        yield "the best outputs have a higher loss than others"
+
+    if task.outputs(outputs) is not outputs:
+        yield "outputs() does not return outputs as they are"
+    for raw in ({"one": outputs, "other": outputs}, (outputs, outputs), None):
+        if not _refuses(task.outputs, raw):
+            yield f"outputs() does not refuse {type(raw).__name__} that names no answer"
+    task.check(outputs, labels)
+    if not _refuses(task.check, outputs.unsqueeze(-1).expand(*outputs.shape, 3), labels):
+        yield "check() does not refuse outputs with one axis more"
+
+    measure = task.primary
+    classes = outputs.shape[task.class_axis] if task.class_axis is not None else 0
+    names = task.metrics(classes).keys()
+    if measure.name not in names:
+        yield f"the primary metric '{measure.name}' is not among {sorted(names)}"
+        return
+    if RESERVED & names:
+        yield f"a metric may not be called {sorted(RESERVED & names)[0]}: records use that name"
+    whole, parts = (
+        _measured(task, classes, cuts, outputs, labels) for cuts in ((0, SIZE), (0, FIRST, SIZE))
+    )
+    for name in names:
+        if abs(whole[name] - parts[name]) > 1e-6:
+            yield f"{name} of two batches is {parts[name]:g}, of all at once {whole[name]:g}"
+    score = _measured(task, classes, (0, SIZE), best, labels)[measure.name]
+    gain = score - whole[measure.name]
+    if not (gain > 0 if measure.higher_is_better else gain < 0):
+        direction = "higher" if measure.higher_is_better else "lower"
+        yield (
+            f"{measure.name} is {score:g} of the best outputs and {whole[measure.name]:g} of "
+            f"others, though {direction} is better"
+        )
+
+
+def _measured(
+    task: Task, classes: int, cuts: tuple[int, ...], outputs: Any, labels: Any
+) -> dict[str, float]:
+    metrics = task.metrics(classes)
+    for begin, end in pairwise(cuts):
+        for metric in metrics.values():
+            metric.update(outputs[begin:end], labels[begin:end])
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def _refuses(call: Callable[..., Any], *args: Any) -> bool:
+    try:
+        call(*args)
+    except BadInput:
+        return True
+    return False
