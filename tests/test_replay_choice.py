@@ -21,6 +21,7 @@ from greenvis.core.wrap import wrap
 from greenvis.data import streams
 from greenvis.experiment import stream as continual
 from greenvis.experiment.recipe import TrainSpec
+from greenvis.tasks.classification import Classification
 from greenvis.techniques.iteration.continual._buffer import Buffer
 from greenvis.techniques.iteration.continual._gradients import closeness, sample_gradients
 from greenvis.techniques.iteration.continual._policies import (
@@ -244,7 +245,9 @@ def test_never_a_test_image_nor_one_of_a_task_to_come(
     live.installed[0].end_experience = look  # type: ignore[method-assign]
     spec = TrainSpec(epochs=1, batch_size=16, lr=0.01)
     with gv.track("choice", dir=tmp_path, codecarbon=False) as run:
-        continual.fit_stream(live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run)
+        continual.fit_stream(
+            live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run, task=Classification()
+        )
     shown = [part.batch(torch.arange(len(part)))[0].flatten(1) for part in its.train]
     tests = torch.cat([part.batch(torch.arange(len(part)))[0].flatten(1) for _, part in its.tests])
     assert len(kept) == 3

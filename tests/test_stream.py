@@ -25,6 +25,7 @@ from greenvis.experiment import session
 from greenvis.experiment import stream as continual
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters import record
+from greenvis.tasks.classification import Classification
 
 RECIPE = """\
 name: tiny
@@ -273,20 +274,30 @@ def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
     logits, y = torch.randn(6, 10), torch.arange(6)
     target = 0.7 * F.one_hot(y, 10) + 0.03
     assert torch.allclose(
-        its.task_loss(0, 0.3)(logits, y), -(target * logits.log_softmax(1)).sum(1).mean()
+        F.cross_entropy(its.masked(0, logits, y), y, label_smoothing=0.3),
+        -(target * logits.log_softmax(1)).sum(1).mean(),
     )
     weights = []
     for smoothing in (0.0, 0.3):
         live = wrap(net(), [])
-        spec = TrainSpec(epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0,
-        weight_decay=0, schedule="constant",
-                         label_smoothing=smoothing)  # fmt: skip
+        spec = TrainSpec(
+            epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0, weight_decay=0,
+            schedule="constant",
+        )  # fmt: skip
         with gv.track("smooth", dir=tmp_path, codecarbon=False) as run:
-            continual.fit_stream(live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run)
+            continual.fit_stream(
+                live,
+                its,
+                lambda t: data.batches(its.tests[t][1], 64),
+                spec,
+                run,
+                task=Classification(label_smoothing=smoothing),
+            )
         by_hand = net()
         for part in its.train:
             x, y = part.batch(torch.arange(len(part)))
-            its.task_loss(0, smoothing)(by_hand(x), y).backward()
+            masked = its.masked(0, by_hand(x), y)
+            F.cross_entropy(masked, y, label_smoothing=smoothing).backward()
             with torch.no_grad():
                 for p in by_hand.parameters():
                     p.sub_(0.1 * p.grad)

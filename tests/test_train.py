@@ -19,11 +19,14 @@ from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loggers
 from greenvis.experiment import loop as train
+from greenvis.experiment.evaluate import evaluate
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.record import find, read
+from greenvis.tasks.classification import Classification
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.sum(1) > 0).long()
+TASK = Classification()
 Batch = tuple[Tensor, Tensor]
 
 
@@ -62,7 +65,7 @@ def _fit(
     with gv.track("fit", live, dir=folder) as run:
         test = lambda: [(X, Y)]  # noqa: E731
         progress = train.fit(
-            live, batches, 4, test, spec, run, seed=3, checkpoint=checkpoint, **more
+            live, batches, 4, test, spec, run, task=TASK, seed=3, checkpoint=checkpoint, **more
         )
     return live.model, progress
 
@@ -115,15 +118,13 @@ def test_labels_are_smoothed_by_what_the_recipe_says(tmp_path: Path, smoothing: 
     """One step of plain SGD by hand: the share of all classes in the target, as in
     `F.cross_entropy`."""
     spec = TrainSpec(
-        epochs=1,
-        lr=0.5,
-        optimizer="sgd",
-        momentum=0,
-        weight_decay=0,
-        schedule="constant",
-        label_smoothing=smoothing,
+        epochs=1, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant"
     )
-    model, _ = _fit(tmp_path, spec, lambda epoch, start: [(X, Y)] * (start == 0), dropout=0.0)
+    live = gv.wrap(_net(0.0), task=(task := Classification(label_smoothing=smoothing)))
+    with gv.track("fit", live, dir=tmp_path) as run:
+        once = lambda epoch, start: [(X, Y)] * (start == 0)  # noqa: E731
+        train.fit(live, once, 1, lambda: [(X, Y)], spec, run, task=task)
+    model = live.model
     mine: Any = _net(dropout=0.0)
     logs = mine(X).log_softmax(1)
     target = (1 - smoothing) * torch.nn.functional.one_hot(Y, 2) + smoothing / 2
@@ -160,6 +161,7 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
             lambda: [(X, Y)],
             spec,
             run,
+            task=TASK,
         )
     for first in range(0, 4, accumulate):
         x, y = (torch.cat(part) for part in zip(*batches[first : first + accumulate], strict=True))
@@ -196,7 +198,7 @@ def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(
 
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:
     model, progress = _fit(tmp_path, TrainSpec(epochs=0), Batches())
-    assert progress.accuracy == pytest.approx(train.evaluate(model, [(X, Y)]))
+    assert progress.accuracy == pytest.approx(evaluate(model, [(X, Y)], TASK)["accuracy"])
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) 
     with gv.track("t", live, dir=tmp_path) as run:
         train.fit(live, lambda epoch, start: data.batches(images, 3, epoch=epoch, shuffle=True,
         start=start, positions=True), 2,
-            lambda: data.batches(images, 6), TrainSpec(epochs=2), run, samples=samples)  # fmt: skip
+            lambda: data.batches(images, 6), TrainSpec(epochs=2), run, task=TASK, samples=samples)  # fmt: skip
     installed = live.installed[0]
     assert isinstance(installed, _Watching)
     assert installed.samples is None
@@ -351,10 +353,10 @@ def test_a_training_in_which_what_a_technique_trains_stands_still_fails(
     spec = TrainSpec(epochs=2, batch_size=10, lr=0.01, weight_decay=0.0)
     with gv.track("fit", live, dir=tmp_path) as run:
         if factor:
-            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)
+            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run, task=TASK)
             assert live.unmoved() == []
             return
         with pytest.raises(
             GreenvisError, match="'unread': none of the parameters it trains has moved in 8 steps"
         ):
-            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run)
+            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run, task=TASK)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
@@ -124,20 +123,6 @@ class Stream:
             at = torch.tensor(classes, device=logits.device)
             fellows[at[:, None], at] = True
         return logits.masked_fill(~fellows[y], -torch.inf)
-
-    def task_loss(self, index: int, smoothing: float = 0.0) -> Any:
-        """Return cross entropy over the classes that compete in training on an experience.
-
-        Args:
-            index: Of the experience.
-            smoothing: Label smoothing, 0 to 1.
-
-        Returns:
-            A loss of (logits, y).
-        """
-        return lambda logits, y: F.cross_entropy(
-            self.masked(index, logits, y), y, label_smoothing=smoothing
-        )
 
 
 def make(

@@ -25,10 +25,7 @@ Among = Mapping[str, Sequence[int] | None]  # which classes compete, by name; No
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Any],
-    task: Task,
-    accelerator: Accelerator | None = None,
+    model: nn.Module, batches: Iterable[Any], task: Task, accelerator: Accelerator | None = None
 ) -> dict[str, float]:
     """Return a task's metrics by name. The model's modes are put back.
 
@@ -65,8 +62,10 @@ def evaluate_among(
             for name, competing in among.items():
                 for metric in metrics[name].values():
                     metric.update(mask_classes(outputs, competing), y)
-        together = accelerator is not None and distributed.world_size() > 1
-        if together:  # some may have had no samples
+        together = False
+        if accelerator is not None and (
+            together := distributed.world_size() > 1
+        ):  # some may have had no samples
             size = {"classes": torch.tensor([classes], device=accelerator.device)}
             holders = distributed.all_reduce_sum(size, int(bool(metrics)))
             classes = int(size["classes"]) // max(holders, 1)

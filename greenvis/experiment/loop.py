@@ -4,33 +4,31 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader
 
 from greenvis.core import distributed
-from greenvis.core.modes import in_mode
-from greenvis.core.technique import Samples, logits_of, mask_classes
+from greenvis.core.technique import Samples
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment import checkpoint as states
 from greenvis.experiment import loggers
+from greenvis.experiment.evaluate import evaluate, shared
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.track import Tracker
+from greenvis.tasks.base import Task
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
 
@@ -62,8 +60,8 @@ class Part:
     (seed, epoch) fixes; with
     `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are.
     length: batches an epoch.
-    done: epochs trained before this part, which the log counts, too. task_loss(logits, y): cross
-    entropy where absent.
+    done: epochs trained before this part, which the log counts, too. task_loss(logits, y): the
+    task's where absent.
     """
 
     batches: Callable[[int, int], Iterable[Any]]
@@ -82,6 +80,7 @@ def fit(
     spec: TrainSpec,
     run: Tracker,
     *,
+    task: Task,
     seed: int = 0,
     checkpoint: Path | None = None,
     log_with: Sequence[str] = (),
@@ -104,9 +103,9 @@ def fit(
     (`greenvis.core.distributed.split_batches`): batches must come in a DataLoader. Raises
     GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
     """
-    loop = Loop(live, spec, run, seed, checkpoint, log_with)
+    loop = Loop(live, spec, run, task, seed, checkpoint, log_with)
     loop.begin(Part(batches, batches_per_epoch, samples, phase, done))
-    progress = loop.progress
+    progress, name = loop.progress, task.primary.name
     target = spec.target_accuracy or math.inf
     if target <= 1 and held_out is None:
         run.note(
@@ -121,9 +120,9 @@ def fit(
             if score is not None:
                 accuracy = distributed.on_main(partial(score, model))
             else:
-                accuracy = evaluate(model, test_batches(), loop.accelerator)
+                accuracy = evaluate(model, test_batches(), task, loop.accelerator)[name]
             held_out_accuracy = (
-                evaluate(model, held_out(), loop.accelerator)
+                evaluate(model, held_out(), task, loop.accelerator)[name]
                 if target <= 1 and held_out is not None
                 else None
             )
@@ -154,12 +153,14 @@ class Loop:
         live: Wrapped,
         spec: TrainSpec,
         run: Tracker,
+        task: Task,
         seed: int,
         file: Path | None,
         log_with: Sequence[str] = (),
     ) -> None:
         set_seed(seed)
-        self.live, self.spec, self.run, self.seed, self.file = live, spec, run, seed, file
+        self.live, self.spec, self.run, self.task = live, spec, run, task
+        self.seed, self.file = seed, file
         self.accelerator = _accelerator(spec, log_with, run.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
         self.mean = distributed.SampleMean()
@@ -178,8 +179,7 @@ class Loop:
         self.scheduler = LambdaLR(
             self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
         )
-        plain = partial(F.cross_entropy, label_smoothing=spec.label_smoothing)
-        self.criterion = self.live.criterion(part.task_loss or plain)
+        self.criterion = self.live.criterion(part.task_loss or self.task.loss)
         if self._left is not None:
             states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
             self._left = None
@@ -238,7 +238,7 @@ class Loop:
         saved_at = time.monotonic()
         losses: list[Tensor] = []
         weights: list[Tensor] = []
-        loader = _shown(accelerator, part.batches(progress.epoch, progress.batch))
+        loader = shared(accelerator, part.batches(progress.epoch, progress.batch))
         for x, y, *positions in self.run.steps(
             _Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"
         ):
@@ -247,7 +247,7 @@ class Loop:
             with accelerator.accumulate(model):
                 x, y = live.batch(x, y)
                 with accelerator.autocast():
-                    loss = _loss(live, model, self.criterion, x, y)
+                    loss = self._loss(x, y)
                 weight = self.mean.weight(len(y))
                 weights.append(torch.as_tensor(weight, dtype=torch.float32, device=loss.device))
                 losses.append(loss.detach() * weight)
@@ -284,23 +284,11 @@ class Loop:
             distributed.all_reduce_mean([sums])
             self.log(loss=(sums[0] / sums[1]).item())
 
-
-def _shown(accelerator: Accelerator, batches: Any) -> Any:
-    """Return batches as they come to the device; to each of several processes its share."""
-    if distributed.world_size() == 1:
-        return accelerator.prepare(batches)
-    if not isinstance(batches, DataLoader):
-        raise GreenvisError(
-            "several processes share the batches of a DataLoader, not of a "
-            f"{type(batches).__name__}"
-        )
-    return prepare_data_loader(
-        distributed.split_batches(batches),
-        accelerator.device,
-        num_processes=1,
-        process_index=0,
-        put_on_device=True,
-    )
+    def _loss(self, x: Any, y: Any) -> Tensor:
+        if self.live.pretext:
+            return self.live.loss(x, y, None)
+        outputs = self.task.outputs(self.model(x))
+        return self.criterion(outputs, y) + self.live.loss(x, y, outputs)
 
 
 def _all_reached(live: Wrapped) -> None:
@@ -317,49 +305,6 @@ def _all_reached(live: Wrapped) -> None:
                 f"{problem}: freeze what the loss does not reach, or train as one process"
             )
         )
-
-
-def _loss(
-    live: Wrapped, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], x: Any, y: Any
-) -> Tensor:
-    if live.pretext:
-        return live.loss(x, y, None)
-    logits = logits_of(model(x))
-    return criterion(logits, y) + live.loss(x, y, logits)
-
-
-def evaluate(
-    model: nn.Module, batches: Iterable[Any], accelerator: Accelerator | None = None
-) -> float:
-    """Return top-1 accuracy, 0 to 1. The model's modes are put back."""
-    return accuracies(model, batches, {"": None}, accelerator)[""]
-
-
-def accuracies(
-    model: nn.Module,
-    batches: Iterable[Any],
-    among: Mapping[str, Sequence[int] | None],
-    accelerator: Accelerator | None = None,
-) -> dict[str, float]:
-    """Return top-1 accuracy, 0 to 1, by name, among the classes that stand under that name (None:
-    all), from one pass."""
-    right, seen = torch.zeros(len(among), dtype=torch.int64), 0
-    loader = _shown(accelerator, batches) if accelerator is not None else batches
-    with in_mode(model, False), torch.inference_mode():
-        for x, y in loader:
-            if not len(y):  # a batch of fewer samples than there are processes
-                continue
-            with accelerator.autocast() if accelerator is not None else nullcontext():
-                logits = logits_of(model(x))
-            every = [
-                mask_classes(logits, classes).argmax(dim=-1) == y for classes in among.values()
-            ]
-            right = right.to(y.device) + torch.stack(every).sum(1)
-            seen += len(y)
-    if accelerator is not None:
-        right = right.to(accelerator.device)
-        seen = distributed.all_reduce_sum({"right": right}, seen)
-    return {name: n / max(seen, 1) for name, n in zip(among, right.tolist(), strict=True)}
 
 
 def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:

@@ -460,7 +460,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON Schema of a recipe, with each technique's and task's own schema under `$defs`."""
+    """Return the JSON Schema of a recipe, with that of each technique and task under `$defs`."""
     out = Recipe.model_json_schema()
     out["properties"]["extends"] = {
         "type": "string",

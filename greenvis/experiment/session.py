@@ -15,12 +15,12 @@ from torch import nn
 
 from greenvis import data, models
 from greenvis.core import distributed
-from greenvis.core.technique import logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
 from greenvis.experiment import knn, lineage, loggers, loop, stages
 from greenvis.experiment import stream as continual
+from greenvis.experiment.evaluate import evaluate
 from greenvis.experiment.jobs import (
     CHECKPOINT_FILE,
     WEIGHTS_FILE,
@@ -164,7 +164,8 @@ class Session:
         model = prepared.build(weights=False)
         lineage.check_range(job, images.facts())
         stages.check(prepared, model)
-        live = located(where, wrap, model, prepared.techniques(trained=False))
+        requests = prepared.techniques(trained=False)
+        live = located(where, wrap, model, requests, task=prepared.task)
         if images.held_out is None and any(i.calibrates for i in live.installed):
             live.undo()
             names = some(
@@ -178,11 +179,11 @@ class Session:
                 f"{where}: {names} calibrates on images that no training has seen: set "
                 "data.held_out, such as 2000"
             )
-        x = next(iter(data.batches(images.test, 2)))[0]
+        x, y = next(iter(data.batches(images.test, 2)))
         shape = "×".join(str(n) for n in x.shape[1:])
         try:
             with torch.no_grad():
-                logits = logits_of(model.eval()(x))
+                raw = model.eval()(x)
         except (RuntimeError, ValueError, AssertionError) as error:
             raise BadInput(
                 f"{where}: {job.arm.model.ref} cannot take images of {shape} (channels × height × "
@@ -193,12 +194,8 @@ class Session:
         finally:
             live.undo()
         located(where, models.check_size, job.arm.model.options, x.shape)
-        if logits.ndim != 2 or logits.shape[1] < len(images.classes):
-            raise BadInput(
-                f"{where}: {job.arm.model.ref} answers with {tuple(logits.shape)}, but the data "
-                "has "
-                f"{len(images.classes)} classes: set num_classes of the model"
-            )
+        outputs = located(where, prepared.task.outputs, raw)
+        located(where, prepared.task.check, outputs, y, len(images.classes))
         if job.arm.model.fold_norms:
             located(where, fold_norms, model, x)
 
@@ -214,7 +211,9 @@ class Session:
             memory.reset_peak()
             with tracker.phase("setup"):
                 model = prepared.build()
-                live = wrap(model, () if job.arm.stages else prepared.techniques())
+                live = wrap(
+                    model, () if job.arm.stages else prepared.techniques(), task=prepared.task
+                )
             tracker.live = live
             live.meter(tracker)
             self._facts(prepared, live, tracker)
@@ -233,7 +232,7 @@ class Session:
                 **live.facts(),
             )
             with prepared.served(live) as model, tracker.phase("measure"):
-                distributed.on_main(lambda: self._measure(live, model, prepared.images, tracker))
+                distributed.on_main(lambda: self._measure(prepared, live, model, tracker))
 
         def keep() -> None:
             origin = {
@@ -251,14 +250,15 @@ class Session:
         distributed.on_main(keep)
 
     def _measure(
-        self, live: Wrapped, model: nn.Module, images: data.Data, tracker: Tracker
+        self, prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Tracker
     ) -> None:
         """Record what the finished model costs to serve, at each of the settings it can be switched
         between."""
+        images = prepared.images
         x = next(iter(data.batches(images.test, 64)))[0]
         tracker.fact(**measure(model, x, tracker))
         if live.operating_points():
-            answer = lambda x: logits_of(model(x.to(next(model.parameters()).device)))  # noqa: E731
+            answer = lambda x: prepared.task.outputs(model(x.to(next(model.parameters()).device)))  # noqa: E731
             points = compare(
                 live.operating_points, answer, lambda: data.batches(images.test, 64), tracker
             )
@@ -276,7 +276,8 @@ class Session:
             tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
             live.model.eval()
         with tracker.phase("eval"):
-            calibrated = loop.evaluate(live.model, data.batches(images.test, 256))
+            metrics = evaluate(live.model, data.batches(images.test, 256), prepared.task)
+            calibrated = metrics[prepared.task.primary.name]
         tracker.log(accuracy=calibrated)
         return calibrated
 
@@ -293,6 +294,7 @@ class Session:
         spec = job.arm.train
         size, tests = spec.batch_size, max(spec.batch_size, 256)
         options: dict[str, Any] = {
+            "task": prepared.task,
             "seed": job.seed,
             "checkpoint": checkpoint,
             "log_with": self.log_with,

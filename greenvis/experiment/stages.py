@@ -26,7 +26,7 @@ def check(prepared: Prepared, model: nn.Module) -> None:
     job = prepared.job
     for number, stage in enumerate(prepared.stages):
         where = job.recipe.where("arms", job.arm.name, "stages", number)
-        live = located(where, wrap, model, stage.techniques(trained=False))
+        live = located(where, wrap, model, stage.techniques(trained=False), task=stage.task)
         if number + 1 < len(job.arm.stages):
             stuck = [
                 f"{t.name}: {i.unmergeable}"
@@ -64,7 +64,7 @@ def train(
         stage = stages[number]
         torch.manual_seed(job.seed + number)
         with run.phase("setup"):
-            live = wrap(model, stage.techniques())
+            live = wrap(model, stage.techniques(), task=stage.task)
         run.live = live
         live.meter(run)
         learning = sum(p.numel() for p in live.trainable.values())

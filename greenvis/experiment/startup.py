@@ -53,7 +53,7 @@ def warm_up(prepared: Prepared) -> None:
     once in a process."""
     first = (prepared.stages or [prepared])[0]
     spec = first.job.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None})
-    live = wrap(prepared.build(weights=False), first.techniques(trained=False))
+    live = wrap(prepared.build(weights=False), first.techniques(trained=False), task=first.task)
     if distributed.world_size() > 1:  # the others' share of so little is none
         live.undo()
         return
@@ -64,7 +64,7 @@ def warm_up(prepared: Prepared) -> None:
     with tempfile.TemporaryDirectory() as folder, prepared.tracker(Path(folder)) as run:
         run.live = live
         live.meter(run)
-        loop.fit(live, batch, 1, batch, spec, run, seed=prepared.job.seed)
+        loop.fit(live, batch, 1, batch, spec, run, task=first.task, seed=prepared.job.seed)
     live.undo()
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from greenvis.core.technique import Samples
 from greenvis.core.wrap import Wrapped
 from greenvis.data.streams import Stream
-from greenvis.experiment.loop import Loop, Part, Progress, accuracies
+from greenvis.experiment.evaluate import evaluate_among
+from greenvis.experiment.loop import Loop, Part, Progress
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.track import Tracker
+from greenvis.tasks.base import Task
 
 MATRIX, KNOWN = "task_accuracy", "task_accuracy_known"
 
@@ -29,6 +31,7 @@ def fit_stream(
     spec: TrainSpec,
     run: Tracker,
     *,
+    task: Task,
     seed: int = 0,
     checkpoint: Path | None = None,
     log_with: Sequence[str] = (),
@@ -46,12 +49,12 @@ def fit_stream(
     that was not measured is None. Resumes in the middle of a task to the same weights.
     """
     start = {k: v.clone() for k, v in live.state_dict().items()} if restart else {}
-    loop = Loop(live, spec, run, seed, checkpoint, log_with)
+    loop = Loop(live, spec, run, task, seed, checkpoint, log_with)
     progress, count = loop.progress, len(stream.tests)
     resumed = progress.step > 0
-    for task in stream.experiences[: progress.task]:
+    for experience in stream.experiences[: progress.task]:
         if stream.has_task_boundaries:
-            live.begin_experience(task)
+            live.begin_experience(experience)
     with loop.logging():
         for index in range(progress.task, len(stream.experiences)):
             before, begun = run.observed(), time.monotonic()
@@ -59,7 +62,7 @@ def fit_stream(
                 live.load_state_dict(start)
             if stream.has_task_boundaries:
                 live.begin_experience(stream.experiences[index])
-            loop.begin(_part(stream, index, spec, seed, samples))
+            loop.begin(_part(stream, index, spec, task, seed, samples))
             loop.train()
             if stream.has_task_boundaries:
                 with run.phase(f"train/task{index + 1}/end"):
@@ -103,6 +106,7 @@ def _part(
     stream: Stream,
     index: int,
     spec: TrainSpec,
+    task: Task,
     seed: int,
     samples: Callable[[int, int, Tensor], Samples] | None,
 ) -> Part:
@@ -116,7 +120,7 @@ def _part(
         math.ceil(len(stream.train[index]) / spec.batch_size),
         None if samples is None else partial(samples, index),
         phase=f"train/task{index + 1}",
-        task_loss=stream.task_loss(index, spec.label_smoothing),
+        task_loss=lambda outputs, y: task.loss(stream.masked(index, outputs, y), y),
     )
 
 
@@ -135,7 +139,8 @@ def _test(
             )
         else:
             shown = {MATRIX: seen} | ({} if stream.kind == "domain" else {KNOWN: classes})
-        for name, accuracy in accuracies(loop.model, tests(t), shown, loop.accelerator).items():
-            out.setdefault(name, []).append(accuracy)
+        metrics = evaluate_among(loop.model, tests(t), loop.task, shown, loop.accelerator)
+        for name, values in metrics.items():
+            out.setdefault(name, []).append(values[loop.task.primary.name])
     live.eval_experience(None)
     return out

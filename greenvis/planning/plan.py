@@ -234,7 +234,7 @@ def _few(prepared: Prepared, steps: int, groups: int, tests: int) -> record.Run:
         with prepared.tracker(Path(folder)) as run:
             run.live = live
             live.meter(run)
-            loop.fit(live, some, steps, test, spec, run, seed=job.seed)
+            loop.fit(live, some, steps, test, spec, run, task=prepared.task, seed=job.seed)
         live.undo()
         return record.read(next(record.find([folder])))
 

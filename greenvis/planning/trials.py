@@ -208,6 +208,7 @@ class Trials:
                 lambda: data.batches(self.held, 256),
                 spec,
                 run,
+                task=prepared.task,
                 seed=job.seed,
                 samples=which,
             )

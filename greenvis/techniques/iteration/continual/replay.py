@@ -102,7 +102,7 @@ class Replay(Technique):
         ("gdumb",)),
     }  # fmt: skip
     stage: ClassVar[Stage] = "objective"
-rank_local: ClassVar[bool] = True
+    rank_local: ClassVar[bool] = True
     tasks: ClassVar[frozenset[str] | None] = CLASSES
     instead: ClassVar[str] = (
         "its buffer keeps a class number for each image; hold the weights by importances (MAS, SI)"
