@@ -102,6 +102,53 @@ def test_records_too_large_lose_what_later_totals_replace_and_no_joule(tmp_path:
     assert kept["curve"] == made["curve"]
 
 
+def test_what_is_still_too_large_loses_digits_below_a_millionth(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = _long(tmp_path / "runs", 0, 300).values()
+    lines = path.read_text().splitlines()
+    logged = '{"type":"log","phase":"train/epoch0","epoch":0.1234567891,"loss":0.000000012}'
+    path.write_text("".join(f"{line}\n{logged}\n" for line in lines))
+    thin = lzma.compress(archive.BETWEEN + archive._thin(path.read_bytes()), preset=6)
+    monkeypatch.setattr(archive, "MOST", len(thin) - 100)
+    packed = archive.pack([tmp_path / "runs"])
+    assert packed is not None
+    text = lzma.decompress(packed).decode()
+    assert '"epoch":0.123457,"loss":0.000000}' in text
+    facts = [line for line in lines if line.startswith('{"type":"fact"')]
+    assert facts
+    assert all(line in text for line in facts)  # what one image took is a millionth
+    (tmp_path / archive.NAME).write_bytes(packed)
+    kept, made = (results(tmp_path / name) for name in (archive.NAME, "runs"))
+    for key in ("train_energy_j", "inference_energy_j"):
+        assert kept["arms"]["long"][key]["value"] == pytest.approx(
+            made["arms"]["long"][key]["value"], rel=1e-6
+        )
+
+
+ROOT = Path(__file__).parents[1] / "reports"
+
+
+@pytest.mark.parametrize("name", sorted(p.parent.name for p in ROOT.glob(f"*/{archive.NAME}")))
+def test_committed_records_give_their_reports_figures(name: str) -> None:
+    """Anybody can price the evidence anew."""
+    folder = ROOT / name
+    assert (folder / archive.NAME).stat().st_size <= archive.MOST
+    told = json.loads((folder / "results.json").read_text())
+    again = results(folder / archive.NAME)
+    if "arms" not in told:  # a benchmark's: each base, fine-tuned
+        tuned = [row["accuracy"]["mean"] for row in again["arms"].values()]
+        for row in told["rows"]:
+            assert pytest.approx(row["tuned_accuracy"]) in tuned
+        return
+    assert list(again["arms"]) == list(told["arms"])
+    for arm, row in told["arms"].items():
+        assert again["arms"][arm]["accuracy"] == row["accuracy"]
+        for key in ("train_energy_j", "train_energy_with_reuse_j", "inference_energy_j"):
+            value = again["arms"][arm][key]["value"]
+            assert value == pytest.approx(row[key]["value"], rel=1e-5), (arm, key)
+
+
 def test_what_does_not_fit_is_not_packed_and_the_report_says_so(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ from greenvis.errors import BadInput
 from greenvis.experiment import session
 from greenvis.experiment.recipe import load_recipe
 from greenvis.planning.rank import METHODS, rank
+from greenvis.report import archive
 
 RECIPE = Path(__file__).parents[2] / "recipes/reuse/rank.yaml"
 
@@ -46,7 +47,7 @@ def run(
         )
     read = load_recipe(recipe, overrides)
     bases = list(dict.fromkeys(str(read.arm(name).model.init) for name in read.arms))
-    session.run(read, runs=runs)
+    records = session.run(read, runs=runs)
     result = rank(bases, str(recipe), images=images, runs=runs)
     result["repeatability"] = _floor.repeatability()
     if out is not None:
@@ -55,6 +56,9 @@ def run(
         content = {**result, "data": recipe.name, "record": Path(result["record"]).name}
         files.write(out / "results.json", json.dumps(content, indent=1) + "\n")
         files.write(out / "report.md", _report(result))
+        bases_at = {Path(runs) / b.removeprefix("run:").partition("/")[0] for b in bases}
+        if packed := archive.pack([records, *sorted(p for p in bases_at if p.is_dir())]):
+            files.write(out / archive.NAME, packed)
     return result
 
 

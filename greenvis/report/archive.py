@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -21,6 +22,9 @@ MOST = 200_000  # bytes of an archive: it is committed with its report
 MOST_RAW = 32 * 2**20  # bytes of records; more would take long to pack, and not fit
 MOST_READ = 256 * 2**20  # bytes an archive may unpack to
 MOST_RECORDS = 100_000
+_LONG = re.compile(
+    rb"(?<=[:,\[])-?\d{1,10}\.\d{7,}(?=[,}\]])"
+)  # a number of more than six decimals
 BETWEEN = b'{"type":"record"}\n'  # before each record
 
 
@@ -28,8 +32,8 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
     """Return the records among `paths` as one archive, each once, in an order that does not depend
     on where they lie.
 
-    Where the whole is larger than `MOST`, running totals that later ones replace are left out; None
-    where that is not enough.
+    Where the whole is larger than `MOST`, running totals that later ones replace are left out, and
+    then what of totals and logs lies below a millionth (µs, µJ); None where that is not enough.
     """
     by_key: dict[tuple[str, str], bytes] = {}
     size = 0
@@ -42,9 +46,10 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
         if key and len(raw) > len(by_key.get(key, b"")):
             by_key[key] = raw
     records = [by_key[key] for key in sorted(by_key)]
-    for form in (records, map(_thin, records)) if records else ():
+    for shorter in (None, _thin, _round) if records else ():
+        records = records if shorter is None else [shorter(raw) for raw in records]
         packed = lzma.compress(
-            b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in form), preset=6
+            b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in records), preset=6
         )
         if len(packed) <= MOST:
             return packed
@@ -122,6 +127,17 @@ def _thin(raw: bytes) -> bytes:
             out += [*last.values(), text]
             last = {}
     return b"\n".join([*out, *last.values()])
+
+
+def _round(raw: bytes) -> bytes:
+    """Leave out digits below a millionth in samples and logs; facts, which hold what one image
+    took, stay as they are."""
+    return b"\n".join(
+        _LONG.sub(lambda number: b"%.6f" % float(number[0]), text)
+        if text.startswith((b'{"type":"sample"', b'{"type":"log"'))
+        else text
+        for text in raw.split(b"\n")
+    )
 
 
 def _parsed(text: bytes) -> object:
