@@ -13,8 +13,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("busy machines")  # how long one takes is no fault
+settings.load_profile("busy machines")
 
 
 @pytest.fixture(autouse=True)

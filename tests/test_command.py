@@ -70,7 +70,7 @@ def test_the_exit_code_passes_through(tmp_path: Path, body: str, code: int, stat
 def test_a_signal_reaches_the_command_which_ends_in_its_own_way(tmp_path: Path) -> None:
     script = (
         "import signal as s, sys, time; s.signal(15, lambda *a: sys.exit(9)); print('up', "
-        "flush=True); time.sleep(20)"
+        "flush=True); time.sleep(600)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", WRAP, sys.executable, "-c", script],
@@ -80,7 +80,7 @@ def test_a_signal_reaches_the_command_which_ends_in_its_own_way(tmp_path: Path) 
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 9
+    assert process.wait(timeout=300) == 9
     (path,) = find([tmp_path])
     assert read(path).facts["exit_code"] == 9
 

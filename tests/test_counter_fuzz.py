@@ -200,7 +200,7 @@ def opened(machine: Host, driver_file: str, stack: ExitStack, *, plug: bool) -> 
     return Meter(wall_meter=machine.plug if plug else None)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(events=DAYS, early=st.one_of(st.just([]), st.lists(EVENTS, max_size=3)), plug=st.booleans())
 @example(events=[("run", 1.0), ("run", 1.0), ("run", 1.0), ("reaped", 8.0)], early=[], plug=False)
 def test_no_energy_is_negative_impossible_or_measured_where_nothing_was(
@@ -287,7 +287,7 @@ ROUNDS = st.lists(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(rounds=ROUNDS, plug=st.booleans())
 def test_what_is_called_measured_is_what_was_used(
     driver_file: str, rounds: list[tuple[str, str, float]], plug: bool

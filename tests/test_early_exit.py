@@ -141,7 +141,7 @@ def test_a_model_s_sample_of_so_much_patience_leaves() -> None:
     st.integers(0, 9),
     st.sampled_from([2, 1000]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_the_shares_asked_for_leave(
     exits: int, samples: int, p: float, seed: int, values: int
 ) -> None:
@@ -210,7 +210,7 @@ def test_answers_and_gradients_are_those_of_each_samples_own_exit(host: str, mix
     st.permutations(range(6)),
     st.integers(0, 6),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_order_and_company_do_not_matter(limits: list[float], order: list[int], size: int) -> None:
     live, installed, x = _SHARED
     installed.thresholds = limits

@@ -82,8 +82,11 @@ WAITS = ENDS + "\ntime.sleep(60)"
         (ENDS, "b.communicate(); print('now', flush=True)"),  # and the child has ended, too
     ],
 )
-def test_what_a_grandchild_used_is_counted_once(grandchild: str, child_then: str) -> None:
-    tree = ProcessTree()
+@pytest.mark.parametrize("kind", [ProcessTree, PortableTree])
+def test_what_a_grandchild_used_is_counted_once(
+    kind: type[ProcessTree], grandchild: str, child_then: str
+) -> None:
+    tree = kind()
     before = tree.cpu_s()
     process = subprocess.Popen(
         [sys.executable, "-c", GRANDCHILD.format(code=grandchild) + child_then],
@@ -138,7 +141,7 @@ def test_shared_memory_of_forked_children_exists_once() -> None:
             os.read(stop_r, 1)
             os._exit(0)
         pids.append(pid)
-    time.sleep(0.2)
+    tree._walked = -1.0  # the next reading lists the tree anew
     tree.cpu_s()
     together = tree.resident_gb()
     os.close(stop_w)
@@ -150,6 +153,7 @@ def test_shared_memory_of_forked_children_exists_once() -> None:
 
 
 def test_phases_sum_to_the_run_and_threads_read_no_other_way() -> None:
+    before = time.monotonic()
     ledger = Ledger(Meter())
     start = time.monotonic()
     worker = threading.Thread(target=lambda: sum(range(3_000_000)))
@@ -161,10 +165,11 @@ def test_phases_sum_to_the_run_and_threads_read_no_other_way() -> None:
         ledger.leave(path)
     worker.start()
     worker.join()
+    end = time.monotonic()
     ledger.cut()
-    elapsed = time.monotonic() - start
+    after = time.monotonic()
     assert set(ledger.totals) == {"", "a", "a/inner", "b", "b/inner"}
-    assert ledger.sums()["wall_s"] == pytest.approx(elapsed, rel=0.005, abs=0.001)
+    assert end - start <= ledger.sums()["wall_s"] <= after - before
 
 
 ADVANCE = """
@@ -221,7 +226,8 @@ def test_a_counter_that_stands_still_is_not_trusted(powercap: Path) -> None:
 
 
 def test_a_counter_that_advances_is_read(advancing: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rapl, "LOAD_S", 2.0)
+    # the process that advances it may wait for its turn; the first step ends the load
+    monkeypatch.setattr(rapl, "LOAD_S", 60.0)
     source = rapl.Rapl()
     source.open({})
     assert set(source.read()) == {"cpu_j", "dram_j"}  # "core" is part of the package: counted once
@@ -229,13 +235,15 @@ def test_a_counter_that_advances_is_read(advancing: Path, monkeypatch: pytest.Mo
     assert [(c["name"], c["source"], c["provenance"]) for c in meter.components[:2]] == [
         ("cpu", "rapl", "measured"), ("ram", "rapl", "measured"),
     ]  # fmt: skip
+    while not meter.read()["cpu_j"]:
+        assert (advancing / "intel-rapl:0").exists()
     assert meter.read()["cpu_j"] > 0
 
 
 def test_rapl_counters_wrap_around(powercap: Path) -> None:
     zone = powercap / "intel-rapl:0"
-    (zone / "max_energy_range_uj").write_text("10000000\n")
-    (zone / "energy_uj").write_text("9000000\n")
+    most = int((zone / "max_energy_range_uj").read_text())  # minutes at the most it can draw
+    (zone / "energy_uj").write_text(f"{most - 1_000_000}\n")
     source = rapl.Rapl()
     source.watch_zone("cpu", zone)
     (zone / "energy_uj").write_text("500000\n")

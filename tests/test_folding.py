@@ -99,7 +99,7 @@ def test_a_folded_model_answers_the_same_and_comes_back(host: str) -> None:
     st.booleans(),
     st.booleans(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_folded_weights_are_the_papers(
     stride: int, kernel: int, groups: int, bias: bool, affine: bool, turned: bool
 ) -> None:

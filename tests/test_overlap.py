@@ -96,7 +96,7 @@ def test_a_machines_counter_is_counted_once(
     )  # in equal parts, whoever ran at that moment
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.floats(0, 20), st.floats(0.5, 20)), min_size=1, max_size=6))
 def test_whatever_overlaps_comes_to_the_time_that_any_ran(
     tmp_path_factory: pytest.TempPathFactory, runs: list[tuple[float, float]]

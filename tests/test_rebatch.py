@@ -66,7 +66,7 @@ def test_answers_are_those_of_each_batch_alone(host: str, criterion: str) -> Non
     st.integers(1, 20),
     st.lists(st.floats(0.15, 1.0), min_size=2, max_size=2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_sizes_and_thresholds(sizes: list[int], size: int, limits: list[float]) -> None:
     live, installed, _ = _SHARED
     batches = stream("timm-vit", sizes)

@@ -138,7 +138,7 @@ NOISE = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(noise=st.lists(st.tuples(st.integers(1, 6), NOISE), max_size=6))
 def test_noise_between_the_lines_costs_nothing(
     tmp_path_factory: pytest.TempPathFactory, noise: list[tuple[int, bytes]]
@@ -157,7 +157,7 @@ def test_noise_between_the_lines_costs_nothing(
     pricing.run_energy(run)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=300))
 def test_any_file_is_a_record_or_is_refused(
     tmp_path_factory: pytest.TempPathFactory, content: bytes

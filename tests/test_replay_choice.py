@@ -34,7 +34,7 @@ from greenvis.techniques.iteration.continual._policies import (
 LABELS = st.lists(st.integers(0, 6), min_size=1, max_size=300)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=LABELS,
     size=st.integers(1, 40),
@@ -55,7 +55,7 @@ def test_classes_stay_alike_whatever_the_stream(
     assert all(kept[c] >= min(n, most - 1, size // len(offered)) for c, n in offered.items())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(labels=LABELS, size=st.integers(1, 40), seed=st.integers(0, 9), cut=st.integers(0, 300),
        policy=st.sampled_from(["reservoir", "balanced", "greedy", "ring"]))  # fmt: skip
 def test_goes_on_exactly_from_anywhere(

@@ -4,45 +4,54 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from greenvis.errors import BadInput
+from greenvis.meters import speed
 from greenvis.meters.speed import latency, throughput
 
 
 class Sleepy(nn.Module):
-    """Takes 5 ms a call and 1 ms an image."""
+    """Takes 5 ms a call and 1 ms an image, by the clock below."""
+
+    now = 0.0
 
     def __init__(self) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.005 + 0.001 * len(x))
+        Sleepy.now += 0.005 + 0.001 * len(x)
         return self.norm(x)
 
 
+@pytest.fixture
+def _clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that only a call of the model moves, whatever else the machine does."""
+    monkeypatch.setattr(speed, "time", SimpleNamespace(perf_counter=lambda: Sleepy.now))
+
+
+@pytest.mark.usefixtures("_clock")
 def test_latency_is_the_calls_time_and_leaves_the_model_alone() -> None:
     model = Sleepy().train()
     model.norm.eval()
     before = model.norm.running_mean.clone()
     found = latency(model, torch.randn(5, 3), seconds=0.3)
-    assert 10.0 <= found["p50"] <= found["p95"]
-    assert found["p50"] < 20
-    assert found["batch_size"] == 5
+    assert found["p50"] == found["p95"] == pytest.approx(10.0)
+    assert (found["batch_size"], found["calls"]) == (5, pytest.approx(30, abs=1))
     assert model.training
     assert not model.norm.training
     assert torch.equal(model.norm.running_mean, before)
 
 
+@pytest.mark.usefixtures("_clock")
 def test_throughput_rises_with_the_batch_where_calls_cost() -> None:
     found = throughput(Sleepy(), torch.randn(2, 3), batch_sizes=(1, 20), seconds=0.2)
-    assert found[1] == pytest.approx(1 / 0.006, rel=0.4)
-    assert found[20] > 2 * found[1]
+    assert found == pytest.approx({1: 1 / 0.006, 20: 20 / 0.025})
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0, 3), torch.tensor(1.0), "x"])
@@ -60,10 +69,13 @@ FREED = """
 import mmap, os, time
 from greenvis.meters.memory import peak, peak_mb
 with peak() as found:
+    before = found.resident_mb
     block = mmap.mmap(-1, 300_000_000)  # of its own pages: the allocator may hold freed ones, resident already
     for _ in range(300):  # in pieces: a whole copy beside it would be measured as well
         block.write(os.urandom(1000) * 1000)
-    time.sleep(0.1)
+    end = time.monotonic() + 300
+    while found.resident_mb < before + 280 and time.monotonic() < end:  # until it was looked at
+        time.sleep(0.01)
     block.close()
 assert 280 < found.grown_mb < 330, found
 assert found.resident_mb <= peak_mb() * 1.05, found

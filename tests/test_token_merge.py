@@ -123,7 +123,7 @@ def _sequences(draw: st.DrawFn) -> tuple[Tensor, int, int]:
 
 
 @given(_sequences())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_sequence_keeps_its_tokens_sizes_and_protected_ones(
     drawn: tuple[Tensor, int, int],
 ) -> None:
@@ -149,7 +149,7 @@ def test_any_sequence_keeps_its_tokens_sizes_and_protected_ones(
 
 
 @given(st.integers(0, 99), st.integers(0, 5), st.integers(1, 30))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_samples_do_not_depend_on_their_place_in_the_batch(
     seed: int, protected: int, r: int
 ) -> None:
@@ -165,7 +165,7 @@ def test_samples_do_not_depend_on_their_place_in_the_batch(
 
 
 @given(st.integers(0, 99), st.lists(st.integers(0, 9), min_size=1, max_size=5))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_merging_in_turn_is_the_mean_of_all_members(seed: int, steps: list[int]) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = first = torch.randn(2, 17, 3, generator=generator, dtype=torch.float64)

@@ -142,7 +142,7 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
         stderr=terminal,
         env=os.environ | {"TERM": "xterm"},
     )
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=300) == 0
     os.close(terminal)
     assert b"train" in os.read(main, 10_000)
     quiet = subprocess.run(
