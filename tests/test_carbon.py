@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from greenvis.errors import BadInput
-from greenvis.meters import carbon, grid, pricing
+from greenvis.meters import carbon, grid
 from greenvis.meters.record import Reading
 
 
@@ -36,7 +36,7 @@ def test_no_zone_is_the_world_average_and_says_so() -> None:
     assert (found["value"], found["assumed"], found["year"]) == (475.0, True, 2018)
     assert "iea.org" in found["source"]
     assert "IEA" in found["source"]
-    grams = pricing.carbon(Reading("energy_j", 3.6e6, 3.6e6, 3.6e6), found, pue=1.5)
+    grams = carbon.grams(Reading("energy_j", 3.6e6, 3.6e6, 3.6e6), found, pue=1.5)
     assert grams.value == pytest.approx(712.5)
     assert grams.provenance == "constant"
 
@@ -137,9 +137,9 @@ def test_bad_options_are_refused(options: dict) -> None:
 
 def test_the_embodied_share_is_a_part_of_the_lifetime() -> None:
     given = carbon.header(embodied={"kg": 1000, "lifetime_years": 4, "share": 0.5})["embodied"]
-    day = pricing.embodied(given, 86400)
+    day = carbon.embodied_grams(given, 86400)
     assert day.value == pytest.approx(1000 * 1000 * 0.5 / (4 * 365.25))
-    assert pricing.embodied(None, 86400).value is None
+    assert carbon.embodied_grams(None, 86400).value is None
 
 
 def test_looking_up_a_zone_imports_neither_codecarbon_nor_torch() -> None:

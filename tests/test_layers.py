@@ -135,7 +135,17 @@ def test_does_not_import_torch(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["errors", "core/files", "meters/grid", "meters/pricing", "meters/record"]
+    "file",
+    [
+        "errors",
+        "core/files",
+        "meters/carbon",
+        "meters/grid",
+        "meters/pricing",
+        "meters/record",
+        "meters/run_names",
+        "meters/serving",
+    ],
 )
 def test_record_needs_the_standard_library_only(file: str) -> None:
     for node in ast.walk(ast.parse((ROOT / f"{file}.py").read_text())):

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import greenvis as gv
-from greenvis.meters import measure, pricing
+from greenvis.meters import measure, serving
 from greenvis.meters.measure import compare
-from greenvis.meters.pricing import median_spread
+from greenvis.meters.serving import median_spread
 
 
 class Plug:
@@ -70,7 +70,7 @@ def test_one_image_is_read_until_it_is_steady(
     plug = Plug(lambda call: 4.0 if call < 20 and call % 2 else 8.0)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
-        found = pricing.image(served, run.header["components"])
+        found = serving.image(served, run.header["components"])
     assert found["rounds"] > measure.LEAST  # 4 and 8 joules in turn are not steady
     assert found["spread"] <= measure.STEADY
     assert found["value"] == 1.0
@@ -85,7 +85,7 @@ def test_unsteady_readings_end_in_time_and_say_so(
     plug = Plug(lambda call: 1.0 + call % 2)
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         served = measure.serve(Spends(plug), torch.randn(8, 1, 4, 4), run)["inference"]
-        found = pricing.image(served, run.header["components"])
+        found = serving.image(served, run.header["components"])
     assert found["rounds"] == measure.LEAST
     assert found["spread"] > measure.STEADY
 
@@ -116,7 +116,7 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
     y = torch.tensor([0, 1, 1, 1, 0])
     with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
         observed = compare(points, answer, lambda: [(x[:3], y[:3]), (x[3:], y[3:])], run, turn=1)
-        rows = pricing.settings(observed, run.header["components"])
+        rows = serving.settings(observed, run.header["components"])
     names = list(cheap)
     turns = [*names, *names[::-1], *names[::-1], *names, *names, *names[::-1]]
     assert order == [name for name in turns for _ in ("warming up", "counted")]

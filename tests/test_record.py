@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenvis.errors import BadInput
-from greenvis.meters import pricing, record
+from greenvis.meters import carbon, pricing, record
 from greenvis.meters.record import Run, Writer, find, read
 
 CPU = {
@@ -95,9 +95,9 @@ def test_lines_are_on_the_disk_when_a_run_ends_and_every_few_seconds(
 
 def test_repricing_changes_grams_and_nothing_else(tmp_path: Path) -> None:
     energy = pricing.run_energy(read(write(tmp_path / "a.jsonl")))
-    grams = [pricing.carbon(energy, {"value": v}).value for v in (50.0, 500.0)]
+    grams = [carbon.grams(energy, {"value": v}).value for v in (50.0, 500.0)]
     assert grams[1] == pytest.approx(10 * grams[0])
-    assert pricing.carbon(energy, {}).value is None
+    assert carbon.grams(energy, {}).value is None
 
 
 @pytest.mark.parametrize("cut", range(2, 40, 3))

@@ -19,7 +19,7 @@ from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
 from greenvis.experiment.recipe import load_recipe
-from greenvis.meters import pricing, record
+from greenvis.meters import pricing, record, serving
 from greenvis.meters.header import cpu
 from greenvis.planning.advise import advise, choose
 from greenvis.planning.candidates import PLANS
@@ -129,7 +129,7 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
         trained = next(run for run in record.readable([folder / plan]) if run.id == done["run"])
         keys[plan] = (trained.facts["macs"], trained.facts["params"])
         alike.setdefault(keys[plan], []).append(
-            1000 * pricing.facts(trained)["inference_energy_j"]["value"]
+            1000 * serving.facts(trained)["inference_energy_j"]["value"]
         )
         training, total = (
             pricing.run_energy(trained, phase).value or 0.0 for phase in ("train", None)

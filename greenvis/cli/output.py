@@ -51,11 +51,11 @@ def left_by(text: str, runs: str) -> str:
 
     Raises BadInput where the run left none, or another run's came after it.
     """
-    from greenvis.meters import record
+    from greenvis.meters import run_names
 
-    run = None if os.path.exists(text) else record.by_id(text, runs)
+    run = None if os.path.exists(text) else run_names.by_id(text, runs)
     if run is None:
-        return record.named(text, runs)
+        return run_names.named(text, runs)
     folder = run[1][0].parent
     done = folder / "done.json"
     finished = files.read_json(done, "mark of a finished run") if done.is_file() else {}

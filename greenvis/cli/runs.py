@@ -144,11 +144,11 @@ def report(
     as_json: app.Json = False,
 ) -> None:
     """write a report from run records made anywhere"""
-    from greenvis.meters import record
+    from greenvis.meters import run_names
     from greenvis.report import report
 
     page = report(
-        [record.named(path, runs) for path in paths],
+        [run_names.named(path, runs) for path in paths],
         out=out,
         baseline=baseline,
         grid=grid,
@@ -272,10 +272,10 @@ def ls(
 @verb(app.REPORT)
 def compare(a: Side, b: Side, runs: app.Runs = "runs", as_json: app.Json = False) -> None:
     """compare two runs figure by figure"""
-    from greenvis.meters import record
+    from greenvis.meters import run_names
     from greenvis.report.listing import compare
 
-    rows = compare(*(record.named(side, runs) for side in (a, b)))
+    rows = compare(*(run_names.named(side, runs) for side in (a, b)))
     answer(as_json, rows, lambda: _print_runs(rows, f"{a} and {b}"))
 
 
@@ -288,10 +288,10 @@ def diff(
     as_json: app.Json = False,
 ) -> int:
     """fail (exit 1) where run B costs more than run A allows: a gate for CI"""
-    from greenvis.meters import record
+    from greenvis.meters import run_names
     from greenvis.report.listing import diff
 
-    fine, rows = diff(*(record.named(side, runs) for side in (a, b)), max_energy=max_energy)
+    fine, rows = diff(*(run_names.named(side, runs) for side in (a, b)), max_energy=max_energy)
     title = "within the limit" if fine else "over the limit"
     answer(as_json, {"ok": fine, "rows": rows}, lambda: _print_runs(rows, title))
     return 0 if fine else 1

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.meters import flops, pricing, speed
+from greenvis.meters import flops, pricing, serving, speed
 from greenvis.meters.devices import asynchronous, wait
-from greenvis.meters.pricing import median_spread
+from greenvis.meters.serving import median_spread
 from greenvis.meters.track import Tracker
 
 LOOK_S = 0.5  # seconds of inference for latency
@@ -35,7 +35,7 @@ TURN, WARM = (16, 2)
 
 def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     """Return MACs, parameters, latency, throughput and what serving was observed to take
-    (`pricing.image` prices it).
+    (`serving.image` prices it).
 
     x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
     """
@@ -94,7 +94,7 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
 def _unsteady(
     seconds: Sequence[float], rounds: Sequence[Mapping[str, float]], run: Tracker
 ) -> bool:
-    served = pricing.image({"rounds": rounds}, run.header["components"])
+    served = serving.image({"rounds": rounds}, run.header["components"])
     return (median_spread(seconds) if served is None else served["spread"]) > STEADY
 
 
@@ -128,7 +128,7 @@ def compare(
     turn, so that a neighbour's load meets all alike. Each turn begins with fresh memory, which lies
     better or worse by chance, and two batches beforehand that are not counted. Passes are repeated
     until the ratio of energies to the first setting's is steady.
-    "passes": what each observed (`pricing.settings` prices them).
+    "passes": what each observed (`serving.settings` prices them).
     """
     rights: dict[str, int] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
@@ -214,7 +214,7 @@ def _again(
         for name, own in passes.items()
     }
     first, *rest = spent.values()
-    unsteady = any(pricing.steadiness(own, first).get("spread", math.inf) > STEADY for own in rest)
+    unsteady = any(serving.steadiness(own, first).get("spread", math.inf) > STEADY for own in rest)
     return seconds * (made + 1) / made < PASSES_S and (made < PASSES or unsteady)
 
 

@@ -1,8 +1,8 @@
-"""Joules and grams from what a record observed. Standard library only; the model is linear, so
+"""Joules from what a record observed. Standard library only; the model is linear, so
 re-pricing is exact.
 
 energy_j = sum over components of coefficient × observed quantity (watts per busy CPU × CPU-seconds,
-watts per GB × GB-seconds, 1 × joules of a live counter). carbon_g = energy_j / 3.6e6 × PUE × g/kWh.
+watts per GB × GB-seconds, 1 × joules of a live counter).
 A component's band is that of its coefficient and, where it states one, of its repeatability: both
 bounds are multiplied.
 Bands within a host are fully correlated: bounds add, they are never combined in squares.
@@ -11,7 +11,6 @@ Bands within a host are fully correlated: bounds add, they are never combined in
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,18 +19,10 @@ from greenvis.meters.record import PARTLY_UNKNOWN, PROVENANCES, STARTUP, UNSEEN,
 MODEL = "linear-1"  # name and version of the pricing model
 # of a component
 PRICED = (
-    "name",
-    "source",
-    "scope",
-    "observation",
-    "coefficient",
-    "provenance",
-    "reason",
-    "devices",
+    "name", "source", "scope", "observation", "coefficient", "provenance", "reason", "devices",
     "repeatability",
-)
+)  # fmt: skip
 JOULES_PER_KWH = 3.6e6
-YEAR_S = 365.25 * 86400
 # unseen for more than this share of the time: all of it; for no more than this: never
 WHOLE, NEVER_S = (0.999, 1e-9)
 STILL_S = 2.0  # a part as short as this may end between two steps of a counter that is well
@@ -175,14 +166,6 @@ def merge(runs: Sequence[Run]) -> Merged:
     return out
 
 
-def merged_energy(runs: Sequence[Run]) -> Reading:
-    """Return the energy of the ranks of one run together, in joules."""
-    spent = [
-        reading for components in merge(runs).energy.values() for reading in components.values()
-    ]
-    return add(spent) if spent else Reading("energy_j", None, reason="no sample was recorded")
-
-
 def charged(runs: Sequence[Run]) -> list[list[Mapping[str, Any]]]:
     """Return the components each rank is charged for: a machine's counter only on the rank of its
     host that saw most of it.
@@ -260,30 +243,6 @@ def spent(
     return add(readings) if readings else Reading("energy_j", None, reason="not observed")
 
 
-def facts(run: Run) -> dict[str, Any]:
-    """Return a run's facts with the joules of what they observe: inference_energy_j, also of
-    settings, and task_energy_j.
-
-    Older records hold those joules themselves.
-    """
-    out, components = dict(run.facts), run.header.get("components") or []
-    if (
-        isinstance(out.get("inference"), Mapping)
-        and (served := image(out["inference"], components)) is not None
-    ):
-        out["inference_energy_j"] = served
-    rows = out.get("operating_points")
-    if isinstance(rows, list) and all(
-        isinstance(r, Mapping) and isinstance(r.get("passes"), list) for r in rows
-    ):
-        out["operating_points"] = settings(rows, components)
-    if isinstance(out.get("task_observed"), list):
-        out["task_energy_j"] = [
-            None if t is None else joules(t, components).value for t in out["task_observed"]
-        ]
-    return out
-
-
 def uses(run: Run) -> list[dict[str, Any]]:
     """Return what a run builds on, with the joules of what its lines observe."""
     components = run.header.get("components") or []
@@ -308,10 +267,10 @@ def reading(energy_j: Reading) -> dict[str, Any]:
 def joules(totals: Any, components: Iterable[Mapping[str, Any]]) -> Reading:
     """Return the energy of what all components observed together; what is no number is not
     observed."""
-    return add(energy(_numbers(totals), components).values())
+    return add(energy(numbers(totals), components).values())
 
 
-def _numbers(totals: Any) -> dict[str, float]:
+def numbers(totals: Any) -> dict[str, float]:
     """Return the numbers among what a record says was observed: records may come from other
     hands."""
     items = totals.items() if isinstance(totals, Mapping) else ()
@@ -322,129 +281,7 @@ def _numbers(totals: Any) -> dict[str, float]:
     }
 
 
-def image(
-    served: Mapping[str, Any], components: Sequence[Mapping[str, Any]]
-) -> dict[str, Any] | None:
-    """Return the joules of one image: of repeated readings {"samples", observations} the median,
-    with its spread.
-
-    None where a reading tells no energy.
-    """
-    entries = served.get("rounds")
-    totals = [_numbers(r) for r in entries] if isinstance(entries, list) else []
-    rounds = [(r.get("samples", 0.0), _step(r, components)) for r in totals]
-    if not rounds or any(n <= 0 or j.value is None for n, j in rounds):
-        return None
-    each = sorted((j.value or 0.0) / n for n, j in rounds)
-    n, middle = sorted(rounds, key=lambda r: (r[1].value or 0.0) / r[0])[len(rounds) // 2]
-    if not middle.value:  # a counter that stands still in most rounds steps too rarely for them
-        return None
-    bounds = {k: (getattr(middle, k) or 0.0) / n for k in ("value", "low", "high")}
-    more = {"provenance": middle.provenance, "spread": median_spread(each), "rounds": len(rounds)}
-    return {**bounds, **more, "batch_size": served.get("batch_size")}
-
-
-def settings(
-    rows: Sequence[Mapping[str, Any]], components: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Return settings of one model with their joules: each has "images" and "passes", the
-    observations of each pass over them.
-
-    The joules are the median pass's; "spread" is of the ratio to the first setting's.
-    """
-    passes = [[_step(_numbers(p), components) for p in row["passes"]] for row in rows]
-    out = []
-    for row, own in zip(rows, passes, strict=True):
-        served = None
-        images = _numbers(row).get("images", 0.0)
-        if (
-            own
-            and images > 0
-            and all(
-                len(each) == len(own) and None not in [j.value for j in each] for each in passes
-            )
-        ):
-            middle = sorted(own, key=lambda j: j.value or 0.0)[len(own) // 2]
-            served = {k: (getattr(middle, k) or 0.0) / images for k in ("value", "low", "high")}
-            served |= steadiness([j.value or 0.0 for j in own], [j.value or 0.0 for j in passes[0]])
-        out.append(
-            {**{k: v for k, v in row.items() if k != "passes"}, "inference_energy_j": served}
-        )
-    return out
-
-
-def _step(totals: Mapping[str, float], components: Sequence[Mapping[str, Any]]) -> Reading:
-    """Return the joules of a short time: a counter that did not step in it says nothing of its own
-    health."""
-    result = joules(totals, components)
-    still = result.value is None and any(c.get("observation") in totals for c in components)
-    return result._replace(value=0.0, low=0.0, high=0.0) if still else result
-
-
-def steadiness(own: Sequence[float], first: Sequence[float]) -> dict[str, Any]:
-    """Return the number of passes, and the spread of the ratio of their energies to the first
-    setting's if there is one."""
-    ratios = [a / b for a, b in zip(own, first, strict=True) if b]
-    return {"passes": len(own)} | ({"spread": median_spread(ratios)} if len(ratios) > 1 else {})
-
-
-def median_spread(values: Sequence[float]) -> float:
-    """Return how far a median of these positive readings is off by chance, as a share of it:
-    quartile range ÷ √count.
-
-    That is about its standard error, and one reading that a neighbour on the machine disturbed does
-    not move it. Infinite for fewer than two.
-    """
-    if len(values) < 2:
-        return math.inf
-    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / math.sqrt(len(values)) / middle if middle else 0.0
-
-
 def _quantities(components: Iterable[Mapping[str, Any]]) -> list[str]:
     """Return what is observed for the components' sake."""
     quantities = [str(c["observation"]) for c in components if c.get("observation")]
     return list(dict.fromkeys([*quantities, *(q + UNSEEN for q in quantities), "wall_s"]))
-
-
-def carbon(energy_j: Reading, intensity: Mapping[str, Any], pue: float = 1.0) -> Reading:
-    """Return grams of CO2e. intensity: {"value": g/kWh, "low", "high", "zone", "source",
-    "assumed"}; PUE is a ratio ≥ 1."""
-    value = intensity.get("value")
-    if energy_j.value is None or value is None:
-        reason = energy_j.reason or "no carbon intensity is known"
-        return Reading("carbon_g", None, provenance=energy_j.provenance, reason=reason)
-    assumed = intensity.get("assumed") and energy_j.provenance != PARTLY_UNKNOWN
-    k = pue / JOULES_PER_KWH
-    return Reading(
-        "carbon_g",
-        energy_j.value * k * value,
-        (energy_j.low if energy_j.low is not None else energy_j.value)
-        * k
-        * intensity.get("low", value),
-        (energy_j.high if energy_j.high is not None else energy_j.value)
-        * k
-        * intensity.get("high", value),
-        method=f"{intensity.get('zone', '?')} {value:g} g/kWh × PUE {pue:g}",
-        provenance="constant" if assumed else energy_j.provenance,
-    )
-
-
-def embodied(hardware: Mapping[str, Any] | None, wall_s: float) -> Reading:
-    """Return the grams of CO2e of making the machine that fall to a run: kg × share × run time /
-    lifetime.
-
-    hardware: the header's {"kg", "lifetime_years", "share"}; None where the user gave nothing.
-    """
-    if not hardware:
-        return Reading("embodied_g", None, reason="no embodied carbon of the machine was given")
-    grams = (
-        hardware["kg"]
-        * 1000
-        * hardware.get("share", 1.0)
-        * wall_s
-        / (hardware.get("lifetime_years", 4.0) * YEAR_S)
-    )
-    return Reading(
-        "embodied_g", grams, method="kg × share × run time / lifetime", provenance="estimated"
-    )

@@ -29,7 +29,7 @@ wall clock's Unix time):
     loss fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …);
                later facts replace earlier ones. inference {batch_size, rounds}, operating_points
                [{setting, images, passes, …}], task_observed hold what readings of serving and tasks
-               observed, with from_s and to_s; `pricing.facts` gives their joules
+               observed, with from_s and to_s; `serving.facts` gives their joules
     uses       another run this one builds on, or one that such a run does: role, name, runs, of
                (its children by name and seed), observed [{totals, components where they are not
                this record's own}]; never added
@@ -43,7 +43,6 @@ types a reader does not know are skipped.
 
 from __future__ import annotations
 
-import glob
 import json
 import math
 import os
@@ -59,7 +58,6 @@ from greenvis.errors import BadInput
 SCHEMA = 1
 SUFFIX = ".jsonl"
 SYNC_EVERY_S = 5.0
-LEAST_OF_AN_ID = 6  # characters of one end of it that name a run
 MOST_BYTES = 256 * 2**20  # of one record
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | os.O_CLOEXEC
 KEEP_LINES = 10_000  # lines held in memory while the disk refuses them
@@ -282,7 +280,7 @@ def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
         parsed = json.loads(b"[" + b",".join(texts) + b"]")
     except (ValueError, RecursionError):
         parsed = []
-    values = parsed if len(parsed) == len(texts) else map(_parsed, texts)
+    values = parsed if len(parsed) == len(texts) else map(parse_line, texts)
     lines = [
         (line["type"], line)
         for line in values
@@ -291,7 +289,7 @@ def _lines(raw: bytes) -> tuple[list[tuple[str, dict[str, Any]]], int]:
     return lines, len(texts) - len(lines)
 
 
-def _parsed(text: bytes) -> Any:
+def parse_line(text: bytes) -> Any:
     """Return a line's JSON, None where it is damaged."""
     try:
         return json.loads(text)
@@ -310,72 +308,6 @@ def find(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path]:
             yield path
         else:
             raise BadInput(f"no record or folder at {path}")
-
-
-def named(text: str | os.PathLike[str], runs: str | os.PathLike[str] = "runs") -> str:
-    """Return the path that a word means: itself where something is there or it is a pattern; else
-    what it names in `runs`.
-
-    That is what `greenvis ls` shows: a run's id, or one end of it (a pattern of its records, one a
-    process), or RECIPE/ARM (a folder). Raises BadInput where several runs have that end; a word
-    that names nothing is returned as it is.
-    """
-    word = os.fspath(text)
-    if os.path.exists(word) or glob.has_magic(word):
-        return word
-    below = Path(runs) / word.removeprefix("run:")
-    if word.removeprefix("run:") and below.is_dir():
-        return str(below)
-    run = by_id(word, runs)
-    if run is None:
-        return word
-    first = run[1][0]
-    return (
-        os.path.join(glob.escape(str(first.parent)), f"{run[0]}.*")
-        if len(run[1]) > 1
-        else str(first)
-    )
-
-
-def by_id(word: str, runs: str | os.PathLike[str] = "runs") -> tuple[str, list[Path]] | None:
-    """Return the id and the records of the run below `runs` that has this id, or an id that begins
-    or ends so; None for none.
-
-    Raises BadInput where several have.
-    """
-    if len(word) < LEAST_OF_AN_ID:
-        return None
-    # a pipe would hang
-    candidates = [path for path in sorted(Path(runs).rglob(f"*{SUFFIX}")) if path.is_file()]
-    # files may be renamed
-    for id_of in (lambda path: path.name.removesuffix(SUFFIX).partition(".rank")[0], _first_id):
-        ids: dict[str, list[Path]] = {}
-        for path in candidates:
-            if (run := id_of(path)).startswith(word) or run.endswith(word):
-                ids.setdefault(run, []).append(path)
-        if len(ids) > 1 and word not in ids:
-            raise BadInput(
-                f"'{word}' is one end of {len(ids)} ids below {runs}: {', '.join([*ids][:6])}; "
-                "give more of it"
-            )
-        if ids:
-            run = word if word in ids else next(iter(ids))
-            return run, ids[run]
-    return None
-
-
-def _first_id(path: Path) -> str:
-    """Return the run's id of the first line that has one, of those at the beginning."""
-    try:
-        with path.open("rb") as file:
-            headers = (
-                line
-                for line in map(_parsed, file.read(2**20).split(b"\n"))
-                if isinstance(line, dict) and line.get("type") == "header"
-            )
-            return str(next(headers, {}).get("run", ""))
-    except OSError:
-        return ""
 
 
 def _take(run: Run, kind: str, line: dict[str, Any]) -> bool:

@@ -26,7 +26,7 @@ from greenvis.experiment.jobs import (
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.session import Session
-from greenvis.meters import pricing, record
+from greenvis.meters import carbon, pricing, record
 
 GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
@@ -270,7 +270,7 @@ def _priced(figures: Figures, header: Mapping[str, Any]) -> Figures:
     grid."""
     joules = pricing.forecast(figures, header["components"])
     grams = (
-        pricing.carbon(
+        carbon.grams(
             record.Reading("energy_j", 1.0), header["carbon_intensity"], header.get("pue", 1.0)
         ).value
         or 0.0

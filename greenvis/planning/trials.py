@@ -20,7 +20,7 @@ from greenvis.experiment import loop
 from greenvis.experiment.jobs import Job, samples_of
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.session import Session
-from greenvis.meters import pricing, record
+from greenvis.meters import pricing, record, serving
 from greenvis.meters.measure import serve
 from greenvis.planning import extrapolate
 from greenvis.report.stats import pareto
@@ -247,7 +247,7 @@ def _read(run: record.Run) -> Trial:
             f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`"
         )
     fields = dict(run.facts["trial"])
-    if served := pricing.image(fields.pop("served", {}), run.header["components"]):
+    if served := serving.image(fields.pop("served", {}), run.header["components"]):
         fields["served_j"] = served["value"]
     return Trial(
         first_j=first.value, later_j=spent.value - first.value, total_j=total.value, **fields

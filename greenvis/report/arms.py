@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from greenvis.meters import pricing
+from greenvis.meters import carbon, pricing
 from greenvis.meters.record import PROVENANCES, Reading
 from greenvis.report import cached_outputs, continual, stats
 from greenvis.report.groups import APART, Attempt, SeedRun
@@ -72,7 +72,7 @@ def grams(run: SeedRun, grid: Intensity | None, *, apart: bool = True) -> Readin
 
 def attempt_grams(attempt: Attempt, joules: Reading, grid: Intensity | None) -> Reading:
     """Return the CO2e of some of an attempt's joules."""
-    return pricing.carbon(
+    return carbon.grams(
         joules, grid or attempt.header.get("carbon_intensity") or {}, pue_of(attempt)
     )
 
@@ -205,7 +205,7 @@ def embodied_g(attempt: Attempt, seconds: float) -> float | None:
     """Return the grams of CO2e of making the machine that fall on that time of use; None where they
     were not given."""
     try:
-        return pricing.embodied(attempt.header.get("embodied"), seconds).value
+        return carbon.embodied_grams(attempt.header.get("embodied"), seconds).value
     except (TypeError, KeyError, ZeroDivisionError):  # a header of other hands
         return None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput
-from greenvis.meters import pricing, record
+from greenvis.meters import pricing, record, serving
 from greenvis.meters.record import STARTUP, Reading, Run
 from greenvis.report import cached_outputs, overlap, schema
 
@@ -392,9 +392,9 @@ def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> Attempt:
         _start(h),
         status,
         h,
-        cached_outputs.merged([pricing.facts(r) for r in runs])
+        cached_outputs.merged([serving.facts(r) for r in runs])
         if len(parts) > 1
-        else pricing.facts(first.run),
+        else serving.facts(first.run),
         pricing.uses(first.run),
         list(dict.fromkeys(n for p in parts for n in p.notes)),
         {s: t for s, t in merged.totals.items() if s != STARTUP},

@@ -16,7 +16,7 @@ from typing import Any
 
 from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
-from greenvis.meters import pricing
+from greenvis.meters import carbon, pricing
 from greenvis.meters.record import MOST_BYTES, SCHEMA, Run
 from greenvis.report import results, schema, stats, stored
 from greenvis.report.groups import record_files
@@ -280,7 +280,7 @@ def _row(path: Path) -> dict[str, Any] | None:
     h = run.header
     spent = pricing.add(pricing.energy(_sums(run), h.get("components") or []).values())
     pue = h.get("pue")
-    grams = pricing.carbon(
+    grams = carbon.grams(
         spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0
     )
     accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from greenvis.errors import BadInput
-from greenvis.meters import record
+from greenvis.meters import run_names
 from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.energy import Replay
 from greenvis.planning import candidates, probe
@@ -215,7 +215,7 @@ def test_ids_are_looked_up_past_what_is_no_record(tmp_path: Path) -> None:
     write(tmp_path / "renamed.jsonl", lines({"run": "20260101-abcdef"}))
     os.mkfifo(tmp_path / "pipe.jsonl")
     sparse(tmp_path / "sparse.jsonl")
-    assert record.by_id("20260101-abcdef", tmp_path) == (
+    assert run_names.by_id("20260101-abcdef", tmp_path) == (
         "20260101-abcdef",
         [tmp_path / "renamed.jsonl"],
     )
