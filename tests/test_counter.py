@@ -278,3 +278,11 @@ def test_a_counter_that_stops_for_good_is_unseen_since() -> None:
     assert counter.unseen_s(19.9) == pytest.approx(14.9)
     assert counter.new_notes() == ["c: the counter stood still"]
     assert counter.new_notes() == []
+
+
+def test_a_failed_first_reading_is_no_baseline_and_its_time_stays_unseen() -> None:
+    counter = Counter("c", 10.0, 0.0)
+    counter.take(1.0, None, "out of reach")
+    counter.take(2.0, 500.0)  # what it had counted before anybody asked
+    counter.take(3.0, 505.0)
+    assert (counter.total, counter.unseen_s(3.0)) == (5.0, pytest.approx(2.0))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,8 @@ def test_rows_and_results_fit_a_terminal(study: Path) -> None:
     compared = {
         r["quantity"]: r for r in terminal.rows(compare(study / "baseline", study / "lora"))
     }
+    assert re.fullmatch(r"[+−]\d+\.\d\d points", compared["accuracy"]["change"])
+    assert re.fullmatch(r"[+−]\d+\.\d %", compared["train_energy_j"]["change"])
     assert compared["latency_p50_ms"]["a"] == "11.2 ms"
     assert compared["images_per_s"]["a"] == "212"
     assert compared["peak_memory_mb"]["a"] == "903 MB"
