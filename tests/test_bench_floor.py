@@ -55,7 +55,7 @@ def test_committed_pages_are_those_of_their_results_and_have_a_floor(name: str) 
     elif name == "bench-rank":
         written = rank._report(results)
     elif name == "gpu":
-        written = _page._markdown(results)
+        written = _page.markdown(results)
     else:
         module = exits if name == "bench-exits" else tokens
         written = module._markdown(results, Path("reports") / name)

@@ -56,10 +56,11 @@ def joules(value: float) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return rows as a Markdown table; joules with the two figures they deserve, their ratios with
-    two decimals."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return lines + ["| " + " | ".join(_cell(*item) for item in row.items()) + " |" for row in rows]
+    """Return rows as a Markdown table, with a dash for what a row lacks; joules with the two
+    figures they deserve, their ratios with two decimals."""
+    heads = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    return lines + ["| " + " | ".join(_cell(h, row.get(h)) for h in heads) + " |" for row in rows]
 
 
 def _cell(key: str, value: Any) -> str:

@@ -3,6 +3,8 @@ same weights each time."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,82 +12,31 @@ from torch import Tensor, nn
 from greenvis.testing import Host
 
 CLASSES = 5
-_LABELS: dict[str, Any] = {"num_labels": CLASSES}
-_TINY: dict[str, Any] = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2,
-    "intermediate_size": 64
+_VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2}
+_SWIN: dict[str, Any] = {
+    "patch_size": 4, "embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4
 }  # fmt: skip
+_HF: dict[str, Any] = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_attention_heads": 2
+}  # fmt: skip
+_SMALL_64: dict[str, Any] = {"pretrained_cfg_overlay": {"input_size": (3, 64, 64)}}
 
 
-def _timm_vit() -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=CLASSES
-    )
+def _class(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
 
 
-def _timm_deit() -> nn.Module:
-    from timm.models.deit import VisionTransformerDistilled
-
-    return VisionTransformerDistilled(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES
-    )
+def _timm(module: str, name: str, **options: Any) -> Callable[[], nn.Module]:
+    """Return what calls a class or a function of timm.models."""
+    return lambda: _class(f"timm.models.{module}", name)(num_classes=CLASSES, **options)
 
 
-def _timm_deit3() -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
+def _transformers(name: str, **config: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        kind = _class("transformers", f"{name}ForImageClassification")
+        return kind(_class("transformers", f"{name}Config")(num_labels=CLASSES, **config))
 
-    return VisionTransformer(
-        img_size=32,
-        patch_size=8,
-        embed_dim=32,
-        depth=2,
-        num_heads=2,
-        num_classes=CLASSES,
-        init_values=0.1,
-        no_embed_class=True,
-    )
-
-
-def _timm_dinov2_registers() -> nn.Module:
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES,
-        init_values=0.1, reg_tokens=4,
-        no_embed_class=True, qk_norm=True,
-    )  # fmt: skip
-
-
-def _timm_eva02() -> nn.Module:
-    from timm.models.eva import Eva
-
-    return Eva(
-        img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=CLASSES,
-        mlp_ratio=2, qkv_fused=False,
-        swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True, ref_feat_shape=(4, 4),
-    )  # fmt: skip
-
-
-def _timm_swin() -> nn.Module:
-    from timm.models.swin_transformer import SwinTransformer
-
-    return SwinTransformer(
-        img_size=32,
-        patch_size=4,
-        embed_dim=16,
-        depths=(2, 2),
-        num_heads=(2, 4),
-        window_size=4,
-        num_classes=CLASSES,
-    )
-
-
-def _timm_convnext() -> nn.Module:
-    from timm.models.convnext import ConvNeXt
-
-    return ConvNeXt(depths=(1, 1, 2, 1), dims=(8, 16, 16, 32), num_classes=CLASSES)
+    return build
 
 
 def _timm_resnet() -> nn.Module:
@@ -95,53 +46,20 @@ def _timm_resnet() -> nn.Module:
     return ResNet(block, (2, 2, 1, 1), num_classes=CLASSES, channels=(8, 16, 16, 32), stem_width=8)
 
 
-def _timm_efficientnet_lite() -> nn.Module:
-    from timm.models.efficientnet import _gen_efficientnet_lite
-
-    return _gen_efficientnet_lite(
-        "tf_efficientnet_lite0", channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same",
-        num_classes=CLASSES,
-        pretrained_cfg_overlay={"input_size": (3, 64, 64)},
-    )  # fmt: skip
-
-
-def _timm_mobilevit() -> nn.Module:
-    import timm
-
-    return timm.create_model(
-        "mobilevit_xxs", num_classes=CLASSES, pretrained_cfg_overlay={"input_size": (3, 64, 64)}
-    )
-
-
 def _torchvision_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    model = VisionTransformer(
-        image_size=32,
-        patch_size=8,
-        num_layers=2,
-        num_heads=2,
-        hidden_dim=32,
-        mlp_dim=64,
+    model = _class("torchvision.models", "VisionTransformer")(
+        image_size=32, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64,
         num_classes=CLASSES,
-    )
-    head: Any = model.heads.head
+    )  # fmt: skip
     # torchvision starts it at zero, which hides every difference
-    nn.init.normal_(head.weight, std=0.1)
+    nn.init.normal_(model.heads.head.weight, std=0.1)
     return model
 
 
 def _torchvision_swin() -> nn.Module:
-    from torchvision.models import SwinTransformer
-
-    return SwinTransformer(
-        patch_size=[4, 4],
-        embed_dim=16,
-        depths=[2, 2],
-        num_heads=[2, 4],
-        window_size=[4, 4],
-        num_classes=CLASSES,
-    )
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in _SWIN.items()}
+    options |= {"patch_size": [4, 4], "window_size": [4, 4]}
+    return _class("torchvision.models", "SwinTransformer")(num_classes=CLASSES, **options)
 
 
 def _torchvision_resnet() -> nn.Module:
@@ -162,53 +80,6 @@ def _torchvision_mobilenet() -> nn.Module:
 
     settings, last = _mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.25)
     return MobileNetV3(settings[:5], last // 16, num_classes=CLASSES)
-
-
-def _transformers_vit() -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
-
-    return ViTForImageClassification(ViTConfig(**_TINY, num_hidden_layers=2, **_LABELS))
-
-
-def _transformers_dinov2() -> nn.Module:
-    from transformers import Dinov2Config, Dinov2ForImageClassification
-
-    config = {k: v for k, v in _TINY.items() if k != "intermediate_size"}
-    return Dinov2ForImageClassification(
-        Dinov2Config(**config, mlp_ratio=2, num_hidden_layers=2, **_LABELS)
-    )
-
-
-def _transformers_swin() -> nn.Module:
-    from transformers import SwinConfig, SwinForImageClassification
-
-    return SwinForImageClassification(
-        SwinConfig(
-            image_size=32,
-            patch_size=4,
-            embed_dim=16,
-            depths=[2, 2],
-            num_heads=[2, 4],
-            window_size=4,
-            **_LABELS,
-        )
-    )
-
-
-def _transformers_convnext() -> nn.Module:
-    from transformers import ConvNextConfig, ConvNextForImageClassification
-
-    return ConvNextForImageClassification(
-        ConvNextConfig(hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, image_size=32, **_LABELS)
-    )
-
-
-def _transformers_clip() -> nn.Module:
-    from transformers import CLIPConfig, CLIPForImageClassification
-
-    return CLIPForImageClassification(
-        CLIPConfig(vision_config={**_TINY, "num_hidden_layers": 2}, **_LABELS)
-    )
 
 
 class Plain(nn.Module):
@@ -235,28 +106,41 @@ class Plain(nn.Module):
         return self.classify(self.layer(x).mean(1))
 
 
+_VIT_MODULE = ("vision_transformer", "VisionTransformer")
 HOSTS: dict[str, Host] = {
     name: Host(name, build, (3, size, size), CLASSES)
     for name, build, size in (
-        ("timm-vit", _timm_vit, 32),
-        ("timm-deit-distilled", _timm_deit, 32),
-        ("timm-deit3", _timm_deit3, 32),
-        ("timm-eva02", _timm_eva02, 32),
-        ("timm-dinov2-registers", _timm_dinov2_registers, 32),
-        ("timm-swin", _timm_swin, 32),
-        ("timm-convnext", _timm_convnext, 32),
+        ("timm-vit", _timm(*_VIT_MODULE, **_VIT | {"depth": 3}, num_heads=4), 32),
+        ("timm-deit-distilled", _timm("deit", "VisionTransformerDistilled", **_VIT, num_heads=2),
+         32),
+        ("timm-deit3", _timm(*_VIT_MODULE, **_VIT, num_heads=2, init_values=0.1,
+                             no_embed_class=True), 32),
+        ("timm-eva02", _timm("eva", "Eva", **_VIT, num_heads=2, mlp_ratio=2, qkv_fused=False,
+                             swiglu_mlp=True, scale_mlp=True, use_rot_pos_emb=True,
+                             ref_feat_shape=(4, 4)), 32),
+        ("timm-dinov2-registers", _timm(*_VIT_MODULE, **_VIT, num_heads=2, init_values=0.1,
+                                        reg_tokens=4, no_embed_class=True, qk_norm=True), 32),
+        ("timm-swin", _timm("swin_transformer", "SwinTransformer", img_size=32, **_SWIN), 32),
+        ("timm-convnext", _timm("convnext", "ConvNeXt", depths=(1, 1, 2, 1),
+                                dims=(8, 16, 16, 32)), 32),
         ("timm-resnet", _timm_resnet, 64),
-        ("timm-efficientnet-lite", _timm_efficientnet_lite, 64),
-        ("timm-mobilevit", _timm_mobilevit, 64),
+        ("timm-efficientnet-lite", _timm(
+            "efficientnet", "_gen_efficientnet_lite", variant="tf_efficientnet_lite0",
+            channel_multiplier=0.25, depth_multiplier=0.3, pad_type="same", **_SMALL_64), 64),
+        ("timm-mobilevit", _timm("mobilevit", "mobilevit_xxs", **_SMALL_64), 64),
         ("torchvision-vit", _torchvision_vit, 32),
         ("torchvision-swin", _torchvision_swin, 32),
         ("torchvision-resnet", _torchvision_resnet, 64),
         ("torchvision-mobilenet", _torchvision_mobilenet, 64),
-        ("transformers-vit", _transformers_vit, 32),
-        ("transformers-dinov2", _transformers_dinov2, 32),
-        ("transformers-swin", _transformers_swin, 32),
-        ("transformers-convnext", _transformers_convnext, 32),
-        ("transformers-clip", _transformers_clip, 32),
+        ("transformers-vit", _transformers("ViT", **_HF, intermediate_size=64,
+                                           num_hidden_layers=2), 32),
+        ("transformers-dinov2", _transformers("Dinov2", **_HF, mlp_ratio=2, num_hidden_layers=2),
+         32),
+        ("transformers-swin", _transformers("Swin", image_size=32, **_SWIN), 32),
+        ("transformers-convnext", _transformers(
+            "ConvNext", hidden_sizes=[16, 32], depths=[2, 2], num_stages=2, image_size=32), 32),
+        ("transformers-clip", _transformers("CLIP", vision_config={
+            **_HF, "intermediate_size": 64, "num_hidden_layers": 2}), 32),
         ("plain", Plain, 32),
     )
-}
+}  # fmt: skip

@@ -13,9 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.bench import _floor
+from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Runs
-from greenvis.core import files
 from greenvis.errors import BadInput
 from greenvis.experiment import session
 from greenvis.experiment.recipe import load_recipe
@@ -98,9 +97,7 @@ def run(
         "cpu_s": round(sum(r.sum("cpu_s") or 0.0 for r in record.readable(folders))),
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-        files.write(out / "report.md", _markdown(result))
+        _output.write(out, result, _markdown(result))
     return result
 
 
@@ -224,7 +221,6 @@ def _markdown(result: Mapping[str, Any]) -> str:
     sweep = [one for cell in cells for one in cell["sweep"]]
     regrets = sorted(one["regret"] for one in sweep if one["regret"] is not None)
     misses = sorted(one["missed"] for one in sweep if one["missed"] is not None)
-    columns = list(result["rows"][0])
     lines = [
         "# Advice: its pick beside the cheapest plan that reached the target", "",
         f"`greenvis bench advise --out reports/advice`, {result['cpu_s']} s of CPU time, "
@@ -243,12 +239,8 @@ def _markdown(result: Mapping[str, Any]) -> str:
         + (f", and missed it {len(misses)} times, by {100 * statistics.median(misses):.1f} points "
            "in the median and "
            f"{100 * misses[-1]:.1f} at most." if misses else "."), "",
-        "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
+        *_floor.table(result["rows"]),
     ]  # fmt: skip
-    lines += [
-        "| " + " | ".join("–" if row[k] is None else str(row[k]) for k in columns) + " |"
-        for row in result["rows"]
-    ]
     if left := [host for host in HOSTS if host not in {c["host"] for c in cells}]:
         lines += ["", f"Not run at full size here yet: {', '.join(left)}."]
     lines += [

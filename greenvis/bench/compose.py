@@ -3,16 +3,15 @@ hour or more."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
+from greenvis.bench import _output
 from greenvis.bench._hosts import HOSTS
 from greenvis.bench._options import Out, Techniques
-from greenvis.core import files
 from greenvis.core.technique import Technique
 from greenvis.techniques import registry
 from greenvis.testing import Host, Result, check_technique, check_together
@@ -66,9 +65,7 @@ def run(
         "seconds": round(time.monotonic() - started),
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        files.write(out / "report.md", markdown(result, names, hosts))
+        _output.write(out, result, markdown(result, names, hosts))
     return result
 
 

@@ -8,7 +8,6 @@ implementation stands beside it: none that takes a model as it is was found on P
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -20,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.bench import _exiting, _floor
+from greenvis.bench import _exiting, _floor, _output
 from greenvis.bench._exiting import AT
 from greenvis.bench._options import Images, Model, Out, Rounds, Threads
-from greenvis.core import files
 from greenvis.meters import flops
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.header import cpu
@@ -56,10 +54,9 @@ def run(
     wall time), a median over rounds; energy_j is per image; realised is the energy saved over the
     MACs saved. out: a folder to write report.md, results.json and figures/exits.svg to.
     """
-    started, before = time.monotonic(), torch.get_num_threads()
+    started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(threads)
-    try:
+    with _output.threads(threads):
         plain, installed = _exiting.build_with_exits(model)
         x = _exiting.images(images, plain).to(device)
         plain.to(device)
@@ -75,18 +72,21 @@ def run(
             for batch in batches:
                 timings = _measured(plain, installed, arms, x, batch, rounds, tracker)
                 rows += _rows(batch, arms, timings, macs, images, batch == max(batches))
-    finally:
-        torch.set_num_threads(before)
     result = {
         "rows": rows, "model": model, "images": images, "rounds": rounds, "threads": threads,
         "device": device.type,
         "machine": cpu(), "torch": torch.__version__, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-        files.write(out / "report.md", _markdown(result, out))
-        _draw(result, out / "figures" / "exits.svg")
+        _output.write(out, result, _markdown(result, out))
+        drawn = [row for row in rows if row["setting"] != PLAIN and row["energy_ratio"] is not None]
+        _output.draw(
+            out / "figures/exits.svg",
+            drawn,
+            ("macs_ratio", "MACs of an image / those of the unmodified model"),
+            ("energy_ratio", "energy / its energy"),
+            low=0,
+        )
     return result
 
 
@@ -208,26 +208,3 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "No other implementation that takes a model as it is was found on PyPI to stand beside it.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _draw(result: dict[str, Any], path: Path) -> None:
-    """Draw the energy of an image against its MACs, a line for each batch size; on the dashed line
-    all saved is real."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.7), layout="constrained")
-    axes = figure.subplots()
-    rows = [
-        row for row in result["rows"] if row["setting"] != PLAIN and row["energy_ratio"] is not None
-    ]
-    axes.plot([0, 1], [0, 1], "--", color="#888888", label="all of it realised")
-    for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
-        here = sorted(
-            (row["macs_ratio"], row["energy_ratio"]) for row in rows if row["batch"] == batch
-        )
-        axes.plot(*zip(*here, strict=True), marker="osD^vP*"[i % 7], label=f"batch {batch}")
-    axes.set_xlabel("MACs of an image / those of the unmodified model")
-    axes.set_ylabel("energy / its energy")
-    axes.legend(fontsize=8)
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})

@@ -3,7 +3,6 @@ records. A minute or two."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
@@ -13,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out
-from greenvis.core import files
 from greenvis.meters.record import Writer
 
 ARMS, SEEDS = 2500, 4
@@ -47,16 +46,12 @@ def run(out: Out = None) -> dict[str, Any]:
                 )
     result = {"rows": rows}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-        head = "| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|\n"
-        body = "".join("| " + " | ".join(str(v) for v in row.values()) + " |\n" for row in rows)
         machine = (
             f"`greenvis bench listing --out {out}`, {os.cpu_count()} logical CPUs; `lines` are "
             "those of each record."
         )
-        text = f"# Many runs at once\n\n{machine}\n\n{head}{body}"
-        files.write(out / "report.md", text)
+        lines = ["# Many runs at once", "", machine, "", *_floor.table(rows), ""]
+        _output.write(out, result, "\n".join(lines))
     return result
 
 

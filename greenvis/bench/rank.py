@@ -7,13 +7,12 @@ kept and not trained again.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from greenvis.bench import _floor
+from greenvis.bench import _floor, _output
 from greenvis.bench._options import Images, Out, Runs
 from greenvis.core import files
 from greenvis.errors import BadInput
@@ -51,11 +50,9 @@ def run(
     result = rank(bases, str(recipe), images=images, runs=runs)
     result["repeatability"] = _floor.repeatability()
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         # no paths of this machine
         content = {**result, "data": recipe.name, "record": Path(result["record"]).name}
-        files.write(out / "results.json", json.dumps(content, indent=1) + "\n")
-        files.write(out / "report.md", _report(result))
+        _output.write(out, content, _report(result))
         bases_at = {Path(runs) / b.removeprefix("run:").partition("/")[0] for b in bases}
         if packed := archive.pack([records, *sorted(p for p in bases_at if p.is_dir())]):
             files.write(out / archive.NAME, packed)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import json
 import math
 import os
 import statistics
@@ -25,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from greenvis import models
+from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
-from greenvis.core import files
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
 from greenvis.meters.header import cpu
@@ -82,12 +81,9 @@ def run(out: Out = None, rounds: Rounds = 15, threads: Threads = 1) -> dict[str,
             importlib.import_module("avalanche")
     except ImportError as error:
         raise BadInput(INSTALL) from error
-    started, before = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    started = time.monotonic()
+    with _output.threads(threads):
         rows = [row for name in MODELS for row in _rows(name, _measured(name, rounds))]
-    finally:
-        torch.set_num_threads(before)
     result = {
         "rows": rows, "buffer": BUFFER, "batch": [BATCH, BATCH], "rounds": rounds,
         "threads": threads,
@@ -96,9 +92,7 @@ def run(out: Out = None, rounds: Rounds = 15, threads: Threads = 1) -> dict[str,
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-        files.write(out / "report.md", _markdown(result, out))
+        _output.write(out, result, _markdown(result, out))
     return result
 
 
@@ -235,7 +229,6 @@ def _rows(model: str, timings: dict[str, list[float]]) -> list[dict[str, Any]]:
 
 
 def _markdown(result: dict[str, Any], out: Path) -> str:
-    rows = result["rows"]
     counts = " and ".join(f"{images} ({name})" for name, (_, _, images) in MODELS.items())
     lines = [
         "# A training step with a replay buffer, beside avalanche-lib", "",
@@ -248,10 +241,7 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "arms take turns in each, and vs_peer compares within a round. greenvis keeps images as "
         "bytes, or float32 (exact); avalanche-lib keeps which images of the data set in memory "
         "they are.", "",
-        "| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|",
-    ]  # fmt: skip
-    lines += ["| " + " | ".join(str(v) for v in row.values()) + " |" for row in rows]
-    lines += [
+        *_floor.table(result["rows"]),
         "", "`without_the_model_ms` is the step less that of the same model on 64 new images, what "
             "no strategy can save. On a "
         "larger model that part is nearly all, so the two come close: the target is judged on the "

@@ -8,7 +8,6 @@ use, and replaces fused attention; no package of it for classifiers was found th
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import tempfile
@@ -21,9 +20,8 @@ import torch
 from torch import nn
 
 from greenvis import models
-from greenvis.bench import _floor
+from greenvis.bench import _floor, _output
 from greenvis.bench._options import Model, Out, Rounds, Threads
-from greenvis.core import files
 from greenvis.core.wrap import wrap
 from greenvis.meters import flops
 from greenvis.meters.devices import wait
@@ -56,9 +54,8 @@ def run(
     energy_j is per image; realised is speedup over flops_ratio. out: a folder to write report.md,
     results.json and figures/tokens.svg to.
     """
-    started, before = time.monotonic(), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    started = time.monotonic()
+    with _output.threads(threads):
         arms = {PLAIN: models.build(model).eval()}
         for r in schedules:
             arms[_name(r)] = models.build(model).eval()
@@ -80,18 +77,21 @@ def run(
                 rows += _rows(
                     batch, _measured(arms, torch.rand(batch, *size), device, rounds, run_), macs
                 )
-    finally:
-        torch.set_num_threads(before)
     result = {
         "rows": rows, "model": model, "rounds": rounds, "threads": threads, "device": device.type,
         "machine": cpu(),
         "torch": torch.__version__, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
-        (out / "figures").mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-        files.write(out / "report.md", _markdown(result, out))
-        _draw(result, out / "figures" / "tokens.svg")
+        _output.write(out, result, _markdown(result, out))
+        drawn = [row for row in rows if row["r"] != PLAIN]
+        _output.draw(
+            out / "figures/tokens.svg",
+            drawn,
+            ("flops_ratio", "FLOPs of the unmodified model / FLOPs"),
+            ("speedup", "times its throughput"),
+            low=1,
+        )
     return result
 
 
@@ -194,23 +194,3 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "No other implementation for image classifiers was found on PyPI to stand beside it.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _draw(result: dict[str, Any], path: Path) -> None:
-    """Draw realised speed-up against the ratio of FLOPs, a line for each batch size; on the dashed
-    line nothing is lost."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2, 3.7), layout="constrained")
-    axes = figure.subplots()
-    rows = [row for row in result["rows"] if row["r"] != PLAIN]
-    most = max(row["flops_ratio"] for row in rows)
-    axes.plot([1, most], [1, most], "--", color="#888888", label="all of it realised")
-    for i, batch in enumerate(dict.fromkeys(row["batch"] for row in rows)):
-        here = sorted((row["flops_ratio"], row["speedup"]) for row in rows if row["batch"] == batch)
-        axes.plot(*zip(*here, strict=True), marker="osD^vP*"[i % 7], label=f"batch {batch}")
-    axes.set_xlabel("FLOPs of the unmodified model / FLOPs")
-    axes.set_ylabel("times its throughput")
-    axes.legend(fontsize=8)
-    FigureCanvasSVG(figure).print_svg(path, metadata={"Date": None})

@@ -3,7 +3,6 @@ over timm's models."""
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Sequence
@@ -12,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
+from greenvis.bench import _output
 from greenvis.bench._hosts import HOSTS
 from greenvis.bench._options import Out, Techniques
 from greenvis.bench.coverage import tools
 from greenvis.bench.coverage.attach import REQUESTS, attach, counts, sample
-from greenvis.core import files
 from greenvis.techniques import registry
 from greenvis.testing import Result, check_technique
 
@@ -65,9 +64,7 @@ def run(
         },
     }
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        files.write(out / "report.md", markdown(result))
+        _output.write(out, result, markdown(result))
     return result
 
 

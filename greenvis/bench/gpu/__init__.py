@@ -17,6 +17,7 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
+from greenvis.bench import _output
 from greenvis.bench._options import Out, Rounds
 from greenvis.bench.gpu import _counter, _page, _serving, _training
 from greenvis.bench.gpu._measure import Bench, NotMeasured
@@ -91,7 +92,8 @@ def run(
             continue
         results.append(_cell(cell, bench, described, out, budget_s - (time.monotonic() - started)))
         if out is not None:
-            _page.write(out, {"device": described, "cells": results})
+            content = {"device": described, "cells": results}
+            _output.write(out, content, _page.markdown(content))
     rows = [{"cell": r["cell"], **_page.brief(row)} for r in results for row in r["rows"]]
     rows += [
         {"cell": r["cell"], "setting": f"not measured: {r['reason']}"}

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from greenvis.bench import _floor
-from greenvis.core import files
 
 FORMS = {
     "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}",
@@ -45,14 +42,7 @@ def brief(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(out: Path, result: Mapping[str, Any]) -> None:
-    """Write results.json and report.md."""
-    out.mkdir(parents=True, exist_ok=True)
-    files.write(out / "results.json", json.dumps(result, indent=1) + "\n")
-    files.write(out / "report.md", _markdown(result))
-
-
-def _markdown(result: Mapping[str, Any]) -> str:
+def markdown(result: Mapping[str, Any]) -> str:
     device = result["device"]
     lines = [f"# What techniques save on a GPU: {device['name']}", ""]
     if device["rehearsal"]:
@@ -77,7 +67,7 @@ def _markdown(result: Mapping[str, Any]) -> str:
         lines += [f"## {cell['cell']}", "", f"{cell['about']} ({cell['seconds']:.0f} s)", ""]
         if cell["reason"]:
             lines += [f"Not measured: {cell['reason']}", ""]
-        lines += _table([brief(row) for row in cell["rows"]])
+        lines += [*_floor.table([brief(row) for row in cell["rows"]]), ""] if cell["rows"] else []
     return "\n".join(lines)
 
 
@@ -117,16 +107,4 @@ def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
         for head, texts in groups.items()
         if texts
         for line in (f"**{head}**", "", *(f"- {t}" for t in texts), "")
-    ]
-
-
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    heads = list(dict.fromkeys(key for row in rows for key in row))
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    return [
-        *lines,
-        *("| " + " | ".join(str(row.get(h, "–")) for h in heads) + " |" for row in rows),
-        "",
     ]

@@ -3,14 +3,13 @@ Minutes on two cores."""
 
 from __future__ import annotations
 
-import json
 import time
 from importlib.metadata import version
 from typing import Any
 
+from greenvis.bench import _output
 from greenvis.bench._options import Out
 from greenvis.bench.meter import scenes
-from greenvis.core import files
 from greenvis.meters import pricing
 from greenvis.meters.header import cpu
 
@@ -34,9 +33,7 @@ def run(out: Out = None) -> dict[str, Any]:
     rows += [flops_error(), flops_cost()]
     result = {"rows": rows, "machine": _machine(), "seconds": round(time.monotonic() - started)}
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
-        files.write(out / "report.md", _markdown(result))
+        _output.write(out, result, _markdown(result))
     return result
 
 
