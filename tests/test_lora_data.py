@@ -12,14 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS
-from peft import (
-    AdaLoraConfig,
-    EvaConfig,
-    LoraConfig,
-    LoraGAConfig,
-    get_peft_model,
-    initialize_lora_eva_weights,
-)
+from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, get_peft_model
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import Tensor, nn
 
@@ -162,62 +155,6 @@ def test_adalora_says_what_it_misses() -> None:
         live.step_end()
 
 
-def test_eva_equals_peft() -> None:
-    torch.manual_seed(0)
-    ours = _Two()
-    config = LoraConfig(
-        r=3, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0), target_modules=["fc", "mid"]
-    )
-    theirs = get_peft_model(copy.deepcopy(ours), config)
-    initialize_lora_eva_weights(
-        theirs, [X], forward_fn=lambda m, x: m(x), prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-        show_progress_bar=False,
-    )  # fmt: skip
-    live = wrap(
-        ours, Lora(rank=3, targets=("fc", "mid"), init="eva", head="freeze", input_shape=(3, 4, 4))
-    )
-    before = ours(X)
-    live.batch(X, Y)
-    for n in ("fc", "mid"):
-        a, b = (getattr(m, n).lora_A["default"].weight for m in (ours, theirs.base_model.model))
-        assert torch.allclose(a, b, atol=1e-6)
-    assert torch.allclose(a @ a.T, torch.eye(3), atol=1e-5)
-    assert torch.equal(ours(X), before)
-    fed: list[Tensor] = []
-    hook = ours.mid.register_forward_pre_hook(
-        lambda module, args: fed.append(args[0].reshape(-1, args[0].shape[-1]))
-    )
-    ours(X)
-    hook.remove()
-    principal = torch.linalg.svd(fed[0] - fed[0].mean(0), full_matrices=False).Vh[
-        :3
-    ]  # about the mean, as the sentence says
-    assert torch.allclose((a @ principal.T).abs(), torch.eye(3), atol=1e-3)
-    start = ours.fc.lora_A["default"].weight.clone()
-    live.batch(X.flip(0) * 2, Y)  # the first batch only
-    assert torch.equal(ours.fc.lora_A["default"].weight, start)
-
-
-def test_eva_starts_once_and_says_what_it_needs(tmp_path: Path) -> None:
-    request = Lora(rank=3, targets=("fc",), init="eva", head="freeze", input_shape=(3, 4, 4))
-    live = wrap(_Two(), request)
-    with pytest.raises(BadInput, match="call batch"):
-        live.loss(X, Y, live.model(X))
-    _train(live, 2)
-    live.save(tmp_path)
-    again = wrap(live.undo(), request)
-    again.load(tmp_path)
-    assert not torch.equal(again.batch(X, Y)[0], torch.zeros(()))
-    assert torch.equal(live.state_dict()["lora.started"], again.state_dict()["lora.started"])
-    again.undo()
-    few = wrap(
-        again.model, Lora(rank=9, targets=("fc",), init="eva", head="freeze", input_shape=(3, 4, 4))
-    )
-    with pytest.raises(BadInput, match="8 rows of 48"):
-        few.batch(X, Y)
-
-
 def test_lora_ga_equals_peft() -> None:
     torch.manual_seed(0)
     ours = _Two()
@@ -290,7 +227,11 @@ def test_refusals_change_nothing(request_: dict[str, Any], says: str) -> None:
             {"variant": "adalora", "targets": ["conv_stem"]},
             "padding of its own",
         ),
-        ("timm-resnet", {"init": "eva", "targets": ["conv"]}, "not a Linear that runs itself"),
+        (
+            "timm-resnet",
+            {"init": "lora_ga", "targets": ["conv"], "calibration": (X, Y)},
+            "not a Linear that runs itself",
+        ),
     ],
 )
 def test_layers_it_does_not_know(name: str, request_: dict[str, Any], says: str) -> None:

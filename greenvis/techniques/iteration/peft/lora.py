@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from peft import AdaLoraConfig, EvaConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
+from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ from greenvis.techniques._shared.lora_layers import (
     to_float32,
 )
 from greenvis.techniques.iteration.peft._lora_ranks import Ranks
-from greenvis.techniques.iteration.peft._lora_start import checked, eva, gradients
+from greenvis.techniques.iteration.peft._lora_start import checked, gradients
 
 ROLES = ("attention", "qkv", "mlp", "conv", "linear")
 _KINDS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
@@ -57,7 +57,6 @@ class Lora(Technique):
         {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},
         {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
         {"rank": 2, "targets": ["linear"], "variant": "adalora", "start_rank": 4, "total_steps": 3},
-        {"rank": 2, "targets": ["mlp"], "init": "eva"},
     )
     nothing: ClassVar[Mapping[str, Any] | None] = {"targets": ["no.such.layer*"]}
 
@@ -77,10 +76,9 @@ class Lora(Technique):
     ] = ("attention",)
     head: Classifier = "train"
     init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "eva", "lora_ga"],
+        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"],
         Field(
-            description="how the factors start; eva looks at the first training batch, lora_ga at "
-            "`calibration`"
+            description="how the factors start, as PEFT names it; lora_ga looks at `calibration`"
         ),
     ] = "default"
     calibration: Annotated[
@@ -232,12 +230,12 @@ class Lora(Technique):
                 f"'{path}' does not use its weight as it is (a standardised "
                 f"{type(module).__name__})"
             )
-        if self.init in ("eva", "lora_ga") and (
+        if self.init == "lora_ga" and (
             not isinstance(module, nn.Linear) or path in structure.functional
         ):
             return (
                 f"'{path}' is not a Linear that runs itself, and PEFT starts no other with "
-                f"{self.init}; use another init"
+                "lora_ga; use another init"
             )
         if isinstance(module, nn.Conv2d) and self.variant == "adalora":
             if (
@@ -304,7 +302,6 @@ class Lora(Technique):
             use_rslora=self.variant == "rslora",
             # lora_ga is not in its type
             init_lora_weights=self.init == "default" or self.init,  # type: ignore[arg-type]
-            eva_config=EvaConfig(rho=1.0) if self.init == "eva" else None,
             lora_ga_config=LoraGAConfig() if self.init == "lora_ga" else None,
             **common,
         )
@@ -332,7 +329,6 @@ class InstalledLora(Installed):
     ) -> None:
         super().__init__(trainable, freezes=True)
         self.ranks = ranks
-        self.started = request.init != "eva"
         self.request = request
         self.model = model
         self.layers = layers
@@ -348,20 +344,8 @@ class InstalledLora(Installed):
                 "wrapped"
             )
 
-    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Start from the first batch, where asked to (eva)."""
-        if not self.started:
-            eva(self.model, self.layers, x)
-            self.started = True
-        return x, y
-
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"adalora": orthogonal · orthogonality of the factors}, or nothing."""
-        if not self.started:
-            raise BadInput(
-                "eva starts from the first training batch: call batch(x, y) of the wrapped model "
-                "before its forward"
-            )
         if self.ranks is None:
             return {}
         return {"adalora": self.request.orthogonal * self.ranks.penalty(self.total_steps)}
@@ -376,18 +360,13 @@ class InstalledLora(Installed):
         return "its factors" if any(path.startswith(layer) for layer in self.layers) else ""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return how far the allocation of ranks is, and whether the factors have started."""
-        state = self.ranks.state_dict() if self.ranks is not None else {}
-        return state | (
-            {"started": torch.tensor(self.started)} if self.request.init == "eva" else {}
-        )
+        """Return how far the allocation of ranks is."""
+        return self.ranks.state_dict() if self.ranks is not None else {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take back what `state_dict` gave."""
         if self.ranks is not None:
             self.ranks.load_state_dict(state)
-        elif self.request.init == "eva":
-            self.started = bool(state.get("started", True))
         else:
             super().load_state_dict(state)
 
