@@ -1,13 +1,14 @@
-"""Train and eval mode for a while."""
+"""What holds for a while: train and eval mode, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.utils.hooks import RemovableHandle
 
 
 @contextmanager
@@ -21,3 +22,13 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in before:
             module.training = mode
+
+
+@contextmanager
+def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Remove hooks, however the block ends."""
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from greenvis.core.modes import removing
 from greenvis.core.surgery import is_skippable, replace
 from greenvis.errors import BadInput
 from greenvis.models.structure import example_input
@@ -141,11 +142,8 @@ def _pairs(model: nn.Module, x: Tensor) -> list[tuple[str, tuple[Swap, Swap]]]:
                 pairs.append(((conv, fused), (module, rest)))
 
     hooks = [m.register_forward_hook(note, prepend=True) for m in names]
-    try:
+    with removing(hooks):
         model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return [
         (names[conv], pair) for pair in pairs if runs[conv := pair[0][0]] == runs[pair[1][0]] == 1
     ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.modes import removing
 from greenvis.core.surgery import freeze
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, reached
@@ -110,12 +111,8 @@ def patches_matter(model: nn.Module, structure: View, path: str) -> bool:
         captured: list[Tensor] = []
         hooks = [m.register_forward_pre_hook(partial(_capture, captured)) for m in watched]
         hooks += [model.get_submodule(path).register_forward_hook(disturb)] if disturbed else []
-        try:
-            with probing(model):
-                output = main_output(model(structure.example))
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removing(hooks), probing(model):
+            output = main_output(model(structure.example))
         outcomes.append(captured or [output])
     return not all(torch.equal(a, b) for a, b in zip(*outcomes, strict=True))
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.modes import removing
 from greenvis.core.surgery import mark_skippable
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
@@ -139,12 +140,8 @@ def _watch(
             for name, module in block.named_children()
         ]
         hooks.append(block.register_forward_hook(block_hook(path), with_kwargs=True, prepend=True))
-    try:
-        with probing(model):
-            model(structure.example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), probing(model):
+        model(structure.example)
     return {p: [(n, k[0]) for n, k in by.items() if len(k) == 1] for p, by in ran.items()}, calls
 
 

@@ -36,6 +36,36 @@ def fingerprint(module: nn.Module) -> str:
     return models.fingerprint({**module.state_dict(), repr(module): torch.empty(0)})
 
 
+def other_model(what: str, model: Any, student: nn.Module) -> nn.Module:
+    """Return a frozen model beside the one that trains, by object or reference.
+
+    Args:
+        what: "the base", "the teacher 'NAME'".
+        model: A model, or a reference that `models.build` takes.
+        student: The one that trains.
+
+    Raises:
+        BadInput: For what is no model, and for one that shares weights with the student.
+    """
+    if isinstance(model, str):
+        if model.startswith("run:"):
+            raise BadInput(
+                f"{what} is '{model}', a run, which only a recipe can resolve; give a model or "
+                "'file:PATH' here"
+            )
+        model = models.build(model, folder=Path())
+    if not isinstance(model, nn.Module):
+        raise BadInput(f"{what} must be a model or a reference to one, not {type(model).__name__}")
+    own = {id(t) for t in (*student.parameters(), *student.buffers())}
+    shared = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in own]
+    if shared or model is student:
+        raise BadInput(
+            f"{what} shares '{(shared or ['all'])[0]}' with the model, so it would change as that "
+            "learns; give copy.deepcopy(model) or another model"
+        )
+    return model
+
+
 class FrozenOutputs:
     """Outputs of one frozen part, kept on disk sample by sample and view by view
     (`greenvis.data.output_cache.Cache`).

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.weak import WeakIdKeyDictionary
 
+from greenvis.core.modes import removing
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
@@ -266,10 +267,6 @@ def last_norm(model: nn.Module, structure: View, block: str) -> nn.Module | None
     norms = [model.get_submodule(p) for p in structure.norms if p and not p.startswith(block + ".")]
     hooks = [model.get_submodule(block).register_forward_hook(note)]
     hooks += [n.register_forward_pre_hook(ask) for n in norms]
-    try:
-        with probing(model):
-            model(structure.example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), probing(model):
+        model(structure.example)
     return hit[0] if hit else None

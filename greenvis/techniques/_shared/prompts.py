@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.modes import removing
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
@@ -154,12 +155,8 @@ def _check_permutation(model: nn.Module, example: Tensor, blocks: list[str], pre
         model.get_submodule(p).register_forward_hook(partial(again, p), with_kwargs=True)
         for p in blocks
     ]
-    try:
-        with probing(model):
-            model(example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with removing(hooks), probing(model):
+        model(example)
     if moved:
         raise BadInput(
             f"block '{moved[0]}' of {type(model).__name__} uses the places of its tokens, and a "

@@ -43,10 +43,8 @@ class Representation:
             inputs.append(args[0])
 
         hook = self.model.get_submodule(self.head).register_forward_pre_hook(note)
-        try:
+        with hook:
             self.model(x)
-        finally:
-            hook.remove()
         return inputs[0].flatten(1)
 
     def add(self, name: str, part: nn.Module) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.core.technique import Samples, logits_of
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, slow_path
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model, slow_path
 from greenvis.techniques.inference.distill._layers import TapPoint, Taps
 
 ANSWER = "logits"
@@ -221,22 +220,4 @@ def built(name: str, model: Any, student: nn.Module) -> nn.Module:
     with the student."""
     if model == ITSELF:
         return copy.deepcopy(student).requires_grad_(False)
-    if isinstance(model, str):
-        if model.startswith("run:"):
-            raise BadInput(
-                f"the teacher '{model}' names a run: only a recipe can resolve it; give a model or "
-                "'file:PATH' here"
-            )
-        model = models.build(model, folder=Path())
-    if not isinstance(model, nn.Module):
-        raise BadInput(
-            f"the teacher '{name}' must be a model or a reference to one, not "
-            f"{type(model).__name__}"
-        )
-    own = {id(t) for t in (*student.parameters(), *student.buffers())}
-    shared = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if id(t) in own]
-    if shared or model is student:
-        raise BadInput(f"the teacher '{name}' shares '{(shared or ['all'])[0]}' with the student, "
-                       "so it would change as the "
-                       "student learns; give copy.deepcopy(model) or another model")  # fmt: skip
-    return model
+    return other_model(f"the teacher '{name}'", model, student)

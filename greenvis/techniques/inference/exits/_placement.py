@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from greenvis.core.modes import removing
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, nearest
 from greenvis.models.structure import View, view
@@ -193,11 +194,8 @@ def _spent(model: nn.Module, example: Tensor, paths: Sequence[str]) -> dict[str,
             )
             for p in dict.fromkeys(paths)
         ]
-        try:
+        with removing(hooks):
             model(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return spent | {"": max(mode.get_total_flops() / 2, 1.0)}
 
 
@@ -256,11 +254,8 @@ def try_out(exits: Exits, outer: Outer, placement: Placement) -> list[float]:
             h.register_forward_hook(lambda m, a, o: costs.append(mode.get_total_flops() / 2))
             for h in exits.heads
         ]
-        try:
+        with removing(hooks):
             outer.keep_type(model(one))
-        finally:
-            for hook in hooks:
-                hook.remove()
         costs.append(mode.get_total_flops() / 2)
         exits.dtype = recorded[-1].dtype if recorded[0].dtype != recorded[-1].dtype else None
     return costs

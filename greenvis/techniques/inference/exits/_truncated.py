@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from greenvis.core.modes import removing
 from greenvis.core.technique import logits_of
 from greenvis.models.structure.probing import probing
 from greenvis.models.structure.trace import tensors_in
@@ -85,9 +86,6 @@ def _executed(model: nn.Module, example: Tensor) -> dict[nn.Module, tuple[Tensor
             m.register_forward_hook(note, with_kwargs=True, always_call=True)
             for m in model.modules()
         ]
-        try:
+        with removing(hooks):
             model(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
     return executed

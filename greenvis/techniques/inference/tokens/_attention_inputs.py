@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from greenvis.core.modes import removing
 from greenvis.core.surgery import mark_skippable
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
@@ -166,12 +167,8 @@ class _Trace(TorchFunctionMode):
                 for n, m in module.named_modules()
                 if n
             ]
-        try:
-            with probing(self.model), self:
-                self.model(example)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removing(hooks), probing(self.model), self:
+            self.model(example)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "") == "scaled_dot_product_attention" and self.inside:

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.modes import removing
 from greenvis.core.surgery import hold_norms, names_of
 from greenvis.core.technique import Experience, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
@@ -110,11 +111,7 @@ class Hat(Technique):
         gated."""
         structure = view(model, self.input_shape, probe=False)
         gated = _gated(model, structure)
-        learning = (
-            reached(model, structure.example)
-            if structure.example.device.type != "meta"
-            else set(dict(model.named_parameters()))
-        )
+        learning = reached(model, structure.example)
         heads = head_parameters(model, structure)
         spared = {id(p) for p in heads}
         body = {n: p for n, p in model.named_parameters() if n in learning and id(p) not in spared}
@@ -164,12 +161,8 @@ def _fits(model: nn.Module, structure: View, mlp: Mlp) -> bool:
     for changed in (False, True):
         hooks = [layers[-1].register_forward_pre_hook(partial(_note, inputs))]
         hooks += [m.register_forward_hook(_disturb) for m in layers[:-1]] if changed else []
-        try:
-            with probing(model):
-                model(structure.example)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removing(hooks), probing(model):
+            model(structure.example)
     return torch.equal(inputs[0][..., 1:], inputs[-1][..., 1:])
 
 

@@ -89,11 +89,7 @@ class PackNet(Technique):
         classifier."""
         structure = view(model, self.input_shape, probe=False)
         heads = head_parameters(model, structure)
-        learning = (
-            reached(model, structure.example)
-            if structure.example.device.type != "meta"
-            else set(dict(model.named_parameters()))
-        )
+        learning = reached(model, structure.example)
         named = {n: p for n, p in model.named_parameters() if n in learning}
         body = {n: p for n, p in named.items() if not any(p is h for h in heads)}
         weights = _weights(model, structure)

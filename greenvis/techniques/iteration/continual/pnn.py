@@ -66,11 +66,7 @@ class Pnn(Technique):
                 f"columns meet at the blocks of a model, and {type(model).__name__} shows none; "
                 "packnet takes any layer"
             )
-        learning = (
-            reached(model, structure.example)
-            if structure.example.device.type != "meta"
-            else set(dict(model.named_parameters()))
-        )
+        learning = reached(model, structure.example)
         own = tuple(n for n, p in model.named_parameters() if p.requires_grad and n in learning)
         return InstalledPnn(self, model, laterals, own)
 

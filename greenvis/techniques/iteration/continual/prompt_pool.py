@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import models
-from greenvis.core.modes import in_mode
+from greenvis.core.modes import in_mode, removing
 from greenvis.core.technique import Classifier, InputShape, Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
@@ -454,11 +454,8 @@ def _run(model: nn.Module, readers: Sequence[str], args: Any, kwargs: Any) -> Te
     hooks = [
         module.register_forward_pre_hook(partial(_note, read)) for module in _at(model, readers)
     ]
-    try:
+    with removing(hooks):
         output = model(*args, **kwargs)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return (read[0] if read else main_output(output)).detach()
 
 

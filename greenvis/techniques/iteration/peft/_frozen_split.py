@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from greenvis.core import surgery
+from greenvis.core.modes import removing
 from greenvis.errors import BadInput, some
 from greenvis.models.structure.probing import learning, probing
 from greenvis.tasks.answers import main_output
@@ -152,12 +153,8 @@ def _uses(model: nn.Module, x: Tensor) -> dict[str, list[_Use]]:
         hooks += [
             m.register_forward_hook(partial(end, calls), prepend=True) for m in model.modules()
         ]
-        try:
-            with probing(model), learning(model), torch.enable_grad():
-                model.forward(x.expand(batch, *x.shape[1:]).clone())
-        finally:
-            for hook in hooks:
-                hook.remove()
+        with removing(hooks), probing(model), learning(model), torch.enable_grad():
+            model.forward(x.expand(batch, *x.shape[1:]).clone())
     if [path for path, _, _ in runs[0]] != [path for path, _, _ in runs[1]]:
         raise BadInput(
             f"cache: {type(model).__name__} runs other layers for another number of images"
@@ -325,11 +322,8 @@ def _at_entrances(model: nn.Module, split: Split, do: Any) -> Iterator[None]:
         )
         for p in split.trained
     ]
-    try:
+    with removing(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _verify(model: nn.Module, x: Tensor, split: Split) -> None:

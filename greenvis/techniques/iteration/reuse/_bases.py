@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greenvis import models
-from greenvis.core.modes import in_mode
+from greenvis.core.modes import in_mode, removing
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first
@@ -111,16 +110,12 @@ class Base:
         hooks = [b.register_forward_hook(leave) for b in blocks] + [
             blocks[-1].register_forward_pre_hook(enter)
         ]
-        try:
-            with slow_path(), torch.no_grad():
-                if self.attention:
-                    with scores:
-                        self.model(x)
-                else:
+        with removing(hooks), slow_path(), torch.no_grad():
+            if self.attention:
+                with scores:
                     self.model(x)
-        finally:
-            for hook in hooks:
-                hook.remove()
+            else:
+                self.model(x)
         features = torch.stack([self._on_grid(o) for o in outputs]).mean(0)
         return Shown(features, self._rows(scores.logits) if self.attention else None)
 
@@ -173,27 +168,6 @@ class Shown:
             top = top_patches(self.logits, k)
             out |= {"attention": attention_rows(self.logits, top), "top": top}
         return out
-
-
-def resolve_base(base: Any, student: nn.Module) -> nn.Module:
-    """Return a base as a model. Raises BadInput for what is none, or shares weights with the
-    student."""
-    if isinstance(base, str):
-        if base.startswith("run:"):
-            raise BadInput(
-                f"the base '{base}' names a run: only a recipe can resolve it; give a model or "
-                "'file:PATH' here"
-            )
-        base = models.build(base, folder=Path())
-    if not isinstance(base, nn.Module):
-        raise BadInput(f"the base must be a model or a reference to one, not {type(base).__name__}")
-    own = {id(t) for t in (*student.parameters(), *student.buffers())}
-    shared = [n for n, t in (*base.named_parameters(), *base.named_buffers()) if id(t) in own]
-    if shared or base is student:
-        raise BadInput(f"the base shares '{(shared or ['all'])[0]}' with the model, so it would "
-                       "change as the model learns; "
-                       "give copy.deepcopy(model) or another model")  # fmt: skip
-    return base
 
 
 def fitted(x: Tensor, size: tuple[int, int]) -> Tensor:

@@ -19,8 +19,8 @@ from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first, seat
 from greenvis.techniques._shared.features import as_map
-from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
-from greenvis.techniques.iteration.reuse._bases import Base, resolve_base
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
+from greenvis.techniques.iteration.reuse._bases import Base
 
 _CHILD = "feature_distill"
 
@@ -91,7 +91,7 @@ class FeatureDistill(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put the projection behind the last block. Raises BadInput for a model or a base without
         blocks."""
-        base, what = resolve_base(self.base, model), type(model).__name__
+        base, what = other_model("the base", self.base, model), type(model).__name__
         structure = view(model, self.input_shape, probe=False)
         last = structure.blocks[-1] if structure.blocks else ""
         layout, block = structure.layouts.get(last), seat(model, last) if last else None
@@ -153,10 +153,8 @@ class InstalledFeatureDistill(Installed):
         hook = self.block.register_forward_hook(
             lambda module, args, output: outputs.append(first(output))
         )
-        try:
+        with hook:
             self.model(x)
-        finally:
-            hook.remove()
         features = as_map(outputs[-1], **self._form)
         target = self._target(x, (features.shape[2], features.shape[3]))
         predicted = self.projection(features.flatten(2).transpose(1, 2))

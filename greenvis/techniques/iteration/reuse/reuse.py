@@ -18,9 +18,9 @@ from greenvis.core.technique import InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
-from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
+from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques._shared.masked import Encoder, adapt_token, class_token, fold_token
-from greenvis.techniques.iteration.reuse._bases import Base, resolve_base
+from greenvis.techniques.iteration.reuse._bases import Base
 
 _CHILD = "reuse"
 _EXACT_IN_HALF = 2048  # integers up to here are themselves in fp16
@@ -143,7 +143,7 @@ class Reuse(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Put encoder hooks, adapters and decoder in. Raises BadInput for a model or a base that
         does not fit."""
-        bases = [resolve_base(base, model) for base in self.bases]
+        bases = [other_model("the base", base, model) for base in self.bases]
         if not bases:
             raise BadInput("reuse needs a base: a model, or a reference to one")
         structure = view(model, self.input_shape, probe=False)
