@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.representation import Representation
@@ -48,15 +48,15 @@ class Rotation(Technique):
     nothing to learn.
     """
 
-    name: ClassVar[str] = "rotation"
-    stage: ClassVar[Stage] = "objective"
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"turns": "all"})
+    name = "rotation"
+    stage = "objective"
+    needs = frozenset({"trainable_base"})
+    examples = ({}, {"turns": "all"})
 
-    turns: Annotated[
-        Literal["drawn", "all"],
-        Field(description="show each image in one turn, drawn for it, or in all four at once"),
-    ] = "drawn"
+    turns: Literal["drawn", "all"] = Field(
+        default="drawn",
+        description="show each image in one turn, drawn for it, or in all four at once",
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.models.structure import view
 from greenvis.techniques._shared.representation import Representation
 
@@ -89,22 +89,22 @@ class Simclr(Technique):
     loop shows: crop, flip, contrast and brightness (of the paper's, hue and blur are left out).
     """
 
-    name: ClassVar[str] = "simclr"
-    stage: ClassVar[Stage] = "objective"
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"dim": 8},)
+    name = "simclr"
+    stage = "objective"
+    needs = frozenset({"trainable_base"})
+    examples = ({"dim": 8},)
 
-    temperature: Annotated[
-        float, Field(gt=0, description="divides the cosines: smaller looks at the nearest more")
-    ] = 0.5
-    dim: Annotated[int, Field(ge=2, description="width of the projection")] = 128
-    area: Annotated[
-        float, Field(gt=0, le=1, description="smallest share of the image that a view shows")
-    ] = 0.25
-    colour: Annotated[
-        float, Field(ge=0, le=1, description="how far contrast and brightness change")
-    ] = 0.4
-    flip: Annotated[bool, Field(description="turn views left to right half the time")] = True
+    temperature: float = Field(
+        default=0.5, gt=0, description="divides the cosines: smaller looks at the nearest more"
+    )
+    dim: int = Field(default=128, ge=2, description="width of the projection")
+    area: float = Field(
+        default=0.25, gt=0, le=1, description="smallest share of the image that a view shows"
+    )
+    colour: float = Field(
+        default=0.4, ge=0, le=1, description="how far contrast and brightness change"
+    )
+    flip: bool = Field(default=True, description="turn views left to right half the time")
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

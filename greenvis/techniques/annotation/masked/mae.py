@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import InputShape, Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -82,28 +82,25 @@ class Mae(Technique):
     to the encoder; here it sees visible patches only, whatever the target.)
     """
 
-    name: ClassVar[str] = "mae"
-    only_with: ClassVar[OnlyWith] = {"normalise": ("target", ("pixels",))}
-    stage: ClassVar[Stage] = "objective"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"decoder_depth": 2},
-        {"decoder_depth": 1, "target": "hog"},
-    )
+    name = "mae"
+    only_with = {"normalise": ("target", ("pixels",))}
+    stage = "objective"
+    needs = frozenset({"token_grid", "trainable_base"})
+    examples = ({"decoder_depth": 2}, {"decoder_depth": 1, "target": "hog"})
 
-    mask_ratio: Annotated[
-        float, Field(gt=0, lt=1, description="share of the patches hidden from the encoder")
-    ] = 0.75
-    target: Annotated[
-        Literal["pixels", "hog"], Field(description="what of a hidden patch is reconstructed")
-    ] = "pixels"
-    normalise: Annotated[
-        bool, Field(description="pixels: give each patch mean 0 and variance 1")
-    ] = True
-    decoder_depth: Annotated[int, Field(ge=1, description="blocks of the decoder")] = 8
-    decoder_dim: Annotated[
-        int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")
-    ] = None
+    mask_ratio: float = Field(
+        default=0.75, gt=0, lt=1, description="share of the patches hidden from the encoder"
+    )
+    target: Literal["pixels", "hog"] = Field(
+        default="pixels", description="what of a hidden patch is reconstructed"
+    )
+    normalise: bool = Field(
+        default=True, description="pixels: give each patch mean 0 and variance 1"
+    )
+    decoder_depth: int = Field(default=8, ge=1, description="blocks of the decoder")
+    decoder_dim: int | None = Field(
+        default=None, ge=4, multiple_of=4, description="its width; two thirds of the model's"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -7,7 +7,7 @@ import copy
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +35,10 @@ class Teacher(BaseModel):
     model: Any = Field(
         description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …'
     )
-    weight: Annotated[float, Field(gt=0, description="how much it counts beside the others")] = 1.0
-    size: Annotated[
-        int | None, Field(gt=0, description="side in pixels at which it sees the images")
-    ] = None
+    weight: float = Field(default=1.0, gt=0, description="how much it counts beside the others")
+    size: int | None = Field(
+        default=None, gt=0, description="side in pixels at which it sees the images"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -51,11 +51,11 @@ class CacheOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    dtype: Annotated[
-        Literal["fp32", "fp16"], Field(description="fp32 gives the same weights as a live teacher")
-    ] = "fp32"
-    top_k: Annotated[int | None, Field(ge=1, description="keep only the k greatest logits")] = None
-    max_bytes: Annotated[int | None, Field(gt=0, description="of all caches beside it")] = None
+    dtype: Literal["fp32", "fp16"] = Field(
+        default="fp32", description="fp32 gives the same weights as a live teacher"
+    )
+    top_k: int | None = Field(default=None, ge=1, description="keep only the k greatest logits")
+    max_bytes: int | None = Field(default=None, gt=0, description="of all caches beside it")
 
 
 class FrozenTeacher:

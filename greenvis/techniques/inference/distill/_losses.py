@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,60 +67,54 @@ class Loss(BaseModel):
     shared: ClassVar[tuple[str, ...]] = ("kind", "weight", "teacher", "warmup_epochs")
 
     kind: Kind
-    weight: Annotated[float, Field(ge=0, description="factor of this term")] = 1.0
-    teacher: Annotated[
-        str | None, Field(description="which of several teachers; all of them where absent")
-    ] = None
-    warmup_epochs: Annotated[
-        int, Field(ge=0, description="the factor grows linearly in these epochs; DKD's authors: 20")
-    ] = 0
-    layers: Annotated[
-        Layers | None,
-        Field(
-            description='of the student: "block" (all), "last", "head" (what goes into the '
-            "classifier), numbers, paths"
-        ),
-    ] = None
-    teacher_layers: Annotated[
-        Layers | None, Field(description="of the teacher; as the student's where absent")
-    ] = None
-    temperature: Annotated[
-        float | None, Field(gt=0, description="softens answers; the request's where absent")
-    ] = None
-    hard: Annotated[
-        bool, Field(description="learn the class the teacher chose, not its probabilities")
-    ] = False
-    smoothing: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            lt=1,
-            description="where the teacher is wrong, the label smoothed by this replaces its "
-            "answer (Wen et al., 2021)",
-        ),
-    ] = None
-    alpha: Annotated[float, Field(ge=0, description="of the target class in dkd")] = 1.0
-    beta: Annotated[float, Field(ge=0, description="of the other classes in dkd")] = 8.0
-    p: Annotated[float, Field(gt=0, description="power of the features in an attention map")] = 2.0
-    residual: Annotated[
-        bool, Field(description="learn only what cannot be read off the student's features already")
-    ] = False
-    width: Annotated[int | None, Field(ge=1, description="channels where review's levels meet")] = (
-        None
+    weight: float = Field(default=1.0, ge=0, description="factor of this term")
+    teacher: str | None = Field(
+        default=None, description="which of several teachers; all of them where absent"
     )
-    distance: Annotated[float, Field(ge=0, description="factor of distances in rkd")] = 25.0
-    angle: Annotated[float, Field(ge=0, description="factor of angles in rkd")] = 50.0
-    relations: Annotated[
-        tuple[Literal["qk", "qq", "kk", "vv"], ...],
-        Field(min_length=1, description="pairs minilm relates"),
-    ] = ("qk", "vv")
-    heads: Annotated[
-        int | None, Field(ge=1, description="of the relations; as many as both have where absent")
-    ] = None
-    tokens: Annotated[
-        Literal["all", "patches"],
-        Field(description="whether class and register tokens are compared beside the patches"),
-    ] = "all"
+    warmup_epochs: int = Field(
+        default=0, ge=0, description="the factor grows linearly in these epochs; DKD's authors: 20"
+    )
+    layers: Layers | None = Field(
+        default=None,
+        description='of the student: "block" (all), "last", "head" (what goes into the '
+        "classifier), numbers, paths",
+    )
+    teacher_layers: Layers | None = Field(
+        default=None, description="of the teacher; as the student's where absent"
+    )
+    temperature: float | None = Field(
+        default=None, gt=0, description="softens answers; the request's where absent"
+    )
+    hard: bool = Field(
+        default=False, description="learn the class the teacher chose, not its probabilities"
+    )
+    smoothing: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="where the teacher is wrong, the label smoothed by this replaces its "
+        "answer (Wen et al., 2021)",
+    )
+    alpha: float = Field(default=1.0, ge=0, description="of the target class in dkd")
+    beta: float = Field(default=8.0, ge=0, description="of the other classes in dkd")
+    p: float = Field(default=2.0, gt=0, description="power of the features in an attention map")
+    residual: bool = Field(
+        default=False,
+        description="learn only what cannot be read off the student's features already",
+    )
+    width: int | None = Field(default=None, ge=1, description="channels where review's levels meet")
+    distance: float = Field(default=25.0, ge=0, description="factor of distances in rkd")
+    angle: float = Field(default=50.0, ge=0, description="factor of angles in rkd")
+    relations: tuple[Literal["qk", "qq", "kk", "vv"], ...] = Field(
+        default=("qk", "vv"), min_length=1, description="pairs minilm relates"
+    )
+    heads: int | None = Field(
+        default=None, ge=1, description="of the relations; as many as both have where absent"
+    )
+    tokens: Literal["all", "patches"] = Field(
+        default="all",
+        description="whether class and register tokens are compared beside the patches",
+    )
 
     @model_validator(mode="after")
     def _only_its_own(self) -> Loss:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import InputShape, Installed, Stage, Technique, logits_of
+from greenvis.core.technique import InputShape, Installed, Technique, logits_of
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import view
 from greenvis.tasks.answers import CLASSES, PIXELS_TOO
@@ -73,12 +73,10 @@ class Distill(Technique):
     earlier ones is an option of the technique that gives it exits (there called `distill`, too).
     """
 
-    name: ClassVar[str] = "distill"
-    stage: ClassVar[Stage] = "objective"
-    instead: ClassVar[str] = (
-        "distil features (hint, cosine, attention_transfer, rkd), which compare no classes"
-    )
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "distill"
+    stage = "objective"
+    instead = "distil features (hint, cosine, attention_transfer, rkd), which compare no classes"
+    examples = (
         {"teacher": copy.deepcopy, "temperature": 2.0},
         {
             "teachers": _two,
@@ -92,44 +90,39 @@ class Distill(Technique):
         },
     )
 
-    teacher: Annotated[
-        Any,
-        Field(
-            description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": '
-            "itself"
-        ),
-    ] = None
-    teachers: Annotated[
-        dict[str, Teacher] | None,
-        Field(description="several by name, each as a model or with weight and size"),
-    ] = None
-    combine: Annotated[
-        Literal["fixed", "agreement", "confidence", "learned"],
-        Field(description="how several teachers' answers are weighed"),
-    ] = "fixed"
-    losses: Annotated[tuple[Loss, ...], Field(min_length=1, description="what is compared")] = (
-        Loss.model_validate({"kind": "kd"}),
+    teacher: Any = Field(
+        default=None,
+        description='a model, or a reference: "run:NAME", "file:PATH", "timm/NAME", …; "ema": '
+        "itself",
     )
-    temperature: Annotated[float, Field(gt=0, description="softens both answers")] = 4.0
-    weight: Annotated[float, Field(ge=0, description="factor of all distillation terms")] = 1.0
-    task_weight: Annotated[
-        float, Field(ge=0, description="factor of the task loss, while the teacher is asked")
-    ] = 1.0
-    size: Annotated[
-        int | None, Field(gt=0, description="side in pixels at which the teacher sees the images")
-    ] = None
-    momentum: Annotated[float, Field(ge=0, lt=1, description='of "ema"')] = 0.999
-    teacher_epochs: Annotated[
-        int | None, Field(ge=1, description="epochs with a teacher; the rest go without")
-    ] = None
-    cache: Annotated[
-        bool | CacheOptions, Field(description="keep what the teacher says on disk")
-    ] = False
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None,
-        Field(description="of the teacher's forward; the training's where absent"),
-    ] = None
-    compile: Annotated[bool, Field(description="compile the teacher; answers only")] = False
+    teachers: dict[str, Teacher] | None = Field(
+        default=None, description="several by name, each as a model or with weight and size"
+    )
+    combine: Literal["fixed", "agreement", "confidence", "learned"] = Field(
+        default="fixed", description="how several teachers' answers are weighed"
+    )
+    losses: tuple[Loss, ...] = Field(
+        default=(Loss.model_validate({"kind": "kd"}),), min_length=1, description="what is compared"
+    )
+    temperature: float = Field(default=4.0, gt=0, description="softens both answers")
+    weight: float = Field(default=1.0, ge=0, description="factor of all distillation terms")
+    task_weight: float = Field(
+        default=1.0, ge=0, description="factor of the task loss, while the teacher is asked"
+    )
+    size: int | None = Field(
+        default=None, gt=0, description="side in pixels at which the teacher sees the images"
+    )
+    momentum: float = Field(default=0.999, ge=0, lt=1, description='of "ema"')
+    teacher_epochs: int | None = Field(
+        default=None, ge=1, description="epochs with a teacher; the rest go without"
+    )
+    cache: bool | CacheOptions = Field(
+        default=False, description="keep what the teacher says on disk"
+    )
+    precision: Literal["fp32", "bf16"] | None = Field(
+        default=None, description="of the teacher's forward; the training's where absent"
+    )
+    compile: bool = Field(default=False, description="compile the teacher; answers only")
     input_shape: InputShape = None
 
     @model_validator(mode="after")

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import freeze, names_of
-from greenvis.core.technique import InputShape, Installed, Stage, Technique, logits_of
+from greenvis.core.technique import InputShape, Installed, Technique, logits_of
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.tasks.answers import CLASSES, is_tensor, refuse_task, task_of
 from greenvis.techniques._shared.rows import followed
@@ -53,66 +53,58 @@ class EarlyExit(Technique):
     stayed: Zhou et al., 2020).
     """
 
-    name: ClassVar[str] = "early_exit"
-    stage: ClassVar[Stage] = "exits"
-    needs: ClassVar[frozenset[str]] = frozenset({"batch_independence"})
-    tasks: ClassVar[frozenset[str] | None] = CLASSES
-    instead: ClassVar[str] = (
+    name = "early_exit"
+    stage = "exits"
+    needs = frozenset({"batch_independence"})
+    tasks = CLASSES
+    instead = (
         "an exit is sure of one class; a smaller model, or fewer tokens, answers any task for less"
     )
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    examples = (
         {},
         {"at": (0.4,), "base": "freeze", "distill": 0.5},
         {"at": (0.3, 0.6), "threshold": 0.25},
     )
-    neutral: ClassVar[Mapping[str, Any] | None] = {"threshold": "never"}
-    nothing: ClassVar[Mapping[str, Any] | None] = {"at": ("no.such.block",)}
+    neutral = {"threshold": "never"}
+    nothing = {"at": ("no.such.block",)}
 
-    at: Annotated[
-        tuple[int | float | str, ...], Field(min_length=1, description="where the exits are")
-    ] = (0.25, 0.5, 0.75)
-    base: Annotated[
-        Literal["train", "freeze"],
-        Field(description="train the model with its exits, or the exits alone"),
-    ] = "train"
-    pool: Annotated[
-        Literal["auto", "token", "mean", "both"],
-        Field(description="what of a token sequence a head reads; auto: as the model's"),
-    ] = "auto"
-    weights: Annotated[
-        tuple[float, ...] | None,
-        Field(description="of each exit's loss; 1 each where absent (MSDNet)"),
-    ] = None
-    distill: Annotated[
-        float, Field(ge=0, description="factor of what the last exit teaches each")
-    ] = 0.0
-    temperature: Annotated[
-        float, Field(gt=0, description="softens both answers in that lesson")
-    ] = 3.0
-    criterion: Annotated[
-        Literal["max_prob", "entropy", "patience"], Field(description="when an exit is sure")
-    ] = "max_prob"
-    threshold: Annotated[
-        Literal["never"] | float | tuple[float, ...],
-        Field(description="leave from here on; one, or one per exit"),
-    ] = "never"
-    target_drop: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            lt=1,
-            description="after training, choose thresholds that lose no more accuracy than this",
-        ),
-    ] = None
-    budget: Annotated[
-        float | None,
-        Field(
-            gt=0, le=1, description="after training, choose thresholds for this share of the MACs"
-        ),
-    ] = None
-    confidence: Annotated[
-        float, Field(ge=0.5, lt=1, description="with which the bound on the drop holds")
-    ] = 0.95
+    at: tuple[int | float | str, ...] = Field(
+        default=(0.25, 0.5, 0.75), min_length=1, description="where the exits are"
+    )
+    base: Literal["train", "freeze"] = Field(
+        default="train", description="train the model with its exits, or the exits alone"
+    )
+    pool: Literal["auto", "token", "mean", "both"] = Field(
+        default="auto", description="what of a token sequence a head reads; auto: as the model's"
+    )
+    weights: tuple[float, ...] | None = Field(
+        default=None, description="of each exit's loss; 1 each where absent (MSDNet)"
+    )
+    distill: float = Field(
+        default=0.0, ge=0, description="factor of what the last exit teaches each"
+    )
+    temperature: float = Field(default=3.0, gt=0, description="softens both answers in that lesson")
+    criterion: Literal["max_prob", "entropy", "patience"] = Field(
+        default="max_prob", description="when an exit is sure"
+    )
+    threshold: Literal["never"] | float | tuple[float, ...] = Field(
+        default="never", description="leave from here on; one, or one per exit"
+    )
+    target_drop: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="after training, choose thresholds that lose no more accuracy than this",
+    )
+    budget: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="after training, choose thresholds for this share of the MACs",
+    )
+    confidence: float = Field(
+        default=0.95, ge=0.5, lt=1, description="with which the bound on the drop holds"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

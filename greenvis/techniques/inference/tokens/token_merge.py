@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
@@ -51,34 +51,27 @@ class TokenMerge(Technique):
     Blocks must be pre-norm with global attention.
     """
 
-    name: ClassVar[str] = "token_merge"
-    stage: ClassVar[Stage] = "tokens"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
-    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "attention_maps"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"r": 2},
-        {"r": [3, -1], "proportional": False, "restore": "always"},
-    )
-    neutral: ClassVar[Mapping[str, Any] | None] = {"r": 0}
-    nothing: ClassVar[Mapping[str, Any] | None] = {"r": [1] * 1000}
+    name = "token_merge"
+    stage = "tokens"
+    needs = frozenset({"token_grid"})
+    breaks = frozenset({"token_grid", "attention_maps"})
+    examples = ({"r": 2}, {"r": [3, -1], "proportional": False, "restore": "always"})
+    neutral = {"r": 0}
+    nothing = {"r": [1] * 1000}
 
-    r: Annotated[
-        int | list[float],
-        Field(
-            description="tokens merged in each block: one number, [r, inflection] (-1 falls from "
-            "2r to 0), or one per block"
-        ),
-    ] = 8
-    proportional: Annotated[
-        bool, Field(description="add log(size) to attention, so that merged tokens count as many")
-    ] = True
-    restore: Annotated[
-        Literal["auto", "always", "never"],
-        Field(
-            description="give all tokens back behind the last block: where the head reads patches, "
-            "always, or never"
-        ),
-    ] = "auto"
+    r: int | list[float] = Field(
+        default=8,
+        description="tokens merged in each block: one number, [r, inflection] (-1 falls from "
+        "2r to 0), or one per block",
+    )
+    proportional: bool = Field(
+        default=True, description="add log(size) to attention, so that merged tokens count as many"
+    )
+    restore: Literal["auto", "always", "never"] = Field(
+        default="auto",
+        description="give all tokens back behind the last block: where the head reads patches, "
+        "always, or never",
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import InputShape, Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.core.trainers import refuse_recomputed
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
@@ -58,36 +58,33 @@ class TokenPrune(Technique):
     place, of those that left with the value they had.
     """
 
-    name: ClassVar[str] = "token_prune"
-    only_with: ClassVar[OnlyWith] = {"weight": ("method", ("predictor",))}
-    stage: ClassVar[Stage] = "tokens"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
-    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places", "attention_maps"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "token_prune"
+    only_with = {"weight": ("method", ("predictor",))}
+    stage = "tokens"
+    needs = frozenset({"token_grid"})
+    breaks = frozenset({"token_grid", "token_places", "attention_maps"})
+    examples = (
         {"keep": 0.6},
         {"method": "class_attention", "keep": 0.5, "fuse": True, "blocks": [0, 1]},
     )
-    neutral: ClassVar[Mapping[str, Any] | None] = {"keep": 1.0}
-    nothing: ClassVar[Mapping[str, Any] | None] = {"blocks": [1000]}
+    neutral = {"keep": 1.0}
+    nothing = {"blocks": [1000]}
 
-    method: Annotated[
-        Literal["predictor", "class_attention"],
-        Field(description="what chooses: trained predictors, or the class token"),
-    ] = "predictor"
-    keep: Annotated[
-        float, Field(gt=0, le=1, description="share of the tokens that go on, at each place again")
-    ] = 0.7
-    blocks: Annotated[
-        list[int] | None,
-        Field(
-            description="numbers of the blocks in which tokens leave, from 0; default: at 1/4, "
-            "1/2, 3/4"
-        ),
-    ] = None
-    fuse: Annotated[bool, Field(description="class_attention: hand the others on as one token")] = (
-        False
+    method: Literal["predictor", "class_attention"] = Field(
+        default="predictor", description="what chooses: trained predictors, or the class token"
     )
-    weight: Annotated[float, Field(ge=0, description="predictor: factor of the ratio loss")] = 2.0
+    keep: float = Field(
+        default=0.7, gt=0, le=1, description="share of the tokens that go on, at each place again"
+    )
+    blocks: list[int] | None = Field(
+        default=None,
+        description="numbers of the blocks in which tokens leave, from 0; default: at 1/4, "
+        "1/2, 3/4",
+    )
+    fuse: bool = Field(
+        default=False, description="class_attention: hand the others on as one token"
+    )
+    weight: float = Field(default=2.0, ge=0, description="predictor: factor of the ratio loss")
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

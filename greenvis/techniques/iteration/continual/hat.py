@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.core.modes import removing
 from greenvis.core.surgery import hold_norms, names_of
-from greenvis.core.technique import Experience, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Experience, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, reached, view
 from greenvis.models.structure.parts import Mlp
@@ -90,20 +90,20 @@ class Hat(Technique):
     ended. In a loop of one's own call `batch` and `step_end`.
     """
 
-    name: ClassVar[str] = "hat"
-    stage: ClassVar[Stage] = "weights"
-    order: ClassVar[int] = 1
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"s_max": 50.0, "anneal_steps": 4})
+    name = "hat"
+    stage = "weights"
+    order = 1
+    needs = frozenset({"trainable_base"})
+    examples = ({}, {"s_max": 50.0, "anneal_steps": 4})
 
-    s_max: Annotated[float, Field(gt=1, description="greatest steepness s of the gates")] = 400.0
-    weight: Annotated[float, Field(ge=0, description="factor of the sparsity term")] = 0.75
-    anneal_steps: Annotated[
-        int, Field(ge=1, description="steps over which s rises once: as many as an epoch has")
-    ] = 100
-    lr_ratio: Annotated[
-        float, Field(gt=0, description="learning rate of the embeddings over that of the rest")
-    ] = 10.0
+    s_max: float = Field(default=400.0, gt=1, description="greatest steepness s of the gates")
+    weight: float = Field(default=0.75, ge=0, description="factor of the sparsity term")
+    anneal_steps: int = Field(
+        default=100, ge=1, description="steps over which s rises once: as many as an epoch has"
+    )
+    lr_ratio: float = Field(
+        default=10.0, gt=0, description="learning rate of the embeddings over that of the rest"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,15 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import find, freeze, names_of, parents_of
-from greenvis.core.technique import (
-    Classifier,
-    Experience,
-    InputShape,
-    Installed,
-    OnlyWith,
-    Stage,
-    Technique,
-)
+from greenvis.core.technique import Classifier, Experience, InputShape, Installed, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
@@ -64,36 +56,33 @@ class LoraStream(Technique):
     optimizer for each task: each has parameters of its own.
     """
 
-    name: ClassVar[str] = "lora_stream"
-    only_with: ClassVar[OnlyWith] = {
-        "weight": ("mode", ("orthogonal",)),
-        "scale": ("mode", ("arithmetic",)),
-    }
-    stage: ClassVar[Stage] = "weights"
-    needs: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
-    breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "lora_stream"
+    only_with = {"weight": ("mode", ("orthogonal",)), "scale": ("mode", ("arithmetic",))}
+    stage = "weights"
+    needs = frozenset({"bare_layers"})
+    breaks = frozenset({"bare_layers"})
+    examples = (
         {"rank": 2},
         {"rank": 2, "targets": ["conv"], "mode": "arithmetic", "head": "freeze"},
     )
-    nothing: ClassVar[Mapping[str, Any] | None] = {"targets": ["no.such.layer*"]}
+    nothing = {"targets": ["no.such.layer*"]}
 
-    rank: Annotated[int, Field(ge=1, description="rank r of each task's change")] = 8
-    alpha: Annotated[
-        float | None, Field(gt=0, description="scale alpha / r of each change; default r")
-    ] = None
-    targets: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, description=f"roles ({', '.join(ROLES)}) or patterns of module paths"),
-    ] = ("linear",)
-    mode: Annotated[
-        Literal["orthogonal", "arithmetic"],
-        Field(description="train on top of earlier changes, or apart from them"),
-    ] = "orthogonal"
-    weight: Annotated[float, Field(ge=0, description="factor of the orthogonality term")] = 0.5
-    scale: Annotated[
-        float, Field(gt=0, description="arithmetic: factor of each change in the sum")
-    ] = 1.0
+    rank: int = Field(default=8, ge=1, description="rank r of each task's change")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale alpha / r of each change; default r"
+    )
+    targets: tuple[str, ...] = Field(
+        default=("linear",),
+        min_length=1,
+        description=f"roles ({', '.join(ROLES)}) or patterns of module paths",
+    )
+    mode: Literal["orthogonal", "arithmetic"] = Field(
+        default="orthogonal", description="train on top of earlier changes, or apart from them"
+    )
+    weight: float = Field(default=0.5, ge=0, description="factor of the orthogonality term")
+    scale: float = Field(
+        default=1.0, gt=0, description="arithmetic: factor of each change in the sum"
+    )
     head: Classifier = "train"
     input_shape: InputShape = None
 

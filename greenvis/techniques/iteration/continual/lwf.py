@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Experience, Installed, Stage, Technique, logits_of
+from greenvis.core.technique import Experience, Installed, Technique, logits_of
 from greenvis.errors import GreenvisError
 from greenvis.tasks.answers import PIXELS_TOO, class_rows
 
@@ -71,21 +71,20 @@ class Lwf(Technique):
     classes apart. Of a segmentation model every pixel is a sample.
     """
 
-    name: ClassVar[str] = "lwf"
-    stage: ClassVar[Stage] = "objective"
-    tasks: ClassVar[frozenset[str] | None] = PIXELS_TOO
-    instead: ClassVar[str] = "hold the weights by importances that read no labels (MAS, SI)"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"weight": 0.5},)
+    name = "lwf"
+    stage = "objective"
+    tasks = PIXELS_TOO
+    instead = "hold the weights by importances that read no labels (MAS, SI)"
+    examples = ({"weight": 0.5},)
 
-    weight: Annotated[float, Field(ge=0, description="factor of the term")] = 1.0
-    temperature: Annotated[float, Field(gt=0, description="softens both answers")] = 2.0
-    form: Annotated[
-        Literal["kl", "cross_entropy"], Field(description="another value, the same gradient")
-    ] = "kl"
-    keep: Annotated[
-        float,
-        Field(ge=0, lt=1, description="share of the earlier weights taken at each task's end"),
-    ] = 0.0
+    weight: float = Field(default=1.0, ge=0, description="factor of the term")
+    temperature: float = Field(default=2.0, gt=0, description="softens both answers")
+    form: Literal["kl", "cross_entropy"] = Field(
+        default="kl", description="another value, the same gradient"
+    )
+    keep: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the earlier weights taken at each task's end"
+    )
 
     def install(self, model: nn.Module) -> Installed:
         """Leave the model as it is."""

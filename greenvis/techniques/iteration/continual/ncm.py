@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from greenvis.core import distributed
 from greenvis.core.surgery import freeze, hold_in_eval
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
 from greenvis.tasks.answers import CLASSES, require_class_numbers
@@ -48,15 +48,15 @@ class Ncm(Technique):
     merged model is a plain one. All runs in eval. The task loss is 0.
     """
 
-    name: ClassVar[str] = "ncm"
-    stage: ClassVar[Stage] = "objective"
-    breaks: ClassVar[frozenset[str]] = frozenset({"gradients"})
-    tasks: ClassVar[frozenset[str] | None] = CLASSES
-    instead: ClassVar[str] = "a mean is that of the images of one class: train a classifier"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"metric": "cosine"}, {})
+    name = "ncm"
+    stage = "objective"
+    breaks = frozenset({"gradients"})
+    tasks = CLASSES
+    instead = "a mean is that of the images of one class: train a classifier"
+    examples = ({"metric": "cosine"}, {})
 
-    metric: Annotated[Metric, Field(description="euclidean needs a classifier with a bias")] = (
-        "euclidean"
+    metric: Metric = Field(
+        default="euclidean", description="euclidean needs a classifier with a bias"
     )
     input_shape: InputShape = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from greenvis.core.technique import (
     Experience,
     InputShape,
     Installed,
-    Stage,
     Technique,
     logits_of,
     mask_classes,
@@ -66,22 +65,22 @@ class PackNet(Technique):
     after each optimizer step: it takes back what decay or momentum did to frozen weights.
     """
 
-    name: ClassVar[str] = "packnet"
-    stage: ClassVar[Stage] = "weights"
-    needs: ClassVar[frozenset[str]] = frozenset({"trainable_base"})
-    tasks: ClassVar[frozenset[str] | None] = CLASSES
-    instead: ClassVar[str] = (
+    name = "packnet"
+    stage = "weights"
+    needs = frozenset({"trainable_base"})
+    tasks = CLASSES
+    instead = (
         "its training after pruning is by cross entropy; hold the weights by importances (MAS, SI)"
     )
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"keep": 0.25, "retrain_epochs": 0})
+    examples = ({}, {"keep": 0.25, "retrain_epochs": 0})
 
-    keep: Annotated[
-        float, Field(gt=0, le=1, description="share of a layer's free weights that each task keeps")
-    ] = 0.5
-    retrain_epochs: Annotated[
-        int, Field(ge=0, description="epochs on the task's images after pruning")
-    ] = 1
-    retrain_lr: Annotated[float, Field(gt=0, description="learning rate of that")] = 1e-3
+    keep: float = Field(
+        default=0.5, gt=0, le=1, description="share of a layer's free weights that each task keeps"
+    )
+    retrain_epochs: int = Field(
+        default=1, ge=0, description="epochs on the task's images after pruning"
+    )
+    retrain_lr: float = Field(default=1e-3, gt=0, description="learning rate of that")
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

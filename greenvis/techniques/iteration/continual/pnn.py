@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_unflatten
 
 from greenvis.core.modes import in_mode
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import Experience, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Experience, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.attach import seat
@@ -40,14 +40,14 @@ class Pnn(Technique):
     first). Every column begins with the weights the model was given.
     """
 
-    name: ClassVar[str] = "pnn"
-    stage: ClassVar[Stage] = "weights"
-    order: ClassVar[int] = 1
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"width": 4},)
+    name = "pnn"
+    stage = "weights"
+    order = 1
+    examples = ({"width": 4},)
 
-    width: Annotated[
-        int, Field(ge=1, description="hidden units of each adapter between two columns")
-    ] = 16
+    width: int = Field(
+        default=16, ge=1, description="hidden units of each adapter between two columns"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.modes import in_mode, removing
-from greenvis.core.technique import Classifier, InputShape, Installed, Samples, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Samples, Technique
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
 from greenvis.models.structure.probing import probing
@@ -106,9 +106,9 @@ class PromptPool(Technique):
     authors' loss is among a task's own classes (a stream with head: multi).
     """
 
-    name: ClassVar[str] = "prompt_pool"
-    stage: ClassVar[Stage] = "tokens"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "prompt_pool"
+    stage = "tokens"
+    examples = (
         {"pool": 4, "length": 2, "top_n": 2},
         {
             "pool": 3,
@@ -120,40 +120,35 @@ class PromptPool(Technique):
             "head": "freeze",
         },
     )
-    neutral: ClassVar[Mapping[str, Any] | None] = None
+    neutral = None
 
-    pool: Annotated[int, Field(ge=1, description="prompts in the pool")] = 10
-    length: Annotated[int, Field(ge=1, description="tokens of each prompt")] = 5
-    top_n: Annotated[int, Field(ge=1, description="prompts each image picks")] = 5
-    pull: Annotated[
-        float, Field(gt=0, description="factor of the term that draws picked keys to their queries")
-    ] = 0.1
-    query: Annotated[
-        Literal["class", "patch"],
-        Field(
-            description="what picks: the frozen model's feature (a second forward), or the mean "
-            "patch embedding"
-        ),
-    ] = "class"
-    select: Annotated[
-        Literal["sample", "batch"],
-        Field(description="each image its own prompts, or the batch's majority"),
-    ] = "sample"
-    diversity: Annotated[
-        float,
-        Field(
-            ge=0,
-            le=1,
-            description="how far prompts that earlier tasks used are put back in training",
-        ),
-    ] = 0.0
-    readout: Annotated[
-        Literal["prompts", "class"],
-        Field(description="what the head reads: the prompts' mean, or what it always read"),
-    ] = "prompts"
-    cache: Annotated[
-        bool, Field(description="compute each training image's query once, and keep it on disk")
-    ] = False
+    pool: int = Field(default=10, ge=1, description="prompts in the pool")
+    length: int = Field(default=5, ge=1, description="tokens of each prompt")
+    top_n: int = Field(default=5, ge=1, description="prompts each image picks")
+    pull: float = Field(
+        default=0.1, gt=0, description="factor of the term that draws picked keys to their queries"
+    )
+    query: Literal["class", "patch"] = Field(
+        default="class",
+        description="what picks: the frozen model's feature (a second forward), or the mean "
+        "patch embedding",
+    )
+    select: Literal["sample", "batch"] = Field(
+        default="sample", description="each image its own prompts, or the batch's majority"
+    )
+    diversity: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="how far prompts that earlier tasks used are put back in training",
+    )
+    readout: Literal["prompts", "class"] = Field(
+        default="prompts",
+        description="what the head reads: the prompts' mean, or what it always read",
+    )
+    cache: bool = Field(
+        default=False, description="compute each training image's query once, and keep it on disk"
+    )
     head: Classifier = "train"
     input_shape: InputShape = None
 

@@ -4,7 +4,7 @@ MAS, SI)."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
-from greenvis.core.technique import Installed, OnlyWith, Stage, Technique, logits_of
+from greenvis.core.technique import Installed, OnlyWith, Technique, logits_of
 from greenvis.tasks.answers import CLASSES, require_class_numbers
 from greenvis.techniques.iteration.continual._gradients import sample_gradients
 
@@ -148,39 +148,31 @@ class Regularize(Technique):
     ½: of two libraries' Fishers one is 8 times the other, so a weight belongs to its `fisher`.
     """
 
-    name: ClassVar[str] = "regularize"
+    name = "regularize"
     only_with: ClassVar[OnlyWith] = {
         "fisher": ("method", ("ewc", "mas")), "online": ("method", ("ewc",)), "damping": ("method",
         ("si",)),
     }  # fmt: skip
-    stage: ClassVar[Stage] = "objective"
-    instead: ClassVar[str] = "weigh by what reads no labels: method mas, or si"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"weight": 10.0},
-        {"method": "si", "weight": 1.0},
-    )
+    stage = "objective"
+    instead = "weigh by what reads no labels: method mas, or si"
+    examples = ({"weight": 10.0}, {"method": "si", "weight": 1.0})
 
     method: Literal["ewc", "mas", "si"] = "ewc"
-    weight: Annotated[float, Field(ge=0, description="factor of the penalty")] = 100.0
-    fisher: Annotated[
-        Fisher,
-        Field(
-            description="of ewc, and of mas (sample or batch): what is squared; see greenvis "
-            "explain"
-        ),
-    ] = "sample"
-    online: Annotated[
-        bool, Field(description="of ewc: hold to the last weights; else to each task's own")
-    ] = True
-    decay: Annotated[
-        float | None,
-        Field(
-            ge=0,
-            le=1,
-            description="factor on old importances at a task's end, 1; of mas: their share, 0.5",
-        ),
-    ] = None
-    damping: Annotated[float, Field(gt=0, description="of si: added to the squared change")] = 0.1
+    weight: float = Field(default=100.0, ge=0, description="factor of the penalty")
+    fisher: Fisher = Field(
+        default="sample",
+        description="of ewc, and of mas (sample or batch): what is squared; see greenvis explain",
+    )
+    online: bool = Field(
+        default=True, description="of ewc: hold to the last weights; else to each task's own"
+    )
+    decay: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="factor on old importances at a task's end, 1; of mas: their share, 0.5",
+    )
+    damping: float = Field(default=0.1, gt=0, description="of si: added to the squared change")
 
     @property
     def tasks(self) -> frozenset[str] | None:  # type: ignore[override]

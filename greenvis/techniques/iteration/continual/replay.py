@@ -4,7 +4,7 @@ of which join each batch."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from greenvis.core.technique import (
     InputShape,
     Installed,
     OnlyWith,
-    Stage,
     Technique,
     logits_of,
 )
@@ -96,55 +95,52 @@ class Replay(Technique):
     `size`, of the images it is shown: give `end_experience` its own part of the data, too.
     """
 
-    name: ClassVar[str] = "replay"
+    name = "replay"
     only_with: ClassVar[OnlyWith] = {
         "alpha": ("method", ("der", "derpp")), "beta": ("method", ("derpp",)), "lr": ("method",
         ("gdumb",)),
     }  # fmt: skip
-    stage: ClassVar[Stage] = "objective"
-    rank_local: ClassVar[bool] = True
-    tasks: ClassVar[frozenset[str] | None] = CLASSES
-    instead: ClassVar[str] = (
+    stage = "objective"
+    rank_local = True
+    tasks = CLASSES
+    instead = (
         "its buffer keeps a class number for each image; hold the weights by importances (MAS, SI)"
     )
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    examples = (
         {"size": 6},
         {"size": 5, "method": "derpp", "policy": "balanced"},
         {"size": 6, "latent": -1},
         {"size": 6, "method": "gdumb", "policy": "greedy", "epochs": 1},
     )
 
-    size: Annotated[int, Field(ge=1, description="examples kept")] = 500
+    size: int = Field(default=500, ge=1, description="examples kept")
     method: Method = "er"
-    policy: Annotated[
-        Policy,
-        Field(
-            description="who stays: all alike; a class's latest; classes alike, by chance or who "
-            "comes first; at a task's end, "
-            "those nearest the mean; those whose gradients differ most"
-        ),
-    ] = "reservoir"
-    latent: Annotated[
-        int | str | None,
-        Field(description="keep what enters this block (from 0; negative: from the end)"),
-    ] = None
+    policy: Policy = Field(
+        default="reservoir",
+        description="who stays: all alike; a class's latest; classes alike, by chance or who "
+        "comes first; at a task's end, "
+        "those nearest the mean; those whose gradients differ most",
+    )
+    latent: int | str | None = Field(
+        default=None, description="keep what enters this block (from 0; negative: from the end)"
+    )
     source: Literal["buffer", "generator"] = "buffer"
-    batch_size: Annotated[
-        int | None, Field(ge=1, description="replayed a step; `share` of the batch where absent")
-    ] = None
-    share: Annotated[float, Field(gt=0, description="replayed for each new image")] = 1.0
-    every: Annotated[int, Field(ge=1, description="replay at every so many steps")] = 1
-    alpha: Annotated[
-        float, Field(ge=0, description="of der and derpp: weight of the kept logits")
-    ] = 0.5
-    beta: Annotated[float, Field(ge=0, description="of derpp: weight of the kept labels")] = 0.5
-    exact: Annotated[
-        bool, Field(description="keep float32 instead of uint8: four times the memory")
-    ] = False
-    epochs: Annotated[
-        int, Field(ge=1, description="of gdumb and of the generator: passes at a task's end")
-    ] = 30
-    lr: Annotated[float, Field(gt=0, description="of gdumb")] = 0.05
+    batch_size: int | None = Field(
+        default=None, ge=1, description="replayed a step; `share` of the batch where absent"
+    )
+    share: float = Field(default=1.0, gt=0, description="replayed for each new image")
+    every: int = Field(default=1, ge=1, description="replay at every so many steps")
+    alpha: float = Field(
+        default=0.5, ge=0, description="of der and derpp: weight of the kept logits"
+    )
+    beta: float = Field(default=0.5, ge=0, description="of derpp: weight of the kept labels")
+    exact: bool = Field(
+        default=False, description="keep float32 instead of uint8: four times the memory"
+    )
+    epochs: int = Field(
+        default=30, ge=1, description="of gdumb and of the generator: passes at a task's end"
+    )
+    lr: float = Field(default=0.05, gt=0, description="of gdumb")
     input_shape: InputShape = None
 
     @model_validator(mode="after")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.surgery import mark_skippable
-from greenvis.core.technique import Classifier, InputShape, Installed, OnlyWith, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import (
@@ -43,31 +42,32 @@ class Adapter(Technique):
     `model.train()` sets them; its batch norms are held.
     """
 
-    name: ClassVar[str] = "adapter"
-    only_with: ClassVar[OnlyWith] = {"kernel_size": ("variant", ("conv",))}
-    stage: ClassVar[Stage] = "weights"
-    order: ClassVar[int] = 1
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "adapter"
+    only_with = {"kernel_size": ("variant", ("conv",))}
+    stage = "weights"
+    order = 1
+    examples = (
         {"width": 4},
         {"width": 4, "variant": "adaptformer"},
         {"width": 4, "variant": "conv", "head": "freeze"},
         {"width": 4, "variant": "mona", "blocks": 2},
     )
-    nothing: ClassVar[Mapping[str, Any] | None] = {"blocks": 100_000}
+    nothing = {"blocks": 100_000}
 
-    variant: Annotated[Variant, Field(description="which bottleneck, and where")] = "houlsby"
-    width: Annotated[int, Field(ge=1, description="channels inside the bottleneck")] = 64
-    scale: Annotated[
-        float | None,
-        Field(gt=0, description="factor s on its output; default 0.1 for adaptformer, else 1"),
-    ] = None
-    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout inside the bottleneck")] = 0.0
-    kernel_size: Annotated[
-        Literal[1, 3, 5, 7], Field(description="side of conv's depthwise filter")
-    ] = 3
-    blocks: Annotated[
-        int | None, Field(ge=1, description="adapt the last so many blocks only; default all")
-    ] = None
+    variant: Variant = Field(default="houlsby", description="which bottleneck, and where")
+    width: int = Field(default=64, ge=1, description="channels inside the bottleneck")
+    scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="factor s on its output; default 0.1 for adaptformer, else 1",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout inside the bottleneck")
+    kernel_size: Literal[1, 3, 5, 7] = Field(
+        default=3, description="side of conv's depthwise filter"
+    )
+    blocks: int | None = Field(
+        default=None, ge=1, description="adapt the last so many blocks only; default all"
+    )
     head: Classifier = "train"
     input_shape: InputShape = None
 

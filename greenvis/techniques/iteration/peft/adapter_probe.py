@@ -3,16 +3,15 @@ all its blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis import models
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -42,24 +41,20 @@ class AdapterProbe(Technique):
     and stochastic depth of the frozen part stay as `model.train()` sets them.
     """
 
-    name: ClassVar[str] = "adapter_probe"
-    stage: ClassVar[Stage] = "weights"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"encoder_adapters": 2},
-        {"encoder_adapters": 0, "input_adapter": True},
-    )
-    neutral: ClassVar[Mapping[str, Any] | None] = {"encoder_adapters": 0, "input_adapter": True}
+    name = "adapter_probe"
+    stage = "weights"
+    needs = frozenset({"token_grid"})
+    examples = ({"encoder_adapters": 2}, {"encoder_adapters": 0, "input_adapter": True})
+    neutral = {"encoder_adapters": 0, "input_adapter": True}
 
-    encoder_adapters: Annotated[
-        int | None,
-        Field(
-            ge=0, description="blocks to a new encoder adapter, 0: none; absent: those kept, else 3"
-        ),
-    ] = None
-    input_adapter: Annotated[
-        bool, Field(description="also send the class token through an MLP")
-    ] = False
+    encoder_adapters: int | None = Field(
+        default=None,
+        ge=0,
+        description="blocks to a new encoder adapter, 0: none; absent: those kept, else 3",
+    )
+    input_adapter: bool = Field(
+        default=False, description="also send the class token through an MLP"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

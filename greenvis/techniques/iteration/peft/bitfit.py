@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import nn
 
 from greenvis.core.surgery import freeze, hold_norms, names_of
-from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -21,8 +19,8 @@ class Bitfit(Technique):
     inference. Batch norms keep the statistics they have.
     """
 
-    name: ClassVar[str] = "bitfit"
-    stage: ClassVar[Stage] = "weights"
+    name = "bitfit"
+    stage = "weights"
 
     head: Classifier = "train"
     input_shape: InputShape = None

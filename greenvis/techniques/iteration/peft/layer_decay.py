@@ -4,12 +4,12 @@ blocks."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any
 
 from pydantic import Field
 from torch import nn
 
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.models.structure import View, view
 
 
@@ -25,12 +25,12 @@ class LayerDecay(Technique):
     not one; timm counts a final norm with the last block. A masked autoencoder wants 0.65 to 0.75.
     """
 
-    name: ClassVar[str] = "layer_decay"
-    stage: ClassVar[Stage] = "base"
+    name = "layer_decay"
+    stage = "base"
 
-    decay: Annotated[
-        float, Field(gt=0, le=1, description="factor from a block to the one before it")
-    ] = 0.65
+    decay: float = Field(
+        default=0.65, gt=0, le=1, description="factor from a block to the one before it"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 from torch import nn
 
-from greenvis.core.technique import InputShape, Installed, PrefixCache, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, PrefixCache, Technique
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import train_only
 from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
@@ -28,9 +25,9 @@ class LinearProbe(Technique):
     `Wrapped.set_samples` says which samples a batch holds.
     """
 
-    name: ClassVar[str] = "linear_probe"
-    stage: ClassVar[Stage] = "weights"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
+    name = "linear_probe"
+    stage = "weights"
+    examples = ({}, {"cache": True})
 
     cache: PrefixCache = False
     input_shape: InputShape = None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, inject_adapter_in_model
@@ -14,7 +14,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from greenvis.core.surgery import find, freeze, parents_of
-from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -49,64 +49,59 @@ class Lora(Technique):
     training, until `rank` are left on average; what is off stays in the delta, as zeros.
     """
 
-    name: ClassVar[str] = "lora"
-    stage: ClassVar[Stage] = "weights"
-    breaks: ClassVar[frozenset[str]] = frozenset({"bare_layers"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "lora"
+    stage = "weights"
+    breaks = frozenset({"bare_layers"})
+    examples = (
         {"rank": 2},
         {"rank": 2, "targets": ["conv"], "variant": "rslora", "head": "freeze"},
         {"rank": 2, "targets": ["mlp"], "variant": "dora", "lr_ratio": 4.0},
         {"rank": 2, "targets": ["linear"], "variant": "adalora", "start_rank": 4, "total_steps": 3},
     )
-    nothing: ClassVar[Mapping[str, Any] | None] = {"targets": ["no.such.layer*"]}
+    nothing = {"targets": ["no.such.layer*"]}
 
-    rank: Annotated[int, Field(ge=1, description="rank r of each change")] = 8
-    alpha: Annotated[
-        float | None, Field(gt=0, description="scale: alpha / r (rslora: alpha / √r); default r")
-    ] = None
-    dropout: Annotated[
-        float, Field(ge=0, lt=1, description="dropout on the input of each change")
-    ] = 0.0
-    variant: Annotated[
-        Literal["lora", "dora", "rslora", "adalora"], Field(description="which low-rank method")
-    ] = "lora"
-    targets: Annotated[
-        tuple[str, ...],
-        Field(min_length=1, description=f"roles ({', '.join(ROLES)}) or patterns of module paths"),
-    ] = ("attention",)
+    rank: int = Field(default=8, ge=1, description="rank r of each change")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale: alpha / r (rslora: alpha / √r); default r"
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="dropout on the input of each change"
+    )
+    variant: Literal["lora", "dora", "rslora", "adalora"] = Field(
+        default="lora", description="which low-rank method"
+    )
+    targets: tuple[str, ...] = Field(
+        default=("attention",),
+        min_length=1,
+        description=f"roles ({', '.join(ROLES)}) or patterns of module paths",
+    )
     head: Classifier = "train"
-    init: Annotated[
-        Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"],
-        Field(
-            description="how the factors start, as PEFT names it; lora_ga looks at `calibration`"
-        ),
-    ] = "default"
-    calibration: Annotated[
-        Any, Field(description="images and labels, two tensors, for lora_ga; not in a recipe")
-    ] = None
-    lr_ratio: Annotated[
-        float, Field(gt=0, description="LoRA+: learning rate of B over that of A")
-    ] = 1.0
-    start_rank: Annotated[
-        int | None,
-        Field(
-            ge=2,
-            description="adalora: ranks of each layer at the start; default half as many again as "
-            "`rank`",
-        ),
-    ] = None
-    total_steps: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="adalora: optimizer steps of the whole training, where the loop does not "
-            "say",
-        ),
-    ] = None
-    orthogonal: Annotated[
-        float,
-        Field(ge=0, description="adalora: factor of the penalty that keeps factors orthogonal"),
-    ] = 0.1
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "olora", "lora_ga"] = Field(
+        default="default",
+        description="how the factors start, as PEFT names it; lora_ga looks at `calibration`",
+    )
+    calibration: Any = Field(
+        default=None, description="images and labels, two tensors, for lora_ga; not in a recipe"
+    )
+    lr_ratio: float = Field(
+        default=1.0, gt=0, description="LoRA+: learning rate of B over that of A"
+    )
+    start_rank: int | None = Field(
+        default=None,
+        ge=2,
+        description="adalora: ranks of each layer at the start; default half as many again as "
+        "`rank`",
+    )
+    total_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="adalora: optimizer steps of the whole training, where the loop does not say",
+    )
+    orthogonal: float = Field(
+        default=0.1,
+        ge=0,
+        description="adalora: factor of the penalty that keeps factors orthogonal",
+    )
     input_shape: InputShape = None
 
     @field_validator("targets", mode="before")

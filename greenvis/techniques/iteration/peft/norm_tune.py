@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 from torch import nn
 
 from greenvis.core.surgery import freeze, hold_norms, names_of
-from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -23,14 +23,13 @@ class NormTune(Technique):
     inference.
     """
 
-    name: ClassVar[str] = "norm_tune"
-    stage: ClassVar[Stage] = "weights"
+    name = "norm_tune"
+    stage = "weights"
 
     head: Classifier = "train"
-    statistics: Annotated[
-        Literal["follow", "hold"],
-        Field(description="of batch norms: follow the new images, or hold what they are"),
-    ] = "follow"
+    statistics: Literal["follow", "hold"] = Field(
+        default="follow", description="of batch norms: follow the new images, or hold what they are"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

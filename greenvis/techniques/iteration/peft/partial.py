@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
-
 from pydantic import Field
 from torch import nn
 
 from greenvis.core.surgery import freeze, names_of
-from greenvis.core.technique import InputShape, Installed, PrefixCache, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, PrefixCache, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
 from greenvis.techniques._shared.heads import head_parameters
@@ -28,11 +25,11 @@ class Partial(Technique):
     own, `Wrapped.set_samples` says which samples a batch holds.
     """
 
-    name: ClassVar[str] = "partial"
-    stage: ClassVar[Stage] = "weights"
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({}, {"cache": True})
+    name = "partial"
+    stage = "weights"
+    examples = ({}, {"cache": True})
 
-    blocks: Annotated[int, Field(ge=1, description="how many of the last blocks train")] = 1
+    blocks: int = Field(default=1, ge=1, description="how many of the last blocks train")
     cache: PrefixCache = False
     input_shape: InputShape = None
 

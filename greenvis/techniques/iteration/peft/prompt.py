@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from greenvis.core import distributed
-from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
@@ -67,26 +67,25 @@ class Prompt(Technique):
     `model.train()` sets them (the authors hold them off: give a model without).
     """
 
-    name: ClassVar[str] = "prompt"
-    stage: ClassVar[Stage] = "tokens"
-    breaks: ClassVar[frozenset[str]] = frozenset({"token_grid", "token_places"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "prompt"
+    stage = "tokens"
+    breaks = frozenset({"token_grid", "token_places"})
+    examples = (
         {"tokens": 3},
         {"tokens": 2, "depth": "deep", "head": "freeze"},
         {"tokens": 2, "depth": "deep", "init": "prototypes"},
     )
-    neutral: ClassVar[Mapping[str, Any] | None] = None
+    neutral = None
 
-    tokens: Annotated[int, Field(ge=1, description="prompts in each prompted block")] = 10
-    depth: Annotated[
-        Literal["shallow", "deep"],
-        Field(description="prompt the first block, or each with its own"),
-    ] = "shallow"
-    init: Annotated[
-        Literal["uniform", "prototypes"],
-        Field(description="how prompts start; prototypes looks at the first training batch"),
-    ] = "uniform"
-    dropout: Annotated[float, Field(ge=0, lt=1, description="dropout on the prompts")] = 0.0
+    tokens: int = Field(default=10, ge=1, description="prompts in each prompted block")
+    depth: Literal["shallow", "deep"] = Field(
+        default="shallow", description="prompt the first block, or each with its own"
+    )
+    init: Literal["uniform", "prototypes"] = Field(
+        default="uniform",
+        description="how prompts start; prototypes looks at the first training batch",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the prompts")
     head: Classifier = "train"
     input_shape: InputShape = None
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -37,24 +36,21 @@ class Side(Technique):
     as `model.train()` sets them.
     """
 
-    name: ClassVar[str] = "side"
+    name = "side"
     stage: ClassVar[Stage] = (
         # behind all that changes the base's own layers, so that none takes the ladder's for
         # those
         "exits"
     )
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
-        {"reduction": 4},
-        {"reduction": 2, "every": 2, "head": "freeze"},
-    )
-    nothing: ClassVar[Mapping[str, Any] | None] = {"every": 100_000}
+    examples = ({"reduction": 4}, {"reduction": 2, "every": 2, "head": "freeze"})
+    nothing = {"every": 100_000}
 
-    reduction: Annotated[
-        int, Field(ge=1, description="how many times narrower than the base the side network is")
-    ] = 8
-    every: Annotated[
-        int, Field(ge=1, description="a side layer for every so many blocks, counted from the last")
-    ] = 1
+    reduction: int = Field(
+        default=8, ge=1, description="how many times narrower than the base the side network is"
+    )
+    every: int = Field(
+        default=1, ge=1, description="a side layer for every so many blocks, counted from the last"
+    )
     head: Classifier = "train"
     input_shape: InputShape = None
 

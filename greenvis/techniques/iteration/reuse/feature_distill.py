@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import first, seat
@@ -69,23 +69,23 @@ class FeatureDistill(Technique):
     affair.)
     """
 
-    name: ClassVar[str] = "feature_distill"
-    stage: ClassVar[Stage] = "objective"
-    role: ClassVar[str] = "base"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = ({"base": copy.deepcopy},)
+    name = "feature_distill"
+    stage = "objective"
+    role = "base"
+    needs = frozenset({"token_grid", "trainable_base"})
+    examples = ({"base": copy.deepcopy},)
 
     base: Any = Field(
         description='a model, or a reference to one: "run:NAME", "file:PATH", "timm/NAME", …'
     )
-    beta: Annotated[
-        float,
-        Field(gt=0, description="difference from which on errors count absolutely, not squared"),
-    ] = 2.0
-    cache: Annotated[
-        Literal["fp16", "fp32", "off"],
-        Field(description="precision in which the base's features are kept on disk"),
-    ] = "fp16"
+    beta: float = Field(
+        default=2.0,
+        gt=0,
+        description="difference from which on errors count absolutely, not squared",
+    )
+    cache: Literal["fp16", "fp32", "off"] = Field(
+        default="fp16", description="precision in which the base's features are kept on disk"
+    )
     input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.surgery import names_of
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.techniques._shared import tec as tec
@@ -50,11 +50,11 @@ class Reuse(Technique):
     both it and the model say theirs (`greenvis.models.describe`).
     """
 
-    name: ClassVar[str] = "reuse"
-    stage: ClassVar[Stage] = "objective"
-    role: ClassVar[str] = "base"
-    needs: ClassVar[frozenset[str]] = frozenset({"token_grid", "trainable_base"})
-    examples: ClassVar[tuple[Mapping[str, Any], ...]] = (
+    name = "reuse"
+    stage = "objective"
+    role = "base"
+    needs = frozenset({"token_grid", "trainable_base"})
+    examples = (
         {"base": copy.deepcopy},
         {
             "base": copy.deepcopy,
@@ -64,61 +64,51 @@ class Reuse(Technique):
             "decoder_depth": 1,
         },
     )
-    neutral: ClassVar[Mapping[str, Any] | None] = {"input_adapter": False}
+    neutral = {"input_adapter": False}
 
     base: Any = Field(
         description='a model or a list of models, or references: "run:NAME", "file:PATH", '
         '"timm/NAME", …'
     )
-    targets: Annotated[
-        tuple[Literal["feature", "attention"], ...],
-        Field(min_length=1, description="what the base is asked for"),
-    ] = ("feature", "attention")
-    mask_ratio: Annotated[
-        float, Field(gt=0, lt=1, description="share of the patches hidden from the encoder")
-    ] = 0.75
-    rows: Annotated[
-        int, Field(ge=1, description="patches whose attention is a target, besides the class token")
-    ] = 15
-    temperature: Annotated[
-        float, Field(gt=0, description="softens the base's attention (above 1)")
-    ] = 1.8
-    last_layers: Annotated[
-        int, Field(ge=1, description="blocks of the base whose outputs are averaged")
-    ] = 2
-    normalise: Annotated[
-        Literal["tokens", "channels", "none"],
-        Field(description="axis over which a base's features are normalised"),
-    ] = "tokens"
-    input_adapter: Annotated[
-        bool | None,
-        Field(
-            description="send the class token through an MLP; absent: where there is a class token"
-        ),
-    ] = None
-    encoder_adapters: Annotated[
-        int,
-        Field(ge=0, description="blocks to an encoder adapter; 0: the last block's output only"),
-    ] = 3
-    keep_adapters: Annotated[
-        bool,
-        Field(
-            description="leave the encoder adapters beside the merged model and in its file, to "
-            "probe with"
-        ),
-    ] = False
-    decoder_depth: Annotated[int, Field(ge=1, description="blocks of the decoder")] = 2
-    decoder_dim: Annotated[
-        int | None, Field(ge=4, multiple_of=4, description="its width; two thirds of the model's")
-    ] = None
-    feature_weight: Annotated[float, Field(ge=0, description="factor of the feature term")] = 1.0
-    attention_weight: Annotated[float, Field(ge=0, description="factor of the attention term")] = (
-        1.0
+    targets: tuple[Literal["feature", "attention"], ...] = Field(
+        default=("feature", "attention"), min_length=1, description="what the base is asked for"
     )
-    cache: Annotated[
-        Literal["fp16", "fp32", "off"],
-        Field(description="precision in which a base's targets are kept on disk"),
-    ] = "fp16"
+    mask_ratio: float = Field(
+        default=0.75, gt=0, lt=1, description="share of the patches hidden from the encoder"
+    )
+    rows: int = Field(
+        default=15, ge=1, description="patches whose attention is a target, besides the class token"
+    )
+    temperature: float = Field(
+        default=1.8, gt=0, description="softens the base's attention (above 1)"
+    )
+    last_layers: int = Field(
+        default=2, ge=1, description="blocks of the base whose outputs are averaged"
+    )
+    normalise: Literal["tokens", "channels", "none"] = Field(
+        default="tokens", description="axis over which a base's features are normalised"
+    )
+    input_adapter: bool | None = Field(
+        default=None,
+        description="send the class token through an MLP; absent: where there is a class token",
+    )
+    encoder_adapters: int = Field(
+        default=3, ge=0, description="blocks to an encoder adapter; 0: the last block's output only"
+    )
+    keep_adapters: bool = Field(
+        default=False,
+        description="leave the encoder adapters beside the merged model and in its file, to "
+        "probe with",
+    )
+    decoder_depth: int = Field(default=2, ge=1, description="blocks of the decoder")
+    decoder_dim: int | None = Field(
+        default=None, ge=4, multiple_of=4, description="its width; two thirds of the model's"
+    )
+    feature_weight: float = Field(default=1.0, ge=0, description="factor of the feature term")
+    attention_weight: float = Field(default=1.0, ge=0, description="factor of the attention term")
+    cache: Literal["fp16", "fp32", "off"] = Field(
+        default="fp16", description="precision in which a base's targets are kept on disk"
+    )
     input_shape: InputShape = None
 
     def runs(self) -> dict[str, str]:
