@@ -56,12 +56,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {
     ),
 }
 TARGET = 0.5  # of the peer's time a step, on the model of continual learning's small tables
-PEER_ARM, OURS, EXACT, BARE = (
-    "avalanche-lib",
-    "greenvis",
-    "greenvis, exact",
-    "no replay, 64 new images",
-)
+PEER_ARM, OURS, EXACT = "avalanche-lib", "greenvis", "greenvis, exact"
+BARE = "no replay, 64 new images"
 LOADED = "greenvis, torch's DataLoader"
 
 
@@ -154,10 +150,8 @@ def _ours(
             {"size": BUFFER, "batch_size": BATCH, "exact": exact}
         ),
     )
-    optimizer, criterion = (
-        torch.optim.SGD(live.param_groups(0.01), lr=0.01),
-        live.criterion(F.cross_entropy),
-    )
+    optimizer = torch.optim.SGD(live.param_groups(0.01), lr=0.01)
+    criterion = live.criterion(F.cross_entropy)
 
     def train(task: tuple[Tensor, Tensor]) -> None:
         for x, y in load(*task, BATCH):

@@ -143,10 +143,8 @@ def _rows(
     for name in timings:
         # of one round: what else the machine did met both alike
         rounds = list(zip(timings[PLAIN], timings[name], strict=True))
-        ratio, faster = (
-            macs[PLAIN] / macs[name],
-            statistics.median(plain / own for (plain, _), (own, _) in rounds),
-        )
+        ratio = macs[PLAIN] / macs[name]
+        faster = statistics.median(plain / own for (plain, _), (own, _) in rounds)
         shares = [own / plain for (_, plain), (_, own) in rounds if own is not None and plain]
         target = TARGETS.get(name) if batch in (16, 32) else None
         rows.append({

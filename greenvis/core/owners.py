@@ -78,10 +78,8 @@ class Owners:
 
     def take_replaced(self, path: str, old: list[nn.Parameter], new: list[nn.Parameter]) -> None:
         """Have those train the new parameters that trained the old ones."""
-        gone, named = (
-            {id(p) for p in old},
-            dict(self.model.named_parameters(remove_duplicate=False)),
-        )
+        gone = {id(p) for p in old}
+        named = dict(self.model.named_parameters(remove_duplicate=False))
         for technique, live in self._pairs():
             mine = self._owned[technique.name]
             if gone & mine.keys():

@@ -198,13 +198,8 @@ class Renormalise:
         channels: int | None = None,
         note: Callable[[str], None] = lambda text: None,
     ) -> None:
-        self.who, self.source, self.target, self.channels, self.note = (
-            who,
-            source,
-            target,
-            channels,
-            note,
-        )
+        self.who, self.source, self.target, self.channels = who, source, target, channels
+        self.note = note
         self.fact = ""  # what a record says of it, once it was shown something
 
     @property

@@ -117,10 +117,8 @@ def flops_cost() -> dict[str, Any]:
     """
     timm, threads = importlib.import_module("timm"), torch.get_num_threads()
     torch.set_num_threads(1)
-    model, x = (
-        timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).train(),
-        torch.randn(8, 3, 64, 64),
-    )
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10).train()
+    x = torch.randn(8, 3, 64, 64)
 
     def step() -> None:
         model(x).sum().backward()

@@ -74,13 +74,8 @@ class Carrying:
     def __init__(
         self, joined: Joined, block: nn.Module, doors: Doors, number: int, last: bool
     ) -> None:
-        self.joined, self.block, self.doors, self.number, self.last = (
-            joined,
-            block,
-            doors,
-            number,
-            last,
-        )
+        self.joined, self.block, self.doors, self.number = joined, block, doors, number
+        self.last = last
         self.inner = vars(block).get("forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

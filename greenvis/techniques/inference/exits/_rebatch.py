@@ -58,10 +58,8 @@ class Waiting:
         forward."""
         queue = self.waiting[k]
         sizes = [len(queued.rows) for queued, _ in queue]
-        output, rows = (
-            joined([o for _, o in queue], sizes),
-            torch.cat([queued.rows for queued, _ in queue]),
-        )
+        output = joined([o for _, o in queue], sizes)
+        rows = torch.cat([queued.rows for queued, _ in queue])
         merged = Pass(
             now.mode,
             rows,

@@ -150,11 +150,8 @@ class InstalledEarlyExit(Installed):
         names = names_of(exits.model, (p for head in exits.heads for p in head.parameters()))
         super().__init__(names, freezes=request.base == "freeze")
         self.request, self.exits, self.costs = request, exits, costs
-        self.paths, self.example, self.macs = (
-            placement.paths,
-            placement.view.example,
-            placement.macs,
-        )
+        self.paths, self.example = placement.paths, placement.view.example
+        self.macs = placement.macs
         self.calibrates = request.target_drop is not None or request.budget is not None
         self.calibration: Calibration | None = None
         self.unmergeable = (

@@ -156,10 +156,8 @@ class Buffer:
             rows = self.draw(count)
             return rows, *self.take(rows, device)
         if not self._drawn or len(self._drawn[-1]) < count:
-            self._drawn, self._ready = (
-                [self.draw(count) for _ in range(self._steps_ahead(count))],
-                [],
-            )
+            self._drawn = [self.draw(count) for _ in range(self._steps_ahead(count))]
+            self._ready = []
         if not self._ready or self._ready[-1][0].device != torch.device(device):
             each = len(self._drawn[-1])
             x, y = self.take([row for rows in self._drawn for row in rows], device)

@@ -40,10 +40,8 @@ def lwf_loss(
     if classes is not None:
         at = torch.as_tensor(classes, device=new_logits.device)
         new_logits, old_logits = new_logits[:, at], old_logits[:, at]
-    new, old = (
-        (new_logits / temperature).log_softmax(-1),
-        (old_logits / temperature).log_softmax(-1),
-    )
+    new = (new_logits / temperature).log_softmax(-1)
+    old = (old_logits / temperature).log_softmax(-1)
     value = -(old.exp() * new).sum(-1).mean()
     return value + (old.exp() * old).sum(-1).mean() if form == "kl" else value
 

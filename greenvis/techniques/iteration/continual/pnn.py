@@ -78,13 +78,8 @@ class Lateral:
     def __init__(
         self, path: str, block: nn.Module, home: nn.Module, channels: int, axis: int
     ) -> None:
-        self.path, self.block, self.home, self.channels, self.axis = (
-            path,
-            block,
-            home,
-            channels,
-            axis,
-        )
+        self.path, self.block, self.home, self.channels = path, block, home, channels
+        self.axis = axis
         self.adapters: list[list[Bottleneck]] = [[]]  # by column, one for each column before it
 
 

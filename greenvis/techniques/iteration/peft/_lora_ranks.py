@@ -81,11 +81,8 @@ class Ranks:
                 "or call plan(steps) of the wrapped model before the first step"
             )
         if self.step == 0:
-            self.config.total_step, self.config.tinit, self.config.tfinal = (
-                total,
-                total // 10,
-                3 * total // 10,
-            )
+            self.config.total_step, self.config.tinit = total, total // 10
+            self.config.tfinal = 3 * total // 10
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return how far the allocation is: the step, the ranks that are on, and the importances

@@ -113,10 +113,8 @@ class AdapterProbe(Technique):
         if self.encoder_adapters is not None or attached is None:
             width, _ = tec.decoder_size(dim)
             return tec.EncoderAdapters(dim, depth, self.encoder_adapters or _GROUP, 4 * width)
-        group, hidden = (
-            attached["fuse.0.weight"].shape[1] // dim,
-            attached["mlps.0.fc1.weight"].shape[0],
-        )
+        group = attached["fuse.0.weight"].shape[1] // dim
+        hidden = attached["mlps.0.fc1.weight"].shape[0]
         adapters = tec.EncoderAdapters(dim, depth, max(1, group), hidden)
         try:
             adapters.load_state_dict(attached)

@@ -38,12 +38,8 @@ class Base:
         attention: bool,
         source: models.Pixels | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.what, self.grid, self.attention = (
-            model,
-            type(model).__name__,
-            grid,
-            attention,
-        )
+        self.model, self.what, self.grid = model, type(model).__name__, grid
+        self.attention = attention
         try:
             structure = view(model, image, probe=False)
         except BadInput:  # not of this size, or not of these channels: its own
@@ -220,12 +216,8 @@ class _Scores(TorchFunctionMode):
         arguments = _named(
             ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale"), args, kwargs
         )
-        q, k, bias, scale = (
-            arguments["query"],
-            arguments["key"],
-            arguments.get("attn_mask"),
-            arguments.get("scale"),
-        )
+        q, k, bias = arguments["query"], arguments["key"], arguments.get("attn_mask")
+        scale = arguments.get("scale")
         if q.dim() != 4 or q.shape != k.shape:
             return
         logits = q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)
@@ -242,12 +234,8 @@ class _Scores(TorchFunctionMode):
             "in_proj_bias",
         )
         arguments = _named(names, args, kwargs)
-        query, heads, weight, bias = (
-            arguments["query"],
-            arguments["num_heads"],
-            arguments["in_proj_weight"],
-            arguments["in_proj_bias"],
-        )
+        query, heads = arguments["query"], arguments["num_heads"]
+        weight, bias = arguments["in_proj_weight"], arguments["in_proj_bias"]
         if query.dim() != 3 or weight is None:
             return
         rows = 2 * query.shape[-1]

@@ -248,13 +248,8 @@ class InstalledReuse(Installed):
         fold: Any,
     ) -> None:
         super().__init__(names)
-        self.request, self.encoder, self.parts, self.bases, self._fold = (
-            request,
-            encoder,
-            parts,
-            bases,
-            fold,
-        )
+        self.request, self.encoder, self.parts, self.bases = request, encoder, parts, bases
+        self._fold = fold
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
         self._caches: dict[int, FrozenOutputs] = {}
         # of an earlier pretraining
