@@ -243,11 +243,9 @@ def _message(error: Exception) -> str:
 
 def _device() -> torch.device:
     """Return where tensors must be that the processes exchange."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if dist.get_backend() == "nccl"
-        else torch.device("cpu")
-    )
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def all_reduce_sum(total: Mapping[str, Tensor], samples: int) -> int:

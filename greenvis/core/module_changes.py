@@ -257,13 +257,9 @@ def _plain(model: nn.Module) -> dict[str, Any]:
 
 
 def _parameters(part: Any) -> list[nn.Parameter]:
-    return (
-        [*part.parameters()]
-        if isinstance(part, nn.Module)
-        else [part]
-        if isinstance(part, nn.Parameter)
-        else []
-    )
+    if isinstance(part, nn.Module):
+        return [*part.parameters()]
+    return [part] if isinstance(part, nn.Parameter) else []
 
 
 def _same_tensors(old: Any, new: Any) -> bool:

@@ -264,11 +264,9 @@ def _timm(model: nn.Module) -> dict[str, Any]:
 
 def _torchvision(model: nn.Module) -> Any:
     weights: Any = getattr(model, "weights", None)
-    return (
-        weights
-        if isinstance(getattr(weights, "meta", None), Mapping) and callable(weights.transforms)
-        else None
-    )
+    if isinstance(getattr(weights, "meta", None), Mapping) and callable(weights.transforms):
+        return weights
+    return None
 
 
 def _processor(model: nn.Module) -> dict[str, Any]:

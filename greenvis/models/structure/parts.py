@@ -158,11 +158,9 @@ def patch_embed(traced: Trace, tokens: bool) -> str | None:
     if first.kind == "linear":
         return first.path if tokens and len(first.in_shape) == 3 else None
     steps = [i // o for i, o in zip(first.in_shape[2:], first.out_shape[2:], strict=True) if o]
-    return (
-        first.path
-        if steps and all(s == k > 1 for s, k in zip(steps, first.weight_shape[2:], strict=True))
-        else None
-    )
+    if steps and all(s == k > 1 for s, k in zip(steps, first.weight_shape[2:], strict=True)):
+        return first.path
+    return None
 
 
 def prefix_tokens(traced: Trace, patch_embed: str | None) -> int:

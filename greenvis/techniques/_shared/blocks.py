@@ -340,11 +340,9 @@ def gather_mask(attn_mask: Tensor, positions: Tensor, length: int) -> Tensor:
     batch, tokens = positions.shape
     cut = attn_mask.expand(batch, -1, -1, -1)
     cut = cut.gather(3, positions[:, None, None].expand(-1, *cut.shape[1:3], tokens))
-    return (
-        cut
-        if cut.shape[2] == 1
-        else cut.gather(2, positions[:, None, :, None].expand(-1, cut.shape[1], -1, tokens))
-    )
+    if cut.shape[2] == 1:
+        return cut
+    return cut.gather(2, positions[:, None, :, None].expand(-1, cut.shape[1], -1, tokens))
 
 
 def _mask_name(module: nn.Module) -> str:

@@ -120,11 +120,9 @@ def joined(parts: Sequence[Any], sizes: Sequence[int]) -> Any:
     """
     one = parts[0]
     if isinstance(one, Tensor):
-        return (
-            torch.cat([*parts])
-            if one.dim() and all(len(p) == n for p, n in zip(parts, sizes, strict=True))
-            else one
-        )
+        if one.dim() and all(len(p) == n for p, n in zip(parts, sizes, strict=True)):
+            return torch.cat([*parts])
+        return one
     if isinstance(one, tuple):
         return tuple(joined(p, sizes) for p in zip(*parts, strict=True))
     if isinstance(one, dict):

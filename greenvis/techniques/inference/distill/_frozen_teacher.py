@@ -143,14 +143,12 @@ class FrozenTeacher:
                 return compute()
             on_answers, on_features = self._caches
             logits = on_answers.layers(samples, compute, (ANSWER,), x.device) if answers else {}
-            return (
-                {
+            if points:
+                return {
                     **on_features.layers(samples, compute, [p.key for p in points], x.device),
                     **logits,
                 }
-                if points
-                else logits
-            )
+            return logits
 
     def facts(self) -> list[dict[str, Any]]:
         """Return what its caches did."""

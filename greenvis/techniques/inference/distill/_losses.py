@@ -142,11 +142,9 @@ class Loss(BaseModel):
 
     def factor(self, epoch: int) -> float:
         """Return the weight in an epoch, counted from 0."""
-        return (
-            self.weight * min((epoch + 1) / self.warmup_epochs, 1.0)
-            if self.warmup_epochs
-            else self.weight
-        )
+        if self.warmup_epochs:
+            return self.weight * min((epoch + 1) / self.warmup_epochs, 1.0)
+        return self.weight
 
     @property
     def reads_labels(self) -> bool:
@@ -247,11 +245,9 @@ class Comparison:
 
     def shared_prefix(self, name: str) -> int:
         """Return how many class and register tokens of a pair are compared."""
-        return (
-            min(self.student[name].prefix, self.teacher[name].prefix)
-            if self.loss.tokens == "all"
-            else 0
-        )
+        if self.loss.tokens == "all":
+            return min(self.student[name].prefix, self.teacher[name].prefix)
+        return 0
 
     def _prefixes(
         self, student: Mapping[str, Tensor], teacher: Mapping[str, Tensor]

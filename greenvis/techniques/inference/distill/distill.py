@@ -152,11 +152,9 @@ class Distill(Technique):
     @property
     def needs(self) -> frozenset[str]:  # type: ignore[override]
         """What another technique must not break: features of tokens are compared place by place."""
-        return (
-            frozenset()
-            if all(loss.on_answers for loss in self.losses)
-            else frozenset({"token_places"})
-        )
+        if all(loss.on_answers for loss in self.losses):
+            return frozenset()
+        return frozenset({"token_places"})
 
     @property
     def tasks(self) -> frozenset[str] | None:  # type: ignore[override]

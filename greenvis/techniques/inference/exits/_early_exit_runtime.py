@@ -141,11 +141,9 @@ class Exits:
             return "stop"
         if self.recording:
             return "record"
-        return (
-            "leave"
-            if any(t < NEVER for t in self.thresholds) and not is_probing(self.model)
-            else None
-        )
+        if any(t < NEVER for t in self.thresholds) and not is_probing(self.model):
+            return "leave"
+        return None
 
     @contextmanager
     def record(self) -> Iterator[list[Tensor]]:

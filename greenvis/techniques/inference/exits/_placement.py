@@ -136,11 +136,9 @@ def _why_not(model: nn.Module, traced: Trace, layout_of: dict[str, Layout], path
         return f"what it gives, {layout_of[path].output}, is not laid out by sample"
     if len(layout_of[path].output) > 4:
         return f"it gives {len(layout_of[path].output)} axes"
-    return (
-        ""
-        if seat(model, path) is not None
-        else "it runs every module it holds, so it cannot hold a head"
-    )
+    if seat(model, path) is not None:
+        return ""
+    return "it runs every module it holds, so it cannot hold a head"
 
 
 def _one_leaves(

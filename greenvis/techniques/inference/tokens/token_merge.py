@@ -259,11 +259,9 @@ class Merging:
             args, kwargs = with_main(args, kwargs, x)
             output = self.block.feed(*args, **kwargs)
         if flow.doors.laid_out:
-            return (
-                with_first(output, _matching.unmerge(first(output), flow.maps[i + 1]))
-                if i + 1 in flow.maps
-                else output
-            )
+            if i + 1 in flow.maps:
+                return with_first(output, _matching.unmerge(first(output), flow.maps[i + 1]))
+            return output
         if self.restore and (steps := flow.upto(None)):
             output = with_first(
                 output, _matching.unmerge(first(output), _matching.token_map(steps))
@@ -352,11 +350,9 @@ class InstalledTokenMerge(Installed):
             fp32 (batch, remaining); None: all 1.
         """
         steps = self.flow.upto(block)
-        return (
-            self.flow.size[max(i for i in self.flow.steps if block is None or i < block) + 1]
-            if steps
-            else None
-        )
+        if steps:
+            return self.flow.size[max(i for i in self.flow.steps if block is None or i < block) + 1]
+        return None
 
     def source(self, block: int | None = None) -> Tensor | None:
         """Return which of the first tokens lie in each remaining one.

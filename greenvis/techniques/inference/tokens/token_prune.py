@@ -207,11 +207,9 @@ class Flow(Follower):
         if not self.doors.laid_out or i not in self.positions:
             return x
         tokens = x.gather(1, self.positions[i].unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        return (
-            torch.where(self.fused[i].unsqueeze(-1), self.beside[i], tokens)
-            if i in self.fused
-            else tokens
-        )
+        if i in self.fused:
+            return torch.where(self.fused[i].unsqueeze(-1), self.beside[i], tokens)
+        return tokens
 
     def laid_out(self, i: int, before: Tensor, tokens: Tensor) -> Tensor:
         """Return what block number `i` is given as a whole row, where another door shows it: what
@@ -241,11 +239,9 @@ class Pruning:
     def mask(self, attn_mask: Tensor | None) -> Tensor | None:
         """Return the library's mask, cut to the tokens that are left."""
         positions = self.flow.positions.get(self.number)
-        return (
-            attn_mask
-            if attn_mask is None or positions is None
-            else gather_mask(attn_mask, positions, self.flow.length)
-        )
+        if attn_mask is None or positions is None:
+            return attn_mask
+        return gather_mask(attn_mask, positions, self.flow.length)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the block, and remove tokens where this is a place for it."""

@@ -205,11 +205,9 @@ class Gate(nn.Module):
         """Return the gates (units,), 0 to 1; in eval 0 or 1."""
         if self.override is not None:
             return self.override.to(self.embedding)
-        return (
-            torch.sigmoid(self.s * self.embedding)
-            if self.training
-            else (self.embedding > 0).to(self.embedding)
-        )
+        if self.training:
+            return torch.sigmoid(self.s * self.embedding)
+        return (self.embedding > 0).to(self.embedding)
 
     def shut(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         """Return the layer's arguments, hidden units (…, units) gated."""

@@ -216,11 +216,9 @@ class InstalledReplay(Installed):
 
     def replacement_blocker(self, path: str) -> str:
         """Say that kept logits are of so many classes."""
-        return (
-            "its buffer keeps logits of the earlier classes"
-            if self.request.method in ("der", "derpp")
-            else ""
-        )
+        if self.request.method in ("der", "derpp"):
+            return "its buffer keeps logits of the earlier classes"
+        return ""
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch with examples from the buffer behind it; with `latent` they join y here,

@@ -37,8 +37,6 @@ class LinearProbe(Technique):
         structure = view(model, self.input_shape, probe=False)
         structure.role("head")  # refuses a model that shows none
         names = train_only(model, [], structure, "train")
-        return (
-            InstalledPrefix(model, names, structure.example, self.cache)
-            if self.cache
-            else Installed(names, freezes=True)
-        )
+        if self.cache:
+            return InstalledPrefix(model, names, structure.example, self.cache)
+        return Installed(names, freezes=True)

@@ -70,8 +70,6 @@ class Partial(Technique):
             follows=structure.in_classifier,
         )
         trained = tuple(n for n, _ in model.named_parameters() if n in names)
-        return (
-            InstalledPrefix(model, trained, structure.example, self.cache)
-            if self.cache
-            else Installed(trained, freezes=True)
-        )
+        if self.cache:
+            return InstalledPrefix(model, trained, structure.example, self.cache)
+        return Installed(trained, freezes=True)

@@ -197,11 +197,9 @@ class InstalledFeatureDistill(Installed):
         cached = (
             {"feature_distill_targets": [self._cache.facts()]} if self._cache is not None else {}
         )
-        return (
-            {**cached, "feature_distill_images": self.base.images.fact}
-            if self.base.images.fact
-            else cached
-        )
+        if self.base.images.fact:
+            return {**cached, "feature_distill_images": self.base.images.fact}
+        return cached
 
     def undo(self) -> None:
         """Close the cache and give the base its own modes back."""
