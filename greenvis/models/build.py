@@ -164,11 +164,9 @@ def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | No
     """
     request = _parse_reference(ref, True, Path(folder), options)
     pretrained = options.get("pretrained")
-    local = (
-        libraries.hf_weights(request)
-        if request.library == "hf" and request.pretrained is None
-        else None
-    )
+    local = None
+    if request.library == "hf" and request.pretrained is None:
+        local = libraries.hf_weights(request)
     if not request.pretrained and local is None:
         return None
     return f"{ref} with published weights" + (

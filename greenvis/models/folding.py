@@ -66,11 +66,11 @@ def fold_norms(model: nn.Module, x: Tensor | None = None) -> Folding:
         before = main_output(model(example))
     if not pairs:
         norms = sum(isinstance(m, _BatchNorm) for m in model.modules())
-        has = (
-            f"{norms} batch norms, none of them right behind a convolution that can take it up"
-            if norms
-            else "no batch norm"
-        )
+        has = "no batch norm"
+        if norms:
+            has = (
+                f"{norms} batch norms, none of them right behind a convolution that can take it up"
+            )
         raise BadInput(f"{what} has {has}: there is nothing to fold")
     swaps = tuple(swap for _, pair in pairs for swap in pair)
     for old, new in swaps:

@@ -188,11 +188,9 @@ def endings() -> dict[str, Any]:
     def keeps(name: str) -> tuple[bool, bool]:
         inside, end = ENDINGS[name]
         with tempfile.TemporaryDirectory() as folder:
-            ours = (
-                "with gv.track('t') as run, run.phase('p'):\n  burn(1.2); "
-                if inside
-                else "run = gv.track('t').start(); burn(1.2); "
-            )
+            ours = "run = gv.track('t').start(); burn(1.2); "
+            if inside:
+                ours = "with gv.track('t') as run, run.phase('p'):\n  burn(1.2); "
             _python(BURN + OURS + ours + end, cwd=folder)
             peer = "with peer():\n  burn(1.2); " if inside else "t = peer(); t.start(); burn(1.2); "
             _python(BURN + PEER + peer + end, cwd=folder)

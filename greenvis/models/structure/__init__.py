@@ -300,11 +300,9 @@ def reached(
                 parameter.requires_grad_(name in named)
             outputs = [t for t in tensors_in(_plain(model(example))) if t.requires_grad]
             total = torch.stack([t.float().sum() for t in outputs]).sum() if outputs else None
-            grads = (
-                torch.autograd.grad(total, list(named.values()), allow_unused=True)
-                if total is not None
-                else []
-            )
+            grads = []
+            if total is not None:
+                grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

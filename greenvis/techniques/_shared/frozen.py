@@ -201,11 +201,9 @@ class FrozenOutputs:
             cache.forget()
             before[:] = False
         if wrong and self.note is not None:
-            read = (
-                f"; {self.earlier} were read before that showed: --fresh trains without them"
-                if self.earlier
-                else ""
-            )
+            read = ""
+            if self.earlier:
+                read = f"; {self.earlier} were read before that showed: --fresh trains without them"
             self.note(
                 f"cache: kept outputs of '{self.part}' are not what it gives now; all are computed "
                 f"anew{read}"

@@ -416,11 +416,9 @@ class InstalledDistill(Installed):
 
     def _project(self, model: nn.Module, parts: Mapping[int, nn.Module]) -> None:
         """Give the student a child that holds what is trained beside it."""
-        learned = (
-            len(self.teachers)
-            if self.request.combine == "learned" and len(self.teachers) > 1
-            else 0
-        )
+        learned = 0
+        if self.request.combine == "learned" and len(self.teachers) > 1:
+            learned = len(self.teachers)
         like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
         self._projections = Projections(parts, learned).to(like.device)
         if not parts and not learned:

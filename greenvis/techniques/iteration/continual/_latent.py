@@ -99,11 +99,9 @@ class Entrance:
                 if len(entered[0]) != len(example):
                     raise BadInput(f"what enters '{self.path}' does not have a row for each image")
                 total = entered[0].float().sum()
-                grads = (
-                    torch.autograd.grad(total, list(named.values()), allow_unused=True)
-                    if total.requires_grad
-                    else []
-                )
+                grads = []
+                if total.requires_grad:
+                    grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)

@@ -289,11 +289,9 @@ class InstalledHat(Installed):
 
     def eval_experience(self, experience: Experience | None) -> None:
         """Use the units of the task, once it has ended; None: the current gates again."""
-        ended = (
-            experience.index
-            if experience is not None and experience.index < len(self.masks)
-            else None
-        )
+        ended = None
+        if experience is not None and experience.index < len(self.masks):
+            ended = experience.index
         for i, gate in enumerate(self.gates):
             gate.override = None if ended is None else self.masks[ended][i]
         self.heads.select(ended)

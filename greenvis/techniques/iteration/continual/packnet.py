@@ -194,11 +194,9 @@ class InstalledPackNet(Installed):
     def eval_experience(self, experience: Experience | None) -> None:
         """Use the weights up to the task, once it is packed, and all of them again when the test is
         over."""
-        number = (
-            experience.index + 1
-            if experience is not None and experience.index < self.done
-            else None
-        )
+        number = None
+        if experience is not None and experience.index < self.done:
+            number = experience.index + 1
         for share in self.shares.values():
             share.select(number)
         self.heads.select(number)

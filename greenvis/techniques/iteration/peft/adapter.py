@@ -132,11 +132,9 @@ class Adapter(Technique):
             p: i for p, i in fits.items() if p in structure.layouts and seat(model, p) is not None
         }
         if not fits:
-            other = (
-                "; variant: conv adapts blocks"
-                if self.variant in ("houlsby", "adaptformer") and structure.blocks
-                else ""
-            )
+            other = ""
+            if self.variant in ("houlsby", "adaptformer") and structure.blocks:
+                other = "; variant: conv adapts blocks"
             raise BadInput(
                 f"{self.variant} adapters need {missing}, which {type(model).__name__} does not "
                 f"show{other}"

@@ -154,11 +154,9 @@ class Reuse(Technique):
             Base(base, structure.input_shape, encoder.grid, self.last_layers, asks, source)
             for base in bases
         ]
-        token = (
-            class_token(model, structure, encoder.blocks[0])
-            if self.input_adapter is not False
-            else None
-        )
+        token = None
+        if self.input_adapter is not False:
+            token = class_token(model, structure, encoder.blocks[0])
         if token is None and self.input_adapter:
             raise BadInput(
                 f"{type(model).__name__} shows no class token for an input adapter; leave "
@@ -179,11 +177,9 @@ class Reuse(Technique):
         names = names_of(
             model, (*parts.parameters(), *(adapter.parameters() if adapter is not None else ()))
         )
-        fold = (
-            partial(fold_token, token, adapter)
-            if token is not None and adapter is not None
-            else None
-        )
+        fold = None
+        if token is not None and adapter is not None:
+            fold = partial(fold_token, token, adapter)
         return InstalledReuse(self, names, encoder, parts, shown, fold)
 
     def num_visible(self, patches: int) -> int:
@@ -328,11 +324,9 @@ class InstalledReuse(Installed):
     def facts(self) -> Mapping[str, Any]:
         """Return how many of the bases' targets were read back and computed, and how bases were
         shown the images."""
-        cached = (
-            {"reuse_targets": [cache.facts() for cache in self._caches.values()]}
-            if self._caches
-            else {}
-        )
+        cached = {}
+        if self._caches:
+            cached = {"reuse_targets": [cache.facts() for cache in self._caches.values()]}
         shown = [base.images.fact for base in self.bases if base.images.fact]
         return {**cached, "reuse_images": shown} if shown else cached
 
