@@ -50,7 +50,7 @@ def other_model(what: str, model: Any, student: nn.Module) -> nn.Module:
     if isinstance(model, str):
         if model.startswith("run:"):
             raise BadInput(
-                f"{what} is '{model}', a run, which only a recipe can resolve; give a model or "
+                f"{what} names a run, '{model}': only a recipe can resolve it; give a model or "
                 "'file:PATH' here"
             )
         model = models.build(model, folder=Path())

@@ -18,6 +18,7 @@ from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import first, row_of_blocks
+from greenvis.techniques._shared.blocks import main, with_main
 from greenvis.techniques._shared.tec import visible
 
 
@@ -26,8 +27,7 @@ class Encoder:
     the model is itself.
 
     blocks: paths. dim, prefix, grid: width, tokens before the patches, (height, width) in patches.
-    normed: whether the model has a norm of all tokens behind its last block. Raises BadInput where
-    patches cannot be left out.
+    Raises BadInput where patches cannot be left out.
     """
 
     def __init__(self, model: nn.Module, structure: View) -> None:
@@ -59,7 +59,6 @@ class Encoder:
         for path in self.blocks:
             model.get_submodule(path).register_forward_hook(self._note)
         norm = last_norm(model, structure, self.blocks[-1])
-        self.normed = norm is not None
         if norm is not None:
             norm.register_forward_hook(self._note_norm)
         self._check(structure)
@@ -110,15 +109,14 @@ class Encoder:
             self._outputs.clear()
 
     def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        name = None if args else next(n for n, value in kwargs.items() if isinstance(value, Tensor))
-        x = args[0] if name is None else kwargs[name]
+        x = main(args, kwargs)
         # gradient checkpointing runs it in the backward
         ids_keep = self._entered.get(x) if self._ids_keep is None else self._ids_keep
         if ids_keep is None:
             return None
         self._entered[x] = ids_keep
         x = torch.cat([x[:, : self.prefix], visible(x[:, self.prefix :], ids_keep)], 1)
-        return ((x, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x})
+        return with_main(args, kwargs, x)
 
     def _note(self, block: nn.Module, args: Any, output: Any) -> None:
         if self._ids_keep is not None:
@@ -201,7 +199,7 @@ def class_token(model: nn.Module, structure: View, block: str) -> tuple[nn.Modul
     inputs: list[Tensor] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        inputs.append(next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)))
+        inputs.append(main(args, kwargs))
 
     flags = [p.requires_grad for _, _, p in named]
     hook = model.get_submodule(block).register_forward_pre_hook(
