@@ -30,6 +30,12 @@ def seat(model: nn.Module, path: str) -> nn.Module | None:
     return None if isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict)) else module
 
 
+def like(module: nn.Module) -> dict[str, Any]:
+    """Return device and dtype for new parts: those of the first floating-point parameter."""
+    parameter = next((p for p in module.parameters() if p.is_floating_point()), None)
+    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
+
+
 def row_of_blocks(model: nn.Module, structure: View) -> list[str]:
     """Return the blocks that attend, first to last, where one sequence (batch, tokens, dim) runs
     through all of them.

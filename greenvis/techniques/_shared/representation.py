@@ -12,6 +12,7 @@ from greenvis.core.surgery import names_of
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
+from greenvis.techniques._shared.attach import like
 
 
 class Representation:
@@ -42,8 +43,7 @@ class Representation:
         def note(module: nn.Module, args: Any) -> None:
             inputs.append(args[0])
 
-        hook = self.model.get_submodule(self.head).register_forward_pre_hook(note)
-        with hook:
+        with self.model.get_submodule(self.head).register_forward_pre_hook(note):
             self.model(x)
         return inputs[0].flatten(1)
 
@@ -51,6 +51,5 @@ class Representation:
         """Put a module that learns beside the classifier's own weights; return the names of its
         parameters in the model."""
         classifier = self.model.get_submodule(self.head)
-        weight = next(p for p in classifier.parameters() if p.is_floating_point())
-        classifier.add_module(name, part.to(device=weight.device, dtype=weight.dtype))
+        classifier.add_module(name, part.to(**like(classifier)))
         return names_of(self.model, part.parameters())

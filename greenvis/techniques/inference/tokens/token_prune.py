@@ -16,7 +16,7 @@ from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.core.trainers import refuse_recomputed
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
-from greenvis.techniques._shared.attach import check_runs, first, patches_matter, with_first
+from greenvis.techniques._shared.attach import check_runs, first, like, patches_matter, with_first
 from greenvis.techniques._shared.blocks import (
     Block,
     gather_mask,
@@ -284,10 +284,8 @@ class Predicted(Pruning):
         """Put a predictor into the block."""
         super().take(model, order, structure)
         self.flow.shares[self.number] = self.flow.keep**order
-        weight = next(p for p in self.block.module.parameters() if p.is_floating_point())
-        predictor = Predictor(structure.layouts[self.block.path].width).to(
-            weight.device, weight.dtype
-        )
+        predictor = Predictor(structure.layouts[self.block.path].width)
+        predictor.to(**like(self.block.module))
         self.block.module.add_module(_CHILD, predictor.train(self.block.module.training))
         return list(predictor.parameters())
 

@@ -19,7 +19,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import Experience, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
-from greenvis.techniques._shared.attach import seat
+from greenvis.techniques._shared.attach import like, seat
 from greenvis.techniques._shared.bottleneck import Bottleneck
 from greenvis.techniques.iteration.continual._latent import taken_apart
 
@@ -116,8 +116,6 @@ class InstalledPnn(Installed):
         self.column = self._latest = experience.index
         added: list[nn.Parameter] = []
         for lateral in self.laterals:
-            weight = next(p for p in self.model.parameters() if p.is_floating_point())
-            kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
             nets = [
                 Bottleneck(
                     lateral.channels,
@@ -126,7 +124,7 @@ class InstalledPnn(Installed):
                     axis=lateral.axis,
                     scale=1.0,
                     dropout=0.0,
-                    **kind,
+                    **like(self.model),
                 )
                 for _ in range(experience.index)
             ]

@@ -19,7 +19,7 @@ from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
 from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import main_output
-from greenvis.techniques._shared.attach import check_runs, train_only
+from greenvis.techniques._shared.attach import check_runs, like, train_only
 from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
 from greenvis.techniques._shared.frozen import FrozenOutputs
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
@@ -176,11 +176,8 @@ class PromptPool(Technique):
         structure = view(model, self.input_shape, probe=False)
         blocks = prompt_blocks(model, structure)
         dim = structure.layouts[blocks[0]].output[2]
-        weight = next(
-            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
-        )
         width = dim if self.query == "patch" else _feature(model, structure).shape[1]
-        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        kind = like(model.get_submodule(blocks[0]))
         rows = torch.empty(self.pool, self.length, dim, **kind).uniform_(-1, 1)
         pool = Pool(
             self,

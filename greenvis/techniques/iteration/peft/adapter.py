@@ -15,6 +15,7 @@ from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import (
     check_runs,
     first,
+    like,
     patches_matter,
     seat,
     train_only,
@@ -85,7 +86,7 @@ class Adapter(Technique):
                     f"behind '{last}' only the prefix token is read, so {self.variant} adapters do "
                     "nothing; raise blocks"
                 )
-        kind = _kind(model)
+        kind = like(model)
         added: list[nn.Parameter] = []
         for path, inputs in targets.items():
             layout = structure.layouts[path]
@@ -251,9 +252,3 @@ def _is_grid(structure: View, grid: Grid, path: str) -> bool:
     return len(layout.output) == 4 or (
         tokens and grid.size(layout.output[1] - structure.prefix_tokens) is not None
     )
-
-
-def _kind(model: nn.Module) -> dict[str, Any]:
-    """Return device and dtype for new parts: those of the first floating-point parameter."""
-    parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
-    return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}

@@ -18,6 +18,7 @@ from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.attach import (
     check_runs,
     first,
+    like,
     row_of_blocks,
     train_only,
     with_first,
@@ -72,10 +73,7 @@ class AdapterProbe(Technique):
                 "no attention"
             )
         blocks = row_of_blocks(model, structure)
-        weight = next(
-            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
-        )
-        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
+        kind = like(model.get_submodule(blocks[0]))
         token = class_token(model, structure, blocks[0]) if self.input_adapter else None
         if self.input_adapter and token is None:
             raise BadInput(

@@ -17,7 +17,7 @@ from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
-from greenvis.techniques._shared.attach import check_runs, train_only
+from greenvis.techniques._shared.attach import check_runs, like, train_only
 from greenvis.techniques._shared.doors import Doors
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
 
@@ -98,14 +98,10 @@ class Prompt(Technique):
         # c·p², also behind a convolutional stem
         patch = math.prod(structure.example.shape[1:]) / (length - structure.prefix_tokens)
         bound = math.sqrt(6 / (patch + dim))
-        weight = next(
-            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
-        )
+        kind = like(model.get_submodule(blocks[0]))
         put: list[Prompts] = []
         for _ in blocks if self.depth == "deep" else blocks[:1]:
-            rows = torch.empty(self.tokens, dim, device=weight.device, dtype=weight.dtype).uniform_(
-                -bound, bound
-            )
+            rows = torch.empty(self.tokens, dim, **kind).uniform_(-bound, bound)
             prompts = Prompts(rows, structure.prefix_tokens, self.dropout)
             put.append(prompts)
         doors = Doors(model, [model.get_submodule(path) for path in blocks])

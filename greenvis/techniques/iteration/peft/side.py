@@ -14,6 +14,7 @@ from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import (
     check_runs,
     first,
+    like,
     row_of_blocks,
     train_only,
     with_first,
@@ -75,12 +76,9 @@ class Side(Technique):
                 f"reduction is {self.reduction}, but the tokens of {type(model).__name__} have "
                 f"width {dim}: give less"
             )
-        weight = next(
-            p for p in model.get_submodule(blocks[0]).parameters() if p.is_floating_point()
-        )
         read = list(reversed(blocks[:: -self.every]))
         ladder = Ladder(
-            dim, dim // self.reduction, len(read), device=weight.device, dtype=weight.dtype
+            dim, dim // self.reduction, len(read), **like(model.get_submodule(blocks[0]))
         )
         ladder.put(model, blocks[0], read)
         added = list(ladder.parameters())

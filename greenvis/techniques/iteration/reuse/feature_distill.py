@@ -17,7 +17,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.techniques._shared.attach import first, seat
+from greenvis.techniques._shared.attach import first, like, seat
 from greenvis.techniques._shared.features import as_map
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques.iteration.reuse._bases import Base
@@ -110,8 +110,7 @@ class FeatureDistill(Technique):
         shown = Base(
             base, structure.input_shape, (shape[2], shape[3]), 1, False, models.pixels_of(model)
         )
-        weight = next(p for p in model.parameters() if p.is_floating_point())
-        projection = nn.Linear(shape[1], shown.width).to(device=weight.device, dtype=weight.dtype)
+        projection = nn.Linear(shape[1], shown.width).to(**like(model))
         block.add_module(_CHILD, projection)
         names = names_of(model, projection.parameters())
         form = {"channels": layout.channels, "prefix": structure.prefix_tokens, "aspect": aspect}
