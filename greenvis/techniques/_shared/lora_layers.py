@@ -4,6 +4,7 @@ path, exact merges."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -75,7 +76,18 @@ def precise(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def to_float32(model: nn.Module) -> None:
+def put_folded(model: nn.Module, folded: Mapping[str, Tensor]) -> None:
+    """Put folded weights, by name, in the place of the model's own; a model of lower precision
+    becomes float32, so that nothing is lost."""
+    if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters()):
+        _to_float32(model)
+    for name, weight in folded.items():
+        parent, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(weight, model.get_parameter(name).requires_grad)
+        model.get_submodule(parent)._parameters[leaf] = parameter
+
+
+def _to_float32(model: nn.Module) -> None:
     """Replace every tensor of lower precision, leaving the old ones as they are for `undo`."""
     done: dict[int, Any] = {}
     for module in model.modules():

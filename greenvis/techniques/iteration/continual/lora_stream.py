@@ -22,7 +22,7 @@ from greenvis.techniques._shared.lora_layers import (
     inner_linears,
     keep_off_the_fast_path,
     merged,
-    to_float32,
+    put_folded,
 )
 
 ROLES = ("linear", "attention", "qkv", "mlp", "conv")
@@ -306,16 +306,8 @@ class InstalledLoraStream(Installed):
         self.heads.load_state_dict(state)
 
     def merge(self) -> None:
-        """Fold the sum of changes, as used now, into the weights, in fp32: a model of lower
-        precision becomes float32."""
-        folded = {path: merged(layer) for path, layer in self.layers.items()}
-        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
-            to_float32(self.model)
-        for path, weight in folded.items():
-            module = self.model.get_submodule(path)
-            module._parameters["weight"] = nn.Parameter(
-                weight, self.model.get_parameter(f"{path}.weight").requires_grad
-            )
+        """Fold the sum of changes, as used now, into the weights, in fp32."""
+        put_folded(self.model, {f"{p}.weight": merged(layer) for p, layer in self.layers.items()})
 
     def learns(self, task: int) -> list[nn.Parameter]:
         """Return what trains in task number `task`."""

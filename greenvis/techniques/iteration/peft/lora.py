@@ -26,7 +26,7 @@ from greenvis.techniques._shared.lora_layers import (
     keep_off_the_fast_path,
     merged,
     precise,
-    to_float32,
+    put_folded,
 )
 from greenvis.techniques.iteration.peft._lora_ranks import Ranks
 from greenvis.techniques.iteration.peft._lora_start import checked, gradients
@@ -378,18 +378,12 @@ class InstalledLora(Installed):
         return [{"params": factors, "lr": lr * self.request.lr_ratio}]
 
     def merge(self) -> None:
-        """Fold the changes into the weights, in fp32: a model of lower precision becomes float32,
-        so that nothing is lost."""
-        folded = {path: self._folded(path, layer) for path, layer in self.layers.items()}
-        if any(p.is_floating_point() and p.dtype.itemsize < 4 for p in self.model.parameters()):
-            to_float32(self.model)
-        for path, weights in folded.items():
-            for name, weight in weights.items():
-                parent, _, leaf = f"{path}.{name}".rpartition(".")
-                old = self.model.get_parameter(f"{path}.{name}")
-                self.model.get_submodule(parent)._parameters[leaf] = nn.Parameter(
-                    weight, old.requires_grad
-                )
+        """Fold the changes into the weights, in fp32."""
+        layers = self.layers.items()
+        put_folded(
+            self.model,
+            {f"{p}.{n}": w for p, layer in layers for n, w in self._folded(p, layer).items()},
+        )
 
     def _folded(self, path: str, layer: Any) -> dict[str, Tensor]:
         if path not in self.outs:
