@@ -17,7 +17,7 @@ from greenvis.core.modes import removing
 from greenvis.errors import BadInput
 from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
-from greenvis.techniques._shared.attach import first, row_of_blocks
+from greenvis.techniques._shared.attach import first, like, row_of_blocks
 from greenvis.techniques._shared.blocks import main, with_main
 from greenvis.techniques._shared.tec import visible
 
@@ -75,13 +75,9 @@ class Encoder:
         return math.prod(self.grid)
 
     @property
-    def weight(self) -> Tensor:
-        """A weight of the blocks: for device and precision."""
-        return next(
-            p
-            for p in self.model.get_submodule(self.blocks[0]).parameters()
-            if p.is_floating_point()
-        )
+    def kind(self) -> dict[str, Any]:
+        """Device and precision of the blocks, for new parts."""
+        return like(self.model.get_submodule(self.blocks[0]))
 
     def __call__(self, x: Tensor, ids_keep: Tensor) -> list[Tensor]:
         """Return every block's output on the visible patches.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +63,23 @@ class Rotation(Technique):
         """Put the layer that tells turns in. Raises BadInput for images that are not square, or no
         classifier."""
         structure = view(model, self.input_shape, probe=False)
-        if structure.input_shape[1] != structure.input_shape[2]:
-            raise BadInput(
-                f"a quarter turn of images of {structure.input_shape[1:]} has another shape: "
-                "rotation needs square ones"
-            )
+        _check_square(structure.input_shape[1:])
         representation = Representation(model, structure)
         head = nn.Linear(representation.dim, QUARTERS)
         return InstalledRotation(self, representation.add(_CHILD, head), representation, head)
 
 
+def _check_square(sides: tuple[int, ...]) -> None:
+    if sides[0] != sides[1]:
+        raise BadInput(
+            f"a quarter turn of images of {sides} has another shape: rotation needs square ones"
+        )
+
+
 class InstalledRotation(Installed):
     """Pretraining at work: the loop's forward is its own."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self,
@@ -91,11 +94,7 @@ class InstalledRotation(Installed):
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"rotation"}: the cross entropy of the turn of each image x (batch, channels,
         side, side)."""
-        if x.shape[2] != x.shape[3]:
-            raise BadInput(
-                f"a quarter turn of images of {tuple(x.shape[2:])} has another shape: rotation "
-                "needs square ones"
-            )
+        _check_square(tuple(x.shape[2:]))
         if self.request.turns == "all":
             quarters = torch.arange(QUARTERS, device=x.device).repeat(len(x))
             x = x.repeat_interleave(QUARTERS, 0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,7 +120,7 @@ class Simclr(Technique):
 class InstalledSimclr(Installed):
     """Pretraining at work: the loop's forward is its own."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +122,7 @@ class Mae(Technique):
                 f"{encoder.grid} patches"
             )
         width = self.targets(structure.example, encoder.grid).shape[-1]
-        weight = encoder.weight
-        parts = Parts(encoder, self.decoder_depth, self.decoder_dim, width).to(
-            device=weight.device, dtype=weight.dtype
-        )
+        parts = Parts(encoder, self.decoder_depth, self.decoder_dim, width).to(**encoder.kind)
         model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
         return InstalledMae(self, names_of(model, parts.parameters()), encoder, parts)
 
@@ -158,7 +155,7 @@ class Parts(nn.Module):
 class InstalledMae(Installed):
     """Pretraining at work: the loop's forward is its own."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self, request: Mae, names: tuple[str, ...], encoder: Encoder, parts: Parts

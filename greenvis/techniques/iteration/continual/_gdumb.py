@@ -4,7 +4,7 @@ what was kept."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class InstalledGdumb(Installed):
     """The buffer fills while the loop goes through a task; its own steps change nothing. Adds the
     term "gdumb", which is 0."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self,

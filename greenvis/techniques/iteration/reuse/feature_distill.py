@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -122,7 +122,7 @@ class FeatureDistill(Technique):
 class InstalledFeatureDistill(Installed):
     """Pretraining at work: the loop's forward is its own."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self,

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -166,13 +166,11 @@ class Reuse(Technique):
             raise BadInput(
                 "keep_adapters keeps encoder adapters, and there are none; give encoder_adapters: 3"
             )
-        weight = encoder.weight
-        kind: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
-        parts = Parts(self, encoder, shown).to(**kind)
+        parts = Parts(self, encoder, shown).to(**encoder.kind)
         model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
         adapter = None
         if token is not None:
-            adapter = tec.TokenMlp(encoder.dim, 4 * encoder.dim).to(**kind)
+            adapter = tec.TokenMlp(encoder.dim, 4 * encoder.dim).to(**encoder.kind)
             adapt_token(token, adapter)
         names = names_of(
             model, (*parts.parameters(), *(adapter.parameters() if adapter is not None else ()))
@@ -232,7 +230,7 @@ class Parts(nn.Module):
 class InstalledReuse(Installed):
     """Pretraining at work: the loop's forward is its own."""
 
-    pretext: ClassVar[bool] = True
+    pretext = True
 
     def __init__(
         self,
