@@ -149,6 +149,10 @@ class Wordless(Steady):
                 "low": 2.0, "central": 1.0, "high": 3.0}}}),
             "in order",
         ),
+        (
+            type("Both", (Steady,), {"__doc__": "x", "quantities": {"cpu": "b_j", "ram": "b_j"}}),
+            "as one quantity",
+        ),
         (type("Else", (Steady,), {"__doc__": "x", "fields": {"observation": "y"}}), "recorded as"),
     ],
 )  # fmt: skip
@@ -243,6 +247,16 @@ def test_a_plug_in_that_does_not_load_is_noted_and_ends_nothing(
     assert [n for n in Meter().new_notes() if "does not load" in n]
     rows = [row["why"] for row in doctor() if row["what"] == "meter source"]
     assert rows == ["the plug-in meter source 'outside' (x:Y) does not load: no x"]
+
+
+def test_a_source_that_fails_to_look_again_is_noted_once_and_stays() -> None:
+    def breaks(self: MeterSource) -> None:
+        raise OSError("unplugged")
+
+    meter = Meter(sources=[source("plug", "machine", revise=breaks), CpuTime()])
+    assert meter.corrections() == meter.corrections() == []
+    assert [c["source"] for c in meter.components] == ["plug"]
+    assert meter.new_notes() == ["meter source 'plug': OSError: unplugged"]
 
 
 def test_doctor_lists_every_source_with_its_reason() -> None:

@@ -20,7 +20,7 @@ from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.processes import TICK_S
 from greenvis.meters.record import MOST_BYTES, PARTLY_UNKNOWN, PROVENANCES
 from greenvis.meters.sources import installed
-from greenvis.meters.sources.base import MeterSource
+from greenvis.meters.sources.base import MeterSource, in_words
 from greenvis.meters.sources.wall import Wall
 
 CHEAP_S = 0.05  # counters that cost a driver call are read at most this often when phases are short
@@ -62,9 +62,12 @@ class Meter:
         sources: Iterable[MeterSource] | None = None,
     ) -> None:
         self._table = load_coefficients(coefficients)
+        self._noted: set[str] = set()
         self._notes: list[str] = []
         if sources is None:
-            sources, self._notes = installed()
+            sources, problems = installed()
+            for problem in problems:
+                self._note(problem)
         self.sources = list(sources)
         if wall_meter is not None:
             self.sources = [Wall(wall_meter), *(s for s in self.sources if s.name != Wall.name)]
@@ -108,6 +111,11 @@ class Meter:
             out["steal_s"] = self._steal_s
         return out
 
+    def _note(self, text: str) -> None:
+        if text not in self._noted:
+            self._noted.add(text)
+            self._notes.append(text)
+
     def new_notes(self) -> list[str]:
         """Return in words what was amiss with the readings since the last call."""
         notes, self._notes = self._notes, []
@@ -120,7 +128,10 @@ class Meter:
         told by the UUIDs that torch knows once it has opened them.
         """
         for source in self.sources:
-            source.revise()
+            try:
+                source.revise()
+            except Exception as error:  # it stays what it was: no run ends for it
+                self._note(f"meter source '{source.name}': {in_words(error)}")
         before, self.components = self.components, self._chosen()
         return [c for c in self.components if c not in before]
 

@@ -17,16 +17,17 @@ wall clock's Unix time):
                replaces that name's, or is added
     sample     phase ("" is none, "train/epoch3" lies in "train"), and that phase's running totals,
                without those below it: wall_s, cpu_s (with children), ram_gb_s, cpu_j, dram_j,
-               gpu_j, meter_j (counters), steal_s, steps, samples, flops (whichever are observed);
+               gpu_j, meter_j (counters; a source from outside has a quantity of its own), steal_s,
+               steps, samples, flops (whichever are observed);
                "cpu_j_unseen_s" and the like: the seconds for which that quantity's counter told
                nothing that can be believed (below 0 where it then gave what belongs to phases
                before);
                "paused_wall_s", "paused_cpu_j" and the like: what passed, and what counters saw,
-               while the process or what it
-               runs was stopped: in no total above, and not the run's energy; mono_s and clock_s say
-               when
+               while the process or what it runs was stopped: in no total above, and not the run's
+               energy; mono_s and clock_s say when
     log        phase, mono_s, clock_s and values of the training at a moment: epoch, step, accuracy,
-    loss fact       what holds for the whole run (accuracy, macs, params, latency_ms, data, …);
+               loss
+    fact       what holds for the run as a whole (accuracy, macs, params, latency_ms, data, …);
                later facts replace earlier ones. inference {batch_size, rounds}, operating_points
                [{setting, images, passes, …}], task_observed hold what readings of serving and tasks
                observed, with from_s and to_s; `serving.facts` gives their joules

@@ -97,8 +97,10 @@ def _require(holds: object, broken: str) -> None:
 def _check_names(source: MeterSource) -> None:
     _require(type(source).__doc__, "its class says nothing of what it reads (a docstring)")
     _require(source.quantities, "`quantities` names nothing that it measures")
+    values = [*source.quantities.values()]
+    _require(len(values) == len({*values}), "two of its components are recorded as one quantity")
     for other in installed()[0]:
-        both = set(other.quantities.values()) & set(source.quantities.values())
+        both = {*other.quantities.values()} & {*values}
         same = other.name == source.name
         _require(same or not both, f"{', '.join(both)} is recorded by '{other.name}' already")
 

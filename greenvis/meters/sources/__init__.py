@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from greenvis.errors import GreenvisError
-from greenvis.meters.sources.base import Integral, MeterSource, Unavailable
+from greenvis.meters.sources.base import Integral, MeterSource, Unavailable, in_words
 from greenvis.plugins import Door
 
 __all__ = ["DOOR", "Integral", "MeterSource", "Unavailable", "installed"]
@@ -27,4 +27,6 @@ def installed() -> tuple[list[MeterSource], list[str]]:
             sources.append(DOOR.find(name)())
         except GreenvisError as error:
             problems.append(str(error))
+        except Exception as error:  # of a plug-in's own: no run ends for it
+            problems.append(f"the meter source '{name}' cannot be made: {in_words(error)}")
     return sources, problems

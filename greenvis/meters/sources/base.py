@@ -81,7 +81,7 @@ class MeterSource(ABC):
         try:
             self.components = self.connect(coefficients)
         except Exception as error:  # a driver's, a user's: the run goes on without it
-            self.close(_words(error), missing=getattr(error, "missing", False))
+            self.close(in_words(error), missing=getattr(error, "missing", False))
 
     def close(self, reason: str, *, missing: bool = False) -> None:
         """Read nothing any more."""
@@ -199,12 +199,12 @@ class _Watched(NamedTuple):
         try:
             value = self.read(now)
         except Exception as error:  # a plug out of reach, a GPU off the bus: training goes on
-            self.counter.take(now, None, _words(error))
+            self.counter.take(now, None, in_words(error))
         else:
             self.counter.take(now, value)
 
 
-def _words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """Return why in words; never empty."""
     text = str(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {error}"
     return text or "no reason was given"
