@@ -32,6 +32,7 @@ class Door(Generic[T]):
         package: the module path of the package that holds greenvis's own.
         group: the group of entry points of the others, such as "greenvis.techniques".
         besides: modules of the package itself that hold no such class, such as "registry".
+        separator: what stands in a name where its file's name has "_".
 
     Example:
         >>> from greenvis.core.technique import Technique
@@ -42,9 +43,16 @@ class Door(Generic[T]):
     """
 
     def __init__(
-        self, kind: str, base: type[T], package: str, group: str, besides: Collection[str] = ()
+        self,
+        kind: str,
+        base: type[T],
+        package: str,
+        group: str,
+        besides: Collection[str] = (),
+        separator: str = "_",
     ) -> None:
         self.kind, self.base, self.package, self.group = kind, base, package, group
+        self.separator = separator
         self.besides = {f"{package}.{module}" for module in besides}
 
     def names(self) -> list[str]:
@@ -86,7 +94,11 @@ class Door(Generic[T]):
         files = [path.relative_to(root).with_suffix("").parts for path in root.rglob("*.py")]
         public = [parts for parts in files if not any(part.startswith("_") for part in parts)]
         modules = {parts[-1]: ".".join([self.package, *parts]) for parts in public}
-        return {name: module for name, module in modules.items() if module not in self.besides}
+        return {
+            name.replace("_", self.separator): module
+            for name, module in modules.items()
+            if module not in self.besides
+        }
 
     @cached_property
     def plugged(self) -> dict[str, EntryPoint]:

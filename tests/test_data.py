@@ -7,6 +7,7 @@ import hashlib
 import struct
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,12 +16,15 @@ from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
 from greenvis import data
-from greenvis.data import datasets, sources
-from greenvis.data.transforms import AUGMENTS, mix
+from greenvis.data import images, loading
+from greenvis.data.sets import fashion_mnist
+from greenvis.data.spec import Augment
+from greenvis.data.splits import stratified
+from greenvis.data.transforms import mix
 from greenvis.errors import BadInput
 
 needs_fashion = pytest.mark.skipif(
-    not sources.DEBIAN.is_dir(),
+    not fashion_mnist.DEBIAN.is_dir(),
     reason="Fashion-MNIST is not here: apt-get install dataset-fashion-mnist",
 )
 
@@ -51,7 +55,7 @@ def _prints(dataset: data.ImageSet) -> set[str]:
 
 
 def test_digits_are_split_by_class_with_no_image_in_both() -> None:
-    d = data.load("digits")
+    d = data.load(data.DataSpec(name="digits"))
     assert (len(d.train), len(d.test), d.img_size, d.in_chans) == (1347, 450, 8, 1)
     assert not _prints(d.train) & _prints(d.test)
     share = d.test.targets.bincount() / torch.cat([d.train.targets, d.test.targets]).bincount()
@@ -62,7 +66,7 @@ def test_digits_are_split_by_class_with_no_image_in_both() -> None:
 
 
 def test_images_are_counted_from_both_ends() -> None:
-    train = data.load("digits", train=50).train
+    train = data.load(data.DataSpec(name="digits", train=50)).train
     assert torch.equal(train[-1][0], train[49][0])
     assert train[-1][1] == train[49][1]
     with pytest.raises(IndexError):
@@ -70,7 +74,7 @@ def test_images_are_counted_from_both_ends() -> None:
 
 
 def test_training_images_are_normalised() -> None:
-    d = data.load("digits")
+    d = data.load(data.DataSpec(name="digits"))
     x, y = d.train.batch(range(len(d.train)))
     assert x.dtype == torch.float32
     assert y.dtype == torch.int64
@@ -79,7 +83,7 @@ def test_training_images_are_normalised() -> None:
 
 
 def test_normalise_equals_the_reference_formula() -> None:
-    d = data.load("digits", train=50)
+    d = data.load(data.DataSpec(name="digits", train=50))
     stored = d.train.split.images
     assert isinstance(stored, torch.Tensor)
     t = d.train.transform
@@ -89,17 +93,26 @@ def test_normalise_equals_the_reference_formula() -> None:
 
 
 def test_subsets_are_stratified_nested_and_drawn_by_seed() -> None:
-    small, large = data.load("digits", train=100, seed=3), data.load("digits", train=200, seed=3)
+    small, large = (
+        data.load(data.DataSpec(name="digits", train=100, seed=3)),
+        data.load(data.DataSpec(name="digits", train=200, seed=3)),
+    )
     assert small.train.targets.bincount().tolist() == [10] * 10
     assert set(small.train.ids.tolist()) < set(large.train.ids.tolist())
-    assert small.train.ids.tolist() == data.load("digits", train=100, seed=3).train.ids.tolist()
-    assert small.train.ids.tolist() != data.load("digits", train=100, seed=4).train.ids.tolist()
+    assert (
+        small.train.ids.tolist()
+        == data.load(data.DataSpec(name="digits", train=100, seed=3)).train.ids.tolist()
+    )
+    assert (
+        small.train.ids.tolist()
+        != data.load(data.DataSpec(name="digits", train=100, seed=4)).train.ids.tolist()
+    )
     assert small.checksum == large.checksum
 
 
 def test_stratified_order_keeps_proportions_of_unequal_classes() -> None:
     labels = torch.tensor([0] * 900 + [1] * 90 + [2] * 10)
-    order = sources.stratified(labels, seed=1)
+    order = stratified(labels, seed=1)
     assert sorted(order.tolist()) == list(range(1000))
     for n in (100, 333, 700):
         expected = torch.tensor([0.9, 0.09, 0.01]) * n
@@ -107,7 +120,9 @@ def test_stratified_order_keeps_proportions_of_unequal_classes() -> None:
 
 
 def test_facts_name_everything_that_shaped_the_batches() -> None:
-    facts = data.load("digits", train=100, test=50, augment="crop", views=2, seed=5).facts()
+    facts = data.load(
+        data.DataSpec(name="digits", train=100, test=50, augment="crop", views=2, seed=5)
+    ).facts()
     assert facts | {"checksum": "", "mean": 0, "std": 0} == {
         "name": "digits",
         "only": None,
@@ -126,9 +141,11 @@ def test_facts_name_everything_that_shaped_the_batches() -> None:
     assert len(facts["checksum"]) == 64
 
 
-@pytest.mark.parametrize("augment", AUGMENTS)
+@pytest.mark.parametrize("augment", get_args(Augment))
 def test_augmentation_follows_seed_epoch_and_image_alone(augment: data.Augment) -> None:
-    train = data.load("synthetic", train=24, test=10, img_size=16, augment=augment, seed=1).train
+    train = data.load(
+        data.DataSpec(name="synthetic", train=24, test=10, img_size=16, augment=augment, seed=1)
+    ).train
     whole, _ = train.batch(range(24), epoch=2)
     assert torch.equal(whole[5], train[(2, 5)][0])
     assert torch.equal(whole[[7, 3]], train.batch([7, 3], epoch=2)[0])
@@ -137,14 +154,16 @@ def test_augmentation_follows_seed_epoch_and_image_alone(augment: data.Augment) 
 
 
 def test_views_repeat() -> None:
-    train = data.load("digits", train=20, augment="crop-flip", views=2).train
+    train = data.load(data.DataSpec(name="digits", train=20, augment="crop-flip", views=2)).train
     assert torch.equal(train.batch(range(20), epoch=0)[0], train.batch(range(20), epoch=2)[0])
     assert not torch.equal(train.batch(range(20), epoch=0)[0], train.batch(range(20), epoch=1)[0])
 
 
 def test_a_view_is_named_by_what_repeats() -> None:
     def seen(augment: data.Augment, views: int | None) -> list[int]:
-        transform = data.load("digits", train=10, augment=augment, views=views).train.transform
+        transform = data.load(
+            data.DataSpec(name="digits", train=10, augment=augment, views=views)
+        ).train.transform
         return [transform.view(epoch) for epoch in range(4)]
 
     assert seen("crop", 2) == [0, 1, 0, 1]
@@ -153,14 +172,16 @@ def test_a_view_is_named_by_what_repeats() -> None:
 
 
 def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors_half() -> None:
-    plain = data.load("digits", train=200).train
-    cropped = data.load("digits", train=200, augment="crop").train
+    plain = data.load(data.DataSpec(name="digits", train=200)).train
+    cropped = data.load(data.DataSpec(name="digits", train=200, augment="crop")).train
     x, y = plain.batch(range(200))[0], cropped.batch(range(200))[0]
     black = (0 - plain.transform.mean[0]) / plain.transform.std[0]
     padded = torch.nn.functional.pad(x, [1] * 4, value=black)
     windows = torch.stack([padded[:, :, i : i + 8, j : j + 8] for i in range(3) for j in range(3)])
     assert torch.all((windows - y).abs().amax((2, 3, 4)).min(0).values < 1e-6)
-    flipped = data.load("digits", train=200, augment="crop-flip").train.batch(range(200))[0]
+    flipped = data.load(data.DataSpec(name="digits", train=200, augment="crop-flip")).train.batch(
+        range(200)
+    )[0]
     assert 60 < int((flipped - y).abs().amax((1, 2, 3)).gt(1e-6).sum()) < 140
     assert torch.equal(
         torch.where((flipped == y).all(-1, True).all(-2, True), y, flipped.flip(-1)), y
@@ -168,12 +189,12 @@ def test_crop_is_a_window_of_the_padded_image_and_flip_mirrors_half() -> None:
 
 
 def test_the_test_set_is_never_augmented() -> None:
-    d = data.load("digits", augment="randaug")
+    d = data.load(data.DataSpec(name="digits", augment="randaug"))
     assert torch.equal(d.test[(0, 3)][0], d.test[(1, 3)][0])
 
 
 def test_global_random_state_is_untouched() -> None:
-    d = data.load("synthetic", train=20, test=10, augment="randaug")
+    d = data.load(data.DataSpec(name="synthetic", train=20, test=10, augment="randaug"))
     before = torch.get_rng_state()
     for _ in data.batches(d.train, 8, shuffle=True):
         pass
@@ -189,7 +210,7 @@ def test_mix_is_splitmix64() -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_resume_and_do_not_depend_on_workers(workers: int) -> None:
-    train = data.load("digits", train=100, augment="crop").train
+    train = data.load(data.DataSpec(name="digits", train=100, augment="crop")).train
     whole = list(data.batches(train, 16, epoch=3, seed=1, shuffle=True))
     rest = list(data.batches(train, 16, epoch=3, seed=1, shuffle=True, start=4, workers=workers))
     assert [len(y) for _, y in whole] == [16] * 6 + [4]
@@ -200,7 +221,7 @@ def test_batches_resume_and_do_not_depend_on_workers(workers: int) -> None:
 
 
 def test_batches_shuffle_by_seed_and_epoch_and_tell_positions() -> None:
-    train = data.load("digits", train=50).train
+    train = data.load(data.DataSpec(name="digits", train=50)).train
 
     def visits(**options: int) -> list[int]:
         return [
@@ -217,7 +238,7 @@ def test_batches_shuffle_by_seed_and_epoch_and_tell_positions() -> None:
 
 
 def test_batches_take_any_data_set_and_plain_loaders_take_ours() -> None:
-    train = data.load("digits", train=50).train
+    train = data.load(data.DataSpec(name="digits", train=50)).train
     x, y = next(iter(DataLoader(train, batch_size=8)))
     ours = next(iter(data.batches(train, 8)))
     assert torch.equal(x, ours[0])
@@ -227,11 +248,11 @@ def test_batches_take_any_data_set_and_plain_loaders_take_ours() -> None:
 
 
 def test_img_size_and_channels_are_brought_to_what_is_asked() -> None:
-    d = data.load("digits", train=20, test=10, img_size=16, in_chans=3)
+    d = data.load(data.DataSpec(name="digits", train=20, test=10, img_size=16, in_chans=3))
     x, _ = d.train.batch([0, 1])
     assert x.shape == (2, 3, 16, 16)
     assert torch.equal(x[:, 0], x[:, 1])
-    grey = data.load("synthetic", train=20, test=10, in_chans=1)
+    grey = data.load(data.DataSpec(name="synthetic", train=20, test=10, in_chans=1))
     assert grey.train[0][0].shape == (1, 32, 32)
 
 
@@ -239,11 +260,11 @@ def test_images_brought_to_size_at_once_or_by_batch_are_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     at_once = data.load(
-        "digits", train=20, test=10, img_size=20, in_chans=3, augment="crop"
+        data.DataSpec(name="digits", train=20, test=10, img_size=20, in_chans=3, augment="crop")
     ).train.batch(range(20))
-    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
+    monkeypatch.setattr(loading, "IN_MEMORY", 0)
     by_batch = data.load(
-        "digits", train=20, test=10, img_size=20, in_chans=3, augment="crop"
+        data.DataSpec(name="digits", train=20, test=10, img_size=20, in_chans=3, augment="crop")
     ).train.batch(range(20))
     assert torch.equal(at_once[0], by_batch[0])
 
@@ -251,9 +272,15 @@ def test_images_brought_to_size_at_once_or_by_batch_are_the_same(
 def test_synthetic_follows_its_seed_and_is_neither_trivial_nor_hopeless() -> None:
     from sklearn.linear_model import LogisticRegression
 
-    d = data.load("synthetic", train=600, test=200, seed=1)
-    assert d.checksum == data.load("synthetic", train=600, test=200, seed=1).checksum
-    assert d.checksum != data.load("synthetic", train=600, test=200, seed=2).checksum
+    d = data.load(data.DataSpec(name="synthetic", train=600, test=200, seed=1))
+    assert (
+        d.checksum
+        == data.load(data.DataSpec(name="synthetic", train=600, test=200, seed=1)).checksum
+    )
+    assert (
+        d.checksum
+        != data.load(data.DataSpec(name="synthetic", train=600, test=200, seed=2)).checksum
+    )
     x, y = d.train.batch(range(600))
     test_x, test_y = d.test.batch(range(200))
     with warnings.catch_warnings(action="ignore"):  # it need not converge
@@ -264,7 +291,7 @@ def test_synthetic_follows_its_seed_and_is_neither_trivial_nor_hopeless() -> Non
 def test_folder_with_its_own_test_split(tmp_path: Path) -> None:
     _images(tmp_path / "pets" / "train", {"cat": 4, "dog": 5})
     _images(tmp_path / "pets" / "val", {"dog": 2, "cat": 1})
-    d = data.load("folder:pets", folder=tmp_path, img_size=8)
+    d = data.load(data.DataSpec(name="folder:pets", img_size=8), tmp_path)
     assert (len(d.train), len(d.test), d.classes) == (9, 3, ("cat", "dog"))
     assert d.test.targets.tolist() == [0, 1, 1]
     assert d.train[0][0].shape == (3, 8, 8)
@@ -274,23 +301,23 @@ def test_folder_without_splits_is_divided_by_class(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _images(tmp_path / "a", {"cat": 10, "dog": 20})
-    d = data.load("folder:a", folder=tmp_path, img_size=8)
+    d = data.load(data.DataSpec(name="folder:a", img_size=8), tmp_path)
     assert d.test.targets.bincount().tolist() == [2, 4]
     assert not _prints(d.train) & _prints(d.test)
-    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
-    lazy = data.load("folder:a", folder=tmp_path, img_size=8)
+    monkeypatch.setattr(loading, "IN_MEMORY", 0)
+    lazy = data.load(data.DataSpec(name="folder:a", img_size=8), tmp_path)
     assert torch.equal(lazy.train.batch([0, 5])[0], d.train.batch([0, 5])[0])
     (tmp_path / "a" / "cat" / "000.png").write_bytes(
         (tmp_path / "a" / "cat" / "001.png").read_bytes()
     )
-    assert data.load("folder:a", folder=tmp_path, img_size=8).checksum != d.checksum
+    assert data.load(data.DataSpec(name="folder:a", img_size=8), tmp_path).checksum != d.checksum
 
 
 def test_a_broken_image_is_named(tmp_path: Path) -> None:
     _images(tmp_path, {"cat": 3, "dog": 3})
     (tmp_path / "cat" / "001.png").write_bytes(b"not a picture")
     with pytest.raises(BadInput, match=r"001\.png"):
-        data.load(f"folder:{tmp_path}", img_size=8)
+        data.load(data.DataSpec(name=f"folder:{tmp_path}", img_size=8))
 
 
 def test_hf_datasets_saved_to_disk(tmp_path: Path) -> None:
@@ -309,19 +336,19 @@ def test_hf_datasets_saved_to_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(
         {"train": whole.select(range(8)), "test": whole.select([8, 9])}
     ).save_to_disk(tmp_path / "two")
-    d = data.load("hf-datasets:two", folder=tmp_path, img_size=9)
+    d = data.load(data.DataSpec(name="hf-datasets:two", img_size=9), tmp_path)
     assert (len(d.train), len(d.test), d.classes) == (8, 2, ("no", "yes"))
     assert d.test.targets.tolist() == [0, 1]
     whole.save_to_disk(tmp_path / "one")
-    assert len(data.load("hf-datasets:one", folder=tmp_path, img_size=9).test) == 2
+    assert len(data.load(data.DataSpec(name="hf-datasets:one", img_size=9), tmp_path).test) == 2
     whole.remove_columns("picture").save_to_disk(tmp_path / "none")
     with pytest.raises(BadInput, match="column of type Image"):
-        data.load("hf-datasets:none", folder=tmp_path)
+        data.load(data.DataSpec(name="hf-datasets:none"), tmp_path)
 
 
 def test_fashion_mnist_from_a_given_folder(tmp_path: Path) -> None:
     _idx(tmp_path / "idx")
-    d = data.load("fashion-mnist", root="idx", folder=tmp_path)
+    d = data.load(data.DataSpec(name="fashion-mnist", root="idx"), tmp_path)
     assert (len(d.train), len(d.test), d.img_size) == (20, 10, 28)
     stored = d.train.split.images
     assert isinstance(stored, torch.Tensor)
@@ -332,16 +359,18 @@ def test_fashion_mnist_from_a_given_folder(tmp_path: Path) -> None:
     with gzip.open(path, "wb") as f:
         f.write(raw[:-1])
     with pytest.raises(BadInput, match="not a whole IDX file"):
-        data.load("fashion-mnist", root="idx", folder=tmp_path)
+        data.load(data.DataSpec(name="fashion-mnist", root="idx"), tmp_path)
 
 
 @pytest.mark.data
 @needs_fashion
 def test_fashion_mnist_of_debian() -> None:
-    d = data.load("fashion-mnist", train=1000, test=500)
+    d = data.load(data.DataSpec(name="fashion-mnist", train=1000, test=500))
     assert d.train.targets.bincount().tolist() == [100] * 10
-    assert data.load("fashion-mnist", train=10, test=10).classes[9] == "Ankle boot"
-    whole = data.load("fashion-mnist").train
+    assert (
+        data.load(data.DataSpec(name="fashion-mnist", train=10, test=10)).classes[9] == "Ankle boot"
+    )
+    whole = data.load(data.DataSpec(name="fashion-mnist")).train
     assert len(whole) == 60_000
     assert whole.transform.mean[0] == pytest.approx(
         0.286, abs=0.005
@@ -356,12 +385,12 @@ def test_fashion_mnist_of_debian() -> None:
         ("folder", {}, "did you mean 'folder:PATH'"),
         ("digits:here", {}, "did you mean 'digits'"),
         ("digits", {"train": 1348}, "asks for 1348 images, but 'digits' has 1347"),
-        ("digits", {"test": 0}, "test is 0"),
+        ("digits", {"test": 0}, "test: input should be greater than 0, not 0"),
         ("digits", {"augment": "crop_flip"}, "did you mean 'crop-flip'"),
-        ("digits", {"in_chans": 2}, "in_chans is 2"),
-        ("digits", {"img_size": 2}, "img_size is 2"),
-        ("digits", {"views": 0}, "views is 0"),
-        ("digits", {"root": "x"}, "`root` and `download` are for fashion-mnist"),
+        ("digits", {"in_chans": 2}, "in_chans: input should be 1 or 3, not 2"),
+        ("digits", {"img_size": 2}, "img_size: input should be greater than or equal to 4, not 2"),
+        ("digits", {"views": 0}, "views: input should be greater than 0, not 0"),
+        ("digits", {"root": "x"}, "so root would change nothing; leave it out"),
         ("fashion-mnist", {"root": "nowhere"}, "apt-get install dataset-fashion-mnist"),
         ("folder:nowhere", {}, "no folder at"),
         ("hf-datasets:nowhere", {}, "local folder"),
@@ -371,33 +400,33 @@ def test_bad_input_is_named_before_anything_is_loaded(
     name: str, options: dict, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(BadInput, match=message):
-        data.check(name, folder=tmp_path, **options)
+        data.check(data.DataSpec(name=name, **options), tmp_path)
     with pytest.raises(BadInput, match=message):
-        data.load(name, folder=tmp_path, **options)
+        data.load(data.DataSpec(name=name, **options), tmp_path)
 
 
 def test_folders_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     _images(tmp_path / "one", {"cat": 2})
     with pytest.raises(BadInput, match="1 sub-folders"):
-        data.check("folder:one", folder=tmp_path)
+        data.check(data.DataSpec(name="folder:one"), tmp_path)
     _images(tmp_path / "more" / "train", {"cat": 2, "dog": 2})
     _images(tmp_path / "more" / "test", {"cat": 2, "cow": 2})
     with pytest.raises(BadInput, match="'cow'"):
-        data.load("folder:more", folder=tmp_path)
+        data.load(data.DataSpec(name="folder:more"), tmp_path)
     (tmp_path / "empty" / "a").mkdir(parents=True)
     (tmp_path / "empty" / "b").mkdir()
     with pytest.raises(BadInput, match="no images in"):
-        data.load("folder:empty", folder=tmp_path)
+        data.load(data.DataSpec(name="folder:empty"), tmp_path)
     _images(tmp_path / "few", {"cat": 4, "dog": 4})
     with pytest.raises(BadInput, match="train asks for 9 images"):
-        data.load("folder:few", folder=tmp_path, train=9)
+        data.load(data.DataSpec(name="folder:few", train=9), tmp_path)
     with pytest.raises(BadInput, match="batch_size is 0"):
-        data.batches(data.load("digits", train=10).train, 0)
+        data.batches(data.load(data.DataSpec(name="digits", train=10)).train, 0)
 
 
 def test_classes_choose_and_relabel_by_name_or_number() -> None:
-    whole = data.load("digits")
-    some = data.load("digits", classes=["7", 3, "1"], train=90)
+    whole = data.load(data.DataSpec(name="digits"))
+    some = data.load(data.DataSpec(name="digits", classes=["7", 3, "1"], train=90))
     assert some.classes == ("7", "3", "1")
     assert len(some.train) == 90
     assert some.train.targets.bincount().tolist() == [30, 30, 30]
@@ -411,7 +440,9 @@ def test_classes_choose_and_relabel_by_name_or_number() -> None:
         for row, y in zip(some.test.ids.tolist(), some.test.targets.tolist(), strict=True)
         if y == 0
     } == sevens
-    assert some.facts() != data.load("digits", classes=[7, 3, 2], train=90).facts()
+    assert (
+        some.facts() != data.load(data.DataSpec(name="digits", classes=[7, 3, 2], train=90)).facts()
+    )
 
 
 @pytest.mark.parametrize(
@@ -425,12 +456,12 @@ def test_classes_choose_and_relabel_by_name_or_number() -> None:
 )
 def test_classes_that_are_not_there_are_refused(classes: list[str | int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
-        data.load("digits", classes=classes)
+        data.load(data.DataSpec(name="digits", classes=classes))
 
 
 def test_images_are_held_out_of_the_training_set_and_nowhere_else() -> None:
-    plain = data.load("digits", train=200, test=50)
-    held = data.load("digits", train=200, test=50, held_out=80)
+    plain = data.load(data.DataSpec(name="digits", train=200, test=50))
+    held = data.load(data.DataSpec(name="digits", train=200, test=50, held_out=80))
     assert plain.held_out is None
     assert held.held_out is not None
     assert torch.equal(held.train.ids, plain.train.ids)
@@ -438,16 +469,16 @@ def test_images_are_held_out_of_the_training_set_and_nowhere_else() -> None:
     assert len(held.held_out) == 80
     assert not set(held.held_out.ids.tolist()) & set(held.train.ids.tolist())
     assert held.facts() == plain.facts() | {"held_out": 80}
-    everything = data.load("digits", held_out=100)
+    everything = data.load(data.DataSpec(name="digits", held_out=100))
     assert len(everything.train) == 1347 - 100
     assert (
         data.load(
-            "digits", train=200, test=50, held_out=80, augment="crop"
+            data.DataSpec(name="digits", train=200, test=50, held_out=80, augment="crop")
         ).held_out.transform.augment
         == "none"
     )
     with pytest.raises(BadInput, match="1400"):
-        data.load("digits", train=1300, held_out=100)
+        data.load(data.DataSpec(name="digits", train=1300, held_out=100))
 
 
 @pytest.mark.parametrize(("suffix", "mode"), [("png", "I;16"), ("tiff", "I;16"), ("pgm", "I")])
@@ -456,7 +487,7 @@ def test_grey_pixels_of_sixteen_bits_are_scaled(tmp_path: Path, suffix: str, mod
     Image.fromarray(pixels).save(tmp_path / f"deep.{suffix}")
     with Image.open(tmp_path / f"deep.{suffix}") as image:
         assert image.mode == mode
-        shown = sources._to_tensor(image)
+        shown = images._to_tensor(image)
     assert shown.shape == (3, 256, 256)
     assert torch.equal(shown[0], torch.from_numpy(np.rint(pixels / 257).astype(np.uint8)))
     assert torch.equal(shown[0], shown[2])
@@ -471,10 +502,10 @@ def test_grey_pixels_from_0_to_1_are_scaled_and_others_refused(tmp_path: Path) -
     ):
         Image.fromarray(pixels).save(tmp_path / f"{name}.tiff")
     paths = [tmp_path / f"{name}.tiff" for name in ("unit", "wide", "broken", "whole")]
-    assert sources._read_file(paths, 0)[1].flatten().tolist() == [0, 51, 102, 153, 204, 255]
+    assert images._read_file(paths, 0)[1].flatten().tolist() == [0, 51, 102, 153, 204, 255]
     for row in (1, 2, 3):
         with pytest.raises(BadInput, match=f"{paths[row].name}: its pixels"):
-            sources._read_file(paths, row)
+            images._read_file(paths, row)
 
 
 def test_a_folder_of_deep_pictures_is_not_white(tmp_path: Path) -> None:
@@ -485,6 +516,6 @@ def test_a_folder_of_deep_pictures_is_not_white(tmp_path: Path) -> None:
             Image.fromarray(rng.integers(0, 65536, (9, 7), dtype=np.uint16)).save(
                 tmp_path / name / f"{i}.png"
             )
-    train = data.load(f"folder:{tmp_path}", img_size=8, in_chans=1).train
+    train = data.load(data.DataSpec(name=f"folder:{tmp_path}", img_size=8, in_chans=1)).train
     assert 0.3 < train.transform.mean[0] < 0.7
     assert train.transform.std[0] > 0.1

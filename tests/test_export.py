@@ -63,7 +63,10 @@ def test_a_hub_folder_is_loaded_by_the_library_alone(runs: Path, tmp_path: Path)
     live = models.build(f"file:{runs / 'lora/seed0/model.safetensors'}").eval()
     assert torch.equal(again(x), live(x))
     config = resolve_data_config(model=again)
-    assert tuple(config["mean"]) == data.load("digits", train=40, test=20).train.transform.mean
+    assert (
+        tuple(config["mean"])
+        == data.load(data.DataSpec(name="digits", train=40, test=20)).train.transform.mean
+    )
     export(runs / "hf/seed0", "hub", tmp_path / "hf")
     live = models.build(f"file:{runs / 'hf/seed0/model.safetensors'}").eval()
     assert torch.equal(
@@ -76,7 +79,7 @@ CLASSES = [str(i) for i in range(10)]
 
 
 def _statistics() -> tuple[tuple[float, ...], tuple[float, ...]]:
-    form = data.load("digits", train=40, test=20).train.transform
+    form = data.load(data.DataSpec(name="digits", train=40, test=20)).train.transform
     return form.mean, form.std
 
 
@@ -113,7 +116,9 @@ def test_a_transformers_folder_prepares_images_as_the_run_did(runs: Path, tmp_pa
     assert models.pixels_of(again) == _statistics()
     processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
     image = torch.randint(0, 256, (1, 8, 8), dtype=torch.uint8)
-    want = data.load("digits", train=40, test=20).train.transform.normalise(image[None])
+    want = data.load(data.DataSpec(name="digits", train=40, test=20)).train.transform.normalise(
+        image[None]
+    )
     got = processor(image, return_tensors="pt", input_data_format="channels_first")["pixel_values"]
     assert torch.allclose(got, want, atol=1e-5)
 

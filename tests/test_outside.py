@@ -36,8 +36,9 @@ def beside(installed: dict[str, str], code: str, **env: str) -> Any:
 def test_a_recipe_uses_what_an_outside_package_adds(ran: Path) -> None:
     results = json.loads((ran / "reports/outside/results.json").read_text())
     plain, gain = results["arms"]["plain"], results["arms"]["gain"]
-    assert gain["trainable_params"] == plain["trainable_params"] + 10  # a factor for each class
+    assert gain["trainable_params"] == plain["trainable_params"] + 2  # a factor for each class
     assert gain["params"] == plain["params"]  # once merged
+    assert results["data"][0]["name"] == "stripes"
     assert gain["techniques"] == [{"gain": {"weight": 0.2}}]
 
 
@@ -51,6 +52,17 @@ def test_an_outside_technique_keeps_the_contract(with_outside: dict[str, str]) -
     outcomes = beside(with_outside, code)
     assert outcomes
     assert all(outcome == "works" for outcome, _ in outcomes), outcomes
+
+
+def test_an_outside_data_set_keeps_the_contract(with_outside: dict[str, str]) -> None:
+    code = (
+        "from greenvis.data.dataset import DOOR\n"
+        "from greenvis.testing import check_dataset\n"
+        "print(json.dumps([DOOR.names(), check_dataset(DOOR.find('stripes'))]))\n"
+    )
+    names, result = beside(with_outside, code)
+    assert "stripes" in names
+    assert result == ["stripes", "works", ""]
 
 
 def test_an_outside_meter_source_meters_a_run(with_outside: dict[str, str], tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_gradient_selection_works_in_a_loop_and_goes_on_exactly(tmp_path: Path) 
 def test_never_a_test_image_nor_one_of_a_task_to_come(
     kind: Any, policy: Any, tmp_path: Path
 ) -> None:
-    images = data.load("digits", train=120, test=60)
+    images = data.load(data.DataSpec(name="digits", train=120, test=60))
     its = streams.make(images, kind=kind, tasks=3)
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(int(images.train.batch([0])[0].numel()), len(images.classes))

@@ -46,7 +46,7 @@ meter: {codecarbon: false}
 
 @pytest.fixture(scope="module")
 def digits() -> data.Data:
-    return data.load("digits", train=400, test=100)
+    return data.load(data.DataSpec(name="digits", train=400, test=100))
 
 
 def _write(folder: Path, text: str = RECIPE) -> Path:
@@ -265,7 +265,9 @@ def _matrix(folder: Path, arm: str) -> Any:
 
 def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
     """Over the classes that compete: all of a single head. One step by hand."""
-    its = streams.make(data.load("digits", train=40, test=20), kind="domain", tasks=2)
+    its = streams.make(
+        data.load(data.DataSpec(name="digits", train=40, test=20)), kind="domain", tasks=2
+    )
 
     def net() -> nn.Module:
         torch.manual_seed(0)

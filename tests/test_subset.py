@@ -34,7 +34,7 @@ meter: {codecarbon: false}
 
 @pytest.fixture(scope="module")
 def digits() -> data.Data:
-    return data.load("digits", train=300, test=60)
+    return data.load(data.DataSpec(name="digits", train=300, test=60))
 
 
 def test_matching_loss_is_the_squared_distance_of_the_means() -> None:

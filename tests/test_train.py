@@ -306,7 +306,7 @@ class _Watching(Installed):
 
 @pytest.mark.parametrize("swap", [False, True])
 def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) -> None:
-    images = data.load("digits", train=6, test=2).train
+    images = data.load(data.DataSpec(name="digits", train=6, test=2)).train
     live = gv.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), _Watch(swap=swap))
 
     def samples(epoch: int, at: Tensor) -> Samples:

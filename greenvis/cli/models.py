@@ -133,7 +133,8 @@ def flops(
     count = flops.count(built, x, train=True)
     out = count.as_dict()
     if data:
-        images = datasets.load(data, test=64, img_size=x.shape[-1], in_chans=x.shape[1]).test
+        form = {"img_size": x.shape[-1], "in_chans": x.shape[1]}
+        images = datasets.load(datasets.DataSpec(name=data, test=64, **form)).test
         out["distribution"] = flops.distribution(built, [images.batch(range(len(images)))[0]])
     elif count.with_data:
         out["notes"].append(

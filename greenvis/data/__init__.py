@@ -1,6 +1,38 @@
-"""Which images, with which labels, in which order: sources, data sets, transforms, streams, kept
-outputs."""
+"""Which images, with which labels, in which order: data sets, transforms, streams, kept outputs."""
 
-from greenvis.data.datasets import Data, ImageSet, batches, check, load, order
+from __future__ import annotations
 
-__all__ = ["Data", "ImageSet", "batches", "check", "load", "order"]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from greenvis.data.dataset import DataSet
+    from greenvis.data.image_set import ImageSet
+    from greenvis.data.loaders import batches, order
+    from greenvis.data.loading import Data, check, load
+    from greenvis.data.spec import DataSpec
+    from greenvis.data.splits import Split, Stored
+
+# a recipe is read without torch, which most of these import
+_HOMES = {
+    "Data": "loading",
+    "DataSet": "dataset",
+    "DataSpec": "spec",
+    "ImageSet": "image_set",
+    "Split": "splits",
+    "Stored": "splits",
+    "batches": "loaders",
+    "check": "loading",
+    "load": "loading",
+    "order": "loaders",
+}
+__all__ = [
+    "Data", "DataSet", "DataSpec", "ImageSet", "Split", "Stored", "batches", "check", "load",
+    "order",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"greenvis.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'greenvis.data' has no attribute '{name}'")

@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
-from greenvis import data
 from greenvis.core.technique import Experience, mask_classes
-from greenvis.data.datasets import Data, ImageSet
+from greenvis.data.image_set import ImageSet
+from greenvis.data.loaders import batches
+from greenvis.data.loading import Data
 from greenvis.errors import BadInput
 
 Kind = Literal["class", "domain", "task", "free"]
@@ -91,7 +92,7 @@ class Stream:
             "start": start,
             "workers": workers,
         }
-        return data.batches(self.train[index], batch_size, shuffle=True, positions=True, **options)
+        return batches(self.train[index], batch_size, shuffle=True, positions=True, **options)
 
     def masked(self, index: int, logits: Tensor, y: Tensor) -> Tensor:
         """Return the logits of a training step, -inf where a class does not compete.

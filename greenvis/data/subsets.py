@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greenvis.core import weights
-from greenvis.data.datasets import ImageSet
 from greenvis.data.herding import herding
-from greenvis.data.sources import Split
+from greenvis.data.image_set import ImageSet
+from greenvis.data.splits import Split
 from greenvis.errors import BadInput
 
 Method = Literal["random", "herding", "condensed"]

@@ -4,7 +4,6 @@ never of a worker."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-Augment = Literal["none", "crop", "crop-flip", "randaug"]
-AUGMENTS: tuple[Augment, ...] = ("none", "crop", "crop-flip", "randaug")
+from greenvis.data.spec import Augment
+
 _RANDAUGMENT = v2.RandAugment(num_ops=2, magnitude=9)
 
 

@@ -109,7 +109,7 @@ class Jobs:
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs
-        self._data: dict[str, data.Data] = {}
+        self._data: dict[tuple[data.DataSpec, Path], data.Data] = {}
         self._recipes: dict[Path, Recipe] = {}
         self._jobs: dict[tuple[str, str, int], Job] = {}
 
@@ -129,11 +129,10 @@ class Jobs:
 
     def images(self, recipe: Recipe) -> data.Data:
         """Return the recipe's data, loaded once."""
-        spec = recipe.data.model_dump(exclude={"stream"})
-        key = json.dumps([spec, str(recipe.folder.resolve())])
+        key = (recipe.data.model_copy(update={"stream": None}), recipe.folder.resolve())
         if key not in self._data:
             self._data[key] = located(
-                recipe.where("data", "name"), data.load, **spec, folder=recipe.folder
+                recipe.where("data", "name"), data.load, recipe.data, recipe.folder
             )
         return self._data[key]
 

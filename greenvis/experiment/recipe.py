@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from greenvis.core import yamlfile
 from greenvis.core.technique import Technique, explain, format_value, refuse_idle
 from greenvis.core.yamlfile import Key
+from greenvis.data import spec as data
+from greenvis.data.spec import Positive, Seed
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import recipe_checks
 from greenvis.tasks import registry as task_registry
@@ -20,8 +22,6 @@ from greenvis.tasks.base import Task
 from greenvis.techniques import registry
 
 Where = Callable[..., str]  # key path -> "file:line"
-Positive = Annotated[int, Field(gt=0, le=10**9)]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 
@@ -63,49 +63,12 @@ class StreamSpec(_Section):
     restart: bool = Field(default=False, description="begin each task from the first weights again")
 
 
-class DataSpec(_Section):
-    """Which images, how many, and how they are shown to the model."""
+class DataSpec(data.DataSpec):
+    """Which images, how many, and how they are shown to the model; or a stream of them."""
 
-    name: str = Field(
-        description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH or synthetic"
-    )
-    train: Positive | None = Field(
-        default=None, description="number of training images; all where absent"
-    )
-    test: Positive | None = Field(
-        default=None, description="number of test images; all where absent"
-    )
-    held_out: Positive | None = Field(
-        default=None,
-        description="training images kept from all training, to choose on: thresholds, when to "
-        "stop",
-    )
-    img_size: Annotated[int, Field(gt=0, le=16_384)] | None = Field(
-        default=None, description="side in pixels; the data's own where absent"
-    )
-    in_chans: Literal[1, 3] | None = Field(
-        default=None, description="channels; the data's own where absent"
-    )
-    augment: str = Field(
-        default="none", description="augmentation by name; deterministic in (seed, epoch, image)"
-    )
-    views: Positive | None = Field(
-        None,
-        description="number of distinct augmented views of an image; a new one each epoch where "
-        "absent",
-    )
-    classes: tuple[str | int, ...] | None = Field(
-        default=None, description="only these, by name or number; relabelled in order"
-    )
-    normalise: bool = Field(
-        default=True,
-        description="subtract the mean, divide by the deviation; else pixels are 0 to 1",
-    )
-    seed: Seed = Field(default=0, description="of subset and split")
-    root: str | None = Field(
-        default=None, description="folder of the data set's files, relative to the recipe"
-    )
-    download: bool = False
+    if not TYPE_CHECKING:
+        __init__ = BaseModel.__init__  # what is wrong in a recipe is said of its lines
+
     stream: StreamSpec | None = Field(
         default=None, description="a stream of tasks; train.epochs are for each of them"
     )

@@ -13,6 +13,7 @@ from torch import nn
 
 from greenvis import data, models
 from greenvis.core import files, yamlfile
+from greenvis.data import dataset
 from greenvis.errors import BadInput, GreenvisError, one_line
 from greenvis.experiment import lineage
 from greenvis.experiment.jobs import Job
@@ -46,8 +47,8 @@ def source(
     greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for a
     model, data set or file of plans that cannot be used.
     """
-    content, dataset = _plans(Path(plans)), _data(data_name)
-    data.check(**{k: v for k, v in dataset.items() if k != "normalise"})
+    content, section = _plans(Path(plans)), _data(data_name)
+    data.check(data.DataSpec(**section))
     reference = _reference(ref, runs)
     settings = dict(options or {})
     if isinstance(start := settings.get("pretrained"), str) and Path(start).expanduser().is_file():
@@ -74,7 +75,7 @@ def source(
     own = _model(reference, settings)
     return {
         "name": "advise-" + _slug(f"{Path(data_name).stem}-{_short(ref)}"),
-        "data": {**_shown(reference, model, settings), **dataset},
+        "data": {**_shown(reference, model, settings), **section},
         "model": own,
         "train": {"seeds": [0], **content.get("train", {})},
         "arms": arms,
@@ -145,19 +146,15 @@ def _plans(path: Path) -> dict[str, Any]:
 def _data(name: str) -> dict[str, Any]:
     """Return the data section that a data set's name, or a recipe's file, means; its paths
     absolute."""
-    section, folder = {"name": name}, Path()
+    spec, folder = data.DataSpec(name=name), Path()
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(name)
-        section, folder = (
-            recipe.data.model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"}),
-            recipe.folder,
-        )
-    kind, colon, path = section["name"].partition(":")
-    if colon:
-        section["name"] = f"{kind}:{(folder / Path(path).expanduser()).resolve()}"
-    if section.get("root"):
-        section["root"] = str((folder / Path(section["root"]).expanduser()).resolve())
-    return section
+        spec, folder = recipe.data, recipe.folder
+    return (
+        dataset.find(spec, folder)
+        .located()
+        .model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"})
+    )
 
 
 def _reference(ref: str, runs: str | Path) -> str:

@@ -75,9 +75,11 @@ def rank(
             f"{some(options)} would change none of these bases: options are for those of a library"
         )
     built = {base: _build(base, Path(runs), trust, options) for base in bases}
-    dataset = _data(data_name)
+    spec, folder = _data(data_name)
     shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
-    shown = {shape: _images(dataset, shape, images) for shape in dict.fromkeys(shapes.values())}
+    shown = {
+        shape: _images(spec, folder, shape, images) for shape in dict.fromkeys(shapes.values())
+    }
     rows: list[dict[str, Any]] = []
     with track("rank", dir=runs) as run:
         for number, (base, model) in enumerate(built.items(), 1):
@@ -237,30 +239,30 @@ def weights_of(base: str, runs: str | Path) -> Path:
     return weights[0]
 
 
-def _data(name: str) -> dict[str, Any]:
-    """Return the arguments of `data.load` that a data set's name, or a recipe's file, means."""
+def _data(name: str) -> tuple[data.DataSpec, Path]:
+    """Return what a data set's name, or a recipe's file, asks for, and what its paths start
+    from."""
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(name)
-        return {**recipe.data.model_dump(exclude={"stream", "held_out"}), "folder": recipe.folder}
-    return {"name": name}
+        return recipe.data, recipe.folder
+    return data.DataSpec(name=name), Path()
 
 
-def _images(section: Mapping[str, Any], shape: tuple[int, ...], most: int) -> data.Data:
+def _images(spec: data.DataSpec, folder: Path, shape: tuple[int, ...], most: int) -> data.Data:
     """Return at most `most` training images, unchanged ones, as a model of this input shape takes
     them."""
-    plain: dict[str, Any] = {
-        **section,
+    asked: dict[str, Any] = {
+        **spec.model_dump(exclude={"stream", "held_out"}),
         "in_chans": shape[0],
         "img_size": shape[1],
         "augment": "none",
         "views": None,
     }
-    if plain.get("train") is None or plain["train"] > most:
-        plain["train"] = most
     try:
-        return data.load(**plain)
+        few = data.DataSpec(**{**asked, "train": min(spec.train or most, most)})
+        return data.load(few, folder)
     except BadInput:  # fewer images than asked for: all of them
-        return data.load(**{**plain, "train": section.get("train")})
+        return data.load(data.DataSpec(**asked), folder)
 
 
 def _scores(model: nn.Module, images: data.ImageSet, run: Tracker) -> dict[str, Any]:

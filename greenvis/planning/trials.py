@@ -14,7 +14,7 @@ from torch import Tensor
 
 from greenvis import data
 from greenvis.core.wrap import Wrapped
-from greenvis.data.sources import stratified
+from greenvis.data.splits import stratified
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
 from greenvis.experiment.jobs import Job, samples_of

@@ -1,5 +1,6 @@
 """The contracts of what is found by name, as checks that authors of plug-ins can run:
-`check_technique(MyTechnique)`, `check_task(MyTask)`, `check_meter_source(MySource)`."""
+`check_technique(MyTechnique)`, `check_task(MyTask)`, `check_dataset(MyDataSet)`,
+`check_meter_source(MySource)`."""
 
 from __future__ import annotations
 
@@ -11,14 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core.technique import Technique
+from greenvis.testing.datasets import DataSetResult, check_dataset
 from greenvis.testing.meter_sources import SourceResult, check_meter_source
 from greenvis.testing.tasks import check_task
 from greenvis.testing.trial import Broken, Trial
 
 __all__ = [
+    "DataSetResult",
     "Host",
     "Result",
     "SourceResult",
+    "check_dataset",
     "check_meter_source",
     "check_task",
     "check_technique",

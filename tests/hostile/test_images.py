@@ -19,7 +19,9 @@ import torch
 from PIL import Image
 
 from greenvis import data
-from greenvis.data import sources
+from greenvis.data import images as decoding
+from greenvis.data.sets.fashion_mnist import FashionMnist
+from greenvis.data.splits import sha256
 from greenvis.errors import BadInput
 from tests.hostile.bounds import greenvis
 
@@ -100,7 +102,7 @@ def test_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(BadInput, match=r"cannot read the image .*odd\.png: ..."):
-            data.load(f"folder:{tmp_path / 'set'}", img_size=8)
+            data.load(data.DataSpec(name=f"folder:{tmp_path / 'set'}", img_size=8))
 
 
 RECIPE = """\
@@ -157,7 +159,7 @@ def test_what_is_no_file_is_refused_by_its_name(
     folder(tmp_path / "set")
     NO_FILES[name](Path("set/a/odd.png"))
     with pytest.raises(BadInput, match=r"cannot read the image .*odd\.png"):
-        data.load("folder:set")
+        data.load(data.DataSpec(name="folder:set"))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +174,7 @@ def test_a_name_that_is_not_utf_8_is_refused(
     with open(name, "wb") as file:
         file.write(png())
     with pytest.raises(BadInput, match="is not UTF-8: rename it") as error:
-        data.load("folder:set")
+        data.load(data.DataSpec(name="folder:set"))
     assert "�" in str(error.value)
     (tmp_path / "recipe.yaml").write_text(RECIPE.format())
     assert greenvis("plan", "recipe.yaml", cwd=tmp_path).code == 2
@@ -181,12 +183,12 @@ def test_a_name_that_is_not_utf_8_is_refused(
 def test_what_is_in_excess_of_the_pixels_is_not_unpacked(tmp_path: Path) -> None:
     folder(tmp_path / "set")
     (tmp_path / "set" / "a" / "0.png").write_bytes(png(pixels=bytes(SIZE)))
-    assert len(data.load(f"folder:{tmp_path / 'set'}", img_size=8).train) == 8
+    assert len(data.load(data.DataSpec(name=f"folder:{tmp_path / 'set'}", img_size=8)).train) == 8
 
 
 def test_the_checksum_is_that_of_names_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(3 * 2**20 + 1))
-    assert sources.sha256([tmp_path / "file", b"a"]) == sources.sha256([bytes(3 * 2**20 + 1), b"a"])
+    assert sha256([tmp_path / "file", b"a"]) == sha256([bytes(3 * 2**20 + 1), b"a"])
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,8 @@ def test_idx_files(kind: str, tmp_path: Path) -> None:
         (tmp_path / f"{part}-images-idx3-ubyte").write_bytes(idx(20, 28, 28))
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(20))
     images, labels = tmp_path / "train-images-idx3-ubyte", tmp_path / "train-labels-idx1-ubyte"
-    assert len(sources.fashion_mnist(tmp_path, False).train.labels) == 20
+    fashion = FashionMnist(data.DataSpec(name="fashion-mnist", root=str(tmp_path)))
+    assert len(fashion.read().train.labels) == 20
     if kind == "labels beyond":
         labels.write_bytes(idx(20, content=b"\xff" * 20))
     elif kind == "fewer labels":
@@ -222,7 +225,7 @@ def test_idx_files(kind: str, tmp_path: Path) -> None:
             packed if kind == "a bomb" else packed[:40] + b"\xff" * 40
         )
     with pytest.raises(BadInput):
-        sources.fashion_mnist(tmp_path, False)
+        fashion.read()
 
 
 def test_rows_of_hugging_face_data_are_held_to_the_same(tmp_path: Path) -> None:
@@ -239,7 +242,7 @@ def test_rows_of_hugging_face_data_are_held_to_the_same(tmp_path: Path) -> None:
         )
         datasets.Dataset.from_dict(rows, features).save_to_disk(str(tmp_path / str(i)))
         with pytest.raises(BadInput, match=r"cannot read the image of row \d"):
-            data.load(f"hf-datasets:{tmp_path / str(i)}", img_size=8)
+            data.load(data.DataSpec(name=f"hf-datasets:{tmp_path / str(i)}", img_size=8))
 
 
 def test_a_good_image_is_what_it_was(tmp_path: Path) -> None:
@@ -248,5 +251,5 @@ def test_a_good_image_is_what_it_was(tmp_path: Path) -> None:
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, form, **({"lossless": True} if form == "WEBP" else {}))
         assert torch.equal(
-            sources._decode(buffer.getvalue(), "image"), torch.from_numpy(pixels).permute(2, 0, 1)
+            decoding.decode(buffer.getvalue(), "image"), torch.from_numpy(pixels).permute(2, 0, 1)
         ), form

@@ -1,0 +1,123 @@
+"""Image files of strangers, decoded within limits: known formats, bounded size, any depth of
+pixel."""
+
+from __future__ import annotations
+
+import io
+import math
+import stat
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from greenvis.core import files
+from greenvis.data.splits import Lazy
+from greenvis.errors import BadInput, one_line
+
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# of no other a decoder is asked: some start programs
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MOST_BYTES = 256 * 2**20  # bytes of an image's file
+MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
+
+
+def lazy(paths: Sequence[Path]) -> Lazy:
+    """Return the images of files, unread.
+
+    Raises:
+        BadInput: For a name that is not UTF-8, and for what is no regular file of bounded size.
+    """
+    check_names(paths)
+    for path in paths:
+        _check_regular(path)
+    return Lazy(partial(_read_file, paths), range(len(paths)))
+
+
+def check_names(paths: Iterable[Path]) -> None:
+    """Raise BadInput for a name that is not UTF-8: no record could hold it."""
+    for path in paths:
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):
+            raise BadInput(f"the name of {one_line(path)} is not UTF-8: rename it, or take it out")
+
+
+def _check_regular(path: Path) -> None:
+    """Raise BadInput for what has an image's name and is none: a folder, a pipe, a link to nothing,
+    a file beyond all size."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise BadInput(f"cannot read the image {one_line(path)}: {error.strerror}") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise BadInput(
+            f"cannot read the image {one_line(path)}: it is no regular file; take it out"
+        )
+    if status.st_size > MOST_BYTES:
+        raise BadInput(
+            f"cannot read the image {one_line(path)}: {status.st_size:,} bytes, and at most "
+            f"{MOST_BYTES:,} are read"
+        )
+
+
+def _read_file(paths: Sequence[Path], row: int) -> Tensor:
+    return decode(read(paths[row]), f"image {paths[row]}")
+
+
+def read(path: str | Path) -> bytes:
+    """Return an image file's bytes. Raises BadInput where it is none of bounded size."""
+    return files.read(path, "image", MOST_BYTES)
+
+
+def decode(data: bytes, what: str) -> Tensor:
+    """Return uint8 (3, height, width). Raises BadInput, saying `what` it is, where the bytes are no
+    image of bounded size."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if (pixels := math.prod(image.size)) > MOST_PIXELS:
+                    raise ValueError(
+                        f"it has {pixels:,} pixels, and at most {MOST_PIXELS:,} are decoded"
+                    )
+                return _to_tensor(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders of strangers' bytes stumble in many ways
+        reason = (
+            "no image of a known format"
+            if isinstance(error, UnidentifiedImageError)
+            else error or type(error).__name__
+        )
+        raise BadInput(f"cannot read the {what}: {reason}") from error
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    """Return uint8 (3, height, width), upright. Raises ValueError where pixels are of no known
+    range."""
+    if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of those, 0 to 65,535
+        raise ValueError(
+            "its pixels are whole numbers of 32 bits, of no known range: save it with 8 or 16 bits"
+        )
+    upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Return grey pixels of 16 bits, or of 0 to 1, in 8 bits: a plain conversion would cut off all
+    above 255, or below 1."""
+    if image.mode != "F" and not image.mode.startswith("I"):
+        return image
+    pixels = np.asarray(image)
+    least, greatest = pixels.min().item(), pixels.max().item()
+    most = 1.0 if image.mode == "F" else 65_535
+    if not 0 <= least <= greatest <= most:
+        raise ValueError(
+            f"its pixels of mode {image.mode} are {least:g} to {greatest:g}, and 0 to {most:g} can "
+            "be shown"
+        )
+    return Image.fromarray(np.rint(pixels * (255 / most)).astype(np.uint8))

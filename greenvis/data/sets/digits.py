@@ -1,0 +1,33 @@
+"""Handwritten digits that come with scikit-learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from greenvis.data.dataset import DataSet
+from greenvis.data.splits import Split, Stored, divide, sha256
+
+
+class Digits(DataSet):
+    """8x8 handwritten digits, embedded in scikit-learn (Alpaydin and Kaynak, 1998)."""
+
+    name = "digits"
+    source = "https://archive.ics.uci.edu/dataset/80"
+    licence = "CC-BY-4.0"
+    checksum = "691f06548c7e4efa4d55907be1d0562cab6c310a3c6bbe42443f01e698d461c5"
+    size = {"train": 1347, "test": 450}
+    classes = tuple("0123456789")
+
+    def read(self) -> Stored:
+        """Return all of them, a quarter of each class as the test."""
+        from sklearn.datasets import load_digits
+
+        bunch: Any = load_digits()
+        pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+        labels = bunch.target.astype(np.int64)
+        whole = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+        train, test = divide(whole, test=self.size["test"])
+        return Stored(train, test, self.classes, sha256([pixels.tobytes(), labels.tobytes()]), 8, 1)
