@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis import models
 from greenvis.core import weights
-from greenvis.core.technique import explain
+from greenvis.core.validation import explain
 from greenvis.errors import BadInput
 from greenvis.experiment.jobs import WEIGHTS_FILE, Job, model_files
 from greenvis.meters import pricing, record

@@ -11,7 +11,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from greenvis.core import yamlfile
-from greenvis.core.technique import Technique, explain, format_value, refuse_idle
+from greenvis.core.technique import Technique
+from greenvis.core.validation import explain, format_value, refuse_idle
 from greenvis.core.yamlfile import Key
 from greenvis.data import spec as data
 from greenvis.data.spec import Positive, Seed

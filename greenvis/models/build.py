@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from greenvis.core import weights
-from greenvis.core.technique import format_value
+from greenvis.core.validation import format_value
 from greenvis.errors import BadInput, nearest
 from greenvis.models import libraries
 from greenvis.models.libraries import Request

@@ -1,0 +1,247 @@
+"""The live change a technique makes (`Installed`), and what a training loop tells it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from greenvis.errors import GreenvisError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a batch holds, so that what a frozen part gives for them can be cached
+    (`greenvis.data.output_cache`).
+
+    Args:
+        folder: Where caches lie.
+        key: What the images depend on, in words (`ImageSet.key`).
+        length: Images in the data set.
+        views: Augmented versions of each image; None where no version comes twice, so that nothing
+            is worth caching.
+        positions: int64 (batch,).
+        view: Which version this batch shows, 0 to views - 1.
+    """
+
+    folder: Path
+    key: Mapping[str, str]
+    length: int
+    views: int | None
+    positions: Tensor
+    view: int = 0
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One experience of a stream: the task it trains on, and what is known of it.
+
+    Args:
+        index: 0, 1, ….
+        classes: The labels that occur in it.
+        classes_so_far: Those that occurred so far, including its own, in order.
+        count: Experiences in all, None where nobody knows.
+        known: Whether a test says which task an image is of (task-incremental).
+    """
+
+    index: int
+    classes: tuple[int, ...]
+    classes_so_far: tuple[int, ...]
+    count: int | None = None
+    known: bool = False
+
+
+class Installed:
+    """One technique, live on a model. Every seam is optional; the defaults do nothing.
+
+    Args:
+        trainable: Names of the parameters (of the model, after install) which this technique trains
+            and saves.
+        freezes: True where every parameter no technique lists is to stay frozen.
+
+    Attributes:
+        unmergeable: Why the change cannot be folded into the model's own weights, if it cannot.
+        samples: Which samples the current batch holds; None where the loop does not say, or where
+            they were changed.
+        total_steps: Optimizer steps of the training; None where the loop does not say.
+        calibrates: Whether `calibrate` wants held-out images after training.
+        criterion: Builds the loss that replaces the task loss; None where it does not.
+    """
+
+    pretext: ClassVar[bool] = False
+    unmergeable: str = ""
+    samples: Samples | None = None
+    total_steps: int | None = None
+    calibrates: bool = False
+    criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
+
+    def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
+        self.trainable = trainable
+        self.freezes = freezes
+        self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
+        self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
+
+    # a copy of the model belongs to no run, and is shown other batches
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Return the batch to train on, before the forward.
+
+        Args:
+            x: Images (batch, channels, height, width), or what the model takes.
+            y: Labels (batch, …).
+
+        Returns:
+            The images and labels to train on.
+        """
+        return x, y
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return the extra loss terms of this step.
+
+        Args:
+            x: Images (batch, channels, height, width) that `batch` returned.
+            y: Their labels.
+            logits: (batch, classes), or the model's output that has them; None of a pretext.
+
+        Returns:
+            Scalars, already weighted, by name.
+        """
+        return {}
+
+    def param_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return optimizer groups for parameters that want other settings than the rest.
+
+        Args:
+            lr: The learning rate of the rest.
+
+        Returns:
+            Groups for a `torch.optim` optimizer.
+        """
+        return []
+
+    def step_end(self) -> None:
+        """After the optimizer step."""
+
+    def epoch_end(self) -> None:
+        """After an epoch."""
+
+    def begin_experience(self, experience: Experience) -> None:
+        """Before training on an experience, and before its optimizer is built: parameters may be
+        added here, named in `trainable`.
+
+        A resumed run calls it for each experience so far, in order, without training, and then
+        loads the state: what it adds must depend on the experiences alone, and nothing may be added
+        elsewhere.
+
+        Args:
+            experience: The experience to come.
+        """
+
+    def replacement_blocker(self, path: str) -> str:
+        """Say what this technique knows of a module that a new one at its path (a larger
+        classifier) would not have; asked when somebody has replaced it.
+
+        The default speaks for techniques that are nothing but names of parameters.
+
+        Args:
+            path: Of the module.
+
+        Returns:
+            A reason; "" where nothing hangs on the old module: the new one's parameters then
+            replace its parameters in `trainable`.
+        """
+        return "" if type(self) is Installed else "what it keeps may hang on the one that was there"
+
+    def eval_experience(self, experience: Experience | None) -> None:
+        """Before an evaluation that says which task its images are of.
+
+        Args:
+            experience: The experience; None where the test does not say, or the evaluation is over.
+        """
+
+    def end_experience(self, loader: Any) -> None:
+        """At a task boundary.
+
+        Args:
+            loader: Yields (x, y) of the finished experience.
+        """
+
+    def calibrate(self, loader: Any) -> Mapping[str, Any]:
+        """Choose, after training, what is to be chosen on images that no training step has seen;
+        called where `calibrates`.
+
+        Args:
+            loader: Yields their (x, y).
+
+        Returns:
+            Facts for the run record.
+        """
+        return {}
+
+    def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
+        """Return settings between which the finished model can be switched without training, for a
+        report to compare.
+
+        Returns:
+            New contexts by name. A setting holds within its context; the context yields facts of
+            what was answered within: lists of counts ("exits": how many samples left where), and
+            numbers that are means per image. Under "answer" it may say how a stream of batches is
+            answered: an iterator of images to one of their logits, in order.
+        """
+        return {}
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return what the run record should say of this technique's work, once training has ended.
+
+        Returns:
+            Facts by name.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return state that is not among the model's parameters and buffers (a replay buffer, a
+        running mean).
+
+        Returns:
+            Tensors by name.
+        """
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned.
+
+        Args:
+            state: Tensors by name.
+
+        Raises:
+            GreenvisError: Where this technique has no such state.
+        """
+        if state:
+            raise GreenvisError(
+                f"{type(self).__name__} holds no state of its own, but was given {sorted(state)}"
+            )
+
+    def merge(self) -> None:
+        """Fold the change into the model's own weights; the default is right where nothing was
+        added.
+
+        Called by `Wrapped.merge` when the model has its own structure back (the plain modules, with
+        the weights they have now), so a technique that added modules keeps references to them to
+        fold from.
+        """
+
+    def undo(self) -> None:
+        """Release what lies outside the model (files, a teacher's hooks). `wrap` restores the model
+        itself."""
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, stacklevel=4)
