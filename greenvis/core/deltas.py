@@ -366,8 +366,7 @@ def _restore_technique_state(model: nn.Module, keys: Any) -> None:
     if live is None or not mine:  # the form alone: what they hold lies elsewhere
         return
     for technique, installed in live._pairs():
-        start = f"{technique.name}."
-        own = {k.removeprefix(start): v for k, v in mine.items() if k.startswith(start)}
+        own = weights.below(mine, f"{technique.name}.")
         if own or not technique.rank_local:
             installed.load_state_dict(own)
         elif distributed.world_size() == 1:

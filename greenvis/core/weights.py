@@ -270,12 +270,7 @@ def load_state(
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
     model.load_state_dict({**own, **{n: state[n] for n in shared}})
     for name in sorted({n.removeprefix(ATTACHED).partition(".")[0] for n in beside}):
-        start = f"{ATTACHED}{name}."
-        attach(
-            model,
-            name,
-            {n.removeprefix(start): t for n, t in beside.items() if n.startswith(start)},
-        )
+        attach(model, name, below(beside, f"{ATTACHED}{name}."))
     return sorted(left)
 
 
@@ -313,6 +308,11 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `start`, by what follows it."""
+    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -64,13 +64,6 @@ def on_one_grid(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return F.adaptive_avg_pool2d(a, size), F.adaptive_avg_pool2d(b, size)
 
 
-def hint_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared difference of two maps with as many channels (FitNets: Romero et al.,
-    2015, equation 3)."""
-    student, teacher = on_one_grid(student, teacher)
-    return F.mse_loss(student, teacher)
-
-
 def cosine_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return 1 − cosine of the features at each place, averaged: the third of DistilBERT's losses
     (Sanh et al., 2019)."""

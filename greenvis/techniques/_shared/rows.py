@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.weights import below
+
 _FOLLOWERS = "_greenvis_followers"
 
 
@@ -82,12 +84,7 @@ def export_state(model: nn.Module, path: str) -> dict[str, Tensor]:
 def import_state(model: nn.Module, path: str, state: Mapping[str, Tensor]) -> None:
     """Give followers back what `export_state` returned."""
     for i, follower in enumerate(_followers(model)):
-        mine = {
-            name.removeprefix(f"{i}."): value
-            for name, value in state.items()
-            if name.startswith(f"{i}.")
-        }
-        if mine:
+        if mine := below(state, f"{i}."):
             follower.import_state(path, mine)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique, logits_of
+from greenvis.core.weights import below
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import view
 from greenvis.tasks.answers import CLASSES, PIXELS_TOO
@@ -399,10 +400,7 @@ class InstalledDistill(Installed):
             int(state[key]) if key in state else 0 for key in ("epoch", "steps")
         )
         for name, teacher in self.teachers.items():
-            own = {
-                k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")
-            }
-            if own:
+            if own := below(state, f"{name}."):
                 teacher.module.load_state_dict(own)
 
     def undo(self) -> None:

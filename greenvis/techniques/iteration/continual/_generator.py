@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greenvis.core.weights import below
 from greenvis.errors import BadInput
 
 LATENT, HIDDEN = 16, 400
@@ -150,9 +151,7 @@ class Generator:
         self.random.set_state(state["random"].cpu())
         if self.shape:
             self.net = _net(self._values, self.outputs)
-            self.net.load_state_dict(
-                {k.removeprefix("net."): v for k, v in state.items() if k.startswith("net.")}
-            )
+            self.net.load_state_dict(below(state, "net."))
 
 
 def _net(values: int, outputs: int) -> nn.ModuleDict:

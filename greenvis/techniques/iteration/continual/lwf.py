@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Experience, Installed, Technique, logits_of
+from greenvis.core.weights import below
 from greenvis.errors import GreenvisError
 from greenvis.tasks.answers import PIXELS_TOO, class_rows
 
@@ -149,9 +150,5 @@ class InstalledLwf(Installed):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
         device = next(self.model.parameters()).device
-        self.earlier = {
-            k.removeprefix("earlier."): v.clone().to(device)
-            for k, v in state.items()
-            if k != "classes"
-        }
+        self.earlier = {k: v.clone().to(device) for k, v in below(state, "earlier.").items()}
         self.classes = state["classes"].tolist()

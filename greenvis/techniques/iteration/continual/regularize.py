@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, OnlyWith, Technique, logits_of
+from greenvis.core.weights import below
 from greenvis.tasks.answers import CLASSES, require_class_numbers
 from greenvis.techniques.iteration.continual._gradients import sample_gradients
 
@@ -340,9 +341,7 @@ class InstalledRegularize(Installed):
             "start": self._start,
         }
         for kind, group in groups.items():
-            values = {
-                k.removeprefix(kind + "."): v for k, v in state.items() if k.startswith(kind + ".")
-            }
+            values = below(state, f"{kind}.")
             group.clear()
             group.update({n: v.clone().to(devices.get(n, v.device)) for n, v in values.items()})
         self._last = {n: self.model.get_parameter(n).detach().clone() for n in self._path}

@@ -10,6 +10,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
+from greenvis.core.weights import below
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques._shared.lora_layers import NAME
 
@@ -108,11 +109,7 @@ class Ranks:
         self._plan(total)
         self.config.total_step = total
         self.step = int(state["ranks.step"][0])
-        on = {
-            n.removeprefix("ranks.on."): t.tolist()
-            for n, t in state.items()
-            if n.startswith("ranks.on.")
-        }
+        on = {n: t.tolist() for n, t in below(state, "ranks.on.").items()}
         self.config.rank_pattern = on or None
         for name, factor in self.factors:
             if f"ranks.importance.{name}" in state:
