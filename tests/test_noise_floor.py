@@ -3,6 +3,7 @@ the digits it deserves."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
 from greenvis.meters.record import Writer
 from greenvis.report import formatting, results
+from greenvis.report.floor import floors
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
@@ -80,6 +82,31 @@ def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
     assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
     assert not formatting.shown(energies(tmp_path, "other")["inference_energy"])
     assert formatting.shown(energies(tmp_path, "small")["inference_energy"])
+
+
+def test_older_results_tell_networks_apart_by_what_they_count(tmp_path: Path) -> None:
+    write(tmp_path, "plain", "a", [20.0, 20.1], image_j=1.0)
+    write(tmp_path, "other", "b", [10.0, 10.1], image_j=0.8)
+    write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
+    found = results([tmp_path])
+    for row in found["arms"].values():
+        del row["inputs"], row["network"]
+    floor = floors(found)
+    assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
+    for row in found["arms"].values():
+        row["params"] = None  # nothing says
+    assert floors(found) == {"training": None, "serving": None}
+
+
+def test_no_committed_report_lacks_the_floor_its_arms_give() -> None:
+    for path in (Path(__file__).parents[1] / "reports").glob("*/results.json"):
+        found = json.loads(path.read_text())
+        if "baseline" not in found:
+            continue
+        networks = [(r["macs"], r["params"]) for r in found["arms"].values() if r["seeds"]]
+        alike = any(networks.count(n) > 1 for n in networks)
+        assert bool(found["noise_floor"]["serving"]) == alike, path
+        assert "Noise floor" in (path.parent / "report.md").read_text()
 
 
 def test_one_seed_gives_no_percentage(tmp_path: Path) -> None:

@@ -20,16 +20,23 @@ def floors(results: Mapping[str, Any]) -> dict[str, Any]:
     """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those
     compared}, or None.
 
-    Training: arms of the same inputs (data, model, settings), whatever they are called. Serving:
-    arms whose finished networks
-    are the same: of one model, with as many MACs and parameters. Results of before there were
-    inputs say neither.
+    Training: arms of the same inputs (data, model, settings), whatever they are called; results of
+    before there were inputs do not say. Serving: arms whose finished networks are the same: of one
+    model, with as many MACs and parameters.
     """
-    rows = {a: r for a, r in results["arms"].items() if "inputs" in r and r["seeds"]}
+    rows = {a: r for a, r in results["arms"].items() if r["seeds"]}
     return {
-        "training": _apart(rows, lambda r: r["inputs"], "train_energy_j"),
-        "serving": _apart(rows, lambda r: r["network"], "inference_energy_j"),
+        "training": _apart(rows, lambda r: r.get("inputs"), "train_energy_j"),
+        "serving": _apart(rows, _network, "inference_energy_j"),
     }
+
+
+def _network(row: Mapping[str, Any]) -> Any:
+    """Return what is the same in two arms whose finished networks are; None where nothing says."""
+    if "network" in row:
+        return row["network"]
+    counts = [row["macs"], row["params"]]  # all that older results hold
+    return counts if all(counts) else None
 
 
 def _apart(rows: Mapping[str, Any], work: Any, reading: str) -> dict[str, Any] | None:
