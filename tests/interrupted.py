@@ -3,7 +3,7 @@ condition is true of was written.
 
 python interrupted.py "'student/seed0' in path and epoch == 1 and batch == 3" run tiny.yaml …
 
-The condition sees path (the checkpoint's, as text) and what `train.Progress` holds. In the
+The condition sees path (the checkpoint's, as text) and what `loop.Progress` holds. In the
 environment, INTERRUPTED_FILE names
 a file to write instead, with the process at rest from then on: for those who have several processes
 to kill.

@@ -105,7 +105,8 @@ def test_the_recipe_written_runs(advice: dict[str, Any], folder: Path) -> None:
     assert list(recipe.arms) == [advice["pick"]]
     left = session.run(recipe, overrides=(), runs=folder / "runs")
     done = json.loads((left / advice["pick"] / "seed0/done.json").read_text())
-    assert 0 <= done["accuracy"] <= 1
+    runs = [record.read(path) for path in record.find([left / advice["pick"]])]
+    assert [0 <= r.facts["accuracy"] <= 1 for r in runs if r.id == done["run"]] == [True]
     assert set(load_recipe(advice["plans"]).arms) == {"all", "merged", "head"}
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from greenvis.core.surgery import Snapshot
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
-from greenvis.experiment.loop import make_optimizer
+from greenvis.experiment.optim import make_optimizer
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.techniques.iteration.peft.adapter import Adapter
 from greenvis.techniques.iteration.peft.layer_decay import LayerDecay

@@ -55,8 +55,8 @@ def test_ranks_what_recipes_left_and_checks_itself_on_record(runs: Path) -> None
     )
     assert found["images"] == 40
     for name in NAMES:
-        row, left = rows[f"run:bases/{name}"], (runs / "runs/tuned" / name).rglob("done.json")
-        accuracies = [json.loads(path.read_text())["accuracy"] for path in left]
+        row, left = rows[f"run:bases/{name}"], record.find([runs / "runs/tuned" / name])
+        accuracies = [record.read(path).facts["accuracy"] for path in left]
         assert len(accuracies) == len(SEEDS[name])
         assert row["tuned_accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
         assert row["dim"] == 8

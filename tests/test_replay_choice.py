@@ -13,15 +13,14 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from own_parts import Own, of_stream
 from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis import data
-from greenvis.core.wrap import wrap
 from greenvis.data import streams
-from greenvis.experiment import stream as continual
+from greenvis.experiment import loop
 from greenvis.experiment.recipe import TrainSpec
-from greenvis.tasks.classification import Classification
 from greenvis.techniques.iteration.continual._buffer import Buffer
 from greenvis.techniques.iteration.continual._gradients import closeness, sample_gradients
 from greenvis.techniques.iteration.continual._policies import (
@@ -233,21 +232,26 @@ def test_never_a_test_image_nor_one_of_a_task_to_come(
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(int(images.train.batch([0])[0].numel()), len(images.classes))
     )
-    live = wrap(model, gv.Replay(size=30, policy=policy, exact=True))
-    buffer: Any = live.installed[0].buffer  # type: ignore[attr-defined]
     kept: list[Tensor] = []
-    end = live.installed[0].end_experience
 
-    def look(loader: Any) -> None:
-        end(loader)
-        kept.append(buffer.take(range(len(buffer)))[0].flatten(1))
+    class Watched(gv.Replay):
+        """Notes what the buffer holds after each experience."""
 
-    live.installed[0].end_experience = look  # type: ignore[method-assign]
+        def install(self, model: nn.Module) -> Any:
+            live: Any = super().install(model)
+            end = live.end_experience
+
+            def look(loader: Any) -> None:
+                end(loader)
+                kept.append(live.buffer.take(range(len(live.buffer)))[0].flatten(1))
+
+            live.end_experience = look
+            return live
+
     spec = TrainSpec(epochs=1, batch_size=16, lr=0.01)
     with gv.track("choice", dir=tmp_path, codecarbon=False) as run:
-        continual.fit_stream(
-            live, its, lambda t: data.batches(its.tests[t][1], 64), spec, run, task=Classification()
-        )
+        replay = Watched(size=30, policy=policy, exact=True)
+        loop.run(Own(lambda: model, of_stream(its, spec, [replay])), run)
     shown = [part.batch(torch.arange(len(part)))[0].flatten(1) for part in its.train]
     tests = torch.cat([part.batch(torch.arange(len(part)))[0].flatten(1) for _, part in its.tests])
     assert len(kept) == 3

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.experiment import layers, loop, session, stages
+from greenvis.experiment import jobs, layers, loop, session
 from greenvis.meters import record
 from greenvis.planning.plan import plan
 
@@ -83,22 +83,24 @@ def test_one_record_with_a_phase_for_each_stage(finished: Path) -> None:
     ]
     assert [line["epoch"] for line in run.logs if "loss" in line] == [1, 2, 3, 4]
     assert not list((finished / "runs").rglob("*checkpoint*"))
-    assert not list((finished / "runs").rglob("*" + stages.BOUNDARY))
+    assert not list((finished / "runs").rglob("*" + jobs.BOUNDARY))
 
 
 def test_each_stage_trains_its_own_layers_on_what_the_last_left(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[dict[str, Tensor]] = []
-    real = loop.fit
+    real = loop.Loop.fit
 
-    def spy(live: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append({n: p.detach().clone() for n, p in live.model.named_parameters()})
-        out = real(live, *args, **kwargs)
-        seen.append({n: p.detach().clone() for n, p in live.model.named_parameters()})
+    def spy(self: loop.Loop, *args: Any) -> Any:
+        if self.file is not None:  # else it warms up
+            seen.append({n: p.detach().clone() for n, p in self.live.model.named_parameters()})
+        out = real(self, *args)
+        if self.file is not None:
+            seen.append({n: p.detach().clone() for n, p in self.live.model.named_parameters()})
         return out
 
-    monkeypatch.setattr(loop, "fit", spy)
+    monkeypatch.setattr(loop.Loop, "fit", spy)
     session.run(_write(tmp_path), runs=tmp_path / "runs", overrides=["arms.plain.train.epochs=0"])
 
     def moved(a: int, b: int) -> set[str]:

@@ -13,16 +13,15 @@ import interrupted
 import pytest
 import torch
 import torch.nn.functional as F
+from own_parts import Own, of_stream
 from safetensors.torch import load_file
 from torch import nn
 
 import greenvis as gv
 from greenvis import data
-from greenvis.core.wrap import wrap
 from greenvis.data import streams
 from greenvis.errors import BadInput
-from greenvis.experiment import session
-from greenvis.experiment import stream as continual
+from greenvis.experiment import loop, session
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters import record
 from greenvis.tasks.classification import Classification
@@ -242,7 +241,7 @@ def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(
         str(tmp_path / "report"),
         "--json",
     ]
-    moment = "task == 2 and epoch == 1 and batch == 2"
+    moment = "part == 2 and epoch == 1 and batch == 2"
     cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
     assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
     assert [
@@ -281,20 +280,13 @@ def test_labels_are_smoothed_in_a_stream_as_well(tmp_path: Path) -> None:
     )
     weights = []
     for smoothing in (0.0, 0.3):
-        live = wrap(net(), [])
         spec = TrainSpec(
             epochs=1, batch_size=40, lr=0.1, optimizer="sgd", momentum=0, weight_decay=0,
             schedule="constant",
         )  # fmt: skip
         with gv.track("smooth", dir=tmp_path, codecarbon=False) as run:
-            continual.fit_stream(
-                live,
-                its,
-                lambda t: data.batches(its.tests[t][1], 64),
-                spec,
-                run,
-                task=Classification(label_smoothing=smoothing),
-            )
+            made = of_stream(its, spec, task=Classification(label_smoothing=smoothing))
+            live = loop.run(Own(net, made), run).live
         by_hand = net()
         for part in its.train:
             x, y = part.batch(torch.arange(len(part)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from own_parts import Own, of_batches
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -17,8 +18,7 @@ import greenvis as gv
 from greenvis import data
 from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment import loggers
-from greenvis.experiment import loop as train
+from greenvis.experiment import loggers, loop, optim
 from greenvis.experiment.evaluate import evaluate
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.record import find, read
@@ -26,7 +26,6 @@ from greenvis.tasks.classification import Classification
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 Y = (X.sum(1) > 0).long()
-TASK = Classification()
 Batch = tuple[Tensor, Tensor]
 
 
@@ -59,15 +58,16 @@ def _fit(
     batches: Callable[..., Any],
     checkpoint: Path | None = None,
     dropout: float = 0.3,
+    techniques: Sequence[Technique] = (),
+    log_with: Sequence[str] = (),
+    length: int = 4,
     **more: Any,
-) -> tuple[nn.Module, train.Progress]:
-    live = gv.wrap(_net(dropout), [])
-    with gv.track("fit", live, dir=folder) as run:
-        test = lambda: [(X, Y)]  # noqa: E731
-        progress = train.fit(
-            live, batches, 4, test, spec, run, task=TASK, seed=3, checkpoint=checkpoint, **more
-        )
-    return live.model, progress
+) -> tuple[nn.Module, loop.Outcome]:
+    part = of_batches(batches, length, lambda: [(X, Y)], spec, techniques, **more)
+    own = Own(lambda: _net(dropout), [part], seed=3, checkpoint=checkpoint)
+    with gv.track("fit", dir=folder) as run:
+        outcome = loop.run(own, run, log_with=log_with)
+    return outcome.live.model, outcome
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_an_interrupted_training_ends_with_the_same_weights(
     with pytest.raises(Exception):  # noqa: B017
         _fit(tmp_path, spec, Batches(stop_at=crash), checkpoint)
     assert checkpoint.exists()
-    resumed, progress = _fit(tmp_path, spec, Batches(), checkpoint)
-    assert progress.epoch == 4
+    resumed, outcome = _fit(tmp_path, spec, Batches(), checkpoint)
+    assert outcome.epochs == 4
     assert all(torch.equal(v, whole.state_dict()[k]) for k, v in resumed.state_dict().items())
     assert any("resumed at epoch" in note for path in find([tmp_path]) for note in read(path).notes)
 
@@ -102,15 +102,14 @@ def test_another_seed_or_no_resume_would_show(tmp_path: Path) -> None:
 
 
 def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
-    _, progress = _fit(
+    _, outcome = _fit(
         tmp_path,
         TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8),
         Batches(),
     )
-    assert progress.reached
-    assert progress.epoch < 50
-    assert progress.accuracy is not None
-    assert progress.accuracy >= 0.8
+    assert outcome.reached
+    assert outcome.epochs < 50
+    assert outcome.metrics["accuracy"] >= 0.8
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -120,11 +119,9 @@ def test_labels_are_smoothed_by_what_the_recipe_says(tmp_path: Path, smoothing: 
     spec = TrainSpec(
         epochs=1, lr=0.5, optimizer="sgd", momentum=0, weight_decay=0, schedule="constant"
     )
-    live = gv.wrap(_net(0.0), task=(task := Classification(label_smoothing=smoothing)))
-    with gv.track("fit", live, dir=tmp_path) as run:
-        once = lambda epoch, start: [(X, Y)] * (start == 0)  # noqa: E731
-        train.fit(live, once, 1, lambda: [(X, Y)], spec, run, task=task)
-    model = live.model
+    once = lambda epoch, start: [(X, Y)] * (start == 0)  # noqa: E731
+    task = Classification(label_smoothing=smoothing)
+    model, _ = _fit(tmp_path, spec, once, dropout=0.0, length=1, task=task)
     mine: Any = _net(dropout=0.0)
     logs = mine(X).log_softmax(1)
     target = (1 - smoothing) * torch.nn.functional.one_hot(Y, 2) + smoothing / 2
@@ -152,17 +149,10 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
     model, mine = net(), net()
     model.load_state_dict(start)
     mine.load_state_dict(start)
-    live = gv.wrap(model, [])
-    with gv.track("fit", live, dir=tmp_path) as run:
-        train.fit(
-            live,
-            lambda epoch, start: DataLoader(batches, batch_size=None),
-            4,
-            lambda: [(X, Y)],
-            spec,
-            run,
-            task=TASK,
-        )
+    loader = lambda epoch, start: DataLoader(batches, batch_size=None)  # noqa: E731
+    part = of_batches(loader, 4, lambda: [(X, Y)], spec)
+    with gv.track("fit", dir=tmp_path) as run:
+        loop.run(Own(lambda: model, [part]), run)
     for first in range(0, 4, accumulate):
         x, y = (torch.cat(part) for part in zip(*batches[first : first + accumulate], strict=True))
         mine.zero_grad()
@@ -183,12 +173,9 @@ def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(
     spec = TrainSpec(epochs=3, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8)
     unreachable = [(X, 1 - Y), (X, Y)]  # half of them are wrong, whatever the model answers
     more: dict[str, Any] = {"held_out": lambda: unreachable} if held_out else {}
-    _, progress = _fit(tmp_path, spec, Batches(), **more)
-    assert progress.accuracy is not None
-    assert progress.accuracy >= 0.8  # the test reached it in either case
-    assert (progress.reached, progress.epoch) == (
-        (False, 3) if held_out else (True, progress.epoch)
-    )
+    _, outcome = _fit(tmp_path, spec, Batches(), **more)
+    assert outcome.metrics["accuracy"] >= 0.8  # the test reached it in either case
+    assert (outcome.reached, outcome.epochs) == ((False, 3) if held_out else (True, outcome.epochs))
     run = read(next(iter(find([tmp_path]))))
     assert any("looked for on test images" in note for note in run.notes) == (not held_out)
     assert [log["held_out_accuracy"] for log in run.logs if "held_out_accuracy" in log] == [
@@ -197,8 +184,8 @@ def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(
 
 
 def test_no_epochs_is_an_evaluation(tmp_path: Path) -> None:
-    model, progress = _fit(tmp_path, TrainSpec(epochs=0), Batches())
-    assert progress.accuracy == pytest.approx(evaluate(model, [(X, Y)], TASK)["accuracy"])
+    model, outcome = _fit(tmp_path, TrainSpec(epochs=0), Batches())
+    assert outcome.metrics == evaluate(model, [(X, Y)], Classification())
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
@@ -206,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
         _fit(tmp_path, TrainSpec(epochs=2, lr=0.1), lambda epoch, start: [(X * math.nan, Y)])
     assert read(next(iter(find([tmp_path])))).status == "failed"
     with pytest.raises(GreenvisError, match=r"noted before: a weight below 2"):
-        train._finite(torch.tensor(math.inf), train.Progress(), ["a weight below 2"])
+        loop._finite(torch.tensor(math.inf), loop.Progress(), ["a weight below 2"])
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
@@ -216,17 +203,17 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
-    cosine = [train.lr_factor(s, 10, 2, "cosine") for s in range(11)]
+    cosine = [optim.lr_factor(s, 10, 2, "cosine") for s in range(11)]
     assert cosine[:3] == [0.5, 1.0, 1.0]
     assert cosine[6] == pytest.approx(0.5)
     assert cosine[10] == pytest.approx(0)
-    assert train.lr_factor(5, 10, 0, "linear") == 0.5
-    assert train.lr_factor(9, 10, 0, "constant") == 1.0
+    assert optim.lr_factor(5, 10, 0, "linear") == 0.5
+    assert optim.lr_factor(9, 10, 0, "constant") == 1.0
 
 
 def test_weight_decay_spares_biases_and_norms() -> None:
     live = gv.wrap(_net(), [])
-    groups = train.make_optimizer(live, TrainSpec(weight_decay=0.1)).param_groups
+    groups = optim.make_optimizer(live, TrainSpec(weight_decay=0.1)).param_groups
     for group in groups:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == 0.1}
     assert sum(len(g["params"]) for g in groups) == len(live.trainable)
@@ -234,7 +221,7 @@ def test_weight_decay_spares_biases_and_norms() -> None:
 
 def test_threads_are_put_back() -> None:
     before = torch.get_num_threads()
-    with train.threads(2):
+    with optim.threads(2):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == before
 
@@ -307,15 +294,20 @@ class _Watching(Installed):
 @pytest.mark.parametrize("swap", [False, True])
 def test_techniques_are_told_which_samples_they_see(tmp_path: Path, swap: bool) -> None:
     images = data.load(data.DataSpec(name="digits", train=6, test=2)).train
-    live = gv.wrap(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), _Watch(swap=swap))
 
     def samples(epoch: int, at: Tensor) -> Samples:
         return Samples(tmp_path, images.key(), len(images), 2, at, epoch % 2)
 
-    with gv.track("t", live, dir=tmp_path) as run:
-        train.fit(live, lambda epoch, start: data.batches(images, 3, epoch=epoch, shuffle=True,
-        start=start, positions=True), 2,
-            lambda: data.batches(images, 6), TrainSpec(epochs=2), run, task=TASK, samples=samples)  # fmt: skip
+    def batches(epoch: int, start: int) -> Any:
+        return data.batches(images, 3, epoch=epoch, shuffle=True, start=start, positions=True)
+
+    part = of_batches(
+        batches, 2, lambda: data.batches(images, 6), TrainSpec(epochs=2), [_Watch(swap=swap)],
+        samples=samples,
+    )  # fmt: skip
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    with gv.track("t", dir=tmp_path) as run:
+        live = loop.run(Own(lambda: net, [part]), run).live
     installed = live.installed[0]
     assert isinstance(installed, _Watching)
     assert installed.samples is None
@@ -349,14 +341,11 @@ def _scaled(factor: float, module: Any, args: Any, output: Tensor) -> Tensor:
 def test_a_training_in_which_what_a_technique_trains_stands_still_fails(
     tmp_path: Path, factor: float
 ) -> None:
-    live = gv.wrap(_net(), [Unread(factor=factor)])
     spec = TrainSpec(epochs=2, batch_size=10, lr=0.01, weight_decay=0.0)
-    with gv.track("fit", live, dir=tmp_path) as run:
-        if factor:
-            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run, task=TASK)
-            assert live.unmoved() == []
-            return
-        with pytest.raises(
-            GreenvisError, match="'unread': none of the parameters it trains has moved in 8 steps"
-        ):
-            train.fit(live, Batches(), 4, lambda: [(X, Y)], spec, run, task=TASK)
+    if factor:
+        _, outcome = _fit(tmp_path, spec, Batches(), techniques=[Unread(factor=factor)])
+        assert outcome.live.unmoved() == []
+        return
+    says = "'unread': none of the parameters it trains has moved in 8 steps"
+    with pytest.raises(GreenvisError, match=says):
+        _fit(tmp_path, spec, Batches(), techniques=[Unread(factor=factor)])

@@ -131,7 +131,11 @@ def measured(folder: Path, plans: Sequence[str]) -> dict[str, dict[str, float]]:
         training, total = (
             pricing.run_energy(trained, phase).value or 0.0 for phase in ("train", None)
         )
-        spent[plan] = {"accuracy": done["accuracy"], "train_energy_j": training, "run_j": total}
+        spent[plan] = {
+            "accuracy": trained.facts["accuracy"],
+            "train_energy_j": training,
+            "run_j": total,
+        }
     for plan, figures in spent.items():
         figures["serve_energy_j"] = statistics.median(alike[keys[plan]])
         figures["total_energy_j"] = (

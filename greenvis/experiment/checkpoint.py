@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from greenvis.core import files
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import GreenvisError
+
+P = TypeVar("P")
 
 
 def save(
@@ -58,7 +60,18 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def take_up(
+def progress(content: dict[str, Any], kind: type[P]) -> P:
+    """Return the progress that `save` was given. Raises GreenvisError for another version's."""
+    try:
+        return kind(**content["progress"])
+    except (KeyError, TypeError) as error:
+        raise GreenvisError(
+            "a checkpoint of another version of greenvis lies there, which this one cannot go on "
+            "from: run with --fresh to start the arm again"
+        ) from error
+
+
+def restore(
     content: dict[str, Any],
     live: Wrapped,
     optimizer: Any,

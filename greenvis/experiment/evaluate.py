@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,13 +17,102 @@ from torch.utils.data import DataLoader
 from greenvis.core import distributed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import mask_classes
+from greenvis.core.wrap import Wrapped
+from greenvis.data.streams import Stream
 from greenvis.errors import GreenvisError
+from greenvis.experiment import knn
 from greenvis.tasks.base import Task
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+MATRIX, KNOWN = "task_accuracy", "task_accuracy_known"
 Among = Mapping[str, Sequence[int] | None]  # which classes compete, by name; None: all
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """How good a model is, by its task's metrics.
+
+    Attributes:
+        task: What the model answers.
+        test: Batches (x, y) of the test.
+        held_out: Batches to choose on, that no training sees; None where there are none.
+        neighbours: Top-1 accuracy by nearest neighbours, which stands for the metrics where no
+            classifier is trained; None: it never does.
+        untrained: Whether the classifier is a new one that nothing trains.
+        stream: The stream whose experiences are tested one by one; None where there is none.
+        tests: Batches (x, y) of an experience's test.
+    """
+
+    task: Task
+    test: Callable[[], Iterable[Any]]
+    held_out: Callable[[], Iterable[Any]] | None = None
+    neighbours: Callable[[nn.Module], float] | None = None
+    untrained: bool = False
+    stream: Stream | None = None
+    tests: Callable[[int], Iterable[Any]] | None = None
+
+    def without_classifier(self, live: Wrapped) -> str:
+        """Say why neighbours are asked in place of the classifier; "" where they are not."""
+        if self.neighbours is None or not (live.pretext or self.untrained):
+            return ""
+        why = "a pretext trains no classifier" if live.pretext else "no classifier was trained"
+        return f"{why}; the accuracy is that of {knn.K} nearest neighbours"
+
+    def on_test(self, live: Wrapped, accelerator: Accelerator | None = None) -> dict[str, float]:
+        """Return the metrics on the test, by name."""
+        model = _unwrapped(live, accelerator)
+        if self.neighbours is not None and self.without_classifier(live):
+            return {"accuracy": distributed.on_main(partial(self.neighbours, model))}
+        return evaluate(model, self.test(), self.task, accelerator)
+
+    def on_held_out(self, live: Wrapped, accelerator: Accelerator | None = None) -> float | None:
+        """Return the primary metric on the images held out; None where there are none."""
+        if self.held_out is None:
+            return None
+        metrics = evaluate(_unwrapped(live, accelerator), self.held_out(), self.task, accelerator)
+        return metrics[self.task.primary.name]
+
+    @property
+    def learned_at_once(self) -> int:
+        """How many of the stream's tasks have no experience of their own."""
+        assert self.stream is not None
+        return len(self.stream.tests) - len(self.stream.experiences)
+
+    def on_experiences(
+        self, live: Wrapped, index: int, accelerator: Accelerator
+    ) -> dict[str, list[float]]:
+        """Return the primary metric on each experience's test once `index` is learned.
+
+        Returns:
+            "task_accuracy": among the classes of `Stream.head` (of its own task alone in a
+            task-incremental stream); "task_accuracy_known": the same answers with the task given.
+        """
+        assert self.stream is not None
+        assert self.tests is not None
+        stream, primary = self.stream, self.task.primary.name
+        so_far = None if stream.head == "single" else stream.experiences[index].classes_so_far
+        out: dict[str, list[float]] = {}
+        for t, (classes, _) in enumerate(stream.tests):
+            among: dict[str, Sequence[int] | None] = {MATRIX: so_far}
+            if stream.kind == "task":
+                among = {MATRIX: classes}
+                separate = len(stream.experiences) == len(stream.tests)
+                live.eval_experience(stream.experiences[t] if separate else None)
+            elif stream.kind != "domain":
+                among[KNOWN] = classes
+            metrics = evaluate_among(live.model, self.tests(t), self.task, among, accelerator)
+            for name, values in metrics.items():
+                out.setdefault(name, []).append(values[primary])
+        live.eval_experience(None)
+        return out
+
+
+def _unwrapped(live: Wrapped, accelerator: Accelerator | None) -> nn.Module:
+    if accelerator is not None:
+        distributed.sync(live.model.buffers())  # statistics of batch norms are each process's own
+    return live.model
 
 
 def evaluate(

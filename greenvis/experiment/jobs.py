@@ -61,17 +61,11 @@ class Job:
         left = self._done_entry()
         return left is not None and not self._has_weights_of(left)
 
-    def finished(self, run: str, accuracy: float | None) -> None:
+    def finished(self, run: str) -> None:
         """Mark it as done. The mark names run and weights: a process killed before leaves a mark
         that fits neither."""
         digest = _digest(self.folder / WEIGHTS_FILE)
-        entry = {
-            "inputs": self.inputs,
-            "run": run,
-            "accuracy": accuracy,
-            "weights": digest,
-            "versions": versions(),
-        }
+        entry = {"inputs": self.inputs, "run": run, "weights": digest, "versions": versions()}
         write_json(self.folder / DONE_FILE, entry)
 
     def other_versions(self) -> str:
@@ -395,15 +389,15 @@ def model_options(job: Job, images: data.Data) -> dict[str, Any]:
     return spec.options
 
 
-def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, int, Tensor], Samples]:
+def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, Tensor], Samples]:
     """Return what tells techniques which samples of `images` they see; caches are shared by all
     recipes of `runs`.
 
-    Its arguments: epochs trained before, the epoch, positions.
+    Its arguments: the epoch, counted from the first of all, and positions.
     """
     form = images.transform
     views = 1 if form.augment == "none" else form.views
     key, folder = images.key(), runs / CACHE_FOLDER
-    return lambda done, epoch, at: Samples(
-        folder, key, len(images), views, at, form.view(done + epoch) if views else 0
+    return lambda epoch, at: Samples(
+        folder, key, len(images), views, at, form.view(epoch) if views else 0
     )

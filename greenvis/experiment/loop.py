@@ -4,31 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import distributed
-from greenvis.core.technique import Samples
-from greenvis.core.wrap import Wrapped
+from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment import checkpoint as states
 from greenvis.experiment import loggers
-from greenvis.experiment.evaluate import evaluate, shared
-from greenvis.experiment.recipe import TrainSpec
+from greenvis.experiment.evaluate import MATRIX, shared
+from greenvis.experiment.optim import lr_factor, make_optimizer, new_accelerator
+from greenvis.experiment.parts import Part
+from greenvis.experiment.stages import Stages
 from greenvis.meters.track import Tracker
-from greenvis.tasks.base import Task
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
 
@@ -37,158 +33,203 @@ CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
 class Progress:
     """How far a training has come; saved in its checkpoint.
 
-    Of a stream, task: which; rows: accuracies on its tasks, a row a task; observed: what each task
-    took, None where it was interrupted.
+    Attributes:
+        part: Which of the parts it is in.
+        epoch: Of the part, ended.
+        batch: Of the epoch, ended.
+        step: Of the optimizer, ended.
+        losses: Of the epoch's batches so far, the sum of losses by weight, and that of weights.
+        metrics: Of the last evaluation, by name.
+        reached: Whether that reached the target.
+        rows: Of a stream, the primary metric on each experience's test, a row an experience.
+        observed: What each experience took; None where it was interrupted.
     """
 
+    part: int = 0
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    accuracy: float | None = None
+    losses: tuple[float, float] = (0.0, 0.0)
+    metrics: dict[str, float] = field(default_factory=dict)
     reached: bool = False
-    history: list[dict[str, float]] = field(default_factory=list)
-    task: int = 0
     rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
     observed: list[dict[str, float] | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
-class Part:
-    """What to train on: a data set, or one task of a stream.
+class Outcome:
+    """How a training ended; the model is in eval mode on its device.
 
-    batches(epoch, start): the epoch's batches (x, y) from number `start` on, in an order that
-    (seed, epoch) fixes; with
-    `samples`, of (x, y, positions), and samples(epoch, positions) says which samples those are.
-    length: batches an epoch.
-    done: epochs trained before this part, which the log counts, too. task_loss(logits, y): the
-    task's where absent.
+    Attributes:
+        live: The model, with the last part's techniques on it.
+        metrics: Of the last evaluation, by name.
+        epochs: Trained; of a stream, on each experience.
+        reached: Whether the last evaluation reached the target.
+        delta: What it changed or added, by name.
+        rows: Of a stream, "task_accuracy" and "task_accuracy_known": the primary metric on each
+            experience's test, a row an experience. None where it was not measured.
+        observed: What each experience of a stream took; None where it was interrupted.
     """
 
-    batches: Callable[[int, int], Iterable[Any]]
-    length: int
-    samples: Callable[[int, Tensor], Samples] | None = None
-    phase: str = "train"
-    done: int = 0
-    task_loss: Callable[[Tensor, Any], Tensor] | None = None
+    live: Wrapped
+    metrics: dict[str, float]
+    epochs: int
+    reached: bool
+    delta: dict[str, Tensor]
+    rows: dict[str, list[list[float | None]]]
+    observed: list[dict[str, float] | None]
 
 
-def fit(
-    live: Wrapped,
-    batches: Callable[[int, int], Iterable[Any]],
-    batches_per_epoch: int,
-    test_batches: Callable[[], Iterable[Any]],
-    spec: TrainSpec,
-    run: Tracker,
-    *,
-    task: Task,
-    seed: int = 0,
-    checkpoint: Path | None = None,
-    log_with: Sequence[str] = (),
-    samples: Callable[[int, Tensor], Samples] | None = None,
-    phase: str = "train",
-    done: int = 0,
-    score: Callable[[nn.Module], float] | None = None,
-    held_out: Callable[[], Iterable[Any]] | None = None,
-) -> Progress:
-    """Train `live` and return how it ended; the model is left in eval mode on its device.
+class Prepared(Protocol):
+    """What `run` trains: `experiment.prepare.Prepared`, or own parts on an own model.
 
-    batches, batches_per_epoch, samples, phase, done: see `Part`.
-    held_out: batches on which `spec.target_accuracy` is looked for; the test's where None, which
-    the record then says. score(model): what stands for the accuracy where no classifier is trained.
-    checkpoint: a file to write as training goes and to go on from if it is there; removed by nobody
-    here.
-    log_with: accelerate's trackers (`loggers.LOGGERS`) that get accuracy, loss and the joules so
-    far, too, in the record's folder; of several processes the first logs, without joules, which
-    only a report adds up. Those train on their shares of each batch
-    (`greenvis.core.distributed.split_batches`): batches must come in a DataLoader. Raises
-    GreenvisError when the loss is no longer finite, BadInput for a tracker that is not installed.
+    Attributes:
+        seed: Of all that is drawn at random.
+        checkpoint: A file to write as training goes, and to go on from if it is there; None: no
+            such file. Removed by nobody here.
+        boundary: The same for what stages that are over left.
     """
-    loop = Loop(live, spec, run, task, seed, checkpoint, log_with)
-    loop.begin(Part(batches, batches_per_epoch, samples, phase, done))
-    progress, name = loop.progress, task.primary.name
-    target = spec.target_accuracy or math.inf
-    if target <= 1 and held_out is None:
-        run.note(
-            "train.target_accuracy was looked for on test images: the accuracy is better than new "
-            "images would show"
-        )
 
-    def test() -> None:
-        with run.phase("eval"):
-            model = loop.accelerator.unwrap_model(loop.model)
-            distributed.sync(model.buffers())  # statistics of batch norms are each process's own
-            if score is not None:
-                accuracy = distributed.on_main(partial(score, model))
-            else:
-                accuracy = evaluate(model, test_batches(), task, loop.accelerator)[name]
-            held_out_accuracy = (
-                evaluate(model, held_out(), task, loop.accelerator)[name]
-                if target <= 1 and held_out is not None
-                else None
-            )
-        loop.log(
-            accuracy=accuracy,
-            **({} if held_out_accuracy is None else {"held_out_accuracy": held_out_accuracy}),
-        )
-        progress.history.append({"epoch": progress.epoch, "accuracy": accuracy})
-        progress.accuracy, progress.reached = (
-            accuracy,
-            (accuracy if held_out_accuracy is None else held_out_accuracy) >= target,
-        )
+    @property
+    def seed(self) -> int: ...
+    @property
+    def checkpoint(self) -> Path | None: ...
+    @property
+    def boundary(self) -> Path | None: ...
 
-    with loop.logging():
-        loop.train(test)
-        if progress.accuracy is None:
-            test()
+    def build(self) -> nn.Module:
+        """Return the model, with the weights it begins with."""
+        ...
+
+    def parts(self, tracker: Tracker) -> list[Part]:
+        """Return the parts, of which the first has techniques."""
+        ...
+
+
+def run(prepared: Prepared, tracker: Tracker, *, log_with: Sequence[str] = ()) -> Outcome:
+    """Train what is prepared, part after part, and return how it ended.
+
+    A part with techniques begins by wrapping the model with them; stages are merged into it first.
+    A training cut short goes on to the same weights from its checkpoint.
+
+    Args:
+        prepared: What to train.
+        tracker: Meters it; phases are "setup", "train/epoch1", "eval"; below "train/NAME" those of
+            a stage, of a stream "train/task1/epoch1", "train/task1/end" and "eval/task1".
+        log_with: accelerate's trackers (`loggers.LOGGERS`) that get metrics, loss and the joules so
+            far, too, in the record's folder. Of several processes the first logs, without joules,
+            which only a report adds up.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        BadInput: For a tracker that is not installed.
+        GreenvisError: When the loss is no longer finite.
+    """
+    with tracker.phase("setup"):
+        model = prepared.build()
+    parts = prepared.parts(tracker)
+    stages = Stages(model, prepared.boundary, tracker) if parts[0].stage else None
+    loop: Loop | None = None
+    epochs = 0
+    with ExitStack() as logging:
+        for number in range(len(stages.rows) if stages else 0, len(parts)):
+            part = parts[number]
+            if part.techniques is not None:
+                if stages:
+                    torch.manual_seed(prepared.seed + number)
+                with tracker.phase("setup"):
+                    live = wrap(model, part.techniques(), task=part.task)
+                tracker.live = live
+                live.meter(tracker)
+                tracker.fact(trainable_params=sum(p.numel() for p in live.trainable.values()))
+                logging.close()
+                done = stages.epochs if stages else 0
+                loop = Loop(live, part, tracker, prepared, number, done, log_with)
+                logging.enter_context(loop.logging())
+            assert loop is not None
+            if number < loop.progress.part:  # over before this one went on
+                if part.experience is not None:
+                    loop.live.begin_experience(part.experience)
+                continue
+            epochs = loop.fit(part, number)
+            if stages:
+                last = number + 1 == len(parts)
+                stages.end(part.stage, loop.live, epochs, loop.progress.metrics, last)
+                epochs = stages.epochs
+                if not last and prepared.checkpoint is not None:
+                    prepared.checkpoint.unlink(missing_ok=True)
+    assert loop is not None
     loop.model.eval()
-    return progress
+    progress = loop.progress
+    delta = stages.delta() if stages else loop.live.state_dict()
+    return Outcome(
+        loop.live, progress.metrics, epochs, progress.reached, delta, progress.rows,
+        progress.observed,
+    )  # fmt: skip
 
 
 class Loop:
-    """One training under way, on one part after another. Each part has an optimizer and a schedule
-    of its own."""
+    """The parts that train one wrapped model, one after another."""
 
     def __init__(
         self,
         live: Wrapped,
-        spec: TrainSpec,
-        run: Tracker,
-        task: Task,
-        seed: int,
-        file: Path | None,
+        first: Part,
+        tracker: Tracker,
+        prepared: Prepared,
+        number: int,
+        done: int,
         log_with: Sequence[str] = (),
     ) -> None:
-        set_seed(seed)
-        self.live, self.spec, self.run, self.task = live, spec, run, task
-        self.seed, self.file = seed, file
-        self.accelerator = _accelerator(spec, log_with, run.path.parent)
+        self.live, self.part, self.run, self.seed = live, first, tracker, prepared.seed
+        self.file, self.done = prepared.checkpoint, done  # epochs before, which the log counts, too
+        self._first = (
+            {k: v.clone() for k, v in live.state_dict().items()} if first.restart else None
+        )
+        set_seed(self.seed)
+        self.accelerator = new_accelerator(first.spec, log_with, tracker.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
         self.mean = distributed.SampleMean()
         distributed.seed_per_rank()
-        self._left = states.read(file) if file is not None and file.exists() else None
-        self.progress = Progress(**self._left["progress"]) if self._left is not None else Progress()
+        left = states.read(self.file) if self.file is not None and self.file.exists() else None
+        self.progress = Progress(part=number) if left is None else states.progress(left, Progress)
+        if self.progress.part < number:  # of a stage that is over
+            left, self.progress = None, Progress(part=number)
+        self._left = left
 
-    def begin(self, part: Part) -> None:
-        """Get ready for a part; take up what a checkpoint left of it."""
-        spec, self.part = self.spec, part
-        self.accelerator.free_memory()  # forgets the optimizer of the part before
-        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
-        steps_per_epoch = math.ceil(part.length / spec.accumulate)
-        total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
-        self.live.plan(total)
-        self.scheduler = LambdaLR(
-            self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
-        )
-        self.criterion = self.live.criterion(part.task_loss or self.task.loss)
-        if self._left is not None:
-            states.take_up(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
-            self._left = None
-            distributed.seed_per_rank()
-            self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
+    def fit(self, part: Part, number: int) -> int:
+        """Train a part, or what a checkpoint left of it, evaluate the model, and return the part's
+        epochs."""
+        progress, resumed = self.progress, self._left is not None
+        before, begun = self.run.observed(), time.monotonic()
+        if self._first is not None:
+            self.live.load_state_dict(self._first)
+        if part.experience is not None:
+            self.live.begin_experience(part.experience)
+        self._begin(part)
+        self._train()
+        if part.experience is not None:
+            with self.run.phase(f"{part.phase}/end"):
+                self.live.end_experience(part.finished)
+        if part.index is not None:
+            self._evaluate_experiences(part.index)
+            spent = {q: v - before.get(q, 0.0) for q, v in self.run.observed().items()}
+            spent |= {"from_s": begun, "to_s": time.monotonic()}
+            progress.observed.append(None if resumed else spent)
+            self.log(task=part.index + 1, **progress.metrics)
+        elif not progress.metrics:
+            self._evaluate()
+        epochs = part.spec.epochs if part.index is not None else progress.epoch
+        progress.part, progress.epoch = number + 1, 0
+        return epochs
 
     def save(self) -> None:
         """Write the checkpoint."""
         if self.file is not None and self.accelerator.is_main_process:
+            total, weights = self._losses.tolist()
+            self.progress.losses = (total, weights)
             states.save(
                 self.file,
                 self.live,
@@ -200,29 +241,52 @@ class Loop:
 
     def log(self, **values: float) -> None:
         """Record values at this moment."""
-        epoch = self.part.done + self.progress.epoch
+        epoch = self.done + self.progress.epoch
         self.run.log(epoch=epoch, step=self.progress.step, **values)
         if self.accelerator.log_with:
             spent = self.run.energy().value if distributed.world_size() == 1 else None
             also = {"epoch": epoch} | ({} if spent is None else {"energy_j": spent})
             self.accelerator.log(values | also, step=self.progress.step)
 
-    def logging(self) -> AbstractContextManager[None]:
+    def logging(self) -> Any:
         """Return the context in which the trackers asked for are at work."""
-        return loggers.at_work(self.accelerator, self.run, self.spec, self.seed)
+        return loggers.at_work(self.accelerator, self.run, self.part.spec, self.seed)
 
-    def train(self, test: Callable[[], None] | None = None) -> None:
-        """Train all epochs of the part, or what a checkpoint left of them; test: what to do for an
-        evaluation."""
-        spec, progress = self.spec, self.progress
+    def _begin(self, part: Part) -> None:
+        """Get ready for a part; take up what a checkpoint left of it."""
+        spec, self.part = part.spec, part
+        self.accelerator.free_memory()  # forgets the optimizer of the part before
+        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
+        steps_per_epoch = math.ceil(part.length / spec.accumulate)
+        total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
+        self.live.plan(total)
+        self.scheduler = LambdaLR(
+            self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
+        )
+        self.criterion = self.live.criterion(part.loss or part.task.loss)
+        if self._left is not None:
+            states.restore(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
+            self._left = None
+            distributed.seed_per_rank()
+            self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
+        if part.index is None and (why := part.evaluator.without_classifier(self.live)):
+            self.run.note(f"{part.phase}: {why}")
+        if spec.target_accuracy is not None and part.evaluator.held_out is None:
+            self.run.note(
+                "train.target_accuracy was looked for on test images: the accuracy is better than "
+                "new images would show"
+            )
+
+    def _train(self) -> None:
+        """Train all epochs of the part, or what a checkpoint left of them."""
+        part, spec, progress = self.part, self.part.spec, self.progress
         first = progress.step
         while progress.epoch < spec.epochs and not progress.reached:
             self._epoch()
-            due = (
-                spec.eval_every and progress.epoch % spec.eval_every == 0
-            ) or progress.epoch == spec.epochs
-            if test is not None and due:
-                test()
+            last = progress.epoch == spec.epochs
+            due = last or (spec.eval_every and progress.epoch % spec.eval_every == 0)
+            if part.index is None and due:
+                self._evaluate()
             self.save()
         if progress.step > first + 1 and (still := self.live.unmoved()):
             raise GreenvisError(
@@ -233,62 +297,93 @@ class Loop:
 
     def _epoch(self) -> None:
         live, model, part, progress = self.live, self.model, self.part, self.progress
-        accelerator, optimizer = self.accelerator, self.optimizer
+        accelerator = self.accelerator
         model.train()
         saved_at = time.monotonic()
-        losses: list[Tensor] = []
-        weights: list[Tensor] = []
-        loader = shared(accelerator, part.batches(progress.epoch, progress.batch))
-        for x, y, *positions in self.run.steps(
-            _Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}"
-        ):
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self._losses = torch.tensor(progress.losses, dtype=exact, device=accelerator.device)
+        loss: Tensor | None = None
+        epoch = self.done + progress.epoch
+        loader = shared(accelerator, part.batches(epoch, progress.batch))
+        steps = self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}")
+        for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
-                live.set_samples(part.samples(progress.epoch, positions[0]))
+                live.set_samples(part.samples(epoch, positions[0]))
             with accelerator.accumulate(model):
-                x, y = live.batch(x, y)
-                with accelerator.autocast():
-                    loss = self._loss(x, y)
-                weight = self.mean.weight(len(y))
-                weights.append(torch.as_tensor(weight, dtype=torch.float32, device=loss.device))
-                losses.append(loss.detach() * weight)
-                accelerator.backward(loss * weight)
-                if len(losses) == 1:
-                    _all_reached(live)
-                if accelerator.sync_gradients:
-                    self.mean.rescale(
-                        model.parameters(), self.spec.accumulate * distributed.world_size()
-                    )
-                if accelerator.sync_gradients and self.spec.clip_norm is not None:
-                    accelerator.clip_grad_norm_(model.parameters(), self.spec.clip_norm)
-                optimizer.step()
-                if accelerator.sync_gradients:
-                    self.scheduler.step()
-                    live.step_end()
-                    progress.step += 1
-                optimizer.zero_grad()
+                loss = self._step(x, y, first=number == 0)
             progress.batch += 1
-            if len(losses) % CHECK_EVERY == 1:
+            if number % CHECK_EVERY == 0:
                 _finite(loss, progress, self.run.notes)
-            if (
-                accelerator.sync_gradients
-                and time.monotonic() - saved_at > self.spec.checkpoint_every_s
-            ):
+            saving = time.monotonic() - saved_at > part.spec.checkpoint_every_s
+            if accelerator.sync_gradients and saving:
                 self.save()
                 saved_at = time.monotonic()
         live.set_samples(None)
         live.epoch_end()
         progress.epoch, progress.batch = progress.epoch + 1, 0
-        if losses:
-            _finite(losses[-1], progress, self.run.notes)
-            sums = torch.stack([torch.stack(values).float().sum() for values in (losses, weights)])
-            distributed.all_reduce_mean([sums])
-            self.log(loss=(sums[0] / sums[1]).item())
+        if loss is not None:
+            _finite(loss, progress, self.run.notes)
+        total, weights = self._losses.tolist()
+        self._losses.zero_()
+        progress.losses = (0.0, 0.0)
+        if weights > 0:
+            self.log(loss=total / weights)
 
-    def _loss(self, x: Any, y: Any) -> Tensor:
-        if self.live.pretext:
-            return self.live.loss(x, y, None)
-        outputs = self.task.outputs(self.model(x))
-        return self.criterion(outputs, y) + self.live.loss(x, y, outputs)
+    def _step(self, x: Any, y: Any, first: bool) -> Tensor:
+        """Train on a batch, and return its loss."""
+        live, model, accelerator, spec = self.live, self.model, self.accelerator, self.part.spec
+        x, y = live.batch(x, y)
+        with accelerator.autocast():
+            if live.pretext:
+                loss = live.loss(x, y, None)
+            else:
+                outputs = self.part.task.outputs(model(x))
+                loss = self.criterion(outputs, y) + live.loss(x, y, outputs)
+        weight = self.mean.weight(len(y))
+        shares = [loss.detach() * weight, torch.as_tensor(weight, device=loss.device)]
+        counted = torch.stack([share.to(self._losses.dtype) for share in shares])
+        distributed.all_reduce_mean([counted])  # the first process alone saves
+        self._losses += counted
+        accelerator.backward(loss * weight)
+        if first:
+            _all_reached(live)
+        if accelerator.sync_gradients:
+            self.mean.rescale(model.parameters(), spec.accumulate * distributed.world_size())
+            if spec.clip_norm is not None:
+                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
+        self.optimizer.step()
+        if accelerator.sync_gradients:
+            self.scheduler.step()
+            live.step_end()
+            self.progress.step += 1
+        self.optimizer.zero_grad()
+        return loss
+
+    def _evaluate(self) -> None:
+        evaluator, progress = self.part.evaluator, self.progress
+        target, held_out = self.part.spec.target_accuracy, None
+        with self.run.phase("eval"):
+            progress.metrics = evaluator.on_test(self.live, self.accelerator)
+            if target is not None:
+                held_out = evaluator.on_held_out(self.live, self.accelerator)
+        self.log(
+            **progress.metrics, **({} if held_out is None else {"held_out_accuracy": held_out})
+        )
+        if target is not None:
+            metric = progress.metrics[self.part.task.primary.name]
+            progress.reached = (metric if held_out is None else held_out) >= target
+
+    def _evaluate_experiences(self, index: int) -> None:
+        """Test all experiences, and note a row of each matrix."""
+        progress, evaluator = self.progress, self.part.evaluator
+        with self.run.phase(f"eval/task{index + 1}"):
+            rows = evaluator.on_experiences(self.live, index, self.accelerator)
+        for name, row in rows.items():
+            if name not in progress.rows:
+                progress.rows[name] = [[None] * len(row) for _ in range(evaluator.learned_at_once)]
+            progress.rows[name].append([*row])
+        mean = math.fsum(rows[MATRIX]) / len(rows[MATRIX])
+        progress.metrics = {self.part.task.primary.name: mean}
 
 
 def _all_reached(live: Wrapped) -> None:
@@ -305,52 +400,6 @@ def _all_reached(live: Wrapped) -> None:
                 f"{problem}: freeze what the loss does not reach, or train as one process"
             )
         )
-
-
-def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
-    """Return the optimizer over the techniques' groups; weight decay spares biases and norms (1-D
-    parameters)."""
-    groups = []
-    for group in live.param_groups(spec.lr):
-        for decays in (True, False):
-            chosen = [p for p in group["params"] if (p.ndim > 1) == decays]
-            if chosen:
-                decay = group.get("weight_decay", spec.weight_decay)
-                groups.append({**group, "params": chosen, "weight_decay": decay if decays else 0.0})
-    if spec.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
-    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[spec.optimizer](
-        groups, lr=spec.lr
-    )
-
-
-def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
-    """Return the factor on the learning rate at optimizer step `step` (0-based): linear warm-up,
-    then the schedule to 0."""
-    if step < warmup:
-        return (step + 1) / warmup
-    done = min((step - warmup) / max(total - warmup, 1), 1.0)
-    return {"constant": 1.0, "linear": 1.0 - done, "cosine": (1.0 + math.cos(math.pi * done)) / 2}[
-        schedule
-    ]
-
-
-def _accelerator(
-    spec: TrainSpec, log_with: Sequence[str] = (), folder: Path | None = None
-) -> Accelerator:
-    """Return a fresh accelerator: its state is global, and arms of one process may differ in
-    precision."""
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != spec.precision:
-        AcceleratorState._reset_state()
-    GradientState._reset_state()
-    distributed.refuse_sharding()
-    loggers.check(log_with)
-    logging: dict[str, Any] = (
-        {"log_with": list(log_with), "project_dir": folder} if log_with else {}
-    )
-    return Accelerator(
-        mixed_precision=spec.precision, gradient_accumulation_steps=spec.accumulate, **logging
-    )
 
 
 def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
@@ -384,14 +433,3 @@ class _Steady:
         if first is not None:
             yield first
             yield from items
-
-
-@contextmanager
-def threads(number: int | None) -> Iterator[None]:
-    """Use `number` CPU threads within; None leaves torch's choice."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

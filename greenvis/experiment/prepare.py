@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,15 +16,48 @@ from torch import nn
 from greenvis import data, models
 from greenvis.core import distributed
 from greenvis.core.technique import Technique
-from greenvis.core.wrap import Wrapped, wrap
+from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput
-from greenvis.experiment.jobs import SUBSET_FILE, WEIGHTS_FILE, Job, located, model_options, placed
+from greenvis.experiment import parts
+from greenvis.experiment.jobs import (
+    BOUNDARY,
+    CHECKPOINT_FILE,
+    SUBSET_FILE,
+    WEIGHTS_FILE,
+    Job,
+    located,
+    model_options,
+    placed,
+)
 from greenvis.experiment.layers import Layers
+from greenvis.experiment.parts import Part
+from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
 from greenvis.models.folding import folded
 from greenvis.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class Short:
+    """A training cut short, to see what the whole takes: no checkpoint, and no neighbours asked.
+
+    Args:
+        trained: whether the runs it builds on are there, to take their weights.
+        batches: of an epoch; None: all.
+        tests: batches of an evaluation; None: all.
+        caches: folder of the outputs of frozen parts; None: none are kept.
+    """
+
+    trained: bool = False
+    batches: int | None = None
+    tests: int | None = None
+    caches: Path | None = None
+
+    def take(self, loader: Iterable[Any], most: int | None) -> Iterable[Any]:
+        """Return the first `most` batches of a loader, read; the loader where that is None."""
+        return loader if most is None else list(islice(loader, most))
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +67,38 @@ class Prepared:
     Args:
         job: what is to be done; a stage's job has the stage's arm.
         images: the recipe's data.
+        runs: folder of the records of all recipes.
         trust: whether references may import code.
         command: the words of the command, for the record.
         prepare: makes the jobs ready that this one builds on.
+        short: how it is cut short; None: it is not.
     """
 
     job: Job
     images: data.Data
+    runs: Path
     trust: bool
     command: Sequence[str]
     prepare: Callable[[Job], Prepared]
+    short: Short | None = None
+
+    @property
+    def seed(self) -> int:
+        """Of all that is drawn at random."""
+        return self.job.seed
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The file it goes on from; None where it is cut short."""
+        return self._beside(CHECKPOINT_FILE)
+
+    @property
+    def boundary(self) -> Path | None:
+        """The file of what its stages that are over left; None where it is cut short."""
+        return self._beside(BOUNDARY)
+
+    def _beside(self, name: str) -> Path | None:
+        return None if self.short else self.job.folder / f"{self.job.inputs}-{name}"
 
     @cached_property
     def stages(self) -> list[Prepared]:
@@ -55,8 +112,13 @@ class Prepared:
         Raises:
             BadInput: for label smoothing of a task that has none.
         """
-        task, smoothing = self.job.arm.task, self.job.arm.train.label_smoothing
-        if not smoothing:
+        task, train = self.job.arm.task, self.job.arm.train
+        if train.target_accuracy is not None and task.primary.name != "accuracy":
+            raise BadInput(
+                f"train.target_accuracy is of accuracy, and task '{task.name}' is judged by "
+                f"{task.primary.name}: leave it out"
+            )
+        if not (smoothing := train.label_smoothing):
             return task
         if "label_smoothing" not in type(task).model_fields:
             raise BadInput(f"train.label_smoothing is of classes, and task '{task.name}' has none")
@@ -87,13 +149,18 @@ class Prepared:
             )
         return stream
 
-    def build(self, weights: bool = True) -> nn.Module:
+    @property
+    def trained(self) -> bool:
+        """Whether the runs it builds on are there."""
+        return self.short is None or self.short.trained
+
+    def build(self, weights: bool | None = None) -> nn.Module:
         """Build the arm's model, from its own random state.
 
         Args:
-            weights: whether to load what `init` names.
+            weights: whether to load what `init` names; None: where that is there.
         """
-        job = self.job
+        job, weights = self.job, self.trained if weights is None else weights
         spec, options = job.arm.model, model_options(job, self.images)
         torch.manual_seed(job.seed)
         where = (
@@ -116,18 +183,20 @@ class Prepared:
         models.describe(model, **self.images.inputs)  # what it is shown from here on
         return model
 
-    def techniques(self, trained: bool = True) -> list[Technique]:
+    def techniques(self, trained: bool | None = None) -> list[Technique]:
         """Return what the model is wrapped with, layers to freeze first; see `resolved`."""
         layers = [Layers(of=self.job.arm.layers)] if self.job.arm.layers else []
         return [*layers, *(self.resolved(t, trained) for t in self.job.arm.techniques)]
 
-    def resolved(self, technique: Technique, trained: bool = True) -> Technique:
+    def resolved(self, technique: Technique, trained: bool | None = None) -> Technique:
         """Put the model a job left in the place of each "run:NAME".
 
         Args:
-            trained: False puts an untrained model like it there, before that job has run.
+            technique: As the recipe has it.
+            trained: False puts an untrained model like it there, before that job has run; None:
+                where that has.
         """
-        sources = {}
+        trained, sources = self.trained if trained is None else trained, {}
         for field, ref in technique.runs().items():
             used = self.job.uses[ref]
             file = f"file:{(used.folder / WEIGHTS_FILE).resolve()}"
@@ -139,9 +208,29 @@ class Prepared:
         shape = tuple(self.images.test[0][0].shape)
         return placed(technique, self.job.recipe.folder).with_runs(sources).for_images(shape)
 
-    def wrapped(self, trained: bool = True) -> Wrapped:
-        """Return the model with its techniques on it; with `trained` False, all of them new."""
-        return wrap(self.build(weights=trained), self.techniques(trained), task=self.task)
+    def cut_short(
+        self, short: Short, spec: TrainSpec, train: data.ImageSet, test: data.ImageSet
+    ) -> Prepared:
+        """Return the training by `spec` of the arm's model and techniques alone, on other images.
+
+        Args:
+            short: how it is cut short.
+            spec: how it trains.
+            train: what it trains on.
+            test: what it is tested on.
+        """
+        update = {"train": spec, "stream": None, "subset": None, "stages": (), "stage": ""}
+        job = replace(self.job, arm=self.job.arm.model_copy(update=update))
+        images = replace(self.images, train=train, test=test, held_out=None)
+        return replace(self, job=job, images=images, short=short)
+
+    def parts(self, tracker: Tracker) -> list[Part]:
+        """Return what the training is made of; see `loop.run`."""
+        if self.stages:
+            return [parts.of_data(stage, tracker) for stage in self.stages]
+        if self.stream is not None:
+            return parts.of_stream(self, self.stream)
+        return [parts.of_data(self, tracker)]
 
     def training(self, tracker: Tracker) -> data.ImageSet:
         """Return the images the job trains on; a subset is chosen or made in a phase of its own,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,11 +15,8 @@ from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import knn, lineage, loggers, loop, stages
-from greenvis.experiment import stream as continual
-from greenvis.experiment.evaluate import evaluate
+from greenvis.experiment import lineage, loggers, loop, parts, stages
 from greenvis.experiment.jobs import (
-    CHECKPOINT_FILE,
     WEIGHTS_FILE,
     Job,
     Jobs,
@@ -32,8 +26,8 @@ from greenvis.experiment.jobs import (
     locked,
     model_options,
     predicted,
-    samples_of,
 )
+from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.startup import Beginning
@@ -112,7 +106,9 @@ class Session:
         key = (job.folder, job.inputs)
         if key not in self._prepared:
             images = self.jobs.images(job.recipe)
-            self._prepared[key] = Prepared(job, images, self.trust, self.command, self.prepare)
+            self._prepared[key] = Prepared(
+                job, images, self.runs, self.trust, self.command, self.prepare
+            )
         return self._prepared[key]
 
     def run_job(self, job: Job) -> None:
@@ -137,7 +133,7 @@ class Session:
                 else ""
             )
             self.say(f"{name}: training{spoiled}")
-            with loop.threads(job.arm.train.threads):
+            with threads(job.arm.train.threads):
                 self._train(self.prepare(job))
 
     # -- before anything is written ---------------------------------------------------------------
@@ -204,35 +200,26 @@ class Session:
     def _train(self, prepared: Prepared) -> None:
         job = prepared.job
         job.folder.mkdir(parents=True, exist_ok=True)
-        checkpoint = job.folder / f"{job.inputs}-{CHECKPOINT_FILE}"
         codecarbon = job.recipe.meter.codecarbon and distributed.world_size() == 1
         with prepared.tracker(self.runs, codecarbon) as tracker:
             self.beginning.book(tracker, prepared)
             memory.reset_peak()
-            with tracker.phase("setup"):
-                model = prepared.build()
-                live = wrap(
-                    model, () if job.arm.stages else prepared.techniques(), task=prepared.task
-                )
-            tracker.live = live
-            live.meter(tracker)
-            self._facts(prepared, live, tracker)
-            if job.arm.stages:
-                live.undo()
-                live, progress, delta = stages.train(prepared, model, self._fit, tracker)
-            else:
-                progress = self._fit(prepared, live, tracker, checkpoint)
-                delta = live.state_dict()
-            accuracy = self._calibrate(prepared, live, tracker, progress.accuracy)
+            _facts(prepared, tracker)
+            outcome = loop.run(prepared, tracker, log_with=self.log_with)
+            live = outcome.live
+            metrics = _calibrated(prepared, live, tracker) or outcome.metrics
+            if prepared.stream is not None:
+                facts = prepared.stream.facts()
+                tracker.fact(stream=facts, task_observed=outcome.observed, **outcome.rows)
             tracker.fact(
-                accuracy=accuracy,
-                epochs=progress.epoch,
-                delta_bytes=sum(t.nbytes for t in delta.values()),
+                **metrics,
+                epochs=outcome.epochs,
+                delta_bytes=sum(t.nbytes for t in outcome.delta.values()),
                 peak_memory_mb=memory.peak_mb(),
                 **live.facts(),
             )
             with prepared.served(live) as model, tracker.phase("measure"):
-                distributed.on_main(lambda: self._measure(prepared, live, model, tracker))
+                distributed.on_main(lambda: _measure(prepared, live, model, tracker))
 
         def keep() -> None:
             origin = {
@@ -240,142 +227,56 @@ class Session:
                 "options": model_options(job, prepared.images),
                 "folder": job.recipe.folder,
             }
-            models.save(
-                model, job.folder / WEIGHTS_FILE, card=lineage.card(job, accuracy), **origin
-            )
-            job.finished(tracker.id, accuracy)
+            card = lineage.card(job, metrics.get("accuracy"))
+            models.save(model, job.folder / WEIGHTS_FILE, card=card, **origin)
+            job.finished(tracker.id)
             forget(job, done=False)
 
         distributed.barrier()  # until the record of each process is whole: the card counts them all
         distributed.on_main(keep)
 
-    def _measure(
-        self, prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Tracker
-    ) -> None:
-        """Record what the finished model costs to serve, at each of the settings it can be switched
-        between."""
-        images = prepared.images
-        x = next(iter(data.batches(images.test, 64)))[0]
-        tracker.fact(**measure(model, x, tracker))
-        if live.operating_points():
-            answer = lambda x: prepared.task.outputs(model(x.to(next(model.parameters()).device)))  # noqa: E731
-            points = compare(
-                live.operating_points, answer, lambda: data.batches(images.test, 64), tracker
-            )
-            tracker.fact(operating_points=points)
 
-    def _calibrate(
-        self, prepared: Prepared, live: Wrapped, tracker: Tracker, accuracy: float | None
-    ) -> float | None:
-        """Let techniques choose on the images held out; return the accuracy of the model as it then
-        is."""
-        images = prepared.images
-        if not any(i.calibrates for i in live.installed) or images.held_out is None:
-            return accuracy
-        with tracker.phase("calibrate"):
-            tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
-            live.model.eval()
-        with tracker.phase("eval"):
-            metrics = evaluate(live.model, data.batches(images.test, 256), prepared.task)
-            calibrated = metrics[prepared.task.primary.name]
-        tracker.log(accuracy=calibrated)
-        return calibrated
+def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Tracker) -> None:
+    """Record what the finished model costs to serve, at each of the settings it can be switched
+    between."""
+    test = prepared.images.test
+    x = next(iter(data.batches(test, 64)))[0]
+    tracker.fact(**measure(model, x, tracker))
+    if live.operating_points():
+        device = next(model.parameters()).device
+        answer = lambda x: prepared.task.outputs(model(x.to(device)))  # noqa: E731
+        points = compare(live.operating_points, answer, lambda: data.batches(test, 64), tracker)
+        tracker.fact(operating_points=points)
 
-    def _fit(
-        self,
-        prepared: Prepared,
-        live: Wrapped,
-        tracker: Tracker,
-        checkpoint: Path,
-        phase: str = "train",
-        done: int = 0,
-    ) -> loop.Progress:
-        job, images, stream = prepared.job, prepared.images, prepared.stream
-        spec = job.arm.train
-        size, tests = spec.batch_size, max(spec.batch_size, 256)
-        options: dict[str, Any] = {
-            "task": prepared.task,
-            "seed": job.seed,
-            "checkpoint": checkpoint,
-            "log_with": self.log_with,
-        }
-        if stream is None:
-            own = prepared.training(tracker)
-            batches = partial(
-                data.batches,
-                own,
-                size,
-                seed=job.seed,
-                shuffle=True,
-                workers=spec.workers,
-                positions=True,
-            )
-            plain = replace(own.transform, augment="none", views=None)
-            shown = data.ImageSet(own.split, own.ids, plain)
-            test = partial(data.batches, images.test, tests, workers=spec.workers)
-            new = job.arm.model.init is not None and job.arm.model.classifier == "new"
-            held = (
-                None
-                if images.held_out is None
-                else partial(data.batches, images.held_out, tests, workers=spec.workers)
-            )
-            untaught = live.pretext or (new and spec.epochs == 0)
-            if untaught:
-                why = (
-                    "a pretext trains no classifier"
-                    if live.pretext
-                    else "no classifier was trained"
-                )
-                tracker.note(f"{phase}: {why}; the accuracy is that of {knn.K} nearest neighbours")
-            return loop.fit(
-                live,
-                lambda epoch, start: batches(epoch=done + epoch, start=start),
-                math.ceil(len(own) / size),
-                test,
-                spec,
-                tracker,
-                samples=partial(samples_of(own, job.caches(self.runs)), done),
-                phase=phase,
-                done=done,
-                held_out=held,
-                score=(
-                    lambda model: knn.score(model, data.batches(shown, tests, shuffle=True), test())
-                )
-                if untaught
-                else None,
-                **options,
-            )
-        assert job.arm.stream is not None
-        known = [samples_of(part, job.caches(self.runs)) for part in stream.train]
-        progress = continual.fit_stream(
-            live,
-            stream,
-            lambda task: data.batches(stream.tests[task][1], tests, workers=spec.workers),
-            spec,
-            tracker,
-            samples=lambda task, epoch, at: known[task](0, epoch, at),
-            restart=job.arm.stream.restart,
-            **options,
-        )
-        tracker.fact(stream=stream.facts(), task_observed=progress.observed, **progress.rows)
-        return progress
 
-    def _facts(self, prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
-        job = prepared.job
-        learning = sum(p.numel() for p in live.trainable.values())
-        tracker.fact(
-            model={
-                "ref": job.arm.model.ref,
-                "options": job.arm.model.options,
-                "init": job.arm.model.init,
-            }
-            | ({"fold_norms": True} if job.arm.model.fold_norms else {}),
-            data=prepared.images.facts(),
-            techniques=[{t.name: t.recipe_form()} for t in job.arm.techniques],
-            train=job.arm.train.model_dump(),
-            trainable_params=learning,
-            threads=torch.get_num_threads(),
-            predicted=predicted(job),
-        )
-        for line in lineage.ancestors(job):
-            tracker.uses(**line)
+def _calibrated(prepared: Prepared, live: Wrapped, tracker: Tracker) -> dict[str, float]:
+    """Let techniques choose on the images held out; return the metrics of the model as it then is,
+    {} where nothing is to be chosen."""
+    images = prepared.images
+    if not any(i.calibrates for i in live.installed) or images.held_out is None:
+        return {}
+    with tracker.phase("calibrate"):
+        tracker.fact(calibration=live.calibrate(data.batches(images.held_out, 256)))
+        live.model.eval()
+    with tracker.phase("eval"):
+        metrics = parts.evaluator(prepared).on_test(live)
+    tracker.log(**metrics)
+    return metrics
+
+
+def _facts(prepared: Prepared, tracker: Tracker) -> None:
+    """Record what is trained, on what, from what."""
+    job = prepared.job
+    spec = job.arm.model
+    requests = [t for arm in (job.arm, *job.arm.stages) for t in arm.techniques]
+    tracker.fact(
+        model={"ref": spec.ref, "options": spec.options, "init": spec.init}
+        | ({"fold_norms": True} if spec.fold_norms else {}),
+        data=prepared.images.facts(),
+        techniques=[{t.name: t.recipe_form()} for t in requests],
+        train=job.arm.train.model_dump(),
+        threads=torch.get_num_threads(),
+        predicted=predicted(job),
+    )
+    for line in lineage.ancestors(job):
+        tracker.uses(**line)

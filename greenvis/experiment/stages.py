@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 from greenvis.core import distributed, weights
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment.jobs import BOUNDARY, CHECKPOINT_FILE, located
-from greenvis.experiment.loop import Progress
+from greenvis.experiment.jobs import located
 from greenvis.experiment.prepare import Prepared
 from greenvis.meters.track import Tracker
 
@@ -43,65 +41,63 @@ def check(prepared: Prepared, model: nn.Module) -> None:
             live.undo()
 
 
-def train(
-    prepared: Prepared, model: nn.Module, fit: Callable[..., Progress], run: Tracker
-) -> tuple[Wrapped, Progress, dict[str, Tensor]]:
-    """Train `model` stage by stage and return the last stage's wrap, how it ended, and what all
-    stages changed or added.
+class Stages:
+    """What the stages of a training leave, one after another: rows of the record, and the weights
+    that each is merged into before the next begins.
 
-    Each stage is merged into the model before the next begins, and has an optimizer and a schedule
-    of its own; its epochs are metered below "train/NAME". fit(prepared, live, run, checkpoint,
-    phase=, done=): trains one. A run that was cut short goes on in the stage it had come to.
+    Args:
+        model: As the first stage begins with it.
+        file: What stages that are over left, and where they leave it; None: nowhere.
+        tracker: Of the training.
+
+    Attributes:
+        rows: Of the stages that are over.
     """
-    job, stages = prepared.job, prepared.stages
-    started = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    file = job.folder / f"{job.inputs}-{BOUNDARY}"
-    rows: list[dict[str, Any]] = _resume(model, file)
-    if rows:
-        run.note(f"resumed after stage '{rows[-1]['stage']}'")
-    while True:
-        number = len(rows)
-        stage = stages[number]
-        torch.manual_seed(job.seed + number)
-        with run.phase("setup"):
-            live = wrap(model, stage.techniques(), task=stage.task)
-        run.live = live
-        live.meter(run)
+
+    def __init__(self, model: nn.Module, file: Path | None, tracker: Tracker) -> None:
+        self.model, self.file, self.run = model, file, tracker
+        self.began = {n: t.detach().cpu().clone() for n, t in model.state_dict().items()}
+        self.rows: list[dict[str, Any]] = [] if file is None else _resume(model, file)
+        if self.rows:
+            tracker.note(f"resumed after stage '{self.rows[-1]['stage']}'")
+
+    @property
+    def epochs(self) -> int:
+        """Trained so far."""
+        return sum(row["epochs"] for row in self.rows)
+
+    def end(
+        self, name: str, live: Wrapped, epochs: int, metrics: Mapping[str, float], last: bool
+    ) -> None:
+        """Note how a stage ended; merge it into the model unless it is the last."""
         learning = sum(p.numel() for p in live.trainable.values())
-        done = sum(row["epochs"] for row in rows)
-        checkpoint = job.folder / f"{job.inputs}-{number + 1}-{CHECKPOINT_FILE}"
-        name = stage.job.arm.stage
-        progress = fit(stage, live, run, checkpoint, phase=f"train/{name}", done=done)
-        row = {
-            "stage": name,
-            "epochs": progress.epoch,
-            "accuracy": progress.accuracy,
-            "trainable_params": learning,
-        }
-        rows.append(row)
-        run.log(**row)
-        used = [{t.name: t.recipe_form()} for s in stages for t in s.job.arm.techniques]
-        run.fact(stages=rows, techniques=used, **live.facts())
-        if len(rows) == len(stages):
-            break
+        row = {"stage": name, "epochs": epochs, **metrics, "trainable_params": learning}
+        self.rows.append(row)
+        self.run.log(**row)
+        # the most that learn at once
+        most = max(row["trainable_params"] for row in self.rows)
+        self.run.fact(stages=self.rows, trainable_params=most, **live.facts())
+        if last:
+            return
         live.merge()
-        distributed.on_main(
-            lambda: weights.write(file, weights.full_state_dict(model), {"rows": rows})
-        )
-        checkpoint.unlink(missing_ok=True)
-    now = live.model.state_dict()
-    changed = {
-        n: t
-        for n, t in now.items()
-        if n not in started or not torch.equal(t.detach().cpu(), started[n])
-    }
-    # the most that learn at once
-    run.fact(trainable_params=max(row["trainable_params"] for row in rows))
-    return live, dataclasses.replace(progress, epoch=sum(row["epochs"] for row in rows)), changed
+        if self.file is not None:
+            distributed.on_main(self._write)
+
+    def _write(self) -> None:
+        assert self.file is not None
+        weights.write(self.file, weights.full_state_dict(self.model), {"rows": self.rows})
+
+    def delta(self) -> dict[str, Tensor]:
+        """Return what all stages changed or added, by name."""
+        return {
+            name: value
+            for name, value in self.model.state_dict().items()
+            if name not in self.began or not torch.equal(value.detach().cpu(), self.began[name])
+        }
 
 
 def _resume(model: nn.Module, file: Path) -> list[dict[str, Any]]:
-    """Give the model what the stages that are over left, and return what is known of them."""
+    """Give the model what the stages that are over left, and return their rows."""
     if not file.exists():
         return []
     try:

@@ -6,15 +6,12 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-from greenvis import data
 from greenvis.core import distributed
 from greenvis.core.wrap import wrap
 from greenvis.experiment import loop
-from greenvis.experiment.prepare import Prepared
+from greenvis.experiment.prepare import Prepared, Short
 from greenvis.meters.processes import TICK_S, open_tree
 from greenvis.meters.record import STARTUP
 from greenvis.meters.track import Tracker
@@ -53,19 +50,14 @@ def warm_up(prepared: Prepared) -> None:
     once in a process."""
     first = (prepared.stages or [prepared])[0]
     spec = first.job.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None})
-    live = wrap(prepared.build(weights=False), first.techniques(trained=False), task=first.task)
+    images = prepared.images.train
+    short = first.cut_short(Short(batches=1, tests=1), spec, images, images)
     if distributed.world_size() > 1:  # the others' share of so little is none
-        live.undo()
+        wrap(short.build(), short.techniques(), task=short.task).undo()
         return
-
-    def batch(*_: int) -> list[Any]:
-        return list(islice(data.batches(prepared.images.train, spec.batch_size), 1))
-
-    with tempfile.TemporaryDirectory() as folder, prepared.tracker(Path(folder)) as run:
-        run.live = live
-        live.meter(run)
-        loop.fit(live, batch, 1, batch, spec, run, task=first.task, seed=prepared.job.seed)
-    live.undo()
+    with tempfile.TemporaryDirectory() as folder, short.tracker(Path(folder)) as run:
+        outcome = loop.run(short, run)
+    outcome.live.undo()
 
 
 def _resident_gb() -> float:

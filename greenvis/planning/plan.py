@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +13,9 @@ from greenvis import data
 from greenvis.core import distributed, weights
 from greenvis.data import subsets
 from greenvis.experiment import checkpoint, loop
-from greenvis.experiment.jobs import (
-    BOUNDARY,
-    CHECKPOINT_FILE,
-    PLAN_FILE,
-    SUBSET_FILE,
-    Job,
-    predicted,
-    write_json,
-)
-from greenvis.experiment.prepare import Prepared
+from greenvis.experiment.jobs import PLAN_FILE, SUBSET_FILE, Job, predicted, write_json
+from greenvis.experiment.optim import threads
+from greenvis.experiment.prepare import Prepared, Short
 from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.session import Session
 from greenvis.meters import carbon, pricing, record
@@ -90,7 +82,7 @@ def plan(
             arms[name]["each"] = predicted(job)  # what an earlier plan said, if one was made
             continue
         say(f"{name}: a few steps")
-        with loop.threads(job.arm.train.threads):
+        with threads(job.arm.train.threads):
             prepared = session.prepare(job)
             parts = [_predict(part) for part in prepared.stages or [prepared]]
             making = _making(prepared) if job.arm.subset else None
@@ -125,26 +117,21 @@ def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
 def _shares_left(prepared: Prepared) -> list[float]:
     """Return the share of its training that a job has still to do, by stage (one for a job
     without), as its checkpoint says."""
-    job, each = prepared.job, prepared.stages
-    boundary = job.folder / f"{job.inputs}-{BOUNDARY}"
-    over = len(weights.metadata(boundary)["rows"]) if each and boundary.exists() else 0
-    file = job.folder / (
-        f"{job.inputs}-{over + 1}-{CHECKPOINT_FILE}" if each else f"{job.inputs}-{CHECKPOINT_FILE}"
-    )
+    each, boundary, file = prepared.stages, prepared.boundary, prepared.checkpoint
+    over = 0
+    if each and boundary is not None and boundary.exists():
+        over = len(weights.metadata(boundary)["rows"])
     left = [0.0] * over + [1.0] * (len(each or [prepared]) - over)
-    if file.exists() and over < len(left):
-        spec = (each or [prepared])[over].job.arm.train
-        stream, at = prepared.stream, checkpoint.read(file)["progress"]
-        parts = [len(p) for p in stream.train] if stream else [len(_like_trained(prepared))]
-        shown = sum(parts[: at["task"]]) * spec.epochs
-        shown += (
-            (at["epoch"] * parts[at["task"]] + at["batch"] * spec.batch_size)
-            if at["task"] < len(parts)
-            else 0
-        )
-        left[over] = (
-            0.0 if at["reached"] else max(0.0, 1 - shown / max(sum(parts) * spec.epochs, 1))
-        )
+    if file is None or not file.exists() or over == len(left):
+        return left
+    spec = (each or [prepared])[over].job.arm.train
+    stream, at = prepared.stream, checkpoint.read(file)["progress"]
+    sizes = [len(p) for p in stream.train] if stream else [len(_like_trained(prepared))]
+    number = at["part"] - over
+    shown = sum(sizes[: max(number, 0)]) * spec.epochs
+    if 0 <= number < len(sizes):
+        shown += at["epoch"] * sizes[number] + at["batch"] * spec.batch_size
+    left[over] = 0.0 if at["reached"] else max(0.0, 1 - shown / max(sum(sizes) * spec.epochs, 1))
     return left
 
 
@@ -162,9 +149,9 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     batches = math.ceil(len(_like_trained(prepared)) / spec.batch_size)
     tests = max(spec.batch_size, 256)
     first = min(2 * spec.accumulate, batches)
-    step_s = (_few(prepared, first, 2, tests).sum("wall_s", "train/epoch2") or 0.0) / first
+    step_s = (_few(prepared, first, 2).sum("wall_s", "train/epoch2") or 0.0) / first
     steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
-    measured = _few(prepared, steps, GROUPS + 1, tests)
+    measured = _few(prepared, steps, GROUPS + 1)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
     if stream is None:
@@ -212,30 +199,22 @@ def _making(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     }, measured.header
 
 
-def _few(prepared: Prepared, steps: int, groups: int, tests: int) -> record.Run:
+def _few(prepared: Prepared, steps: int, groups: int) -> record.Run:
     """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the
     record."""
-    job, images = prepared.job, prepared.images
-    spec = job.arm.train.model_copy(
+    spec = prepared.job.arm.train.model_copy(
         update={"epochs": groups, "target_accuracy": None, "eval_every": 1}
     )
-
-    def some(epoch: int, start: int) -> list[Any]:
-        loader = data.batches(
-            _like_trained(prepared), spec.batch_size, epoch=epoch, seed=job.seed, shuffle=True
-        )
-        return list(islice(loader, steps))
-
-    def test() -> list[Any]:
-        return list(islice(data.batches(images.test, tests), EVAL_BATCHES))
-
+    short = prepared.cut_short(
+        Short(batches=steps, tests=EVAL_BATCHES),
+        spec,
+        _like_trained(prepared),
+        prepared.images.test,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        live = prepared.wrapped(trained=False)
-        with prepared.tracker(Path(folder)) as run:
-            run.live = live
-            live.meter(run)
-            loop.fit(live, some, steps, test, spec, run, task=prepared.task, seed=job.seed)
-        live.undo()
+        with short.tracker(Path(folder)) as run:
+            outcome = loop.run(short, run)
+        outcome.live.undo()
         return record.read(next(record.find([folder])))
 
 

@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from greenvis import data
-from greenvis.core.wrap import Wrapped
 from greenvis.data.splits import stratified
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
-from greenvis.experiment.jobs import Job, samples_of
-from greenvis.experiment.prepare import Prepared
+from greenvis.experiment.jobs import Job
+from greenvis.experiment.optim import threads
+from greenvis.experiment.prepare import Prepared, Short
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record, serving
 from greenvis.meters.measure import serve
@@ -165,60 +163,31 @@ class Trials:
             self.say(f"{job.arm.name}: {size} images, tried before")
             return before
         self.say(f"{job.arm.name}: {size} images")
-        with loop.threads(job.arm.train.threads), tempfile.TemporaryDirectory() as folder:
-            prepared = self.session.prepare(job)
-            live = prepared.wrapped()
-            try:
-                path = self._run(prepared, live, size, Path(folder), serving)
-            finally:
-                live.undo()
+        with threads(job.arm.train.threads), tempfile.TemporaryDirectory() as folder:
+            path = self._run(self.session.prepare(job), size, Path(folder), serving)
         return _read(record.read(path))
 
-    def _run(
-        self, prepared: Prepared, live: Wrapped, size: int, folder: Path, serving: bool
-    ) -> Path:
+    def _run(self, prepared: Prepared, size: int, caches: Path, serving: bool) -> Path:
         """Train on the first `size` images, and return the record."""
-        job = prepared.job
-        spec = job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
-        shown = self._train.take(self._order[:size])
-        samples = samples_of(shown, folder)
-
-        def batches(epoch: int, start: int) -> Any:
-            return data.batches(
-                shown,
-                spec.batch_size,
-                epoch=epoch,
-                seed=job.seed,
-                shuffle=True,
-                start=start,
-                positions=True,
-            )
-
-        def which(epoch: int, at: Tensor) -> Any:
-            return samples(0, epoch, at)
-
-        with prepared.tracker(self.session.runs) as run:
-            run.live = live
-            live.meter(run)
-            steps = math.ceil(size / spec.batch_size)
-            progress = loop.fit(
-                live,
-                batches,
-                steps,
-                lambda: data.batches(self.held, 256),
-                spec,
-                run,
-                task=prepared.task,
-                seed=job.seed,
-                samples=which,
-            )
+        spec = prepared.job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
+        trial = prepared.cut_short(
+            Short(trained=True, caches=caches),
+            spec,
+            self._train.take(self._order[:size]),
+            self.held,
+        )
+        with trial.tracker(self.session.runs) as run:
+            outcome = loop.run(trial, run)
+            live = outcome.live
             plain = not any(i.unmergeable for i in live.installed)
-            facts: dict[str, Any] = {"images": size, "accuracy": progress.accuracy, "plain": plain}
+            accuracy = outcome.metrics[trial.task.primary.name]
+            facts: dict[str, Any] = {"images": size, "accuracy": accuracy, "plain": plain}
             if serving and not (plain and self._plain_j is not None):
                 x = next(iter(data.batches(self.held, BATCH)))[0]
-                with prepared.served(live) as model:
+                with trial.served(live) as model:
                     facts["served"] = serve(model, x, run)["inference"]
             run.fact(trial=facts)
+        live.undo()
         assert run.path is not None
         return run.path
 

@@ -1,0 +1,171 @@
+"""What a training is made of: parts, one after another. A data set is one, so is each experience of
+a stream, and each stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from greenvis import data
+from greenvis.core.technique import Experience, Samples, Technique
+from greenvis.data.streams import Stream
+from greenvis.experiment import knn
+from greenvis.experiment.evaluate import Evaluator
+from greenvis.experiment.jobs import samples_of
+from greenvis.experiment.recipe import TrainSpec
+from greenvis.meters.track import Tracker
+from greenvis.tasks.base import Task
+
+if TYPE_CHECKING:
+    from greenvis.experiment.prepare import Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """A stretch of a training, with an optimizer and a schedule of its own.
+
+    Attributes:
+        spec: How it trains.
+        task: What the model answers.
+        batches: (epoch, start) -> the epoch's batches (x, y) from number `start` on, in an order
+            that (seed, epoch) fixes; with `samples`, of (x, y, positions). Several processes
+            train on their shares of each batch, which must come in a DataLoader.
+        length: Batches an epoch.
+        evaluator: What says how good the model is.
+        samples: (epoch, positions) -> which samples those are.
+        phase: What its epochs are metered below.
+        techniques: What the model is wrapped with from here on; None: what it is wrapped with.
+        stage: Its name, where it is one; "" where not.
+        loss: Of (outputs, y); None: the task's.
+        index: Of the experience it trains on; None where it is no stream's.
+        experience: What techniques hear of it; None where they hear nothing.
+        finished: Its (x, y) once more, for techniques to go through at its end.
+        restart: Whether it begins with the weights that the first part began with.
+    """
+
+    spec: TrainSpec
+    task: Task
+    batches: Callable[[int, int], Iterable[Any]]
+    length: int
+    evaluator: Evaluator
+    samples: Callable[[int, Tensor], Samples] | None = None
+    phase: str = "train"
+    techniques: Callable[[], Sequence[Technique]] | None = None
+    stage: str = ""
+    loss: Callable[[Tensor, Any], Tensor] | None = None
+    index: int | None = None
+    experience: Experience | None = None
+    finished: Iterable[Any] = ()
+    restart: bool = False
+
+
+class Repeatable:
+    """Batches (x, y), as often as they are gone through, in the same order.
+
+    Args:
+        loader: Returns a loader of (x, y, …).
+        length: Batches it yields.
+    """
+
+    def __init__(self, loader: Callable[[], Iterable[Any]], length: int) -> None:
+        self._loader, self._length = loader, length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((x, y) for x, y, *_ in self._loader())
+
+
+def evaluator(prepared: Prepared) -> Evaluator:
+    """Return what says how good a job's model is."""
+    job, images, stream = prepared.job, prepared.images, prepared.stream
+    short, spec = prepared.short, job.arm.train
+    load = partial(data.batches, batch_size=max(spec.batch_size, 256), workers=spec.workers)
+    own = None if stream is None else stream.tests
+    return Evaluator(
+        prepared.task,
+        lambda: load(images.test) if short is None else short.take(load(images.test), short.tests),
+        None if images.held_out is None else partial(load, images.held_out),
+        untrained=spec.epochs == 0
+        and job.arm.model.init is not None
+        and job.arm.model.classifier == "new",
+        stream=stream,
+        tests=None if own is None else lambda task: load(own[task][1]),
+    )
+
+
+def of_data(prepared: Prepared, tracker: Tracker) -> Part:
+    """Return the training on a data set, or on what is chosen of it."""
+    spec, short = prepared.job.arm.train, prepared.short
+    images, stage = prepared.training(tracker), prepared.job.arm.stage
+    caches = prepared.job.caches(prepared.runs) if short is None else short.caches
+    judge = evaluator(prepared)
+    if short is None:
+        shown = data.ImageSet(
+            images.split, images.ids, replace(images.transform, augment="none", views=None)
+        )
+        bank = partial(data.batches, shown, max(spec.batch_size, 256), shuffle=True)
+        test = judge.test
+        judge = replace(judge, neighbours=lambda model: knn.score(model, bank(), test()))
+
+    def batches(epoch: int, start: int) -> Iterable[Any]:
+        loader = data.batches(
+            images,
+            spec.batch_size,
+            epoch=epoch,
+            start=start,
+            seed=prepared.seed,
+            shuffle=True,
+            workers=spec.workers,
+            positions=caches is not None,
+        )
+        return loader if short is None else short.take(loader, short.batches)
+
+    whole = math.ceil(len(images) / spec.batch_size)
+    return Part(
+        spec=spec,
+        task=prepared.task,
+        batches=batches,
+        length=min(whole, (short and short.batches) or whole),
+        evaluator=judge,
+        samples=None if caches is None else samples_of(images, caches),
+        phase=f"train/{stage}" if stage else "train",
+        techniques=prepared.techniques,
+        stage=stage,
+    )
+
+
+def of_stream(prepared: Prepared, stream: Stream) -> list[Part]:
+    """Return the training on a stream, an experience after another."""
+    spec, task, judge = prepared.job.arm.train, prepared.task, evaluator(prepared)
+    assert prepared.job.arm.stream is not None
+    restart, caches = prepared.job.arm.stream.restart, prepared.job.caches(prepared.runs)
+
+    def part(index: int, images: data.ImageSet) -> Part:
+        load = partial(
+            stream.batches, index, spec.batch_size, seed=prepared.seed, workers=spec.workers
+        )
+        length = math.ceil(len(images) / spec.batch_size)
+        return Part(
+            spec=spec,
+            task=task,
+            batches=lambda epoch, start: load(epoch=epoch, start=start),
+            length=length,
+            evaluator=judge,
+            samples=samples_of(images, caches),
+            phase=f"train/task{index + 1}",
+            techniques=prepared.techniques if index == 0 else None,
+            loss=lambda outputs, y: task.loss(stream.masked(index, outputs, y), y),
+            index=index,
+            experience=stream.experiences[index] if stream.has_task_boundaries else None,
+            finished=Repeatable(load, length),
+            restart=restart,
+        )
+
+    return [part(index, images) for index, images in enumerate(stream.train)]
