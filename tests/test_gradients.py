@@ -16,7 +16,7 @@ import greenvis as gv
 from greenvis.core.technique import Experience
 from greenvis.errors import BadInput
 from greenvis.techniques.iteration.continual._gradients import closeness
-from greenvis.techniques.iteration.continual.regularize import fisher, mas
+from greenvis.techniques.iteration.continual._importance import fisher, mas
 
 STEPS, SKIPPED = 8, 3
 X = torch.randn(STEPS, 5, 6, 1, 1, generator=torch.Generator().manual_seed(1))

@@ -14,8 +14,13 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.core.technique import Experience
 from greenvis.errors import GreenvisError
+from greenvis.techniques.iteration.continual._importance import (
+    fisher,
+    mas,
+    path_importance,
+    penalty,
+)
 from greenvis.techniques.iteration.continual.lwf import lwf_loss
-from greenvis.techniques.iteration.continual.regularize import fisher, mas, path_importance, penalty
 
 DATA = Path(__file__).parent / "data"
 EWC = torch.load(DATA / "ewc_mas.pt", weights_only=True)

@@ -36,6 +36,12 @@ def like(module: nn.Module) -> dict[str, Any]:
     return {} if parameter is None else {"device": parameter.device, "dtype": parameter.dtype}
 
 
+def precise(tensor: Tensor) -> torch.dtype:
+    """Return the type to add up in: float32, or the tensor's own where that is wider. The square of
+    a small gradient is 0 in half precision."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
 def row_of_blocks(model: nn.Module, structure: View) -> list[str]:
     """Return the blocks that attend, first to last, where one sequence (batch, tokens, dim) runs
     through all of them.

@@ -7,10 +7,11 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from peft.tuners.lora import layer as peft_layers
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from greenvis.techniques._shared.attach import precise
 
 NAME = "default"  # of the one adapter PEFT holds
 
@@ -68,12 +69,6 @@ def merged(layer: Any) -> Tensor:
     layer.to(precise(layer.base_layer.weight))
     layer.merge(safe_merge=True)
     return layer.base_layer.weight.detach()
-
-
-def precise(tensor: Tensor) -> torch.dtype:
-    """Return the type to fold a change into this tensor in: fp32, or its own where that is
-    wider."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def put_folded(model: nn.Module, folded: Mapping[str, Tensor]) -> None:

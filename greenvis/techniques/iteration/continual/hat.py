@@ -18,6 +18,7 @@ from greenvis.errors import BadInput
 from greenvis.models.structure import View, reached, view
 from greenvis.models.structure.parts import Mlp
 from greenvis.models.structure.probing import probing
+from greenvis.techniques._shared.attach import precise
 from greenvis.techniques._shared.heads import TaskHeads, head_parameters
 from greenvis.techniques.iteration.continual._frozen_elements import Mask
 
@@ -190,8 +191,8 @@ class Gate(nn.Module):
         super().__init__()
         units = weight.shape[1]
         # what compensates its gradient overflows in half
-        precise = torch.promote_types(weight.dtype, torch.float32)
-        self.embedding = nn.Parameter(torch.empty(units, dtype=precise, device=weight.device))
+        start = torch.empty(units, dtype=precise(weight), device=weight.device)
+        self.embedding = nn.Parameter(start)
         self.register_buffer("used", torch.zeros(units, dtype=torch.bool, device=weight.device))
         self.s = 1.0
         self.override: Tensor | None = None

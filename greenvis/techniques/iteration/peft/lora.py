@@ -17,6 +17,7 @@ from greenvis.core.surgery import find, freeze, parents_of
 from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput, nearest, some
 from greenvis.models.structure import View, view
+from greenvis.techniques._shared.attach import precise
 from greenvis.techniques._shared.heads import head_parameters
 from greenvis.techniques._shared.lora_layers import (
     NAME,
@@ -25,7 +26,6 @@ from greenvis.techniques._shared.lora_layers import (
     inner_linears,
     keep_off_the_fast_path,
     merged,
-    precise,
     put_folded,
 )
 from greenvis.techniques.iteration.peft._lora_ranks import Ranks

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.techniques._shared.attach import first, like, seat
+from greenvis.techniques._shared.attach import first, like, precise, seat
 from greenvis.techniques._shared.features import as_map
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques.iteration.reuse._bases import Base
@@ -37,7 +36,7 @@ def whitened_loss(predicted: Tensor, target: Tensor, beta: float = 2.0) -> Tenso
     Returns:
         A scalar.
     """
-    return F.smooth_l1_loss(_precise(predicted), _precise(target), beta=beta)
+    return F.smooth_l1_loss(predicted.to(precise(predicted)), target.to(precise(target)), beta=beta)
 
 
 def whitened(features: Tensor) -> Tensor:
@@ -51,7 +50,7 @@ def whitened(features: Tensor) -> Tensor:
     Returns:
         Of that shape.
     """
-    return F.layer_norm(_precise(features), features.shape[-1:])
+    return F.layer_norm(features.to(precise(features)), features.shape[-1:])
 
 
 class FeatureDistill(Technique):
@@ -210,8 +209,3 @@ class InstalledFeatureDistill(Installed):
         if self._cache is not None:
             self._cache.close()
         self._cache = None
-
-
-def _precise(features: Tensor) -> Tensor:
-    """Return features in float32 at least."""
-    return features.to(torch.promote_types(features.dtype, torch.float32))
