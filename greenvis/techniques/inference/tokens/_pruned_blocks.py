@@ -26,8 +26,6 @@ from greenvis.techniques.inference.tokens._pruning import (
     policy_mask,
 )
 
-_CHILD = "token_prune"
-
 
 class Flow(Follower):
     """What became of the tokens of the last batch, by the number of a block.
@@ -40,10 +38,12 @@ class Flow(Follower):
         fused: which of a block's tokens are others fused, bool (batch, tokens); they have no
             position.
         beside: what a block returned, where its fused ones cannot be laid out.
+        name: of the technique, and of what it puts into a block.
     """
 
-    def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors) -> None:
+    def __init__(self, prefix: int, keep: float, fuse: bool, doors: Doors, name: str) -> None:
         self.prefix, self.keep, self.fuse, self.doors, self.length = prefix, keep, fuse, doors, 0
+        self.name = name
         self.positions: dict[int, Tensor] = Passing()
         self.policy: dict[int, Tensor] = Passing()
         self.decided: dict[int, Tensor] = Passing()
@@ -141,7 +141,7 @@ class Predicted(Pruning):
         self.flow.shares[self.number] = self.flow.keep**order
         predictor = Predictor(structure.layouts[self.block.path].width)
         predictor.to(**like(self.block.module))
-        self.block.module.add_module(_CHILD, predictor.train(self.block.module.training))
+        self.block.module.add_module(self.flow.name, predictor.train(self.block.module.training))
         return list(predictor.parameters())
 
     def mask(self, attn_mask: Tensor | None) -> Tensor | None:
@@ -150,7 +150,7 @@ class Predicted(Pruning):
         if policy is None or not self.block.module.training:
             return attn_mask
         if policy.requires_grad:  # what decided lies outside of a block that is checkpointed
-            refuse_recomputed(_CHILD)
+            refuse_recomputed(self.flow.name)
         pruned_mask = policy_mask(
             torch.cat([policy.new_ones(len(policy), self.flow.prefix), policy], 1)
         )
@@ -183,7 +183,7 @@ class Predicted(Pruning):
     def _decide(self, patches: Tensor) -> None:
         flow, i = self.flow, self.number
         before = flow.policy.get(i, patches.new_ones(patches.shape[:2], dtype=torch.float32))
-        scores = self.block.module.get_submodule(_CHILD)(
+        scores = self.block.module.get_submodule(flow.name)(
             patches, before.unsqueeze(-1).to(patches.dtype)
         )
         flow.decided[i] = decide(scores, before)
@@ -194,7 +194,7 @@ class Predicted(Pruning):
         count = max(1, int((flow.length - flow.prefix) * flow.shares[self.number]))
         if count >= patches.shape[1]:
             return x
-        scores = self.block.module.get_submodule(_CHILD)(
+        scores = self.block.module.get_submodule(flow.name)(
             patches, patches.new_ones(*patches.shape[:2], 1)
         )[..., 0]
         return self._leave(x, best(scores, count), self.number)

@@ -83,6 +83,7 @@ class TokenPrune(Technique):
             self.keep,
             self.fuse,
             Doors(model, (b.module for b in blocks[start:])),
+            self.name,
         )
         if self.method == "predictor":
             pruning: list[Pruning] = [Predicted(b, i, flow) for i, b in enumerate(blocks)]
