@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from greenvis.meters import record
 
 OUTSIDE = Path(__file__).parent / "outside"
 
@@ -103,6 +106,33 @@ def test_an_outside_meter_source_keeps_the_contract_and_doctor_names_it(
     (_, outcome, reason), state, why = beside(with_outside, code)
     assert (outcome, state) == ("refuses", "not available")
     assert reason == why == "$CONSTANT_PLUG_W names no watts"
+
+
+def test_an_outside_task_is_trained_and_measured(ran: Path) -> None:
+    for path in record.find([ran / "runs/outside"]):
+        run = record.read(path)
+        assert 0 <= run.facts["accuracy"] <= 1
+        assert 0 <= run.facts["recall"] <= 1
+        logged = [line for line in run.logs if "recall" in line]
+        assert logged[-1]["recall"] == run.facts["recall"]
+
+
+def test_an_outside_task_keeps_the_contract(with_outside: dict[str, str]) -> None:
+    code = (
+        "import torch\n"
+        "from greenvis.tasks import registry\n"
+        "from greenvis.testing import check_task\n"
+        "focal = registry.find('focal')\n"
+        "check_task(focal)\n"
+        "z, y = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0])\n"
+        "net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))\n"
+        "live = gv.wrap(net, gv.Lwf(), task=focal(gamma=1.0))\n"
+        "print(json.dumps([focal(gamma=1.0).losses(z, y).tolist(), live.task.name]))\n"
+    )
+    losses, name = beside(with_outside, code)
+    p = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(1))]
+    assert losses == pytest.approx([(1 - q) * -math.log(q) for q in p], rel=1e-5)
+    assert name == "focal"
 
 
 def test_where_it_is_not_installed_the_recipe_names_what_is_missing(tmp_path: Path) -> None:

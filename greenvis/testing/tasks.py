@@ -11,7 +11,10 @@ import torch
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.tasks.base import Example, Task
 
-RESERVED = {"epoch", "step", "loss", "task", "stage"}  # keys of a record's log lines
+RESERVED = {  # names that log lines and facts of a record have
+    "epoch", "step", "loss", "task", "stage", "model", "data", "train", "techniques", "epochs",
+    "stages", "stream", "threads", "params", "macs", "calibration", "predicted",
+}  # fmt: skip
 SIZE, FIRST = 12, 5  # samples; how many of them come in the first of two batches
 
 
