@@ -78,3 +78,20 @@ def test_of_two_processes(host: str, tmp_path: Path) -> None:
                 for rank in (0, 1)
             ]
             _check(kind, both)
+
+
+def test_a_loss_in_evaluation_is_the_batchs_part_of_all_processes_mean(tmp_path: Path) -> None:
+    """Trainer multiplies it by the number of processes and takes the mean over them."""
+    live = hosts.wrapped("plain")
+    green = hosts.GreenCallback(live, "h", dir=tmp_path)
+    live.model.eval()
+    with torch.no_grad():
+        logits = live.model(hosts.X)["logits"]
+    whole = F.cross_entropy(logits, hosts.Y)
+    count = torch.tensor(hosts.IMAGES)
+    torch.testing.assert_close(green.loss({"logits": logits}, hosts.Y, count), whole)
+    first, second = (
+        green.loss({"logits": logits[part]}, hosts.Y[part], count)
+        for part in (slice(0, 8), slice(8, None))
+    )
+    torch.testing.assert_close(first + second, whole)
