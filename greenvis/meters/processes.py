@@ -67,10 +67,6 @@ class ProcessTree:
             / GB
         )
 
-    def live_pids(self) -> list[int]:
-        """Return the live descendants found when the tree was last read."""
-        return list(self._seen)
-
     def _live(self) -> float:
         now = time.monotonic()
         if now - self._walked >= WALK_EVERY_S:
@@ -153,10 +149,6 @@ class PortableTree:
             except self._psutil.Error:
                 continue
         return total / GB
-
-    def live_pids(self) -> list[int]:
-        """Return the live descendants."""
-        return [p.pid for p in self._me.children(recursive=True)]
 
 
 def has_children() -> bool:

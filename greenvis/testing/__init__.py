@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.core.technique import Technique
 from greenvis.testing.datasets import DataSetResult, check_dataset
-from greenvis.testing.meter_sources import SourceResult, check_meter_source
+from greenvis.testing.meter_sources import check_meter_source
 from greenvis.testing.tasks import check_task
 from greenvis.testing.trial import Broken, Trial
 
@@ -21,7 +21,6 @@ __all__ = [
     "DataSetResult",
     "Host",
     "Result",
-    "SourceResult",
     "check_dataset",
     "check_meter_source",
     "check_task",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
+from greenvis.errors import GreenvisError
 from greenvis.meters import host, pricing
 from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.counter import GRACE_S
@@ -15,18 +16,6 @@ from greenvis.meters.sources import MeterSource, installed
 from greenvis.testing.trial import Broken
 
 LIFETIME = 1e12  # what a counter may say at first: all it has counted since it was made
-
-
-class SourceResult(NamedTuple):
-    """How a meter source does.
-
-    outcome: "works", "refuses" (it cannot be read here, for `reason`) or "fails" (`reason` says
-    what it breaks).
-    """
-
-    source: str
-    outcome: str
-    reason: str = ""
 
 
 class Device:
@@ -54,7 +43,7 @@ class Device:
         self.level -= self(now)
 
 
-def check_meter_source(make: Callable[[], MeterSource]) -> SourceResult:
+def check_meter_source(make: Callable[[], MeterSource]) -> str:
     """Try a meter source against the contract.
 
     It opens or says why not. What it reads is never negative, never more than its power × time;
@@ -66,27 +55,32 @@ def check_meter_source(make: Callable[[], MeterSource]) -> SourceResult:
             device is not here, let the class look at a stand-in for its files or library.
 
     Returns:
-        Whether it works; only what it says of itself was tried where it cannot be read here.
+        "" where all was tried; else why it cannot be read here: then nothing more was.
+
+    Raises:
+        GreenvisError: With the first rule it breaks.
+
+    Example:
+        >>> from greenvis.meters.sources.cpu_time import CpuTime
+        >>> check_meter_source(CpuTime)
+        ''
     """
     source = make()
-    name = getattr(source, "name", type(source).__name__)
     try:
         _check_names(source)
         _open(source)
         if source.reason:
             _require(not source.components and not source.read(), "it has a reason and readings")
-            return SourceResult(name, "refuses", source.reason)
+            return source.reason
         _check_components(source)
         _check_readings(source)
-        _check_power(make)
-        _check_failing_first_reading(make)
-        _check_gap(make)
-        _check_reset(make)
-    except Broken as error:
-        return SourceResult(name, "fails", str(error))
+        for check in (_check_power, _check_failing_first_reading, _check_gap, _check_reset):
+            check(make)
     except Exception as error:  # whatever it raises is its failure, not the checker's
-        return SourceResult(name, "fails", f"{type(error).__name__}: {error}")
-    return SourceResult(name, "works")
+        name = getattr(source, "name", type(source).__name__)
+        what = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
+        raise GreenvisError(f"meter source '{name}': {what}") from error
+    return ""
 
 
 def _require(holds: object, broken: str) -> None:
