@@ -27,6 +27,7 @@ from greenvis.meters import flops
 from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
 from greenvis.meters.track import Tracker, track
+from greenvis.models.structure import example_input
 from greenvis.techniques import registry
 
 MODEL = "timm/deit_small_patch16_224"
@@ -66,7 +67,7 @@ def run(
                 ),
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        size = _input_shape(arms[PLAIN])
+        size = example_input(arms[PLAIN]).shape[1:]
         macs = {
             name: flops.count(arm, torch.rand(1, *size), cross_check=False).macs
             for name, arm in arms.items()
@@ -93,14 +94,6 @@ def run(
             low=1,
         )
     return result
-
-
-def _input_shape(model: nn.Module) -> tuple[int, int, int]:
-    """Return the (channels, height, width) a model is made for."""
-    from greenvis.models.structure import example_input
-
-    channels, height, width = example_input(model).shape[1:]
-    return channels, height, width
 
 
 def _name(r: Any) -> str:

@@ -242,15 +242,13 @@ def view(
     )
 
 
-def example_input(
-    model: nn.Module, shape: tuple[int, int, int] | None = None, size: Any = None
-) -> Tensor:
+def example_input(model: nn.Module, size: Any = None) -> Tensor:
     """Return an image batch that a model takes, on its device and in its precision.
 
     Args:
         model: The model.
-        shape: (channels, height, width); else as the model's configuration says, or by trial.
-        size: Side, or (height, width), in pixels, where the shape is absent.
+        size: Side, or (height, width), in pixels; as the model's configuration says, or by trial,
+            where it is absent.
 
     Returns:
         (1, channels, height, width).
@@ -259,8 +257,6 @@ def example_input(
         BadInput: With the sizes that were tried, or where the model does not take images of this
             one.
     """
-    if shape is not None:
-        return image(model, shape)
     example = trace_any(model).input
     height, width = (
         tuple(example.shape[2:])

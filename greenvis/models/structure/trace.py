@@ -118,9 +118,9 @@ class Trace:
         return NONE.union(*(self.tags[t] for t in tensors_in(values) if t in self.tags))
 
 
-def weights_in(tags: Tags, depthwise: bool = False) -> list[str]:
-    """Return the paths of the weights in `tags`, sorted; depthwise convolutions only on request."""
-    passed = {} if depthwise else {p for kind, p in tags if kind == "depthwise"}
+def weights_in(tags: Tags) -> list[str]:
+    """Return the paths of the weights in `tags`, sorted, but for depthwise convolutions."""
+    passed = {p for kind, p in tags if kind == "depthwise"}
     return sorted(p for kind, p in tags if kind == "weight" and p not in passed)
 
 

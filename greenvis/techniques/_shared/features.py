@@ -91,9 +91,7 @@ def attention_transfer_loss(
     ).sum()
 
 
-def hierarchical_loss(
-    student: Tensor, teacher: Tensor, levels: Sequence[int] = (4, 2, 1)
-) -> Tensor:
+def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """Return the mean squared difference of two maps, whole and pooled to each level's grid
     (ReviewKD: Chen et al., 2021).
 
@@ -101,7 +99,7 @@ def hierarchical_loss(
     """
     student, teacher = on_one_grid(student, teacher)
     total, weight, weights = F.mse_loss(student, teacher), 1.0, 1.0
-    for level in levels:
+    for level in (4, 2, 1):
         if level < min(student.shape[2:]):
             weight /= 2
             weights += weight

@@ -131,7 +131,7 @@ def drop_bound(lost: int, gained: int, samples: int, confidence: float) -> float
     return most - least
 
 
-def common_thresholds(confidence: Tensor, criterion: str, steps: int = 100) -> list[float]:
+def common_thresholds(confidence: Tensor, criterion: str) -> list[float]:
     """Return one threshold for all exits, from safe to cheap (Shallow-Deep Networks: Kaya et al.,
     2019, use one).
 
@@ -141,7 +141,7 @@ def common_thresholds(confidence: Tensor, criterion: str, steps: int = 100) -> l
     if criterion == "patience":
         return [float(t) for t in range(len(confidence) - 2, 0, -1)]
     marks = torch.quantile(
-        confidence[:-1].double().amax(0), torch.linspace(1, 0, steps, dtype=torch.float64)
+        confidence[:-1].double().amax(0), torch.linspace(1, 0, 100, dtype=torch.float64)
     )
     return sorted(set(marks.tolist()), reverse=True)
 
