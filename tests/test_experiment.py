@@ -149,6 +149,12 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_weights_and_keeps_the_energ
     attempts = _runs(tmp_path / "runs/tiny/student/seed0")
     assert len(attempts) == 2
     assert "resumed at epoch 1, batch 4" in attempts[1].notes
+    (whole,) = _runs(finished / "runs/tiny/student/seed0")
+    losses = [
+        {line["epoch"]: line["loss"] for run in runs for line in run.logs if "loss" in line}
+        for runs in (attempts, [whole])
+    ]
+    assert losses[0] == losses[1]  # of the whole epoch, whichever attempt ended it
     student = json.loads(done.stdout)["results"]["arms"]["student"]
     spent = [
         sum(

@@ -16,7 +16,6 @@ import importlib
 import io
 import json
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -110,26 +109,11 @@ def _records(folder: Path) -> list[record.Run]:
 
 
 def _losses(folder: Path) -> dict[str, dict[str, float]]:
-    """Return each arm's loss by epoch, whichever attempt trained it; not of an epoch that was
-    resumed in its middle.
-
-    Of such an epoch a record logs the mean since then, and says where it resumed.
-    """
+    """Return each arm's loss by epoch, whichever attempt ended it."""
     curves: dict[str, dict[str, float]] = {}
     for run in _records(folder):
         curve = curves.setdefault(f"{run.header['name']}/{run.header['arm']}", {})
-        part = {
-            int(m[1]) + 1
-            for note in run.notes
-            if (m := re.match(r"resumed at epoch (\d+), batch [1-9]", note))
-        }
-        curve.update(
-            {
-                str(line["epoch"]): line["loss"]
-                for line in run.logs
-                if "loss" in line and line["epoch"] not in part
-            }
-        )
+        curve.update({str(line["epoch"]): line["loss"] for line in run.logs if "loss" in line})
     return curves
 
 
