@@ -21,6 +21,7 @@ from greenvis.bench import _output
 from greenvis.bench._options import Out, Rounds
 from greenvis.bench.gpu import _counter, _page, _serving, _training
 from greenvis.bench.gpu._measure import Bench, NotMeasured
+from greenvis.bench.gpu._stored import read_cell
 from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
 from greenvis.meters.header import commit, cpu, versions
@@ -73,7 +74,8 @@ def run(
         rounds: how often each setting has its turn.
 
     Raises:
-        BadInput: for an unknown cell, and where `out` holds figures of another GPU.
+        BadInput: for an unknown cell, and where `out` holds figures of another GPU, or a file
+            that is no cell's result.
     """
     names = [cell.name for cell in CELLS]
     for name in cells or ():
@@ -114,7 +116,7 @@ def _describe(device: torch.device, small: bool) -> dict[str, Any]:
 
 def _refuse_other_device(out: Path | None, described: dict[str, Any]) -> None:
     for path in sorted((out / "cells").glob("*.json")) if out is not None else ():
-        other = json.loads(path.read_text())["device"]
+        other = read_cell(path, path.stem)["device"]
         if other["name"] != described["name"] and not other["rehearsal"]:
             raise BadInput(
                 f"{out} holds figures of '{other['name']}', and this is '{described['name']}': "
@@ -129,7 +131,7 @@ def _cell(
     take the others along."""
     path = None if out is None else out / "cells" / f"{cell.name}.json"
     if path is not None and path.exists():
-        earlier = json.loads(path.read_text())
+        earlier = read_cell(path, cell.name)
         same = all(earlier["device"][key] == described[key] for key in ("name", "versions"))
         if same and not earlier["reason"]:
             return earlier

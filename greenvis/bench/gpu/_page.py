@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.bench import _floor
+from greenvis.report.markup import md
 
 FORMS = {
     "ms": "{:.3g}", "units_per_s": "{:.4g}", "gpu_j": "{:.3g}", "total_j": "{:.3g}",
@@ -37,14 +38,18 @@ def brief(row: Mapping[str, Any]) -> dict[str, Any]:
         if k not in ("high", "observed")
     }
     return {
-        HEADS.get(key, key): "–" if value is None else FORMS.get(key, "{}").format(value)
+        HEADS.get(key, key): "–" if value is None else _figure(FORMS.get(key, "{}"), value)
         for key, value in shown.items()
     }
 
 
+def _figure(form: str, value: Any) -> str:
+    return value if isinstance(value, str) else form.format(value)
+
+
 def markdown(result: Mapping[str, Any]) -> str:
     device = result["device"]
-    lines = [f"# What techniques save on a GPU: {device['name']}", ""]
+    lines = [f"# What techniques save on a GPU: {md(device['name'])}", ""]
     if device["rehearsal"]:
         lines += [
             "**A rehearsal on a processor, with tiny sizes: no figure here says anything of a "
@@ -53,8 +58,9 @@ def markdown(result: Mapping[str, Any]) -> str:
         ]  # fmt: skip
     versions = device["versions"]
     lines += [
-        f"`greenvis bench gpu`, torch {versions['torch']}, timm {versions.get('timm', '?')}, CUDA "
-        f"{device['cuda'] or 'none'}, {device['cpu']['allowed']} CPUs. Random weights, ImageNet's "
+        f"`greenvis bench gpu`, torch {md(versions['torch'])}, "
+        f"timm {md(versions.get('timm', '?'))}, CUDA "
+        f"{md(device['cuda'] or 'none')}, {device['cpu']['allowed']} CPUs. Random weights, ImageNet's "
         "size: what a technique costs in accuracy stands in other reports. Settings of a cell take "
         "turns; medians over rounds, ratios of what ran in the same round to the cell's first "
         "setting of that model and batch; `range` is the least and the greatest energy ratio of a "
@@ -64,10 +70,12 @@ def markdown(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     lines += _verdicts(result["cells"]) if not device["rehearsal"] else []
     for cell in result["cells"]:
-        lines += [f"## {cell['cell']}", "", f"{cell['about']} ({cell['seconds']:.0f} s)", ""]
+        about = f"{md(cell['about'])} ({cell['seconds']:.0f} s)"
+        lines += [f"## {md(cell['cell'])}", "", about, ""]
         if cell["reason"]:
-            lines += [f"Not measured: {cell['reason']}", ""]
-        lines += [*_floor.table([brief(row) for row in cell["rows"]]), ""] if cell["rows"] else []
+            lines += [f"Not measured: {md(cell['reason'])}", ""]
+        rows = [{md(k): md(v) for k, v in brief(row).items()} for row in cell["rows"]]
+        lines += [*_floor.table(rows), ""] if rows else []
     return "\n".join(lines)
 
 
@@ -89,8 +97,10 @@ def _verdicts(cells: Iterable[Mapping[str, Any]]) -> list[str]:
         for row in cell["rows"]:
             if row["setting"] == first or row.get("energy_ratio") is None:
                 continue
-            where = ", ".join(str(v) for v in (row.get("model"), f"batch {row['batch']}") if v)
-            text = f"{cell['cell']}: {row['setting']} ({where}) ×{row['energy_ratio']:.2f}"
+            batch = f"batch {row['batch']}" if "batch" in row else None
+            where = ", ".join(str(v) for v in (row.get("model"), batch) if v)
+            setting = md(f"{cell['cell']}: {row['setting']} ({where})")
+            text = f"{setting} ×{row['energy_ratio']:.2f}"
             (
                 saved if row["high"] < 1 - margin else dearer if row["low"] > 1 + margin else open_
             ).append(text)
