@@ -12,6 +12,7 @@ import torch
 from greenvis.bench import gpu
 from greenvis.errors import BadInput
 
+KIT = Path(__file__).parents[1] / "reports" / "gpu"
 QUICK = {"look_s": 0.01, "rounds": 2}
 SETTINGS = {
     "tokens": {"unmodified", "merged, r 2"},
@@ -90,8 +91,9 @@ def test_one_cell_that_breaks_does_not_take_the_others_along(
 @rehearsal
 def test_refuses_a_folder_of_another_gpu_and_an_unknown_cell(tmp_path: Path) -> None:
     (tmp_path / "cells").mkdir()
-    device = {"name": "NVIDIA H100", "rehearsal": False}
-    (tmp_path / "cells" / "tokens.json").write_text(json.dumps({"device": device}))
+    measured = json.loads((KIT / "cells" / "tokens.json").read_text())
+    measured["device"]["name"] = "NVIDIA H100"
+    (tmp_path / "cells" / "tokens.json").write_text(json.dumps(measured))
     with pytest.raises(BadInput, match="holds figures of 'NVIDIA H100'"):
         gpu.run(tmp_path, cells=["precision"], **QUICK)
     with pytest.raises(BadInput, match="did you mean 'tokens'"):

@@ -21,12 +21,14 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from greenvis import errors
+from greenvis.bench.gpu import _page
 from greenvis.cli import output
 from greenvis.cli.main import main
 from greenvis.planning import candidates
 from greenvis.report import exports, results
 from greenvis.report.markup import code, link, md
 
+GPU = Path(__file__).parents[2] / "reports" / "gpu"
 FORGED = "greenvis: all is well"
 HOSTILE = (
     "=1+1|<script>alert(1)</script>[x](javascript:alert(1))`id`\x1b[31m\x9b2J\u202e\\\r\n# "
@@ -228,6 +230,17 @@ def test_overview(folder: Path, capsys: Any, monkeypatch: Any) -> None:
     text = capsys.readouterr().out
     safe_lines(text)
     assert json.loads(text)["techniques"][0]["technique"] == HOSTILE
+
+
+def test_a_measured_cell(tmp_path: Path) -> None:
+    cell = json.loads((GPU / "cells" / "tokens.json").read_text())
+    cell |= {"cell": HOSTILE, "about": HOSTILE}
+    cell["device"] |= {"name": HOSTILE, "cuda": HOSTILE}
+    cell["device"]["versions"] |= {"torch": HOSTILE, "timm": HOSTILE}
+    for row in cell["rows"]:
+        row |= {"setting": HOSTILE, "model": HOSTILE, "ms": HOSTILE, HOSTILE: HOSTILE}
+    _page.write(tmp_path, {"device": cell["device"], "cells": [cell, {**cell, "reason": HOSTILE}]})
+    safe_markdown((tmp_path / "report.md").read_text(), rows=2 * len(cell["rows"]))
 
 
 ERRORS = {

@@ -60,7 +60,8 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines += [
         f"`greenvis bench gpu`, torch {md(versions['torch'])}, "
         f"timm {md(versions.get('timm', '?'))}, CUDA "
-        f"{md(device['cuda'] or 'none')}, {device['cpu']['allowed']} CPUs. Random weights, ImageNet's "
+        f"{md(device['cuda'] or 'none')}, "
+        f"{device['cpu']['allowed']} CPUs. Random weights, ImageNet's "
         "size: what a technique costs in accuracy stands in other reports. Settings of a cell take "
         "turns; medians over rounds, ratios of what ran in the same round to the cell's first "
         "setting of that model and batch; `range` is the least and the greatest energy ratio of a "

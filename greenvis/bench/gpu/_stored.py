@@ -35,9 +35,9 @@ class _Row(BaseModel):
     """Figures by name, finite; an energy ratio comes with its range."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, _Word | _Float | None]
+    __pydantic_extra__: dict[str, _Word | _Float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
     setting: _Word
-    energy_ratio: _Count | None = None
+    energy_ratio: Annotated[float, Field(ge=1e-9, le=1e9)] | None = None
     low: _Count | None = None
     high: _Count | None = None
     observed: Annotated[list[dict[_Word, _Float]], Field(max_length=1000)] = []
@@ -65,9 +65,7 @@ def read_cell(path: Path, name: str) -> dict[str, Any]:
         raise BadInput(
             f"{explain(error, _Cell, lambda *key: str(path))}; remove it to measure the cell again"
         ) from error
-    ranged = all(
-        row.energy_ratio is None or None not in (row.low, row.high) for row in cell.rows
-    )
+    ranged = all(row.energy_ratio is None or None not in (row.low, row.high) for row in cell.rows)
     if cell.cell != name or not ranged:
         problem = "a row has no range" if cell.cell == name else f"it is of another, '{cell.cell}'"
         raise BadInput(f"{path}: {problem}; remove it to measure the cell '{name}' again")
