@@ -29,14 +29,15 @@ def test_quick_reading_is_reading(study: Path, tmp_path: Path) -> None:
         b"\n\xff\n" + noisy.read_bytes().replace(b'"phase":"eval"', b'"phase":"ev\\u0061l"', 1)
     )
     for path in record.find([study, tmp_path]):
-        fast, whole = quick(path), record.read(path)
-        assert fast is not None
+        (fast, left_out), whole = quick(path), record.read(path)
+        assert left_out == []
         assert fast.totals == whole.totals
         assert fast.facts == whole.facts
         assert (fast.status, fast.id) == (whole.status, whole.id)
         assert pricing.run_energy(fast) == pricing.run_energy(whole)
     (tmp_path / "no.jsonl").write_text("[]\n{}\n")
-    assert quick(tmp_path / "no.jsonl") is None
+    with pytest.raises(BadInput, match="no header line"):
+        quick(tmp_path / "no.jsonl")
 
 
 def test_ls_rows_filter_and_sort(study: Path) -> None:

@@ -29,6 +29,7 @@ Side = Annotated[
     str,
     argument("a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it"),
 ]
+MOST_LEFT_OUT = 20  # lines that say what was left out
 
 
 @verb(app.TRAIN)
@@ -263,7 +264,12 @@ def ls(
     """list recorded runs"""
     from greenvis.report.listing import group, ls
 
-    rows = ls(paths or ["runs"], where=where, sort="started_s" if by else sort or "started_s")
+    left_out: list[str] = []
+    order = "started_s" if by else sort or "started_s"
+    rows = ls(paths or ["runs"], where=where, sort=order, say=left_out.append)
+    more = len(left_out) - MOST_LEFT_OUT
+    for line in left_out[:MOST_LEFT_OUT] + ([f"left out: {more} more"] if more > 0 else []):
+        print(message(line), file=sys.stderr)
     if by:
         rows = group(rows, by.split(","), sort)
     answer(as_json, rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if by else 'runs'}"))

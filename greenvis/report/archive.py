@@ -20,7 +20,7 @@ from greenvis.report.groups import record_files
 NAME = "records.jsonl.xz"
 MOST = 200_000  # bytes of an archive: it is committed with its report
 MOST_RAW = 32 * 2**20  # bytes of records; more would take long to pack, and not fit
-MOST_READ = 256 * 2**20  # bytes an archive may unpack to
+MOST_READ = 40 * 2**20  # bytes an archive may unpack to
 MOST_RECORDS = 100_000
 _LONG = re.compile(
     rb"(?<=[:,\[])-?\d{1,10}\.\d{7,}(?=[,}\]])"

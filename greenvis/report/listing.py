@@ -16,7 +16,7 @@ from typing import Any
 
 from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
-from greenvis.meters import carbon, pricing
+from greenvis.meters import carbon, pricing, record
 from greenvis.meters.record import MOST_BYTES, SCHEMA, Run
 from greenvis.report import results, schema, stats, stored
 from greenvis.report.groups import record_files
@@ -40,7 +40,12 @@ MOMENTS = ("mono_s", "clock_s")
 _PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
 
-def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str, Any]]:
+def ls(
+    paths: Paths,
+    where: str = "",
+    sort: str = "started_s",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
     """Return one row per record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j,
     carbon_g, wall_s, path.
 
@@ -48,19 +53,31 @@ def ls(paths: Paths, where: str = "", sort: str = "started_s") -> list[dict[str,
         paths: records and folders; files that are no records are left out.
         where: keep rows in whose name, arm, run id or status this text occurs.
         sort: a column, "-" before it for descending; rows without a value come last.
+        say: called with what was left out, and why; not for files without a byte, which processes
+            killed before their first line leave.
 
     Raises:
-        BadInput: for an unknown column.
+        BadInput: for an unknown column, and where files were named and none of them is a record.
     """
     key = column(sort.removeprefix("-"), COLUMNS, "sort")
-    rows = []
-    for path, _ in record_files(_listed(paths)):
-        row = _row(path)
-        if row and (
-            not where
-            or any(where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status"))
+    rows, refused = [], []
+    for path, named in record_files(_listed(paths)):
+        try:
+            run, left_out = quick(path)
+        except BadInput as error:
+            refused.append(error if named else None)
+            if named or path.stat().st_size:
+                say(f"left out: {error}")
+            continue
+        for line in left_out:
+            say(line)
+        row = _row(run)
+        if not where or any(
+            where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status")
         ):
             rows.append(row)
+    if refused and not rows and not where and all(refused):
+        raise BadInput(str(refused[0]))
     return _sorted(rows, key, sort.startswith("-"), lambda row: row["run"])
 
 
@@ -273,10 +290,7 @@ def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
 
 
-def _row(path: Path) -> dict[str, Any] | None:
-    run = quick(path)
-    if run is None:
-        return None
+def _row(run: Run) -> dict[str, Any]:
     h = run.header
     spent = pricing.add(pricing.energy(_sums(run), h.get("components") or []).values())
     pue = h.get("pue")
@@ -300,7 +314,7 @@ def _row(path: Path) -> dict[str, Any] | None:
         "provenance": None if spent.value is None else spent.provenance,
         "carbon_g": grams.value,
         "wall_s": run.sum("wall_s"),
-        "path": str(path),
+        "path": str(run.path),
     }
 
 
@@ -314,20 +328,26 @@ def _sums(run: Run) -> dict[str, float]:
     return {quantity: math.fsum(values) for quantity, values in parts.items()}
 
 
-def quick(path: Path) -> Run | None:
+def quick(path: Path) -> tuple[Run, list[str]]:
     """Read a record backwards for its totals, facts, end and last log: each phase's last sample
     holds its running totals.
 
-    The same numbers as `record.read`, without parsing what later lines replace. None where it is no
-    record of a known schema.
+    The same numbers as `record.read`, without parsing what later lines replace.
+
+    Args:
+        path: of the record.
+
+    Returns:
+        The run, and what of it was left out, in words.
+
+    Raises:
+        BadInput: where it is no record of a known schema.
     """
-    try:
-        lines = files.read(path, "record", MOST_BYTES).split(b"\n")
-    except BadInput:
-        return None
+    lines = files.read(path, "record", MOST_BYTES).split(b"\n")
     header = next((x for x in map(_parsed, lines) if x and x.get("type") == "header"), None)
     if header is None or not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
-        return None
+        run = record.read(path)  # which says why it is none
+        return run, schema.check(run)
     run = Run(path, header)
     needed = _last(lines)
     try:
@@ -338,11 +358,7 @@ def quick(path: Path) -> Run | None:
     for line in parsed if undamaged else map(_parsed, reversed(lines)):
         if isinstance(line, dict):
             _keep(run, line)
-    try:
-        schema.check(run)
-    except BadInput:
-        return None
-    return run
+    return run, schema.check(run)
 
 
 def _last(lines: list[bytes]) -> list[bytes]:
