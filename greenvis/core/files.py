@@ -7,16 +7,20 @@ writes through `replacing` (or `write`), `lock` and `own_folder`.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError
 
+_MOST_NAME = 80  # characters of a name in that of its part
+_PART = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.part", re.DOTALL)
 MOST_TEXT = 16 * 2**20  # bytes of a card, a plan, a results file
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
@@ -53,7 +57,7 @@ def read(path: str | os.PathLike[str], what: str = "file", most: int = MOST_TEXT
                 f"at most {most:,} are read"
             )
         with os.fdopen(handle, "rb", closefd=False) as file:
-            return file.read(most)
+            return file.read(status.st_size)  # not `most`: that much would be set aside
     finally:
         os.close(handle)
 
@@ -84,14 +88,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     `path`, else it goes.
 
     A link at `path` is replaced, never followed. The content is on the disk before it takes the
-    name.
+    name. What writers of `path` that were killed left is removed.
     """
     import tempfile  # late: a tracker's start pays for each import
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".part")
-    os.close(handle)
+    sweep(path.parent, path.name)
+    held, name = _part(path, tempfile.mkstemp)
     try:
         yield Path(name)
         handle = os.open(name, os.O_RDONLY | _NO_LINKS)
@@ -105,6 +109,77 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with suppress(OSError):
             os.unlink(name)
         raise
+    finally:
+        os.close(held)
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder beside `path`; when the block ends well it takes that name, else it goes.
+
+    Raises BadInput where something has the name by then. What others that were killed left is
+    removed, as by `replacing`.
+    """
+    import shutil
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, path.name)
+    held, name = _part(path, _make_folder)
+    try:
+        yield Path(name)
+        os.chmod(name, 0o755)
+        if path.is_symlink() or path.exists():
+            raise BadInput(
+                f"{_printable(path)} is there already; remove it, or choose another --out"
+            )
+        os.rename(name, path)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
+        os.close(held)
+
+
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the parts that writers which were killed left in a folder; those being written stay.
+
+    Args:
+        folder: of ours.
+        name: of the file they were to become; all where None.
+    """
+    for entry in os.scandir(folder):
+        part = _PART.fullmatch(entry.name)
+        if part is None or (name is not None and part[1] != name[:_MOST_NAME]):
+            continue
+        with suppress(OSError):  # a writer holds it, another swept it, it is not ours to remove
+            handle = os.open(entry.path, os.O_RDONLY | os.O_NONBLOCK | _NO_LINKS)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if entry.is_dir(follow_symlinks=False):
+                    import shutil
+
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                elif entry.is_file(follow_symlinks=False):
+                    os.unlink(entry.path)
+            finally:
+                os.close(handle)
+
+
+def _part(path: Path, make: Callable[..., tuple[int, str]]) -> tuple[int, str]:
+    """Make what will become `path`; return its name, and a descriptor that holds it against
+    `sweep` until it is closed."""
+    while True:
+        handle, name = make(dir=path.parent, prefix=f".{path.name[:_MOST_NAME]}.", suffix=".part")
+        with suppress(OSError):  # a file system without locks: nothing is swept there
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.lexists(name):
+            return handle, name
+        os.close(handle)  # swept before it was held
+
+
+def _make_folder(**options: Any) -> tuple[int, str]:
+    import tempfile
+
+    name = tempfile.mkdtemp(**options)
+    return os.open(name, os.O_RDONLY | _NO_LINKS), name
 
 
 def write(path: str | os.PathLike[str], content: str | bytes) -> None:

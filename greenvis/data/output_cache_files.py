@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from greenvis.core import files
+
+LITTER = re.compile(r"\.new-[a-z0-9_]{8}|\.old-[0-9a-f]{32}-\d+")  # caches half made, half removed
 
 
 def caches(folder: Path) -> Iterator[Path]:
@@ -66,11 +69,15 @@ def remove(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock: one process at a time creates or removes caches in it."""
+    """Hold the folder's lock: one process at a time creates or removes caches in it, and what those
+    that were killed left half made or half removed goes."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = files.lock(folder / ".lock")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in folder.iterdir():
+            if LITTER.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
         yield
     finally:
         os.close(lock)

@@ -372,6 +372,7 @@ def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[Non
                 ) from error
             wait()
             fcntl.flock(file, fcntl.LOCK_EX)
+        files.sweep(folder)
         yield
 
 

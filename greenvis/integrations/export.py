@@ -5,9 +5,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from greenvis import models
+from greenvis.core import files
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment.jobs import WEIGHTS_FILE
@@ -72,9 +70,7 @@ def export(
     with torch.no_grad():
         live = logits_of(model(x))
     target = Path(out) if out is not None else Path("exports") / "-".join(folder.parts[-3:])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
-    try:
+    with files.new_folder(target) as part:
         job = _Job(model, x, part, ref, options, facts)
         answer = _WRITERS[to](job)
         difference = (answer - live).abs().max().item()
@@ -84,12 +80,6 @@ def export(
                 "written"
             )
         (part / "README.md").write_text(card + _done(job, to, difference))
-        part.chmod(0o755)
-        if target.exists():
-            raise BadInput(f"{target} is there already; remove it, or choose another --out")
-        os.rename(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return {
         "path": str(target),
         "to": to,

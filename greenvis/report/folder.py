@@ -60,6 +60,8 @@ def publish(folder: Path, contents: Mapping[str, str | bytes]) -> None:
     files.write(folder / LIST, json.dumps({"files": sorted(names)}, indent=1) + "\n")
     for name in sorted(before - set(contents)):
         (folder / name).unlink(missing_ok=True)
+        if (folder / name).parent.is_dir():
+            files.sweep((folder / name).parent, (folder / name).name)
     for name, content in contents.items():
         files.write(folder / name, content)
     files.write(folder / LIST, json.dumps({"files": sorted(contents)}, indent=1) + "\n")

@@ -100,8 +100,12 @@ def left(folder: Path) -> dict[str, Any]:
         ),
         "losses": _losses(folder),
         "reported": {arm: entry["accuracy"]["by_seed"] for arm, entry in results["arms"].items()},
-        "half": sorted(str(p.relative_to(folder)) for p in folder.rglob("*-checkpoint.pt")),
+        "litter": sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if _litter(p.name)),
     }
+
+
+def _litter(name: str) -> bool:
+    return name.endswith((".part", "-checkpoint.pt")) or name.startswith((".new-", ".old-"))
 
 
 def _records(folder: Path) -> list[record.Run]:

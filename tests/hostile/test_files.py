@@ -221,6 +221,65 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
 
 
+def leave_part(path: Path) -> None:
+    """Leave what a writer of a file leaves that is killed in the middle."""
+    child = os.fork()
+    if not child:
+        with files.replacing(path) as part:
+            part.write_text("half")
+            os._exit(9)
+    os.waitpid(child, 0)
+
+
+def test_what_killed_writers_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    leave_part(tmp_path / "x")
+    leave_part(tmp_path / "x.part")
+    other = tmp_path / ".x.abcdefg.part"  # a letter less than our parts have
+    other.write_text("mine")
+    (tmp_path / ".x.aaaaaaaa.part").symlink_to(other)
+    with files.replacing(tmp_path / "x") as part:
+        part.write_text("new")
+        files.write(tmp_path / "x", "newer")  # another writer: this part is held
+        assert part.exists()
+    assert (tmp_path / "x").read_text() == "new"
+    names = sorted(p.name for p in tmp_path.iterdir())
+    assert [n for n in names if n.startswith(".x.part.")]  # of another file
+    assert names[:2] == [".x.aaaaaaaa.part", ".x.abcdefg.part"]
+    with jobs.locked(tmp_path):
+        assert sorted(p.name for p in tmp_path.iterdir()) == [
+            ".lock", ".x.aaaaaaaa.part", ".x.abcdefg.part", "x"
+        ]  # fmt: skip
+    assert other.read_text() == "mine"
+
+
+def test_a_folder_half_made_goes_with_the_next(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        with files.new_folder(tmp_path / "made") as part:
+            (part / "half").touch()
+            os._exit(9)
+    os.waitpid(child, 0)
+    assert len([*tmp_path.iterdir()]) == 1
+    with files.new_folder(tmp_path / "made") as part:
+        (part / "x").write_text("new")
+    assert everything(tmp_path) == {"made": None, "made/x": b"new"}
+    with pytest.raises(BadInput, match="is there already"), files.new_folder(tmp_path / "made"):
+        pass
+    assert everything(tmp_path) == {"made": None, "made/x": b"new"}
+
+
+def test_caches_half_made_and_half_removed_go_with_the_next(tmp_path: Path) -> None:
+    for name in (".new-abcdefgh", f".old-{'a' * 32}-7", ".new-mine", ".old-mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "values.bin").touch()
+    cache = Cache(tmp_path, {"part": "a"}, length=1)
+    cache.put([0], torch.ones(1, 3))
+    cache.close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock", ".new-mine", ".old-mine", cache.path.name
+    ]  # fmt: skip
+
+
 def test_only_regular_files_of_a_stated_size_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "sparse").open("wb") as file:

@@ -61,7 +61,7 @@ def test_killed_before_any_write_the_next_run_ends_as_if_nothing_was(
     for one in others:
         at = (one["number"], one["at"], one["said"])
         assert one["code"] == 0, at
-        assert one["half"] == [], at
+        assert one["litter"] == [], at
         assert one["fitting"], at
         for part in ("weights", "marked", "reported", "losses"):
             assert one[part] == whole[part], at
