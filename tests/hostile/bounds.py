@@ -1,55 +1,113 @@
-"""Run a hostile input as a user would: in a process of its own, held to a time and a size."""
+"""Run a hostile input as a user would: in a process of its own, held to CPU seconds and to a size.
+
+`greenvis` asks a server (`served.py`) for it, which has everything imported and forks: so what an
+input takes is told from what a start takes, and hundreds of them cost one start.
+"""
 
 from __future__ import annotations
 
+import atexit
+import json
 import os
 import resource
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-GROWTH = 200 * 2**20  # bytes of address space beyond what the command takes without the input
+GROWTH = 200 * 2**20  # bytes of data beyond what everything imported takes
+SECONDS = 10  # of CPU; a bomb takes hours
+HANG = 120  # seconds without an end, for who waits and does not compute
+_server: subprocess.Popen[str] | None = None
 
 
 class Said(NamedTuple):
-    """What a command did."""
+    """What a command did: its exit code (-n: ended by signal n), what it printed, CPU seconds, and
+    by how many bytes it grew."""
 
     code: int
     out: str
     err: str
+    cpu_s: float
+    grown: int
 
 
 def greenvis(
     *words: str | os.PathLike[str],
     cwd: Path,
-    memory: int | None = None,
+    growth: int = GROWTH,
+    seconds: int = SECONDS,
     env: dict[str, str] | None = None,
 ) -> Said:
-    """Run `greenvis` there and return what it said. No traceback may reach the user; it must end
-    within a minute."""
+    """Run `greenvis` there and return what it said. No traceback may reach the user.
 
-    def limit() -> None:
-        if memory is not None:
-            resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
-
-    done = subprocess.run(
-        [sys.executable, "-m", "greenvis", *map(str, words)], cwd=cwd, capture_output=True,
-        timeout=60, check=False,
-        preexec_fn=limit, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]),
-        **(env or {})},
-    )  # fmt: skip
-    said = Said(
-        done.returncode,
-        done.stdout.decode("utf-8", "replace"),
-        done.stderr.decode("utf-8", "replace"),
-    )
+    growth: bytes that it may grow by, and seconds: of CPU that it may take, beyond which the system
+    refuses it, or ends it.
+    """
+    request = {
+        "words": [*map(os.fspath, words)], "cwd": str(cwd), "env": env or {},
+        "growth": growth, "seconds": seconds,
+    }  # fmt: skip
+    pipe = _serving()
+    assert pipe.stdin is not None
+    assert pipe.stdout is not None
+    pipe.stdin.write(json.dumps(request) + "\n")
+    pipe.stdin.flush()
+    said = Said(**json.loads(pipe.stdout.readline()))
     assert "Traceback" not in said.err, said.err
+    assert said.code >= 0, said
+    assert said.grown <= growth, said
     return said
 
 
+def _serving() -> subprocess.Popen[str]:
+    global _server
+    if _server is None:
+        root = Path(__file__).parents[2]
+        env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(Path(__file__).with_name("served.py"))]
+        _server = subprocess.Popen(
+            command, cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        atexit.register(_server.kill)
+    return _server
+
+
+class OutOfBounds(BaseException):
+    """What ran took more CPU seconds than it may; no code of ours catches it."""
+
+
+@contextmanager
+def bounded(seconds: float = SECONDS, growth: int = GROWTH) -> Iterator[None]:
+    """Hold what runs within, in this process, to CPU seconds and to growth."""
+
+    def over(number: int, frame: Any) -> None:
+        raise OutOfBounds
+
+    _, most = limits = resource.getrlimit(resource.RLIMIT_DATA)
+    before = signal.signal(signal.SIGPROF, over)
+    resource.setrlimit(resource.RLIMIT_DATA, (data() + growth, most))
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+
+
+def data() -> int:
+    """Return the bytes that the system counts against RLIMIT_DATA, of this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmData:")[1].split()[0])
+
+
 def everything(folder: Path) -> dict[str, bytes | str | None]:
-    """Return what lies in a folder: contents of files, targets of links, None for folders."""
+    """Return what lies in a folder: contents of files, targets of links, None for folders and what
+    is neither."""
     return {
         str(p.relative_to(folder)): os.readlink(p)
         if p.is_symlink()

@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
+from greenvis.bench import gpu
+from greenvis.bench.gpu import _stored
 from greenvis.errors import BadInput
 from greenvis.meters import run_names
 from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.energy import Replay
 from greenvis.planning import candidates, probe
 from greenvis.report import archive, report, stored
-from greenvis.report.listing import compare, diff
+from greenvis.report.listing import compare
 from greenvis.report.overview import overview
-from tests.hostile.bounds import greenvis
+from tests.hostile.bounds import bounded, everything, greenvis
 from tests.hostile.test_records import lines, write
 
 REPORTS = Path(__file__).parents[2] / "reports"
@@ -52,10 +54,8 @@ ODD_FILES: dict[str, Callable[[Path], object]] = {
 READERS: dict[str, Callable[[Path], object]] = {
     "coefficients": load_coefficients,
     "results": stored.read,
-    "a report of results": lambda path: report(path, out=path.parent / "out"),
-    "a comparison": lambda path: compare(path, path),
-    "a gate": lambda path: diff(path, path),
     "a meter log": Replay,
+    "a measured cell": lambda path: _stored.read_cell(path, "odd"),
     "plans": lambda path: candidates._plans(path),
     "a protocol": lambda path: probe._protocol(path),
 }
@@ -66,9 +66,32 @@ READERS: dict[str, Callable[[Path], object]] = {
 def test_is_refused_by_its_name(reader: str, file: str, tmp_path: Path) -> None:
     path = tmp_path / "odd.json"
     ODD_FILES[file](path)
-    with pytest.raises(BadInput, match=r"odd\.json"):
+    with bounded(1), pytest.raises(BadInput, match=r"odd\.json"):
         READERS[reader](path)
-    assert not (tmp_path / "out").exists()
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "a report of results": ("report", "odd.json", "--out", "out"),
+    "a comparison": ("compare", "odd.json", "odd.json"),
+    "a gate": ("diff", "odd.json", "odd.json"),
+    "a listing": ("ls", "odd.json"),
+    "a machine": ("doctor",),
+    "a command": ("track", "--", "true"),
+    "plans": ("advise", "plain/mlp", "--data", "digits", "--plans", "odd.json"),
+    "a recipe": ("plan", "odd.json"),
+}
+
+
+@pytest.mark.parametrize("file", ODD_FILES)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_refuse_it_by_its_name(command: str, file: str, tmp_path: Path) -> None:
+    ODD_FILES[file](tmp_path / "odd.json")
+    before = [p.name for p in tmp_path.rglob("*")]
+    own = {"GREENVIS_COEFFICIENTS": "odd.json"} if command in ("a machine", "a command") else {}
+    said = greenvis(*COMMANDS[command], cwd=tmp_path, env=own, seconds=2)
+    assert said.code == 2, said
+    assert "odd.json" in said.err
+    assert [p.name for p in tmp_path.rglob("*")] == before
 
 
 COEFFICIENTS: dict[str, Any] = {
@@ -101,8 +124,9 @@ COEFFICIENTS: dict[str, Any] = {
 def test_coefficients_are_bands_of_possible_numbers(name: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(COEFFICIENTS[name]))
-    with pytest.raises(BadInput, match=r"mine\.json"):
-        load_coefficients(path)
+    said = greenvis("doctor", cwd=tmp_path, env={"GREENVIS_COEFFICIENTS": "mine.json"}, seconds=1)
+    assert said.code == 2, said
+    assert "mine.json" in said.err
 
 
 def test_a_run_with_odd_coefficients_ends_with_2(tmp_path: Path) -> None:
@@ -189,7 +213,7 @@ def test_results_are_read_by_one_schema(tmp_path: Path) -> None:
             for value in (float("nan"), float("inf"), 10**400)][:30]  # fmt: skip
     for at, value in odd:
         (folder / "results.json").write_text(json.dumps(changed(RESULTS, at, value)))
-        with pytest.raises(BadInput, match=r"results\.json") as error:
+        with bounded(1), pytest.raises(BadInput, match=r"results\.json") as error:
             stored.read(folder / "results.json")
         assert len(str(error.value)) < 2000, at
     (folder / "results.json").write_text(json.dumps(changed(RESULTS, ("arms", arm, "macs"), "x")))
@@ -211,6 +235,38 @@ def test_every_committed_report_is_read(path: Path) -> None:
         assert stored.read(path)["order"]
 
 
+CELL = json.loads((REPORTS / "gpu" / "cells" / "tokens.json").read_text())
+WRONG_IN_CELL: dict[tuple[Any, ...], tuple[Any, ...]] = {
+    ("cell",): ("exits", 3, None, "x" * 5000), ("about",): (3, None), ("reason",): (None, [], {}),
+    ("seconds",): (-1, float("nan"), "x", None, 1e300), ("rows",): (None, {}, 3, [3], [{}]),
+    ("device",): (None, [], "x"), ("device", "name"): (3, None),
+    ("device", "rehearsal"): ("x", None), ("device", "cpu"): (3, {}),
+    ("device", "cpu", "allowed"): (-1, "x", 10**400), ("device", "versions"): (None, [], {"a": 3}),
+    ("rows", 1, "setting"): (3, None), ("rows", 1, "energy_ratio"): (-1, "x", float("inf")),
+    ("rows", 1, "low"): (None, "x"), ("rows", 1, "high"): (None, float("nan")),
+    ("rows", 1, "ms"): ([], {}, 1e300, 10**400), ("rows", 1, "more"): ({"a": {"a": 1}}, [1]),
+    ("rows", 1, "observed"): (3, [3], [{"wall_s": "x"}]),
+}  # fmt: skip
+
+
+def test_cells_of_the_gpu_bench_are_read_by_one_schema(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "cells" / "tokens.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(CELL))
+    assert _stored.read_cell(path, "tokens") == CELL
+    for at, value in [(at, value) for at, values in WRONG_IN_CELL.items() for value in values]:
+        path.write_text(json.dumps(changed(CELL, at, value)))
+        with pytest.raises(BadInput, match=r"tokens\.json.*remove it") as error:
+            _stored.read_cell(path, "tokens")
+        assert len(str(error.value)) < 2000, at
+    path.unlink()
+    os.mkfifo(path)
+    before = everything(tmp_path)
+    with pytest.raises(BadInput, match=r"tokens\.json"):
+        gpu.run(tmp_path / "out", cells=["precision"])
+    assert everything(tmp_path) == before
+
+
 def test_ids_are_looked_up_past_what_is_no_record(tmp_path: Path) -> None:
     write(tmp_path / "renamed.jsonl", lines({"run": "20260101-abcdef"}))
     os.mkfifo(tmp_path / "pipe.jsonl")
@@ -229,8 +285,10 @@ def test_ids_are_looked_up_past_what_is_no_record(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_archives_are_unpacked_within_limits(raw: bytes, tmp_path: Path) -> None:
     (tmp_path / "records.jsonl.xz").write_bytes(raw)
-    with pytest.raises(BadInput, match=r"records\.jsonl\.xz"):
-        report(tmp_path, out=tmp_path / "out")
+    said = greenvis("report", ".", "--out", "out", cwd=tmp_path)
+    assert said.code == 2, said
+    assert "records.jsonl.xz" in said.err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

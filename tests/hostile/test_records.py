@@ -14,7 +14,7 @@ import pytest
 from greenvis.errors import BadInput
 from greenvis.report import report, results
 from greenvis.report.listing import compare, ls
-from tests.hostile.bounds import greenvis
+from tests.hostile.bounds import bounded, greenvis
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
@@ -79,6 +79,7 @@ ODD = (
     1e999,
     float("nan"),
     10**400,
+    10**9,
     0.5,
     "\x1b[31m",
     DEEP,
@@ -111,27 +112,51 @@ def beside(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def odd(kind: str, field: str, value: Any, **header: Any) -> list[dict[str, Any]]:
+    """Return a record's lines with one odd field."""
+    content = lines(header)
+    if kind in ("uses", "log", "component", "note"):
+        base: dict[str, dict[str, Any]] = {
+            "uses": {"role": "base", "name": "b", "runs": ["r"], "energy_j": {"value": 1.0},
+                     "of": []},
+            "log": {}, "component": CPU, "note": {},
+        }  # fmt: skip
+        content.insert(2, {"type": kind, **base[kind], field: value})
+    else:
+        next(line for line in content if line["type"] == kind)[field] = value
+    return content
+
+
 @pytest.mark.parametrize("kind", FIELDS)
 def test_one_odd_field_does_not_blind_a_folder(kind: str, beside: Path, tmp_path: Path) -> None:
     for field in FIELDS[kind]:
         for i, value in enumerate(ODD):
             folder = tmp_path / f"{field}{i}"
             shutil.copytree(beside, folder)
-            content = lines()
-            if kind in ("uses", "log", "component", "note"):
-                base = {"uses": {"role": "base", "name": "b", "runs": ["r"],
-                "energy_j": {"value": 1.0}, "of": []}, "log": {},
-                        "component": CPU, "note": {}}[kind]  # fmt: skip
-                content.insert(2, {"type": kind, **base, field: value})
-            else:
-                next(line for line in content if line["type"] == kind)[field] = value
-            write(folder / "odd.rank0.jsonl", content)
-            found = results(folder)
-            assert found["arms"]["plain"]["accuracy"]["mean"] == 0.5, (field, value)
-            json.dumps(found, allow_nan=False)
-            rows = ls([folder])
+            write(folder / "odd.rank0.jsonl", odd(kind, field, value))
+            with bounded(5):
+                made = results(folder)
+                rows = ls([folder])
+                compare(folder, beside)
+            assert made["arms"]["plain"]["accuracy"]["mean"] == 0.5, (field, value)
+            json.dumps(made, allow_nan=False)
             assert any(row["run"] == "good" for row in rows), (field, value)
-            compare(folder, beside)
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", FIELDS)
+def test_a_folder_full_of_them_is_reported_within_bounds(
+    kind: str, beside: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(beside, tmp_path / "runs")
+    for field in FIELDS[kind]:
+        for i, value in enumerate(ODD):
+            own = {"run": f"{field}{i}", "arm": f"{field}{i}", "pid": i}
+            write(tmp_path / "runs" / f"{field}{i}.jsonl", odd(kind, field, value, **own))
+    for words in (("ls", "runs"), ("report", "runs", "--out", "out"), ("diff", "runs", "runs")):
+        said = greenvis(*words, cwd=tmp_path, seconds=60)
+        assert said.code == 0, said
+    assert "plain" in (tmp_path / "out" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -164,7 +189,10 @@ def test_what_is_no_record_is_left_out(beside: Path, tmp_path: Path) -> None:
     assert [*found["arms"]] == ["plain"]
     for name in ("pipe", "zeros", "deep", "empty", "new", "sparse"):
         assert any(f"{name}.jsonl" in note for note in found["notes"]), name
-    assert [row["run"] for row in ls([folder])] == ["good"]
+    said: list[str] = []
+    assert [row["run"] for row in ls([folder], say=said.append)] == ["good"]
+    for name in ("pipe", "zeros", "deep", "new", "sparse"):
+        assert any(f"{name}.jsonl" in line for line in said), name
 
 
 def test_of_two_copies_the_more_complete_counts(tmp_path: Path) -> None:
@@ -233,10 +261,15 @@ def test_results_that_are_none_are_refused(text: str, tmp_path: Path) -> None:
 
 def test_the_commands_say_it_in_a_line(beside: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.jsonl")
+    (tmp_path / "y.jsonl").write_text("no record\n")
     for words, code in (
         (("report", "x.jsonl"), 2),
+        (("ls", "x.jsonl"), 2),
+        (("ls", "y.jsonl"), 2),
         (("ls", "."), 0),
         (("report", "."), 2),
         (("overview", "."), 2),
     ):
-        assert greenvis(*words, cwd=tmp_path).code == code, words
+        said = greenvis(*words, cwd=tmp_path, seconds=2)
+        assert said.code == code, said
+        assert "y.jsonl" in said.err or words[-1] != "."
