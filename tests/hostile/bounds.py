@@ -13,7 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,20 +47,31 @@ def greenvis(
     growth: bytes that it may grow by, and seconds: of CPU that it may take, beyond which the system
     refuses it, or ends it.
     """
-    request = {
-        "words": [*map(os.fspath, words)], "cwd": str(cwd), "env": env or {},
-        "growth": growth, "seconds": seconds,
-    }  # fmt: skip
+    (said,) = together([words], cwd, growth, seconds, env)
+    return said
+
+
+def together(
+    commands: Iterable[Sequence[str | os.PathLike[str]]],
+    cwd: Path,
+    growth: int = GROWTH,
+    seconds: int = SECONDS,
+    env: dict[str, str] | None = None,
+) -> list[Said]:
+    """Run greenvis with each of these words, in processes that begin in the same moment."""
+    bounds = {"cwd": str(cwd), "env": env or {}, "growth": growth, "seconds": seconds}
     pipe = _serving()
     assert pipe.stdin is not None
     assert pipe.stdout is not None
-    pipe.stdin.write(json.dumps(request) + "\n")
+    requests = [{"words": [*map(os.fspath, words)], **bounds} for words in commands]
+    pipe.stdin.write(json.dumps(requests) + "\n")
     pipe.stdin.flush()
-    said = Said(**json.loads(pipe.stdout.readline()))
-    assert "Traceback" not in said.err, said.err
-    assert said.code >= 0, said
-    assert said.grown <= growth, said
-    return said
+    answers = [Said(**answer) for answer in json.loads(pipe.stdout.readline())]
+    for said in answers:
+        assert "Traceback" not in said.err, said.err
+        assert said.code >= 0, said
+        assert said.grown <= growth, said
+    return answers
 
 
 def _serving() -> subprocess.Popen[str]:

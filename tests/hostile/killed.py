@@ -1,11 +1,10 @@
 """Run greenvis again and again, each time ended without a word at another of its writes; then once
 more, undisturbed.
 
-python killed.py FIRST STEP KINDS RECIPE: in folders of their own below the current one, each a copy
-of `start`, if there is one. KINDS, by commas, are the writes that count, of WRITES: renames,
-removals and lines of a record. Prints a JSON line for
-each: at which write it ended and at what, the exit code of the run after it, what that said, and
-what lies there then. The first line is of a run that nobody ended.
+python killed.py RECIPE FIRST:STEP:KINDS …: in folders of their own below the current one. KINDS, by
+commas, are the writes that count, of WRITES: renames, removals and lines of a record. Prints a JSON
+line for each: at which write it ended and at what, the exit code of the run after it, what that
+said, and what lies there then. The first line is of a run that nobody ended.
 """
 
 from __future__ import annotations
@@ -132,41 +131,35 @@ def _digest(path: Path) -> str:
     ).hexdigest()
 
 
+def tried(recipe: Path, number: int, kinds: Iterable[str] = WRITES) -> dict[str, Any]:
+    """Run the recipe, ended at the write of that number (0: not), then once more; return what came
+    of it."""
+    folder = Path("tried").resolve()
+    folder.mkdir()
+    for file in recipe.parent.glob("*.yaml"):
+        shutil.copy(file, folder)
+    ended = run(folder, recipe.name, number, kinds)[0] if number else None
+    code, said = run(folder, recipe.name)
+    at = (folder / "ended").read_text() if (folder / "ended").exists() else ""
+    outcome = {"number": number, "ended": ended, "at": at, "code": code, "said": said}
+    for name in (folder / "modules").read_text().split() if not number else ():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)  # here, once, not in each run
+    outcome |= left(folder)
+    shutil.rmtree(folder)
+    print(json.dumps(outcome), flush=True)
+    return outcome
+
+
 def main() -> None:
     """See above."""
-    first, step, kinds = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3].split(",")
-    recipe = Path(sys.argv[4])
-    number = 0
-    while True:
-        folder = Path(str(number)).resolve()
-        shutil.copytree(recipe.parent / "start", folder) if (
-            recipe.parent / "start"
-        ).is_dir() else folder.mkdir()
-        for file in recipe.parent.glob("*.yaml"):
-            shutil.copy(file, folder)
-        ended = run(folder, recipe.name, number, kinds)[0] if number else None
-        code, said = run(folder, recipe.name)
-        at = (folder / "ended").read_text() if (folder / "ended").exists() else ""
-        print(
-            json.dumps(
-                {
-                    "number": number,
-                    "ended": ended,
-                    "at": at,
-                    "code": code,
-                    "said": said,
-                    **left(folder),
-                }
-            ),
-            flush=True,
-        )
-        for name in (folder / "modules").read_text().split() if not number else ():
-            with contextlib.suppress(Exception):
-                importlib.import_module(name)  # here, once, not in each run
-        shutil.rmtree(folder)
-        if ended == FINISHED:
-            return
-        number = number + step if number else first
+    recipe = Path(sys.argv[1])
+    tried(recipe, 0)
+    for loop in sys.argv[2:]:
+        first, step, kinds = loop.split(":")
+        number = int(first)
+        while tried(recipe, number, kinds.split(","))["ended"] != FINISHED:
+            number += int(step)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Run greenvis again and again, each time in a child of this process, in which everything is
 imported.
 
-A line of JSON on standard input asks for a run: {"words", "cwd", "env", "growth", "seconds"}; a
-line on standard output answers: {"code", "out", "err", "cpu_s", "grown"}.
+A line of JSON on standard input asks for runs that begin together: a list of {"words", "cwd",
+"env", "growth", "seconds"}; a line on standard output answers: a list of {"code", "out", "err",
+"cpu_s", "grown"}.
 """
 
 from __future__ import annotations
@@ -59,28 +60,43 @@ def child(request: dict[str, Any], out: Path, err: Path) -> int:
     return code
 
 
+def together(requests: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Run commands that begin together; return what each did."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    held, hold = os.pipe()
+    pids = []
+    for i, request in enumerate(requests):
+        pid = os.fork()
+        if not pid:
+            os.close(hold)
+            os.read(held, 1)  # until the parent has closed its end, too
+            os.close(held)
+            os._exit(child(request, folder / f"out{i}", folder / f"err{i}"))
+        pids.append(pid)
+    os.close(hold)
+    os.close(held)
+    answers = []
+    for i, pid in enumerate(pids):
+        _, status, used = os.wait4(pid, 0)
+        answers.append(
+            {
+                "code": os.waitstatus_to_exitcode(status),
+                "out": (folder / f"out{i}").read_text("utf-8", "replace"),
+                "err": (folder / f"err{i}").read_text("utf-8", "replace"),
+                "cpu_s": used.ru_utime + used.ru_stime,
+                "grown": max(0, 1024 * used.ru_maxrss - pages * os.sysconf("SC_PAGE_SIZE")),
+            }
+        )
+    return answers
+
+
 def main() -> None:
     """See above."""
     import_all()
-    resident = Path("/proc/self/statm")
     gc.freeze()  # so that children share these pages
     for line in sys.stdin:
-        request = json.loads(line)
         with tempfile.TemporaryDirectory() as folder:
-            out, err = Path(folder, "out"), Path(folder, "err")
-            before = os.sysconf("SC_PAGE_SIZE") * int(resident.read_text().split()[1])
-            pid = os.fork()
-            if not pid:
-                os._exit(child(request, out, err))
-            _, status, used = os.wait4(pid, 0)
-            answer = {
-                "code": os.waitstatus_to_exitcode(status),
-                "out": out.read_text("utf-8", "replace"),
-                "err": err.read_text("utf-8", "replace"),
-                "cpu_s": used.ru_utime + used.ru_stime,
-                "grown": max(0, 1024 * used.ru_maxrss - before),
-            }
-            print(json.dumps(answer), flush=True)
+            print(json.dumps(together(json.loads(line), Path(folder))), flush=True)
 
 
 if __name__ == "__main__":

@@ -28,24 +28,26 @@ arms:
 """
 
 
+RENAMES, OTHERS = killed.WRITES[:2], killed.WRITES[2:]
+
+
 @pytest.mark.parametrize(
-    ("first", "step", "kinds"),
+    "loops",
     [
-        pytest.param(3, 15, ("replace", "rename"), id="some-renames"),
-        pytest.param(12, 37, ("write", "unlink", "remove"), id="some-others"),
+        pytest.param([(3, 15, RENAMES), (12, 37, OTHERS)], id="some"),
         *(
-            pytest.param(i, 4, killed.WRITES, id=f"all-{i}-of-4", marks=pytest.mark.slow)
+            pytest.param([(i, 4, killed.WRITES)], id=f"all-{i}-of-4", marks=pytest.mark.slow)
             for i in range(1, 5)
         ),
     ],
 )
 def test_killed_before_any_write_the_next_run_ends_as_if_nothing_was(
-    first: int, step: int, kinds: tuple[str, ...], tmp_path: Path
+    loops: list[tuple[int, int, tuple[str, ...]]], tmp_path: Path
 ) -> None:
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "tiny.yaml").write_text(TINY)
-    counted = [str(first), str(step), ",".join(kinds)]
-    command = [sys.executable, killed.__file__, *counted, str(tmp_path / "tiny.yaml")]
+    words = [f"{first}:{step}:{','.join(kinds)}" for first, step, kinds in loops]
+    command = [sys.executable, killed.__file__, str(tmp_path / "tiny.yaml"), *words]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
@@ -54,10 +56,13 @@ def test_killed_before_any_write_the_next_run_ends_as_if_nothing_was(
     whole, *others = map(json.loads, done.stdout.splitlines())
     assert len(whole["weights"]) == 3
     assert len(whole["losses"]["tiny/taught"]) == 2
-    assert others[-1]["ended"] == killed.FINISHED  # the loop went over all writes
-    assert [one["ended"] for one in others[:-1]] == [9] * (len(others) - 1)
-    assert len(others) > 2
-    assert {one["at"].split()[0] for one in others[:-1]} <= set(kinds)
+    ends = [i for i, one in enumerate(others) if one["ended"] == killed.FINISHED]
+    assert len(ends) == len(loops)  # each went over all writes
+    assert ends[-1] == len(others) - 1
+    assert {one["ended"] for one in others} == {9, killed.FINISHED}
+    for (_, _, kinds), begin, end in zip(loops, [0, *(i + 1 for i in ends)], ends, strict=False):
+        assert end - begin >= 2
+        assert {one["at"].split()[0] for one in others[begin:end]} <= set(kinds)
     for one in others:
         at = (one["number"], one["at"], one["said"])
         assert one["code"] == 0, at

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from safetensors.torch import load_file
 
 from greenvis.experiment import jobs, session
 from greenvis.meters import record
+from tests.hostile import bounds
 
 TINY = """\
 name: {name}
@@ -142,37 +141,12 @@ def test_killed_before_any_of_its_writes_the_next_run_ends_right(
     assert killed_at >= 3  # weights, mark, …: if nothing was written by renames, nothing was tried
 
 
-ON_GO = (  # everything is imported before the word comes, so that both begin in the same moment
-    "import sys; from greenvis.cli import main as cli; from greenvis.experiment import session; from greenvis.report import report; "
-    "print('ready', flush=True); "
-    "sys.stdin.read(); sys.exit(cli.main(sys.argv[1:]))"
-)
-
-
 def together(folder: Path, *names: str) -> list[str]:
     """Run the recipes in processes that begin together; return what each said."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", ON_GO, "run", f"{name}.yaml"],
-            cwd=folder,
-            env=env,
-            text=True,
-            **pipes,
-        )
-        for name in names
-    ]
-    for process in started:
-        assert process.stdout.readline() == "ready\n"
-    for process in started:
-        process.stdin.close()
-    said = []
-    for process in started:
-        process.stdout.read()
-        said.append(process.stderr.read())
-        assert process.wait(300) == 0, said
-    return said
+    words = [("run", f"{name}.yaml") for name in names]
+    answers = bounds.together(words, folder, growth=2**30, seconds=120)
+    assert [said.code for said in answers] == [0] * len(names), answers
+    return [said.err for said in answers]
 
 
 def figures(runs: Path) -> dict[str, Any]:
