@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,11 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from accelerate import Accelerator
+from pydantic import TypeAdapter, ValidationError
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import files
+from greenvis.core.weights import first_line
 from greenvis.core.wrap import Wrapped
-from greenvis.errors import GreenvisError
+from greenvis.errors import GreenvisError, printable
 
 P = TypeVar("P")
 
@@ -48,23 +52,40 @@ def save(
         torch.save(content, part)
 
 
+PARTS = ("progress", "live", "optimizer", "scheduler", "rng")
+
+
+@contextmanager
+def believed(path: Path) -> Iterator[None]:
+    """Turn what goes wrong within into GreenvisError: a file may be damaged, or another's."""
+    try:
+        yield
+    except Exception as error:
+        problem = printable(first_line(error))
+        raise GreenvisError(
+            f"the checkpoint {path} cannot be read ({problem}); remove it to start this arm again"
+        ) from error
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return what `save` wrote. Raises GreenvisError for a damaged file."""
-    try:
+    with believed(path):
         if not path.is_file():
             raise OSError("not a regular file")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise GreenvisError(
-            f"the checkpoint {path} cannot be read ({error}); remove it to start this arm again"
-        ) from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or not all(
+            isinstance(content.get(part), dict) for part in PARTS
+        ):
+            raise ValueError("it holds something else")
+        return content
 
 
 def progress(content: dict[str, Any], kind: type[P]) -> P:
     """Return the progress that `save` was given. Raises GreenvisError for another version's."""
     try:
+        TypeAdapter(kind).validate_python(content["progress"])
         return kind(**content["progress"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValidationError) as error:
         raise GreenvisError(
             "a checkpoint of another version of greenvis lies there, which this one cannot go on "
             "from: run with --fresh to start the arm again"

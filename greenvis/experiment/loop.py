@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 from accelerate.utils import set_seed
+from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -27,6 +28,8 @@ from greenvis.experiment.stages import Stages
 from greenvis.meters.track import Tracker
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass
@@ -45,10 +48,10 @@ class Progress:
         observed: What each experience took; None where it was interrupted.
     """
 
-    part: int = 0
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
+    part: _Count = 0
+    epoch: _Count = 0
+    batch: _Count = 0
+    step: _Count = 0
     losses: tuple[float, float] = (0.0, 0.0)
     metrics: dict[str, float] = field(default_factory=dict)
     reached: bool = False
@@ -265,7 +268,11 @@ class Loop:
         )
         self.criterion = self.live.criterion(part.loss or part.task.loss)
         if self._left is not None:
-            states.restore(self._left, self.live, self.optimizer, self.scheduler, self.accelerator)
+            assert self.file is not None
+            with states.believed(self.file):
+                states.restore(
+                    self._left, self.live, self.optimizer, self.scheduler, self.accelerator
+                )
             self._left = None
             distributed.seed_per_rank()
             self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")

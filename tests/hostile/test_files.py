@@ -18,6 +18,7 @@ from greenvis.data import output_cache_files
 from greenvis.data.output_cache import Cache
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import checkpoint, jobs
+from greenvis.experiment.loop import Progress
 from greenvis.report import folder as report_folder
 from tests.hostile.bounds import everything
 
@@ -316,3 +317,22 @@ def test_marks_and_checkpoints_that_are_odd_are_no_marks(tmp_path: Path) -> None
         path.write_bytes(content)
         with pytest.raises(GreenvisError, match="cannot be read"):
             checkpoint.read(path)
+    good = {part: {} for part in checkpoint.PARTS}
+    torch.save(good, path)
+    assert checkpoint.read(path) == good
+    assert checkpoint.progress(checkpoint.read(path), Progress) == Progress()
+    odd: list[Any] = [
+        None, 3, "x", [], {}, {"progress": {}}, {**good, "live": None}, {**good, "rng": [1]},
+    ]  # fmt: skip
+    for content in odd:
+        torch.save(content, path)
+        with pytest.raises(GreenvisError, match="cannot be read"):
+            checkpoint.read(path)
+    for progress in (
+        {"epoch": -1}, {"epoch": "x"}, {"batch": None}, {"step": 0.5}, {"epoch": float("nan")},
+        {"more": 1}, {"metrics": 3}, {"metrics": {"a": "x"}}, {"rows": [1]}, {"losses": [1.0]},
+        {"losses": ("x", "y")}, {3: 4}, {"reached": []}, {"observed": {}}, {"part": -5},
+    ):  # fmt: skip
+        torch.save({**good, "progress": progress}, path)
+        with pytest.raises(GreenvisError, match="another version"):
+            checkpoint.progress(checkpoint.read(path), Progress)

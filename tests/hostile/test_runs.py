@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from greenvis.experiment import jobs, session
+from greenvis.experiment import checkpoint, jobs, session
 from greenvis.meters import record
 from tests.hostile import bounds
 
@@ -79,6 +80,30 @@ def test_weights_that_are_not_the_runs_are_made_again(how: str, recipe: Path) ->
     again = load_file(path)
     assert all((again[name] == right[name]).all() for name in right)
     assert any("done before, kept" in line for line in run(recipe)[1])
+
+
+@pytest.mark.parametrize("how", ["of another model", "empty parts", "cut off", "a pipe"])
+def test_a_checkpoint_that_is_none_of_its_is_said(how: str, recipe: Path) -> None:
+    folder, _ = run(recipe)
+    inputs = mark(folder)["inputs"]
+    left = folder / f"{inputs}-{jobs.CHECKPOINT_FILE}"
+    (folder / jobs.DONE_FILE).unlink()
+    odd: dict[str, Any] = {part: {} for part in checkpoint.PARTS}
+    if how == "a pipe":
+        os.mkfifo(left)
+    else:
+        odd["live"] = {"a": torch.zeros(3)} if how == "of another model" else {}
+        torch.save(odd, left)
+        if how == "cut off":
+            left.write_bytes(left.read_bytes()[:200])
+    said = bounds.greenvis(
+        "run", recipe.name, cwd=recipe.parent, seconds=60, growth=2**30,
+    )  # fmt: skip
+    assert said.code == 1, said
+    assert f"{left.name} cannot be read" in said.err
+    assert "remove it" in said.err
+    left.unlink()
+    assert any("training" in line for line in run(recipe)[1])
 
 
 @pytest.mark.parametrize(
