@@ -18,6 +18,7 @@ import typer
 from greenvis import __version__
 from greenvis.cli import benchmarks, models, output, planning, runs
 from greenvis.cli.app import app, option
+from greenvis.cli.failures import describe  # now: without memory or descriptors it is too late
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 VERBS = (runs, models, planning, benchmarks)  # modules in which verbs register themselves
@@ -65,8 +66,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:  # the machine failed, or we did: one line, no traceback for a user
         if os.environ.get("GREENVIS_DEBUG"):
             raise
-        from greenvis.cli.failures import describe
-
         return _failed(words, describe(error), 1)
 
 

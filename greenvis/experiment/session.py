@@ -118,6 +118,7 @@ class Session:
         with ExitStack() as held:  # other recipes may build on the same run
             distributed.main_first(partial(held.enter_context, locked(job.folder, waiting)))
             if distributed.on_main(lambda: job.done() is not None):
+                distributed.on_main(partial(forget, job, done=False))  # killed before it could
                 others = job.other_versions()
                 unlogged = (
                     f": nothing to log with {some(self.log_with)} (--fresh trains again)"

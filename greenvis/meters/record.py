@@ -233,6 +233,11 @@ def read(path: str | os.PathLike[str]) -> Run:
     return run
 
 
+def is_empty(path: Path) -> bool:
+    """Whether a file has no byte, as a process killed before its first line leaves it."""
+    return path.is_file() and path.stat().st_size == 0
+
+
 def readable(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Run]:
     """Yield the records among and below `paths`; what is none is left out with a warning, but for
     files without a byte.
@@ -245,7 +250,7 @@ def readable(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Run]:
         try:
             yield read(path)
         except BadInput as error:
-            if path.stat().st_size:
+            if not is_empty(path):
                 warnings.warn(f"left out: {error}", stacklevel=2)
 
 

@@ -66,7 +66,7 @@ def ls(
             run, left_out = quick(path)
         except BadInput as error:
             refused.append(error if named else None)
-            if named or path.stat().st_size:
+            if named or not record.is_empty(path):
                 say(f"left out: {error}")
             continue
         for line in left_out:

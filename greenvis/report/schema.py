@@ -105,7 +105,7 @@ class _Served(_Loose):
 class _Facts(_Loose):
     inference: _Served | None = None
     task_observed: Annotated[list[_Seen | None], Field(max_length=10_000)] | None = None
-    accuracy: float | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     latency_ms: dict[str, _Count] | None = None
     inference_energy_j: _Band | None = None
     operating_points: Annotated[list[dict[str, Any]], Field(max_length=1000)] | None = None

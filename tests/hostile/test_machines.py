@@ -63,6 +63,48 @@ def test_a_full_disk_at_a_checkpoint(tmp_path: Path) -> None:
     assert run.status == "failed"
 
 
+def data(pid: int) -> int:
+    """Return the bytes that the system counts against a process's RLIMIT_DATA."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split("VmData:")[1].split()[0])
+
+
+def descriptors(pid: int) -> int:
+    """Return a limit of descriptors under which a process can open one more, but not write."""
+    while True:
+        folder = Path(f"/proc/{pid}/fd")
+        names = {int(fd): os.readlink(folder / fd) for fd in os.listdir(folder)}
+        if not any(name.endswith(".part") for name in names.values()):
+            return next(n for n in range(1, 1000) if sum(fd >= n for fd in names) + n > len(names))
+
+
+LIMITS: dict[str, tuple[int, Callable[[int], int], str]] = {
+    "disk": (resource.RLIMIT_FSIZE, lambda pid: 100_000, "the disk is full, or takes no more"),
+    "memory": (resource.RLIMIT_DATA, data, "out of memory"),
+    "descriptors": (resource.RLIMIT_NOFILE, descriptors, "too many open files"),
+}
+
+
+@pytest.mark.parametrize("of", LIMITS)
+def test_what_runs_out_after_a_checkpoint(of: str, tmp_path: Path) -> None:
+    limit, least, says = LIMITS[of]
+    process = start(tmp_path, "run", "tiny.yaml")
+    while not list((tmp_path / "runs").rglob("*checkpoint.pt")):
+        assert process.poll() is None
+    now = least(process.pid)
+    resource.prlimit(process.pid, limit, (now, now))
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "Traceback" not in err
+    assert says in err.splitlines()[-1].lower(), err
+    (saved,) = (tmp_path / "runs").rglob("*checkpoint.pt")
+    assert checkpoint.read(saved)["progress"]["step"] > 0
+    assert list((tmp_path / "runs").rglob("*.part")) == []
+    (run,) = [record.read(p) for p in (tmp_path / "runs").rglob("*.jsonl")]
+    assert run.damaged_lines == 0
+    assert run.status == "failed"
+
+
 def test_track_says_that_its_record_is_lost(tmp_path: Path) -> None:
     process = start(tmp_path, "track", "--json", "--", "true", limit=no_more_than(0))
     out, err = process.communicate(timeout=120)
