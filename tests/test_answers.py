@@ -82,6 +82,14 @@ def test_a_segmenters_answer_is_named(kind: str) -> None:
     assert logits_of(SEGMENTERS[kind]()(torch.rand(2, *SHAPE))).shape[:2] == (2, CLASSES)
 
 
+def test_what_a_model_leaves_empty_names_nothing() -> None:
+    answer = torch.rand(2, CLASSES, 4, 4)
+    assert logits_of({"out": answer, "aux": None, "features": None}) is answer
+    assert logits_of((None, answer)) is answer
+    with pytest.raises(BadInput, match="cannot tell"):
+        logits_of({"out": answer, "features": answer})
+
+
 def test_what_cannot_be_named_is_refused() -> None:
     from transformers import (
         CLIPConfig,

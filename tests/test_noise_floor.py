@@ -76,6 +76,7 @@ def test_the_floor_is_in_every_interval(tmp_path: Path, third: list[float], show
 
 def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
     write(tmp_path, "plain", "a", [20.0, 20.1], image_j=1.0)
+    write(tmp_path, "between", "d", [10.0, 10.1], image_j=0.9)  # the furthest apart count
     write(tmp_path, "other", "b", [10.0, 10.1], image_j=0.8)
     write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
     floor = results([tmp_path])["noise_floor"]
