@@ -11,6 +11,8 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -36,3 +38,14 @@ def with_outside(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     subprocess.run(install, check=True, capture_output=True)
     paths = [str(folder / "site"), str(Path(__file__).parents[1])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_index(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the runs of tests out of the user's index."""
+    from greenvis.report import listing_index
+
+    file = tmp_path_factory.mktemp("index") / "greenvis" / "listing.sqlite"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(listing_index, "location", lambda: file)
+        yield

@@ -382,6 +382,15 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"\n{group}:\n" in said
 
 
+def test_the_help_imports_nothing_that_takes_long() -> None:
+    code = (
+        "import sys; from greenvis.cli.main import main; main(['--help'])\n"
+        "print({'rich', 'pydantic', 'torch', 'greenvis.report'} & {*sys.modules}, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "set()\n")
+
+
 def _taken(command: Any) -> dict[str, Any]:
     """What a command takes, as the file of `tests/data` writes it."""
     ctx = typer.Context(command)

@@ -1,10 +1,14 @@
-"""Listing, comparing and gating runs; the quick reader against the whole one; ten thousand runs
-(slow)."""
+"""Listing, comparing and gating runs; the index behind the list."""
 
 from __future__ import annotations
 
 import io
+import os
 import re
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,9 @@ import synthetic
 
 from greenvis.errors import BadInput
 from greenvis.meters import pricing, record
-from greenvis.report import report, results
-from greenvis.report.listing import compare, diff, group, ls, quick
+from greenvis.report import listing, listing_index, report, results
+from greenvis.report.listing import compare, diff, group, ls
+from greenvis.report.listing_index import location
 
 
 @pytest.fixture(scope="module")
@@ -21,23 +26,213 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthetic.study(tmp_path_factory.mktemp("runs"))
 
 
-def test_quick_reading_is_reading(study: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return where the index of this test lies."""
+    file = tmp_path / "cache" / "greenvis" / "listing.sqlite"
+    monkeypatch.setattr(listing_index, "location", lambda: file)
+    return file
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Return the records that are parsed from now on."""
+    paths: list[Path] = []
+
+    def parse(content: bytes, path: Path) -> record.Run:
+        paths.append(path)
+        return real(content, path)
+
+    real = record.parse
+    monkeypatch.setattr(record, "parse", parse)
+    return paths
+
+
+def test_a_row_is_what_the_record_says(study: Path, tmp_path: Path, index: Path) -> None:
     cut = synthetic.write(tmp_path, "cut")
     cut.write_bytes(cut.read_bytes()[:-200])
     noisy = synthetic.write(tmp_path, "noisy", accuracy=0.5)
     noisy.write_bytes(
         b"\n\xff\n" + noisy.read_bytes().replace(b'"phase":"eval"', b'"phase":"ev\\u0061l"', 1)
     )
-    for path in record.find([study, tmp_path]):
-        (fast, left_out), whole = quick(path), record.read(path)
-        assert left_out == []
-        assert fast.totals == whole.totals
-        assert fast.facts == whole.facts
-        assert (fast.status, fast.id) == (whole.status, whole.id)
-        assert pricing.run_energy(fast) == pricing.run_energy(whole)
     (tmp_path / "no.jsonl").write_text("[]\n{}\n")
-    with pytest.raises(BadInput, match="no header line"):
-        quick(tmp_path / "no.jsonl")
+    for _ in ("parsed", "from the index"):
+        rows = {row["path"]: row for row in ls([study, tmp_path])}
+        assert set(rows) == {str(p) for p in record.find([study, tmp_path])} - {
+            str(tmp_path / "no.jsonl")
+        }
+        for path, row in rows.items():
+            run = record.read(path)
+            spent = pricing.run_energy(run)
+            assert (row["run"], row["status"]) == (run.id, run.status)
+            assert (row["energy_j"], row["energy_low_j"], row["energy_high_j"]) == (
+                spent.value,
+                spent.low,
+                spent.high,
+            )
+            assert row["wall_s"] == run.sum("wall_s")
+    assert rows[str(noisy)]["accuracy"] == 0.5
+
+
+def test_only_what_changed_is_parsed_again(
+    tmp_path: Path, index: Path, parsed: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = tmp_path / "runs"
+    paths = [synthetic.write(runs, arm) for arm in ("plain", "lora", "prompt")]
+    first = ls(runs)
+    assert len(parsed) == 3
+    assert ls(runs) == first
+    assert len(parsed) == 3
+    (runs / "moved").mkdir()
+    paths[0] = paths[0].rename(runs / "moved" / "plain.jsonl")
+    assert {row["path"] for row in ls(runs)} == set(map(str, paths))
+    assert len(parsed) == 3
+    # neither size nor time tells this change
+    status, text = paths[1].stat(), paths[1].read_bytes()
+    paths[1].write_bytes(text.replace(b'"status":"done"', b'"status":"dont"'))
+    os.utime(paths[1], ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert paths[1].stat().st_size == status.st_size
+    assert sorted(row["status"] for row in ls(runs)) == ["done", "done", "dont"]
+    assert parsed[3:] == [paths[1]]
+    monkeypatch.setattr(listing, "_code", lambda: b"of another version")
+    ls(runs)
+    assert len(parsed) == 7
+
+
+def test_what_is_left_out_is_said_each_time(
+    tmp_path: Path, index: Path, parsed: list[Path]
+) -> None:
+    runs = tmp_path / "runs"
+    synthetic.write(runs, "plain")
+    odd = synthetic.write(runs, "odd", facts={"macs": -1})
+    (runs / "no.jsonl").write_text("{}\n")
+    first: list[str] = []
+    rows = ls(runs, say=first.append)
+    assert len(rows) == 2
+    assert any(line.startswith(f"{odd.name}: left out: its fact 'macs'") for line in first)
+    assert any("no.jsonl is not a greenvis record" in line for line in first)
+    again: list[str] = []
+    assert ls(runs, say=again.append) == rows
+    assert again == first
+    odd.rename(odd.with_name("renamed.jsonl"))
+    again.clear()
+    ls(runs, say=again.append)
+    assert any(line.startswith("renamed.jsonl: left out: its fact 'macs'") for line in again)
+    assert len(parsed) == 3 + 2 + 2  # the whole one once
+
+
+def _garbage(index: Path) -> None:
+    index.write_bytes(b"\0garbage" * 500)
+
+
+def _cut(index: Path) -> None:
+    index.write_bytes(index.read_bytes()[:-5000])
+
+
+def _holed(index: Path) -> None:
+    """Its first page is well, so that it opens."""
+    content = bytearray(index.read_bytes())
+    content[4096:] = b"\xff" * (len(content) - 4096)
+    index.write_bytes(content)
+
+
+def _other_tables(index: Path) -> None:
+    index.unlink()
+    with closing(sqlite3.connect(index)) as db, db:
+        db.execute("CREATE TABLE entries (a, b, c)")
+
+
+def _other_entries(index: Path) -> None:
+    with closing(sqlite3.connect(index)) as db, db:
+        entries = ["{}", "[1]", '{"energy_j": 0}', "no JSON", None, b"\xff", "[" * 100_000]
+        for i, (key,) in enumerate(db.execute("SELECT key FROM entries").fetchall()):
+            db.execute("UPDATE entries SET entry = ? WHERE key = ?", (entries[i % 7], key))
+
+
+def _link(index: Path) -> None:
+    index.rename(index.parent / "elsewhere")
+    index.symlink_to(index.parent / "elsewhere")
+
+
+def _folder_link(index: Path) -> None:
+    index.parent.rename(index.parent.parent / "elsewhere")
+    index.parent.symlink_to(index.parent.parent / "elsewhere")
+
+
+def _folder(index: Path) -> None:
+    index.unlink()
+    index.mkdir()
+
+
+def _pipe(index: Path) -> None:
+    index.unlink()
+    os.mkfifo(index)
+
+
+def _of_all(index: Path) -> None:
+    index.chmod(0o666)
+
+
+REBUILT = (_garbage, _cut, _holed, _other_tables, _other_entries)
+REFUSED = (_link, _folder_link, _folder, _pipe, _of_all)
+
+
+@pytest.mark.parametrize("spoil", [*REBUILT, *REFUSED], ids=lambda f: f.__name__)
+def test_a_spoilt_index_shows_nothing_wrong(
+    spoil: Callable[[Path], None], tmp_path: Path, index: Path, parsed: list[Path]
+) -> None:
+    synthetic.many(tmp_path / "runs", 20, 4)
+    rows = ls(tmp_path / "runs")
+    spoil(index)
+    assert ls(tmp_path / "runs") == rows
+    assert len(parsed) == 160
+    assert ls(tmp_path / "runs") == rows
+    assert len(parsed) == (160 if spoil in REBUILT else 240)
+
+
+def test_without_a_cache_folder_records_are_read(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    rows = ls(study)
+    for cache in (tmp_path / "file", Path("/dev/null"), Path("/proc/none")):
+        monkeypatch.setattr(listing_index, "location", lambda cache=cache: cache / "g" / "i.sqlite")
+        assert ls(study) == rows
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_index_lies_in_the_users_cache_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert location() == tmp_path / "greenvis" / "listing.sqlite"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert location() == tmp_path / ".cache" / "greenvis" / "listing.sqlite"
+
+
+def test_while_another_process_writes_the_index_records_are_read(
+    study: Path, index: Path, parsed: list[Path]
+) -> None:
+    rows = ls(study)
+    with closing(sqlite3.connect(index)) as db:
+        db.execute("BEGIN EXCLUSIVE")
+        assert ls(study) == rows
+    assert len(parsed) == 2 * len(rows)
+
+
+def test_a_folder_of_runs_brings_no_index_and_gets_none(tmp_path: Path, index: Path) -> None:
+    runs = tmp_path / "runs"
+    synthetic.write(runs, "plain")
+    rows = ls(runs)
+    with closing(sqlite3.connect(index)) as db, db:
+        db.execute("UPDATE entries SET entry = replace(entry, '\"done\"', '\"lies\"')")
+    (runs / "greenvis").mkdir()
+    index.rename(runs / "greenvis" / index.name)
+    shutil.copy(runs / "greenvis" / index.name, runs / index.name)
+    before = sorted(runs.rglob("*"))
+    assert ls(runs) == rows
+    assert sorted(runs.rglob("*")) == before
 
 
 def test_ls_rows_filter_and_sort(study: Path) -> None:

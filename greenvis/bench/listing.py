@@ -18,7 +18,7 @@ from greenvis.meters.record import Writer
 
 ARMS, SEEDS = 2500, 4
 EPOCHS = (5, 22)  # 26 and 94 lines a record; a recipe's own have about a hundred
-TARGETS = {"ls": 5.0, "report": 20.0}  # seconds
+TARGETS = {"ls": 5.0, "ls again": 3.0, "report": 20.0}  # seconds
 MOST_MB = 1000.0
 
 
@@ -34,6 +34,7 @@ def run(out: Out = None) -> dict[str, Any]:
             lines = _write(Path(folder) / "runs", epochs)
             for verb, words in (
                 ("ls", ["ls", "runs", "--json"]),
+                ("ls again", ["ls", "runs", "--json"]),
                 ("report", ["report", "runs", "--out", "out"]),
             ):
                 rows.append(
@@ -58,7 +59,10 @@ def run(out: Out = None) -> dict[str, Any]:
 def _timed(words: list[str], folder: str, target_s: float) -> dict[str, Any]:
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-m", "greenvis", *words], cwd=folder, stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "greenvis", *words],
+        cwd=folder,
+        env=os.environ | {"XDG_CACHE_HOME": f"{folder}/cache"},  # the first list finds no index
+        stdout=subprocess.DEVNULL,
     )
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)

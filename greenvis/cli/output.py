@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput, one_line, printable
 
 MOST_COLUMNS = 16  # of a table in a terminal
+_UNUSUAL = re.compile(r"[^ -~\n]")
 WIDE = 200  # characters of a line that no terminal shows
 
 
@@ -118,7 +120,7 @@ def json_text(value: Any, indent: int | None = None) -> str:
     """Return JSON for programs, in which a terminal that shows it finds no control character
     either."""
     text = json.dumps(value, indent=indent, default=str, ensure_ascii=False)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return _UNUSUAL.sub(lambda c: c[0] if c[0].isprintable() else json.dumps(c[0])[1:-1], text)
 
 
 def teller(as_json: bool) -> Callable[[str], None]:

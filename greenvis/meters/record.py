@@ -214,9 +214,13 @@ def read(path: str | os.PathLike[str]) -> Run:
 
     Raises BadInput where the file holds no header of a record, or one of a newer schema.
     """
-    path = Path(path)
-    raw = files.read(path, "record", MOST_BYTES)
-    lines, damaged = _lines(raw)
+    return parse(files.read(path, "record", MOST_BYTES), Path(path))
+
+
+def parse(content: bytes, path: Path) -> Run:
+    """Return the record that a content of `path` is, as `read` does. Raises BadInput as `read`
+    does."""
+    lines, damaged = _lines(content)
     header = next(
         (line for kind, line in lines if kind == "header" and isinstance(line.get("schema"), int)),
         None,

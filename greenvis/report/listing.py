@@ -6,21 +6,21 @@ Everything here returns plain rows: printing is the command line's.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
 from greenvis.meters import carbon, pricing, record
-from greenvis.meters.record import MOST_BYTES, SCHEMA, Run
+from greenvis.meters.record import MOST_BYTES, Run
 from greenvis.report import results, schema, stats, stored
 from greenvis.report.groups import record_files
-from greenvis.report.schema import MOST
+from greenvis.report.listing_index import Index
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -36,8 +36,6 @@ COLUMNS = (
 )  # fmt: skip
 SUMS = ("energy_j", "carbon_g", "wall_s")
 WORDS = {"co₂e": "carbon_g", "co2e": "carbon_g", "time": "wall_s"}  # how a terminal heads a column
-MOMENTS = ("mono_s", "clock_s")
-_PHASE = re.compile(rb'^\{"type":"sample","phase":"([^"\\]*)"')
 
 
 def ls(
@@ -60,22 +58,20 @@ def ls(
         BadInput: for an unknown column, and where files were named and none of them is a record.
     """
     key = column(sort.removeprefix("-"), COLUMNS, "sort")
-    rows, refused = [], []
-    for path, named in record_files(_listed(paths)):
-        try:
-            run, left_out = quick(path)
-        except BadInput as error:
-            refused.append(error if named else None)
-            if named or not record.is_empty(path):
-                say(f"left out: {error}")
-            continue
-        for line in left_out:
-            say(line)
-        row = _row(run)
-        if not where or any(
-            where.lower() in str(row[k]).lower() for k in ("name", "arm", "run", "status")
-        ):
-            rows.append(row)
+    words, rows, refused = ("name", "arm", "run", "status"), [], []
+    with Index(_code()) as index:
+        for path, named in record_files(_as_list(paths)):
+            try:
+                row, left_out = _indexed(index, path)
+            except BadInput as error:
+                refused.append(error if named else None)
+                if named or not record.is_empty(path):
+                    say(f"left out: {error}")
+                continue
+            for line in left_out:
+                say(line)
+            if any(where.lower() in str(row[word]).lower() for word in words):
+                rows.append(row | {"path": str(path)})
     if refused and not rows and not where and all(refused):
         raise BadInput(str(refused[0]))
     return _sorted(rows, key, sort.startswith("-"), lambda row: row["run"])
@@ -286,8 +282,33 @@ def _number(value: Any, part: str) -> float | None:
     return value if isinstance(value, (int, float)) else None
 
 
-def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
+def _as_list(paths: Paths) -> list[str | os.PathLike[str]]:
     return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
+def _indexed(index: Index, path: Path) -> tuple[dict[str, Any], list[str]]:
+    """Return what `ls` says of a record but its path, and what of it was left out, in words; parsed
+    where the index does not know its content.
+
+    Raises BadInput where it is no record of a known schema.
+    """
+    content = files.read(path, "record", MOST_BYTES)
+    row = index[content]
+    if isinstance(row, dict) and {*row, "path"} == {*COLUMNS}:
+        return row, []
+    run = record.parse(content, path)
+    left_out = schema.check(run)
+    row = _row(run)
+    if not left_out:
+        index[content] = row
+    return row, left_out
+
+
+def _code() -> bytes:
+    """Return what changes with the code that makes a row."""
+    meters = sorted(Path(str(record.__file__)).parent.glob("*.py"))
+    sources = (*meters, Path(str(schema.__file__)), Path(__file__))
+    return blake2b(b"".join(s.read_bytes() for s in sources), digest_size=32).digest()
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -297,7 +318,7 @@ def _row(run: Run) -> dict[str, Any]:
     grams = carbon.grams(
         spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0
     )
-    accuracy = run.facts.get("accuracy", run.logs[-1].get("accuracy") if run.logs else None)
+    logged = next((log["accuracy"] for log in reversed(run.logs) if "accuracy" in log), None)
     name = str(h.get("name") or "run")
     return {
         "run": run.id,
@@ -307,14 +328,13 @@ def _row(run: Run) -> dict[str, Any]:
         "rank": h.get("rank", 0),
         "status": run.status,
         "started_s": h.get("clock_s"),
-        "accuracy": accuracy,
+        "accuracy": run.facts.get("accuracy", logged),
         "energy_j": spent.value,
         "energy_low_j": spent.low,
         "energy_high_j": spent.high,
         "provenance": None if spent.value is None else spent.provenance,
         "carbon_g": grams.value,
         "wall_s": run.sum("wall_s"),
-        "path": str(run.path),
     }
 
 
@@ -326,86 +346,3 @@ def _sums(run: Run) -> dict[str, float]:
         for quantity, value in totals.items():
             parts.setdefault(quantity, []).append(value)
     return {quantity: math.fsum(values) for quantity, values in parts.items()}
-
-
-def quick(path: Path) -> tuple[Run, list[str]]:
-    """Read a record backwards for its totals, facts, end and last log: each phase's last sample
-    holds its running totals.
-
-    The same numbers as `record.read`, without parsing what later lines replace.
-
-    Args:
-        path: of the record.
-
-    Returns:
-        The run, and what of it was left out, in words.
-
-    Raises:
-        BadInput: where it is no record of a known schema.
-    """
-    lines = files.read(path, "record", MOST_BYTES).split(b"\n")
-    header = next((x for x in map(_parsed, lines) if x and x.get("type") == "header"), None)
-    if header is None or not isinstance(header.get("schema"), int) or header["schema"] > SCHEMA:
-        run = record.read(path)  # which says why it is none
-        return run, schema.check(run)
-    run = Run(path, header)
-    needed = _last(lines)
-    try:
-        parsed = json.loads(b"[" + b",".join(needed) + b"]")  # all at once is several times faster
-        undamaged = len(parsed) == len(needed)
-    except (ValueError, RecursionError):
-        parsed, undamaged = [], False
-    for line in parsed if undamaged else map(_parsed, reversed(lines)):
-        if isinstance(line, dict):
-            _keep(run, line)
-    return run, schema.check(run)
-
-
-def _last(lines: list[bytes]) -> list[bytes]:
-    """Return, the last first, the lines that no later one replaces, if all of them can be read."""
-    needed, phases, logged = [], set(), False
-    for raw in reversed(lines):
-        sample = _PHASE.match(raw)
-        if sample:
-            if sample[1] in phases:
-                continue
-            phases.add(sample[1])
-        elif raw.startswith(b'{"type":"log"'):
-            if logged:
-                continue
-            logged = b'"accuracy":' in raw
-        if raw:
-            needed.append(raw)
-    return needed
-
-
-def _keep(run: Run, line: dict[str, Any]) -> None:
-    """Put a line into a run that is read backwards: what is there already came later and stays."""
-    kind = line.pop("type", None)
-    if kind == "sample" and isinstance(line.get("phase"), str):
-        numbers = {
-            k: float(v) for k, v in line.items() if v.__class__ in (float, int) and -MOST < v < MOST
-        }
-        for moment in MOMENTS:
-            numbers.pop(moment, None)
-        later = run.totals.get(line["phase"])
-        run.totals[line["phase"]] = {**numbers, **later} if later else numbers
-    elif kind == "fact":
-        run.facts = {**line, **run.facts}
-    elif kind == "log" and not run.logs and "accuracy" in line:
-        run.logs.append(line)
-    elif kind == "end" and run.end is None:
-        run.end = line
-    elif kind == "component":  # a source that turned out otherwise replaces the header's
-        components = run.header.get("components") or []
-        run.header["components"] = [
-            {**c, **line} if c.get("name") == line.get("name") else c for c in components
-        ]
-
-
-def _parsed(raw: bytes) -> dict[str, Any] | None:
-    try:
-        line = json.loads(raw) if raw else None
-    except (ValueError, RecursionError):
-        return None
-    return line if isinstance(line, dict) else None
