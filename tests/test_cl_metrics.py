@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from greenvis.report import continual, report, results
+from greenvis.report import report, results
+from greenvis.report.drawings import tasks
 from greenvis.tasks import continual as cl
 
 FIXTURE = json.loads((Path(__file__).parent / "data" / "cl_metrics.json").read_text())
@@ -98,7 +99,8 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
         facts = {"task_accuracy": matrix, "task_energy_j": [2.0] * 5, "buffer_bytes": 1000}
         synthetic.write(tmp_path, "er", seed, accuracy=matrix[-1][0], facts=facts)
         synthetic.write(tmp_path, "baseline", seed, accuracy=0.5)
-    found = results([tmp_path])
+    typed = results([tmp_path])
+    found = typed.as_json()
     its = found["arms"]["er"]["continual"]
     assert its["forgetting"]["mean"] == pytest.approx(0.375)
     assert its["task_energy_j"]["mean"] == 2.0
@@ -111,22 +113,23 @@ def test_the_report_shows_them(tmp_path: Path) -> None:
     assert (page / "figures" / "accuracy-by-tasks.svg").exists()
     assert "Tasks, one after another" in (page / "index.html").read_text()
     assert (page / "figures" / "energy-by-tasks.svg").exists()
-    assert continual.curve(found | {"order": ["baseline"]}, {}) is None
-    assert continual.growth(found | {"order": ["baseline"]}, {}) is None
+    alone = typed.model_copy(update={"order": ["baseline"]})
+    assert tasks.curve(alone) is None
+    assert tasks.growth(alone) is None
 
 
 def test_from_which_number_of_tasks_replay_saves() -> None:
     linear, quadratic = [3.0, 6.0, 9.0, 12.0], [1.0, 3.0, 6.0, 10.0]
     assert (
-        continual.cheaper("er", linear, "again", quadratic)
+        tasks.cheaper("er", linear, "again", quadratic)
         == "er does not cost less than again within 4 tasks."
     )
     more = [*quadratic, 15.0, 21.0, 28.0]
     assert (
-        continual.cheaper("er", [3.0 * t for t in range(1, 8)], "again", more)
+        tasks.cheaper("er", [3.0 * t for t in range(1, 8)], "again", more)
         == "er costs less than again from 6 tasks on."
     )
     assert (
-        continual.cheaper("er", [0.5], "again", [1.0])
+        tasks.cheaper("er", [0.5], "again", [1.0])
         == "er costs less than again from the first task on."
     )

@@ -21,6 +21,7 @@ from greenvis.meters import pricing, record
 from greenvis.meters.pricing import run_energy
 from greenvis.planning import probe
 from greenvis.report import exports
+from greenvis.report.shape import Results
 
 RECIPE = """\
 name: family
@@ -324,8 +325,8 @@ def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path,
     page = (folder / "report.md").read_text()
     assert f"Not counted, for its cost is not known: {name}" in page.replace("\\_", "_")
     assert "| not known<br>base; not counted: " in page
-    assert "| 0 J" not in re.findall(r"^\| probe .*$", page, re.M)[0]
-    card = exports.model_card(found, "probe")
+    assert "| 0 J" not in re.findall(r"^\| probe<br>.*$", page, re.M)[0]
+    card = exports.model_card(Results.from_json(found), "probe")
     assert '"training_type": "fine-tuning"' in card
     assert name in card.replace("\\_", "_")
     place = tmp_path / "runs" / "family" / "probe" / "seed0"

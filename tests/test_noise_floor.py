@@ -14,7 +14,9 @@ from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
 from greenvis.meters.record import Writer
 from greenvis.report import formatting, results
+from greenvis.report.estimates import Estimate, Ratio
 from greenvis.report.floor import floors
+from greenvis.report.shape import Floors, Results
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
@@ -45,18 +47,20 @@ def write(
         writer.close("done")
 
 
-def energies(folder: Path, arm: str) -> dict:
-    return results([folder])["arms"][arm]["vs_baseline"]
+def energies(folder: Path, arm: str) -> dict[str, Ratio | None]:
+    versus = results([folder]).arms[arm].vs_baseline
+    return versus.ratios if versus else {}
 
 
 def test_the_same_work_under_two_names_is_no_saving(tmp_path: Path) -> None:
     write(tmp_path, "plain", "same", [20.0, 20.1, 20.2])
     write(tmp_path, "again", "same", [10.0, 10.1, 10.2])  # half as much, at every seed
-    found = results([tmp_path])
-    assert found["noise_floor"]["training"]["ratio"] == pytest.approx(2, rel=0.02)
-    assert sorted(found["noise_floor"]["training"]["arms"]) == ["again", "plain"]
+    found = results([tmp_path]).as_json()["noise_floor"]["training"]
+    assert found["ratio"] == pytest.approx(2, rel=0.02)
+    assert sorted(found["arms"]) == ["again", "plain"]
+    ratios = energies(tmp_path, "again")
     for key in ("train_energy", "total_energy", "train_energy_with_reuse"):
-        assert not formatting.shown(found["arms"]["again"]["vs_baseline"][key])
+        assert not formatting.shown(ratios[key])
     gv.report([tmp_path], out=tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "no difference shown" in text
@@ -79,7 +83,7 @@ def test_equal_networks_give_the_floor_of_serving(tmp_path: Path) -> None:
     write(tmp_path, "between", "d", [10.0, 10.1], image_j=0.9)  # the furthest apart count
     write(tmp_path, "other", "b", [10.0, 10.1], image_j=0.8)
     write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
-    floor = results([tmp_path])["noise_floor"]
+    floor = results([tmp_path]).as_json()["noise_floor"]
     assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
     assert not formatting.shown(energies(tmp_path, "other")["inference_energy"])
     assert formatting.shown(energies(tmp_path, "small")["inference_energy"])
@@ -89,14 +93,16 @@ def test_older_results_tell_networks_apart_by_what_they_count(tmp_path: Path) ->
     write(tmp_path, "plain", "a", [20.0, 20.1], image_j=1.0)
     write(tmp_path, "other", "b", [10.0, 10.1], image_j=0.8)
     write(tmp_path, "small", "c", [10.0, 10.1], image_j=0.1, macs=1.0)
-    found = results([tmp_path])
+    found = results([tmp_path]).as_json()
     for row in found["arms"].values():
         del row["inputs"], row["network"]
-    floor = floors(found)
-    assert (floor["training"], floor["serving"]["ratio"]) == (None, pytest.approx(1.25))
+    floor = floors(Results.from_json(found))
+    assert floor.training is None
+    assert floor.serving
+    assert floor.serving.ratio == pytest.approx(1.25)
     for row in found["arms"].values():
         row["params"] = None  # nothing says
-    assert floors(found) == {"training": None, "serving": None}
+    assert floors(Results.from_json(found)) == Floors(training=None, serving=None)
 
 
 def test_no_committed_report_lacks_the_floor_its_arms_give() -> None:
@@ -114,7 +120,8 @@ def test_one_seed_gives_no_percentage(tmp_path: Path) -> None:
     write(tmp_path, "plain", "a", [20.0])
     write(tmp_path, "other", "b", [10.0], macs=2.0)
     gv.report([tmp_path], out=tmp_path / "out")
-    first = (tmp_path / "out" / "report.md").read_text().partition("## ")[0]
+    first = (tmp_path / "out" / "report.md").read_text().partition("## Arms")[0]
+    assert "one seed" in first
     assert not re.search(r"(%|times) (less|more)", first)
     assert "Noise floor: not known" in (tmp_path / "out" / "report.md").read_text()
 
@@ -143,4 +150,4 @@ def test_a_band_holds_the_same_work_on_another_day(tmp_path: Path) -> None:
     ],
 )
 def test_figures_have_the_digits_they_deserve(reading: dict, text: str) -> None:
-    assert formatting.reading(reading, "J") == text
+    assert formatting.reading(Estimate(provenance=None, **reading), "J") == text

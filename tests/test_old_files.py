@@ -15,7 +15,7 @@ import greenvis as gv
 from greenvis import models
 from greenvis.experiment.jobs import Jobs
 from greenvis.meters import record
-from greenvis.report import archive, report
+from greenvis.report import archive, report, results
 
 OLD = Path(__file__).parent / "data" / "old"
 REPORTS = Path(__file__).parent.parent / "reports"
@@ -24,6 +24,7 @@ COMPARING = [
     for p in sorted(REPORTS.glob("*/results.json"))
     if "baseline" in json.loads(p.read_text())
 ]
+PACKED = [folder for folder in COMPARING if (folder / archive.NAME).is_file()]
 RENAMED: dict[str, str] = {}  # keys of results.json: the old name, the new one
 IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
 
@@ -69,6 +70,15 @@ def test_a_committed_report_is_written_anew_with_the_same_results(
     page = report(folder / "results.json", out=tmp_path)
     old = json.loads((folder / "results.json").read_text())
     assert _same(old, json.loads((page.parent / "results.json").read_text())) == []
+
+
+@pytest.mark.parametrize("folder", PACKED, ids=lambda folder: folder.name)
+def test_committed_records_give_the_committed_results(folder: Path) -> None:
+    old = json.loads((folder / "results.json").read_text())
+    options = {key: old[key] for key in ("baseline", "metric", "served", "margin")}
+    new = results(folder / archive.NAME, **options).as_json()
+    assert _same(old, new) == []
+    assert _same(new, old) == []
 
 
 def test_the_comparison_of_results_sees_what_differs() -> None:

@@ -46,6 +46,23 @@ def test_a_recipe_uses_what_an_outside_package_adds(ran: Path) -> None:
         assert [c["source"] for c in record.read(path).header["components"]] == ["constant_plug"]
 
 
+def test_an_outside_section_is_on_the_page_and_keeps_the_contract(
+    ran: Path, with_outside: dict[str, str]
+) -> None:
+    html = (ran / "reports/outside/index.html").read_text()
+    markdown = (ran / "reports/outside/report.md").read_text()
+    assert '<section id="waste"' in html
+    assert html.index('id="waste"') < html.index('id="trust"')
+    assert "\n## What led to no result\n" in markdown
+    assert "| gain | 0 J |" in markdown
+    code = (
+        "from greenvis.report import sections\n"
+        "from greenvis.testing import check_section\n"
+        "print(json.dumps(check_section(sections.DOOR.find('waste'))))\n"
+    )
+    assert beside(with_outside, code) is None
+
+
 def test_an_outside_technique_keeps_the_contract(with_outside: dict[str, str]) -> None:
     code = (
         "from greenvis.techniques import registry\n"

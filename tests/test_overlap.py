@@ -68,11 +68,14 @@ def write(
 
 
 def total(folder: Path) -> float:
-    return results([folder])["totals"]["energy_j"]["value"]
+    return results([folder]).as_json()["totals"]["energy_j"]["value"]
 
 
 def arms(folder: Path) -> dict[str, float]:
-    return {name: arm["total_energy_j"]["value"] for name, arm in results([folder])["arms"].items()}
+    return {
+        name: arm["total_energy_j"]["value"]
+        for name, arm in results([folder]).as_json()["arms"].items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -126,7 +129,7 @@ def test_other_machines_boots_and_counters_are_not_shared(
     write(tmp_path, "b", 0, 10, **header)
     priced = 4 if mine == [MODEL] else 1
     assert total(tmp_path) == pytest.approx(2000 * priced)
-    assert results([tmp_path])["totals"]["overlapping"]["starts"] == 0
+    assert results([tmp_path]).as_json()["totals"]["overlapping"]["starts"] == 0
 
 
 def test_cards_are_shared_one_by_one(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_watts_by_the_clock_are_the_machines(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write(tmp_path, name, 0, 10, components=[CLOCK])
     assert total(tmp_path) == pytest.approx(40)
-    assert {arm["wall_s"] for arm in results([tmp_path])["arms"].values()} == {10.0}
+    assert {arm["wall_s"] for arm in results([tmp_path]).as_json()["arms"].values()} == {10.0}
 
 
 @pytest.mark.parametrize("component", [RAPL, MODEL])
@@ -153,7 +156,7 @@ def test_a_run_inside_another_is_counted_by_it(tmp_path: Path, component: dict[s
     assert arms(tmp_path) == pytest.approx(
         {"outer": 1000 * priced, "inner": 400 * priced, "child": 200 * priced}
     )
-    assert results([tmp_path])["totals"]["nested_runs"] == 2
+    assert results([tmp_path]).as_json()["totals"]["nested_runs"] == 2
 
 
 def test_trackers_of_one_process_that_cross_lose_and_double_nothing(tmp_path: Path) -> None:

@@ -19,9 +19,12 @@ from scipy.stats import ttest_1samp
 
 from greenvis.errors import BadInput
 from greenvis.meters import grid, pricing, record
-from greenvis.report import report, results
+from greenvis.report import report, results, tables
 from greenvis.report.folder import LIST
 from greenvis.report.results_file import to_json
+from greenvis.report.shape import Results
+
+typed = Results.from_json
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(study: Path) -> dict[str, Any]:
-    return results(study)
+    return results(study).as_json()
 
 
 def _joules(path: Path, *, apart: bool) -> float:
@@ -150,10 +153,10 @@ def test_records_copied_elsewhere_give_the_same_bytes(study: Path, tmp_path: Pat
 
 def test_a_repeated_run_is_not_charged_to_the_result(tmp_path: Path) -> None:
     synthetic.write(tmp_path, "baseline", attempt=1, start_s=1.0)
-    once = results(tmp_path)["arms"]["baseline"]["train_energy_j"]["value"]
+    once = results(tmp_path).as_json()["arms"]["baseline"]["train_energy_j"]["value"]
     synthetic.write(tmp_path, "baseline", attempt=2, end=None, start_s=2.0)
     synthetic.write(tmp_path, "baseline", attempt=3, start_s=3.0)
-    row = results(tmp_path)["arms"]["baseline"]
+    row = results(tmp_path).as_json()["arms"]["baseline"]
     assert row["train_energy_j"]["value"] == pytest.approx(
         2 * once, rel=0.1
     )  # the broken start and the one that finished
@@ -188,7 +191,7 @@ def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> No
             "sample", {"phase": "train", "wall_s": 10.0, "cpu_j": 100.0 + rank, "ram_gb_s": 50.0}
         )
         writer.close("done")
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     assert found["arms"]["a"]["train_energy_j"]["value"] == pytest.approx(101.0 + 2 * 50.0 * 0.37)
     assert found["arms"]["a"]["wall_s"] == 10.0
     assert found["missing_ranks"] == 1
@@ -197,7 +200,7 @@ def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> No
 def test_a_run_inside_another_run_counts_once_in_the_total(tmp_path: Path) -> None:
     outer = record.read(synthetic.write(tmp_path, "outer"))
     synthetic.write(tmp_path, "inner", header={"nested_in": outer.id})
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     assert found["totals"]["energy_j"]["value"] == pytest.approx(
         found["arms"]["outer"]["total_energy_j"]["value"]
     )
@@ -208,11 +211,11 @@ def test_tracked_runs_of_one_name_are_arms_of_their_own(tmp_path: Path) -> None:
     for run in ("r1", "r2"):
         header = {"run": run, "inputs": run, "clock_s": float(run[1])}
         synthetic.write(tmp_path, "pets", attempt=int(run[1]), name="pets", header=header)
-    assert results(tmp_path)["order"] == ["pets", "pets (2)"]
+    assert results(tmp_path).as_json()["order"] == ["pets", "pets (2)"]
 
 
 def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[str, Any]) -> None:
-    other = results(study, grid=50.0)
+    other = results(study, grid=50.0).as_json()
     mine, theirs = found["arms"]["lora"], other["arms"]["lora"]
     assert theirs["train_energy_j"] == mine["train_energy_j"]
     assert theirs["carbon_g"]["value"] == pytest.approx(
@@ -220,12 +223,12 @@ def test_another_grid_changes_grams_and_nothing_else(study: Path, found: dict[st
     )
     assert not theirs["assumed_grid"]
     assert mine["assumed_grid"]
-    assert results(study, grid={"value": 50, "zone": "X"})["carbon_intensity"] == [
+    assert results(study, grid={"value": 50, "zone": "X"}).as_json()["carbon_intensity"] == [
         {"value": 50, "zone": "X"}
     ]
-    [sweden] = results(study, grid="SWE")["carbon_intensity"]
+    [sweden] = results(study, grid="SWE").as_json()["carbon_intensity"]
     assert sweden == grid.lookup("SWE")
-    assert results(study, grid="50")["carbon_intensity"][0]["value"] == 50
+    assert results(study, grid="50").as_json()["carbon_intensity"][0]["value"] == 50
 
 
 @pytest.mark.parametrize(
@@ -259,7 +262,7 @@ def test_nothing_to_report_and_what_is_no_record(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a greenvis record"):
         results(tmp_path / "other.jsonl")
     synthetic.write(tmp_path, "baseline")
-    notes = results(str(tmp_path / "**"))["notes"]
+    notes = results(str(tmp_path / "**")).as_json()["notes"]
     assert any("other.jsonl was left out" in n for n in notes)
     assert any("schema 99" in n for n in notes)
     assert not any(str(tmp_path) in n for n in notes)
@@ -283,7 +286,7 @@ def test_every_ending_of_a_record_is_stated(tmp_path: Path) -> None:
         .replace('"arm":"cut"', '"arm":"bare","run":"x"')
         + "\n"
     )
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     assert found["damaged_lines"] == 3
     assert {r["arm"]: r["attempts"][0] for r in found["incomplete"]} == {
         "bare": "crashed", "cut": "crashed", "failed": "failed", "stopped": "stopped",
@@ -302,7 +305,7 @@ def test_every_ending_of_a_record_is_stated(tmp_path: Path) -> None:
 def test_without_accuracy_energy_or_grid_the_report_says_so(tmp_path: Path) -> None:
     header = {"components": [], "carbon_intensity": None, "command": None}
     synthetic.write(tmp_path, "tracked", accuracy=None, header=header, infer_j=None)
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     arm = found["arms"]["tracked"]
     assert arm["train_energy_j"]["value"] is None
     assert arm["carbon_g"]["value"] is None
@@ -316,7 +319,7 @@ def test_a_metric_where_less_is_better(tmp_path: Path) -> None:
     for seed in range(2):
         synthetic.write(tmp_path, "baseline", seed, facts={"val_loss": 1.0 + 0.1 * seed})
         synthetic.write(tmp_path, "better", seed, cpu_s=300, facts={"val_loss": 0.5 + 0.12 * seed})
-    found = results(tmp_path, metric="val_loss")
+    found = results(tmp_path, metric="val_loss").as_json()
     assert found["lower_is_better"]
     assert found["arms"]["better"]["val_loss"]["mean"] == pytest.approx(0.56)
     page = report(tmp_path, out=tmp_path / "out", metric="val_loss").read_text()
@@ -341,7 +344,9 @@ def test_results_json_is_what_results_returns(
     study: Path, found: dict[str, Any], tmp_path: Path
 ) -> None:
     page = report(study, out=tmp_path)
-    assert json.loads((page.parent / "results.json").read_text()) == json.loads(to_json(found))
+    assert json.loads((page.parent / "results.json").read_text()) == json.loads(
+        to_json(typed(found))
+    )
 
 
 def test_older_figures_of_the_same_folder_go(study: Path, tmp_path: Path) -> None:
@@ -363,13 +368,14 @@ def test_the_verdict_names_no_arm_that_had_all_tasks_at_once(found: dict[str, An
         for a, row in found["arms"].items()
     }
     stream = {**found, "arms": arms}
-    assert headline({**found, "order": ["baseline", "lora"]}) == "lora" != headline(stream)
-    assert sentence(stream, "lora").startswith(
+    two = typed({**found, "order": ["baseline", "lora"]})
+    assert headline(two) == "lora" != headline(typed(stream))
+    assert sentence(typed(stream), "lora").startswith(
         "lora, trained on all tasks at once as no stream allows, reached "
     )
-    assert sentence(stream, "frozen") == sentence(found, "frozen")
+    assert sentence(typed(stream), "frozen") == sentence(typed(found), "frozen")
     only = {**stream, "order": ["baseline", "lora"]}
-    assert headline(only) == "lora"
+    assert headline(typed(only)) == "lora"
 
 
 def test_the_verdict_claims_what_is_shown(
@@ -377,24 +383,24 @@ def test_the_verdict_claims_what_is_shown(
 ) -> None:
     from greenvis.report.verdict import headline, sentence
 
-    said = sentence(found, "lora")
+    said = sentence(typed(found), "lora")
     assert "no difference shown in training energy (×0.556, 0.290–1.07) to baseline" in said
     assert (
         "accuracy −0.20 points (95\u00a0% interval −0.92 to +0.52): not yet decided at 0.5 points, "
         "about 3 more seeds" in said
     )
-    assert sentence(found, "frozen").startswith(
+    assert sentence(typed(found), "frozen").startswith(
         "frozen reached 81.0\u00a0% for 540 J of training energy (one seed"
     )
     assert (
-        "%" not in sentence(found, "frozen").partition("for")[2]
+        "%" not in sentence(typed(found), "frozen").partition("for")[2]
     )  # one seed is compared with nothing
-    said = sentence(found, "distilled")
+    said = sentence(typed(found), "distilled")
     assert (
         "3.7 times more energy (3.6–3.8) than baseline (the teacher of distilled included; own "
         "training ×1.13" in said
     )
-    assert sentence(found, "diverged").startswith("diverged has no finished run")
+    assert sentence(typed(found), "diverged").startswith("diverged has no finished run")
     for seed, cpu_s in enumerate((390, 405, 402)):
         synthetic.write(tmp_path, "baseline", seed, cpu_s=400)
         synthetic.write(tmp_path, "same", seed, cpu_s=cpu_s)
@@ -417,12 +423,12 @@ def test_what_does_not_keep_the_metric_is_not_the_headline_without_saying_so(
         synthetic.write(
             tmp_path, "unsure", seed, accuracy=(0.79, 0.88, 0.85)[seed], cpu_s=60 + seed
         )
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     verdicts = {
         a: found["arms"][a]["vs_baseline"]["accuracy"]["verdict"] for a in ("cheap", "unsure")
     }
     assert verdicts == {"cheap": "loses", "unsure": "not yet decided"}
-    assert opening(found).startswith(
+    assert opening(typed(found)).startswith(
         "No arm is shown to cost less than baseline and keep its accuracy. unsure reached 84.0"
     )
     for seed in range(3):
@@ -450,11 +456,11 @@ def test_a_noisier_arm_does_not_pass_by_its_noise(tmp_path: Path) -> None:
         synthetic.write(
             tmp_path, "steady", seed, accuracy=accuracy + 0.004 + 0.001 * seed, cpu_s=150 + seed
         )
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     lost = found["arms"]["noisy"]["vs_baseline"]["accuracy"]
     assert lost["low"] < -0.005 < lost["high"]
     assert lost["verdict"] == "not yet decided"
-    assert headline(found) == "steady"
+    assert headline(typed(found)) == "steady"
 
 
 @pytest.mark.parametrize(
@@ -473,7 +479,7 @@ def test_every_interval_is_corrected_for_the_number_of_arms(tmp_path: Path, quan
                     "cpu_s": rng.uniform(300, 400),
                 }
                 synthetic.write(tmp_path / str(arms), arm, seed, facts=facts, **figures)
-        d = results(tmp_path / str(arms))["arms"]["a0"]["vs_baseline"][quantity]
+        d = results(tmp_path / str(arms)).as_json()["arms"]["a0"]["vs_baseline"][quantity]
         ends = [d[k] if quantity == "accuracy" else math.log(d[k]) for k in ("low", "high")]
         return ends[1] - ends[0]
 
@@ -500,7 +506,7 @@ def test_the_margin_is_the_recipes_or_the_readers(tmp_path: Path) -> None:
         (0.5, 0.5, "loses"),
         (2.0, 2.0, "not yet decided"),
     ):
-        found = results(tmp_path, margin=margin)
+        found = results(tmp_path, margin=margin).as_json()
         assert found["title"] == "Study"
         assert (found["margin"], found["arms"]["less"]["vs_baseline"]["accuracy"]["verdict"]) == (
             stated,
@@ -539,7 +545,7 @@ def test_no_payback_is_stated_from_noise(tmp_path: Path) -> None:
         synthetic.write(tmp_path, "baseline", seed, cpu_s=400 + seed, infer_j=a / 1e3)
         synthetic.write(tmp_path, "same", seed, cpu_s=500 + seed, infer_j=b / 1e3)
         synthetic.write(tmp_path, "half", seed, cpu_s=500 + seed, infer_j=a / 2e3)
-    found = results(tmp_path)
+    found = results(tmp_path).as_json()
     pay = {a: found["arms"][a]["vs_baseline"]["payback"]["own"] for a in ("same", "half")}
     assert (pay["same"]["verdict"], pay["same"]["images"]) == ("not shown", None)
     assert pay["half"]["verdict"] == "pays back"
@@ -549,16 +555,23 @@ def test_no_payback_is_stated_from_noise(tmp_path: Path) -> None:
         in page
     )
     assert "half, same answer with 740 M MACs" in page  # what the same network reads apart is noise
-    bold = {row["arm"]: {c["title"] for c in row["cells"] if c["shown"]} for row in _cells(found)}
+    bold = _bold(typed(found))
     assert bold["half"] == {"Training energy ÷ baseline", "One image ÷ baseline"}
     assert bold["same"] == {"Training energy ÷ baseline"}
     assert not bold["baseline"]
 
 
-def _cells(found: dict[str, Any]) -> list[dict[str, Any]]:
-    from greenvis.report import tables
-
-    return tables.cells(found, [*tables.costs(found), *tables.cycle(found)])
+def _bold(found: Results) -> dict[str, set[str]]:
+    """Titles of the cells that show a difference, by arm."""
+    columns = [*tables.costs(found), *tables.cycle(found)]
+    return {
+        arm: {
+            column.title
+            for column, cell in zip(columns, tables.cells(row, columns), strict=True)
+            if cell.shown
+        }
+        for arm, row in found.arms.items()
+    }
 
 
 def test_predicted_against_actual(tmp_path: Path) -> None:
@@ -571,7 +584,7 @@ def test_predicted_against_actual(tmp_path: Path) -> None:
         }  # fmt: skip
         synthetic.write(tmp_path, "baseline", seed, facts={"predicted": said}, cpu_s=240)
         synthetic.write(tmp_path, "unplanned", seed, facts={"predicted": None})
-    found = results(tmp_path, grid=100.0)
+    found = results(tmp_path, grid=100.0).as_json()
     p = found["arms"]["baseline"]["predicted"]
     spent = found["arms"]["baseline"]["energy_by_phase_j"]
     assert p["energy_j"]["actual"] == pytest.approx(spent["train"] + spent["eval"])
@@ -592,7 +605,7 @@ def test_predicted_against_actual(tmp_path: Path) -> None:
 
 
 def test_the_usage_is_the_readers(study: Path, tmp_path: Path) -> None:
-    row = results(study, served=5e6)["arms"]["lora"]
+    row = results(study, served=5e6).as_json()["arms"]["lora"]
     assert row["full_cycle"]["serve_j"] == pytest.approx(5e6 * row["inference_energy_j"]["value"])
     assert "5,000,000 images" in report(study, out=tmp_path, served=5e6).read_text()
 

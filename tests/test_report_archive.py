@@ -31,8 +31,8 @@ def test_a_reports_folder_gives_the_results_its_records_gave(study: Path, tmp_pa
     assert to_json(results(folder)) == to_json(results(study))
     assert to_json(results(folder / archive.NAME)) == to_json(results(study))
     assert (
-        results(folder, grid=50.0)["arms"]["lora"]["carbon_g"]
-        == results(study, grid=50.0)["arms"]["lora"]["carbon_g"]
+        results(folder, grid=50.0).as_json()["arms"]["lora"]["carbon_g"]
+        == results(study, grid=50.0).as_json()["arms"]["lora"]["carbon_g"]
     )
     assert str(study) not in lzma.decompress((folder / archive.NAME).read_bytes()).decode()
 
@@ -55,11 +55,12 @@ def test_a_report_made_again_from_its_folder_is_the_same_and_keeps_its_records(
 def test_results_alone_are_compared_anew(study: Path, tmp_path: Path) -> None:
     folder = report(study, out=tmp_path / "out").parent
     (folder / archive.NAME).unlink()
-    again = results(folder)
-    assert to_json(again) == to_json(results(study))
-    other = results(folder, baseline="lora", margin=5.0, served=10.0)
+    typed = results(folder)
+    again = typed.as_json()
+    assert to_json(typed) == to_json(results(study))
+    other = results(folder, baseline="lora", margin=5.0, served=10.0).as_json()
     assert (other["baseline"], other["order"][0], other["margin"]) == ("lora", "lora", 5.0)
-    fresh = results(study, baseline="lora", margin=5.0, served=10.0)
+    fresh = results(study, baseline="lora", margin=5.0, served=10.0).as_json()
     for arm in fresh["arms"]:
         assert other["arms"][arm]["vs_baseline"] == fresh["arms"][arm]["vs_baseline"]
         assert other["arms"][arm]["full_cycle"] == fresh["arms"][arm]["full_cycle"]
@@ -97,7 +98,10 @@ def test_records_too_large_lose_what_later_totals_replace_and_no_joule(tmp_path:
     assert len(whole) > archive.MOST
     folder = report(tmp_path / "runs", out=tmp_path / "out").parent
     assert (folder / archive.NAME).stat().st_size <= archive.MOST
-    kept, made = results(folder)["arms"]["long"], results(tmp_path / "runs")["arms"]["long"]
+    kept, made = (
+        results(folder).as_json()["arms"]["long"],
+        results(tmp_path / "runs").as_json()["arms"]["long"],
+    )
     assert kept["train_energy_j"] == made["train_energy_j"]
     assert kept["curve"] == made["curve"]
 
@@ -119,7 +123,7 @@ def test_what_is_still_too_large_loses_digits_below_a_millionth(
     assert facts
     assert all(line in text for line in facts)  # what one image took is a millionth
     (tmp_path / archive.NAME).write_bytes(packed)
-    kept, made = (results(tmp_path / name) for name in (archive.NAME, "runs"))
+    kept, made = (results(tmp_path / name).as_json() for name in (archive.NAME, "runs"))
     for key in ("train_energy_j", "inference_energy_j"):
         assert kept["arms"]["long"][key]["value"] == pytest.approx(
             made["arms"]["long"][key]["value"], rel=1e-6
@@ -135,7 +139,7 @@ def test_committed_records_give_their_reports_figures(name: str) -> None:
     folder = ROOT / name
     assert (folder / archive.NAME).stat().st_size <= archive.MOST
     told = json.loads((folder / "results.json").read_text())
-    again = results(folder / archive.NAME)
+    again = results(folder / archive.NAME).as_json()
     if "arms" not in told:  # a benchmark's: each base, fine-tuned
         tuned = [row["accuracy"]["mean"] for row in again["arms"].values()]
         for row in told["rows"]:

@@ -12,19 +12,18 @@ from huggingface_hub import ModelCard
 
 from greenvis.errors import BadInput
 from greenvis.report import exports, results
+from greenvis.report.shape import Results
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def found(tmp_path_factory: pytest.TempPathFactory) -> Results:
     return results(synthetic.study(tmp_path_factory.mktemp("runs")))
 
 
-def test_model_card_is_read_by_the_hub_library(found: dict[str, Any]) -> None:
+def test_model_card_is_read_by_the_hub_library(found: Results) -> None:
     card = ModelCard(exports.model_card(found, "lora"))
     emitted: Any = card.data.get("co2_eq_emissions")
-    assert emitted["emissions"] == pytest.approx(
-        found["arms"]["lora"]["carbon_g"]["value"]
-    )  # grams
+    assert emitted["emissions"] == pytest.approx(found.arms["lora"].carbon_g.value)  # grams
     assert emitted["geographical_location"] == "WORLD"
     assert "assumed" in emitted["source"]
     assert card.data.library_name == "greenvis"
@@ -43,7 +42,7 @@ def test_a_tuned_base_is_fine_tuning(tmp_path: Path) -> None:
     assert "ai_finetuningEnergyConsumption" in package["ai_energyConsumption"]
 
 
-def test_spdx_holds_energy_in_kwh(found: dict[str, Any]) -> None:
+def test_spdx_holds_energy_in_kwh(found: Results) -> None:
     document = exports.spdx(found)
     packages = {e["name"]: e for e in document["@graph"] if e["type"] == "ai_AIPackage"}
     assert len(packages) == 4  # the unfinished arm has none
@@ -52,13 +51,13 @@ def test_spdx_holds_energy_in_kwh(found: dict[str, Any]) -> None:
         "ai_trainingEnergyConsumption"
     ]
     assert float(quantity["ai_energyQuantity"]) * 3.6e6 == pytest.approx(
-        found["arms"]["baseline"]["train_energy_j"]["value"]
+        found.arms["baseline"].train_energy_j.value
     )
     assert "e" not in quantity["ai_energyQuantity"]  # xsd:decimal
     assert quantity["ai_energyUnit"] == "kilowattHour"
 
 
-def test_spdx_is_read_by_its_library(found: dict[str, Any], tmp_path: Path) -> None:
+def test_spdx_is_read_by_its_library(found: Results, tmp_path: Path) -> None:
     model = pytest.importorskip(
         "spdx_python_model", reason="spdx-python-model is not installed"
     ).v3_0_1
@@ -88,25 +87,25 @@ def test_sci_is_e_times_i_plus_m(tmp_path: Path) -> None:
     )
 
 
-def test_annex_xi_items_and_bibtex(found: dict[str, Any]) -> None:
+def test_annex_xi_items_and_bibtex(found: Results) -> None:
     item = exports.annex_xi(found)["arms"]["lora"]
     assert item["2d_training_flops"] > 0
     assert item["2e_known_or_estimated"] == "estimated"
     assert item["2e_energy_kwh"]["value"] * 3.6e6 == pytest.approx(
-        found["arms"]["lora"]["train_energy_j"]["value"]
+        found.arms["lora"].train_energy_j.value
     )
     entry = exports.bibtex(found)
     assert entry.startswith("@misc{greenvis-fashion-lora,")
     assert "year = {2025}" in entry
     assert (
-        exports.bibtex({**found, "name": "100% $x_1$ \\a{b}"}).count(
+        exports.bibtex(found.model_copy(update={"name": "100% $x_1$ \\a{b}"})).count(
             r"100\% \$x\_1\$ \textbackslash{}a\{b\}"
         )
         == 1
     )
 
 
-def test_all_files_are_written_and_named(found: dict[str, Any]) -> None:
+def test_all_files_are_written_and_named(found: Results) -> None:
     files = exports.files(found)
     assert set(files) == set(exports.NAMES)
     for name, text in files.items():

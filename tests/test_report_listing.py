@@ -328,7 +328,7 @@ def test_four_hundred_runs_are_all_there(tmp_path: Path) -> None:
     """How long ten thousand take is `greenvis bench listing`."""
     synthetic.many(tmp_path / "runs", 100, 4)
     assert len(ls(tmp_path / "runs")) == 400
-    found = results(tmp_path / "runs")
+    found = results(tmp_path / "runs").as_json()
     assert len(found["order"]) == 100
 
 

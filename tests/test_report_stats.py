@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import t, ttest_rel
 
 from greenvis.report import formatting, stats
+from greenvis.report.estimates import Difference, Ratio, Summary
 
 numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
 
@@ -23,10 +24,10 @@ def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(
     assert d is not None
     diffs = [x - y for x, y in pairs]
     if max(diffs) - min(diffs) < 1e-6:
-        assert d["low"] == pytest.approx(d["high"], abs=1e-5)
+        assert d.low == pytest.approx(d.high, abs=1e-5)
         return
     low, high = ttest_rel(a, b).confidence_interval(1 - 0.05 / arms)
-    assert (d["low"], d["high"]) == (
+    assert (d.low, d.high) == (
         pytest.approx(low, rel=1e-6, abs=1e-6),
         pytest.approx(high, rel=1e-6, abs=1e-6),
     )
@@ -36,7 +37,7 @@ def test_one_pair_has_no_interval_and_the_same_difference_a_point() -> None:
     assert stats.interval([1.0]) == (None, None)
     assert stats.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
     assert stats.difference({0: 1.0}, {1: 1.0}) is None
-    assert stats.summary({}) == {"mean": None, "std": None, "n": 0}
+    assert stats.summary({}) == Summary(mean=None, std=None, n=0)
 
 
 def test_a_ratio_is_its_inverse_turned_round() -> None:
@@ -44,10 +45,10 @@ def test_a_ratio_is_its_inverse_turned_round() -> None:
     forth, back = stats.ratio(a, b), stats.ratio(b, a)
     assert forth is not None
     assert back is not None
-    assert forth["ratio"] == pytest.approx(1 / back["ratio"])
-    assert forth["low"] == pytest.approx(1 / back["high"])
+    assert forth.ratio == pytest.approx(1 / back.ratio)
+    assert forth.low == pytest.approx(1 / (back.high or 0))
     unpaired = stats.ratio({7: 2.0}, {8: 4.0})
-    assert unpaired == {"ratio": 0.5, "low": None, "high": None, "n": 0}
+    assert unpaired == Ratio(ratio=0.5, low=None, high=None, n=0)
     assert stats.ratio({0: 1.0}, {0: 0.0}) is None
     assert stats.ratio({}, {0: 1.0}) is None
 
@@ -60,8 +61,9 @@ def test_a_ratios_interval_is_that_of_its_logarithm() -> None:
     )
     assert r is not None
     assert d is not None
-    assert [math.log(r[k]) for k in ("ratio", "low", "high")] == pytest.approx(
-        [d[k] for k in ("mean", "low", "high")]
+    assert None not in (r.low, r.high)
+    assert [math.log(x or 0) for x in (r.ratio, r.low, r.high)] == pytest.approx(
+        [d.mean, d.low, d.high]
     )
 
 
@@ -74,32 +76,28 @@ def test_a_ratios_interval_is_that_of_its_logarithm() -> None:
 def test_the_whole_interval_decides_against_the_margin(
     mean: float, half: float, verdict: str
 ) -> None:
-    d = {"mean": mean, "low": mean - half, "high": mean + half, "n": 3}
-    assert stats.decide(d, 0.005)["verdict"] == verdict
-    turned = {"mean": -mean, "low": -mean - half, "high": -mean + half, "n": 3}
-    assert stats.decide(turned, 0.005, lower_is_better=True)["verdict"] == verdict
+    d = Difference(mean=mean, low=mean - half, high=mean + half, n=3)
+    assert stats.decide(d, 0.005)[0] == verdict
+    turned = Difference(mean=-mean, low=-mean - half, high=-mean + half, n=3)
+    assert stats.decide(turned, 0.005, lower_is_better=True)[0] == verdict
 
 
 def test_as_many_more_seeds_as_said_decide_it_and_one_fewer_do_not() -> None:
     seeds = [0.010, -0.002, 0.001]  # mean 0.3 points, scatter 0.6
-    d = stats.difference(dict(enumerate(seeds)), dict.fromkeys(range(3), 0.0), 4)
+    d = stats.difference(dict(enumerate(seeds)), dict.fromkeys(range(3), 0.0), 4, 0.005)
     assert d is not None
-    said = stats.decide(d, 0.005, 4)
-    assert said["verdict"] == "not yet decided"
-    std, room = stats.summary(dict(enumerate(seeds)))["std"], d["mean"] + 0.005
+    assert d.verdict == "not yet decided"
+    assert d.more_seeds
+    std, room = stats.summary(dict(enumerate(seeds))).std or 0.0, d.mean + 0.005
     halves = {
         n: t.ppf(1 - 0.05 / 8, n - 1) * std / math.sqrt(n)
-        for n in (2 + said["more_seeds"], 3 + said["more_seeds"])
+        for n in (2 + d.more_seeds, 3 + d.more_seeds)
     }
     assert [half < room for half in halves.values()] == [False, True]
-    assert (
-        stats.decide({"mean": -0.005, "low": -0.01, "high": 0.0, "n": 3}, 0.005)["more_seeds"]
-        is None
-    )  # no number would
-    assert (
-        stats.decide({"mean": 0.1, "low": None, "high": None, "n": 1}, 0.005)["verdict"]
-        == "not yet decided"
-    )
+    at_margin = Difference(mean=-0.005, low=-0.01, high=0.0, n=3)
+    assert stats.decide(at_margin, 0.005)[1] is None  # no number would
+    alone = Difference(mean=0.1, low=None, high=None, n=1)
+    assert stats.decide(alone, 0.005)[0] == "not yet decided"
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
@@ -120,7 +118,8 @@ def test_pareto_front_is_what_nothing_beats() -> None:
      (-100.0, -2.0, "ahead until", 50.0), (0.0, 1.0, "at once", 0.0)],
 )  # fmt: skip
 def test_payback(extra: float, saved: float, verdict: str, images: float | None) -> None:
-    assert stats.payback(extra, saved) == {"verdict": verdict, "images": images}
+    p = stats.payback(extra, saved)
+    assert (p.verdict, p.images) == (verdict, images)
 
 
 def test_energy_to_a_target_must_stay_reached() -> None:
@@ -141,49 +140,57 @@ def test_units(value: float | None, unit: str, text: str) -> None:
 
 def test_ratios_in_words() -> None:
     assert (
-        formatting.times({"ratio": 0.476, "low": 0.43, "high": 0.526}, "energy")
+        formatting.times(Ratio(ratio=0.476, low=0.43, high=0.526, n=3), "energy")
         == "2.1 times less energy (1.9–2.3)"
     )
     assert (
-        formatting.times({"ratio": 3.0, "low": None, "high": None}) == "–"
+        formatting.times(Ratio(ratio=3.0, low=None, high=None, n=3)) == "–"
     )  # one seed gives no ratio
     assert (
-        formatting.times({"ratio": 1.12, "low": 1.09, "high": 1.14}, "energy")
+        formatting.times(Ratio(ratio=1.12, low=1.09, high=1.14, n=3), "energy")
         == "12 % more energy (9.0–14)"
     )
-    assert formatting.times({"ratio": 0.8, "low": 0.7, "high": 0.9}) == "20 % less (10–30)"
+    assert formatting.times(Ratio(ratio=0.8, low=0.7, high=0.9, n=3)) == "20 % less (10–30)"
     assert (
-        formatting.times({"ratio": 0.95, "low": 0.9, "high": 1.02}, "energy")
+        formatting.times(Ratio(ratio=0.95, low=0.9, high=1.02, n=3), "energy")
         == "no difference shown in energy (×0.950, 0.900–1.02)"
     )
     assert (
-        formatting.times({"ratio": 0.2, "low": 1e-9, "high": 0.9})
+        formatting.times(Ratio(ratio=0.2, low=1e-9, high=0.9, n=3))
         == "5.0 times less (1.1–over 100)"
     )
-    assert formatting.times({"ratio": 1.0, "low": 1.0, "high": 1.0}) == "the same"
+    assert formatting.times(Ratio(ratio=1.0, low=1.0, high=1.0, n=3)) == "the same"
     assert formatting.times(None) == "–"
 
 
 @pytest.mark.parametrize("low", [-0.02, -0.001, 0.001])
 @pytest.mark.parametrize("high", [-0.0005, 0.0, 0.03])
 def test_what_is_shown_is_what_the_interval_leaves_out(low: float, high: float) -> None:
-    d = {"low": low, "high": high, "n": 3}
+    d = Difference(mean=0.0, low=low, high=high, n=3)
     assert formatting.shown(d) == (not low <= 0 <= high)
-    r = {"ratio": 1.0, "low": 1 + low, "high": 1 + high, "n": 3}
+    r = Ratio(ratio=1.0, low=1 + low, high=1 + high, n=3)
     assert formatting.shown(r) == (not low <= 0 <= high)
-    assert not formatting.shown({**d, "low": None})
+    assert not formatting.shown(d.model_copy(update={"low": None}))
 
 
 def test_what_is_decided_in_words() -> None:
-    d = {"low": -0.01, "high": 0.01, "n": 3, "verdict": "not yet decided", "more_seeds": 9}
+    d = Difference(mean=0.0, low=-0.01, high=0.01, n=3, verdict="not yet decided", more_seeds=9)
     assert (
         formatting.decided(d, "0.5 points")
         == "not yet decided at 0.5 points, about 9 more seeds would tell"
     )
-    assert "more seeds than could be run" in formatting.decided({**d, "more_seeds": None})
-    assert formatting.decided({**d, "verdict": "keeps"}, "1 point") == "kept within 1 point"
-    assert formatting.decided({**d, "verdict": "loses"}, "1 point") == "loses more than 1 point"
-    assert formatting.decided({**d, "n": 1}) == "one seed: not decided"
+    assert "more seeds than could be run" in formatting.decided(
+        d.model_copy(update={"more_seeds": None})
+    )
+    assert (
+        formatting.decided(d.model_copy(update={"verdict": "keeps"}), "1 point")
+        == "kept within 1 point"
+    )
+    assert (
+        formatting.decided(d.model_copy(update={"verdict": "loses"}), "1 point")
+        == "loses more than 1 point"
+    )
+    assert formatting.decided(d.model_copy(update={"n": 1})) == "one seed: not decided"
     assert "no seed in common" in formatting.decided(None)
 
 

@@ -82,15 +82,15 @@ def exits(found: dict[str, Any]) -> float:
 def test_what_costs_three_times_as_much_reads_three_times_as_much(
     finished: Path, tmp_path: Path, recipe: str, of: Callable[[dict[str, Any]], float]
 ) -> None:
-    before = of(results([finished / "runs" / recipe]))
-    after = of(results([again(finished, tmp_path / "runs", 3.0) / recipe]))
+    before = of(results([finished / "runs" / recipe]).as_json())
+    after = of(results([again(finished, tmp_path / "runs", 3.0) / recipe]).as_json())
     assert before > 0
     assert after == pytest.approx(3 * before)
 
 
 def test_ratios_of_settings_and_their_spread_stay(finished: Path, tmp_path: Path) -> None:
     both = [
-        results([folder / "line"])
+        results([folder / "line"]).as_json()
         for folder in (finished / "runs", again(finished, tmp_path / "runs", 3.0))
     ]
     one, other = (
@@ -133,7 +133,7 @@ def test_old_lines_with_joules_read_as_they_did(tmp_path: Path) -> None:
     with gv.track("t", dir=tmp_path) as run:
         run.uses("base", "old", ["r"], pricing.Reading("energy_j", 5.0, 4.0, 6.0))
         run.fact(accuracy=0.5, inference_energy_j={"value": 2.0, "spread": 0.1})
-    arm = results([run.path])["arms"]["t"]
+    arm = results([run.path]).as_json()["arms"]["t"]
     assert arm["uses"][0]["energy_j"] == {
         "value": 5.0,
         "low": 4.0,
@@ -175,6 +175,6 @@ def test_observations_of_other_hands_are_unknown_and_no_crash(
     with gv.track("t", dir=tmp_path) as run:
         run.fact(accuracy=0.5, **facts)
         run.uses("base", "b", ["r"], observed=[])
-    found = results([run.path])["arms"]["t"]
+    found = results([run.path]).as_json()["arms"]["t"]
     assert found["inference_energy_j"]["value"] is None
     assert found["uses"][0]["energy_j"]["value"] is None

@@ -34,7 +34,9 @@ def answer(as_json: bool, data: Any, show: Callable[[], None]) -> None:
 
 def reported(as_json: bool, page: Path) -> None:
     """Print the results of a report that was just written; for people as a table."""
-    results = files.read_json(page.parent / "results.json", "results", 256 * 2**20)
+    from greenvis.report import stored
+
+    results = stored.read(page.parent / stored.NAME)
 
     def show() -> None:
         from rich.text import Text
@@ -44,7 +46,7 @@ def reported(as_json: bool, page: Path) -> None:
         console().print(table(results))
         console().print(Text.assemble("report: ", (one_line(page), "bold")), soft_wrap=True)
 
-    answer(as_json, {"report": str(page), "results": results}, show)
+    answer(as_json, {"report": str(page), "results": results.as_json()}, show)
 
 
 def left_by(text: str, runs: str) -> str:

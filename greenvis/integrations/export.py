@@ -93,7 +93,7 @@ def _card(folder: Path) -> tuple[str, dict[str, Any]]:
     if not done:
         raise BadInput(f"{folder} holds no record of how its model was made")
     comparison = results([folder])
-    return exports.model_card(comparison, comparison["order"][0]), done[-1].facts
+    return exports.model_card(comparison, comparison.order[0]), done[-1].facts
 
 
 def _shape(facts: dict[str, Any]) -> tuple[int, int, int]:

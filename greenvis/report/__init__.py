@@ -8,10 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.meters.grid import constant, lookup
+
+if TYPE_CHECKING:
+    from greenvis.report.shape import Results
 
 SERVED = 1_000_000  # images: the usage at which making and using a model are added up, unless told
 
@@ -57,16 +60,15 @@ def report(
         content = results(
             paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
         )
-        content["title"], content["note"] = title or content["title"], note or content["note"]
+        words = {"title": title or content.title, "note": note or content.note}
+        content = content.model_copy(update=words)
         from greenvis.report import archive, page, stored
 
         results_file = stored.file(paths)
         beside = results_file and results_file.parent / archive.NAME
         with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
             packed = archive.pack(each)
-        folder = (
-            results_file.parent if results_file else Path("reports") / _file_name(content["name"])
-        )
+        folder = results_file.parent if results_file else Path("reports") / _file_name(content.name)
         try:
             with stored.believed(results_file):
                 return page.write(content, folder if out is None else Path(out), packed)
@@ -81,8 +83,8 @@ def results(
     grid: float | str | Mapping[str, Any] | None = None,
     served: float | None = None,
     margin: float | None = None,
-) -> dict[str, Any]:
-    """Return what `report` writes to results.json, writing nothing.
+) -> Results:
+    """Return what a report says, writing nothing.
 
     Args:
         paths: as in `report`.
@@ -92,10 +94,15 @@ def results(
         served: as in `report`.
         margin: as in `report`.
 
+    Returns:
+        The results; `results.as_json()` is the content of results.json.
+
     Raises:
         BadInput: where there is nothing to report.
     """
-    from greenvis.report import archive, build, groups, stored
+    from pydantic import ValidationError
+
+    from greenvis.report import archive, build, groups, shape, stored
 
     for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
         if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
@@ -117,13 +124,18 @@ def results(
             )
     with archive.unpacked(_listed(paths)) as each:
         runs, notes = groups.load(each, metric)
-    options: dict[str, Any] = {
-        "baseline": baseline,
-        "metric": metric,
-        "grid": _intensity(grid),
-        "margin": margin,
-    }
-    return build.results(runs, notes, served=round(SERVED if served is None else served), **options)
+    try:
+        return build.results(
+            runs,
+            notes,
+            baseline=baseline,
+            metric=metric,
+            grid=_intensity(grid),
+            served=round(SERVED if served is None else served),
+            margin=margin,
+        )
+    except ValidationError as error:  # records of other hands
+        raise BadInput(f"these records make no report: {shape.problems(error)}") from error
 
 
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:
@@ -143,11 +155,11 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def table(results: Mapping[str, Any]) -> Any:
+def table(results: Results) -> Any:
     """Return results as a rich table for a terminal: one row per arm.
 
     Args:
-        results: of `results`, or read from a results.json.
+        results: of `results`.
     """
     from greenvis.report import terminal
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-Row = dict[str, Any]
+from greenvis.report.arm_results import ArmResults
 
 
 @dataclass(frozen=True)
@@ -16,8 +15,8 @@ class Column:
 
     key: str
     title: str
-    number: Callable[[Row], float | None]
-    text: Callable[[Row], str]
-    sub: Callable[[Row], str] = lambda row: ""
-    badge: Callable[[Row], str | None] = lambda row: None
-    shown: Callable[[Row], bool] = lambda row: False
+    number: Callable[[ArmResults], float | None]
+    text: Callable[[ArmResults], str]
+    sub: Callable[[ArmResults], str] = lambda row: ""
+    badge: Callable[[ArmResults], str | None] = lambda row: None
+    shown: Callable[[ArmResults], bool] = lambda row: False

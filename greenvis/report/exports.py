@@ -14,9 +14,12 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.meters.pricing import JOULES_PER_KWH
-from greenvis.report import figures, formatting, reuse, verdict
+from greenvis.report import figures, formatting, verdict
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.estimates import Estimate
 from greenvis.report.markup import md
 from greenvis.report.results_file import to_json
+from greenvis.report.shape import Results
 
 NAMES = {
     "model-card.md": "Hub model card",
@@ -27,7 +30,7 @@ NAMES = {
 }
 
 
-def files(results: dict[str, Any]) -> dict[str, str]:
+def files(results: Results) -> dict[str, str]:
     """Return the exports by file name; the model card is that of the arm in the verdict."""
     return {
         "model-card.md": model_card(results, verdict.headline(results)),
@@ -38,7 +41,7 @@ def files(results: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def model_card(results: dict[str, Any], arm: str) -> str:
+def model_card(results: Results, arm: str) -> str:
     """Return a model card (Markdown with metadata on top) for one arm, as the Hugging Face Hub
     reads it.
 
@@ -47,66 +50,64 @@ def model_card(results: dict[str, Any], arm: str) -> str:
     """
     row = _row(results, arm)
     meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
-    grams = row["carbon_g"]
-    if grams["value"] is not None:
+    grams = row.carbon_g
+    if grams.value is not None:
         how = (
-            f"greenvis, {row['train_energy_j']['provenance']}: {row['train_energy_j']['method']}; "
-            f"{grams['method']}"
+            f"greenvis, {row.train_energy_j.provenance}: {row.train_energy_j.method}; "
+            f"{grams.method}"
         )
-        how += "; the grid is assumed" if row["assumed_grid"] else ""
+        how += "; the grid is assumed" if row.assumed_grid else ""
         meta["co2_eq_emissions"] = {
-            "emissions": grams["value"],
+            "emissions": grams.value,
             "source": how,
             **_training_type(results, row),
-            "geographical_location": ", ".join(row["zones"]) or "unknown",
+            "geographical_location": ", ".join(row.zones) or "unknown",
             "hardware_used": ", ".join(_hardware(results)) or "unknown",
         }
-    metric = results["metric"]
-    data = next((d for d in results["data"] if isinstance(d, dict)), {})
-    if row[metric]["mean"] is not None and data.get("name"):
+    metric = results.metric
+    data = next((d for d in results.data if isinstance(d, dict)), {})
+    if row.gain.mean is not None and data.get("name"):
         result = {
             "task": {"type": "image-classification"},
             "dataset": {"name": str(data["name"]), "type": str(data["name"])},
             "metrics": [
                 {
                     "type": metric,
-                    "value": row[metric]["mean"],
-                    "name": f"{metric}, mean of {row[metric]['n']} seed(s)",
+                    "value": row.gain.mean,
+                    "name": f"{metric}, mean of {row.gain.n} seed(s)",
                 }
             ],
         }
-        meta["model-index"] = [{"name": f"{results['name']}/{arm}", "results": [result]}]
+        meta["model-index"] = [{"name": f"{results.name}/{arm}", "results": [result]}]
     # JSON is YAML
     front = "\n".join(f"{k}: {json.dumps(_clean(v), ensure_ascii=True)}" for k, v in meta.items())
-    energy, n = row["train_energy_j"], len(row["seeds"])
+    energy, n = row.train_energy_j, len(row.seeds)
     joules, band = (
-        formatting.si(energy["value"], "J"),
-        f"{formatting.si(energy['low'], 'J')} to {formatting.si(energy['high'], 'J')}",
+        formatting.si(energy.value, "J"),
+        f"{formatting.si(energy.low, 'J')} to {formatting.si(energy.high, 'J')}",
     )
-    carbon = f"Carbon: {formatting.si(grams['value'], 'g')} CO₂e."
+    carbon = f"Carbon: {formatting.si(grams.value, 'g')} CO₂e."
     body = [
-        f"# {md(results['name'])}: {md(arm)}",
+        f"# {md(results.name)}: {md(arm)}",
         md(verdict.sentence(results, arm)),
         md(
-            f"Own training energy: {joules} ({band}, {energy['provenance'] or 'unknown'}). "
+            f"Own training energy: {joules} ({band}, {energy.provenance or 'unknown'}). "
             f"{carbon} Mean of {n} seed(s)."
         ),
-        *([md(_line(row))] if row["uses"] else []),
+        *([md(_line(row))] if row.uses else []),
     ]
     return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
 
 
-def spdx(results: dict[str, Any]) -> dict[str, Any]:
+def spdx(results: Results) -> dict[str, Any]:
     """Return an SPDX 3.0.1 document (JSON-LD) with one AI package for each finished arm and its
     energy in kWh."""
     key = hashlib.sha256(to_json(results).encode()).hexdigest()[:32]
     base = f"urn:spdx:greenvis:{key}"
     info, agent, document = "_:creationinfo", f"{base}:agent", f"{base}:document"
-    arms = [
-        a for a in results["order"] if results["arms"][a]["train_energy_j"]["value"] is not None
-    ]
+    arms = [a for a in results.order if results.arms[a].train_energy_j.value is not None]
     packages = [_package(results, a, f"{base}:arm{i}", info) for i, a in enumerate(arms)]
-    created = datetime.datetime.fromtimestamp(results["newest_run_s"], datetime.UTC).strftime(
+    created = datetime.datetime.fromtimestamp(results.newest_run_s, datetime.UTC).strftime(
         "%Y-%m-%dT%H:%M:%SZ"
     )
     graph = [
@@ -123,7 +124,7 @@ def spdx(results: dict[str, Any]) -> dict[str, Any]:
             "type": "SpdxDocument",
             "spdxId": document,
             "creationInfo": info,
-            "name": figures.clean(results["name"]),
+            "name": figures.clean(results.name),
             "profileConformance": ["core", "software", "ai"],
             "rootElement": [p["spdxId"] for p in packages] or [agent],
         },
@@ -131,34 +132,34 @@ def spdx(results: dict[str, Any]) -> dict[str, Any]:
     return {"@context": "https://spdx.org/rdf/3.0.1/spdx-context.jsonld", "@graph": graph}
 
 
-def _package(results: dict[str, Any], arm: str, spdx_id: str, info: str) -> dict[str, Any]:
-    row = results["arms"][arm]
+def _package(results: Results, arm: str, spdx_id: str, info: str) -> dict[str, Any]:
+    row = results.arms[arm]
     kind = "ai_finetuningEnergyConsumption" if _tuned(row) else "ai_trainingEnergyConsumption"
     consumption: dict[str, Any] = {
         "type": "ai_EnergyConsumption",
-        kind: [_kwh(row["train_energy_j"]["value"])],
+        kind: [_kwh(row.train_energy_j.value)],
     }
-    if row["inference_energy_j"]["value"] is not None:
-        consumption["ai_inferenceEnergyConsumption"] = [_kwh(row["inference_energy_j"]["value"])]
-    reading = row["train_energy_j"]
-    band = f"{_plain(reading['low'])} to {_plain(reading['high'])}"
+    if row.inference_energy_j.value is not None:
+        consumption["ai_inferenceEnergyConsumption"] = [_kwh(row.inference_energy_j.value)]
+    reading = row.train_energy_j
+    band = f"{_plain(reading.low)} to {_plain(reading.high)}"
     out = {
         "type": "ai_AIPackage",
         "spdxId": spdx_id,
         "creationInfo": info,
-        "name": figures.clean(f"{results['name']}/{arm}"),
+        "name": figures.clean(f"{results.name}/{arm}"),
         "ai_energyConsumption": consumption,
-        "comment": f"Energy is {reading['provenance']} ({reading['method']}), {band} kWh, the mean "
-        f"of {reading['n']} seed(s). "
+        "comment": f"Energy is {reading.provenance} ({reading.method}), {band} kWh, the mean "
+        f"of {reading.n} seed(s). "
         "Inference energy is for one image.",
     }
-    metric, mean = results["metric"], row[results["metric"]]["mean"]
+    metric, mean = results.metric, row.gain.mean
     if mean is not None:
         out["ai_metric"] = [{"type": "DictionaryEntry", "key": metric, "value": f"{mean:.6g}"}]
     return out
 
 
-def _kwh(joules: float) -> dict[str, str]:
+def _kwh(joules: float | None) -> dict[str, str]:
     return {
         "type": "ai_EnergyConsumptionDescription",
         "ai_energyQuantity": _plain(joules),
@@ -166,12 +167,12 @@ def _kwh(joules: float) -> dict[str, str]:
     }
 
 
-def _plain(joules: float) -> str:
+def _plain(joules: float | None) -> str:
     """Return joules as kWh in plain decimal digits: xsd:decimal knows no exponent."""
-    return f"{joules / JOULES_PER_KWH:.15f}".rstrip("0").rstrip(".") or "0"
+    return f"{(joules or 0.0) / JOULES_PER_KWH:.15f}".rstrip("0").rstrip(".") or "0"
 
 
-def sci(results: dict[str, Any]) -> dict[str, Any]:
+def sci(results: Results) -> dict[str, Any]:
     """Return the Software Carbon Intensity of one inference by arm: ((E × I) + M) / R, the terms
     apart."""
     return {
@@ -180,59 +181,53 @@ def sci(results: dict[str, Any]) -> dict[str, Any]:
         "functional_unit": "one image",
         "arms": {
             a: {
-                "e_kwh": s["e_kwh"],
-                "i_g_per_kwh": s["i_g_per_kwh"],
-                "m_g": s["m_g"],
-                "sci_g_per_image": s["g_per_image"],
-                "note": "no embodied carbon was given: M is not counted"
-                if s["m_g"] is None
-                else "",
+                "e_kwh": s.e_kwh,
+                "i_g_per_kwh": s.i_g_per_kwh,
+                "m_g": s.m_g,
+                "sci_g_per_image": s.g_per_image,
+                "note": "no embodied carbon was given: M is not counted" if s.m_g is None else "",
             }
-            for a, s in ((a, results["arms"][a]["sci"]) for a in results["order"])
+            for a, s in ((a, results.arms[a].sci) for a in results.order)
         },
     }
 
 
-def annex_xi(results: dict[str, Any]) -> dict[str, Any]:
+def annex_xi(results: Results) -> dict[str, Any]:
     """Return, arm by arm, the figures that items 2(d) and 2(e) of the EU AI Act's Annex XI ask for.
     A format, no compliance."""
     return {
         "format": "Regulation (EU) 2024/1689, Annex XI, section 1, items 2(d) and 2(e)",
         "arms": {
             a: {
-                "2d_training_flops": row["train_flops"],
-                "2d_training_time_s": row["wall_s"],
+                "2d_training_flops": row.train_flops,
+                "2d_training_time_s": row.wall_s,
                 "2d_hardware": _hardware(results),
-                "2d_seeds": row["seeds"],
-                "2e_energy_kwh": _per_kwh(row["train_energy_j"]),
-                "2e_known_or_estimated": row["train_energy_j"]["provenance"],
-                "2e_method": row["train_energy_j"].get("method"),
-                "2e_base_energy_kwh": _per_kwh(row["base_reuse"]["whole_j"])
-                if row["base_reuse"]
-                else None,
-                "2e_not_counted": reuse.unknown(row),
+                "2d_seeds": row.seeds,
+                "2e_energy_kwh": _per_kwh(row.train_energy_j),
+                "2e_known_or_estimated": row.train_energy_j.provenance,
+                "2e_method": row.train_energy_j.method,
+                "2e_base_energy_kwh": _per_kwh(row.base_reuse.whole_j) if row.base_reuse else None,
+                "2e_not_counted": row.unknown,
             }
-            for a, row in ((a, results["arms"][a]) for a in results["order"])
+            for a, row in ((a, results.arms[a]) for a in results.order)
         },
     }
 
 
-def _per_kwh(reading: dict[str, Any]) -> dict[str, float | None]:
-    return {
-        k: None if reading.get(k) is None else reading[k] / JOULES_PER_KWH
-        for k in ("value", "low", "high")
-    }
+def _per_kwh(reading: Estimate) -> dict[str, float | None]:
+    bounds = {"value": reading.value, "low": reading.low, "high": reading.high}
+    return {k: None if j is None else j / JOULES_PER_KWH for k, j in bounds.items()}
 
 
-def bibtex(results: dict[str, Any]) -> str:
+def bibtex(results: Results) -> str:
     """Return a BibTeX entry for the report."""
-    year = datetime.datetime.fromtimestamp(results["newest_run_s"], datetime.UTC).year
-    key = re.sub(r"[^A-Za-z0-9]+", "-", results["name"]).strip("-")[:40] or "report"
-    total = results["totals"]["energy_j"]["value"]
+    year = datetime.datetime.fromtimestamp(results.newest_run_s, datetime.UTC).year
+    key = re.sub(r"[^A-Za-z0-9]+", "-", results.name).strip("-")[:40] or "report"
+    total = results.totals.energy_j.value
     spent = f"{formatting.si(total, 'J')} in all" if total is not None else "energy unknown"
     return (
-        f"@misc{{greenvis-{key},\n  title = {{{_tex(results['name'])}: energy and accuracy of "
-        f"{len(results['order'])} arms}},\n"
+        f"@misc{{greenvis-{key},\n  title = {{{_tex(results.name)}: energy and accuracy of "
+        f"{len(results.order)} arms}},\n"
         f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = "
         f"{{{_tex(spent)}}},\n}}\n"
     )
@@ -248,45 +243,43 @@ def _tex(text: str) -> str:
     return "".join(special.get(c, c) for c in figures.clean(text))
 
 
-def _line(row: dict[str, Any]) -> str:
+def _line(row: ArmResults) -> str:
     """Return what the whole line of a model took, and what of it nobody knows."""
-    line = formatting.si(row["train_energy_with_reuse_j"]["value"], "J")
-    names = ", ".join(dict.fromkeys(f"{u['role']} {u['name']}" for u in row["uses"]))
+    line = formatting.si(row.train_energy_with_reuse_j.value, "J")
+    names = ", ".join(dict.fromkeys(f"{u.role} {u.name}" for u in row.uses))
     return f"With all it builds on ({names}): {line}.{verdict.not_counted(row)}"
 
 
-def _tuned(row: dict[str, Any]) -> bool:
+def _tuned(row: ArmResults) -> bool:
     """Whether the arm starts from a trained base, or trains a part of a model only."""
-    learned, total = row["trainable_params"], row["params"]
-    return any(u["role"] == "base" for u in row["uses"]) or (
+    learned, total = row.trainable_params, row.params
+    return any(u.role == "base" for u in row.uses) or (
         learned is not None and total is not None and learned < total
     )
 
 
-def _training_type(results: dict[str, Any], row: dict[str, Any]) -> dict[str, str]:
+def _training_type(results: Results, row: ArmResults) -> dict[str, str]:
     """Return the Hub's word for how the arm was trained; none where the records do not say what it
     began with."""
     if _tuned(row):
         return {"training_type": "fine-tuning"}
-    return {"training_type": "pre-training"} if results["models"] else {}
+    return {"training_type": "pre-training"} if results.models else {}
 
 
-def _hardware(results: dict[str, Any]) -> list[str]:
-    out = []
-    for key in ("cpu", "gpu"):
-        for value in results["environment"][key]:
-            out.append(
-                str(value.get("name") or value.get("model") or value)
-                if isinstance(value, dict)
-                else str(value)
-            )
-    return out
+def _hardware(results: Results) -> list[str]:
+    env = results.environment
+    return [
+        str(
+            (value.get("name") or value.get("model") or value) if isinstance(value, dict) else value
+        )
+        for value in (*env.cpu, *env.gpu)
+    ]
 
 
-def _row(results: dict[str, Any], arm: str) -> dict[str, Any]:
-    if arm not in results["arms"]:
-        raise BadInput(f"no arm '{arm}' in this report{nearest(arm, results['arms'])}")
-    return results["arms"][arm]
+def _row(results: Results, arm: str) -> ArmResults:
+    if arm not in results.arms:
+        raise BadInput(f"no arm '{arm}' in this report{nearest(arm, results.arms)}")
+    return results.arms[arm]
 
 
 def _clean(value: Any) -> Any:

@@ -4,87 +4,86 @@ difference."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from typing import Any
 
 from greenvis.report import formatting, stats
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.estimates import Ratio
+from greenvis.report.shape import Floor, Floors, Results
 
 # quantities to which each floor belongs
 TRAINING = ("train_energy", "total_energy", "train_energy_with_reuse")
 SERVING = ("inference_energy",)
-_BRIEF = (("training", "training"), ("image", "serving"))
 
 
-def floors(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return {"training", "serving"}: {"ratio": how many times apart, at most, "arms": those
-    compared}, or None.
+def floors(results: Results) -> Floors:
+    """Return how many times apart, at most, arms of equal work are, and which arms these are.
 
     Training: arms of the same inputs (data, model, settings), whatever they are called; results of
     before there were inputs do not say. Serving: arms whose finished networks are the same: of one
     model, with as many MACs and parameters.
     """
-    rows = {a: r for a, r in results["arms"].items() if r["seeds"]}
-    return {
-        "training": _apart(rows, lambda r: r.get("inputs"), "train_energy_j"),
-        "serving": _apart(rows, _network, "inference_energy_j"),
-    }
+    rows = {a: r for a, r in results.arms.items() if r.seeds}
+    return Floors(
+        training=_apart(rows, lambda r: r.inputs, lambda r: r.train_energy_j.seeds),
+        serving=_apart(rows, _network, lambda r: r.inference_energy_j.seeds),
+    )
 
 
-def _network(row: Mapping[str, Any]) -> Any:
+def _network(row: ArmResults) -> Any:
     """Return what is the same in two arms whose finished networks are; None where nothing says."""
-    if "network" in row:
-        return row["network"]
-    counts = [row["macs"], row["params"]]  # all that older results hold
+    if "network" in row.model_fields_set:
+        return row.network
+    counts = [row.macs, row.params]  # all that older results hold
     return counts if all(counts) else None
 
 
-def _apart(rows: Mapping[str, Any], work: Any, reading: str) -> dict[str, Any] | None:
+def _apart(
+    rows: Mapping[str, ArmResults],
+    work: Callable[[ArmResults], Any],
+    joules: Callable[[ArmResults], stats.Seeds],
+) -> Floor | None:
     pairs = [
-        (math.exp(abs(math.log(r["ratio"]))), a, b)
+        (math.exp(abs(math.log(r.ratio))), a, b)
         for a, b in combinations(rows, 2)
-        if work(rows[a]) is not None and work(rows[a]) == work(rows[b])
-        and (r := stats.ratio(rows[a][reading].get("by_seed") or {},
-        rows[b][reading].get("by_seed") or {})) and r["ratio"] > 0
-    ]  # fmt: skip
+        if work(rows[a]) is not None
+        and work(rows[a]) == work(rows[b])
+        and (r := stats.ratio(joules(rows[a]), joules(rows[b])))
+        and r.ratio > 0
+    ]
     if not pairs:
         return None
-    return {
-        "ratio": max(ratio for ratio, *_ in pairs),
-        "arms": [a for a in rows if any(a in pair for pair in pairs)],
-    }
+    return Floor(
+        ratio=max(ratio for ratio, *_ in pairs),
+        arms=[a for a in rows if any(a in pair for pair in pairs)],
+    )
 
 
-def widened(vs: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+def widened(ratios: Mapping[str, Ratio | None], floors: Floors) -> dict[str, Ratio | None]:
     """Return ratios to the baseline with the floor in their intervals."""
-    out = dict(vs)
-    for kind, quantities in (("training", TRAINING), ("serving", SERVING)):
-        floor = results["noise_floor"][kind]
+    out = dict(ratios)
+    for floor, quantities in ((floors.training, TRAINING), (floors.serving, SERVING)):
         for q in quantities if floor else ():
             r = out.get(q)
-            if r and r["low"] is not None:
-                out[q] = {**r, "low": r["low"] / floor["ratio"], "high": r["high"] * floor["ratio"]}
+            if floor and r and r.low is not None and r.high is not None:
+                wide = {"low": r.low / floor.ratio, "high": r.high * floor.ratio}
+                out[q] = r.model_copy(update=wide)
     return out
 
 
-def brief(results: Mapping[str, Any]) -> str:
+def brief(results: Results) -> str:
     """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
-    floor = results.get("noise_floor") or {}
-    parts = [
-        f"{k} ×{formatting.figures(max(f['ratio'], 1.001), 3)}"
-        for k, f in ((w, floor.get(t)) for w, t in _BRIEF)
-        if f
-    ]
+    parts = [f"{kind} {_factor(f)}" for kind, f in _known(results, "training", "image")]
     return ", ".join(parts) or "unknown"
 
 
-def sentence(results: Mapping[str, Any]) -> str:
+def sentence(results: Results) -> str:
     """Say what the floor of the tables is."""
-    kinds = {"training": "training", "serving": "one image"}
-    known = {kind: f for kind in kinds if (f := (results.get("noise_floor") or {}).get(kind))}
     parts = [
-        f"{kinds[k]} ×{formatting.figures(max(f['ratio'], 1.001), 3)} ({', '.join(f['arms'][:6])})"
-        for k, f in known.items()
+        f"{kind} {_factor(f)} ({', '.join(f.arms[:6])})"
+        for kind, f in _known(results, "training", "one image")
     ]
     if not parts:
         return "Noise floor: not known, for no two arms did the same work."
@@ -93,3 +92,13 @@ def sentence(results: Mapping[str, Any]) -> str:
         "in the intervals of energies: "
         "a smaller difference is none."
     )
+
+
+def _known(results: Results, training: str, serving: str) -> list[tuple[str, Floor]]:
+    floors = results.noise_floor or Floors()
+    pairs = ((training, floors.training), (serving, floors.serving))
+    return [(kind, floor) for kind, floor in pairs if floor]
+
+
+def _factor(floor: Floor) -> str:
+    return f"×{formatting.figures(max(floor.ratio, 1.001), 3)}"

@@ -4,8 +4,8 @@ data shows."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+
+from greenvis.report.estimates import Difference, Estimate, Payback, Ratio, Summary
 
 MISSING = "–"
 _PREFIX = (
@@ -47,15 +47,13 @@ def si(value: float | None, unit: str = "", digits: int = 0) -> str:
     return f"{figures(value / scale, digits)} {prefix}{unit}".strip()
 
 
-def reading(r: Mapping[str, Any], unit: str) -> str:
+def reading(r: Estimate, unit: str) -> str:
     """Return a reading's value with the figures its band and its scatter deserve: two, or three
     where both are below 0.5 %."""
-    value = r.get("value")
+    value = r.value
     if not value:
         return si(value, unit)
-    ends = [abs(r[k] - value) for k in ("low", "high") if r.get(k) is not None] + [
-        r.get("std") or 0.0
-    ]
+    ends = [abs(end - value) for end in (r.low, r.high) if end is not None] + [r.std or 0.0]
     return si(value, unit, 3 if max(ends) < 0.005 * abs(value) else 2)
 
 
@@ -117,37 +115,37 @@ def points(metric: str, value: float | None) -> str:
     return ("+" if value > 0 else "−" if value < 0 else "") + figures(abs(value))
 
 
-def interval(metric: str, d: Mapping[str, Any]) -> str:
+def interval(metric: str, d: Difference) -> str:
     """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is
     none."""
-    if d["low"] is None:
+    if d.low is None:
         return ""
-    return " to ".join(points(metric, d[k]).removesuffix(" points") for k in ("low", "high"))
+    return " to ".join(points(metric, end).removesuffix(" points") for end in (d.low, d.high))
 
 
-def spread(metric: str, s: Mapping[str, Any]) -> str:
+def spread(metric: str, s: Summary) -> str:
     """Return "88.9 % ± 0.3" (standard deviation over seeds), or the value alone for one seed."""
-    if s["mean"] is None:
+    if s.mean is None:
         return MISSING
-    if s["std"] is None:
-        return gain(metric, s["mean"])
+    if s.std is None:
+        return gain(metric, s.mean)
     return (
-        f"{gain(metric, s['mean'])} ± {s['std'] * 100:.1f}"
+        f"{gain(metric, s.mean)} ± {s.std * 100:.1f}"
         if share(metric)
-        else f"{figures(s['mean'])} ± {figures(s['std'], 2)}"
+        else f"{figures(s.mean)} ± {figures(s.std, 2)}"
     )
 
 
-def times(r: Mapping[str, Any] | None, what: str = "") -> str:
+def times(r: Ratio | None, what: str = "") -> str:
     """Return a ratio to the baseline in words, with its interval, as far as that interval goes.
 
     "2.1 times less energy (1.9–2.3)", "12 % more energy (9.0–14)"; "no difference shown in energy
     (×0.95, 0.88–1.02)" where the interval reaches 1; MISSING without an interval: one seed tells no
     difference from scatter.
     """
-    if not r or r["low"] is None:
+    if r is None or r.low is None or r.high is None:
         return MISSING
-    ratio, low, high = r["ratio"], r["low"], r["high"]
+    ratio, low, high = r.ratio, r.low, r.high
     if low == high == 1:
         return f"the same {what}".strip()
     if not shown(r):
@@ -174,60 +172,57 @@ def _end(k: float, digits: int = 3) -> str:
     return "over 100" if k > 100 else "under 0.01" if k < 0.01 else figures(k, digits)
 
 
-def decided(d: Mapping[str, Any] | None, margin: str = "") -> str:
+def decided(d: Difference | None, margin: str = "") -> str:
     """Return what the interval of the metric says: "keeps", "loses", or "not yet decided", and how
     many seeds would tell.
 
     margin: how much may be lost, in words, if that is to be said.
     """
-    if not d or not d["n"]:
+    if d is None or not d.n:
         return "no seed in common: not comparable by pairs"
-    if d["n"] == 1:
+    if d.n == 1:
         return "one seed: not decided"
-    if d["verdict"] == "keeps":
+    if d.verdict == "keeps":
         return f"kept within {margin}" if margin else "keeps"
-    if d["verdict"] == "loses":
+    if d.verdict == "loses":
         return f"loses more than {margin}" if margin else "loses"
-    more = d["more_seeds"]
+    more = d.more_seeds
     seeds = "one more seed" if more == 1 else f"{more} more seeds"
     hint = f"about {seeds} would tell" if more else "more seeds than could be run would tell"
     return f"not yet decided{f' at {margin}' if margin else ''}, {hint}"
 
 
-def shown(d: Mapping[str, Any] | None) -> bool:
+def shown(d: Ratio | Difference | None) -> bool:
     """Return whether the interval of a difference lies on one side of 0, or that of a ratio on one
     side of 1."""
-    if not d or d["low"] is None:
+    if d is None or d.low is None or d.high is None:
         return False
-    same = 1 if "ratio" in d else 0
-    return d["low"] > same or d["high"] < same
+    return d.low > d.same or d.high < d.same
 
 
-def factor(r: Mapping[str, Any] | None) -> str:
+def factor(r: Ratio | None) -> str:
     """Return a ratio to the baseline for a table, where all rows must read alike: "×0.48"; MISSING
     for one seed."""
-    if not r or r["low"] is None:
+    if r is None or r.low is None:
         return MISSING
-    return f"×{figures(r['ratio'], 2 if 0.995 <= r['ratio'] < 1.005 else 3)}"
+    return f"×{figures(r.ratio, 2 if 0.995 <= r.ratio < 1.005 else 3)}"
 
 
-def factor_band(r: Mapping[str, Any] | None) -> str:
+def factor_band(r: Ratio | None) -> str:
     """Return the interval of a ratio: "×0.47–0.49"."""
-    return "" if not r or r["low"] is None else f"×{_end(r['low'])}–{_end(r['high'])}"
+    if r is None or r.low is None or r.high is None:
+        return ""
+    return f"×{_end(r.low)}–{_end(r.high)}"
 
 
-def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
+def payback(p: Payback | None, arm: str, base: str) -> str:
     """Return a payback in words."""
     if not p:
         return f"{arm}: unknown, inference energy was not measured."
-    n, band = count(p["images"]), ""
-    if (
-        p["low"] is not None
-        and p["high"] is not None
-        and p["verdict"] in ("pays back", "ahead until")
-    ):
-        band = f" ({count(p['low'])}–{count(p['high'])} over seeds)"
-    unsure = "" if p["seeds_agree"] else " The seeds do not agree."
+    n, band = count(p.images), ""
+    if p.low is not None and p.high is not None and p.verdict in ("pays back", "ahead until"):
+        band = f" ({count(p.low)}–{count(p.high)} over seeds)"
+    unsure = "" if p.seeds_agree else " The seeds do not agree."
     text = {
         "at once": f"{arm} is ahead of {base} from the first image",
         "pays back": f"{arm} pays back after {n} images{band}",
@@ -235,8 +230,8 @@ def payback(p: Mapping[str, Any] | None, arm: str, base: str) -> str:
         "never": f"{arm} never pays back: dearer to make and not cheaper to use than {base}",
         "not shown": f"{arm}: no difference shown in the energy of one image to {base}, so no "
         "payback is stated",
-    }[p["verdict"]]
-    return text + "." + (unsure if p["verdict"] != "not shown" else "")
+    }[p.verdict]
+    return text + "." + (unsure if p.verdict != "not shown" else "")
 
 
 def lamp(joules: float) -> str:

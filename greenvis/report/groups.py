@@ -1,147 +1,24 @@
 """Records to seed runs: ranks merged by host, attempts of one (name, arm, seed, inputs) kept
-together, nothing lost.
-
-A record is boiled down as it is read (totals by stage, the learning curve, facts), so ten thousand
-of them fit in memory.
-"""
+together, nothing lost."""
 
 from __future__ import annotations
 
 import glob
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput
 from greenvis.meters import pricing, record, serving
-from greenvis.meters.record import STARTUP, Reading, Run
-from greenvis.report import cached_outputs, overlap, schema
+from greenvis.meters.record import STARTUP, Reading
+from greenvis.report import overlap, schema
+from greenvis.report.facts import COUNTS, Ancestor, Facts, Setup
+from greenvis.report.parts import Part, by_stage, stage, summarize, summed, training_energy_j
+from greenvis.report.runs import APART, Curve, RunSummary, SeedRun, total
 
-OTHER = "other"  # time in no phase: set-up, loading
-# stages that are not part of making the model: latency and FLOP measurement
-APART = ("measure", "report", STARTUP)
-CURVE_POINTS = 400
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
-
-
-@dataclass(slots=True)
-class Part:
-    """One record (a process, a rank) boiled down. `run.totals[stage][quantity]` are sums over the
-    phases of a stage."""
-
-    id: str
-    rank: int
-    status: str
-    run: Run  # header, facts, what it uses and totals by stage, no logs
-    notes: list[str]
-    curve: list[tuple[float, float]]  # (joules so far in this record, metric)
-    # samples, totals of the phases that timed inference
-    inference: tuple[float, dict[str, float]] | None
-    damaged_lines: int
-    reason: str
-    own: overlap.Totals | None = None  # of its totals what counts once among all runs; None: all
-
-
-@dataclass
-class Attempt:
-    """One start of a run: its ranks merged. `energy[stage][component]` in joules."""
-
-    id: str
-    number: int
-    start_s: float
-    status: str
-    header: dict[str, Any]
-    facts: dict[str, Any]
-    uses: list[dict[str, Any]]
-    notes: list[str]
-    totals: dict[str, dict[str, float]]
-    energy: dict[str, dict[str, Reading]]
-    curve: list[tuple[float, float]]
-    inference_j: Reading | None
-    missing_ranks: list[int]
-    damaged_lines: int
-    reason: str
-    # what starting its process took: imports, checks, first calls; in the total, in no
-    # arm
-    startup_j: Reading
-    # what of its energy counts in a sum of all runs: not what another record counts as
-    # well
-    own_j: Reading
-    seen_j: Reading  # what its counters saw, with what other runs saw at the same time
-    inside: bool = False  # another record here already counts all of it
-
-    @cached_property
-    def total_energy_j(self) -> Reading:
-        """The energy of all its stages."""
-        return _total(r for c in self.energy.values() for r in c.values())
-
-    @cached_property
-    def training_energy_j(self) -> Reading:
-        """The energy of the stages that make the model: all but measurement."""
-        return _total(r for s, c in self.energy.items() if s not in APART for r in c.values())
-
-
-@dataclass
-class SeedRun:
-    """All attempts at one (name, arm, seed, inputs), in order."""
-
-    name: str
-    arm: str
-    seed: int
-    inputs: str
-    tracked: bool  # made by gv.track: an arm of its own
-    attempts: list[Attempt] = field(default_factory=list)
-
-    @cached_property
-    def done(self) -> Attempt | None:
-        """The last finished attempt: it gives the results."""
-        return next((a for a in reversed(self.attempts) if a.status == "done"), None)
-
-    @cached_property
-    def chain(self) -> list[Attempt]:
-        """The attempts that led to the results: the last finished one and those that broke off
-        before it.
-
-        What finished earlier was repeated, not resumed: its energy is in the totals, not in the
-        cost of this result.
-        """
-        ends = [i for i, a in enumerate(self.attempts) if a.status == "done"]
-        return self.attempts[ends[-2] + 1 if len(ends) > 1 else 0 : ends[-1] + 1] if ends else []
-
-    @cached_property
-    def training_energy_j(self) -> Reading:
-        """The energy that led to the result, but for measurement: set-up, train, teacher, eval,
-        …"""
-        return pricing.add(a.training_energy_j for a in self.chain)
-
-    @cached_property
-    def total_energy_j(self) -> Reading:
-        """The energy that led to the result, measurement included."""
-        return pricing.add(a.total_energy_j for a in self.chain)
-
-    @property
-    def newest_s(self) -> float:
-        """When its last attempt began."""
-        return max(a.start_s for a in self.attempts)
-
-
-def _total(readings: Iterable[Reading]) -> Reading:
-    items = list(readings)
-    return (
-        pricing.add(items) if items else Reading("energy_j", None, reason="no sample was recorded")
-    )
-
-
-@lru_cache(maxsize=10_000)
-def stage(phase: str) -> str:
-    """Return the stage a phase path counts for: its first part, "teacher" wherever one is named,
-    "other" for none."""
-    parts = phase.split("/")
-    return "teacher" if "teacher" in parts else parts[0] or OTHER
 
 
 def load(
@@ -227,65 +104,6 @@ def record_files(paths: Iterable[str | os.PathLike[str]]) -> Iterable[tuple[Path
             yield from ((p, p == Path(entry)) for p in record.find([entry]))
 
 
-def summarize(run: Run, metric: str) -> Part:
-    """Return what a report needs of one process's record: totals by stage, curve, facts."""
-    stages: dict[str, dict[str, float]] = {}
-    timed: dict[str, float] = {}
-    for phase, totals in run.totals.items():
-        _add(stages.setdefault(stage(phase), {}), totals)
-        if stage(phase) == "measure" and totals.get("samples", 0) > 0:
-            _add(timed, totals)
-    small = Run(run.path, run.header)
-    small.facts, small.uses = run.facts, run.uses
-    small.last_s = run.last_s
-    small.totals.update(stages)
-    small.end = run.end
-    return Part(
-        run.id,
-        _int(run.header.get("rank")),
-        run.status,
-        small,
-        run.notes,
-        _curve(run, metric),
-        (timed["samples"], timed) if timed else None,
-        run.damaged_lines,
-        str((run.end or {}).get("reason") or ""),
-    )
-
-
-def _curve(run: Run, metric: str) -> list[tuple[float, float]]:
-    """Return (joules so far, metric) at each log. Only phases that moved since the log before are
-    priced anew."""
-    logs = [
-        x for x in run.logs if isinstance(x.get(metric), (int, float)) and math.isfinite(x[metric])
-    ]
-    weights = _weights(run) if logs else {}
-    points: list[tuple[float, float]] = []
-    latest: dict[str, Mapping[str, float]] = {}
-    joules: dict[str, float] = {}
-    for log in logs[:: max(1, len(logs) // CURVE_POINTS)]:
-        for phase, totals in log["totals"].items():
-            if latest.get(phase) is not totals and stage(phase) not in APART:
-                latest[phase] = totals
-                known = [totals[q] * w for q, w in weights.items() if q in totals]
-                if known:
-                    joules[phase] = sum(known)
-        if joules:
-            points.append((math.fsum(joules.values()), float(log[metric])))
-    return points
-
-
-def _weights(run: Run) -> dict[str, float]:
-    """Return joules per unit of each observed quantity: the pricing model is linear."""
-    components = run.header.get("components") or []
-    quantities = {q for totals in run.totals.values() for q in totals}
-    priced = {
-        q: pricing.add(pricing.energy({q: 1.0}, components).values()).value
-        for q in sorted(quantities)
-    }
-    return {q: w for q, w in priced.items() if w is not None}
-
-
 def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
     """Give records that overlap their shares of what they saw in common. Returns what each of them
     saw, by its id()."""
@@ -293,11 +111,11 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
     undivided: dict[int, Reading] = {}
     for span, pieces in overlap.pieces(list(known)).items():
         part = known[span]
-        run, before = part.run, _making(part.run)
-        undivided[id(part)] = _total(r for c in pricing.phases(run).values() for r in c.values())
+        run, before = part.run, training_energy_j(part.run)
+        undivided[id(part)] = total(r for c in pricing.phases(run).values() for r in c.values())
         header, shared, own = overlap.divided(run, pieces, run.header)
-        run.header, run.totals, part.own = header, _by_stage(shared), _by_stage(own)
-        after = _making(run)
+        run.header, run.totals, part.own = header, by_stage(shared), by_stage(own)
+        after = training_energy_j(run)
         part.curve = [(j * after / before, y) for j, y in part.curve] if before else part.curve
         timed = [
             t
@@ -305,32 +123,9 @@ def _count_once(parts: Iterable[Part]) -> dict[int, Reading]:
             if stage(phase) == "measure" and t.get("samples", 0) > 0
         ]
         if part.inference:
-            part.inference = (part.inference[0], _sum(timed))
+            part.inference = (part.inference[0], summed(timed))
         run.facts = overlap.facts(run.facts, pieces)
     return undivided
-
-
-def _making(run: Run) -> float:
-    return (
-        _total(
-            r for s, c in pricing.phases(run).items() if s not in APART for r in c.values()
-        ).value
-        or 0.0
-    )
-
-
-def _by_stage(phases: overlap.Totals) -> overlap.Totals:
-    out: overlap.Totals = {}
-    for phase, totals in phases.items():
-        _add(out.setdefault(stage(phase), {}), totals)
-    return out
-
-
-def _sum(items: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for totals in items:
-        _add(out, totals)
-    return out
 
 
 def _group(parts: list[Part]) -> list[SeedRun]:
@@ -340,31 +135,33 @@ def _group(parts: list[Part]) -> list[SeedRun]:
         by_run.setdefault(part.id, []).append(part)
     groups: dict[tuple[str, str, int, str], SeedRun] = {}
     for run_id in sorted(by_run):
-        attempt = _merge(sorted(by_run[run_id], key=lambda p: p.rank), undivided)
-        h = attempt.header
-        name = str(h.get("name") or "run")
-        key = (name, str(h.get("arm") or name), _int(h.get("seed")), str(h.get("inputs") or ""))
-        groups.setdefault(key, SeedRun(*key, tracked=key[3] == run_id)).attempts.append(attempt)
-    for attempt in (a for g in groups.values() for a in g.attempts):
-        total = attempt.total_energy_j.value
-        if attempt.header.get("nested_in") in by_run and not all(
-            map(overlap.span, (p.run for p in by_run[attempt.id]))
-        ):
-            attempt.inside = True  # it does not say when it ran
-        else:
-            attempt.inside = bool(total) and (attempt.own_j.value or 0.0) < NOTHING * total
-        if attempt.inside:
-            attempt.own_j = attempt.own_j._replace(value=0.0, low=0.0, high=0.0)
+        ranks = sorted(by_run[run_id], key=lambda p: p.rank)
+        run = _merge(ranks, undivided)
+        run.inside = _is_inside(run, ranks, by_run)
+        if run.inside:
+            run.own_j = run.own_j._replace(value=0.0, low=0.0, high=0.0)
+        setup = run.setup
+        key = (setup.name, setup.arm, setup.seed, setup.inputs)
+        tracked = setup.inputs == run_id
+        groups.setdefault(key, SeedRun(*key, tracked=tracked)).attempts.append(run)
     for group in groups.values():
-        group.attempts.sort(key=lambda a: (a.number, a.start_s, a.id))
+        group.attempts.sort(key=lambda a: (a.setup.number, a.setup.start_s, a.id))
     return [groups[key] for key in sorted(groups)]
 
 
-def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> Attempt:
+def _is_inside(run: RunSummary, ranks: list[Part], by_run: Mapping[str, list[Part]]) -> bool:
+    """Whether another record here already counts all of a run."""
+    timeless = not all(overlap.span(p.run) for p in ranks)  # it does not say when it ran
+    if timeless and ranks[0].run.header.get("nested_in") in by_run:
+        return True
+    energy = run.total_energy_j.value
+    return bool(energy) and (run.own_j.value or 0.0) < NOTHING * energy
+
+
+def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> RunSummary:
     """Merge the ranks of one attempt: a machine's quantities once per (host, boot), processes'
     quantities summed."""
     first = parts[0]
-    h = first.run.header
     runs = [p.run for p in parts]
     merged = pricing.merge(runs)
     charged = pricing.charged(runs)
@@ -386,31 +183,51 @@ def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> Attempt:
     status = next(
         s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses
     )
-    return Attempt(
-        first.id,
-        _int(h.get("attempt")),
-        _start(h),
-        status,
-        h,
-        cached_outputs.merged([serving.facts(r) for r in runs])
-        if len(parts) > 1
-        else serving.facts(first.run),
-        pricing.uses(first.run),
-        list(dict.fromkeys(n for p in parts for n in p.notes)),
-        {s: t for s, t in merged.totals.items() if s != STARTUP},
-        {s: c for s, c in merged.energy.items() if s != STARTUP},
-        _share(first, parts, merged),
-        pricing.add(timed) if timed else None,
-        merged.missing_ranks,
-        sum(p.damaged_lines for p in parts),
-        next((p.reason for p in parts if p.status == status), ""),
-        _total(merged.energy.get(STARTUP, {}).values()),
-        _total(every),
-        _total(undivided[id(p)] for p in parts if id(p) in undivided),
+    facts = [serving.facts(r) for r in runs]
+    return RunSummary(
+        id=first.id,
+        status=status,
+        reason=next((p.reason for p in parts if p.status == status), ""),
+        setup=Setup.of(first.run.header),
+        facts=Facts.of(_merged_facts(facts) if len(facts) > 1 else facts[0]),
+        uses=[Ancestor.read(line) for line in pricing.uses(first.run)],
+        notes=list(dict.fromkeys(n for p in parts for n in p.notes)),
+        totals={s: t for s, t in merged.totals.items() if s != STARTUP},
+        energy={s: c for s, c in merged.energy.items() if s != STARTUP},
+        curve=_curve(first, parts, merged),
+        timed_j=pricing.add(timed) if timed else None,
+        missing_ranks=merged.missing_ranks,
+        damaged_lines=sum(p.damaged_lines for p in parts),
+        startup_j=total(merged.energy.get(STARTUP, {}).values()),
+        own_j=total(every),
+        seen_j=total(undivided[id(p)] for p in parts if id(p) in undivided),
     )
 
 
-def _share(first: Part, parts: list[Part], merged: pricing.Merged) -> list[tuple[float, float]]:
+def _merged_facts(facts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the first process's facts, with what was computed and read back by all processes of
+    the run."""
+    out, added = dict(facts[0]), {*COUNTS, "checked"} - {"bytes"}
+    for key, value in out.items():
+        every = [one[key] for one in facts if key in one]
+        if isinstance(value, list) and all(
+            isinstance(entry, Mapping) and "misses" in entry for entry in value
+        ):
+            out[key] = [
+                {
+                    **entry,
+                    **{
+                        k: sum(entries[i].get(k, 0) for entries in every if i < len(entries))
+                        for k in entry
+                        if k in added
+                    },
+                }
+                for i, entry in enumerate(value)
+            ]
+    return out
+
+
+def _curve(first: Part, parts: list[Part], merged: pricing.Merged) -> Curve:
     """Return rank 0's learning curve with the joules of all ranks (the others' are taken to grow in
     step)."""
     if len(parts) == 1 or not first.curve:
@@ -433,17 +250,3 @@ def _scaled(reading: Reading, k: float) -> Reading:
         None if high is None else high * k,
         reading.method, reading.provenance, reading.reason,
     )  # fmt: skip
-
-
-def _add(into: dict[str, float], more: Mapping[str, float]) -> None:
-    for quantity, value in more.items():
-        into[quantity] = into.get(quantity, 0.0) + value
-
-
-def _start(header: Mapping[str, Any]) -> float:
-    value = header.get("clock_s", header.get("wall_s"))
-    return float(value) if isinstance(value, (int, float)) else 0.0
-
-
-def _int(value: Any) -> int:
-    return int(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0

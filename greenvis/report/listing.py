@@ -19,6 +19,7 @@ from greenvis.errors import BadInput, nearest, some
 from greenvis.meters import carbon, pricing, record
 from greenvis.meters.record import MOST_BYTES, Run
 from greenvis.report import results, schema, stats, stored
+from greenvis.report.estimates import Ratio
 from greenvis.report.groups import record_files
 from greenvis.report.listing_index import Index
 
@@ -109,7 +110,7 @@ def group(
         }
         sums = {k: math.fsum(r[k] for r in members if r[k] is not None) for k in SUMS}
         done = sum(r["status"] == "done" for r in members)
-        mean = stats.summary(scores)["mean"]
+        mean = stats.summary(scores).mean
         out.append(
             dict(zip(columns, values, strict=True))
             | {"runs": len(members), "done": done, "accuracy": mean}
@@ -226,17 +227,17 @@ def diff(
             if r
             else (f"no arm '{label}' in {b}" if not y else "no finished run with a known energy")
         )
-        ok = r is not None and r["ratio"] <= limit * (1 + 1e-12)
+        ok = r is not None and r.ratio <= limit * (1 + 1e-12)
         if r and not ok:
-            why = f"{(r['ratio'] - 1) * 100:+.1f} % is over {(limit - 1) * 100:+.1f} %"
-        spread = {k: r[k] if r else None for k in ("ratio", "low", "high")}
+            why = f"{(r.ratio - 1) * 100:+.1f} % is over {(limit - 1) * 100:+.1f} %"
+        spread = {k: getattr(r, k, None) for k in ("ratio", "low", "high")}
         rows.append(
             {"arm": label, "a_j": u, "b_j": v, **spread, "limit": limit, "ok": ok, "why": why}
         )
     return bool(rows) and all(r["ok"] for r in rows), rows
 
 
-def _ratio(x: dict[str, Any], y: dict[str, Any]) -> dict[str, Any] | None:
+def _ratio(x: dict[str, Any], y: dict[str, Any]) -> Ratio | None:
     u, v = (r["train_energy_j"].get("by_seed") or {} for r in (x, y))
     if set(u) & set(v):
         return stats.ratio(v, u)
@@ -259,8 +260,8 @@ def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]
     source = Path(path)
     file = source / "results.json" if (source / "results.json").is_file() else source
     if file.suffix != ".json":
-        return results([path], metric=metric)["arms"]
-    return stored.read(file)["arms"]
+        return results([path], metric=metric).as_json()["arms"]
+    return stored.read(file).as_json()["arms"]
 
 
 def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> dict[str, str]:

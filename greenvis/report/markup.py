@@ -22,6 +22,15 @@ def md(text: Any) -> str:
     return text.replace("@", "@\u2060")  # a word joiner: no mention, no mail link
 
 
+def words(text: Any) -> str:
+    """Return a piece of a line as `md` does, with the blanks at its ends."""
+    text = str(text)
+    inner = md(text)
+    return (
+        (" " if text[:1].isspace() else "") + inner + (" " if text[-1:].isspace() and inner else "")
+    )
+
+
 def code(text: Any) -> str:
     """Return a name or a command as code within a line of Markdown; as plain text where a backtick
     or a bar would end it."""

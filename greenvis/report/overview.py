@@ -11,8 +11,10 @@ from typing import Any
 
 from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput
-from greenvis.report import floor, markup, reuse, stored, verdict
+from greenvis.report import floor, markup, stored, verdict
+from greenvis.report.estimates import Ratio
 from greenvis.report.formatting import MISSING, factor, factor_band, interval, points, shown
+from greenvis.report.shape import Results
 
 HEAD = (
     "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher "
@@ -66,11 +68,7 @@ def overview(folder: str | Path) -> dict[str, Any]:
             {**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(content)
         ]
         reports.append(
-            {
-                **entry,
-                "command": markup.shell(content["command"]),
-                "found": verdict.opening(content),
-            }
+            {**entry, "command": markup.shell(content.command), "found": verdict.opening(content)}
         )
     if not reports:
         raise BadInput(
@@ -115,36 +113,34 @@ def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
     return "\n".join(lines) + "\n"
 
 
-def _rows(results: Mapping[str, Any]) -> Iterator[dict[str, str]]:
-    base, metric = results["baseline"], results["metric"]
+def _rows(results: Results) -> Iterator[dict[str, str]]:
+    base, metric = results.baseline, results.metric
     if base is None:
         return
-    common = _names(results["arms"][base])
-    for label in results["order"]:
-        arm = results["arms"][label]
-        own = [name for name in _names(arm) if name not in common]
-        against = arm["vs_baseline"]
-        if label == base or not against or len(own) != 1:
+    common = results.arms[base].technique_names
+    for label, arm in results.rows.items():
+        own = [name for name in arm.technique_names if name not in common]
+        if label == base or not arm.vs_baseline or len(own) != 1:
             continue
-        change = against[metric]
-        known = bool(change) and change["low"] is not None
-        gain = (
-            f"{points(metric, change['mean'])} ({interval(metric, change)})" if known else MISSING
-        )
-        lacking = " + not known" if reuse.unknown(arm) else ""
+        change = arm.difference
+        known = change if change and change.low is not None else None
+        gain = f"{points(metric, known.mean)} ({interval(metric, known)})" if known else MISSING
+        lacking = " + not known" if arm.unknown else ""
         yield {
             "technique": own[0],
             "against": base,
             "arm": label,
             "accuracy": f"**{gain}**" if shown(change) else gain,
-            "kept?": {"keeps": "kept", "loses": "lost"}.get(change["verdict"], "open")
+            "kept?": {"keeps": "kept", "loses": "lost"}.get(known.verdict, "open")
             if known
             else "one seed",
-            "energy to train, base and teacher included": _ratio(against["train_energy_with_reuse"])
+            "energy to train, base and teacher included": _ratio(
+                arm.ratio("train_energy_with_reuse")
+            )
             + lacking,
-            "own share": _ratio(against["train_energy"]),
-            "energy of an image": _ratio(against["inference_energy"]),
-            "differs in": ", ".join(differences(results["recipe"], label, base)) or ALONE,
+            "own share": _ratio(arm.ratio("train_energy")),
+            "energy of an image": _ratio(arm.ratio("inference_energy")),
+            "differs in": ", ".join(differences(results.recipe, label, base)) or ALONE,
         }
 
 
@@ -196,11 +192,7 @@ def _different(a: Any, b: Any, at: str = "") -> Iterator[str]:
         yield from _different(a.get(key), b.get(key), f"{at}{key}.")
 
 
-def _names(arm: Mapping[str, Any]) -> list[str]:
-    return [next(iter(technique)) for technique in arm.get("techniques") or ()]
-
-
-def _ratio(change: Mapping[str, Any] | None) -> str:
+def _ratio(change: Ratio | None) -> str:
     text = factor(change)
     if text == MISSING:
         return text

@@ -9,46 +9,46 @@ from typing import Any
 
 from greenvis.meters import pricing
 from greenvis.meters.record import PAUSED
-from greenvis.report.arms import Arm
-from greenvis.report.groups import Attempt
-from greenvis.report.reuse import use_energy
+from greenvis.report.estimates import Free
+from greenvis.report.facts import MACHINE, Ancestor, number
+from greenvis.report.runs import Arm, RunSummary
+from greenvis.report.shape import Check, Provenance
 
 
-def describe(arms: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> dict[str, Any]:
-    """Return {"environment", "recipe", "command", "sources", "carbon_intensity", "not_counted",
-    "notes", …}."""
+def describe(arms: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) -> Provenance:
+    """Return where the numbers of those arms come from, with notes on records that were left
+    out."""
     attempts = [a for arm in arms for r in arm.all for a in r.attempts]
     shown = [a for arm in arms for r in arm.runs for a in r.attempts]
-    newest = max(shown, key=lambda a: (a.start_s, a.id))
-    return {
-        "environment": {
-            key: _different(a.header.get(key) for a in shown)
-            for key in ("cpu", "gpu", "os", "host", "versions", "world_size")
-        },
-        "recipe": _different(a.facts.get("recipe") or a.header.get("recipe") for a in shown),
-        "command": newest.header.get("command"),
-        "commands": _different(a.header.get("command") for a in shown),
-        "newest_run_s": newest.start_s,
-        "git": _different(a.header.get("git") for a in shown),
-        "data": _different(a.facts.get("data") for a in shown),
-        "models": _different(a.facts.get("model") for a in shown),
-        "pricing_model": pricing.MODEL,
-        "sources": _sources(attempts),
-        "carbon_intensity": [dict(grid)]
-        if grid
-        else _different(a.header.get("carbon_intensity") for a in attempts),
-        "repriced": grid is not None,
-        "pue": _different(a.header.get("pue") for a in attempts),
-        "embodied": _different(a.header.get("embodied") for a in attempts),
-        "not_counted": _not_counted(attempts),
-        "crosscheck": _crosscheck(arms),
-        "steal_s": _total(attempts, "steal_s"),
-        "cpu_s": _total(attempts, "cpu_s"),
-        "paused_s": _total(attempts, PAUSED + "wall_s"),
-        "damaged_lines": sum(a.damaged_lines for a in attempts),
-        "missing_ranks": sum(len(a.missing_ranks) for a in attempts),
-        "notes": sorted({n for a in attempts for n in a.notes} | set(notes)),
-    }
+    newest = max(shown, key=lambda a: (a.setup.start_s, a.id)).setup
+    return Provenance.model_validate(
+        {
+            "environment": {k: _different(a.setup.machine[k] for a in shown) for k in MACHINE},
+            "recipe": _different(a.facts.recipe or a.setup.recipe for a in shown),
+            "command": newest.command,
+            "commands": _different(a.setup.command for a in shown),
+            "newest_run_s": newest.start_s,
+            "git": _different(a.setup.git for a in shown),
+            "data": _different(a.facts.data for a in shown),
+            "models": _different(a.facts.model for a in shown),
+            "pricing_model": pricing.MODEL,
+            "sources": _sources(attempts),
+            "carbon_intensity": [dict(grid)]
+            if grid
+            else _different(a.setup.carbon_intensity for a in attempts),
+            "repriced": grid is not None,
+            "pue": _different(a.setup.pue for a in attempts),
+            "embodied": _different(a.setup.embodied for a in attempts),
+            "not_counted": _not_counted(attempts),
+            "crosscheck": _crosscheck(arms),
+            "steal_s": _total(attempts, "steal_s"),
+            "cpu_s": _total(attempts, "cpu_s"),
+            "paused_s": _total(attempts, PAUSED + "wall_s"),
+            "damaged_lines": sum(a.damaged_lines for a in attempts),
+            "missing_ranks": sum(len(a.missing_ranks) for a in attempts),
+            "notes": sorted({n for a in attempts for n in a.notes} | set(notes)),
+        }
+    )
 
 
 def _different(values: Iterable[Any]) -> list[Any]:
@@ -59,14 +59,14 @@ def _different(values: Iterable[Any]) -> list[Any]:
     return [unique[k] for k in sorted(unique)]
 
 
-def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
+def _sources(attempts: list[RunSummary]) -> list[Free]:
     """The energy sources used, one row for each different component, and on how many starts."""
-    counts: dict[str, tuple[dict[str, Any], int]] = {}
+    counts: dict[str, tuple[Free, int]] = {}
     for a in attempts:
-        for c in a.header.get("components") or []:
+        for c in a.setup.components:
             key = repr(c)
             counts[key] = (c, counts[key][1] + 1 if key in counts else 1)
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, Free] = {}
     for c, n in counts.values():
         keep = {
             k: c.get(k)
@@ -77,13 +77,13 @@ def _sources(attempts: list[Attempt]) -> list[dict[str, Any]]:
     return [rows[k] for k in sorted(rows)]
 
 
-def _not_counted(attempts: list[Attempt]) -> list[str]:
+def _not_counted(attempts: list[RunSummary]) -> list[str]:
     """What the joules and grams leave out, in words."""
     out = [
         "network, storage and other machines",
         "runs made outside these records (tuning, earlier trials)",
     ]
-    out += sorted({not_counted(u) for a in attempts for u in a.uses if use_energy(u).value is None})
+    out += sorted({not_counted(u) for a in attempts for u in a.uses if u.energy_j.value is None})
     missing: dict[str, set[str]] = {}
     for a in attempts:
         for stage in a.energy.values():
@@ -97,52 +97,49 @@ def _not_counted(attempts: list[Attempt]) -> list[str]:
         f"{n}: {'; '.join(sorted(missing[n]))}" + (" (on some runs)" if n in known else "")
         for n in sorted(missing)
     ]
-    if not any(a.header.get("embodied") for a in attempts):
+    if not any(a.setup.embodied for a in attempts):
         out.append("embodied carbon of the hardware (none was given)")
-    if all((a.header.get("pue") or 1) == 1 for a in attempts):
+    if all((a.setup.pue or 1) == 1 for a in attempts):
         out.append("cooling and power supply of the building (PUE 1)")
     if any(a.missing_ranks for a in attempts):
         out.append("processes whose record is missing (ranks without a file)")
     return out
 
 
-def not_counted(use: Mapping[str, Any]) -> str:
+def not_counted(use: Ancestor) -> str:
     """Return what to say of a base or teacher at a cost that nobody knows."""
-    return f"what it took to make {use['name']} (a {use['role']}): not known"
+    return f"what it took to make {use.name} (a {use.role}): not known"
 
 
-def _crosscheck(arms: list[Arm]) -> list[dict[str, Any]]:
+def _crosscheck(arms: list[Arm]) -> list[Check]:
     """codecarbon's reading beside ours, for each finished run that has one."""
     rows = []
     for arm in arms:
-        for seed, run in sorted(arm.done.items()):
-            fact = run.done.facts.get("codecarbon") if run.done else None
-            if isinstance(fact, (Mapping, int, float)) and run.done:
-                own = run.done.total_energy_j
-                fact = dict(fact) if isinstance(fact, Mapping) else {"energy_j": fact}
-                value = fact.get("energy_j")
-                rows.append(
-                    {
-                        "arm": arm.label,
-                        "seed": seed,
-                        "energy_j": value,
-                        "own_j": own.value,
-                        "ratio": value / (own.value or 1.0)
-                        if isinstance(value, (int, float)) and own.value
-                        else None,
-                        "within_band": _inside(value, own.low, own.high),
-                        "detail": fact,
-                    }
+        for seed, run in sorted(arm.finished.items()):
+            detail, own = run.facts.codecarbon, run.total_energy_j
+            if detail is None:
+                continue
+            value = number(detail.get("energy_j"))
+            rows.append(
+                Check(
+                    arm=arm.label,
+                    seed=seed,
+                    energy_j=value,
+                    own_j=own.value,
+                    ratio=value / own.value if value is not None and own.value else None,
+                    within_band=_inside(value, own.low, own.high),
+                    detail=detail,
                 )
+            )
     return rows
 
 
-def _inside(value: Any, low: float | None, high: float | None) -> bool | None:
-    if not isinstance(value, (int, float)) or low is None or high is None:
+def _inside(value: float | None, low: float | None, high: float | None) -> bool | None:
+    if value is None or low is None or high is None:
         return None
     return low <= value <= high
 
 
-def _total(attempts: list[Attempt], quantity: str) -> float | None:
+def _total(attempts: list[RunSummary], quantity: str) -> float | None:
     values = [t[quantity] for a in attempts for t in a.totals.values() if quantity in t]
     return float(sum(values)) if values else None

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any
+
+from greenvis.report.shape import Results
 
 
-def to_json(results: Mapping[str, Any]) -> str:
+def to_json(results: Results) -> str:
     """Return results as the text of results.json: sorted, so the same results are the same
     bytes."""
     # for people to read; of thousands of arms it would take long
-    indent = 1 if len(results["arms"]) <= 100 else None
+    indent = 1 if len(results.arms) <= 100 else None
     return (
-        json.dumps(results, indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        json.dumps(
+            results.as_json(), indent=indent, sort_keys=True, ensure_ascii=False, allow_nan=False
+        )
         + "\n"
     )

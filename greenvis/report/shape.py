@@ -1,329 +1,229 @@
-"""What a results.json must be to be read: types, ranges, finite numbers, arms that are there.
-Strangers write these, too.
+"""The results of a report, schema 2 of results.json: one definition, which building yields, reading
+validates (strangers write these files, too) and pages, tables, figures and exports read.
 
-`greenvis.report.schema` is the same for records, `greenvis.report.build` says what each value is.
+Units stand in the names. None is "not known", never 0. What a file holds beyond these fields is
+kept and written again. Two keys of the file are the metric's own name: an arm's `gain` and its
+`vs_baseline.gain` ("accuracy" by default).
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from greenvis.errors import BadInput, one_line
-from greenvis.report.schema import is_plain
+from greenvis.errors import one_line
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.estimates import (
+    Command,
+    Count,
+    Estimate,
+    Float,
+    Free,
+    Number,
+    Part,
+    Text,
+    Word,
+)
 
-MOST_SAID = 3  # problems said of one file
-MOST_DEPTH = 60  # of values: a recipe may be among them
-
-_Word = Annotated[str, Field(max_length=10_000)]
-_Float = Annotated[float, Field(ge=-1e30, le=1e30)]
-_Number = _Float | None
-_Count = Annotated[float, Field(ge=0, le=1e30)] | None
-_Seeds = dict[_Word, _Float]
-_Mapping = dict[str, Any]
-
-
-class _Loose(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-
-class _Reading(_Loose):
-    value: _Number
-    low: _Number
-    high: _Number
-    provenance: _Word | None
-    method: _Word = ""
-    reason: _Word = ""
-    std: _Number = None
-    spread: _Float = 0.0
-    by_seed: _Seeds | None = None
+SCHEMA = 2
+MOST_PROBLEMS = 3  # said of one file
 
 
-class _Inference(_Reading):
-    n: int = 0
+class Member(Part):
+    """A model of a family: what it cost, and with all it was made from, each once."""
+
+    own_j: Number
+    line_j: Number
 
 
-class _Summary(_Loose):
-    mean: _Number
-    std: _Number
-    n: Annotated[int, Field(ge=0)]
+class Link(Part):
+    """A child (`of`) and what it builds on."""
+
+    of: Word
+    on: Word
+    role: Word
 
 
-class _Gain(_Summary):
-    by_seed: _Seeds
+class Family(Part):
+    """All arms that build on others, with all they build on."""
+
+    members: dict[Word, Member]
+    links: list[Link]
 
 
-class _Change(_Loose):
-    low: _Number
-    high: _Number
-    n: Annotated[int, Field(ge=0)]
-    ratio: _Float = 1.0
-    mean: _Float = 0.0
+class Overlapping(Part):
+    """Starts that ran beside others on one counter, or in one process: what they read together, and
+    what of that is counted; arms have equal shares of what several saw."""
 
-
-class _Payback(_Loose):
-    verdict: Literal["at once", "pays back", "ahead until", "never", "not shown"]
-    images: _Number
-    low: _Number
-    high: _Number
-    seeds_agree: bool | None
-
-
-class _Paybacks(_Loose):
-    own: _Payback
-    with_reuse: _Payback
-
-
-class _Use(_Loose):
-    role: _Word
-    name: _Word
-    energy_j: _Reading | _Mapping
-    used_by_runs: int
-
-
-class _Reuse(_Loose):
-    whole_j: _Reading
-    whole_g: _Reading
-    shared_j: _Number
-    shared_g: _Number
-
-
-class _Spent(_Loose):
-    energy_j: _Reading
-    unfinished_energy_j: _Reading
-    repeated_energy_j: _Reading
-    older_inputs_energy_j: _Reading
-
-
-class _Setting(_Loose):
-    setting: _Word
-    accuracy: _Summary
-    inference_energy_j: _Number
-    energy_ratio: _Number
-    energy_spread: _Number
-    macs: _Number
-    macs_ratio: _Number
-    realised: _Number
-    exits: list[_Float]
-
-
-class _Continual(_Loose):
-    averages: list[_Number] = []
-    energy_by_task_j: list[_Number] = []
-
-
-class _Kept(_Loose):
-    part: _Word | None
-    misses: _Number
-    hits: _Number
-    earlier: _Number
-    bytes: _Number
-
-
-class _Sci(_Loose):
-    e_kwh: _Number
-    i_g_per_kwh: _Number
-    m_g: _Number
-    g_per_image: _Number
-
-
-class _Planned(_Loose):
-    value: _Number
-    low: _Number
-    high: _Number
-    actual: _Number
-    ratio: _Number
-    n: int
-
-
-class _Arm(_Loose):
-    status: Literal["done", "partly done", "incomplete"]
-    seeds: Annotated[list[int], Field(max_length=100_000)]
-    attempts: dict[_Word, int]
-    uses: list[_Use]
-    train_energy_j: _Reading
-    train_energy_with_reuse_j: _Reading
-    total_energy_j: _Reading
-    carbon_g: _Reading
-    total_carbon_g: _Reading
-    inference_energy_j: _Inference
-    by_seed: dict[_Word, _Seeds]
-    vs_baseline: dict[_Word, _Paybacks | _Change | None] | None
-    spent: _Spent
-    base_reuse: _Reuse | None
-    sci: _Sci
-    std: dict[_Word, _Number]
-    zones: list[_Word]
-    curve: dict[_Word, list[tuple[_Float, _Float]]]
-    energy_by_phase_j: dict[_Word, _Number]
-    energy_by_component_j: dict[_Word, _Reading]
-    energy_to_baseline_j: _Mapping | None = None
-    latency_ms: dict[_Word, _Number] | None
-    techniques: list[_Word | dict[_Word, Any]] | None = None
-    predicted: dict[_Word, _Planned] | None = None
-    operating_points: list[_Setting] = []
-    continual: _Continual | None = None
-    kept: list[_Kept] = []
-    task_accuracy: list[list[_Number]] | None = None
-    macs: _Count
-    params: _Count
-    trainable_params: _Count
-    delta_bytes: _Count
-    train_flops: _Count
-    images_per_s: _Count
-    peak_memory_mb: _Count
-    wall_s: _Count
-    embodied_g: _Count
-    network: list[Any] | None = None
-    inputs: _Word | None = None
-    assumed_grid: bool
-
-
-class _Member(_Loose):
-    own_j: _Number
-    line_j: _Number
-
-
-class _Link(_Loose):
-    of: _Word
-    on: _Word
-    role: _Word
-
-
-class _Family(_Loose):
-    members: dict[_Word, _Member]
-    links: list[_Link]
-
-
-class _Overlapping(_Loose):
     starts: int
-    seen_j: _Reading
-    counted_j: _Reading
+    seen_j: Estimate
+    counted_j: Estimate
 
 
-class _Totals(_Loose):
-    energy_j: _Reading
-    carbon_g: _Reading
-    unfinished_energy_j: _Reading
-    startup_j: _Reading | None = None
+class Totals(Part):
+    """Everything the records burnt, once. `startup_j`: what `starts` processes took to start, in no
+    arm."""
+
+    energy_j: Estimate
+    carbon_g: Estimate
+    unfinished_energy_j: Estimate
+    startup_j: Estimate | None = None
     starts: int = 0
-    overlapping: _Overlapping | None = None
+    overlapping: Overlapping | None = None
+    nested_runs: int = 0
     runs: int
-    attempts: dict[_Word, int]
+    attempts: dict[Word, int]
 
 
-class _Unfinished(_Loose):
-    arm: _Word
+class Unfinished(Part):
+    """A seed run that never finished."""
+
+    arm: Word
     seed: int
-    attempts: list[_Word]
-    reason: _Word
-    energy_j: _Reading
+    attempts: list[Word]
+    reason: Text
+    energy_j: Estimate
 
 
-class _Check(_Loose):
-    arm: _Word
+class Check(Part):
+    """codecarbon's reading beside ours."""
+
+    arm: Word
     seed: int
-    ratio: _Number
-    own_j: _Number
-    energy_j: _Number
+    ratio: Number
+    own_j: Number
+    energy_j: Number
     within_band: bool | None
-    detail: _Mapping
+    detail: Free
 
 
-class _Environment(_Loose):
-    cpu: list[_Word | _Mapping]
-    gpu: list[_Word | _Mapping]
+class Environment(Part):
+    """The different machines and versions among the records."""
+
+    cpu: list[Any]
+    gpu: list[Any]
     host: list[Any]
     os: list[Any]
-    versions: list[_Mapping]
+    versions: list[Free]
     world_size: list[Any]
 
 
-class _Results(_Loose):
-    name: _Word
-    title: _Word | None
-    note: Annotated[str, Field(max_length=100_000)] | None
-    baseline: _Word | None
-    metric: _Word
-    margin: Annotated[float, Field(ge=0, le=1e9)]
-    served: Annotated[float, Field(ge=1, le=1e18)]
-    comparisons: Annotated[int, Field(ge=0, le=10**6)]
-    lower_is_better: bool
-    arms: Annotated[dict[_Word, _Arm], Field(min_length=1, max_length=100_000)]
-    order: list[_Word]
-    totals: _Totals
-    incomplete: list[_Unfinished]
-    family: _Family | None
-    environment: _Environment
-    command: list[_Word] | Annotated[str, Field(max_length=100_000)] | None
-    commands: list[list[_Word] | Annotated[str, Field(max_length=100_000)]]
-    recipe: list[Annotated[str, Field(max_length=10**6)] | _Mapping]
+class Floor(Part):
+    """How many times apart arms of the same work read at most, and which arms these are."""
+
+    ratio: Float
+    arms: list[Word]
+
+
+class Floors(Part):
+    """Noise floors of training and of serving one image."""
+
+    training: Floor | None = None
+    serving: Floor | None = None
+
+
+class Provenance(Part):
+    """Where the numbers come from. Lists hold the different values among the records."""
+
+    environment: Environment
+    command: Command | None  # of the newest run
+    commands: list[Command]
+    recipe: list[Text | Free]
     git: list[Any]
     data: list[Any]
     models: list[Any]
-    sources: list[_Mapping]
-    carbon_intensity: list[_Mapping]
-    pue: list[_Float]
-    crosscheck: list[_Check]
-    not_counted: list[_Word]
-    notes: list[_Word]
+    sources: list[Free]
+    carbon_intensity: list[Free]
+    pue: list[Float]
+    embodied: list[Any] = []
+    crosscheck: list[Check]
+    not_counted: list[Text]
+    notes: list[Text]
     newest_run_s: Annotated[float, Field(ge=0, le=1e11)]
     damaged_lines: int
     missing_ranks: int
-    steal_s: _Number
-    cpu_s: _Number
-    paused_s: _Count = None
+    steal_s: Number
+    cpu_s: Number
+    paused_s: Count = None
     repriced: bool
-    pricing_model: _Word
-    noise_floor: dict[_Word, _Mapping | None] | None = None
+    pricing_model: Word
+
+    @property
+    def assumed_grid(self) -> bool:
+        """Whether grams use the world's average, for no place was given."""
+        return any(g.get("assumed") for g in self.carbon_intensity)
 
 
-def check(content: Any, path: Path) -> None:
-    """Raise BadInput, naming file and place, where results are not what `greenvis.report.build`
-    writes."""
-    if not is_plain(content, most=MOST_DEPTH):
-        raise BadInput(
-            f"{path} is not a results.json of greenvis: numbers that are not finite, or nested too "
-            "deeply"
+class Results(Provenance):
+    """All that a report says."""
+
+    version: Annotated[int, Field(alias="schema")] = SCHEMA
+    name: Word
+    title: Word | None
+    note: Annotated[str, Field(max_length=100_000)] | None
+    baseline: Word | None
+    metric: Word
+    # how much of the metric may be lost: points of a share of 1, else the metric's own unit
+    margin: Annotated[float, Field(ge=0, le=1e9)]
+    served: Annotated[int | float, Field(ge=1, le=1e18)]  # images of the full cycle
+    comparisons: Annotated[int, Field(ge=0, le=10**6)]  # arms compared, seeds paired
+    lower_is_better: bool
+    arms: Annotated[dict[Word, ArmResults], Field(min_length=1, max_length=100_000)]
+    order: list[Word]
+    totals: Totals
+    incomplete: list[Unfinished]
+    family: Family | None
+    noise_floor: Floors | None = None
+
+    @property
+    def rows(self) -> dict[str, ArmResults]:
+        """The arms in order."""
+        return {label: self.arms[label] for label in self.order}
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the content of results.json."""
+        content = self.model_dump(mode="json", exclude_unset=True, by_alias=True)
+        for row in content["arms"].values():
+            row[self.metric] = row.pop("gain")
+            if versus := row.get("vs_baseline"):
+                gain, payback = versus["gain"], versus["payback"]
+                row["vs_baseline"] = {**versus["ratios"], self.metric: gain, "payback": payback}
+        return content
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Results:
+        """Return the results in the content of a results.json.
+
+        Args:
+            content: what `as_json` returns.
+
+        Raises:
+            pydantic.ValidationError: for what is none.
+        """
+        metric, arms = content.get("metric"), content.get("arms")
+        rows = arms.items() if isinstance(arms, dict) else ()
+        return cls.model_validate(
+            {**content, "arms": {label: _typed(row, metric) for label, row in rows}}
         )
-    try:
-        read = _Results.model_validate(content)
-        for label, row in content["arms"].items():
-            _in_arm(row.get(read.metric), label)
-            if row["uses"] and row["base_reuse"] is None:
-                raise _Odd(
-                    f"arms.{one_line(label)[:100]}: it uses others, and base_reuse is missing"
-                )
-            if any(
-                row[key]["value"] is not None and "method" not in row[key]
-                for key in ("train_energy_j", "carbon_g")
-            ):
-                raise _Odd(f"arms.{one_line(label)[:100]}: a reading without its method")
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}"
-            for e in error.errors()[:MOST_SAID]
-        ]
-        raise BadInput(
-            f"{path} is not a results.json of greenvis: {'; '.join(problems)}"
-        ) from error
-    except _Odd as error:
-        raise BadInput(f"{path} is not a results.json of greenvis: {error}") from error
-    if sorted(read.order) != sorted(read.arms) or read.baseline not in (None, *read.arms):
-        raise BadInput(
-            f"{path} is not a results.json of greenvis: its order or its baseline names arms that "
-            "are not there"
-        )
 
 
-class _Odd(Exception):
-    pass
+def _typed(row: Any, metric: Any) -> Any:
+    """Return an arm of a file with the metric's own keys under the names of the fields."""
+    if not (isinstance(row, dict) and isinstance(metric, str) and metric in row):
+        return row
+    versus = row.get("vs_baseline")
+    if isinstance(versus, dict):
+        ratios = {k: v for k, v in versus.items() if k not in (metric, "payback")}
+        known = {"gain": versus.get(metric), "payback": versus.get("payback"), "ratios": ratios}
+        row = {**row, "vs_baseline": known}
+    return {k: v for k, v in row.items() if k != metric} | {"gain": row[metric]}
 
 
-def _in_arm(gain: Any, label: str) -> None:
-    try:
-        _Gain.model_validate(gain)
-    except ValidationError as error:
-        raise _Odd(f"arms.{one_line(label)[:100]}: its metric is none") from error
+def problems(error: ValidationError) -> str:
+    """Return in words what results cannot be, the first few."""
+    return "; ".join(
+        f"{'.'.join(one_line(p) for p in e['loc'])[:200]}: {e['msg']}"
+        for e in error.errors()[:MOST_PROBLEMS]
+    )

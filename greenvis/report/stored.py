@@ -9,13 +9,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from greenvis.core import files
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, GreenvisError, nearest, one_line
 from greenvis.meters import record
-from greenvis.report import archive, build, comparison, shape
+from greenvis.report import archive, comparison
+from greenvis.report.schema import is_plain
+from greenvis.report.shape import SCHEMA, Results, problems
 
 NAME = "results.json"
 MOST_BYTES = 256 * 2**20
+MOST_DEPTH = 60  # of values: a recipe may be among them
 
 
 def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
@@ -51,7 +56,7 @@ def believed(path: Path | None) -> Iterator[None]:
         ) from error
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Results:
     """Return the results in a file. Raises BadInput for what is none, or of another schema."""
     content = files.read_json(path, "results", MOST_BYTES)
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict):
@@ -59,15 +64,33 @@ def read(path: Path) -> dict[str, Any]:
     schema = content.get("schema", 0)
     if not isinstance(schema, int):
         raise BadInput(f"{path} is not a {NAME} of greenvis: its schema is no number")
-    if schema != build.SCHEMA:
-        way = (
-            "upgrade it" if schema > build.SCHEMA else "make the report again from its run records"
-        )
+    if schema != SCHEMA:
+        way = "upgrade it" if schema > SCHEMA else "make the report again from its run records"
         raise BadInput(
-            f"{path} has schema {str(schema)[:20]}, and this greenvis reads {build.SCHEMA}: {way}"
+            f"{path} has schema {str(schema)[:20]}, and this greenvis reads {SCHEMA}: {way}"
         )
-    shape.check(content, path)
-    return content
+    if not is_plain(content, most=MOST_DEPTH):
+        problem = "numbers that are not finite, or nested too deeply"
+        raise BadInput(f"{path} is not a {NAME} of greenvis: {problem}")
+    try:
+        results = Results.from_json(content)
+    except ValidationError as error:
+        raise BadInput(f"{path} is not a {NAME} of greenvis: {problems(error)}") from error
+    if problem := _inconsistent(results):
+        raise BadInput(f"{path} is not a {NAME} of greenvis: {problem}")
+    return results
+
+
+def _inconsistent(results: Results) -> str:
+    """Return what does not fit together in results whose values are each possible, "" where all
+    does."""
+    known = sorted(results.arms)
+    if sorted(results.order) != known or results.baseline not in (None, *known):
+        return "its order or its baseline names arms that are not there"
+    lacking = [a for a, row in results.arms.items() if row.uses and row.base_reuse is None]
+    if lacking:
+        return f"arms.{one_line(lacking[0])[:100]}: it uses others, and base_reuse is missing"
+    return ""
 
 
 def again(
@@ -78,7 +101,7 @@ def again(
     grid: Any,
     served: float | None,
     margin: float | None,
-) -> dict[str, Any]:
+) -> Results:
     """Return stored results compared anew, with another baseline, usage or margin if told. Raises
     BadInput.
 
@@ -86,18 +109,19 @@ def again(
     needed.
     """
     results = read(path)
-    if grid is not None or metric not in ("accuracy", results["metric"]):
+    if grid is not None or metric not in ("accuracy", results.metric):
         raise BadInput(
-            f"{path} holds figures that are priced, of {results['metric']}: a grid or another "
+            f"{path} holds figures that are priced, of {results.metric}: a grid or another "
             "metric wants run records"
         )
-    if baseline is not None and baseline not in results["arms"]:
-        raise BadInput(
-            f"no arm '{baseline}' to be the baseline{nearest(baseline, results['arms'])}"
-        )
-    changed = {"baseline": baseline, "served": served and round(served), "margin": margin}
-    results |= {key: value for key, value in changed.items() if value is not None}
+    if baseline is not None and baseline not in results.arms:
+        raise BadInput(f"no arm '{baseline}' to be the baseline{nearest(baseline, results.arms)}")
+    changed: dict[str, Any] = {
+        "baseline": baseline,
+        "served": served and round(served),
+        "margin": margin,
+    }
     if baseline is not None:
-        results["order"] = [baseline, *(a for a in results["order"] if a != baseline)]
-    comparison.compare(results)
-    return results
+        changed["order"] = [baseline, *(a for a in results.order if a != baseline)]
+    known = {key: value for key, value in changed.items() if value is not None}
+    return comparison.compared(results.model_copy(update=known))

@@ -4,26 +4,29 @@ is known."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-from greenvis.report import formatting, reuse
-from greenvis.report.columns import Column, Row
+from greenvis.report import formatting
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.blocks import ArmRow, ArmTable, Cell
+from greenvis.report.columns import Column
+from greenvis.report.estimates import Estimate, Ratio
 from greenvis.report.formatting import MISSING, si
+from greenvis.report.shape import Results
 
 MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
 
-def costs(results: dict[str, Any]) -> list[Column]:
+def costs(results: Results) -> list[Column]:
     """Return the columns of the first table: what was gained and what it cost, with all it builds
     on first."""
-    metric = results["metric"]
-    reused = any(row["uses"] for row in results["arms"].values())
+    metric = results.metric
+    reused = any(row.uses for row in results.arms.values())
     line = [
         _reading(
             "train_energy_with_reuse_j",
             "Energy, base and teacher included",
             "J",
-            lacks=reuse.unknown,
+            lacks=lambda r: r.unknown,
         ),
         _ratio("train_energy_with_reuse", "Energy ÷ baseline, base and teacher included"),
     ]
@@ -32,18 +35,18 @@ def costs(results: dict[str, Any]) -> list[Column]:
         Column(
             metric,
             metric.capitalize(),
-            lambda r: r[metric]["mean"],
-            lambda r: formatting.spread(metric, r[metric]),
-            lambda r: _seeds(r),
-            lambda r: "measured" if r[metric]["n"] else None,
+            lambda r: r.gain.mean,
+            lambda r: formatting.spread(metric, r.gain),
+            _seeds,
+            lambda r: "measured" if r.gain.n else None,
         ),
         Column(
             "vs_metric",
             f"{metric.capitalize()} vs baseline",
-            lambda r: _vs(r, metric, "mean"),
-            lambda r: formatting.points(metric, _vs(r, metric, "mean")),
+            _difference,
+            lambda r: formatting.points(metric, _difference(r)),
             lambda r: _decided(r, metric),
-            shown=lambda r: bool(r["vs_baseline"]) and formatting.shown(r["vs_baseline"][metric]),
+            shown=lambda r: formatting.shown(r.difference),
         ),
         *(line if reused else ()),
         _reading("train_energy_j", own, "J"),
@@ -52,17 +55,17 @@ def costs(results: dict[str, Any]) -> list[Column]:
             "carbon_g",
             "Carbon of own training (CO₂e)" if reused else "Carbon (CO₂e)",
             "g",
-            lambda r: "assumed grid" if r["assumed_grid"] else r["carbon_g"]["provenance"],
+            lambda r: "assumed grid" if r.assumed_grid else r.carbon_g.provenance,
         ),
         Column(
             "reuse_j",
             "Builds on",
-            lambda r: r["base_reuse"]["whole_j"]["value"] if r["base_reuse"] else None,
+            lambda r: r.base_reuse.whole_j.value if r.base_reuse else None,
             _builds_on,
-            lambda r: _reused(r),
-            lambda r: r["base_reuse"]["whole_j"]["provenance"] if r["base_reuse"] else None,
+            _reused,
+            lambda r: r.base_reuse.whole_j.provenance if r.base_reuse else None,
         ),
-        Column("wall_s", "Time", lambda r: r["wall_s"], lambda r: formatting.duration(r["wall_s"])),
+        Column("wall_s", "Time", lambda r: r.wall_s, lambda r: formatting.duration(r.wall_s)),
     ]
 
 
@@ -77,116 +80,85 @@ def sizes() -> list[Column]:
         Column(
             "latency_p50_ms",
             "Latency p50",
-            lambda r: (r["latency_ms"] or {}).get("p50"),
-            lambda r: si(_ms(r, "p50"), "s"),
-            lambda r: f"p95 {si(_ms(r, 'p95'), 's')}" if _ms(r, "p95") is not None else "",
+            lambda r: (r.latency_ms or {}).get("p50"),
+            lambda r: si(r.latency_s("p50"), "s"),
+            lambda r: f"p95 {si(p95, 's')}" if (p95 := r.latency_s("p95")) is not None else "",
         ),
-        Column(
-            "images_per_s", "Images/s", lambda r: r["images_per_s"], lambda r: si(r["images_per_s"])
-        ),
+        Column("images_per_s", "Images/s", lambda r: r.images_per_s, lambda r: si(r.images_per_s)),
         Column(
             "peak_memory_mb",
             "Peak memory",
-            lambda r: r["peak_memory_mb"],
-            lambda r: si(None if r["peak_memory_mb"] is None else r["peak_memory_mb"] * 1e6, "B"),
+            lambda r: r.peak_memory_mb,
+            lambda r: si(None if r.peak_memory_mb is None else r.peak_memory_mb * 1e6, "B"),
         ),
     ]
 
 
-def cycle(results: dict[str, Any]) -> list[Column]:
+def cycle(results: Results) -> list[Column]:
     """Return the columns of the full-cycle table."""
     return [
-        Column(
-            "make_j",
-            "Training",
-            lambda r: r["full_cycle"]["make_j"],
-            lambda r: si(r["full_cycle"]["make_j"], "J"),
-        ),
+        _cycle("make_j", "Training"),
         Column(
             "reuse_whole_j",
             "Builds on, charged whole",
-            lambda r: r["full_cycle"]["reuse_whole_j"],
+            lambda r: r.full_cycle.reuse_whole_j if r.full_cycle else None,
             _builds_on,
-            lambda r: _reused(r),
+            _reused,
         ),
-        Column(
-            "reuse_shared_j",
-            "Builds on, shared",
-            lambda r: r["full_cycle"]["reuse_shared_j"],
-            lambda r: si(r["full_cycle"]["reuse_shared_j"], "J"),
-            lambda r: _users(r),
-        ),
-        Column(
-            "inference_energy_j",
-            "One image",
-            lambda r: r["inference_energy_j"]["value"],
-            lambda r: formatting.reading(r["inference_energy_j"], "J"),
-            lambda r: _band(r["inference_energy_j"], "J"),
-            lambda r: r["inference_energy_j"]["provenance"],
-        ),
+        _cycle("reuse_shared_j", "Builds on, shared", _users),
+        _reading("inference_energy_j", "One image", "J"),
         _ratio("inference_energy", "One image ÷ baseline"),
         Column(
             "wh_per_1000_images",
             "Wh per 1,000 images",
-            lambda r: r["full_cycle"]["wh_per_1000_images"],
-            lambda r: _small(r["full_cycle"]["wh_per_1000_images"]),
+            lambda r: r.full_cycle.wh_per_1000_images if r.full_cycle else None,
+            lambda r: _small(r.full_cycle.wh_per_1000_images if r.full_cycle else None),
         ),
         Column(
             "sci_g",
             "SCI (CO₂e per image)",
-            lambda r: r["sci"]["g_per_image"],
-            lambda r: si(r["sci"]["g_per_image"], "g"),
+            lambda r: r.sci.g_per_image,
+            lambda r: si(r.sci.g_per_image, "g"),
         ),
-        Column(
-            "total_whole_j",
-            "All, charged whole",
-            lambda r: r["full_cycle"]["total_whole_j"],
-            lambda r: si(r["full_cycle"]["total_whole_j"], "J"),
-        ),
-        Column(
-            "total_shared_j",
-            "All, shared",
-            lambda r: r["full_cycle"]["total_shared_j"],
-            lambda r: si(r["full_cycle"]["total_shared_j"], "J"),
-        ),
+        _cycle("total_whole_j", "All, charged whole"),
+        _cycle("total_shared_j", "All, shared"),
     ]
 
 
-def cells(
-    results: dict[str, Any], columns: list[Column], most: int = MOST_ROWS
-) -> list[dict[str, Any]]:
-    """Return the first `most` arms as {"arm", "status", "baseline", "cells": [{"text", "sub",
-    "badge", "shown"}]}."""
-    arms = results["arms"]
-    return [
-        {
-            "arm": a,
-            "status": arms[a]["status"],
-            "baseline": a == results["baseline"],
-            "techniques": _techniques(arms[a]),
-            "cells": [
-                {
-                    "title": c.title,
-                    "text": c.text(arms[a]),
-                    "sub": c.sub(arms[a]),
-                    "badge": c.badge(arms[a]),
-                    "shown": c.shown(arms[a]),
-                }
-                for c in columns
-            ],
-        }
-        for a in results["order"][:most]
-    ]
+def table(results: Results, columns: list[Column], name: str, caption: str) -> ArmTable:
+    """Return the table of the first `MOST_ROWS` arms, with the columns that are `used`."""
+    columns = used(results, columns)
+    rows = [(a, results.arms[a]) for a in results.order[:MOST_ROWS]]
+    return ArmTable(
+        f"t-{name}",
+        caption,
+        tuple(c.title for c in columns),
+        tuple(
+            ArmRow(a, row.status, a == results.baseline, _techniques(row), cells(row, columns))
+            for a, row in rows
+        ),
+    )
 
 
-def used(results: dict[str, Any], columns: list[Column]) -> list[Column]:
+def some(results: Results, columns: list[Column], name: str, caption: str) -> ArmTable | None:
+    """Return a table, None where no column has a value."""
+    out = table(results, columns, name, caption)
+    return out if out.titles else None
+
+
+def cells(row: ArmResults, columns: list[Column]) -> tuple[Cell, ...]:
+    """Return an arm's cells."""
+    return tuple(Cell(c.text(row), c.sub(row), c.badge(row), c.shown(row)) for c in columns)
+
+
+def used(results: Results, columns: list[Column]) -> list[Column]:
     """Return the columns in which at least one arm has a value, or something to say of what it
     builds on."""
-    rows = results["arms"].values()
+    rows = results.arms.values()
     return [
         c
         for c in columns
-        if any(c.number(r) is not None or (c.text is _builds_on and r["uses"]) for r in rows)
+        if any(c.number(r) is not None or (c.text is _builds_on and r.uses) for r in rows)
     ]
 
 
@@ -194,18 +166,22 @@ def _reading(
     key: str,
     title: str,
     unit: str,
-    badge: Callable[[Row], str | None] | None = None,
-    lacks: Callable[[Row], list[str]] = lambda row: [],
+    badge: Callable[[ArmResults], str | None] | None = None,
+    lacks: Callable[[ArmResults], list[str]] = lambda row: [],
 ) -> Column:
     """Return the column of a reading, with its band below. lacks: the names of what is not in
     it."""
+
+    def of(row: ArmResults) -> Estimate:
+        return getattr(row, key)
+
     return Column(
         key,
         title,
-        lambda r: r[key]["value"],
-        lambda r: formatting.reading(r[key], unit) + (" + not known" if lacks(r) else ""),
-        lambda r: _band(r[key], unit),
-        badge or (lambda r: r[key]["provenance"]),
+        lambda r: of(r).value,
+        lambda r: formatting.reading(of(r), unit) + (" + not known" if lacks(r) else ""),
+        lambda r: _band(of(r), unit),
+        badge or (lambda r: of(r).provenance),
     )
 
 
@@ -214,110 +190,101 @@ def _ratio(key: str, title: str) -> Column:
     return Column(
         f"vs_{key}",
         title,
-        lambda r: _vs(r, key, "ratio"),
-        lambda r: formatting.factor(r["vs_baseline"][key]) if r["vs_baseline"] else MISSING,
-        lambda r: _interval(r["vs_baseline"][key]) if r["vs_baseline"] else "",
-        shown=lambda r: bool(r["vs_baseline"]) and formatting.shown(r["vs_baseline"][key]),
+        lambda r: x.ratio if (x := r.ratio(key)) and x.low is not None else None,
+        lambda r: formatting.factor(r.ratio(key)),
+        lambda r: _interval(r.ratio(key)) if r.vs_baseline else "",
+        shown=lambda r: formatting.shown(r.ratio(key)),
     )
 
 
 def _plain(key: str, title: str, unit: str = "") -> Column:
-    return Column(key, title, lambda r: r[key], lambda r: si(r[key], unit))
+    def value(row: ArmResults) -> float | None:
+        return getattr(row, key)
+
+    return Column(key, title, value, lambda r: si(value(r), unit))
 
 
-def _band(reading: Row, unit: str) -> str:
+def _cycle(key: str, title: str, sub: Callable[[ArmResults], str] = lambda row: "") -> Column:
+    def value(row: ArmResults) -> float | None:
+        return getattr(row.full_cycle, key, None)
+
+    return Column(key, title, value, lambda r: si(value(r), "J"), sub)
+
+
+def _band(reading: Estimate, unit: str) -> str:
     """Return the band of a reading: "1.98–4.01 kJ"."""
-    if reading["value"] is None or reading["low"] is None or reading["low"] == reading["high"]:
+    if None in (reading.value, reading.low) or reading.low == reading.high:
         return ""
-    low, high = si(reading["low"], unit, 2), si(reading["high"], unit, 2)
+    low, high = si(reading.low, unit, 2), si(reading.high, unit, 2)
     same = low.split(" ")[-1] == high.split(" ")[-1]
     return f"{low.rsplit(' ', 1)[0] if same else low}–{high}"
 
 
-def _seeds(row: Row) -> str:
-    n = len(row["seeds"])
+def _seeds(row: ArmResults) -> str:
+    n = len(row.seeds)
     if not n:
         return "not finished"
     return ("1 seed" if n == 1 else f"{n} seeds") + (
-        ", not all finished" if row["status"] == "partly done" else ""
+        ", not all finished" if row.status == "partly done" else ""
     )
 
 
-def _techniques(row: Row) -> str:
-    """Return the names in the fact `techniques`: names, {"name": …} or {NAME: {fields}}."""
-    techniques = row.get("techniques")
-    names = (
-        [t.get("name") or next(iter(t), "") if isinstance(t, dict) else t for t in techniques]
-        if isinstance(techniques, list)
-        else []
-    )
-    return ", ".join(map(str, names))
+def _techniques(row: ArmResults) -> str:
+    return ", ".join(row.technique_names)
 
 
-def _interval(r: Row | None) -> str:
+def _interval(r: Ratio | None) -> str:
     """Return the interval of a ratio and whether it tells a difference: "×0.87–1.12, no difference
     shown"."""
-    if not r or not r["n"]:
+    if not r or not r.n:
         return "no seed in common: not comparable by pairs"
-    if r["low"] is None:
+    if r.low is None:
         return "one seed: no interval"
     return formatting.factor_band(r) + ("" if formatting.shown(r) else ", no difference shown")
 
 
-def _decided(row: Row, metric: str) -> str:
+def _decided(row: ArmResults, metric: str) -> str:
     """Return the interval of the metric and what it decides: "−1.48 to +2.07: keeps"."""
-    if not row["vs_baseline"]:
+    if not row.vs_baseline:
         return ""
-    d = row["vs_baseline"][metric]
+    d = row.difference
     return ": ".join(
         x for x in (formatting.interval(metric, d) if d else "", formatting.decided(d)) if x
     )
 
 
-def _builds_on(row: Row) -> str:
+def _builds_on(row: ArmResults) -> str:
     """Return what a row builds on in joules; what nobody knows is "not known", never 0."""
-    if not row["uses"]:
+    if not row.uses:
         return "nothing"
-    known = (
-        si(row["base_reuse"]["whole_j"]["value"], "J")
-        if row["base_reuse"]["whole_j"]["value"] is not None
-        else ""
-    )
-    return " + ".join(x for x in (known, "not known" if reuse.unknown(row) else "") if x)
+    joules = row.base_reuse.whole_j.value if row.base_reuse else None
+    known = "" if joules is None else si(joules, "J")
+    return " + ".join(x for x in (known, "not known" if row.unknown else "") if x)
 
 
-def _reused(row: Row) -> str:
+def _reused(row: ArmResults) -> str:
     """Return what a row builds on: "base, 116 mg CO₂e; not counted: the weights of others"."""
-    parts = ", ".join(
-        x for x in (*dict.fromkeys(u["role"] for u in row["uses"]), _grams(row, "whole_g")) if x
-    )
-    return parts + (f"; not counted: {', '.join(names)}" if (names := reuse.unknown(row)) else "")
+    grams = _grams(row.base_reuse.whole_g.value if row.base_reuse else None)
+    parts = ", ".join(x for x in (*dict.fromkeys(u.role for u in row.uses), grams) if x)
+    return parts + (f"; not counted: {', '.join(names)}" if (names := row.unknown) else "")
 
 
-def _grams(row: Row, key: str) -> str:
-    grams = row["base_reuse"][key] if row["base_reuse"] else None
-    grams = grams["value"] if isinstance(grams, dict) else grams
-    return "" if grams is None else f"{si(grams, 'g')} CO₂e"
+def _grams(value: float | None) -> str:
+    return "" if value is None else f"{si(value, 'g')} CO₂e"
 
 
-def _users(row: Row) -> str:
-    n = sorted({u["used_by_runs"] for u in row["uses"]})
-    return (
-        f"among {' or '.join(map(str, n))} runs, {_grams(row, 'shared_g')}".removesuffix(", ")
-        if n
-        else ""
-    )
+def _users(row: ArmResults) -> str:
+    n = sorted({u.used_by_runs for u in row.uses})
+    if not n:
+        return ""
+    grams = _grams(row.base_reuse.shared_g if row.base_reuse else None)
+    return ", ".join(x for x in (f"among {' or '.join(map(str, n))} runs", grams) if x)
 
 
-def _vs(row: Row, key: str, part: str) -> float | None:
-    vs = row["vs_baseline"]
-    # one seed: no interval, no comparison
-    return vs[key][part] if vs and vs[key] and vs[key]["low"] is not None else None
-
-
-def _ms(row: Row, key: str) -> float | None:
-    value = (row["latency_ms"] or {}).get(key)
-    return None if value is None else value / 1e3
+def _difference(row: ArmResults) -> float | None:
+    """Return the difference of the metric; of one seed there is no interval, and no comparison."""
+    d = row.difference
+    return d.mean if d and d.low is not None else None
 
 
 def _small(value: float | None) -> str:

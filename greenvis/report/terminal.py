@@ -8,6 +8,7 @@ from typing import Any
 from greenvis.errors import one_line
 from greenvis.report import figures, floor, formatting, tables
 from greenvis.report.formatting import MISSING, si
+from greenvis.report.shape import Results
 
 HEADS = {
     "train_energy_j": "Energy",
@@ -17,24 +18,19 @@ HEADS = {
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
-def table(results: Mapping[str, Any]) -> Any:
+def table(results: Results) -> Any:
     """Return results as a rich table: one row an arm, what was gained and what it cost."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    available = tables.used(dict(results), tables.costs(dict(results)))
-    with_reuse = [c for c in available if c.key.endswith("train_energy_with_reuse_j")] != []
-    energy = (
-        ("train_energy_with_reuse_j", "vs_train_energy_with_reuse")
-        if with_reuse
-        else ("train_energy_j", "vs_train_energy")
-    )
-    columns = [
-        c for c in available if c.key in (results["metric"], "vs_metric", *energy, "carbon_g")
-    ]
+    available = tables.used(results, tables.costs(results))
+    with_reuse = any(c.key.endswith("train_energy_with_reuse_j") for c in available)
+    energy = "train_energy_with_reuse" if with_reuse else "train_energy"
+    keys = (results.metric, "vs_metric", f"{energy}_j", f"vs_{energy}", "carbon_g")
+    columns = [c for c in available if c.key in keys]
     out = Table(
-        title=Text(one_line(results["name"])),
+        title=Text(one_line(results.name)),
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
@@ -50,14 +46,13 @@ def table(results: Mapping[str, Any]) -> Any:
             no_wrap=not against,
             width=16 if against else None,
         )
-    for row in tables.cells(dict(results), columns):
-        texts = []
-        for column, cell in zip(columns, row["cells"], strict=True):
-            text = Text(one_line(cell["text"]), style="bold" if cell["shown"] else "")
-            sub = cell["sub"] if column.key.startswith("vs_") else ""
-            texts.append(_below(text, sub))
-        status = "" if row["status"] == "done" else row["status"]
-        out.add_row(_below(Text(figures.short(row["arm"], 28)), status), *texts)
+    for label in results.order[: tables.MOST_ROWS]:
+        row, texts = results.arms[label], []
+        for column, cell in zip(columns, tables.cells(row, columns), strict=True):
+            text = Text(one_line(cell.text), style="bold" if cell.shown else "")
+            texts.append(_below(text, cell.sub if column.key.startswith("vs_") else ""))
+        status = "" if row.status == "done" else row.status
+        out.add_row(_below(Text(figures.short(label, 28)), status), *texts)
     return out
 
 

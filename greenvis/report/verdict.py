@@ -3,25 +3,25 @@ that is."""
 
 from __future__ import annotations
 
-from typing import Any
+from greenvis.report import formatting
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.shape import Results
 
-from greenvis.report import continual, formatting, reuse
 
-
-def headline(results: dict[str, Any]) -> str:
+def headline(results: Results) -> str:
     """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to
     compare."""
     return _choice(results)[0]
 
 
-def opening(results: dict[str, Any]) -> str:
+def opening(results: Results) -> str:
     """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came
     nearest."""
     label, lacking = _choice(results)
     return lacking + sentence(results, label)
 
 
-def _choice(results: dict[str, Any]) -> tuple[str, str]:
+def _choice(results: Results) -> tuple[str, str]:
     """Return the arm of the verdict, and what to say first where no arm saved energy and kept the
     metric.
 
@@ -30,28 +30,26 @@ def _choice(results: dict[str, Any]) -> tuple[str, str]:
     that trained on all tasks of a stream at once is a
     bound: it is named where there is no other.
     """
-    arms, base, metric = results["arms"], results["baseline"], results["metric"]
-    sign = -1 if results["lower_is_better"] else 1
-    compared = [a for a in results["order"] if arms[a]["vs_baseline"]]
-    rivals = [a for a in compared if not continual.all_at_once(arms[a])] or compared
+    arms, base, metric = results.arms, results.baseline, results.metric
+    sign = -1 if results.lower_is_better else 1
+    compared = [a for a in results.order if arms[a].vs_baseline]
+    rivals = [a for a in compared if not _is_bound(arms[a])] or compared
 
     def gain(a: str) -> float:
-        return (
-            sign * arms[a][metric]["mean"] if arms[a][metric]["mean"] is not None else float("-inf")
-        )
+        mean = arms[a].gain.mean
+        return float("-inf") if mean is None else sign * mean
 
     if not rivals:
-        scored = [a for a in results["order"] if arms[a][metric]["mean"] is not None]
-        best = max(scored, key=gain) if scored else results["order"][0]
+        scored = [a for a in results.order if arms[a].gain.mean is not None]
+        best = max(scored, key=gain) if scored else results.order[0]
         return (base if base in scored and base is not None else best), ""
-    cheap = [a for a in rivals if _cheaper(arms[a]["vs_baseline"][cost(results, a)])]
-    keep = [a for a in cheap if keeps(results, a)]
+    ratios = {a: arms[a].ratio(cost(results, a)) for a in rivals}
+    cheap = {a: r.ratio for a, r in ratios.items() if r and r.ratio < 1 and formatting.shown(r)}
+    keep = {a: ratio for a, ratio in cheap.items() if keeps(results, a)}
     if keep:
-        return min(keep, key=lambda a: arms[a]["vs_baseline"][cost(results, a)]["ratio"]), ""
+        return min(keep, key=lambda a: keep[a]), ""
     better = [
-        a
-        for a in rivals
-        if (d := arms[a]["vs_baseline"][metric]) and sign * d["mean"] > 0 and formatting.shown(d)
+        a for a in rivals if (d := arms[a].difference) and sign * d.mean > 0 and formatting.shown(d)
     ]
     lacking = f"No arm is shown to cost less than {base} and keep its {metric}. "
     if better or cheap:
@@ -59,53 +57,47 @@ def _choice(results: dict[str, Any]) -> tuple[str, str]:
     return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
 
 
-def cost(results: dict[str, Any], label: str) -> str:
+def cost(results: Results, label: str) -> str:
     """Return the energy an arm is judged by: with all it builds on; one image's where it goes on
     from the baseline itself."""
-    baseline = f"{results['name']}/{results['baseline']}"
-    goes_on = any(u["name"] == baseline for u in results["arms"][label]["uses"])
+    baseline = f"{results.name}/{results.baseline}"
+    goes_on = any(u.name == baseline for u in results.arms[label].uses)
     return "inference_energy" if goes_on else "train_energy_with_reuse"
 
 
-def _cheaper(r: dict[str, Any] | None) -> bool:
-    """Whether the interval shows less energy than the baseline's."""
-    return bool(r) and r["ratio"] < 1 and formatting.shown(r)
+def _is_bound(row: ArmResults) -> bool:
+    """Whether an arm trained on all tasks of a stream at once, which no stream allows."""
+    return row.continual is not None and row.continual.all_at_once
 
 
-def keeps(results: dict[str, Any], label: str) -> bool:
+def keeps(results: Results, label: str) -> bool:
     """Whether an arm's interval lies within the margin, or there is no metric at all that it could
     lose."""
-    arms, metric = results["arms"], results["metric"]
-    d = arms[label]["vs_baseline"][metric]
-    return (
-        d["verdict"] == "keeps" if d else all(row[metric]["mean"] is None for row in arms.values())
-    )
+    d = results.arms[label].difference
+    return d.verdict == "keeps" if d else all(r.gain.mean is None for r in results.arms.values())
 
 
-def sentence(results: dict[str, Any], label: str) -> str:
+def sentence(results: Results, label: str) -> str:
     """Return what the records show of one arm, beside the baseline where there is one."""
-    row, base, metric = results["arms"][label], results["baseline"], results["metric"]
-    if row["status"] == "incomplete":
+    row, base, metric = results.arms[label], results.baseline, results.metric
+    if row.status == "incomplete":
         tried = ", ".join(
-            f"{n} {status}" if n > 1 else status for status, n in row["attempts"].items()
+            f"{n} {status}" if n > 1 else status for status, n in row.attempts.items()
         )
         return (
             f"{label} has no finished run ({tried}); "
-            f"{formatting.si(row['spent']['energy_j']['value'], 'J')} were spent on it."
+            f"{formatting.si(row.spent.energy_j.value, 'J')} were spent on it."
         )
-    scored = row[metric]["mean"] is not None
-    bound = (
-        ", trained on all tasks at once as no stream allows," if continual.all_at_once(row) else ""
-    )
+    scored = row.gain.mean is not None
+    bound = ", trained on all tasks at once as no stream allows," if _is_bound(row) else ""
     reached = (
-        f"{label}{bound} reached {formatting.spread(metric, row[metric])}"
+        f"{label}{bound} reached {formatting.spread(metric, row.gain)}"
         if scored
         else f"{label} (no {metric} recorded)"
     )
     if scored and metric != "accuracy":
         reached += f" {metric}"
-    vs = row["vs_baseline"]
-    if not vs or len(row["seeds"]) == 1:
+    if not row.vs_baseline or len(row.seeds) == 1:
         return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(
             row
         )
@@ -119,20 +111,18 @@ def sentence(results: dict[str, Any], label: str) -> str:
     else:
         what = "energy" if builds_on(results, label) else "training energy"
         text = f"{reached} with {_energy(results, label, key, what)}; {_gain(results, label)}."
-    return text + not_counted(row, results["arms"][base]) + _partly(row)
+    return text + not_counted(row, *(results.arms[base],) if base else ()) + _partly(row)
 
 
-def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
+def _alone(row: ArmResults, reached: str, scored: bool, metric: str) -> str:
     """Return the sentence on an arm that is compared with none, or by one seed: joules, and no
     ratio."""
-    line = row["train_energy_with_reuse_j"]["value"]
-    joules = formatting.reading(row["train_energy_with_reuse_j"], "J") if line is not None else ""
+    line = row.train_energy_with_reuse_j.value
+    joules = formatting.reading(row.train_energy_with_reuse_j, "J") if line is not None else ""
     what = (
-        "energy, with all it builds on"
-        if line != row["train_energy_j"]["value"]
-        else "training energy"
+        "energy, with all it builds on" if line != row.train_energy_j.value else "training energy"
     )
-    one = " (one seed: no spread is known)" if len(row["seeds"]) == 1 else ""
+    one = " (one seed: no spread is known)" if len(row.seeds) == 1 else ""
     if not scored:
         return (
             f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {metric} "
@@ -141,65 +131,60 @@ def _alone(row: dict[str, Any], reached: str, scored: bool, metric: str) -> str:
     return reached + (f" for {joules} of {what}" if joules else "") + one + "."
 
 
-def _energy(results: dict[str, Any], label: str, key: str, what: str) -> str:
+def _energy(results: Results, label: str, key: str, what: str) -> str:
     """Return an arm's energy beside the baseline's: "2.1 times less energy (1.9–2.3) than full",
     and its own share."""
-    vs, base = results["arms"][label]["vs_baseline"], results["baseline"]
-    r = vs[key]
-    if not r or r["low"] is None:
+    row, base = results.arms[label], results.baseline
+    r, own = row.ratio(key), row.ratio("train_energy")
+    if r is None or r.low is None:
         return f"an unknown share of the {what} of {base}"
     text = f"{formatting.times(r, what)} {'than' if formatting.shown(r) else 'to'} {base}"
-    if r["low"] == r["high"] == 1:
+    if r.low == r.high == 1:
         text = f"{formatting.times(r, what)} as {base}"
-    own = vs["train_energy"]
     charged = builds_on(results, label)
     if key != "train_energy_with_reuse" or not charged:
         return text
     share = (
         f"; own training {formatting.factor(own)}, {formatting.factor_band(own).removeprefix('×')}"
-        if own and own["low"]
+        if own and own.low
         else ""
     )
     return f"{text} ({charged} included{share})"
 
 
-def _gain(results: dict[str, Any], label: str) -> str:
-    metric = results["metric"]
-    d = results["arms"][label]["vs_baseline"][metric]
+def _gain(results: Results, label: str) -> str:
+    metric, d = results.metric, results.arms[label].difference
     if not d:
         return f"no {metric} to compare"
     band = formatting.interval(metric, d)
-    text = f"{metric} {formatting.points(metric, d['mean'])}" + (
+    text = f"{metric} {formatting.points(metric, d.mean)}" + (
         f" (95\u00a0% interval {band})" if band else ""
     )
     return f"{text}: {formatting.decided(d, margin(results))}"
 
 
-def margin(results: dict[str, Any]) -> str:
+def margin(results: Results) -> str:
     """Return how much may be lost, in words: "0.5 points"."""
-    metric = results["metric"]
-    unit = (
-        ("point" if results["margin"] == 1 else "points")
-        if formatting.share(metric)
-        else f"of {metric}"
-    )
-    return f"{results['margin']:g} {unit}"
+    points = "point" if results.margin == 1 else "points"
+    unit = points if formatting.share(results.metric) else f"of {results.metric}"
+    return f"{results.margin:g} {unit}"
 
 
-def not_counted(*rows: dict[str, Any]) -> str:
+def not_counted(*rows: ArmResults) -> str:
     """Name what the rows build on at a cost that nobody knows."""
-    names = list(dict.fromkeys(n for row in rows for n in reuse.unknown(row)))
+    names = list(dict.fromkeys(n for row in rows for n in row.unknown))
     return f" Not counted, for its cost is not known: {', '.join(names)}." if names else ""
 
 
-def builds_on(results: dict[str, Any], label: str) -> str:
+def builds_on(results: Results, label: str) -> str:
     """Return what is charged in a comparison of an arm to the baseline: "the base of full and
     lora"; "" for nothing."""
     known = {
-        a: [u for u in results["arms"][a]["uses"] if u["energy_j"]["value"] is not None]
-        for a in (results["baseline"], label)
+        a: [u for u in results.arms[a].uses if u.energy_j.value is not None]
+        for a in (results.baseline, label)
+        if a is not None
     }
-    roles = dict.fromkeys(u["role"] for uses in known.values() for u in uses)
+    roles = dict.fromkeys(u.role for uses in known.values() for u in uses)
     return (
         f"the {' and '.join(roles)} of {' and '.join(a for a, uses in known.items() if uses)}"
         if roles
@@ -207,5 +192,5 @@ def builds_on(results: dict[str, Any], label: str) -> str:
     )
 
 
-def _partly(row: dict[str, Any]) -> str:
-    return " Not every seed finished." if row["status"] == "partly done" else ""
+def _partly(row: ArmResults) -> str:
+    return " Not every seed finished." if row.status == "partly done" else ""

@@ -1,6 +1,6 @@
 """The contracts of what is found by name, as checks that authors of plug-ins can run:
 `check_technique(MyTechnique)`, `check_task(MyTask)`, `check_dataset(MyDataSet)`,
-`check_meter_source(MySource)`."""
+`check_meter_source(MySource)`, `check_section(MySection)`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import Technique
 from greenvis.testing.datasets import DataSetResult, check_dataset
 from greenvis.testing.meter_sources import check_meter_source
+from greenvis.testing.sections import check_section
 from greenvis.testing.tasks import check_task
 from greenvis.testing.trial import Broken, Trial
 
@@ -23,6 +24,7 @@ __all__ = [
     "Result",
     "check_dataset",
     "check_meter_source",
+    "check_section",
     "check_task",
     "check_technique",
     "check_together",

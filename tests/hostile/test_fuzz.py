@@ -112,7 +112,7 @@ def test_records_of_any_shape(content: Any, tmp_path: Path) -> None:
         content = [content]
     write(path, content)
     with refused_or_taken():
-        json.dumps(results(path), allow_nan=False)
+        json.dumps(results(path).as_json(), allow_nan=False)
 
 
 @fuzz
@@ -217,14 +217,14 @@ def test_good_records_are_taken(
     name, arm = words
     header = {"name": name, "arm": arm, "seed": seed}
     content = lines(header, sample={"cpu_s": cpu_s, "steps": steps}, fact={"accuracy": accuracy})
-    made = results(write(tmp_path / "a.rank0.jsonl", content))
+    made = results(write(tmp_path / "a.rank0.jsonl", content)).as_json()
     assert made["arms"][arm]["accuracy"]["mean"] == accuracy
     assert not any("left out" in note for note in made["notes"])
     (row,) = ls([tmp_path / "a.rank0.jsonl"])
     assert (row["name"], row["seed"], row["accuracy"]) == (name, seed, accuracy)
     stored = tmp_path / "results.json"
     stored.write_text(json.dumps(made, allow_nan=False))
-    assert results(stored)["order"] == [arm]
+    assert results(stored).order == [arm]
 
 
 @fuzz

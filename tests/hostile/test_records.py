@@ -135,7 +135,7 @@ def test_one_odd_field_does_not_blind_a_folder(kind: str, beside: Path, tmp_path
             shutil.copytree(beside, folder)
             write(folder / "odd.rank0.jsonl", odd(kind, field, value))
             with bounded(5):
-                made = results(folder)
+                made = results(folder).as_json()
                 rows = ls([folder])
                 compare(folder, beside)
             assert made["arms"]["plain"]["accuracy"]["mean"] == 0.5, (field, value)
@@ -187,7 +187,7 @@ def test_what_is_no_record_is_left_out(beside: Path, tmp_path: Path) -> None:
     (folder / "new.jsonl").write_text(json.dumps({"type": "header", **HEADER, "schema": 99}) + "\n")
     with (folder / "sparse.jsonl").open("wb") as file:
         file.truncate(2 * 2**30)
-    found = results(folder)
+    found = results(folder).as_json()
     assert [*found["arms"]] == ["plain"]
     for name in ("pipe", "zeros", "deep", "empty", "new", "sparse"):
         assert any(f"{name}.jsonl" in note for note in found["notes"]), name
@@ -209,7 +209,7 @@ def test_of_two_copies_the_more_complete_counts(tmp_path: Path) -> None:
     write(tmp_path / "1" / "b.rank0.jsonl", part)
     write(tmp_path / "2" / "a.rank0.jsonl", whole)
     for order in (("1", "2"), ("2", "1")):
-        found = results([tmp_path / name for name in order])
+        found = results([tmp_path / name for name in order]).as_json()
         assert found["arms"]["full"]["status"] == "done"
         assert found["arms"]["full"]["accuracy"]["mean"] == 0.5
 
@@ -223,7 +223,7 @@ def test_a_foreign_record_with_a_known_id_replaces_nothing(tmp_path: Path) -> No
     )
     for name in ("0.rank0.jsonl", "zz.rank0.jsonl"):
         path = write(tmp_path / name, foreign)
-        found = results(tmp_path)
+        found = results(tmp_path).as_json()
         assert found["arms"]["full"]["accuracy"]["mean"] == 0.5
         assert any("claims the id of a.rank0.jsonl" in note for note in found["notes"])
         path.unlink()
@@ -235,7 +235,7 @@ def test_the_newest_run_is_told_by_attempts_not_by_a_clock_that_was_set_back(
     write(tmp_path / "a.rank0.jsonl", lines({"clock_s": 2e9}))
     newer = {"run": "n", "inputs": "new", "attempt": 2, "clock_s": 1e9, "pid": 3}
     write(tmp_path / "n.rank0.jsonl", lines(newer, fact={"accuracy": 0.9}))
-    assert results(tmp_path)["arms"]["full"]["accuracy"]["mean"] == 0.9
+    assert results(tmp_path).as_json()["arms"]["full"]["accuracy"]["mean"] == 0.9
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_markdown(folder: Path) -> None:
     safe_markdown((written(folder) / "report.md").read_text(), rows=15)
     safe_markdown((written(folder) / "exports" / "model-card.md").read_text(), rows=0)
     found = results(folder / "runs", baseline="plain")
-    for arm in found["order"]:
+    for arm in found.order:
         card = exports.model_card(found, arm)
         safe_markdown(card, rows=0)
         front = yaml.safe_load(card.split("---\n")[1])

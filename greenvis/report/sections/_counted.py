@@ -1,0 +1,122 @@
+"""What is counted, and how intervals and choices were made, in sentences."""
+
+from __future__ import annotations
+
+from greenvis.report import verdict
+from greenvis.report.shape import Results
+
+
+def counted(results: Results) -> list[str]:
+    """Say what is in the joules, and what intervals and marks rest on."""
+    n = sorted({len(row.seeds) for row in results.arms.values() if row.seeds})
+    seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no"
+    return [
+        "Training energy is all energy of a run but its measurement (latency, FLOPs): set-up, "
+        "training, evaluation, a "
+        "teacher's forward passes, and every start that broke off before the one that finished. "
+        "The mean over finished seeds.",
+        "A teacher or a base that another run trained is charged whole in “base and teacher "
+        "included”, which comparisons "
+        "rest on first; own training is the run's own share. What others trained, at a cost nobody "
+        "knows, is in neither.",
+        f"Finished seeds per arm: {seeds}. Ratios and differences to the baseline are paired by "
+        "seed; a ratio is a geometric "
+        "mean.",
+        "Bands (low–high) come from the coefficients of the sources below. All arms measured on "
+        "one host share them, so they "
+        "widen the joules, not the ratios. ± is the standard deviation over seeds.",
+        _repeatability(results),
+        *_repeated(results),
+        *_intervals(results),
+        *_chosen(results),
+        f"Pricing model: {results.pricing_model}. SCI follows ISO/IEC 21031 with R = one image; "
+        "no certification is claimed.",
+    ]
+
+
+def _chosen(results: Results) -> list[str]:
+    """Say on which images choices were made: held out ones, or, for all that is known, the
+    test's."""
+    reached = any(row.energy_to_baseline_j for row in results.arms.values())
+    read = (
+        [
+            f"Where an arm reached the baseline's {results.metric} is read off test images, "
+            "epoch by epoch."
+        ]
+        if reached
+        else []
+    )
+    held = sorted(
+        {d["held_out"] for d in results.data if isinstance(d, dict) and d.get("held_out")}
+    )
+    if held:
+        many = " or ".join(f"{n:,}" for n in held)
+        return [
+            f"{many} training images were held out; thresholds and a target accuracy are chosen on "
+            "them. On which images "
+            "learning rates and epochs were chosen is not on record: where it was on the test, "
+            "accuracies are too good.",
+            *read,
+        ]
+    return [
+        "No validation images were held out: learning rates, epochs and whatever else was chosen "
+        "was chosen on test images "
+        "or not at all, so that accuracies may be too good.",
+        *read,
+    ]
+
+
+def _intervals(results: Results) -> list[str]:
+    """Say what the intervals are, and that sentences, marks and tables rest on them alone."""
+    if not results.comparisons:
+        return [
+            "No arm is compared with a baseline by two seeds or more: nothing is said to be better "
+            "or cheaper."
+        ]
+    m, lost = results.comparisons, verdict.margin(results)
+    return [
+        "Intervals of differences and ratios are Student's t, paired by seed, each at "
+        f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "
+        "(Bonferroni). “Shown”, “keeps”, “loses” "
+        "and bold are read off them and nothing else: a difference is shown where its interval "
+        "leaves out no change.",
+        f"An arm keeps the {results.metric} where its whole interval lies above −{lost}, loses "
+        "it where the whole interval "
+        "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean "
+        "and scatter stay. One seed "
+        "decides nothing.",
+    ]
+
+
+def _repeatability(results: Results) -> str:
+    """Say how far the same work reads apart at another time, and whether bands hold that."""
+    bands = [
+        s["repeatability"]
+        for s in results.sources
+        if s.get("provenance") == "estimated" and s.get("repeatability")
+    ]
+    texts = {
+        f"×{k['low']:.3g}–{k['high']:.3g}, {k.get('citation') or 'of unknown origin'}"
+        for k in bands
+    }
+    if texts:
+        return (
+            "Bands hold how far the same work reads apart from one time to another: "
+            f"{'; '.join(sorted(texts))}."
+        )
+    return (
+        "How far the same work reads apart from one time to another is in no band here: on a "
+        "shared machine of two CPUs, up to "
+        "×1.78 between two days."
+    )
+
+
+def _repeated(results: Results) -> list[str]:
+    """Say how well the energy of one image was told, where the records know."""
+    worst = max((row.inference_energy_j.spread for row in results.arms.values()), default=0.0)
+    return [
+        "The energy of one image is the median of repeated readings; their quartile range ÷ "
+        "√readings is "
+        f"{100 * worst:.1f} % of it or less in each run. A neighbour's load that lasts through all "
+        "readings is not in that."
+    ] if worst else []  # fmt: skip

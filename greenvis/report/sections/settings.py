@@ -1,0 +1,69 @@
+"""Models that can be switched after training: what each setting reaches and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from greenvis.report import formatting
+from greenvis.report.arm_results import Setting
+from greenvis.report.blocks import Block, Grid, paragraph
+from greenvis.report.formatting import MISSING, si
+from greenvis.report.section import Section
+from greenvis.report.shape import Results
+
+HEAD = (
+    "Arm",
+    "Setting",
+    "Accuracy",
+    "Energy of 1,000 images",
+    "÷ never",
+    "MACs per image",
+    "÷ never",
+    "Realised ÷ theoretical",
+    "Leaves at exit 1, 2, … end",
+)
+HOW = (
+    "Switched after training, on test images in batches of 64; no setting was chosen on them. "
+    "Settings take turns, a few batches each; joules are those of the median pass over the images, "
+    "“±” is the quartile range of the passes’ ratios ÷ √passes."
+)
+REBATCHED = (
+    " Rebatched: behind an exit, images of several batches go on together, as a whole batch."
+)
+
+
+class Settings(Section[list[tuple[str, ...]]]):
+    """The settings of each arm that has some."""
+
+    name = "settings"
+    title = "Settings of one model"
+
+    def compute(self, results: Results) -> list[tuple[str, ...]] | None:
+        """Return a row per setting."""
+        arms = results.rows.items()
+        return [_row(arm, s) for arm, row in arms for s in row.operating_points] or None
+
+    def render(self, value: list[tuple[str, ...]]) -> Sequence[Block]:
+        """Return how it was measured, and the table."""
+        rebatched = REBATCHED if any("rebatched" in row[1] for row in value) else ""
+        return [paragraph(HOW + rebatched), Grid(HEAD, tuple(value), self.title)]
+
+
+def _row(arm: str, s: Setting) -> tuple[str, ...]:
+    joules, ratio = s.inference_energy_j, s.energy_ratio
+    give = f" ± {ratio * s.energy_spread:.2f}" if ratio is not None and s.energy_spread else ""
+    return (
+        arm,
+        s.setting,
+        formatting.spread("accuracy", s.accuracy),
+        si(None if joules is None else joules * 1000, "J"),
+        _times(ratio) + give,
+        si(s.macs),
+        _times(s.macs_ratio),
+        _times(s.realised),
+        " · ".join(f"{share:.0%}" for share in s.exits) or MISSING,
+    )
+
+
+def _times(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.2f}"
