@@ -11,6 +11,10 @@ class GreenvisError(Exception):
     1.
 
     reported: whether another of several processes says the same.
+
+    Example:
+        >>> issubclass(gv.BadInput, gv.GreenvisError)
+        True
     """
 
     reported: bool = False
@@ -18,7 +22,14 @@ class GreenvisError(Exception):
 
 class BadInput(GreenvisError):
     """The input (recipe, option, model, data) cannot be used. Nothing was changed. The CLI exits
-    with 2."""
+    with 2.
+
+    Example:
+        >>> gv.Lora(ranks=4)
+        Traceback (most recent call last):
+            ...
+        greenvis.errors.BadInput: Lora: ranks: unknown field 'ranks'; did you mean 'rank'?
+    """
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -72,6 +72,13 @@ class Installed:
         total_steps: Optimizer steps of the training; None where the loop does not say.
         calibrates: Whether `calibrate` wants held-out images after training.
         criterion: Builds the loss that replaces the task loss; None where it does not.
+
+    Example:
+        >>> class Small(gv.Installed):
+        ...     def terms(self, x, y, logits):
+        ...         return {"small": 0.1 * logits.square().mean()}
+        >>> sorted(Small().terms(x, y, model(x)))
+        ['small']
     """
 
     pretext: ClassVar[bool] = False

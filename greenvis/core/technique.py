@@ -67,6 +67,20 @@ class Technique(BaseModel):
     is called with the host model. `neutral` are those that make an example leave outputs unchanged:
     none where it does so when fresh, None where nothing does. `nothing` are arguments that match
     nothing in any model, so that `install` must refuse.
+
+    Example:
+        >>> class Cool(gv.Technique):
+        ...     name, stage = "cool", "objective"
+        ...     by: float = 2.0
+        ...     def install(self, model):
+        ...         model.head.register_forward_hook(lambda module, args, out: out / self.by)
+        ...         return gv.Installed()
+        >>> before = model(x)
+        >>> live = gv.wrap(model, Cool(by=4.0))
+        >>> torch.equal(model(x), before / 4)
+        True
+        >>> torch.equal(live.undo()(x), before)
+        True
     """
 
     model_config = ConfigDict(

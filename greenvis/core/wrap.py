@@ -51,6 +51,14 @@ def wrap(
         BadInput: For a conflict, a technique that is not right for the task, a model that does not
             fit, is wrapped already, or is to be sharded (FSDP, DeepSpeed). The model is then
             unchanged.
+
+    Example:
+        >>> live = gv.wrap(model, [gv.Lora(rank=4), gv.TokenMerge(r=2)])
+        >>> [technique.name for technique in live.techniques]
+        ['lora', 'token_merge']
+        >>> live.undo() is model
+        True
+        >>> live = gv.wrap(model, gv.Ncm(), task="classification")
     """
     requests = [techniques] if isinstance(techniques, Technique) else list(techniques)
     if not isinstance(model, nn.Module):
@@ -79,7 +87,20 @@ def wrap(
 
 class Wrapped(Owners, Deltas):
     """A model with techniques live on it, and the seams a training loop calls. `model` is the
-    user's own object."""
+    user's own object.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Lora(rank=4))
+        >>> optimizer = torch.optim.AdamW(live.param_groups(lr=1e-3))
+        >>> x, y = live.batch(x, y)
+        >>> outputs = model(x)
+        >>> loss = F.cross_entropy(outputs, y) + live.loss(x, y, outputs)
+        >>> loss.backward()
+        >>> optimizer.step()
+        >>> live.step_end()
+        >>> live.undo() is model  # as it was, to the bit
+        True
+    """
 
     def __init__(
         self, model: nn.Module, techniques: Sequence[Technique], task: Task | None = None

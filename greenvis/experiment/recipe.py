@@ -397,6 +397,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     but the files it names.
 
     Raises BadInput with file:line and the nearest right name.
+
+    Example:
+        >>> loaded = gv.load_recipe(recipe, ["train.epochs=3"])
+        >>> loaded.train.epochs, list(loaded.arms)
+        (3, ['plain', 'frozen'])
     """
     path = Path(path)
     source, lines = yamlfile.read(path)

@@ -57,6 +57,11 @@ def run(
     writes its own record, the first all else. log_with: see `train.fit`. fresh_process: this
     process was started for this call, so that all it has done is booked as start-up. Raises
     BadInput, GreenvisError.
+
+    Example:
+        >>> records = gv.run(recipe, runs=folder / "runs")
+        >>> records.relative_to(folder)
+        PosixPath('runs/tiny')
     """
     distributed.init_process_group()
     loggers.check(log_with)

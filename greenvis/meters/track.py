@@ -81,6 +81,14 @@ def track(
 
     Raises:
         BadInput: for a bad name, zone, PUE or coefficients file, before anything runs.
+
+    Example:
+        >>> with gv.track("mine", dir=folder) as tracker:
+        ...     with tracker.phase("train"):
+        ...         model(x).sum().backward()
+        ...     tracker.log(epoch=1, loss=0.5)
+        >>> tracker.path.name.endswith(".jsonl")
+        True
     """
     if not isinstance(name, str) or not name.strip():
         raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')

@@ -54,6 +54,13 @@ def report(
     Raises:
         BadInput: where there is nothing to report.
         GreenvisError: where the folder cannot be written.
+
+    Example:
+        >>> with gv.track("mine", dir=folder / "runs") as tracker:
+        ...     tracker.fact(accuracy=0.9)
+        >>> page = gv.report(folder / "runs", out=folder / "report")
+        >>> page.name
+        'index.html'
     """
     paths = _listed(paths)
     with _no_collection():

@@ -46,6 +46,11 @@ class Rotation(Technique):
     cross entropy of four classes, from a linear layer beside the classifier that `merge` drops.
     Images must be square, and show things with an upside: where every turn looks alike there is
     nothing to learn.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Rotation())
+        >>> bool(live.loss(x, y, None) > 0)
+        True
     """
 
     name = "rotation"

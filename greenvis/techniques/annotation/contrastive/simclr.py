@@ -87,6 +87,11 @@ class Simclr(Technique):
     `merge` drops. The other images of the batch are what each is told from, so small batches teach
     less; on several processes each tells apart its own. The views are made here, of the images the
     loop shows: crop, flip, contrast and brightness (of the paper's, hue and blur are left out).
+
+    Example:
+        >>> live = gv.wrap(model, gv.Simclr(temperature=0.2))
+        >>> bool(live.loss(x, y, None) > 0)
+        True
     """
 
     name = "simclr"

@@ -80,6 +80,13 @@ class Mae(Technique):
     pretext: labels are not used, and the classifier stays untrained. Adds the term "mae": the
     squared error on masked patches. `merge` drops the decoder. (MaskFeat itself shows mask tokens
     to the encoder; here it sees visible patches only, whatever the target.)
+
+    Example:
+        >>> live = gv.wrap(model, gv.Mae(mask_ratio=0.5))
+        >>> live.pretext  # the loop calls neither the model nor the task's loss
+        True
+        >>> bool(live.loss(x, y, None) > 0)
+        True
     """
 
     name = "mae"

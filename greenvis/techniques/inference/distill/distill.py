@@ -72,6 +72,12 @@ class Distill(Technique):
     patches they hold. `residual` is in the spirit of MonoTAKD (Liu et al., 2024). Of several
     teachers `facts` say how much they contradict each other. That a model's last exit teaches its
     earlier ones is an option of the technique that gives it exits (there called `distill`, too).
+
+    Example:
+        >>> live = gv.wrap(model, gv.Distill(teacher=teacher, temperature=2.0))
+        >>> loss = F.cross_entropy(model(x), y) + live.loss(x, y, model(x))
+        >>> sorted(live.terms(x, y, model(x)))
+        ['distill_kd']
     """
 
     name = "distill"

@@ -51,6 +51,13 @@ class EarlyExit(Technique):
     criterion: "max_prob",
     "entropy" (1 − entropy / log classes) or "patience" (for how many exits in a row the answer
     stayed: Zhou et al., 2020).
+
+    Example:
+        >>> live = gv.wrap(model, gv.EarlyExit(at=(1,)))
+        >>> sorted(live.terms(x, y, model(x)))
+        ['early_exit']
+        >>> sorted(live.operating_points())[:2]
+        ['0.6', '0.8']
     """
 
     name = "early_exit"

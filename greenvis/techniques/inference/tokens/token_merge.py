@@ -34,6 +34,13 @@ class TokenMerge(Technique):
     learns from features between the blocks, or asks for them by another door (hidden states, timm's
     forward_intermediates): maps lie where their patches do. Rotary embeddings go with the tokens.
     Blocks must be pre-norm with global attention.
+
+    Example:
+        >>> live = gv.wrap(model, gv.TokenMerge(r=2))
+        >>> model(x).shape
+        torch.Size([4, 5])
+        >>> live.undo() is model
+        True
     """
 
     name = "token_merge"

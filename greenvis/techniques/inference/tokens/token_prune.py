@@ -34,6 +34,11 @@ class TokenPrune(Technique):
     must read the class token, not the patches. Whoever asks for features between the blocks by
     another door (hidden states, timm's forward_intermediates) gets a row for each patch at its
     place, of those that left with the value they had.
+
+    Example:
+        >>> live = gv.wrap(model, gv.TokenPrune(keep=0.5))
+        >>> model(x).shape
+        torch.Size([4, 5])
     """
 
     name = "token_prune"

@@ -89,6 +89,12 @@ class Hat(Technique):
     the authors gate every layer, and scale gradients by soft gates, where here the units are used
     or not, so that any optimizer leaves them alone. Each task has its classifier as it was when it
     ended. In a loop of one's own call `batch` and `step_end`.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Hat(s_max=100.0))
+        >>> live.begin_experience(experience)
+        >>> sorted(live.terms(x, y, model(x)))
+        ['hat']
     """
 
     name = "hat"

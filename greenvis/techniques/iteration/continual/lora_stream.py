@@ -54,6 +54,14 @@ class LoraStream(Technique):
     task, forgetting is lessened, not excluded; where it does, a task is answered as when it ended.
     The classifier trains in full; a told task has it as it was when the task ended. Build a new
     optimizer for each task: each has parameters of its own.
+
+    Example:
+        >>> live = gv.wrap(model, gv.LoraStream(rank=2))
+        >>> live.begin_experience(experience)
+        >>> print(live.summary())
+        VisionTransformer with lora_stream
+          lora_stream: {'rank': 2}
+          trains 2,213 of 34,437 parameters (6.43%); delta 0.01 MB
     """
 
     name = "lora_stream"

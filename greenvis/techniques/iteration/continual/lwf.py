@@ -68,6 +68,12 @@ class Lwf(Technique):
     model each step, in the phase "earlier", and a copy of the weights that learn. Temperature 2 and
     no factor T², as libraries have it. Where the test does not say the task, it does not keep
     classes apart. Of a segmentation model every pixel is a sample.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Lwf())
+        >>> live.end_experience([(x, y)])
+        >>> sorted(live.terms(x, y, model(x)))
+        ['lwf']
     """
 
     name = "lwf"

@@ -46,6 +46,11 @@ class Ncm(Technique):
     mean is that of all its images so far: give it one epoch. Costs accuracy where the features do
     not fit the task. The means are written into the model's own classifier after each step, so the
     merged model is a plain one. All runs in eval. The task loss is 0.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Ncm())
+        >>> loss = live.criterion(F.cross_entropy)(model(x), y) + live.loss(x, y, model(x))
+        >>> live.end_experience([(x, y)])  # each class answers by its mean from here on
     """
 
     name = "ncm"

@@ -63,6 +63,14 @@ class PackNet(Technique):
     only. Retraining lowers the cross entropy among the task's own classes, by Adam. Each task has
     its classifier as it was when it ended. In a loop of one's own call `step_end`
     after each optimizer step: it takes back what decay or momentum did to frozen weights.
+
+    Example:
+        >>> live = gv.wrap(model, gv.PackNet(keep=0.5))
+        >>> live.begin_experience(experience)
+        >>> print(live.summary())
+        VisionTransformer with packnet
+          packnet: defaults
+          trains 32,389 of 32,389 parameters (100.00%); delta 0.13 MB
     """
 
     name = "packnet"

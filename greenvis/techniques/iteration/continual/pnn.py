@@ -38,6 +38,14 @@ class Pnn(Technique):
     bottleneck of what enters that block there (eq. 2, with
     `width` hidden units; the last projection starts at zero, so a new column is the given model at
     first). Every column begins with the weights the model was given.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Pnn(width=8))
+        >>> live.begin_experience(experience)
+        >>> print(live.summary())
+        VisionTransformer with pnn
+          pnn: {'width': 8}
+          trains 32,389 of 32,389 parameters (100.00%); delta 0.13 MB
     """
 
     name = "pnn"

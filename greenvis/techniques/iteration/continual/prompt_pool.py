@@ -104,6 +104,11 @@ class PromptPool(Technique):
     and runs. readout: prompts gives the head the mean of the prompts' outputs in place of every
     token (before the final norm; the authors average behind it). The classifier trains in full; the
     authors' loss is among a task's own classes (a stream with head: multi).
+
+    Example:
+        >>> live = gv.wrap(model, gv.PromptPool(pool=5, length=2, top_n=2))
+        >>> sorted(live.terms(x, y, model(x)))
+        ['prompt_pool']
     """
 
     name = "prompt_pool"

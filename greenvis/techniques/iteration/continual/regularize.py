@@ -35,6 +35,12 @@ class Regularize(Technique):
     each sample; SI: none), two copies of the weights, and the penalty each step; where the test
     does not say the task, it does not keep classes apart. weight · Σ importance · change², without
     ½: of two libraries' Fishers one is 8 times the other, so a weight belongs to its `fisher`.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Regularize(method="ewc"))
+        >>> live.end_experience([(x, y)])
+        >>> sorted(live.terms(x, y, model(x)))
+        ['regularize']
     """
 
     name = "regularize"

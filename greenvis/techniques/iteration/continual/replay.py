@@ -93,6 +93,13 @@ class Replay(Technique):
     optimizer step, as they were shown, augmentation included. Policy gradient costs, each step, a
     backward for each new image and 10 kept ones. Of several processes each keeps its share of
     `size`, of the images it is shown: give `end_experience` its own part of the data, too.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Replay(size=20))
+        >>> images, labels = live.batch(x, y)
+        >>> live.step_end()  # after the optimizer's step: they are offered to the buffer
+        >>> len(live.batch(x, y)[1])  # the next batch has some of them behind it
+        8
     """
 
     name = "replay"

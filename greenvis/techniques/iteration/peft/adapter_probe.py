@@ -40,6 +40,13 @@ class AdapterProbe(Technique):
     left its adapters beside the model, they go on from there. The input adapter, a residual MLP on
     the class token, begins at zero and folds into the token; encoder adapters do not merge. Dropout
     and stochastic depth of the frozen part stay as `model.train()` sets them.
+
+    Example:
+        >>> live = gv.wrap(model, gv.AdapterProbe())
+        >>> print(live.summary())
+        VisionTransformer with adapter_probe
+          adapter_probe: defaults
+          trains 8,709 of 40,933 parameters (21.28%); delta 0.03 MB
     """
 
     name = "adapter_probe"

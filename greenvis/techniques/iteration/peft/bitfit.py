@@ -17,6 +17,11 @@ class Bitfit(Technique):
     Saves optimizer memory and storage per task: of a large model under 1 % learns. Saves little
     training compute, as the backward still runs through the whole model; costs nothing at
     inference. Batch norms keep the statistics they have.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Bitfit())
+        >>> sorted(live.trainable)[:2]
+        ['blocks.0.attn.proj.bias', 'blocks.0.attn.qkv.bias']
     """
 
     name = "bitfit"

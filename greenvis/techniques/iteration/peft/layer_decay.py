@@ -23,6 +23,11 @@ class LayerDecay(Technique):
     two blocks counts with the one before; parameters that other techniques add learn at lr. The
     idea is ELECTRA's (Clark et al., 2020), whose last block is two factors below the classifier,
     not one; timm counts a final norm with the last block. A masked autoencoder wants 0.65 to 0.75.
+
+    Example:
+        >>> live = gv.wrap(model, gv.LayerDecay(decay=0.5))
+        >>> sorted({group["lr"] for group in live.param_groups(lr=0.1)})
+        [0.0125, 0.025, 0.05, 0.1]
     """
 
     name = "layer_decay"

@@ -23,6 +23,11 @@ class LinearProbe(Technique):
     the classifier runs in eval, and its forward, too, is saved from the second time on that a
     version of an image is seen: what enters the classifier is kept on disk. In a loop of one's own,
     `Wrapped.set_samples` says which samples a batch holds.
+
+    Example:
+        >>> live = gv.wrap(model, gv.LinearProbe())
+        >>> sorted(live.trainable)
+        ['head.bias', 'head.weight']
     """
 
     name = "linear_probe"

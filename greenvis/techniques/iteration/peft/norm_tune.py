@@ -21,6 +21,11 @@ class NormTune(Technique):
     Saves optimizer memory and storage per task: of a large model under 1 % learns. Saves little
     training compute, as the backward still runs through the whole model; costs nothing at
     inference.
+
+    Example:
+        >>> live = gv.wrap(model, gv.NormTune(head="freeze"))
+        >>> len(live.trainable)
+        10
     """
 
     name = "norm_tune"

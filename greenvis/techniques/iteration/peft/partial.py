@@ -23,6 +23,11 @@ class Partial(Technique):
     `cache`, it runs in eval, and its forward, too, is saved from the second time on that a version
     of an image is seen: what enters the first trained block is kept on disk. In a loop of one's
     own, `Wrapped.set_samples` says which samples a batch holds.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Partial(blocks=1))
+        >>> sorted({name.rsplit(".", 2)[0] for name in live.trainable})
+        ['blocks.1', 'blocks.1.attn', 'blocks.1.mlp', 'head', 'norm']
     """
 
     name = "partial"

@@ -35,6 +35,13 @@ class Side(Technique):
     output. That projection starts at zero, so a fresh side changes nothing (the authors read the
     side alone). The classifier trains in full. Dropout and stochastic depth of the frozen part stay
     as `model.train()` sets them.
+
+    Example:
+        >>> live = gv.wrap(model, gv.Side(reduction=4))
+        >>> print(live.summary())
+        VisionTransformer with side
+          side: {'reduction': 4}
+          trains 3,007 of 35,231 parameters (8.54%); delta 0.01 MB
     """
 
     name = "side"

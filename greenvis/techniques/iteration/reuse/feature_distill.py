@@ -66,6 +66,11 @@ class FeatureDistill(Technique):
     changes, and is shown the images in its own size, channels, mean and deviation, as far as both
     say theirs. (Of the paper's, a relative position bias and stochastic depth are the model's own
     affair.)
+
+    Example:
+        >>> live = gv.wrap(model, gv.FeatureDistill(base=teacher, beta=0.5))
+        >>> sorted(live.terms(x, y, model(x)))
+        ['feature_distill']
     """
 
     name = "feature_distill"

@@ -48,6 +48,11 @@ class Reuse(Technique):
     query stands for it), or without attention (targets: [feature]); it never changes. It is handed
     the images of the loop in its own size and channels, and with its own mean and deviation where
     both it and the model say theirs (`greenvis.models.describe`).
+
+    Example:
+        >>> live = gv.wrap(model, gv.Reuse(base=teacher))
+        >>> sorted(live.terms(x, y, model(x)))
+        ['reuse_attention', 'reuse_feature']
     """
 
     name = "reuse"
