@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core.technique import Samples
-from greenvis.data.output_cache import _checksums
+from greenvis.data.output_cache_entries import checksums_of
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint
@@ -178,7 +178,7 @@ def _forge(folder: Path, factor: float, at: slice) -> None:
         values = np.memmap(path, np.uint8, "r+").reshape(len(index), -1)
         there = np.flatnonzero(index)[at]
         values[there] = (values[there].view(np.float32) * factor).view(np.uint8)
-        index[there] = _checksums(values[there].copy().view(f"V{values.shape[1]}")[:, 0])
+        index[there] = checksums_of(values[there].copy().view(f"V{values.shape[1]}")[:, 0])
 
 
 def _epochs(cached: FrozenOutputs, part: _Part, folder: Path, number: int) -> list[Tensor]:

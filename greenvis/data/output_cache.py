@@ -20,7 +20,6 @@ import os
 import shutil
 import tempfile
 import warnings
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -30,24 +29,14 @@ import torch
 from torch import Tensor
 
 from greenvis.core import files
-from greenvis.data.output_cache_files import (
-    caches,
-    is_idle,
-    last_used,
-    locked,
-    remove,
-    reserve,
-    size_of,
-)
+from greenvis.data.output_cache_entries import KINDS, Entries, checksums_of
+from greenvis.data.output_cache_files import difference, locked, make_room, remove, reserve, size_of
 from greenvis.errors import BadInput, GreenvisError
 
 SCHEMA = 1
 MAX_BYTES = 8 * 2**30
 FILES = ("in-use", "key.json", "values.bin", "index.bin")
-PRESENT = np.uint64(1 << 32)
 DEVICE_SHARE = 0.25  # of a GPU's free memory may hold entries of one cache
-SAME = 1e-3  # of the largest output: what another batch, kernel or device may change
-KINDS = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
 
 class Cache:
@@ -93,24 +82,24 @@ class Cache:
                 f"cache: length {length}, views {views} and top_k {top_k} must be at least 1"
             )
         self.folder = Path(folder)
-        self.length, self.views, self.dtype, self.top_k = length, views, dtype, top_k
+        self.length, self.views = length, views
+        self.dtype: Literal["fp32", "fp16"] = dtype
+        self.top_k = top_k
         self.max_bytes = MAX_BYTES if max_bytes is None else max_bytes
         form = {"length": length, "views": views, "dtype": dtype, "top_k": top_k, "schema": SCHEMA}
         self._header: dict[str, Any] = {"key": {k: str(v) for k, v in key.items()}, **form}
         name = hashlib.sha256(json.dumps(self._header, sort_keys=True).encode()).hexdigest()[:32]
         self.path = self.folder / name
-        self._about = about
         self._note = note or (lambda text: warnings.warn(text, stacklevel=3))
         self._use = -1
         self._values: np.ndarray = np.empty(0)
         self._index: np.ndarray = np.empty(0, np.uint64)
-        self._shape: tuple[int, ...] = ()
         self._checked = np.zeros(length * views, bool)
         self._device_copy: Tensor | None = None
         if self.path.is_dir():
             self._open()
-        else:
-            self._explain()
+        elif changed := difference(self.folder, self._header, about):
+            self._note(f"cache: {changed}. Outputs are computed anew")
 
     @property
     def complete(self) -> bool:
@@ -167,8 +156,8 @@ class Cache:
         ):
             return self._device_copy[torch.from_numpy(rows).to(self._device_copy.device)]
         entries = self._values[rows]
-        astray = self._invalid(entries)
-        damaged = rows[astray if checked else astray | (_checksums(entries) != checksums)]
+        astray = self._entries.invalid(entries)
+        damaged = rows[astray if checked else astray | (checksums_of(entries) != checksums)]
         if len(damaged):
             self._index[damaged] = 0
             self._note(
@@ -177,7 +166,7 @@ class Cache:
             )
             return None
         self._checked[rows] = True
-        return self._keep_on_device(rows, self._unpack(entries).to(device))
+        return self._keep_on_device(rows, self._entries.unpack(entries).to(device))
 
     def _keep_on_device(self, rows: np.ndarray, values: Tensor) -> Tensor:
         """Return the values; a GPU that has room for all there may be holds them from now on."""
@@ -213,16 +202,16 @@ class Cache:
         shape = tuple(outputs.shape[1:])
         if not self._is_open() and not self._open():
             self._create(shape)
-        if shape != self._shape:
+        if shape != self._entries.shape:
             raise BadInput(
-                f"cache {self.path}: outputs of shape {shape}, but it holds {self._shape}; name "
-                "the layer in the key"
+                f"cache {self.path}: outputs of shape {shape}, but it holds {self._entries.shape}; "
+                "name the layer in the key"
             )
-        entries = self._pack(outputs.detach().float().cpu())
+        entries = self._entries.pack(outputs.detach().float().cpu())
         self._checked[rows] = False
         self._index[rows] = 0  # a reader between the two writes finds nothing, not a half
         self._values[rows] = entries
-        self._index[rows] = _checksums(entries)
+        self._index[rows] = checksums_of(entries)
 
     def agrees(
         self, indices: Sequence[int] | Tensor, outputs: Tensor, view: int = 0, eps: float = 0.0
@@ -241,22 +230,11 @@ class Cache:
         Returns:
             Whether they agree.
         """
-        entries, live = self._values[self._rows(indices, view)], outputs.detach().float().cpu()
-        if tuple(live.shape[1:]) != self._shape or self._invalid(entries).any():
+        live = outputs.detach().float().cpu()
+        if tuple(live.shape[1:]) != self._entries.shape:
             return False
-        stored = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
-        # two as good as equal may change places: compare those that are there
-        if self.top_k is not None:
-            at = torch.from_numpy(entries["at"].astype(np.int64))
-            rest = live.scatter(1, at, float("-inf")).logsumexp(1, keepdim=True)
-            stored = torch.cat([stored, torch.from_numpy(entries["rest"].copy())[:, None]], 1)
-            live = torch.cat([live.gather(1, at), rest], 1)
         own = torch.finfo(outputs.dtype).eps if outputs.is_floating_point() else 0.0
-        eps = max(eps, own, float(np.finfo(KINDS[self.dtype]).eps))
-        largest = live[live.isfinite()].abs().max() if live.isfinite().any() else torch.ones(())
-        return torch.allclose(
-            stored, live, rtol=0.0, atol=float(largest) * max(SAME, 8 * eps), equal_nan=True
-        )
+        return self._entries.agree(self._values[self._rows(indices, view)], live, max(eps, own))
 
     def forget(self) -> None:
         """Let nothing count that is there, for any process."""
@@ -290,51 +268,6 @@ class Cache:
             )
         return view * self.length + samples
 
-    def _entry(self, shape: tuple[int, ...]) -> np.dtype[Any]:
-        kind = KINDS[self.dtype]
-        if self.top_k is None:
-            return np.dtype([("values", kind, shape)])
-        if len(shape) != 1 or shape[0] <= self.top_k:
-            raise BadInput(
-                f"cache: top_k={self.top_k} keeps logits (B, classes) of more classes; these are "
-                f"(B, {shape})"
-            )
-        return np.dtype(
-            [
-                ("values", kind, (self.top_k,)),
-                ("at", np.uint32, (self.top_k,)),
-                ("rest", np.float32),
-            ]
-        )
-
-    def _pack(self, outputs: Tensor) -> np.ndarray:
-        entries = np.zeros(len(outputs), self._entry(self._shape))
-        if self.top_k is not None:
-            top, at = outputs.topk(self.top_k)
-            others = outputs.scatter(1, at, float("-inf")).logsumexp(1)
-            entries["at"], entries["rest"], outputs = at.numpy(), others.numpy(), top
-        if self.dtype == "fp16" and bool((outputs.abs() > np.finfo(np.float16).max).any()):
-            raise BadInput(
-                f"cache: outputs up to {outputs.abs().max():g} do not fit in fp16; use fp32"
-            )
-        entries["values"] = outputs.numpy()
-        return entries
-
-    def _invalid(self, entries: np.ndarray) -> np.ndarray:
-        """Return which entries name classes that there are none of, bool (B,)."""
-        if self.top_k is None:
-            return np.zeros(len(entries), bool)
-        return np.asarray((entries["at"] >= self._shape[0]).any(axis=1))
-
-    def _unpack(self, entries: np.ndarray) -> Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(entries["values"], dtype=np.float32))
-        if self.top_k is None:
-            return values
-        others = self._shape[0] - self.top_k  # they share what probability is left
-        rest = torch.from_numpy(entries["rest"].copy())[:, None] - float(np.log(others))
-        at = torch.from_numpy(entries["at"].astype(np.int64))
-        return rest.expand(-1, self._shape[0]).scatter(1, at, values)
-
     def _is_open(self) -> bool:
         """Whether the files are open and still whole: touching a mapped file that was cut short
         would kill the process."""
@@ -364,7 +297,8 @@ class Cache:
             fcntl.flock(use, fcntl.LOCK_SH)
             head = files.read_json(self.path / "key.json", "key")
             shape = tuple(head.pop("shape"))
-            count, entry = self.length * self.views, self._entry(shape)
+            entries = Entries(self.dtype, self.top_k, shape)
+            count, entry = self.length * self.views, entries.layout
             sizes = (size_of(self.path / "values.bin"), size_of(self.path / "index.bin"))
             if head != self._header or sizes != (count * entry.itemsize, count * 8):
                 raise ValueError(
@@ -380,18 +314,19 @@ class Cache:
             with locked(self.folder):
                 remove(self.path)
             return False
-        self._use, self._shape = use, shape
+        self._use, self._entries = use, entries
         self._checked[:], self._device_copy = False, None
         return True
 
     def _create(self, shape: tuple[int, ...]) -> None:
         """Make the files in full size under another name, then give them theirs: a reader never
         sees half of it."""
-        count, entry = self.length * self.views, self._entry(shape)
+        count = self.length * self.views
+        entry = Entries(self.dtype, self.top_k, shape).layout
         need = count * (entry.itemsize + 8)
         with locked(self.folder):
             if not self.path.is_dir():  # else another process was faster
-                self._make_room(need)
+                make_room(self.folder, need, self.max_bytes, self._note)
                 new = Path(tempfile.mkdtemp(dir=self.folder, prefix=".new-"))
                 try:
                     for name, size in (
@@ -415,60 +350,3 @@ class Cache:
                 f"cache {self.path} vanished while it was opened; is something emptying "
                 f"{self.folder}?"
             )
-
-    def _make_room(self, need: int) -> None:
-        if need > self.max_bytes:
-            raise BadInput(
-                f"cache: these outputs take {need / 1e6:.1f} MB, more than max_bytes "
-                f"({self.max_bytes / 1e6:.1f} MB); "
-                "keep fp16 or top_k logits, fewer views, or raise the limit"
-            )
-        others = sorted(caches(self.folder), key=lambda p: last_used(p / "key.json"))
-        total = sum(size_of(f) for p in others for f in p.iterdir())
-        for path in others:
-            if total + need <= self.max_bytes:
-                return
-            freed = sum(size_of(f) for f in path.iterdir())
-            if is_idle(path):
-                remove(path)
-                total -= freed
-                self._note(
-                    f"cache {path} made room ({freed / 1e6:.1f} MB): the least recently used"
-                )
-        if total + need > self.max_bytes:
-            raise BadInput(
-                f"cache: {need / 1e6:.1f} MB more in {self.folder} would pass max_bytes "
-                f"({self.max_bytes / 1e6:.1f} MB), "
-                "and what is there is in use; raise the limit"
-            )
-
-    def _explain(self) -> None:
-        """Say what differs from the most alike of the caches there are."""
-        closest: dict[str, tuple[Any, Any]] | None = None
-        for path in caches(self.folder):
-            try:
-                head = files.read_json(path / "key.json", "key")
-                old, new = (
-                    {**h["key"], **{k: v for k, v in h.items() if k not in ("key", "shape")}}
-                    for h in (head, self._header)
-                )
-            except (BadInput, KeyError, TypeError, AttributeError):
-                continue
-            changed = {
-                k: (old.get(k), new.get(k)) for k in {**old, **new} if old.get(k) != new.get(k)
-            }
-            if changed.keys() & set(self._about):
-                continue
-            if closest is None or len(changed) < len(closest):
-                closest = changed
-        if closest:
-            what = "; ".join(f"{k} changed: {a} → {b}" for k, (a, b) in sorted(closest.items()))
-            self._note(f"cache: {what}. Outputs are computed anew")
-
-
-def _checksums(entries: np.ndarray) -> np.ndarray:
-    """Return what the index holds for each entry: the flag and the CRC-32 of its bytes."""
-    size = entries.dtype.itemsize
-    raw = np.ascontiguousarray(entries).view(np.uint8).reshape(-1).data
-    sums = [zlib.crc32(raw[i * size : (i + 1) * size]) for i in range(len(entries))]
-    return np.array(sums, np.uint64) | PRESENT
