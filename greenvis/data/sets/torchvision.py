@@ -81,25 +81,23 @@ class Torchvision(DataSet):
     def read(self) -> Stored:
         """Return all images; those in files of their own are still to be decoded."""
         self.check()
-        parts = {part: self._open(options) for part, options in SPLITS[self.value].items()}
-        held = {part: _pixels(dataset) for part, dataset in parts.items()}
+        parts = [self._open(options) for options in SPLITS[self.value].values()]
         chunks: list[bytes | Path] = []
         splits = []
-        for part, dataset in parts.items():
-            pixels = held[part]
+        for dataset in parts:
+            pixels = _pixels(dataset)
             if pixels is None:
                 paths, labels = _paths(dataset)
                 splits.append(Split(images.lazy(paths), torch.tensor(labels)))
-                for path in paths:
-                    chunks += [path.name.encode(), path]
+                chunks += [c for path in paths for c in (path.name.encode(), path)]
             else:
                 labels = _labels(dataset)
                 splits.append(Split(pixels, torch.tensor(labels)))
-                chunks += [pixels.numpy().tobytes()]
+                chunks.append(pixels.numpy().tobytes())
             chunks.append(np.asarray(labels, np.int64).tobytes())
         train, test = splits if len(splits) == 2 else divide_by_share(splits[0])
         first = splits[0]
-        classes = _classes(parts["train"], max(int(s.labels.max()) for s in splits) + 1)
+        classes = _classes(parts[0], max(int(s.labels.max()) for s in splits) + 1)
         shape = first.images.shape[1:] if isinstance(first.images, Tensor) else (3, 224, 224)
         return Stored(train, test, classes, sha256(chunks), shape[-1], shape[0])
 
