@@ -8,12 +8,10 @@ import traceback
 
 ON = "the same command goes on from the last checkpoint"
 _MEMORY = "out of memory: set train.batch_size lower, or use a smaller model"
+_LOADER = "a process that loads images was killed: set train.workers lower"
 _DISK = "the disk is full, or takes no more"
 _WORDS = (
-    (
-        r"DataLoader worker .*(exited|killed)",
-        "a process that loads images was killed: set train.workers lower",
-    ),
+    (r"DataLoader worker .*(exited|killed)", _LOADER),
     (
         r"(Connection (closed|reset) by peer|Broken pipe|gloo/|NCCL)",
         "another process of this training ended, or its network did",
@@ -43,11 +41,16 @@ def describe(error: BaseException) -> str:
     if isinstance(error, MemoryError):
         return f"{_MEMORY}; {ON}"
     first = str(error).strip().partition("\n")[0][:300]
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, (ConnectionError, EOFError)) and any(
+        "torch/utils/data/" in frame.filename for frame in frames
+    ):
+        return f"{_LOADER}; {ON} ({first})"
     if isinstance(error, (RuntimeError, OSError, ImportError)):
         for pattern, words in _WORDS:
             if re.search(pattern, str(error), re.IGNORECASE):
                 return f"{words}; {ON} ({first})"
-    frame = traceback.extract_tb(error.__traceback__)[-1] if error.__traceback__ else None
+    frame = frames[-1] if frames else None
     where = f", in {frame.filename.rpartition('greenvis/')[2]}:{frame.lineno}" if frame else ""
     return (
         f"{type(error).__name__}: {first}{where}. This should not happen: GREENVIS_DEBUG=1 shows "

@@ -178,6 +178,16 @@ def test_each_failure_is_a_line(error: Exception, says: str) -> None:
     assert "\n" not in text
 
 
+def test_a_loader_that_hangs_up_is_a_killed_loader() -> None:
+    """Its end may be seen as that of a connection, before it is seen to be dead."""
+    for name, says in (("torch/utils/data/dataloader", "loads images"), ("a", "another process")):
+        code = compile("raise ConnectionResetError(104, 'Connection reset by peer')",
+                       f"/lib/{name}.py", "exec")  # fmt: skip
+        with pytest.raises(ConnectionResetError) as error:
+            exec(code)
+        assert says in failures.describe(error.value)
+
+
 @pytest.mark.parametrize("bytes_", [300 * 2**20, 1500 * 2**20])
 def test_no_memory_to_begin_with(bytes_: int, tmp_path: Path) -> None:
     process = start(
