@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import greenvis as gv
 from greenvis.meters.record import Writer
-from greenvis.report import results
+from greenvis.report import overlap, results
 
 ONE = {"low": 1.0, "central": 1.0, "high": 1.0}
 RAPL = {
@@ -217,3 +217,18 @@ def test_the_report_states_it(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "3 start(s) overlap" in text
     assert "Together they read 3" in text
+
+
+def test_what_serving_observed_is_shared_as_the_counter_was() -> None:
+    parts = [
+        overlap.Piece(0.0, 10.0, own=True, shares={"cpu_j": 1.0}),
+        overlap.Piece(10.0, 20.0, own=True, shares={"cpu_j": 0.5}),
+    ]
+    alone, both, beside = (
+        {"samples": 8.0, "cpu_j": 4.0, "from_s": begin, "to_s": end}
+        for begin, end in ((2.0, 4.0), (8.0, 12.0), (12.0, 14.0))
+    )
+    shared = overlap.facts({"accuracy": 0.5, "inference": {"rounds": [alone, both, beside]}}, parts)
+    assert shared["accuracy"] == 0.5
+    assert [r["cpu_j"] for r in shared["inference"]["rounds"]] == [4.0, 3.0, 2.0]
+    assert [r["samples"] for r in shared["inference"]["rounds"]] == [8.0] * 3

@@ -82,6 +82,16 @@ def test_the_whole_interval_decides_against_the_margin(
     assert stats.decide(turned, 0.005, lower_is_better=True)[0] == verdict
 
 
+def test_an_interval_that_ends_on_the_margin_keeps() -> None:
+    for low, high, verdict in (
+        (-0.5, 0.25, "keeps"),
+        (-0.5, -0.5, "keeps"),
+        (-0.75, -0.5, "not yet decided"),
+    ):
+        d = Difference(mean=(low + high) / 2, low=low, high=high, n=3)
+        assert stats.decide(d, 0.5)[0] == verdict
+
+
 def test_as_many_more_seeds_as_said_decide_it_and_one_fewer_do_not() -> None:
     seeds = [0.010, -0.002, 0.001]  # mean 0.3 points, scatter 0.6
     d = stats.difference(dict(enumerate(seeds)), dict.fromkeys(range(3), 0.0), 4, 0.005)
