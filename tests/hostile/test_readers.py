@@ -235,7 +235,7 @@ def test_results_are_read_by_one_schema(tmp_path: Path) -> None:
 )
 def test_every_committed_report_is_read(path: Path) -> None:
     if "baseline" in json.loads(path.read_text()):
-        assert stored.read(path)["order"]
+        assert stored.read(path).order
 
 
 CELL = json.loads((REPORTS / "gpu" / "cells" / "tokens.json").read_text())
