@@ -48,8 +48,8 @@ def save(
         },
     }
     content["scheduler"].pop("lr_lambdas", None)
-    with files.replacing(path) as part:
-        torch.save(content, part)
+    with files.replacing(path) as part, open(part, "wb") as file:  # torch hides why it opens none
+        torch.save(content, file)
 
 
 PARTS = ("progress", "live", "optimizer", "scheduler", "rng")

@@ -324,8 +324,8 @@ class GreenTrainer(Trainer):
         for part in (getattr(self.model, "config", None), self.processing_class):
             if part is not None:
                 part.save_pretrained(folder)
-        with files.replacing(folder / "training_args.bin") as part:
-            torch.save(self.args, part)
+        with files.replacing(folder / "training_args.bin") as part, open(part, "wb") as file:
+            torch.save(self.args, file)
         message = (
             "%s gets no weights of its own, for from_pretrained would load them without their "
             "techniques (%s): %s"
