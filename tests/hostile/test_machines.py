@@ -3,6 +3,7 @@ whole."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -72,9 +73,10 @@ def data(pid: int) -> int:
 def descriptors(pid: int) -> int:
     """Return a limit of descriptors under which a process can open one more, but not write."""
     while True:
-        folder = Path(f"/proc/{pid}/fd")
-        names = {int(fd): os.readlink(folder / fd) for fd in os.listdir(folder)}
-        if not any(name.endswith(".part") for name in names.values()):
+        folder, names = Path(f"/proc/{pid}/fd"), {}
+        with contextlib.suppress(FileNotFoundError):  # closed since it was listed
+            names = {int(fd): os.readlink(folder / fd) for fd in os.listdir(folder)}
+        if names and not any(name.endswith(".part") for name in names.values()):
             return next(n for n in range(1, 1000) if sum(fd >= n for fd in names) + n > len(names))
 
 
