@@ -10,7 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ train: {epochs: 200, batch_size: 8, checkpoint_every_s: 0.01, eval_every: 0}
 meter: {codecarbon: false}
 arms: {full: {}}
 """
+STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
@@ -36,7 +37,7 @@ def start(
     (folder / "tiny.yaml").write_text(RECIPE)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-u", "-m", "greenvis", *words]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=folder,
         env=env,
@@ -45,6 +46,17 @@ def start(
         stderr=subprocess.PIPE,
         text=True,
     )
+    STARTED.append(process)
+    return process
+
+
+@pytest.fixture(autouse=True)
+def nothing_goes_on() -> Iterator[None]:
+    """End what a failed test left running."""
+    yield
+    while STARTED:
+        with STARTED.pop() as process:
+            process.kill()
 
 
 def no_more_than(size: int) -> Callable[[], None]:
