@@ -112,8 +112,11 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     (group,), _ = load([tmp_path / "runs"])
     (attempt,) = group.attempts
     assert attempt.missing_ranks == []
-    whole = pricing.merged_energy(runs).value
-    assert whole == pytest.approx(pricing.add([attempt.total_energy_j, attempt.startup_j]).value)
+    by_phase = pricing.merge(runs).energy.values()
+    total = pricing.add([reading for components in by_phase for reading in components.values()])
+    assert total.value == pytest.approx(
+        pricing.add([attempt.total_energy_j, attempt.startup_j]).value
+    )
     assert attempt.total_energy_j.value == pytest.approx(
         sum(pricing.run_energy(r).value or 0 for r in runs)
     ) or any(c["scope"] == "machine" for c in runs[0].header["components"])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ STARTED: list[subprocess.Popen[str]] = []
 
 
 def start(
-    folder: Path, *words: str, limit: Callable[[], None] | None = None
+    folder: Path, *words: str, limit: Callable[[], object] | None = None
 ) -> subprocess.Popen[str]:
     """Start greenvis there."""
     (folder / "tiny.yaml").write_text(RECIPE)
@@ -131,7 +132,8 @@ def test_track_says_that_its_record_is_lost(tmp_path: Path) -> None:
 
 
 def test_two_interrupts(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", "tiny.yaml")
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # unlike below a shell's "&"
+    process = start(tmp_path, "run", "tiny.yaml", limit=heard)
     assert process.stderr is not None
     for line in process.stderr:  # waits for the training to begin, not for a time
         if "training" in line:
