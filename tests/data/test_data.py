@@ -142,7 +142,7 @@ def test_facts_name_everything_that_shaped_the_batches() -> None:
 
 
 @pytest.mark.parametrize("augment", get_args(Augment))
-def test_augmentation_follows_seed_epoch_and_image_alone(augment: data.Augment) -> None:
+def test_augmentation_follows_seed_epoch_and_image_alone(augment: Augment) -> None:
     train = data.load(
         data.DataSpec(name="synthetic", train=24, test=10, img_size=16, augment=augment, seed=1)
     ).train
@@ -160,7 +160,7 @@ def test_views_repeat() -> None:
 
 
 def test_a_view_is_named_by_what_repeats() -> None:
-    def seen(augment: data.Augment, views: int | None) -> list[int]:
+    def seen(augment: Augment, views: int | None) -> list[int]:
         transform = data.load(
             data.DataSpec(name="digits", train=10, augment=augment, views=views)
         ).train.transform
