@@ -71,10 +71,10 @@ class Emoji(DataSet):
 
 def _entries(path: Path, style: str) -> list[tuple[str, str]]:
     """Return the file name and the subgroup of each emoji that the style has."""
-    listed: Any = files.read_json(path, "list of emoji")
+    entries: Any = files.read_json(path, "list of emoji")
     out = []
     try:
-        for entry in sorted(listed, key=lambda entry: entry["unified"]):
+        for entry in sorted(entries, key=lambda entry: entry["unified"]):
             if entry[f"has_img_{style}"]:
                 image, group = entry["image"], entry["subcategory"]
                 if Path(image).name != image or not isinstance(group, str):
