@@ -377,10 +377,16 @@ def test_several_optimizers_may_share_what_trains() -> None:
 def test_what_is_not_to_learn_may_be_left_out_and_other_models_are_let_be() -> None:
     live = gv.wrap(vit(), [gv.Lora(rank=2)])
     live.model.head.requires_grad_(False)
+    before = {n: p.detach().clone() for n, p in live.trainable.items()}
     _train(live, torch.optim.SGD([p for n, p in live.trainable.items() if "head" not in n], lr=0.1))
+    moved = {n for n, p in live.trainable.items() if not torch.equal(p, before[n])}
+    assert moved
+    assert not any("head" in name for name in moved)
     stranger = nn.Linear(2, 2)
+    bias = stranger.bias.detach().clone()
     stranger(torch.ones(1, 2)).sum().backward()
     torch.optim.SGD(stranger.parameters(), lr=0.1).step()
+    assert torch.equal(stranger.bias, bias - 0.1)
 
 
 def test_track_says_what_has_not_moved(tmp_path: Any) -> None:

@@ -168,7 +168,8 @@ def test_torchvision_has_each_of_them_with_these_arguments(name: str) -> None:
     from torchvision import datasets
 
     for options in tv.SPLITS[name].values():
-        inspect.signature(getattr(datasets, name)).bind("root", **options)
+        bound = inspect.signature(getattr(datasets, name)).bind("root", **options)
+        assert set(options) <= {*bound.arguments, *bound.arguments.get("kwargs", {})}
 
 
 @pytest.mark.parametrize(
