@@ -102,6 +102,7 @@ def _weights(run: Run) -> dict[str, float]:
 
 
 def training_energy_j(run: Run) -> float:
+    """Return the energy of the training, measuring and start-up left out."""
     return (
         total(r for s, c in pricing.phases(run).items() if s not in APART for r in c.values()).value
         or 0.0
@@ -109,6 +110,7 @@ def training_energy_j(run: Run) -> float:
 
 
 def by_stage(phases: overlap.Totals) -> overlap.Totals:
+    """Add up the observations of phases by the stage each belongs to."""
     out: overlap.Totals = {}
     for phase, totals in phases.items():
         add(out.setdefault(stage(phase), {}), totals)
@@ -116,6 +118,7 @@ def by_stage(phases: overlap.Totals) -> overlap.Totals:
 
 
 def summed(items: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """Add up observations by quantity."""
     out: dict[str, float] = {}
     for totals in items:
         add(out, totals)

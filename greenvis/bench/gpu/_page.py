@@ -48,6 +48,7 @@ def _figure(form: str, value: Any) -> str:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
+    """Return the results as the text of report.md."""
     device = result["device"]
     lines = [f"# What techniques save on a GPU: {md(device['name'])}", ""]
     if device["rehearsal"]:

@@ -35,7 +35,7 @@ class _Row(BaseModel):
     """Figures by name, finite; an energy ratio comes with its range."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-    __pydantic_extra__: dict[str, _Word | _Float | None]  # pyright: ignore[reportIncompatibleVariableOverride]
+    __pydantic_extra__: dict[str, _Word | _Float | None]  # pyright: ignore
     setting: _Word
     energy_ratio: Annotated[float, Field(ge=1e-9, le=1e9)] | None = None
     low: _Count | None = None

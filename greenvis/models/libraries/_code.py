@@ -44,6 +44,7 @@ def check(request: Request) -> Callable[..., Any]:
 
 
 def build(request: Request) -> nn.Module:
+    """Call the function named, and place the weights of a file where the request names one."""
     function = check(request)
     if request.pretrained is True:
         return function(pretrained=True, **request.options)
@@ -54,6 +55,8 @@ def build(request: Request) -> nn.Module:
 
 
 def plain_function(request: Request) -> Callable[..., nn.Module]:
+    """Return the builder of `plain/NAME`; raises BadInput for an unknown name, and for weights,
+    which none of them has."""
     from greenvis.models import plain
 
     names = [n for n, f in vars(plain).items() if inspect.isfunction(f)]

@@ -37,6 +37,7 @@ class Library(NamedTuple):
 
 
 def check_options(request: Request, options: Iterable[str], known: Iterable[str]) -> None:
+    """Refuse an option that is not known, with the nearest that is."""
     names = set(known)
     for option in options:
         if option not in names:

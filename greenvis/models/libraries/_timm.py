@@ -12,6 +12,7 @@ from greenvis.models.libraries._loading import Request, check_options, fetch, op
 
 
 def check(request: Request) -> dict[str, Any]:
+    """Return the options to build with; raises BadInput for an unknown name or option."""
     import timm
 
     if not timm.is_model(request.name):
@@ -38,6 +39,7 @@ def check(request: Request) -> dict[str, Any]:
 
 
 def build(request: Request) -> nn.Module:
+    """Build a model of timm, with the weights the request asks for."""
     import timm
 
     options = check(request)

@@ -20,6 +20,7 @@ from greenvis.models.libraries._loading import (
 
 
 def check(request: Request) -> dict[str, Any]:
+    """Return the options to build with; raises BadInput for an unknown name or option."""
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -41,6 +42,7 @@ def check(request: Request) -> dict[str, Any]:
 
 
 def build(request: Request) -> nn.Module:
+    """Build a model of torchvision, with the weights the request asks for."""
     from torchvision import models
 
     options = check(request)

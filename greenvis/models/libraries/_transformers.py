@@ -111,6 +111,7 @@ def hf_weights(request: Request) -> Path | None:
 
 
 def build(request: Request) -> nn.Module:
+    """Build a classifier of transformers, with the weights the request asks for."""
     from transformers import AutoModelForImageClassification as Classifier
 
     config, folder = check(request)
