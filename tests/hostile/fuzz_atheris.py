@@ -29,6 +29,7 @@ with atheris.instrument_imports(include=["greenvis"]):
     from greenvis.report import results
     from greenvis.report.listing import ls
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -113,7 +114,8 @@ def main() -> None:
             warnings.simplefilter("ignore")
             read(data)
 
-    limits = ["-timeout=10", "-rss_limit_mb=4096", f"-max_len={max(4096, 2 * len(seed))}"]
+    most_mb = psutil.Process().memory_info().rss // 2**20 + 200
+    limits = ["-timeout=10", f"-rss_limit_mb={most_mb}", f"-max_len={max(4096, 2 * len(seed))}"]
     atheris.Setup([sys.argv[0], *limits, *sys.argv[2:], str(FOLDER / "seeds")], one)
     atheris.Fuzz()
 
