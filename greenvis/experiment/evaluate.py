@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from greenvis.core import distributed
+from greenvis.core.example import call
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import mask_classes
 from greenvis.core.wrap import Wrapped
@@ -146,7 +147,7 @@ def evaluate_among(
             if not len(y):  # a batch of fewer samples than there are processes
                 continue
             with nullcontext() if accelerator is None else accelerator.autocast():
-                outputs = task.outputs(model(x))
+                outputs = task.outputs(call(model, x))
             if not metrics:
                 classes = 0 if task.class_axis is None else outputs.shape[task.class_axis]
                 metrics = _new(task, among, classes, outputs.device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import distributed
+from greenvis.core.example import call
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment import checkpoint as states
@@ -344,7 +345,7 @@ class Loop:
             if live.pretext:
                 loss = live.loss(x, y, None)
             else:
-                outputs = self.part.task.outputs(model(x))
+                outputs = self.part.task.outputs(call(model, x))
                 loss = self.criterion(outputs, y) + live.loss(x, y, outputs)
         weight = self.mean.weight(len(y))
         shares = [loss.detach() * weight, torch.as_tensor(weight, device=loss.device)]

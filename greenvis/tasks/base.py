@@ -26,7 +26,7 @@ class Measure(NamedTuple):
     higher_is_better: bool = True
 
 
-class Example(NamedTuple):
+class TaskExample(NamedTuple):
     """A few answers and labels of a task, for its contract check.
 
     Args:
@@ -115,5 +115,5 @@ class Task(BaseModel):
         """
 
     @abstractmethod
-    def example(self, size: int) -> Example:
+    def example(self, size: int) -> TaskExample:
         """Return `size` samples for the contract check."""

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from greenvis.errors import BadInput
 from greenvis.tasks import answers
-from greenvis.tasks.base import Example, Measure, Task
+from greenvis.tasks.base import Measure, Task, TaskExample
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +69,7 @@ class Classification(Task):
                 f"({answers.FORMS[self.form]}): name the task, or give other labels"
             )
 
-    def example(self, size: int) -> Example:
+    def example(self, size: int) -> TaskExample:
         """Return logits of three classes, labels, and logits that are right."""
         import torch
         import torch.nn.functional as F
@@ -77,4 +77,4 @@ class Classification(Task):
         generator = torch.Generator().manual_seed(0)
         labels = torch.randint(3, (size,), generator=generator)
         best = 50.0 * F.one_hot(labels, 3)
-        return Example(torch.randn(size, 3, generator=generator), labels, best)
+        return TaskExample(torch.randn(size, 3, generator=generator), labels, best)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.tasks.base import Example, Task
+from greenvis.tasks.base import Task, TaskExample
 
 RESERVED = {  # names that log lines and facts of a record have
     "epoch", "step", "loss", "task", "stage", "model", "data", "train", "techniques", "epochs",
@@ -41,7 +41,7 @@ def check_task(task: type[Task] | Task) -> None:
         raise GreenvisError(f"task '{made.name}': " + "\n".join(broken))
 
 
-def _broken(task: Task, example: Example) -> Iterator[str]:
+def _broken(task: Task, example: TaskExample) -> Iterator[str]:
     outputs, labels, best = example
     losses, loss = task.losses(outputs, labels), task.loss(outputs, labels)
     if losses.shape != (SIZE,):
