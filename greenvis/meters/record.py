@@ -34,6 +34,9 @@ wall clock's Unix time):
     uses       another run this one builds on, or one that such a run does: role, name, runs, of
                (its children by name and seed), observed [{totals, components where they are not
                this record's own}]; never added
+    labels     kind, why, name, count, phase: labels used or bought (`meters.labels`); of the
+               same kind, why and name they count once, whatever start or process states them
+    images     role, name, count, phase: images used, likewise
     note       text: a warning in words
     end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
 
@@ -181,6 +184,8 @@ class Run:
         self.logs: list[dict[str, Any]] = []
         self.facts: dict[str, Any] = {}
         self.uses: list[dict[str, Any]] = []
+        self.labels: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.end: dict[str, Any] | None = None
         self.last_s: float | None = (
@@ -357,6 +362,10 @@ def _put(run: Run, kind: str, line: dict[str, Any]) -> bool:
         run.facts.update(values)
     elif kind == "uses":
         run.uses.append(values)
+    elif kind == "labels":
+        run.labels.append(values)
+    elif kind == "images":
+        run.images.append(values)
     elif kind == "component":
         run.header["components"] = replaced(run.header.get("components") or [], values)
     elif kind == "note":

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.meters import carbon, devices, endings, pricing, steps
+from greenvis.meters import carbon, devices, endings, labels, pricing, steps
 from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
@@ -295,6 +295,37 @@ class Tracker:
         """Record what holds for the whole run: accuracy, macs, params. A later fact replaces an
         earlier one."""
         self._line("fact", values)
+
+    def labels(self, kind: str, count: int, why: str = "training", name: str = "") -> None:
+        """Record labels that the run uses or buys. Said again under the same kind, purpose and
+        name, as by a resumed run or another process, they count once; names add up.
+
+        Args:
+            kind: One of `meters.labels.KINDS`: "class", "mask", "review", ….
+            count: How many.
+            why: "training", "threshold", "selection" (early stopping, choosing a model), or
+                "bought" in the course of the training.
+            name: Of these labels among others, such as "round 2".
+
+        Raises:
+            BadInput: For a kind, purpose or count that cannot be.
+        """
+        line = labels.labels_line(kind, count, why, name)
+        self._line("labels", {**line, "phase": self.current_phase, **_when()})
+
+    def images(self, role: str, count: int, name: str = "") -> None:
+        """Record images that the run uses, likewise.
+
+        Args:
+            role: "labelled", "unlabelled", "target" or "synthetic".
+            count: How many different ones.
+            name: Of these images among others of that role.
+
+        Raises:
+            BadInput: For a role or count that cannot be.
+        """
+        line = labels.images_line(role, count, name)
+        self._line("images", {**line, "phase": self.current_phase, **_when()})
 
     def note(self, text: str) -> None:
         """Record a warning in words; reports show it."""

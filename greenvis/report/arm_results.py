@@ -150,6 +150,15 @@ class Planned(Part):
     n: int
 
 
+class Labels(Part):
+    """Labels of one kind for one purpose: means over finished seeds."""
+
+    kind: Word
+    why: Word
+    count: Count
+    by_seed: Seeds = {}
+
+
 class ArmResults(Part):
     """One arm: means over finished seeds."""
 
@@ -184,6 +193,8 @@ class ArmResults(Part):
     outputs: Annotated[list[Outputs], Field(alias="kept")] = []
     teachers: Teachers | None = None
     task_accuracy: list[list[Number]] | None = None
+    labels: list[Labels] = []
+    images: dict[Word, Count] = {}  # by role
     macs: Count
     params: Count
     trainable_params: Count

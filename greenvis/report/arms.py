@@ -11,7 +11,7 @@ from typing import Any
 from greenvis.meters import pricing
 from greenvis.meters.record import Reading
 from greenvis.report import cached_outputs, comparison, continual, forecast, reuse, settings, stats
-from greenvis.report.arm_results import ArmResults, Spent
+from greenvis.report.arm_results import ArmResults, Labels, Spent
 from greenvis.report.estimates import Estimate, Gain
 from greenvis.report.runs import Arm, RunSummary
 from greenvis.report.sums import mean_reading, sum_reading
@@ -97,8 +97,30 @@ def _where_present(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
         "teachers": teachers(list(facts.values())),
         "predicted": forecast.predicted(list(arm.done.values()), grid),
         "operating_points": settings.settings(arm),
+        "labels": _labels(arm),
+        "images": _images(arm),
     }
     return {key: value for key, value in out.items() if value}
+
+
+def _labels(arm: Arm) -> list[Labels]:
+    """Return labels by kind and purpose; a seed that used none of them counts 0."""
+    known = {s: c.labels for s, run in arm.done.items() if (c := run.counts)}
+    out = []
+    for kind, why in sorted({key for used in known.values() for key in used}):
+        seeds = {s: used.get((kind, why), 0.0) for s, used in known.items()}
+        mean = stats.summary(seeds).mean
+        out.append(Labels(kind=kind, why=why, count=mean, by_seed=text_keys(seeds)))
+    return out
+
+
+def _images(arm: Arm) -> dict[str, float | None]:
+    """Return images by role, means over seeds."""
+    known = {s: c.images for s, run in arm.done.items() if (c := run.counts)}
+    roles = sorted({role for used in known.values() for role in used})
+    return {
+        r: stats.summary({s: used.get(r, 0.0) for s, used in known.items()}).mean for r in roles
+    }
 
 
 def _gain(arm: Arm, metric: str) -> Gain:

@@ -200,6 +200,8 @@ def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> RunSummary:
         damaged_lines=sum(p.damaged_lines for p in parts),
         startup_j=total(merged.energy.get(STARTUP, {}).values()),
         own_j=total(every),
+        label_lines=[line for r in runs for line in r.labels],
+        image_lines=[line for r in runs for line in r.images],
         seen_j=total(undivided[id(p)] for p in parts if id(p) in undivided),
     )
 

@@ -54,6 +54,7 @@ def summarize(run: Run, metric: str) -> Part:
             add(timed, totals)
     small = Run(run.path, run.header)
     small.facts, small.uses = run.facts, run.uses
+    small.labels, small.images = run.labels, run.images
     small.last_s = run.last_s
     small.totals.update(stages)
     small.end = run.end

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from greenvis.meters import carbon, pricing
+from greenvis.meters import carbon, labels, pricing
 from greenvis.meters.record import STARTUP, Reading
 from greenvis.report.facts import Ancestor, Facts, Setup
 
@@ -38,6 +38,8 @@ class RunSummary:
     startup_j: Reading
     # what of its energy counts in a sum of all runs: not what another record counts as well
     own_j: Reading
+    label_lines: list[Mapping[str, Any]]  # of all its processes (`meters.labels`)
+    image_lines: list[Mapping[str, Any]]
     seen_j: Reading  # what its counters saw, with what other runs saw at the same time
     inside: bool = False  # another record here already counts all of it
 
@@ -118,6 +120,16 @@ class SeedRun:
     def total_energy_j(self) -> Reading:
         """The energy that led to the result, measurement included."""
         return pricing.add(a.total_energy_j for a in self.chain)
+
+    @cached_property
+    def counts(self) -> labels.Counts | None:
+        """Labels and images of all that led to the result; of a record that states none, the
+        training set its data names."""
+        spent = [line for a in self.chain for line in a.label_lines]
+        shown = [line for a in self.chain for line in a.image_lines]
+        data = self.done.facts.data if self.done else None
+        stated = labels.counts(spent, shown)
+        return stated or (labels.of_data(data) if isinstance(data, Mapping) else None)
 
     @cached_property
     def uses(self) -> list[Ancestor]:

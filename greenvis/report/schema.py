@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greenvis.errors import BadInput, printable
+from greenvis.meters.labels import Kind, Purpose, Role
 from greenvis.meters.record import UNSEEN, Run
 
 MOST = 1e18  # of any total: joules, seconds, FLOPs in thousands of millions of millions
@@ -140,6 +141,19 @@ class _Use(_Loose):
     of: list[_Word] | None = None
 
 
+class _Labels(_Loose):
+    kind: Kind
+    why: Purpose
+    name: _Word = ""
+    count: _Count
+
+
+class _Images(_Loose):
+    role: Role
+    name: _Word = ""
+    count: _Count
+
+
 def check(run: Run) -> list[str]:
     """Leave out of a record what cannot be, and return in words what that was. Raises BadInput
     where its header cannot be."""
@@ -154,6 +168,11 @@ def check(run: Run) -> list[str]:
     if len(uses) < len(run.uses):
         out.append(f"{len(run.uses) - len(uses)} of the runs it says it uses")
         run.uses[:] = uses
+    for what, kind, lines in (("labels", _Labels, run.labels), ("images", _Images, run.images)):
+        good = [line for line in lines if not _problems(kind, line)]
+        if len(good) < len(lines):
+            out.append(f"{len(lines) - len(good)} of its lines on {what}")
+            lines[:] = good
     logs = [
         log
         for log in run.logs
