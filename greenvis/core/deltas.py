@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ class Deltas:
     """The part of a wrapped model that saves, loads and switches what was learned."""
 
     model: nn.Module
-    techniques: Sequence[Technique]
+    techniques: tuple[Technique, ...]
     _snapshot: Snapshot
     _learned: set[int]
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import set_seed
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import distributed
-from greenvis.core.example import call
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment import checkpoint as states
@@ -25,63 +22,12 @@ from greenvis.experiment import loggers
 from greenvis.experiment.evaluate import MATRIX, shared
 from greenvis.experiment.optim import lr_factor, make_optimizer, new_accelerator
 from greenvis.experiment.parts import Part
+from greenvis.experiment.progress import Outcome, Progress
 from greenvis.experiment.stages import Stages
+from greenvis.experiment.step import Steady, Step, check_finite
 from greenvis.meters.track import Tracker
 
 CHECK_EVERY = 50  # steps between looks at the loss: a look waits for the device
-
-_Count = Annotated[int, Field(ge=0)]
-
-
-@dataclass
-class Progress:
-    """How far a training has come; saved in its checkpoint.
-
-    Attributes:
-        part: Which of the parts it is in.
-        epoch: Of the part, ended.
-        batch: Of the epoch, ended.
-        step: Of the optimizer, ended.
-        losses: Of the epoch's batches so far, the sum of losses by weight, and that of weights.
-        metrics: Of the last evaluation, by name.
-        reached: Whether that reached the target.
-        rows: Of a stream, the primary metric on each experience's test, a row an experience.
-        observed: What each experience took; None where it was interrupted.
-    """
-
-    part: _Count = 0
-    epoch: _Count = 0
-    batch: _Count = 0
-    step: _Count = 0
-    losses: tuple[float, float] = (0.0, 0.0)
-    metrics: dict[str, float] = field(default_factory=dict)
-    reached: bool = False
-    rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
-    observed: list[dict[str, float] | None] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a training ended; the model is in eval mode on its device.
-
-    Attributes:
-        live: The model, with the last part's techniques on it.
-        metrics: Of the last evaluation, by name.
-        epochs: Trained; of a stream, on each experience.
-        reached: Whether the last evaluation reached the target.
-        delta: What it changed or added, by name.
-        rows: Of a stream, "task_accuracy" and "task_accuracy_known": the primary metric on each
-            experience's test, a row an experience. None where it was not measured.
-        observed: What each experience of a stream took; None where it was interrupted.
-    """
-
-    live: Wrapped
-    metrics: dict[str, float]
-    epochs: int
-    reached: bool
-    delta: dict[str, Tensor]
-    rows: dict[str, list[list[float | None]]]
-    observed: list[dict[str, float] | None]
 
 
 class Prepared(Protocol):
@@ -195,7 +141,6 @@ class Loop:
         set_seed(self.seed)
         self.accelerator = new_accelerator(first.spec, log_with, tracker.path.parent)
         self.model: nn.Module = self.accelerator.prepare(live.model)
-        self.mean = distributed.SampleMean()
         distributed.seed_per_rank()
         left = states.read(self.file) if self.file is not None and self.file.exists() else None
         self.progress = Progress(part=number) if left is None else states.progress(left, Progress)
@@ -230,17 +175,14 @@ class Loop:
         return epochs
 
     def save(self) -> None:
-        """Write the checkpoint."""
-        if self.file is not None and self.accelerator.is_main_process:
-            total, weights = self._losses.tolist()
-            self.progress.losses = (total, weights)
+        """Write the checkpoint; every process calls it, the first writes."""
+        if self.file is None:
+            return
+        self.progress.losses = self.step.summed_losses()
+        if self.accelerator.is_main_process:
+            step, accelerator = self.step, self.accelerator
             states.save(
-                self.file,
-                self.live,
-                self.optimizer,
-                self.scheduler,
-                self.accelerator,
-                self.progress,
+                self.file, self.live, step.optimizer, step.scheduler, accelerator, self.progress
             )
 
     def log(self, **values: float) -> None:
@@ -260,20 +202,18 @@ class Loop:
         """Get ready for a part; take up what a checkpoint left of it."""
         spec, self.part = part.spec, part
         self.accelerator.free_memory()  # forgets the optimizer of the part before
-        self.optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
+        optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
         steps_per_epoch = math.ceil(part.length / spec.accumulate)
         total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
         self.live.plan(total)
-        self.scheduler = LambdaLR(
-            self.optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
+        scheduler = LambdaLR(
+            optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
         )
-        self.criterion = self.live.criterion(part.loss or part.task.loss)
+        self.step = Step(self.live, self.model, part, self.accelerator, optimizer, scheduler)
         if self._left is not None:
             assert self.file is not None
             with states.believed(self.file):
-                states.restore(
-                    self._left, self.live, self.optimizer, self.scheduler, self.accelerator
-                )
+                states.restore(self._left, self.live, optimizer, scheduler, self.accelerator)
             self._left = None
             distributed.seed_per_rank()
             self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
@@ -305,67 +245,38 @@ class Loop:
 
     def _epoch(self) -> None:
         live, model, part, progress = self.live, self.model, self.part, self.progress
-        accelerator = self.accelerator
+        accelerator, every = self.accelerator, part.spec.checkpoint_every_s
         model.train()
-        saved_at = time.monotonic()
-        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        self._losses = torch.tensor(progress.losses, dtype=exact, device=accelerator.device)
+        save_at, due = time.monotonic() + every, False
+        self.step.begin_losses(progress.losses)
         loss: Tensor | None = None
         epoch = self.done + progress.epoch
         loader = shared(accelerator, part.batches(epoch, progress.batch))
-        steps = self.run.steps(_Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}")
+        steps = self.run.steps(Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}")
         for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
                 live.set_samples(part.samples(epoch, positions[0]))
             with accelerator.accumulate(model):
-                loss = self._step(x, y, first=number == 0)
+                loss = self.step(x, y, first=number == 0)
             progress.batch += 1
+            progress.step += accelerator.sync_gradients
             if number % CHECK_EVERY == 0:
-                _finite(loss, progress, self.run.notes)
-            saving = time.monotonic() - saved_at > part.spec.checkpoint_every_s
-            if accelerator.sync_gradients and saving:
+                check_finite(loss, progress, self.run.notes)
+            if number % CHECK_EVERY == 0 or distributed.world_size() == 1:
+                due |= distributed.on_main(lambda at=save_at: time.monotonic() > at)
+            if accelerator.sync_gradients and due:
                 self.save()
-                saved_at = time.monotonic()
+                save_at, due = time.monotonic() + every, False
         live.set_samples(None)
         live.epoch_end()
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if loss is not None:
-            _finite(loss, progress, self.run.notes)
-        total, weights = self._losses.tolist()
-        self._losses.zero_()
+            check_finite(loss, progress, self.run.notes)
+        total, weights = self.step.summed_losses()
+        self.step.begin_losses((0.0, 0.0))
         progress.losses = (0.0, 0.0)
         if weights > 0:
             self.log(loss=total / weights)
-
-    def _step(self, x: Any, y: Any, first: bool) -> Tensor:
-        """Train on a batch, and return its loss."""
-        live, model, accelerator, spec = self.live, self.model, self.accelerator, self.part.spec
-        x, y = live.batch(x, y)
-        with accelerator.autocast():
-            if live.pretext:
-                loss = live.loss(x, y, None)
-            else:
-                outputs = self.part.task.outputs(call(model, x))
-                loss = self.criterion(outputs, y) + live.loss(x, y, outputs)
-        weight = self.mean.weight(len(y))
-        shares = [loss.detach() * weight, torch.as_tensor(weight, device=loss.device)]
-        counted = torch.stack([share.to(self._losses.dtype) for share in shares])
-        distributed.all_reduce_mean([counted])  # the first process alone saves
-        self._losses += counted
-        accelerator.backward(loss * weight)
-        if first:
-            _all_reached(live)
-        if accelerator.sync_gradients:
-            self.mean.rescale(model.parameters(), spec.accumulate * distributed.world_size())
-            if spec.clip_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), spec.clip_norm)
-        self.optimizer.step()
-        if accelerator.sync_gradients:
-            self.scheduler.step()
-            live.step_end()
-            self.progress.step += 1
-        self.optimizer.zero_grad()
-        return loss
 
     def _evaluate(self) -> None:
         evaluator, progress = self.part.evaluator, self.progress
@@ -392,52 +303,3 @@ class Loop:
             progress.rows[name].append([*row])
         mean = math.fsum(rows[MATRIX]) / len(rows[MATRIX])
         progress.metrics = {self.part.task.primary.name: mean}
-
-
-def _all_reached(live: Wrapped) -> None:
-    """Raise GreenvisError where several processes would wait for a gradient that does not come."""
-    without = (
-        []
-        if distributed.world_size() == 1 or live.pretext
-        else [n for n, p in live.trainable.items() if p.grad is None]
-    )
-    if without:
-        problem = f"{some(without)} got no gradient, and several processes wait for each other's"
-        raise distributed.report_once(
-            GreenvisError(
-                f"{problem}: freeze what the loss does not reach, or train as one process"
-            )
-        )
-
-
-def _finite(loss: Tensor, progress: Progress, notes: Sequence[str]) -> None:
-    shared = loss.detach().clone()
-    distributed.all_reduce_mean([shared])  # what is not finite in one process ends all
-    value = shared.item()
-    if not math.isfinite(value):
-        before = f" (noted before: {notes[-1]})" if notes else ""
-        problem = (
-            f"the loss is {value} at epoch {progress.epoch}, step {progress.step}: lower train.lr, "
-            "set train.clip_norm, "
-        )
-        raise distributed.report_once(GreenvisError(f"{problem}or look at the data{before}"))
-
-
-class _Steady:
-    """A loader whose start draws nothing from torch's random state: resuming in mid-epoch starts
-    one more than not."""
-
-    def __init__(self, loader: Any) -> None:
-        self.loader = loader
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[Any]:
-        state = torch.get_rng_state()
-        items = iter(self.loader)
-        first = next(items, None)
-        torch.set_rng_state(state)
-        if first is not None:
-            yield first
-            yield from items

@@ -18,7 +18,7 @@ import greenvis as gv
 from greenvis import data
 from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment import loggers, loop, optim
+from greenvis.experiment import loggers, loop, optim, step
 from greenvis.experiment.evaluate import evaluate
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.record import find, read
@@ -193,7 +193,7 @@ def test_a_loss_that_is_not_finite_stops_with_advice(tmp_path: Path) -> None:
         _fit(tmp_path, TrainSpec(epochs=2, lr=0.1), lambda epoch, start: [(X * math.nan, Y)])
     assert read(next(iter(find([tmp_path])))).status == "failed"
     with pytest.raises(GreenvisError, match=r"noted before: a weight below 2"):
-        loop._finite(torch.tensor(math.inf), loop.Progress(), ["a weight below 2"])
+        step.check_finite(torch.tensor(math.inf), loop.Progress(), ["a weight below 2"])
 
 
 def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
