@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -13,13 +14,23 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 
+import brief
 import pytest
 import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+brief.measurements()
 settings.register_profile("busy machines")  # how long one takes is no fault
 settings.load_profile("busy machines")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: each part of a training begins with a full collection
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # Triton's bindings count what is left at the end
 
 
 @pytest.fixture(autouse=True)

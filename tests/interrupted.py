@@ -19,6 +19,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import brief
+
 from greenvis.cli import main as cli
 from greenvis.experiment import checkpoint
 
@@ -31,6 +33,7 @@ def main() -> int:
     """Run until the moment has come."""
     condition, words = compile(sys.argv[1], "condition", "eval"), sys.argv[2:]
     save = checkpoint.save
+    brief.measurements()
 
     def save_and_end(
         path: Path, live: Any, optimizer: Any, scheduler: Any, accelerator: Any, progress: Any

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,11 +25,20 @@ class Digits(DataSet):
 
     def read(self) -> Stored:
         """Return all of them, a quarter of each class as the test."""
-        from sklearn.datasets import load_digits
-
-        bunch: Any = load_digits()
-        pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
-        labels = bunch.target.astype(np.int64)
+        rows = _rows()
+        pixels = np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
+        labels = rows[:, -1].astype(np.int64)
         whole = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
         train, test = divide(whole, test=self.size["test"])
         return Stored(train, test, self.classes, sha256([pixels.tobytes(), labels.tobytes()]), 8, 1)
+
+
+@cache
+def _rows() -> np.ndarray:
+    """Return 64 values of 0 to 16 and the digit, by image; importing scikit-learn would take
+    seconds, and of it this is one file."""
+    spec = find_spec("sklearn")
+    assert spec is not None
+    assert spec.origin is not None
+    file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    return np.loadtxt(file, delimiter=",")
