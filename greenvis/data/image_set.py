@@ -4,6 +4,7 @@ only."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,39 +14,45 @@ from greenvis.data.splits import Split, sha256
 from greenvis.data.transforms import Transform
 
 
-class ImageSet(Dataset[tuple[Tensor, int]]):
+class ImageSet(Dataset[tuple[Tensor, Any]]):
     """Images and labels, brought to size. An index is a position, or (epoch, position) where
     augmentation is wanted.
 
-    targets: int64 (N,). ids: each image's row in its source, which its augmentation follows
-    whatever the subset.
+    targets: the labels, of a kind that `Split` lists. ids: each image's row in its source, which
+    its augmentation follows whatever the subset.
     """
 
     def __init__(self, split: Split, ids: Tensor, transform: Transform) -> None:
         self.split, self.ids, self.transform = split, ids, transform
 
     @property
-    def targets(self) -> Tensor:
-        """The labels, int64 (N,)."""
+    def targets(self) -> Any:
+        """The labels: int64 (N,) where they are classes, -1 where one is not known; else as `Split`
+        says."""
         return self.split.labels
+
+    @property
+    def known(self) -> Tensor:
+        """Whose label is known: bool (N,)."""
+        return self.split.known
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int | tuple[int, int]) -> tuple[Tensor, Any]:
         epoch, position = index if isinstance(index, tuple) else (0, index)
         x, y = self.batch([range(len(self))[position]], epoch)
-        return x[0], int(y[0])
+        return x[0], _each(y)[0]
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Tensor, int]]:
+    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> list[tuple[Tensor, Any]]:
         """Return many at once: what a plain DataLoader calls."""
         pairs = [i if isinstance(i, tuple) else (0, i) for i in indices]
         if len({epoch for epoch, _ in pairs}) != 1:
             return [self[p] for p in pairs]
         x, y = self.batch([position for _, position in pairs], pairs[0][0])
-        return list(zip(x.unbind(), y.tolist(), strict=True))
+        return list(zip(x.unbind(), _each(y), strict=True))
 
-    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
+    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Any]:
         """Return images and labels at some positions.
 
         Args:
@@ -53,16 +60,32 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
             epoch: Which augmentation, from 0.
 
         Returns:
-            x float32 (B, C, H, W), normalised, and y int64 (B,).
+            x float32 (B, C, H, W), normalised, and y: classes int64 (B,), several or numbers
+            float32 (B, …), masks int64 (B, H, W), boxes a list of {"boxes": float32 (n, 4) in
+            pixels of x, "labels": int64 (n,)}. Masks and boxes follow the image.
         """
         rows = torch.as_tensor(positions, dtype=torch.int64)
-        images = self.split.images
+        images, form = self.split.images, self.transform
         if isinstance(images, Tensor):
-            x = self.transform.fit(images.index_select(0, rows))
+            x = form.fit(images.index_select(0, rows))
         else:
-            x = torch.stack([self.transform.fit(images[i]) for i in rows.tolist()])
-        x = self.transform.change(x, self.ids[rows].numpy(), epoch)
-        return self.transform.normalise(x), self.split.labels[rows]
+            x = torch.stack([form.fit(images[i]) for i in rows.tolist()])
+        x, y = form.change(x, self._labels(rows), self.ids[rows].numpy(), epoch)
+        return form.normalise(x), y
+
+    def _labels(self, rows: Tensor) -> Any:
+        """Return the labels at some rows as a batch has them, of the images as `fit` leaves
+        them."""
+        labels, kind = self.split.labels, self.split.kind
+        if isinstance(labels, Tensor):
+            y = labels[rows]
+            if kind == "mask":
+                return self.transform.fit_mask(y).long()
+            return y if kind == "class" else y.float()
+        each = [labels[i] for i in rows.tolist()]
+        if kind == "mask":
+            return torch.stack([self.transform.fit_mask(mask) for mask in each]).long()
+        return [self.transform.fit_boxes(boxes) for boxes in each]
 
     def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
         """Return a subset; its images keep their ids, and so their augmentation.
@@ -79,7 +102,16 @@ class ImageSet(Dataset[tuple[Tensor, int]]):
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on: which images, and what is done
         to them."""
+        targets = self.split.labels
+        labels = [targets.numpy().tobytes()] if isinstance(targets, Tensor) else []
         return {
-            "images": sha256([self.ids.numpy().tobytes(), self.split.labels.numpy().tobytes()]),
+            "images": sha256([self.ids.numpy().tobytes(), *labels]),
             "transform": str(self.transform),
         }
+
+
+def _each(y: Any) -> list[Any]:
+    """Return a batch's labels one by one; a class as a number."""
+    if not isinstance(y, Tensor):
+        return y
+    return y.tolist() if y.dim() == 1 else list(y.unbind())

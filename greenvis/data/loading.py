@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from greenvis.data import dataset
 from greenvis.data.image_set import ImageSet
 from greenvis.data.spec import DataSpec
-from greenvis.data.splits import Lazy, Split, stratified
+from greenvis.data.splits import UNKNOWN, Boxes, Lazy, Split, stratified
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput, nearest
 
@@ -24,8 +24,20 @@ STATISTICS_IMAGES = 2000  # enough for mean and deviation to 1 %, and half a sec
 
 @dataclass(frozen=True)
 class Data:
-    """A data set, ready: `train` is augmented as asked, `test` never. checksum: sha256 over what
-    was read."""
+    """A data set, ready: `train` is augmented as asked, `test` never.
+
+    Attributes:
+        name: As in the recipe.
+        train: What is trained on with labels.
+        test: What no training sees; the first of `tests`, where there are several.
+        classes: Names, by label.
+        checksum: sha256 over what was read.
+        only: The classes that the recipe chose, as it wrote them.
+        held_out: Training images that no training sees, to choose on; shown as the test is.
+        unlabeled: Images to learn from without labels, all -1; no image of `train`.
+        target: Images of the domain to adapt to, likewise.
+        tests: Tests by name; empty where there is one without a name.
+    """
 
     name: str
     train: ImageSet
@@ -36,6 +48,9 @@ class Data:
     held_out: ImageSet | None = (
         None  # of the training images, kept from all training, as the test shows them
     )
+    unlabeled: ImageSet | None = None
+    target: ImageSet | None = None
+    tests: Mapping[str, ImageSet] = field(default_factory=dict)
 
     @property
     def img_size(self) -> int:
@@ -113,8 +128,8 @@ def load(spec: DataSpec, folder: str | Path = ".") -> Data:
     numbers = list(range(len(stored.classes)))
     if spec.classes is not None:
         numbers = _class_indices(spec.name, spec.classes, stored.classes)
-    label_of = torch.full((len(stored.classes),), -1)
-    label_of[numbers] = torch.arange(len(numbers))
+        if stored.train.kind not in ("class", "multilabel"):
+            raise BadInput(f"data: classes chooses images by class, and '{spec.name}' has none")
     form = Transform(
         spec.img_size or stored.img_size,
         spec.in_chans or stored.in_chans,
@@ -125,9 +140,18 @@ def load(spec: DataSpec, folder: str | Path = ".") -> Data:
     # grey is made colour batch by batch
     as_stored = replace(form, in_chans=min(form.in_chans, stored.in_chans))
 
+    def relabel(split: Split) -> Any:
+        if split.kind == "multilabel":
+            return split.labels[:, numbers]
+        if split.kind != "class":
+            return split.labels
+        label_of = torch.full((len(stored.classes),), UNKNOWN)
+        label_of[numbers] = torch.arange(len(numbers))
+        return label_of[split.labels]
+
     def ready(split: Split, rows: Tensor) -> Split:
         subset = split.take(rows)
-        return _bring_to_size(Split(subset.images, label_of[subset.labels]), as_stored)
+        return _bring_to_size(replace(subset, labels=relabel(subset)), as_stored)
 
     train_rows, held_out_rows = _draw(spec, stored.train, numbers, "train", spec.held_out or 0)
     test_rows, _ = _draw(spec, stored.test, numbers, "test", 0)
@@ -154,10 +178,12 @@ def _draw(
     """Return the rows to show, by class and seed, and as many others as are to be reserved; of
     images whose label is known and chosen."""
     requested = spec.train if part == "train" else spec.test
-    available = torch.isin(split.labels, torch.tensor(numbers)).nonzero().squeeze(1)
+    groups = split.groups
+    eligible = torch.isin(groups, torch.tensor(numbers)) if split.kind == "class" else groups >= 0
+    available = eligible.nonzero().squeeze(1)
     asked = _with_held_out(requested, reserved or None)
     _check_count(spec.name, part, asked, len(available))
-    drawn = available[stratified(split.labels[available], spec.seed)]
+    drawn = available[stratified(groups[available], spec.seed)]
     shown = drawn[: len(drawn) - reserved][:requested]
     return shown.sort().values, drawn[len(shown) :][:reserved].sort().values
 
@@ -197,22 +223,31 @@ def _check_count(name: str, part: str, requested: int | None, available: int) ->
 def _bring_to_size(split: Split, form: Transform) -> Split:
     """Decode and resize once where the result fits in memory: work that is not repeated each epoch
     costs nothing there."""
-    if len(split.labels) * form.in_chans * form.img_size**2 > IN_MEMORY:
+    if len(split) * form.in_chans * form.img_size**2 > IN_MEMORY:
         return split
     if isinstance(split.images, Lazy):
-        images = torch.stack([form.fit(split.images[i]) for i in range(len(split.labels))])
+        images = torch.stack([form.fit(split.images[i]) for i in range(len(split))])
     else:
         images = torch.cat([form.fit(part) for part in split.images.split(1024)])
-    return Split(images.contiguous(), split.labels)
+    return replace(split, images=images.contiguous(), labels=_labels_to_size(split, form))
+
+
+def _labels_to_size(split: Split, form: Transform) -> Tensor | Lazy:
+    """Return what lies on the images (masks, boxes) as large as those are now."""
+    labels = split.labels
+    if isinstance(labels, Tensor):
+        return form.fit_mask(labels) if split.kind == "mask" else labels
+    if split.kind == "mask":
+        return torch.stack([form.fit_mask(labels[i]) for i in range(len(labels))])
+    return Boxes([form.fit_boxes(labels[i]) for i in range(len(labels))].__getitem__,
+                 range(len(labels)))  # fmt: skip
 
 
 def _with_statistics(form: Transform, split: Split) -> Transform:
     """Return `form` with mean and standard deviation of the training images, by channel, of pixels
     in 0..1."""
-    rows = torch.linspace(
-        0, len(split.labels) - 1, min(len(split.labels), STATISTICS_IMAGES)
-    ).long()
-    plain = ImageSet(split, torch.arange(len(split.labels)), replace(form, augment="none"))
+    rows = torch.linspace(0, len(split) - 1, min(len(split), STATISTICS_IMAGES)).long()
+    plain = ImageSet(split, torch.arange(len(split)), replace(form, augment="none"))
     total, squares = torch.zeros(2, form.in_chans, dtype=torch.float64)
     for part in rows.split(256):
         x, _ = plain.batch(part)

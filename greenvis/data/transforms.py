@@ -3,15 +3,19 @@ never of a worker."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from greenvis.data.spec import Augment
+from greenvis.data.splits import UNKNOWN
 
 _RANDAUGMENT = v2.RandAugment(num_ops=2, magnitude=9)
 
@@ -44,6 +48,21 @@ class Transform:
             else x.expand(*x.shape[:-3], self.in_chans, -1, -1)
         )
 
+    def fit_mask(self, mask: Tensor) -> Tensor:
+        """Return a mask (..., H, W) as `fit` leaves its image, the nearest pixel's label in each
+        pixel: (..., img_size, img_size)."""
+        if mask.shape[-2:] == (self.img_size, self.img_size):
+            return mask
+        side = [self.img_size]
+        return F.center_crop(F.resize(tv_tensors.Mask(mask), side), side * 2).as_subclass(Tensor)
+
+    def fit_boxes(self, target: Mapping[str, Any]) -> dict[str, Any]:
+        """Return {"boxes", "labels"} as `fit` leaves their image; what it cuts off is left out."""
+        boxes, side = target["boxes"], [self.img_size]
+        if tuple(boxes.canvas_size) == (self.img_size, self.img_size):
+            return dict(target)
+        return _within(F.center_crop(F.resize(boxes, side), side * 2), target["labels"])
+
     def view(self, epoch: int) -> int:
         """Return which augmented version of each image an epoch shows; epochs of one view show the
         very same pixels."""
@@ -51,17 +70,31 @@ class Transform:
             return 0
         return epoch % self.views if self.views else epoch
 
-    def change(self, x: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
-        """Augment a batch (B, C, H, W), uint8: a function of seed, epoch (modulo views) and each
-        image's id alone."""
+    def change(self, x: Tensor, y: Any, ids: np.ndarray, epoch: int) -> tuple[Tensor, Any]:
+        """Augment a batch: a function of seed, epoch (modulo views) and each image's id alone.
+
+        Args:
+            x: uint8 (B, C, H, W).
+            y: Its labels; masks (B, H, W) and lists of boxes follow the images.
+            ids: int64 (B,).
+            epoch: From 0.
+
+        Returns:
+            x and y.
+        """
         if self.augment == "none":
-            return x
+            return x, y
         draws = mix(ids, self.seed, self.view(epoch))
         if self.augment == "randaug":
             x = torch.stack(
                 [_randaugment(image, int(draw)) for image, draw in zip(x, draws, strict=True)]
             )
-        return _crop(x, draws, pad=max(1, self.img_size // 8), flip=self.augment != "crop")
+        windows = _windows(draws, max(1, self.img_size // 8), flip=self.augment != "crop")
+        if isinstance(y, list):
+            y = [_crop_boxes(target, *window) for target, window in zip(y, windows, strict=True)]
+        elif y.dim() == 3:
+            y = _crop(y[:, None], windows, fill=UNKNOWN)[:, 0]
+        return _crop(x, windows), y
 
     def normalise(self, x: Tensor) -> Tensor:
         """Return float32: (x / 255 - mean) / std by channel."""
@@ -86,21 +119,59 @@ def mix(values: np.ndarray, *keys: int) -> np.ndarray:
     return state
 
 
-def _crop(x: Tensor, draws: np.ndarray, pad: int, flip: bool) -> Tensor:
-    """Pad by black, cut out each image's own window, flip half of them left to right where
-    asked."""
-    side, offsets = x.shape[-1], np.uint64(2 * pad + 1)
+class _Window(NamedTuple):
+    """What of an image, padded all around, is shown."""
+
+    pad: int
+    top: int
+    left: int
+    flip: bool
+
+
+def _windows(draws: np.ndarray, pad: int, flip: bool) -> list[_Window]:
+    """Return each image's own window; half of them are flipped left to right where asked."""
+    offsets = np.uint64(2 * pad + 1)
     tops = (draws % offsets).astype(np.int64)
     lefts = (draws // offsets % offsets).astype(np.int64)
     flipped = (draws >> np.uint64(63)).astype(bool) if flip else np.zeros(len(draws), bool)
-    padded = F.pad(x, [pad])
+    each = zip(tops.tolist(), lefts.tolist(), flipped.tolist(), strict=True)
+    return [_Window(pad, *window) for window in each]
+
+
+def _crop(x: Tensor, windows: list[_Window], fill: int = 0) -> Tensor:
+    """Pad by `fill` (black), cut out each image's own window, flip it where that says so."""
+    side = x.shape[-1]
+    padded = torch.nn.functional.pad(x, [windows[0].pad] * 4, value=fill) if windows else x
     out = torch.empty_like(x)
-    for i, (top, left, turn) in enumerate(
-        zip(tops.tolist(), lefts.tolist(), flipped.tolist(), strict=True)
-    ):
+    for i, (_, top, left, flip) in enumerate(windows):
         window = padded[i, :, top : top + side, left : left + side]
-        out[i] = window.flip(-1) if turn else window
+        out[i] = window.flip(-1) if flip else window
     return out
+
+
+def _crop_boxes(
+    target: Mapping[str, Any], pad: int, top: int, left: int, flip: bool
+) -> dict[str, Any]:
+    """Return {"boxes", "labels"} as they lie in an image's window."""
+    boxes: Any = target["boxes"]
+    side = boxes.canvas_size[0]
+    moved = boxes.as_subclass(Tensor).float() + torch.tensor([pad - left, pad - top] * 2)
+    if flip:
+        moved = torch.stack([side - moved[:, 2], moved[:, 1], side - moved[:, 0], moved[:, 3]], 1)
+    return _within(_boxes(moved, boxes.canvas_size), target["labels"])
+
+
+def _within(boxes: Any, labels: Tensor) -> dict[str, Any]:
+    """Return {"boxes", "labels"} of what lies in the canvas, by a pixel at least."""
+    boxes = F.clamp_bounding_boxes(boxes)
+    sides = boxes.as_subclass(Tensor)[:, 2:] - boxes.as_subclass(Tensor)[:, :2]
+    rows = (sides >= 1).all(1)
+    return {"boxes": _boxes(boxes[rows], boxes.canvas_size), "labels": labels[rows]}
+
+
+def _boxes(corners: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+    form = tv_tensors.BoundingBoxFormat.XYXY
+    return tv_tensors.BoundingBoxes(corners.float(), format=form, canvas_size=canvas_size)  # type: ignore[call-arg]
 
 
 def _randaugment(image: Tensor, draw: int) -> Tensor:

@@ -33,8 +33,9 @@ def check_dataset(
 ) -> DataSetResult:
     """Try a data set against the contract.
 
-    It says where its images come from and under which licence; every image has a label (-1 where
-    it is not known, in the training split alone), every class a training image; images are uint8
+    It says where its images come from and under which licence; every image has a label of a kind
+    that `Split` lists (-1 where it is not known, in the training split alone), every class a
+    training image; images are uint8
     of one size, or of one number of channels where they are read one by one; no test image is a
     training image; read twice, it is the same; what it says of itself before it is read is true.
 
@@ -71,22 +72,52 @@ def check_dataset(
 
 
 def _check_labels(stored: Stored) -> None:
+    _require(len(set(stored.classes)) == len(stored.classes), "its classes are not distinct")
     for part, split in (("train", stored.train), ("test", stored.test)):
-        labels = split.labels
         _require(
-            len(labels) > 0 and len(labels) == len(split.images),
-            f"{part} has {len(split.images)} images and {len(labels)} labels",
+            len(split) > 0 and len(split) == len(split.images),
+            f"{part} has {len(split.images)} images and {len(split)} labels",
         )
+        if part == "test":
+            unknown = int((~split.known).sum())
+            _require(not unknown, f"{unknown} of its test images have no label")
+        _check_kind(part, split, stored)
+    if stored.train.kind == "class":
+        present = set(stored.train.labels.tolist())
+        absent = [c for i, c in enumerate(stored.classes) if i not in present]
+        _require(not absent, f"no training image of {absent}")
+        _require(len(stored.classes) > 1, "it has one class")
+
+
+def _check_kind(part: str, split: Split, stored: Stored) -> None:
+    """Hold labels against what `Split` says of their kind; of those unread, the first."""
+    kind, labels, most = split.kind, split.labels, len(stored.classes) - 1
+    _require(kind == stored.train.kind, f"{part}'s labels are of kind {kind}, train's are not")
+    if kind == "number":
+        return
+    if kind == "class":
         _require(labels.dtype == torch.int64, f"{part}'s labels are {labels.dtype}, not int64")
-        least, most = -1 if part == "train" else 0, len(stored.classes) - 1
+    if kind == "multilabel":
+        _require(
+            labels.shape[1] == len(stored.classes),
+            f"{part}'s labels are {tuple(labels.shape)}, for {len(stored.classes)} classes",
+        )
+        most = 1
+    if kind == "box":
+        labels, least = labels[0]["labels"], 1
+        boxes = split.labels[0]["boxes"]
+        _require(
+            tuple(boxes.canvas_size) == tuple(split.images[0].shape[-2:]),
+            f"{part}'s boxes are on a canvas of {boxes.canvas_size}, which is not their image's",
+        )
+    else:
+        labels = labels if isinstance(labels, Tensor) else labels[0]
+        least = 0 if part == "test" and kind != "mask" else -1
+    if labels.numel():
         _require(
             least <= int(labels.min()) and int(labels.max()) <= most,
             f"{part}'s labels are {labels.min()} to {labels.max()}, not {least} to {most}",
         )
-    present = set(stored.train.labels.tolist())
-    absent = [c for i, c in enumerate(stored.classes) if i not in present]
-    _require(not absent, f"no training image of {absent}")
-    _require(len(set(stored.classes)) == len(stored.classes) > 1, "its classes are not distinct")
 
 
 def _fingerprints(split: Split, stored: Stored) -> list[str]:
@@ -114,7 +145,8 @@ def _check_again(again: Stored, stored: Stored, prints: list[list[str]]) -> None
         ("train", stored.train, again.train, prints[0]),
         ("test", stored.test, again.test, prints[1]),
     ):
-        same = torch.equal(old.labels, new.labels) and _fingerprints(new, again) == seen
+        alike = not isinstance(old.labels, Tensor) or old.labels.equal(new.labels)
+        same = alike and _fingerprints(new, again) == seen
         _require(same, f"read twice, {part} differs")
 
 

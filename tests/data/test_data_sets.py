@@ -240,7 +240,7 @@ def test_a_data_set_in_one_class_keeps_the_contract() -> None:
 @pytest.mark.parametrize(
     ("cls", "reason"),
     [
-        (broken(test=lambda s: s.train), "labels are"),
+        (broken(test=lambda s: s.train), "1 of its test images have no label"),
         (broken(test=lambda s: s.train.take(torch.tensor([0, 1]))), "2 of its test images are"),
         (broken(test=lambda s: Split(s.test.images, s.test.labels + 1)), "labels are 1 to 2"),
         (
