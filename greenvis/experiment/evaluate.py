@@ -15,7 +15,6 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from greenvis.core import distributed
-from greenvis.core.example import call
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import mask_classes
 from greenvis.core.wrap import Wrapped
@@ -147,13 +146,15 @@ def evaluate_among(
             if not len(y):  # a batch of fewer samples than there are processes
                 continue
             with nullcontext() if accelerator is None else accelerator.autocast():
-                outputs = task.outputs(call(model, x))
+                outputs = task.answer(model, x, y)
             if not metrics:
                 classes = 0 if task.class_axis is None else outputs.shape[task.class_axis]
-                metrics = _new(task, among, classes, outputs.device)
+                metrics = _new(task, among, classes, x.device)
             for name, competing in among.items():
                 for metric in metrics[name].values():
-                    metric.update(mask_classes(outputs, competing), y)
+                    metric.update(
+                        outputs if competing is None else mask_classes(outputs, competing), y
+                    )
         together = False
         if accelerator is not None and (
             together := distributed.world_size() > 1

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import distributed
-from greenvis.core.example import call
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import GreenvisError, some
 from greenvis.experiment.parts import Part
@@ -85,7 +84,7 @@ class Step:
         with self.accelerator.autocast():
             if self.live.pretext:
                 return self.live.loss(x, y, None)
-            outputs = self.part.task.outputs(call(self.model, x))
+            outputs = self.part.task.answer(self.model, x, y)
             return self.criterion(outputs, y) + self.live.loss(x, y, outputs)
 
     def begin_losses(self, losses: tuple[float, float]) -> None:

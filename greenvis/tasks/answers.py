@@ -21,10 +21,15 @@ FORMS: dict[str, str] = {
     "multilabel": "several classes per image, or one yes or no: each output is a probability of "
     "its own",
     "regression": "numbers, not classes",
+    "detection": "boxes with classes; the model has its own loss",
+    "bags": "one class per bag of images: logits (bags, classes), labels (bags,)",
+    "image_text": "images and texts that belong together: embeddings of both",
+    "generation": "images that the model draws; it has its own loss",
 }
+UNKNOWN = -1  # a label that is not known
 CLASSES = frozenset({"classification"})  # forms of techniques that want a class number per image
-# of those that compare distributions over classes, whatever has one
-PIXELS_TOO = CLASSES | {"segmentation"}
+# of those that compare distributions over classes, one per sample or per pixel
+PIXELS_TOO = CLASSES | {"segmentation", "bags"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"
 
 
@@ -132,6 +137,29 @@ def mask_classes(logits: Tensor, classes: Sequence[int] | None) -> Tensor:
     return logits.masked_fill(away, -math.inf)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """Return the mean cross entropy over labels that are known, 0 with a graph where none is.
+
+    Args:
+        logits: (batch, classes, …).
+        labels: int64 (batch, …), -1 where not known, or probabilities (batch, classes, …).
+        label_smoothing: Share of a label that all classes divide.
+
+    Returns:
+        A scalar.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    if labels.is_floating_point():
+        return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    some_known = (labels != UNKNOWN).any()
+    # where nothing is known, any label does: the mean of none is not a number
+    targets = torch.where(some_known, labels, logits.detach().argmax(1))
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, ignore_index=UNKNOWN)
+    return loss * some_known.to(loss.dtype)
+
+
 def class_rows(logits: Tensor) -> Tensor:
     """Return logits with a row per image, or per pixel.
 
@@ -168,7 +196,7 @@ def class_numbers(y: Any, logits: Tensor, who: str) -> Tensor:
         return class_rows(y).argmax(-1)
     if not _integer(y) or y.shape != logits.shape[:1] + logits.shape[2:]:
         raise BadInput(f"{who} wants a class number for each of {tuple(logits.shape)}, not labels "
-                       f"{_form(y)}: resize answer "
+                       f"{shape_of(y)}: resize answer "
                        "or labels so that both have the same places")  # fmt: skip
     numbers, classes = y.flatten().long(), logits.shape[1]
     if y.numel() and (int(numbers.min()) < 0 or int(numbers.max()) >= classes):
@@ -194,7 +222,8 @@ def require_class_numbers(y: Any, who: str, instead: str) -> None:
     """
     if not is_tensor(y) or y.dim() != 1 or not _integer(y):
         raise BadInput(
-            f"{who} needs one class number per image, integers (batch,), not {_form(y)}: {instead}"
+            f"{who} needs one class number per image, integers (batch,), not {shape_of(y)}: "
+            f"{instead}"
         )
 
 
@@ -236,7 +265,7 @@ def task_of(logits: Tensor | None, y: Any) -> str:
         return "classification" if labels.dim() == 1 else "segmentation"
     if labels.is_floating_point():
         return "regression"
-    raise BadInput(f"labels {_form(labels)} do not go with an answer "
+    raise BadInput(f"labels {shape_of(labels)} do not go with an answer "
                    f"{tuple(logits.shape) if logits is not None else ''}: "
                    + "; ".join(FORMS.values()))  # fmt: skip
 
@@ -288,7 +317,8 @@ def _integer(values: Tensor) -> bool:
     )
 
 
-def _form(y: Any) -> str:
+def shape_of(y: Any) -> str:
+    """Return what labels are, in words: dtype and shape, or the type."""
     return (
         f"{str(y.dtype).removeprefix('torch.')} {tuple(y.shape)}"
         if is_tensor(y)

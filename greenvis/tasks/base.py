@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -17,12 +18,13 @@ class Measure(NamedTuple):
 
     Args:
         name: Of one of the task's metrics, as in records and tables.
-        unit: Such as "px"; "" for a share.
+        unit: Such as "px"; "%" for a share, 0 to 1, that is shown in per cent; "" for a bare
+            number.
         higher_is_better: Whether more of it is better.
     """
 
     name: str
-    unit: str = ""
+    unit: str = "%"
     higher_is_better: bool = True
 
 
@@ -33,11 +35,13 @@ class TaskExample(NamedTuple):
         outputs: What `Task.outputs` returns, by chance right or wrong.
         labels: As a loader yields them.
         best: Outputs that no others beat on these labels.
+        learning: Where the loss is the model's own, what it returns in training.
     """
 
-    outputs: Tensor
+    outputs: Any
     labels: Any
-    best: Tensor
+    best: Any
+    learning: Any = None
 
 
 class Task(BaseModel):
@@ -53,6 +57,7 @@ class Task(BaseModel):
         primary: What it is judged by first.
         class_axis: Of the outputs; None where there are no classes.
         unit: What one answer is for: "image", "bag", "token".
+        model_loss: Whether the model, told the labels, returns its own loss in training.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -62,9 +67,35 @@ class Task(BaseModel):
     primary: ClassVar[Measure]
     class_axis: ClassVar[int | None] = 1
     unit: ClassVar[str] = "image"
+    model_loss: ClassVar[bool] = False
+
+    def answer(self, model: Callable[..., Any], x: Any, labels: Any = None) -> Any:
+        """Return what a model answers to a batch, in train or in eval mode as it is.
+
+        Args:
+            model: The model.
+            x: What it takes: images (batch, channels, height, width), or an `Example`.
+            labels: Read where the model computes its own loss, or draws what they name.
+
+        Returns:
+            The outputs, such as logits (batch, classes).
+
+        Raises:
+            BadInput: For what `outputs` cannot name.
+        """
+        return self.outputs(x.call(model) if hasattr(x, "call") else model(x))
+
+    def serve(self, model: Callable[..., Any], x: Any, labels: Any = None) -> int:
+        """Answer a batch as it is served, and return how many units (`unit`) that were."""
+        self.answer(model, x, labels)
+        return len(x)
+
+    def known(self, labels: Any) -> Tensor | None:
+        """Return which samples have a label to learn from, bool (batch,); None: all."""
+        return None
 
     @abstractmethod
-    def outputs(self, raw: Any) -> Tensor:
+    def outputs(self, raw: Any) -> Any:
         """Pick the answer from what a model returned.
 
         Args:
@@ -78,20 +109,22 @@ class Task(BaseModel):
         """
 
     @abstractmethod
-    def losses(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the loss of each sample.
+    def losses(self, outputs: Any, labels: Any) -> Tensor:
+        """Return the loss of each sample, 0 where its label is not known.
 
         Args:
             outputs: As `outputs` returns them.
-            labels: As the loader yields them.
+            labels: As the loader yields them; -1 (NaN of a number) where one is not known.
 
         Returns:
             (batch,).
         """
 
-    def loss(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the loss to train with: the mean of `losses`, a scalar."""
-        return self.losses(outputs, labels).mean()
+    def loss(self, outputs: Any, labels: Any) -> Tensor:
+        """Return the loss to train with: the mean over what is known, 0 where nothing is; a scalar
+        with a graph."""
+        losses, known = self.losses(outputs, labels), self.known(labels)
+        return losses.mean() if known is None else losses.sum() / known.sum().clamp(min=1)
 
     @abstractmethod
     def metrics(self, classes: int) -> dict[str, Metric]:
@@ -102,7 +135,7 @@ class Task(BaseModel):
         """
 
     @abstractmethod
-    def check(self, outputs: Tensor, labels: Any, classes: int | None = None) -> None:
+    def check(self, outputs: Any, labels: Any, classes: int | None = None) -> None:
         """Refuse outputs and labels that do not go together.
 
         Args:

@@ -36,19 +36,25 @@ class Classification(Task):
             )
         return logits
 
+    def known(self, labels: Any) -> Tensor | None:
+        """Return which images have a class."""
+        return None if labels.is_floating_point() else labels >= 0
+
     def losses(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the cross entropy of each image, (batch,)."""
+        """Return the cross entropy of each image, (batch,); 0 of a label of -1."""
         import torch.nn.functional as F
 
         return F.cross_entropy(
-            outputs, labels, label_smoothing=self.label_smoothing, reduction="none"
+            outputs,
+            labels,
+            label_smoothing=self.label_smoothing,
+            ignore_index=answers.UNKNOWN,
+            reduction="none",
         )
 
     def loss(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the mean cross entropy."""
-        import torch.nn.functional as F
-
-        return F.cross_entropy(outputs, labels, label_smoothing=self.label_smoothing)
+        """Return the mean cross entropy over the images whose label is known."""
+        return answers.cross_entropy(outputs, labels, self.label_smoothing)
 
     def metrics(self, classes: int) -> dict[str, Metric]:
         """Return {"accuracy": top-1, 0 to 1}."""

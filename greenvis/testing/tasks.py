@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.tasks.base import Task, TaskExample
@@ -42,26 +44,21 @@ def check_task(task: type[Task] | Task) -> None:
 
 
 def _broken(task: Task, example: TaskExample) -> Iterator[str]:
-    outputs, labels, best = example
-    losses, loss = task.losses(outputs, labels), task.loss(outputs, labels)
-    if losses.shape != (SIZE,):
-        yield f"losses are {tuple(losses.shape)}, not one per sample ({SIZE},)"
-    elif not torch.allclose(losses.mean(), loss):
-        yield f"the loss {loss:g} is not the mean of the losses per sample, {losses.mean():g}"
-    learned = outputs.detach().clone().requires_grad_()
-    task.loss(learned, labels).backward()
-    if learned.grad is None or not learned.grad.abs().sum() > 0:
-        yield "the loss has no gradient"
-    if task.loss(best, labels) > loss:
+    outputs, labels, best, learning = TaskExample(*example)
+    yield from _loss_broken(task, outputs if learning is None else learning, labels)
+    if learning is None and task.loss(best, labels) > task.loss(outputs, labels):
         yield "the best outputs have a higher loss than others"
 
-    if task.outputs(outputs) is not outputs:
+    again = task.outputs(outputs)
+    if not all(a is b for a, b in zip(tree_leaves(again), tree_leaves(outputs), strict=True)):
         yield "outputs() does not return outputs as they are"
-    for raw in ({"one": outputs, "other": outputs}, (outputs, outputs), None):
+    first = next(t for t in tree_leaves(outputs) if isinstance(t, Tensor))
+    for raw in ({"one": first, "other": first}, (first, first), None):
         if not _refuses(task.outputs, raw):
             yield f"outputs() does not refuse {type(raw).__name__} that names no answer"
     task.check(outputs, labels)
-    if not _refuses(task.check, outputs.unsqueeze(-1).expand(*outputs.shape, 3), labels):
+    deeper = tree_map(lambda t: t.unsqueeze(-1).expand(*t.shape, 3), outputs)
+    if not _refuses(task.check, deeper, labels):
         yield "check() does not refuse outputs with one axis more"
 
     measure = task.primary
@@ -88,14 +85,40 @@ def _broken(task: Task, example: TaskExample) -> Iterator[str]:
         )
 
 
+def _loss_broken(task: Task, outputs: Any, labels: Any) -> Iterator[str]:
+    """Say what is wrong with a task's losses of what a model gives in training."""
+    loss = task.loss(outputs, labels)
+    if not task.model_loss:
+        losses = task.losses(outputs, labels)
+        if losses.shape != (SIZE,):
+            yield f"losses are {tuple(losses.shape)}, not one per sample ({SIZE},)"
+        elif not torch.allclose(losses.mean(), loss):
+            yield f"the loss {loss:g} is not the mean of the losses per sample, {losses.mean():g}"
+    leaves = [
+        t.detach().clone().requires_grad_() if isinstance(t, Tensor) else t
+        for t in tree_leaves(outputs)
+    ]
+    task.loss(tree_unflatten(leaves, tree_flatten(outputs)[1]), labels).backward()
+    grads = [t.grad for t in leaves if isinstance(t, Tensor) and t.grad is not None]
+    if not any(bool(g.abs().sum() > 0) for g in grads):
+        yield "the loss has no gradient"
+
+
 def _measured(
     task: Task, classes: int, cuts: tuple[int, ...], outputs: Any, labels: Any
 ) -> dict[str, float]:
     metrics = task.metrics(classes)
     for begin, end in pairwise(cuts):
         for metric in metrics.values():
-            metric.update(outputs[begin:end], labels[begin:end])
+            metric.update(_rows(outputs, begin, end), _rows(labels, begin, end))
     return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def _rows(value: Any, begin: int, end: int) -> Any:
+    """Return some samples of outputs or labels: of a list its entries, else of each tensor."""
+    if isinstance(value, list):
+        return value[begin:end]
+    return tree_map(lambda t: t[begin:end], value)
 
 
 def _refuses(call: Callable[..., Any], *args: Any) -> bool:
