@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.masked.mae import Mae
+    from greenvis.techniques.data.generalise.sam import Sam
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.tokens.token_merge import TokenMerge
@@ -66,8 +67,8 @@ __all__ = [
     "GreenvisError", "Hat",
     "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune",
     "PackNet", "Partial",
-    "Pnn", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Side", "Simclr",
-    "Technique", "TokenMerge",
+    "Pnn", "Prompt", "PromptPool", "Regularize", "Replay", "Reuse", "Rotation", "Sam", "Side",
+    "Simclr", "Technique", "TokenMerge",
     "TokenPrune", "Wrapped", "fold_norms", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

@@ -70,6 +70,8 @@ class Installed:
         samples: Which samples the current batch holds; None where the loop does not say, or where
             they were changed.
         total_steps: Optimizer steps of the training; None where the loop does not say.
+        repeated: Whether this is a step's second forward and backward (`again`): what is counted or
+            stored of a step was that of the first.
         calibrates: Whether `calibrate` wants held-out images after training.
         criterion: Builds the loss that replaces the task loss; None where it does not.
 
@@ -85,6 +87,7 @@ class Installed:
     unmergeable: str = ""
     samples: Samples | None = None
     total_steps: int | None = None
+    repeated: bool = False
     calibrates: bool = False
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
@@ -133,6 +136,16 @@ class Installed:
             Groups for a `torch.optim` optimizer.
         """
         return []
+
+    def again(self, closure: Callable[[], None]) -> None:
+        """Between the backward and the optimizer step: the gradients are those of the step,
+        unscaled, and may be replaced by others at other weights.
+
+        Args:
+            closure: Clears the gradients, and runs the forward, loss and backward of the same batch
+                once more, with the random numbers of the first time, at the weights there are when
+                it is called.
+        """
 
     def step_end(self) -> None:
         """After the optimizer step."""

@@ -25,6 +25,20 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextmanager
+def untracked_norms(model: nn.Module) -> Iterator[None]:
+    """Let batch norms in train mode go by the statistics of their batch within, and leave those
+    that they track as they are."""
+    tracking = [m for m in model.modules() if getattr(m, "track_running_stats", False)]
+    for module in tracking:
+        module.track_running_stats = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in tracking:
+            module.track_running_stats = True  # type: ignore[assignment]
+
+
+@contextmanager
 def removing(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
     """Remove hooks, however the block ends."""
     try:

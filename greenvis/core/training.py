@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,10 +12,19 @@ from torch import Tensor, nn
 
 from greenvis.core import distributed, trainers
 from greenvis.core.owners import Owners
+from greenvis.core.random import RandomState
 from greenvis.core.technique import Experience, Installed, Samples, Technique
-from greenvis.errors import GreenvisError
+from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.tasks import answers
 from greenvis.tasks.base import Task
+
+# optional seams that are refused where several processes train, and what a technique does by each
+SINGLE_PROCESS = {"again": "runs the backward of each step again"}
+
+
+def uses(live: Installed, seam: str) -> bool:
+    """Whether a live change has an optional seam of its own."""
+    return getattr(type(live), seam) is not getattr(Installed, seam)
 
 
 class Training(Owners):
@@ -31,6 +41,8 @@ class Training(Owners):
         self.trained_on = 1  # samples of the last batch that terms were asked for
         self._shared: list[Any] = []  # what makes processes share a pretext's gradients
         self._used: Any = None  # a hook, see `_watch_trainers`
+        self._random: Any = None  # the random state that a step's forward begins with
+        self._repeated = False  # whether `again` was called in this step
 
     if TYPE_CHECKING:
 
@@ -72,6 +84,8 @@ class Training(Owners):
             x, y = live.batch(x, y)
         if x is not original:  # these are no longer the samples that were shown
             self.set_samples(None)
+        if self.using("again"):
+            self._random = RandomState(self.model)
         return x, y
 
     def terms(self, x: Any, y: Any, logits: Any) -> dict[str, Tensor]:
@@ -94,6 +108,7 @@ class Training(Owners):
         self.begin_training()
         if not self._stepped:  # whoever prepared the model after `wrap` may have cut it up
             distributed.refuse_sharding(self.model)
+            self.refuse_processes()
             # its forward passes DistributedDataParallel by
             if self.pretext and distributed.world_size() > 1:
                 self._shared = distributed.average_gradients(self.trainable.values())
@@ -158,9 +173,49 @@ class Training(Owners):
 
         return loss
 
+    def again(self, closure: Callable[[], Any]) -> None:
+        """Call between the backward and the optimizer step, once the gradients are unscaled, where
+        a technique may want the step's backward at other weights; nothing happens where none does.
+
+        Args:
+            closure: Runs forward, loss and backward of the same batch again (the batch that `batch`
+                returned). Gradients are cleared, and the random state is that of the first time.
+
+        Raises:
+            BadInput: Where several processes train.
+        """
+        self.refuse_processes()
+        self._repeated = True
+        for _, live in self.using("again"):
+            live.again(partial(self._repeat, closure))
+
+    def _repeat(self, closure: Callable[[], Any]) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        for live in self.installed:
+            live.repeated = True
+        try:
+            with nullcontext() if self._random is None else self._random.again():
+                closure()
+        finally:
+            for live in self.installed:
+                live.repeated = False
+
     def step_end(self) -> None:
         """Call after each optimizer step, before the gradients are cleared: some techniques weigh
-        parameters by them."""
+        parameters by them.
+
+        Raises:
+            GreenvisError: Where a technique wants the step's backward `again`, which was not
+                called.
+        """
+        if (waiting := self.using("again")) and not self._repeated:
+            raise GreenvisError(
+                f"{some([t.name for t, _ in waiting])} runs the backward of each step again, and "
+                "the loop does not offer it: call live.again(closure) between loss.backward() and "
+                "optimizer.step(), where closure() runs forward, loss and backward of the batch"
+            )
+        self._repeated = False
         for live in self.installed:
             live.step_end()
 
@@ -259,6 +314,22 @@ class Training(Owners):
         return self.installed[0].phase(name) if self.installed else Installed().phase(name)
 
     # -- what it looks at ------------------------------------------------------------------------
+
+    def using(self, seam: str) -> list[tuple[Technique, Installed]]:
+        """Return the techniques, and their live changes, that use an optional seam."""
+        return [(t, live) for t, live in self._pairs() if uses(live, seam)]
+
+    def refuse_processes(self) -> None:
+        """Raise BadInput where several processes train, and a technique uses a seam that is not
+        right there."""
+        if distributed.world_size() == 1:
+            return
+        for seam, what in SINGLE_PROCESS.items():
+            if users := self.using(seam):
+                raise BadInput(
+                    f"'{users[0][0].name}' {what}, which is not right yet where several processes "
+                    "train: train as one process"
+                )
 
     def _refuse_form(self, form: str | None) -> None:
         """Raise BadInput where a technique is not right for what the answers and labels are."""

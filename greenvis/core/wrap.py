@@ -124,6 +124,12 @@ class Wrapped(Training, Deltas):
             raise BadInput(
                 f"{some(names)} each replace the task loss; at most one may: remove all but one"
             )
+        if len(users := self.using("again")) > 1:
+            raise BadInput(
+                f"{some([t.name for t, _ in users])} each run the backward of a step again, at "
+                "weights of their own; at most one may: remove all but one"
+            )
+        self.refuse_processes()
         pretext = next((t.name for t, live in self._pairs() if live.pretext), None)
         for technique, live in self._pairs():
             learns = (

@@ -31,6 +31,7 @@ from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.startup import Beginning
+from greenvis.experiment.step import check_again
 from greenvis.meters import memory
 from greenvis.meters.measure import compare, measure
 from greenvis.meters.track import Tracker
@@ -181,6 +182,7 @@ class Session:
                 f"{where}: {names} calibrates on images that no training has seen: set "
                 "data.held_out, such as 2000"
             )
+        located(where, check_again, live, job.arm.train)
         x, y = next(iter(data.batches(images.test, 2)))
         shape = "×".join(str(n) for n in x.shape[1:])
         try:

@@ -15,6 +15,7 @@ from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment.jobs import located
 from greenvis.experiment.prepare import Prepared
+from greenvis.experiment.step import check_again
 from greenvis.meters.track import Tracker
 
 
@@ -25,6 +26,7 @@ def check(prepared: Prepared, model: nn.Module) -> None:
     for number, stage in enumerate(prepared.stages):
         where = job.recipe.where("arms", job.arm.name, "stages", number)
         live = located(where, wrap, model, stage.techniques(trained=False), task=stage.task)
+        located(where, check_again, live, stage.job.arm.train)
         if number + 1 < len(job.arm.stages):
             stuck = [
                 f"{t.name}: {i.unmergeable}"

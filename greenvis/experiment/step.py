@@ -13,9 +13,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped
-from greenvis.errors import GreenvisError, some
+from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.experiment.parts import Part
 from greenvis.experiment.progress import Progress
+from greenvis.experiment.recipe import TrainSpec
 
 
 class Step:
@@ -45,6 +46,7 @@ class Step:
     ) -> None:
         self.live, self.model, self.part, self.accelerator = live, model, part, accelerator
         self.optimizer, self.scheduler = optimizer, scheduler
+        check_again(live, part.spec)
         self.criterion: Callable[..., Tensor] = live.criterion(part.loss or part.task.loss)
         self._mean = distributed.SampleMean()
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -67,6 +69,7 @@ class Step:
         accelerator.backward(loss * weight)
         if first:
             _all_reached(live)
+        live.again(lambda: accelerator.backward(self._loss(x, y) * weight))
         if accelerator.sync_gradients:
             parameters = self.model.parameters()
             self._mean.rescale(parameters, spec.accumulate * distributed.world_size())
@@ -100,6 +103,23 @@ class Step:
         distributed.all_reduce_mean([total])
         loss, weight = (total * distributed.world_size()).tolist()
         return loss, weight
+
+
+def check_again(live: Wrapped, spec: TrainSpec) -> None:
+    """Raise BadInput where a technique wants a step's backward again, and the step is none that can
+    be run again."""
+    names = some([t.name for t, _ in live.using("again")])
+    if names and spec.accumulate > 1:
+        raise BadInput(
+            f"{names} runs the backward of each step again, and train.accumulate="
+            f"{spec.accumulate} takes a step of several batches, of which the last alone is there: "
+            "leave accumulate out, or name other techniques"
+        )
+    if names and spec.precision == "fp16":
+        raise BadInput(
+            f"{names} runs the backward of each step again, and train.precision=fp16 scales "
+            "gradients, whose overflow is looked for once a step: set precision to bf16 or no"
+        )
 
 
 def _all_reached(live: Wrapped) -> None:

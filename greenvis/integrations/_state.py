@@ -15,6 +15,8 @@ from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 
 FOLDER = "greenvis"  # in a checkpoint's folder
+# what no trainer that runs the step itself offers, by seam
+CLOSED = {"again": "runs the backward of each step again"}
 
 
 def check_live(live: Any, what: str) -> None:
@@ -24,6 +26,22 @@ def check_live(live: Any, what: str) -> None:
             f"{what} takes what gv.wrap returned, not {type(live).__name__}: to meter a run "
             f"without a technique give {what}(gv.wrap(model), …)"
         )
+
+
+def refuse_seams(live: Wrapped, what: str, seams: Mapping[str, str]) -> None:
+    """Raise BadInput for techniques that use what a trainer does not offer.
+
+    Args:
+        live: What `gv.wrap` returned.
+        what: The class that is made.
+        seams: What such a technique needs, in words, by the name of the seam.
+    """
+    for seam, needed in seams.items():
+        if users := live.using(seam):
+            raise BadInput(
+                f"'{users[0][0].name}' {needed}, which {what} cannot offer: train it by a recipe "
+                "or in a loop of your own (gv.wrap)"
+            )
 
 
 def save(live: Wrapped, folder: Path) -> None:

@@ -33,6 +33,9 @@ class GreenAccelerator(Accelerator):
     def __init__(self, live: Wrapped, **options: Any) -> None:
         _state.check_live(live, "GreenAccelerator")
         super().__init__(**options)
+        if self.gradient_accumulation_steps > 1 or self.mixed_precision == "fp16":
+            settings = "gradient_accumulation_steps above 1, nor with mixed_precision fp16"
+            _state.refuse_seams(live, f"GreenAccelerator with {settings},", _state.CLOSED)
         self.live = live
         self._mean = distributed.SampleMean()
         self._own: dict[str, Tensor] = {}

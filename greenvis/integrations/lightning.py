@@ -42,6 +42,7 @@ class GreenCallback(Callback):
 
     def __init__(self, live: Wrapped, name: str, **options: Any) -> None:
         _state.check_live(live, "GreenCallback")
+        _state.refuse_seams(live, "Lightning's Trainer", _state.CLOSED)
         self.live = live
         self._new_run = partial(track, name, live, **options)
         self.run: Tracker = self._new_run()

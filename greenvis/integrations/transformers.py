@@ -61,6 +61,7 @@ class GreenCallback(TrainerCallback):
         label_key: str = "labels", **options: Any,
     ) -> None:  # fmt: skip
         _state.check_live(live, "GreenCallback")
+        _state.refuse_seams(live, "transformers' Trainer", _state.CLOSED)
         self.live = live
         self._new_run = partial(track, name, live, **options)
         self.run: Tracker = self._new_run()

@@ -194,8 +194,9 @@ class Trial:
 
     # -- means ------------------------------------------------------------------------------------
 
-    def _loss(self, live: Wrapped) -> Tensor:
-        x, y = live.batch(self.x, self.y)
+    def _loss(self, live: Wrapped, batch: tuple[Any, Any] | None = None) -> Tensor:
+        """Return the loss of a batch that `live.batch` returned, a new one where absent."""
+        x, y = batch or live.batch(self.x, self.y)
         live.model.train()
         if live.pretext:
             loss = live.loss(x, y, None)
@@ -212,10 +213,12 @@ class Trial:
     def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             torch.manual_seed(step)
-            loss = self._loss(live)
+            batch = live.batch(self.x, self.y)
+            loss = self._loss(live, batch)
             if not loss.isfinite():
                 raise Broken(f"the loss of step {step} is {loss.item()}")
             loss.backward()
+            live.again(lambda batch=batch: self._loss(live, batch).backward())
             optimizer.step()
             live.step_end()
             optimizer.zero_grad()

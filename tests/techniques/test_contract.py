@@ -41,6 +41,7 @@ WORKS = {
     "replay": 20,
     "reuse": 8,
     "rotation": 20,
+    "sam": 20,
     "side": 9,
     "simclr": 20,
     "token_merge": 9,

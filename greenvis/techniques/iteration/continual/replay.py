@@ -293,7 +293,8 @@ class InstalledReplay(Installed):
         return x, y
 
     def _taken(self, entered: Tensor) -> None:
-        self._new[-1]["x"] = entered
+        if not self.repeated:
+            self._new[-1]["x"] = entered
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"der": alpha · MSE to the kept logits}, where the method has it."""
@@ -304,7 +305,8 @@ class InstalledReplay(Installed):
                 "replay of logits needs logits; a pretext technique gives none: use method er"
             )
         now = logits_of(logits)
-        self._new[-1]["logits"] = now[: self._parts[0]].detach()
+        if not self.repeated:
+            self._new[-1]["logits"] = now[: self._parts[0]].detach()
         weights = self._weigh(now)
         if self._stored_logits is None:
             return {}

@@ -1,0 +1,1 @@
+"""Training for images unlike those it is shown."""
