@@ -31,7 +31,7 @@ class DataSpec(BaseModel):
 
     name: str = Field(
         description="digits, emoji:STYLE, fashion-mnist, folder:PATH, glyphs, hf-datasets:PATH, "
-        "mnist-5k, synthetic, torchvision:NAME, or a plug-in's"
+        "mnist-5k, scenes, shapes:LABELS, synthetic, torchvision:NAME, or a plug-in's"
     )
     train: Positive | None = Field(
         default=None, description="number of training images; all where absent"

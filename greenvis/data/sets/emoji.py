@@ -1,94 +1,108 @@
-"""Emoji: the same concepts drawn by several artists, from the npm packages `emoji-datasource-*`."""
+"""Emoji: the same concepts drawn by several artists, from npm packages."""
 
 from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from greenvis.core import files
-from greenvis.data import images
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, divide_by_share, sha256
-from greenvis.errors import BadInput, nearest
+from greenvis.data.sets._emoji import CACHE, PNG_STYLES, STYLES, Drawing, Library
+from greenvis.errors import BadInput
 
-STYLES = {"google": "Apache-2.0", "twitter": "CC-BY-4.0"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from greenvis.data.collages import Items
+    from greenvis.data.splits import Stored
+
 SIDE = 64
 LEAST_IMAGES = 5  # of a subgroup that is a class
+LEFT_OUT = "Component"  # a group of parts that are no pictures: skin tones, hair
 
 
 class Emoji(DataSet):
-    """64x64 emoji in colour, on white; classes are Unicode's subgroups ("food-fruit") of five
-    images or more, a fifth of each as the test. Those drawn alike are one image.
+    """Emoji in colour, on white, in one of nine styles: google and twitter (64x64), or emojione,
+    fluent-emoji-flat, fxemoji, noto, noto-v1, openmoji and twemoji (drawn at `img_size`, else 64).
+
+    Classes are Unicode's subgroups ("food-fruit") of five images or more, a fifth of each as the
+    test; each image has its own name ("red apple"). Those drawn alike are one image.
     """
 
     name = "emoji"
     argument = "STYLE"
-    source = "https://www.npmjs.com/package/emoji-datasource"
+    source = "https://www.npmjs.com/package/emoji-datasource, https://icon-sets.iconify.design"
     licence = "; ".join(f"{licence} ({style})" for style, licence in STYLES.items())
+    size = {"train": 1_600, "test": 400}
     options = frozenset({"root"})
 
     def check(self) -> None:
-        """Raise BadInput for an unknown style, and where the package is not here."""
-        self._package()
+        """Raise BadInput for an unknown style, and where its packages are not here."""
+        self._library()
 
     def read(self) -> Stored:
         """Return all emoji of the style."""
-        package = self._package()
-        entries = _entries(package / "emoji.json", self.value)
-        folder = package / "img" / self.value / str(SIDE)
-        drawn: dict[bytes, tuple[Tensor, str]] = {}
-        for file, group in entries:
-            image = _read(folder / file)
-            drawn.setdefault(image.numpy().tobytes(), (image, group))
-        counts = Counter(group for _, group in drawn.values())
+        import torch
+
+        from greenvis.data.splits import Split, Stored, divide_by_share, sha256
+
+        library, side = self._library(), self._side()
+        drawn: dict[bytes, tuple[Tensor, Drawing]] = {}
+        for drawing in library.drawings():
+            image = _decode(drawing, side, "white")
+            drawn.setdefault(image.numpy().tobytes(), (image, drawing))
+        counts = Counter(drawing.concept.subgroup for _, drawing in drawn.values())
         classes = tuple(sorted(group for group, n in counts.items() if n >= LEAST_IMAGES))
         if len(classes) < 2:
-            raise BadInput(f"{package} has fewer than two subgroups of {LEAST_IMAGES} emoji")
-        chosen = [(image, group) for image, group in drawn.values() if group in classes]
+            raise BadInput(
+                f"{library.package} has fewer than two subgroups of {LEAST_IMAGES} emoji"
+            )
+        chosen = [pair for pair in drawn.values() if pair[1].concept.subgroup in classes]
         pixels = torch.stack([image for image, _ in chosen])
-        labels = torch.tensor([classes.index(group) for _, group in chosen])
-        train, test = divide_by_share(Split(pixels, labels))
+        labels = torch.tensor([classes.index(drawing.concept.subgroup) for _, drawing in chosen])
+        names = tuple(drawing.concept.name for _, drawing in chosen)
+        train, test = divide_by_share(Split(pixels, labels, names))
         digest = sha256([pixels.numpy().tobytes(), labels.numpy().tobytes()])
-        return Stored(train, test, classes, digest, SIDE, 3)
+        return Stored(train, test, classes, digest, side, 3)
 
-    def _package(self) -> Path:
-        """Return the folder of the style's package."""
-        if self.value not in STYLES:
-            raise BadInput(f"unknown data set 'emoji:{self.value}'{nearest(self.value, STYLES)}")
-        name, root = f"emoji-datasource-{self.value}", self.root or self.folder.resolve()
-        for folder in (root / name, root / "node_modules" / name):
-            if (folder / "emoji.json").is_file():
-                return folder
-        raise BadInput(
-            f"emoji: no {name} in {root} or its node_modules; get it there with `npm install "
-            f"{name}`, or name the folder that holds it with `root`"
+    def groups(self) -> tuple[tuple[Items, Items], tuple[str, ...]]:
+        """Return the emoji as items of collages, for training and for the test (a fifth of each
+        group), and the names of their groups."""
+        import torch
+
+        from greenvis.data.collages import Items
+        from greenvis.data.splits import Split, divide_by_share
+
+        drawings = [d for d in self._library().drawings() if d.concept.group != LEFT_OUT]
+        classes = tuple(sorted({d.concept.group for d in drawings}))
+        # what differs before black and before white is what shows the background
+        black, white = (
+            torch.stack([_decode(d, SIDE, colour) for d in drawings])
+            for colour in ("black", "white")
         )
+        labels = torch.tensor([classes.index(d.concept.group) for d in drawings])
+        items = []
+        for part in divide_by_share(Split(torch.cat([black, white], 1), labels)):
+            pixels = torch.as_tensor(part.images).float() / 255
+            alpha = 1 - (pixels[:, 3:] - pixels[:, :3]).mean(1, keepdim=True)
+            items.append(Items(pixels[:, :3], alpha, part.labels + 1))
+        return (items[0], items[1]), classes
+
+    def _library(self) -> Library:
+        roots = [self.root] if self.root else [self.folder.resolve(), CACHE]
+        return Library(self.value, roots)
+
+    def _side(self) -> int:
+        return SIDE if self.value in PNG_STYLES else self.spec.img_size or SIDE
 
 
-def _entries(path: Path, style: str) -> list[tuple[str, str]]:
-    """Return the file name and the subgroup of each emoji that the style has."""
-    entries: Any = files.read_json(path, "list of emoji")
-    out = []
-    try:
-        for entry in sorted(entries, key=lambda entry: entry["unified"]):
-            if entry[f"has_img_{style}"]:
-                image, group = entry["image"], entry["subcategory"]
-                if Path(image).name != image or not isinstance(group, str):
-                    raise ValueError(f"an image is named {image!r}")
-                out.append((image, group))
-    except (TypeError, KeyError, ValueError) as error:
-        raise BadInput(
-            f"{path} is no list of emoji ({type(error).__name__}: {error}); get the package anew"
-        ) from error
-    return out
+def _decode(drawing: Drawing, side: int, background: str) -> Tensor:
+    """Return a picture, uint8 (3, side, side)."""
+    from greenvis.data import images
 
-
-def _read(path: Path) -> Tensor:
-    image = images.decode(images.read(path), f"image {path}", background="white")
-    if image.shape != (3, SIDE, SIDE):
-        raise BadInput(f"{path} is not {SIDE}x{SIDE}; get the package anew")
+    named = f"image {drawing.source}" if isinstance(drawing.source, Path) else "drawing"
+    what = f"{named} of the emoji {drawing.concept.code}"
+    image = images.decode(drawing.png(side), what, background)
+    if image.shape != (3, side, side):
+        raise BadInput(f"the {what} is not {side}x{side}; get the package anew")
     return image
