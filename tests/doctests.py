@@ -23,6 +23,14 @@ meter: {codecarbon: false}
 """
 
 
+def _bottlenecks() -> Any:
+    from timm.models.resnet import Bottleneck, ResNet
+
+    block: Any = Bottleneck
+    sizes: Any = {"channels": (8, 8, 16, 16), "stem_width": 8}
+    return ResNet(block, (1, 1, 1, 1), num_classes=5, **sizes)
+
+
 def names() -> dict[str, Any]:
     """Return the names that examples use."""
     torch.manual_seed(0)
@@ -37,6 +45,7 @@ def names() -> dict[str, Any]:
         "model": vit.build(),
         "teacher": vit.build(),
         "resnet": resnet.build(),
+        "bottleneck_resnet": _bottlenecks(),
         "x": x,
         "y": y,
         "experience": Experience(0, (0, 1, 2, 3), (0, 1, 2, 3), 2),

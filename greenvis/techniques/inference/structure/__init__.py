@@ -1,0 +1,1 @@
+"""Techniques that change what a convolutional network is made of."""
