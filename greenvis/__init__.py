@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.structure.res2net import Res2Net
+    from greenvis.techniques.inference.structure.rfnext import RFNext
     from greenvis.techniques.inference.tokens.token_merge import TokenMerge
     from greenvis.techniques.inference.tokens.token_prune import TokenPrune
     from greenvis.techniques.iteration.continual.hat import Hat
@@ -66,9 +67,10 @@ _HOMES = {
 __all__ = [
     "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill",
     "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf",
-    "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "Regularize",
-    "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique", "TokenMerge",
-    "TokenPrune", "Wrapped", "fold_norms", "load_recipe", "report", "run", "track", "wrap",
+    "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext",
+    "Regularize", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique",
+    "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "load_recipe", "report", "run", "track",
+    "wrap",
 ]  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from greenvis.errors import BadInput, some
 METADATA_KEY = "greenvis"
 ATTACHED = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
 _BESIDE = "_greenvis_beside"
+SETTINGS = "settings"  # the group of what is no weight and changes what weights do: dilations
 
 SUFFIXES = (
     ".safetensors",
@@ -202,6 +203,47 @@ def attached(model: nn.Module, name: str) -> dict[str, Tensor] | None:
     return model.__dict__.get(_BESIDE, {}).get(name)
 
 
+def attach_settings(model: nn.Module, changes: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+    """Change attributes of modules that are no weights (a dilation, its padding), and attach them,
+    so that the model's file brings them to where it is loaded.
+
+    Args:
+        model: The model.
+        changes: Whole numbers, or several of them, by attribute, of modules of the model.
+    """
+    tensors = {**(attached(model, SETTINGS) or {})}
+    paths = {module: path for path, module in model.named_modules()}
+    for module, values in changes.items():
+        for name, value in values.items():
+            if vars(module)[name] != value:
+                tensors[f"{paths[module]}.{name}"] = torch.tensor(value)
+        vars(module).update(values)
+    attach(model, SETTINGS, tensors or None)
+
+
+def _settings(
+    model: nn.Module, tensors: Mapping[str, Tensor], source: str
+) -> dict[nn.Module, dict[str, Any]]:
+    """Return what `attach_settings` took. Raises BadInput for what no module has, or has
+    otherwise."""
+    modules = dict(model.named_modules())
+    out: dict[nn.Module, dict[str, Any]] = {}
+    for key, tensor in tensors.items():
+        path, _, name = key.rpartition(".")
+        old = vars(modules[path]).get(name) if path in modules else None
+        value: Any = tensor.tolist()
+        numbers = [old] if type(old) is int else old if isinstance(old, (tuple, list)) else []
+        fits = numbers and all(type(n) is int for n in (*numbers, *tensor.flatten().tolist()))
+        if not fits or tensor.shape != torch.tensor(old).shape:
+            raise BadInput(
+                f"{source} hold {value} as '{name}' of '{path}', which this {type(model).__name__} "
+                f"has as {old!r}: they belong to another model"
+            )
+        value = value if type(old) is int else type(old)(value)  # type: ignore[operator]
+        out.setdefault(modules[path], {})[name] = value
+    return out
+
+
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Return the model's state and the tensors attached to it.
 
@@ -268,7 +310,9 @@ def load_state(
             else []
         )
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
+    settings = _settings(model, below(beside, f"{ATTACHED}{SETTINGS}."), source)
     model.load_state_dict({**own, **{n: state[n] for n in shared}})
+    attach_settings(model, settings)
     for name in sorted({n.removeprefix(ATTACHED).partition(".")[0] for n in beside}):
         attach(model, name, below(beside, f"{ATTACHED}{name}."))
     return sorted(left)

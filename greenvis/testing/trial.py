@@ -174,9 +174,11 @@ class Trial:
             )
 
     def resume(self) -> None:
-        """Two steps, everything saved and loaded, two more: as four steps without a break."""
+        """Two epochs of two steps, everything saved and loaded between them: as without a break."""
         uninterrupted = self.wrapped()
-        self._train(uninterrupted, self._optimizer(uninterrupted), range(4))
+        steady = self._optimizer(uninterrupted)
+        for steps in (range(2), range(2, 4)):
+            self._train(uninterrupted, steady, steps)
         first = self.wrapped()
         optimizer = self._optimizer(first)
         self._train(first, optimizer, range(2))

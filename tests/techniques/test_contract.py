@@ -41,6 +41,7 @@ WORKS = {
     "replay": 20,
     "res2net": 3,
     "reuse": 8,
+    "rfnext": 8,
     "rotation": 20,
     "sam": 20,
     "side": 9,
