@@ -9,13 +9,14 @@ if TYPE_CHECKING:
     from greenvis.data.dataset import DataSet
     from greenvis.data.image_set import ImageSet
     from greenvis.data.loaders import batches, order
-    from greenvis.data.loading import Data, check, load
+    from greenvis.data.loading import check, load
+    from greenvis.data.roles import Data
     from greenvis.data.spec import DataSpec
     from greenvis.data.splits import Split, Stored
 
 # a recipe is read without torch, which most of these import
 _HOMES = {
-    "Data": "loading",
+    "Data": "roles",
     "DataSet": "dataset",
     "DataSpec": "spec",
     "ImageSet": "image_set",

@@ -65,6 +65,11 @@ class DataSet:
             paths["root"] = str(self.root)
         return self.spec.model_copy(update=paths)
 
+    def domain(self, name: str) -> DataSet | None:
+        """Return the same classes as one of its other domains shows them (another folder, style,
+        font); None where it has none of that name."""
+        return None
+
     def check(self) -> None:
         """Look whether it can be read, without reading it.
 

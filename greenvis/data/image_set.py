@@ -4,13 +4,15 @@ only."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from greenvis.data.splits import Split, sha256
+from greenvis.data.splits import UNKNOWN, Split, join, sha256
 from greenvis.data.transforms import Transform
 
 
@@ -99,6 +101,22 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
         rows = torch.as_tensor(positions, dtype=torch.int64)
         return ImageSet(self.split.take(rows), self.ids[rows], self.transform)
 
+    def shown(self, transform: Transform) -> ImageSet:
+        """Return the same images, brought to size and augmented otherwise."""
+        return ImageSet(self.split, self.ids, transform)
+
+    def plain(self) -> ImageSet:
+        """Return the same images without augmentation."""
+        return self.shown(replace(self.transform, augment="none", views=None))
+
+    def relabeled(self, labels: Any) -> ImageSet:
+        """Return the same images with other labels, of a kind that `Split` lists."""
+        return ImageSet(replace(self.split, labels=labels), self.ids, self.transform)
+
+    def unlabeled(self) -> ImageSet:
+        """Return the same images, of which nothing is known: -1, int64 (N,)."""
+        return self.relabeled(torch.full((len(self),), UNKNOWN))
+
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on: which images, and what is done
         to them."""
@@ -108,6 +126,58 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
             "images": sha256([self.ids.numpy().tobytes(), *labels]),
             "transform": str(self.transform),
         }
+
+
+class Concat(ImageSet):
+    """Sets one behind another, as one."""
+
+    def __init__(self, parts: Sequence[ImageSet]) -> None:
+        ids = torch.cat([part.ids for part in parts])
+        super().__init__(join([part.split for part in parts]), ids, parts[0].transform)
+        self.parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Any]:
+        """Return x float32 (B, C, H, W) and y, each image as its own set gives it."""
+        rows = torch.as_tensor(positions, dtype=torch.int64)
+        owner = torch.from_numpy(np.searchsorted(self._starts, rows.numpy(), side="right") - 1)
+        x: Tensor | None = None
+        each: dict[int, Any] = {}
+        for i in owner.unique().tolist():
+            at = (owner == i).nonzero().squeeze(1)
+            part, y = self.parts[i].batch(rows[at] - int(self._starts[i]), epoch)
+            x = part.new_empty(len(rows), *part.shape[1:]) if x is None else x
+            x[at] = part
+            each.update(zip(at.tolist(), y, strict=True))
+        assert x is not None
+        labels = [each[position] for position in range(len(rows))]
+        return x, torch.stack(labels) if isinstance(labels[0], Tensor) else labels
+
+    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
+        """Return a subset, the parts in order."""
+        rows = torch.as_tensor(positions, dtype=torch.int64).sort().values
+        inside = [
+            rows[(rows >= a) & (rows < b)] - int(a)
+            for a, b in zip(self._starts, self._starts[1:], strict=False)
+        ]
+        return Concat([part.take(r) for part, r in zip(self.parts, inside, strict=True)])
+
+    def shown(self, transform: Transform) -> ImageSet:
+        """Return the same images, brought to size and augmented otherwise."""
+        return Concat([part.shown(transform) for part in self.parts])
+
+    def relabeled(self, labels: Any) -> ImageSet:
+        """Return the same images with other labels."""
+        spans = [
+            slice(int(a), int(b)) for a, b in zip(self._starts, self._starts[1:], strict=False)
+        ]
+        return Concat(
+            [part.relabeled(labels[s]) for part, s in zip(self.parts, spans, strict=True)]
+        )
+
+    def key(self) -> dict[str, str]:
+        """Return what a cache of outputs over this set depends on."""
+        return {"parts": str([part.key() for part in self.parts])}
 
 
 def _each(y: Any) -> list[Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,85 +11,20 @@ import torch
 from torch import Tensor
 
 from greenvis.data import dataset
-from greenvis.data.image_set import ImageSet
+from greenvis.data.changes import PLAIN, SEVERITIES, Change, Changed, parse
+from greenvis.data.draws import assign
+from greenvis.data.image_set import Concat, ImageSet
+from greenvis.data.roles import Data
 from greenvis.data.spec import DataSpec
-from greenvis.data.splits import UNKNOWN, Boxes, Lazy, Split, stratified
+from greenvis.data.splits import UNKNOWN, Boxes, Lazy, Split, sha256, stratified
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput, nearest
 
 # bytes a split may take once brought to size; above, images are brought to size batch by batch
 IN_MEMORY = 512 * 2**20
+OFFSET_BITS = 32  # of ids of images of further domains
+UNLABELED = ("unlabeled", "target")
 STATISTICS_IMAGES = 2000  # enough for mean and deviation to 1 %, and half a second at 224 pixels
-
-
-@dataclass(frozen=True)
-class Data:
-    """A data set, ready: `train` is augmented as asked, `test` never.
-
-    Attributes:
-        name: As in the recipe.
-        train: What is trained on with labels.
-        test: What no training sees; the first of `tests`, where there are several.
-        classes: Names, by label.
-        checksum: sha256 over what was read.
-        only: The classes that the recipe chose, as it wrote them.
-        held_out: Training images that no training sees, to choose on; shown as the test is.
-        unlabeled: Images to learn from without labels, all -1; no image of `train`.
-        target: Images of the domain to adapt to, likewise.
-        tests: Tests by name; empty where there is one without a name.
-    """
-
-    name: str
-    train: ImageSet
-    test: ImageSet
-    classes: tuple[str, ...]
-    checksum: str
-    only: Sequence[str | int] | None = None
-    held_out: ImageSet | None = (
-        None  # of the training images, kept from all training, as the test shows them
-    )
-    unlabeled: ImageSet | None = None
-    target: ImageSet | None = None
-    tests: Mapping[str, ImageSet] = field(default_factory=dict)
-
-    @property
-    def img_size(self) -> int:
-        """Side of the images in pixels."""
-        return self.train.transform.img_size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels: 1 or 3."""
-        return self.train.transform.in_chans
-
-    @property
-    def inputs(self) -> dict[str, Any]:
-        """What a model trained on it knows (`models.describe`)."""
-        form = self.train.transform
-        return {"mean": form.mean, "std": form.std, "classes": self.classes}
-
-    def facts(self) -> dict[str, Any]:
-        """Return what a run record says about its data; `classes`, `train` and `test` are
-        counts."""
-        t = self.train.transform
-        counts = {"train": len(self.train), "test": len(self.test), "classes": len(self.classes)}
-        form = {
-            "img_size": t.img_size,
-            "in_chans": t.in_chans,
-            "augment": t.augment,
-            "views": t.views,
-        }
-        return {
-            "name": self.name,
-            "checksum": self.checksum,
-            **counts,
-            **form,
-            "mean": list(t.mean),
-            "std": list(t.std),
-            "seed": t.seed,
-            "only": None if self.only is None else list(self.only),
-            **({"held_out": len(self.held_out)} if self.held_out is not None else {}),
-        }
 
 
 def check(spec: DataSpec, folder: str | Path = ".") -> None:
@@ -107,15 +42,17 @@ def check(spec: DataSpec, folder: str | Path = ".") -> None:
     for part, count in (("train", _with_held_out(spec.train, spec.held_out)), ("test", spec.test)):
         if part in chosen.size:
             _check_count(spec.name, part, count, chosen.size[part])
-    chosen.check()
+    for each in _own_domains(chosen).values() or (chosen,):
+        each.check()
 
 
-def load(spec: DataSpec, folder: str | Path = ".") -> Data:
-    """Load a data set.
+def load(spec: DataSpec, folder: str | Path = ".", seed: int = 0) -> Data:
+    """Load a data set, its images in their roles.
 
     Args:
         spec: What the recipe says.
         folder: What paths in it are relative to.
+        seed: Of the run, by which it is drawn who has a label.
 
     Returns:
         The training and test images; their normalisation is that of the training images.
@@ -123,52 +60,138 @@ def load(spec: DataSpec, folder: str | Path = ".") -> Data:
     Raises:
         BadInput: As `check` does, and for files that cannot be read.
     """
+    return assign(read(spec, folder), spec, seed)
+
+
+def read(spec: DataSpec, folder: str | Path = ".") -> Data:
+    """Read a data set, all of its training images labelled and shown as they are; see `load`."""
     check(spec, folder)
-    stored = dataset.find(spec, folder).read()
+    chosen = dataset.find(spec, folder)
+    own = _own_domains(chosen)
+    images = _of_domains(chosen, own) if own else _read(chosen)
+    if not spec.normalise:
+        return images
+    form = _with_statistics(images.train)
+    sets = {role: getattr(images, role) for role in ("train", "test", "held_out", *UNLABELED)}
+    shown = {role: part and part.shown(form) for role, part in sets.items()}
+    tests = {name: part.shown(form) for name, part in images.tests.items()}
+    return replace(images, **shown, tests=tests)
+
+
+def _own_domains(chosen: dataset.DataSet) -> dict[str, dataset.DataSet]:
+    """Return the domains that the recipe names and the data set itself has.
+
+    Raises:
+        BadInput: For a name that is neither such a domain nor a change.
+    """
+    domains = chosen.spec.domains
+    if domains is None:
+        return {}
+    names = [*domains.train, *domains.unlabeled, *domains.target, *domains.test]
+    own: dict[str, dataset.DataSet] = {}
+    for name in dict.fromkeys(names):
+        if parse(name) is None:
+            if (shown := chosen.domain(name)) is None:
+                raise BadInput(
+                    f"data: '{chosen.spec.name}' has no domain '{name}'"
+                    f"{nearest(name.partition(':')[0], [PLAIN, *SEVERITIES])}"
+                )
+            own[name] = shown
+    for role in ("train", "target"):
+        count = len([name for name in getattr(domains, role) if name in own])
+        if 0 < count < len(getattr(domains, role)):
+            raise BadInput(
+                f"data: domains.{role} names domains of the data set or changes of it, not both"
+            )
+    if any(name in own for name in domains.unlabeled):
+        raise BadInput(
+            "data: domains.unlabeled names changes of the training images; those of a domain of "
+            "the data set are domains.target"
+        )
+    return own
+
+
+def _of_domains(chosen: dataset.DataSet, own: dict[str, dataset.DataSet]) -> Data:
+    """Read the domains of a data set's own, each with its own split into train and test."""
+    domains = chosen.spec.domains
+    assert domains is not None
+    parts = {
+        name: _read(each, offset << OFFSET_BITS)
+        for offset, (name, each) in enumerate(own.items(), 1)
+    }
+    trained = [parts[name] for name in domains.train if name in own] or [_read(chosen)]
+    base = trained[0]
+    for name, part in parts.items():
+        if part.classes != base.classes:
+            raise BadInput(
+                f"data: domain '{name}' has other classes than {trained[0].name}; choose those "
+                "they share with `classes`"
+            )
+    tests = {
+        name: parts[name].test if name in own else Changed(base.test, parse(name) or Change())
+        for name in domains.test
+    }
+    held_out = [part.held_out for part in trained if part.held_out is not None]
+    unlabeled = [part.unlabeled for part in trained if part.unlabeled is not None]
+    target = [parts[name].train for name in domains.target if name in own]
+    every = [base, *parts.values()]
+    return replace(
+        base,
+        name=chosen.spec.name,
+        train=_joined([part.train for part in trained]),
+        test=next(iter(tests.values())),
+        checksum=sha256([part.checksum.encode() for part in every]),
+        held_out=_joined(held_out) if held_out else None,
+        unlabeled=_joined(unlabeled) if unlabeled else None,
+        target=_joined(target) if target else None,
+        tests=tests,
+    )
+
+
+def _joined(parts: list[ImageSet]) -> ImageSet:
+    return parts[0] if len(parts) == 1 else Concat(parts)
+
+
+def _read(chosen: dataset.DataSet, first_id: int = 0) -> Data:
+    """Read a data set, unchanged and not yet normalised; its images' ids begin at `first_id`."""
+    spec, stored = chosen.spec, chosen.read()
     numbers = list(range(len(stored.classes)))
     if spec.classes is not None:
         numbers = _class_indices(spec.name, spec.classes, stored.classes)
         if stored.train.kind not in ("class", "multilabel"):
             raise BadInput(f"data: classes chooses images by class, and '{spec.name}' has none")
     form = Transform(
-        spec.img_size or stored.img_size,
-        spec.in_chans or stored.in_chans,
-        augment=spec.augment,
-        views=spec.views,
-        seed=spec.seed,
+        spec.img_size or stored.img_size, spec.in_chans or stored.in_chans, seed=spec.seed
     )
     # grey is made colour batch by batch
     as_stored = replace(form, in_chans=min(form.in_chans, stored.in_chans))
 
     def relabel(split: Split) -> Any:
+        if spec.classes is None or split.kind not in ("class", "multilabel"):
+            return split.labels
         if split.kind == "multilabel":
             return split.labels[:, numbers]
-        if split.kind != "class":
-            return split.labels
-        label_of = torch.full((len(stored.classes),), UNKNOWN)
+        label_of = torch.full((len(stored.classes) + 1,), UNKNOWN)  # the last is that of -1
         label_of[numbers] = torch.arange(len(numbers))
         return label_of[split.labels]
 
-    def ready(split: Split, rows: Tensor) -> Split:
+    def ready(split: Split, rows: Tensor) -> ImageSet:
         subset = split.take(rows)
-        return _bring_to_size(replace(subset, labels=relabel(subset)), as_stored)
+        subset = _bring_to_size(replace(subset, labels=relabel(subset)), as_stored)
+        return ImageSet(subset, first_id + rows, form)
 
     train_rows, held_out_rows = _draw(spec, stored.train, numbers, "train", spec.held_out or 0)
     test_rows, _ = _draw(spec, stored.test, numbers, "test", 0)
-    train = ready(stored.train, train_rows)
-    form = _with_statistics(form, train) if spec.normalise else form
-    plain = replace(form, augment="none", views=None)
-    held_out = None
-    if spec.held_out:
-        held_out = ImageSet(ready(stored.train, held_out_rows), held_out_rows, plain)
+    unlabeled = (~stored.train.known).nonzero().squeeze(1)
     return Data(
         spec.name,
-        ImageSet(train, train_rows, form),
-        ImageSet(ready(stored.test, test_rows), test_rows, plain),
+        ready(stored.train, train_rows),
+        ready(stored.test, test_rows),
         tuple(stored.classes[n] for n in numbers),
         stored.checksum,
         spec.classes,
-        held_out,
+        held_out=ready(stored.train, held_out_rows) if spec.held_out else None,
+        unlabeled=ready(stored.train, unlabeled) if spec.unlabeled and len(unlabeled) else None,
     )
 
 
@@ -243,14 +266,14 @@ def _labels_to_size(split: Split, form: Transform) -> Tensor | Lazy:
                  range(len(labels)))  # fmt: skip
 
 
-def _with_statistics(form: Transform, split: Split) -> Transform:
-    """Return `form` with mean and standard deviation of the training images, by channel, of pixels
-    in 0..1."""
-    rows = torch.linspace(0, len(split) - 1, min(len(split), STATISTICS_IMAGES)).long()
-    plain = ImageSet(split, torch.arange(len(split)), replace(form, augment="none"))
+def _with_statistics(images: ImageSet) -> Transform:
+    """Return how images are shown, with their mean and standard deviation by channel, of pixels in
+    0..1."""
+    form = images.transform
+    rows = torch.linspace(0, len(images) - 1, min(len(images), STATISTICS_IMAGES)).long()
     total, squares = torch.zeros(2, form.in_chans, dtype=torch.float64)
     for part in rows.split(256):
-        x, _ = plain.batch(part)
+        x, _ = images.batch(part)
         total += x.mean((2, 3)).double().sum(0)
         squares += x.square_().mean((2, 3)).double().sum(0)
     mean = total / len(rows)

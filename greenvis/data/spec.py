@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from greenvis.core.technique import explain
 from greenvis.errors import BadInput
@@ -14,7 +14,58 @@ Positive = Annotated[int, Field(gt=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-class DataSpec(BaseModel):
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=20_000
+    )
+
+
+class PerClass(_Section):
+    """So many labels of each class."""
+
+    per_class: Positive
+
+
+class NoiseSpec(_Section):
+    """Training labels that are wrong on purpose; those held out and those of the test are right."""
+
+    rate: Annotated[float, Field(gt=0, le=1, description="share of the labels that are wrong")]
+    kind: Literal["symmetric", "asymmetric", "pairs"] = Field(
+        default="symmetric",
+        description="any other class; the next one, for every second class alone; the next one",
+    )
+
+
+Domains = tuple[Annotated[str, Field(min_length=1)], ...]
+
+
+class DomainsSpec(_Section):
+    """What domain the images of each role are of: one of the data set's own (a folder, a style), or
+    a named change of it (plain, rotate, permute, noise, blur, contrast, brightness, invert,
+    texture; "noise:0.3" says how much). Images of a role are dealt out to its domains."""
+
+    train: Domains = ("plain",)
+    unlabeled: Domains = Field(default=(), description="of `unlabeled`; as `train` where absent")
+    target: Domains = Field(
+        default=(), description="images without labels, of the domain to adapt to"
+    )
+    test: Annotated[
+        Domains, Field(min_length=1, description="a test of each; the first is the primary one")
+    ] = ("plain",)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        for role in ("train", "unlabeled", "target", "test"):
+            names = getattr(self, role)
+            if len(set(names)) < len(names):
+                raise ValueError(f"domains.{role} names a domain twice; name each once")
+        return self
+
+
+ROLES = ("labels", "unlabeled", "noise", "imbalance", "domains")
+
+
+class DataSpec(_Section):
     """Which images, how many, and how they are shown to the model.
 
     Raises:
@@ -24,10 +75,6 @@ class DataSpec(BaseModel):
         >>> DataSpec(name="digits", train=100).augment
         'none'
     """
-
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=20_000
-    )
 
     name: str = Field(
         description="digits, emoji:STYLE, fashion-mnist, folder:PATH, glyphs, hf-datasets:PATH, "
@@ -72,6 +119,29 @@ class DataSpec(BaseModel):
         default=None, description="folder of the data set's files, relative to the recipe"
     )
     download: bool = Field(default=False, description="fetch the files that are not on the disk")
+    labels: (
+        Annotated[int, Field(ge=0, le=10**9)]
+        | Annotated[float, Field(gt=0, le=1)]
+        | PerClass
+        | None
+    ) = Field(
+        default=None,
+        description="how many training images have a label: a number, a share, or {per_class: 4}; "
+        "drawn by class and by the run's seed, a smaller budget within a larger; all where absent, "
+        "0: none is known, for pretexts",
+    )
+    unlabeled: Literal["rest", "none"] | Positive | None = Field(
+        default=None,
+        description="training images without a label to learn from: all that remain, or so many",
+    )
+    noise: NoiseSpec | None = Field(
+        default=None, description="wrong training labels: a rate, or {rate, kind}"
+    )
+    imbalance: Annotated[float, Field(gt=1, le=10**6)] | None = Field(
+        default=None,
+        description="a long tail: the first class has so many times the images of the last",
+    )
+    domains: DomainsSpec | None = Field(default=None, description="domains of each role, by name")
 
     if not TYPE_CHECKING:  # a type checker sees the fields as the constructor's arguments
 
@@ -80,6 +150,23 @@ class DataSpec(BaseModel):
                 super().__init__(**fields)
             except ValidationError as error:
                 raise BadInput(explain(error, type(self), lambda *key: "data")) from error
+
+    @field_validator("noise", mode="before")
+    @classmethod
+    def _rate_alone(cls, value: Any) -> Any:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return {"rate": value} if number else value
+
+    def roles(self) -> dict[str, Any]:
+        """Return what is said of roles, as a recipe writes it; empty where nothing is."""
+        return self.model_dump(mode="json", include=set(ROLES), exclude_none=True)
+
+    def pool(self) -> Self:
+        """Return what all arms and seeds have in common: the images before they get roles."""
+        drawn = dict.fromkeys((*ROLES, "views"), None)
+        unlabeled = None if self.unlabeled in (None, "none") else "rest"
+        update = {**drawn, "domains": self.domains, "unlabeled": unlabeled, "augment": "none"}
+        return self.model_copy(update=update)
 
     @model_validator(mode="after")
     def _views_count(self) -> Self:

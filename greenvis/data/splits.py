@@ -24,8 +24,8 @@ class Lazy:
     """Images or masks read one at a time: `read(row)` gives uint8 (C, H, W), or integers (H, W),
     of any size."""
 
-    read: Callable[[int], Any]
-    rows: Sequence[int]
+    read: Callable[[Any], Any]
+    rows: Sequence[Any]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,6 +98,20 @@ class Split:
     def without_labels(self) -> Split:
         """Return the images, of which nothing is known: labels of -1, int64 (N,), and no names."""
         return Split(self.images, torch.full((len(self),), UNKNOWN))
+
+
+def join(splits: Sequence[Split]) -> Split:
+    """Return splits one behind another. Their images are read where they are: nothing is copied."""
+
+    def joined(parts: Sequence[Any]) -> Any:
+        if all(isinstance(part, Tensor) and part.dim() < 3 for part in parts):
+            return torch.cat(list(parts))
+        kind = Boxes if isinstance(parts[0], Boxes) else Lazy
+        rows = [(i, row) for i, part in enumerate(parts) for row in range(len(part))]
+        return kind(lambda at: parts[at[0]][at[1]], rows)
+
+    names = tuple(name for split in splits for name in split.names)
+    return Split(joined([s.images for s in splits]), joined([s.labels for s in splits]), names)
 
 
 def _take(part: Tensor | Lazy, rows: Tensor) -> Any:

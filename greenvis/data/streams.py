@@ -10,19 +10,18 @@ says where a task ends.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchvision.transforms.v2 import functional as transforms
 
 from greenvis.core.technique import Experience, mask_classes
-from greenvis.data.image_set import ImageSet
+from greenvis.data.changes import Change, Changed
+from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.loaders import batches
-from greenvis.data.loading import Data
+from greenvis.data.roles import Data
 from greenvis.errors import BadInput
 
 Kind = Literal["class", "domain", "task", "free"]
@@ -244,91 +243,7 @@ def _blurred(
     return list(position.argsort().tensor_split(len(groups)))
 
 
-@dataclass(frozen=True)
-class Change:
-    """What a domain does to images: a turn by `degrees`, counter-clockwise, or a permutation of
-    pixels (from `seed`)."""
-
-    degrees: float = 0.0
-    seed: int | None = None
-
-    def __call__(self, x: Tensor, black: Sequence[float]) -> Tensor:
-        """Return x (B, C, H, W) changed; `black` by channel fills what a turn uncovers."""
-        if self.seed is not None:
-            permutation = torch.randperm(
-                x.shape[-2] * x.shape[-1], generator=torch.Generator().manual_seed(self.seed)
-            )
-            return x.flatten(2)[:, :, permutation].unflatten(2, x.shape[-2:])
-        if self.degrees:
-            how = transforms.InterpolationMode.BILINEAR
-            return transforms.rotate(x, self.degrees, interpolation=how, fill=list(black))
-        return x
-
-
 def _domain_shift(domain: str, t: int, tasks: int, images: Data, seed: int) -> Change:
     if domain == "rotate":
         return Change(degrees=HALF_TURN * t / tasks)
     return Change(seed=seed * 1009 + t if t else None)
-
-
-class Changed(ImageSet):
-    """Images as one domain shows them."""
-
-    def __init__(self, images: ImageSet, change: Change) -> None:
-        super().__init__(images.split, images.ids, images.transform)
-        self.change = change
-
-    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Return x float32 (B, C, H, W), normalised and changed, and y int64 (B,)."""
-        x, y = super().batch(positions, epoch)
-        form = self.transform
-        return self.change(x, [-m / s for m, s in zip(form.mean, form.std, strict=True)]), y
-
-    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
-        """Return a subset of the same domain."""
-        return Changed(super().take(positions), self.change)
-
-    def key(self) -> dict[str, str]:
-        """Return what a cache of outputs over this set depends on."""
-        return {**super().key(), "domain": str(self.change)}
-
-
-class Concat(ImageSet):
-    """Sets one behind another, as one."""
-
-    def __init__(self, parts: Sequence[ImageSet]) -> None:
-        first = parts[0]
-        labels = torch.cat([part.targets for part in parts])
-        super().__init__(
-            replace(first.split, labels=labels),
-            torch.cat([part.ids for part in parts]),
-            first.transform,
-        )
-        self.parts = list(parts)
-        self._starts = np.cumsum([0, *(len(part) for part in parts)])
-
-    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Return x float32 (B, C, H, W) and y int64 (B,), each image as its own set gives it."""
-        rows = torch.as_tensor(positions, dtype=torch.int64)
-        owner = torch.from_numpy(np.searchsorted(self._starts, rows.numpy(), side="right") - 1)
-        x: Tensor | None = None
-        for i in owner.unique().tolist():
-            mine = owner == i
-            part, _ = self.parts[i].batch(rows[mine] - int(self._starts[i]), epoch)
-            x = part.new_empty(len(rows), *part.shape[1:]) if x is None else x
-            x[mine] = part
-        assert x is not None
-        return x, self.targets[rows]
-
-    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
-        """Return a subset, the parts in order."""
-        rows = torch.as_tensor(positions, dtype=torch.int64).sort().values
-        inside = [
-            rows[(rows >= a) & (rows < b)] - int(a)
-            for a, b in zip(self._starts, self._starts[1:], strict=False)
-        ]
-        return Concat([part.take(r) for part, r in zip(self.parts, inside, strict=True)])
-
-    def key(self) -> dict[str, str]:
-        """Return what a cache of outputs over this set depends on."""
-        return {"parts": str([part.key() for part in self.parts])}

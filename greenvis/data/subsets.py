@@ -7,7 +7,6 @@ import hashlib
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -229,9 +228,7 @@ def _select(
     drawn = [r[torch.randperm(len(r), generator=generator)[:per_class]] for r in rows]
     if method == "random":
         return {"rows": torch.cat(drawn)}
-    plain = ImageSet(
-        images.split, images.ids, replace(images.transform, augment="none", views=None)
-    )
+    plain = images.plain()
     x = torch.cat([plain.batch(part)[0] for part in torch.arange(len(plain)).split(256)])
     if method == "herding":
         filters = random_convnet(x.shape[1], x.shape[-1], options.get("width", 32), generator)

@@ -18,6 +18,7 @@ from torch import Tensor
 from greenvis import data, models
 from greenvis.core import distributed, files, weights
 from greenvis.core.technique import Samples, Technique
+from greenvis.data import draws, loading
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.experiment.recipe import UNHASHED, Arm, Recipe, load_recipe
 from greenvis.meters.header import versions
@@ -103,7 +104,8 @@ class Jobs:
 
     def __init__(self, runs: Path) -> None:
         self.runs = runs
-        self._data: dict[tuple[data.DataSpec, Path], data.Data] = {}
+        self._pools: dict[tuple[data.DataSpec, Path], data.Data] = {}
+        self._data: dict[tuple[data.DataSpec, Path, int], data.Data] = {}
         self._recipes: dict[Path, Recipe] = {}
         self._jobs: dict[tuple[str, str, int], Job] = {}
 
@@ -121,13 +123,17 @@ class Jobs:
                     )
         return list(ordered.values())
 
-    def images(self, recipe: Recipe) -> data.Data:
-        """Return the recipe's data, loaded once."""
-        key = (recipe.data.model_copy(update={"stream": None}), recipe.folder.resolve())
+    def images(self, recipe: Recipe, arm: Arm, seed: int) -> data.Data:
+        """Return an arm's data in its roles, read once for all arms and drawn once for each
+        seed."""
+        where, folder = recipe.where("data", "name"), recipe.folder.resolve()
+        spec = arm.data.model_copy(update={"stream": None})
+        key = (spec, folder, seed if spec.roles() else 0)
         if key not in self._data:
-            self._data[key] = located(
-                recipe.where("data", "name"), data.load, recipe.data, recipe.folder
-            )
+            pool = (spec.pool(), folder)
+            if pool not in self._pools:
+                self._pools[pool] = located(where, loading.read, spec.pool(), recipe.folder)
+            self._data[key] = located(where, draws.assign, self._pools[pool], spec, seed)
         return self._data[key]
 
     def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:
@@ -145,7 +151,7 @@ class Jobs:
             # left out: what runs were known by before there was a choice
             usual = {"classifier": "new", "fold_norms": False}
             inputs = {
-                "data": self.images(recipe).facts(),
+                "data": self.images(recipe, arm, seed).facts(),
                 "model": arm.model.model_dump(
                     exclude={f for f, value in usual.items() if getattr(arm.model, f) == value}
                 ),

@@ -107,10 +107,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     caches = prepared.job.caches(prepared.runs) if short is None else short.caches
     judge = evaluator(prepared)
     if short is None:
-        shown = data.ImageSet(
-            images.split, images.ids, replace(images.transform, augment="none", views=None)
-        )
-        bank = partial(data.batches, shown, max(spec.batch_size, 256), shuffle=True)
+        bank = partial(data.batches, images.plain(), max(spec.batch_size, 256), shuffle=True)
         test = judge.test
         judge = replace(judge, neighbours=lambda model: knn.score(model, bank(), test()))
 

@@ -24,6 +24,8 @@ from greenvis.techniques import registry
 
 Where = Callable[..., str]  # key path -> "file:line"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
+# what an arm may say of `data`: what learning is paid with, and how images are shown to it
+ARM_DATA = ("labels", "unlabeled", "noise", "imbalance", "augment", "views")
 UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 
 
@@ -206,6 +208,10 @@ class ArmSpec(_Section):
     subset: SubsetSpec | None = Field(
         default=None, description="train on a few images a class only"
     )
+    data: dict[str, Any] = Field(
+        default={},
+        description=f"what differs from the recipe's `data`: {', '.join(ARM_DATA)}; never the test",
+    )
 
 
 class ReportSpec(_Section):
@@ -252,6 +258,7 @@ class Arm(BaseModel):
     model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True, protected_namespaces=())
 
     name: str
+    data: DataSpec
     model: ModelSpec
     task: Task
     train: TrainSpec
@@ -340,6 +347,7 @@ class Recipe(_Section):
         )
         arm = Arm(
             name=name,
+            data=self._arm_data(name),
             model=_valid(ModelSpec, model, self.where, ("arms", name, "model")),
             task=_named(task_registry.find, self.task, self.where, ("task",)),
             train=_valid(TrainSpec, train, self.where, ("arms", name, "train")),
@@ -355,6 +363,20 @@ class Recipe(_Section):
                 "both"
             )
         return arm.model_copy(update={"stages": self._stages(arm)})
+
+    def _arm_data(self, name: str) -> DataSpec:
+        """Return the recipe's data with the arm's own budgets."""
+        own = self.arms[name].data
+        if not own:
+            return self.data
+        at = ("arms", name, "data")
+        if denied := [key for key in own if key in DataSpec.model_fields and key not in ARM_DATA]:
+            raise BadInput(
+                f"{self.where(*at, denied[0])}: data.{denied[0]} is the same for all arms, so that "
+                f"they are tested on the same images; an arm may set {', '.join(ARM_DATA)}"
+            )
+        every = {**self.data.model_dump(exclude_unset=True), **own}
+        return _valid(DataSpec, every, self.where, at)
 
     def _stages(self, arm: Arm) -> tuple[Arm, ...]:
         """Return the arm's stages, each as an arm of its own."""

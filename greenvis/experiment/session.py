@@ -111,7 +111,7 @@ class Session:
         """Return a job with all it trains on and with, made once."""
         key = (job.folder, job.inputs)
         if key not in self._prepared:
-            images = self.jobs.images(job.recipe)
+            images = self.jobs.images(job.recipe, job.arm, job.seed)
             self._prepared[key] = Prepared(
                 job, images, self.runs, self.trust, self.command, self.prepare
             )

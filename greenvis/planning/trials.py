@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +78,9 @@ class Trials:
                 "needed; give more images or share"
             )
         order = stratified(dataset.train.targets, dataset.train.transform.seed)
-        plain = replace(dataset.train.transform, augment="none", views=None)
         self._train, self._order = dataset.train, order
         last = order[longest:][-HELD:]
-        self.held = data.ImageSet(dataset.train.split, dataset.train.ids, plain).take(last)
+        self.held = dataset.train.plain().take(last)
         self.results: dict[str, list[Trial]] = {name: [] for name in jobs}
         self.failed: dict[str, str] = {}
         self._plain_j: float | None = None  # to serve one image by the model's own structure

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 
-from greenvis.data import ImageSet, Split
+from greenvis import data
+from greenvis.data import DataSet, ImageSet, Split, Stored, dataset
+from greenvis.data.changes import SEVERITIES
 from greenvis.data.splits import Boxes, Lazy, divide
 from greenvis.data.transforms import Transform
+from greenvis.errors import BadInput
 
 IDS = torch.arange(3)
 
@@ -103,3 +111,231 @@ def test_several_labels_and_numbers_come_as_floats() -> None:
     y = ImageSet(Split(_pictures(8, 8), several), IDS, Transform(8, 1)).batch([1, 0])[1]
     assert y.dtype == torch.float32
     assert y.tolist() == [[1, -1], [0, 1]]
+
+
+def _load(seed: int = 0, **fields: Any) -> data.Data:
+    return data.load(data.DataSpec(**{"name": "digits", "train": 400, **fields}), seed=seed)
+
+
+def _ids(images: ImageSet | None) -> set[int]:
+    assert images is not None
+    return set(images.ids.tolist())
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_budgets_of_labels_are_nested_by_class_and_leave_the_rest(seed: int) -> None:
+    every = _ids(_load().train)
+    before: set[int] = set()
+    for budget in (0.05, 40, {"per_class": 8}, 200, 1.0):
+        some = _load(seed, labels=budget, unlabeled=None if budget == 1.0 else "rest")
+        assert before <= _ids(some.train) or isinstance(budget, dict)
+        before = _ids(some.train)
+        counts = some.train.targets.bincount()
+        assert counts.max() - counts.min() <= 2
+        assert some.train.known.all()
+        if some.unlabeled is None:
+            continue
+        assert _ids(some.unlabeled) == every - before
+        assert not some.unlabeled.known.any()
+        assert some.unlabeled.batch([0, 1])[1].tolist() == [-1, -1]
+    assert before == every
+
+
+def test_seeds_draw_other_labels_and_arms_of_one_seed_the_same() -> None:
+    first, again, other = (_load(seed, labels=40) for seed in (0, 0, 1))
+    assert _ids(first.train) == _ids(again.train) != _ids(other.train)
+    assert first.facts() == other.facts()  # of what runs of all seeds are known by
+    assert _ids(_load(0, labels=40, augment="crop").train) == _ids(first.train)
+    spec = data.DataSpec(name="digits", train=400, labels=40, seed=1)
+    assert _ids(data.load(spec).train) != _ids(first.train)
+    assert _ids(first.test) == _ids(_load().test)
+
+
+def test_a_number_of_unlabelled_images_is_nested_too() -> None:
+    few, more = (_ids(_load(labels=40, unlabeled=n).unlabeled) for n in (50, 100))
+    assert len(few) == 50
+    assert few < more
+    with pytest.raises(BadInput, match="unlabeled asks for 361 images, but 360"):
+        _load(labels=40, unlabeled=361)
+    with pytest.raises(BadInput, match="no training image remains for unlabeled"):
+        _load(unlabeled="rest")
+    with pytest.raises(BadInput, match="labels asks for 401, but there are 400"):
+        _load(labels=401)
+    with pytest.raises(BadInput, match="labels asks for 90 a class"):
+        _load(labels={"per_class": 90})
+
+
+def test_no_label_at_all_leaves_all_images_unknown() -> None:
+    none = _load(labels=0)
+    assert _ids(none.train) == _ids(_load().train)
+    assert not none.train.known.any()
+
+
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric", "pairs"])
+def test_noise_is_as_much_as_asked_for_nested_and_repeatable(kind: str) -> None:
+    clean = _load(classes=(0, 1, 2, 3, 4), train=300)
+    wrong_before: dict[int, int] = {}
+    for rate in (0.2, 0.4):
+        noise = {"rate": rate, "kind": kind}
+        noisy = _load(classes=(0, 1, 2, 3, 4), train=300, noise=noise)
+        assert _ids(noisy.train) == _ids(clean.train)
+        truth, labels = noisy.truth, noisy.train.targets
+        assert truth is not None
+        assert torch.equal(truth, clean.train.targets)
+        at = truth != labels
+        eligible = (truth % 2 == 0).sum() if kind == "asymmetric" else len(truth)
+        assert int(at.sum()) == round(rate * int(eligible))
+        if kind == "symmetric":
+            assert len(set(((labels - truth) % 5)[at].tolist())) == 4
+        else:
+            assert set(((labels - truth) % 5)[at].tolist()) == {1}
+        wrong = dict(zip(noisy.train.ids[at].tolist(), labels[at].tolist(), strict=True))
+        assert wrong_before.items() <= wrong.items()
+        wrong_before = wrong
+        assert torch.equal(_load(1, classes=(0, 1, 2, 3, 4), train=300, noise=noise).test.targets,
+                           clean.test.targets)  # fmt: skip
+    again = _load(classes=(0, 1, 2, 3, 4), train=300, noise={"rate": 0.4, "kind": kind})
+    other = _load(1, classes=(0, 1, 2, 3, 4), train=300, noise={"rate": 0.4, "kind": kind})
+    assert torch.equal(again.train.targets, noisy.train.targets)
+    assert not torch.equal(other.train.targets, noisy.train.targets)
+    assert (
+        data.DataSpec(name="digits", noise=0.4).noise
+        == data.DataSpec(name="digits", noise={"rate": 0.4}).noise
+    )
+
+
+def test_noise_spoils_no_image_held_out() -> None:
+    clean, noisy = _load(held_out=50), _load(held_out=50, noise=0.5)
+    assert clean.held_out is not None
+    assert noisy.held_out is not None
+    assert torch.equal(clean.held_out.targets, noisy.held_out.targets)
+
+
+def test_a_long_tail_has_the_ratio_asked_for_and_as_many_images_as_can_be() -> None:
+    long = _load(train=1000, imbalance=20)
+    counts = long.train.targets.bincount().tolist()
+    assert counts[0] == pytest.approx(20 * counts[-1], rel=0.1)
+    assert counts == sorted(counts, reverse=True)
+    steps = [a / b for a, b in pairwise(counts)]
+    assert max(steps) < 1.8  # 20 ** (1 / 9) = 1.39, and rounding
+    assert counts[0] == _load(train=1000).train.targets.bincount()[0]
+    budget = _load(train=1000, imbalance=20, labels=60, unlabeled="rest")
+    assert _ids(budget.train) | _ids(budget.unlabeled) == _ids(long.train)
+
+
+def test_domains_deal_out_images_and_name_tests() -> None:
+    domains = {
+        "train": ["plain", "noise"], "unlabeled": ["invert"], "target": ["rotate:90"],
+        "test": ["plain", "noise", "blur:2"],
+    }  # fmt: skip
+    some = _load(labels=100, unlabeled=120, domains=domains)
+    plain = _load()
+    assert list(some.tests) == ["plain", "noise", "blur:2"]
+    assert some.test is some.tests["plain"]
+    sets = [_ids(part) for part in (some.train, some.unlabeled, some.target)]
+    assert [len(part) for part in sets] == [100, 120, 180]
+    assert set.union(*sets) == _ids(plain.train)
+    x, y = some.train.batch(range(100))
+    assert y.bincount().min() >= 9
+    shown = dict(zip(plain.train.ids.tolist(), plain.train.batch(range(400))[0], strict=True))
+    same = [bool(torch.equal(a, shown[i])) for a, i in zip(x, some.train.ids.tolist(), strict=True)]
+    assert same == [True] * 50 + [False] * 50
+    assert some.target is not None
+    turned = torch.stack([shown[i] for i in some.target.ids.tolist()]).rot90(1, (2, 3))
+    assert torch.allclose(some.target.batch(range(180))[0], turned, atol=1e-4)
+    assert torch.equal(some.tests["plain"].batch([3])[0], plain.test.batch([3])[0])
+    assert some.facts()["tests"] == {"plain": 450, "noise": 450, "blur:2": 450}
+    assert some.facts()["target"] == 180
+
+
+@pytest.mark.parametrize("name", list(SEVERITIES))
+def test_a_change_hangs_on_the_image_alone_and_keeps_its_range(name: str) -> None:
+    some = _load(domains={"test": [name]}).test
+    x, _ = some.batch([0, 1, 2])
+    assert torch.allclose(some.batch([2])[0][0], x[2], atol=1e-6)
+    assert torch.allclose(some.batch([2], 5)[0][0], x[2], atol=1e-6)
+    assert not torch.equal(x, _load().test.batch([0, 1, 2])[0])
+    form = some.transform
+    pixels = x * form.std[0] + form.mean[0]
+    assert pixels.min() >= -1e-5
+    assert pixels.max() <= 1 + 1e-5
+
+
+def test_changes_follow_their_severity() -> None:
+    plain = _load().test
+    form = plain.transform
+    x = plain.batch(range(50))[0] * form.std[0] + form.mean[0]
+
+    def shown(name: str) -> Tensor:
+        images = _load(domains={"test": [name]}).test
+        return images.batch(range(50))[0] * form.std[0] + form.mean[0]
+
+    assert torch.allclose(shown("invert"), 1 - x, atol=1e-5)
+    assert torch.allclose(shown("brightness:0.2"), (x + 0.2).clamp(max=1), atol=1e-5)
+    assert torch.allclose(shown("contrast:1"), x, atol=1e-5)
+    assert torch.allclose(shown("noise:0"), x, atol=1e-5)
+    assert (shown("noise:0.5") - x).std() > 2 * (shown("noise:0.1") - x).std()
+    permuted = shown("permute:3").flatten(1).sort(1).values
+    assert torch.allclose(permuted, x.flatten(1).sort(1).values, atol=1e-6)
+    with pytest.raises(BadInput, match=r"no domain 'blurr'.*'blur'"):
+        _load(domains={"test": ["blurr"]})
+    with pytest.raises(BadInput, match="normal blur, in pixels"):
+        _load(domains={"test": ["blur:much"]})
+    with pytest.raises(BadInput, match="names a domain twice"):
+        _load(domains={"test": ["blur", "blur"]})
+
+
+def test_folders_of_domains_are_read_each_with_a_test_of_its_own(tmp_path: Path) -> None:
+    for domain, value in (("photo", 200), ("sketch", 20), ("paint", 90)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / domain / name
+            folder.mkdir(parents=True)
+            for i in range(10):
+                Image.new("RGB", (16, 16), (value + i, value, 0)).save(folder / f"{i}.png")
+    fields: dict[str, Any] = {"name": f"folder:{tmp_path}", "img_size": 8, "in_chans": 3}
+    domains = {
+        "train": ["photo", "paint"], "target": ["sketch"], "test": ["photo", "sketch", "blur"],
+    }  # fmt: skip
+    some = data.load(data.DataSpec(**fields, domains=domains))
+    assert some.classes == ("cat", "dog")
+    assert len(some.train) == 32
+    assert len(some.train.ids.unique()) == 32
+    assert some.target is not None
+    assert len(some.target) == 16
+    assert not some.target.known.any()
+    assert {name: len(part) for name, part in some.tests.items()} == dict.fromkeys(
+        ["photo", "sketch", "blur"], 4
+    )
+    assert some.target.transform.mean == some.train.transform.mean == some.test.transform.mean
+    red = some.train.batch(range(32))[0][:, 0].mean()
+    assert abs(float(red)) < 0.1  # normalised by the training domains alone
+    assert float(some.target.batch(range(16))[0][:, 0].mean()) < -1
+    with pytest.raises(BadInput, match="not both"):
+        data.load(data.DataSpec(**fields, domains={"train": ["photo", "blur"]}))
+    with pytest.raises(BadInput, match="has no domain 'fotos'"):
+        data.load(data.DataSpec(**fields, domains={"train": ["fotos"]}))
+
+
+def test_what_nobody_labelled_is_unlabelled_and_never_trained_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.randint(0, 256, (60, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.tensor([0, 1] * 15 + [-1] * 30)
+
+    class Partly(DataSet):
+        name, source, licence = "partly", "here", "CC0-1.0"
+
+        def read(self) -> Stored:
+            test = Split(images[:4], labels[:4])
+            return Stored(Split(images[4:], labels[4:]), test, ("a", "b"), "0" * 64, 8, 1)
+
+    monkeypatch.setattr(dataset.DOOR, "find", lambda name: Partly)
+    spec = data.DataSpec(name="partly")
+    assert len(data.load(spec).train) == 26
+    assert data.load(spec).unlabeled is None
+    some = data.load(spec.model_copy(update={"unlabeled": "rest", "labels": 10}))
+    assert (len(some.train), len(some.unlabeled or ())) == (10, 46)
+    assert some.unlabeled is not None
+    assert not some.unlabeled.known.any()
+    few = data.load(spec.model_copy(update={"unlabeled": 20}))
+    assert _ids(few.unlabeled) == set(range(26, 46))

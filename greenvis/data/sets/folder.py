@@ -23,6 +23,13 @@ class Folder(DataSet):
     source = "your own files"
     licence = "your own"
 
+    def domain(self, name: str) -> DataSet | None:
+        """Return the class folders of PATH/NAME."""
+        path = self.resolve(self.value) / name
+        if name in (".", "..") or Path(name).name != name or not path.is_dir():
+            return None
+        return Folder(self.spec.model_copy(update={"name": f"folder:{path}"}))
+
     def check(self) -> None:
         """Raise BadInput where there are no class folders."""
         _class_folders(_train_folder(self.resolve(self.value)))

@@ -1,0 +1,226 @@
+"""Which images have a label, a wrong one or none: drawn by seed, nested in every budget.
+
+Every draw comes from the run's seed and the data's: seeds draw different images, and the arms of
+one seed the same ones. Of one seed, fewer labels are among more labels, and the images that noise
+spoils at a low rate among those it spoils, in the same way, at a higher one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greenvis.data.changes import Changed, parse
+from greenvis.data.image_set import Concat, ImageSet
+from greenvis.data.roles import Data
+from greenvis.data.spec import DataSpec, NoiseSpec, PerClass
+from greenvis.data.splits import UNKNOWN, stratified
+from greenvis.data.transforms import mix
+from greenvis.errors import BadInput
+
+LABELS, NOISE, WRONG, TAIL, DOMAINS = range(5)  # what is drawn, each apart from the others
+
+
+def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
+    """Give the images of a data set their roles.
+
+    Args:
+        pool: The data set, all of its training images labelled.
+        spec: What the recipe, or an arm of it, says.
+        seed: Of the run.
+
+    Returns:
+        The data set; `pool` itself where nothing is asked for.
+
+    Raises:
+        BadInput: For more than there is.
+    """
+    settings = spec.roles()
+    form = replace(pool.train.transform, augment=spec.augment, views=spec.views)
+    if not settings:
+        same = form == pool.train.transform
+        return pool if same else replace(pool, train=pool.train.shown(form))
+    draw = Draw(spec.seed, seed)
+    every = pool.train.shown(form)
+    groups = every.split.groups
+    rows = draw.long_tail(groups, spec.imbalance) if spec.imbalance else torch.arange(len(every))
+    labelled, rest = draw.labelled(groups, rows, spec.labels)
+    train = every.take(labelled)
+    if spec.labels == 0:
+        train, rest = every.take(rows).unlabeled(), rows[:0]
+    without = _unlabeled(pool, every, rest, spec)
+    target = _target(pool, every, rest[len(without or ()) :], spec)
+    for role, images in (("unlabeled", without), ("domains.target", target)):
+        if images is not None and not len(images):
+            raise BadInput(
+                f"data: no training image remains for {role}: set `labels`, so that some have none"
+            )
+    tests = pool.tests
+    if (domains := spec.domains) is not None:
+        train = draw.dealt(train, domains.train)
+        without = without and draw.dealt(without, domains.unlabeled or domains.train)
+        target = target and draw.dealt(target, domains.target)
+        tests = tests or {name: _changed(pool.test, name) for name in domains.test}
+    truth = None
+    if spec.noise is not None:
+        truth = train.targets
+        train = train.relabeled(draw.noisy(train, len(pool.classes), spec.noise))
+    return replace(
+        pool, train=train, test=next(iter(tests.values()), pool.test), unlabeled=without,
+        target=target, tests=tests, truth=truth, settings=settings,
+    )  # fmt: skip
+
+
+def _changed(images: ImageSet, name: str) -> ImageSet:
+    change = parse(name)
+    return images if change is None else Changed(images, change)
+
+
+def _target(pool: Data, every: ImageSet, rest: Tensor, spec: DataSpec) -> ImageSet | None:
+    """Return the images of the domain to adapt to: those of the data set's own, else of the
+    training images that no other role has."""
+    if pool.target is not None:
+        return pool.target.shown(every.transform).unlabeled()
+    if spec.domains is None or not spec.domains.target:
+        return None
+    if spec.unlabeled == "rest":
+        raise BadInput(
+            "data: unlabeled: rest leaves no image for domains.target; give a number of them"
+        )
+    return every.take(rest).unlabeled()
+
+
+def _unlabeled(pool: Data, every: ImageSet, rest: Tensor, spec: DataSpec) -> ImageSet | None:
+    """Return the images to learn from without labels: those nobody labelled, then others."""
+    if spec.unlabeled in (None, "none"):
+        return None
+    unknown = pool.unlabeled.shown(every.transform) if pool.unlabeled is not None else None
+    available = len(rest) + len(unknown or ())
+    most = available if spec.unlabeled == "rest" else int(spec.unlabeled or 0)
+    if most > available:
+        raise BadInput(
+            f"data: unlabeled asks for {most} images, but {available} training images have no "
+            "label; ask for fewer, or for `rest`"
+        )
+    own = every.take(rest[: max(0, most - len(unknown or ()))]).unlabeled()
+    if unknown is None:
+        return own
+    return Concat([unknown.take(torch.arange(min(most, len(unknown)))).unlabeled(), own])
+
+
+class Draw:
+    """What one run draws of a data set.
+
+    Args:
+        data_seed: The recipe's `data.seed`.
+        run_seed: The run's.
+    """
+
+    def __init__(self, data_seed: int, run_seed: int) -> None:
+        self.data_seed, self.run_seed = data_seed, run_seed
+
+    def seed(self, purpose: int) -> int:
+        """Return the seed of one kind of draw."""
+        return int(mix(np.array([self.run_seed]), self.data_seed, purpose)[0] >> np.uint64(1))
+
+    def long_tail(self, groups: Tensor, ratio: float) -> Tensor:
+        """Return rows whose classes shrink exponentially from the first to the last, the largest
+        `ratio` times the smallest, as many as there can be.
+
+        Args:
+            groups: Classes int64 (N,).
+            ratio: At least 1.
+
+        Returns:
+            int64 (n,), by row.
+        """
+        available = torch.bincount(groups[groups >= 0]).double()
+        share = ratio ** -(torch.arange(len(available)).double() / max(len(available) - 1, 1))
+        counts = (float((available / share).min()) * share).round().clamp(min=1).long()
+        return _first_of_each(groups, stratified(groups, self.seed(TAIL)), counts)
+
+    def labelled(
+        self, groups: Tensor, rows: Tensor, budget: int | float | PerClass | None
+    ) -> tuple[Tensor, Tensor]:
+        """Divide rows into those with a label and the others, in the order in which they would get
+        one.
+
+        Args:
+            groups: Classes int64 (N,), of all images.
+            rows: int64 (n,), which of them count.
+            budget: Labels, a share of them, or so many a class; None: all.
+
+        Returns:
+            Rows with a label, sorted, and those without.
+
+        Raises:
+            BadInput: For a budget beyond the images.
+        """
+        order = rows[stratified(groups[rows], self.seed(LABELS))]
+        if budget is None:
+            return rows, rows[:0]
+        if isinstance(budget, PerClass):
+            counts = torch.bincount(groups[rows])
+            if (least := int(counts.min())) < budget.per_class:
+                raise BadInput(
+                    f"data: labels asks for {budget.per_class} a class, and class "
+                    f"{int(counts.argmin())} has {least} images"
+                )
+            chosen = _first_of_each(groups, order, torch.full_like(counts, budget.per_class))
+        else:
+            count = budget if isinstance(budget, int) else max(1, round(budget * len(rows)))
+            if count > len(rows):
+                raise BadInput(
+                    f"data: labels asks for {count}, but there are {len(rows)} training images"
+                )
+            chosen = order[:count].sort().values
+        return chosen, order[~torch.isin(order, chosen)]
+
+    def noisy(self, images: ImageSet, classes: int, noise: NoiseSpec) -> Tensor:
+        """Return the labels of images, the share `noise.rate` of which is wrong.
+
+        Args:
+            images: With classes as labels, int64 (N,).
+            classes: How many there are.
+            noise: "symmetric": any other class, each as likely. "pairs": the next class.
+                "asymmetric": the next class, for every second class alone; the others are right,
+                and the rate is that of those mistaken.
+        """
+        labels = images.targets
+        if images.split.kind != "class":
+            raise BadInput("data: noise mistakes one class for another, and these labels are none")
+        mistaken = labels >= 0
+        if noise.kind == "asymmetric":
+            mistaken &= labels % 2 == 0
+        at = mistaken.nonzero().squeeze(1)
+        order = at[stratified(labels[at], self.seed(NOISE))]
+        wrong = order[: round(noise.rate * len(order))]
+        step = torch.ones(len(images), dtype=torch.int64)
+        if noise.kind == "symmetric":
+            draws = mix(images.ids.numpy(), self.seed(WRONG)) % np.uint64(classes - 1)
+            step = 1 + torch.from_numpy(draws.astype(np.int64))
+        out = labels.clone()
+        out[wrong] = (labels[wrong] + step[wrong]) % classes
+        return out
+
+    def dealt(self, images: ImageSet, domains: Sequence[str]) -> ImageSet:
+        """Return images dealt out evenly to named changes: each is shown in one of them."""
+        changes = [change for name in domains if (change := parse(name)) is not None]
+        if len(changes) < 2:
+            return Changed(images, changes[0]) if changes else images
+        order = stratified(images.split.groups, self.seed(DOMAINS))
+        parts = [order[i :: len(changes)].sort().values for i in range(len(changes))]
+        shown = zip(parts, changes, strict=True)
+        return Concat([Changed(images.take(part), change) for part, change in shown])
+
+
+def _first_of_each(groups: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    """Return, of rows in an order, the first `counts` of each class, sorted."""
+    ordered = groups[order]
+    chosen: list[Any] = [order[ordered == c][:n] for c, n in enumerate(counts.tolist())]
+    return torch.cat([order[ordered == UNKNOWN][:0], *chosen]).sort().values
