@@ -31,7 +31,7 @@ class DataSet:
         checksum: What `Stored.checksum` is for the whole set; None where that hangs on the files.
         size: Images by split, the most there are; {} where that hangs on the files.
         classes: Names, by label; () where they hang on the files.
-        options: Which of "root" and "download" it takes.
+        options: Which of "root", "download" and "skip_broken" it takes.
     """
 
     name: ClassVar[str]
@@ -104,13 +104,17 @@ def find(spec: DataSpec, folder: str | Path = ".") -> DataSet:
     if bool(value) != bool(cls.argument):
         form = f"{name}:{cls.argument}" if cls.argument else name
         raise BadInput(f"unknown data set '{spec.name}'{nearest(form, [form])}")
-    set_options = {"root": spec.root is not None, "download": spec.download}
+    set_options = {
+        "root": spec.root is not None,
+        "download": spec.download,
+        "skip_broken": spec.skip_broken,
+    }
     idle = [
         option for option, is_set in set_options.items() if is_set and option not in cls.options
     ]
     if idle:
         raise BadInput(
-            f"data: '{spec.name}' knows where its images are, so {' and '.join(idle)} would "
-            "change nothing; leave it out"
+            f"data: '{spec.name}' takes no {' and no '.join(idle)}, which would change nothing; "
+            "leave it out"
         )
     return cls(spec, Path(folder))

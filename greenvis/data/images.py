@@ -3,11 +3,14 @@ pixel."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import math
 import stat
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from greenvis.core import files
+from greenvis.data.downloads import DOWNLOADS
 from greenvis.data.splits import Lazy
 from greenvis.errors import BadInput, one_line
 
@@ -25,6 +29,9 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_BYTES = 256 * 2**20  # bytes of an image's file
 MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
+HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
+MANY = 1000  # images: a scan of so many is worth keeping
+CACHE = DOWNLOADS / "scans"
 
 
 def lazy(paths: Sequence[Path]) -> Lazy:
@@ -44,6 +51,55 @@ def check_names(paths: Iterable[Path]) -> None:
     for path in paths:
         if any("\ud800" <= c <= "\udfff" for c in str(path)):
             raise BadInput(f"the name of {one_line(path)} is not UTF-8: rename it, or take it out")
+
+
+def below(folder: Path) -> list[Path]:
+    """Return the image files below a folder, sorted; none that is hidden, or lies in a hidden
+    folder: systems leave such (`._x.jpg`, `.ipynb_checkpoints`) beside one's own."""
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not is_hidden(path.relative_to(folder))
+    )
+
+
+def is_hidden(path: Path) -> bool:
+    """Return whether a name of a relative path is one that systems hide."""
+    return any(part.startswith(".") or part in HIDDEN for part in path.parts)
+
+
+def scan(paths: Sequence[Path]) -> dict[Path, str]:
+    """Return what is wrong with each file that cannot be shown.
+
+    Where there are many, what was seen is written to the user's cache, and read from there as long
+    as no file has changed its name, size or time.
+    """
+    check_names(paths)
+    cached = CACHE / f"{_fingerprint(paths)}.json" if len(paths) >= MANY else None
+    if cached is not None and cached.is_file():
+        seen = files.read_json(cached, "list of broken images")
+        if isinstance(seen, dict):
+            return {path: str(seen[str(path)]) for path in paths if str(path) in seen}
+    broken: dict[Path, str] = {}
+    for path in paths:
+        try:
+            _check_regular(path)
+            decode(read(path), "image", draft=True)
+        except BadInput as error:
+            broken[path] = str(error).partition(": ")[2] or str(error)
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        files.write(cached, json.dumps({str(path): why for path, why in broken.items()}).encode())
+    return broken
+
+
+def _fingerprint(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with suppress(OSError):
+            status = path.stat()
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
 def _check_regular(path: Path) -> None:
@@ -73,13 +129,14 @@ def read(path: str | Path) -> bytes:
     return files.read(path, "image", MOST_BYTES)
 
 
-def decode(data: bytes, what: str, background: str | None = None) -> Tensor:
+def decode(data: bytes, what: str, background: str | None = None, draft: bool = False) -> Tensor:
     """Decode an image.
 
     Args:
         data: The file's bytes.
         what: What it is, for messages.
         background: The colour behind what is transparent; None shows what the file has there.
+        draft: Whether a JPEG may come out smaller, which is quicker.
 
     Returns:
         uint8 (3, height, width).
@@ -95,6 +152,8 @@ def decode(data: bytes, what: str, background: str | None = None) -> Tensor:
                     raise ValueError(
                         f"it has {pixels:,} pixels, and at most {MOST_PIXELS:,} are decoded"
                     )
+                if draft:
+                    image.draft(None, (1, 1))  # type: ignore[arg-type]
                 return _to_tensor(image, background)
     except MemoryError:
         raise

@@ -192,6 +192,7 @@ def _read(chosen: dataset.DataSet, first_id: int = 0) -> Data:
         spec.classes,
         held_out=ready(stored.train, held_out_rows) if spec.held_out else None,
         unlabeled=ready(stored.train, unlabeled) if spec.unlabeled and len(unlabeled) else None,
+        skipped=stored.skipped,
     )
 
 

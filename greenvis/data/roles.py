@@ -28,6 +28,7 @@ class Data:
         tests: Tests by name; empty where there is one without a name.
         truth: The labels of `train` before noise, for reports alone; None where there is none.
         settings: What the recipe says of roles, for the record.
+        skipped: What is broken and was left out, a line each.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Data:
     tests: Mapping[str, ImageSet] = field(default_factory=dict)
     truth: Tensor | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
     @property
     def img_size(self) -> int:
@@ -83,4 +85,5 @@ class Data:
             **{role: len(images) for role, images in roles.items() if images is not None},
             **({"tests": {name: len(s) for name, s in self.tests.items()}} if self.tests else {}),
             **({"roles": dict(self.settings)} if self.settings else {}),
+            **({"skipped": list(self.skipped)} if self.skipped else {}),
         }

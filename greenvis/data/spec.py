@@ -142,6 +142,11 @@ class DataSpec(_Section):
         description="a long tail: the first class has so many times the images of the last",
     )
     domains: DomainsSpec | None = Field(default=None, description="domains of each role, by name")
+    skip_broken: bool = Field(
+        default=False,
+        description="leave out images that cannot be read and classes without images (the record "
+        "names them), instead of refusing them all at once",
+    )
 
     if not TYPE_CHECKING:  # a type checker sees the fields as the constructor's arguments
 

@@ -129,6 +129,7 @@ class Stored:
         checksum: Hex sha256 over what was read.
         img_size: Side in pixels that it has, or is best brought to.
         in_chans: Channels, likewise: 1 or 3.
+        skipped: What is broken and was left out, a line each.
     """
 
     train: Split
@@ -137,6 +138,7 @@ class Stored:
     checksum: str
     img_size: int
     in_chans: int
+    skipped: tuple[str, ...] = ()
 
 
 def stratified(labels: Tensor, seed: int) -> Tensor:

@@ -390,7 +390,7 @@ def test_fashion_mnist_of_debian() -> None:
         ("digits", {"in_chans": 2}, "in_chans: input should be 1 or 3, not 2"),
         ("digits", {"img_size": 2}, "img_size: input should be greater than or equal to 4, not 2"),
         ("digits", {"views": 0}, "views: input should be greater than 0, not 0"),
-        ("digits", {"root": "x"}, "so root would change nothing; leave it out"),
+        ("digits", {"root": "x"}, "takes no root, which would change nothing; leave it out"),
         ("fashion-mnist", {"root": "nowhere"}, "apt-get install dataset-fashion-mnist"),
         ("folder:nowhere", {}, "no folder at"),
         ("hf-datasets:nowhere", {}, "local folder"),
