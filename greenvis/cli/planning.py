@@ -185,6 +185,7 @@ def advise(
 def _show_advice(advice: dict[str, Any]) -> None:
     from greenvis.planning.plan import BUSY_BAND
     from greenvis.report.formatting import count, gain, si
+    from greenvis.report.measures import named
 
     served, images = count(advice["serve"]), count(advice["images"])
     rows = []
@@ -193,8 +194,8 @@ def _show_advice(advice: dict[str, Any]) -> None:
         rows.append(
             {
                 "plan": row["plan"],
-                "accuracy": f"{gain('accuracy', accuracy['value'])} ({accuracy['low'] * 100:.0f} – "
-                f"{accuracy['high'] * 100:.0f})",
+                "accuracy": f"{gain(named('accuracy'), accuracy['value'])} "
+                f"({accuracy['low'] * 100:.0f} – {accuracy['high'] * 100:.0f})",
                 "training": si(row["train_energy_j"]["value"], "J"),
                 "1,000 images": si(row["serve_energy_j"]["value"], "J"),
                 f"with {served}": si(row["total_energy_j"]["value"], "J"),

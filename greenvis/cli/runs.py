@@ -47,7 +47,7 @@ def run(
     log_with: Annotated[
         list[str] | None,
         option(
-            "log accuracy, loss and joules to a tracker, too: tensorboard, wandb or mlflow",
+            "log metrics, loss and joules to a tracker, too: tensorboard, wandb or mlflow",
             "TRACKER",
         ),
     ] = None,
@@ -138,8 +138,16 @@ def report(
     served: Annotated[
         float | None, option("images a model will answer, not 1,000,000", "N")
     ] = None,
+    metric: Annotated[
+        str | None, option("what the arms are judged by, not their task's primary one", "NAME")
+    ] = None,
     margin: Annotated[
-        float | None, option("of accuracy an arm may lose and still keep it, not 0.5", "POINTS")
+        float | None,
+        option(
+            "of the metric an arm may lose and still keep it: points of a share, not 0.5; else in "
+            "its own unit",
+            "POINTS",
+        ),
     ] = None,
     title: Annotated[str | None, option("headline of the report")] = None,
     as_json: app.Json = False,
@@ -152,6 +160,7 @@ def report(
         [run_names.named(path, runs) for path in paths],
         out=out,
         baseline=baseline,
+        metric=metric,
         grid=grid,
         title=title,
         served=served,

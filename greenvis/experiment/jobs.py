@@ -20,7 +20,7 @@ from greenvis.core import distributed, files, weights
 from greenvis.core.technique import Samples, Technique
 from greenvis.data import draws, loading
 from greenvis.errors import BadInput, GreenvisError, nearest
-from greenvis.experiment.recipe import UNHASHED, Arm, Recipe, load_recipe
+from greenvis.experiment.recipe import Arm, Recipe, load_recipe
 from greenvis.meters.header import versions
 from greenvis.tasks.base import Task
 
@@ -155,7 +155,7 @@ class Jobs:
                 "model": arm.model.model_dump(
                     exclude={f for f, value in usual.items() if getattr(arm.model, f) == value}
                 ),
-                "train": arm.train.model_dump(exclude=UNHASHED),
+                "train": arm.train.inputs(),
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
                 "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
             }
@@ -264,7 +264,7 @@ def _stage(stage: Arm) -> dict[str, Any]:
     made = [{t.name: t.recipe_form()} for t in stage.techniques]
     return {
         "name": stage.stage,
-        "train": stage.train.model_dump(exclude=UNHASHED),
+        "train": stage.train.inputs(),
         "techniques": made,
         "layers": stage.layers,
     }

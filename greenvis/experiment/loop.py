@@ -219,10 +219,10 @@ class Loop:
             self.run.note(f"resumed at epoch {self.progress.epoch}, batch {self.progress.batch}")
         if part.index is None and (why := part.evaluator.without_classifier(self.live)):
             self.run.note(f"{part.phase}: {why}")
-        if spec.target_accuracy is not None and part.evaluator.held_out is None:
+        if spec.target is not None and part.evaluator.held_out is None:
             self.run.note(
-                "train.target_accuracy was looked for on test images: the accuracy is better than "
-                "new images would show"
+                f"train.target was looked for on test images: the {part.task.primary.name} is "
+                "better than new images would show"
             )
 
     def _train(self) -> None:
@@ -280,17 +280,17 @@ class Loop:
 
     def _evaluate(self) -> None:
         evaluator, progress = self.part.evaluator, self.progress
-        target, held_out = self.part.spec.target_accuracy, None
+        target, held_out = self.part.spec.target, None
         with self.run.phase("eval"):
             progress.metrics = evaluator.on_test(self.live, self.accelerator)
             if target is not None:
                 held_out = evaluator.on_held_out(self.live, self.accelerator)
-        self.log(
-            **progress.metrics, **({} if held_out is None else {"held_out_accuracy": held_out})
-        )
+        primary = self.part.task.primary
+        beside = {} if held_out is None else {f"held_out_{primary.name}": held_out}
+        self.log(**progress.metrics, **beside)
         if target is not None:
-            metric = progress.metrics[self.part.task.primary.name]
-            progress.reached = (metric if held_out is None else held_out) >= target
+            value = progress.metrics[primary.name] if held_out is None else held_out
+            progress.reached = value >= target if primary.higher_is_better else value <= target
 
     def _evaluate_experiences(self, index: int) -> None:
         """Test all experiences, and note a row of each matrix."""

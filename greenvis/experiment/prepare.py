@@ -113,11 +113,6 @@ class Prepared:
             BadInput: for label smoothing of a task that has none.
         """
         task, train = self.job.arm.task, self.job.arm.train
-        if train.target_accuracy is not None and task.primary.name != "accuracy":
-            raise BadInput(
-                f"train.target_accuracy is of accuracy, and task '{task.name}' is judged by "
-                f"{task.primary.name}: leave it out"
-            )
         if not (smoothing := train.label_smoothing):
             return task
         if "label_smoothing" not in type(task).model_fields:
@@ -134,10 +129,9 @@ class Prepared:
         spec = self.job.arm.stream
         if spec is None:
             return None
-        if self.job.arm.train.target_accuracy is not None:
+        if self.job.arm.train.target is not None:
             raise BadInput(
-                "train.target_accuracy ends one training; a stream of tasks has no such end: leave "
-                "it out"
+                "train.target ends one training; a stream of tasks has no such end: leave it out"
             )
         stream = streams.make(
             self.images, seed=self.job.seed, **spec.model_dump(exclude={"restart"})

@@ -124,19 +124,21 @@ class TrainSpec(_Section):
     eval_every: Annotated[
         int, Field(ge=0, description="epochs between evaluations; 0: at the end only")
     ] = 1
-    target_accuracy: (
-        Annotated[
-            float,
-            Field(
-                gt=0, le=1, description="stop when it is reached on data.held_out, or on the test"
-            ),
-        ]
-        | None
-    ) = None
+    target: float | None = Field(
+        default=None,
+        description="of the task's primary metric: stop when it is reached on data.held_out, or on "
+        "the test",
+    )
     checkpoint_every_s: Annotated[
         float, Field(gt=0, description="seconds between checkpoints within an epoch")
     ] = 60.0
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1, max_length=1000)] = (0,)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what of it changes results, under the names that runs are known by."""
+        out = self.model_dump(exclude=UNHASHED)
+        out["target_accuracy"] = out.pop("target")  # as it was called first
+        return out
 
 
 class StageSpec(_Section):
@@ -220,13 +222,21 @@ class ReportSpec(_Section):
     baseline: str | None = Field(
         default=None, description="the arm the others are measured against; the first where absent"
     )
-    metric: Literal["accuracy"] = "accuracy"
-    margin: Annotated[
-        float,
-        Field(
-            ge=0, le=100, description="points of the metric that an arm may lose and still keep it"
-        ),
-    ] = 0.5
+    metric: Annotated[str, Field(max_length=100)] | None = Field(
+        default=None, description="of the task's metrics; its primary one where absent"
+    )
+    margin: (
+        Annotated[
+            float,
+            Field(
+                ge=0,
+                le=1e6,
+                description="how much of the metric an arm may lose and still keep it: points of a "
+                "share (0.5 where absent), else in the metric's unit (0)",
+            ),
+        ]
+        | None
+    ) = None
     title: str | None = None
     note: str | None = Field(
         default=None,
@@ -447,6 +457,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{nearest(recipe.baseline, recipe.arms)}"
         )
     recipe_checks.refuse_idle(recipe)
+    recipe_checks.refuse_unknown_metric(recipe)
     return recipe
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, nearest
 from greenvis.experiment import model_names
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
     ("train", "momentum", lambda arm: arm.train.optimizer == "sgd", "it is of optimizer: sgd"),
     (
         "train",
-        "target_accuracy",
+        "target",
         lambda arm: bool(arm.train.eval_every),
         "eval_every is 0, so it is not looked at on the way",
     ),
@@ -53,6 +53,31 @@ IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
     ("stream", "domain", lambda arm: _kind(arm) == "domain", "it is of kind: domain"),
     ("stream", "blur", lambda arm: _kind(arm) == "free", "it is of kind: free"),
 )
+
+
+def refuse_unknown_metric(recipe: Recipe) -> None:
+    """Raise BadInput for a metric or a target that the recipe's task does not have."""
+    arms = {name: recipe.arm(name) for name in recipe.arms}
+    task = next(iter(arms.values())).task
+    known = (
+        None if task.secondary is None else [task.primary.name, *(m.name for m in task.secondary)]
+    )
+    metric = recipe.report.metric
+    if metric is not None and known is not None and metric not in known:
+        raise BadInput(
+            f"{recipe.where('report', 'metric')}: task '{task.name}' has no metric '{metric}'"
+            f"{nearest(metric, known)}"
+        )
+    share = task.primary.unit == "%"
+    for name, arm in arms.items():
+        target = arm.train.target
+        if share and target is not None and not 0 < target <= 1:
+            own = ("arms", name, "train") if "target" in recipe.arms[name].train else ("train",)
+            hint = f": {target:g} % is {target / 100:g}" if 1 < target <= 100 else ""
+            raise BadInput(
+                f"{recipe.where(*own, 'target')}: train.target is {target:g}, and "
+                f"{task.primary.name} is a share, above 0 and up to 1{hint}"
+            )
 
 
 def refuse_idle(recipe: Recipe) -> None:

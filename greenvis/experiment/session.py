@@ -278,6 +278,7 @@ def _facts(prepared: Prepared, tracker: Tracker) -> None:
     spec = job.arm.model
     requests = [t for arm in (job.arm, *job.arm.stages) for t in arm.techniques]
     tracker.fact(
+        task=prepared.task.facts(),
         model={"ref": spec.ref, "options": spec.options, "init": spec.init}
         | ({"fold_norms": True} if spec.fold_norms else {}),
         data=prepared.images.facts(),

@@ -49,7 +49,7 @@ def warm_up(prepared: Prepared) -> None:
     """Train a step of a job on a model that is thrown away, so that no arm pays for what happens
     once in a process."""
     first = (prepared.stages or [prepared])[0]
-    spec = first.job.arm.train.model_copy(update={"epochs": 1, "target_accuracy": None})
+    spec = first.job.arm.train.model_copy(update={"epochs": 1, "target": None})
     images = prepared.images.train
     short = first.cut_short(Short(batches=1, tests=1), spec, images, images)
     if distributed.world_size() > 1:  # the others' share of so little is none

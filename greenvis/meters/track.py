@@ -473,7 +473,9 @@ class Tracker:
             self._ledger.source.model_on = {
                 devices.kind_of(p.device.type) for p in model.parameters()
             }
-        facts: dict[str, Any] = {
+        task = getattr(self.live, "task", None)
+        facts: dict[str, Any] = {} if task is None else {"task": task.facts()}
+        facts |= {
             "params": sum(n for n, _ in sizes),
             "trainable_params": sum(n for n, grad in sizes if grad),
         }

@@ -203,7 +203,7 @@ def _few(prepared: Prepared, steps: int, groups: int) -> record.Run:
     """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the
     record."""
     spec = prepared.job.arm.train.model_copy(
-        update={"epochs": groups, "target_accuracy": None, "eval_every": 1}
+        update={"epochs": groups, "target": None, "eval_every": 1}
     )
     short = prepared.cut_short(
         Short(batches=steps, tests=EVAL_BATCHES),

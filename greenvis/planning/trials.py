@@ -168,7 +168,7 @@ class Trials:
 
     def _run(self, prepared: Prepared, size: int, caches: Path, serving: bool) -> Path:
         """Train on the first `size` images, and return the record."""
-        spec = prepared.job.arm.train.model_copy(update={"target_accuracy": None, "eval_every": 0})
+        spec = prepared.job.arm.train.model_copy(update={"target": None, "eval_every": 0})
         trial = prepared.cut_short(
             Short(trained=True, caches=caches),
             spec,

@@ -25,7 +25,7 @@ def report(
     paths: Paths,
     out: str | os.PathLike[str] | None = None,
     baseline: str | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     grid: float | str | Mapping[str, Any] | None = None,
     title: str | None = None,
     served: float | None = None,
@@ -39,14 +39,15 @@ def report(
             in it; or one results.json, which is compared and written anew.
         out: the folder to write, reports/<name> by default.
         baseline: the arm others are compared with (default: the one called "baseline").
-        metric: what the arms gain, a fact of the runs.
+        metric: what the arms gain, a fact of the runs; by default what their recipe asks for, else
+            the primary metric of their task.
         grid: a zone ("SWE", see `greenvis.meters.grid`), g CO2e per kWh, or a carbon intensity
             {"value", "low", "high", "zone", "source"}, in place of the recorded one.
         title: headline of the report.
         served: the images at which making and using a model are added up.
         note: shown below the verdict, as its author's words.
-        margin: points of a share (0.5), or units of another metric (0), that an arm may lose and
-            still keep it.
+        margin: points of a share (0.5), or of another metric its own unit (0), that an arm may
+            lose and still keep it.
 
     Returns:
         The path of its index.html.
@@ -86,7 +87,7 @@ def report(
 def results(
     paths: Paths,
     baseline: str | None = None,
-    metric: str = "accuracy",
+    metric: str | None = None,
     grid: float | str | Mapping[str, Any] | None = None,
     served: float | None = None,
     margin: float | None = None,
@@ -130,13 +131,11 @@ def results(
                 margin=margin,
             )
     with archive.unpacked(_listed(paths)) as each:
-        runs, notes = groups.load(each, metric)
+        loaded = groups.load(each, metric)
     try:
         return build.results(
-            runs,
-            notes,
+            loaded,
             baseline=baseline,
-            metric=metric,
             grid=_intensity(grid),
             served=round(SERVED if served is None else served),
             margin=margin,

@@ -10,21 +10,22 @@ from typing import Any
 from greenvis.core import yamlfile
 from greenvis.errors import BadInput, nearest
 from greenvis.report import arms as arms_
-from greenvis.report import comparison, family, formatting, provenance, reuse, stats
+from greenvis.report import comparison, family, provenance, reuse, stats
 from greenvis.report.arm_results import ArmResults
+from greenvis.report.groups import Loaded
+from greenvis.report.measures import DEFAULT, is_share
 from greenvis.report.runs import Arm, SeedRun
 from greenvis.report.shape import SCHEMA, Overlapping, Results, Totals, Unfinished
 from greenvis.report.sums import sum_reading
+from greenvis.tasks.base import Measure
 
 MARGIN = 0.5  # points of a share of 1 that may be lost, unless told
 
 
 def results(
-    groups: list[SeedRun],
-    notes: list[str],
+    loaded: Loaded,
     *,
     baseline: str | None = None,
-    metric: str = "accuracy",
     grid: Mapping[str, Any] | None = None,
     served: int = 1_000_000,
     margin: float | None = None,
@@ -32,10 +33,8 @@ def results(
     """Return the results of seed runs.
 
     Args:
-        groups: of `groups.load`.
-        notes: on records that were left out.
+        loaded: of `groups.load`.
         baseline: the arm others are compared with.
-        metric: what the arms gain.
         grid: a carbon intensity that replaces the recorded ones; it changes grams and nothing else.
         served: images a model answers in its life, for the full cycle.
         margin: how much of the metric may be lost: points of a share of 1 (0.5 unless the recipe
@@ -44,6 +43,8 @@ def results(
     Raises:
         BadInput: for an unknown baseline or a metric that names something else.
     """
+    groups, measure = loaded.groups, loaded.measure
+    metric = measure.name
     if metric in ArmResults.model_fields or metric.endswith(("_j", "_g")):
         raise BadInput(
             f"metric '{metric}' is a cost the report shows anyway; name what is gained, such as "
@@ -51,7 +52,7 @@ def results(
         )
     arms = to_arms(groups)
     base = _baseline(baseline, arms)
-    rows = _rows(arms, base, metric, grid)
+    rows = _rows(arms, base, measure, grid)
     if all(row.gain.n == 0 for row in rows.values()) and any(a.done for a in arms):
         _unknown_metric(metric, arms)
     stated = _stated(arms)
@@ -62,27 +63,28 @@ def results(
         "note": stated.get("note"),
         "baseline": base,
         "metric": metric,
-        "margin": _margin(stated, metric) if margin is None else margin,
+        **_of_task(loaded, arms),
+        "margin": _margin(stated, measure) if margin is None else margin,
         "comparisons": 0,
         "noise_floor": None,
         "served": served,
-        "lower_is_better": comparison.lower_is_better(metric),
+        "lower_is_better": not measure.higher_is_better,
         "arms": rows,
         "order": _order(arms, base),
         "totals": _totals(arms, grid),
         "incomplete": _incomplete(arms),
         "family": family.family(arms),
     }
-    where = provenance.describe(arms, grid, notes)
+    where = provenance.describe(arms, grid, loaded.notes)
     known = {name: getattr(where, name) for name in where.model_fields_set}
     return comparison.compared(Results.model_validate({**content, **known}))
 
 
 def _rows(
-    arms: list[Arm], base: str | None, metric: str, grid: Mapping[str, Any] | None
+    arms: list[Arm], base: str | None, measure: Measure, grid: Mapping[str, Any] | None
 ) -> dict[str, ArmResults]:
     users = reuse.users(r for a in arms for r in a.done.values())
-    lower = comparison.lower_is_better(metric)
+    metric, lower = measure.name, not measure.higher_is_better
     scores = [r.metric(metric) for a in arms if a.label == base for r in a.finished.values()]
     target = stats.summary(dict(enumerate(s for s in scores if s is not None))).mean
     return {a.label: arms_.results(a, metric, grid, users, target, lower) for a in arms}
@@ -175,7 +177,19 @@ def _stated(arms: list[Arm]) -> dict[str, Any]:
     return {k: v for k, v in section.items() if k == "margin" or isinstance(v, str)}
 
 
-def _margin(stated: Mapping[str, Any], metric: str) -> float:
+def _of_task(loaded: Loaded, arms: list[Arm]) -> dict[str, str]:
+    """Return the unit of the metric, where the records state it, and what is served, where that is
+    no image."""
+    facts = [run.facts for a in arms for run in a.finished.values()]
+    units = {f.unit for f in facts}
+    unit = units.pop() if len(units) == 1 else "image"
+    stated = any(loaded.measure in f.measures for f in facts)
+    return ({"metric_unit": loaded.measure.unit} if stated else {}) | (
+        {"unit": unit} if unit != "image" else {}
+    )
+
+
+def _margin(stated: Mapping[str, Any], measure: Measure) -> float:
     """The margin the recipe states, else half a point of a share of 1, and nothing of what has
     other units."""
     margin = stated.get("margin")
@@ -183,7 +197,7 @@ def _margin(stated: Mapping[str, Any], metric: str) -> float:
         float(margin)
         if isinstance(margin, (int, float)) and margin >= 0
         else MARGIN
-        if formatting.share(metric)
+        if is_share(measure)
         else 0.0
     )
 
@@ -192,7 +206,7 @@ def _unknown_metric(metric: str, arms: list[Arm]) -> None:
     facts = {k for a in arms for run in a.finished.values() for k in run.facts.numbers}
     facts -= {*ArmResults.model_fields}
     # a tracked run need not have an accuracy; another metric was asked for on purpose
-    if metric != "accuracy":
+    if metric != DEFAULT:
         raise BadInput(
             f"no finished run has a fact or a log named '{metric}'{nearest(metric, facts)}"
         )

@@ -9,10 +9,10 @@ from greenvis.meters import pricing
 from greenvis.report import floor, formatting, stats
 from greenvis.report.arm_results import ArmResults, Cycle, Sci
 from greenvis.report.estimates import Payback, Paybacks, Ratio, ToTarget, Versus
+from greenvis.report.measures import is_share
 from greenvis.report.runs import Arm, Curve, RunSummary, SeedRun
 from greenvis.report.shape import Results
 
-LOWER_IS_BETTER = ("loss", "error", "forgetting", "perplexity", "mae", "mse", "rmse")
 NOT_SHOWN = Payback(verdict="not shown", images=None, low=None, high=None, seeds_agree=None)
 Quantities = dict[str, stats.Seeds]  # values by quantity and seed
 
@@ -59,7 +59,7 @@ def compared(results: Results) -> Results:
 def allowed(results: Results) -> float:
     """Return how much of the metric may be lost, in its own unit: `margin` is in points for a share
     of 1."""
-    return results.margin / 100 if formatting.share(results.metric) else results.margin
+    return results.margin / 100 if is_share(results.measure) else results.margin
 
 
 def _by_seed(row: ArmResults) -> Quantities:
@@ -192,9 +192,3 @@ def sci(
         r="one image",
         g_per_image=per_image,
     )
-
-
-def lower_is_better(metric: str) -> bool:
-    """Return whether less of the metric is better, by its name ("loss", "val_error",
-    "forgetting")."""
-    return metric.lower().rsplit("_", 1)[-1] in LOWER_IS_BETTER

@@ -10,6 +10,7 @@ from typing import Any
 
 from greenvis.meters.record import PROVENANCES, Reading
 from greenvis.report.estimates import Free
+from greenvis.tasks.base import Measure
 
 COUNTS = ("misses", "hits", "earlier", "bytes")  # of outputs that were computed once
 CONFLICT = ("disagreement", "kl", "cosine")  # between several teachers, one number per epoch
@@ -120,6 +121,8 @@ class Operated:
 class Facts:
     """What a run measured and made, as far as it can be believed."""
 
+    measures: list[Measure]  # of its task, the primary one first; [] where it names none
+    unit: str  # of what the task answers for: "image", "bag"
     numbers: dict[str, float]  # plain figures by name: the metric, macs, params, …
     inference_energy_j: Reading | None  # per image
     inference_spread: float | None
@@ -150,7 +153,11 @@ class Facts:
         points, matrix = facts.get("operating_points"), facts.get("task_accuracy")
         model, predicted = facts.get("model"), facts.get("predicted")
         values, recipe = list(facts.values()), facts.get("recipe")
+        task = facts.get("task")
+        task = task if isinstance(task, Mapping) else {}
         return cls(
+            measures=measures_of(facts),
+            unit=str(task.get("unit") or "image"),
             numbers={k: float(v) for k, v in facts.items() if is_number(v)},
             inference_energy_j=None if served.value is None else served,
             inference_spread=spread if spread is not None and 0 <= spread < 1e3 else None,
@@ -198,6 +205,15 @@ class Facts:
                 {},
             ),
         )
+
+
+def measures_of(facts: Mapping[str, Any]) -> list[Measure]:
+    """Return the metrics of the task that a record names, the primary one first."""
+    task = facts.get("task")
+    entries = _list(task.get("metrics")) if isinstance(task, Mapping) else []
+    return [
+        Measure(m["name"], m.get("unit", "%"), m.get("higher_is_better", True)) for m in entries
+    ]
 
 
 def is_number(value: Any) -> bool:

@@ -75,7 +75,7 @@ def widened(ratios: Mapping[str, Ratio | None], floors: Floors) -> dict[str, Rat
 
 def brief(results: Results) -> str:
     """Return the floor for a cell: "training ×1.03, image ×1.21", or "unknown"."""
-    parts = [f"{kind} {_factor(f)}" for kind, f in _known(results, "training", "image")]
+    parts = [f"{kind} {_factor(f)}" for kind, f in _known(results, "training", results.unit)]
     return ", ".join(parts) or "unknown"
 
 
@@ -83,7 +83,7 @@ def sentence(results: Results) -> str:
     """Say what the floor of the tables is."""
     parts = [
         f"{kind} {_factor(f)} ({', '.join(f.arms[:6])})"
-        for kind, f in _known(results, "training", "one image")
+        for kind, f in _known(results, "training", f"one {results.unit}")
     ]
     if not parts:
         return "Noise floor: not known, for no two arms did the same work."

@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 
 from greenvis.report.estimates import Difference, Estimate, Payback, Ratio, Summary
+from greenvis.report.measures import is_share, suffix
+from greenvis.tasks.base import Measure
 
 MISSING = "–"
 _PREFIX = (
@@ -20,7 +22,6 @@ _PREFIX = (
     (1e-9, "n"),
 )
 ESTIMATED = ("J", "g")  # units of figures that no reading here tells to three figures
-_SHARES = ("accuracy", "top1", "top5", "f1", "miou", "map", "auc", "recall", "precision")
 
 
 def figures(value: float, digits: int = 3) -> str:
@@ -85,16 +86,18 @@ def size(value: float | None) -> str:
     return si(value, "B")
 
 
-def share(metric: str) -> bool:
-    """Return whether the metric is a share of 1, written in per cent."""
-    return any(metric.lower().endswith(s) for s in _SHARES)
-
-
-def gain(metric: str, value: float | None) -> str:
-    """Return a metric's value: "88.9 %" for shares, three figures else."""
+def gain(measure: Measure, value: float | None) -> str:
+    """Return a metric's value: "88.9 %" for shares, three figures and the unit else."""
     if value is None:
         return MISSING
-    return f"{fixed(value * 100)}\u00a0%" if share(metric) else figures(value)
+    if is_share(measure):
+        return f"{fixed(value * 100)}\u00a0%"
+    return figures(value).replace("-", "−") + suffix(measure)
+
+
+def plural(unit: str) -> str:
+    """Return several of what is served: "images"."""
+    return unit if unit.endswith("s") else f"{unit}s"
 
 
 def fixed(value: float, digits: int = 1, *, sign: bool = False) -> str:
@@ -106,34 +109,36 @@ def fixed(value: float, digits: int = 1, *, sign: bool = False) -> str:
     return text.replace("-", "−") if sign or value < 0 else text[1:]
 
 
-def points(metric: str, value: float | None) -> str:
-    """Return a signed difference of the metric: "+1.5 points" for shares."""
+def points(measure: Measure, value: float | None) -> str:
+    """Return a signed difference of the metric: "+1.5 points" for shares, "−0.21 px" else."""
     if value is None:
         return MISSING
-    if share(metric):
-        return f"{fixed(value * 100, 2, sign=True)} points"
+    return _signed(measure, value) + (" points" if is_share(measure) else suffix(measure))
+
+
+def _signed(measure: Measure, value: float) -> str:
+    if is_share(measure):
+        return fixed(value * 100, 2, sign=True)
     return ("+" if value > 0 else "−" if value < 0 else "") + figures(abs(value))
 
 
-def interval(metric: str, d: Difference) -> str:
+def interval(measure: Measure, d: Difference) -> str:
     """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is
     none."""
-    if d.low is None:
+    if d.low is None or d.high is None:
         return ""
-    return " to ".join(points(metric, end).removesuffix(" points") for end in (d.low, d.high))
+    return " to ".join(_signed(measure, end) for end in (d.low, d.high))
 
 
-def spread(metric: str, s: Summary) -> str:
+def spread(measure: Measure, s: Summary) -> str:
     """Return "88.9 % ± 0.3" (standard deviation over seeds), or the value alone for one seed."""
     if s.mean is None:
         return MISSING
     if s.std is None:
-        return gain(metric, s.mean)
-    return (
-        f"{gain(metric, s.mean)} ± {s.std * 100:.1f}"
-        if share(metric)
-        else f"{figures(s.mean)} ± {figures(s.std, 2)}"
-    )
+        return gain(measure, s.mean)
+    if is_share(measure):
+        return f"{gain(measure, s.mean)} ± {s.std * 100:.1f}"
+    return f"{figures(s.mean)} ± {figures(s.std, 2)}{suffix(measure)}".replace("-", "−")
 
 
 def times(r: Ratio | None, what: str = "") -> str:
@@ -215,20 +220,20 @@ def factor_band(r: Ratio | None) -> str:
     return f"×{_end(r.low)}–{_end(r.high)}"
 
 
-def payback(p: Payback | None, arm: str, base: str) -> str:
-    """Return a payback in words."""
+def payback(p: Payback | None, arm: str, base: str, unit: str = "image") -> str:
+    """Return a payback in words; unit: of what is served."""
     if not p:
         return f"{arm}: unknown, inference energy was not measured."
-    n, band = count(p.images), ""
+    n, band = f"{count(p.images)} {plural(unit)}", ""
     if p.low is not None and p.high is not None and p.verdict in ("pays back", "ahead until"):
         band = f" ({count(p.low)}–{count(p.high)} over seeds)"
     unsure = "" if p.seeds_agree else " The seeds do not agree."
     text = {
-        "at once": f"{arm} is ahead of {base} from the first image",
-        "pays back": f"{arm} pays back after {n} images{band}",
-        "ahead until": f"{arm} is ahead of {base} until {n} images{band}, then behind",
+        "at once": f"{arm} is ahead of {base} from the first {unit}",
+        "pays back": f"{arm} pays back after {n}{band}",
+        "ahead until": f"{arm} is ahead of {base} until {n}{band}, then behind",
         "never": f"{arm} never pays back: dearer to make and not cheaper to use than {base}",
-        "not shown": f"{arm}: no difference shown in the energy of one image to {base}, so no "
+        "not shown": f"{arm}: no difference shown in the energy of one {unit} to {base}, so no "
         "payback is stated",
     }[p.verdict]
     return text + "." + (unsure if p.verdict != "not shown" else "")

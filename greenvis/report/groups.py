@@ -8,24 +8,34 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from greenvis.errors import BadInput
 from greenvis.meters import pricing, record, serving
 from greenvis.meters.record import STARTUP, Reading
-from greenvis.report import overlap, schema
+from greenvis.report import measures, overlap, schema
 from greenvis.report.facts import COUNTS, Ancestor, Facts, Setup
-from greenvis.report.parts import Part, by_stage, stage, summarize, summed, training_energy_j
+from greenvis.report.parts import Part, by_stage, curve, stage, summarize, summed, training_energy_j
 from greenvis.report.runs import APART, Curve, RunSummary, SeedRun, total
+from greenvis.tasks.base import Measure
 
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
 
-def load(
-    paths: Iterable[str | os.PathLike[str]], metric: str = "accuracy"
-) -> tuple[list[SeedRun], list[str]]:
-    """Read every record among `paths` (files, folders, glob patterns) and group them. Returns the
-    groups and notes.
+class Loaded(NamedTuple):
+    """Seed runs, notes on what was left out, and the metric all are judged by."""
+
+    groups: list[SeedRun]
+    notes: list[str]
+    measure: Measure
+
+
+def load(paths: Iterable[str | os.PathLike[str]], metric: str | None = None) -> Loaded:
+    """Read every record among `paths` (files, folders, glob patterns) and group them.
+
+    Args:
+        paths: of records.
+        metric: what they are judged by; by default what they say themselves (`measures.choose`).
 
     A record met twice (the same run id and rank) counts once, the more complete one. What cannot be
     believed is left out, with a note. Raises BadInput where there is no record at all.
@@ -37,7 +47,7 @@ def load(
         try:
             run = record.read(path)
             notes += schema.check(run)
-            part = summarize(run, metric)
+            part = summarize(run, metric or measures.DEFAULT)
         except BadInput as error:
             if asked:
                 raise
@@ -65,7 +75,14 @@ def load(
             f"no run record (*{record.SUFFIX}) in {where or 'no path'}; {files} file(s) looked at. "
             + (f"Left out: {notes[0]}" if notes else "Run something first.")
         )
-    return _group(list(parts.values())), sorted(notes)
+    every = list(parts.values())
+    measure = measures.choose(metric, ((Setup.of(p.run.header), p.run.facts) for p in every))
+    if measure.name != (metric or measures.DEFAULT):
+        for part in every:
+            run = record.read(part.run.path)
+            schema.check(run)
+            part.curve = curve(run, measure.name)
+    return Loaded(_group(every), sorted(notes), measure)
 
 
 def _origin(part: Part) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from greenvis.meters import carbon, pricing, record
 from greenvis.meters.record import MOST_BYTES, Run
 from greenvis.report import results, schema, stats, stored
 from greenvis.report.estimates import Ratio
+from greenvis.report.facts import measures_of
 from greenvis.report.groups import record_files
 from greenvis.report.listing_index import Index
+from greenvis.report.measures import DEFAULT, named
+from greenvis.report.shape import Results
 
 Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
@@ -31,8 +34,8 @@ COMPARED = (
     "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb",
 )  # fmt: skip
 COLUMNS = (
-    "run", "name", "arm", "seed", "rank", "status", "started_s", "accuracy", "energy_j",
-    "energy_low_j", "energy_high_j",
+    "run", "name", "arm", "seed", "rank", "status", "started_s", "metric",
+    "metric_unit", "score", "energy_j", "energy_low_j", "energy_high_j",
     "provenance", "carbon_g", "wall_s", "path",
 )  # fmt: skip
 SUMS = ("energy_j", "carbon_g", "wall_s")
@@ -45,20 +48,20 @@ def ls(
     sort: str = "started_s",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
-    """Return one row per record: run, name, arm, seed, rank, status, started_s, accuracy, energy_j,
-    carbon_g, wall_s, path.
+    """Return one row per record: run, name, arm, seed, rank, status, started_s, metric (its
+    task's primary one), metric_unit, score (what it reached), energy_j, carbon_g, wall_s, path.
 
     Args:
         paths: records and folders; files that are no records are left out.
         where: keep rows in whose name, arm, run id or status this text occurs.
-        sort: a column, "-" before it for descending; rows without a value come last.
+        sort: a column, or the metric's own name, "-" before it for descending; rows
+            without a value come last.
         say: called with what was left out, and why; not for files without a byte, which processes
             killed before their first line leave.
 
     Raises:
         BadInput: for an unknown column, and where files were named and none of them is a record.
     """
-    key = column(sort.removeprefix("-"), COLUMNS, "sort")
     words, rows, refused = ("name", "arm", "run", "status"), [], []
     with Index(_code()) as index:
         for path, named in record_files(_as_list(paths)):
@@ -75,6 +78,7 @@ def ls(
                 rows.append(row | {"path": str(path)})
     if refused and not rows and not where and all(refused):
         raise BadInput(str(refused[0]))
+    key = column(sort.removeprefix("-"), COLUMNS, "sort", _metrics(rows))
     return _sorted(rows, key, sort.startswith("-"), lambda row: row["run"])
 
 
@@ -89,31 +93,38 @@ def group(
         sort: as in `ls`, by a column of the groups; those of `by` where it is empty.
 
     Returns:
-        Rows with runs and done (counts), accuracy (the mean over finished runs that have one), and
-        energy_j, carbon_g and wall_s (sums over all).
+        Rows with runs and done (counts), metric and score (the mean over finished runs that have
+        one; None where they have several metrics), and energy_j, carbon_g and wall_s (sums over
+        all).
 
     Raises:
         BadInput: for an unknown column.
     """
+    rows = list(rows)
     columns = [column(name, COLUMNS, "group") for name in by]
-    heads = (*columns, "runs", "done", "accuracy", *SUMS)
-    key = column(sort.removeprefix("-"), heads, "sort these groups") if sort else ""
+    heads = (*columns, "runs", "done", "metric", "metric_unit", "score", *SUMS)
+    key = ""
+    if sort:
+        key = column(sort.removeprefix("-"), heads, "sort these groups", _metrics(rows))
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[c] for c in columns), []).append(row)
     out = []
     for values, members in sorted(groups.items(), key=lambda kv: tuple(map(str, kv[0]))):
         scores = {
-            i: r["accuracy"]
+            i: r["score"]
             for i, r in enumerate(members)
-            if r["status"] == "done" and r["accuracy"] is not None
+            if r["status"] == "done" and r["score"] is not None
         }
+        judged = {(r["metric"], r["metric_unit"]) for r in members if r["score"] is not None}
+        metric, unit = judged.pop() if len(judged) == 1 else (None, None)
         sums = {k: math.fsum(r[k] for r in members if r[k] is not None) for k in SUMS}
         done = sum(r["status"] == "done" for r in members)
-        mean = stats.summary(scores).mean
+        mean = None if metric is None else stats.summary(scores).mean
         out.append(
             dict(zip(columns, values, strict=True))
-            | {"runs": len(members), "done": done, "accuracy": mean}
+            | {"runs": len(members), "done": done}
+            | {"metric": metric, "metric_unit": unit, "score": mean}
             | sums
         )
     return (
@@ -123,10 +134,17 @@ def group(
     )
 
 
-def column(name: str, columns: Sequence[str], doing: str) -> str:
+def _metrics(rows: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Return the column of each metric's own name."""
+    return {str(name).lower(): "score" for name in {r["metric"] for r in rows} | {DEFAULT}}
+
+
+def column(
+    name: str, columns: Sequence[str], doing: str, words: Mapping[str, str] | None = None
+) -> str:
     """Return the column that a name means: its own, one without its unit, or as a terminal heads
     it. Raises BadInput."""
-    requested = WORDS.get(name.lower(), name.lower())
+    requested = (WORDS | dict(words or {})).get(name.lower(), name.lower())
     match = next((c for c in columns if requested in (c, c.rpartition("_")[0])), None)
     if match is None:
         raise BadInput(f"cannot {doing} by '{name}'{nearest(requested, columns)}")
@@ -144,7 +162,7 @@ def _sorted(
 
 
 def compare(
-    a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str = "accuracy"
+    a: str | os.PathLike[str], b: str | os.PathLike[str], metric: str | None = None
 ) -> list[dict[str, Any]]:
     """Compare two runs, folders of runs or results.json files: one row per arm and quantity.
 
@@ -153,19 +171,23 @@ def compare(
     Args:
         a: what is compared with.
         b: what is compared.
-        metric: what the arms gain.
+        metric: what the arms gain; by default what the records say themselves.
 
     Returns:
-        Rows of {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}.
+        Rows of {"arm", "quantity", "a", "b", "ratio" (b ÷ a), "change_percent"}; that of the metric
+        has its unit, too: "metric_unit".
 
     Raises:
         BadInput: where nothing matches.
     """
-    left, right = _side(a, metric), _side(b, metric)
+    one, other = _side(a, metric), _side(b, metric)
+    _same_metric(a, b, one, other)
+    left, right, measure = one.as_json()["arms"], other.as_json()["arms"], one.measure
     rows = []
     for m, n in _matched(a, b, left, right).items():
         x, y, label = left[m], right[n], m if m == n else f"{m} → {n}"
-        values = [(metric, _number(x.get(metric), "mean"), _number(y.get(metric), "mean"))]
+        gains = [_number(row.get(measure.name), "mean") for row in (x, y)]
+        values = [(measure.name, gains[0], gains[1])]
         values += [(k, _number(x.get(k), "value"), _number(y.get(k), "value")) for k in COMPARED]
         values.append(
             (
@@ -187,6 +209,7 @@ def compare(
                         "ratio": ratio,
                         "change_percent": change,
                     }
+                    | ({"metric_unit": measure.unit} if quantity == measure.name else {})
                 )
     return rows
 
@@ -195,7 +218,7 @@ def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],
     max_energy: str = "+5%",
-    metric: str = "accuracy",
+    metric: str | None = None,
 ) -> tuple[bool, list[dict[str, Any]]]:
     """Say whether the training energy of `b` stays within a limit of that of `a`, for every arm of
     `a`.
@@ -204,7 +227,7 @@ def diff(
         a: records, folders of them or a results.json (a committed report is a good one).
         b: as `a`.
         max_energy: "+5%" allows 5 % more, "-10%" demands 10 % less.
-        metric: what the arms gain.
+        metric: what the arms gain; by default what the records say themselves.
 
     Returns:
         Whether all arms are within it, and one row per arm: {"arm", "a_j", "b_j", "ratio", "low",
@@ -212,7 +235,7 @@ def diff(
         that is missing or unfinished in `b` is not ok; one that is unfinished in `a` is left out.
     """
     limit = _limit(max_energy)
-    left, right = _side(a, metric), _side(b, metric)
+    left, right = (_side(side, metric).as_json()["arms"] for side in (a, b))
     pairs = _matched(a, b, left, right)
     rows = []
     for label, x in left.items():
@@ -255,13 +278,20 @@ def _limit(text: str) -> float:
     return 1 + float(match[1]) / 100
 
 
-def _side(path: str | os.PathLike[str], metric: str) -> dict[str, dict[str, Any]]:
-    """Return the arms at a path: of a results.json, of the report in a folder, or of records."""
+def _same_metric(a: Any, b: Any, one: Results, other: Results) -> None:
+    if one.metric != other.metric:
+        raise BadInput(
+            f"{a} is judged by {one.metric} and {b} by {other.metric}: these cannot be compared"
+        )
+
+
+def _side(path: str | os.PathLike[str], metric: str | None) -> Results:
+    """Return the results at a path: of a results.json, of the report in a folder, or of records."""
     source = Path(path)
     file = source / "results.json" if (source / "results.json").is_file() else source
     if file.suffix != ".json":
-        return results([path], metric=metric).as_json()["arms"]
-    return stored.read(file).as_json()["arms"]
+        return results([path], metric=metric)
+    return stored.read(file)
 
 
 def _matched(a: Any, b: Any, left: dict[str, Any], right: dict[str, Any]) -> dict[str, str]:
@@ -319,7 +349,9 @@ def _row(run: Run) -> dict[str, Any]:
     grams = carbon.grams(
         spent, h.get("carbon_intensity") or {}, pue if isinstance(pue, (int, float)) else 1.0
     )
-    logged = next((log["accuracy"] for log in reversed(run.logs) if "accuracy" in log), None)
+    measure = next(iter(measures_of(run.facts)), named(DEFAULT))
+    logged = next((log[measure.name] for log in reversed(run.logs) if measure.name in log), None)
+    score = run.facts.get(measure.name, logged)
     name = str(h.get("name") or "run")
     return {
         "run": run.id,
@@ -329,7 +361,9 @@ def _row(run: Run) -> dict[str, Any]:
         "rank": h.get("rank", 0),
         "status": run.status,
         "started_s": h.get("clock_s"),
-        "accuracy": run.facts.get("accuracy", logged),
+        "metric": None if score is None else measure.name,
+        "metric_unit": None if score is None else measure.unit,
+        "score": score,
         "energy_j": spent.value,
         "energy_low_j": spent.low,
         "energy_high_j": spent.high,

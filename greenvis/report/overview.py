@@ -14,10 +14,11 @@ from greenvis.errors import BadInput
 from greenvis.report import floor, markup, stored, verdict
 from greenvis.report.estimates import Ratio
 from greenvis.report.formatting import MISSING, factor, factor_band, interval, points, shown
+from greenvis.report.measures import DEFAULT, written
 from greenvis.report.shape import Results
 
 HEAD = (
-    "technique", "measured in", "arm", "accuracy", "kept?", "energy to train, base and teacher "
+    "technique", "measured in", "arm", "metric", "kept?", "energy to train, base and teacher "
                                                             "included", "own share",
     "energy of an image", "noise floor", "differs in",
 )  # fmt: skip
@@ -30,8 +31,9 @@ def overview(folder: str | Path) -> dict[str, Any]:
     """Sum up all reports in a folder.
 
     A technique's rows are the arms that have that technique and no other more than their report's
-    baseline: accuracy against the baseline's, energies as ratios to its, each with its interval;
-    bold where that leaves out no change. "differs in" comes from comparing the two arms' recipes:
+    baseline: the metric (accuracy where none is named) against the baseline's, energies as ratios
+    to its, each with its interval; bold where that leaves out no change. "differs in" comes from
+    comparing the two arms' recipes:
     the technique alone, or what else.
 
     Args:
@@ -100,7 +102,8 @@ def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
         "",
         "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the "
         "interval leaves out no "
-        "change. Kept: all of it lies above −0.5 points (or the report's own margin); lost: below; "
+        "change. The metric is accuracy where none is named. Kept: all of it lies above −0.5 "
+        "points (or within the report's own margin); lost: below; "
         "else it is open. Energies "
         "are ratios to the baseline's; “not known” is the cost of what others trained, which is in "
         "no figure. Noise floor: how "
@@ -114,7 +117,7 @@ def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
 
 
 def _rows(results: Results) -> Iterator[dict[str, str]]:
-    base, metric = results.baseline, results.metric
+    base, measure = results.baseline, results.measure
     if base is None:
         return
     common = results.arms[base].technique_names
@@ -124,13 +127,15 @@ def _rows(results: Results) -> Iterator[dict[str, str]]:
             continue
         change = arm.difference
         known = change if change and change.low is not None else None
-        gain = f"{points(metric, known.mean)} ({interval(metric, known)})" if known else MISSING
+        gain = f"{points(measure, known.mean)} ({interval(measure, known)})" if known else MISSING
+        gain = f"**{gain}**" if shown(change) else gain
+        other = f"{written(measure)} " if measure.name != DEFAULT else ""
         lacking = " + not known" if arm.unknown else ""
         yield {
             "technique": own[0],
             "against": base,
             "arm": label,
-            "accuracy": f"**{gain}**" if shown(change) else gain,
+            "metric": other + gain,
             "kept?": {"keeps": "kept", "loses": "lost"}.get(known.verdict, "open")
             if known
             else "one seed",

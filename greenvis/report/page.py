@@ -139,8 +139,8 @@ def to_csv(results: Results) -> str:
 
 def _columns(results: Results) -> Iterable[Column]:
     yield from tables.costs(results)
-    yield from tables.sizes()
-    yield from task_columns.columns()
+    yield from tables.sizes(results)
+    yield from task_columns.columns(results)
     yield from tables.cycle(results)
 
 

@@ -64,14 +64,14 @@ def summarize(run: Run, metric: str) -> Part:
         run.status,
         small,
         run.notes,
-        _curve(run, metric),
+        curve(run, metric),
         (timed["samples"], timed) if timed else None,
         run.damaged_lines,
         str((run.end or {}).get("reason") or ""),
     )
 
 
-def _curve(run: Run, metric: str) -> Curve:
+def curve(run: Run, metric: str) -> Curve:
     """Return (joules so far, metric) at each log. Only phases that moved since the log before are
     priced anew."""
     logs = [x for x in run.logs if is_number(x.get(metric))]

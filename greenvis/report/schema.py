@@ -18,6 +18,7 @@ MOST_DEPTH = 12
 MOST_SAID = 5  # problems said of one record
 
 _Word = Annotated[str, Field(max_length=1000)]
+_Short = Annotated[str, Field(max_length=100)]
 _Count = Annotated[float, Field(ge=0, le=1e24)]
 _Moment = Annotated[float, Field(ge=0, le=1e12)]
 
@@ -103,7 +104,20 @@ class _Served(_Loose):
     rounds: Annotated[list[_Seen], Field(max_length=100_000)]
 
 
+class _Measure(_Loose):
+    name: _Short
+    unit: _Short = "%"
+    higher_is_better: bool = True
+
+
+class _Task(_Loose):
+    name: _Short
+    unit: _Short = "image"
+    metrics: Annotated[list[_Measure], Field(min_length=1, max_length=100)]
+
+
 class _Facts(_Loose):
+    task: _Task | None = None
     inference: _Served | None = None
     task_observed: Annotated[list[_Seen | None], Field(max_length=10_000)] | None = None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -26,6 +26,8 @@ from greenvis.report.estimates import (
     Text,
     Word,
 )
+from greenvis.report.measures import named
+from greenvis.tasks.base import Measure
 
 SCHEMA = 2
 MOST_PROBLEMS = 3  # said of one file
@@ -165,6 +167,8 @@ class Results(Provenance):
     note: Annotated[str, Field(max_length=100_000)] | None
     baseline: Word | None
     metric: Word
+    metric_unit: Word | None = None  # as `Measure.unit`; None: told by its name
+    unit: Word = "image"  # of what is served: what one answer of the task is for
     # how much of the metric may be lost: points of a share of 1, else the metric's own unit
     margin: Annotated[float, Field(ge=0, le=1e9)]
     served: Annotated[int | float, Field(ge=1, le=1e18)]  # images of the full cycle
@@ -176,6 +180,12 @@ class Results(Provenance):
     incomplete: list[Unfinished]
     family: Family | None
     noise_floor: Floors | None = None
+
+    @property
+    def measure(self) -> Measure:
+        """The metric with its unit and direction."""
+        unit = named(self.metric).unit if self.metric_unit is None else self.metric_unit
+        return Measure(self.metric, unit, not self.lower_is_better)
 
     @property
     def rows(self) -> dict[str, ArmResults]:

@@ -97,7 +97,7 @@ def again(
     path: Path,
     *,
     baseline: str | None,
-    metric: str,
+    metric: str | None,
     grid: Any,
     served: float | None,
     margin: float | None,
@@ -109,7 +109,7 @@ def again(
     needed.
     """
     results = read(path)
-    if grid is not None or metric not in ("accuracy", results.metric):
+    if grid is not None or metric not in (None, results.metric):
         raise BadInput(
             f"{path} holds figures that are priced, of {results.metric}: a grid or another "
             "metric wants run records"

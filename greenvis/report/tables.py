@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from greenvis.report import formatting
+from greenvis.report import formatting, measures
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.blocks import ArmRow, ArmTable, Cell
 from greenvis.report.columns import Column
 from greenvis.report.estimates import Estimate, Ratio
-from greenvis.report.formatting import MISSING, si
+from greenvis.report.formatting import MISSING, plural, si
 from greenvis.report.shape import Results
+from greenvis.tasks.base import Measure
 
 MOST_ROWS = 100  # rows a page shows; results.csv has them all
 
@@ -19,7 +20,8 @@ MOST_ROWS = 100  # rows a page shows; results.csv has them all
 def costs(results: Results) -> list[Column]:
     """Return the columns of the first table: what was gained and what it cost, with all it builds
     on first."""
-    metric = results.metric
+    measure = results.measure
+    head = measures.title(measure)
     reused = any(row.uses for row in results.arms.values())
     line = [
         _reading(
@@ -33,19 +35,19 @@ def costs(results: Results) -> list[Column]:
     own = "Own training energy" if reused else "Training energy"
     return [
         Column(
-            metric,
-            metric.capitalize(),
+            measure.name,
+            head,
             lambda r: r.gain.mean,
-            lambda r: formatting.spread(metric, r.gain),
+            lambda r: formatting.spread(measure, r.gain),
             _seeds,
             lambda r: "measured" if r.gain.n else None,
         ),
         Column(
             "vs_metric",
-            f"{metric.capitalize()} vs baseline",
+            f"{head} vs baseline",
             _difference,
-            lambda r: formatting.points(metric, _difference(r)),
-            lambda r: _decided(r, metric),
+            lambda r: formatting.points(measure, _difference(r)),
+            lambda r: _decided(r, measure),
             shown=lambda r: formatting.shown(r.difference),
         ),
         *(line if reused else ()),
@@ -69,13 +71,14 @@ def costs(results: Results) -> list[Column]:
     ]
 
 
-def sizes() -> list[Column]:
+def sizes(results: Results) -> list[Column]:
     """Return the columns of the second table: compute, size and speed."""
+    many = plural(results.unit)
     return [
         _plain("params", "Parameters"),
         _plain("trainable_params", "Trained parameters"),
         _plain("delta_bytes", "Size of what was learned", "B"),
-        _plain("macs", "MACs per image"),
+        _plain("macs", f"MACs per {results.unit}"),
         _plain("train_flops", "Training FLOPs"),
         Column(
             "latency_p50_ms",
@@ -84,7 +87,12 @@ def sizes() -> list[Column]:
             lambda r: si(r.latency_s("p50"), "s"),
             lambda r: f"p95 {si(p95, 's')}" if (p95 := r.latency_s("p95")) is not None else "",
         ),
-        Column("images_per_s", "Images/s", lambda r: r.images_per_s, lambda r: si(r.images_per_s)),
+        Column(
+            "images_per_s",
+            f"{_capital(many)}/s",
+            lambda r: r.images_per_s,
+            lambda r: si(r.images_per_s),
+        ),
         Column(
             "peak_memory_mb",
             "Peak memory",
@@ -96,6 +104,7 @@ def sizes() -> list[Column]:
 
 def cycle(results: Results) -> list[Column]:
     """Return the columns of the full-cycle table."""
+    one, many = f"One {results.unit}", plural(results.unit)
     return [
         _cycle("make_j", "Training"),
         Column(
@@ -106,17 +115,17 @@ def cycle(results: Results) -> list[Column]:
             _reused,
         ),
         _cycle("reuse_shared_j", "Builds on, shared", _users),
-        _reading("inference_energy_j", "One image", "J"),
-        _ratio("inference_energy", "One image ÷ baseline"),
+        _reading("inference_energy_j", one, "J"),
+        _ratio("inference_energy", f"{one} ÷ baseline"),
         Column(
             "wh_per_1000_images",
-            "Wh per 1,000 images",
+            f"Wh per 1,000 {many}",
             lambda r: r.full_cycle.wh_per_1000_images if r.full_cycle else None,
             lambda r: _small(r.full_cycle.wh_per_1000_images if r.full_cycle else None),
         ),
         Column(
             "sci_g",
-            "SCI (CO₂e per image)",
+            f"SCI (CO₂e per {results.unit})",
             lambda r: r.sci.g_per_image,
             lambda r: si(r.sci.g_per_image, "g"),
         ),
@@ -243,13 +252,13 @@ def _interval(r: Ratio | None) -> str:
     return formatting.factor_band(r) + ("" if formatting.shown(r) else ", no difference shown")
 
 
-def _decided(row: ArmResults, metric: str) -> str:
+def _decided(row: ArmResults, measure: Measure) -> str:
     """Return the interval of the metric and what it decides: "−1.48 to +2.07: keeps"."""
     if not row.vs_baseline:
         return ""
     d = row.difference
     return ": ".join(
-        x for x in (formatting.interval(metric, d) if d else "", formatting.decided(d)) if x
+        x for x in (formatting.interval(measure, d) if d else "", formatting.decided(d)) if x
     )
 
 
@@ -285,6 +294,10 @@ def _difference(row: ArmResults) -> float | None:
     """Return the difference of the metric; of one seed there is no interval, and no comparison."""
     d = row.difference
     return d.mean if d and d.low is not None else None
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _small(value: float | None) -> str:

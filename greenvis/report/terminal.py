@@ -6,9 +6,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.errors import one_line
-from greenvis.report import figures, floor, formatting, tables
+from greenvis.report import figures, floor, formatting, measures, tables
 from greenvis.report.formatting import MISSING, si
 from greenvis.report.shape import Results
+from greenvis.tasks.base import Measure
 
 HEADS = {
     "train_energy_j": "Energy",
@@ -64,9 +65,13 @@ def _below(text: Any, more: str) -> Any:
 def rows(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Return rows of `ls`, `group`, `compare` or `diff` in words: few columns, units people read,
     no long digits."""
+    entries = list(entries)
+    one = len({r["metric"] for r in entries if r.get("metric")}) == 1
     return [
-        _listed(r)
+        _listed(r, one)
         if "run" in r
+        else _grouped(r, one)
+        if "runs" in r
         else _compared(r)
         if "quantity" in r
         else _gated(r)
@@ -76,14 +81,40 @@ def rows(entries: Iterable[Mapping[str, Any]]) -> list[dict[str, str]]:
     ]
 
 
-def _listed(row: Mapping[str, Any]) -> dict[str, str]:
+def _measure(row: Mapping[str, Any]) -> Measure:
+    known = measures.named(row.get("metric") or row.get("quantity") or measures.DEFAULT)
+    unit = row.get("metric_unit")
+    return known if unit is None else known._replace(unit=unit)
+
+
+def _score(row: Mapping[str, Any], one: bool) -> dict[str, str]:
+    """Return what a run reached; of several metrics, each with its name. one: all rows have one
+    metric, which is the column's head."""
+    measure, score = _measure(row), row["score"]
+    text = formatting.gain(measure, score) if isinstance(score, (int, float)) else MISSING
+    if one:
+        return {measures.written(measure): text}
+    return {"metric": text if text == MISSING else f"{text} {measures.written(measure)}"}
+
+
+def _grouped(row: Mapping[str, Any], one: bool) -> dict[str, str]:
+    head: dict[str, Any] = {}
+    for key, value in row.items():
+        if key == "metric":
+            head |= _score(row, one)
+        elif key not in ("metric_unit", "score"):
+            head[key] = value
+    return _any(head)
+
+
+def _listed(row: Mapping[str, Any], one: bool) -> dict[str, str]:
     arm = row["arm"] if row["arm"] == row["name"] else f"{row['name']}/{row['arm']}"
     return {
         "run": str(row["run"])[-12:],
         "arm": figures.clean(arm),
         "seed": str(row["seed"]),
         "status": str(row["status"]),
-        "accuracy": _number("accuracy", row["accuracy"]),
+        **_score(row, one),
         "energy": si(row["energy_j"], "J"),
         "CO₂e": si(row["carbon_g"], "g"),
         "time": formatting.duration(row["wall_s"]),
@@ -91,21 +122,15 @@ def _listed(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _compared(row: Mapping[str, Any]) -> dict[str, str]:
-    quantity, change = row["quantity"], row["change_percent"]
-    return {
-        "arm": figures.clean(row["arm"]),
-        "quantity": quantity,
-        "a": _number(quantity, row["a"]),
-        "b": _number(quantity, row["b"]),
-        "change": _change(quantity, row["a"], row["b"], change),
-    }
-
-
-def _change(quantity: str, a: float | None, b: float | None, percent: float | None) -> str:
-    """Return a change in per cent, that of a share of 1 in points."""
-    if formatting.share(quantity):
-        return MISSING if a is None or b is None else formatting.points(quantity, b - a)
-    return MISSING if percent is None else f"{formatting.fixed(percent, sign=True)} %"
+    quantity, change, a, b = (row[k] for k in ("quantity", "change_percent", "a", "b"))
+    texts = {"a": _number(quantity, a), "b": _number(quantity, b)}
+    moved = MISSING if change is None else f"{formatting.fixed(change, sign=True)} %"
+    if "metric_unit" in row:
+        measure = _measure(row)
+        quantity = measures.written(measure)
+        texts = {"a": formatting.gain(measure, a), "b": formatting.gain(measure, b)}
+        moved = formatting.points(measure, None if a is None or b is None else b - a)
+    return {"arm": figures.clean(row["arm"]), "quantity": quantity, **texts, "change": moved}
 
 
 def _gated(row: Mapping[str, Any]) -> dict[str, str]:
@@ -133,8 +158,6 @@ def _number(quantity: str, value: Any) -> str:
     """Return a figure with the unit its name ends in."""
     if not isinstance(value, (int, float)):
         return MISSING
-    if formatting.share(quantity):
-        return formatting.gain(quantity, value)
     if quantity.endswith("_ms"):
         return si(value / 1e3, "s")
     if quantity.endswith("_mb"):

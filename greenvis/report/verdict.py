@@ -3,7 +3,7 @@ that is."""
 
 from __future__ import annotations
 
-from greenvis.report import formatting
+from greenvis.report import formatting, measures
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.shape import Results
 
@@ -30,7 +30,7 @@ def _choice(results: Results) -> tuple[str, str]:
     that trained on all tasks of a stream at once is a
     bound: it is named where there is no other.
     """
-    arms, base, metric = results.arms, results.baseline, results.metric
+    arms, base, name = results.arms, results.baseline, measures.written(results.measure)
     sign = -1 if results.lower_is_better else 1
     compared = [a for a in results.order if arms[a].vs_baseline]
     rivals = [a for a in compared if not _is_bound(arms[a])] or compared
@@ -51,7 +51,7 @@ def _choice(results: Results) -> tuple[str, str]:
     better = [
         a for a in rivals if (d := arms[a].difference) and sign * d.mean > 0 and formatting.shown(d)
     ]
-    lacking = f"No arm is shown to cost less than {base} and keep its {metric}. "
+    lacking = f"No arm is shown to cost less than {base} and keep its {name}. "
     if better or cheap:
         return max(better or cheap, key=gain), lacking
     return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
@@ -79,7 +79,8 @@ def keeps(results: Results, label: str) -> bool:
 
 def sentence(results: Results, label: str) -> str:
     """Return what the records show of one arm, beside the baseline where there is one."""
-    row, base, metric = results.arms[label], results.baseline, results.metric
+    row, base, measure = results.arms[label], results.baseline, results.measure
+    name = measures.written(measure)
     if row.status == "incomplete":
         tried = ", ".join(
             f"{n} {status}" if n > 1 else status for status, n in row.attempts.items()
@@ -91,21 +92,20 @@ def sentence(results: Results, label: str) -> str:
     scored = row.gain.mean is not None
     bound = ", trained on all tasks at once as no stream allows," if _is_bound(row) else ""
     reached = (
-        f"{label}{bound} reached {formatting.spread(metric, row.gain)}"
+        f"{label}{bound} reached {formatting.spread(measure, row.gain)}"
         if scored
-        else f"{label} (no {metric} recorded)"
+        else f"{label} (no {name} recorded)"
     )
-    if scored and metric != "accuracy":
-        reached += f" {metric}"
+    if scored and measure.name != measures.DEFAULT:
+        reached += f" {name}"
     if not row.vs_baseline or len(row.seeds) == 1:
-        return _alone(row, reached if scored else f"{label} took", scored, metric) + not_counted(
-            row
-        )
+        return _alone(row, reached if scored else f"{label} took", scored, name) + not_counted(row)
     key = cost(results, label)
     if key == "inference_energy":
         text = (
             f"{reached}, going on from {base}, with "
-            f"{_energy(results, label, key, 'energy per image')}; {_gain(results, label)}."
+            f"{_energy(results, label, key, f'energy per {results.unit}')}; "
+            f"{_gain(results, label)}."
         )
         text += f" Making it: {_energy(results, label, 'train_energy_with_reuse', 'energy')}."
     else:
@@ -114,7 +114,7 @@ def sentence(results: Results, label: str) -> str:
     return text + not_counted(row, *(results.arms[base],) if base else ()) + _partly(row)
 
 
-def _alone(row: ArmResults, reached: str, scored: bool, metric: str) -> str:
+def _alone(row: ArmResults, reached: str, scored: bool, name: str) -> str:
     """Return the sentence on an arm that is compared with none, or by one seed: joules, and no
     ratio."""
     line = row.train_energy_with_reuse_j.value
@@ -125,7 +125,7 @@ def _alone(row: ArmResults, reached: str, scored: bool, metric: str) -> str:
     one = " (one seed: no spread is known)" if len(row.seeds) == 1 else ""
     if not scored:
         return (
-            f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {metric} "
+            f"{reached} {f'{joules} of {what}' if joules else 'an unknown energy'}; no {name} "
             f"was recorded{one}."
         )
     return reached + (f" for {joules} of {what}" if joules else "") + one + "."
@@ -153,21 +153,23 @@ def _energy(results: Results, label: str, key: str, what: str) -> str:
 
 
 def _gain(results: Results, label: str) -> str:
-    metric, d = results.metric, results.arms[label].difference
+    measure, d = results.measure, results.arms[label].difference
+    name = measures.written(measure)
     if not d:
-        return f"no {metric} to compare"
-    band = formatting.interval(metric, d)
-    text = f"{metric} {formatting.points(metric, d.mean)}" + (
+        return f"no {name} to compare"
+    band = formatting.interval(measure, d)
+    text = f"{name} {formatting.points(measure, d.mean)}" + (
         f" (95\u00a0% interval {band})" if band else ""
     )
     return f"{text}: {formatting.decided(d, margin(results))}"
 
 
 def margin(results: Results) -> str:
-    """Return how much may be lost, in words: "0.5 points"."""
+    """Return how much may be lost, in words: "0.5 points", "0.2 px", "0.1 of RMSE"."""
     points = "point" if results.margin == 1 else "points"
-    unit = points if formatting.share(results.metric) else f"of {results.metric}"
-    return f"{results.margin:g} {unit}"
+    measure = results.measure
+    of = measures.suffix(measure) or f" of {measures.written(measure)}"
+    return f"{results.margin:g}" + (f" {points}" if measures.is_share(measure) else of)
 
 
 def not_counted(*rows: ArmResults) -> str:

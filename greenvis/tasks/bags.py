@@ -23,6 +23,7 @@ class Bags(Task):
     name: ClassVar[str] = "bags"
     form: ClassVar[str] = "bags"
     primary: ClassVar[Measure] = Measure("auc")
+    secondary: ClassVar[tuple[Measure, ...] | None] = (Measure("bag_accuracy"),)
     unit: ClassVar[str] = "bag"
 
     def outputs(self, raw: Any) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Measure(NamedTuple):
-    """What a task is judged by first.
+    """What a task is judged by.
 
     Args:
         name: Of one of the task's metrics, as in records and tables.
@@ -55,6 +55,7 @@ class Task(BaseModel):
         form: Which of `answers.FORMS` its answers and labels are: techniques say which of these
             they are right for. A form that no other task has is a word of its own.
         primary: What it is judged by first.
+        secondary: Its other metrics; None where they are known to `metrics` alone.
         class_axis: Of the outputs; None where there are no classes.
         unit: What one answer is for: "image", "bag", "token".
         model_loss: Whether the model, told the labels, returns its own loss in training.
@@ -65,6 +66,7 @@ class Task(BaseModel):
     name: ClassVar[str]
     form: ClassVar[str]
     primary: ClassVar[Measure]
+    secondary: ClassVar[tuple[Measure, ...] | None] = None
     class_axis: ClassVar[int | None] = 1
     unit: ClassVar[str] = "image"
     model_loss: ClassVar[bool] = False
@@ -93,6 +95,12 @@ class Task(BaseModel):
     def known(self, labels: Any) -> Tensor | None:
         """Return which samples have a label to learn from, bool (batch,); None: all."""
         return None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what a run's record says of its task: name, unit, and metrics, the primary one
+        first."""
+        metrics = [m._asdict() for m in (self.primary, *(self.secondary or ()))]
+        return {"name": self.name, "unit": self.unit, "metrics": metrics}
 
     @abstractmethod
     def outputs(self, raw: Any) -> Any:

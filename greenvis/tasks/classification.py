@@ -21,6 +21,7 @@ class Classification(Task):
     name: ClassVar[str] = "classification"
     form: ClassVar[str] = "classification"
     primary: ClassVar[Measure] = Measure("accuracy")
+    secondary: ClassVar[tuple[Measure, ...] | None] = ()
 
     label_smoothing: Annotated[
         float, Field(ge=0, lt=1, description="share of a label that all classes divide")

@@ -28,6 +28,7 @@ class Detection(Task):
     name: ClassVar[str] = "detection"
     form: ClassVar[str] = "detection"
     primary: ClassVar[Measure] = Measure("map")
+    secondary: ClassVar[tuple[Measure, ...] | None] = (Measure("map_50"),)
     class_axis: ClassVar[int | None] = None
     model_loss: ClassVar[bool] = True
 

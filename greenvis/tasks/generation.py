@@ -41,6 +41,10 @@ class Generation(Task):
     name: ClassVar[str] = "generation"
     form: ClassVar[str] = "generation"
     primary: ClassVar[Measure] = Measure("frechet", "", higher_is_better=False)
+    secondary: ClassVar[tuple[Measure, ...] | None] = (
+        Measure("frechet_floor", "", higher_is_better=False),
+        Measure("class_entropy", "bit"),
+    )
     class_axis: ClassVar[int | None] = None
     unit: ClassVar[str] = "generated image"
     model_loss: ClassVar[bool] = True

@@ -40,6 +40,7 @@ class ImageText(Task):
     name: ClassVar[str] = "image_text"
     form: ClassVar[str] = "image_text"
     primary: ClassVar[Measure] = Measure("recall_1")
+    secondary: ClassVar[tuple[Measure, ...] | None] = (Measure("recall_5"), Measure("zero_shot"))
     class_axis: ClassVar[int | None] = None
 
     def outputs(self, raw: Any) -> Pairs:

@@ -20,6 +20,7 @@ class Multilabel(Task):
     name: ClassVar[str] = "multilabel"
     form: ClassVar[str] = "multilabel"
     primary: ClassVar[Measure] = Measure("map")
+    secondary: ClassVar[tuple[Measure, ...] | None] = ()
 
     def outputs(self, raw: Any) -> Tensor:
         """Return the logits (batch, classes). Raises BadInput for what has none."""

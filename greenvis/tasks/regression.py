@@ -33,6 +33,11 @@ class Regression(Task):
         """The root mean squared error, in the unit of the numbers."""
         return Measure("rmse", self.quantity, higher_is_better=False)
 
+    @property
+    def secondary(self) -> tuple[Measure, ...]:  # type: ignore[override]
+        """The mean absolute error."""
+        return (Measure("abs_error", self.quantity, higher_is_better=False),)
+
     def outputs(self, raw: Any) -> Tensor:
         """Return the numbers (batch, numbers). Raises BadInput for what has none."""
         numbers = answers.logits_of(raw)

@@ -22,6 +22,10 @@ class Segmentation(Task):
     name: ClassVar[str] = "segmentation"
     form: ClassVar[str] = "segmentation"
     primary: ClassVar[Measure] = Measure("miou")
+    secondary: ClassVar[tuple[Measure, ...] | None] = (
+        Measure("boundary_miou"),
+        Measure("pixel_accuracy"),
+    )
 
     band: Annotated[
         float,

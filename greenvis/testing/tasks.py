@@ -67,6 +67,9 @@ def _broken(task: Task, example: TaskExample) -> Iterator[str]:
     if measure.name not in names:
         yield f"the primary metric '{measure.name}' is not among {sorted(names)}"
         return
+    declared = {measure.name, *(m.name for m in task.secondary or ())}
+    if task.secondary is not None and declared != {*names}:
+        yield f"it declares the metrics {sorted(declared)} and has {sorted(names)}"
     if RESERVED & names:
         yield f"a metric may not be called {sorted(RESERVED & names)[0]}: records use that name"
     whole, parts = (

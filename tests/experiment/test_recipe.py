@@ -169,8 +169,8 @@ def test_techniques_on_the_command_line() -> None:
         ),
         (
             "lr: 0.1",
-            "lr: 0.1, eval_every: 0, target_accuracy: 0.9",
-            "train.target_accuracy changes nothing in any arm",
+            "lr: 0.1, eval_every: 0, target: 0.9",
+            "train.target changes nothing in any arm",
         ),
         (
             "hidden: [4]",

@@ -167,7 +167,7 @@ def test_heads_hide_what_does_not_compete(digits: data.Data) -> None:
             "data.stream.kind: input should be 'class', 'domain', 'task' or 'free'",
         ),
         ("{kind: domain, tasks: 3}", "{kind: domain, head: multi}", "share their classes"),
-        ("lr: 3.0e-3", "lr: 3.0e-3, target_accuracy: 0.5", "leave it out"),
+        ("lr: 3.0e-3", "lr: 3.0e-3, target: 0.5", "leave it out"),
         ("lr: 3.0e-3", "lr: 3.0e-3, label_smoothing: 0.1", "a multi head hides"),
         (", stream: {kind: class, tasks: 5}", "", "data.stream is missing"),
     ],

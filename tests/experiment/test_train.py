@@ -104,7 +104,7 @@ def test_another_seed_or_no_resume_would_show(tmp_path: Path) -> None:
 def test_it_stops_when_the_target_is_reached(tmp_path: Path) -> None:
     _, outcome = _fit(
         tmp_path,
-        TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8),
+        TrainSpec(epochs=50, batch_size=10, lr=0.05, schedule="constant", target=0.8),
         Batches(),
     )
     assert outcome.reached
@@ -170,7 +170,7 @@ def test_accumulated_batches_count_by_their_samples(tmp_path: Path, accumulate: 
 def test_the_target_is_looked_for_on_images_held_out_or_the_record_says_where(
     tmp_path: Path, held_out: bool
 ) -> None:
-    spec = TrainSpec(epochs=3, batch_size=10, lr=0.05, schedule="constant", target_accuracy=0.8)
+    spec = TrainSpec(epochs=3, batch_size=10, lr=0.05, schedule="constant", target=0.8)
     unreachable = [(X, 1 - Y), (X, Y)]  # half of them are wrong, whatever the model answers
     more: dict[str, Any] = {"held_out": lambda: unreachable} if held_out else {}
     _, outcome = _fit(tmp_path, spec, Batches(), **more)

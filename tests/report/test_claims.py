@@ -312,7 +312,7 @@ def test_the_readmes_overview_agrees_with_the_intervals_in_it() -> None:
         found = _found(ROOT / "reports" / name / "results.json")
         split = {column: cell.split("<br>") for column, cell in row.items()}
         for i, arm in enumerate(split["arm"]):
-            gain, kept = split["accuracy"][i], split["kept?"][i]
+            gain, kept = split["metric"][i], split["kept?"][i]
             if kept == "one seed":
                 assert gain == "–"
                 continue

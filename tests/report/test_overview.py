@@ -30,7 +30,7 @@ def test_an_arm_speaks_for_the_technique_it_adds(tmp_path: Path) -> None:
     assert rows["lora"]["technique"] == "lora"
     assert rows["lora"]["against"] == "scratch" == source["baseline"]
     assert (
-        rows["lora"]["accuracy"]
+        rows["lora"]["metric"]
         .strip("*")
         .startswith(f"{100 * change['accuracy']['mean']:+.2f} points (")
     )
@@ -104,7 +104,7 @@ def test_bold_is_what_the_interval_shows_and_no_more(tmp_path: Path) -> None:
     bold = {arm: row["own share"].startswith("**") for arm, row in rows.items()}
     assert bold == {"half": True, "same": False, "double": True, "unsure": False}
     assert not any(row["energy of an image"].startswith("**") for row in rows.values())
-    assert not any(row["accuracy"].startswith("**") for row in rows.values())
+    assert not any(row["metric"].startswith("**") for row in rows.values())
 
 
 def test_markdown_links_from_where_it_will_lie(tmp_path: Path) -> None:

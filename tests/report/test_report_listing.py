@@ -71,7 +71,7 @@ def test_a_row_is_what_the_record_says(study: Path, tmp_path: Path, index: Path)
                 spent.high,
             )
             assert row["wall_s"] == run.sum("wall_s")
-    assert rows[str(noisy)]["accuracy"] == 0.5
+    assert (rows[str(noisy)]["metric"], rows[str(noisy)]["score"]) == ("accuracy", 0.5)
 
 
 def test_only_what_changed_is_parsed_again(
@@ -245,7 +245,7 @@ def test_ls_rows_filter_and_sort(study: Path) -> None:
     assert spent == sorted(spent, reverse=True)
     by_arm = {r["arm"]: r for r in group(rows)}
     assert (by_arm["lora"]["runs"], by_arm["lora"]["done"]) == (5, 4)
-    assert by_arm["diverged"]["accuracy"] is None
+    assert by_arm["diverged"]["score"] is None
     assert sum(r["energy_j"] for r in by_arm.values()) == pytest.approx(
         sum(r["energy_j"] for r in rows)
     )

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t, ttest_rel
 
-from greenvis.report import formatting, stats
+from greenvis.report import formatting, measures, stats
 from greenvis.report.estimates import Difference, Ratio, Summary
 
 numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
@@ -210,9 +210,9 @@ def test_what_is_decided_in_words() -> None:
 )
 def test_nothing_has_no_sign(value: float, text: str) -> None:
     assert formatting.fixed(value) == text
-    assert formatting.gain("accuracy", value / 100) == f"{text}\u00a0%"
+    assert formatting.gain(measures.named("accuracy"), value / 100) == f"{text}\u00a0%"
     assert formatting.fixed(value, sign=True) == (text if text[0] in "0−" else f"+{text}")
-    assert formatting.points("accuracy", -0.00004) == "0.00 points"
+    assert formatting.points(measures.named("accuracy"), -0.00004) == "0.00 points"
 
 
 def test_counts_and_times_in_words() -> None:

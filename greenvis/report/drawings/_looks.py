@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from greenvis.report import figures, formatting
+from greenvis.report import figures, measures
 from greenvis.report.shape import Results
 
 Looks = dict[str, dict[str, Any]]
@@ -26,5 +26,15 @@ def most(labels: Sequence[str]) -> tuple[list[str], str]:
 
 def axis(results: Results) -> str:
     """Return the label of the metric's axis."""
-    unit = " (%)" if formatting.share(results.metric) else ""
-    return f"{figures.short(results.metric)}{unit}"
+    measure = results.measure
+    words = [
+        "%" if measures.is_share(measure) else measures.suffix(measure).strip(),
+        "" if measure.higher_is_better else measures.best_is(measure),
+    ]
+    more = ", ".join(w for w in words if w)
+    return figures.short(measures.written(measure)) + (f" ({more})" if more else "")
+
+
+def scale(results: Results) -> float:
+    """Return what a value of the metric is multiplied by on its axis."""
+    return 100.0 if measures.is_share(results.measure) else 1.0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from greenvis.report import figures, formatting, stats, verdict
-from greenvis.report.drawings._looks import axis, looks, most
+from greenvis.report import figures, formatting, measures, stats, verdict
+from greenvis.report.drawings._looks import axis, looks, most, scale
 from greenvis.report.estimates import ToTarget
 from greenvis.report.figures import Drawing, short
 from greenvis.report.shape import Results
@@ -14,7 +14,7 @@ from greenvis.report.shape import Results
 def gain_vs_energy(results: Results) -> Drawing | None:
     """The metric against the energy of the whole line, with spread over seeds and the front of the
     means."""
-    metric, arms = results.metric, results.arms
+    measure, arms = results.measure, results.arms
     points = {
         a: (x, y)
         for a, row in results.rows.items()
@@ -23,7 +23,7 @@ def gain_vs_energy(results: Results) -> Drawing | None:
     }
     if not points:
         return None
-    sign, k = (-1 if results.lower_is_better else 1), (100 if formatting.share(metric) else 1)
+    sign, k = (-1 if results.lower_is_better else 1), scale(results)
     front = stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()})
     figure, [ax] = figures.canvas()
     styles = looks(results)
@@ -64,12 +64,12 @@ def gain_vs_energy(results: Results) -> Drawing | None:
     ax.locator_params(axis="x", nbins=5)
     figures.legend_below(figure, ax)
     what = "; ".join(
-        f"{short(a, 40)} {formatting.gain(metric, points[a][1])} for "
+        f"{short(a, 40)} {formatting.gain(measure, points[a][1])} for "
         f"{formatting.si(points[a][0], 'J')}"
         for a in named
     )
     caption = _front(results, front, named) + rest
-    title = f"{metric.capitalize()} against {energy}"
+    title = f"{measures.title(measure)} against {energy}"
     return figures.save(figure, "gain-vs-energy", title, f"{what}. {caption}", caption)
 
 
@@ -85,12 +85,12 @@ def _front(results: Results, front: list[str], named: list[str]) -> str:
 
 def energy_to_gain(results: Results) -> Drawing | None:
     """The metric over the energy spent so far: one line a seed."""
-    metric, curves = results.metric, {a: results.arms[a].curve for a in results.order}
+    measure, curves = results.measure, {a: results.arms[a].curve for a in results.order}
     drawable = [a for a in results.order if any(len(c) > 1 for c in curves[a].values())]
     if not drawable:
         return None
     labels, rest = most(drawable)
-    k = 100 if formatting.share(metric) else 1
+    k = scale(results)
     figure, [ax] = figures.canvas()
     styles = looks(results)
     for a in labels:
@@ -120,12 +120,12 @@ def energy_to_gain(results: Results) -> Drawing | None:
     figures.legend_below(figure, ax)
     desc = "One line per seed, own training only."
     if whens := [f"{short(a, 40)} {_when(reached[a])}" for a in labels if a in reached]:
-        level = formatting.gain(metric, target)
+        level = formatting.gain(measure, target)
         desc += (
-            f" Reached {level}, the baseline's final {metric}, and stayed there: "
-            f"{'; '.join(whens)}."
+            f" Reached {level}, the baseline's final {measures.written(measure)}, and stayed "
+            f"there: {'; '.join(whens)}."
         )
-    title = f"{metric.capitalize()} over the energy of own training"
+    title = f"{measures.title(measure)} over the energy of own training"
     return figures.save(figure, "energy-to-gain", title, desc + rest, desc + rest)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 HOW = (
     "Below 1: ahead of the baseline. Bands: lowest to highest seed, own training. Thin: the energy "
-    "of one image shows no difference. Dotted: base and teacher included."
+    "of one {unit} shows no difference. Dotted: base and teacher included."
 )
 
 
@@ -75,23 +75,25 @@ def payback(results: Results) -> Drawing | None:
                 mec=figures.INK,
                 ls="none",
             )
-    _axes(ax, base)
+    _axes(ax, base, formatting.plural(results.unit))
     figures.legend_below(figure, ax)
     sentences = " ".join(
-        formatting.payback(points[a].own, short(a, 40), short(base, 40)) for a in labels
+        formatting.payback(points[a].own, short(a, 40), short(base, 40), results.unit)
+        for a in labels
     )
-    text = f"{sentences} {HOW}{verdict.not_counted(*arms.values())}{rest}"
-    title = "Payback: energy to make and use, against images served"
+    how = HOW.format(unit=results.unit)
+    text = f"{sentences} {how}{verdict.not_counted(*arms.values())}{rest}"
+    title = f"Payback: energy to make and use, against {formatting.plural(results.unit)} served"
     return figures.save(figure, "payback", title, text, text)
 
 
-def _axes(ax: Axes, base: str) -> None:
+def _axes(ax: Axes, base: str, served: str) -> None:
     """Label both axes; one on which a dear arm would flatten the others is logarithmic."""
     import numpy as np
     from matplotlib.ticker import LogLocator, NullLocator
 
     ax.set_xscale("log")
-    ax.set_xlabel("images served")
+    ax.set_xlabel(f"{served} served")
     ax.set_ylabel(f"make and use, × {short(base, 14)}")
     figures.unit_axis(ax.xaxis, "")
     ax.xaxis.set_minor_locator(NullLocator())

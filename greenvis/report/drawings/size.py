@@ -13,7 +13,7 @@ from greenvis.report.shape import Results
 
 # title, unit, value
 PANELS: tuple[tuple[str, str, Callable[[ArmResults], float | None]], ...] = (
-    ("MACs per image", "", lambda r: r.macs),
+    ("MACs per answer", "", lambda r: r.macs),
     ("training FLOPs", "", lambda r: r.train_flops),
     ("trained parameters", "", lambda r: r.trainable_params),
     ("latency p50", "s", lambda r: r.latency_s("p50")),

@@ -1,37 +1,38 @@
-"""Continual learning: accuracy and energy as tasks come, and accuracy by task."""
+"""Continual learning: the metric and energy as tasks come, and the metric by task."""
 
 from __future__ import annotations
 
-from greenvis.report import figures, formatting
-from greenvis.report.drawings._looks import looks
+from greenvis.report import figures, formatting, measures
+from greenvis.report.drawings._looks import looks, scale
 from greenvis.report.figures import Drawing, short
 from greenvis.report.shape import Results
 
 
 def curve(results: Results) -> Drawing | None:
-    """The average accuracy over the tasks so far, as they come: one line an arm."""
+    """The mean of the metric over the tasks so far, as they come: one line an arm."""
     curves = {a: row.continual.averages for a, row in results.rows.items() if row.continual}
     drawable = [a for a, values in curves.items() if sum(v is not None for v in values) > 1]
     labels = drawable[: figures.MOST_ARMS]
     if not labels:
         return None
-    styles = looks(results)
+    styles, measure, k = looks(results), results.measure, scale(results)
     figure, [ax] = figures.canvas(height=4.0)
     for a in labels:
-        points = [(t + 1, 100 * v) for t, v in enumerate(curves[a]) if v is not None]
+        points = [(t + 1, k * v) for t, v in enumerate(curves[a]) if v is not None]
         ax.plot(
             [t for t, _ in points], [v for _, v in points], label=short(a), **{**styles[a], "ms": 5}
         )
     ax.set_xlabel("tasks learned")
-    ax.set_ylabel("accuracy on them (%)")
+    unit = "%" if measures.is_share(measure) else measures.suffix(measure).strip()
+    ax.set_ylabel(f"{measures.written(measure)} on them" + (f" ({unit})" if unit else ""))
     ax.set_xticks(range(1, max(len(curves[a]) for a in labels) + 1))
     figures.legend_below(figure, ax)
-    ends = ", ".join(f"{short(a, 40)} {formatting.gain('accuracy', curves[a][-1])}" for a in labels)
-    desc = f"Mean accuracy over the tasks learned so far. At the end: {ends}."
+    ends = ", ".join(f"{short(a, 40)} {formatting.gain(measure, curves[a][-1])}" for a in labels)
+    desc = f"Mean {measures.written(measure)} over the tasks learned so far. At the end: {ends}."
     return figures.save(
         figure,
         "accuracy-by-tasks",
-        "Accuracy as tasks come",
+        f"{measures.title(measure)} as tasks come",
         desc,
         "Mean over seeds of the tasks so far.",
     )
@@ -91,13 +92,16 @@ def _sums(values: list[float | None]) -> list[float]:
 
 
 def task_matrix(results: Results, label: str, i: int) -> Drawing | None:
-    """Accuracy on each task after learning each task, for continual learning."""
-    matrix = results.arms[label].task_accuracy
+    """The metric on each task after learning each task, for continual learning."""
+    matrix, measure = results.arms[label].task_accuracy, results.measure
     if not matrix:
         return None
     from matplotlib import colormaps
 
-    n = len(matrix)
+    n, scaled = len(matrix), scale(results)
+    most = (
+        1.0 if measures.is_share(measure) else max(v or 0.0 for row in matrix for v in row) or 1.0
+    )
     figure, [ax] = figures.canvas(height=min(5.2, 1.6 + 0.5 * n))
     colours = colormaps["viridis"]
     for t in range(n):
@@ -105,7 +109,7 @@ def task_matrix(results: Results, label: str, i: int) -> Drawing | None:
             v = matrix[t][k]
             if v is None:
                 continue
-            r, g, b, _ = colours(min(1.0, max(0.0, v)))
+            r, g, b, _ = colours(min(1.0, max(0.0, v / most)))
             ax.fill(
                 [k - 0.5, k + 0.5, k + 0.5, k - 0.5],
                 [t - 0.5, t - 0.5, t + 0.5, t + 0.5],
@@ -117,7 +121,7 @@ def task_matrix(results: Results, label: str, i: int) -> Drawing | None:
                 ax.text(
                     k,
                     t,
-                    f"{v * 100:.0f}",
+                    f"{v * scaled:.0f}" if measures.is_share(measure) else formatting.figures(v, 2),
                     ha="center",
                     va="center",
                     color="#fefefe" if dark else "#010101",
@@ -130,15 +134,17 @@ def task_matrix(results: Results, label: str, i: int) -> Drawing | None:
     ax.grid(visible=False)
     ax.set_xlabel("task tested")
     ax.set_ylabel("after learning task")
-    last = ", ".join(formatting.gain("accuracy", v) for v in matrix[-1])
+    last = ", ".join(formatting.gain(measure, v) for v in matrix[-1])
+    name = measures.written(measure)
+    unit = "per cent" if measures.is_share(measure) else measures.suffix(measure).strip()
     desc = (
-        f"{short(label, 60)}: accuracy in per cent on each task (column) after each task was "
-        f"learned (row). At the end: {last}."
+        f"{short(label, 60)}: {name}{f' in {unit}' if unit else ''} on each task (column) after "
+        f"each task was learned (row). At the end: {last}."
     )
     return figures.save(
         figure,
         f"tasks-{i}",
-        f"Accuracy by task: {short(label, 40)}",
+        f"{measures.title(measure)} by task: {short(label, 40)}",
         desc,
-        "Per cent, mean over seeds.",
+        f"{unit[:1].upper()}{unit[1:]}, mean over seeds." if unit else "Mean over seeds.",
     )

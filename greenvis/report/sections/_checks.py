@@ -64,8 +64,8 @@ def _same_network(results: Results) -> list[str]:
         out.append(
             f"{who} answer with {si(macs)} MACs and {si(params)} parameters alike, yet read "
             f"{si(joules[0], 'J')} to "
-            f"{si(joules[-1], 'J')} per image{latency}: where the networks are the same, this is "
-            "the noise of timing here, "
+            f"{si(joules[-1], 'J')} per {results.unit}{latency}: where the networks are the "
+            "same, this is the noise of timing here, "
             "and smaller differences between other arms mean nothing."
         )
     return out[:5]

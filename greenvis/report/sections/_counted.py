@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from greenvis.report import verdict
+from greenvis.report import measures, verdict
 from greenvis.report.shape import Results
 
 
@@ -29,20 +29,18 @@ def counted(results: Results) -> list[str]:
         *_repeated(results),
         *_intervals(results),
         *_chosen(results),
-        f"Pricing model: {results.pricing_model}. SCI follows ISO/IEC 21031 with R = one image; "
-        "no certification is claimed.",
+        f"Pricing model: {results.pricing_model}. SCI follows ISO/IEC 21031 with R = one "
+        f"{results.unit}; no certification is claimed.",
     ]
 
 
 def _chosen(results: Results) -> list[str]:
     """Say on which images choices were made: held out ones, or, for all that is known, the
     test's."""
+    name = measures.written(results.measure)
     reached = any(row.energy_to_baseline_j for row in results.arms.values())
     read = (
-        [
-            f"Where an arm reached the baseline's {results.metric} is read off test images, "
-            "epoch by epoch."
-        ]
+        [f"Where an arm reached the baseline's {name} is read off test images, epoch by epoch."]
         if reached
         else []
     )
@@ -52,18 +50,23 @@ def _chosen(results: Results) -> list[str]:
     if held:
         many = " or ".join(f"{n:,}" for n in held)
         return [
-            f"{many} training images were held out; thresholds and a target accuracy are chosen on "
+            f"{many} training images were held out; thresholds and a target {name} are chosen on "
             "them. On which images "
             "learning rates and epochs were chosen is not on record: where it was on the test, "
-            "accuracies are too good.",
+            f"{_figures(results)} are too good.",
             *read,
         ]
     return [
         "No validation images were held out: learning rates, epochs and whatever else was chosen "
         "was chosen on test images "
-        "or not at all, so that accuracies may be too good.",
+        f"or not at all, so that {_figures(results)} may be too good.",
         *read,
     ]
+
+
+def _figures(results: Results) -> str:
+    name = measures.written(results.measure)
+    return "accuracies" if name == measures.DEFAULT else f"figures of {name}"
 
 
 def _intervals(results: Results) -> list[str]:
@@ -73,17 +76,20 @@ def _intervals(results: Results) -> list[str]:
             "No arm is compared with a baseline by two seeds or more: nothing is said to be better "
             "or cheaper."
         ]
-    m, lost = results.comparisons, verdict.margin(results)
+    m, lost, measure = results.comparisons, verdict.margin(results), results.measure
+    keeps, loses = f"above −{lost}", "below"
+    if not measure.higher_is_better:
+        keeps, loses = f"below +{lost}", "above"
     return [
         "Intervals of differences and ratios are Student's t, paired by seed, each at "
         f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "
         "(Bonferroni). “Shown”, “keeps”, “loses” "
         "and bold are read off them and nothing else: a difference is shown where its interval "
         "leaves out no change.",
-        f"An arm keeps the {results.metric} where its whole interval lies above −{lost}, loses "
-        "it where the whole interval "
-        "lies below, and is not yet decided else; the seeds said to be wanting suppose that mean "
-        "and scatter stay. One seed "
+        f"An arm keeps the {measures.written(measure)} where its whole interval lies {keeps}, "
+        "loses it where the whole interval "
+        f"lies {loses}, and is not yet decided else; the seeds said to be wanting suppose that "
+        "mean and scatter stay. One seed "
         "decides nothing.",
     ]
 
@@ -115,8 +121,8 @@ def _repeated(results: Results) -> list[str]:
     """Say how well the energy of one image was told, where the records know."""
     worst = max((row.inference_energy_j.spread for row in results.arms.values()), default=0.0)
     return [
-        "The energy of one image is the median of repeated readings; their quartile range ÷ "
-        "√readings is "
+        f"The energy of one {results.unit} is the median of repeated readings; their quartile "
+        "range ÷ √readings is "
         f"{100 * worst:.1f} % of it or less in each run. A neighbour's load that lasts through all "
         "readings is not in that."
     ] if worst else []  # fmt: skip

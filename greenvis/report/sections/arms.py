@@ -53,8 +53,8 @@ class Arms(Section[Tables]):
         one_by_one = "Tasks, one after another"
         return Tables(
             tables.table(results, tables.costs(results), "costs", gained),
-            tables.some(results, tables.sizes(), "sizes", "Compute, size and speed"),
-            tables.some(results, task_columns.columns(), "tasks", one_by_one),
+            tables.some(results, tables.sizes(results), "sizes", "Compute, size and speed"),
+            tables.some(results, task_columns.columns(results), "tasks", one_by_one),
             max(0, len(results.order) - tables.MOST_ROWS),
             floor.sentence(results),
             verdict.margin(results),

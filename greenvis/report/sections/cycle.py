@@ -15,7 +15,7 @@ from greenvis.report.shape import Results
 class Cycle:
     """The table, None where no run finished, and paybacks in words."""
 
-    served: float
+    served: str
     table: ArmTable | None
     paybacks: list[str]
 
@@ -29,12 +29,13 @@ class FullCycle(Section[Cycle]):
     def compute(self, results: Results) -> Cycle:
         """Return costs at the usage of the report, and from how many images on arms are ahead."""
         table = tables.some(results, tables.cycle(results), "cycle", "Make and use")
-        return Cycle(results.served, table, _paybacks(results))
+        served = f"{results.served:,.0f} {formatting.plural(results.unit)}"
+        return Cycle(served, table, _paybacks(results))
 
     def render(self, value: Cycle) -> Sequence[Block]:
         """Return the table and the paybacks."""
         what = (
-            f"Making the model once and using it on {value.served:,.0f} images, with what an arm "
+            f"Making the model once and using it on {value.served}, with what an arm "
             "builds on (a teacher, a base trained in another run) charged whole, and shared among "
             "the runs here that use it."
         )
@@ -50,9 +51,9 @@ def _paybacks(results: Results) -> list[str]:
         if not versus:
             continue
         p, base = versus.payback, str(results.baseline)
-        text = formatting.payback(p.own if p else None, a, base)
+        text = formatting.payback(p.own if p else None, a, base, results.unit)
         if p and p.own.verdict != "not shown" and (charged := verdict.builds_on(results, a)):
-            with_reuse = formatting.payback(p.with_reuse, a, base)
+            with_reuse = formatting.payback(p.with_reuse, a, base, results.unit)
             more = " changes nothing in this." if with_reuse == text else f": {with_reuse}"
             text += f" Including {charged}{more}"
         out.append(text)

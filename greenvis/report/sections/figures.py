@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from greenvis.report import drawings
+from greenvis.report import drawings, measures
 from greenvis.report.blocks import Block, Drawings, paragraph
 from greenvis.report.section import Section
 from greenvis.report.shape import Results
@@ -18,7 +18,8 @@ class Figures(Section[tuple[Drawings, str]]):
 
     def compute(self, results: Results) -> tuple[Drawings, str]:
         """Return the drawings, and what to say where there are none."""
-        nothing = f"There is nothing to draw: no finished run has both energy and {results.metric}."
+        name = measures.written(results.measure)
+        nothing = f"There is nothing to draw: no finished run has both energy and {name}."
         return Drawings(tuple(drawings.draw(results))), nothing
 
     def render(self, value: tuple[Drawings, str]) -> Sequence[Block]:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
+from greenvis.tasks.base import Measure
 from greenvis.tasks.classification import Classification
 
 
@@ -14,6 +15,7 @@ class Focal(Classification):
     """
 
     name: ClassVar[str] = "focal"
+    secondary: ClassVar[tuple[Measure, ...] | None] = (Measure("recall"),)
     gamma: Annotated[float, Field(ge=0, description="0 is cross entropy")] = 2.0
 
     def losses(self, outputs: Any, labels: Any) -> Any:

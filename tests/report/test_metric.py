@@ -1,0 +1,103 @@
+"""Reports speak the metric of the records: its name, its unit, and which way is better."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from greenvis.errors import BadInput
+from greenvis.report import measures, report, results, terminal
+from greenvis.report.listing import compare, group, ls
+from greenvis.tasks.base import Measure
+from tests import synthetic
+
+ERROR = Measure("error_px", "px", higher_is_better=False)
+TASK = {
+    "name": "keypoints",
+    "unit": "crop",
+    "metrics": [ERROR._asdict(), Measure("within_2px")._asdict()],
+}
+SEEDS = range(3)
+
+
+def write(folder: Path, arm: str, error: float, cpu_s: float, **more: Any) -> None:
+    for seed in SEEDS:
+        facts = {"task": TASK, "error_px": error + 0.01 * seed, "within_2px": 0.9 - error / 10}
+        synthetic.write(folder, arm, seed, cpu_s=cpu_s, facts=facts, **more)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    folder = tmp_path / "runs"
+    write(folder, "baseline", 2.0, 100)
+    write(folder, "cheap", 1.5, 50)
+    write(folder, "dear", 3.0, 60)
+    return folder
+
+
+def test_the_primary_metric_is_read_off_the_records(runs: Path) -> None:
+    content = results(runs)
+    assert content.measure == ERROR
+    assert content.lower_is_better
+    assert content.margin == 0.0
+    assert content.unit == "crop"
+    verdicts = {a: row.difference.verdict for a, row in content.rows.items() if row.difference}
+    assert verdicts == {"cheap": "keeps", "dear": "loses"}
+    stored = content.as_json()
+    assert stored["arms"]["cheap"]["error_px"]["mean"] == pytest.approx(1.51)
+    assert type(content).from_json(stored).measure == ERROR
+
+
+def test_a_page_speaks_its_name_and_unit(runs: Path, tmp_path: Path) -> None:
+    page = report(runs, out=tmp_path / "out")
+    text = (page.parent / "report.md").read_text().replace("\\", "").replace("\u00a0", " ")
+    assert "cheap reached 1.51 ± 0.010 px error_px" in text
+    assert "error_px −0.500 px" in text
+    assert "energy of one crop" in text
+    assert "lies below +0 px" in text
+    assert "accurac" not in text
+    drawing = (page.parent / "figures" / "gain-vs-energy.svg").read_text()
+    assert "error_px (px, less is better)" in drawing
+    assert "On the front of the means, whose scatter may well change it: cheap." in drawing
+
+
+def test_a_margin_is_in_the_metrics_own_unit(runs: Path) -> None:
+    wide = results(runs, margin=1.5)
+    assert wide.rows["dear"].difference.verdict == "keeps"  # type: ignore[union-attr]
+
+
+def test_another_metric_of_the_task_may_be_asked_for(runs: Path) -> None:
+    content = results(runs, metric="within_2px")
+    assert content.measure == Measure("within_2px")
+    assert content.margin == 0.5
+    with pytest.raises(BadInput, match="did you mean 'within_2px'"):
+        results(runs, metric="within_3px")
+
+
+def test_runs_of_two_tasks_are_not_mixed_unasked(runs: Path) -> None:
+    synthetic.write(runs, "classes", 0, accuracy=0.5)
+    with pytest.raises(BadInput, match=r"accuracy .* error_px .*--metric"):
+        results(runs)
+
+
+def test_runs_are_listed_and_compared_by_it(runs: Path) -> None:
+    rows = ls(runs)
+    assert {(r["metric"], r["metric_unit"]) for r in rows} == {("error_px", "px")}
+    assert ls(runs, sort="-error_px")[0]["arm"] == "dear"
+    listed = terminal.rows(rows)
+    assert all(r["error_px"].endswith(" px") for r in listed)
+    grouped = {r["arm"]: r for r in terminal.rows(group(rows))}
+    assert grouped["cheap"]["error_px"] == "1.51 px"
+    changes = {r["quantity"]: r for r in compare(runs / "baseline", runs / "cheap")}
+    assert terminal.rows([changes["error_px"]])[0]["change"] == "−0.500 px"
+
+
+def test_names_of_old_records_say_what_they_are() -> None:
+    assert measures.named("accuracy") == Measure("accuracy")
+    assert measures.is_share(measures.named("recall@1"))
+    assert not measures.named("val_loss").higher_is_better
+    assert not measures.is_share(measures.named("val_loss"))
+    assert measures.written(Measure("recall_1")) == "recall@1"
+    assert measures.written(Measure("boundary_miou")) == "boundary mIoU"
