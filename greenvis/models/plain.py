@@ -40,3 +40,53 @@ def mlp(
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
+
+
+def vae(*, num_classes: int = 10, in_chans: int = 1, img_size: int = 28) -> nn.Module:
+    """Return a conditional variational autoencoder that draws images of a class.
+
+    Args:
+        num_classes: Classes.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels.
+
+    Returns:
+        The model.
+    """
+    from greenvis.models.vae import Vae
+
+    return Vae(num_classes, in_chans, img_size)
+
+
+def clip(
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    img_size: int = 32,
+    patch_size: int = 8,
+    embed_dim: int = 64,
+    depth: int = 2,
+    num_heads: int = 2,
+    tokens: int = 256,
+    length: int = 77,
+) -> nn.Module:
+    """Return a small CLIP (Radford et al., 2021) of transformers with random weights, for images
+    and texts.
+
+    Args:
+        num_classes: Not used: its answers are texts.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels.
+        patch_size: Side of a patch in pixels.
+        embed_dim: Width of both encoders.
+        depth: Blocks of each.
+        num_heads: Heads of their attention.
+        tokens: Size of the vocabulary; 0 pads, the largest ends a text.
+        length: The most tokens of a text.
+
+    Returns:
+        The model, called with images and tokens.
+    """
+    from greenvis.models.dual import clip_of
+
+    return clip_of(in_chans, img_size, patch_size, embed_dim, depth, num_heads, tokens, length)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from greenvis.errors import GreenvisError
+from greenvis.models.structure.layout import as_map
 from greenvis.techniques._shared import features as of
 from greenvis.techniques.inference.distill import _teachers as teaching
 from greenvis.techniques.inference.distill._kd import (
@@ -137,12 +138,12 @@ def test_the_hierarchical_loss_weighs_levels_by_halves() -> None:
 def test_features_of_all_kinds_become_maps() -> None:
     x = torch.randn(2, 6, 8, 4)  # 6 channels, 8 high, 4 wide
     tokens = torch.cat([torch.full((2, 3, 6), 9.0), x.flatten(2).mT], 1)
-    assert torch.equal(of.as_map(tokens, -1, prefix=3, aspect=2.0), x)
-    assert torch.equal(of.as_map(x.permute(0, 2, 3, 1), -1), x)
-    assert torch.equal(of.as_map(x, 1), x)
-    assert of.as_map(x[:, :, 0, 0], -1).shape == (2, 6, 1, 1)
+    assert torch.equal(as_map(tokens, -1, prefix=3, aspect=2.0), x)
+    assert torch.equal(as_map(x.permute(0, 2, 3, 1), -1), x)
+    assert torch.equal(as_map(x, 1), x)
+    assert as_map(x[:, :, 0, 0], -1).shape == (2, 6, 1, 1)
     with pytest.raises(GreenvisError, match="35 tokens lie on no grid"):
-        of.as_map(tokens, -1)
+        as_map(tokens, -1)
     small, large = torch.randn(1, 2, 4, 4), torch.randn(1, 2, 8, 2)
     assert [m.shape[2:] for m in of.on_one_grid(small, large)] == [(4, 2), (4, 2)]
 

@@ -24,9 +24,10 @@ class Request(NamedTuple):
     name: str
     folder: Path
     pretrained: bool | Path | None
-    options: dict[str, Any]  # as the user names them, without `pretrained` and `memory_format`
+    options: dict[str, Any]  # as the user names them, without `pretrained`, `memory_format`, `head`
     file: Path | None
     memory_format: torch.memory_format | None
+    head: str | None = None
 
 
 class Library(NamedTuple):

@@ -23,7 +23,11 @@ def check(request: Request) -> dict[str, Any]:
     """Return the options to build with; raises BadInput for an unknown name or option."""
     from torchvision import models
 
-    names = models.list_models(module=models)
+    names = [
+        name
+        for module in (models, models.segmentation, models.detection)
+        for name in models.list_models(module=module)
+    ]
     if request.name not in names:
         raise BadInput(f"unknown model '{request.ref}'{nearest(request.name, names)}")
     known = option_names(models.get_model_builder(request.name))
@@ -36,8 +40,15 @@ def check(request: Request) -> dict[str, Any]:
         check_options(
             request,
             options,
-            (known | {"num_classes", "in_chans", "img_size"}) - {"weights", "progress"},
+            (known | {"num_classes", "in_chans", "img_size"})
+            - {"weights", "weights_backbone", "progress"},
         )
+        if "weights_backbone" in known:  # else the library fetches some
+            options["weights_backbone"] = None
+    if request.name in models.list_models(module=models.detection) and (
+        options.get("in_chans", 3) != 3
+    ):
+        raise BadInput(f"'{request.ref}' takes images of 3 channels: set data.in_chans to 3")
     return options
 
 
@@ -63,5 +74,6 @@ def build(request: Request) -> nn.Module:
     load_pretrained(model, state, "the published weights")
     preset, names = published.transforms(), published.meta["categories"]
     same = options.get("num_classes", len(names)) == len(names)
-    preprocessing.describe(model, mean=preset.mean, std=preset.std, classes=names if same else None)
+    shown = {name: getattr(preset, name) for name in ("mean", "std") if hasattr(preset, name)}
+    preprocessing.describe(model, **shown, classes=names if same else None)
     return model

@@ -12,39 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from greenvis.errors import GreenvisError
-
-
-def as_map(features: Tensor, channels: int, prefix: int = 0, aspect: float = 1.0) -> Tensor:
-    """Return features of a layer as a map.
-
-    Args:
-        features: a map with its channels on axis `channels`, tokens (batch, prefix + patches,
-            channels), or a vector.
-        channels: their axis, 1 or -1.
-        prefix: class and other tokens before the patches, which have no position in a grid.
-        aspect: height / width of the image.
-
-    Returns:
-        (batch, channels, height, width).
-    """
-    if features.dim() == 4:
-        return features if channels == 1 else features.permute(0, 3, 1, 2)
-    if features.dim() == 2:
-        return features[:, :, None, None]
-    if features.dim() != 3:
-        raise GreenvisError(
-            f"features {tuple(features.shape)} are neither a map, nor tokens, nor a vector"
-        )
-    patches = features.shape[1] - prefix
-    height = round(math.sqrt(patches * aspect))
-    if height < 1 or patches % height:
-        raise GreenvisError(
-            f"{patches} tokens lie on no grid of an image with height : width = {aspect:.3g}; "
-            "distil from a layer that has its patches whole, or answers only"
-        )
-    return features[:, prefix:].transpose(1, 2).unflatten(2, (height, patches // height))
-
 
 def prefix_of(features: Tensor, count: int) -> Tensor:
     """Return the first `count` tokens before the patches as a map of one row, (batch, channels, 1,

@@ -12,22 +12,10 @@ from torch import Tensor, nn
 
 from greenvis.core.weights import below
 from greenvis.errors import BadInput
+from greenvis.models.vae import LATENT, elbo, networks
 
-LATENT, HIDDEN = 16, 400
 MOST = 3 * 64 * 64  # values of an image: a perceptron draws no larger one worth training on
 LR = 1e-3
-
-
-def elbo(pixels: Tensor, drawn: Tensor, mean: Tensor, log_var: Tensor) -> Tensor:
-    """Return the negative evidence lower bound of images (n, values), 0 to 1 (Kingma and Welling,
-    2014, eq. 10), a scalar.
-
-    drawn: logits of the pixels. mean, log_var: of the code, (n, code). Summed over values and code,
-    a mean over images.
-    """
-    reconstruction = F.binary_cross_entropy_with_logits(drawn, pixels, reduction="none").sum(1)
-    divergence = -0.5 * (1 + log_var - mean.square() - log_var.exp()).sum(1)
-    return (reconstruction + divergence).mean()
 
 
 class Generator:
@@ -59,7 +47,7 @@ class Generator:
         earlier = list(self.classes)
         net, classes = self.net.to(device), set(earlier)
         before = {k: v.clone() for k, v in net.state_dict().items()}
-        memory = _net(self._values, self.outputs).to(device)
+        memory = networks(self._values, self.outputs).to(device)
         memory.load_state_dict(before)
         optimizer = torch.optim.Adam(net.parameters(), lr=LR)
         for _ in range(epochs):
@@ -107,7 +95,7 @@ class Generator:
         self.outputs, self.range = outputs, torch.tensor([low, max(high, low + 1e-6)])
         with torch.random.fork_rng():
             torch.manual_seed(int(torch.randint(2**62, (), generator=self.random)))
-            self.net = _net(self._values, outputs)
+            self.net = networks(self._values, outputs)
 
     def _pixels(self, x: Tensor) -> Tensor:
         low, high = self.range.tolist()
@@ -150,15 +138,5 @@ class Generator:
         self.shape, self.range = tuple(shape), state["range"].cpu()
         self.random.set_state(state["random"].cpu())
         if self.shape:
-            self.net = _net(self._values, self.outputs)
+            self.net = networks(self._values, self.outputs)
             self.net.load_state_dict(below(state, "net."))
-
-
-def _net(values: int, outputs: int) -> nn.ModuleDict:
-    encoder = nn.Sequential(
-        nn.Linear(values + outputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 2 * LATENT)
-    )
-    decoder = nn.Sequential(
-        nn.Linear(LATENT + outputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, values)
-    )
-    return nn.ModuleDict({"encoder": encoder, "decoder": decoder})

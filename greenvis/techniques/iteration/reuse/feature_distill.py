@@ -16,8 +16,8 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.models.structure.layout import as_map
 from greenvis.techniques._shared.attach import first, like, precise, seat
-from greenvis.techniques._shared.features import as_map
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques.iteration.reuse._bases import Base
 
