@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from collections.abc import Iterator
 
 import brief
+import forked
 import pytest
 import torch
 from hypothesis import settings
@@ -36,6 +37,12 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_goes_on() -> Iterator[None]:
+    yield
+    forked.end_all()
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,9 @@ EVERY_STEP = (
 )
 
 
-def main() -> int:
-    """Run until the moment has come."""
-    condition, words = compile(sys.argv[1], "condition", "eval"), sys.argv[2:]
-    save = checkpoint.save
-    brief.measurements()
+def at(moment: str) -> None:
+    """Make this process end itself right after the checkpoint that the condition is true of."""
+    condition, save = compile(moment, "condition", "eval"), checkpoint.save
 
     def save_and_end(
         path: Path, live: Any, optimizer: Any, scheduler: Any, accelerator: Any, progress: Any
@@ -46,7 +44,13 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGKILL)
 
     checkpoint.save = save_and_end
-    return cli.main(words)
+
+
+def main() -> int:
+    """Run until the moment has come."""
+    brief.measurements()
+    at(sys.argv[1])
+    return cli.main(sys.argv[2:])
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import forked
 import pytest
 
 from greenvis.cli import failures
@@ -28,47 +28,36 @@ train: {epochs: 200, batch_size: 8, checkpoint_every_s: 0.01, eval_every: 0}
 meter: {codecarbon: false}
 arms: {full: {}}
 """
-STARTED: list[subprocess.Popen[str]] = []
 
 
-def start(
-    folder: Path, *words: str, limit: Callable[[], object] | None = None
-) -> subprocess.Popen[str]:
-    """Start greenvis there."""
+def start(folder: Path, limits: Sequence[tuple[int, int]] = ()) -> forked.Greenvis:
+    """Start the recipe there."""
+    (folder / "tiny.yaml").write_text(RECIPE)
+    return forked.Greenvis("run", "tiny.yaml", cwd=folder, limits=limits)
+
+
+def said(folder: Path, *words: str, limit: Callable[[], object]) -> tuple[int, str, str]:
+    """Return what a new interpreter, which has all to import, comes to below a limit: its exit
+    code, and what it writes."""
     (folder / "tiny.yaml").write_text(RECIPE)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-u", "-m", "greenvis", *words]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env=env,
-        preexec_fn=limit,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    STARTED.append(process)
-    return process
+    done = subprocess.run(
+        command, cwd=folder, env=env, preexec_fn=limit, capture_output=True, text=True,
+        timeout=forked.HANGS_S, check=False,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.fixture(autouse=True)
-def nothing_goes_on() -> Iterator[None]:
-    """End what a failed test left running."""
-    yield
-    while STARTED:
-        with STARTED.pop() as process:
-            process.kill()
-
-
-def no_more_than(size: int) -> Callable[[], None]:
-    """Return what lets no file of a process grow beyond so many bytes: to it, the disk is full."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+def no_more_than(kind: int, most: int) -> Callable[[], None]:
+    """Return what sets a limit of the system for a process, before it begins."""
+    return lambda: resource.setrlimit(kind, (most, most))
 
 
 def test_a_full_disk_at_a_checkpoint(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", "tiny.yaml", limit=no_more_than(100_000))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1
+    process = start(tmp_path, [(resource.RLIMIT_FSIZE, 100_000)])  # to it, the disk is full then
+    assert process.wait() == 1
+    err = process.stderr
     assert "the disk is full, or takes no more" in err
     assert "the same command goes on" in err
     assert "Traceback" not in err
@@ -103,13 +92,13 @@ LIMITS: dict[str, tuple[int, Callable[[int], int], str]] = {
 @pytest.mark.parametrize("of", LIMITS)
 def test_what_runs_out_after_a_checkpoint(of: str, tmp_path: Path) -> None:
     limit, least, says = LIMITS[of]
-    process = start(tmp_path, "run", "tiny.yaml")
+    process = start(tmp_path)
     while not list((tmp_path / "runs").rglob("*checkpoint.pt")):
-        assert process.poll() is None
+        assert process.wait(0.02) is None, process.stderr
     now = least(process.pid)
     resource.prlimit(process.pid, limit, (now, now))
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
+    assert process.wait() == 1, process.stderr
+    err = process.stderr
     assert "Traceback" not in err
     assert says in err.splitlines()[-1].lower(), err
     (saved,) = (tmp_path / "runs").rglob("*checkpoint.pt")
@@ -121,29 +110,23 @@ def test_what_runs_out_after_a_checkpoint(of: str, tmp_path: Path) -> None:
 
 
 def test_track_says_that_its_record_is_lost(tmp_path: Path) -> None:
-    process = start(tmp_path, "track", "--json", "--", "true", limit=no_more_than(0))
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0
+    limit = no_more_than(resource.RLIMIT_FSIZE, 0)
+    code, out, _ = said(tmp_path, "track", "--json", "--", "true", limit=limit)
+    assert code == 0
     assert json.loads(out.splitlines()[-1])["record"] is None
-    process = start(tmp_path, "track", "--", "true", limit=no_more_than(0))
-    _, err = process.communicate(timeout=120)
+    _, _, err = said(tmp_path, "track", "--", "true", limit=limit)
     assert "the record is lost: cannot write" in err
     assert "record: " not in err.replace("the record is lost: ", "")
 
 
 def test_two_interrupts(tmp_path: Path) -> None:
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # unlike below a shell's "&"
-    process = start(tmp_path, "run", "tiny.yaml", limit=heard)
-    assert process.stderr is not None
-    for line in process.stderr:  # waits for the training to begin, not for a time
-        if "training" in line:
-            break
+    process = start(tmp_path)
     while not list((tmp_path / "runs").rglob("*checkpoint.pt")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 130, err
+        assert process.wait(0.02) is None, process.stderr
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait() == 130, process.stderr
+    err = process.stderr
     assert "Traceback" not in err
     (run,) = [record.read(p) for p in (tmp_path / "runs").rglob("*.jsonl")]
     assert run.status == "stopped"
@@ -206,32 +189,19 @@ def test_a_loader_that_hangs_up_is_a_killed_loader() -> None:
 
 @pytest.mark.parametrize("bytes_", [300 * 2**20, 1500 * 2**20])
 def test_no_memory_to_begin_with(bytes_: int, tmp_path: Path) -> None:
-    process = start(
-        tmp_path,
-        "run",
-        "tiny.yaml",
-        limit=lambda: resource.setrlimit(resource.RLIMIT_AS, (bytes_, bytes_)),
-    )
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
+    limit = no_more_than(resource.RLIMIT_AS, bytes_)
+    code, _, err = said(tmp_path, "run", "tiny.yaml", limit=limit)
+    assert code == 1
     (line,) = err.strip().splitlines()
     assert line.startswith("greenvis: out of memory")
 
 
 @pytest.mark.parametrize("most", [5, 6, 8])  # with fewer Python itself does not start
 def test_hardly_any_file_descriptors(most: int, tmp_path: Path) -> None:
-    process = start(
-        tmp_path,
-        "track",
-        "--",
-        "true",
-        limit=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (most, most)),
-    )
-    _, err = process.communicate(timeout=120)
+    limit = no_more_than(resource.RLIMIT_NOFILE, most)
+    code, _, err = said(tmp_path, "track", "--", "true", limit=limit)
     assert "Traceback" not in err
-    assert process.returncode == 0 or (
-        process.returncode == 1 and "too many open files" in err.lower()
-    ), err
+    assert code == 0 or (code == 1 and "too many open files" in err.lower()), err
 
 
 def test_debugging_shows_the_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,138 @@
+"""greenvis in a process of its own that has nothing to import: forked from one that has.
+
+A new interpreter takes six seconds of CPU until it trains; tests that kill, interrupt or starve a
+process need one, but not a new interpreter.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    [
+        "pytest",  # which a child of it would import as its main module
+        "timm",
+        "torch._dynamo",
+        "greenvis.cli.models",
+        "greenvis.cli.planning",
+        "greenvis.cli.runs",
+        "greenvis.experiment.on_ray",
+        "greenvis.experiment.session",
+        "greenvis.planning.plan",
+        "greenvis.report",
+        "matplotlib.figure",
+    ]
+)
+HANGS_S = 600  # for a hang, not for slow machines
+_started: list[Greenvis] = []
+
+
+def end_all() -> None:
+    """End what a failed test left running."""
+    while _started:
+        _started.pop().end()
+
+
+class Greenvis:
+    """A process that runs `greenvis WORDS`.
+
+    Args:
+        words: of the command line.
+        cwd: where it runs.
+        moment: where it ends itself by kill -9, a condition of `interrupted.py`; "": nowhere.
+        limits: of the system, set before it begins: (resource.RLIMIT_…, bytes or number).
+        env: set in its environment.
+    """
+
+    def __init__(
+        self,
+        *words: str,
+        cwd: Path,
+        moment: str = "",
+        limits: Sequence[tuple[int, int]] = (),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self._out, self._err = NamedTemporaryFile(), NamedTemporaryFile()  # noqa: SIM115
+        files = (self._out.name, self._err.name)
+        arguments = (words, str(cwd), moment, limits, {**(env or {})}, files)
+        self._process = FORKS.Process(target=_run, args=arguments)
+        self._process.start()
+        _started.append(self)
+
+    @property
+    def pid(self) -> int:
+        """Its number in the system."""
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, -n where signal n ended it; None: it runs."""
+        return self._process.exitcode
+
+    @property
+    def stdout(self) -> str:
+        """What it has written to standard output."""
+        return Path(self._out.name).read_text()
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to standard error."""
+        return Path(self._err.name).read_text()
+
+    def wait(self, seconds: float = HANGS_S) -> int | None:
+        """Return its exit code once it has one, or None after so many seconds."""
+        self._process.join(seconds)
+        return self.returncode
+
+    def end(self) -> None:
+        """End it, if it still runs."""
+        self._process.kill()
+        self._process.join()
+
+
+def greenvis(*words: str, cwd: Path, moment: str = "") -> Greenvis:
+    """Run `greenvis WORDS` to its end."""
+    process = Greenvis(*words, cwd=cwd, moment=moment)
+    if process.wait() is None:
+        process.end()
+        raise AssertionError(f"greenvis {words} hangs: {process.stderr}")
+    return process
+
+
+def _run(
+    words: Sequence[str],
+    cwd: str,
+    moment: str,
+    limits: Sequence[tuple[int, int]],
+    env: Mapping[str, str],
+    files: tuple[str, str],
+) -> None:
+    for number, name in enumerate(files, 1):
+        os.dup2(os.open(name, os.O_WRONLY), number)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # unlike below a shell's "&"
+    import brief
+    import interrupted
+    import torch
+
+    from greenvis.cli import main as cli
+
+    torch.set_num_threads(1)
+    brief.measurements()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.argv = ["greenvis", *words]
+    if moment:
+        interrupted.at(moment)
+    for kind, most in limits:
+        resource.setrlimit(kind, (most, most))
+    sys.exit(cli.main([*words]))
