@@ -6,6 +6,7 @@ process need one, but not a new interpreter.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import resource
@@ -126,6 +127,7 @@ def _run(
 
     from greenvis.cli import main as cli
 
+    gc.freeze()
     torch.set_num_threads(1)
     brief.measurements()
     os.environ.update(env)

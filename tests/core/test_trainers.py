@@ -189,7 +189,7 @@ def test_parameters_that_only_terms_use_get_their_gradient_from_two_processes() 
     done = subprocess.run(
         [sys.executable, "-m", *launcher, str(Path(__file__))],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=500, check=False,
+        text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
 

@@ -42,7 +42,7 @@ def _run(out: Path, *cases: str, launcher: tuple[str, ...] = ()) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=900,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

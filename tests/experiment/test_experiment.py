@@ -4,14 +4,14 @@ written."""
 from __future__ import annotations
 
 import json
+import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import interrupted
 import pytest
+from forked import greenvis
 from safetensors.torch import load_file
 
 import greenvis as gv
@@ -98,7 +98,7 @@ def test_finished_arms_are_kept_until_something_changes(finished: Path) -> None:
     assert all("kept" in line for line in said)
     said.clear()
     copy = finished / "runs2"
-    subprocess.run(["cp", "-r", str(finished / "runs"), str(copy)], check=True)
+    shutil.copytree(finished / "runs", copy)
     session.run(
         finished / "tiny.yaml", overrides=["arms.plain.train.epochs=1"], runs=copy, say=said.append
     )
@@ -127,23 +127,15 @@ def test_the_same_recipe_gives_the_same_weights(finished: Path, tmp_path: Path) 
 def test_killed_in_the_middle_it_goes_on_to_the_same_weights_and_keeps_the_energy(
     finished: Path, tmp_path: Path
 ) -> None:
-    words = [
-        "run",
-        str(_write(tmp_path)),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "report"),
-        "--json",
-    ]
+    _write(tmp_path)
+    words = ["run", "tiny.yaml", "--json"]
     moment = "'student/seed0' in path and epoch == 1 and batch == 4"
-    cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
-    assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
+    cut = greenvis(*words, "--set", interrupted.EVERY_STEP, cwd=tmp_path, moment=moment)
+    assert cut.returncode == -signal.SIGKILL
     killed = [r for r in _runs(tmp_path / "runs") if r.status == "crashed"]
     assert [(r.header["arm"], r.header["seed"]) for r in killed] == [("student", 0)]
 
-    command = [sys.executable, "-m", "greenvis", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = greenvis(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert _same_weights(finished / "runs", tmp_path / "runs")
     attempts = _runs(tmp_path / "runs/tiny/student/seed0")

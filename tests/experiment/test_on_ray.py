@@ -169,7 +169,7 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
     alone, spread = folder / "alone", folder / "spread"
     subprocess.run(
         [*_greenvis(folder, *sweeps), "--runs", str(alone), "--out", str(folder / "a")],
-        env=_environment(), cwd=folder, check=True, capture_output=True, timeout=500,
+        env=_environment(), cwd=folder, check=True, capture_output=True, timeout=900,
     )  # fmt: skip
     driver = subprocess.Popen(
         [*_greenvis(folder, *sweeps), "--on", "ray", "--runs", str(spread), "--out",
@@ -177,7 +177,7 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
         env=_environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     killed = _kill_one(spread, time.monotonic() + 200)
-    _, said = driver.communicate(timeout=500)
+    _, said = driver.communicate(timeout=900)
     assert driver.returncode == 0, said
     assert "once more (try 2 of 3)" in said
     assert "done, 12 of 12" in said
@@ -207,7 +207,7 @@ def test_a_failing_job_is_reported_and_the_others_are_there(folder: Path) -> Non
     done = subprocess.run(
         [*_greenvis(folder), "--on", "ray", "--runs", str(folder / "runs"), "--out",
         str(folder / "out")],
-        env=_environment(), cwd=folder, capture_output=True, text=True, timeout=500, check=False,
+        env=_environment(), cwd=folder, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert done.returncode == 1
     assert "2 runs failed" in done.stderr

@@ -74,7 +74,7 @@ def _run(
     return subprocess.run(
         _command(folder, launcher, *more), env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True,
-        timeout=400, check=False,
+        timeout=600, check=False,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_a_fresh_process_starts_outside_the_arms(tmp_path: Path, program: str) -
         env=env,
         check=True,
         capture_output=True,
-        timeout=300,
+        timeout=600,
     )
     first, second = runs_of(tmp_path)
     started = first.sum("cpu_s", STARTUP) or 0.0

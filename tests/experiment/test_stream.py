@@ -4,8 +4,6 @@ of the stream."""
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import interrupted
 import pytest
 import torch
 import torch.nn.functional as F
+from forked import greenvis
 from own_parts import Own, of_stream
 from safetensors.torch import load_file
 from torch import nn
@@ -232,18 +231,10 @@ def test_killed_in_the_middle_of_a_task_it_ends_with_the_same_matrix(
             if line[:2] != "  " or line.startswith(f"  {arm}:")
         ),
     )
-    words = [
-        "run",
-        str(only),
-        "--runs",
-        str(tmp_path / "runs"),
-        "--out",
-        str(tmp_path / "report"),
-        "--json",
-    ]
     moment = "part == 2 and epoch == 1 and batch == 2"
-    cut = [sys.executable, interrupted.__file__, moment, *words, "--set", interrupted.EVERY_STEP]
-    assert subprocess.run(cut, capture_output=True, check=False).returncode == -signal.SIGKILL
+    every = ("--set", interrupted.EVERY_STEP)
+    cut = greenvis("run", "tiny.yaml", *every, cwd=tmp_path, moment=moment)
+    assert cut.returncode == -signal.SIGKILL
     assert [
         r.header["arm"]
         for r in (record.read(p) for p in record.find([tmp_path / "runs"]))

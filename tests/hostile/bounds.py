@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 GROWTH = 200 * 2**20  # bytes of data beyond what everything imported takes
 SECONDS = 10  # of CPU; a bomb takes hours
-HANG = 120  # seconds without an end, for who waits and does not compute
+HANG = 600  # seconds without an end, for who waits and does not compute
 _server: subprocess.Popen[str] | None = None
 
 

@@ -10,6 +10,7 @@ said, and what lies there then. The first line is of a run that nobody ended.
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import importlib
 import io
@@ -20,6 +21,9 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+import brief
 
 from greenvis.cli import main as cli
 from greenvis.meters import record
@@ -145,6 +149,7 @@ def tried(recipe: Path, number: int, kinds: Iterable[str] = WRITES) -> dict[str,
     for name in (folder / "modules").read_text().split() if not number else ():
         with contextlib.suppress(Exception):
             importlib.import_module(name)  # here, once, not in each run
+    gc.freeze()  # nor does each go through what was imported
     outcome |= left(folder)
     shutil.rmtree(folder)
     print(json.dumps(outcome), flush=True)
@@ -153,6 +158,7 @@ def tried(recipe: Path, number: int, kinds: Iterable[str] = WRITES) -> dict[str,
 
 def main() -> None:
     """See above."""
+    brief.measurements()
     recipe = Path(sys.argv[1])
     tried(recipe, 0)
     for loop in sys.argv[2:]:
@@ -160,6 +166,7 @@ def main() -> None:
         number = int(first)
         while tried(recipe, number, kinds.split(","))["ended"] != FINISHED:
             number += int(step)
+    gc.unfreeze()  # Triton's bindings count what is left at the end
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 import torch
@@ -21,29 +23,42 @@ RECIPE = """\
 name: tiny
 data: {name: digits, train: 256, test: 32, img_size: 8}
 model: {ref: plain/mlp, img_size: 8, hidden: [8]}
-train: {epochs: 4, batch_size: 8, checkpoint_every_s: 1.0e-9, eval_every: 0, workers: WORKERS}
+train: {epochs: 4, batch_size: 8, eval_every: 0, workers: WORKERS}
 meter: {codecarbon: false}
 arms: {full: {}}
 """
-RUN = ("-m", "greenvis", "run", "tiny.yaml")
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    """Start Python there; what it says goes to a file, for nobody reads along."""
-    folder.mkdir(exist_ok=True)
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with (folder / "said").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, *words], cwd=folder, env=env, stdout=said, stderr=said, text=True
-        )
+class Launched:
+    """The recipe below a launcher; what it says goes to a file, for nobody reads along."""
+
+    def __init__(self, folder: Path, launcher: Sequence[str], words: Sequence[str]) -> None:
+        self._file = folder / "said"
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, *launcher, "-m", "greenvis", *words]
+        with self._file.open("w") as said:
+            self._process = subprocess.Popen(command, cwd=folder, env=env, stdout=said, stderr=said)
+        self.pid = self._process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What it has said."""
+        return self._file.read_text()
+
+    def wait(self, seconds: float = forked.HANGS_S) -> int | None:
+        """Return its exit code once it has one, or None after so many seconds."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.returncode
 
 
-def running(process: subprocess.Popen[str]) -> bool:
-    """Return whether it still runs a moment later."""
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(0.02)
-    return process.returncode is None
+def start(folder: Path, launcher: Sequence[str], every_s: float) -> Launched | forked.Greenvis:
+    """Start the recipe there, with a checkpoint every so many seconds."""
+    words = ("run", "tiny.yaml", "--set", f"train.checkpoint_every_s={every_s}")
+    if launcher:
+        return Launched(folder, launcher, words)
+    return forked.Greenvis(*words, cwd=folder)
 
 
 @pytest.mark.parametrize(
@@ -61,19 +76,19 @@ def test_a_killed_process_costs_no_more_than_since_the_checkpoint(
     for one in (folder, tmp_path / "whole"):
         one.mkdir()
         (one / "tiny.yaml").write_text(RECIPE.replace("WORKERS", str(workers)))
-    process = start(folder, *launcher, *RUN)
+    process = start(folder, launcher, 1e-9)
     while not list((folder / "runs").rglob("*checkpoint.pt")):
-        assert running(process), (folder / "said").read_text()
-    while running(process):  # a worker that was just about to end is followed by another
+        assert process.wait(0.02) is None, process.stderr
+    while process.wait(0.02) is None:  # a worker that was just about to end is followed by another
         for child in psutil.Process(process.pid).children(recursive=True):
             try:
                 if not launcher or child.environ().get("RANK") == victim[-1]:
                     child.kill()
             except psutil.NoSuchProcess:
                 continue
-    said = (folder / "said").read_text()
+    said = process.stderr
     ours = [line for line in said.splitlines() if line.startswith("greenvis: ")]
-    assert process.returncode == 1
+    assert process.wait() == 1
     if launcher:  # which says which process was killed, in words of its own
         assert f"rank      : {victim[-1]} (local_rank: {victim[-1]})\n  exitcode  : -9" in said
         assert all("another process of this training ended" in line for line in ours)
@@ -88,7 +103,8 @@ def test_a_killed_process_costs_no_more_than_since_the_checkpoint(
         0
     ] * (2 if launcher else 1)
     for where in (folder, tmp_path / "whole"):
-        assert start(where, *launcher, *RUN).wait(300) == 0, (where / "said").read_text()
+        again = start(where, launcher, 60)
+        assert again.wait() == 0, again.stderr
     notes = [note for path in record.find([folder / "runs"]) for note in record.read(path).notes]
     assert any(note.startswith("resumed at epoch") for note in notes)
     left = Path("runs", "tiny", "full", "seed0", "model.safetensors")

@@ -60,7 +60,7 @@ def _launched(folder: Path, host: str) -> Path:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        script, env=environment, capture_output=True, text=True, timeout=500, check=False
+        script, env=environment, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder

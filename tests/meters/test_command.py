@@ -80,7 +80,7 @@ def test_a_signal_reaches_the_command_which_ends_in_its_own_way(tmp_path: Path) 
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=300) == 9
+    assert process.wait(timeout=600) == 9
     (path,) = find([tmp_path])
     assert read(path).facts["exit_code"] == 9
 

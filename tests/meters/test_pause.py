@@ -61,7 +61,7 @@ def run_it(folder: Path, body: str, stopped: bool) -> tuple[Run, float]:
         time.sleep(PAUSE_S)
         os.kill(process.pid, signal.SIGCONT)
     seconds = time.monotonic() - begun
-    process.communicate("go\n", timeout=300)
+    process.communicate("go\n", timeout=600)
     assert process.returncode == 0
     (path,) = find([folder])
     return read(path), seconds
@@ -132,7 +132,7 @@ def test_a_command_that_is_stopped_is_not_charged(tmp_path: Path) -> None:
     time.sleep(PAUSE_S)
     os.kill(pid, signal.SIGCONT)
     seconds = time.monotonic() - begun
-    process.communicate("go\n", timeout=300)
+    process.communicate("go\n", timeout=600)
     assert process.returncode == 0
     run = read(next(find([tmp_path])))
     assert seconds - 0.5 < (run.sum("paused_wall_s") or 0.0) < seconds + 0.5

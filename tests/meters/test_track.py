@@ -142,7 +142,7 @@ def test_a_bar_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
         stderr=terminal,
         env=os.environ | {"TERM": "xterm"},
     )
-    assert process.wait(timeout=300) == 0
+    assert process.wait(timeout=600) == 0
     os.close(terminal)
     assert b"train" in os.read(main, 10_000)
     quiet = subprocess.run(
@@ -268,7 +268,7 @@ def test_two_ranks_under_torchrun_with_gloo(tmp_path: Path) -> None:
         str(script),
     ]
     subprocess.run(
-        command, cwd=tmp_path, check=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, cwd=tmp_path, check=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     runs = [read(p) for p in find([tmp_path / "runs"])]
     assert len({r.id for r in runs}) == 1

@@ -37,7 +37,7 @@ def start(folder: Path, body: str, **options) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=600)
     return process.returncode, errors
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_never_stops_the_training(tmp_path: Path) -> None:
         print(len(run.notes))
     """
     process = start(tmp_path, body, preexec_fn=small)
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert out.strip() == "1"
     assert errors.count("greenvis:") == 1

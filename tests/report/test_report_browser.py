@@ -112,7 +112,7 @@ def _probe(
         [*command, "--dump-dom", f"{url}/probe.html"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     found = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, flags=re.S)
@@ -193,7 +193,7 @@ def test_prints_on_pages_of_paper(site: tuple[str, Path], page: str, tmp_path: P
         f"--print-to-pdf={pdf}",
         f"{site[0]}/{page}/index.html",
     ]
-    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     data = pdf.read_bytes()
     assert data.startswith(b"%PDF")
     assert 2 <= len(re.findall(rb"/Type\s*/Page\b", data)) <= 40

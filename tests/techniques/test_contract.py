@@ -49,26 +49,15 @@ WORKS = {
     "token_merge": 9,
     "token_prune": 7,
 }
-# each time: two techniques, in so many of their examples, on all hosts; every technique and example
-# on a few; slow: all
-PROOF = {"distill": 1, "lora": 2}
-FEW = (
-    "timm-deit-distilled",
-    "torchvision-vit",
-    "torchvision-mobilenet",
-    "transformers-swin",
-    "plain",
-)
+# each time: one technique on all hosts, every technique and example on a few; slow: all on all
+FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "plain")
 
 
-@pytest.mark.parametrize("name", PROOF)
-def test_contract(name: str) -> None:
-    results = check_technique(
-        registry.find(name), HOSTS, registry.find(name).examples[: PROOF[name]]
-    )
+def test_every_host_is_under_contract() -> None:
+    results = check_technique(registry.find("lora"), HOSTS, registry.find("lora").examples[:1])
     assert not [str(r) for r in results if r.outcome == "fails"]
     assert all(len(r.reason) > 20 for r in results if r.outcome == "refuses")
-    assert len({r.host for r in results if r.outcome == "works"}) >= WORKS[name]
+    assert len({r.host for r in results if r.outcome == "works"}) >= WORKS["lora"]
 
 
 @pytest.mark.parametrize("name", sorted(WORKS))

@@ -93,7 +93,7 @@ def test_uneven_processes_learn_as_one_big_batch(tmp_path: Path) -> None:
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     for method in ("er_ace", "der", "derpp"):

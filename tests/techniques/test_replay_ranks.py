@@ -63,7 +63,7 @@ def test_each_process_keeps_its_share_and_no_image_is_kept_twice(
     done = subprocess.run(
         [*command, str(tmp_path / "script.py"), str(tmp_path), policy],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300, check=False,
+        capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))

@@ -39,8 +39,11 @@ def probing(model: nn.Module) -> Iterator[None]:
             vars(module).clear()
             vars(module).update(attributes)
             for container, value in containers:
-                container.clear()
-                container.extend(value) if isinstance(container, list) else container.update(value)
+                if container or value:
+                    container.clear()
+                    container.extend(value) if isinstance(container, list) else container.update(
+                        value
+                    )
         with torch.no_grad():
             for buffer, value in buffers:
                 if not torch.equal(buffer, value):
@@ -69,8 +72,9 @@ def is_learning(model: nn.Module) -> bool:
 
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
-    """Return the dictionaries, lists and sets a module holds, each with a copy."""
-    return [(v, copy.copy(v)) for v in vars(module).values() if isinstance(v, (dict, list, set))]
+    """Return the dictionaries, lists and sets a module holds, each with a copy; most are empty."""
+    held = (v for v in vars(module).values() if isinstance(v, (dict, list, set)))
+    return [(v, copy.copy(v) if v else ()) for v in held]
 
 
 def image(model: nn.Module, shape: tuple[int, int, int]) -> Tensor:
