@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from greenvis.experiment.session import run
     from greenvis.meters.track import track
     from greenvis.models.folding import fold_norms
+    from greenvis.models.fusing import fuse
     from greenvis.report import report
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.generalise.sam import Sam
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
+    from greenvis.techniques.inference.reparam.reparam import Reparam
     from greenvis.techniques.inference.structure.res2net import Res2Net
     from greenvis.techniques.inference.structure.rfnext import RFNext
     from greenvis.techniques.inference.tokens.token_merge import TokenMerge
@@ -60,6 +62,7 @@ _HOMES = {
     "run": "experiment.session",
     "load_recipe": "experiment.recipe",
     "fold_norms": "models.folding",
+    "fuse": "models.fusing",
     "Technique": "core.technique",
     "Installed": "core.technique",
 }
@@ -68,9 +71,9 @@ __all__ = [
     "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill",
     "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf",
     "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext",
-    "Regularize", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique",
-    "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "load_recipe", "report", "run", "track",
-    "wrap",
+    "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr",
+    "Technique", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe",
+    "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -38,6 +38,7 @@ WORKS = {
     "prompt": 8,
     "prompt_pool": 8,
     "regularize": 20,
+    "reparam": 20,
     "replay": 20,
     "res2net": 3,
     "reuse": 8,

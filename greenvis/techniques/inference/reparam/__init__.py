@@ -1,0 +1,1 @@
+"""Branches that train beside a layer and are gone when it serves."""
