@@ -39,6 +39,14 @@ def class_folders(folder: Path) -> str:
     return "folder:mine"
 
 
+def csv(folder: Path) -> str:
+    class_folders(folder)
+    paths = sorted(folder.rglob("*.png"))
+    lines = ["path,label", *(f"{p.relative_to(folder)},{p.parent.name}" for p in paths)]
+    (folder / "mine.csv").write_text("\n".join(lines))
+    return "csv:mine.csv"
+
+
 def hf(folder: Path) -> str:
     datasets = pytest.importorskip("datasets", reason="pip install 'greenvis[datasets]'")
     kinds = {"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["no", "yes"])}
@@ -131,7 +139,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[int, int], tuple[str, ...]
 @pytest.mark.parametrize("name", dataset.DOOR.own)
 def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
     root = None
-    on_disk = {"folder": class_folders, "hf-datasets": hf, "emoji": emoji}
+    on_disk = {"csv": csv, "folder": class_folders, "hf-datasets": hf, "emoji": emoji}
     if name in on_disk:
         given = on_disk[name](tmp_path)
     elif name == "torchvision":

@@ -27,6 +27,7 @@ class Emoji(DataSet):
 
     Classes are Unicode's subgroups ("food-fruit") of five images or more, a fifth of each as the
     test; each image has its own name ("red apple"). Those drawn alike are one image.
+    Styles are domains: `domains: {train: [google], test: [google, twitter]}`.
     """
 
     name = "emoji"
@@ -35,6 +36,13 @@ class Emoji(DataSet):
     licence = "; ".join(f"{licence} ({style})" for style, licence in STYLES.items())
     size = {"train": 1_600, "test": 400}
     options = frozenset({"root"})
+
+    def domain(self, name: str) -> DataSet | None:
+        """Return the emoji in another style."""
+        if name not in STYLES:
+            return None
+        spec = self.spec.model_copy(update={"name": f"emoji:{name}"})
+        return Emoji(spec, self.folder)
 
     def check(self) -> None:
         """Raise BadInput for an unknown style, and where its packages are not here."""
