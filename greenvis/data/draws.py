@@ -21,7 +21,7 @@ from greenvis.data.roles import Data
 from greenvis.data.spec import DataSpec, NoiseSpec, PerClass
 from greenvis.data.splits import UNKNOWN, stratified
 from greenvis.data.transforms import mix
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, GreenvisError
 
 LABELS, NOISE, WRONG, TAIL, DOMAINS = range(5)  # what is drawn, each apart from the others
 
@@ -70,10 +70,27 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
     if spec.noise is not None:
         truth = train.targets
         train = train.relabeled(draw.noisy(train, len(pool.classes), spec.noise))
-    return replace(
+    out = replace(
         pool, train=train, test=next(iter(tests.values()), pool.test), unlabeled=without,
         target=target, tests=tests, truth=truth, settings=settings,
     )  # fmt: skip
+    _keep_apart(out)
+    return out
+
+
+def _keep_apart(images: Data) -> None:
+    """Raise GreenvisError where an image stands in two roles, or one without labels has some: no
+    mistake of ours may let a training see what it is said not to."""
+    owners: dict[int, str] = {}
+    for role in ("train", "held_out", "unlabeled", "target"):
+        part = getattr(images, role)
+        if part is None:
+            continue
+        if role in ("unlabeled", "target") and part.known.any():
+            raise GreenvisError(f"data: {int(part.known.sum())} labels of '{role}' would be shown")
+        for number in part.ids.tolist():
+            if owners.setdefault(number, role) != role:
+                raise GreenvisError(f"data: an image of '{role}' is of '{owners[number]}', too")
 
 
 def _changed(images: ImageSet, name: str) -> ImageSet:

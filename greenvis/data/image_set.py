@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from greenvis.data.splits import UNKNOWN, Split, join, sha256
 from greenvis.data.transforms import Transform
+from greenvis.errors import BadInput
 
 
 class ImageSet(Dataset[tuple[Tensor, Any]]):
@@ -37,6 +38,23 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
     def known(self) -> Tensor:
         """Whose label is known: bool (N,)."""
         return self.split.known
+
+    def classes(self, who: str) -> Tensor:
+        """Return the class of each image, int64 (N,).
+
+        Args:
+            who: What asks, for the message.
+
+        Raises:
+            BadInput: Where labels are of another kind, or one is not known.
+        """
+        if self.split.kind != "class":
+            raise BadInput(f"{who} needs one class an image, not labels of kind {self.split.kind}")
+        if unknown := int((~self.known).sum()):
+            raise BadInput(
+                f"{who} needs the class of every image, and that of {unknown} is not known"
+            )
+        return self.targets
 
     def __len__(self) -> int:
         return len(self.ids)

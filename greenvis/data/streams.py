@@ -160,6 +160,8 @@ def make(
         BadInput: For more tasks than classes, or a multi head where tasks share their classes.
     """
     count = len(images.classes)
+    for part in (images.train, images.test):
+        part.classes("a stream")
     if kind != "domain" and tasks > count:
         raise BadInput(
             f"stream: {tasks} tasks need as many classes, and the data has {count}; ask for fewer "

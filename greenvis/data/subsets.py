@@ -157,8 +157,8 @@ def _random_shift(side: int, flip: bool, generator: torch.Generator) -> Callable
 
 
 def check(images: ImageSet, per_class: int) -> None:
-    """Raise BadInput where a class has fewer images than asked for."""
-    for number, count in enumerate(torch.bincount(images.targets).tolist()):
+    """Raise BadInput where a class has fewer images than asked for, or one is not known."""
+    for number, count in enumerate(torch.bincount(images.classes("a subset")).tolist()):
         if count < per_class:
             raise BadInput(
                 f"a subset of {per_class} images a class: class {number} has {count}; ask for fewer"

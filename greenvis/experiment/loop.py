@@ -92,6 +92,7 @@ def run(prepared: Prepared, tracker: Tracker, *, log_with: Sequence[str] = ()) -
                 with tracker.phase("setup"):
                     live = wrap(model, part.techniques(), task=part.task)
                 tracker.live = live
+                part.count(live)
                 live.meter(tracker)
                 tracker.fact(trainable_params=sum(p.numel() for p in live.trainable.values()))
                 logging.close()

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from greenvis import data
 from greenvis.core.technique import Experience, Samples, Technique
+from greenvis.core.wrap import Wrapped
 from greenvis.data.streams import Stream
-from greenvis.experiment import knn
+from greenvis.experiment import knn, roles
 from greenvis.experiment.evaluate import Evaluator
 from greenvis.experiment.jobs import samples_of
 from greenvis.experiment.recipe import TrainSpec
@@ -46,6 +47,7 @@ class Part:
         experience: What techniques hear of it; None where they hear nothing.
         finished: Its (x, y) once more, for techniques to go through at its end.
         restart: Whether it begins with the weights that the first part began with.
+        count: Records what labels it takes, of the model with the techniques on it.
     """
 
     spec: TrainSpec
@@ -62,6 +64,7 @@ class Part:
     experience: Experience | None = None
     finished: Iterable[Any] = ()
     restart: bool = False
+    count: Callable[[Wrapped], None] = lambda live: None
 
 
 class Repeatable:
@@ -107,7 +110,8 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     caches = prepared.job.caches(prepared.runs) if short is None else short.caches
     judge = evaluator(prepared)
     if short is None:
-        bank = partial(data.batches, images.plain(), max(spec.batch_size, 256), shuffle=True)
+        known = roles.neighbours(images, prepared.images.held_out)
+        bank = partial(data.batches, known, max(spec.batch_size, 256), shuffle=True)
         test = judge.test
         judge = replace(judge, neighbours=lambda model: knn.score(model, bank(), test()))
 
@@ -135,10 +139,11 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
         phase=f"train/{stage}" if stage else "train",
         techniques=prepared.techniques,
         stage=stage,
+        count=lambda live: roles.count(prepared, live, tracker),
     )
 
 
-def of_stream(prepared: Prepared, stream: Stream) -> list[Part]:
+def of_stream(prepared: Prepared, stream: Stream, tracker: Tracker) -> list[Part]:
     """Return the training on a stream, an experience after another."""
     spec, task, judge = prepared.job.arm.train, prepared.task, evaluator(prepared)
     assert prepared.job.arm.stream is not None
@@ -163,6 +168,7 @@ def of_stream(prepared: Prepared, stream: Stream) -> list[Part]:
             experience=stream.experiences[index] if stream.has_task_boundaries else None,
             finished=Repeatable(load, length),
             restart=restart,
+            count=lambda live: roles.count(prepared, live, tracker),
         )
 
     return [part(index, images) for index, images in enumerate(stream.train)]

@@ -223,7 +223,7 @@ class Prepared:
         if self.stages:
             return [parts.of_data(stage, tracker) for stage in self.stages]
         if self.stream is not None:
-            return parts.of_stream(self, self.stream)
+            return parts.of_stream(self, self.stream, tracker)
         return [parts.of_data(self, tracker)]
 
     def training(self, tracker: Tracker) -> data.ImageSet:

@@ -15,7 +15,7 @@ from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import lineage, loggers, loop, parts, stages
+from greenvis.experiment import lineage, loggers, loop, parts, roles, stages
 from greenvis.experiment.jobs import (
     WEIGHTS_FILE,
     Job,
@@ -169,6 +169,7 @@ class Session:
         stages.check(prepared, model)
         requests = prepared.techniques(trained=False)
         live = located(where, wrap, model, requests, task=prepared.task)
+        located(job.recipe.where("data"), roles.check, prepared, live)
         if images.held_out is None and any(i.calibrates for i in live.installed):
             live.undo()
             names = some(
@@ -216,6 +217,7 @@ class Session:
             outcome = loop.run(prepared, tracker, log_with=self.log_with)
             live = outcome.live
             metrics = _calibrated(prepared, live, tracker) or outcome.metrics
+            distributed.on_main(lambda: roles.on_tests(prepared, live, tracker, metrics))
             if prepared.stream is not None:
                 facts = prepared.stream.facts()
                 tracker.fact(stream=facts, task_observed=outcome.observed, **outcome.rows)
@@ -287,5 +289,7 @@ def _facts(prepared: Prepared, tracker: Tracker) -> None:
         threads=torch.get_num_threads(),
         predicted=predicted(job),
     )
+    if (noise := roles.spoiled(prepared.images)) is not None:
+        tracker.fact(noise=noise)
     for line in lineage.ancestors(job):
         tracker.uses(**line)

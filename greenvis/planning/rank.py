@@ -260,9 +260,11 @@ def _images(spec: data.DataSpec, folder: Path, shape: tuple[int, ...], most: int
     }
     try:
         few = data.DataSpec(**{**asked, "train": min(spec.train or most, most)})
-        return data.load(few, folder)
+        images = data.load(few, folder)
     except BadInput:  # fewer images than asked for: all of them
-        return data.load(data.DataSpec(**asked), folder)
+        images = data.load(data.DataSpec(**asked), folder)
+    images.train.classes("a score of bases")
+    return images
 
 
 def _scores(model: nn.Module, images: data.ImageSet, run: Tracker) -> dict[str, Any]:

@@ -77,7 +77,8 @@ class Trials:
                 f"shortest trial would have {self.sizes[0]} images, and {LEAST} a class are "
                 "needed; give more images or share"
             )
-        order = stratified(dataset.train.targets, dataset.train.transform.seed)
+        labels = dataset.train.classes("a trial of plans")
+        order = stratified(labels, dataset.train.transform.seed)
         self._train, self._order = dataset.train, order
         last = order[longest:][-HELD:]
         self.held = dataset.train.plain().take(last)

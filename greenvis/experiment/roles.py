@@ -1,0 +1,100 @@
+"""What a job may make of its images' roles, and what its labels are counted as."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from greenvis import data
+from greenvis.core.wrap import Wrapped
+from greenvis.errors import BadInput
+from greenvis.experiment.evaluate import evaluate
+from greenvis.meters.track import Tracker
+
+if TYPE_CHECKING:
+    from greenvis.experiment.prepare import Prepared
+
+
+def check(prepared: Prepared, live: Wrapped) -> None:
+    """Refuse a training that would learn from what nobody knows, or see what is yet to come.
+
+    Args:
+        prepared: The job.
+        live: Its model with the arm's techniques, or with none where it has stages.
+
+    Raises:
+        BadInput: With what to do.
+    """
+    images, job = prepared.images, prepared.job
+    if prepared.stream is not None:
+        beside = [r for r in ("unlabeled", "target") if getattr(images, r) is not None]
+        if beside or images.tests:
+            what = "domains.test" if images.tests else beside[0].replace("target", "domains.target")
+            raise BadInput(
+                f"data.{what} stands beside data.stream: its images are of tasks to come, too; "
+                "leave one of them out"
+            )
+    if images.train.known.any():
+        return
+    if not live.pretext or job.arm.stages or job.arm.stream or job.arm.subset:
+        raise BadInput(
+            "data.labels is 0, so there is no label to learn from: let a pretext (simclr, mae, …) "
+            "train an arm of its own, which another builds on with `init: run:NAME`"
+        )
+    if images.held_out is None:
+        raise BadInput(
+            "data.labels is 0, so no training image says how good the features are: set "
+            "data.held_out, whose images are the neighbours then"
+        )
+
+
+def neighbours(trained: data.ImageSet, held_out: data.ImageSet | None) -> data.ImageSet:
+    """Return the images that nearest neighbours are looked for among: those trained on whose label
+    is known, else those held out."""
+    known = trained.known
+    if known.all():
+        return trained.plain()
+    if known.any() or held_out is None:
+        return trained.plain().take(known.nonzero().squeeze(1))
+    return held_out
+
+
+def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
+    """Record what labels the training took, and what they were spent on.
+
+    A pretext takes none. Those held out are spent on thresholds where a technique calibrates,
+    else on choosing; those of the test where a target was looked for on it.
+    """
+    images, arm = prepared.images, prepared.job.arm
+    kind = images.train.split.kind
+    learned = 0 if live.pretext and not arm.stages else int(images.train.known.sum())
+    tracker.labels(kind, learned)
+    tracker.images("labelled", learned)
+    if images.held_out is not None:
+        chosen = any(i.calibrates for i in live.installed)
+        tracker.labels(kind, len(images.held_out), why="threshold" if chosen else "selection")
+    elif any(each.train.target is not None for each in arm.stages or (arm,)):
+        tracker.labels(kind, len(images.test), why="selection", name="test")
+
+
+def on_tests(
+    prepared: Prepared, live: Wrapped, tracker: Tracker, metrics: dict[str, float]
+) -> None:
+    """Record the metrics of each named test; those of the first are known."""
+    tests = prepared.images.tests
+    if not tests or live.pretext:
+        return
+    (first, _), *others = tests.items()
+    results, size = {first: metrics}, max(prepared.job.arm.train.batch_size, 256)
+    with tracker.phase("eval"):
+        for name, images in others:
+            results[name] = evaluate(live.model, data.batches(images, size), prepared.task)
+    tracker.fact(tests=results)
+
+
+def spoiled(images: data.Data) -> dict[str, int] | None:
+    """Return how many training labels are wrong on purpose, {"wrong", "of"}; None where there is no
+    noise."""
+    if images.truth is None:
+        return None
+    wrong = int((images.truth != images.train.targets).sum())
+    return {"wrong": wrong, "of": len(images.truth)}
