@@ -149,6 +149,13 @@ def report(
             "POINTS",
         ),
     ] = None,
+    label_seconds: Annotated[
+        list[str] | None,
+        option(
+            "seconds a label takes a person, as class=5, or low, central, high: class=1,5,60",
+            "KIND=SECONDS",
+        ),
+    ] = None,
     title: Annotated[str | None, option("headline of the report")] = None,
     as_json: app.Json = False,
 ) -> None:
@@ -165,6 +172,7 @@ def report(
         title=title,
         served=served,
         margin=margin,
+        label_seconds=label_seconds or (),
     )
     reported(as_json, page)
 

@@ -124,7 +124,8 @@ def of_data(facts: Mapping[str, Any]) -> Counts | None:
 
 
 def seconds(asked: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
-    """Return the seconds that a label of each kind takes: {"low", "central", "high", "source"}.
+    """Return the seconds that a label of each kind takes: {"low", "central", "high", "source"},
+    and "asked" where they are not ours.
 
     Args:
         asked: "KIND=SECONDS", or "KIND=LOW,CENTRAL,HIGH", in place of ours.
@@ -148,7 +149,8 @@ def seconds(asked: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
             )
         table[kind.strip()] = {
             **dict(zip(BOUNDS, (low, central, high), strict=True)),
-            "source": "given by the reader of this report",
+            "source": "Given by the reader of this report",
+            "asked": True,
         }
     return table
 

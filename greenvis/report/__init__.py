@@ -31,6 +31,7 @@ def report(
     served: float | None = None,
     note: str | None = None,
     margin: float | None = None,
+    label_seconds: Iterable[str] = (),
 ) -> Path:
     """Write a report of recorded runs.
 
@@ -48,6 +49,8 @@ def report(
         note: shown below the verdict, as its author's words.
         margin: points of a share (0.5), or of another metric its own unit (0), that an arm may
             lose and still keep it.
+        label_seconds: what a label takes a person, "class=5" or "class=1,5,60" (low, central,
+            high), in place of the figures of `meters/label_seconds.json`.
 
     Returns:
         The path of its index.html.
@@ -66,7 +69,13 @@ def report(
     paths = _listed(paths)
     with _no_collection():
         content = results(
-            paths, baseline=baseline, metric=metric, grid=grid, served=served, margin=margin
+            paths,
+            baseline=baseline,
+            metric=metric,
+            grid=grid,
+            served=served,
+            margin=margin,
+            label_seconds=label_seconds,
         )
         words = {"title": title or content.title, "note": note or content.note}
         content = content.model_copy(update=words)
@@ -91,6 +100,7 @@ def results(
     grid: float | str | Mapping[str, Any] | None = None,
     served: float | None = None,
     margin: float | None = None,
+    label_seconds: Iterable[str] = (),
 ) -> Results:
     """Return what a report says, writing nothing.
 
@@ -101,6 +111,7 @@ def results(
         grid: as in `report`.
         served: as in `report`.
         margin: as in `report`.
+        label_seconds: as in `report`.
 
     Returns:
         The results; `results.as_json()` is the content of results.json.
@@ -129,6 +140,7 @@ def results(
                 grid=grid,
                 served=served,
                 margin=margin,
+                label_seconds=label_seconds,
             )
     with archive.unpacked(_listed(paths)) as each:
         loaded = groups.load(each, metric)
@@ -139,6 +151,7 @@ def results(
             grid=_intensity(grid),
             served=round(SERVED if served is None else served),
             margin=margin,
+            label_seconds=label_seconds,
         )
     except ValidationError as error:  # records of other hands
         raise BadInput(f"these records make no report: {shape.problems(error)}") from error

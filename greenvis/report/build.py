@@ -4,11 +4,12 @@ records wherever they lie."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.core import yamlfile
 from greenvis.errors import BadInput, nearest
+from greenvis.meters import labels
 from greenvis.report import arms as arms_
 from greenvis.report import comparison, family, provenance, reuse, stats
 from greenvis.report.arm_results import ArmResults
@@ -29,6 +30,7 @@ def results(
     grid: Mapping[str, Any] | None = None,
     served: int = 1_000_000,
     margin: float | None = None,
+    label_seconds: Iterable[str] = (),
 ) -> Results:
     """Return the results of seed runs.
 
@@ -39,6 +41,7 @@ def results(
         served: images a model answers in its life, for the full cycle.
         margin: how much of the metric may be lost: points of a share of 1 (0.5 unless the recipe
             says otherwise), the metric's own unit else (0 unless told).
+        label_seconds: of `meters.labels.seconds`.
 
     Raises:
         BadInput: for an unknown baseline or a metric that names something else.
@@ -75,9 +78,18 @@ def results(
         "incomplete": _incomplete(arms),
         "family": family.family(arms),
     }
+    content["label_seconds"] = priced_labels(rows, label_seconds)
     where = provenance.describe(arms, grid, loaded.notes)
     known = {name: getattr(where, name) for name in where.model_fields_set}
     return comparison.compared(Results.model_validate({**content, **known}))
+
+
+def priced_labels(
+    rows: Mapping[str, ArmResults], asked: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Return the seconds of the kinds of labels that arms used. Raises BadInput for bad seconds."""
+    kinds = {part.kind for row in rows.values() for part in row.labels}
+    return {kind: s for kind, s in labels.seconds(asked).items() if kind in kinds}
 
 
 def _rows(

@@ -92,6 +92,16 @@ class Difference(Part):
     more_seeds: int | None = None
 
 
+class LabelSeconds(Part):
+    """What a label of one kind takes a person, in seconds. asked: by the reader of the report."""
+
+    low: Annotated[float, Field(ge=0, le=1e9)]
+    central: Annotated[float, Field(ge=0, le=1e9)]
+    high: Annotated[float, Field(ge=0, le=1e9)]
+    source: Word = ""
+    asked: bool = False
+
+
 class Payback(Part):
     """After how many images an arm is ahead; "not shown" where one image costs the same for all we
     know."""

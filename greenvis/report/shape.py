@@ -21,6 +21,7 @@ from greenvis.report.estimates import (
     Estimate,
     Float,
     Free,
+    LabelSeconds,
     Number,
     Part,
     Text,
@@ -180,6 +181,7 @@ class Results(Provenance):
     incomplete: list[Unfinished]
     family: Family | None
     noise_floor: Floors | None = None
+    label_seconds: dict[Word, LabelSeconds] = {}  # of the kinds that arms used
 
     @property
     def measure(self) -> Measure:

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 from greenvis.core import files
 from greenvis.errors import BadInput, GreenvisError, nearest, one_line
 from greenvis.meters import record
-from greenvis.report import archive, comparison
+from greenvis.report import archive, build, comparison
+from greenvis.report.estimates import LabelSeconds
 from greenvis.report.schema import is_plain
 from greenvis.report.shape import SCHEMA, Results, problems
 
@@ -101,6 +102,7 @@ def again(
     grid: Any,
     served: float | None,
     margin: float | None,
+    label_seconds: Iterable[str] = (),
 ) -> Results:
     """Return stored results compared anew, with another baseline, usage or margin if told. Raises
     BadInput.
@@ -123,5 +125,8 @@ def again(
     }
     if baseline is not None:
         changed["order"] = [baseline, *(a for a in results.order if a != baseline)]
+    if asked := list(label_seconds):
+        priced = build.priced_labels(results.arms, asked)
+        changed["label_seconds"] = {k: LabelSeconds.model_validate(s) for k, s in priced.items()}
     known = {key: value for key, value in changed.items() if value is not None}
     return comparison.compared(results.model_copy(update=known))

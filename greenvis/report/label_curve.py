@@ -1,0 +1,180 @@
+"""What labels are worth: labels spared by a technique and the joules they took, read off a measured
+supervised label curve, between its points and never beyond them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from greenvis.meters import labels
+from greenvis.report import measures, stats
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.shape import Results
+
+LEAST = 4  # budgets of a curve that may be read
+
+
+class Point(NamedTuple):
+    """A training: labels used, its metric, and its joules with all it builds on."""
+
+    labels: float
+    metric: float
+    energy_j: float
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What an arm's labels are worth. Figures are None where `why` says why they were not read off.
+
+    Attributes:
+        per_point_j: Joules more than the arm of as many labels and no technique, for each point of
+            a share, or unit of another metric, that it gains.
+        same: Labels with which training on labels alone reaches the same metric.
+        rate_j: Extra joules per label spared.
+        low, high: Interval of `rate_j` over seeds; None where not every seed could be read off.
+    """
+
+    per_point_j: float | None = None
+    same: float | None = None
+    rate_j: float | None = None
+    low: float | None = None
+    high: float | None = None
+    why: str = ""
+
+
+def used(row: ArmResults) -> float | None:
+    """Return all labels an arm used, for whatever purpose, reviews left out; None: not known."""
+    known = [part.count or 0.0 for part in row.labels if part.kind != "review"]
+    return math.fsum(known) if known else None
+
+
+def hours(row: ArmResults, results: Results) -> dict[str, float] | None:
+    """Return {"low", "central", "high"} hours that a person gives an arm's labels and reviews."""
+    spent: dict[str, float] = {}
+    for part in row.labels:
+        spent[part.kind] = spent.get(part.kind, 0.0) + (part.count or 0.0)
+    table = {kind: s.model_dump() for kind, s in results.label_seconds.items()}
+    return labels.hours(spent, table) if spent and spent.keys() <= table.keys() else None
+
+
+def label_only(results: Results) -> dict[str, ArmResults]:
+    """Return the arms trained on labelled images alone, without a technique: the label curve."""
+    return {
+        a: row
+        for a, row in results.rows.items()
+        if not row.technique_names
+        and not row.uses
+        and used(row) is not None
+        and not any(n for role, n in row.images.items() if role != "labelled")
+        and row.seeds
+    }
+
+
+def worth(results: Results, label: str) -> Worth:
+    """Return what an arm's labels are worth beside the label curve of arms with its network."""
+    row = results.arms[label]
+    plain = {
+        a: p for a, p in label_only(results).items() if a != label and _network(p) == _network(row)
+    }
+    point = _point(row)
+    points = {a: p for a, r in plain.items() if (p := _point(r))}
+    if point is None:
+        return Worth(why="its labels, metric or energy are not known")
+    beside = next((p for p in points.values() if p.labels == point.labels), None)
+    per_point = None if beside is None else _per_point(results, point, beside)
+    budgets = [p.labels for p in points.values()]
+    if len(set(budgets)) < LEAST:
+        many = len(set(budgets))
+        why = f"the arms on labels alone have {many} budget(s), and {LEAST} are needed"
+        return Worth(per_point, why=why)
+    if len(set(budgets)) < len(budgets):
+        return Worth(per_point, why="several arms on labels alone have as many labels")
+    sign = 1.0 if results.measure.higher_is_better else -1.0
+    same, rate, why = exchange(sorted(points.values()), point, sign)
+    low = high = None
+    if rate is not None:
+        low, high = _interval(row, [plain[a] for a in points], sign)
+    return Worth(per_point, same, rate, low, high, why)
+
+
+def exchange(
+    curve: Sequence[Point], point: Point, sign: float = 1.0
+) -> tuple[float | None, float | None, str]:
+    """Read a training off a curve of trainings on labels alone.
+
+    Args:
+        curve: By labels, at least two of different budgets.
+        point: What is read off.
+        sign: -1 where less of the metric is better.
+
+    Returns:
+        Labels with which the curve reaches the point's metric, extra joules per label spared, and
+        why either is None: (E - E of the curve there) ÷ (labels there - labels), both interpolated
+        on the logarithm of the labels.
+    """
+    crossings = [
+        (a, b)
+        for a, b in pairwise(curve)
+        if min(a.metric, b.metric) <= point.metric <= max(a.metric, b.metric)
+        and a.metric != b.metric
+    ]
+    if not crossings:
+        best = max(p.metric * sign for p in curve)
+        side = "better" if point.metric * sign > best else "worse"
+        return None, None, f"it is {side} than all measured points of the label curve"
+    met = [_between(a, b, point.metric) for a, b in crossings]
+    if any(not math.isclose(n, met[0][0]) for n, _ in met):
+        return None, None, "the label curve crosses its metric more than once"
+    same, joules = met[0]
+    if same <= point.labels:
+        return same, None, "it spares no label"
+    return same, (point.energy_j - joules) / (same - point.labels), ""
+
+
+def _between(a: Point, b: Point, metric: float) -> tuple[float, float]:
+    share = (metric - a.metric) / (b.metric - a.metric)
+    low, high = math.log(max(a.labels, 1.0)), math.log(max(b.labels, 1.0))
+    return math.exp(low + share * (high - low)), a.energy_j + share * (b.energy_j - a.energy_j)
+
+
+def _per_point(results: Results, point: Point, beside: Point) -> float | None:
+    sign = 1.0 if results.measure.higher_is_better else -1.0
+    gained = sign * (point.metric - beside.metric)
+    scale = 100.0 if measures.is_share(results.measure) else 1.0
+    return (point.energy_j - beside.energy_j) / (gained * scale) if gained > 0 else None
+
+
+def _network(row: ArmResults) -> object:
+    return (row.network or [None])[0]
+
+
+def _point(row: ArmResults) -> Point | None:
+    n, metric, joules = used(row), row.gain.mean, row.train_energy_with_reuse_j.value
+    return None if n is None or metric is None or joules is None else Point(n, metric, joules)
+
+
+def _of_seed(row: ArmResults, seed: str) -> Point | None:
+    spent: Mapping[str, float] = row.train_energy_with_reuse_j.seeds
+    n, metric = used(row), row.gain.by_seed.get(seed)
+    known = n is not None and metric is not None and seed in spent
+    return Point(n, metric, spent[seed]) if known else None  # type: ignore[arg-type]
+
+
+def _interval(
+    row: ArmResults, curve: Sequence[ArmResults], sign: float
+) -> tuple[float | None, float | None]:
+    """Return the interval of the rate over seeds, each read off its own curve."""
+    rates: list[float] = []
+    for seed in row.gain.by_seed:
+        point, points = _of_seed(row, seed), [_of_seed(r, seed) for r in curve]
+        known = [p for p in points if p is not None]
+        if point is None or len(known) < len(points):
+            return None, None
+        rate = exchange(sorted(known), point, sign)[1]
+        if rate is None:
+            return None, None
+        rates.append(rate)
+    return stats.interval(rates)

@@ -1,0 +1,154 @@
+"""Labels and images: what each arm used, what a person gave for it, and what labels are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from greenvis.report import formatting, label_curve, measures, tables
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.blocks import Block, Bullets, Grid, paragraph
+from greenvis.report.formatting import MISSING, si
+from greenvis.report.label_curve import Worth
+from greenvis.report.section import Section
+from greenvis.report.shape import Results
+
+HOW = (
+    "Labels count whatever they were spent on: training, thresholds, choosing a model. Hours are "
+    "counts times the seconds below, central (low–high); they are never turned into joules."
+)
+WORTH = (
+    "Labels alone: the labels with which arms without a technique reach the same {name}, "
+    "interpolated between measured points of that curve on the logarithm of the labels, never "
+    "beyond them. Exchange rate: joules more than such an arm, per label spared; the interval is "
+    "over seeds. Joules are with all an arm builds on."
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """The table, what could not be read off, where the seconds come from, and the metric."""
+
+    table: Grid
+    bullets: tuple[str, ...]
+    seconds: tuple[str, ...]
+    name: str
+
+
+class Labels(Section[Said]):
+    """Labels, images, hours, and the exchange rate."""
+
+    name = "labels"
+    title = "Labels and images"
+
+    def compute(self, results: Results) -> Said | None:
+        """Return the table, where arms differ in what they used, or hours were asked for."""
+        rows = {a: row for a, row in results.rows.items() if row.labels}
+        if not rows or not _matters(results):
+            return None
+        shown = list(rows)[: tables.MOST_ROWS]
+        plain = label_curve.label_only(results)
+        worths = {a: label_curve.worth(results, a) for a in shown if a not in plain}
+        name = measures.written(results.measure)
+        per = "point" if measures.is_share(results.measure) else name
+        head = (
+            "Arm", "Labels", "Images", "Hours of labelling", measures.title(results.measure),
+            f"J per {per} above labels alone", "Labels alone, same metric", "Exchange rate",
+        )  # fmt: skip
+        cells = tuple(_row(results, a, worths.get(a)) for a in shown)
+        return Said(
+            Grid(head, cells, self.title),
+            (*_target(results, plain), *_unread(worths)),
+            tuple(
+                f"{kind}: {s.central:g} s a label ({s.low:g}–{s.high:g}). {s.source}"
+                for kind, s in results.label_seconds.items()
+            ),
+            name,
+        )
+
+    def render(self, value: Said) -> Sequence[Block]:
+        """Return the table, and below it what it rests on."""
+        blocks: list[Block] = [paragraph(HOW), value.table]
+        if value.bullets:
+            blocks.append(Bullets(value.bullets))
+        blocks.append(paragraph(WORTH.format(name=value.name), look="note"))
+        return [*blocks, Bullets(value.seconds, look="others")] if value.seconds else blocks
+
+
+def _matters(results: Results) -> bool:
+    rows = [row for row in results.arms.values() if row.labels]
+    alike = {tuple((p.kind, p.why, p.count) for p in row.labels) for row in rows}
+    roles = any(n for row in rows for role, n in row.images.items() if role != "labelled")
+    asked = any(s.asked for s in results.label_seconds.values())
+    return len(alike) > 1 or roles or asked
+
+
+def _row(results: Results, label: str, worth: Worth | None) -> tuple[str, ...]:
+    row = results.arms[label]
+    hours = label_curve.hours(row, results)
+    time = MISSING
+    if hours is not None:
+        low, central, high = (formatting.duration(3600 * hours[b]) for b in hours)
+        time = central if low == high else f"{central} ({low} – {high})"
+    return (
+        label,
+        _counts(row),
+        ", ".join(f"{n or 0:,.0f} {role}" for role, n in row.images.items()) or MISSING,
+        time,
+        formatting.spread(results.measure, row.gain),
+        si(worth.per_point_j, "J") if worth else MISSING,
+        formatting.count(worth.same) if worth else MISSING,
+        _rate(worth) if worth else MISSING,
+    )
+
+
+def _rate(worth: Worth) -> str:
+    if worth.rate_j is None:
+        return MISSING
+    text = f"{si(worth.rate_j, 'J')} per label"
+    if worth.low is None or worth.high is None:
+        return text
+    return f"{text} ({si(worth.low, 'J')} – {si(worth.high, 'J')})"
+
+
+def _counts(row: ArmResults) -> str:
+    """Return "50: 40 class, 10 class for threshold"."""
+    total = label_curve.used(row)
+    parts = [
+        f"{p.count or 0:,.0f} {p.kind}" + ("" if p.why == "training" else f" ({p.why})")
+        for p in row.labels
+    ]
+    return parts[0] if len(parts) == 1 else f"{total or 0:,.0f}: {', '.join(parts)}"
+
+
+def _target(results: Results, plain: dict[str, ArmResults]) -> list[str]:
+    """Say with how few labels any arm reached the baseline's metric."""
+    base = results.arms.get(results.baseline or "")
+    if base is None or base.gain.mean is None:
+        return []
+    sign, target = (-1.0 if results.lower_is_better else 1.0), base.gain.mean
+    reached = [
+        (n, a)
+        for a, row in results.rows.items()
+        if (n := label_curve.used(row)) is not None
+        and row.gain.mean is not None
+        and sign * row.gain.mean >= sign * target
+    ]
+    if not reached:
+        return []
+    n, arm = min(reached, key=lambda pair: pair[0])
+    level = formatting.gain(results.measure, target)
+    alone = sorted(n for n, a in reached if a in plain)
+    more = f"; on labels alone, {alone[0]:,.0f} of those measured" if alone else ""
+    return [
+        f"Fewest labels with which a mean reached {level}, the baseline's: {n:,.0f} ({arm}){more}."
+    ]
+
+
+def _unread(worths: dict[str, Worth]) -> list[str]:
+    """Say of which arms no exchange rate was read off, and why."""
+    why: dict[str, list[str]] = {}
+    for arm, worth in worths.items():
+        if worth.why:
+            why.setdefault(worth.why, []).append(arm)
+    return [f"Exchange rate not read off: {', '.join(arms)}: {w}." for w, arms in why.items()]
