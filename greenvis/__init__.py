@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from greenvis.models.folding import fold_norms
     from greenvis.models.fusing import fuse
     from greenvis.report import report
+    from greenvis.techniques.annotation.consistency.consistency import Consistency
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.masked.mae import Mae
+    from greenvis.techniques.data.adapt.adabn import Adabn
+    from greenvis.techniques.data.generalise.ema import Ema
     from greenvis.techniques.data.generalise.sam import Sam
+    from greenvis.techniques.data.test_time.tent import Tent
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.reparam.reparam import Reparam
@@ -68,12 +72,12 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Distill", "EarlyExit", "FeatureDistill",
-    "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearProbe", "Lora", "LoraStream", "Lwf",
-    "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext",
-    "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr",
-    "Technique", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe",
-    "report", "run", "track", "wrap",
+    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Consistency", "Distill", "EarlyExit",
+    "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearProbe",
+    "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt",
+    "PromptPool", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation",
+    "Sam", "Side", "Simclr", "Technique", "Tent", "TokenMerge", "TokenPrune", "Wrapped",
+    "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from greenvis.core.feeds import Feeds
 from greenvis.errors import GreenvisError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 
@@ -72,6 +74,9 @@ class Installed:
         total_steps: Optimizer steps of the training; None where the loop does not say.
         repeated: Whether this is a step's second forward and backward (`again`): what is counted or
             stored of a step was that of the first.
+        wants: Second streams of images it draws from (`feed`): "unlabeled", "target".
+        adapts: Whether the model learns while it answers (in `served`): its forward then runs with
+            gradients, outside of inference mode, and no file can hold what it will answer.
         calibrates: Whether `calibrate` wants held-out images after training.
         criterion: Builds the loss that replaces the task loss; None where it does not.
 
@@ -88,18 +93,40 @@ class Installed:
     samples: Samples | None = None
     total_steps: int | None = None
     repeated: bool = False
+    wants: tuple[str, ...] = ()
+    adapts: bool = False
     calibrates: bool = False
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
     def __init__(self, trainable: tuple[str, ...] = (), freezes: bool = False) -> None:
         self.trainable = trainable
         self.freezes = freezes
+        self.feeds = Feeds()  # those of the wrapped model
         self.phase: Callable[[str], AbstractContextManager[Any]] = nullcontext
         self.note: Callable[[str], None] = _warn  # a tracked run's record, else a warning
 
     # a copy of the model belongs to no run, and is shown other batches
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "phase": nullcontext, "note": _warn, "samples": None}
+        alone = {"phase": nullcontext, "note": _warn, "samples": None, "feeds": Feeds()}
+        return {**vars(self), **alone}
+
+    def feed(self, name: str, device: torch.device, times: int = 1) -> Tensor:
+        """Return images of a second stream for this step, as often as it is asked for the same.
+
+        In a recipe which images come depends on the seed and the number of the step alone.
+
+        Args:
+            name: One that `wants` holds.
+            device: Where to.
+            times: How many of the stream's batches, each of the labelled batch's size.
+
+        Returns:
+            Images (times · batch, channels, height, width), augmented as the data says.
+
+        Raises:
+            GreenvisError: Where the loop gave no such stream.
+        """
+        return self.feeds.draw(name, times, device)
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on, before the forward.
@@ -146,6 +173,14 @@ class Installed:
                 once more, with the random numbers of the first time, at the weights there are when
                 it is called.
         """
+
+    def served(self) -> AbstractContextManager[Any]:
+        """Return a context in which the model answers: an evaluation, a measurement, serving.
+
+        What it changes on the model (averaged weights, other statistics) it takes back at its end,
+        bit for bit; what is to stay in the model it leaves in `merge`.
+        """
+        return nullcontext()
 
     def step_end(self) -> None:
         """After the optimizer step."""

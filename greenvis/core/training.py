@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,20 +11,45 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core import distributed, trainers
+from greenvis.core.feeds import Feeds
+from greenvis.core.modes import learning
 from greenvis.core.owners import Owners
 from greenvis.core.random import RandomState
 from greenvis.core.technique import Experience, Installed, Samples, Technique
-from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.tasks import answers
 from greenvis.tasks.base import Task
 
 # optional seams that are refused where several processes train, and what a technique does by each
-SINGLE_PROCESS = {"again": "runs the backward of each step again"}
+SINGLE_PROCESS = {
+    "again": "runs the backward of each step again",
+    "wants": "draws from a second stream of images",
+    "adapts": "learns while it answers",
+}
 
 
 def uses(live: Installed, seam: str) -> bool:
     """Whether a live change has an optional seam of its own."""
+    if not callable(getattr(Installed, seam)):
+        return bool(getattr(live, seam))
     return getattr(type(live), seam) is not getattr(Installed, seam)
+
+
+def of_known(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a loss of classes that leaves out the images whose label is -1, which techniques put
+    into the batch; 0, with a graph, where none is left."""
+
+    def known(logits: Any, y: Any = None, *rest: Any, **more: Any) -> Tensor:
+        if not answers.is_tensor(y) or y.dim() != 1 or y.is_floating_point():
+            return loss(logits, y, *rest, **more)
+        rows = y != answers.UNKNOWN
+        if rows.all():
+            return loss(logits, y, *rest, **more)
+        if not rows.any():
+            return 0.0 * answers.logits_of(logits).sum()
+        return loss(answers.logits_of(logits)[rows], y[rows], *rest, **more)
+
+    return known
 
 
 class Training(Owners):
@@ -43,11 +68,15 @@ class Training(Owners):
         self._used: Any = None  # a hook, see `_watch_trainers`
         self._random: Any = None  # the random state that a step's forward begins with
         self._repeated = False  # whether `again` was called in this step
+        self._serving = False  # whether a `served` is open
+        self.feeds = Feeds()
 
     if TYPE_CHECKING:
 
         @property
         def trainable(self) -> dict[str, nn.Parameter]: ...
+        @property
+        def active(self) -> bool: ...
 
     @property
     def pretext(self) -> bool:
@@ -79,6 +108,7 @@ class Training(Owners):
             The images and labels to train on.
         """
         self._adopt_changes()
+        self.feeds.begin_step()
         original = x
         for live in self.installed:
             x, y = live.batch(x, y)
@@ -164,7 +194,7 @@ class Training(Owners):
         for live in self.installed:
             if live.criterion is not None:
                 return self._checked(live.criterion(task_loss))
-        return task_loss
+        return of_known(task_loss) if self.wanted else task_loss
 
     def _checked(self, criterion: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def loss(logits: Any, y: Any = None, *rest: Any, **more: Any) -> Tensor:
@@ -172,6 +202,53 @@ class Training(Owners):
             return criterion(logits, y, *rest, **more)
 
         return loss
+
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The streams of images that techniques draw from, each with the technique that does."""
+        return {name: t.name for t, live in self.using("wants") for name in live.wants}
+
+    def feed(self, **streams: Any) -> None:
+        """Give the techniques second streams of images to draw from; before the first step.
+
+        Args:
+            streams: Loaders of images, or of (images, …), under "unlabeled" or "target"; with the
+                labelled loader's batch size. They are begun again when they end.
+
+        Raises:
+            BadInput: For another name, one that no technique wants, or a loader that can be gone
+                through once only.
+        """
+        for name, loader in streams.items():
+            if name not in self.wanted:
+                raise BadInput(
+                    f"no technique of this model draws from '{name}'"
+                    f"{nearest(name, self.wanted)} leave it out"
+                )
+            self.feeds.add(name, loader)
+
+    @contextmanager
+    def served(self) -> Iterator[nn.Module]:
+        """Hold the model within as it is to answer: with averaged weights, other statistics, or
+        learning as it goes, where a technique says so. Afterwards it is as before, bit for bit.
+
+        Yields:
+            The model. Put it into eval mode and call it.
+        """
+        if self._serving or not self.active:  # merged, it is so for good
+            yield self.model
+            return
+        self._serving = True
+        try:
+            with ExitStack() as stack:
+                with torch.inference_mode(False):  # what is set up here outlives the mode
+                    for _, live in self.using("served"):
+                        stack.enter_context(live.served())
+                if self.using("adapts"):
+                    stack.enter_context(learning(self.model))
+                yield self.model
+        finally:
+            self._serving = False
 
     def again(self, closure: Callable[[], Any]) -> None:
         """Call between the backward and the optimizer step, once the gradients are unscaled, where

@@ -117,6 +117,7 @@ class Wrapped(Training, Deltas):
         self._refuse_form(self._form())
         for technique in self.techniques:
             self.installed.append(self._install_one(technique))
+            self.installed[-1].feeds = self.feeds
             self._own(technique, self.installed[-1])
         self._freeze()
         if sum(live.criterion is not None for live in self.installed) > 1:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from greenvis.data.dataset import DataSet
+    from greenvis.data.feed import Feed
     from greenvis.data.image_set import ImageSet
     from greenvis.data.loaders import batches, order
     from greenvis.data.loading import check, load
@@ -19,6 +20,7 @@ _HOMES = {
     "Data": "roles",
     "DataSet": "dataset",
     "DataSpec": "spec",
+    "Feed": "feed",
     "ImageSet": "image_set",
     "Split": "splits",
     "Stored": "splits",
@@ -28,8 +30,8 @@ _HOMES = {
     "order": "loaders",
 }
 __all__ = [
-    "Data", "DataSet", "DataSpec", "ImageSet", "Split", "Stored", "batches", "check", "load",
-    "order",
+    "Data", "DataSet", "DataSpec", "Feed", "ImageSet", "Split", "Stored", "batches", "check",
+    "load", "order",
 ]  # fmt: skip
 
 

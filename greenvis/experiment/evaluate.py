@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -62,7 +62,12 @@ class Evaluator:
 
     def on_test(self, live: Wrapped, accelerator: Accelerator | None = None) -> dict[str, float]:
         """Return the metrics on the test, by name."""
-        model = _unwrapped(live, accelerator)
+        with _served(live, accelerator) as model:
+            return self._on_test(live, model, accelerator)
+
+    def _on_test(
+        self, live: Wrapped, model: nn.Module, accelerator: Accelerator | None
+    ) -> dict[str, float]:
         if self.neighbours is not None and self.without_classifier(live):
             return {"accuracy": distributed.on_main(partial(self.neighbours, model))}
         return evaluate(model, self.test(), self.task, accelerator)
@@ -71,7 +76,8 @@ class Evaluator:
         """Return the primary metric on the images held out; None where there are none."""
         if self.held_out is None:
             return None
-        metrics = evaluate(_unwrapped(live, accelerator), self.held_out(), self.task, accelerator)
+        with _served(live, accelerator) as model:
+            metrics = evaluate(model, self.held_out(), self.task, accelerator)
         return metrics[self.task.primary.name]
 
     @property
@@ -102,17 +108,21 @@ class Evaluator:
                 live.eval_experience(stream.experiences[t] if separate else None)
             elif stream.kind != "domain":
                 among[KNOWN] = classes
-            metrics = evaluate_among(live.model, self.tests(t), self.task, among, accelerator)
+            with live.served() as model:
+                metrics = evaluate_among(model, self.tests(t), self.task, among, accelerator)
             for name, values in metrics.items():
                 out.setdefault(name, []).append(values[primary])
         live.eval_experience(None)
         return out
 
 
-def _unwrapped(live: Wrapped, accelerator: Accelerator | None) -> nn.Module:
+@contextmanager
+def _served(live: Wrapped, accelerator: Accelerator | None) -> Iterator[nn.Module]:
+    """Hold the model as it is to answer, alike in all processes."""
     if accelerator is not None:
         distributed.sync(live.model.buffers())  # statistics of batch norms are each process's own
-    return live.model
+    with live.served() as model:
+        yield model
 
 
 def evaluate(

@@ -14,6 +14,7 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from greenvis import data
 from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import GreenvisError, some
@@ -21,7 +22,7 @@ from greenvis.experiment import checkpoint as states
 from greenvis.experiment import loggers
 from greenvis.experiment.evaluate import MATRIX, shared
 from greenvis.experiment.optim import lr_factor, make_optimizer, new_accelerator
-from greenvis.experiment.parts import Part
+from greenvis.experiment.parts import Part, check_feeds
 from greenvis.experiment.progress import Outcome, Progress
 from greenvis.experiment.stages import Stages
 from greenvis.experiment.step import Steady, Step, check_finite
@@ -207,6 +208,7 @@ class Loop:
         steps_per_epoch = math.ceil(part.length / spec.accumulate)
         total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
         self.live.plan(total)
+        self._begin_feeds(part)
         scheduler = LambdaLR(
             optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
         )
@@ -225,6 +227,14 @@ class Loop:
                 f"train.target was looked for on test images: the {part.task.primary.name} is "
                 "better than new images would show"
             )
+
+    def _begin_feeds(self, part: Part) -> None:
+        """Open the second streams of images that techniques draw from."""
+        check_feeds(self.live, part.feeds)
+        for name in self.live.wanted:
+            images = part.feeds[name]
+            self.live.feed(**{name: data.Feed(images, part.spec.batch_size, self.seed)})
+            self.run.images({"unlabeled": "unlabelled"}.get(name, name), len(images))
 
     def _train(self) -> None:
         """Train all epochs of the part, or what a checkpoint left of them."""
@@ -257,9 +267,11 @@ class Loop:
         for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
                 live.set_samples(part.samples(epoch, positions[0]))
+            live.feeds.number = progress.batches
             with accelerator.accumulate(model):
                 loss = self.step(x, y, first=number == 0)
             progress.batch += 1
+            progress.batches += 1
             progress.step += accelerator.sync_gradients
             if number % CHECK_EVERY == 0:
                 check_finite(loss, progress, self.run.notes)

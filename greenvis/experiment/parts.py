@@ -4,17 +4,19 @@ a stream, and each stage."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from greenvis import data
+from greenvis.core.feeds import STREAMS
 from greenvis.core.technique import Experience, Samples, Technique
 from greenvis.core.wrap import Wrapped
 from greenvis.data.streams import Stream
+from greenvis.errors import BadInput
 from greenvis.experiment import knn, roles
 from greenvis.experiment.evaluate import Evaluator
 from greenvis.experiment.jobs import samples_of
@@ -46,6 +48,7 @@ class Part:
         index: Of the experience it trains on; None where it is no stream's.
         experience: What techniques hear of it; None where they hear nothing.
         finished: Its (x, y) once more, for techniques to go through at its end.
+        feeds: Second streams of images, by name (`core.feeds.STREAMS`).
         restart: Whether it begins with the weights that the first part began with.
         count: Records what labels it takes, of the model with the techniques on it.
     """
@@ -63,6 +66,7 @@ class Part:
     index: int | None = None
     experience: Experience | None = None
     finished: Iterable[Any] = ()
+    feeds: Mapping[str, data.ImageSet] = field(default_factory=dict)
     restart: bool = False
     count: Callable[[Wrapped], None] = lambda live: None
 
@@ -103,6 +107,22 @@ def evaluator(prepared: Prepared) -> Evaluator:
     )
 
 
+def feeds_of(images: data.Data) -> dict[str, data.ImageSet]:
+    """Return the second streams of images that a data set has, by name."""
+    sets = {name: getattr(images, name) for name in STREAMS}
+    return {name: one for name, one in sets.items() if one is not None}
+
+
+def check_feeds(live: Wrapped, feeds: Mapping[str, data.ImageSet]) -> None:
+    """Raise BadInput where a technique wants a stream of images that is not there."""
+    for name, technique in live.wanted.items():
+        if name not in feeds:
+            raise BadInput(
+                f"'{technique}' draws from a stream '{name}', and this data has none: set "
+                f"{STREAMS[name]}"
+            )
+
+
 def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     """Return the training on a data set, or on what is chosen of it."""
     spec, short = prepared.job.arm.train, prepared.short
@@ -140,6 +160,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
         techniques=prepared.techniques,
         stage=stage,
         count=lambda live: roles.count(prepared, live, tracker),
+        feeds=feeds_of(prepared.images),
     )
 
 
@@ -167,6 +188,7 @@ def of_stream(prepared: Prepared, stream: Stream, tracker: Tracker) -> list[Part
             index=index,
             experience=stream.experiences[index] if stream.has_task_boundaries else None,
             finished=Repeatable(load, length),
+            feeds=feeds_of(prepared.images),
             restart=restart,
             count=lambda live: roles.count(prepared, live, tracker),
         )

@@ -286,8 +286,9 @@ class Prepared:
         model = live.for_inference()
         x = next(iter(data.batches(self.images.test, 2)))[0]
         with (
+            live.served(),
             folded(model, x.to(next(model.parameters()).device))
             if self.job.arm.model.fold_norms
-            else nullcontext()
+            else nullcontext(),
         ):
             yield model

@@ -22,6 +22,7 @@ class Progress:
         epoch: Of the part, ended.
         batch: Of the epoch, ended.
         step: Of the optimizer, ended.
+        batches: Of all parts, ended.
         losses: Of the epoch's batches so far, the sum of losses by weight, and that of weights.
         metrics: Of the last evaluation, by name.
         reached: Whether that reached the target.
@@ -33,6 +34,7 @@ class Progress:
     epoch: _Count = 0
     batch: _Count = 0
     step: _Count = 0
+    batches: _Count = 0
     losses: tuple[float, float] = (0.0, 0.0)
     metrics: dict[str, float] = field(default_factory=dict)
     reached: bool = False

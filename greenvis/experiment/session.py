@@ -184,6 +184,7 @@ class Session:
                 "data.held_out, such as 2000"
             )
         located(where, check_again, live, job.arm.train)
+        located(where, parts.check_feeds, live, parts.feeds_of(images))
         x, y = next(iter(data.batches(images.test, 2)))
         shape = "×".join(str(n) for n in x.shape[1:])
         try:
@@ -228,6 +229,8 @@ class Session:
                 peak_memory_mb=memory.peak_mb(),
                 **live.facts(),
             )
+            if adapting := [t.name for t, _ in live.using("adapts")]:
+                tracker.fact(adapts=adapting)
             with prepared.served(live) as model, tracker.phase("measure"):
                 distributed.on_main(lambda: _measure(prepared, live, model, tracker))
 
@@ -238,7 +241,8 @@ class Session:
                 "folder": job.recipe.folder,
             }
             card = lineage.card(job, metrics.get("accuracy"))
-            models.save(model, job.folder / WEIGHTS_FILE, card=card, **origin)
+            with live.served():
+                models.save(model, job.folder / WEIGHTS_FILE, card=card, **origin)
             job.finished(tracker.id)
             forget(job, done=False)
 

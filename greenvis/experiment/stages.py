@@ -14,6 +14,7 @@ from greenvis.core import distributed, weights
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment.jobs import located
+from greenvis.experiment.parts import check_feeds, feeds_of
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.step import check_again
 from greenvis.meters.track import Tracker
@@ -27,6 +28,7 @@ def check(prepared: Prepared, model: nn.Module) -> None:
         where = job.recipe.where("arms", job.arm.name, "stages", number)
         live = located(where, wrap, model, stage.techniques(trained=False), task=stage.task)
         located(where, check_again, live, stage.job.arm.train)
+        located(where, check_feeds, live, feeds_of(stage.images))
         if number + 1 < len(job.arm.stages):
             stuck = [
                 f"{t.name}: {i.unmergeable}"

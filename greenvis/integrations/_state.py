@@ -15,8 +15,9 @@ from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 
 FOLDER = "greenvis"  # in a checkpoint's folder
-# what no trainer that runs the step itself offers, by seam
+# what trainers do not offer, by seam: those that run the step itself; those that count labels, too
 CLOSED = {"again": "runs the backward of each step again"}
+COUNTED = {**CLOSED, "wants": "puts images without labels into the batch"}
 
 
 def check_live(live: Any, what: str) -> None:

@@ -66,6 +66,11 @@ def export(
     ref, options = models.origin(source)
     model = models.build(source, trust=trust).eval()
     card, facts = _card(folder)
+    if facts.get("adapts"):
+        raise BadInput(
+            f"{', '.join(facts['adapts'])} learns while it answers, which no file holds: export a "
+            "run without it, and adapt that model where it serves"
+        )
     x = torch.rand(2, *_shape(facts), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         live = logits_of(model(x))

@@ -51,6 +51,7 @@ class GreenCallback(Callback):
         self._step = ExitStack()
         self._epoch: AbstractContextManager[Any] | None = None
         self._eval: AbstractContextManager[Any] | None = None
+        self._served = ExitStack()
         self._steps = 0
         self._mean = ranks.SampleMean()
         self._module: LightningModule | None = None
@@ -125,12 +126,30 @@ class GreenCallback(Callback):
         """Open the phase "eval"; Lightning's sanity check before training is set-up."""
         self._eval = self.run.phase("setup" if trainer.sanity_checking else "eval")
         self._eval.__enter__()
+        self._served.enter_context(self.live.served())
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Close the phase."""
+        self._served.close()
         if self._eval is not None:
             self._eval.__exit__(None, None, None)
             self._eval = None
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the model as it is to answer."""
+        self._served.enter_context(self.live.served())
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take that back."""
+        self._served.close()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Hold the model as it is to answer."""
+        self._served.enter_context(self.live.served())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take that back."""
+        self._served.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End the run; a metric logged as "accuracy" or "val_accuracy" is its accuracy."""
@@ -146,6 +165,7 @@ class GreenCallback(Callback):
     ) -> None:
         """End the run as failed."""
         self._step.close()
+        self._served.close()
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def state_dict(self) -> dict[str, Any]:

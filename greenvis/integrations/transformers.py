@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class GreenCallback(TrainerCallback):
         label_key: str = "labels", **options: Any,
     ) -> None:  # fmt: skip
         _state.check_live(live, "GreenCallback")
-        _state.refuse_seams(live, "transformers' Trainer", _state.CLOSED)
+        _state.refuse_seams(live, "transformers' Trainer", _state.COUNTED)
         self.live = live
         self._new_run = partial(track, name, live, **options)
         self.run: Tracker = self._new_run()
@@ -289,6 +289,12 @@ class GreenTrainer(Trainer):
         before, after = (batch[green._label_key] for batch in (inputs, changed))
         # for the log: a mean of its own
         return loss if before is after else loss * (_items(before) / _items(after)).to(loss)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate or predict with the model as it is to answer."""
+        green = self._green()
+        with nullcontext() if green is None else green.live.served():
+            return super().evaluation_loop(*args, **kwargs)
 
     # -- saving -----------------------------------------------------------------------------------
 

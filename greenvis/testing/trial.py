@@ -28,6 +28,22 @@ class Broken(AssertionError):
     """A point of the contract that does not hold."""
 
 
+class Stream:
+    """Images beside the labelled ones, a function of the batch's number."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.shape = like.shape
+
+    def at(self, number: int, times: int) -> Tensor:
+        """Return `times` batches of images."""
+        generator = torch.Generator().manual_seed(number)
+        return torch.rand(times * self.shape[0], *self.shape[1:], generator=generator)
+
+    def sweep(self) -> Iterator[Tensor]:
+        """Yield two batches."""
+        yield from (self.at(number, 1) for number in range(2))
+
+
 class Trial:
     """Techniques, an example of each, one host; each method checks one point of the contract,
     raising `Broken`."""
@@ -58,7 +74,7 @@ class Trial:
         """Return a new host model with the technique live, the same each time."""
         model = self.host.build()
         torch.manual_seed(2)
-        return wrap(model, self.request(model))
+        return self._fed(wrap(model, self.request(model)))
 
     def recipe_form(self) -> None:
         """Written as a recipe and read again, a request is the same."""
@@ -124,7 +140,7 @@ class Trial:
         for steps in (0, 2):
             model = self.host.build()
             with self._unchanged(model, f"undo after {steps} steps"):
-                live = wrap(model, self.request(model))
+                live = self._fed(wrap(model, self.request(model)))
                 if steps:
                     self._train(live, self._optimizer(live), range(steps))
                     model.eval()
@@ -161,12 +177,18 @@ class Trial:
             "a delta loaded into a new model changes the outputs",
             TOLERANCE,
         )
+        with self._unchanged(live.model, "serving"):
+            served = self._served(live)
+        self._same(self._served(live), served, "served once more the model differs", 0.0)
         if any(i.unmergeable for i in live.installed):
             return
         keys = list(self.host.build().state_dict())
         merged = live.merge()
         self._same(
-            self._outputs(merged), after, "the merged model differs from the wrapped one", TOLERANCE
+            self._outputs(merged),
+            served[: len(self.x)],
+            "the merged model differs from the wrapped one",
+            TOLERANCE,
         )
         if list(merged.state_dict()) != keys:
             raise Broken(
@@ -188,8 +210,8 @@ class Trial:
         continued.load_state_dict(optimizer.state_dict())
         self._train(second, continued, range(2, 4))
         self._same(
-            self._outputs(second.model),
-            self._outputs(uninterrupted.model),
+            self._served(second),
+            self._served(uninterrupted),
             "a resumed run differs from a whole one",
             1e-6,
         )
@@ -215,6 +237,7 @@ class Trial:
     def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
         for step in steps:
             torch.manual_seed(step)
+            live.feeds.number = step
             batch = live.batch(self.x, self.y)
             loss = self._loss(live, batch)
             if not loss.isfinite():
@@ -225,6 +248,15 @@ class Trial:
             live.step_end()
             optimizer.zero_grad()
         live.epoch_end()
+
+    def _fed(self, live: Wrapped) -> Wrapped:
+        live.feed(**dict.fromkeys(live.wanted, Stream(self.x)))
+        return live
+
+    def _served(self, live: Wrapped) -> Tensor:
+        with live.served() as model, in_mode(model, False), torch.inference_mode():
+            first = logits_of(model(self.x)).clone()
+            return torch.cat([first, logits_of(model(self.x)).clone()])
 
     def _outputs(self, model: nn.Module) -> Tensor:
         with in_mode(model, False), torch.no_grad():

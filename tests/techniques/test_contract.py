@@ -17,11 +17,14 @@ from greenvis.testing import Result, check_technique
 
 # technique: on how many hosts at least one of its examples works
 WORKS = {
+    "adabn": 6,
     "adapter": 20,
     "adapter_probe": 9,
     "bitfit": 20,
+    "consistency": 20,
     "distill": 20,
     "early_exit": 20,
+    "ema": 20,
     "feature_distill": 19,
     "hat": 15,
     "layer_decay": 19,
@@ -47,6 +50,7 @@ WORKS = {
     "sam": 20,
     "side": 9,
     "simclr": 20,
+    "tent": 20,
     "token_merge": 9,
     "token_prune": 7,
 }

@@ -3,7 +3,6 @@ image's."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor, nn
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.models.structure import view
 from greenvis.techniques._shared.representation import Representation
+from greenvis.techniques._shared.views import random_view
 
 _CHILD = "simclr"
-_ASPECT = 4 / 3  # a crop's sides are to each other at most as this, stretched back to the image's
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
@@ -37,44 +36,6 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
     likeness = (both @ both.T / temperature).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(both), device=both.device).roll(len(first))
     return F.cross_entropy(likeness, partner)
-
-
-def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -> Tensor:
-    """Return another look at each image, drawn from torch's random state, in one resampling.
-
-    Args:
-        images: (batch, channels, height, width).
-        area: least share of the image that a crop shows; its sides are stretched by up to 4 : 3,
-            and it is brought back to the image's size.
-        colour: greatest change of contrast (a factor about the image's mean) and of brightness (a
-            shift in units of its standard deviation).
-        flip: whether half of the images are turned left to right.
-
-    Returns:
-        The views, of the images' shape and dtype.
-    """
-    count, device = len(images), images.device
-
-    def drawn(low: float, high: float) -> Tensor:
-        return torch.rand(count, device=device) * (high - low) + low
-
-    share = drawn(area, 1.0)
-    # both sides within the image
-    stretch = (drawn(-1.0, 1.0) * share.log().neg().clamp(max=math.log(_ASPECT))).exp().sqrt()
-    height, width = share.sqrt() / stretch, share.sqrt() * stretch
-    down, across = (drawn(-1.0, 1.0) * (1 - size) for size in (height, width))
-    turned = (
-        torch.where(drawn(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones(count, device=device)
-    )
-    zero = torch.zeros(count, device=device)
-    theta = torch.stack(
-        [torch.stack([width * turned, zero, across], 1), torch.stack([zero, height, down], 1)], 1
-    )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    mean, deviation = out.mean((1, 2, 3), keepdim=True), out.std((1, 2, 3), keepdim=True)
-    contrast, brightness = (drawn(-colour, colour).view(-1, 1, 1, 1) for _ in range(2))
-    return ((out - mean) * (1 + contrast) + mean + brightness * deviation).to(images.dtype)
 
 
 class Simclr(Technique):

@@ -1,0 +1,74 @@
+"""Other looks at an image, drawn image by image from torch's random state."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ASPECT = 4 / 3  # a crop's sides are to each other at most as this, stretched back to the image's
+_CUT = 0.5  # of a side, the longest side of what a strong view leaves out
+
+
+def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -> Tensor:
+    """Return another look at each image, drawn from torch's random state, in one resampling.
+
+    Args:
+        images: (batch, channels, height, width).
+        area: least share of the image that a crop shows; its sides are stretched by up to 4 : 3,
+            and it is brought back to the image's size.
+        colour: greatest change of contrast (a factor about the image's mean) and of brightness (a
+            shift in units of its standard deviation).
+        flip: whether half of the images are turned left to right.
+
+    Returns:
+        The views, of the images' shape and dtype.
+    """
+    count, device = len(images), images.device
+
+    def drawn(low: float, high: float) -> Tensor:
+        return torch.rand(count, device=device) * (high - low) + low
+
+    share = drawn(area, 1.0)
+    # both sides within the image
+    stretch = (drawn(-1.0, 1.0) * share.log().neg().clamp(max=math.log(_ASPECT))).exp().sqrt()
+    height, width = share.sqrt() / stretch, share.sqrt() * stretch
+    down, across = (drawn(-1.0, 1.0) * (1 - size) for size in (height, width))
+    turned = (
+        torch.where(drawn(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones(count, device=device)
+    )
+    zero = torch.zeros(count, device=device)
+    theta = torch.stack(
+        [torch.stack([width * turned, zero, across], 1), torch.stack([zero, height, down], 1)], 1
+    )
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+    mean, deviation = out.mean((1, 2, 3), keepdim=True), out.std((1, 2, 3), keepdim=True)
+    contrast, brightness = (drawn(-colour, colour).view(-1, 1, 1, 1) for _ in range(2))
+    return ((out - mean) * (1 + contrast) + mean + brightness * deviation).to(images.dtype)
+
+
+def strong_view(images: Tensor, area: float, colour: float) -> Tensor:
+    """Return a look at each image that is hard to recognise: `random_view`, and a square of it grey
+    (Cutout: DeVries and Taylor, 2017), whose side is up to half the image's.
+
+    Args:
+        images: (batch, channels, height, width).
+        area: Least share of the image that is shown.
+        colour: Greatest change of contrast and of brightness.
+
+    Returns:
+        The views, of the images' shape and dtype.
+    """
+    out = random_view(images, area, colour)
+    count, _, height, width = out.shape
+    half = torch.rand(count, 1, device=out.device) * _CUT / 2
+    middle = torch.rand(2, count, 1, device=out.device)
+    inside = [
+        ((torch.arange(side, device=out.device) + 0.5) / side - at).abs() <= half
+        for side, at in zip((height, width), middle, strict=True)
+    ]
+    cut = (inside[0][:, :, None] & inside[1][:, None, :])[:, None]
+    return torch.where(cut, out.mean((1, 2, 3), keepdim=True), out)

@@ -1,0 +1,1 @@
+"""Learning from images without labels by agreement among their views."""

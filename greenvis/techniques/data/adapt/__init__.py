@@ -1,0 +1,1 @@
+"""Fitting a model to images of another domain, without their labels."""

@@ -1,0 +1,1 @@
+"""Fitting a model to what it is shown while it answers."""

@@ -1,0 +1,261 @@
+"""Models that answer otherwise than they train: averaged weights, the target's statistics,
+adaptation as they go."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from own_parts import Own, of_batches
+from torch import Tensor, nn
+
+import greenvis as gv
+from greenvis import data
+from greenvis.errors import BadInput, GreenvisError
+from greenvis.experiment import loop
+from greenvis.experiment.recipe import TrainSpec
+from greenvis.techniques.data.adapt.adabn import Adabn, Moments
+from greenvis.techniques.data.generalise.ema import Ema, decay_at
+from greenvis.techniques.data.test_time.tent import Tent, entropy
+
+X = torch.randn(24, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+Y = torch.arange(24) % 3
+
+
+def _net() -> Any:
+    torch.manual_seed(5)
+    return nn.Sequential(
+        nn.BatchNorm2d(2), nn.Conv2d(2, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(54, 3),
+    )  # fmt: skip
+
+
+def _train(live: gv.Wrapped, steps: int = 3) -> list[dict[str, Tensor]]:
+    """Take steps by hand, and return the state after each."""
+    optimizer = torch.optim.SGD(live.param_groups(0.1), lr=0.1)
+    states = []
+    for step in range(steps):
+        live.model.train()
+        x, y = live.batch(X[step::3], Y[step::3])
+        outputs = live.model(x)
+        (F.cross_entropy(outputs, y) + live.loss(x, y, outputs)).backward()
+        optimizer.step()
+        live.step_end()
+        optimizer.zero_grad()
+        states.append(copy.deepcopy(live.model.state_dict()))
+    return states
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(v, b[n]) for n, v in a.items())
+
+
+# -- averaged weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup", [True, False])
+def test_the_average_is_the_recursion_of_all_steps(warmup: bool) -> None:
+    live = gv.wrap(_net(), Ema(decay=0.6, warmup=warmup))
+    states = _train(live, 4)
+    expected = {n: v.clone() for n, v in states[0].items()}
+    for step, state in enumerate(states[1:], 1):
+        keep = min(0.6, (1 + step) / (10 + step)) if warmup else 0.6
+        assert decay_at(step, 0.6, warmup) == keep
+        for name, value in state.items():
+            mean = keep * expected[name] + (1 - keep) * value
+            expected[name] = mean if value.is_floating_point() else value
+    with live.served() as model:
+        for name, value in model.state_dict().items():
+            assert torch.allclose(value, expected[name], atol=1e-6), name
+    assert _same(live.model.state_dict(), states[-1])  # training goes on with its own
+    merged = live.merge()
+    for name, value in merged.state_dict().items():
+        assert torch.allclose(value, expected[name], atol=1e-6), name
+
+
+def test_an_average_comes_back_from_a_delta_and_goes_through_an_adapter(tmp_path: Path) -> None:
+    from greenvis.testing import default_hosts
+
+    host = default_hosts()[0]
+    x, y = host.batch()
+    requests = [Ema(decay=0.5), gv.Lora(rank=2)]
+    live = gv.wrap(host.build(), requests)
+    optimizer = torch.optim.SGD(live.param_groups(0.5), lr=0.5)
+    for _ in range(3):
+        F.cross_entropy(live.model(x), y).backward()
+        optimizer.step()
+        live.step_end()
+        optimizer.zero_grad()
+    with live.served() as model, torch.no_grad():
+        served = model.eval()(x)
+    live.save(tmp_path)
+    again = gv.wrap(host.build(), requests)
+    again.load(tmp_path)
+    with torch.no_grad():
+        assert not torch.allclose(again.model.eval()(x), served, atol=1e-4)
+        assert torch.allclose(again.merge()(x), served, atol=1e-5)
+
+
+def test_a_recipes_loop_evaluates_and_leaves_the_average(tmp_path: Path) -> None:
+    spec = TrainSpec(epochs=2, lr=0.3, optimizer="sgd", schedule="constant", batch_size=24)
+    part = of_batches(lambda e, s: [(X, Y)] * (4 - s), 4, lambda: [(X, Y)], spec, [Ema(decay=0.9)])
+    with gv.track("ema", dir=tmp_path) as run:
+        outcome = loop.run(Own(_net, [part]), run)
+    model = outcome.live.merge().eval()
+    accuracy = (model(X).argmax(1) == Y).float().mean().item()
+    assert outcome.metrics["accuracy"] == pytest.approx(accuracy)
+
+
+# -- the target's statistics ----------------------------------------------------------------------
+
+
+def test_moments_are_those_of_all_that_was_shown_at_once() -> None:
+    moments = Moments()
+    for part in X.split([10, 9, 5]):
+        moments.add(part)
+    mean, variance = moments.result()
+    flat = X.double().transpose(0, 1).flatten(1)
+    assert torch.allclose(mean, flat.mean(1))
+    assert torch.allclose(variance, flat.var(1))
+
+
+def test_norms_serve_with_the_targets_statistics_and_train_with_the_sources() -> None:
+    target = 3.0 * X + 1.0
+    live = gv.wrap(_net(), Adabn())
+    live.feed(target=[target[:16], target[16:]])
+    before = _train(live)[-1]
+    with live.served() as model:
+        flat = target.double().transpose(0, 1).flatten(1)
+        assert torch.allclose(model[0].running_mean.double(), flat.mean(1), atol=1e-5)  # type: ignore[index]
+        assert torch.allclose(model[0].running_var.double(), flat.var(1), atol=1e-4)  # type: ignore[index]
+        with torch.inference_mode():
+            served = model.eval()(target)
+    assert _same(live.model.state_dict(), before)
+    live.model.train()
+    one_batch = gv.wrap(copy.deepcopy(_net()), [])
+    one_batch.model.load_state_dict(before)
+    with torch.no_grad():  # of one batch, they are those by which it is normalised in training
+        merged = live.merge().eval()(target)
+    assert torch.equal(merged, served)
+    assert not torch.allclose(one_batch.model.eval()(target), served, atol=1e-2)
+
+
+def test_no_more_target_images_are_looked_at_than_asked_and_none_twice() -> None:
+    live = gv.wrap(_net(), Adabn(images=10))
+    seen: list[int] = []
+    live.model.register_forward_pre_hook(lambda m, args: seen.append(len(args[0])))
+    live.feed(target=[(X[:6], Y[:6]), (X[6:12], Y[6:12]), (X[12:], Y[12:])])
+    for _ in range(2):
+        with live.served():
+            pass
+    assert seen == [6, 4]  # the second time nothing had changed
+    _train(live, 1)
+    with live.served():
+        pass
+    assert seen[-2:] == [6, 4]
+
+
+def test_a_network_without_batch_norms_and_a_missing_target_are_refused() -> None:
+    with pytest.raises(BadInput, match="this Sequential has none that tracks any"):
+        gv.wrap(nn.Sequential(nn.Linear(2, 2)), Adabn())
+    live = gv.wrap(_net(), Adabn())
+    with pytest.raises(GreenvisError, match=r"call live\.feed\(target=loader\)"), live.served():
+        pass
+    with pytest.raises(BadInput, match="can be gone through again"):
+        live.feed(target=iter([X]))
+    with pytest.raises(BadInput, match="no technique of this model draws from 'unlabeled'"):
+        live.feed(unlabeled=[X])
+
+
+# -- adaptation as it answers ---------------------------------------------------------------------
+
+
+def test_each_batch_is_answered_before_the_step_it_teaches() -> None:
+    """By hand: statistics of the batch, entropy, SGD with momentum on scale and shift alone."""
+    batches, lr, momentum = X.split(8), 0.05, 0.5
+    live = gv.wrap(_net(), Tent(lr=lr, momentum=momentum))
+    with torch.inference_mode(), live.served() as model:  # as evaluations run
+        model.eval()
+        answers = [model(x) for x in batches]
+    mine = _net()
+    optimizer = torch.optim.SGD(
+        [p for m in (mine[0], mine[2]) for p in m.parameters()], lr=lr, momentum=momentum
+    )
+    for x, got in zip(batches, answers, strict=True):
+        logits = mine(x)
+        assert torch.allclose(got, logits, atol=1e-5)
+        p = logits.softmax(1)
+        optimizer.zero_grad()
+        (-(p * p.log()).sum(1).mean()).backward()
+        optimizer.step()
+    assert torch.allclose(entropy(torch.zeros(2, 7)), torch.tensor(7.0).log().repeat(2))
+
+
+def test_it_begins_anew_with_the_trained_weights_each_time() -> None:
+    live = gv.wrap(_net(), [Tent(lr=0.5), gv.Ema(decay=0.5)])
+    _train(live)
+    before = copy.deepcopy(live.model.state_dict())
+    flags = {n: p.requires_grad for n, p in live.model.named_parameters()}
+    answers = []
+    for _ in range(2):
+        with live.served() as model:
+            model.eval()
+            answers.append([model(x) for x in X.split(8)])
+    assert all(map(torch.equal, *answers))
+    assert not any(a.requires_grad for a in answers[0])
+    assert _same(live.model.state_dict(), before)
+    assert {n: p.requires_grad for n, p in live.model.named_parameters()} == flags
+    assert "forward" not in vars(live.model)
+    with pytest.raises(GreenvisError, match="learns while it answers"):
+        live.merge()
+
+
+def test_a_single_image_is_answered_as_the_model_was_trained() -> None:
+    live = gv.wrap(_net(), Tent(lr=0.5))
+    plain = live.model.eval()(X[:1])
+    with live.served() as model:
+        assert torch.equal(model.eval()(X[:1]), plain)
+        assert torch.equal(model(X[:1]), plain)  # and nothing was learned
+        model(X[:8])
+        assert not torch.equal(model(X[:1]), plain)
+    with pytest.raises(BadInput, match="has none"):
+        gv.wrap(nn.Sequential(nn.Linear(2, 2)), Tent())
+
+
+RECIPE = """
+name: served
+data: {name: digits, train: 60, test: 40}
+model: {ref: timm/resnet10t, in_chans: 1, block_args: {}}
+train: {epochs: 1, batch_size: 30}
+arms:
+  plain: {}
+  tent: {techniques: [tent]}
+  ema: {techniques: [ema]}
+"""
+
+
+def test_a_run_measures_what_is_served_and_export_refuses_what_adapts(tmp_path: Path) -> None:
+    from greenvis.integrations.export import export
+    from greenvis.meters.record import find, read
+
+    file = tmp_path / "served.yaml"
+    file.write_text(RECIPE.replace(", block_args: {}", ""))
+    folder = gv.run(file, runs=tmp_path / "runs")
+    runs = {read(path).header["arm"]: read(path) for path in find([folder])}
+    assert runs["tent"].facts["adapts"] == ["tent"]
+    assert {run.status for run in runs.values()} == {"done"}
+    with pytest.raises(BadInput, match="tent learns while it answers, which no file holds"):
+        export(folder / "tent" / "seed0", "safetensors", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert export(folder / "ema" / "seed0", "safetensors", tmp_path / "out")["max_difference"] == 0
+    images = data.load(data.DataSpec(name="digits", train=60, test=40)).test
+    x, y = images.batch(range(40))
+    from greenvis import models
+
+    model = models.build(f"file:{folder / 'ema' / 'seed0' / 'model.safetensors'}").eval()
+    accuracy = (model(x).argmax(1) == y).float().mean().item()
+    assert runs["ema"].facts["accuracy"] == pytest.approx(accuracy)
