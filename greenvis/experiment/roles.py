@@ -87,7 +87,8 @@ def on_tests(
     results, size = {first: metrics}, max(prepared.job.arm.train.batch_size, 256)
     with tracker.phase("eval"):
         for name, images in others:
-            results[name] = evaluate(live.model, data.batches(images, size), prepared.task)
+            with live.served() as model:
+                results[name] = evaluate(model, data.batches(images, size), prepared.task)
     tracker.fact(tests=results)
 
 
