@@ -17,19 +17,24 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
+FORKS.set_forkserver_preload(  # what a training and a report import
     [
         "pytest",  # which a child of it would import as its main module
         "timm",
+        "torchmetrics",
         "torch._dynamo",
+        "fvcore.nn",
+        "rich.table",
+        "matplotlib.figure",
         "greenvis.cli.models",
         "greenvis.cli.planning",
         "greenvis.cli.runs",
         "greenvis.experiment.on_ray",
         "greenvis.experiment.session",
+        "greenvis.meters.flops",
+        "greenvis.models.build",
         "greenvis.planning.plan",
-        "greenvis.report",
-        "matplotlib.figure",
+        "greenvis.report.page",
     ]
 )
 HANGS_S = 600  # for a hang, not for slow machines
@@ -100,9 +105,11 @@ class Greenvis:
         self._process.join()
 
 
-def greenvis(*words: str, cwd: Path, moment: str = "") -> Greenvis:
+def greenvis(
+    *words: str, cwd: Path, moment: str = "", env: Mapping[str, str] | None = None
+) -> Greenvis:
     """Run `greenvis WORDS` to its end."""
-    process = Greenvis(*words, cwd=cwd, moment=moment)
+    process = Greenvis(*words, cwd=cwd, moment=moment, env=env)
     if process.wait() is None:
         process.end()
         raise AssertionError(f"greenvis {words} hangs: {process.stderr}")

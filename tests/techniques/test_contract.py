@@ -59,10 +59,12 @@ FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "plain
 
 
 def test_every_host_is_under_contract() -> None:
-    results = check_technique(registry.find("lora"), HOSTS, registry.find("lora").examples[:1])
+    results = check_technique(
+        registry.find("distill"), HOSTS, registry.find("distill").examples[:1]
+    )
     assert not [str(r) for r in results if r.outcome == "fails"]
     assert all(len(r.reason) > 20 for r in results if r.outcome == "refuses")
-    assert len({r.host for r in results if r.outcome == "works"}) >= WORKS["lora"]
+    assert len({r.host for r in results if r.outcome == "works"}) >= WORKS["distill"]
 
 
 @pytest.mark.parametrize("name", sorted(WORKS))
