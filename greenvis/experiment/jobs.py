@@ -388,11 +388,13 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def model_options(job: Job, images: data.Data) -> dict[str, Any]:
-    """Return the model's options; of a library's model, classes and channels follow the data unless
-    they are given."""
+    """Return the model's options; of a library's model, classes (or numbers) and channels follow
+    the data unless they are given."""
     spec = job.arm.model
     if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
-        return {"num_classes": len(images.classes), "in_chans": images.in_chans, **spec.options}
+        split = images.train.split
+        classes = split.labels.shape[1] if split.kind == "number" else len(images.classes)
+        return {"num_classes": classes, "in_chans": images.in_chans, **spec.options}
     return spec.options
 
 

@@ -30,6 +30,7 @@ from greenvis.experiment.jobs import (
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.serving import images_in, served
 from greenvis.experiment.startup import Beginning
 from greenvis.experiment.step import check_again
 from greenvis.meters import memory
@@ -186,10 +187,12 @@ class Session:
         located(where, check_again, live, job.arm.train)
         located(where, parts.check_feeds, live, parts.feeds_of(images))
         x, y = next(iter(data.batches(images.test, 2)))
-        shape = "×".join(str(n) for n in x.shape[1:])
+        shape = "×".join(str(n) for n in images_in(x).shape[1:])
         try:
             with torch.no_grad():
-                raw = model.eval()(x)
+                outputs = prepared.task.answer(model.eval(), x, y)
+        except BadInput as error:
+            raise BadInput(f"{where}: {error}") from error
         except (RuntimeError, ValueError, AssertionError) as error:
             raise BadInput(
                 f"{where}: {job.arm.model.ref} cannot take images of {shape} (channels × height × "
@@ -199,8 +202,7 @@ class Session:
             ) from error
         finally:
             live.undo()
-        located(where, models.check_size, job.arm.model.options, x.shape)
-        outputs = located(where, prepared.task.outputs, raw)
+        located(where, models.check_size, job.arm.model.options, images_in(x).shape)
         located(where, prepared.task.check, outputs, y, len(images.classes))
         if job.arm.model.fold_norms:
             located(where, fold_norms, model, x)
@@ -254,8 +256,8 @@ def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Track
     """Record what the finished model costs to serve, at each of the settings it can be switched
     between."""
     test = prepared.images.test
-    x = next(iter(data.batches(test, 64)))[0]
-    tracker.fact(**measure(model, x, tracker))
+    x, y = next(iter(data.batches(test, 64)))
+    tracker.fact(**measure(served(model, prepared.task, x, y), x, tracker))
     if live.operating_points():
         device = next(model.parameters()).device
         answer = lambda x: prepared.task.outputs(model(x.to(device)))  # noqa: E731

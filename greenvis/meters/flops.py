@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from greenvis.core.example import Example
 from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
@@ -121,10 +122,10 @@ def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) 
     with _in_place(model) as device:
         for sample in samples:
             x = sample[0] if isinstance(sample, (tuple, list)) else sample
-            for one in x if x.dim() == 4 else x.unsqueeze(0):
+            for one in _single(x):
                 if len(macs) >= limit:
                     break
-                macs.append(_forward(model, _to(one.unsqueeze(0), device)).total / 2)
+                macs.append(_forward(model, _to(one, device)).total / 2)
     if not macs:
         raise BadInput("no sample was given to count on: pass real images, (C, H, W) each")
     ordered = sorted(macs)
@@ -139,6 +140,14 @@ def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) 
         "max": ordered[-1],
         "images": len(macs),
     }
+
+
+def _single(x: Any) -> Iterator[Any]:
+    """Yield the samples of a batch, or of one image (C, H, W), each as a batch of one."""
+    if isinstance(x, Tensor) and x.dim() == 3:
+        x = x.unsqueeze(0)
+    for row in range(len(x)):
+        yield x[row : row + 1]
 
 
 def _forward(model: nn.Module, inputs: Any) -> FlopMode:
@@ -292,6 +301,8 @@ def _fvcore_baddbmm(inputs: list[Any], outputs: list[Any]) -> int:
 
 def _inputs(model: nn.Module, example: Any) -> tuple[Any, int]:
     """Return what to call the model with and the number of images in it."""
+    if isinstance(example, Example):
+        return example, len(example)
     if isinstance(example, (Tensor, Mapping)):
         first = next(_tensors(example), None)
         if first is None or first.dim() == 0 or first.shape[0] == 0:
@@ -317,6 +328,8 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _to(inputs: Any, device: torch.device | str) -> Any:
+    if isinstance(inputs, Example):
+        return inputs.to(device)
     return _map(inputs, lambda t: t.to(device))
 
 

@@ -44,7 +44,7 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     macs, spread = count.macs, {}
     # it may do more for some images than for others
     if count.with_data:
-        distribution = flops.distribution(model, x)
+        distribution = flops.distribution(model, [x])
         macs, spread = (
             distribution["mean"],
             {"macs_distribution": distribution}

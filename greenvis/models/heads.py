@@ -3,7 +3,6 @@ images."""
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,10 +53,6 @@ def with_head(model: nn.Module, head: str, classes: int, size: Any = None) -> nn
     )
 
 
-class _Seen(Exception):
-    """All features are there: what comes behind in the backbone need not run."""
-
-
 class Dense(nn.Module):
     """A class for each pixel: the last features of each stage of a backbone, each brought to
     classes by a 1×1 convolution and to the images' size bilinearly, added up (Long et al., 2015).
@@ -102,14 +97,11 @@ class Dense(nn.Module):
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self._maps.append(output if is_tensor(output) else output[0])
-        if len(self._maps) == len(self.paths):
-            raise _Seen
 
     def _features(self, x: Tensor) -> list[Tensor]:
         """Return the maps of each stage, (batch, channels, height, width)."""
         self._maps = []
-        with suppress(_Seen):
-            self.backbone(x)
+        self.backbone(x)
         maps, self._maps = self._maps, []
         count, position = self.prefix
         aspect = x.shape[2] / x.shape[3]
