@@ -14,10 +14,12 @@ test: $(VENV)/.dev
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
 
+READING := files fuzz images loading readers recipes records sinks  # what depends on versions of libraries
+
 test-oldest: $(VENV)/.uv pyproject.toml  # what strangers' files may do, with the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv $(VENV)-oldest
-	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" "hypothesis>=6.100" -e .
-	$(VENV)-oldest/bin/python -m pytest tests/hostile
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct "pytest>=8.2" "pytest-xdist>=3.6" "hypothesis>=6.100" -e .
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist loadfile $(READING:%=tests/hostile/test_%.py)
 
 # seconds for all readers together: about half for shapes (Hypothesis), half for bytes (atheris)
 FUZZ_S ?= 600

@@ -250,7 +250,7 @@ def test_several_processes_fill_one_cache(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(600)
         assert worker.exitcode == 0
     assert _right(tmp_path) == 400
 
@@ -260,11 +260,11 @@ def test_a_killed_writer_leaves_only_right_values(tmp_path: Path) -> None:
         target=_fill, args=(tmp_path, range(400), True)
     )
     worker.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 600
     while not list(tmp_path.glob("*/values.bin")) and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.05)
     assert worker.pid is not None
     os.kill(worker.pid, signal.SIGKILL)
-    worker.join(30)
+    worker.join(600)
     _right(tmp_path)

@@ -176,7 +176,7 @@ def test_twelve_runs_with_one_worker_killed_report_as_one_after_another(folder: 
         str(folder / "b")],
         env=_environment(), cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    killed = _kill_one(spread, time.monotonic() + 200)
+    killed = _kill_one(spread, time.monotonic() + 600)
     _, said = driver.communicate(timeout=900)
     assert driver.returncode == 0, said
     assert "once more (try 2 of 3)" in said

@@ -73,7 +73,7 @@ with peak() as found:
     block = mmap.mmap(-1, 300_000_000)  # of its own pages: the allocator may hold freed ones, resident already
     for _ in range(300):  # in pieces: a whole copy beside it would be measured as well
         block.write(os.urandom(1000) * 1000)
-    end = time.monotonic() + 300
+    end = time.monotonic() + 600
     while found.resident_mb < before + 280 and time.monotonic() < end:  # until it was looked at
         time.sleep(0.01)
     block.close()

@@ -302,6 +302,6 @@ def test_two_processes_share_one_cache(tmp_path: Path) -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(100)
+        worker.join(600)
     assert [w.exitcode for w in workers] == [0, 0]
     assert len(list(tmp_path.glob("*/values.bin"))) == 1
