@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.generalise.ema import Ema
     from greenvis.techniques.data.generalise.sam import Sam
     from greenvis.techniques.data.test_time.tent import Tent
+    from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.reparam.reparam import Reparam
@@ -73,10 +74,10 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Consistency", "Distill", "EarlyExit",
-    "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearProbe",
-    "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt",
-    "PromptPool", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation",
-    "Sam", "Side", "Simclr", "Technique", "Tent", "TokenMerge", "TokenPrune", "Wrapped",
+    "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearAttention",
+    "LinearProbe", "Lora", "LoraStream", "Lwf", "Mae", "Ncm", "NormTune", "PackNet", "Partial",
+    "Pnn", "Prompt", "PromptPool", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse",
+    "Rotation", "Sam", "Side", "Simclr", "Technique", "Tent", "TokenMerge", "TokenPrune", "Wrapped",
     "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

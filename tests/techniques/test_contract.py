@@ -28,6 +28,7 @@ WORKS = {
     "feature_distill": 19,
     "hat": 15,
     "layer_decay": 19,
+    "linear_attention": 9,
     "linear_probe": 20,
     "lora": 20,
     "lora_stream": 20,
