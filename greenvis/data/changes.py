@@ -160,6 +160,10 @@ class Changed(ImageSet):
         """Return the same images with other labels."""
         return Changed(self.images.relabeled(labels), self.change)
 
+    def unlabeled(self) -> ImageSet:
+        """Return the same images, of which nothing is known."""
+        return Changed(self.images.unlabeled(), self.change)
+
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on."""
         return {**self.images.key(), "domain": str(self.change)}

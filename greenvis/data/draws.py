@@ -15,15 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from greenvis.data import bags, captions
 from greenvis.data.changes import Changed, parse
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
-from greenvis.data.spec import DataSpec, NoiseSpec, PerClass
+from greenvis.data.spec import BagsSpec, DataSpec, NoiseSpec, PerClass
 from greenvis.data.splits import UNKNOWN, stratified
 from greenvis.data.transforms import mix
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 
-LABELS, NOISE, WRONG, TAIL, DOMAINS = range(5)  # what is drawn, each apart from the others
+LABELS, NOISE, WRONG, TAIL, DOMAINS, BAGS = range(6)  # what is drawn, each apart from the others
 
 
 def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
@@ -46,6 +47,8 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         same = form == pool.train.transform
         return pool if same else replace(pool, train=pool.train.shown(form))
     draw = Draw(spec.seed, seed)
+    if spec.bags is not None:
+        pool = _bagged(pool, spec.bags, draw, spec.seed)
     every = pool.train.shown(form)
     groups = every.split.groups
     rows = draw.long_tail(groups, spec.imbalance) if spec.imbalance else torch.arange(len(every))
@@ -75,7 +78,66 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         target=target, tests=tests, truth=truth, settings=settings,
     )  # fmt: skip
     _keep_apart(out)
-    return out
+    return out if spec.captions is None else _captioned(out, spec.captions)
+
+
+def _bagged(pool: Data, spec: BagsSpec, draw: Draw, test_seed: int) -> Data:
+    """Return the images of each role in bags; those of the test are the same for every run."""
+    positive = class_numbers(pool.name, spec.positive, pool.classes)
+    if len(positive) == len(pool.classes):
+        raise BadInput("data: bags of positive images alone; name fewer classes in bags.positive")
+    sets = {"train": draw.seed(BAGS), "test": test_seed, "held_out": test_seed}
+    dealt = {
+        role: bags.deal(images, positive, spec.size, seed)
+        for role, seed in sets.items()
+        if (images := getattr(pool, role)) is not None
+    }
+    return replace(pool, **dealt, classes=bags.CLASSES)
+
+
+def _captioned(images: Data, template: str) -> Data:
+    """Return the images with their texts, of the words of those trained on."""
+    named = {"train": images.train, "held_out": images.held_out, "test": images.test}
+    sets = {role: part for role, part in named.items() if part is not None} | {
+        f"test {name}": part for name, part in images.tests.items()
+    }
+    texts = {role: captions.texts_of(p, images.classes, template) for role, p in sets.items()}
+    if not any(texts["train"]):
+        raise BadInput("data: captions need the name or the class of each image, and have neither")
+    numbers = {text: i for i, text in enumerate(sorted({t for own in texts.values() for t in own}))}
+    known = captions.vocabulary(texts["train"])
+    out: dict[str, Any] = {
+        role: captions.Captioned(part, texts[role], numbers, known) for role, part in sets.items()
+    }
+    tests = {name: out.pop(f"test {name}") for name in images.tests}
+    return replace(images, **out, tests=tests, words=known)
+
+
+def class_numbers(name: str, requested: Sequence[str | int], names: Sequence[str]) -> list[int]:
+    """Return classes asked for as numbers.
+
+    Args:
+        name: Of the data set, for messages.
+        requested: By name or number.
+        names: Of all classes.
+
+    Raises:
+        BadInput: For a class that is none, or one named twice.
+    """
+    numbers = []
+    for one in requested:
+        if one in names or (isinstance(one, int) and 0 <= one < len(names)):
+            numbers.append(one if isinstance(one, int) else names.index(one))
+        else:
+            known = (
+                f"; '{name}' has {len(names)}, numbered from 0"
+                if isinstance(one, int)
+                else nearest(one, names)
+            )
+            raise BadInput(f"data: no class {one!r}{known}")
+    if len(set(numbers)) < len(numbers):
+        raise BadInput(f"data: a class is named twice in {list(requested)}; name each once")
+    return numbers
 
 
 def _keep_apart(images: Data) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from greenvis.data.splits import UNKNOWN, Split, join, sha256
+from greenvis.data.splits import Split, join, sha256
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput
 
@@ -24,6 +24,8 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
     targets: the labels, of a kind that `Split` lists. ids: each image's row in its source, which
     its augmentation follows whatever the subset.
     """
+
+    label_kind = ""  # what a label costs as, where that is not `Split.kind`
 
     def __init__(self, split: Split, ids: Tensor, transform: Transform) -> None:
         self.split, self.ids, self.transform = split, ids, transform
@@ -70,7 +72,7 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
         if len({epoch for epoch, _ in pairs}) != 1:
             return [self[p] for p in pairs]
         x, y = self.batch([position for _, position in pairs], pairs[0][0])
-        return list(zip(x.unbind(), _each(y), strict=True))
+        return [(x[i], label) for i, label in enumerate(_each(y))]
 
     def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Any]:
         """Return images and labels at some positions.
@@ -132,8 +134,14 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
         return ImageSet(replace(self.split, labels=labels), self.ids, self.transform)
 
     def unlabeled(self) -> ImageSet:
-        """Return the same images, of which nothing is known: -1, int64 (N,)."""
-        return self.relabeled(torch.full((len(self),), UNKNOWN))
+        """Return the same images, of which nothing is known: -1, int64 (N,), and no names."""
+        return ImageSet(self.split.without_labels(), self.ids, self.transform)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an image as a model sees it: (C, H, W)."""
+        form = self.transform
+        return form.in_chans, form.img_size, form.img_size
 
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on: which images, and what is done
@@ -192,6 +200,10 @@ class Concat(ImageSet):
         return Concat(
             [part.relabeled(labels[s]) for part, s in zip(self.parts, spans, strict=True)]
         )
+
+    def unlabeled(self) -> ImageSet:
+        """Return the same images, of which nothing is known."""
+        return Concat([part.unlabeled() for part in self.parts])
 
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on."""

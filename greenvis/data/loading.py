@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from greenvis.data import dataset
 from greenvis.data.changes import PLAIN, SEVERITIES, Change, Changed, parse
-from greenvis.data.draws import assign
+from greenvis.data.draws import assign, class_numbers
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import DataSpec
@@ -157,7 +156,9 @@ def _read(chosen: dataset.DataSet, first_id: int = 0) -> Data:
     spec, stored = chosen.spec, chosen.read()
     numbers = list(range(len(stored.classes)))
     if spec.classes is not None:
-        numbers = _class_indices(spec.name, spec.classes, stored.classes)
+        numbers = class_numbers(spec.name, spec.classes, stored.classes)
+        if len(numbers) < 2:
+            raise BadInput(f"data: classes takes two or more, each once; got {list(spec.classes)}")
         if stored.train.kind not in ("class", "multilabel"):
             raise BadInput(f"data: classes chooses images by class, and '{spec.name}' has none")
     form = Transform(
@@ -210,24 +211,6 @@ def _draw(
     drawn = available[stratified(groups[available], spec.seed)]
     shown = drawn[: len(drawn) - reserved][:requested]
     return shown.sort().values, drawn[len(shown) :][:reserved].sort().values
-
-
-def _class_indices(name: str, requested: Sequence[str | int], names: Sequence[str]) -> list[int]:
-    """Return the classes asked for as numbers."""
-    numbers = []
-    for one in requested:
-        if one in names or (isinstance(one, int) and 0 <= one < len(names)):
-            numbers.append(one if isinstance(one, int) else names.index(one))
-        else:
-            known = (
-                f"; '{name}' has {len(names)}, numbered from 0"
-                if isinstance(one, int)
-                else nearest(one, names)
-            )
-            raise BadInput(f"data: no class {one!r}{known}")
-    if len(numbers) < 2 or len(set(numbers)) < len(numbers):
-        raise BadInput(f"data: classes takes two or more, each once; got {list(requested)}")
-    return numbers
 
 
 def _with_held_out(requested: int | None, held_out: int | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from greenvis.data.captions import Vocabulary
 from greenvis.data.image_set import ImageSet
 
 
@@ -27,6 +28,7 @@ class Data:
         target: Images of the domain to adapt to, likewise.
         tests: Tests by name; empty where there is one without a name.
         truth: The labels of `train` before noise, for reports alone; None where there is none.
+        words: How texts become tokens, where images have texts.
         settings: What the recipe says of roles, for the record.
         skipped: What is broken and was left out, a line each.
     """
@@ -42,6 +44,7 @@ class Data:
     target: ImageSet | None = None
     tests: Mapping[str, ImageSet] = field(default_factory=dict)
     truth: Tensor | None = None
+    words: Vocabulary | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[str, ...] = ()
 

@@ -62,7 +62,17 @@ class DomainsSpec(_Section):
         return self
 
 
-ROLES = ("labels", "unlabeled", "noise", "imbalance", "domains")
+class BagsSpec(_Section):
+    """Images in bags, of which only the bag has a label: whether an image of these classes is in
+    it."""
+
+    size: Annotated[int, Field(ge=2, le=10_000, description="images of a bag, on average")] = 10
+    positive: Annotated[
+        tuple[str | int, ...], Field(min_length=1, description="classes, by name or number")
+    ]
+
+
+ROLES = ("labels", "unlabeled", "noise", "imbalance", "domains", "bags", "captions")
 
 
 class DataSpec(_Section):
@@ -143,6 +153,12 @@ class DataSpec(_Section):
         description="a long tail: the first class has so many times the images of the last",
     )
     domains: DomainsSpec | None = Field(default=None, description="domains of each role, by name")
+    bags: BagsSpec | None = Field(default=None, description="images in bags with one label each")
+    captions: str | None = Field(
+        default=None,
+        description='a text with each image, such as "a picture of {name}": its own name where '
+        "the data has such, else that of its class",
+    )
     skip_broken: bool = Field(
         default=False,
         description="leave out images that cannot be read and classes without images (the record "
@@ -163,6 +179,15 @@ class DataSpec(_Section):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         return {"rate": value} if number else value
 
+    @field_validator("captions")
+    @classmethod
+    def _caption_names(cls, value: str | None) -> str | None:
+        if value is not None and (
+            "{name}" not in value or set("{}") & set(value.replace("{name}", ""))
+        ):
+            raise ValueError('captions holds "{name}" and no other braces')
+        return value
+
     def roles(self) -> dict[str, Any]:
         """Return what is said of roles, as a recipe writes it; empty where nothing is."""
         return self.model_dump(mode="json", include=set(ROLES), exclude_none=True)
@@ -176,6 +201,10 @@ class DataSpec(_Section):
 
     @model_validator(mode="after")
     def _views_count(self) -> Self:
+        if self.bags is not None and (self.domains is not None or self.captions is not None):
+            raise ValueError("bags hold images of one domain and without captions; leave those out")
+        if self.captions is not None and self.noise is not None:
+            raise ValueError("noise is of classes, and captions have none; leave one of them out")
         if self.views is not None and self.augment == "none":
             raise ValueError(
                 "views changes nothing with augment: none, which has one; leave it out, or set "

@@ -33,7 +33,6 @@ from greenvis.experiment.jobs import (
 from greenvis.experiment.layers import Layers
 from greenvis.experiment.parts import Part
 from greenvis.experiment.recipe import TrainSpec
-from greenvis.experiment.serving import images_in
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
 from greenvis.models.folding import folded
@@ -200,7 +199,7 @@ class Prepared:
                 if trained
                 else self.prepare(used).build(weights=False)
             )
-        shape = tuple(images_in(next(iter(data.batches(self.images.test, 1)))[0]).shape[1:])
+        shape = self.images.test.shape
         return placed(technique, self.job.recipe.folder).with_runs(sources).for_images(shape)
 
     def cut_short(

@@ -65,7 +65,7 @@ def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     else on choosing; those of the test where a target was looked for on it.
     """
     images, arm = prepared.images, prepared.job.arm
-    kind = images.train.split.kind
+    kind = images.train.label_kind or images.train.split.kind
     learned = 0 if live.pretext and not arm.stages else int(images.train.known.sum())
     tracker.labels(kind, learned)
     tracker.images("labelled", learned)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torchvision import tv_tensors
 
 from greenvis import data
+from greenvis.core.example import Example
 from greenvis.data import DataSet, ImageSet, Split, Stored, dataset
+from greenvis.data.bags import Bags
 from greenvis.data.changes import SEVERITIES
 from greenvis.data.splits import Boxes, Lazy, divide
 from greenvis.data.transforms import Transform
@@ -339,3 +341,104 @@ def test_what_nobody_labelled_is_unlabelled_and_never_trained_on(
     assert not some.unlabeled.known.any()
     few = data.load(spec.model_copy(update={"unlabeled": 20}))
     assert _ids(few.unlabeled) == set(range(26, 46))
+
+
+def test_bags_are_balanced_and_hold_each_image_once() -> None:
+    fields: dict[str, Any] = {"train": 1200, "bags": {"size": 10, "positive": ["9", 3]}}
+    some, plain = _load(**fields), _load(train=1200)
+    assert some.classes == ("negative", "positive")
+    train = some.train
+    assert isinstance(train, Bags)
+    assert train.targets.bincount().tolist() == [len(train) // 2] * 2
+    sizes = torch.tensor([len(rows) for rows in train.members])
+    assert sizes.float().mean() == pytest.approx(10, abs=0.6)
+    assert sizes.float().std() == pytest.approx(2, abs=0.6)
+    every = torch.cat(train.members)
+    assert len(every.unique()) == len(every)
+    makes = torch.isin(plain.train.targets, torch.tensor([9, 3]))
+    for rows, label in zip(train.members, train.targets.tolist(), strict=True):
+        own = makes[rows]
+        assert bool(own.any()) == bool(label)
+        assert own.float().mean() <= 0.5
+    x, y = train.batch([5, 2])
+    assert isinstance(x, Example)
+    assert x.kwargs["bag"].tolist() == [0] * int(sizes[5]) + [1] * int(sizes[2])
+    assert torch.equal(
+        x.args[0], plain.train.batch(torch.cat([train.members[5], train.members[2]]))[0]
+    )
+    assert y.tolist() == train.targets[[5, 2]].tolist()
+    again, other = _load(**fields), _load(1, **fields)
+    assert isinstance(again.train, Bags)
+    assert isinstance(other.train, Bags)
+    assert [m.tolist() for m in again.train.members] == [m.tolist() for m in train.members]
+    assert [m.tolist() for m in other.train.members] != [m.tolist() for m in train.members]
+    assert torch.equal(other.test.targets, some.test.targets)  # every run has the same test
+    few = _load(**fields, labels=10, unlabeled="rest")
+    assert (len(few.train), len(few.unlabeled or ())) == (10, len(train) - 10)
+    with pytest.raises(BadInput, match="positive images alone"):
+        _load(bags={"positive": list(range(10))})
+    with pytest.raises(BadInput, match="make no bags of 300"):
+        _load(bags={"positive": [9], "size": 300})
+    with pytest.raises(BadInput, match="images of one domain"):
+        _load(bags={"positive": [9]}, domains={"test": ["blur"]})
+
+
+def test_bags_come_in_batches_of_a_loader_in_the_order_of_its_seed() -> None:
+    train = _load(bags={"size": 5, "positive": [9]}).train
+    batches = list(data.batches(train, 4, shuffle=True, seed=2))
+    assert sum(len(x) for x, _ in batches) == len(train)
+    again = list(data.batches(train, 4, shuffle=True, seed=2, workers=1))
+    for (x, y), (u, v) in zip(batches, again, strict=True):
+        assert torch.equal(x.args[0], u.args[0])
+        assert torch.equal(y, v)
+
+
+def test_captions_are_of_classes_numbered_by_text_and_end_with_the_last_token() -> None:
+    some = _load(captions="A picture of {name}.", labels=60, unlabeled="rest")
+    assert some.words is not None
+    assert some.words.words == tuple(sorted(["a", "picture", "of", ".", *"0123456789"]))
+    x, y = some.train.batch(range(60))
+    assert isinstance(x, Example)
+    images, tokens = x.args
+    assert images.shape == (60, 1, 8, 8)
+    assert torch.equal(y, _load(labels=60).train.targets)  # ten texts, in the order of digits
+    assert tokens.shape == (60, 6)
+    assert set(tokens[:, -1].tolist()) == {some.words.size - 1}
+    assert some.words.encode(["a zebra", ""]).tolist() == [
+        [some.words.encode(["a"])[0, 0], 1, some.words.size - 1, 0, 0, 0],
+        [0] * 6,
+    ]
+    assert torch.equal(tokens[y == 3].unique(dim=0)[0], tokens[(y == 3).nonzero()[0, 0]])
+    test = some.test.batch([0])[0]
+    assert isinstance(test, Example)
+    assert some.unlabeled is not None
+    assert isinstance(some.unlabeled.batch([0])[0], Tensor)  # no text beside it
+    for bad in ("a picture", "{name} {other}", "{}{name}"):
+        with pytest.raises(BadInput, match="no other braces"):
+            data.DataSpec(name="digits", captions=bad)
+
+
+def test_a_name_of_its_own_is_the_caption_and_is_hidden_with_the_label(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(2).repeat(20)
+    names = tuple(f"thing {i}" for i in range(40))
+
+    class Named(DataSet):
+        name, source, licence = "named", "here", "CC0-1.0"
+
+        def read(self) -> Stored:
+            parts = [Split(images[s], labels[s], names[s]) for s in (slice(30), slice(30, 40))]
+            return Stored(parts[0], parts[1], ("a", "b"), "0" * 64, 8, 1)
+
+    monkeypatch.setattr(dataset.DOOR, "find", lambda name: Named)
+    spec = data.DataSpec(name="named", captions="{name}", labels=10, unlabeled="rest")
+    some = data.load(spec)
+    assert some.words is not None
+    texts = {names[i] for i in some.train.ids.tolist()}
+    assert {w for t in texts for w in t.split()} == set(some.words.words)  # of training alone
+    assert some.train.batch(range(10))[1].unique().numel() == 10
+    assert some.unlabeled is not None
+    assert some.unlabeled.split.names == ()
+    assert not some.unlabeled.known.any()

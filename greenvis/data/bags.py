@@ -1,0 +1,115 @@
+"""Images in bags, of which only the bag has a label: multiple instances (Dietterich, 1997)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from greenvis.core.example import BAG, Example
+from greenvis.data.image_set import ImageSet
+from greenvis.data.splits import Lazy, Split
+from greenvis.data.transforms import Transform
+from greenvis.errors import BadInput
+
+CLASSES = ("negative", "positive")
+SPREAD = 0.2  # deviation of a bag's size, as a share of the average
+MOST_POSITIVE = 0.5  # of a bag's images
+
+
+class Bags(ImageSet):
+    """Bags of images, packed without padding. A position is a bag's.
+
+    Args:
+        images: Those in the bags.
+        members: Positions in `images` of each bag, int64 (n,).
+        labels: Of each bag, int64 (N,).
+    """
+
+    label_kind = "bag"
+
+    def __init__(self, images: ImageSet, members: Sequence[Tensor], labels: Any) -> None:
+        self.images, self.members = images, list(members)
+        shown = Lazy(lambda bag: images.split.take(self.members[bag]).images, range(len(members)))
+        first = torch.tensor([int(rows[0]) for rows in members], dtype=torch.int64)
+        super().__init__(Split(shown, labels), images.ids[first], images.transform)
+
+    def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Any, Any]:
+        """Return an `Example` of instances (rows, C, H, W) and `bag`, int64 (rows,): which of the
+        bags each is of; and y int64 (B,)."""
+        bags = torch.as_tensor(positions, dtype=torch.int64)
+        rows = [self.members[bag] for bag in bags.tolist()]
+        x, _ = self.images.batch(torch.cat(rows), epoch)
+        sizes = torch.tensor([len(own) for own in rows])
+        bag = torch.arange(len(rows)).repeat_interleave(sizes)
+        return Example((x,), {BAG: bag}), self.targets[bags]
+
+    def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
+        """Return some of the bags."""
+        bags = torch.as_tensor(positions, dtype=torch.int64)
+        return Bags(self.images, [self.members[b] for b in bags.tolist()], self.targets[bags])
+
+    def shown(self, transform: Transform) -> ImageSet:
+        """Return the same bags, their images augmented otherwise."""
+        return Bags(self.images.shown(transform), self.members, self.targets)
+
+    def relabeled(self, labels: Any) -> ImageSet:
+        """Return the same bags with other labels."""
+        return Bags(self.images, self.members, labels)
+
+    def unlabeled(self) -> ImageSet:
+        """Return the same bags, of which nothing is known."""
+        return Bags(self.images.unlabeled(), self.members, torch.full((len(self),), -1))
+
+    def key(self) -> dict[str, str]:
+        """Return what a cache of outputs over this set depends on."""
+        return {**self.images.key(), "bags": str([rows.tolist() for rows in self.members])}
+
+
+def deal(images: ImageSet, positive: Sequence[int], size: int, seed: int) -> Bags:
+    """Deal images out to bags, each to one at most, as many positive bags as negative ones.
+
+    A positive bag has one image of a positive class at least, at most half of it; a negative one
+    has none. Sizes are normal about `size`, by a fifth of it (Ilse et al., 2018).
+
+    Args:
+        images: Labelled by class.
+        positive: Classes that make a bag positive.
+        size: Images of a bag, on average.
+        seed: Of the draw.
+
+    Returns:
+        The bags, in an order drawn from `seed`.
+
+    Raises:
+        BadInput: For too few images of either kind.
+    """
+    labels, generator = images.classes("bags"), torch.Generator().manual_seed(seed)
+    makes = torch.isin(labels, torch.tensor(list(positive)))
+    drawn = torch.randperm(len(labels), generator=generator)
+    good, rest = drawn[makes[drawn]].tolist(), drawn[~makes[drawn]].tolist()
+    pairs = min(len(labels) // (2 * size), len(good))
+    sizes = torch.normal(float(size), SPREAD * size, (2 * pairs,), generator=generator)
+    sizes = sizes.round().clamp(min=2).long().tolist()
+    share = [1] * pairs  # images of a positive class, of each positive bag
+    for number in range(len(good) - pairs):
+        bag = number % max(pairs, 1)
+        if pairs and share[bag] + 1 <= MOST_POSITIVE * sizes[bag]:
+            share[bag] += 1
+    while pairs and sum(sizes[: 2 * pairs]) - sum(share[:pairs]) > len(rest):
+        pairs -= 1
+    if not pairs:
+        raise BadInput(
+            f"data: {len(good)} images of positive classes and {len(rest)} others make no bags of "
+            f"{size}; give more images, or smaller bags"
+        )
+    members = []
+    for bag in range(2 * pairs):
+        own = share[bag] if bag < pairs else 0
+        members.append([good.pop() for _ in range(own)])
+        members[-1] += [rest.pop() for _ in range(sizes[bag] - own)]
+    order = torch.randperm(2 * pairs, generator=generator).tolist()
+    truth = torch.tensor([int(bag < pairs) for bag in order])
+    return Bags(images, [torch.tensor(members[bag]).sort().values for bag in order], truth)
