@@ -26,6 +26,7 @@ class DataSet:
     Attributes:
         name: As in a recipe; "folder" is written "folder:PATH".
         argument: What stands behind the colon: "PATH" is one of the disk; "" where there is none.
+        values: What may stand there, where that is a list.
         source: Where the images come from: an address, or what makes them.
         licence: Of the images, as SPDX writes it; else where it is said.
         checksum: What `Stored.checksum` is for the whole set; None where that hangs on the files.
@@ -36,6 +37,7 @@ class DataSet:
 
     name: ClassVar[str]
     argument: ClassVar[str] = ""
+    values: ClassVar[tuple[str, ...]] = ()
     source: ClassVar[str]
     licence: ClassVar[str]
     checksum: ClassVar[str | None] = None
@@ -76,6 +78,23 @@ class DataSet:
         Raises:
             BadInput: Where files are missing, with how to get them.
         """
+
+    @classmethod
+    def licences(cls) -> Mapping[str, str]:
+        """Return the licence of each of its `values`, where they differ."""
+        return {}
+
+    def fetch(self) -> Path:
+        """Fetch its files, into `root` or the user's cache folder.
+
+        Returns:
+            The folder they lie in.
+
+        Raises:
+            BadInput: Where there is nothing to fetch, and where fetching fails, with what to do.
+        """
+        self.check()
+        raise BadInput(f"'{self.spec.name}' is here: there is nothing to fetch")
 
     def read(self) -> Stored:
         """Read all of it; large images are better left unread, as `images.lazy` does.

@@ -4,6 +4,8 @@ a style. Imports no torch."""
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import Any
 
 from greenvis.core import files
 from greenvis.data import downloads
-from greenvis.errors import BadInput, nearest
+from greenvis.errors import BadInput, nearest, one_line
 
 # licences of the styles: of PNG files of 64 pixels, and of SVG, drawn at any size
 PNG_STYLES = {"google": "Apache-2.0", "twitter": "CC-BY-4.0"}
@@ -68,6 +70,36 @@ def packages(style: str) -> list[str]:
     if style in PNG_STYLES:
         return [f"emoji-datasource-{style}"]
     return [TABLES[0], *dict.fromkeys([DICTIONARY, f"@iconify-json/{style}"])]
+
+
+def install(style: str, folder: Path) -> None:
+    """Fetch a style's packages by npm, which runs none of their scripts.
+
+    Args:
+        style: Of `STYLES`.
+        folder: Where its `node_modules` lie.
+
+    Raises:
+        BadInput: For an unknown style, where npm is not here, and where it fails.
+    """
+    if style not in STYLES:
+        raise BadInput(f"unknown data set 'emoji:{style}'{nearest(style, STYLES)}")
+    names = packages(style)
+    by_hand = (
+        f"unpack {' and '.join(names)} of https://www.npmjs.com into a folder that `root` names"
+    )
+    npm = shutil.which("npm")
+    if npm is None:
+        raise BadInput(
+            f"emoji:{style} is fetched by npm, which is not here: install it, or {by_hand}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    quiet = ["--no-save", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund"]
+    command = [npm, "install", *quiet, "--prefix", str(folder), *names]
+    with downloads.fetching(f"emoji:{style}", by_hand):
+        done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise RuntimeError(one_line(done.stderr.strip()[-400:]))
 
 
 class Library:

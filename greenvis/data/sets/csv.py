@@ -7,16 +7,16 @@ import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from greenvis.core import files
-from greenvis.data import images
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import UNKNOWN, Split, Stored, divide_by_share, sha256
 from greenvis.errors import BadInput, one_line, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from greenvis.data.splits import Split, Stored
 
 PATH_NAMES = ("path", "file", "filename", "image", "image_path")
 SPLIT_NAMES = ("split", "part", "subset")
@@ -27,7 +27,9 @@ MOST_LINES = 30  # of what is wrong, in a message
 
 
 class Csv(DataSet):
-    """A row for each image: a column `path` (or `file`, `filename`, `image`), relative to the
+    """Your own images, named by a table with columns of labels.
+
+    It has a row for each image: a column `path` (or `file`, `filename`, `image`), relative to the
     table, and columns of labels; a column `split` of train and test, else a fifth is the test (of
     images whose labels are all known).
 
@@ -48,6 +50,9 @@ class Csv(DataSet):
 
     def read(self) -> Stored:
         """Return all images, still to be decoded."""
+        from greenvis.data import images
+        from greenvis.data.splits import Split, Stored, sha256
+
         table = self.resolve(self.value)
         rows, columns = _rows(table)
         problems = [f"line {row.line}: {row.problem}" for row in rows if row.problem]
@@ -144,6 +149,8 @@ def _rows(table: Path) -> tuple[list[_Row], list[str]]:
 
 def _labels(table: Path, rows: list[_Row], columns: list[str]) -> tuple[Tensor, tuple[str, ...]]:
     """Return the labels of a kind that the columns show, and the names of classes or numbers."""
+    import torch
+
     cells = [row.cells[1:] for row in rows]
     shown = {cell for row in cells for cell in row} - {""}
     if not shown:
@@ -185,6 +192,10 @@ def _is_number(cell: str) -> bool:
 
 def _divide(table: Path, split: Split, rows: list[_Row]) -> tuple[Split, Split]:
     """Return train and test, as the table says, else a fifth as the test."""
+    import torch
+
+    from greenvis.data.splits import UNKNOWN, Split, divide_by_share
+
     full = torch.tensor([all(row.cells) for row in rows])  # of others no answer can be judged
     if any(row.part for row in rows):
         tests = torch.tensor([row.part == "test" for row in rows])

@@ -5,12 +5,14 @@ from __future__ import annotations
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, divide, sha256
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from greenvis.data.splits import Stored
 
 
 class Digits(DataSet):
@@ -25,6 +27,11 @@ class Digits(DataSet):
 
     def read(self) -> Stored:
         """Return all of them, a quarter of each class as the test."""
+        import numpy as np
+        import torch
+
+        from greenvis.data.splits import Split, Stored, divide, sha256
+
         rows = _rows()
         pixels = np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         labels = rows[:, -1].astype(np.int64)
@@ -37,6 +44,8 @@ class Digits(DataSet):
 def _rows() -> np.ndarray:
     """Return 64 values of 0 to 16 and the digit, by image; importing scikit-learn would take
     seconds, and of it this is one file."""
+    import numpy as np
+
     spec = find_spec("sklearn")
     assert spec is not None
     assert spec.origin is not None

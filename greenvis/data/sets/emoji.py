@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
-from greenvis.data.sets._emoji import CACHE, PNG_STYLES, STYLES, Drawing, Library
+from greenvis.data.sets._emoji import CACHE, PNG_STYLES, STYLES, Drawing, Library, install
 from greenvis.errors import BadInput
 
 if TYPE_CHECKING:
@@ -22,20 +23,34 @@ LEFT_OUT = "Component"  # a group of parts that are no pictures: skin tones, hai
 
 
 class Emoji(DataSet):
-    """Emoji in colour, on white, in one of nine styles: google and twitter (64x64), or emojione,
-    fluent-emoji-flat, fxemoji, noto, noto-v1, openmoji and twemoji (drawn at `img_size`, else 64).
+    """Emoji in colour, on white, each with its name, in one of nine styles.
 
-    Classes are Unicode's subgroups ("food-fruit") of five images or more, a fifth of each as the
-    test; each image has its own name ("red apple"). Those drawn alike are one image.
-    Styles are domains: `domains: {train: [google], test: [google, twitter]}`.
+    Those of google and twitter are 64x64; emojione, fluent-emoji-flat, fxemoji, noto, noto-v1,
+    openmoji and twemoji are drawn at `img_size`, else 64. Classes are Unicode's subgroups
+    ("food-fruit") of five images or more, a fifth of each as the test; each image has its own name
+    ("red apple"). Those drawn alike are one image. Styles are domains: `domains: {train: [google],
+    test: [google, twitter]}`.
     """
 
     name = "emoji"
     argument = "STYLE"
+    values = tuple(STYLES)
     source = "https://www.npmjs.com/package/emoji-datasource, https://icon-sets.iconify.design"
     licence = "; ".join(f"{licence} ({style})" for style, licence in STYLES.items())
     size = {"train": 1_600, "test": 400}
     options = frozenset({"root"})
+
+    @classmethod
+    def licences(cls) -> Mapping[str, str]:
+        """Return the licence of each style."""
+        return STYLES
+
+    def fetch(self) -> Path:
+        """Fetch the style's packages by npm."""
+        folder = self.root or CACHE
+        install(self.value, folder)
+        self._library()
+        return folder
 
     def domain(self, name: str) -> DataSet | None:
         """Return the emoji in another style."""

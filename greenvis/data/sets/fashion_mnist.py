@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from greenvis.data import downloads
 from greenvis.data.dataset import DataSet
 from greenvis.data.downloads import DOWNLOADS, fetching
-from greenvis.data.splits import Split, Stored, sha256
 from greenvis.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from greenvis.data.splits import Stored
 
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 MOST_BYTES = 64 * 2**20  # of a file, unpacked: the largest has 47 million
@@ -38,8 +40,17 @@ class FashionMnist(DataSet):
         if not self.spec.download:
             self._files_folder()
 
+    def fetch(self) -> Path:
+        """Fetch the four files."""
+        self._download()
+        return self._files_folder()
+
     def read(self) -> Stored:
         """Return all images; fetches them where they are missing and `download` is set."""
+        import torch
+
+        from greenvis.data.splits import Split, Stored, sha256
+
         try:
             folder = self._files_folder()
         except BadInput:
@@ -92,6 +103,8 @@ def _read_idx(folder: Path, part: str, kind: str) -> np.ndarray:
 
     torchvision's reader takes neither packed files nor a bound on what they unpack to.
     """
+    import numpy as np
+
     path = _idx_path(folder, part, kind)
     assert path is not None  # _files_folder saw it
     raw = downloads.read(path, f"IDX file of {kind}", MOST_BYTES)

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from greenvis.data import images
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, divide_by_share, sha256
 from greenvis.errors import BadInput, one_line, some
+
+if TYPE_CHECKING:
+    import torch
+
+    from greenvis.data.splits import Split, Stored
 
 TEST_NAMES = ("test", "val", "valid", "validation")
 MOST_LINES = 30  # of what is wrong, in a message
@@ -44,6 +46,8 @@ class Folder(DataSet):
 
     def read(self) -> Stored:
         """Return all images, still to be decoded."""
+        from greenvis.data.splits import Stored, divide_by_share, sha256
+
         path = self.resolve(self.value)
         survey = look(path)
         if survey.problems and not self.spec.skip_broken:
@@ -104,6 +108,8 @@ def parts(path: Path) -> dict[str, list[Path]]:
     Raises:
         BadInput: Where there are fewer than two, or a test without a folder named "train".
     """
+    from greenvis.data import images
+
     test = next((path / n for n in TEST_NAMES if (path / n).is_dir()), None)
     train = path / "train" if (path / "train").is_dir() else path
     if test is not None and train == path:
@@ -131,6 +137,8 @@ def look(path: Path) -> Survey:
     Raises:
         BadInput: As `parts` does.
     """
+    from greenvis.data import images
+
     survey, folders = Survey(), parts(path)
     files = {part: [(f, images.below(f)) for f in of_part] for part, of_part in folders.items()}
     _note_passed_over(survey, path, folders["train"][0].parent, files)
@@ -168,6 +176,8 @@ def _note_passed_over(
     survey: Survey, path: Path, train: Path, files: dict[str, list[tuple[Path, list[Path]]]]
 ) -> None:
     """Note what lies among the images and is none, and images that lie in no class."""
+    from greenvis.data import images
+
     images_of = {file for of_part in files.values() for _, own in of_part for file in own}
     others = [
         str(f.relative_to(path))
@@ -187,6 +197,8 @@ def _note_passed_over(
 
 
 def _class_folders(path: Path) -> list[Path]:
+    from greenvis.data import images
+
     if not path.is_dir():
         raise BadInput(f"no folder at {path}")
     folders = sorted(p for p in path.iterdir() if p.is_dir() and not images.is_hidden(Path(p.name)))
@@ -195,9 +207,14 @@ def _class_folders(path: Path) -> list[Path]:
 
 
 def _split(survey: Survey, part: str) -> Split:
+    from greenvis.data import images
+    from greenvis.data.splits import Split
+
     paths = [path for path, _ in survey.files[part]]
     return Split(images.lazy(paths), _numbers(label for _, label in survey.files[part]))
 
 
 def _numbers(labels: Iterable[int]) -> torch.Tensor:
+    import torch
+
     return torch.tensor(list(labels), dtype=torch.int64)

@@ -7,14 +7,13 @@ from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from string import ascii_letters, ascii_lowercase
-
-import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, sha256
 from greenvis.errors import BadInput
+
+if TYPE_CHECKING:
+    from greenvis.data.splits import Split, Stored
 
 SIDE, FONT_SIZE, BASELINE = 32, 22, 23  # pixels
 ZOOM = 4  # drawn so much larger, and averaged
@@ -48,6 +47,8 @@ class Glyphs(DataSet):
 
     def read(self) -> Stored:
         """Return every letter of every font."""
+        from greenvis.data.splits import Stored, sha256
+
         self.check()
         families = _families()
         ordered = sorted(families, key=lambda name: hashlib.sha256(name.encode()).digest())
@@ -70,6 +71,11 @@ class Glyphs(DataSet):
 
 
 def _split(letters: list[tuple[bytes, int]]) -> Split:
+    import numpy as np
+    import torch
+
+    from greenvis.data.splits import Split
+
     pixels = np.frombuffer(b"".join(image for image, _ in letters), np.uint8)
     images = torch.from_numpy(pixels.reshape(-1, 1, SIDE, SIDE).copy())
     return Split(images, torch.tensor([label for _, label in letters]))
@@ -106,6 +112,8 @@ def _names(path: Path) -> tuple[str, str] | None:
 
 def _letters(path: Path) -> list[tuple[bytes, int]]:
     """Return the pixels of each letter and its label; none of a font that draws them alike."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.truetype(str(path), ZOOM * FONT_SIZE)
     out = []
     for letter in ascii_letters:

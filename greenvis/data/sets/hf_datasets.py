@@ -5,16 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from greenvis.data import images
 from greenvis.data.dataset import DataSet
 from greenvis.data.sets.folder import TEST_NAMES
-from greenvis.data.splits import Lazy, Split, Stored, divide_by_share, sha256
 from greenvis.errors import BadInput, some
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from greenvis.data.splits import Split, Stored
 
 
 class HfDatasets(DataSet):
@@ -40,6 +40,8 @@ class HfDatasets(DataSet):
 
     def read(self) -> Stored:
         """Return all images, still to be decoded."""
+        from greenvis.data.splits import Stored, divide_by_share, sha256
+
         self.check()
         import datasets
 
@@ -81,6 +83,9 @@ class HfDatasets(DataSet):
 
 def _split(part: Any, image: str, label: str) -> Split:
     import datasets
+    import torch
+
+    from greenvis.data.splits import Lazy, Split
 
     labels = torch.tensor(part[label][:])
     classes = len(part.features[label].names)
@@ -99,6 +104,8 @@ def _split(part: Any, image: str, label: str) -> Split:
 
 
 def _read_row(part: Any, image: str, row: int) -> Tensor:
+    from greenvis.data import images
+
     stored = part[row][image]
     data = stored["bytes"]
     data = images.read(stored["path"]) if data is None else data

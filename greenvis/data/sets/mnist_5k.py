@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import io
 from pathlib import Path
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from greenvis.data import downloads
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, divide, sha256
 from greenvis.errors import BadInput
+
+if TYPE_CHECKING:
+    from greenvis.data.splits import Stored
 
 FILE = Path("data") / "data" / "mnist_5k.csv.gz"
 MOST_BYTES = 64 * 2**20  # unpacked: it has 11 million
@@ -35,6 +35,11 @@ class Mnist5k(DataSet):
 
     def read(self) -> Stored:
         """Return all of them."""
+        import numpy as np
+        import torch
+
+        from greenvis.data.splits import Split, Stored, divide, sha256
+
         path = self._file()
         raw = downloads.read(path, "images", MOST_BYTES)
         try:

@@ -20,12 +20,12 @@ SIZES = (0.35, 0.7)  # of an item, as shares of an image's side
 
 
 class Scenes(DataSet):
-    """One to three items of Fashion-MNIST on synthetic texture, in colour, each pixel labelled with
-    its item's class; those of the test show items of Fashion-MNIST's own test.
+    """One to three clothes on synthetic texture, each pixel labelled with its item's class.
 
-    On a machine without Fashion-MNIST the items are the digits of scikit-learn, and the classes
-    say so. 2,000 images to train and 500 to test, 48 pixels, unless asked for others; the first
-    images of a seed are the same, however many are drawn.
+    Items are of Fashion-MNIST; those of the test are of its own test. On a machine without
+    Fashion-MNIST the items are the digits of scikit-learn, and the classes say so. 2,000 images to
+    train and 500 to test, 48 pixels, unless asked for others; the first images of a seed are the
+    same, however many are drawn.
     """
 
     name = "scenes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
@@ -29,18 +30,18 @@ STYLE = "google"
 
 
 class Shapes(DataSet):
-    """One to four coloured shapes on synthetic texture: `shapes:masks` labels each pixel,
-    `shapes:boxes` has the boxes of what can be seen, `shapes:labels` says which classes an image
-    shows.
+    """One to four coloured shapes, or emoji, on synthetic texture, with masks, boxes or labels.
 
-    `shapes:emoji-masks`, `shapes:emoji-boxes` and `shapes:emoji-labels` show emoji instead (those
-    of `emoji:google`), classes are their groups, and those of the test are other emoji. 2,000
-    images to train and 500 to test, 96 pixels, unless asked for others; the first images of a seed
-    are the same, however many are drawn.
+    `shapes:masks` labels each pixel, `shapes:boxes` has the boxes of what can be seen,
+    `shapes:labels` says which classes an image shows. `shapes:emoji-masks`, `shapes:emoji-boxes`
+    and `shapes:emoji-labels` show emoji instead (those of `emoji:google`), classes are their
+    groups, and those of the test are other emoji. 2,000 images to train and 500 to test, 96 pixels,
+    unless asked for others; the first images of a seed are the same, however many are drawn.
     """
 
     name = "shapes"
     argument = "LABELS"
+    values = (*KINDS, *(f"emoji-{kind}" for kind in ("masks", "boxes", "labels")))
     source = "drawn by greenvis (emoji: https://www.npmjs.com/package/emoji-datasource)"
     licence = "CC0-1.0; Apache-2.0 (emoji)"
     size = {"train": 20_000, "test": 10_000}
@@ -48,15 +49,20 @@ class Shapes(DataSet):
 
     def check(self) -> None:
         """Raise BadInput for an unknown kind of labels, and where emoji are not here."""
-        choices = [*KINDS, *(f"emoji-{kind}" for kind in KINDS)]
-        if self.value not in choices:
-            raise BadInput(f"unknown data set 'shapes:{self.value}'{nearest(self.value, choices)}")
+        if self.value not in self.values:
+            near = nearest(self.value, self.values)
+            raise BadInput(f"unknown data set 'shapes:{self.value}'{near}")
         if (emoji := self._emoji()) is not None:
             emoji.check()
         elif self.root:
             raise BadInput(
                 f"data: 'shapes:{self.value}' is drawn, so root would change nothing; leave it out"
             )
+
+    def fetch(self) -> Path:
+        """Fetch the emoji."""
+        emoji = self._emoji()
+        return super().fetch() if emoji is None else emoji.fetch()
 
     def read(self) -> Stored:
         """Draw as many as asked for."""

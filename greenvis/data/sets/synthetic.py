@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
-from greenvis.data.splits import Split, Stored, sha256
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from greenvis.data.splits import Stored
 
 
 class Synthetic(DataSet):
@@ -24,6 +28,10 @@ class Synthetic(DataSet):
 
     def read(self) -> Stored:
         """Return as many as asked for."""
+        import torch
+
+        from greenvis.data.splits import Split, Stored, sha256
+
         spec, classes = self.spec, len(self.classes)
         img_size, in_chans = spec.img_size or 32, spec.in_chans or 3
         rng = torch.Generator().manual_seed(spec.seed)
@@ -51,6 +59,8 @@ class Synthetic(DataSet):
 
 
 def _smooth(count: int, img_size: int, in_chans: int, rng: torch.Generator) -> Tensor:
+    import torch
+
     coarse = torch.randn(count, in_chans, 4, 4, generator=rng)
     return torch.nn.functional.interpolate(
         coarse, size=(img_size, img_size), mode="bilinear", align_corners=False

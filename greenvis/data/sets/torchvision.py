@@ -5,17 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from greenvis.data import images
 from greenvis.data.dataset import DataSet
 from greenvis.data.downloads import DOWNLOADS, fetching
-from greenvis.data.splits import Split, Stored, divide_by_share, sha256
 from greenvis.errors import BadInput, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from greenvis.data.splits import Stored
 
 BY_FLAG = {"train": {"train": True}, "test": {"train": False}}
 BY_SPLIT = {"train": {"split": "train"}, "test": {"split": "test"}}
@@ -62,6 +61,7 @@ class Torchvision(DataSet):
 
     name = "torchvision"
     argument = "NAME"
+    values = tuple(SPLITS)
     source = "https://docs.pytorch.org/vision/stable/datasets.html"
     licence = "that of the data set: see its page"
     options = frozenset({"root", "download"})
@@ -78,8 +78,23 @@ class Torchvision(DataSet):
                 f"unknown data set 'torchvision:{self.value}'{nearest(self.value, SPLITS)}"
             )
 
+    def fetch(self) -> Path:
+        """Fetch the files of all splits."""
+        self.check()
+        asking = Torchvision(self.spec.model_copy(update={"download": True}), self.folder)
+        for options in SPLITS[self.value].values():
+            asking._open(options)
+        return self.root or DOWNLOADS
+
     def read(self) -> Stored:
         """Return all images; those in files of their own are still to be decoded."""
+        import numpy as np
+        import torch
+        from torch import Tensor
+
+        from greenvis.data import images
+        from greenvis.data.splits import Split, Stored, divide_by_share, sha256
+
         self.check()
         parts = [self._open(options) for options in SPLITS[self.value].values()]
         chunks: list[bytes | Path] = []
@@ -146,6 +161,10 @@ def _check_usps(cls: Any, root: Path, train: bool, download: bool, otherwise: st
 def _pixels(dataset: Any) -> Tensor | None:
     """Return the images that a data set holds in memory, uint8 (N, C, H, W); None where they lie
     in files."""
+    import numpy as np
+    import torch
+    from torch import Tensor
+
     array = getattr(dataset, "data", None)
     if isinstance(array, Tensor):
         array = array.numpy()
@@ -160,6 +179,8 @@ def _pixels(dataset: Any) -> Tensor | None:
 
 def _labels(dataset: Any) -> list[int]:
     """Return the labels of images held in memory."""
+    import numpy as np
+
     labels = np.asarray(dataset.targets if hasattr(dataset, "targets") else dataset.labels)
     return (labels[:, 0] if labels.ndim == 2 else labels).astype(np.int64).tolist()
 
