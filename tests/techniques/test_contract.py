@@ -32,6 +32,7 @@ WORKS = {
     "linear_probe": 20,
     "lora": 20,
     "lora_stream": 20,
+    "low_precision": 20,
     "lwf": 20,
     "mae": 8,
     "ncm": 20,
