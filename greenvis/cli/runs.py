@@ -149,6 +149,9 @@ def report(
             "POINTS",
         ),
     ] = None,
+    coefficients: Annotated[
+        str | None, option("price what was observed by this file, not as recorded (JSON)", "FILE")
+    ] = None,
     label_seconds: Annotated[
         list[str] | None,
         option(
@@ -173,6 +176,7 @@ def report(
         served=served,
         margin=margin,
         label_seconds=label_seconds or (),
+        coefficients=coefficients,
     )
     reported(as_json, page)
 

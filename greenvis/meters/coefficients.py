@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,13 @@ MOST = 1e6  # of any coefficient of a user's: watts, ratios
 SHAPES = {
     "processors": 'is a list of {"match", "tdp_w", "threads"}',
     "wall_meter": 'needs {"idle_w", "busy_w", "busy_cpus"}',
+}
+
+# by observation: keys of a file that price it, and the table's own, "" for that of the processor
+PRICED_BY: dict[str, tuple[frozenset[str], str]] = {
+    "cpu_s": (frozenset({"cpu_w_per_busy_cpu", "processors", "cpu_band_of_tdp", "wall_meter"}), ""),
+    "ram_gb_s": (frozenset({"ram_w_per_gb"}), "ram_w_per_gb"),
+    "wall_s": (frozenset({"wall_w"}), "wall_w"),
 }
 
 
@@ -35,11 +43,19 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
     table = json.loads(COEFFICIENTS.read_text())
     table["repeatability"] = repeat.band(host.cpu_name(), table["repeatability"])
     path = path or os.environ.get(OVERRIDE)
-    if not path:
-        return table
+    return _with(table, path, _content(path)) if path else table
+
+
+def _content(path: str | os.PathLike[str]) -> dict[str, Any]:
     content = files.read_json(path, "coefficients file")
     if not isinstance(content, dict):
         raise BadInput(f"cannot read the coefficients file {path}: it is no mapping")
+    return content
+
+
+def _with(
+    table: dict[str, Any], path: str | os.PathLike[str], content: dict[str, Any]
+) -> dict[str, Any]:
     for key, value in content.items():
         if key not in table and key not in SHAPES:
             raise BadInput(
@@ -52,6 +68,59 @@ def load_coefficients(path: str | os.PathLike[str] | None = None) -> dict[str, A
             raise BadInput(f"{path}: {key} {shape}: {error}") from error
     table["version"] = f"{table['version']} + {path}"
     return table
+
+
+def cpu_watts(table: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return watts per busy CPU: of the processor of that name where the table knows it, else the
+    general band."""
+    for known in table["processors"]:
+        if known["match"] in name + " ":
+            watts, band = known["tdp_w"] / known["threads"], table["cpu_band_of_tdp"]
+            return {k: round(watts * band[k], 3) for k in ("low", "central", "high")} | {
+                "unit": "W per busy logical CPU",
+                "citation": f"{known['citation']}: {known['tdp_w']} W / {known['threads']} "
+                f"threads; band: {band['citation']}",
+            }
+    return table["cpu_w_per_busy_cpu"]
+
+
+class Repricing:
+    """Coefficients of a file in the place of those that records hold; what it does not name stays.
+
+    Args:
+        path: As of `load_coefficients`.
+
+    Raises:
+        BadInput: For a file that is not such a table.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        content = _content(path)
+        self._table = _with(json.loads(COEFFICIENTS.read_text()), path, content)
+        self._keys = set(content)
+
+    def components(
+        self, components: Iterable[Mapping[str, Any]], cpu: str
+    ) -> list[Mapping[str, Any]]:
+        """Return a record's components with the file's coefficients; what was measured stays.
+
+        Args:
+            components: Of a header.
+            cpu: Name of the processor they were recorded on.
+        """
+        return [self._component(c, cpu) for c in components]
+
+    def _component(self, c: Mapping[str, Any], cpu: str) -> Mapping[str, Any]:
+        if c.get("provenance") == "measured":
+            return c
+        keys, own = PRICED_BY.get(str(c.get("observation")), (frozenset[str](), ""))
+        changed: dict[str, Any] = {}
+        if keys & self._keys:
+            new = self._table[own] if own else cpu_watts(self._table, cpu)
+            changed = {"coefficient": new, "citation": new["citation"]}
+        if "repeatability" in self._keys and c.get("repeatability"):
+            changed["repeatability"] = self._table["repeatability"]
+        return {**c, **changed, "table": self._table["version"]} if changed else c
 
 
 def _put(table: dict[str, Any], key: str, value: Any, path: Any) -> None:

@@ -32,6 +32,7 @@ def report(
     note: str | None = None,
     margin: float | None = None,
     label_seconds: Iterable[str] = (),
+    coefficients: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a report of recorded runs.
 
@@ -51,6 +52,8 @@ def report(
             lose and still keep it.
         label_seconds: what a label takes a person, "class=5" or "class=1,5,60" (low, central,
             high), in place of the figures of `meters/label_seconds.json`.
+        coefficients: a file as `meters.coefficients.load_coefficients` takes it, which prices what
+            was observed, of training and of serving, in the place of the recorded coefficients.
 
     Returns:
         The path of its index.html.
@@ -76,6 +79,7 @@ def report(
             served=served,
             margin=margin,
             label_seconds=label_seconds,
+            coefficients=coefficients,
         )
         words = {"title": title or content.title, "note": note or content.note}
         content = content.model_copy(update=words)
@@ -101,6 +105,7 @@ def results(
     served: float | None = None,
     margin: float | None = None,
     label_seconds: Iterable[str] = (),
+    coefficients: str | os.PathLike[str] | None = None,
 ) -> Results:
     """Return what a report says, writing nothing.
 
@@ -112,6 +117,7 @@ def results(
         served: as in `report`.
         margin: as in `report`.
         label_seconds: as in `report`.
+        coefficients: as in `report`.
 
     Returns:
         The results; `results.as_json()` is the content of results.json.
@@ -132,6 +138,10 @@ def results(
             )
             raise BadInput(f"{name} is {value!r}; give the {what}")
     if results_file := stored.file(paths):
+        if coefficients is not None:
+            raise BadInput(
+                f"{results_file} holds figures that are priced: coefficients want run records"
+            )
         with stored.believed(results_file):
             return stored.again(
                 results_file,
@@ -143,7 +153,7 @@ def results(
                 label_seconds=label_seconds,
             )
     with archive.unpacked(_listed(paths)) as each:
-        loaded = groups.load(each, metric)
+        loaded = groups.load(each, metric, coefficients)
     try:
         return build.results(
             loaded,

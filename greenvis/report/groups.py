@@ -6,12 +6,13 @@ from __future__ import annotations
 import glob
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, printable
 from greenvis.meters import pricing, record, serving
+from greenvis.meters.coefficients import Repricing
 from greenvis.meters.record import STARTUP, Reading
 from greenvis.report import measures, overlap, schema
 from greenvis.report.facts import COUNTS, Ancestor, Facts, Setup
@@ -19,6 +20,8 @@ from greenvis.report.parts import Part, by_stage, curve, stage, summarize, summe
 from greenvis.report.runs import APART, Curve, RunSummary, SeedRun, total
 from greenvis.tasks.base import Measure
 
+# facts of older records that hold joules, and those that hold the observations now
+STORED = {"inference_energy_j": "inference", "task_energy_j": "task_observed"}
 NOTHING = 1e-3  # of its energy: a run that counts no more of it lies wholly in another
 
 
@@ -30,23 +33,29 @@ class Loaded(NamedTuple):
     measure: Measure
 
 
-def load(paths: Iterable[str | os.PathLike[str]], metric: str | None = None) -> Loaded:
+def load(
+    paths: Iterable[str | os.PathLike[str]],
+    metric: str | None = None,
+    coefficients: str | os.PathLike[str] | None = None,
+) -> Loaded:
     """Read every record among `paths` (files, folders, glob patterns) and group them.
 
     Args:
         paths: of records.
         metric: what they are judged by; by default what they say themselves (`measures.choose`).
+        coefficients: a file whose coefficients price them in the place of their own.
 
     A record met twice (the same run id and rank) counts once, the more complete one. What cannot be
     believed is left out, with a note. Raises BadInput where there is no record at all.
     """
+    reprice = _repriced(coefficients)
     parts: dict[tuple[str, int], Part] = {}
     notes, files = [], 0
     for path, asked in record_files(paths):
         files += 1
         try:
             run = record.read(path)
-            notes += schema.check(run)
+            notes += [*schema.check(run), *reprice(run)]
             part = summarize(run, metric or measures.DEFAULT)
         except BadInput as error:
             if asked:
@@ -81,8 +90,36 @@ def load(paths: Iterable[str | os.PathLike[str]], metric: str | None = None) -> 
         for part in every:
             run = record.read(part.run.path)
             schema.check(run)
+            reprice(run)
             part.curve = curve(run, measure.name)
     return Loaded(_group(every), sorted(notes), measure)
+
+
+def _repriced(coefficients: str | os.PathLike[str] | None) -> Callable[[record.Run], list[str]]:
+    """Return what gives a record the coefficients of a file, and says what of it they cannot
+    price."""
+    if coefficients is None:
+        return lambda run: []
+    file = Repricing(coefficients)
+
+    def reprice(run: record.Run) -> list[str]:
+        cpu = str((run.header.get("cpu") or {}).get("name") or "")
+        run.header["components"] = file.components(run.header.get("components") or [], cpu)
+        for entry in (e for use in run.uses for e in use.get("observed") or ()):
+            if "components" in entry:
+                entry["components"] = file.components(entry["components"] or [], cpu)
+        stored = [key for key in STORED if key in run.facts and STORED[key] not in run.facts]
+        points = run.facts.get("operating_points") or []
+        if any("passes" not in point for point in points):
+            stored.append("operating_points")
+        stored += [use["name"] for use in run.uses if use.get("energy_j")]
+        return [
+            f"{run.path.name} holds joules of {printable(name)} and not what was observed: they "
+            "keep the coefficients of their time"
+            for name in stored
+        ]
+
+    return reprice
 
 
 def _origin(part: Part) -> list[Any]:

@@ -88,6 +88,60 @@ def test_what_costs_three_times_as_much_reads_three_times_as_much(
     assert after == pytest.approx(3 * before)
 
 
+def numbers(value: Any) -> list[float]:
+    """Return all numbers in a value of JSON, in order."""
+    if isinstance(value, dict):
+        return [n for key in sorted(value) for n in numbers(value[key])]
+    if isinstance(value, list):
+        return [n for inner in value for n in numbers(inner)]
+    return [value] if isinstance(value, (int, float)) else []
+
+
+def test_a_coefficients_file_prices_records_made_before_it(finished: Path, tmp_path: Path) -> None:
+    """Training, serving, settings, tasks and ancestors alike, as if it had been recorded."""
+    header = record.read(next(record.find([finished / "runs"]))).header
+    own = {c["observation"]: c["coefficient"] for c in header["components"]}
+    keys = {"cpu_s": "cpu_w_per_busy_cpu", "ram_gb_s": "ram_w_per_gb"}
+    bounds = ("low", "central", "high")
+    file = tmp_path / "mine.json"
+    content = {key: {b: 3 * own[q][b] for b in bounds} for q, key in keys.items()}
+    file.write_text(json.dumps(content))
+    for name in RECIPES:
+        here = results([finished / "runs" / name], coefficients=file).as_json()
+        there = results([again(finished, tmp_path / name, 3.0) / name]).as_json()
+        before = results([finished / "runs" / name]).as_json()
+        for label, row in here["arms"].items():
+            other, old = there["arms"][label], before["arms"][label]
+            for key in ("train_energy_j", "inference_energy_j", "train_energy_with_reuse_j"):
+                assert row[key]["value"] == pytest.approx(other[key]["value"])
+                assert row[key]["high"] == pytest.approx(other[key]["high"])
+                assert row[key]["value"] == pytest.approx(3 * old[key]["value"])
+            for key in ("operating_points", "uses", "continual"):
+                assert numbers(row.get(key)) == pytest.approx(numbers(other.get(key)))
+        assert any("mine.json" in s["citation"] for s in here["sources"])
+
+
+def test_what_a_file_does_not_name_stays(finished: Path, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text('{"ram_w_per_gb": {"low": 1, "central": 1, "high": 1}}')
+    parts = [
+        results([finished / "runs" / "line"], **options).arms["student"].energy_by_component_j
+        for options in ({}, {"coefficients": file})
+    ]
+    assert parts[0]["cpu"] == parts[1]["cpu"]
+    assert parts[0]["ram"].value != parts[1]["ram"].value
+
+
+def test_joules_that_an_old_record_holds_keep_and_say_so(tmp_path: Path) -> None:
+    with gv.track("t", dir=tmp_path) as run:
+        run.fact(accuracy=0.5, inference_energy_j={"value": 2.0})
+    file = tmp_path / "mine.json"
+    file.write_text('{"cpu_w_per_busy_cpu": {"low": 1, "central": 1, "high": 1}}')
+    content = results([run.path], coefficients=file)
+    assert content.arms["t"].inference_energy_j.value == 2.0
+    assert any("holds joules of inference_energy_j" in note for note in content.notes)
+
+
 def test_ratios_of_settings_and_their_spread_stay(finished: Path, tmp_path: Path) -> None:
     both = [
         results([folder / "line"]).as_json()

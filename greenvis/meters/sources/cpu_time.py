@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from greenvis.meters import host
+from greenvis.meters.coefficients import cpu_watts
 from greenvis.meters.processes import open_tree
 from greenvis.meters.sources.base import Integral, MeterSource, Unavailable
 
@@ -45,7 +46,7 @@ class CpuTime(MeterSource):
             "scope": "process", "provenance": "estimated",
             "repeatability": coefficients["repeatability"],
         }  # fmt: skip
-        cpu, ram = _cpu_coefficient(coefficients), coefficients["ram_w_per_gb"]
+        cpu, ram = cpu_watts(coefficients, host.cpu_name()), coefficients["ram_w_per_gb"]
         return [
             self.component("cpu", source="cpu-time model", **_priced(cpu), **estimated),
             self.component(
@@ -57,18 +58,3 @@ class CpuTime(MeterSource):
 
 def _priced(coefficient: Mapping[str, Any]) -> dict[str, Any]:
     return {"coefficient": coefficient, "citation": coefficient["citation"]}
-
-
-def _cpu_coefficient(coefficients: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return watts per busy CPU: of this processor where the table knows its name, else the general
-    band."""
-    name = host.cpu_name()
-    for known in coefficients["processors"]:
-        if known["match"] in name + " ":
-            watts, band = known["tdp_w"] / known["threads"], coefficients["cpu_band_of_tdp"]
-            return {k: round(watts * band[k], 3) for k in ("low", "central", "high")} | {
-                "unit": "W per busy logical CPU",
-                "citation": f"{known['citation']}: {known['tdp_w']} W / {known['threads']} "
-                f"threads; band: {band['citation']}",
-            }
-    return coefficients["cpu_w_per_busy_cpu"]
