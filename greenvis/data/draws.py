@@ -21,7 +21,7 @@ from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import BagsSpec, DataSpec, NoiseSpec, PerClass
 from greenvis.data.splits import UNKNOWN, stratified
-from greenvis.data.transforms import mix
+from greenvis.data.transforms import LIBRARY, mix
 from greenvis.errors import BadInput, GreenvisError, nearest
 
 LABELS, NOISE, WRONG, TAIL, DOMAINS, BAGS = range(6)  # what is drawn, each apart from the others
@@ -43,6 +43,11 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
     """
     settings = spec.roles()
     form = replace(pool.train.transform, augment=spec.augment, views=spec.views)
+    if spec.augment in LIBRARY and pool.train.split.kind in ("mask", "box"):
+        raise BadInput(
+            f"data: augment: {spec.augment} has no rule for labels of kind "
+            f"{pool.train.split.kind}; choose crop, crop-flip or random-resized-crop"
+        )
     if not settings:
         same = form == pool.train.transform
         return pool if same else replace(pool, train=pool.train.shown(form))

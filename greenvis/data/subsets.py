@@ -235,7 +235,7 @@ def _select(
         with torch.no_grad():
             features = torch.cat([embed(part, filters) for part in x.split(256)])
         return {"rows": torch.cat([r[herding(features[r], per_class)] for r in rows])}
-    flip = images.transform.augment in ("crop-flip", "randaug")
+    flip = images.transform.augment not in ("none", "crop")
     start = torch.stack([x[d] for d in drawn])
     made = condense(x, images.targets, start, flip=flip, seed=seed, count=count, **options)
     mean, std = (

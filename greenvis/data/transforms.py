@@ -3,7 +3,7 @@ never of a worker."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,12 @@ from torchvision.transforms.v2 import functional as F
 from greenvis.data.spec import Augment
 from greenvis.data.splits import UNKNOWN
 
-_RANDAUGMENT = v2.RandAugment(num_ops=2, magnitude=9)
+# of colours and positions; none has a rule for masks and boxes
+LIBRARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "randaug": v2.RandAugment(num_ops=2, magnitude=9),
+    "trivialaugment": v2.TrivialAugmentWide(),
+    "augmix": v2.AugMix(),
+}
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,12 @@ class Transform:
         if self.augment == "none":
             return x, y
         draws = mix(ids, self.seed, self.view(epoch))
-        if self.augment == "randaug":
+        if self.augment == "random-resized-crop":
+            return _resized_crop(x, y, draws)
+        if self.augment in LIBRARY:
+            change = LIBRARY[self.augment]
             x = torch.stack(
-                [_randaugment(image, int(draw)) for image, draw in zip(x, draws, strict=True)]
+                [_drawn(change, int(draw), image) for image, draw in zip(x, draws, strict=True)]
             )
         windows = _windows(draws, max(1, self.img_size // 8), flip=self.augment != "crop")
         if isinstance(y, list):
@@ -174,13 +182,37 @@ def _boxes(corners: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.Bounding
     return tv_tensors.BoundingBoxes(corners.float(), format=form, canvas_size=canvas_size)  # type: ignore[call-arg]
 
 
-def _randaugment(image: Tensor, draw: int) -> Tensor:
-    """RandAugment draws from torch's global generator: lend it a state of our own, give the old one
+def _resized_crop(x: Tensor, y: Any, draws: np.ndarray) -> tuple[Tensor, Any]:
+    """Show a window of each image, of 8 to 100 % of its area and up to 4 : 3, brought to its size
+    and flipped half the time; masks and boxes follow."""
+    change = v2.Compose([v2.RandomResizedCrop(list(x.shape[-2:])), v2.RandomHorizontalFlip()])
+    lies_on = isinstance(y, list) or y.dim() == 3
+    images, targets = [], []
+    for i, draw in enumerate(draws.tolist()):
+        image = tv_tensors.Image(x[i])
+        if not lies_on:
+            images.append(_drawn(change, draw, image))
+            continue
+        own = y[i] if isinstance(y, list) else tv_tensors.Mask(y[i])
+        image, own = _drawn(change, draw, image, own)
+        images.append(image)
+        if isinstance(y, list):
+            targets.append(_within(own["boxes"], own["labels"]))
+        else:
+            targets.append(own.as_subclass(Tensor))
+    out = torch.stack(images).as_subclass(Tensor) if images else x
+    if not lies_on:
+        return out, y
+    return out, targets if isinstance(y, list) else torch.stack(targets)
+
+
+def _drawn(change: Callable[..., Any], draw: int, *args: Any) -> Any:
+    """Call what draws from torch's global generator: lend it a state of our own, give the old one
     back."""
     before = torch.get_rng_state()
     try:
         # the CPU's alone: torch.manual_seed would reseed GPUs too
         torch.default_generator.manual_seed(draw >> 1)
-        return _RANDAUGMENT(image)
+        return change(*args)
     finally:
         torch.set_rng_state(before)

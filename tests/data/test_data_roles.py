@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 
 from greenvis import data
 from greenvis.core.example import Example
-from greenvis.data import DataSet, ImageSet, Split, Stored, dataset
+from greenvis.data import DataSet, ImageSet, Split, Stored, dataset, draws
 from greenvis.data.bags import Bags
 from greenvis.data.changes import SEVERITIES
 from greenvis.data.splits import Boxes, Lazy, divide
@@ -81,7 +81,11 @@ def test_masks_follow_the_image(lazy: bool) -> None:
     assert mask.dtype == torch.int64
     assert torch.equal(mask[:, :, 1:], (plain[:, 0, :, 1:] > 0.5).long())
     seen = set()
+    resized = ImageSet(Split(images, labels), IDS, Transform(8, 1, augment="random-resized-crop"))
     for epoch in range(8):
+        x, mask = resized.batch([0, 1, 2], epoch)
+        far = (x[:, 0] - 0.5).abs() > 0.49  # but where an edge is smoothed
+        assert torch.equal((x[:, 0] > 0.5)[far], (mask == 1)[far])
         x, mask = images_set.batch([0, 1, 2], epoch)
         shown = mask >= 0  # what came in from outside is not known
         assert torch.equal((x[:, 0] > 0.5)[shown], (mask == 1)[shown])
@@ -106,6 +110,25 @@ def test_boxes_follow_the_image_and_leave_with_what_is_cut_off() -> None:
             (box,) = target["boxes"].long().tolist()
             rows, columns = (image[0] > 0.5).nonzero().unbind(1)
             assert box == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def test_boxes_follow_a_resized_crop_and_augmentation_without_a_rule_is_refused() -> None:
+    images = torch.zeros(3, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 8:24, 8:24] = 255
+    split = Split(images, Boxes(lambda row: _boxes([8, 8, 24, 24], canvas=(32, 32)), range(3)))
+    train = ImageSet(split, IDS, Transform(32, 1, augment="random-resized-crop"))
+    shown = 0
+    for epoch in range(8):
+        for image, target in zip(*train.batch([0, 1, 2], epoch), strict=True):
+            rows, columns = (image[0] > 0.5).nonzero().unbind(1)
+            for box in target["boxes"].tolist():
+                edges = [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+                assert box == pytest.approx([float(e) for e in edges], abs=1.01)
+                shown += 1
+    assert shown > 20
+    pool = data.Data("boxes", train, train, ("", "square"), "0" * 64)
+    with pytest.raises(BadInput, match="augmix has no rule for labels of kind box"):
+        draws.assign(pool, data.DataSpec(name="boxes", augment="augmix"), 0)
 
 
 def test_several_labels_and_numbers_come_as_floats() -> None:
