@@ -16,12 +16,19 @@ from typing import Annotated, Any
 import typer
 
 from greenvis import __version__
-from greenvis.cli import benchmarks, datasets, models, output, planning, runs
+from greenvis.cli import benchmarks, datasets, models, output, planning, runs, starting
 from greenvis.cli.app import app, option
 from greenvis.cli.failures import describe  # now: without memory or descriptors it is too late
 from greenvis.errors import BadInput, GreenvisError, nearest
 
-VERBS = (runs, datasets, models, planning, benchmarks)  # modules in which verbs register themselves
+VERBS = (
+    starting,
+    runs,
+    datasets,
+    models,
+    planning,
+    benchmarks,
+)  # modules in which verbs register themselves
 
 
 def _version(requested: bool) -> None:
