@@ -21,6 +21,8 @@ from greenvis.techniques.inference.reparam._kernels import (
     with_norm,
 )
 from greenvis.techniques.inference.reparam.reparam import Branches, Reparam
+from greenvis.techniques.inference.tokens.token_merge import TokenMerge
+from greenvis.testing import check_together
 
 CASES = torch.load(Path(__file__).parents[1] / "fixtures" / "repvgg_fuse.pt", weights_only=True)
 
@@ -151,6 +153,11 @@ def test_fp32_under_autocast() -> None:
         wrapped = model(x)
         merged = live.merge()(x)
     torch.testing.assert_close(merged, wrapped, atol=2e-2, rtol=2e-2)
+
+
+def test_attention_is_still_found_beside_branches() -> None:
+    result = check_together([(Reparam, {}), (TokenMerge, {"r": 2})], HOSTS["timm-vit"])
+    assert result.outcome == "works", str(result)
 
 
 @pytest.mark.parametrize(
