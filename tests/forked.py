@@ -10,8 +10,10 @@ import gc
 import multiprocessing
 import os
 import resource
+import runpy
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -51,7 +53,7 @@ class Greenvis:
     """A process that runs `greenvis WORDS`.
 
     Args:
-        words: of the command line.
+        words: of the command line; a path of a Python file: that is run instead.
         cwd: where it runs.
         moment: where it ends itself by kill -9, a condition of `interrupted.py`; "": nowhere.
         limits: of the system, set before it begins: (resource.RLIMIT_…, bytes or number).
@@ -138,10 +140,14 @@ def _run(
     torch.set_num_threads(1)
     brief.measurements()
     os.environ.update(env)
+    tempfile.tempdir = None  # the environment may say another
     os.chdir(cwd)
     sys.argv = ["greenvis", *words]
     if moment:
         interrupted.at(moment)
     for kind, most in limits:
         resource.setrlimit(kind, (most, most))
-    sys.exit(cli.main([*words]))
+    if words[0].endswith(".py"):
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        sys.exit(cli.main([*words]))
