@@ -21,7 +21,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"core", "meters", "tasks"},
     "planning": {"core", "data", "experiment", "meters", "models", "report"},
     "integrations": {"core", "experiment", "meters", "models", "report"},
-    "testing": {"core", "data", "meters", "report", "tasks"},
+    "testing": {"core", "data", "meters", "models", "report", "tasks"},
     "bench": {
         "core", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
     },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -19,13 +20,16 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.model, self.length = model, length
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Any:
+    def forward(self, images: Tensor, tokens: Tensor | None = None) -> Any:
         """Return logits_per_image, image_embeds and text_embeds.
 
         Args:
             images: (batch, channels, height, width).
-            tokens: int64 (batch, length), 0 where a text is over.
+            tokens: int64 (batch, length), 0 where a text is over; None: texts of a word, such as
+                to look at the model's parts.
         """
+        if tokens is None:
+            tokens = torch.ones(len(images), 1, dtype=torch.int64, device=images.device)
         tokens = tokens[:, : self.length]
         return self.model(
             pixel_values=images, input_ids=tokens, attention_mask=(tokens != 0).long()

@@ -58,10 +58,12 @@ class Vae(nn.Module):
         # of the pixels seen in training
         self.register_buffer("range", torch.tensor([float("inf"), -float("inf")]))
 
-    def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, y: Tensor | None = None) -> dict[str, Tensor]:
         """Return {"loss": negative evidence lower bound per pixel} of images (batch, …) of classes
-        (batch,)."""
+        (batch,); None: all of the first."""
         parts: Any = self.networks
+        if y is None:
+            y = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         if self.training:
             low, high = x.detach().aminmax()
             self.range.copy_(torch.stack([self.range[0].minimum(low), self.range[1].maximum(high)]))

@@ -29,7 +29,9 @@ FORMS: dict[str, str] = {
 UNKNOWN = -1  # a label that is not known
 CLASSES = frozenset({"classification"})  # forms of techniques that want a class number per image
 # of those that compare distributions over classes, one per sample or per pixel
-PIXELS_TOO = CLASSES | {"segmentation", "bags"}
+PIXELS_TOO = CLASSES | {"segmentation"}
+# of those that work on batches of images as one tensor, whatever is answered
+IMAGES = PIXELS_TOO | {"multilabel", "regression"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"
 
 

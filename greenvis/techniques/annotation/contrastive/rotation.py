@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.representation import Representation
 
 _CHILD = "rotation"
@@ -55,6 +56,10 @@ class Rotation(Technique):
 
     name = "rotation"
     stage = "objective"
+    tasks = IMAGES
+    instead = (
+        "it works on batches of images alone: take a first stage of these, and begin from its model"
+    )
     needs = frozenset({"trainable_base"})
     examples = ({}, {"turns": "all"})
 

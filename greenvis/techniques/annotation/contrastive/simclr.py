@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.models.structure import view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.representation import Representation
 from greenvis.techniques._shared.views import random_view
 
@@ -57,6 +58,10 @@ class Simclr(Technique):
 
     name = "simclr"
     stage = "objective"
+    tasks = IMAGES
+    instead = (
+        "it works on batches of images alone: take a first stage of these, and begin from its model"
+    )
     needs = frozenset({"trainable_base"})
     examples = ({"dim": 8},)
 

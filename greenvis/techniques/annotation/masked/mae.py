@@ -15,6 +15,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.masked import Encoder
 
@@ -92,6 +93,10 @@ class Mae(Technique):
     name = "mae"
     only_with = {"normalise": ("target", ("pixels",))}
     stage = "objective"
+    tasks = IMAGES
+    instead = (
+        "it works on batches of images alone: take a first stage of these, and begin from its model"
+    )
     needs = frozenset({"token_grid", "trainable_base"})
     examples = ({"decoder_depth": 2}, {"decoder_depth": 1, "target": "hog"})
 

@@ -17,7 +17,7 @@ from greenvis.core.technique import InputShape, Installed, Technique, logits_of
 from greenvis.core.weights import below
 from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.models.structure import view
-from greenvis.tasks.answers import CLASSES, PIXELS_TOO
+from greenvis.tasks.answers import CLASSES, IMAGES, PIXELS_TOO
 from greenvis.techniques._shared.attach import seat
 from greenvis.techniques.inference.distill import _teachers as teaching
 from greenvis.techniques.inference.distill._frozen_teacher import (
@@ -166,9 +166,9 @@ class Distill(Technique):
     @property
     def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
         """What it is right for: answers are compared as distributions over classes, features
-        whatever the answer is."""
+        whatever the answer to images is."""
         if not self._answers:
-            return None
+            return IMAGES
         return CLASSES if any(loss.kind == "token" for loss in self.losses) else PIXELS_TOO
 
     @property

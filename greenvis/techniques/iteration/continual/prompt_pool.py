@@ -18,7 +18,7 @@ from greenvis.core.technique import Classifier, InputShape, Installed, Samples, 
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
 from greenvis.models.structure.probing import probing
-from greenvis.tasks.answers import main_output
+from greenvis.tasks.answers import IMAGES, main_output
 from greenvis.techniques._shared.attach import check_runs, like, train_only
 from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
 from greenvis.techniques._shared.frozen import FrozenOutputs
@@ -113,6 +113,10 @@ class PromptPool(Technique):
 
     name = "prompt_pool"
     stage = "tokens"
+    tasks = IMAGES
+    instead = (
+        "it works on batches of images alone: take a first stage of these, and begin from its model"
+    )
     examples = (
         {"pool": 4, "length": 2, "top_n": 2},
         {

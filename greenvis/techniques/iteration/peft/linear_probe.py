@@ -6,6 +6,7 @@ from torch import nn
 
 from greenvis.core.technique import InputShape, Installed, PrefixCache, Technique
 from greenvis.models.structure import view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.attach import train_only
 from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
 
@@ -36,6 +37,11 @@ class LinearProbe(Technique):
 
     cache: PrefixCache = False
     input_shape: InputShape = None
+
+    @property
+    def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
+        """What it is right for: what is cached is what batches of images give."""
+        return IMAGES if self.cache else None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze all but the classifier. Raises BadInput for a model without one."""

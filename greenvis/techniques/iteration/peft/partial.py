@@ -9,6 +9,7 @@ from greenvis.core.surgery import freeze, names_of
 from greenvis.core.technique import InputShape, Installed, PrefixCache, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import reached, view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.heads import head_parameters
 from greenvis.techniques.iteration.peft._frozen_prefix import InstalledPrefix
 
@@ -37,6 +38,11 @@ class Partial(Technique):
     blocks: int = Field(default=1, ge=1, description="how many of the last blocks train")
     cache: PrefixCache = False
     input_shape: InputShape = None
+
+    @property
+    def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
+        """What it is right for: what is cached is what batches of images give."""
+        return IMAGES if self.cache else None
 
     def install(self, model: nn.Module) -> Installed:
         """Freeze what lies before. Raises BadInput for a model without blocks, or with fewer."""

@@ -17,6 +17,7 @@ from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.attach import check_runs, like, train_only
 from greenvis.techniques._shared.doors import Doors
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
@@ -95,6 +96,11 @@ class Prompt(Technique):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the prompts")
     head: Classifier = "train"
     input_shape: InputShape = None
+
+    @property
+    def tasks(self) -> frozenset[str] | None:  # type: ignore[override]
+        """What it is right for: prototypes are of batches of images."""
+        return IMAGES if self.init == "prototypes" else None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the prompts in. Raises BadInput for anything but a plain sequence of patches through

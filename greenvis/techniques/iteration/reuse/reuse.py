@@ -17,6 +17,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques._shared.masked import Encoder, adapt_token, class_token, fold_token
@@ -57,6 +58,10 @@ class Reuse(Technique):
 
     name = "reuse"
     stage = "objective"
+    tasks = IMAGES
+    instead = (
+        "it works on batches of images alone: take a first stage of these, and begin from its model"
+    )
     role = "base"
     needs = frozenset({"token_grid", "trainable_base"})
     examples = (
