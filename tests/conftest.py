@@ -18,11 +18,13 @@ import brief
 import forked
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 brief.measurements()
-settings.register_profile("busy machines")  # how long one takes is no fault
+settings.register_profile(  # how long one takes is no fault
+    "busy machines", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("busy machines")
 
 

@@ -24,6 +24,13 @@ from greenvis.meters.measure import compare
 from greenvis.meters.serving import median_spread
 
 
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure for as long as it takes; elsewhere tests are brief."""
+    monkeypatch.setattr(measure, "MOST_S", 600.0)
+    monkeypatch.setattr(measure, "PASSES_S", 600.0)
+
+
 class Plug:
     """A smart plug on a machine whose model spends what `cost` says at each call, in joules."""
 
