@@ -13,7 +13,7 @@ ROOMS: dict[str, set[str]] = {
     "plugins": set(),
     "tasks": set(),
     "core": {"tasks"},
-    "meters": {"core"},
+    "meters": {"core", "tasks"},
     "data": {"core"},
     "models": {"core", "tasks"},
     "techniques": {"core", "data", "models", "tasks"},

@@ -69,6 +69,11 @@ def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     learned = 0 if live.pretext and not arm.stages else int(images.train.known.sum())
     tracker.labels(kind, learned)
     tracker.images("labelled", learned)
+    wanted = {stream for i in live.installed for stream in i.wants}
+    for stream, role in (("unlabeled", "unlabelled"), ("target", "target")):
+        beside = getattr(images, stream)
+        if stream in wanted and beside is not None:
+            tracker.images(role, len(beside))
     if images.held_out is not None:
         chosen = any(i.calibrates for i in live.installed)
         tracker.labels(kind, len(images.held_out), why="threshold" if chosen else "selection")

@@ -261,7 +261,8 @@ def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Track
     if live.operating_points():
         device = next(model.parameters()).device
         answer = lambda x: prepared.task.outputs(model(x.to(device)))  # noqa: E731
-        points = compare(live.operating_points, answer, lambda: data.batches(test, 64), tracker)
+        batches = lambda: data.batches(test, 64)  # noqa: E731
+        points = compare(live.operating_points, answer, batches, tracker, task=prepared.task)
         tracker.fact(operating_points=points)
 
 

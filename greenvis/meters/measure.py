@@ -10,15 +10,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from greenvis.meters import flops, pricing, serving, speed
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.serving import median_spread
 from greenvis.meters.track import Tracker
+from greenvis.tasks.base import Task
+from greenvis.tasks.classification import Classification
+
+if TYPE_CHECKING:
+    from torchmetrics import Metric
 
 LOOK_S = 0.5  # seconds of inference for latency
 # of one reading of throughput and energy; a GPU's counter moves about every tenth of a second
@@ -116,21 +122,24 @@ def compare(
     batches: Callable[[], Iterable[Any]],
     run: Tracker,
     turn: int = TURN,
+    task: Task | None = None,
 ) -> list[dict[str, Any]]:
-    """Return what a model that can be switched reaches and costs at each setting: accuracy,
-    observations, facts of its own.
+    """Return what a model that can be switched reaches and costs at each setting: the task's
+    primary metric by its name, observations, facts of its own.
 
     points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of
     what was answered within: lists of counts, which add up, and numbers, means over images; and,
     under "answer", how it answers an iterator of images by one of logits, where that is not batch
-    by batch. answer: images to logits. batches: (x, y) to serve, and again in each pass; reading
+    by batch. answer: images to the outputs of the task, classification by default. batches:
+    (x, y) to serve, and again in each pass; reading
     them is not counted. Settings take turns at every `turn` batches, in turned order at every other
     turn, so that a neighbour's load meets all alike. Each turn begins with fresh memory, which lies
     better or worse by chance, and two batches beforehand that are not counted. Passes are repeated
     until the ratio of energies to the first setting's is steady.
     "passes": what each observed (`serving.settings` prices them).
     """
-    rights: dict[str, int] = {}
+    task = task or Classification()
+    metrics: dict[str, Metric] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     passes: dict[str, list[dict[str, float]]] = {}
     images, started = 0, time.perf_counter()
@@ -143,14 +152,17 @@ def compare(
             for name, point in contexts if (i + number) % 2 == 0 else contexts[::-1]:
                 _give_memory_back()
                 with points()[name] as stats, torch.inference_mode():
-                    _hits(part[:WARM], stats, answer)
+                    _answers(part[:WARM], stats, answer)
                 with point as stats, torch.inference_mode(), run.phase("serve"):
                     before = _seen(run)
-                    hits = _hits(part, stats, answer)
+                    answers = _answers(part, stats, answer)
                     spent[name] = _summed(spent.get(name), _since(before, run))
                     run.add(samples=size)
                 if not number:
-                    rights[name] = rights.get(name, 0) + hits
+                    for outputs, (_, y) in zip(answers, part, strict=True):
+                        if name not in metrics:
+                            metrics[name] = _metric(task, outputs)
+                        metrics[name].update(outputs, y)
                     facts.setdefault(name, []).append((size, stats))
             images += 0 if number else size
         for name, observed in spent.items():
@@ -158,7 +170,7 @@ def compare(
     return [
         {
             "setting": name,
-            "accuracy": rights[name] / images,
+            task.primary.name: float(metrics[name].compute()),
             "images": images,
             "passes": passes[name],
         }
@@ -177,16 +189,19 @@ def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict
     }
 
 
-def _hits(
-    part: Sequence[tuple[Any, Tensor]], stats: dict[str, Any], answer: Callable[[Any], Tensor]
-) -> int:
-    """Answer these batches, as the setting that gave `stats` does, and return how many answers are
-    right."""
+def _metric(task: Task, outputs: Any) -> Metric:
+    classes = 0 if task.class_axis is None else outputs.shape[task.class_axis]
+    return task.metrics(classes)[task.primary.name]
+
+
+def _answers(
+    part: Sequence[tuple[Any, Any]], stats: dict[str, Any], answer: Callable[[Any], Any]
+) -> list[Any]:
+    """Answer these batches, as the setting that gave `stats` does, and return the answers, on the
+    CPU."""
     own, inputs = stats.pop("answer", None), (x for x, _ in part)
     answers = map(answer, inputs) if own is None else own(inputs)
-    return sum(
-        int((a.argmax(-1).cpu() == y).sum()) for a, (_, y) in zip(answers, part, strict=True)
-    )
+    return [tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, a) for a in answers]
 
 
 def _give_memory_back() -> None:

@@ -96,20 +96,20 @@ class Operated:
     """One setting of a model that can be switched after training."""
 
     setting: str
-    accuracy: float | None
+    accuracy: float | None  # or the primary metric of another task
     inference_energy_j: float | None
     spread: float | None
     macs: float | None
     exits: list[float] | None
 
     @classmethod
-    def read(cls, entry: Mapping[str, Any]) -> Operated:
+    def read(cls, entry: Mapping[str, Any], metric: str) -> Operated:
         """Return what an entry of the fact `operating_points` says."""
         reading, exits = entry.get("inference_energy_j"), entry.get("exits")
         energy = reading if isinstance(reading, Mapping) else {}
         return cls(
             str(entry["setting"]),
-            number(entry.get("accuracy")),
+            number(entry.get(metric)),
             number(energy.get("value")),
             number(energy.get("spread")),
             number(entry.get("macs")),
@@ -153,10 +153,10 @@ class Facts:
         points, matrix = facts.get("operating_points"), facts.get("task_accuracy")
         model, predicted = facts.get("model"), facts.get("predicted")
         values, recipe = list(facts.values()), facts.get("recipe")
-        task = facts.get("task")
+        task, measures = facts.get("task"), measures_of(facts)
         task = task if isinstance(task, Mapping) else {}
         return cls(
-            measures=measures_of(facts),
+            measures=measures,
             unit=str(task.get("unit") or "image"),
             numbers={k: float(v) for k, v in facts.items() if is_number(v)},
             inference_energy_j=None if served.value is None else served,
@@ -179,7 +179,9 @@ class Facts:
                 if isinstance(band, Mapping) and all(is_number(band.get(b)) for b in BOUNDS)
             },
             settings={
-                str(entry["setting"]): Operated.read(entry)
+                str(entry["setting"]): Operated.read(
+                    entry, measures[0].name if measures else "accuracy"
+                )
                 for entry in _list(points)
                 if isinstance(entry, Mapping) and "setting" in entry
             },

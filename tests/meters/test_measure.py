@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import greenvis as gv
 from greenvis.meters import measure, serving
 from greenvis.meters.measure import compare
 from greenvis.meters.serving import median_spread
+from greenvis.tasks.regression import Regression
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +96,20 @@ def test_unsteady_readings_end_in_time_and_say_so(
         found = serving.image(served, run.header["components"])
     assert found["rounds"] == measure.LEAST
     assert found["spread"] > measure.STEADY
+
+
+def test_settings_are_judged_by_their_tasks_metric(tmp_path: Path) -> None:
+    x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.5], [2.5], [3.5]])
+    plug = Plug(lambda call: 1.0)
+
+    def answer(x: Tensor) -> Tensor:
+        plug.work()
+        return x
+
+    with gv.track("t", dir=tmp_path, wall_meter=plug) as run:
+        points = lambda: {"never": nullcontext({})}  # noqa: E731
+        rows = compare(points, answer, lambda: [(x, y)], run, task=Regression(quantity="mm"))
+    assert rows[0]["rmse"] == pytest.approx(0.5)
 
 
 def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:

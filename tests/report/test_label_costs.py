@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import greenvis as gv
 from greenvis.meters.labels import images_line, labels_line
 from greenvis.meters.record import parse_line
 from greenvis.report import label_curve, report, results
@@ -98,6 +99,33 @@ def test_a_report_reads_the_rate_off_the_arms_on_labels_alone(tmp_path: Path) ->
     assert "960 unlabelled" in text
     assert "J per label" in text
     check_section(Labels)
+
+
+def test_budgets_of_one_recipe_give_the_curve(tmp_path: Path) -> None:
+    """Real trainings: `labels` of four arms, and a technique that draws unlabelled images."""
+    recipe = tmp_path / "budgets.yaml"
+    recipe.write_text(
+        "name: budgets\n"
+        "data: {name: digits, train: 160, test: 60, unlabeled: rest}\n"
+        "model: {ref: plain/mlp, img_size: 8}\n"
+        "train: {epochs: 2, batch_size: 20, lr: 0.003, threads: 1, eval_every: 0}\n"
+        "meter: {codecarbon: false}\n"
+        "arms:\n"
+        "  n20: {data: {labels: 20, unlabeled: none}}\n"
+        "  n40: {data: {labels: 40, unlabeled: none}}\n"
+        "  n80: {data: {labels: 80, unlabeled: none}}\n"
+        "  full: {data: {unlabeled: none}}\n"
+        "  more: {data: {labels: 20}, techniques: [consistency]}\n"
+        "report: {baseline: full}\n"
+    )
+    content = results(gv.run(recipe, runs=tmp_path / "runs"))
+    used = {a: label_curve.used(row) for a, row in content.rows.items()}
+    assert used == {"n20": 20, "n40": 40, "n80": 80, "full": 160, "more": 20}
+    assert content.arms["more"].images == {"labelled": 20, "unlabelled": 140}
+    assert {*label_curve.label_only(content)} == {"n20", "n40", "n80", "full"}
+    worth = label_curve.worth(content, "more")
+    assert (worth.rate_j is None) == bool(worth.why)
+    assert "are needed" not in worth.why
 
 
 def test_three_budgets_are_too_few(tmp_path: Path) -> None:
