@@ -221,7 +221,8 @@ def test_good_records_are_taken(
     assert made["arms"][arm]["accuracy"]["mean"] == accuracy
     assert not any("left out" in note for note in made["notes"])
     (row,) = ls([tmp_path / "a.rank0.jsonl"])
-    assert (row["name"], row["seed"], row["accuracy"]) == (name, seed, accuracy)
+    assert (row["name"], row["seed"]) == (name, seed)
+    assert (row["metric"], row["score"]) == ("accuracy", accuracy)
     stored = tmp_path / "results.json"
     stored.write_text(json.dumps(made, allow_nan=False))
     assert results(stored).order == [arm]
