@@ -23,7 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"core", "experiment", "meters", "models", "report"},
     "testing": {"core", "data", "meters", "models", "report", "tasks"},
     "bench": {
-        "core", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
+        "core", "data", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
     },
     "cli": {
         "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",

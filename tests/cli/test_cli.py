@@ -364,6 +364,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "exit codes: 0 done, 1 failed, 2 bad input" in said
     for verb in (
+        "init",
+        "data",
         "run",
         "report",
         "techniques",
@@ -419,7 +421,8 @@ def test_every_verb_takes_what_it_took(verb: str) -> None:
 
 
 def test_no_verb_is_lost() -> None:
-    assert set(typer.main.get_command(cli.app).commands) == set(OPTIONS)
+    added = {"data", "init"}
+    assert set(typer.main.get_command(cli.app).commands) == {*OPTIONS, *added}
 
 
 def test_a_benchmark_is_named_before_or_after_its_options(
