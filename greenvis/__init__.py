@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.adapt.adabn import Adabn
     from greenvis.techniques.data.generalise.ema import Ema
     from greenvis.techniques.data.generalise.sam import Sam
+    from greenvis.techniques.data.sampling.balance import Balance
     from greenvis.techniques.data.test_time.tent import Tent
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
@@ -74,12 +75,13 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Bitfit", "Consistency", "Distill", "EarlyExit",
-    "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearAttention",
-    "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Ncm", "NormTune", "PackNet",
-    "Partial", "Pnn", "Prompt", "PromptPool", "RFNext", "Regularize", "Reparam", "Replay",
-    "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique", "Tent", "TokenMerge",
-    "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
+    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "Consistency", "Distill",
+    "EarlyExit", "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay",
+    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Ncm",
+    "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext", "Regularize",
+    "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique",
+    "Tent", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report",
+    "run", "track", "wrap",
 ]  # fmt: skip
 
 

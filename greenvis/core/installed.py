@@ -72,6 +72,7 @@ class Installed:
         samples: Which samples the current batch holds; None where the loop does not say, or where
             they were changed.
         total_steps: Optimizer steps of the training; None where the loop does not say.
+        seed: Of what it draws for an epoch ahead.
         repeated: Whether this is a step's second forward and backward (`again`): what is counted or
             stored of a step was that of the first.
         wants: Second streams of images it draws from (`feed`): "unlabeled", "target".
@@ -92,6 +93,7 @@ class Installed:
     unmergeable: str = ""
     samples: Samples | None = None
     total_steps: int | None = None
+    seed: int = 0
     repeated: bool = False
     wants: tuple[str, ...] = ()
     adapts: bool = False
@@ -163,6 +165,22 @@ class Installed:
             Groups for a `torch.optim` optimizer.
         """
         return []
+
+    def visit(self, epoch: int, images: Any) -> Tensor | None:
+        """Before an epoch: choose which images it visits, in which order, and how often.
+
+        The answer must follow from the arguments, `seed` and what `state_dict` holds: a resumed
+        epoch asks again.
+
+        Args:
+            epoch: From 0.
+            images: The training images: `targets` (N,), int64 with -1 where one is not known, and a
+                length.
+
+        Returns:
+            Positions, int64 (n,); None for the usual order.
+        """
+        return None
 
     def again(self, closure: Callable[[], None]) -> None:
         """Between the backward and the optimizer step: the gradients are those of the step,

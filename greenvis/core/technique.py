@@ -28,6 +28,10 @@ InputShape = Annotated[
     tuple[int, int, int] | None,
     Field(description="(channels, height, width) of an image, if it cannot be inferred"),
 ]
+ClassNames = Annotated[
+    tuple[str, ...] | None,
+    Field(description="names of the classes by label, if they are to be others than the data's"),
+]
 Classifier = Annotated[
     Literal["train", "freeze"], Field(description="train the classifier in full, or leave it")
 ]
@@ -130,6 +134,18 @@ class Technique(BaseModel):
         """
         missing = "input_shape" in type(self).model_fields and dict(self)["input_shape"] is None
         return self.model_copy(update={"input_shape": shape}) if missing else self
+
+    def for_classes(self, names: tuple[str, ...]) -> Self:
+        """Return the request for classes of these names, where it asks for some and has none.
+
+        Args:
+            names: By label.
+
+        Returns:
+            The request with `classes` set, or itself.
+        """
+        missing = "classes" in type(self).model_fields and dict(self)["classes"] is None
+        return self.model_copy(update={"classes": names}) if missing else self
 
     def install(self, model: nn.Module) -> Installed:
         """Change a model in place.

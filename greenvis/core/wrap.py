@@ -12,6 +12,7 @@ from torch import nn
 from greenvis.core import distributed
 from greenvis.core.deltas import LIVE, Deltas
 from greenvis.core.module_changes import Optimizers, Watch, forget_compiled, refuse_compiled
+from greenvis.core.seams import EXCLUSIVE
 from greenvis.core.surgery import Snapshot
 from greenvis.core.technique import STAGES, Installed, Technique, refuse_clash, refuse_conflicts
 from greenvis.core.training import Training
@@ -25,6 +26,7 @@ def wrap(
     techniques: Technique | Sequence[Technique] = (),
     *,
     task: str | Task | None = None,
+    classes: Sequence[str] | None = None,
 ) -> Wrapped:
     """Install techniques on a model, in place and undoable.
 
@@ -33,6 +35,7 @@ def wrap(
         techniques: One technique or several; their order does not matter.
         task: What the model answers, such as "classification"; told by the labels of each step
             where None.
+        classes: Names of the classes, by label, for techniques that build on them.
 
     Returns:
         The live changes, and the seams a training loop calls.
@@ -57,6 +60,8 @@ def wrap(
         if not isinstance(request, Technique):
             hint = f"; write {request.__name__}(…)" if isinstance(request, type) else ""
             raise BadInput(f"wrap() takes techniques, not {request!r}{hint}")
+    if classes is not None:
+        requests = [request.for_classes(tuple(classes)) for request in requests]
     if model in LIVE:
         raise BadInput(
             f"this {type(model).__name__} is wrapped already (with "
@@ -125,11 +130,12 @@ class Wrapped(Training, Deltas):
             raise BadInput(
                 f"{some(names)} each replace the task loss; at most one may: remove all but one"
             )
-        if len(users := self.using("again")) > 1:
-            raise BadInput(
-                f"{some([t.name for t, _ in users])} each run the backward of a step again, at "
-                "weights of their own; at most one may: remove all but one"
-            )
+        for seam, what in EXCLUSIVE.items():
+            if len(users := self.using(seam)) > 1:
+                raise BadInput(
+                    f"{some([t.name for t, _ in users])} each {what}; at most one may: remove all "
+                    "but one"
+                )
         self.refuse_processes()
         pretext = next((t.name for t, live in self._pairs() if live.pretext), None)
         for technique, live in self._pairs():

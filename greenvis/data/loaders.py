@@ -65,6 +65,7 @@ def batches(
     workers: int = 0,
     drop_last: bool = False,
     positions: bool = False,
+    visits: Tensor | None = None,
 ) -> DataLoader[Any]:
     """Return one epoch's loader.
 
@@ -81,6 +82,8 @@ def batches(
         workers: Processes that load.
         drop_last: Whether a smaller last batch is left out.
         positions: Whether batches also say where their samples stand.
+        visits: Which samples to show, in this order, some perhaps more than once: int64 (n,). By
+            default each once.
 
     Returns:
         A loader of (x float32 (B, C, H, W), y int64 (B,)); with `positions`, also int64 (B,).
@@ -92,11 +95,12 @@ def batches(
         raise BadInput(
             f"batches: batch_size is {batch_size} and start {start}; they must be at least 1 and 0"
         )
-    length = len(dataset)  # type: ignore[arg-type]
-    visits = order(length, epoch=epoch, seed=seed, shuffle=shuffle)[start * batch_size :].tolist()
+    if visits is None:
+        length = len(dataset)  # type: ignore[arg-type]
+        visits = order(length, epoch=epoch, seed=seed, shuffle=shuffle)
     return DataLoader(
         _Epoch(dataset, epoch, positions),
-        batch_sampler=BatchSampler(visits, batch_size, drop_last),
+        batch_sampler=BatchSampler(visits[start * batch_size :].tolist(), batch_size, drop_last),
         collate_fn=_identity,
         num_workers=workers,
         generator=torch.Generator(),

@@ -22,7 +22,7 @@ from greenvis.experiment import checkpoint as states
 from greenvis.experiment import loggers
 from greenvis.experiment.evaluate import MATRIX, shared
 from greenvis.experiment.optim import lr_factor, make_optimizer, new_accelerator
-from greenvis.experiment.parts import Part, check_feeds
+from greenvis.experiment.parts import Part, check_feeds, check_visits
 from greenvis.experiment.progress import Outcome, Progress
 from greenvis.experiment.stages import Stages
 from greenvis.experiment.step import Steady, Step, check_finite
@@ -207,10 +207,15 @@ class Loop:
         optimizer: Any = self.accelerator.prepare(make_optimizer(self.live, spec))
         steps_per_epoch = math.ceil(part.length / spec.accumulate)
         total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
-        self.live.plan(total)
+        self.live.plan(total, self.seed)
+        check_visits(self.live, part.images is not None)
+        self._epoch_length: int | None = None  # batches, where a technique chooses the images
         self._begin_feeds(part)
         scheduler = LambdaLR(
-            optimizer.optimizer, lambda step: lr_factor(step, total, warmup, spec.schedule)
+            optimizer.optimizer,
+            lambda step: lr_factor(
+                self._position(step, steps_per_epoch), total, warmup, spec.schedule
+            ),
         )
         self.step = Step(self.live, self.model, part, self.accelerator, optimizer, scheduler)
         if self._left is not None:
@@ -262,7 +267,7 @@ class Loop:
         self.step.begin_losses(progress.losses)
         loss: Tensor | None = None
         epoch = self.done + progress.epoch
-        loader = shared(accelerator, part.batches(epoch, progress.batch))
+        loader = shared(accelerator, self._batches(epoch))
         steps = self.run.steps(Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}")
         for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
@@ -290,6 +295,27 @@ class Loop:
         progress.losses = (0.0, 0.0)
         if weights > 0:
             self.log(loss=total / weights)
+
+    def _batches(self, epoch: int) -> Any:
+        """Return the epoch's batches, from the one that is next."""
+        part, start = self.part, self.progress.batch
+        visits = None if part.images is None else self.live.visit(epoch, part.images)
+        if visits is None:
+            self._epoch_length = None
+            return part.batches(epoch, start)
+        if not len(visits):
+            raise GreenvisError(f"no image is left to visit in epoch {epoch + 1}: choose more")
+        self._epoch_length = math.ceil(len(visits) / part.spec.batch_size)
+        return part.batches(epoch, start, visits=visits)
+
+    def _position(self, step: int, steps_per_epoch: int) -> float:
+        """Return where a schedule stands after so many steps: epochs count alike, however many
+        images they visit."""
+        if self._epoch_length is None:
+            return step
+        accumulate, done = self.part.spec.accumulate, self.progress.batch + 1
+        share = math.ceil(done / accumulate) / math.ceil(self._epoch_length / accumulate)
+        return (self.progress.epoch + share) * steps_per_epoch
 
     def _evaluate(self) -> None:
         evaluator, progress = self.part.evaluator, self.progress

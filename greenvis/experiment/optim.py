@@ -36,7 +36,7 @@ def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
     )
 
 
-def lr_factor(step: int, total: int, warmup: int, schedule: str) -> float:
+def lr_factor(step: float, total: int, warmup: int, schedule: str) -> float:
     """Return the factor on the learning rate at optimizer step `step` (0-based): linear warm-up,
     then the schedule to 0."""
     if step < warmup:

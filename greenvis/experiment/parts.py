@@ -48,6 +48,8 @@ class Part:
         index: Of the experience it trains on; None where it is no stream's.
         experience: What techniques hear of it; None where they hear nothing.
         finished: Its (x, y) once more, for techniques to go through at its end.
+        images: What techniques may choose from for an epoch (`visit`), whose choice `batches` then
+            takes as `visits`; None where nothing can be chosen.
         feeds: Second streams of images, by name (`core.feeds.STREAMS`).
         restart: Whether it begins with the weights that the first part began with.
         count: Records what labels it takes, of the model with the techniques on it.
@@ -55,7 +57,7 @@ class Part:
 
     spec: TrainSpec
     task: Task
-    batches: Callable[[int, int], Iterable[Any]]
+    batches: Callable[..., Iterable[Any]]
     length: int
     evaluator: Evaluator
     samples: Callable[[int, Tensor], Samples] | None = None
@@ -66,6 +68,7 @@ class Part:
     index: int | None = None
     experience: Experience | None = None
     finished: Iterable[Any] = ()
+    images: data.ImageSet | None = None
     feeds: Mapping[str, data.ImageSet] = field(default_factory=dict)
     restart: bool = False
     count: Callable[[Wrapped], None] = lambda live: None
@@ -123,6 +126,15 @@ def check_feeds(live: Wrapped, feeds: Mapping[str, data.ImageSet]) -> None:
             )
 
 
+def check_visits(live: Wrapped, chosen: bool) -> None:
+    """Raise BadInput where a technique chooses images, and nothing can be chosen."""
+    if not chosen and (users := live.using("visit")):
+        raise BadInput(
+            f"'{users[0][0].name}' chooses the images of each epoch, which a stream of tasks gives "
+            "in an order of its own: leave one of them out"
+        )
+
+
 def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     """Return the training on a data set, or on what is chosen of it."""
     spec, short = prepared.job.arm.train, prepared.short
@@ -135,7 +147,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
         test = judge.test
         judge = replace(judge, neighbours=lambda model: knn.score(model, bank(), test()))
 
-    def batches(epoch: int, start: int) -> Iterable[Any]:
+    def batches(epoch: int, start: int, visits: Tensor | None = None) -> Iterable[Any]:
         loader = data.batches(
             images,
             spec.batch_size,
@@ -145,6 +157,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
             shuffle=True,
             workers=spec.workers,
             positions=caches is not None,
+            visits=visits,
         )
         return loader if short is None else short.take(loader, short.batches)
 
@@ -160,6 +173,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
         techniques=prepared.techniques,
         stage=stage,
         count=lambda live: roles.count(prepared, live, tracker),
+        images=images,
         feeds=feeds_of(prepared.images),
     )
 

@@ -199,8 +199,9 @@ class Prepared:
                 if trained
                 else self.prepare(used).build(weights=False)
             )
+        request = placed(technique, self.job.recipe.folder).with_runs(sources)
         shape = self.images.test.shape
-        return placed(technique, self.job.recipe.folder).with_runs(sources).for_images(shape)
+        return request.for_images(shape).for_classes(tuple(self.images.classes))
 
     def cut_short(
         self, short: Short, spec: TrainSpec, train: data.ImageSet, test: data.ImageSet

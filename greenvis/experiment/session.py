@@ -186,6 +186,7 @@ class Session:
             )
         located(where, check_again, live, job.arm.train)
         located(where, parts.check_feeds, live, parts.feeds_of(images))
+        located(where, parts.check_visits, live, prepared.stream is None)
         x, y = next(iter(data.batches(images.test, 2)))
         shape = "×".join(str(n) for n in images_in(x).shape[1:])
         try:

@@ -16,7 +16,11 @@ from greenvis.errors import BadInput
 
 FOLDER = "greenvis"  # in a checkpoint's folder
 # what trainers do not offer, by seam: those that run the step itself; those that count labels, too
-CLOSED = {"again": "runs the backward of each step again"}
+CLOSED = {
+    "again": "runs the backward of each step again",
+    "visit": "chooses the images of each epoch",
+}
+REPEATED = {"again": CLOSED["again"]}
 COUNTED = {**CLOSED, "wants": "puts images without labels into the batch"}
 
 

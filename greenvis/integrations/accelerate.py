@@ -35,7 +35,7 @@ class GreenAccelerator(Accelerator):
         super().__init__(**options)
         if self.gradient_accumulation_steps > 1 or self.mixed_precision == "fp16":
             settings = "gradient_accumulation_steps above 1, nor with mixed_precision fp16"
-            _state.refuse_seams(live, f"GreenAccelerator with {settings},", _state.CLOSED)
+            _state.refuse_seams(live, f"GreenAccelerator with {settings},", _state.REPEATED)
         self.live = live
         self._mean = distributed.SampleMean()
         self._own: dict[str, Tensor] = {}

@@ -28,6 +28,16 @@ class Broken(AssertionError):
     """A point of the contract that does not hold."""
 
 
+class Labelled:
+    """Images of which their labels are known."""
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+
 class Stream:
     """Images beside the labelled ones, a function of the batch's number."""
 
@@ -235,6 +245,9 @@ class Trial:
         return torch.optim.AdamW(live.param_groups(1e-3))
 
     def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        visits = live.visit(steps[0], Labelled(self.y))
+        if visits is not None and not (visits.min() >= 0 and visits.max() < len(self.y)):
+            raise Broken(f"visit chooses {visits.tolist()} of {len(self.y)} images")
         for step in steps:
             torch.manual_seed(step)
             live.feeds.number = step

@@ -20,6 +20,7 @@ WORKS = {
     "adabn": 6,
     "adapter": 20,
     "adapter_probe": 9,
+    "balance": 20,
     "bitfit": 20,
     "consistency": 20,
     "distill": 20,
