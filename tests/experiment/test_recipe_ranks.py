@@ -109,7 +109,7 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     assert len({r.id for r in runs}) == 1
     assert sum(r.sum("samples", "train") or 0 for r in runs) == 203
     assert abs((runs[0].sum("steps", "train") or 0) - (runs[1].sum("steps", "train") or 0)) == 0
-    (group,), _ = load([tmp_path / "runs"])
+    (group,) = load([tmp_path / "runs"]).groups
     (attempt,) = group.attempts
     assert attempt.missing_ranks == []
     by_phase = pricing.merge(runs).energy.values()
