@@ -168,7 +168,8 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
         batches=batches,
         length=min(whole, (short and short.batches) or whole),
         evaluator=judge,
-        samples=None if caches is None else samples_of(images, caches),
+        # of a mixed image, nothing is kept
+        samples=None if caches is None or roles.mixes(spec) else samples_of(images, caches),
         phase=f"train/{stage}" if stage else "train",
         techniques=prepared.techniques,
         stage=stage,

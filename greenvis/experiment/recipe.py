@@ -115,6 +115,13 @@ class TrainSpec(_Section):
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None,
+        description="blend each image with another: alpha of the shares' Beta distribution",
+    )
+    cutmix: Annotated[float, Field(gt=0, le=100)] | None = Field(
+        default=None, description="paste a rectangle of another image into each: likewise"
+    )
     precision: Literal["no", "fp16", "bf16"] = "no"
     accumulate: Annotated[int, Field(gt=0, le=10**6, description="batches an optimizer step")] = 1
     workers: Annotated[int, Field(ge=0, le=256)] = 0
@@ -138,6 +145,9 @@ class TrainSpec(_Section):
         """Return what of it changes results, under the names that runs are known by."""
         out = self.model_dump(exclude=UNHASHED)
         out["target_accuracy"] = out.pop("target")  # as it was called first
+        for name in ("mixup", "cutmix"):  # which runs were known without
+            if out[name] is None:
+                del out[name]
         return out
 
 

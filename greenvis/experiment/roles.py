@@ -8,10 +8,16 @@ from greenvis import data
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 from greenvis.experiment.evaluate import evaluate
+from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.track import Tracker
 
 if TYPE_CHECKING:
     from greenvis.experiment.prepare import Prepared
+
+
+def mixes(spec: TrainSpec) -> bool:
+    """Whether a training mixes its images in pairs."""
+    return spec.mixup is not None or spec.cutmix is not None
 
 
 def check(prepared: Prepared, live: Wrapped) -> None:
@@ -25,6 +31,11 @@ def check(prepared: Prepared, live: Wrapped) -> None:
         BadInput: With what to do.
     """
     images, job = prepared.images, prepared.job
+    if mixes(job.arm.train) and (live.pretext or prepared.stream is not None):
+        raise BadInput(
+            "train.mixup and train.cutmix mix images with their labels: a pretext has none, and "
+            "buffers of a stream would keep mixed images; leave them out"
+        )
     if prepared.stream is not None:
         beside = [r for r in ("unlabeled", "target") if getattr(images, r) is not None]
         if beside or images.tests:

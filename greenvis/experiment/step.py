@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput, GreenvisError, some
+from greenvis.experiment.mixing import Mixing
 from greenvis.experiment.parts import Part
 from greenvis.experiment.progress import Progress
 from greenvis.experiment.recipe import TrainSpec
@@ -47,7 +48,9 @@ class Step:
         self.live, self.model, self.part, self.accelerator = live, model, part, accelerator
         self.optimizer, self.scheduler = optimizer, scheduler
         check_again(live, part.spec)
-        self.criterion: Callable[..., Tensor] = live.criterion(part.loss or part.task.loss)
+        self.mixing = Mixing(part.spec.mixup, part.spec.cutmix)
+        task_loss = self.mixing.loss(part.loss or part.task.loss)
+        self.criterion: Callable[..., Tensor] = live.criterion(task_loss)
         self._mean = distributed.SampleMean()
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.losses = torch.zeros(2, dtype=exact, device=accelerator.device)
@@ -61,7 +64,7 @@ class Step:
             first: Whether it is the first since the training began or went on.
         """
         live, accelerator, spec = self.live, self.accelerator, self.part.spec
-        x, y = live.batch(x, y)
+        x, y = live.batch(self.mixing.batch(x, y), y)
         loss = self._loss(x, y)
         weight = self._mean.weight(len(y))
         shares = [loss.detach() * weight, torch.as_tensor(weight, device=loss.device)]
