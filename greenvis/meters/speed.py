@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.example import Example
 from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.devices import asynchronous, wait
@@ -32,7 +33,8 @@ def latency(
     Returns:
         {"p50", "p95", "mean", "batch_size", "calls"}.
     """
-    if not isinstance(x, Tensor) or x.dim() == 0 or x.shape[0] == 0:
+    plain = isinstance(x, Tensor) and x.dim() > 0
+    if not (plain or isinstance(x, Example)) or len(x) == 0:
         raise BadInput(
             "latency needs a batch of at least one image, (batch, …), not "
             f"{getattr(x, 'shape', x)!r}"
@@ -53,7 +55,7 @@ def latency(
     return {
         "p50": _quantile(times, 0.50), "p95": _quantile(times, 0.95),
         "mean": math.fsum(times) / len(times),
-        "batch_size": int(x.shape[0]), "calls": len(times),
+        "batch_size": len(x), "calls": len(times),
     }  # fmt: skip
 
 

@@ -18,6 +18,14 @@ from greenvis.tasks import registry
 TINY = {"ref": "timm/resnet10t"}
 RECIPES: dict[str, dict[str, Any]] = {
     "generation": {"data": {"name": "digits"}, "model": {"ref": "plain/vae", "img_size": 8}},
+    "image_text": {
+        "data": {"name": "digits", "captions": "a {name}"},
+        "model": {"ref": "plain/clip", "img_size": 8, "patch_size": 4, "embed_dim": 16},
+    },
+    "bags": {
+        "data": {"name": "digits", "bags": {"size": 10, "positive": ["9"]}},
+        "model": {**TINY, "head": "mean"},
+    },
     "segmentation": {
         "data": {"name": "shapes:masks", "train": 16, "test": 16, "img_size": 32},
         "model": {**TINY, "head": "dense"},
@@ -34,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-SLOW = {"detection", "segmentation"}
+SLOW = {"detection", "segmentation", "bags"}
 
 
 @pytest.mark.parametrize(
