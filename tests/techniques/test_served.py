@@ -110,6 +110,41 @@ def test_a_recipes_loop_evaluates_and_leaves_the_average(tmp_path: Path) -> None
     assert outcome.metrics["accuracy"] == pytest.approx(accuracy)
 
 
+def test_lightning_validates_the_average_and_goes_on_with_its_own_weights(tmp_path: Path) -> None:
+    import lightning
+
+    from greenvis.integrations.lightning import GreenCallback
+
+    live, seen = gv.wrap(_net(), Ema(decay=0.9)), []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = live.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            x, y = live.batch(*batch)
+            outputs = self.net(x)
+            return F.cross_entropy(outputs, y) + live.loss(x, y, outputs)
+
+        def validation_step(self, batch: Any, index: int) -> None:
+            seen.append(live.model[5].weight.detach().clone())  # type: ignore[index,operator]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(live.param_groups(0.5), lr=0.5)
+
+    loader = torch.utils.data.DataLoader(list(zip(X, Y, strict=True)), batch_size=8)  # type: ignore[arg-type]
+    trainer = lightning.Trainer(
+        max_epochs=1, callbacks=[GreenCallback(live, "ema", dir=tmp_path)], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        accelerator="cpu", num_sanity_val_steps=0,
+    )  # fmt: skip
+    trainer.fit(Module(), loader, loader)
+    average = live.installed[0].state_dict()["average.5.weight"]
+    assert all(torch.equal(weight, average) for weight in seen)
+    assert not torch.equal(live.model.get_parameter("5.weight"), average)
+
+
 # -- the target's statistics ----------------------------------------------------------------------
 
 
