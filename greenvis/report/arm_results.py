@@ -11,6 +11,7 @@ from greenvis.report.estimates import (
     Difference,
     Estimate,
     Float,
+    FurtherMetric,
     Gain,
     Number,
     Part,
@@ -193,6 +194,7 @@ class ArmResults(Part):
     outputs: Annotated[list[Outputs], Field(alias="kept")] = []
     teachers: Teachers | None = None
     task_accuracy: list[list[Number]] | None = None
+    further: list[FurtherMetric] = []
     labels: list[Labels] = []
     images: dict[Word, Count] = {}  # by role
     macs: Count

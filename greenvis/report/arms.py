@@ -10,9 +10,18 @@ from typing import Any
 
 from greenvis.meters import pricing
 from greenvis.meters.record import Reading
-from greenvis.report import cached_outputs, comparison, continual, forecast, reuse, settings, stats
+from greenvis.report import (
+    cached_outputs,
+    comparison,
+    continual,
+    forecast,
+    measures,
+    reuse,
+    settings,
+    stats,
+)
 from greenvis.report.arm_results import ArmResults, Labels, Spent
-from greenvis.report.estimates import Estimate, Gain
+from greenvis.report.estimates import Estimate, FurtherMetric, Gain
 from greenvis.report.runs import Arm, RunSummary
 from greenvis.report.sums import mean_reading, sum_reading
 from greenvis.report.teachers import teachers
@@ -80,11 +89,11 @@ def results(
             energy.value, carbon_g.value, serving.value, means["images_per_s"], last
         ),
         **reuse.reuse(list(done.values()), users, grid),
-        **_where_present(arm, grid),
+        **_where_present(arm, metric, grid),
     )
 
 
-def _where_present(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
+def _where_present(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, Any]:
     """Return what only some arms have."""
     facts = {seed: run.facts for seed, run in arm.finished.items()}
     matrices = {s: f.task_accuracy for s, f in facts.items() if f.task_accuracy}
@@ -97,10 +106,29 @@ def _where_present(arm: Arm, grid: Intensity | None) -> dict[str, Any]:
         "teachers": teachers(list(facts.values())),
         "predicted": forecast.predicted(list(arm.done.values()), grid),
         "operating_points": settings.settings(arm),
+        "further": _further(arm, metric),
         "labels": _labels(arm),
         "images": _images(arm),
     }
     return {key: value for key, value in out.items() if value}
+
+
+def _further(arm: Arm, metric: str) -> list[FurtherMetric]:
+    """Return the task's other metrics, and the metric on further tests."""
+    every = [run.facts for run in arm.finished.values()]
+    known = {m.name: m for facts in every for m in facts.measures}
+    tests = dict.fromkeys(test for facts in every for test in facts.tests)
+    wanted = [(m, "") for m in known.values() if m.name != metric]
+    wanted += [(known.get(metric) or measures.named(metric), test) for test in tests]
+    out = []
+    for measure, test in wanted:
+        scores = _by_seed(arm, lambda run, m=measure.name, t=test: run.facts.score(m, t))
+        if scores:
+            s = stats.summary(scores)
+            out.append(FurtherMetric(metric=measure.name, test=test, unit=measure.unit,
+                                     higher_is_better=measure.higher_is_better,
+                                     mean=s.mean, std=s.std, n=s.n))  # fmt: skip
+    return out
 
 
 def _labels(arm: Arm) -> list[Labels]:

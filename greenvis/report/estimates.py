@@ -63,6 +63,15 @@ class Gain(Summary):
     by_seed: Seeds
 
 
+class FurtherMetric(Summary):
+    """Another metric of the task, or the metric on a further test."""
+
+    metric: Word
+    test: Word = ""  # the name of the further test; "" for the first
+    unit: Word
+    higher_is_better: bool
+
+
 class ToTarget(Summary):
     """Joules at which an arm reached the baseline's final metric and stayed there."""
 

@@ -124,6 +124,7 @@ class Facts:
     measures: list[Measure]  # of its task, the primary one first; [] where it names none
     unit: str  # of what the task answers for: "image", "bag"
     numbers: dict[str, float]  # plain figures by name: the metric, macs, params, …
+    tests: dict[str, dict[str, float]]  # metrics by the name of the further test
     inference_energy_j: Reading | None  # per image
     inference_spread: float | None
     latency_ms: dict[str, float]
@@ -139,6 +140,10 @@ class Facts:
     outputs: list[Free]  # entries with `COUNTS` and "part"
     conflicts: list[dict[str, list[float]]]
     teacher_weights: dict[str, float]
+
+    def score(self, metric: str, test: str = "") -> float | None:
+        """Return a metric on a further test; on the first where that is ""."""
+        return (self.tests.get(test, {}) if test else self.numbers).get(metric)
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Facts:
@@ -159,6 +164,11 @@ class Facts:
             measures=measures,
             unit=str(task.get("unit") or "image"),
             numbers={k: float(v) for k, v in facts.items() if is_number(v)},
+            tests={
+                str(name): {k: float(v) for k, v in by_metric.items() if is_number(v)}
+                for name, by_metric in _items(facts.get("tests"))
+                if isinstance(by_metric, Mapping)
+            },
             inference_energy_j=None if served.value is None else served,
             inference_spread=spread if spread is not None and 0 <= spread < 1e3 else None,
             latency_ms={k: v for k, v in _items(latency) if isinstance(v, (int, float))},

@@ -20,6 +20,7 @@ WRITTEN = {
     "zero_shot": "zero-shot accuracy", "map_50": "mAP at 50 % overlap",
     "miou": "mIoU", "iou": "IoU", "map": "mAP", "auc": "AUC", "f1": "F1", "rmse": "RMSE",
     "mae": "MAE", "mse": "MSE", "fid": "FID", "frechet": "Fréchet distance",
+    "class_entropy": "class entropy", "pixel_accuracy": "pixel accuracy",
     "recall_1": "recall@1", "recall_5": "recall@5",
 }  # fmt: skip
 

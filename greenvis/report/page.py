@@ -139,6 +139,7 @@ def to_csv(results: Results) -> str:
 
 def _columns(results: Results) -> Iterable[Column]:
     yield from tables.costs(results)
+    yield from tables.further(results)
     yield from tables.sizes(results)
     yield from task_columns.columns(results)
     yield from tables.cycle(results)

@@ -9,7 +9,7 @@ from greenvis.report import formatting, measures
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.blocks import ArmRow, ArmTable, Cell
 from greenvis.report.columns import Column
-from greenvis.report.estimates import Estimate, Ratio
+from greenvis.report.estimates import Estimate, FurtherMetric, Ratio
 from greenvis.report.formatting import MISSING, plural, si
 from greenvis.report.shape import Results
 from greenvis.tasks.base import Measure
@@ -69,6 +69,36 @@ def costs(results: Results) -> list[Column]:
         ),
         Column("wall_s", "Time", lambda r: r.wall_s, lambda r: formatting.duration(r.wall_s)),
     ]
+
+
+def further(results: Results) -> list[Column]:
+    """Return a column for each other metric of the task, and for the metric on further tests."""
+    rows = results.arms.values()
+    return [
+        _further(*key) for key in dict.fromkeys((f.metric, f.test) for r in rows for f in r.further)
+    ]
+
+
+def _further(metric: str, test: str) -> Column:
+    def of(row: ArmResults) -> FurtherMetric | None:
+        return next((f for f in row.further if (f.metric, f.test) == (metric, test)), None)
+
+    def mean(row: ArmResults) -> float | None:
+        entry = of(row)
+        return None if entry is None else entry.mean
+
+    def text(row: ArmResults) -> str:
+        if (entry := of(row)) is None:
+            return MISSING
+        return formatting.spread(Measure(metric, entry.unit, entry.higher_is_better), entry)
+
+    head = measures.title(Measure(metric))
+    return Column(
+        "_".join(("further", metric, *([test] if test else []))),
+        f"{head} on {test}" if test else head,
+        mean,
+        text,
+    )
 
 
 def sizes(results: Results) -> list[Column]:

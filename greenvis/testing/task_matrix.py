@@ -15,7 +15,7 @@ from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, some
 from greenvis.tasks import registry
 from greenvis.tasks.base import Task
-from greenvis.testing.trial import Stream
+from greenvis.testing.trial import Labelled, Stream
 
 STEPS = 2
 
@@ -107,6 +107,7 @@ def _steps(technique: type[Technique], example: Mapping[str, Any], host: TaskHos
     optimizer = torch.optim.SGD(live.param_groups(1e-3), lr=1e-3)
     if live.wanted:
         live.feed(**dict.fromkeys(live.wanted, Stream(images_of(host.batch()[0]))))
+    live.visit(0, Labelled(host.batch()[1]))
     for step in range(STEPS):
         live.feeds.number = step
         x, y = live.batch(*host.batch())

@@ -37,6 +37,23 @@ def runs(tmp_path: Path) -> Path:
     return folder
 
 
+def test_further_metrics_and_tests_have_a_table(tmp_path: Path) -> None:
+    for seed, error in enumerate((2.0, 3.0)):
+        facts = {"task": TASK, "error_px": 1.0, "within_2px": 0.5 + seed / 10}
+        tests = {"snow": {"error_px": error, "within_2px": 0.1}}
+        synthetic.write(tmp_path / "runs", "plain", seed, facts=facts | {"tests": tests})
+    content = results(tmp_path / "runs")
+    entries = {(f.metric, f.test): f for f in content.rows["plain"].further}
+    assert {key: f.mean for key, f in entries.items()} == pytest.approx(
+        {("within_2px", ""): 0.55, ("error_px", "snow"): 2.5}
+    )
+    assert type(content).from_json(content.as_json()).rows["plain"].further == [*entries.values()]
+    page = report(tmp_path / "runs", out=tmp_path / "out")
+    text = (page.parent / "report.md").read_text().replace("\\", "").replace("\u00a0", " ")
+    assert "| Arm | Within_2px | Error_px on snow |" in text
+    assert "| 55.0 % ± 7.1 | 2.50 ± 0.71 px |" in text
+
+
 def test_the_primary_metric_is_read_off_the_records(runs: Path) -> None:
     content = results(runs)
     assert content.measure == ERROR

@@ -26,7 +26,7 @@ COMPARING = [
 ]
 PACKED = [folder for folder in COMPARING if (folder / archive.NAME).is_file()]
 RENAMED: dict[str, str] = {}  # keys of results.json: the old name, the new one
-ADDED = {"labels", "images", "label_seconds"}  # keys that results have since
+ADDED = {"further", "labels", "images", "label_seconds"}  # keys that results have since
 IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
 
 

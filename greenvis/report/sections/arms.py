@@ -33,6 +33,7 @@ class Tables:
     """The tables; those without a value are None."""
 
     costs: ArmTable
+    further: ArmTable | None
     sizes: ArmTable | None
     tasks: ArmTable | None
     left_out: int  # arms
@@ -53,6 +54,7 @@ class Arms(Section[Tables]):
         one_by_one = "Tasks, one after another"
         return Tables(
             tables.table(results, tables.costs(results), "costs", gained),
+            tables.some(results, tables.further(results), "further", "Further metrics and tests"),
             tables.some(results, tables.sizes(results), "sizes", "Compute, size and speed"),
             tables.some(results, task_columns.columns(results), "tasks", one_by_one),
             max(0, len(results.order) - tables.MOST_ROWS),
@@ -68,6 +70,7 @@ class Arms(Section[Tables]):
             more = f"{value.left_out} more arms are in results.csv and results.json."
             blocks.append(paragraph(Strong(more), look="note"))
         blocks += [paragraph(value.noise_floor, look="note"), _legend(value)]
+        blocks += [value.further] if value.further else []
         if value.sizes:
             blocks += [value.sizes, paragraph(COUNTED, look="note")]
         return [*blocks, *([value.tasks] if value.tasks else [])]
