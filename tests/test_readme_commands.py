@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from forked import greenvis
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -28,6 +29,7 @@ MINUTES = (
     "--on ray",
     "0.01,0.003",
     "--repeat",
+    "run my.yaml",
 )  # words of commands that only the slow test runs
 
 
@@ -38,6 +40,11 @@ def _clone(folder: Path) -> dict[str, str]:
         shutil.copytree(ROOT / name, folder / name)
     for name in ("quickstart", "fashion-lora"):
         shutil.copytree(ROOT / "reports" / name, folder / "reports" / name)
+    for number in range(12):  # the images of the reader
+        image = Image.new("RGB", (32, 32), (20 * number, 100, 200 - 10 * number))
+        file = folder / "my-folder" / ("cats", "dogs", "owls")[number % 3] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
     (folder / "bin").mkdir()
     for name, words in (
         ("greenvis", "-m greenvis"),

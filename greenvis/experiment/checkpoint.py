@@ -49,7 +49,12 @@ def save(
     }
     content["scheduler"].pop("lr_lambdas", None)
     with files.replacing(path) as part, open(part, "wb") as file:  # torch hides why it opens none
-        torch.save(content, file)
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # of the file that an interrupt left half written
+            if isinstance(error.__context__, (KeyboardInterrupt, SystemExit)):
+                raise error.__context__ from None
+            raise
 
 
 PARTS = ("progress", "live", "optimizer", "scheduler", "rng")

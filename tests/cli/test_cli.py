@@ -169,7 +169,7 @@ def test_track_meters_a_command_and_passes_its_exit_code_on(tmp_path: Path) -> N
         (["ls", "--srt", "arm"], "ls has no option --srt; did you mean '--sort'?"),
         (["ls", "--sort"], "'--sort' requires an argument"),
         (["ls", "--sort", "--where", "x"], "--sort lacks its value (see greenvis ls --help)"),
-        (["ls", "--sort", "typo", "--where", "nothing"], "cannot sort by 'typo'"),
+        (["ls", "tests", "--sort", "typo", "--where", "nothing"], "cannot sort by 'typo'"),
         (
             ["ls", "tests", "--group", "amr", "--where", "nothing"],
             "cannot group by 'amr'; did you mean 'arm'?",
@@ -241,7 +241,7 @@ def test_a_value_may_begin_with_a_dash(ran: Path, capsys: pytest.CaptureFixture[
     plain, longer = f"{runs}/tiny/plain", f"{runs}/tiny/longer"
     assert _json(capsys, "diff", plain, longer, "--max-energy", "-99.9%", code=1)["ok"] is False
     groups = _json(capsys, "ls", runs, "--group", "arm", "--sort", "-accuracy")
-    assert [g["accuracy"] for g in groups] == sorted((g["accuracy"] for g in groups), reverse=True)
+    assert [g["score"] for g in groups] == sorted((g["score"] for g in groups), reverse=True)
     script = "import sys; sys.exit(sys.argv[1:] != ['--sort', '-energy'])"
     track = [
         "track",

@@ -20,6 +20,7 @@ import greenvis as gv
 from greenvis.core.technique import Experience, Installed
 from greenvis.techniques import registry
 from greenvis.testing import default_hosts
+from greenvis.testing.trial import Labelled, Stream
 
 
 def vit(classes: int = 2) -> Any:
@@ -443,7 +444,11 @@ def test_a_copy_and_a_pickle_answer_alike_and_share_nothing(
         extra = live.loss(xx, yy, output)
         return extra if live.pretext else live.criterion(F.cross_entropy)(output, yy) + extra
 
+    live.visit(0, Labelled(y))
+    if live.wanted:
+        live.feed(**dict.fromkeys(live.wanted, Stream(x)))
     loss().backward()
+    live.again(lambda: loss().backward())
     optimizer.step()
     live.step_end()
     ema = ModelEmaV3(model, decay=0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ import greenvis as gv
 from greenvis import data
 from greenvis.core.technique import Installed, Samples, Stage, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment import loggers, loop, optim, step
+from greenvis.experiment import checkpoint, loggers, loop, optim, step
 from greenvis.experiment.evaluate import evaluate
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.record import find, read
@@ -200,6 +201,31 @@ def test_a_damaged_checkpoint_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "c.pt").write_bytes(b"noise")
     with pytest.raises(GreenvisError, match="remove it to start this arm again"):
         _fit(tmp_path, TrainSpec(), Batches(), tmp_path / "c.pt")
+
+
+class _Interrupted(io.BufferedWriter):
+    """A file in whose fifth write an interrupt comes, when half of it is written."""
+
+    writes = 0
+
+    def write(self, data: Any) -> int:
+        type(self).writes += 1
+        if self.writes == 5:
+            super().write(bytes(data)[: len(data) // 2])
+            raise KeyboardInterrupt
+        return super().write(data)
+
+
+def test_an_interrupt_amid_a_checkpoint_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        checkpoint, "open", lambda path, _: _Interrupted(io.FileIO(path, "w")), raising=False
+    )
+    with pytest.raises(KeyboardInterrupt):
+        _fit(tmp_path, TrainSpec(), Batches(), tmp_path / "c.pt")
+    assert _Interrupted.writes >= 5
+    assert not list(tmp_path.glob("*c.pt*")), "half a checkpoint is none"
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:

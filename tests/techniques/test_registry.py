@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
+from contextlib import suppress
+from typing import Annotated, Any, get_args
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 import greenvis as gv
 from greenvis.errors import BadInput
@@ -46,7 +48,7 @@ def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> No
             if isinstance(default, bool)
             else "batch"
             if isinstance(default, str)
-            else default + 2
+            else _other_number(kind, field)
         )
         with pytest.raises(BadInput, match=f"'{field}' changes nothing with {other}"):
             kind(
@@ -56,6 +58,15 @@ def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> No
         assert kind(
             **{field: default, other: next(v for v in _values(kind, other) if v not in values)}
         )
+
+
+def _other_number(kind: Any, field: str) -> Any:
+    """Return a number the field takes that is not its default."""
+    info = kind.model_fields[field]
+    for number in (info.default + 2, info.default / 2):
+        with suppress(ValidationError):
+            return TypeAdapter(Annotated[info.annotation, info]).validate_python(number)
+    raise AssertionError(f"{kind.name}.{field} takes no other number")
 
 
 def _values(kind: type, field: str) -> tuple[object, ...]:
