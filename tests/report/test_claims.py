@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from scipy.stats import t
 
+from greenvis.report.measures import named, title
+
 ROOT = Path(__file__).parents[2]
 ALL = sorted(p for p in (ROOT / "reports").glob("*/results.json"))
 COMPARING = [p for p in ALL if "baseline" in json.loads(p.read_text())]
@@ -74,6 +76,21 @@ def _ends(found: dict[str, Any], arm: str, key: str) -> tuple[float, float, floa
     return mean, low - wide, high + wide
 
 
+def _gained(found: dict[str, Any], low: float, high: float) -> tuple[float, float]:
+    """The interval of the metric so that more is better."""
+    return (-high, -low) if found["lower_is_better"] else (low, high)
+
+
+def _margin(found: dict[str, Any]) -> float:
+    """What may be lost, in the metric's own unit: of a share it is written in points."""
+    return found["margin"] / (100 if found.get("metric_unit", "%") == "%" else 1)
+
+
+def _title(found: dict[str, Any]) -> str:
+    """The head of the metric's column."""
+    return title(named(found["metric"])).replace("\u2060", "")
+
+
 def _compared(found: dict[str, Any]) -> list[str]:
     return [a for a in found["order"] if a != found["baseline"] and found["arms"][a]["vs_baseline"]]
 
@@ -81,7 +98,7 @@ def _compared(found: dict[str, Any]) -> list[str]:
 @each
 def test_intervals_and_what_they_decide_are_those_of_the_values_by_seed(path: Path) -> None:
     found = _found(path)
-    metric, margin = found["metric"], found["margin"] / 100
+    metric, margin = found["metric"], _margin(found)
     rivals = [a for a in _compared(found) if len(_pairs(found, a, metric)) > 1]
     assert found["comparisons"] == len(rivals)
     for arm in rivals:
@@ -90,6 +107,7 @@ def test_intervals_and_what_they_decide_are_those_of_the_values_by_seed(path: Pa
         assert [vs[metric][k] for k in ("mean", "low", "high")] == pytest.approx(
             [mean, low, high], abs=1e-9
         )
+        low, high = _gained(found, low, high)
         verdict = "keeps" if low >= -margin else "loses" if high < -margin else "not yet decided"
         assert vs[metric]["verdict"] == verdict, arm
         for key in QUANTITIES:
@@ -100,7 +118,9 @@ def test_intervals_and_what_they_decide_are_those_of_the_values_by_seed(path: Pa
                 ), (arm, key)
 
 
-GAIN = re.compile(r"([+−]?[\d.]+) points \(95 % interval ([+−]?[\d.]+) to ([+−]?[\d.]+)\): (\w+)")
+GAIN = re.compile(
+    r"([+−]?[\d.]+)(?: points)? \(95 % interval ([+−]?[\d.]+) to ([+−]?[\d.]+)\): (\w+)"
+)
 NUMBER = r"(?:over |under )?[\d.,]+"
 SHOWN = re.compile(
     rf"({NUMBER}) (times|%) (less|more) (?:training )?energy(?: per image)?(?: "
@@ -118,9 +138,9 @@ def _number(text: str) -> float:
     )
 
 
-def _check_sentences(text: str, margin: float) -> int:
+def _check_sentences(text: str, margin: float, lower: bool = False) -> int:
     for _, low, high, word in GAIN.findall(text):
-        least, most = _number(low), _number(high)
+        least, most = _gained({"lower_is_better": lower}, _number(low), _number(high))
         fine = {
             "kept": least >= -margin - HALF,
             "loses": most < -margin + HALF,
@@ -138,7 +158,8 @@ def _check_sentences(text: str, margin: float) -> int:
 @each
 def test_sentences_agree_with_the_interval_in_them(path: Path) -> None:
     found = _found(path)
-    said = _check_sentences(_page(path).partition("## What was gained")[0], found["margin"])
+    verdict = _page(path).partition("## What was gained")[0]
+    said = _check_sentences(verdict, found["margin"], found["lower_is_better"])
     assert said == sum(len(_pairs(found, a, found["metric"])) > 1 for a in _compared(found))
 
 
@@ -187,18 +208,18 @@ def test_bold_in_a_table_is_what_its_interval_leaves_out(path: Path) -> None:
         else "Training energy"
     )
     columns = {
-        found["metric"]: f"{found['metric'].capitalize()} vs baseline",
+        found["metric"]: f"{_title(found)} vs baseline",
         "train_energy": f"{own} ÷ baseline",
         "train_energy_with_reuse": "Energy ÷ baseline, base and teacher included",
-        "inference_energy": "One image ÷ baseline",
+        "inference_energy": f"One {found.get('unit', 'image')} ÷ baseline",
     }
     marked = 0
-    for key, title in columns.items():
-        cells = _cells(path, title)
+    for key, head in columns.items():
+        cells = _cells(path, head)
         for arm in _compared(found) if cells else ():
             pairs = _pairs(found, arm, key)
             shown = len(pairs) > 1 and not (lambda x: x[1] <= 0 <= x[2])(_ends(found, arm, key))
-            assert cells[arm].startswith("**") == shown, (arm, title, cells[arm])
+            assert cells[arm].startswith("**") == shown, (arm, head, cells[arm])
             assert shown or "×" not in cells[arm] or "no difference shown" in cells[arm]
             marked += 1
     everywhere = re.findall(
@@ -227,8 +248,9 @@ def test_the_headline_keeps_the_metric_at_less_energy_or_says_that_none_does(pat
         key = "inference_energy" if goes_on else "train_energy_with_reuse"
         pairs = _pairs(found, arm, metric), _pairs(found, arm, key)
         if all(len(p) > 1 for p in pairs) and not bound:
-            (_, low, _), (ratio, _, high) = _ends(found, arm, metric), _ends(found, arm, key)
-            good += [(ratio, arm)] if low >= -found["margin"] / 100 and high < 0 else []
+            (_, *ends), (ratio, _, high) = _ends(found, arm, metric), _ends(found, arm, key)
+            low, _ = _gained(found, *ends)
+            good += [(ratio, arm)] if low >= -_margin(found) and high < 0 else []
     if good:
         assert verdict.startswith(f"{min(good)[1]} reached"), (verdict, good)
     elif _compared(found):
@@ -350,7 +372,13 @@ def test_the_readmes_overview_agrees_with_the_intervals_in_it() -> None:
             ) == unknown
             seen += 1
     assert seen > 100
-    assert _check_sentences(text, 0.5) > 20
+    said = 0
+    for line in text.splitlines():
+        of = re.match(r"- \*\*\[([\w-]+)\]\(reports/", line)
+        study = _found(ROOT / "reports" / of[1] / "results.json") if of else {}
+        lower = study.get("lower_is_better", False)
+        said += _check_sentences(line, study.get("margin", 0.5), lower)
+    assert said > 20
 
 
 def _check_ratio(cell: str) -> None:

@@ -147,7 +147,7 @@ def test_committed_records_give_their_reports_figures(name: str) -> None:
         return
     assert list(again["arms"]) == list(told["arms"])
     for arm, row in told["arms"].items():
-        assert again["arms"][arm]["accuracy"] == row["accuracy"]
+        assert again["arms"][arm][told["metric"]] == row[told["metric"]]
         for key in ("train_energy_j", "train_energy_with_reuse_j", "inference_energy_j"):
             value = again["arms"][arm][key]["value"]
             assert value == pytest.approx(row[key]["value"], rel=1e-5), (arm, key)
