@@ -91,20 +91,26 @@ def deal(images: ImageSet, positive: Sequence[int], size: int, seed: int) -> Bag
     drawn = torch.randperm(len(labels), generator=generator)
     good, rest = drawn[makes[drawn]].tolist(), drawn[~makes[drawn]].tolist()
     pairs = min(len(labels) // (2 * size), len(good))
-    sizes = torch.normal(float(size), SPREAD * size, (2 * pairs,), generator=generator)
-    sizes = sizes.round().clamp(min=2).long().tolist()
-    share = [1] * pairs  # images of a positive class, of each positive bag
-    for number in range(len(good) - pairs):
-        bag = number % max(pairs, 1)
-        if pairs and share[bag] + 1 <= MOST_POSITIVE * sizes[bag]:
-            share[bag] += 1
-    while pairs and sum(sizes[: 2 * pairs]) - sum(share[:pairs]) > len(rest):
-        pairs -= 1
+    most = max(1, int(MOST_POSITIVE * size))
+    while pairs and 2 * pairs * size - min(len(good), pairs * most) > len(rest):
+        pairs -= 1  # by the average size, so that every seed has as many bags
     if not pairs:
         raise BadInput(
             f"data: {len(good)} images of positive classes and {len(rest)} others make no bags of "
             f"{size}; give more images, or smaller bags"
         )
+    sizes = torch.normal(float(size), SPREAD * size, (2 * pairs,), generator=generator)
+    sizes = sizes.round().clamp(min=2).long().tolist()
+    share = [1] * pairs  # images of a positive class, of each positive bag
+    for number in range(len(good) - pairs):
+        bag = number % pairs
+        if share[bag] + 1 <= MOST_POSITIVE * sizes[bag]:
+            share[bag] += 1
+    while sum(sizes) - sum(share) > len(rest):  # by chance large: the largest gives one back
+        largest = max(range(2 * pairs), key=sizes.__getitem__)
+        sizes[largest] -= 1
+        if largest < pairs:
+            share[largest] = min(share[largest], max(1, int(MOST_POSITIVE * sizes[largest])))
     members = []
     for bag in range(2 * pairs):
         own = share[bag] if bag < pairs else 0

@@ -406,6 +406,25 @@ def test_bags_are_balanced_and_hold_each_image_once() -> None:
         _load(bags={"positive": [9]}, domains={"test": ["blur"]})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"bags": {"size": 10, "positive": ["9"]}, "train": 1200},
+        {"bags": {"size": 4, "positive": [9, 8, 7, 6, 5, 4, 3]}, "train": 601},
+        {"labels": 40, "unlabeled": "rest"},
+        {"labels": 0.1},
+        {"imbalance": 20},
+        {"noise": {"rate": 0.4}},
+        {"captions": "a {name}", "labels": 60},
+    ],
+    ids=str,
+)
+def test_what_a_record_says_of_the_data_is_the_same_for_every_seed(fields: dict[str, Any]) -> None:
+    first = _load(0, **fields).facts()
+    for seed in range(1, 6):
+        assert _load(seed, **fields).facts() == first
+
+
 def test_bags_come_in_batches_of_a_loader_in_the_order_of_its_seed() -> None:
     train = _load(bags={"size": 5, "positive": [9]}).train
     batches = list(data.batches(train, 4, shuffle=True, seed=2))
