@@ -110,7 +110,8 @@ def test_no_committed_report_lacks_the_floor_its_arms_give() -> None:
         found = json.loads(path.read_text())
         if "baseline" not in found:
             continue
-        networks = [(r["macs"], r["params"]) for r in found["arms"].values() if r["seeds"]]
+        finished = [r for r in found["arms"].values() if r["seeds"]]
+        networks = [r.get("network", [r["macs"], r["params"]]) for r in finished]
         alike = any(networks.count(n) > 1 for n in networks)
         assert bool(found["noise_floor"]["serving"]) == alike, path
         assert "Noise floor" in (path.parent / "report.md").read_text()
