@@ -195,7 +195,7 @@ def _cells(path: Path, title: str) -> dict[str, str]:
     """A column's cells by arm, {} where the page has no such column."""
     for rows in _of_page(path):
         if rows and title in rows[0]:
-            return {next(iter(row.values())).split(" (")[0]: row[title] for row in rows}
+            return {re.split(r"<br>| \(", next(iter(row.values())))[0]: row[title] for row in rows}
     return {}
 
 
