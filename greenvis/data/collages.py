@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat
+
+from greenvis.data.transforms import bounding_boxes
 
 BLOCK = 256  # images drawn together, each block from a seed of its own: fewer are the first of more
 TILT = math.pi / 8  # radians an item is turned, at most
@@ -99,8 +100,8 @@ def _block(
         masks = torch.where(inside, labels[-1].to(torch.uint8).view(-1, 1, 1), masks)
         owner = owner.masked_fill(inside, layer)
     images = (canvas.clamp(0, 1) * 255).round().to(torch.uint8)
-    kinds, whole = torch.stack(labels, 1), torch.stack(areas, 1)
-    boxes = [_boxes(owner[row], kinds[row], whole[row]) for row in range(count)]
+    kinds, full_areas = torch.stack(labels, 1), torch.stack(areas, 1)
+    boxes = [_boxes(owner[row], kinds[row], full_areas[row]) for row in range(count)]
     return Collages(images[:count], masks[:count], boxes)
 
 
@@ -151,8 +152,4 @@ def _boxes(owner: Tensor, labels: Tensor, areas: Tensor) -> dict[str, Any]:
             boxes.append([left, int(rows.min()), right, int(rows.max()) + 1])
             shown.append(layer)
     corners = torch.tensor(boxes, dtype=torch.float32).view(-1, 4)
-    size: Any = tuple(owner.shape)
-    return {
-        "boxes": BoundingBoxes(corners, format=BoundingBoxFormat.XYXY, canvas_size=size),  # type: ignore[call-overload]
-        "labels": labels[shown],
-    }
+    return {"boxes": bounding_boxes(corners, tuple(owner.shape)), "labels": labels[shown]}

@@ -166,7 +166,7 @@ def _crop_boxes(
     moved = boxes.as_subclass(Tensor).float() + torch.tensor([pad - left, pad - top] * 2)
     if flip:
         moved = torch.stack([side - moved[:, 2], moved[:, 1], side - moved[:, 0], moved[:, 3]], 1)
-    return _within(_boxes(moved, boxes.canvas_size), target["labels"])
+    return _within(bounding_boxes(moved, boxes.canvas_size), target["labels"])
 
 
 def _within(boxes: Any, labels: Tensor) -> dict[str, Any]:
@@ -174,12 +174,19 @@ def _within(boxes: Any, labels: Tensor) -> dict[str, Any]:
     boxes = F.clamp_bounding_boxes(boxes)
     sides = boxes.as_subclass(Tensor)[:, 2:] - boxes.as_subclass(Tensor)[:, :2]
     rows = (sides >= 1).all(1)
-    return {"boxes": _boxes(boxes[rows], boxes.canvas_size), "labels": labels[rows]}
+    return {"boxes": bounding_boxes(boxes[rows], boxes.canvas_size), "labels": labels[rows]}
 
 
-def _boxes(corners: Tensor, canvas_size: tuple[int, int]) -> tv_tensors.BoundingBoxes:
+def bounding_boxes(corners: Tensor, canvas_size: tuple[int, ...]) -> tv_tensors.BoundingBoxes:
+    """Return boxes that torchvision's transforms know.
+
+    Args:
+        corners: (boxes, 4), xyxy in pixels.
+        canvas_size: (height, width) of their image.
+    """
+    boxes: Any = tv_tensors.BoundingBoxes
     form = tv_tensors.BoundingBoxFormat.XYXY
-    return tv_tensors.BoundingBoxes(corners.float(), format=form, canvas_size=canvas_size)  # type: ignore[call-arg]
+    return boxes(corners.float(), format=form, canvas_size=canvas_size)
 
 
 def _resized_crop(x: Tensor, y: Any, draws: np.ndarray) -> tuple[Tensor, Any]:

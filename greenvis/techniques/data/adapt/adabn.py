@@ -90,7 +90,7 @@ class InstalledAdabn(Installed):
     @contextmanager
     def served(self) -> Iterator[None]:
         """Hold the target's statistics in the batch norms."""
-        before = [(m.running_mean.clone(), m.running_var.clone()) for m in self._norms]  # type: ignore[union-attr]
+        before = [(mean.clone(), variance.clone()) for mean, variance in self._statistics()]
         self.estimate()
         self.merge()
         try:
@@ -122,15 +122,18 @@ class InstalledAdabn(Installed):
         """Leave the target's statistics in the batch norms."""
         if not self._buffers:
             self.estimate()
-        found = [self._buffers.get(id(m)) for m in self._norms]
-        self._put([(m.running_mean, m.running_var) if new is None else new
-                   for m, new in zip(self._norms, found, strict=True)])  # fmt: skip
+        pairs = zip(self._norms, self._statistics(), strict=True)
+        self._put([self._buffers.get(id(norm), own) for norm, own in pairs])
+
+    def _statistics(self) -> list[tuple[Any, Any]]:
+        """Return the running mean and variance of each norm, (channels,) each, not copied."""
+        return [(norm.running_mean, norm.running_var) for norm in self._norms]
 
     def _put(self, values: list[tuple[Any, Any]]) -> None:
         with torch.no_grad():
-            for module, (mean, variance) in zip(self._norms, values, strict=True):
-                module.running_mean.copy_(mean)  # type: ignore[union-attr]
-                module.running_var.copy_(variance)  # type: ignore[union-attr]
+            for (mean, variance), new in zip(self._statistics(), values, strict=True):
+                mean.copy_(new[0])
+                variance.copy_(new[1])
 
 
 def _look(moments: Moments, module: nn.Module, args: tuple[Tensor, ...]) -> None:
