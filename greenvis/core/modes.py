@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def learning(model: nn.Module) -> Iterator[None]:
     import torch
     from torch.utils._pytree import tree_map_only
 
-    forward, own = model.forward, vars(model).get("forward")
+    forward = model.forward
 
     def outside(*args: Any, **kwargs: Any) -> Any:
         with torch.inference_mode(False), torch.enable_grad():
@@ -39,7 +39,15 @@ def learning(model: nn.Module) -> Iterator[None]:
             out = forward(*copied[0], **copied[1])
             return tree_map_only(torch.Tensor, torch.Tensor.detach, out)
 
-    model.forward = outside
+    with forwarding(model, outside):
+        yield
+
+
+@contextmanager
+def forwarding(model: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a model answer by another forward within."""
+    own = vars(model).get("forward")
+    model.forward = forward
     try:
         yield
     finally:

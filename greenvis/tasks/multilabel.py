@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from greenvis.errors import BadInput
 from greenvis.tasks import answers
-from greenvis.tasks.base import Measure, Task, TaskExample
+from greenvis.tasks._entries import EntryTask
+from greenvis.tasks.base import Measure, TaskExample
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torchmetrics import Metric
 
 
-class Multilabel(Task):
+class Multilabel(EntryTask):
     """Several classes per image: logits (batch, classes), labels float32 (batch, classes) of 0 and
     1, -1 where nobody said."""
 
@@ -33,17 +34,8 @@ class Multilabel(Task):
         """Return which images have a label of any class."""
         return (labels != answers.UNKNOWN).any(1)
 
-    def losses(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the binary cross entropy of each image, a mean over its classes with a label."""
-        entries, known = self._entries(outputs, labels)
-        return entries.sum(1) / known.sum(1).clamp(min=1)
-
-    def loss(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the mean binary cross entropy over all labels that are known."""
-        entries, known = self._entries(outputs, labels)
-        return entries.sum() / known.sum().clamp(min=1)
-
-    def _entries(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def entries(self, outputs: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+        """Return the binary cross entropy of each entry, and whether it is known."""
         import torch.nn.functional as F
 
         known = labels != answers.UNKNOWN

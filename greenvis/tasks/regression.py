@@ -8,14 +8,15 @@ from pydantic import Field
 
 from greenvis.errors import BadInput
 from greenvis.tasks import answers
-from greenvis.tasks.base import Measure, Task, TaskExample
+from greenvis.tasks._entries import EntryTask
+from greenvis.tasks.base import Measure, TaskExample
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torchmetrics import Metric
 
 
-class Regression(Task):
+class Regression(EntryTask):
     """Numbers: outputs (batch, numbers), labels float32 alike, NaN where one is not known."""
 
     name: ClassVar[str] = "regression"
@@ -49,17 +50,8 @@ class Regression(Task):
         """Return which samples have a number."""
         return (~labels.isnan()).any(1)
 
-    def losses(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the loss of each sample, a mean over its numbers that are known."""
-        entries, known = self._entries(outputs, labels)
-        return entries.sum(1) / known.sum(1).clamp(min=1)
-
-    def loss(self, outputs: Tensor, labels: Any) -> Tensor:
-        """Return the mean loss over all numbers that are known."""
-        entries, known = self._entries(outputs, labels)
-        return entries.sum() / known.sum().clamp(min=1)
-
-    def _entries(self, outputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def entries(self, outputs: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of each entry, and whether it is known."""
         import torch
         import torch.nn.functional as F
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.modes import forwarding
 from greenvis.core.technique import Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.tasks.answers import logits_of
@@ -77,7 +78,6 @@ class InstalledTent(Installed):
     def served(self) -> Iterator[None]:
         """Have each forward be followed by a step."""
         model, forward = self.model, self.model.forward
-        own = vars(model).get("forward")
         before = [p.detach().clone() for p in self._parameters]
         flags = {p: p.requires_grad for p in model.parameters()}
         velocity = [torch.zeros_like(p) for p in self._parameters]
@@ -97,14 +97,10 @@ class InstalledTent(Installed):
             parameter.requires_grad_(False)
         for parameter in self._parameters:
             parameter.requires_grad_(True)
-        model.forward = adapting
         try:
-            yield
+            with forwarding(model, adapting):
+                yield
         finally:
-            if own is None:
-                del model.forward
-            else:
-                model.forward = own
             for parameter, flag in flags.items():
                 parameter.requires_grad_(flag)
             with torch.no_grad():
