@@ -55,7 +55,7 @@ def run(
         _output.write(out, content, _report(result))
         bases_at = {Path(runs) / b.removeprefix("run:").partition("/")[0] for b in bases}
         if packed := archive.pack([records, *sorted(p for p in bases_at if p.is_dir())]):
-            files.write(out / archive.NAME, packed)
+            files.write(out / archive.NAME, packed.content)
     return result
 
 

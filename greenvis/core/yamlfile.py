@@ -18,6 +18,8 @@ MOST_DEPTH = 40
 MOST_NODES = 20_000
 MOST_KEY = 200  # characters
 MOST_PARENTS = 20  # recipes that extend one another
+# keys of older recipes, after the section they stand in, and their name today
+RENAMED: dict[Key, str] = {("train", "target_accuracy"): "target"}
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster
 
 
@@ -137,6 +139,7 @@ class _Values:
                     f"{where}: a key is a word of at most {MOST_KEY} printable characters, not "
                     f"{key[:40]!r}"
                 )
+            key = str(RENAMED.get((*at, key)[-2:], key))
             if key in out:
                 raise BadInput(f"{where}: '{key}' is given twice")
             self.lines[(*at, key)] = where
@@ -182,6 +185,7 @@ def override(source: dict[str, Any], lines: dict[Key, str], text: str) -> None:
         )
         if not isinstance(node, (dict, list)):
             raise BadInput(f"--set {setting}: '{'.'.join(keys[: i + 1])}' holds no keys")
+    keys[-1] = RENAMED.get(tuple(keys[-2:]), keys[-1])
     index = _index(keys[-1], node)
     if isinstance(node, list) and index is None:
         raise BadInput(f"--set {setting}: '{keys[-1]}' is no index of that list of {len(node)}")

@@ -70,19 +70,17 @@ def report(
         'index.html'
     """
     paths = _listed(paths)
+    priced: dict[str, Any] = {
+        "baseline": baseline,
+        "metric": metric,
+        "grid": grid,
+        "served": served,
+        "margin": margin,
+        "label_seconds": tuple(label_seconds),
+        "coefficients": coefficients,
+    }
     with _no_collection():
-        content = results(
-            paths,
-            baseline=baseline,
-            metric=metric,
-            grid=grid,
-            served=served,
-            margin=margin,
-            label_seconds=label_seconds,
-            coefficients=coefficients,
-        )
-        words = {"title": title or content.title, "note": note or content.note}
-        content = content.model_copy(update=words)
+        content = results(paths, **priced)
         from greenvis.report import archive, page, stored
 
         results_file = stored.file(paths)
@@ -90,9 +88,16 @@ def report(
         with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
             packed = archive.pack(each)
         folder = results_file.parent if results_file else Path("reports") / _file_name(content.name)
+        if packed and packed.rounded and not results_file:
+            # what is written is what the records written beside it say
+            with archive.opened(packed) as records:
+                content = results(records, **priced)
+        words = {"title": title or content.title, "note": note or content.note}
+        content = content.model_copy(update=words)
         try:
             with stored.believed(results_file):
-                return page.write(content, folder if out is None else Path(out), packed)
+                written = packed.content if packed else None
+                return page.write(content, folder if out is None else Path(out), written)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 

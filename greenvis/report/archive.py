@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from greenvis.core import files
 from greenvis.errors import BadInput
@@ -28,7 +29,14 @@ _LONG = re.compile(
 BETWEEN = b'{"type":"record"}\n'  # before each record
 
 
-def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
+class Packed(NamedTuple):
+    """Records as one archive: its bytes, and whether digits of them were left out."""
+
+    content: bytes
+    rounded: bool
+
+
+def pack(paths: Iterable[str | os.PathLike[str]]) -> Packed | None:
     """Return the records among `paths` as one archive, each once, in an order that does not depend
     on where they lie.
 
@@ -52,7 +60,7 @@ def pack(paths: Iterable[str | os.PathLike[str]]) -> bytes | None:
             b"".join(BETWEEN + raw.rstrip(b"\n") + b"\n" for raw in records), preset=6
         )
         if len(packed) <= MOST:
-            return packed
+            return Packed(packed, rounded=shorter is _round)
     return None
 
 
@@ -70,6 +78,15 @@ def unpacked(paths: Iterable[str | os.PathLike[str]]) -> Iterator[list[str | os.
                 else _unpack(packed, Path(held.enter_context(tempfile.TemporaryDirectory())))
             )
         yield out
+
+
+@contextmanager
+def opened(packed: Packed) -> Iterator[Path]:
+    """Hold a folder of the records of an archive."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / NAME
+        file.write_bytes(packed.content)
+        yield _unpack(file, Path(folder))
 
 
 def inside(path: str | os.PathLike[str]) -> Path | None:

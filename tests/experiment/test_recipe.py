@@ -121,6 +121,18 @@ def test_extends_inherits_and_keeps_each_files_lines(tmp_path: Path) -> None:
         load_recipe(child)
 
 
+def test_a_recipe_of_an_older_greenvis_means_what_it_meant(tmp_path: Path) -> None:
+    _write(tmp_path, GOOD.replace("epochs: 3", "epochs: 3\n  target: 0.8"), "base.yaml")
+    old = "extends: base.yaml\narms: {distilled: {train: {target_accuracy: 0.9}}}\n"
+    recipe = load_recipe(_write(tmp_path, old))
+    assert (recipe.train.target, recipe.arm("distilled").train.target) == (0.8, 0.9)
+    again = load_recipe(tmp_path / "recipe.yaml", ["train.target_accuracy=0.7"])
+    assert (again.train.target, again.arm("distilled").train.target) == (0.7, 0.9)
+    both = old.replace("0.9}", "0.9, target: 0.5}")
+    with pytest.raises(BadInput, match=r"recipe.yaml:2: 'target' is given twice"):
+        load_recipe(_write(tmp_path, both))
+
+
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="cannot read the recipe"):
         load_recipe(tmp_path / "none.yaml")

@@ -117,17 +117,21 @@ def test_what_is_still_too_large_loses_digits_below_a_millionth(
     monkeypatch.setattr(archive, "MOST", len(thin) - 100)
     packed = archive.pack([tmp_path / "runs"])
     assert packed is not None
-    text = lzma.decompress(packed).decode()
+    assert packed.rounded
+    text = lzma.decompress(packed.content).decode()
     assert '"epoch":0.123457,"loss":0.000000}' in text
     facts = [line for line in lines if line.startswith('{"type":"fact"')]
     assert facts
     assert all(line in text for line in facts)  # what one image took is a millionth
-    (tmp_path / archive.NAME).write_bytes(packed)
+    (tmp_path / archive.NAME).write_bytes(packed.content)
     kept, made = (results(tmp_path / name).as_json() for name in (archive.NAME, "runs"))
     for key in ("train_energy_j", "inference_energy_j"):
         assert kept["arms"]["long"][key]["value"] == pytest.approx(
             made["arms"]["long"][key]["value"], rel=1e-6
         )
+    page = report(tmp_path / "runs", out=tmp_path / "report")
+    written = json.loads((page.parent / "results.json").read_text())
+    assert written["arms"] == results(page.parent).as_json()["arms"]  # of the records beside it
 
 
 ROOT = Path(__file__).parents[2] / "reports"
