@@ -10,7 +10,10 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis.errors import BadInput
 from greenvis.tasks.answers import main_output
+from greenvis.techniques.inference.exits.early_exit import EarlyExit
+from greenvis.techniques.inference.precision._int8 import in_int8, rounded
 from greenvis.techniques.inference.precision.low_precision import LowPrecision
+from greenvis.techniques.inference.tokens.token_merge import TokenMerge
 
 
 @pytest.mark.parametrize("name", sorted(HOSTS))
@@ -51,6 +54,74 @@ def test_weights_come_back_after_an_error() -> None:
         model(torch.rand(2, 5, 32, 32))
     assert weight.dtype is torch.float32
     assert not model._forward_hooks
+
+
+# the mobilenet's random answers are as small as rounding is
+@pytest.mark.parametrize("name", sorted({*HOSTS} - {"torchvision-mobilenet"}))
+def test_a_model_in_int8(name: str) -> None:
+    host = HOSTS[name]
+    model = host.build().eval()
+    x, _ = host.batch()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    live = gv.wrap(model, LowPrecision(precisions=["int8"]))
+    points = live.operating_points()
+    assert list(points) == ["fp32", "int8"]
+    with points["fp32"], torch.inference_mode():
+        exact = main_output(model(x)).clone()
+    with points["int8"], torch.inference_mode():
+        rounded = main_output(model(x)).clone()
+    with torch.inference_mode():
+        assert torch.equal(main_output(model(x)), exact)
+    assert not torch.equal(rounded, exact)
+    assert (rounded - exact).abs().max() < 0.25 * exact.abs().max()
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    facts = live.facts()["low_precision"]
+    assert 0 < facts["int8_weights"] <= facts["parameters"]
+
+
+def test_what_int8_multiplies() -> None:
+    """y = s_x s_w (q_x - z) q_w, of a Linear and of a pointwise convolution, which is one."""
+    torch.manual_seed(0)
+    layer = nn.Linear(16, 6)
+    weight = layer.weight.detach()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    steps = (weight / scale).round()
+    torch.testing.assert_close(rounded(weight).int_repr().float(), steps, atol=1, rtol=0)
+    x = torch.randn(5, 16)
+    low, high = x.min().clamp(max=0), x.max().clamp(min=0)
+    with in_int8(layer), torch.no_grad():
+        got = layer(x)
+        assert layer(torch.empty(0, 16)).shape == (0, 6)
+    errors = []
+    for bits in (7, 8):  # as the processor has it
+        step = (high - low) / (2**bits - 1)
+        zero = (-low / step).round()
+        whole = ((x / step).round() + zero).clamp(0, 2**bits - 1)
+        expected = (whole - zero) * step @ (steps * scale).T + layer.bias
+        errors.append((got - expected).abs().max().item())
+    assert min(errors) < 2e-3 * float(got.abs().max().detach())
+    conv = nn.Conv2d(16, 6, 1)
+    conv.load_state_dict({"weight": weight[:, :, None, None], "bias": layer.bias.detach()})
+    with in_int8(conv), torch.no_grad():
+        maps = conv(x.T.reshape(1, 16, 5, 1))
+    torch.testing.assert_close(maps, got.T.reshape(1, 6, 5, 1))
+    spatial = nn.Sequential(nn.Conv2d(3, 4, 3))
+    with pytest.raises(BadInput, match="no Linear or pointwise"):
+        gv.wrap(spatial, LowPrecision(precisions=["int8"], input_shape=(3, 8, 8)))
+
+
+def test_int8_beside_merged_tokens_and_exits() -> None:
+    host = HOSTS["timm-vit"]
+    model = host.build()
+    x, _ = host.batch()
+    chosen = [LowPrecision(precisions=["int8"]), TokenMerge(r=2), EarlyExit()]
+    live = gv.wrap(model, chosen)
+    points = live.operating_points()
+    assert {"fp32", "int8"} < set(points)
+    model.eval()
+    with points["int8"], torch.inference_mode():
+        assert main_output(model(x)).isfinite().all()
+    assert live.undo() is model
 
 
 class _Wide(nn.Module):
