@@ -18,6 +18,7 @@ from greenvis.data import spec as data
 from greenvis.data.spec import Positive, Seed
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment import recipe_checks
+from greenvis.experiment.frontier import FrontierSpec, ladder
 from greenvis.tasks import registry as task_registry
 from greenvis.tasks.base import Task
 from greenvis.techniques import registry
@@ -25,7 +26,7 @@ from greenvis.techniques import registry
 Where = Callable[..., str]  # key path -> "file:line"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)]
 # what an arm may say of `data`: what learning is paid with, and how images are shown to it
-ARM_DATA = ("labels", "unlabeled", "noise", "imbalance", "augment", "views")
+ARM_DATA = ("labels", "unlabeled", "noise", "imbalance", "augment", "views", "img_size")
 UNHASHED = {"seeds", "workers", "checkpoint_every_s"}  # settings of `train` that change no result
 
 
@@ -310,6 +311,9 @@ class Recipe(_Section):
     ] = "classification"
     train: TrainSpec = TrainSpec()
     arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
+    frontier: FrontierSpec | None = Field(
+        default=None, description="plain arms that savings are read against; {} for the usual ones"
+    )
     report: ReportSpec = ReportSpec()
     meter: MeterSpec = MeterSpec()
 
@@ -466,9 +470,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             f"{where('report', 'baseline')}: report.baseline '{recipe.baseline}' is no arm"
             f"{nearest(recipe.baseline, recipe.arms)}"
         )
+    if recipe.frontier is not None:
+        recipe = _with_ladder(recipe)
     recipe_checks.refuse_idle(recipe)
     recipe_checks.refuse_unknown_metric(recipe)
     return recipe
+
+
+def _with_ladder(recipe: Recipe) -> Recipe:
+    """Return the recipe with the plain arms of its frontier."""
+    rungs = {
+        name: _valid(ArmSpec, fields, recipe.where, ("frontier",))
+        for name, fields in ladder(recipe).items()
+    }
+    return recipe.model_copy(update={"arms": {**recipe.arms, **rungs}})
 
 
 def schema() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from greenvis.report import figures, formatting, measures, stats, verdict
+from greenvis.report import figures, formatting, frontier, measures, stats, verdict
 from greenvis.report.drawings._looks import axis, looks, most, scale
 from greenvis.report.estimates import ToTarget
 from greenvis.report.figures import Drawing, short
@@ -23,8 +23,7 @@ def gain_vs_energy(results: Results) -> Drawing | None:
     }
     if not points:
         return None
-    sign, k = (-1 if results.lower_is_better else 1), scale(results)
-    front = stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()})
+    k, (front, kind) = scale(results), _frontier(results, points)
     figure, [ax] = figures.canvas()
     styles = looks(results)
     named, rest = most(list(points))
@@ -36,7 +35,7 @@ def gain_vs_energy(results: Results) -> Drawing | None:
             lw=1.2,
             ls="--",
             zorder=1,
-            label="front of the means",
+            label=kind,
         )
     others = [points[a] for a in points if a not in named]
     if others:
@@ -68,19 +67,29 @@ def gain_vs_energy(results: Results) -> Drawing | None:
         f"{formatting.si(points[a][0], 'J')}"
         for a in named
     )
-    caption = _front(results, front, named) + rest
+    caption = _front(results, front, kind, named) + rest
     title = f"{measures.title(measure)} against {energy}"
     return figures.save(figure, "gain-vs-energy", title, f"{what}. {caption}", caption)
 
 
-def _front(results: Results, front: list[str], named: list[str]) -> str:
+def _frontier(results: Results, points: dict[str, tuple[float, float]]) -> tuple[list[str], str]:
+    """Return the arms that the line joins, and what it is: the frontier of plain training where
+    there are several such arms."""
+    sign = -1 if results.lower_is_better else 1
+    plain = {a: row for a, row in frontier.plain_arms(results).items() if a in points}
+    if frontier.LEAST <= len(plain) < len(points):
+        return frontier.on_front(results, plain), "frontier of plain training"
+    return stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()}), "front of the means"
+
+
+def _front(results: Results, front: list[str], kind: str, named: list[str]) -> str:
     best = ", ".join(short(a, 40) for a in front[:12])
     spread = any(results.arms[a].gain.std for a in named)
     bars = (
         "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
     )
     lacking = verdict.not_counted(*results.arms.values())
-    return f"On the front of the means, whose scatter may well change it: {best}. {bars}{lacking}"
+    return f"On the {kind}, whose scatter may well change it: {best}. {bars}{lacking}"
 
 
 def energy_to_gain(results: Results) -> Drawing | None:

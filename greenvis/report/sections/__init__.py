@@ -13,7 +13,18 @@ DOOR: Door[Section[Any]] = Door(
     "report section", Section, "greenvis.report.sections", "greenvis.report_sections"
 )
 # "" stands for those of other packages, by name
-ORDER = ("verdict", "arms", "figures", "settings", "labels", "cycle", "", "trust", "repeat")
+ORDER = (
+    "verdict",
+    "arms",
+    "frontier",
+    "figures",
+    "settings",
+    "labels",
+    "cycle",
+    "",
+    "trust",
+    "repeat",
+)
 
 
 def ordered() -> Iterator[Section[Any]]:

@@ -1,0 +1,172 @@
+"""The frontier: the least energy with which plain training reaches each value of the metric, and
+how far an arm is from it at its own metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+from greenvis.report import label_curve, stats
+from greenvis.report.arm_results import ArmResults
+from greenvis.report.estimates import Estimate, Ratio
+from greenvis.report.shape import Results
+
+LEAST = 2  # plain arms that make a frontier
+
+COSTS: dict[str, Callable[[ArmResults], Estimate]] = {
+    "Making it, with all it builds on": lambda row: row.train_energy_with_reuse_j,
+    "Own training": lambda row: row.train_energy_j,
+    "Per {unit}": lambda row: row.inference_energy_j,
+}
+
+
+class Point(NamedTuple):
+    """A plain arm: joules, and the metric, turned so that more is better."""
+
+    energy_j: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Energy of an arm ÷ that of the frontier at the same metric.
+
+    Attributes:
+        ratio: Of the means, with the interval over seeds, each read off its own plain arms; None
+            where it cannot be read off.
+        at_least: The metric is worse than that of the cheapest plain arm, which `ratio` is to.
+        why: Why there is no ratio.
+    """
+
+    ratio: Ratio | None = None
+    at_least: bool = False
+    why: str = ""
+
+    @property
+    def inside(self) -> bool:
+        """Whether plain training is shown to do as well with less."""
+        r = self.ratio
+        return r is not None and r.ratio > 1 and (self.at_least or (r.low or 0.0) > 1)
+
+    @property
+    def saves(self) -> bool:
+        """Whether it is shown to need less than plain training for as much of the metric."""
+        r = self.ratio
+        return r is not None and not self.at_least and r.high is not None and r.high < 1
+
+
+def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, ArmResults]:
+    """Return the arms of plain training: no technique, and built on nothing that was made for
+    them.
+
+    Args:
+        results: Of a report.
+        beside: An arm they are compared with: those with as many labels as it has.
+    """
+    labels = None if beside is None else label_curve.used(beside)
+    return {
+        a: row
+        for a, row in results.rows.items()
+        if not row.technique_names
+        and all(use.energy_j.value is None for use in row.uses)
+        and row.continual is None
+        and row.gain.mean is not None
+        and (beside is None or label_curve.used(row) == labels)
+    }
+
+
+def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate]) -> Distance:
+    """Return how far an arm is from the frontier of the plain arms beside it.
+
+    Args:
+        results: Of a report.
+        label: The arm.
+        cost: Which of its energies: one of `COSTS`.
+    """
+    row = results.arms[label]
+    plain = {a: p for a, p in plain_arms(results, row).items() if a != label}
+    sign = -1.0 if results.lower_is_better else 1.0
+    points = [Point(e, sign * g) for p in plain.values() for e, g in _means(p, cost)]
+    own = _means(row, cost)
+    if len(points) < LEAST or not own:
+        return Distance(why="fewer than two plain arms have this energy" if own else "not measured")
+    energy, gain = own[0][0], sign * own[0][1]
+    front, at_least, why = read(points, gain)
+    if front is None or (at_least and energy < front):
+        return Distance(why=why or "cheaper and worse than all plain arms")
+    seeds = _by_seed(row, cost)
+    each = {s: _of_seed(plain, s, sign, cost, g) for s, (_, g) in seeds.items()}
+    logs = [math.log(seeds[s][0] / e) for s, e in each.items() if e and seeds[s][0] > 0]
+    known = 1 < len(logs) == len(seeds)
+    low, high = stats.interval(logs) if known else (None, None)
+    ratio = Ratio(
+        ratio=energy / front,
+        low=None if low is None else math.exp(low),
+        high=None if high is None else math.exp(high),
+        n=len(logs) if known else 1,
+    )
+    return Distance(ratio, at_least)
+
+
+def read(points: list[Point], gain: float) -> tuple[float | None, bool, str]:
+    """Return the least energy with which plain arms reach a gain.
+
+    Args:
+        points: Of the plain arms.
+        gain: The metric, turned so that more is better.
+
+    Returns:
+        Joules, interpolated on their logarithm between neighbours on the front of the points and
+        never beyond them; whether they are those of the cheapest point, whose metric is better;
+        and why there are none.
+    """
+    named = {str(i): p for i, p in enumerate(points) if p.energy_j > 0}
+    front = [named[name] for name in stats.pareto(named)]
+    if not front:
+        return None, False, "no plain arm has this energy"
+    if gain > front[-1].gain:
+        return None, False, "better than all plain arms"
+    if gain <= front[0].gain:
+        return front[0].energy_j, gain < front[0].gain, ""
+    for a, b in pairwise(front):
+        if gain <= b.gain:
+            share = (gain - a.gain) / (b.gain - a.gain)
+            low, high = math.log(a.energy_j), math.log(b.energy_j)
+            return math.exp(low + share * (high - low)), False, ""
+    raise AssertionError("a gain above the first and not above the last lies between two")
+
+
+def on_front(results: Results, plain: Mapping[str, ArmResults]) -> list[str]:
+    """Return the plain arms that no other beats in both making energy and metric, by energy."""
+    sign = -1.0 if results.lower_is_better else 1.0
+    cost = COSTS["Making it, with all it builds on"]
+    points = {a: (e, sign * g) for a, row in plain.items() for e, g in _means(row, cost)}
+    return stats.pareto(points)
+
+
+def _means(row: ArmResults, cost: Callable[[ArmResults], Estimate]) -> list[tuple[float, float]]:
+    energy, metric = cost(row).value, row.gain.mean
+    return [] if energy is None or metric is None else [(energy, metric)]
+
+
+def _by_seed(
+    row: ArmResults, cost: Callable[[ArmResults], Estimate]
+) -> dict[str, tuple[float, float]]:
+    energies = cost(row).seeds
+    return {s: (energies[s], g) for s, g in row.gain.by_seed.items() if s in energies}
+
+
+def _of_seed(
+    plain: Mapping[str, ArmResults],
+    seed: str,
+    sign: float,
+    cost: Callable[[ArmResults], Estimate],
+    metric: float,
+) -> float | None:
+    """Return the frontier's joules at a metric, of the plain arms' runs with one seed."""
+    runs = [_by_seed(row, cost).get(seed) for row in plain.values()]
+    points = [Point(e, sign * g) for e, g in (r for r in runs if r is not None)]
+    return read(points, sign * metric)[0] if len(points) >= LEAST else None

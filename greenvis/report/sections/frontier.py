@@ -1,0 +1,118 @@
+"""The frontier: what each arm saves against the best of plain training at the same metric."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from greenvis.report import formatting, frontier, measures, tables
+from greenvis.report.blocks import Block, Bullets, Grid, paragraph
+from greenvis.report.formatting import MISSING, si
+from greenvis.report.frontier import Distance
+from greenvis.report.section import Section
+from greenvis.report.shape import Results
+
+HOW = (
+    "What would plain training have needed for the same {name}? The frontier is the front of the "
+    "arms without a technique (other lengths of training, networks, image sizes); ×0.5 is half of "
+    "its energy. It is read between its points, on the logarithm of the energy, and never beyond "
+    "them; intervals are over seeds, each read off its own plain arms."
+)
+
+
+@dataclass(frozen=True)
+class Said:
+    """The table, what it comes to, and the metric."""
+
+    table: Grid
+    bullets: tuple[str, ...]
+    name: str
+
+
+class Frontier(Section[Said]):
+    """Distances to the frontier of plain training."""
+
+    name = "frontier"
+    title = "Against the frontier of plain training"
+
+    def compute(self, results: Results) -> Said | None:
+        """Return a row per arm with a technique, where two plain arms or more are beside it."""
+        plain = frontier.plain_arms(results)
+        rows = [a for a in results.order if a not in plain and results.arms[a].gain.n]
+        if len(plain) < frontier.LEAST or not rows:
+            return None
+        shown = rows[: tables.MOST_ROWS]
+        distances = {
+            a: [frontier.distance(results, a, cost) for cost in frontier.COSTS.values()]
+            for a in shown
+        }
+        if not any(d.ratio or "plain arms" in d.why for each in distances.values() for d in each):
+            return None
+        costs = (cost.format(unit=results.unit) for cost in frontier.COSTS)
+        head = ("Arm", measures.title(results.measure), *costs, "Read")
+        cells = tuple(_row(results, a, distances[a]) for a in shown)
+        table = Grid(head, cells, self.title)
+        bullets = (_ladder(results), *_unread(results, distances))
+        return Said(table, bullets, measures.written(results.measure))
+
+    def render(self, value: Said) -> Sequence[Block]:
+        """Return the table, and below it the plain arms and what could not be read."""
+        return [paragraph(HOW.format(name=value.name)), value.table, Bullets(value.bullets)]
+
+
+def _row(results: Results, label: str, each: list[Distance]) -> tuple[str, ...]:
+    row = results.arms[label]
+    cells = (_cell(d) for d in each)
+    return (label, formatting.spread(results.measure, row.gain), *cells, _read(each[0]))
+
+
+def _cell(d: Distance) -> str:
+    if d.ratio is None:
+        return MISSING
+    text = f"×{formatting.figures(d.ratio.ratio)}"
+    if d.at_least:
+        return f"{text} or more"
+    band = formatting.factor_band(d.ratio)
+    return f"{text} ({band})" if band else text
+
+
+def _read(d: Distance) -> str:
+    """Return what the distance of the whole line says."""
+    if d.inside:
+        return "inside the frontier: plain training does it for less"
+    if d.saves:
+        return "saves"
+    if d.ratio is None:
+        return d.why
+    return "not yet decided" if d.ratio.n > 1 else "one seed: not decided"
+
+
+def _ladder(results: Results) -> str:
+    plain = frontier.plain_arms(results)
+    spent = sum(row.spent.energy_j.value or 0.0 for row in plain.values())
+    front = ", ".join(
+        f"{a} ({formatting.gain(results.measure, plain[a].gain.mean)} for "
+        f"{si(plain[a].train_energy_with_reuse_j.value, 'J')})"
+        for a in frontier.on_front(results, plain)
+    )
+    return f"On the frontier: {front}. All {len(plain)} plain arms took {si(spent, 'J')}."
+
+
+def _unread(results: Results, distances: dict[str, list[Distance]]) -> list[str]:
+    """Say of the arms that are better than all plain ones what they gain and cost beside the
+    best."""
+    sign = -1.0 if results.lower_is_better else 1.0
+    plain = frontier.plain_arms(results)
+    best = max(plain, key=lambda a: sign * (plain[a].gain.mean or 0.0))
+    out = []
+    for arm, (first, *_) in distances.items():
+        row, energy = results.arms[arm], plain[best].train_energy_with_reuse_j.value
+        own = row.train_energy_with_reuse_j.value
+        if first.why != "better than all plain arms" or not energy or own is None:
+            continue
+        gained = (row.gain.mean or 0.0) - (plain[best].gain.mean or 0.0)
+        out.append(
+            f"{arm} is better than every plain arm: {formatting.points(results.measure, gained)} "
+            f"beside {best}, at ×{formatting.figures(own / energy)} of its energy."
+        )
+    return out

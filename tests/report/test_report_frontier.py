@@ -1,0 +1,90 @@
+"""The frontier of plain training: what arms are read against, and never beyond it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from greenvis.report import frontier, results
+from greenvis.report.frontier import Point, read
+from greenvis.report.sections.frontier import Frontier
+from greenvis.testing import check_section
+from tests import synthetic
+
+FRONT = [Point(10, 0.80), Point(40, 0.90), Point(160, 0.95)]
+LINE = frontier.COSTS["Making it, with all it builds on"]
+
+
+def test_energy_is_read_on_its_logarithm_between_neighbours() -> None:
+    assert read(FRONT, 0.85) == (pytest.approx(math.sqrt(10 * 40)), False, "")
+    assert read(FRONT, 0.90)[0] == pytest.approx(40)
+    assert read(FRONT, 0.80) == (10, False, "")
+
+
+def test_what_another_beats_is_not_on_the_frontier() -> None:
+    assert read([*FRONT, Point(100, 0.85)], 0.85) == read(FRONT, 0.85)
+
+
+def test_nothing_is_read_beyond_the_ends() -> None:
+    assert read(FRONT, 0.96) == (None, False, "better than all plain arms")
+    assert read(FRONT, 0.70) == (10, True, "")  # the cheapest is better: a bound
+
+
+TECHNIQUE = {"techniques": [{"ema": {}}]}
+
+
+def study(folder: Path, arms: Mapping[str, tuple[float, float, bool]]) -> Path:
+    for arm, (accuracy, cpu_s, plain) in arms.items():
+        for seed in range(3):
+            synthetic.write(
+                folder, arm, seed, accuracy=accuracy + 0.001 * seed, cpu_s=cpu_s * (1 + 0.01 * seed),
+                facts={"techniques": [] if plain else TECHNIQUE["techniques"]},
+            )  # fmt: skip
+    return folder
+
+
+def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
+    content = results(
+        study(
+            tmp_path,
+            {
+                "short": (0.80, 100, True),
+                "long": (0.90, 400, True),
+                "half": (0.85, 100, False),  # of 200 s
+                "dear": (0.85, 400, False),
+                "worse": (0.70, 200, False),
+                "poor": (0.70, 50, False),
+                "best": (0.95, 500, False),
+            },
+        ),
+        baseline="long",
+    )
+    assert set(frontier.plain_arms(content)) == {"short", "long"}
+    half = frontier.distance(content, "half", LINE)
+    assert half.ratio is not None
+    spent = {a: LINE(row).value or 0.0 for a, row in content.arms.items()}
+    between = math.sqrt(spent["short"] * spent["long"])  # half way between their metrics
+    assert half.ratio.ratio == pytest.approx(spent["half"] / between)
+    assert half.saves
+    assert frontier.distance(content, "dear", LINE).inside
+    worse = frontier.distance(content, "worse", LINE)
+    assert (worse.at_least, worse.inside) == (True, True)
+    assert "cheaper and worse" in frontier.distance(content, "poor", LINE).why
+    assert frontier.distance(content, "best", LINE).why == "better than all plain arms"
+    section = Frontier()
+    value = section.compute(content)
+    assert value is not None
+    assert any("best is better than every plain arm: +5.00 points" in b for b in value.bullets)
+    assert sorted(row[0] for row in value.table.rows) == ["best", "dear", "half", "poor", "worse"]
+
+
+def test_one_plain_arm_is_no_frontier(tmp_path: Path) -> None:
+    two = study(tmp_path, {"long": (0.9, 400, True), "half": (0.85, 100, False)})
+    assert Frontier().compute(results(two, baseline="long")) is None
+
+
+def test_the_section_keeps_the_contract() -> None:
+    check_section(Frontier)
