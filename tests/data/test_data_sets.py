@@ -105,14 +105,15 @@ def food(root: Path) -> None:
         (base / "meta" / f"{part}.json").write_text(json.dumps(names))
 
 
-def emoji(root: Path, changes: dict[str, Any] = {}) -> str:  # noqa: B006
-    package = root / "node_modules" / "emoji-datasource-google"
-    (package / "img" / "google" / "64").mkdir(parents=True)
+def emoji(root: Path, changes: dict[str, Any] = {}, style: str = "google") -> str:  # noqa: B006
+    package = root / "node_modules" / f"emoji-datasource-{style}"
+    (package / "img" / style / "64").mkdir(parents=True)
     entries = []
     for i in range(17):
-        pixels = np.random.default_rng(i).integers(0, 256, (64, 64, 4), dtype=np.uint8)
+        shape = (64, 64, 4)
+        pixels = np.random.default_rng([i, len(style)]).integers(0, 256, shape, dtype=np.uint8)
         pixels[:10, :, 3] = 0
-        Image.fromarray(pixels).save(package / "img" / "google" / "64" / f"{i:04x}.png")
+        Image.fromarray(pixels).save(package / "img" / style / "64" / f"{i:04x}.png")
         group = ("face-smiling", "food-fruit", "rare")[min(i // 7, 2)]
         entry = {"unified": f"{i:04X}", "image": f"{i:04x}.png", "subcategory": group}
         names = {
@@ -120,11 +121,11 @@ def emoji(root: Path, changes: dict[str, Any] = {}) -> str:  # noqa: B006
             "short_names": [f"thing-{i}"],
             "category": group.split("-")[0],
         }
-        entries.append({**entry, **names, "has_img_google": True})
-    entries[3]["has_img_google"] = False
+        entries.append({**entry, **names, f"has_img_{style}": True})
+    entries[3][f"has_img_{style}"] = False
     entries[0].update(changes)
     (package / "emoji.json").write_text(json.dumps(entries))
-    return "emoji:google"
+    return f"emoji:{style}"
 
 
 LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[int, int], tuple[str, ...]]] = {
@@ -293,6 +294,18 @@ def test_emoji_are_shown_on_white_with_subgroups_as_classes(tmp_path: Path) -> N
     x, _ = images.train.batch(range(10))
     assert (x[:, :, :10] == 1).all()  # what is transparent
     assert not (x[:, :, 10:] == 1).all()
+
+
+def test_several_styles_are_one_data_set_whose_test_shows_other_concepts(tmp_path: Path) -> None:
+    emoji(tmp_path)
+    emoji(tmp_path, style="twitter")
+    images = data.load(DataSpec(name="emoji:google+twitter"), tmp_path)
+    train, test = images.train.split.names, images.test.split.names
+    assert (len(train), len(test)) == (20, 6)
+    assert not {*train} & {*test}
+    assert all(train.count(name) == 2 for name in train)
+    with pytest.raises(BadInput, match="npm install emoji-datasource-google"):
+        data.check(DataSpec(name="emoji:twitter+google", root=str(tmp_path / "x")), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from greenvis.data.collages import Items
-    from greenvis.data.splits import Stored
+    from greenvis.data.splits import Split, Stored
 
 SIDE = 64
 LEAST_IMAGES = 5  # of a subgroup that is a class
@@ -29,7 +30,8 @@ class Emoji(DataSet):
     openmoji and twemoji are drawn at `img_size`, else 64. Classes are Unicode's subgroups
     ("food-fruit") of five images or more, a fifth of each as the test; each image has its own name
     ("red apple"). Those drawn alike are one image. Styles are domains: `domains: {train: [google],
-    test: [google, twitter]}`.
+    test: [google, twitter]}`. Several styles are one data set, "google+twitter", whose test is a
+    fifth of the concepts of each subgroup, which no image of the training shows in any style.
     """
 
     name = "emoji"
@@ -48,8 +50,9 @@ class Emoji(DataSet):
     def fetch(self) -> Path:
         """Fetch the style's packages by npm."""
         folder = self.root or CACHE
-        install(self.value, folder)
-        self._library()
+        for style in self.styles:
+            install(style, folder)
+        self._libraries()
         return folder
 
     def domain(self, name: str) -> DataSet | None:
@@ -61,7 +64,7 @@ class Emoji(DataSet):
 
     def check(self) -> None:
         """Raise BadInput for an unknown style, and where its packages are not here."""
-        self._library()
+        self._libraries()
 
     def read(self) -> Stored:
         """Return all emoji of the style."""
@@ -69,22 +72,26 @@ class Emoji(DataSet):
 
         from greenvis.data.splits import Split, Stored, divide_by_share, sha256
 
-        library, side = self._library(), self._side()
+        side = self._side()
         drawn: dict[bytes, tuple[Tensor, Drawing]] = {}
-        for drawing in library.drawings():
-            image = _decode(drawing, side, "white")
-            drawn.setdefault(image.numpy().tobytes(), (image, drawing))
-        counts = Counter(drawing.concept.subgroup for _, drawing in drawn.values())
+        for library in self._libraries():
+            for drawing in library.drawings():
+                image = _decode(drawing, side, "white")
+                drawn.setdefault(image.numpy().tobytes(), (image, drawing))
+        concepts = {d.concept.code: d.concept.subgroup for _, d in drawn.values()}
+        counts = Counter(concepts.values())
         classes = tuple(sorted(group for group, n in counts.items() if n >= LEAST_IMAGES))
         if len(classes) < 2:
             raise BadInput(
-                f"{library.package} has fewer than two subgroups of {LEAST_IMAGES} emoji"
+                f"emoji:{self.value} has fewer than two subgroups of {LEAST_IMAGES} emoji"
             )
         chosen = [pair for pair in drawn.values() if pair[1].concept.subgroup in classes]
         pixels = torch.stack([image for image, _ in chosen])
         labels = torch.tensor([classes.index(drawing.concept.subgroup) for _, drawing in chosen])
         names = tuple(drawing.concept.name for _, drawing in chosen)
-        train, test = divide_by_share(Split(pixels, labels, names))
+        codes = [drawing.concept.code for _, drawing in chosen]
+        every = Split(pixels, labels, names)
+        train, test = divide_by_share(every) if len(self.styles) == 1 else _by_concept(every, codes)
         digest = sha256([pixels.numpy().tobytes(), labels.numpy().tobytes()])
         return Stored(train, test, classes, digest, side, 3)
 
@@ -96,7 +103,10 @@ class Emoji(DataSet):
         from greenvis.data.collages import Items
         from greenvis.data.splits import Split, divide_by_share
 
-        drawings = [d for d in self._library().drawings() if d.concept.group != LEFT_OUT]
+        library, *more = self._libraries()
+        if more:
+            raise BadInput(f"emoji of one style are items, not of several ({self.value})")
+        drawings = [d for d in library.drawings() if d.concept.group != LEFT_OUT]
         classes = tuple(sorted({d.concept.group for d in drawings}))
         # what differs before black and before white is what shows the background
         black, white = (
@@ -111,12 +121,36 @@ class Emoji(DataSet):
             items.append(Items(pixels[:, :3], alpha, part.labels + 1))
         return (items[0], items[1]), classes
 
-    def _library(self) -> Library:
+    @property
+    def styles(self) -> tuple[str, ...]:
+        """Names of the styles that are read."""
+        return tuple(dict.fromkeys(self.value.split("+")))
+
+    def _libraries(self) -> list[Library]:
         roots = [self.root] if self.root else [self.folder.resolve(), CACHE]
-        return Library(self.value, roots)
+        return [Library(style, roots) for style in self.styles]
 
     def _side(self) -> int:
-        return SIDE if self.value in PNG_STYLES else self.spec.img_size or SIDE
+        return SIDE if {*self.styles} & {*PNG_STYLES} else self.spec.img_size or SIDE
+
+
+def _by_concept(split: Split, codes: Sequence[str]) -> tuple[Split, Split]:
+    """Divide emoji in several styles, so that a concept is in one part in all of them.
+
+    Args:
+        split: N images with their labels.
+        codes: The concept of each.
+    """
+    import torch
+
+    from greenvis.data.splits import divide_by_share
+
+    first = {code: i for i, code in reversed([*enumerate(codes)])}
+    names = tuple(sorted(first))
+    concepts = replace(split.take(torch.tensor([first[code] for code in names])), names=names)
+    unseen = {*divide_by_share(concepts)[1].names}
+    test = torch.tensor([code in unseen for code in codes])
+    return split.take((~test).nonzero().squeeze(1)), split.take(test.nonzero().squeeze(1))
 
 
 def _decode(drawing: Drawing, side: int, background: str) -> Tensor:
