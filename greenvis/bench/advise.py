@@ -165,7 +165,8 @@ def judged(
     plans = []
     for plan, entry in spent.items():
         if plan in forecasts:  # its trials may have failed where the run did not
-            predicted = {key: forecasts[plan][key] for key in PREDICTED}
+            predicted = {"accuracy": forecasts[plan]["metric"]}
+            predicted |= {key: forecasts[plan][key] for key in PREDICTED[1:]}
             plans.append(
                 {
                     "plan": plan,

@@ -204,7 +204,9 @@ def card(
 ) -> None:
     """say what a saved model was made from, and what all of it cost"""
     from greenvis.experiment import lineage
-    from greenvis.report.formatting import si
+    from greenvis.report.formatting import gain, si
+    from greenvis.report.measures import written
+    from greenvis.tasks.base import Measure
 
     content = lineage.read_card(left_by(file, runs))
 
@@ -218,10 +220,11 @@ def card(
 
     def show() -> None:
         data = content.get("data") or {}
-        accuracy = content.get("accuracy")
+        metric = dict(content["metric"])
+        value, measure = metric.pop("value"), Measure(**metric)
         write(f"{content['file']}: {content['ref']}")
         write(f"data: {data.get('name', 'unknown')}, {data.get('train', '?')} training images")
-        write("accuracy: " + ("unknown" if accuracy is None else f"{accuracy:.4f}"))
+        write(f"{written(measure)}: {'unknown' if value is None else gain(measure, value)}")
         for depth, role, entry in lineage.tree(content):
             seed = "" if entry["seed"] is None else f", seed {entry['seed']}"
             write(

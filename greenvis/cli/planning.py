@@ -127,8 +127,13 @@ def rank(
 def advise(
     model: app.Model,
     data: Data,
-    target_accuracy: Annotated[
-        float | None, option("0 to 1: take the cheapest plan predicted to reach it", "A")
+    target: Annotated[
+        float | None,
+        option(
+            "of the task's metric, in its unit (a share: 0 to 1): take the cheapest plan "
+            "predicted to reach it",
+            "M",
+        ),
     ] = None,
     budget: Annotated[
         str | None,
@@ -165,7 +170,7 @@ def advise(
     advice = advise(
         model,
         data,
-        target_accuracy=target_accuracy,
+        target=target,
         budget=budget,
         serve=serve,
         teacher=teacher,
@@ -184,27 +189,31 @@ def advise(
 
 def _show_advice(advice: dict[str, Any]) -> None:
     from greenvis.planning.plan import BUSY_BAND
-    from greenvis.report.formatting import count, gain, si
-    from greenvis.report.measures import named
+    from greenvis.report.formatting import count, gain, plural, si
+    from greenvis.report.measures import best_is, is_share, written
+    from greenvis.tasks.base import Measure
 
+    measure, units = Measure(**advice["measure"]), plural(advice["unit"])
+    name, share = written(measure), is_share(measure)
     served, images = count(advice["serve"]), count(advice["images"])
     rows = []
     for row in advice["rows"]:
-        accuracy = row["accuracy"]
+        value, low, high = (row["metric"][bound] for bound in ("value", "low", "high"))
+        ends = f"{low * 100:.0f} – {high * 100:.0f}" if share else f"{low:.3g} – {high:.3g}"
         rows.append(
             {
                 "plan": row["plan"],
-                "accuracy": f"{gain(named('accuracy'), accuracy['value'])} "
-                f"({accuracy['low'] * 100:.0f} – {accuracy['high'] * 100:.0f})",
+                name: f"{gain(measure, value)} ({ends})",
                 "training": si(row["train_energy_j"]["value"], "J"),
-                "1,000 images": si(row["serve_energy_j"]["value"], "J"),
+                f"1,000 {units}": si(row["serve_energy_j"]["value"], "J"),
                 f"with {served}": si(row["total_energy_j"]["value"], "J"),
                 "front": ", ".join(
                     ["yes"] * row["front"] + ["taken"] * (row["plan"] == advice["pick"])
                 ),
             }
         )
-    print_rows(rows, f"{advice['model']} for {advice['data']}, {images} training images: predicted")
+    title = f"{advice['model']} for {advice['data']}, {images} training {units}: predicted"
+    print_rows(rows, title)
     for plan, why in advice["refused"].items():
         write(f"left out: {plan}: {why}")
     sizes = ", ".join(
@@ -212,16 +221,17 @@ def _show_advice(advice: dict[str, Any]) -> None:
     )
     spent = si(advice["trials_energy_j"], "J")
     write(
-        f"from trials on {sizes} images, tested on {advice['held']} others of the training images, "
-        f"which took {spent}"
+        f"from trials on {sizes} {units}, tested on {advice['held']} others of the training "
+        f"{units}, which took {spent}"
     )
+    error = f"what {name} lacks to 1" if share and measure.higher_is_better else name
     write(
-        "accuracy: the error falls on as a power of the images; in brackets with half and one and "
-        "a half times that slope"
+        f"{name} ({best_is(measure)}) on as many: {error} falls on as a power of the {units} "
+        "trained on; in brackets with half and one and a half times that slope"
     )
     write(
         f"and the sampling error. Energy: ±{BUSY_BAND:.0%}. Front: no other plan is both cheaper "
-        "and more accurate"
+        "and better"
     )
     write(f"{advice['pick'] or 'none'}: {advice['why']}")
     if advice["recipe"]:

@@ -16,6 +16,7 @@ from greenvis.errors import BadInput
 from greenvis.experiment.jobs import WEIGHTS_FILE, Job, model_files
 from greenvis.meters import pricing, record
 from greenvis.meters.record import Provenance, Reading
+from greenvis.tasks.base import Measure
 
 NOT_KNOWN = {"value": None, "low": None, "high": None}  # joules of what others made
 # what a weight file's card must hold to be an ancestor, beside its cost
@@ -69,6 +70,13 @@ class _Use(_Loose):
     of: Annotated[list[_Name], Field(max_length=MOST_ROWS)]
 
 
+class _Metric(_Loose):
+    name: _Name
+    unit: _Name = "%"
+    higher_is_better: bool = True
+    value: float | None = None
+
+
 class _Card(_Loose):
     """What a weight file's card must be to be believed: written by strangers, it may hold
     anything."""
@@ -76,6 +84,8 @@ class _Card(_Loose):
     run: _Name
     arm: _Name
     seed: int
+    metric: _Metric | None = None
+    accuracy: float | None = None
     observed: list[_Observed] | None = None
     energy_j: _Energy | None = None
     uses: Annotated[list[_Use], Field(max_length=MOST_ROWS)] = []
@@ -106,17 +116,23 @@ def ancestors(job: Job) -> list[dict[str, Any]]:
     return list(lines.values())
 
 
-def card(job: Job, accuracy: float | None) -> dict[str, Any]:
+def card(job: Job, metrics: Mapping[str, float]) -> dict[str, Any]:
     """Return what a finished job's weight file says of itself: data, recipe, cost, and all that it
-    was made from."""
+    was made from.
+
+    Args:
+        job: The job.
+        metrics: What it reached, by the names of its task's metrics.
+    """
     attempts = _attempts(job)
     last = attempts[-1][0] if attempts else None
     facts = last.facts if last else {}
+    measure = job.arm.task.primary
     return {
         "run": last.id if last else "",
         "arm": job.name,
         "seed": job.seed,
-        "accuracy": accuracy,
+        "metric": {**measure._asdict(), "value": metrics.get(measure.name)},
         "observed": pricing.observed(attempts),
         "data": facts.get("data"),
         "techniques": facts.get("techniques"),
@@ -127,7 +143,7 @@ def card(job: Job, accuracy: float | None) -> dict[str, Any]:
 
 def read_card(location: str | Path) -> dict[str, Any]:
     """Return the card of a weight file, or of a finished run's folder, with "file", "ref",
-    "energy_j" and "total_j".
+    "energy_j" and "total_j". Under "metric", what it reached: name, unit, higher_is_better, value.
 
     total_j: its own energy and that of all it was made from, each counted once; its value is None
     where one is not known. Raises BadInput where there is no card.
@@ -149,6 +165,9 @@ def read_card(location: str | Path) -> dict[str, Any]:
             f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it"
         )
     stored_card = _priced(_checked(path, stored_card))
+    if "metric" not in stored_card:  # as cards of classification were first
+        value = stored_card.pop("accuracy", None)
+        stored_card["metric"] = {**Measure("accuracy")._asdict(), "value": value}
     stored_card["uses"] = [_priced(use) for use in stored_card.get("uses", ())]
     parts = [_reading(entry["energy_j"]) for entry in (stored_card, *stored_card["uses"])]
     known = all(part.value is not None for part in parts)

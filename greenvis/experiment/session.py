@@ -243,7 +243,7 @@ class Session:
                 "options": model_options(job, prepared.images),
                 "folder": job.recipe.folder,
             }
-            card = lineage.card(job, metrics.get("accuracy"))
+            card = lineage.card(job, metrics)
             with live.served():
                 models.save(model, job.folder / WEIGHTS_FILE, card=card, **origin)
             job.finished(tracker.id)

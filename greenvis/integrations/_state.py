@@ -49,6 +49,20 @@ def refuse_seams(live: Wrapped, what: str, seams: Mapping[str, str]) -> None:
             )
 
 
+def reached(live: Wrapped, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics of the task among what a trainer logged, by their own names: accuracy
+    where no task was named.
+
+    Args:
+        live: What `gv.wrap` returned.
+        values: By name; "val_miou", "val/miou" and "eval_miou" are "miou".
+    """
+    task = live.task
+    names = [m.name for m in (task.primary, *(task.secondary or ()))] if task else ["accuracy"]
+    keys = {n: [p + n for p in ("val_", "val/", "eval_", "") if p + n in values] for n in names}
+    return {name: values[own[0]] for name, own in keys.items() if own}
+
+
 def save(live: Wrapped, folder: Path) -> None:
     """Write what a wrapped model learned and what its techniques hold; every process calls it, none
     waits."""

@@ -22,8 +22,10 @@ from greenvis.experiment.jobs import WEIGHTS_FILE
 from greenvis.meters import record
 from greenvis.report import exports, results
 from greenvis.report.markup import md
+from greenvis.tasks import registry
 
 FORMS = ("torch.export", "onnx", "safetensors", "hub")
+FORMS_OF_TASKS = ("classification", "multilabel", "regression", "segmentation")
 _TIMM_FIELDS = (
     "architecture", "input_size", "fixed_input_size", "min_input_size", "pool_size", "first_conv",
     "classifier", "num_classes"
@@ -51,8 +53,8 @@ def export(
         model's logits from the live model's; safetensors and hub give the same bits.
 
     Raises:
-        BadInput: For a run without a model or a model the form cannot hold; nothing is left behind
-            then.
+        BadInput: For a run without a model, a model the form cannot hold, or a task that is not
+            answered by a tensor for a batch of images; nothing is left behind then.
     """
     folder = Path(run)
     if to not in FORMS:
@@ -70,6 +72,13 @@ def export(
         raise BadInput(
             f"{', '.join(facts['adapts'])} learns while it answers, which no file holds: export a "
             "run without it, and adapt that model where it serves"
+        )
+    task = registry.resolve((facts.get("task") or {}).get("name", "classification"))
+    if task.form not in FORMS_OF_TASKS:
+        raise BadInput(
+            f"task '{task.name}' is answered otherwise than by a tensor for a batch of images, "
+            "which is what these forms hold: use the weight file as it is (greenvis.models.build, "
+            f"'{source}')"
         )
     x = torch.rand(2, *_shape(facts), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -235,6 +244,11 @@ def _safetensors(job: _Job) -> Tensor:
 
 def _hub(job: _Job) -> Tensor:
     library = job.ref.partition("/")[0]
+    if head := job.options.get("head"):
+        raise BadInput(
+            f"{library} does not know the head '{head}', which is greenvis's own: export to "
+            "safetensors"
+        )
     if library == "timm":
         again = _timm_hub(job)
     elif library == "hf":

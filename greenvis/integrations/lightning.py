@@ -152,12 +152,9 @@ class GreenCallback(Callback):
         self._served.close()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End the run; a metric logged as "accuracy" or "val_accuracy" is its accuracy."""
-        values = self._log(trainer)
-        for name in ("val_accuracy", "accuracy"):
-            if name in values:
-                self.run.fact(accuracy=values[name])
-                break
+        """End the run; a metric of the task logged under its name ("miou" or "val_miou"; "accuracy"
+        where `wrap` was told no task) is the run's."""
+        self.run.fact(**_state.reached(self.live, self._log(trainer)))
         self._open.close()
 
     def on_exception(

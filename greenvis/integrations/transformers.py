@@ -21,7 +21,9 @@ from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 from greenvis.integrations import _state
 from greenvis.meters.track import Tracker, track
+from greenvis.tasks.base import Task
 
+FORMS = ("classification", "multilabel", "regression", "segmentation")  # of tasks it trains
 _WEIGHTS = (
     "model.safetensors",
     "pytorch_model.bin",
@@ -43,16 +45,16 @@ class GreenCallback(TrainerCallback):
     Args:
         live: What `gv.wrap` returned.
         name: Of the run, as `gv.track` takes it.
-        task_loss: Of logits (batch, classes) and labels, a mean over them; where absent, cross
-            entropy with the arguments' label smoothing.
+        task_loss: Of logits (batch, classes) and labels, a mean over them; where absent, that of
+            the task `wrap` was told, else cross entropy with the arguments' label smoothing.
         image_key: The images in a batch.
         label_key: The labels in a batch.
         options: Those of `gv.track`.
 
     Raises:
         BadInput: Where the trainer is not a `GreenTrainer`, where codecarbon would meter the same
-            run again, for DataParallel, FSDP and DeepSpeed, and for settings that would be without
-            effect.
+            run again, for DataParallel, FSDP and DeepSpeed, for settings that would be without
+            effect, and for tasks whose loss is no mean over samples of a batch of images.
     """
 
     def __init__(
@@ -66,6 +68,10 @@ class GreenCallback(TrainerCallback):
         self._new_run = partial(track, name, live, **options)
         self.run: Tracker = self._new_run()
         self._started = False
+        if live.task is not None:
+            _refuse_task(live.task)
+            if live.task.form != "classification":
+                task_loss = task_loss or live.task.loss
         self._task_loss = task_loss
         self._criterion = live.criterion(task_loss or F.cross_entropy)
         self._image_key, self._label_key = image_key, label_key
@@ -84,7 +90,7 @@ class GreenCallback(TrainerCallback):
         num_items_in_batch: labels of all micro-batches and processes of the step, before techniques
         added any; the loss is then this batch's part of their mean, as Trainer wants it.
         """
-        logits = logits_of(outputs)
+        logits = logits_of(outputs) if self.live.task is None else self.live.task.outputs(outputs)
         count: Any = num_items_in_batch
         if not self.live.model.training:
             return self._criterion(logits, labels) * (
@@ -136,8 +142,8 @@ class GreenCallback(TrainerCallback):
             )
         if args.label_smoothing_factor and self._task_loss is not None:
             raise BadInput(
-                f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a "
-                "task_loss of your own: smooth there"
+                f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a task "
+                "without classes or a task_loss of your own: smooth there"
             )
         if args.label_smoothing_factor:
             self._criterion = self.live.criterion(
@@ -205,8 +211,7 @@ class GreenCallback(TrainerCallback):
             step=state.global_step,
             **{k: v for k, v in numbers.items() if k != "epoch"},
         )
-        if "accuracy" in numbers:
-            self.run.fact(accuracy=numbers["accuracy"])
+        self.run.fact(**_state.reached(self.live, numbers))
 
     def on_log(self, args: TrainingArguments, state: Any, control: Any, **more: Any) -> None:
         """Record the training loss as Trainer logs it."""
@@ -356,6 +361,16 @@ class GreenTrainer(Trainer):
             super()._load_best_model()
         else:
             _state.load(green.live, Path(best) / _state.FOLDER)
+
+
+def _refuse_task(task: Task) -> None:
+    """Raise BadInput for a task whose loss is no mean over samples, each an image."""
+    if task.form not in FORMS:
+        raise BadInput(
+            f"GreenTrainer adds up means over samples, each an image with its label, and task "
+            f"'{task.name}' is learned otherwise: train it by a recipe or in a loop of your own "
+            "(gv.wrap)"
+        )
 
 
 def _items(labels: Tensor) -> Tensor:

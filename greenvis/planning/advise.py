@@ -18,13 +18,17 @@ from greenvis.experiment.jobs import locked
 from greenvis.experiment.session import Session
 from greenvis.planning import candidates
 from greenvis.planning.candidates import PLANS
-from greenvis.planning.trials import Trials
+from greenvis.planning.trials import Trials, points
+from greenvis.report import formatting, measures
 from greenvis.report.stats import pareto
+from greenvis.tasks.base import Measure
 
 SERVED = 1_000_000  # images a model will answer, where nobody says
 SHARE = 0.25  # of the training images, in the longest trial
-CLOSE = 0.01  # without a target: accuracy to give up for energy
+# without a target: how much of the metric to give up for energy, a share's own or else of its value
+CLOSE = 0.01
 SCALES = {"mWh": 3.6, "Wh": 3.6e3, "kWh": 3.6e6, "J": 1.0, "kJ": 1e3, "MJ": 1e6}
+ACCURACY = Measure("accuracy")
 MADE = "# Written by `greenvis advise"
 
 
@@ -32,7 +36,7 @@ def advise(
     model: str,
     data_name: str,
     *,
-    target_accuracy: float | None = None,
+    target: float | None = None,
     budget: str | float | None = None,
     serve: float = SERVED,
     teacher: str | None = None,
@@ -46,8 +50,8 @@ def advise(
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Predict accuracy and energy of every plan that fits a model and data, and write the recipe of
-    the one to take.
+    """Predict the task's primary metric, and the energy, of every plan that fits a model and data;
+    write the recipe of the one to take.
 
     Plans train on a share of the training images and are tested on others of them: the test images
     are not looked at. See `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how
@@ -55,10 +59,11 @@ def advise(
 
     Args:
         model: a model reference; see `candidates.source`.
-        data_name: a data set by name, or a recipe's file, whose data it is then.
-        target_accuracy: 0 to 1.
+        data_name: a data set by name, or a recipe's file, whose data and task it is then.
+        target: of the task's primary metric, in its unit: a share from 0 to 1, or what is to be
+            reached from above where less is better.
         budget: joules, or "5Wh", that training and serving may take together.
-        serve: images the model will answer.
+        serve: images (bags, …: what the task serves) the model will answer.
         teacher: a trained model to learn from.
         plans: a file of plans to weigh.
         share: of the training images, in the longest trial; see `trials.Trials`.
@@ -72,10 +77,11 @@ def advise(
         options: of the model.
 
     Returns:
-        {"rows": [{"plan", "accuracy", "train_energy_j", "serve_energy_j" (of 1,000 images),
+        {"rows": [{"plan", "metric", "train_energy_j", "serve_energy_j" (of 1,000 images),
         "total_energy_j", "front", "trials"}] by total energy, "refused": {plan: reason}, "pick",
         "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j", "data",
-        "model", "images", "serve", "target_accuracy", "budget_j"}; figures as {"value", "low",
+        "model", "images", "serve", "target", "budget_j", "measure": {"name", "unit",
+        "higher_is_better"} of the metric, "unit": what is served}; figures as {"value", "low",
         "high"}.
 
     Raises:
@@ -83,7 +89,7 @@ def advise(
     """
     distributed.require_single_process("greenvis advise")
     most = None if budget is None else joules(budget)
-    _check(target_accuracy, serve, share, out)
+    _check(serve, share, out)
     content, refused = candidates.source(
         model, data_name, plans=plans, teacher=teacher, runs=runs, trust=trust, options=options
     )
@@ -93,6 +99,8 @@ def advise(
         recipe = candidates.written(
             folder / "plans.yaml", {**content, "name": f"{name}-plans"}, overrides
         )
+        task = recipe.arm(next(iter(recipe.arms))).task
+        _check_target(target, task.primary)
         jobs, more = candidates.fitting(
             session, recipe.model_copy(update={"name": f"{name}-trials"})
         )
@@ -102,14 +110,15 @@ def advise(
         trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
         trials.run(serve)
     rows = _rows(trials, serve)
-    pick, why = choose(rows, target_accuracy, most)
+    pick, why = choose(rows, target, most, task.primary)
     advice: dict[str, Any] = {
         "rows": rows,
         "refused": {**refused, **more, **trials.failed},
         "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
         "trials_energy_j": math.fsum(t.total_j for tried in trials.results.values() for t in tried),
         "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
-        "serve": serve, "target_accuracy": target_accuracy, "budget_j": most,
+        "serve": serve, "target": target, "budget_j": most,
+        "measure": task.primary._asdict(), "unit": task.unit,
     }  # fmt: skip
     if pick is not None:
         advice["recipe"] = str(
@@ -122,11 +131,8 @@ def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
     """Return what is predicted of each plan, in order of total energy, and whether it is on the
     Pareto front."""
     forecasts = {plan: trials.predicted(plan, serve) for plan in trials.results}
-    points = {
-        plan: (figures["total_energy_j"]["value"], figures["accuracy"]["value"])
-        for plan, figures in forecasts.items()
-    }
-    front = pareto(points)
+    at = points(forecasts, trials.task.primary)
+    front = pareto(at)
     return [
         {
             "plan": plan,
@@ -134,24 +140,35 @@ def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
             "front": plan in front,
             "trials": [asdict(trial) for trial in trials.results[plan]],
         }
-        for plan in sorted(points, key=lambda plan: points[plan][0])
+        for plan in sorted(at, key=lambda plan: at[plan][0])
     ]
 
 
 def choose(
     rows: Sequence[Mapping[str, Any]],
-    target_accuracy: float | None = None,
+    target: float | None = None,
     budget_j: float | None = None,
+    measure: Measure = ACCURACY,
 ) -> tuple[str | None, str]:
     """Return the plan to take and why, by predicted values: the cheapest of those that reach the
     target within the budget.
 
-    Without a target it is `CLOSE` below the most accurate plan that the budget allows. Where none
-    reaches the target, the most accurate is taken; where none keeps to the budget, none is.
+    Without a target it is `CLOSE` short of the best plan that the budget allows. Where none reaches
+    the target, the best is taken; where none keeps to the budget, none is.
+
+    Args:
+        rows: As `advise` returns them.
+        target: Of the metric, in its unit.
+        budget_j: Joules of training and serving together.
+        measure: What the metric is.
     """
+    sign = 1 if measure.higher_is_better else -1
 
     def cost(row: Mapping[str, Any]) -> float:
         return row["total_energy_j"]["value"]
+
+    def gain(row: Mapping[str, Any], bound: str = "value") -> float:
+        return sign * row["metric"][bound]
 
     within = [row for row in rows if budget_j is None or cost(row) <= budget_j]
     if not within:
@@ -159,23 +176,28 @@ def choose(
         return None, (
             f"no plan is predicted to keep to {budget_j:,.0f} J; the cheapest, {least['plan']}, "
             f"takes {cost(least):,.0f} J: "
-            "raise the budget, or serve fewer images"
+            "raise the budget, or serve less"
         )
-    best = max(within, key=lambda row: row["accuracy"]["value"])
-    goal = best["accuracy"]["value"] - CLOSE if target_accuracy is None else target_accuracy
-    reach = [row for row in within if row["accuracy"]["value"] >= goal]
+    best = max(within, key=gain)
+    share = measures.is_share(measure)
+    if target is None:
+        slack = CLOSE * (1 if share else abs(gain(best)))
+        pick = min((row for row in within if gain(row) >= gain(best) - slack), key=cost)
+        close = f"{CLOSE * 100:g} point" if share else f"{CLOSE:.0%}"
+        return pick["plan"], (
+            f"the cheapest within {close} of the plan that is best by "
+            f"{measures.written(measure)}, {best['plan']}"
+        )
+    goal = f"{measures.written(measure)} {formatting.gain(measure, target)}"
+    reach = [row for row in within if gain(row) >= sign * target]
     if not reach:
         where = " within the budget" if budget_j is not None else ""
-        return best[
-            "plan"
-        ], f"no plan is predicted to reach {goal:.1%}{where}; {best['plan']} comes closest"
+        why = f"no plan is predicted to reach {goal}{where}; {best['plan']} comes closest"
+        return best["plan"], why
     pick = min(reach, key=cost)
-    if target_accuracy is None:
-        return pick[
-            "plan"
-        ], f"the cheapest within {CLOSE * 100:g} point of the most accurate plan, {best['plan']}"
-    sure = "" if pick["accuracy"]["low"] >= goal else "; its range begins below, so it may miss it"
-    return pick["plan"], f"the cheapest that is predicted to reach {goal:.1%}{sure}"
+    worst = gain(pick, "low" if measure.higher_is_better else "high")
+    sure = "" if worst >= sign * target else "; its range does not lie there, so it may miss it"
+    return pick["plan"], f"the cheapest that is predicted to reach {goal}{sure}"
 
 
 def joules(energy: str | float) -> float:
@@ -197,12 +219,16 @@ def joules(energy: str | float) -> float:
     return value
 
 
-def _check(target: float | None, serve: float, share: float, out: str | Path | None) -> None:
-    if target is not None and not 0 < target <= 1:
-        hint = f"; {target:g} % is {target / 100:g}" if 1 < target <= 100 else ""
-        raise BadInput(
-            f"the target accuracy is {target:g}; it is a share, above 0 and up to 1{hint}"
-        )
+def _check_target(target: float | None, measure: Measure) -> None:
+    name = measures.written(measure)
+    if target is None or (target > 0 and (not measures.is_share(measure) or target <= 1)):
+        return
+    hint = f"; {target:g} % is {target / 100:g}" if 1 < target <= 100 else ""
+    kind = "a share, above 0 and up to 1" if measures.is_share(measure) else "above 0"
+    raise BadInput(f"the target is {target:g}, and {name} is {kind}{hint}")
+
+
+def _check(serve: float, share: float, out: str | Path | None) -> None:
     if not (serve >= 0 and math.isfinite(serve)):
         raise BadInput(f"serve is {serve:g}; it is a number of images, 0 or more")
     if not 0 < share <= 0.5:
@@ -227,14 +253,15 @@ def _check(target: float | None, serve: float, share: float, out: str | Path | N
 def _write(path: Path, all_plans: Mapping[str, Any], name: str, advice: Mapping[str, Any]) -> Path:
     """Write the recipe of the plan that is taken."""
     row = next(row for row in advice["rows"] if row["plan"] == advice["pick"])
-    accuracy, spent, served = (row[key] for key in ("accuracy", "train_energy_j", "serve_energy_j"))
+    metric, spent, served = (row[key] for key in ("metric", "train_energy_j", "serve_energy_j"))
+    measure = Measure(**advice["measure"])
+    value, low, high = (formatting.gain(measure, metric[k]) for k in ("value", "low", "high"))
     lines = (
         f"{MADE.removeprefix('# ')} "
         f"{shlex.join(map(str, (advice['model'], '--data', advice['data'])))}`: {advice['why']}.",
-        f"Predicted: accuracy {accuracy['value']:.3f} ({accuracy['low']:.3f} to "
-        f"{accuracy['high']:.3f}), training "
+        f"Predicted: {measures.written(measure)} {value} ({low} to {high}), training "
         f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
-        f"serving {served['value']:.2f} J per 1,000 images.",
+        f"serving {served['value']:.2f} J per 1,000 {formatting.plural(advice['unit'])}.",
         "",
         f"  greenvis run {shlex.quote(str(path))}",
     )

@@ -43,11 +43,11 @@ def source(
     plans that lack something.
 
     ref: a model's reference, "run:RECIPE/ARM" for what an arm left below `runs`, or its folder.
-    data_name: a data set's name, or a recipe's file, whose data it is then. plans: a file as
-    greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for a
-    model, data set or file of plans that cannot be used.
+    data_name: a data set's name, or a recipe's file, whose data and task it is then. plans: a file
+    as greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for
+    a model, data set or file of plans that cannot be used.
     """
-    content, section = _plans(Path(plans)), _data(data_name)
+    content, (section, task) = _plans(Path(plans)), _data(data_name)
     data.check(data.DataSpec(**section))
     reference = _reference(ref, runs)
     settings = dict(options or {})
@@ -75,6 +75,7 @@ def source(
     own = _model(reference, settings)
     return {
         "name": "advise-" + _slug(f"{Path(data_name).stem}-{_short(ref)}"),
+        **({"task": task} if task else {}),
         "data": {**_shown(reference, model, settings), **section},
         "model": own,
         "train": {"seeds": [0], **content.get("train", {})},
@@ -143,17 +144,18 @@ def _plans(path: Path) -> dict[str, Any]:
     return read
 
 
-def _data(name: str) -> dict[str, Any]:
-    """Return the data section that a data set's name, or a recipe's file, means; its paths
-    absolute."""
-    spec, folder = data.DataSpec(name=name), Path()
+def _data(name: str) -> tuple[dict[str, Any], Any]:
+    """Return the data section that a data set's name, or a recipe's file, means, its paths
+    absolute; and the recipe's task, None where it names none."""
+    spec, folder, task = data.DataSpec(name=name), Path(), None
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(name)
         spec, folder = recipe.data, recipe.folder
+        task = recipe.task if "task" in recipe.model_fields_set else None
+    section = dataset.find(spec, folder).located()
     return (
-        dataset.find(spec, folder)
-        .located()
-        .model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"})
+        section.model_dump(mode="json", exclude_unset=True, exclude={"stream", "held_out"}),
+        task,
     )
 
 
@@ -187,7 +189,10 @@ def _shown(reference: str, model: nn.Module, settings: Mapping[str, Any]) -> dic
         if facts:
             plain = {} if any(s != 1 for s in facts.get("std") or ()) else {"normalise": False}
             return {"img_size": facts["img_size"], "in_chans": facts["in_chans"], **plain}
-    channels, height, _ = structure.example_input(model).shape[1:]
+    try:
+        channels, height, _ = structure.example_input(model).shape[1:]
+    except BadInput:  # its forward wants more than images: what it says itself
+        return {k: settings[k] for k in ("img_size", "in_chans") if k in settings}
     return {"img_size": settings.get("img_size") or height, "in_chans": channels}
 
 

@@ -21,6 +21,8 @@ from greenvis.meters.track import Tracker, track
 from greenvis.models import structure
 from greenvis.planning import transfer
 from greenvis.planning.transfer import SCORES
+from greenvis.report.facts import measures_of
+from greenvis.report.measures import written
 
 METHODS = (*SCORES, "ped")  # ped: LogME once classes that overlap have parted
 LEAST = 3  # bases that must have been fine-tuned before a rank correlation says anything
@@ -44,7 +46,8 @@ def rank(
     Args:
         bases: model references; "run:RECIPE/ARM" for what a recipe's arm left below `runs`, or its
             folder.
-        data_name: a data set's name, or a recipe's file, whose data it is then.
+        data_name: a data set's name, or a recipe's file, whose data it is then; its task is
+            classification, for the scores are of how features tell classes apart.
         images: training images shown to each base (fewer where there are fewer).
         by: the score to sort by, one of `METHODS`.
         runs: folder of run records.
@@ -59,7 +62,7 @@ def rank(
         "energy_j": {"value", "low", "high"} of the whole ranking, "tuning_energy_j", "record", …}.
 
     Raises:
-        BadInput: for an unknown base, data set or score, before anything is spent.
+        BadInput: for an unknown base, data set or score, or another task, before anything is spent.
     """
     if by not in METHODS:
         raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")
@@ -74,8 +77,8 @@ def rank(
         raise BadInput(
             f"{some(options)} would change none of these bases: options are for those of a library"
         )
-    built = {base: _build(base, Path(runs), trust, options) for base in bases}
     spec, folder = _data(data_name)
+    built = {base: _build(base, Path(runs), trust, options) for base in bases}
     shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
     shown = {
         shape: _images(spec, folder, shape, images) for shape in dict.fromkeys(shapes.values())
@@ -158,7 +161,11 @@ def tuned_on_record(
         same = (
             facts.get("checksum") == images.checksum and facts.get("only") == images.facts()["only"]
         )
-        if base is None or run.status != "done" or not same or run.facts.get("accuracy") is None:
+        measures = measures_of(run.facts)  # none in records that name no task
+        other = measures and measures[0].name != "accuracy"
+        if base is None or run.status != "done" or not same or other:
+            continue
+        if run.facts.get("accuracy") is None:
             continue
         train = {k: v for k, v in (run.facts.get("train") or {}).items() if k not in UNHASHED}
         setting = json.dumps([facts, train], sort_keys=True, default=str)
@@ -244,6 +251,14 @@ def _data(name: str) -> tuple[data.DataSpec, Path]:
     from."""
     if name.endswith((".yaml", ".yml")):
         recipe = load_recipe(name)
+        task = recipe.arm(next(iter(recipe.arms))).task
+        if task.form != "classification":
+            raise BadInput(
+                f"{name} is of task '{task.name}', and these scores say how well features tell "
+                "classes apart, one an image: they do not order bases for its "
+                f"{written(task.primary)}; try the bases for a few epochs instead (greenvis "
+                "advise BASE)"
+            )
         return recipe.data, recipe.folder
     return data.DataSpec(name=name), Path()
 

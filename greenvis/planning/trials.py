@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from greenvis import data
 from greenvis.data.splits import stratified
 from greenvis.errors import BadInput, GreenvisError
@@ -17,15 +19,19 @@ from greenvis.experiment import loop
 from greenvis.experiment.jobs import Job
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared, Short
+from greenvis.experiment.serving import served
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record, serving
 from greenvis.meters.measure import serve
 from greenvis.planning import extrapolate
+from greenvis.report.formatting import plural
 from greenvis.report.stats import pareto
+from greenvis.tasks.base import Measure, Task
 
 MOST = 2000  # images of the longest trial
 LEAST = 2  # images a class in the shortest
-HELD = 500  # training images that no trial trains on, at most: their labels say how accurate it is
+FEW = 8  # images in the shortest, where labels are no classes
+HELD = 500  # training images that no trial trains on, at most: their labels say how good it is
 BATCH = 64  # images at once where serving is measured, as a finished run measures it
 
 
@@ -39,7 +45,7 @@ class Trial:
     """
 
     images: int
-    accuracy: float
+    metric: float  # the primary one of the task
     first_j: float
     later_j: float
     total_j: float
@@ -66,28 +72,43 @@ class Trials:
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.session, self.jobs, self.fresh, self.say = session, jobs, fresh, say
-        dataset = session.prepare(next(iter(jobs.values()))).images
-        self.images, classes = len(dataset.train), len(dataset.classes)
+        first = session.prepare(next(iter(jobs.values())))
+        self.task: Task = first.task
+        extrapolate.check(self.task.primary)
+        self._train = first.images.train
+        self.images = len(self._train)
         longest = min(int(share * self.images), MOST)
         self.sizes = (longest // 4, longest // 2, longest)
-        if self.sizes[0] < LEAST * classes:
-            raise BadInput(
-                f"{self.images} training images of {classes} classes are too few to try plans on a "
-                f"share of {share:g}: the "
-                f"shortest trial would have {self.sizes[0]} images, and {LEAST} a class are "
-                "needed; give more images or share"
-            )
-        labels = dataset.train.classes("a trial of plans")
-        order = stratified(labels, dataset.train.transform.seed)
-        self._train, self._order = dataset.train, order
-        last = order[longest:][-HELD:]
-        self.held = dataset.train.plain().take(last)
+        order = self._drawn(len(first.images.classes), share)
+        self._order = order
+        self.held = self._train.plain().take(order[longest:][-HELD:])
         self.results: dict[str, list[Trial]] = {name: [] for name in jobs}
         self.failed: dict[str, str] = {}
         self._plain_j: float | None = None  # to serve one image by the model's own structure
 
+    def _drawn(self, classes: int, share: float) -> Tensor:
+        """Return the order in which trials take images, so that each has classes in proportion.
+        Raises BadInput for too few images, or one without a label."""
+        split, name = self._train.split, plural(self.task.unit)
+        of_classes = split.kind == "class" and self.task.form in ("classification", "bags")
+        least = LEAST * classes if of_classes else FEW
+        if self.sizes[0] < least:
+            of = f" of {classes} classes" if of_classes else ""
+            needed = f"{LEAST} a class" if of_classes else str(FEW)
+            raise BadInput(
+                f"{self.images} training {name}{of} are too few to try plans on a share of "
+                f"{share:g}: the shortest trial would have {self.sizes[0]} {name}, and {needed} "
+                f"are needed; give more {name} or share"
+            )
+        if unknown := int((~split.known).sum()):
+            raise BadInput(
+                f"a trial of plans needs the label of every training image, and that of {unknown} "
+                "is not known: leave those out, or leave out data.labels"
+            )
+        return stratified(split.groups, self._train.transform.seed)
+
     def run(self, images: float) -> None:
-        """Try every plan twice and at least half of them a third time: those ahead on accuracy
+        """Try every plan twice and at least half of them a third time: those ahead on the metric
         against energy.
 
         (Successive halving: Jamieson and Talwalkar, 2016.) images: to be served. A plan whose
@@ -118,14 +139,14 @@ class Trials:
         return joules
 
     def predicted(self, name: str, images: float) -> dict[str, extrapolate.Figure]:
-        """Return {"accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's
+        """Return {"metric", "train_energy_j", "serve_energy_j", "total_energy_j"} of a plan's
         whole training.
 
         serve_energy_j: of 1,000 images; total: of training and `images` served.
         """
         trials = self.results[name]
-        accuracy = extrapolate.accuracy(
-            [(t.images, t.accuracy) for t in trials], self.images, len(self.held)
+        metric = extrapolate.metric(
+            [(t.images, t.metric) for t in trials], self.images, len(self.held), self.task.primary
         )
         training = extrapolate.energy(
             [(t.images, t.first_j, t.later_j) for t in trials], self.images
@@ -133,7 +154,7 @@ class Trials:
         served = extrapolate.banded(self.served_j(name))
         total = {bound: training[bound] + images * served[bound] for bound in training}
         return {
-            "accuracy": accuracy,
+            "metric": metric,
             "train_energy_j": training,
             "serve_energy_j": {bound: 1000 * value for bound, value in served.items()},
             "total_energy_j": total,
@@ -143,14 +164,11 @@ class Trials:
         """Return the plans no other beats on predicted accuracy and energy, then those only such
         beat, … until half are."""
         forecasts = {name: self.predicted(name, images) for name in self.results}
-        left = {
-            name: (figures["total_energy_j"]["value"], figures["accuracy"]["value"])
-            for name, figures in forecasts.items()
-        }
+        left = points(forecasts, self.task.primary)
         ahead: list[str] = []
         while len(ahead) < math.ceil(len(forecasts) / 2):
             ahead += (front := pareto(left))
-            left = {name: point for name, point in left.items() if name not in front}
+            left = {name: at for name, at in left.items() if name not in front}
         return ahead
 
     def _trial(self, job: Job, size: int, serving: bool) -> Trial:
@@ -180,12 +198,12 @@ class Trials:
             outcome = loop.run(trial, run)
             live = outcome.live
             plain = not any(i.unmergeable for i in live.installed)
-            accuracy = outcome.metrics[trial.task.primary.name]
-            facts: dict[str, Any] = {"images": size, "accuracy": accuracy, "plain": plain}
+            metric = outcome.metrics[trial.task.primary.name]
+            facts: dict[str, Any] = {"images": size, "metric": metric, "plain": plain}
             if serving and not (plain and self._plain_j is not None):
-                x = next(iter(data.batches(self.held, BATCH)))[0]
+                x, y = next(iter(data.batches(self.held, BATCH)))
                 with trial.served(live) as model:
-                    facts["served"] = serve(model, x, run)["inference"]
+                    facts["served"] = serve(served(model, trial.task, x, y), x, run)["inference"]
             run.fact(trial=facts)
         live.undo()
         assert run.path is not None
@@ -207,6 +225,18 @@ class Trials:
         return _read(max(same, key=lambda run: run.header.get("clock_s", 0.0))) if same else None
 
 
+def points(
+    forecasts: Mapping[str, Mapping[str, extrapolate.Figure]], measure: Measure
+) -> dict[str, tuple[float, float]]:
+    """Return each plan's total energy and metric as predicted, as `pareto` takes them: more is
+    better."""
+    sign = 1 if measure.higher_is_better else -1
+    return {
+        name: (figures["total_energy_j"]["value"], sign * figures["metric"]["value"])
+        for name, figures in forecasts.items()
+    }
+
+
 def _read(run: record.Run) -> Trial:
     first, spent, total = (
         pricing.run_energy(run, phase) for phase in ("train/epoch1", "train", None)
@@ -216,6 +246,8 @@ def _read(run: record.Run) -> Trial:
             f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`"
         )
     fields = dict(run.facts["trial"])
+    if "accuracy" in fields:  # as trials of classification were recorded first
+        fields["metric"] = fields.pop("accuracy")
     if served := serving.image(fields.pop("served", {}), run.header["components"]):
         fields["served_j"] = served["value"]
     return Trial(

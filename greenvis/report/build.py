@@ -190,14 +190,17 @@ def _stated(arms: list[Arm]) -> dict[str, Any]:
 
 
 def _of_task(loaded: Loaded, arms: list[Arm]) -> dict[str, str]:
-    """Return the unit of the metric, where the records state it, and what is served, where that is
-    no image."""
+    """Return the unit of the metric, where the records state it, the task, where that is another
+    than classification, and what is served, where that is no image."""
     facts = [run.facts for a in arms for run in a.finished.values()]
-    units = {f.unit for f in facts}
+    tasks, units = {f.task for f in facts}, {f.unit for f in facts}
+    task = tasks.pop() if len(tasks) == 1 else ""
     unit = units.pop() if len(units) == 1 else "image"
     stated = any(loaded.measure in f.measures for f in facts)
-    return ({"metric_unit": loaded.measure.unit} if stated else {}) | (
-        {"unit": unit} if unit != "image" else {}
+    return (
+        ({"metric_unit": loaded.measure.unit} if stated else {})
+        | ({"task": task} if task not in ("", "classification") else {})
+        | ({"unit": unit} if unit != "image" else {})
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.meters.pricing import JOULES_PER_KWH
-from greenvis.report import figures, formatting, verdict
+from greenvis.report import figures, formatting, measures, verdict
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.estimates import Estimate
 from greenvis.report.markup import md
@@ -28,6 +28,12 @@ NAMES = {
     "annex-xi.json": "AI Act Annex XI items",
     "citation.bib": "BibTeX",
 }
+HUB_TASKS = {  # by the name of ours; the Hub has no word for others
+    "classification": "image-classification", "multilabel": "image-classification",
+    "segmentation": "image-segmentation", "detection": "object-detection",
+    "image_text": "zero-shot-image-classification",
+    "generation": "unconditional-image-generation",
+}  # fmt: skip
 
 
 def files(results: Results) -> dict[str, str]:
@@ -65,16 +71,18 @@ def model_card(results: Results, arm: str) -> str:
             "hardware_used": ", ".join(_hardware(results)) or "unknown",
         }
     metric = results.metric
+    task = results.task or ("classification" if metric == measures.DEFAULT else "")
     data = next((d for d in results.data if isinstance(d, dict)), {})
     if row.gain.mean is not None and data.get("name"):
         result = {
-            "task": {"type": "image-classification"},
+            "task": {"type": HUB_TASKS.get(task, "other")},
             "dataset": {"name": str(data["name"]), "type": str(data["name"])},
             "metrics": [
                 {
                     "type": metric,
                     "value": row.gain.mean,
-                    "name": f"{metric}, mean of {row.gain.n} seed(s)",
+                    "name": f"{measures.written(results.measure)}{measures.suffix(results.measure)}"
+                    f", mean of {row.gain.n} seed(s)",
                 }
             ],
         }
@@ -151,7 +159,7 @@ def _package(results: Results, arm: str, spdx_id: str, info: str) -> dict[str, A
         "ai_energyConsumption": consumption,
         "comment": f"Energy is {reading.provenance} ({reading.method}), {band} kWh, the mean "
         f"of {reading.n} seed(s). "
-        "Inference energy is for one image.",
+        f"Inference energy is for one {results.unit}.",
     }
     metric, mean = results.metric, row.gain.mean
     if mean is not None:
@@ -177,8 +185,9 @@ def sci(results: Results) -> dict[str, Any]:
     apart."""
     return {
         "standard": "ISO/IEC 21031:2024",
-        "boundary": "one image through the model; training, network and storage are outside it",
-        "functional_unit": "one image",
+        "boundary": f"one {results.unit} through the model; training, network and storage are "
+        "outside it",
+        "functional_unit": f"one {results.unit}",
         "arms": {
             a: {
                 "e_kwh": s.e_kwh,
@@ -226,7 +235,8 @@ def bibtex(results: Results) -> str:
     total = results.totals.energy_j.value
     spent = f"{formatting.si(total, 'J')} in all" if total is not None else "energy unknown"
     return (
-        f"@misc{{greenvis-{key},\n  title = {{{_tex(results.name)}: energy and accuracy of "
+        f"@misc{{greenvis-{key},\n  title = {{{_tex(results.name)}: energy and "
+        f"{_tex(measures.written(results.measure))} of "
         f"{len(results.order)} arms}},\n"
         f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = "
         f"{{{_tex(spent)}}},\n}}\n"

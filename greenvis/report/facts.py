@@ -122,6 +122,7 @@ class Facts:
     """What a run measured and made, as far as it can be believed."""
 
     measures: list[Measure]  # of its task, the primary one first; [] where it names none
+    task: str  # its name; "" where none is named
     unit: str  # of what the task answers for: "image", "bag"
     numbers: dict[str, float]  # plain figures by name: the metric, macs, params, …
     tests: dict[str, dict[str, float]]  # metrics by the name of the further test
@@ -162,6 +163,7 @@ class Facts:
         task = task if isinstance(task, Mapping) else {}
         return cls(
             measures=measures,
+            task=str(task.get("name") or ""),
             unit=str(task.get("unit") or "image"),
             numbers={k: float(v) for k, v in facts.items() if is_number(v)},
             tests={

@@ -169,6 +169,7 @@ class Results(Provenance):
     baseline: Word | None
     metric: Word
     metric_unit: Word | None = None  # as `Measure.unit`; None: told by its name
+    task: Word = ""  # of the arms, where it is named and no classification
     unit: Word = "image"  # of what is served: what one answer of the task is for
     # how much of the metric may be lost: points of a share of 1, else the metric's own unit
     margin: Annotated[float, Field(ge=0, le=1e9)]

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 import greenvis as gv
 from greenvis.cli.main import main
+from greenvis.core import weights
 from greenvis.errors import BadInput
 from greenvis.experiment import lineage
 from greenvis.meters import pricing, record
@@ -22,6 +23,7 @@ from greenvis.meters.pricing import run_energy
 from greenvis.planning import probe
 from greenvis.report import exports
 from greenvis.report.shape import Results
+from greenvis.tasks.base import Measure
 
 RECIPE = """\
 name: family
@@ -75,6 +77,19 @@ def test_a_record_names_the_whole_lineage_and_who_builds_on_whom(finished: Path)
         assert lines[f"family/{arm}"]["energy_j"]["value"] == pytest.approx(run_energy(its).value)
 
 
+def test_a_card_that_says_accuracy_is_read(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _place(finished, "old") / "model.safetensors"
+    stored = weights.metadata(path)
+    del stored["card"]["metric"]
+    stored["card"]["accuracy"] = 0.25
+    monkeypatch.setattr(weights, "metadata", lambda path: stored)
+    card = lineage.read_card(path)
+    assert card["metric"] == {**Measure("accuracy")._asdict(), "value": 0.25}
+    assert "accuracy" not in card
+
+
 def test_a_file_carries_its_card(finished: Path, tmp_path: Path) -> None:
     shutil.copy(_place(finished, "youngest") / "model.safetensors", tmp_path / "alone.safetensors")
     card = lineage.read_card(tmp_path / "alone.safetensors")
@@ -84,6 +99,8 @@ def test_a_file_carries_its_card(finished: Path, tmp_path: Path) -> None:
         "timm/vit_tiny_patch16_224",
     )
     assert card["data"]["name"] == "digits"
+    reached = _run(finished, "youngest").facts["accuracy"]
+    assert card["metric"] == {**Measure("accuracy")._asdict(), "value": reached}
     assert "run:young" in card["recipe"]
     own = [run_energy(_run(finished, arm)).value or 0.0 for arm in ("youngest", "young", "old")]
     assert card["energy_j"]["value"] == pytest.approx(own[0])

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainingArguments
 import greenvis as gv
 from greenvis.core.technique import Installed, Stage, Technique
 from greenvis.errors import BadInput
+from greenvis.integrations import _state
 from greenvis.integrations import lightning as on_lightning
 from greenvis.integrations import transformers as on_transformers
 from greenvis.meters.record import Run, find, read
@@ -131,6 +132,36 @@ def test_what_a_transformers_trainer_must_not_do_is_refused(tmp_path: Path) -> N
         _trainer(green, tmp_path / "out").train()
 
 
+def test_a_transformers_trainer_learns_by_the_loss_of_the_task_and_records_its_metric(
+    tmp_path: Path,
+) -> None:
+    live = gv.wrap(_Net(), task="multilabel")
+    green = on_transformers.GreenCallback(live, "t", dir=tmp_path)
+    rows = torch.nn.functional.one_hot(Y, 2).float()
+    logits = live.model(X)["logits"]
+    live.model.eval()
+    loss = green.loss({"logits": logits}, rows)
+    torch.testing.assert_close(loss, F.binary_cross_entropy_with_logits(logits, rows))
+    green.on_train_begin(TrainingArguments(str(tmp_path), report_to=[]), None, None)
+    state = type("State", (), {"epoch": 1.0, "global_step": 4})
+    green.on_evaluate(
+        TrainingArguments(str(tmp_path)), state, None, metrics={"eval_map": 0.4, "eval_accuracy": 1}
+    )
+    green.on_train_end(TrainingArguments(str(tmp_path)), state, None)
+    facts = _record(tmp_path).facts
+    assert facts["map"] == 0.4
+    assert "accuracy" not in facts
+    assert facts["task"]["metrics"][0]["name"] == "map"
+
+
+@pytest.mark.parametrize("task", ["detection", "generation", "bags", "image_text"])
+def test_a_transformers_trainer_refuses_tasks_that_are_no_mean_over_images(
+    task: str, tmp_path: Path
+) -> None:
+    with pytest.raises(BadInput, match=f"'{task}' is learned otherwise"):
+        on_transformers.GreenCallback(gv.wrap(_Net(), task=task), "t", dir=tmp_path)
+
+
 class _Module(pl.LightningModule):
     def __init__(self, live: Any, fails: bool = False) -> None:
         super().__init__()
@@ -179,6 +210,14 @@ def test_a_lightning_run_is_metered_by_epoch(tmp_path: Path) -> None:
     assert run.sum("flops", "train") == 80 * 2 * (2 * 6 * 2)
     assert run.facts["accuracy"] == pytest.approx(float(trainer.callback_metrics["val_accuracy"]))
     assert run.sum("wall_s", "setup") > 0
+
+
+def test_a_lightning_run_records_the_metric_of_its_task(tmp_path: Path) -> None:
+    live = gv.wrap(_Net(), task="multilabel")
+    logged = {"val/map": torch.tensor(0.25), "map": 0.5, "val_accuracy": 1.0}
+    assert _state.reached(live, logged) == {"map": 0.25}
+    assert _state.reached(gv.wrap(_Net()), logged) == {"accuracy": 1.0}
+    assert _state.reached(gv.wrap(_Net(), task="segmentation"), logged) == {}
 
 
 def test_a_lightning_run_that_fails_says_so(tmp_path: Path) -> None:

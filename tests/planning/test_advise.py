@@ -13,13 +13,17 @@ from PIL import Image
 
 from greenvis.bench import advise as bench
 from greenvis.cli import main as cli
+from greenvis.cli import planning
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import session
 from greenvis.experiment.recipe import load_recipe
 from greenvis.meters import record
-from greenvis.planning.advise import advise, choose, joules
+from greenvis.planning import trials
+from greenvis.planning.advise import ACCURACY, advise, choose, joules
 from greenvis.planning.candidates import PLANS, source
-from greenvis.planning.extrapolate import accuracy, energy
+from greenvis.planning.extrapolate import check, energy, metric
+from greenvis.tasks import registry
+from greenvis.tasks.base import Measure
 
 SMALL = {"img_size": 8, "patch_size": 2, "embed_dim": 12, "depth": 2, "num_heads": 2}
 REF = "timm/vit_tiny_patch16_224"
@@ -69,7 +73,7 @@ def test_every_plan_that_fits_is_tried_and_the_others_say_why_not(advice: dict[s
     assert sum(its[2:] == [40] for its in sizes.values()) >= 2
     assert advice["held"] == 120
     for row in advice["rows"]:
-        for key in ("accuracy", "train_energy_j", "serve_energy_j", "total_energy_j"):
+        for key in ("metric", "train_energy_j", "serve_energy_j", "total_energy_j"):
             assert 0 <= row[key]["low"] <= row[key]["value"] <= row[key]["high"]
         for bound in ("value", "low", "high"):
             total = row["train_energy_j"][bound] + row["serve_energy_j"][bound]
@@ -82,7 +86,7 @@ def test_the_front_is_what_nothing_beats(advice: dict[str, Any]) -> None:
     for row in advice["rows"]:
         beaten = any(
             other["total_energy_j"]["value"] < row["total_energy_j"]["value"]
-            and other["accuracy"]["value"] >= row["accuracy"]["value"]
+            and other["metric"]["value"] >= row["metric"]["value"]
             for other in advice["rows"]
         )
         assert row["front"] != beaten
@@ -115,7 +119,7 @@ def test_what_was_tried_before_is_kept(advice: dict[str, Any], folder: Path) -> 
     again = advise(
         REF, "digits", serve=1000, plans=folder / "few.yaml", overrides=[*OVER,
         "data.classes=[0,1,2]"], runs=folder / "runs",
-        target_accuracy=1.0, budget=1e-3, **SMALL,
+        target=1.0, budget=1e-3, **SMALL,
     )  # fmt: skip
     assert (
         len([p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts])
@@ -282,20 +286,117 @@ def test_a_recipe_gives_its_data_with_absolute_paths(tmp_path: Path) -> None:
     }
 
 
-def test_accuracy_goes_on_as_a_power_of_the_images() -> None:
+def test_a_share_goes_on_as_a_power_of_the_images() -> None:
     points = [(n, 1 - 2.0 * n**-0.5) for n in (25, 50, 100)]
-    its = accuracy(points, 400, tested=10**9)
-    assert its["value"] == pytest.approx(1 - 2.0 * 400**-0.5)
-    assert its["low"] == pytest.approx(1 - 0.2 * 4**-0.25, abs=1e-4)
-    assert its["high"] == pytest.approx(1 - 0.2 * 4**-0.75, abs=1e-4)
-    few = accuracy(points, 400, tested=50)
-    assert few["low"] < its["low"] < its["high"] < few["high"]
-    assert accuracy(points, 100, tested=10**9)["value"] == pytest.approx(
-        points[-1][1]
-    )  # no further: what was seen
-    worse = accuracy([(25, 0.5), (50, 0.4)], 400, tested=10**9)
+    goes_on = metric(points, 400, 10**9, ACCURACY)
+    assert goes_on["value"] == pytest.approx(1 - 2.0 * 400**-0.5)
+    assert goes_on["low"] == pytest.approx(1 - 0.2 * 4**-0.25, abs=1e-4)
+    assert goes_on["high"] == pytest.approx(1 - 0.2 * 4**-0.75, abs=1e-4)
+    few = metric(points, 400, 50, ACCURACY)
+    assert few["low"] < goes_on["low"] < goes_on["high"] < few["high"]
+    no_further = metric(points, 100, 10**9, ACCURACY)
+    assert no_further["value"] == pytest.approx(points[-1][1])
+    worse = metric([(25, 0.5), (50, 0.4)], 400, 10**9, ACCURACY)
     assert worse["value"] == pytest.approx(0.4)  # a curve that rose promises nothing
-    assert accuracy([(25, 1.0), (50, 1.0)], 400, tested=100)["value"] > 0.99
+    assert metric([(25, 1.0), (50, 1.0)], 400, 100, ACCURACY)["value"] > 0.99
+
+
+def test_an_error_falls_as_a_power_of_the_images_and_low_is_the_smaller_number() -> None:
+    rmse = Measure("rmse", "px", higher_is_better=False)
+    points = [(n, 30.0 * n**-0.5) for n in (25, 50, 100)]  # above 1: no share
+    goes_on = metric(points, 400, 10**9, rmse)
+    assert goes_on["value"] == pytest.approx(1.5)
+    assert goes_on["low"] == pytest.approx(3 * 4**-0.75, abs=1e-3)
+    assert goes_on["high"] == pytest.approx(3 * 4**-0.25, abs=1e-3)
+    assert metric(points, 100, 200, rmse)["high"] == pytest.approx(3 * (1 + 1.96 / 20))
+    with pytest.raises(BadInput, match="class entropy goes on with more images is not known"):
+        check(Measure("class_entropy", "bit"))
+
+
+def test_where_less_is_better_the_cheapest_below_the_target_is_taken() -> None:
+    rmse = Measure("rmse", "px", higher_is_better=False)
+    rows = [_row("a", 3.0, 10), _row("b", 2.0, 50), _row("c", 1.0, 200), _row("d", 1.009, 150)]
+    rows[1]["metric"]["high"] = 2.5
+    assert choose(rows, 2.2, measure=rmse) == (
+        "b",
+        "the cheapest that is predicted to reach RMSE 2.20 px; its range does not lie there, so it "
+        "may miss it",
+    )
+    assert choose(rows, 0.5, measure=rmse)[0] == "c"  # the closest
+    assert choose(rows, measure=rmse)[0] == "d"  # a hundredth of the value is close enough
+    assert choose(rows, 3.5, measure=rmse)[0] == "a"
+
+
+TASKS = {
+    "segmentation": """\
+name: masks
+task: segmentation
+data: {name: scenes, train: 64, test: 8, img_size: 32}
+model: {ref: timm/resnet10t, head: dense}
+arms: {a: {}}
+""",
+    "generation": """\
+name: drawn
+task: generation
+data: {name: digits, train: 64, test: 16, img_size: 8}
+model: {ref: plain/vae, img_size: 8}
+arms: {a: {}}
+""",
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "ref", "options", "name", "better"),
+    [
+        ("segmentation", "timm/resnet10t", {"head": "dense"}, "mIoU", True),
+        ("generation", "plain/vae", {"img_size": 8}, "Fréchet distance", False),
+    ],
+)
+def test_advice_speaks_the_metric_of_the_task(
+    tmp_path: Path, task: str, ref: str, options: dict[str, Any], name: str, better: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "task.yaml").write_text(TASKS[task])
+    (tmp_path / "plans.yaml").write_text(
+        "train: {epochs: 1, batch_size: 16}\narms: {short: {}, long: {train: {epochs: 2}}}\n"
+    )
+    given: dict[str, Any] = {
+        "plans": tmp_path / "plans.yaml", "runs": tmp_path / "runs", "share": 0.5,
+        "overrides": ["train.threads=1"], "serve": 100, **options,
+    }  # fmt: skip
+    advice = advise(ref, str(tmp_path / "task.yaml"), **given)
+    primary = registry.resolve(task).primary
+    assert advice["measure"] == primary._asdict()
+    assert primary.higher_is_better is better
+    assert {row["plan"] for row in advice["rows"]} == {"short", "long"}
+    runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
+    tried = {r.facts["trial"]["metric"] for r in runs if "trial" in r.facts}
+    assert {trial["metric"] for row in advice["rows"] for trial in row["trials"]} == tried
+    for row in advice["rows"]:
+        assert row["metric"]["low"] <= row["metric"]["value"] <= row["metric"]["high"]
+    recipe = load_recipe(advice["recipe"])
+    assert recipe.arm(advice["pick"]).task.name == task
+    assert f"Predicted: {name} " in Path(advice["recipe"]).read_text()
+    # the target nobody reaches takes the best, in the metric's own direction
+    ends = [row["metric"]["value"] for row in advice["rows"]]
+    best = next(r for r in advice["rows"] if r["metric"]["value"] == (max if better else min)(ends))
+    unreachable = advise(ref, str(tmp_path / "task.yaml"), target=1.0 if better else 1e-9, **given)
+    assert unreachable["pick"] == best["plan"]
+    assert f"no plan is predicted to reach {name} " in unreachable["why"]
+    planning._show_advice(advice)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("more is better" if better else "less is better") in shown
+    assert "accura" not in shown
+
+
+def test_a_trial_recorded_with_its_first_key_is_read(
+    advice: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    path = next(p for p in record.find([folder / "runs"]) if "trial" in record.read(p).facts)
+    old = tmp_path / path.name
+    old.write_text(path.read_text().replace('"metric":', '"accuracy":'))
+    assert record.read(old).facts["trial"].keys() >= {"accuracy"}
+    assert trials._read(record.read(old)) == trials._read(record.read(path))
 
 
 def test_energy_has_a_fixed_part_and_one_an_image() -> None:
@@ -310,7 +411,7 @@ def test_energy_has_a_fixed_part_and_one_an_image() -> None:
 def _row(plan: str, value: float, joules: float, low: float | None = None) -> dict[str, Any]:
     return {
         "plan": plan,
-        "accuracy": {"value": value, "low": value if low is None else low},
+        "metric": {"value": value, "low": value if low is None else low, "high": value},
         "total_energy_j": {"value": joules},
     }
 
@@ -324,12 +425,15 @@ def test_the_cheapest_that_reaches_the_target_is_taken() -> None:
     ]
     assert choose(rows, 0.85)[0] == "b"
     assert "may miss it" in choose(rows, 0.85)[1]
-    assert choose(rows, 0.5) == ("a", "the cheapest that is predicted to reach 50.0%")
+    assert choose(rows, 0.5) == (
+        "a",
+        "the cheapest that is predicted to reach accuracy 50.0\u00a0%",
+    )
     assert choose(rows, 0.99)[0] == "c"
-    assert "no plan is predicted to reach 99.0%; c comes closest" in choose(rows, 0.99)[1]
+    assert "no plan is predicted to reach accuracy 99.0\u00a0%; c comes" in choose(rows, 0.99)[1]
     assert choose(rows, 0.92, 100) == (
         "b",
-        "no plan is predicted to reach 92.0% within the budget; b comes closest",
+        "no plan is predicted to reach accuracy 92.0\u00a0% within the budget; b comes closest",
     )
     assert choose(rows)[0] == "d"  # a point below the best is close enough
     assert choose(rows, None, 20)[0] == "a"
@@ -357,8 +461,8 @@ def test_energy_is_read_with_its_unit(text: str | float, value: float) -> None:
         ({"data_name": "digit"}, "did you mean 'digits'"),
         ({"model": "timm/vit_tiny_patch16_22"}, "did you mean"),
         ({"model": "run:nowhere/arm"}, "left no model"),
-        ({"target_accuracy": 85.0}, "85 % is 0.85"),
-        ({"target_accuracy": 0.0}, "above 0 and up to 1"),
+        ({"target": 85.0}, "85 % is 0.85"),
+        ({"target": 0.0}, "above 0 and up to 1"),
         ({"budget": "-5Wh"}, "must be above 0"),
         ({"budget": "5Whr"}, "did you mean 'Wh'"),
         ({"budget": "lots"}, "no unit of energy"),

@@ -111,6 +111,18 @@ def test_takes_a_library_s_models_beside(runs: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("task", ["segmentation", "generation", "bags"])
+def test_bases_for_another_task_are_not_ranked(tmp_path: Path, task: str) -> None:
+    data = (
+        "{name: digits, bags: {size: 4, positive: ['1']}}" if task == "bags" else "{name: digits}"
+    )
+    (tmp_path / "task.yaml").write_text(
+        f"name: t\ntask: {task}\ndata: {data}\nmodel: {{ref: plain/mlp}}\narms: {{a: {{}}}}\n"
+    )
+    with pytest.raises(BadInput, match=f"is of task '{task}'.*do not order bases for its"):
+        rank(["plain/mlp", "plain/cnn"], str(tmp_path / "task.yaml"), runs=tmp_path / "runs")
+
+
 def test_correlation_is_of_ranks() -> None:
     rows: list[dict[str, Any]] = [
         {"tuned_accuracy": a, **dict.fromkeys(METHODS, s)}

@@ -34,6 +34,23 @@ def test_model_card_is_read_by_the_hub_library(found: Results) -> None:
         exports.model_card(found, "lorra")
 
 
+def test_exports_speak_the_metric_unit_and_task_of_the_records(tmp_path: Path) -> None:
+    measure = {"name": "frechet", "unit": "", "higher_is_better": False}
+    task = {"name": "generation", "unit": "generated image", "metrics": [measure]}
+    for seed in (0, 1):
+        facts = {"task": task, "frechet": 3.0 + seed}
+        synthetic.write(tmp_path, "vae", seed=seed, accuracy=None, facts=facts)
+    found = results(tmp_path)
+    assert found.task == "generation"
+    [result] = ModelCard(exports.model_card(found, "vae")).data.eval_results or []
+    assert (result.task_type, result.metric_type) == ("unconditional-image-generation", "frechet")
+    assert result.metric_value == pytest.approx(3.5)
+    assert result.metric_name == "Fréchet distance, mean of 2 seed(s)"
+    assert exports.sci(found)["functional_unit"] == "one generated image"
+    assert "energy and Fréchet distance of" in exports.bibtex(found)
+    assert "accuracy" not in "".join(exports.files(found).values())
+
+
 def test_a_tuned_base_is_fine_tuning(tmp_path: Path) -> None:
     synthetic.write(tmp_path, "tuned", uses=[{**synthetic.teacher(), "role": "base"}])
     found = results(tmp_path)
