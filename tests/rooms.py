@@ -19,15 +19,15 @@ ROOMS: dict[str, set[str]] = {
     "techniques": {"core", "data", "models", "tasks"},
     "experiment": {"core", "data", "meters", "models", "tasks", "techniques"},
     "report": {"core", "meters", "tasks"},
-    "planning": {"core", "data", "experiment", "meters", "models", "report"},
-    "integrations": {"core", "experiment", "meters", "models", "report"},
+    "planning": {"core", "data", "experiment", "meters", "models", "report", "tasks"},
+    "integrations": {"core", "experiment", "meters", "models", "report", "tasks"},
     "testing": {"core", "data", "meters", "models", "report", "tasks"},
     "bench": {
         "core", "data", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
     },
     "cli": {
         "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",
-        "techniques",
+        "tasks", "techniques",
     },
     "__main__": {"cli"},
 }  # fmt: skip
