@@ -9,7 +9,9 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +26,7 @@ from greenvis.errors import BadInput, GreenvisError, some
 if TYPE_CHECKING:
     from greenvis.core.wrap import Wrapped
 
+_UNWATCHED: ContextVar[bool] = ContextVar("unwatched", default=False)
 _PLAIN = (int, float, str, type(None))
 
 
@@ -53,6 +56,17 @@ def forget_compiled() -> None:
         torch._dynamo.reset()  # type: ignore[attr-defined]
 
 
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Run wrapped models within with other parameters in the place of their own
+    (`torch.func.functional_call`), which are back at its end."""
+    token = _UNWATCHED.set(True)
+    try:
+        yield
+    finally:
+        _UNWATCHED.reset(token)
+
+
 class Watch:
     """A wrapped model as its techniques know it. Looks whether it is so still: as a pre-hook, while
     the model trains."""
@@ -79,7 +93,7 @@ class Watch:
 
     def __call__(self, model: nn.Module, args: Any) -> None:
         """Look, before a forward of the model in training."""
-        if model.training and not torch.compiler.is_compiling():
+        if model.training and not _UNWATCHED.get() and not torch.compiler.is_compiling():
             self.adopt_changes()
 
     def note(self) -> None:

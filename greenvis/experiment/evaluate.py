@@ -38,8 +38,8 @@ class Evaluator:
         task: What the model answers.
         test: Batches (x, y) of the test.
         held_out: Batches to choose on, that no training sees; None where there are none.
-        neighbours: Top-1 accuracy by nearest neighbours, which stands for the metrics where no
-            classifier is trained; None: it never does.
+        neighbours: Top-1 accuracy by nearest neighbours on batches (x, y), which stands for the
+            metrics where no classifier is trained; None: it never does.
         untrained: Whether the classifier is a new one that nothing trains.
         stream: The stream whose experiences are tested one by one; None where there is none.
         tests: Batches (x, y) of an experience's test.
@@ -48,7 +48,7 @@ class Evaluator:
     task: Task
     test: Callable[[], Iterable[Any]]
     held_out: Callable[[], Iterable[Any]] | None = None
-    neighbours: Callable[[nn.Module], float] | None = None
+    neighbours: Callable[[nn.Module, Iterable[Any]], float] | None = None
     untrained: bool = False
     stream: Stream | None = None
     tests: Callable[[int], Iterable[Any]] | None = None
@@ -69,14 +69,21 @@ class Evaluator:
         self, live: Wrapped, model: nn.Module, accelerator: Accelerator | None
     ) -> dict[str, float]:
         if self.neighbours is not None and self.without_classifier(live):
-            return {"accuracy": distributed.on_main(partial(self.neighbours, model))}
+            return {"accuracy": self._by_neighbours(model, self.test())}
         return evaluate(model, self.test(), self.task, accelerator)
 
+    def _by_neighbours(self, model: nn.Module, batches: Iterable[Any]) -> float:
+        assert self.neighbours is not None
+        return distributed.on_main(partial(self.neighbours, model, batches))
+
     def on_held_out(self, live: Wrapped, accelerator: Accelerator | None = None) -> float | None:
-        """Return the primary metric on the images held out; None where there are none."""
+        """Return the primary metric on the images held out, of a pretext the accuracy of nearest
+        neighbours; None where there are none."""
         if self.held_out is None:
             return None
         with _served(live, accelerator) as model:
+            if self.without_classifier(live):
+                return self._by_neighbours(model, self.held_out())
             metrics = evaluate(model, self.held_out(), self.task, accelerator)
         return metrics[self.task.primary.name]
 

@@ -144,8 +144,7 @@ def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     if short is None:
         known = roles.neighbours(images, prepared.images.held_out)
         bank = partial(data.batches, known, max(spec.batch_size, 256), shuffle=True)
-        test = judge.test
-        judge = replace(judge, neighbours=lambda model: knn.score(model, bank(), test()))
+        judge = replace(judge, neighbours=lambda model, on: knn.score(model, bank(), on))
 
     def batches(epoch: int, start: int, visits: Tensor | None = None) -> Iterable[Any]:
         loader = data.batches(

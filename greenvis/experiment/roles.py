@@ -56,6 +56,11 @@ def check(prepared: Prepared, live: Wrapped) -> None:
             "data.labels is 0, so no training image says how good the features are: set "
             "data.held_out, whose images are the neighbours then"
         )
+    if job.arm.train.target is not None:
+        raise BadInput(
+            "data.labels is 0, so the images held out are the neighbours, and none are left to "
+            "look for train.target on: leave it out, or give labels"
+        )
 
 
 def neighbours(trained: data.ImageSet, held_out: data.ImageSet | None) -> data.ImageSet:

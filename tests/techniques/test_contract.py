@@ -22,7 +22,9 @@ WORKS = {
     "adapter_probe": 9,
     "balance": 20,
     "bitfit": 20,
+    "byol": 20,
     "consistency": 20,
+    "dino": 20,
     "distill": 20,
     "early_exit": 20,
     "ema": 20,
@@ -36,6 +38,7 @@ WORKS = {
     "low_precision": 20,
     "lwf": 20,
     "mae": 8,
+    "moco": 20,
     "ncm": 20,
     "norm_tune": 20,
     "packnet": 20,
@@ -56,6 +59,7 @@ WORKS = {
     "tent": 20,
     "token_merge": 9,
     "token_prune": 7,
+    "vicreg": 20,
 }
 # each time: one technique on all hosts, every technique and example on a few; slow: all on all
 FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "plain")

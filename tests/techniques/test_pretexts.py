@@ -18,8 +18,9 @@ from greenvis.core.surgery import Snapshot
 from greenvis.core.technique import Samples
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
+from greenvis.techniques._shared.views import random_view
 from greenvis.techniques.annotation.contrastive.rotation import Rotation, turned
-from greenvis.techniques.annotation.contrastive.simclr import Simclr, nt_xent, random_view
+from greenvis.techniques.annotation.contrastive.simclr import Simclr, nt_xent
 from greenvis.techniques.iteration.peft.lora import Lora
 from greenvis.techniques.iteration.reuse.feature_distill import FeatureDistill, whitened_loss
 

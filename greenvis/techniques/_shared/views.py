@@ -12,26 +12,33 @@ _ASPECT = 4 / 3  # a crop's sides are to each other at most as this, stretched b
 _CUT = 0.5  # of a side, the longest side of what a strong view leaves out
 
 
-def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -> Tensor:
+def random_view(
+    images: Tensor,
+    area: float | tuple[float, float],
+    colour: float,
+    flip: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
     """Return another look at each image, drawn from torch's random state, in one resampling.
 
     Args:
         images: (batch, channels, height, width).
-        area: least share of the image that a crop shows; its sides are stretched by up to 4 : 3,
-            and it is brought back to the image's size.
+        area: least share of the image that a crop shows, or least and greatest; its sides are
+            stretched by up to 4 : 3, and it is brought to `size`.
         colour: greatest change of contrast (a factor about the image's mean) and of brightness (a
             shift in units of its standard deviation).
         flip: whether half of the images are turned left to right.
+        size: (height, width) of the views in pixels; None: the images'.
 
     Returns:
-        The views, of the images' shape and dtype.
+        The views, of the images' dtype.
     """
     count, device = len(images), images.device
 
     def drawn(low: float, high: float) -> Tensor:
         return torch.rand(count, device=device) * (high - low) + low
 
-    share = drawn(area, 1.0)
+    share = drawn(*(area if isinstance(area, tuple) else (area, 1.0)))
     # both sides within the image
     stretch = (drawn(-1.0, 1.0) * share.log().neg().clamp(max=math.log(_ASPECT))).exp().sqrt()
     height, width = share.sqrt() / stretch, share.sqrt() * stretch
@@ -43,11 +50,33 @@ def random_view(images: Tensor, area: float, colour: float, flip: bool = True) -
     theta = torch.stack(
         [torch.stack([width * turned, zero, across], 1), torch.stack([zero, height, down], 1)], 1
     )
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    shape = [*images.shape[:2], *(size or images.shape[2:])]
+    grid = F.affine_grid(theta, shape, align_corners=False)
     out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
     mean, deviation = out.mean((1, 2, 3), keepdim=True), out.std((1, 2, 3), keepdim=True)
     contrast, brightness = (drawn(-colour, colour).view(-1, 1, 1, 1) for _ in range(2))
     return ((out - mean) * (1 + contrast) + mean + brightness * deviation).to(images.dtype)
+
+
+def random_views(
+    images: Tensor,
+    count: int,
+    area: float | tuple[float, float],
+    colour: float,
+    flip: bool = True,
+    size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Return several `random_view`s of each image in one batch, view by view.
+
+    Args:
+        images: (batch, channels, height, width).
+        count: Views of each.
+        area, colour, flip, size: Of `random_view`.
+
+    Returns:
+        (count · batch, channels, height, width).
+    """
+    return torch.cat([random_view(images, area, colour, flip, size) for _ in range(count)])
 
 
 def strong_view(images: Tensor, area: float, colour: float) -> Tensor:

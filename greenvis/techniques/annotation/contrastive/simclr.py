@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import InputShape, Installed, Technique
-from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
-from greenvis.techniques._shared.representation import Representation
-from greenvis.techniques._shared.views import random_view
-
-_CHILD = "simclr"
+from greenvis.core.technique import Installed
+from greenvis.techniques.annotation.contrastive._views import InstalledViews, ViewPretext, mlp
 
 
 def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
@@ -39,7 +34,7 @@ def nt_xent(first: Tensor, second: Tensor, temperature: float = 0.5) -> Tensor:
     return F.cross_entropy(likeness, partner)
 
 
-class Simclr(Technique):
+class Simclr(ViewPretext):
     """Pretrain a model to know two random views of an image for one another among a batch (SimCLR:
     Chen et al., 2020).
 
@@ -57,56 +52,26 @@ class Simclr(Technique):
     """
 
     name = "simclr"
-    stage = "objective"
-    tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
-    needs = frozenset({"trainable_base"})
     examples = ({"dim": 8},)
 
     temperature: float = Field(
         default=0.5, gt=0, description="divides the cosines: smaller looks at the nearest more"
     )
     dim: int = Field(default=128, ge=2, description="width of the projection")
-    area: float = Field(
-        default=0.25, gt=0, le=1, description="smallest share of the image that a view shows"
-    )
-    colour: float = Field(
-        default=0.4, ge=0, le=1, description="how far contrast and brightness change"
-    )
-    flip: bool = Field(default=True, description="turn views left to right half the time")
-    input_shape: InputShape = None
 
     def install(self, model: nn.Module) -> Installed:
         """Put the projection in. Raises BadInput for a model that shows no classifier."""
-        representation = Representation(model, view(model, self.input_shape, probe=False))
+        representation = self.represent(model)
         width = representation.dim
-        projection = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, self.dim))
-        return InstalledSimclr(
-            self, representation.add(_CHILD, projection), representation, projection
-        )
+        heads: dict[str, nn.Module] = {"project": mlp(width, width, self.dim)}
+        return InstalledSimclr(self, representation, heads)
 
 
-class InstalledSimclr(Installed):
-    """Pretraining at work: the loop's forward is its own."""
-
-    pretext = True
-
-    def __init__(
-        self,
-        request: Simclr,
-        names: tuple[str, ...],
-        representation: Representation,
-        projection: nn.Module,
-    ) -> None:
-        super().__init__(names)
-        self.request, self.representation, self.projection = request, representation, projection
+class InstalledSimclr(InstalledViews[Simclr]):
+    """Two views told from the rest of the batch."""
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"simclr"}: `nt_xent` of two views of images x (batch, channels, height,
         width)."""
-        request = self.request
-        views = [random_view(x, request.area, request.colour, request.flip) for _ in range(2)]
-        first, second = self.projection(self.representation(torch.cat(views))).chunk(2)
-        return {"simclr": nt_xent(first, second, request.temperature)}
+        first, second = self.project(self.request.views(x)).chunk(2)
+        return {"simclr": nt_xent(first, second, self.request.temperature)}
