@@ -26,12 +26,16 @@ class Bags(ImageSet):
         images: Those in the bags.
         members: Positions in `images` of each bag, int64 (n,).
         labels: Of each bag, int64 (N,).
+        positive: Classes of images that make a bag positive, for judging what a model says of
+            single images; () where nobody knows.
     """
 
     label_kind = "bag"
 
-    def __init__(self, images: ImageSet, members: Sequence[Tensor], labels: Any) -> None:
-        self.images, self.members = images, list(members)
+    def __init__(
+        self, images: ImageSet, members: Sequence[Tensor], labels: Any, positive: Sequence[int] = ()
+    ) -> None:
+        self.images, self.members, self.positive = images, list(members), tuple(positive)
         shown = Lazy(lambda bag: images.split.take(self.members[bag]).images, range(len(members)))
         first = torch.tensor([int(rows[0]) for rows in members], dtype=torch.int64)
         super().__init__(Split(shown, labels), images.ids[first], images.transform)
@@ -49,19 +53,29 @@ class Bags(ImageSet):
     def take(self, positions: Sequence[int] | Tensor) -> ImageSet:
         """Return some of the bags."""
         bags = torch.as_tensor(positions, dtype=torch.int64)
-        return Bags(self.images, [self.members[b] for b in bags.tolist()], self.targets[bags])
+        members = [self.members[b] for b in bags.tolist()]
+        return Bags(self.images, members, self.targets[bags], self.positive)
 
     def shown(self, transform: Transform) -> ImageSet:
         """Return the same bags, their images augmented otherwise."""
-        return Bags(self.images.shown(transform), self.members, self.targets)
+        return Bags(self.images.shown(transform), self.members, self.targets, self.positive)
 
     def relabeled(self, labels: Any) -> ImageSet:
         """Return the same bags with other labels."""
-        return Bags(self.images, self.members, labels)
+        return Bags(self.images, self.members, labels, self.positive)
 
     def unlabeled(self) -> ImageSet:
         """Return the same bags, of which nothing is known."""
         return Bags(self.images.unlabeled(), self.members, torch.full((len(self),), -1))
+
+    @property
+    def makes_positive(self) -> Tensor | None:
+        """Which images make their bag positive, bag by bag, bool (rows,); None where nobody
+        knows."""
+        if not self.positive:
+            return None
+        labels = self.images.targets[torch.cat(self.members)]
+        return torch.isin(labels, torch.tensor(self.positive))
 
     def key(self) -> dict[str, str]:
         """Return what a cache of outputs over this set depends on."""
@@ -118,4 +132,5 @@ def deal(images: ImageSet, positive: Sequence[int], size: int, seed: int) -> Bag
         members[-1] += [rest.pop() for _ in range(sizes[bag] - own)]
     order = torch.randperm(2 * pairs, generator=generator).tolist()
     truth = torch.tensor([int(bag < pairs) for bag in order])
-    return Bags(images, [torch.tensor(members[bag]).sort().values for bag in order], truth)
+    packed = [torch.tensor(members[bag]).sort().values for bag in order]
+    return Bags(images, packed, truth, positive)

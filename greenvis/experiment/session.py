@@ -15,7 +15,7 @@ from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import lineage, loggers, loop, parts, roles, stages
+from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages
 from greenvis.experiment.jobs import (
     WEIGHTS_FILE,
     Job,
@@ -222,6 +222,7 @@ class Session:
             live = outcome.live
             metrics = _calibrated(prepared, live, tracker) or outcome.metrics
             distributed.on_main(lambda: roles.on_tests(prepared, live, tracker, metrics))
+            distributed.on_main(lambda: instances.on_test(prepared, live, tracker))
             if prepared.stream is not None:
                 facts = prepared.stream.facts()
                 tracker.fact(stream=facts, task_observed=outcome.observed, **outcome.rows)

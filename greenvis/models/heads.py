@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from greenvis.core.weights import first_line
 from greenvis.errors import BadInput
+from greenvis.models.bag_head import Bags
 from greenvis.models.structure import View, view
 from greenvis.models.structure.layout import as_map
-from greenvis.tasks.answers import is_tensor, logits_of
-
-HIDDEN = 128  # units of a bag's attention
+from greenvis.tasks.answers import is_tensor
 
 
 def with_head(model: nn.Module, head: str, classes: int, size: Any = None) -> nn.Module:
@@ -23,8 +22,8 @@ def with_head(model: nn.Module, head: str, classes: int, size: Any = None) -> nn
 
     Args:
         model: A backbone with its classifier.
-        head: "dense": a class per pixel. "mean", "max", "attention": a class per bag of images, by
-            what is pooled over the bag.
+        head: "dense": a class per pixel. "mean", "max", "attention", "gated", "transmil": a class
+            per bag of images, by what is pooled over the bag (`models.bag_head`).
         classes: How many.
         size: The images' side, or (height, width), in pixels, where the model does not say.
 
@@ -120,63 +119,6 @@ class Dense(nn.Module):
             for project, m in zip(self.projections, self._features(x), strict=True)
         ]
         return torch.stack(parts).sum(0)
-
-
-class Bags(nn.Module):
-    """A class for each bag of images: their embeddings, pooled over the bag, then a linear layer.
-
-    Args:
-        backbone: A classifier; the classifier leaves it.
-        structure: `structure.view` of it.
-        pooling: "mean", "max", or "attention" (Ilse et al., 2018, eq. 8).
-        classes: How many.
-    """
-
-    def __init__(self, backbone: nn.Module, structure: View, pooling: str, classes: int) -> None:
-        super().__init__()
-        if len(structure.heads) != 1:
-            raise BadInput(
-                f"`head: {pooling}` wants a backbone with one classifier, and this "
-                f"{type(backbone).__name__} has {len(structure.heads)}"
-            )
-        backbone.set_submodule(structure.heads[0], nn.Identity())
-        self.backbone, self.pooling = backbone, pooling
-        with torch.no_grad():
-            mode = backbone.training
-            width = logits_of(backbone.eval()(structure.example)).shape[1]
-            backbone.train(mode)
-        self.attend = nn.Sequential(nn.Linear(width, HIDDEN), nn.Tanh(), nn.Linear(HIDDEN, 1))
-        if pooling != "attention":
-            del self.attend
-        self.classify = nn.Linear(width, classes)
-
-    def forward(self, images: Tensor, bag: Tensor | None = None) -> Tensor:
-        """Return logits (bags, classes).
-
-        Args:
-            images: (rows, channels, height, width), of all bags.
-            bag: Which bag each is of, int64 (rows,) from 0 on without gaps; None: each its own.
-        """
-        embedded = logits_of(self.backbone(images))
-        if bag is None:
-            bag = torch.arange(len(images), device=images.device)
-        bags = int(bag.max()) + 1 if len(bag) else 0
-        return self.classify(self._pooled(embedded, bag, bags))
-
-    def _pooled(self, embedded: Tensor, bag: Tensor, bags: int) -> Tensor:
-        empty = embedded.new_zeros(bags, embedded.shape[1])
-        if self.pooling == "max":
-            rows = bag[:, None].expand_as(embedded)
-            return empty.scatter_reduce(0, rows, embedded, "amax", include_self=False)
-        weights = torch.ones_like(embedded[:, 0])
-        if self.pooling == "attention":
-            scores = self.attend(embedded)[:, 0]
-            highest = scores.new_zeros(bags).scatter_reduce(
-                0, bag, scores, "amax", include_self=False
-            )
-            weights = (scores - highest.detach()[bag]).exp()
-        totals = weights.new_zeros(bags).index_add(0, bag, weights)
-        return empty.index_add(0, bag, embedded * (weights / totals[bag])[:, None])
 
 
 def _drop_unused(backbone: nn.Module, maps: list[Tensor]) -> None:

@@ -26,6 +26,13 @@ class Bags(Task):
     secondary: ClassVar[tuple[Measure, ...] | None] = (Measure("bag_accuracy"),)
     unit: ClassVar[str] = "bag"
 
+    def facts(self) -> dict[str, Any]:
+        """Return what a run's record says of its task; "instance_auc" is how well images are ranked
+        within positive bags, where the data knows which make them so."""
+        facts = super().facts()
+        facts["metrics"].append(Measure("instance_auc")._asdict())
+        return facts
+
     def outputs(self, raw: Any) -> Tensor:
         """Return the logits (bags, classes). Raises BadInput for what has none."""
         logits = answers.logits_of(raw)

@@ -55,7 +55,7 @@ def test_a_change_in_a_corner_changes_that_corner_most() -> None:
     assert change[:, :16, :16].mean() > 2 * change[:, -16:, -16:].mean()
 
 
-@pytest.mark.parametrize("pooling", ["mean", "max", "attention"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention", "gated", "transmil"])
 def test_bags_are_pooled_each_by_itself_whatever_is_packed_beside(pooling: str) -> None:
     torch.manual_seed(0)
     model, x = _build("timm-vit", pooling)
@@ -64,15 +64,57 @@ def test_bags_are_pooled_each_by_itself_whatever_is_packed_beside(pooling: str) 
     with torch.no_grad():
         both = model(x, bag)
         torch.testing.assert_close(both[0], model(x[[1]], torch.tensor([0]))[0])
-        torch.testing.assert_close(both[1], model(x[[2, 0]], torch.tensor([0, 0]))[0])
+        torch.testing.assert_close(both[1], model(x[[0, 2]], torch.tensor([0, 0]))[0])
         embedded = model.backbone(x)
         want = {"mean": embedded[[0, 2]].mean(0), "max": embedded[[0, 2]].amax(0)}
-        if pooling == "attention":
-            weights = model.attend(embedded[[0, 2]]).softmax(0)
-            want["attention"] = (weights * embedded[[0, 2]]).sum(0)
-        torch.testing.assert_close(both[1], model.classify(want[pooling]))
+        if pooling in ("attention", "gated"):
+            h = embedded[[0, 2]]
+            v, w, gate = model.attend[0], model.attend[2], model.attend.gate
+            hidden = (h @ v.weight.T + v.bias).tanh()
+            if gate is not None:
+                hidden = hidden * (h @ gate[0].weight.T + gate[0].bias).sigmoid()
+            weights = (hidden @ w.weight.T + w.bias).softmax(0)
+            want[pooling] = (weights * h).sum(0)
+        if pooling != "transmil":
+            torch.testing.assert_close(both[1], model.classify(want[pooling]))
         each = model(x)  # without bags each image is one, so that a model is looked at as any
         torch.testing.assert_close(each[1], both[0])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max", "attention", "gated", "transmil"])
+def test_images_are_scored_in_their_own_order(pooling: str) -> None:
+    torch.manual_seed(0)
+    model, x = _build("timm-vit", pooling)
+    bag = torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        scores = model.eval().instance_scores(x, bag)
+        apart = model.instance_scores(x[[1]], torch.tensor([0]))
+        two = model.instance_scores(x[[0, 2]], torch.tensor([0, 0]))
+    torch.testing.assert_close(scores, torch.stack([two[0], apart[0], two[1]]))
+
+
+@pytest.mark.parametrize("pooling", ["attention", "gated"])
+def test_packed_bags_keep_at_most_0_6_of_what_padded_ones_do(pooling: str) -> None:
+    """Bytes kept for the backward: bags of 2 to 50 images as they are, and all filled up to 50."""
+    model, _ = _build("timm-vit", pooling)
+    sizes = torch.linspace(2, 50, 13).long()
+
+    def kept(sizes: torch.Tensor) -> int:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.rand(int(sizes.sum()), 3, 32, 32)
+        bag = torch.arange(len(sizes)).repeat_interleave(sizes)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            logits = model.train()(x, bag)
+        assert logits.shape[0] == len(sizes)
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(size for at, size in storages.items() if at not in weights)
+
+    assert kept(sizes) <= 0.6 * kept(torch.full_like(sizes, 50))
 
 
 def test_a_head_is_asked_for_by_reference_and_saved_with_the_model(tmp_path: Path) -> None:
