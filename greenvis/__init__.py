@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.generalise.ema import Ema
     from greenvis.techniques.data.generalise.sam import Sam
     from greenvis.techniques.data.sampling.balance import Balance
-    from greenvis.techniques.data.test_time.tent import Tent
+    from greenvis.techniques.data.test_time.test_time import TestTime
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
@@ -80,8 +80,8 @@ __all__ = [
     "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Ncm",
     "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext", "Regularize",
     "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique",
-    "Tent", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report",
-    "run", "track", "wrap",
+    "TestTime", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe",
+    "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

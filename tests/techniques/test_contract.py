@@ -56,7 +56,7 @@ WORKS = {
     "sam": 20,
     "side": 9,
     "simclr": 20,
-    "tent": 20,
+    "test_time": 20,
     "token_merge": 9,
     "token_prune": 7,
     "vicreg": 20,

@@ -17,7 +17,8 @@ from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
 from greenvis.experiment.layers import Layers
 from greenvis.experiment.recipe import TrainSpec
-from greenvis.techniques.data.generalise.sam import Sam, ascent
+from greenvis.techniques._shared.ascent import ascent
+from greenvis.techniques.data.generalise.sam import Sam
 
 X = torch.randn(13, 6, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(13) % 3

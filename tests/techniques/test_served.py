@@ -20,7 +20,6 @@ from greenvis.experiment import loop
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.techniques.data.adapt.adabn import Adabn, Moments
 from greenvis.techniques.data.generalise.ema import Ema, decay_at
-from greenvis.techniques.data.test_time.tent import Tent, entropy
 
 X = torch.randn(24, 2, 5, 5, generator=torch.Generator().manual_seed(1))
 Y = torch.arange(24) % 3
@@ -206,61 +205,6 @@ def test_a_network_without_batch_norms_and_a_missing_target_are_refused() -> Non
         live.feed(unlabeled=[X])
 
 
-# -- adaptation as it answers ---------------------------------------------------------------------
-
-
-def test_each_batch_is_answered_before_the_step_it_teaches() -> None:
-    """By hand: statistics of the batch, entropy, SGD with momentum on scale and shift alone."""
-    batches, lr, momentum = X.split(8), 0.05, 0.5
-    live = gv.wrap(_net(), Tent(lr=lr, momentum=momentum))
-    with torch.inference_mode(), live.served() as model:  # as evaluations run
-        model.eval()
-        answers = [model(x) for x in batches]
-    mine = _net()
-    optimizer = torch.optim.SGD(
-        [p for m in (mine[0], mine[2]) for p in m.parameters()], lr=lr, momentum=momentum
-    )
-    for x, got in zip(batches, answers, strict=True):
-        logits = mine(x)
-        assert torch.allclose(got, logits, atol=1e-5)
-        p = logits.softmax(1)
-        optimizer.zero_grad()
-        (-(p * p.log()).sum(1).mean()).backward()
-        optimizer.step()
-    assert torch.allclose(entropy(torch.zeros(2, 7)), torch.tensor(7.0).log().repeat(2))
-
-
-def test_it_begins_anew_with_the_trained_weights_each_time() -> None:
-    live = gv.wrap(_net(), [Tent(lr=0.5), gv.Ema(decay=0.5)])
-    _train(live)
-    before = copy.deepcopy(live.model.state_dict())
-    flags = {n: p.requires_grad for n, p in live.model.named_parameters()}
-    answers = []
-    for _ in range(2):
-        with live.served() as model:
-            model.eval()
-            answers.append([model(x) for x in X.split(8)])
-    assert all(map(torch.equal, *answers))
-    assert not any(a.requires_grad for a in answers[0])
-    assert _same(live.model.state_dict(), before)
-    assert {n: p.requires_grad for n, p in live.model.named_parameters()} == flags
-    assert "forward" not in vars(live.model)
-    with pytest.raises(GreenvisError, match="learns while it answers"):
-        live.merge()
-
-
-def test_a_single_image_is_answered_as_the_model_was_trained() -> None:
-    live = gv.wrap(_net(), Tent(lr=0.5))
-    plain = live.model.eval()(X[:1])
-    with live.served() as model:
-        assert torch.equal(model.eval()(X[:1]), plain)
-        assert torch.equal(model(X[:1]), plain)  # and nothing was learned
-        model(X[:8])
-        assert not torch.equal(model(X[:1]), plain)
-    with pytest.raises(BadInput, match="has none"):
-        gv.wrap(nn.Sequential(nn.Linear(2, 2)), Tent())
-
-
 RECIPE = """
 name: served
 data: {name: digits, train: 60, test: 40}
@@ -268,7 +212,7 @@ model: {ref: timm/resnet10t, in_chans: 1, block_args: {}}
 train: {epochs: 1, batch_size: 30}
 arms:
   plain: {}
-  tent: {techniques: [tent]}
+  tent: {techniques: [test_time]}
   ema: {techniques: [ema]}
 """
 
@@ -281,9 +225,10 @@ def test_a_run_measures_what_is_served_and_export_refuses_what_adapts(tmp_path: 
     file.write_text(RECIPE.replace(", block_args: {}", ""))
     folder = gv.run(file, runs=tmp_path / "runs")
     runs = {read(path).header["arm"]: read(path) for path in find([folder])}
-    assert runs["tent"].facts["adapts"] == ["tent"]
+    assert runs["tent"].facts["adapts"] == ["test_time"]
+    assert [row["batches"] for row in runs["tent"].facts["test_time"]] == [1]
     assert {run.status for run in runs.values()} == {"done"}
-    with pytest.raises(BadInput, match="tent learns while it answers, which no file holds"):
+    with pytest.raises(BadInput, match="test_time learns while it answers, which no file holds"):
         export(folder / "tent" / "seed0", "safetensors", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert export(folder / "ema" / "seed0", "safetensors", tmp_path / "out")["max_difference"] == 0
