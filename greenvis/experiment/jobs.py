@@ -28,6 +28,7 @@ DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
 CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
 BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
 SUBSET_FILE = "subset.safetensors"
+ROUNDS_FILE = "rounds.json"  # which labels were bought
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,8 @@ class Jobs:
                 inputs["stream"] = arm.stream.model_dump()
             if arm.subset is not None:
                 inputs["subset"] = arm.subset.model_dump()
+            if arm.active is not None:
+                inputs["active"] = arm.active.model_dump()
             if arm.stages:
                 inputs["stages"] = [_stage(stage) for stage in arm.stages]
             if weight_files := model_files(arm, recipe.folder):
@@ -302,7 +305,7 @@ def forget(job: Job, done: bool = True) -> None:
     for pattern in (
         "*-" + CHECKPOINT_FILE,
         "*-" + BOUNDARY,
-        *(["*-" + SUBSET_FILE] if done else []),
+        *(["*-" + SUBSET_FILE, "*-" + ROUNDS_FILE] if done else []),
     ):
         for checkpoint in job.folder.glob(pattern):
             checkpoint.unlink()
@@ -314,10 +317,11 @@ def check_shares(job: Job, images: data.Data) -> None:
     many, where = distributed.world_size(), job.recipe.where("arms", job.arm.name)
     if many == 1:
         return
-    if job.arm.stream is not None:
+    if job.arm.stream is not None or job.arm.active is not None:
+        what = "a stream of tasks" if job.arm.stream is not None else "labels bought in rounds"
         raise BadInput(
-            f"{job.recipe.where('data', 'stream')}: a recipe learns a stream of tasks as one "
-            "process, and this is one of "
+            f"{where if job.arm.active else job.recipe.where('data', 'stream')}: a recipe learns "
+            f"{what} as one process, and this is one of "
             f"{many}: start it without the launcher, or give each process its share in a loop of "
             "your own (gv.wrap, gv.track)"
         )

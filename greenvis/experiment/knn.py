@@ -3,7 +3,8 @@ classifier is handed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
@@ -53,19 +54,26 @@ def features(
     """
     path = head if head is not None else head_of(model)
     device = next(model.parameters()).device
-    seen: list[Tensor] = []
-    hook = model.get_submodule(path).register_forward_pre_hook(
-        lambda module, args: seen.append(args[0].flatten(1))
-    )
     labels: list[Tensor] = []
+    with head_inputs(model, path) as inputs, in_mode(model, False), torch.inference_mode():
+        for x, y in batches:
+            model(x.to(device))
+            labels.append(y.to(device))
+    return torch.cat(inputs), torch.cat(labels)
+
+
+@contextmanager
+def head_inputs(model: nn.Module, path: str) -> Iterator[list[Tensor]]:
+    """Give a list that fills with what the classifier at `path` is handed, (batch, dim) each, as
+    the model is called within."""
+    inputs: list[Tensor] = []
+    hook = model.get_submodule(path).register_forward_pre_hook(
+        lambda module, args: inputs.append(args[0].flatten(1))
+    )
     try:
-        with in_mode(model, False), torch.inference_mode():
-            for x, y in batches:
-                model(x.to(device))
-                labels.append(y.to(device))
+        yield inputs
     finally:
         hook.remove()
-    return torch.cat(seen), torch.cat(labels)
 
 
 def score(model: nn.Module, train: Iterable[Any], test: Iterable[Any], most: int = 2000) -> float:

@@ -227,7 +227,7 @@ def _collect(job: Job, lines: dict[str, dict[str, Any]]) -> None:
     for ref, used in job.uses.items():
         attempts = _attempts(used)
         line = {
-            "role": "base" if ref == job.arm.model.init else named[ref],
+            "role": "base" if ref == job.arm.model.init else named.get(ref, "features"),
             "name": used.name,
             "seed": used.seed,
             "runs": [processes[0].id for processes in attempts],

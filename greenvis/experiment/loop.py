@@ -118,7 +118,7 @@ def run(prepared: Prepared, tracker: Tracker, *, log_with: Sequence[str] = ()) -
     delta = stages.delta() if stages else loop.live.state_dict()
     return Outcome(
         loop.live, progress.metrics, epochs, progress.reached, delta, progress.rows,
-        progress.observed,
+        progress.observed, progress.rounds,
     )  # fmt: skip
 
 
@@ -155,6 +155,10 @@ class Loop:
         epochs."""
         progress, resumed = self.progress, self._left is not None
         before, begun = self.run.observed(), time.monotonic()
+        if part.begin is not None:
+            part = part.begin(self.live)
+        if part.round and not resumed:
+            progress.metrics = {}  # of the round before
         if self._first is not None:
             self.live.load_state_dict(self._first)
         if part.experience is not None:
@@ -166,12 +170,16 @@ class Loop:
                 self.live.end_experience(part.finished)
         if part.index is not None:
             self._evaluate_experiences(part.index)
+        elif not progress.metrics:
+            self._evaluate()
+        if part.index is not None or part.round:
             spent = {q: v - before.get(q, 0.0) for q, v in self.run.observed().items()}
             spent |= {"from_s": begun, "to_s": time.monotonic()}
             progress.observed.append(None if resumed else spent)
+        if part.index is not None:
             self.log(task=part.index + 1, **progress.metrics)
-        elif not progress.metrics:
-            self._evaluate()
+        if part.round:
+            progress.rounds.append({"labels": len(part.images or ()), **progress.metrics})
         epochs = part.spec.epochs if part.index is not None else progress.epoch
         progress.part, progress.epoch = number + 1, 0
         return epochs

@@ -53,6 +53,9 @@ class Part:
         feeds: Second streams of images, by name (`core.feeds.STREAMS`).
         restart: Whether it begins with the weights that the first part began with.
         count: Records what labels it takes, of the model with the techniques on it.
+        begin: What it is when it begins, asked of the model as the part before left it; None: as it
+            stands.
+        round: Of labels bought, from 1; 0 where none are.
     """
 
     spec: TrainSpec
@@ -72,6 +75,8 @@ class Part:
     feeds: Mapping[str, data.ImageSet] = field(default_factory=dict)
     restart: bool = False
     count: Callable[[Wrapped], None] = lambda live: None
+    begin: Callable[[Wrapped], Part] | None = None
+    round: int = 0
 
 
 class Repeatable:
@@ -137,8 +142,13 @@ def check_visits(live: Wrapped, chosen: bool) -> None:
 
 def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     """Return the training on a data set, or on what is chosen of it."""
+    return of_images(prepared, prepared.training(tracker), tracker)
+
+
+def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Part:
+    """Return the training on some of the job's images."""
     spec, short = prepared.job.arm.train, prepared.short
-    images, stage = prepared.training(tracker), prepared.job.arm.stage
+    stage = prepared.job.arm.stage
     caches = prepared.job.caches(prepared.runs) if short is None else short.caches
     judge = evaluator(prepared)
     if short is None:

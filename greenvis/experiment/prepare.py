@@ -19,7 +19,7 @@ from greenvis.core.technique import Technique
 from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput
-from greenvis.experiment import parts
+from greenvis.experiment import parts, rounds
 from greenvis.experiment.jobs import (
     BOUNDARY,
     CHECKPOINT_FILE,
@@ -214,7 +214,8 @@ class Prepared:
             train: what it trains on.
             test: what it is tested on.
         """
-        update = {"train": spec, "stream": None, "subset": None, "stages": (), "stage": ""}
+        update = {"train": spec, "stream": None, "subset": None, "active": None}
+        update |= {"stages": (), "stage": ""}
         job = replace(self.job, arm=self.job.arm.model_copy(update=update))
         images = replace(self.images, train=train, test=test, held_out=None)
         return replace(self, job=job, images=images, short=short)
@@ -225,6 +226,8 @@ class Prepared:
             return [parts.of_data(stage, tracker) for stage in self.stages]
         if self.stream is not None:
             return parts.of_stream(self, self.stream, tracker)
+        if self.job.arm.active is not None:
+            return rounds.of_active(self, self.job.arm.active, tracker)
         return [parts.of_data(self, tracker)]
 
     def training(self, tracker: Tracker) -> data.ImageSet:

@@ -27,7 +27,8 @@ class Progress:
         metrics: Of the last evaluation, by name.
         reached: Whether that reached the target.
         rows: Of a stream, the primary metric on each experience's test, a row an experience.
-        observed: What each experience took; None where it was interrupted.
+        observed: What each experience, or round, took; None where it was interrupted.
+        rounds: Of labels bought in rounds, {"labels": all so far, and the metrics} after each.
     """
 
     part: _Count = 0
@@ -40,6 +41,7 @@ class Progress:
     reached: bool = False
     rows: dict[str, list[list[float | None]]] = field(default_factory=dict)
     observed: list[dict[str, float] | None] = field(default_factory=list)
+    rounds: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Outcome:
         delta: What it changed or added, by name.
         rows: Of a stream, "task_accuracy" and "task_accuracy_known": the primary metric on each
             experience's test, a row an experience. None where it was not measured.
-        observed: What each experience of a stream took; None where it was interrupted.
+        observed: What each experience of a stream, or round, took; None where it was interrupted.
+        rounds: Of labels bought in rounds, {"labels": all so far, and the metrics} after each.
     """
 
     live: Wrapped
@@ -64,3 +67,4 @@ class Outcome:
     delta: dict[str, Tensor]
     rows: dict[str, list[list[float | None]]]
     observed: list[dict[str, float] | None]
+    rounds: list[dict[str, float]]

@@ -203,6 +203,41 @@ class SubsetSpec(_Section):
         )
 
 
+class ActiveSpec(_Section):
+    """Labels bought in rounds, of images that a query chooses; the model is trained after each, and
+    all of it is the arm's. The labels of images that were not bought are never looked at."""
+
+    query: Literal["random", "entropy", "margin", "kcenter", "badge", "typiclust"] = Field(
+        "random",
+        description="drawn; most uncertain (entropy, margin); farthest from those labelled "
+        "(kcenter); k-means++ on gradients (badge); the most typical of clusters (typiclust)",
+    )
+    start: Positive = Field(
+        20, description="labels of the first round: drawn, or chosen where `features` are there"
+    )
+    step: Positive = Field(20, description="labels of each further round")
+    rounds: Annotated[int, Field(ge=1, le=10_000, description="with the first")] = 4
+    retrain: Literal["scratch", "warm"] = Field(
+        "scratch", description="each round begins with the first weights, or where the last ended"
+    )
+    features: str | None = Field(
+        None,
+        pattern="^run:",
+        description="run:NAME, whose model gives the features of kcenter and typiclust; the arm's "
+        "own where absent",
+    )
+
+    def counts(self) -> list[int]:
+        """Return how many labels there are after each round."""
+        return [self.start + self.step * i for i in range(self.rounds)]
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        if self.rounds == 1 and self.model_fields_set & {"step", "retrain"}:
+            raise ValueError("step and retrain are of further rounds, and rounds is 1")
+        return refuse_idle(self, {"features": ("query", ("kcenter", "typiclust"))})
+
+
 class ArmSpec(_Section):
     """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and
     `train`; techniques."""
@@ -220,6 +255,9 @@ class ArmSpec(_Section):
     )
     subset: SubsetSpec | None = Field(
         default=None, description="train on a few images a class only"
+    )
+    active: ActiveSpec | None = Field(
+        default=None, description="buy labels in rounds, of images that a query chooses"
     )
     data: dict[str, Any] = Field(
         default={},
@@ -286,6 +324,7 @@ class Arm(BaseModel):
     techniques: tuple[Technique, ...]
     stream: StreamSpec | None = None
     subset: SubsetSpec | None = None
+    active: ActiveSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()
     stages: tuple[Arm, ...] = ()
@@ -294,6 +333,8 @@ class Arm(BaseModel):
         """Return the references to other runs ("run:NAME") this arm builds on."""
         own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
         techniques = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
+        if self.active is not None and self.active.features is not None:
+            own.append(self.active.features)
         return own + [ref for t in techniques for ref in t.runs().values()]
 
 
@@ -380,7 +421,9 @@ class Recipe(_Section):
             if own is None
             else _valid(StreamSpec, own, self.where, ("arms", name, "stream")),
             subset=spec.subset,
+            active=spec.active,
         )
+        recipe_checks.refuse_active(self, arm)
         if arm.stream is not None and arm.subset is not None:
             raise BadInput(
                 f"{self.where('arms', name, 'subset')}: an arm has a subset or data.stream, not "

@@ -55,6 +55,33 @@ IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
 )
 
 
+def refuse_active(recipe: Recipe, arm: Arm) -> None:
+    """Raise BadInput where labels are bought in rounds, and what stands beside knows no rounds."""
+    if arm.active is None:
+        return
+    spec = recipe.arms[arm.name]
+    beside = {
+        "stages": spec.stages,
+        "subset": arm.subset,
+        "data.stream": arm.stream,
+        "data.labels": arm.data.labels is not None,
+        "train.target": arm.train.target is not None,
+    }
+    where = recipe.where("arms", arm.name, "active")
+    if wrong := [name for name, present in beside.items() if present]:
+        hint = {
+            "data.labels": "active says how many labels there are; set `data: {labels: null}` in "
+            "this arm",
+            "train.target": "it would end the first round; leave it out",
+        }.get(wrong[0], "leave one of them out")
+        raise BadInput(f"{where}: an arm has active or {wrong[0]}, not both: {hint}")
+    if arm.task.form != "classification":
+        raise BadInput(
+            f"{where}: active buys classes of images, and the task is '{arm.task.name}': leave it "
+            "out"
+        )
+
+
 def refuse_unknown_metric(recipe: Recipe) -> None:
     """Raise BadInput for a metric or a target that the recipe's task does not have."""
     arms = {name: recipe.arm(name) for name in recipe.arms}

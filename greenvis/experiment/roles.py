@@ -44,6 +44,14 @@ def check(prepared: Prepared, live: Wrapped) -> None:
                 f"data.{what} stands beside data.stream: its images are of tasks to come, too; "
                 "leave one of them out"
             )
+    if job.arm.active is not None:
+        if live.pretext:
+            raise BadInput("a pretext learns without labels, and active buys some: leave one out")
+        images.train.classes("active")
+        if (most := job.arm.active.counts()[-1]) > len(images.train):
+            raise BadInput(
+                f"active buys {most} labels, but there are {len(images.train)} training images"
+            )
     if images.train.known.any():
         return
     if not live.pretext or job.arm.stages or job.arm.stream or job.arm.subset:
@@ -77,14 +85,16 @@ def neighbours(trained: data.ImageSet, held_out: data.ImageSet | None) -> data.I
 def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     """Record what labels the training took, and what they were spent on.
 
-    A pretext takes none. Those held out are spent on thresholds where a technique calibrates,
-    else on choosing; those of the test where a target was looked for on it.
+    A pretext takes none, and those bought in rounds are counted as they are bought. Those held out
+    are spent on thresholds where a technique calibrates, else on choosing; those of the test where
+    a target was looked for on it.
     """
     images, arm = prepared.images, prepared.job.arm
     kind = images.train.label_kind or images.train.split.kind
     learned = 0 if live.pretext and not arm.stages else int(images.train.known.sum())
-    tracker.labels(kind, learned)
-    tracker.images("labelled", learned)
+    if arm.active is None:
+        tracker.labels(kind, learned)
+        tracker.images("labelled", learned)
     wanted = {stream for i in live.installed for stream in i.wants}
     for stream, role in (("unlabeled", "unlabelled"), ("target", "target")):
         beside = getattr(images, stream)

@@ -226,6 +226,9 @@ class Session:
             if prepared.stream is not None:
                 facts = prepared.stream.facts()
                 tracker.fact(stream=facts, task_observed=outcome.observed, **outcome.rows)
+            if job.arm.active is not None:
+                spec = {**job.arm.active.model_dump(), "bought": outcome.rounds}
+                tracker.fact(active=spec, task_observed=outcome.observed)
             tracker.fact(
                 **metrics,
                 epochs=outcome.epochs,

@@ -126,7 +126,9 @@ def _shares_left(prepared: Prepared) -> list[float]:
         return left
     spec = (each or [prepared])[over].job.arm.train
     stream, at = prepared.stream, checkpoint.read(file)["progress"]
+    active = prepared.job.arm.active
     sizes = [len(p) for p in stream.train] if stream else [len(_like_trained(prepared))]
+    sizes = active.counts() if active else sizes
     number = at["part"] - over
     shown = sum(sizes[: max(number, 0)]) * spec.epochs
     if 0 <= number < len(sizes):
@@ -154,6 +156,14 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     measured = _few(prepared, steps, GROUPS + 1)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
     shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
+    if active := prepared.job.arm.active:
+        trained = sum(math.ceil(n / spec.batch_size) for n in active.counts())
+        # and each query looks at all that may be chosen
+        queried = 0 if active.query == "random" else (active.rounds - 1) * len(images.train)
+        tested = active.rounds * evaluations * len(images.test) + queried
+        return _extrapolated(
+            measured, spec.epochs * trained / steps, tested / shown
+        ), measured.header
     if stream is None:
         return _extrapolated(
             measured, spec.epochs * batches / steps, evaluations * len(images.test) / shown
@@ -167,6 +177,8 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
 def _like_trained(prepared: Prepared) -> data.ImageSet:
     """Return as many images as the job trains on, and like them."""
     images, spec = prepared.images.train, prepared.job.arm.subset
+    if active := prepared.job.arm.active:
+        return images.take(range(active.counts()[-1]))
     return (
         images if spec is None else subsets.make(images, method="random", per_class=spec.per_class)
     )

@@ -160,6 +160,15 @@ class Labels(Part):
     by_seed: Seeds = {}
 
 
+class LabelRound(Part):
+    """A training in the course of buying labels: all labels so far, the metric after it, and what
+    it took, with the choice of its images."""
+
+    labels: Float
+    gain: Gain
+    energy_j: Seeds = {}
+
+
 class ArmResults(Part):
     """One arm: means over finished seeds."""
 
@@ -197,6 +206,8 @@ class ArmResults(Part):
     further: list[FurtherMetric] = []
     labels: list[Labels] = []
     images: dict[Word, Count] = {}  # by role
+    query: Word = ""  # by which labels were bought in rounds
+    label_rounds: list[LabelRound] = []
     macs: Count
     params: Count
     trainable_params: Count

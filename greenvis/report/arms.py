@@ -20,7 +20,7 @@ from greenvis.report import (
     settings,
     stats,
 )
-from greenvis.report.arm_results import ArmResults, Labels, Spent
+from greenvis.report.arm_results import ArmResults, LabelRound, Labels, Spent
 from greenvis.report.estimates import Estimate, FurtherMetric, Gain
 from greenvis.report.runs import Arm, RunSummary
 from greenvis.report.sums import mean_reading, sum_reading
@@ -109,6 +109,8 @@ def _where_present(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, A
         "further": _further(arm, metric),
         "labels": _labels(arm),
         "images": _images(arm),
+        "query": next((f.query for f in facts.values()), ""),
+        "label_rounds": _label_rounds(arm, metric),
     }
     return {key: value for key, value in out.items() if value}
 
@@ -151,8 +153,27 @@ def _images(arm: Arm) -> dict[str, float | None]:
     }
 
 
+def _label_rounds(arm: Arm, metric: str) -> list[LabelRound]:
+    """Return the rounds in which labels were bought, of those seeds that bought as many."""
+    facts = {seed: run.facts for seed, run in arm.finished.items() if run.facts.bought}
+    out = []
+    for i, first in enumerate(next(iter(facts.values())).bought if facts else ()):
+        count = first.get("labels", 0.0)
+        alike = {
+            s: f for s, f in facts.items() if i < len(f.bought) and f.bought[i]["labels"] == count
+        }
+        scores = {s: f.bought[i][metric] for s, f in alike.items() if metric in f.bought[i]}
+        joules = {s: f.task_energy_j[i] for s, f in alike.items() if i < len(f.task_energy_j)}
+        known = {s: j for s, j in joules.items() if j is not None}
+        out.append(LabelRound(labels=count, gain=_scored(scores), energy_j=text_keys(known)))
+    return out
+
+
 def _gain(arm: Arm, metric: str) -> Gain:
-    scores = _by_seed(arm, lambda run: run.metric(metric))
+    return _scored(_by_seed(arm, lambda run: run.metric(metric)))
+
+
+def _scored(scores: dict[int, float]) -> Gain:
     s = stats.summary(scores)
     return Gain(mean=s.mean, std=s.std, n=s.n, by_seed=text_keys(scores))
 

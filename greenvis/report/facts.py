@@ -130,7 +130,9 @@ class Facts:
     inference_spread: float | None
     latency_ms: dict[str, float]
     task_accuracy: list[list[Any]] | None
-    task_energy_j: list[float | None]
+    task_energy_j: list[float | None]  # by experience, or by round of labels bought
+    query: str  # by which labels were bought in rounds, such as "badge, warm"; "" where none were
+    bought: list[dict[str, float]]  # "labels" so far and metrics, after each round
     techniques: list[str | Free]
     model: Any
     data: Any
@@ -160,6 +162,8 @@ class Facts:
         model, predicted = facts.get("model"), facts.get("predicted")
         values, recipe = list(facts.values()), facts.get("recipe")
         task, measures = facts.get("task"), measures_of(facts)
+        active = facts.get("active")
+        active = active if isinstance(active, Mapping) else {}
         task = task if isinstance(task, Mapping) else {}
         return cls(
             measures=measures,
@@ -176,6 +180,12 @@ class Facts:
             latency_ms={k: v for k, v in _items(latency) if isinstance(v, (int, float))},
             task_accuracy=matrix if _is_matrix(matrix) else None,
             task_energy_j=[number(joules) for joules in _list(facts.get("task_energy_j"))],
+            query=str(active.get("query") or "")
+            + (", warm" if active.get("retrain") == "warm" else ""),
+            bought=[
+                {k: float(v) for k, v in _items(row) if is_number(v)}
+                for row in _list(active.get("bought"))
+            ],
             techniques=[t for t in _list(facts.get("techniques")) if isinstance(t, (str, dict))],
             model=model,
             data=facts.get("data"),

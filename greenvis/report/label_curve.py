@@ -4,7 +4,7 @@ supervised label curve, between its points and never beyond them."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,6 +23,13 @@ class Point(NamedTuple):
     labels: float
     metric: float
     energy_j: float
+
+
+class Training(NamedTuple):
+    """A training: means over seeds, and each seed's own."""
+
+    mean: Point
+    by_seed: dict[str, Point]
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ def hours(row: ArmResults, results: Results) -> dict[str, float] | None:
 
 
 def label_only(results: Results) -> dict[str, ArmResults]:
-    """Return the arms trained on labelled images alone, without a technique: the label curve."""
+    """Return the arms trained on labelled images alone, without a technique: the label curve. Where
+    labels were drawn in rounds, each round's training is a point of it."""
     return {
         a: row
         for a, row in results.rows.items()
@@ -70,6 +78,7 @@ def label_only(results: Results) -> dict[str, ArmResults]:
         and used(row) is not None
         and not any(n for role, n in row.images.items() if role != "labelled")
         and row.seeds
+        and row.query in ("", "random")
     }
 
 
@@ -79,24 +88,22 @@ def worth(results: Results, label: str) -> Worth:
     plain = {
         a: p for a, p in label_only(results).items() if a != label and _network(p) == _network(row)
     }
-    point = _point(row)
-    points = {a: p for a, r in plain.items() if (p := _point(r))}
-    if point is None:
+    own, curve = _training(row), _curve(plain.values())
+    if own is None:
         return Worth(why="its labels, metric or energy are not known")
-    beside = next((p for p in points.values() if p.labels == point.labels), None)
-    per_point = None if beside is None else _per_point(results, point, beside)
-    budgets = [p.labels for p in points.values()]
-    if len(set(budgets)) < LEAST:
-        many = len(set(budgets))
-        why = f"the arms on labels alone have {many} budget(s), and {LEAST} are needed"
+    beside = next((t.mean for t in curve if t.mean.labels == own.mean.labels), None)
+    per_point = None if beside is None else _per_point(results, own.mean, beside)
+    budgets = {t.mean.labels for t in curve}
+    if len(budgets) < LEAST:
+        why = f"the arms on labels alone have {len(budgets)} budget(s), and {LEAST} are needed"
         return Worth(per_point, why=why)
-    if len(set(budgets)) < len(budgets):
+    if len(budgets) < len(curve):
         return Worth(per_point, why="several arms on labels alone have as many labels")
     sign = 1.0 if results.measure.higher_is_better else -1.0
-    same, rate, why = exchange(sorted(points.values()), point, sign)
+    same, rate, why = exchange(sorted(t.mean for t in curve), own.mean, sign)
     low = high = None
     if rate is not None:
-        low, high = _interval(row, [plain[a] for a in points], sign)
+        low, high = _interval(own, curve, sign)
     return Worth(per_point, same, rate, low, high, why)
 
 
@@ -151,29 +158,51 @@ def _network(row: ArmResults) -> object:
     return (row.network or [None])[0]
 
 
-def _point(row: ArmResults) -> Point | None:
-    n, metric, joules = used(row), row.gain.mean, row.train_energy_with_reuse_j.value
-    return None if n is None or metric is None or joules is None else Point(n, metric, joules)
+def _curve(rows: Iterable[ArmResults]) -> list[Training]:
+    """Return the trainings of arms on labels alone: one per arm; and those of rounds, each from the
+    first weights, where no arm has as many labels."""
+    every = list(rows)
+    out = [t for r in every if len(r.label_rounds) < 2 and (t := _training(r))]
+    budgets = {t.mean.labels for t in out}
+    for t in (t for r in every if len(r.label_rounds) > 1 for t in _rounds(r)):
+        if t.mean.labels not in budgets:
+            budgets.add(t.mean.labels)
+            out.append(t)
+    return out
 
 
-def _of_seed(row: ArmResults, seed: str) -> Point | None:
-    spent: Mapping[str, float] = row.train_energy_with_reuse_j.seeds
-    n, metric = used(row), row.gain.by_seed.get(seed)
-    known = n is not None and metric is not None and seed in spent
-    return Point(n, metric, spent[seed]) if known else None  # type: ignore[arg-type]
+def _training(row: ArmResults) -> Training | None:
+    """Return an arm's training; None where its labels, metric or energy are not known."""
+    n, spent = used(row), row.train_energy_with_reuse_j
+    metric, joules = row.gain.mean, spent.value
+    if n is None or metric is None or joules is None:
+        return None
+    return Training(Point(n, metric, joules), _by_seed(n, row.gain.by_seed, spent.seeds))
+
+
+def _rounds(row: ArmResults) -> Iterator[Training]:
+    """Yield the training of each round in which an arm bought labels, with its own energy alone."""
+    for one in row.label_rounds:
+        joules = stats.summary(one.energy_j).mean
+        if one.gain.mean is not None and joules is not None:
+            point = Point(one.labels, one.gain.mean, joules)
+            yield Training(point, _by_seed(one.labels, one.gain.by_seed, one.energy_j))
+
+
+def _by_seed(
+    labels: float, metric: Mapping[str, float], joules: Mapping[str, float]
+) -> dict[str, Point]:
+    return {s: Point(labels, m, joules[s]) for s, m in metric.items() if s in joules}
 
 
 def _interval(
-    row: ArmResults, curve: Sequence[ArmResults], sign: float
+    own: Training, curve: Sequence[Training], sign: float
 ) -> tuple[float | None, float | None]:
     """Return the interval of the rate over seeds, each read off its own curve."""
     rates: list[float] = []
-    for seed in row.gain.by_seed:
-        point, points = _of_seed(row, seed), [_of_seed(r, seed) for r in curve]
-        known = [p for p in points if p is not None]
-        if point is None or len(known) < len(points):
-            return None, None
-        rate = exchange(sorted(known), point, sign)[1]
+    for seed, point in own.by_seed.items():
+        points = [t.by_seed[seed] for t in curve if seed in t.by_seed]
+        rate = exchange(sorted(points), point, sign)[1] if len(points) == len(curve) else None
         if rate is None:
             return None, None
         rates.append(rate)

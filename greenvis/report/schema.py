@@ -116,10 +116,20 @@ class _Task(_Loose):
     metrics: Annotated[list[_Measure], Field(min_length=1, max_length=100)]
 
 
+class _Bought(_Loose):
+    labels: _Count
+
+
+class _Active(_Loose):
+    query: _Short
+    bought: Annotated[list[_Bought], Field(max_length=10_000)]
+
+
 class _Facts(_Loose):
     task: _Task | None = None
     inference: _Served | None = None
     task_observed: Annotated[list[_Seen | None], Field(max_length=10_000)] | None = None
+    active: _Active | None = None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     latency_ms: dict[str, _Count] | None = None
     inference_energy_j: _Band | None = None

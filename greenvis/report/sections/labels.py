@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from greenvis.report import formatting, label_curve, measures, tables
+from greenvis.report import formatting, label_curve, measures, stats, tables
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.blocks import Block, Bullets, Grid, paragraph
 from greenvis.report.formatting import MISSING, si
@@ -25,11 +25,19 @@ WORTH = (
 )
 
 
+MOST_COLUMNS = 12  # of rounds
+ROUNDS = (
+    "Labels bought in rounds, of images that a query chose: the metric after each. The choices and "
+    "all trainings are in the arm's energy; the last column is the last round alone."
+)
+
+
 @dataclass(frozen=True)
 class Said:
-    """The table, what could not be read off, where the seconds come from, and the metric."""
+    """The tables, what could not be read off, where the seconds come from, and the metric."""
 
     table: Grid
+    rounds: Grid | None
     bullets: tuple[str, ...]
     seconds: tuple[str, ...]
     name: str
@@ -58,6 +66,7 @@ class Labels(Section[Said]):
         cells = tuple(_row(results, a, worths.get(a)) for a in shown)
         return Said(
             Grid(head, cells, self.title),
+            _rounds(results),
             (*_target(results, plain), *_unread(worths)),
             tuple(
                 f"{kind}: {s.central:g} s a label ({s.low:g}–{s.high:g}). {s.source}"
@@ -69,6 +78,8 @@ class Labels(Section[Said]):
     def render(self, value: Said) -> Sequence[Block]:
         """Return the table, and below it what it rests on."""
         blocks: list[Block] = [paragraph(HOW), value.table]
+        if value.rounds is not None:
+            blocks += [paragraph(ROUNDS), value.rounds]
         if value.bullets:
             blocks.append(Bullets(value.bullets))
         blocks.append(paragraph(WORTH.format(name=value.name), look="note"))
@@ -100,6 +111,25 @@ def _row(results: Results, label: str, worth: Worth | None) -> tuple[str, ...]:
         formatting.count(worth.same) if worth else MISSING,
         _rate(worth) if worth else MISSING,
     )
+
+
+def _rounds(results: Results) -> Grid | None:
+    """Return the metric after each round of labels bought, a column per number of labels."""
+    rows = {a: r for a, r in results.rows.items() if r.label_rounds}
+    columns = sorted({one.labels for r in rows.values() for one in r.label_rounds})
+    if len(columns) < 2 or len(columns) > MOST_COLUMNS:
+        return None
+    cells = []
+    for arm, row in list(rows.items())[: tables.MOST_ROWS]:
+        by_labels = {one.labels: one for one in row.label_rounds}
+        shown = [
+            formatting.spread(results.measure, by_labels[n].gain) if n in by_labels else MISSING
+            for n in columns
+        ]
+        last = stats.summary(row.label_rounds[-1].energy_j).mean
+        cells.append((arm, row.query, *shown, si(last, "J")))
+    head = ("Arm", "Query", *(f"{n:,.0f} labels" for n in columns), "Joules of the last round")
+    return Grid(head, tuple(cells), "Labels bought in rounds")
 
 
 def _rate(worth: Worth) -> str:
