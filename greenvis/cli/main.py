@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from greenvis import __version__
-from greenvis.cli import benchmarks, datasets, models, output, planning, runs, starting
+from greenvis.cli import benchmarks, datasets, models, output, planning, runs, starting, unlabelled
 from greenvis.cli.app import app, option
 from greenvis.cli.failures import describe  # now: without memory or descriptors it is too late
 from greenvis.errors import BadInput, GreenvisError, nearest
@@ -27,6 +27,7 @@ VERBS = (
     datasets,
     models,
     planning,
+    unlabelled,
     benchmarks,
 )  # modules in which verbs register themselves
 
