@@ -1,15 +1,21 @@
-"""Write what is generated anew, `make readme`: parts of README.md, and the catalogue of techniques."""
+"""Write what is generated anew, `make readme`: parts of the pages in docs/, and the catalogue of techniques."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
+from greenvis.data.dataset import DOOR
+from greenvis.meters.labels import KINDS, SECONDS
+from greenvis.report.markup import md
 from greenvis.report.overview import markdown, overview
 from greenvis.techniques import registry
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- from here on: greenvis overview -->\n", "<!-- to here -->"
+DOCS = ROOT / "docs"
+BEGIN, END = "<!-- from here on: make readme -->\n", "<!-- to here -->\n"
 
 
 def techniques() -> dict[str, str]:
@@ -20,24 +26,61 @@ def techniques() -> dict[str, str]:
     }
 
 
+def technique_table() -> str:
+    """Return what each technique does."""
+    rows = "".join(f"| `{name}` | {does} |\n" for name, does in techniques().items())
+    return f"| name | what it does |\n|---|---|\n{rows}"
+
+
 def measured() -> str:
-    """Return the overview of the committed reports, as the README has it."""
-    return markdown(overview(ROOT / "reports"), beside=ROOT)
+    """Return the overview of the committed reports."""
+    return markdown(overview(ROOT / "reports"), beside=DOCS)
+
+
+def data_table() -> str:
+    """Return the data sets that recipes can name, as their classes say."""
+    lines = ["| name | source | licence | images |", "|---|---|---|---|"]
+    for name in DOOR.names():
+        cls = DOOR.find(name)
+        form = f"{name}:{cls.argument}" if cls.argument else name
+        size = ", ".join(f"{n:,} {split}" for split, n in cls.size.items()) or "as the files have"
+        source = re.sub(r"(https://[^\s,)]+)", r"<\1>", md(cls.source).replace("\\", ""))
+        lines.append(f"| `{form}` | {source} | {md(cls.licence)} | {size} |")
+    return "\n".join(lines) + "\n"
+
+
+def seconds_table() -> str:
+    """Return what a label of each kind takes a person."""
+    table = json.loads(SECONDS.read_text())
+    lines = ["| label | seconds, central (low–high) | source |", "|---|---|---|"]
+    for kind in KINDS:
+        s = table[kind]
+        lines.append(
+            f"| {kind} | {s['central']:g} ({s['low']:g}–{s['high']:g}) | {md(s['source'])} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+PARTS: dict[str, tuple[Callable[[], str], ...]] = {
+    "techniques.md": (technique_table,),
+    "measured.md": (measured,),
+    "data.md": (data_table, seconds_table),
+}
+
+
+def generated(text: str) -> list[str]:
+    """Return the generated parts of a page, in order."""
+    return [part.partition(END)[0] for part in text.split(BEGIN)[1:]]
 
 
 def main() -> None:
     """Replace them all."""
     registry.CATALOGUE.write_text(registry.catalogue())
-    path = ROOT / "README.md"
-    text = path.read_text()
-    head, _, rest = text.partition(BEGIN)
-    text = head + BEGIN + measured() + END + rest.partition(END)[2]
-    table = "".join(f"| `{name}` | {does} |\n" for name, does in techniques().items())
-    path.write_text(
-        re.sub(
-            r"(\| name \| what it does \|\n\|---\|---\|\n)(?:\|.*\n)+", lambda m: m[1] + table, text
-        )
-    )
+    for name, parts in PARTS.items():
+        head, *rest = (DOCS / name).read_text().split(BEGIN)
+        for part, make in zip(rest, parts, strict=True):
+            head += BEGIN + make() + END + part.partition(END)[2]
+        (DOCS / name).write_text(head)
 
 
 if __name__ == "__main__":

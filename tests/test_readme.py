@@ -1,35 +1,44 @@
-"""The README is true: its commands, its table of techniques, its links."""
+"""README and docs are true: their commands, generated parts, recipe and links."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+import pytest
 import typer
-from readme import BEGIN, END, measured, techniques
+from readme import DOCS, PARTS, ROOT, generated
 
 from greenvis.cli.main import app
 from greenvis.experiment.recipe import load_recipe
 
-ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 TEXT = (ROOT / "README.md").read_text()
+MOST_BYTES = 10_000  # of the README: read in one sitting
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 
-def test_the_table_of_techniques_is_the_registry() -> None:
-    (table,) = re.findall(r"^\| name \| what it does \|\n\|---\|---\|\n((?:\|.*\n)+)", TEXT, re.M)
-    assert dict(re.findall(r"^\| `(\w+)` \| (.+) \|$", table, re.M)) == techniques(), "make readme"
+@pytest.mark.parametrize("name", PARTS)
+def test_what_is_generated_is_as_generated_now(name: str) -> None:
+    assert generated((DOCS / name).read_text()) == [make() for make in PARTS[name]], "make readme"
 
 
-def test_every_command_named_exists() -> None:
-    commands = set(re.findall(r"(?:`|^)greenvis ([a-z]+)\b", TEXT, re.M))
-    assert commands
+@pages
+def test_every_command_named_exists(page: Path) -> None:
+    commands = set(re.findall(r"(?:`|^)greenvis ([a-z]+)\b", page.read_text(), re.M))
     assert commands <= set(typer.main.get_command(app).commands)
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#:]+)\)", TEXT)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+@pages
+def test_links_lead_somewhere(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
+    assert len(TEXT.encode()) < MOST_BYTES
+    links = {(ROOT / link).resolve() for link in re.findall(r"\]\(([^)#:]+)\)", TEXT)}
+    assert {page.resolve() for page in PAGES[1:]} <= links
 
 
 def test_make_targets_exist() -> None:
@@ -39,6 +48,16 @@ def test_make_targets_exist() -> None:
     assert all(re.search(rf"^{t}:", makefile, re.M) for t in targets)
 
 
+def test_techniques_it_names_exist() -> None:
+    (table,) = re.findall(r"^\| you have .*\n\|[-|]+\n((?:\|.*\n)+)", TEXT, re.M)
+    rows = [row.split(" | ") for row in table.splitlines()]
+    assert len(rows) == 10
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    known = {*re.findall(r"^\| `(\w+)`", (DOCS / "techniques.md").read_text(), re.M)}
+    assert len(named) > 10
+    assert named <= known
+
+
 def test_the_recipe_shown_is_valid(tmp_path: Path) -> None:
     (shown,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
     path = tmp_path / "shown.yaml"
@@ -46,7 +65,3 @@ def test_the_recipe_shown_is_valid(tmp_path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.arm("lora").needs() == ["run:quickstart-base"]
     assert (ROOT / "recipes/quickstart-base.yaml").exists()
-
-
-def test_what_was_measured_is_what_the_reports_say() -> None:
-    assert TEXT.split(BEGIN)[1].split(END)[0] == measured(), "make readme"

@@ -1,4 +1,4 @@
-"""What the README tells its reader to type works, after `make demo`."""
+"""What README and docs/use.md tell their reader to type works, after `make demo`."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-COMMANDS = [
+USE = (ROOT / "docs" / "use.md").read_text()
+LINES = [
     line.partition(" #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.S)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT + USE, re.S)
     for line in block.splitlines()
     if line.strip() and not line.startswith("make ")
 ]
+COMMANDS = list(dict.fromkeys(LINES))
 MINUTES = (
     "advise",
     "probe",

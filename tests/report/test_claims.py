@@ -1,4 +1,4 @@
-"""Every committed report, the overview and the README say what the intervals beside them say, and
+"""Every committed report and the overview in docs/measured.md say what the intervals beside them say, and
 leave no base out.
 
 Intervals are computed here anew, by scipy, from the values by seed in results.json; sentences and
@@ -325,8 +325,8 @@ def test_a_card_says_pre_training_of_nothing_that_builds_on_others_or_trains_a_p
     assert ('"training_type": "pre-training"' in card) == (not part)
 
 
-def test_the_readmes_overview_agrees_with_the_intervals_in_it() -> None:
-    text = (ROOT / "README.md").read_text().replace("\u00a0", " ")
+def test_the_overview_agrees_with_the_intervals_in_it() -> None:
+    text = (ROOT / "docs/measured.md").read_text().replace("\u00a0", " ")
     rows = next(rows for rows in _tables(text) if rows and "kept?" in rows[0])
     seen = 0
     for row in rows:
@@ -374,7 +374,7 @@ def test_the_readmes_overview_agrees_with_the_intervals_in_it() -> None:
     assert seen > 100
     said = 0
     for line in text.splitlines():
-        of = re.match(r"- \*\*\[([\w-]+)\]\(reports/", line)
+        of = re.match(r"- \*\*\[([\w-]+)\]\(\.\./reports/", line)
         study = _found(ROOT / "reports" / of[1] / "results.json") if of else {}
         lower = study.get("lower_is_better", False)
         said += _check_sentences(line, study.get("margin", 0.5), lower)
