@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
+    from greenvis.techniques.inference.experts.experts import Experts
     from greenvis.techniques.inference.precision.low_precision import LowPrecision
     from greenvis.techniques.inference.reparam.reparam import Reparam
     from greenvis.techniques.inference.structure.res2net import Res2Net
@@ -76,12 +77,12 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "Consistency", "Distill",
-    "EarlyExit", "Ema", "FeatureDistill", "GreenvisError", "Hat", "Installed", "LayerDecay",
-    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Ncm",
-    "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext", "Regularize",
-    "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr", "Technique",
-    "TestTime", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe",
-    "report", "run", "track", "wrap",
+    "EarlyExit", "Ema", "Experts", "FeatureDistill", "GreenvisError", "Hat", "Installed",
+    "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf",
+    "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext",
+    "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr",
+    "Technique", "TestTime", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse",
+    "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -28,6 +28,7 @@ WORKS = {
     "distill": 20,
     "early_exit": 20,
     "ema": 20,
+    "experts": 16,
     "feature_distill": 19,
     "hat": 15,
     "layer_decay": 19,

@@ -1,0 +1,1 @@
+"""Multi-layer perceptrons of which each token takes a part."""
