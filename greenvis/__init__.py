@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.masked.mae import Mae
     from greenvis.techniques.data.adapt.adabn import Adabn
+    from greenvis.techniques.data.generalise.dsu import Dsu
     from greenvis.techniques.data.generalise.ema import Ema
+    from greenvis.techniques.data.generalise.fishr import Fishr
+    from greenvis.techniques.data.generalise.mixstyle import Mixstyle
     from greenvis.techniques.data.generalise.sam import Sam
+    from greenvis.techniques.data.generalise.swad import Swad
     from greenvis.techniques.data.sampling.balance import Balance
     from greenvis.techniques.data.test_time.test_time import TestTime
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
@@ -77,12 +81,12 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "Consistency", "Distill",
-    "EarlyExit", "Ema", "Experts", "FeatureDistill", "GreenvisError", "Hat", "Installed",
-    "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf",
-    "Mae", "Ncm", "NormTune", "PackNet", "Partial", "Pnn", "Prompt", "PromptPool", "RFNext",
-    "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side", "Simclr",
-    "Technique", "TestTime", "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse",
-    "load_recipe", "report", "run", "track", "wrap",
+    "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat",
+    "Installed", "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream",
+    "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NormTune", "PackNet", "Partial", "Pnn",
+    "Prompt", "PromptPool", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse",
+    "Rotation", "Sam", "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge",
+    "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # the streams there are, and what a recipe says to have them
 STREAMS = {
     "unlabeled": "`unlabeled: rest` beside `labels: 40` below `data`",
+    "train": "the images trained on, which a recipe has",
     "target": "a domain to adapt to below `data`, such as `domains: {target: [noise]}`",
 }
 

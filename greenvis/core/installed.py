@@ -78,6 +78,11 @@ class Installed:
         wants: Second streams of images it draws from (`feed`): "unlabeled", "target".
         adapts: Whether the model learns while it answers (in `served`): its forward then runs with
             gradients, outside of inference mode, and no file can hold what it will answer.
+        by_domain: Whether it must know the domain of each image.
+        domains: That of each sample of the current batch, int64 (batch,), -1 where it is not known;
+            None where the loop does not say. Rows that techniques put into the batch stand behind.
+        assesses: Whether it asks for the loss on images held out as training goes.
+        held_out_loss: Returns it, of the model as it is; None where the loop does not offer it.
         calibrates: Whether `calibrate` wants held-out images after training.
         criterion: Builds the loss that replaces the task loss; None where it does not.
 
@@ -97,6 +102,10 @@ class Installed:
     repeated: bool = False
     wants: tuple[str, ...] = ()
     adapts: bool = False
+    by_domain: bool = False
+    domains: Tensor | None = None
+    assesses: bool = False
+    held_out_loss: Callable[[], float] | None = None
     calibrates: bool = False
     criterion: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None
 
@@ -110,6 +119,7 @@ class Installed:
     # a copy of the model belongs to no run, and is shown other batches
     def __getstate__(self) -> dict[str, Any]:
         alone = {"phase": nullcontext, "note": _warn, "samples": None, "feeds": Feeds()}
+        alone |= {"domains": None, "held_out_loss": None}
         return {**vars(self), **alone}
 
     def feed(self, name: str, device: torch.device, times: int = 1) -> Tensor:

@@ -25,6 +25,8 @@ SINGLE_PROCESS = {
     "visit": "chooses the images of each epoch",
     "wants": "draws from a second stream of images",
     "adapts": "learns while it answers",
+    "by_domain": "compares the domains in a batch",
+    "assesses": "asks for the loss on images held out",
 }
 
 # optional seams that at most one technique may use, and what several would do

@@ -55,6 +55,25 @@ class Training(Seams):
         for live in self.installed:
             live.samples = samples
 
+    def set_domains(self, domains: Tensor | None) -> None:
+        """Tell the techniques of which domain the samples of the next batch are.
+
+        Args:
+            domains: int64 (batch,), from 0, -1 where it is not known; None: nobody knows.
+        """
+        for live in self.installed:
+            live.domains = domains
+
+    def assess_with(self, loss: Callable[[], float]) -> None:
+        """Let techniques ask, as training goes, how good the model is on images held out; before
+        the first step.
+
+        Args:
+            loss: Returns the task's mean loss on them, of the model as it is, in eval mode.
+        """
+        for live in self.installed:
+            live.held_out_loss = loss
+
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on: replay adds samples here; otherwise unchanged.
 

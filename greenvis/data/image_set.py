@@ -41,6 +41,12 @@ class ImageSet(Dataset[tuple[Tensor, Any]]):
         """Whose label is known: bool (N,)."""
         return self.split.known
 
+    @property
+    def domains(self) -> Tensor:
+        """Which domain each image is of, int64 (N,), from 0: all of one, unless it is of several
+        sets."""
+        return torch.zeros(len(self), dtype=torch.int64)
+
     def classes(self, who: str) -> Tensor:
         """Return the class of each image, int64 (N,).
 
@@ -162,6 +168,12 @@ class Concat(ImageSet):
         super().__init__(join([part.split for part in parts]), ids, parts[0].transform)
         self.parts = list(parts)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    @property
+    def domains(self) -> Tensor:
+        """Which of the sets each image is of, int64 (N,)."""
+        counts = torch.tensor([len(part) for part in self.parts])
+        return torch.arange(len(self.parts)).repeat_interleave(counts)
 
     def batch(self, positions: Sequence[int] | Tensor, epoch: int = 0) -> tuple[Tensor, Any]:
         """Return x float32 (B, C, H, W) and y, each image as its own set gives it."""

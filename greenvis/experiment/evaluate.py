@@ -87,6 +87,17 @@ class Evaluator:
             metrics = evaluate(model, self.held_out(), self.task, accelerator)
         return metrics[self.task.primary.name]
 
+    def loss_on_held_out(self, live: Wrapped, accelerator: Accelerator) -> float:
+        """Return the task's mean loss on the images held out, of the weights in training."""
+        assert self.held_out is not None
+        model, total, count = live.model, 0.0, 0
+        with in_mode(model, False), torch.no_grad():
+            for x, y in shared(accelerator, self.held_out()):
+                with accelerator.autocast():
+                    loss = self.task.loss(self.task.answer(model, x, y), y)
+                total, count = total + float(loss) * len(y), count + len(y)
+        return total / count
+
     @property
     def learned_at_once(self) -> int:
         """How many of the stream's tasks have no experience of their own."""

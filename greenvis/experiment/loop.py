@@ -22,7 +22,7 @@ from greenvis.experiment import checkpoint as states
 from greenvis.experiment import loggers
 from greenvis.experiment.evaluate import MATRIX, shared
 from greenvis.experiment.optim import lr_factor, make_optimizer, new_accelerator
-from greenvis.experiment.parts import Part, check_feeds, check_visits
+from greenvis.experiment.parts import Part, check_feeds, check_visits, check_wants
 from greenvis.experiment.progress import Outcome, Progress
 from greenvis.experiment.stages import Stages
 from greenvis.experiment.step import Steady, Step, check_finite
@@ -217,6 +217,8 @@ class Loop:
         total, warmup = steps_per_epoch * spec.epochs, round(spec.warmup_epochs * steps_per_epoch)
         self.live.plan(total, self.seed)
         check_visits(self.live, part.images is not None)
+        check_wants(self.live, part)
+        self.live.assess_with(lambda: part.evaluator.loss_on_held_out(self.live, self.accelerator))
         self._epoch_length: int | None = None  # batches, where a technique chooses the images
         self._begin_feeds(part)
         scheduler = LambdaLR(
@@ -247,7 +249,8 @@ class Loop:
         for name in self.live.wanted:
             images = part.feeds[name]
             self.live.feed(**{name: data.Feed(images, part.spec.batch_size, self.seed)})
-            self.run.images({"unlabeled": "unlabelled"}.get(name, name), len(images))
+            if name != "train":  # which is counted as labelled
+                self.run.images({"unlabeled": "unlabelled"}.get(name, name), len(images))
 
     def _train(self) -> None:
         """Train all epochs of the part, or what a checkpoint left of them."""
@@ -280,6 +283,8 @@ class Loop:
         for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
                 live.set_samples(part.samples(epoch, positions[0]))
+            if part.domains is not None:
+                live.set_domains(part.domains[positions[0].cpu()])
             live.feeds.number = progress.batches
             with accelerator.accumulate(model):
                 loss = self.step(x, y, first=number == 0)
@@ -294,6 +299,7 @@ class Loop:
                 self.save()
                 save_at, due = time.monotonic() + every, False
         live.set_samples(None)
+        live.set_domains(None)
         live.epoch_end()
         progress.epoch, progress.batch = progress.epoch + 1, 0
         if loss is not None:

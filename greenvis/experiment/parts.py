@@ -41,6 +41,8 @@ class Part:
         length: Batches an epoch.
         evaluator: What says how good the model is.
         samples: (epoch, positions) -> which samples those are.
+        domains: Of each training image, int64 (N,), where there are several: `batches` then gives
+            (x, y, positions).
         phase: What its epochs are metered below.
         techniques: What the model is wrapped with from here on; None: what it is wrapped with.
         stage: Its name, where it is one; "" where not.
@@ -64,6 +66,7 @@ class Part:
     length: int
     evaluator: Evaluator
     samples: Callable[[int, Tensor], Samples] | None = None
+    domains: Tensor | None = None
     phase: str = "train"
     techniques: Callable[[], Sequence[Technique]] | None = None
     stage: str = ""
@@ -140,6 +143,21 @@ def check_visits(live: Wrapped, chosen: bool) -> None:
         )
 
 
+def check_wants(live: Wrapped, part: Part) -> None:
+    """Raise BadInput where a technique goes by domains or by images held out, and there are
+    none."""
+    if part.domains is None and (users := live.using("by_domain")):
+        raise BadInput(
+            f"'{users[0][0].name}' compares the domains of training, and this data has one: name "
+            "two or more in `domains: {train: [...]}` below `data`"
+        )
+    if part.evaluator.held_out is None and (users := live.using("assesses")):
+        raise BadInput(
+            f"'{users[0][0].name}' goes by the loss on images held out, and there are none: set "
+            "data.held_out"
+        )
+
+
 def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     """Return the training on a data set, or on what is chosen of it."""
     return of_images(prepared, prepared.training(tracker), tracker)
@@ -151,6 +169,7 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
     stage = prepared.job.arm.stage
     caches = prepared.job.caches(prepared.runs) if short is None else short.caches
     judge = evaluator(prepared)
+    domains = images.domains if len(images.domains.unique()) > 1 else None
     if short is None:
         known = roles.neighbours(images, prepared.images.held_out)
         bank = partial(data.batches, known, max(spec.batch_size, 256), shuffle=True)
@@ -165,7 +184,7 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
             seed=prepared.seed,
             shuffle=True,
             workers=spec.workers,
-            positions=caches is not None,
+            positions=caches is not None or domains is not None,
             visits=visits,
         )
         return loader if short is None else short.take(loader, short.batches)
@@ -179,6 +198,7 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
         evaluator=judge,
         # of a mixed image, nothing is kept
         samples=None if caches is None or roles.mixes(spec) else samples_of(images, caches),
+        domains=domains,
         phase=f"train/{stage}" if stage else "train",
         techniques=prepared.techniques,
         stage=stage,
@@ -212,7 +232,7 @@ def of_stream(prepared: Prepared, stream: Stream, tracker: Tracker) -> list[Part
             index=index,
             experience=stream.experiences[index] if stream.has_task_boundaries else None,
             finished=Repeatable(load, length),
-            feeds=feeds_of(prepared.images),
+            feeds={**feeds_of(prepared.images), "train": images},
             restart=restart,
             count=lambda live: roles.count(prepared, live, tracker),
         )

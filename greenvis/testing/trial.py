@@ -264,6 +264,8 @@ class Trial:
 
     def _fed(self, live: Wrapped) -> Wrapped:
         live.feed(**dict.fromkeys(live.wanted, Stream(self.x)))
+        live.set_domains(torch.arange(len(self.x)) % 2)
+        live.assess_with(lambda: 1.0)
         return live
 
     def _served(self, live: Wrapped) -> Tensor:

@@ -18,7 +18,8 @@ from greenvis import data
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
 from greenvis.experiment.recipe import TrainSpec
-from greenvis.techniques.data.adapt.adabn import Adabn, Moments
+from greenvis.techniques._shared.norms import Moments
+from greenvis.techniques.data.adapt.adabn import Adabn
 from greenvis.techniques.data.generalise.ema import Ema, decay_at
 
 X = torch.randn(24, 2, 5, 5, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,5 @@
-"""What techniques for streams of tasks share: the classifier as it was when each task ended, for
-tests that tell their task."""
+"""What techniques share that go by the classifier: its parameters, its one linear layer, and what
+it was when each task of a stream ended."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from greenvis.errors import BadInput
 from greenvis.models.structure import View
 
 
@@ -21,6 +22,31 @@ def head_parameters(model: nn.Module, structure: View) -> list[nn.Parameter]:
     every = [p for path in structure.classifier for p in model.get_submodule(path).parameters()]
     chosen = bool(last) and all(p.requires_grad for p in last)
     return [p for p in every if p.requires_grad or not chosen]
+
+
+def linear_head(model: nn.Module, structure: View, path: str, who: str) -> nn.Linear:
+    """Return the classifier's last layer, which sees all that it is given.
+
+    Args:
+        model: The model.
+        structure: Its view.
+        path: Of `structure.heads`.
+        who: What goes by it, for messages.
+
+    Raises:
+        BadInput: Where it is no linear layer, or its weight is read by another module.
+    """
+    head = model.get_submodule(path)
+    if not isinstance(head, nn.Linear):
+        raise BadInput(
+            f"{who} goes by a linear classifier, and '{path}' is a {type(head).__name__}"
+        )
+    if path in structure.functional:
+        raise BadInput(
+            f"the weight of '{path}' is read by another module, so {who} does not see what it is "
+            "given"
+        )
+    return head
 
 
 class TaskHeads:

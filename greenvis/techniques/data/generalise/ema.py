@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
@@ -11,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.technique import Installed, Technique
-from greenvis.techniques._shared.attach import precise
+from greenvis.techniques.data.generalise._average import Averaging, Mean, prefixed, without_prefix
 
 _COUNT = "count"
 
@@ -63,70 +62,28 @@ class Ema(Technique):
         return InstalledEma(self, model)
 
 
-class InstalledEma(Installed):
+class InstalledEma(Averaging):
     """The average, by name of the parameter or buffer."""
 
     def __init__(self, request: Ema, model: nn.Module) -> None:
-        super().__init__()
-        self.request, self.model = request, model
-        self.count = 0
-        self.average: dict[str, Tensor] = {}
-        # the tensors it is of, which `merge` meets when the model has other names
-        self._tensors: dict[str, Tensor] = {}
+        super().__init__(model)
+        self.request, self.mean = request, Mean()
 
     def step_end(self) -> None:
         """Take the step's weights into the average."""
-        keep = decay_at(self.count, self.request.decay, self.request.warmup)
-        self.count += 1
-        self._tensors = self._learning()
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                now = tensor.detach().to(precise(tensor))
-                if name not in self.average:
-                    self.average[name] = now.clone()
-                else:
-                    self.average[name].lerp_(now, 1 - keep)
+        keep = decay_at(self.mean.count, self.request.decay, self.request.warmup)
+        self.mean.count += 1
+        self.tensors = self.learning()
+        self.mean.mix(self.tensors, 1 - keep)
 
-    def _learning(self) -> dict[str, Tensor]:
-        """Return what changes in training: parameters that train, and buffers with fractions."""
-        named = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        buffers = {
-            f"{path}.{name}" if path else name: buffer
-            for path, module in self.model.named_modules()
-            for name, buffer in module._buffers.items()
-            if buffer is not None and buffer.is_floating_point()
-            if name not in module._non_persistent_buffers_set
-        }
-        return {**named, **buffers}
-
-    @contextmanager
-    def served(self) -> Iterator[None]:
-        """Hold the average in the model."""
-        before = {n: t.detach().clone() for n, t in self._tensors.items()}
-        self.merge()
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for name, tensor in self._tensors.items():
-                    tensor.copy_(before[name])
-
-    def merge(self) -> None:
-        """Leave the average in the model."""
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(self.average[name])
+    def average(self) -> Mapping[str, Tensor]:
+        """Return the average; none before the first step."""
+        return self.mean.values
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average, and of how many steps it is."""
-        average = {f"average.{n}": t for n, t in self.average.items()}
-        return {_COUNT: torch.tensor(self.count), **average}
+        return {_COUNT: torch.tensor(self.mean.count), **prefixed("average", self.mean.values)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
-        self.count = int(state[_COUNT])
-        named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        prefix = "average."
-        stored = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-        self._tensors = {n: named[n] for n in stored}
-        self.average = {n: t.to(named[n].device, copy=True) for n, t in stored.items()}
+        self.mean = Mean(self.take(without_prefix("average", state)), int(state[_COUNT]))

@@ -16,6 +16,7 @@ from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
 from greenvis.tasks.answers import CLASSES, require_class_numbers
+from greenvis.techniques._shared.heads import linear_head
 
 Metric = Literal["euclidean", "cosine"]
 _UNSEEN = -1e30  # the bias of a class without a mean
@@ -77,19 +78,10 @@ class Ncm(Technique):
 
 
 def _linear(model: nn.Module, structure: View, path: str, metric: Metric) -> nn.Linear:
-    head = model.get_submodule(path)
-    if not isinstance(head, nn.Linear):
-        raise BadInput(
-            f"ncm writes means into a linear classifier, and '{path}' is a {type(head).__name__}"
-        )
+    head = linear_head(model, structure, path, "ncm")
     if head.bias is None and metric == "euclidean":
         raise BadInput(
             f"'{path}' has no bias, which a euclidean distance needs: choose metric cosine"
-        )
-    if path in structure.functional:
-        raise BadInput(
-            f"the weight of '{path}' is read by another module, so ncm does not see what it is "
-            "given"
         )
     return head
 
