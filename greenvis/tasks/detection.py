@@ -36,7 +36,16 @@ class Detection(Task):
         """Return the model's losses by name in training, else its boxes per image."""
         images = list(x)
         training = bool(getattr(model, "training", False))
-        return self.outputs(model(images, labels) if training else model(images))
+        try:
+            raw = model(images, labels) if training else model(images)
+        except (AttributeError, TypeError) as error:
+            if "list" not in str(error) and "positional argument" not in str(error):
+                raise
+            raise BadInput(
+                f"detection calls a model with a list of images, and {type(model).__name__} takes "
+                "none: give it `head: boxes`, or take a detector of torchvision"
+            ) from error
+        return self.outputs(raw)
 
     def outputs(self, raw: Any) -> Any:
         """Return boxes per image, or losses by name. Raises BadInput for what is neither."""
@@ -52,7 +61,8 @@ class Detection(Task):
             return raw
         raise BadInput(
             "detection wants a list of {boxes, scores, labels}, one per image, or in training the "
-            f"model's losses by name, not {type(raw).__name__}: take a detector as torchvision's"
+            f"model's losses by name, not {type(raw).__name__}: take a detector as torchvision's, "
+            "or give the model `head: boxes`"
         )
 
     def losses(self, outputs: Any, labels: Any) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torchvision.models.detection import FCOS
 
 from greenvis import models
 from greenvis.core.example import Example
 from greenvis.errors import BadInput
 from greenvis.models.build import HEADS
+from greenvis.models.detector import Pyramid
 from greenvis.models.heads import Bags, Dense, with_head
 from greenvis.tasks.detection import Detection
 from greenvis.tasks.generation import Generation
@@ -53,6 +55,27 @@ def test_a_change_in_a_corner_changes_that_corner_most() -> None:
     with torch.no_grad():
         change = (model.eval()(x) - model(other)).abs().sum(1)
     assert change[:, :16, :16].mean() > 2 * change[:, -16:, -16:].mean()
+
+
+BOXES = {"timm-vit": (8,), "timm-swin": (4, 8), "timm-resnet": (4, 8, 16, 32)}
+
+
+@pytest.mark.parametrize("name", BOXES)
+def test_any_backbone_detects_on_the_maps_of_its_stages(name: str) -> None:
+    model, x = _build(name, "boxes")
+    pyramid = model.backbone
+    assert isinstance(pyramid, Pyramid)
+    assert [round(x.shape[-1] / m.shape[-1]) for m in pyramid(x).values()] == [*pyramid.strides]
+    assert pyramid.strides == BOXES[name]
+    box = {"boxes": torch.tensor([[2.0, 4.0, 18.0, 26.0]]), "labels": torch.tensor([3])}
+    task = Detection()
+    task.loss(task.answer(model.train(), x, [box] * 3), None).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    sent = {}
+    pyramid.register_forward_pre_hook(lambda module, args: sent.update(x=args[0]))
+    with torch.no_grad():
+        assert len(task.answer(model.eval(), x)) == 3
+    assert torch.equal(sent["x"], x)  # as they are: no size, no mean of the library's own
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max", "attention", "gated", "transmil"])
@@ -125,18 +148,19 @@ def test_a_head_is_asked_for_by_reference_and_saved_with_the_model(tmp_path: Pat
     ref = "timm/vit_tiny_patch16_224"
     for head in HEADS:
         model = models.build(ref, head=head, **options)
-        assert isinstance(model, Dense if head == "dense" else Bags)
+        assert isinstance(model, {"dense": Dense, "boxes": FCOS}.get(head, Bags))
         models.save(model, tmp_path / "m.safetensors", ref=ref, options={**options, "head": head})
         again = models.build(f"file:{tmp_path / 'm.safetensors'}")
         x = torch.rand(2, 3, 32, 32)
         with torch.no_grad():
-            assert torch.equal(model.eval()(x), again.eval()(x))
+            torch.testing.assert_close(model.eval()(x), again.eval()(x), rtol=0, atol=0)
     with pytest.raises(BadInput, match=r"unknown head 'dens'.*dense"):
         models.check(ref, head="dens")
     with pytest.raises(BadInput, match="one classifier"):
         _build("timm-deit-distilled", "mean")
-    with pytest.raises(BadInput, match="work on parts"):
-        _build("timm-mobilevit", "dense")
+    for head in ("dense", "boxes"):
+        with pytest.raises(BadInput, match=f"`head: {head}` wants .*work on parts"):
+            _build("timm-mobilevit", head)
 
 
 def test_torchvisions_segmenters_and_detectors_are_built_without_the_net() -> None:

@@ -101,6 +101,16 @@ def test_pycocotools_says_the_same() -> None:
     assert _coco(answers, truths) == pytest.approx((COCO_MAP, COCO_MAP_50), abs=1e-9)
 
 
+def test_what_is_no_detector_is_refused_with_the_way_out() -> None:
+    class Classifier(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)
+
+    for model in (Classifier().train(), Classifier().eval()):
+        with pytest.raises(BadInput, match="Classifier takes none: give it `head: boxes`"):
+            Detection().answer(model, torch.rand(2, 3, 4, 4), None)
+
+
 def test_a_detector_is_told_the_labels_in_training_alone() -> None:
     from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
