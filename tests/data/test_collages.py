@@ -62,7 +62,7 @@ def test_shapes_have_each_kind_of_label(kind: str) -> None:
     assert check_dataset(shapes.Shapes, spec).outcome == "works"
     images = data.load(spec)
     assert images.classes[-6:] == shapes.DRAWN
-    assert ("background" in images.classes) == (kind != "labels")
+    assert ("background" in images.classes) == (kind in ("masks", "boxes"))
     _, y = images.train.batch(range(20))
     if kind == "masks":
         assert y.shape == (20, 48, 48)
@@ -71,12 +71,13 @@ def test_shapes_have_each_kind_of_label(kind: str) -> None:
         assert {label for target in y for label in target["labels"].tolist()} <= set(range(1, 7))
     else:
         assert y.shape == (20, 6)
+        assert images.train.split.kind == {"counts": "number"}.get(kind, "multilabel")
         assert ((y.sum(1) >= 1) & (y.sum(1) <= 4)).all()
 
 
 def test_the_kinds_of_labels_agree_on_what_an_image_shows() -> None:
-    masks, boxes, labels = (
-        dataset.find(DataSpec(name=f"shapes:{kind}", train=30, test=5)).read().train
+    masks, boxes, labels, counts = (
+        dataset.find(DataSpec(name=f"shapes:{kind}", train=30, test=5, img_size=48)).read().train
         for kind in shapes.KINDS
     )
     assert torch.equal(masks.images, boxes.images)
@@ -84,6 +85,9 @@ def test_the_kinds_of_labels_agree_on_what_an_image_shows() -> None:
     for row in range(30):
         shown = set((labels.labels[row].nonzero()[:, 0] + 1).tolist())
         assert shown == set(boxes.labels[row]["labels"].tolist())
+        assert counts.labels[row].tolist() == [
+            boxes.labels[row]["labels"].tolist().count(number) for number in range(1, 7)
+        ]
         assert shown <= set(masks.labels[row].unique().tolist())
 
 

@@ -1,5 +1,5 @@
-"""Shapes or emoji on textures, with masks, boxes or labels: segmentation, detection and multi-label
-classification of one kind of image."""
+"""Shapes or emoji on textures, with masks, boxes, labels or counts: segmentation, detection,
+multi-label classification and regression of one kind of image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SIDE = 96
 MOST_ITEMS = 4
 SIZES = (0.25, 0.5)  # of an item, as shares of an image's side
-KINDS = ("masks", "boxes", "labels")
+KINDS = ("masks", "boxes", "labels", "counts")
 DRAWN = ("circle", "square", "triangle", "star", "cross", "ring")
 OUTLINE_SIDE = 64  # pixels a shape is drawn in
 THIRDS = (math.pi, math.pi / 3, -math.pi / 3)  # where the sides of a triangle look to
@@ -30,18 +30,19 @@ STYLE = "google"
 
 
 class Shapes(DataSet):
-    """One to four coloured shapes, or emoji, on synthetic texture, with masks, boxes or labels.
+    """One to four coloured shapes, or emoji, on synthetic texture, with masks, boxes, labels or
+    counts.
 
     `shapes:masks` labels each pixel, `shapes:boxes` has the boxes of what can be seen,
-    `shapes:labels` says which classes an image shows. `shapes:emoji-masks`, `shapes:emoji-boxes`
-    and `shapes:emoji-labels` show emoji instead (those of `emoji:google`), classes are their
+    `shapes:labels` says which classes an image shows, `shapes:counts` how many there are of each.
+    `shapes:emoji-masks` and so on show emoji instead (those of `emoji:google`), classes are their
     groups, and those of the test are other emoji. 2,000 images to train and 500 to test, 96 pixels,
     unless asked for others; the first images of a seed are the same, however many are drawn.
     """
 
     name = "shapes"
     argument = "LABELS"
-    values = (*KINDS, *(f"emoji-{kind}" for kind in ("masks", "boxes", "labels")))
+    values = (*KINDS, *(f"emoji-{kind}" for kind in ("masks", "boxes", "labels", "counts")))
     source = "drawn by greenvis (emoji: https://www.npmjs.com/package/emoji-datasource)"
     licence = "CC0-1.0; Apache-2.0 (emoji)"
     size = {"train": 20_000, "test": 10_000}
@@ -80,7 +81,7 @@ class Shapes(DataSet):
             )
             splits.append(self._labelled(drawn, len(classes), side))
             chunks += [drawn.images.numpy().tobytes(), drawn.masks.numpy().tobytes()]
-        names = classes if self._kind == "labels" else ("background", *classes)
+        names = classes if self._kind in ("labels", "counts") else ("background", *classes)
         digest = sha256([self.value.encode(), *chunks])
         return Stored(splits[0], splits[1], names, digest, side, 3)
 
@@ -95,16 +96,18 @@ class Shapes(DataSet):
         return Emoji(DataSpec(name=f"emoji:{STYLE}", root=self.spec.root), self.folder)
 
     def _labelled(self, drawn: Collages, classes: int, side: int) -> Split:
+        import torch
+
         from greenvis.data.splits import Boxes, Split
 
         if self._kind == "masks":
             return Split(drawn.images, drawn.masks.char())
         if self._kind == "boxes":
             return Split(drawn.images, Boxes(drawn.boxes.__getitem__, range(len(drawn.boxes))))
-        shown = drawn.images.new_zeros(len(drawn.images), classes)
-        for row, target in enumerate(drawn.boxes):
-            shown[row, target["labels"] - 1] = 1
-        return Split(drawn.images, shown)
+        shown = torch.stack([t["labels"].bincount(minlength=classes + 1) for t in drawn.boxes])
+        counts = shown[:, 1:]
+        labels = counts.float() if self._kind == "counts" else counts.clamp(max=1).byte()
+        return Split(drawn.images, labels)
 
 
 def _shapes() -> tuple[tuple[Items, Items], tuple[str, ...]]:
