@@ -43,7 +43,10 @@ Trust = Annotated[
 ]
 Model = Annotated[
     str,
-    argument("timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, package.module:function or file:PATH"),
+    argument(
+        "timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, transformers/CLASS, diffusers/CLASS, "
+        "package.module:function or file:PATH"
+    ),
 ]
 ImgSize = Annotated[int | None, option("height and width of its images", "PIXELS", min=1)]
 InChans = Annotated[int | None, option("channels of its images", "N", min=1)]

@@ -4,6 +4,7 @@ first, change last."""
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -99,6 +100,8 @@ class Snapshot:
             state.clear()
             for name, (value, content) in attributes.items():  # containers keep their identity
                 state[name] = value
+                if not is_container(value):
+                    continue
                 if isinstance(value, (dict, set)):
                     value.clear()
                     value.update(content)
@@ -111,6 +114,14 @@ class Snapshot:
             with torch.no_grad():
                 for i, value in self._values.items():
                     self._tensors[i].copy_(value)
+
+
+def is_container(value: Any) -> bool:
+    """Whether a value's content can be exchanged: not that of a dictionary that guards it, as
+    diffusers' configurations do."""
+    if isinstance(value, dict):
+        return type(value).__setitem__ in (dict.__setitem__, OrderedDict.__setitem__)
+    return isinstance(value, (list, set))
 
 
 def find(

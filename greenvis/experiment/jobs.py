@@ -26,6 +26,8 @@ from greenvis.tasks.base import Task
 
 DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
 CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
+# of these, models have the data's classes and channels unless a recipe says otherwise
+FOLLOWS_DATA = ("timm", "torchvision", "hf", "transformers", "diffusers", "plain")
 BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
 SUBSET_FILE = "subset.safetensors"
 ROUNDS_FILE = "rounds.json"  # which labels were bought
@@ -395,10 +397,10 @@ def model_options(job: Job, images: data.Data) -> dict[str, Any]:
     """Return the model's options; of a library's model, classes (or numbers) and channels follow
     the data unless they are given."""
     spec = job.arm.model
-    if images.words is not None and spec.ref.startswith("plain/"):
+    if images.words is not None and spec.ref.startswith(("plain/", "transformers/")):
         text = {"tokens": images.words.size, "length": images.words.length}
         return {"in_chans": images.in_chans, **text, **spec.options}
-    if spec.ref.split("/")[0] in ("timm", "torchvision", "hf", "plain"):
+    if spec.ref.split("/")[0] in FOLLOWS_DATA:
         split = images.train.split
         classes = split.labels.shape[1] if split.kind == "number" else len(images.classes)
         return {"num_classes": classes, "in_chans": images.in_chans, **spec.options}

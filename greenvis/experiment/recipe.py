@@ -85,8 +85,8 @@ class ModelSpec(_Section):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     ref: str = Field(
-        description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp, module:function or "
-        "file:PATH"
+        description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, transformers/CLASS_OR_PATH, "
+        "diffusers/CLASS_OR_PATH, plain/mlp, module:function or file:PATH"
     )
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
     classifier: Literal["new", "keep"] = Field(

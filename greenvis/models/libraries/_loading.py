@@ -31,10 +31,14 @@ class Request(NamedTuple):
 
 
 class Library(NamedTuple):
-    """How one library's models are checked (raises BadInput, builds nothing) and built."""
+    """How one library's models are checked (raises BadInput, builds nothing) and built.
+
+    local_weights: the folder whose weights a reference begins with, though nobody asked for any.
+    """
 
     check: Callable[[Request], Any]
     build: Callable[[Request], nn.Module]
+    local_weights: Callable[[Request], Path | None] = lambda request: None
 
 
 def check_options(request: Request, options: Iterable[str], known: Iterable[str]) -> None:

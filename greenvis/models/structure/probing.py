@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.surgery import is_container
+
 _PROBING = "_greenvis_looked_at"
 _LEARNING = "_greenvis_learning"
 
@@ -73,7 +75,7 @@ def is_learning(model: nn.Module) -> bool:
 
 def _containers(module: nn.Module) -> list[tuple[Any, Any]]:
     """Return the dictionaries, lists and sets a module holds, each with a copy; most are empty."""
-    held = (v for v in vars(module).values() if isinstance(v, (dict, list, set)))
+    held = (v for v in vars(module).values() if is_container(v))
     return [(v, copy.copy(v) if v else ()) for v in held]
 
 
