@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import printable
-from greenvis.report import archive, exports, figures, sections, tables, task_columns
+from greenvis.report import archive, exports, figures, label_columns, sections, tables, task_columns
 from greenvis.report.blocks import Block, Drawings, Inline, Link, paragraph
 from greenvis.report.columns import Column
 from greenvis.report.estimates import Estimate
@@ -143,6 +143,7 @@ def _columns(results: Results) -> Iterable[Column]:
     yield from tables.sizes(results)
     yield from task_columns.columns(results)
     yield from tables.cycle(results)
+    yield from label_columns.columns(results)
 
 
 def _cell(value: Any) -> Any:

@@ -161,11 +161,18 @@ def _gain(results: Results, label: str) -> str:
     text = f"{name} {formatting.points(measure, d.mean)}" + (
         f" (95\u00a0% interval {band})" if band else ""
     )
-    return f"{text}: {formatting.decided(d, margin(results))}"
+    decided = formatting.decided(d, margin(results))
+    if results.margin == 0:
+        decided = {"keeps": "kept", "loses": "loses"}.get(decided, decided)
+        decided += "" if measure.higher_is_better else " (less is better)"
+    return f"{text}: {decided}"
 
 
 def margin(results: Results) -> str:
-    """Return how much may be lost, in words: "0.5 points", "0.2 px", "0.1 of RMSE"."""
+    """Return how much may be lost, in words: "0.5 points", "0.2 px", "0.1 of RMSE"; "" for
+    nothing."""
+    if results.margin == 0:
+        return ""
     points = "point" if results.margin == 1 else "points"
     measure = results.measure
     of = measures.suffix(measure) or f" of {measures.written(measure)}"

@@ -3,6 +3,8 @@ beyond."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 from collections.abc import Sequence
@@ -15,6 +17,7 @@ from greenvis.meters.labels import images_line, labels_line
 from greenvis.meters.record import parse_line
 from greenvis.report import label_curve, report, results
 from greenvis.report.label_curve import Point, exchange
+from greenvis.report.page import to_csv
 from greenvis.report.sections.labels import Labels
 from greenvis.testing import check_section
 from tests import synthetic
@@ -150,3 +153,13 @@ def test_seconds_price_an_old_record_in_hours_and_move_no_joule(tmp_path: Path) 
     said = Labels().compute(after)
     assert said is not None
     assert "2 h 00 min (1 h 00 min – 4 h 00 min)" in said.table.rows[0]
+
+
+def test_results_csv_has_labels_by_purpose_hours_and_images_by_role(tmp_path: Path) -> None:
+    found = results(curve(tmp_path), label_seconds=["class=9,36,90"])
+    rows = {row["arm"]: row for row in csv.DictReader(io.StringIO(to_csv(found)))}
+    assert float(rows["n40"]["labels_class_training"]) == 40
+    assert float(rows["fixmatch"]["images_unlabelled"]) == 960
+    assert rows["n40"]["images_unlabelled"] == ""
+    hours = [float(rows["n320"][f"label_hours{end}"]) for end in ("_low", "", "_high")]
+    assert hours == pytest.approx([0.8, 3.2, 8.0])

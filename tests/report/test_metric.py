@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from greenvis.errors import BadInput
-from greenvis.report import measures, report, results, terminal
+from greenvis.report import measures, report, results, terminal, verdict
 from greenvis.report.listing import compare, group, ls
 from greenvis.tasks.base import Measure
 from tests import synthetic
@@ -73,7 +73,11 @@ def test_a_page_speaks_its_name_and_unit(runs: Path, tmp_path: Path) -> None:
     assert "cheap reached 1.51 ± 0.010 px error_px" in text
     assert "error_px −0.500 px" in text
     assert "energy of one crop" in text
-    assert "lies below +0 px" in text
+    assert "whole interval lies at 0 or below, loses it where the whole interval lies above" in text
+    assert "“Keeps”: nothing is lost." in text
+    assert ": kept (less is better)" in verdict.sentence(results(runs), "cheap")
+    assert ": loses (less is better)" in verdict.sentence(results(runs), "dear")
+    assert "than 0" not in text
     assert "accurac" not in text
     drawing = (page.parent / "figures" / "gain-vs-energy.svg").read_text()
     assert "error_px (px, less is better)" in drawing

@@ -80,6 +80,8 @@ def _intervals(results: Results) -> list[str]:
     keeps, loses = f"above −{lost}", "below"
     if not measure.higher_is_better:
         keeps, loses = f"below +{lost}", "above"
+    if not lost:
+        keeps = f"at 0 or {'above' if measure.higher_is_better else 'below'}"
     return [
         "Intervals of differences and ratios are Student's t, paired by seed, each at "
         f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "

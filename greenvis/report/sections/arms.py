@@ -13,7 +13,7 @@ from greenvis.report.shape import Results
 BOLD = (
     "Bold: the interval, which holds for all arms together with 95 %, leaves out no change. ± "
     "standard deviation over seeds; a–b: band of the estimate; ×: ratio to the baseline, with its "
-    "interval. “Keeps”: at most {margin} are lost. "
+    "interval. “Keeps”: {margin} lost. "
 )
 BADGES = {
     "measured": "read from a live counter or computed exactly",
@@ -77,7 +77,9 @@ class Arms(Section[Tables]):
 
 
 def _legend(value: Tables) -> Block:
-    text: list[Inline] = [BOLD.format(margin=value.margin)]
+    text: list[Inline] = [
+        BOLD.format(margin=f"at most {value.margin} are" if value.margin else "nothing is")
+    ]
     for i, (badge, meaning) in enumerate(BADGES.items()):
         text += [Badge(badge), f" {meaning}" + ("; " if i < len(BADGES) - 1 else ".")]
     if value.assumed_grid:
