@@ -50,6 +50,12 @@ class DataSet:
         self.value = spec.name.partition(":")[2]  # of `argument`
 
     @property
+    def most(self) -> Mapping[str, int]:
+        """Images by split, the most there are of what is asked for; {} where that hangs on the
+        files."""
+        return self.size
+
+    @property
     def root(self) -> Path | None:
         """The folder of its files that the recipe names."""
         return self.resolve(self.spec.root) if self.spec.root else None

@@ -39,8 +39,8 @@ def check(spec: DataSpec, folder: str | Path = ".") -> None:
     """
     chosen = dataset.find(spec, folder)
     for part, count in (("train", _with_held_out(spec.train, spec.held_out)), ("test", spec.test)):
-        if part in chosen.size:
-            _check_count(spec.name, part, count, chosen.size[part])
+        if part in chosen.most:
+            _check_count(spec.name, part, count, chosen.most[part])
     for each in _own_domains(chosen).values() or (chosen,):
         each.check()
 

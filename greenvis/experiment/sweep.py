@@ -13,7 +13,7 @@ from greenvis.errors import BadInput
 from greenvis.experiment.recipe import UNHASHED, Recipe, load_recipe
 
 BRACKETS = " []{}'\""
-LONGEST = 120  # characters of a name, which is a folder's
+LONGEST = 91  # characters of a name before its digest; a recipe's name has at most 100
 MOST = 1000  # recipes of one sweep
 
 

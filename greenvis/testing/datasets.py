@@ -160,7 +160,7 @@ def _check_facts(dataset: DataSet, stored: Stored) -> None:
     """Hold what the class says before anything is read against what was read."""
     if dataset.classes:
         _require(stored.classes == dataset.classes, f"its classes are {stored.classes}")
-    for part, most in dataset.size.items():
+    for part, most in dataset.most.items():
         count = len(getattr(stored, part).labels)
         _require(count <= most, f"{part} has {count} images, more than the {most} it says")
     if dataset.checksum is not None:

@@ -304,6 +304,9 @@ def test_several_styles_are_one_data_set_whose_test_shows_other_concepts(tmp_pat
     assert (len(train), len(test)) == (20, 6)
     assert not {*train} & {*test}
     assert all(train.count(name) == 2 for name in train)
+    many = DataSpec(name="emoji:google+twitter", train=2000)  # more than one style has
+    with pytest.raises(BadInput, match=r"asks for 2000 images, but .* has 20"):
+        data.load(many, tmp_path)
     with pytest.raises(BadInput, match="npm install emoji-datasource-twitter"):
         data.check(DataSpec(name="emoji:twitter+google", root=str(tmp_path / "x")), tmp_path)
 

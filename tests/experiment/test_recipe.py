@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from greenvis.errors import BadInput
+from greenvis.experiment import sweep
 from greenvis.experiment.recipe import load_recipe, parse_techniques, schema
 
 GOOD = """\
@@ -103,6 +104,17 @@ def test_overrides_change_one_value_and_name_themselves_when_wrong(tmp_path: Pat
         with pytest.raises(BadInput) as caught:
             load_recipe(path, [text])
         assert message in str(caught.value)
+
+
+def test_many_overrides_give_a_name_that_a_recipe_may_have(tmp_path: Path) -> None:
+    many = [
+        f"arms.{arm}.train.{key}=3"
+        for arm in ("baseline", "distilled")
+        for key in ("epochs", "accumulate")
+    ]
+    [(recipe, _)] = sweep.load(_write(tmp_path, GOOD), [*many, "data.train=90"])
+    assert len(recipe.name) == 100
+    assert sweep.load(tmp_path / "recipe.yaml", [*many, "data.train=80"])[0][0].name != recipe.name
 
 
 def test_extends_inherits_and_keeps_each_files_lines(tmp_path: Path) -> None:

@@ -122,6 +122,11 @@ class Emoji(DataSet):
         return (items[0], items[1]), classes
 
     @property
+    def most(self) -> Mapping[str, int]:
+        """Images by split of one style; {} for several."""
+        return self.size if len(self.styles) == 1 else {}
+
+    @property
     def styles(self) -> tuple[str, ...]:
         """Names of the styles that are read."""
         return tuple(dict.fromkeys(self.value.split("+")))
