@@ -98,7 +98,7 @@ class Step:
         them."""
         self.losses.zero_()
         if distributed.rank() == 0:
-            self.losses += torch.tensor(losses, dtype=self.losses.dtype)
+            self.losses += torch.tensor(losses, dtype=self.losses.dtype, device=self.losses.device)
 
     def summed_losses(self) -> tuple[float, float]:
         """Return the sums of all processes; each of them calls it, and waits for the device."""
