@@ -30,6 +30,7 @@ CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache
 FOLLOWS_DATA = ("timm", "torchvision", "hf", "transformers", "diffusers", "plain")
 BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
 SUBSET_FILE = "subset.safetensors"
+SYNTHESIS_FILE = "synthesis.safetensors"
 ROUNDS_FILE = "rounds.json"  # which labels were bought
 
 
@@ -168,6 +169,8 @@ class Jobs:
                 inputs["stream"] = arm.stream.model_dump()
             if arm.subset is not None:
                 inputs["subset"] = arm.subset.model_dump()
+            if arm.synthesis is not None:
+                inputs["synthesis"] = arm.synthesis.model_dump()
             if arm.active is not None:
                 inputs["active"] = arm.active.model_dump()
             if arm.stages:
@@ -304,12 +307,9 @@ def forget(job: Job, done: bool = True) -> None:
     once spent stays spent."""
     if done:
         (job.folder / DONE_FILE).unlink(missing_ok=True)
-    for pattern in (
-        "*-" + CHECKPOINT_FILE,
-        "*-" + BOUNDARY,
-        *(["*-" + SUBSET_FILE, "*-" + ROUNDS_FILE] if done else []),
-    ):
-        for checkpoint in job.folder.glob(pattern):
+    made = (SUBSET_FILE, SYNTHESIS_FILE, ROUNDS_FILE) if done else ()
+    for name in (CHECKPOINT_FILE, BOUNDARY, *made):
+        for checkpoint in job.folder.glob("*-" + name):
             checkpoint.unlink()
 
 
@@ -319,10 +319,14 @@ def check_shares(job: Job, images: data.Data) -> None:
     many, where = distributed.world_size(), job.recipe.where("arms", job.arm.name)
     if many == 1:
         return
-    if job.arm.stream is not None or job.arm.active is not None:
-        what = "a stream of tasks" if job.arm.stream is not None else "labels bought in rounds"
+    alone = {
+        "a stream of tasks": job.arm.stream,
+        "labels bought in rounds": job.arm.active,
+        "from images it makes": job.arm.synthesis,
+    }
+    if what := next((words for words, spec in alone.items() if spec is not None), ""):
         raise BadInput(
-            f"{where if job.arm.active else job.recipe.where('data', 'stream')}: a recipe learns "
+            f"{job.recipe.where('data', 'stream') if job.arm.stream else where}: a recipe learns "
             f"{what} as one process, and this is one of "
             f"{many}: start it without the launcher, or give each process its share in a loop of "
             "your own (gv.wrap, gv.track)"

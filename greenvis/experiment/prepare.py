@@ -19,7 +19,7 @@ from greenvis.core.technique import Technique
 from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput
-from greenvis.experiment import parts, rounds
+from greenvis.experiment import parts, rounds, synthesis
 from greenvis.experiment.jobs import (
     BOUNDARY,
     CHECKPOINT_FILE,
@@ -215,7 +215,7 @@ class Prepared:
             test: what it is tested on.
         """
         update = {"train": spec, "stream": None, "subset": None, "active": None}
-        update |= {"stages": (), "stage": ""}
+        update |= {"synthesis": None, "stages": (), "stage": ""}
         job = replace(self.job, arm=self.job.arm.model_copy(update=update))
         images = replace(self.images, train=train, test=test, held_out=None)
         return replace(self, job=job, images=images, short=short)
@@ -231,9 +231,11 @@ class Prepared:
         return [parts.of_data(self, tracker)]
 
     def training(self, tracker: Tracker) -> data.ImageSet:
-        """Return the images the job trains on; a subset is chosen or made in a phase of its own,
-        and its file lies beside the record."""
+        """Return the images the job trains on; a subset, or images of scarce classes, are chosen or
+        made in a phase of their own, and their file lies beside the record."""
         spec, images = self.job.arm.subset, self.images
+        if self.job.arm.synthesis is not None:
+            return synthesis.add(self, self.job.arm.synthesis, tracker)
         if spec is None:
             return images.train
         with tracker.phase("subset"):

@@ -203,6 +203,27 @@ class SubsetSpec(_Section):
         )
 
 
+class SynthesisSpec(_Section):
+    """Images made for scarce classes, beside the real ones; what it takes to make them is the
+    arm's."""
+
+    by: Literal["oversample", "cvae"] = Field(
+        "oversample",
+        description="real images shown again, the baseline of all others; drawn by a conditional "
+        "variational autoencoder",
+    )
+    per_class: Positive | None = Field(
+        None, description="images each class is brought to; as the largest where absent"
+    )
+    epochs: Annotated[int, Field(ge=1, le=10**6, description="of what draws images")] = 50
+    batch_size: Annotated[int, Field(ge=1, le=10**6, description="likewise")] = 64
+    lr: Annotated[float, Field(gt=0, description="likewise")] = 1e-3
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        return refuse_idle(self, dict.fromkeys(("epochs", "batch_size", "lr"), ("by", ("cvae",))))
+
+
 class ActiveSpec(_Section):
     """Labels bought in rounds, of images that a query chooses; the model is trained after each, and
     all of it is the arm's. The labels of images that were not bought are never looked at."""
@@ -255,6 +276,9 @@ class ArmSpec(_Section):
     )
     subset: SubsetSpec | None = Field(
         default=None, description="train on a few images a class only"
+    )
+    synthesis: SynthesisSpec | None = Field(
+        default=None, description="make images for scarce classes"
     )
     active: ActiveSpec | None = Field(
         default=None, description="buy labels in rounds, of images that a query chooses"
@@ -324,6 +348,7 @@ class Arm(BaseModel):
     techniques: tuple[Technique, ...]
     stream: StreamSpec | None = None
     subset: SubsetSpec | None = None
+    synthesis: SynthesisSpec | None = None
     active: ActiveSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()
@@ -421,9 +446,11 @@ class Recipe(_Section):
             if own is None
             else _valid(StreamSpec, own, self.where, ("arms", name, "stream")),
             subset=spec.subset,
+            synthesis=spec.synthesis,
             active=spec.active,
         )
         recipe_checks.refuse_active(self, arm)
+        recipe_checks.refuse_synthesis(self, arm)
         if arm.stream is not None and arm.subset is not None:
             raise BadInput(
                 f"{self.where('arms', name, 'subset')}: an arm has a subset or data.stream, not "

@@ -63,6 +63,7 @@ def refuse_active(recipe: Recipe, arm: Arm) -> None:
     beside = {
         "stages": spec.stages,
         "subset": arm.subset,
+        "synthesis": arm.synthesis,
         "data.stream": arm.stream,
         "data.labels": arm.data.labels is not None,
         "train.target": arm.train.target is not None,
@@ -80,6 +81,15 @@ def refuse_active(recipe: Recipe, arm: Arm) -> None:
             f"{where}: active buys classes of images, and the task is '{arm.task.name}': leave it "
             "out"
         )
+
+
+def refuse_synthesis(recipe: Recipe, arm: Arm) -> None:
+    """Raise BadInput where images are made for scarce classes, and what stands beside has others
+    yet."""
+    beside = {"subset": arm.subset, "data.stream": arm.stream}
+    if arm.synthesis is not None and (wrong := [n for n, present in beside.items() if present]):
+        where = recipe.where("arms", arm.name, "synthesis")
+        raise BadInput(f"{where}: an arm has synthesis or {wrong[0]}, not both")
 
 
 def refuse_unknown_metric(recipe: Recipe) -> None:

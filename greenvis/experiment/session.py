@@ -15,7 +15,7 @@ from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages
+from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages, synthesis
 from greenvis.experiment.jobs import (
     WEIGHTS_FILE,
     Job,
@@ -163,6 +163,13 @@ class Session:
                 subsets.check,
                 images.train,
                 job.arm.subset.per_class,
+            )
+        if job.arm.synthesis is not None:
+            located(
+                job.recipe.where("arms", job.arm.name, "synthesis"),
+                synthesis.check,
+                images.train,
+                job.arm.synthesis,
             )
         check_shares(job, images)
         model = prepared.build(weights=False)

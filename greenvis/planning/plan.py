@@ -6,14 +6,25 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from greenvis import data
 from greenvis.core import distributed, weights
 from greenvis.data import subsets
-from greenvis.experiment import checkpoint, loop
-from greenvis.experiment.jobs import PLAN_FILE, SUBSET_FILE, Job, predicted, write_json
+from greenvis.data.image_set import Concat
+from greenvis.experiment import checkpoint, loop, synthesis
+from greenvis.experiment.jobs import (
+    PLAN_FILE,
+    SUBSET_FILE,
+    SYNTHESIS_FILE,
+    Job,
+    predicted,
+    write_json,
+)
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared, Short
 from greenvis.experiment.recipe import Recipe, load_recipe
@@ -24,7 +35,7 @@ GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
 EVAL_BATCHES = 2
 # of making a subset: how many are tried, and how far off that may be
-ITERATIONS, MAKING_BAND = (5, 0.3)
+ITERATIONS, EPOCHS, MAKING_BAND = (5, 2, 0.3)
 BUSY_BAND = 0.3  # of energy and time: busy neighbours alone moved the same work by a quarter here
 BOUNDS, FIGURES = ("value", "low", "high"), ("energy_j", "carbon_g", "wall_s", "flops")
 NOTHING = dict.fromkeys(BOUNDS, 0.0)
@@ -85,7 +96,7 @@ def plan(
         with threads(job.arm.train.threads):
             prepared = session.prepare(job)
             parts = [_predict(part) for part in prepared.stages or [prepared]]
-            making = _making(prepared) if job.arm.subset else None
+            making = _making(prepared) if job.arm.subset else _synthesis(prepared)
         arms[name]["each"] = _summed(
             [figures for figures, _ in [*parts, *([making] if making else [])]]
         )
@@ -98,7 +109,10 @@ def plan(
             left += [
                 making[0]
                 for job in ahead
-                if not (job.folder / f"{job.inputs}-{SUBSET_FILE}").exists()
+                if not any(
+                    (job.folder / f"{job.inputs}-{name}").exists()
+                    for name in (SUBSET_FILE, SYNTHESIS_FILE)
+                )
             ]
         arms[name] |= _priced(_summed(left), parts[0][1])
     prediction = {"arms": arms, "total": total(arms)}
@@ -179,6 +193,9 @@ def _like_trained(prepared: Prepared) -> data.ImageSet:
     images, spec = prepared.images.train, prepared.job.arm.subset
     if active := prepared.job.arm.active:
         return images.take(range(active.counts()[-1]))
+    if making := prepared.job.arm.synthesis:
+        more = sum(synthesis.needed(images, making).values())
+        return Concat([images, images.take(torch.arange(more) % len(images))])
     return (
         images if spec is None else subsets.make(images, method="random", per_class=spec.per_class)
     )
@@ -200,10 +217,26 @@ def _making(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
                         images, seed=job.seed, count=run.flops, **{**spec, "iterations": few}
                     )
         measured = record.read(next(record.find([folder])))
-    counted = {
-        quantity: spec["iterations"] / few * (measured.sum(quantity, "subset") or 0.0)
-        for quantity in _quantities(measured)
-    }
+    return _made(measured, "subset", spec["iterations"] / few)
+
+
+def _synthesis(prepared: Prepared) -> tuple[Figures, dict[str, Any]] | None:
+    """Make the arm's images after fewer epochs, and scale them up; None where it makes none."""
+    spec = prepared.job.arm.synthesis
+    if spec is None or spec.by == "oversample":
+        return None
+    few = min(EPOCHS, spec.epochs)
+    short = replace(prepared, short=Short())
+    with tempfile.TemporaryDirectory() as folder:
+        with prepared.tracker(Path(folder)) as run:
+            synthesis.add(short, spec.model_copy(update={"epochs": few}), run)
+        measured = record.read(next(record.find([folder])))
+    return _made(measured, "synthesis", spec.epochs / few)
+
+
+def _made(measured: record.Run, phase: str, factor: float) -> tuple[Figures, dict[str, Any]]:
+    """Return what a phase observed, scaled up, and the header that prices it."""
+    counted = {q: factor * (measured.sum(q, phase) or 0.0) for q in _quantities(measured)}
     bands = {quantity: 0.0 if quantity == "flops" else MAKING_BAND for quantity in counted}
     return {
         q: {"low": v * (1 - bands[q]), "value": v, "high": v * (1 + bands[q])}
