@@ -45,7 +45,8 @@ def run(
     Raises:
         BadInput: For a run without images held out: its own test may not be source and target.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
+    sizes: set[int] = set()
     for folder in runs:
         saved = Saved(folder)
         if saved.data.held_out is None:
@@ -54,6 +55,7 @@ def run(
                 "are not the test: set data.held_out, such as 500"
             )
         source = saved.answers(saved.data.held_out)
+        sizes.add(len(source.labels))
         for strength, shifts in SHIFTS.items():
             for shift in shifts:
                 change = parse(shift)
@@ -63,7 +65,7 @@ def run(
                 errors = {m: round(100 * e, 2) for m, e in one["errors"].items()}
                 row = {"run": folder, "shift": shift, "strength": strength}
                 rows.append({**row, "accuracy": round(100 * one["accuracy"], 2), **errors})
-    result = {"rows": rows, "summary": _summary(rows), "held_out": len(source.labels)}
+    result = {"rows": rows, "summary": _summary(rows), "held_out": sorted(sizes)}
     if out is not None:
         _output.write(out, result, _page(result, len(runs)))
     return result
@@ -113,9 +115,10 @@ def _page(result: Mapping[str, Any], runs: int) -> str:
         "",
         verdict,
         "",
-        f"`greenvis bench estimate --run RUN …`, {runs} run(s), {result['held_out']} labelled "
-        "images held out from each one's training, of the source alone. Points: estimate less "
-        "measured accuracy, on the run's own test as each change shows it.",
+        f"`greenvis bench estimate --run RUN …`, {runs} run(s), "
+        f"{', '.join(map(str, result['held_out']))} labelled images held "
+        "out from each one's training, of the source alone. Points: estimate less measured "
+        "accuracy, on the run's own test as each change shows it.",
         "",
         *means,
         *(
