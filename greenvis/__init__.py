@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from greenvis.models.fusing import fuse
     from greenvis.report import report
     from greenvis.techniques.annotation.consistency.consistency import Consistency
+    from greenvis.techniques.annotation.consistency.pseudo_label import PseudoLabel
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.masked.mae import Mae
@@ -84,9 +85,10 @@ __all__ = [
     "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat",
     "Installed", "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream",
     "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NormTune", "PackNet", "Partial", "Pnn",
-    "Prompt", "PromptPool", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse",
-    "Rotation", "Sam", "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge",
-    "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
+    "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
+    "Reuse", "Rotation", "Sam", "Side", "Simclr", "Swad", "Technique", "Tent", "TestTime",
+    "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report", "run",
+    "track", "wrap",
 ]  # fmt: skip
 
 

@@ -35,6 +35,19 @@ class Numbered(Protocol):
         ...
 
 
+@runtime_checkable
+class Positioned(Numbered, Protocol):
+    """A numbered stream that also says which images it gives."""
+
+    def positions(self, number: int, times: int) -> Tensor:
+        """Return where the images of `at(number, times)` stand in their set, int64 (images,)."""
+        ...
+
+    def at(self, number: int, times: int, where: Tensor | None = None) -> Tensor:
+        """Return the images, of `where` alone: int64 (n,), which of the draw's."""
+        ...
+
+
 class Feeds:
     """The streams that a wrapped model's techniques may draw from.
 
@@ -65,13 +78,23 @@ class Feeds:
         """Forget what was drawn for the step before."""
         self._drawn.clear()
 
-    def draw(self, name: str, times: int, device: torch.device) -> Tensor:
-        """Return images for this step: the same, however often and by whomever they are asked
-        for."""
-        key = (name, times)
+    def draw(
+        self, name: str, times: int, device: torch.device, where: Tensor | None = None
+    ) -> Tensor:
+        """Return images for this step, or those of `where` among them: the same, however often and
+        by whomever they are asked for."""
+        key, source = (name, times), self._source(name)
+        if where is not None and key not in self._drawn and isinstance(source, Positioned):
+            return source.at(self.number, times, where).to(device)
         if key not in self._drawn:
-            self._drawn[key] = self._source(name).at(self.number, times).to(device)
-        return self._drawn[key]
+            self._drawn[key] = source.at(self.number, times).to(device)
+        return self._drawn[key] if where is None else self._drawn[key][where.to(device)]
+
+    def positions(self, name: str, times: int) -> Tensor | None:
+        """Return where the images of `draw` stand in their set, int64 (images,); None where the
+        stream does not say."""
+        source = self._source(name)
+        return source.positions(self.number, times) if isinstance(source, Positioned) else None
 
     def sweep(self, name: str, device: torch.device) -> Iterator[Tensor]:
         """Yield each image of a stream once, in batches."""

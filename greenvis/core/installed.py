@@ -122,7 +122,9 @@ class Installed:
         alone |= {"domains": None, "held_out_loss": None}
         return {**vars(self), **alone}
 
-    def feed(self, name: str, device: torch.device, times: int = 1) -> Tensor:
+    def feed(
+        self, name: str, device: torch.device, times: int = 1, where: Tensor | None = None
+    ) -> Tensor:
         """Return images of a second stream for this step, as often as it is asked for the same.
 
         In a recipe which images come depends on the seed and the number of the step alone.
@@ -131,6 +133,7 @@ class Installed:
             name: One that `wants` holds.
             device: Where to.
             times: How many of the stream's batches, each of the labelled batch's size.
+            where: Which of these images alone, int64 (n,): the others are not even read.
 
         Returns:
             Images (times · batch, channels, height, width), augmented as the data says.
@@ -138,7 +141,21 @@ class Installed:
         Raises:
             GreenvisError: Where the loop gave no such stream.
         """
-        return self.feeds.draw(name, times, device)
+        return self.feeds.draw(name, times, device, where)
+
+    def feed_positions(self, name: str, times: int = 1) -> Tensor | None:
+        """Return where the images of `feed(name, …, times)` stand in their set, so that what was
+        learned of an image can be kept: int64 (times · batch,); None where the stream does not say,
+        as a loader of a loop's own.
+
+        Args:
+            name: One that `wants` holds.
+            times: As for `feed`.
+
+        Raises:
+            GreenvisError: Where the loop gave no such stream.
+        """
+        return self.feeds.positions(name, times)
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Return the batch to train on, before the forward.

@@ -28,24 +28,48 @@ class Feed:
     def _shuffled(self, number: int) -> Tensor:
         return order(len(self.images), epoch=number, seed=self.seed, shuffle=True)
 
-    def at(self, number: int, times: int) -> Tensor:
-        """Return `times` batches, from batch number · times of all passes in one row.
+    def _rows(self, number: int, times: int) -> Iterator[tuple[int, Tensor]]:
+        """Yield (pass, positions) of the images from batch number · times of all passes on."""
+        first, size = number * times * self.batch_size, len(self.images)
+        end = first + times * self.batch_size
+        while first < end:
+            epoch, start = divmod(first, size)
+            rows = self._order(epoch)[start : start + end - first]
+            yield epoch, rows
+            first += len(rows)
+
+    def positions(self, number: int, times: int) -> Tensor:
+        """Return where the images of `at` stand in the set.
 
         Args:
             number: Of the step.
             times: Batches.
 
         Returns:
+            int64 (times · batch_size,).
+        """
+        return torch.cat([rows for _, rows in self._rows(number, times)])
+
+    def at(self, number: int, times: int, where: Tensor | None = None) -> Tensor:
+        """Return `times` batches, from batch number · times of all passes in one row.
+
+        Args:
+            number: Of the step.
+            times: Batches.
+            where: Which of their images alone, int64 (n,) in rising order, at least one; None: all.
+
+        Returns:
             float32 (times · batch_size, C, H, W); a pass's last images and the next one's first may
             stand together.
         """
-        first, size, out = number * times * self.batch_size, len(self.images), []
-        end = first + times * self.batch_size
-        while first < end:
-            epoch, start = divmod(first, size)
-            rows = self._order(epoch)[start : start + end - first]
-            out.append(self.images.batch(rows, epoch)[0])
-            first += len(rows)
+        out, before = [], 0
+        for epoch, rows in self._rows(number, times):
+            chosen = rows
+            if where is not None:
+                chosen = rows[where[(where >= before) & (where < before + len(rows))] - before]
+            if len(chosen):
+                out.append(self.images.batch(chosen, epoch)[0])
+            before += len(rows)
         return torch.cat(out)
 
     def sweep(self) -> Iterator[Tensor]:

@@ -20,7 +20,8 @@ from greenvis.experiment.parts import Part
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.record import find, read
 from greenvis.techniques._shared.views import strong_view
-from greenvis.techniques.annotation.consistency.consistency import Consistency, sure_loss
+from greenvis.techniques.annotation.consistency.consistency import Consistency
+from greenvis.techniques.annotation.consistency.pseudo_label import PseudoLabel
 from greenvis.techniques.data.adapt.adabn import Adabn
 
 IMAGES = data.load(data.DataSpec(name="digits", train=80, test=30, augment="crop"))
@@ -35,22 +36,9 @@ def _net() -> nn.Module:
     )  # fmt: skip
 
 
-def test_the_loss_is_a_mean_over_all_images_also_those_not_sure() -> None:
-    weak = torch.tensor([[4.0, 0, 0], [0.1, 0, 0], [0, 5.0, 0]], requires_grad=True)
-    strong = torch.randn(3, 3, requires_grad=True)
-    loss, sure = sure_loss(weak, strong, 0.9)
-    by_hand = -(strong.log_softmax(1)[0, 0] + strong.log_softmax(1)[2, 1]) / 3
-    assert loss.item() == pytest.approx(by_hand.item(), abs=1e-6)
-    assert sure.item() == pytest.approx(2 / 3)
-    loss.backward()
-    assert weak.grad is None
-    assert strong.grad is not None
-    assert strong.grad[1].abs().sum() == 0
-
-
 def test_labelled_weak_and_strong_images_stand_in_one_batch() -> None:
     x, y = LABELLED.batch(range(6))
-    live = gv.wrap(_net(), Consistency(ratio=2, threshold=0.0, weight=0.5))
+    live = gv.wrap(_net(), Consistency(mu=2, threshold=0.0, weight=0.5))
     live.feed(unlabeled=[(REST.batch(range(4))[0], torch.zeros(4))])
     torch.manual_seed(1)
     images, labels = live.batch(x, y)
@@ -94,7 +82,25 @@ def test_a_stream_is_a_function_of_seed_and_step() -> None:
     assert torch.equal(swept, REST.batch(range(53))[0])
 
 
-def _part(epochs: int, stop_at: int | None = None) -> Part:
+def test_a_stream_says_which_images_it_gives_and_gives_some_of_them_alone() -> None:
+    feed = data.Feed(REST, 10, seed=3)
+    for step in (0, 2, 5):  # the third crosses the end of a pass
+        shown, positions = feed.at(step, 2), feed.positions(step, 2)
+        weak = [REST.batch([p], (step * 20 + i) // 53)[0] for i, p in enumerate(positions.tolist())]
+        assert torch.equal(torch.cat(weak), shown)
+        where = torch.tensor([0, 7, 19])
+        assert torch.equal(feed.at(step, 2, where), shown[where])
+
+
+GREEN = Consistency(mu=2, threshold=0.2, refresh=3)
+METHODS = [
+    Consistency(mu=2, threshold=0.2), Consistency(mu=2, method="freematch"), GREEN,
+    Consistency(mu=2, method="softmatch"), PseudoLabel(mu=2, threshold=0.2),
+    Consistency(mu=2, method="uda", threshold=0.2, annealing="exp", warmup=0.5),
+]  # fmt: skip
+
+
+def _part(epochs: int, stop_at: int | None = None, method: gv.Technique = METHODS[0]) -> Part:
     spec = TrainSpec(epochs=epochs, batch_size=10, lr=0.01, checkpoint_every_s=1e-9, eval_every=1)
 
     def batches(epoch: int, start: int) -> Any:
@@ -104,29 +110,33 @@ def _part(epochs: int, stop_at: int | None = None) -> Part:
                 raise KeyboardInterrupt
             yield x, y
 
-    techniques = [Consistency(ratio=2, threshold=0.2), Adabn(images=16), gv.Ema(decay=0.8)]
+    techniques = [method, Adabn(images=16), gv.Ema(decay=0.8)]
     part = of_batches(batches, 2, lambda: data.batches(IMAGES.test, 30), spec, techniques)
     return Part(**{**vars(part), "feeds": {"unlabeled": REST, "target": IMAGES.test}})
 
 
-@pytest.mark.parametrize("stop_at", [3, 4, 5])
-def test_a_training_with_two_streams_resumes_to_the_bit(tmp_path: Path, stop_at: int) -> None:
+@pytest.mark.parametrize(
+    ("stop_at", "method"), [(n, METHODS[0]) for n in (3, 4)] + [(5, m) for m in METHODS]
+)
+def test_a_training_with_two_streams_resumes_to_the_bit(
+    tmp_path: Path, stop_at: int, method: gv.Technique
+) -> None:
     def fit(part: Part, checkpoint: Path | None = None) -> tuple[dict[str, Tensor], Any]:
         with gv.track("feeds", dir=tmp_path) as run:
             outcome = loop.run(Own(_net, [part], 3, checkpoint), run)
         return {k: v.clone() for k, v in outcome.live.state_dict().items()}, outcome
 
-    uninterrupted, first = fit(_part(4))
+    uninterrupted, first = fit(_part(4, None, method))
     file = tmp_path / "c.pt"
     with pytest.raises(KeyboardInterrupt):
-        fit(_part(4, stop_at), file)
-    resumed, second = fit(_part(4), file)
+        fit(_part(4, stop_at, method), file)
+    resumed, second = fit(_part(4, None, method), file)
     assert resumed.keys() == uninterrupted.keys()
     assert all(torch.equal(v, uninterrupted[k]) for k, v in resumed.items())
     assert first.metrics == second.metrics
     facts = first.live.facts()
     assert facts == second.live.facts()
-    assert 0 < facts["consistency_sure"] <= 1
+    assert 0 < facts[f"{method.name}_sure"] <= 1
     roles = {e["role"]: e["count"] for p in find([tmp_path]) for e in read(p).images}
     assert roles == {"unlabelled": 53, "target": 30}
 

@@ -50,6 +50,7 @@ WORKS = {
     "pnn": 19,
     "prompt": 8,
     "prompt_pool": 8,
+    "pseudo_label": 20,
     "regularize": 20,
     "reparam": 20,
     "replay": 20,

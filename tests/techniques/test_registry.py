@@ -63,7 +63,8 @@ def test_a_field_that_changes_nothing_beside_another_is_refused(name: str) -> No
 def _other_number(kind: Any, field: str) -> Any:
     """Return a number the field takes that is not its default."""
     info = kind.model_fields[field]
-    for number in (info.default + 2, info.default / 2):
+    default = info.default or 0
+    for number in (default + 2, default / 2):
         with suppress(ValidationError):
             return TypeAdapter(Annotated[info.annotation, info]).validate_python(number)
     raise AssertionError(f"{kind.name}.{field} takes no other number")

@@ -3,7 +3,7 @@ say of a strong one."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -11,46 +11,50 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.modes import in_mode
+from greenvis.core.seams import of_known
 from greenvis.core.technique import Installed, OnlyWith, Technique, logits_of
-from greenvis.errors import BadInput, GreenvisError
-from greenvis.tasks.answers import UNKNOWN
 from greenvis.techniques._shared.views import strong_view
+from greenvis.techniques.annotation.consistency._kept_answers import KeptAnswers
+from greenvis.techniques.annotation.consistency._unlabelled import Unlabelled
+from greenvis.techniques.annotation.consistency._weights import (
+    FreeMatch,
+    SoftMatch,
+    annealed,
+    divergences,
+    sharpened,
+    sure,
+)
 
-_RAMP = 0.4  # share of the training in which pseudo_label's weight grows
-
-
-def sure_loss(teaching: Tensor, learning: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
-    """Return the cross entropy with the likeliest class where that is sure (FixMatch: Sohn et al.,
-    2020, equation 4).
-
-    Args:
-        teaching: logits (batch, classes) that name the class; no gradient flows there.
-        learning: logits (batch, classes) of the same images, to be taught.
-        threshold: the least probability that counts as sure.
-
-    Returns:
-        The mean over all images, those that are not sure counting 0, and the share that is.
-    """
-    sureness, classes = teaching.detach().float().softmax(1).max(1)
-    sure = (sureness >= threshold).to(learning.dtype)
-    losses = F.cross_entropy(learning.float(), classes, reduction="none")
-    return (losses * sure).mean(), sure.mean()
+_MOVING = {"freematch": FreeMatch, "softmatch": SoftMatch}  # those that hold means of a training
 
 
 class Consistency(Technique):
-    """Learn from unlabelled images what the model is sure of (FixMatch: Sohn et al., 2020;
-    pseudo-labels: Lee, 2013).
+    """Learn from unlabelled images by agreement of their views (FixMatch: Sohn et al., 2020;
+    FreeMatch: Wang et al., 2023; SoftMatch: Chen et al., 2023; UDA: Xie et al., 2020).
 
-    Saves labels, not energy: a step takes (1 + 2 · ratio) times the images (pseudo_label: 1 +
-    ratio), and thousands of steps are needed before it pays: compare with the strong augmentation
-    alone. Draws from the stream "unlabeled", whose images come weakly augmented as the data says;
-    strong views (crop, flip, contrast, brightness, a square cut out) are made here. Labelled, weak
-    and strong images stand in one batch, so that batch norms see them together; the loss is a mean
-    over all unlabelled images, not over the sure ones. Adds the term "consistency". Unlabelled rows
-    have the label -1: a loop of your own takes its loss from `live.criterion(F.cross_entropy)`.
+    Saves labels, not energy: a step takes (1 + 2 · mu) times the images, and thousands of steps are
+    needed before it pays: compare with the strong augmentation alone. The methods differ in whose
+    answer to a weak view teaches its strong view: those above a threshold (fixmatch), above one
+    that rises with the mean confidence, class by class (freematch), all by a weight that falls
+    below that mean (softmatch), sharpened answers above a threshold (uda). Labelled, weak and
+    strong images stand in one batch, so that batch norms see them together; losses, thresholds and
+    means are over all unlabelled images of a step.
+
+    `refresh: n` is a green variant of fixmatch, ours. Weak views are answered without a gradient,
+    in eval mode; only those answered surely get a strong view, which alone stands in the batch; and
+    an image that was twice answered alike, its strong view too, is left out of n - 1 passes, for
+    its loss is near nothing. The mean is over the images left out as well. A step costs less the
+    more the model knows; it does not where nothing is sure. Resting needs a stream that says which
+    images it gives: a recipe's does.
+
+    Draws from the stream "unlabeled", whose images come weakly augmented as the data says; strong
+    views (crop, flip, contrast, brightness, a square cut out) are made here. Adds the term
+    "consistency". Unlabelled rows have the label -1: a loop of your own takes its loss from
+    `live.criterion(F.cross_entropy)`.
 
     Example:
-        >>> live = gv.wrap(model, gv.Consistency(ratio=1))
+        >>> live = gv.wrap(model, gv.Consistency(mu=1))
         >>> live.feed(unlabeled=[x])  # a loader of images
         >>> images, labels = live.batch(x, y)
         >>> outputs = model(images)
@@ -65,19 +69,54 @@ class Consistency(Technique):
     instead = "it takes the likeliest of one class per image for its label: leave it out"
     needs = frozenset({"gradients"})
     only_with: ClassVar[OnlyWith] = {
-        "area": ("method", ("fixmatch",)), "colour": ("method", ("fixmatch",)),
-    }  # fmt: skip
-    examples: ClassVar = ({"threshold": 0.1}, {"method": "pseudo_label", "threshold": 0.1})
-
-    method: Literal["fixmatch", "pseudo_label"] = Field(
-        default="fixmatch", description="what is taught: a strong view, or the image itself"
+        "threshold": ("method", ("fixmatch", "uda")),
+        "refresh": ("method", ("fixmatch",)),
+        "momentum": ("method", ("freematch", "softmatch")),
+        "fairness": ("method", ("freematch",)),
+        "temperature": ("method", ("uda",)),
+        "annealing": ("method", ("uda",)),
+    }
+    examples: ClassVar = (
+        {"threshold": 0.1},
+        {"method": "freematch"},
+        {"method": "softmatch"},
+        {"method": "uda", "threshold": 0.1, "annealing": "exp"},
+        {"threshold": 0.1, "refresh": 2},
     )
-    ratio: int = Field(
+
+    method: Literal["fixmatch", "freematch", "softmatch", "uda"] = Field(
+        default="fixmatch", description="which answers to weak views teach the strong ones"
+    )
+    mu: int = Field(
         default=3, ge=1, description="unlabelled batches a step, each of the labelled one's size"
     )
     weight: float = Field(default=1.0, ge=0, description="factor of the term")
+    warmup: float = Field(
+        default=0.0, ge=0, le=1, description="share of the training in which the factor grows"
+    )
     threshold: float = Field(
         default=0.95, ge=0, lt=1, description="the least probability that is taken for sure"
+    )
+    refresh: int | None = Field(
+        default=None,
+        ge=1,
+        description="the green variant: passes over the unlabelled images from one look at an easy "
+        "one to the next",
+    )
+    momentum: float = Field(
+        default=0.99,
+        ge=0,
+        lt=1,
+        description="of means over the training; published with 0.999, for a million steps",
+    )
+    fairness: float = Field(
+        default=0.01, ge=0, description="factor of the term that keeps all classes answered"
+    )
+    temperature: float = Field(default=0.4, gt=0, description="sharpens the weak answers")
+    annealing: Literal["linear", "log", "exp"] | None = Field(
+        default=None,
+        description="leave out labelled images that are answered well, later on fewer of them; exp "
+        "for few labels",
     )
     area: float = Field(
         default=0.5, gt=0, le=1, description="smallest share of the image that a strong view shows"
@@ -88,75 +127,151 @@ class Consistency(Technique):
 
     def install(self, model: nn.Module) -> Installed:
         """Leave the model as it is."""
-        return InstalledConsistency(self, model)
+        kind = InstalledConsistency if self.refresh is None else InstalledGreen
+        return kind(self, model)
 
 
-class InstalledConsistency(Installed):
+class InstalledConsistency(Unlabelled):
     """Agreement at work."""
 
-    wants = ("unlabeled",)
-
     def __init__(self, request: Consistency, model: nn.Module) -> None:
-        super().__init__()
-        self.request, self.model = request, model
-        self.steps = 0
-        self._rows: tuple[int, int] | None = None  # where the unlabelled begin, and how many
-        self._sure: Tensor | None = None  # share of sure images, summed over the steps
+        super().__init__(request.name, model, request.weight, request.warmup)
+        self.request = request
+        self.means: FreeMatch | SoftMatch | None = None
+        if request.annealing is not None:
+            self.criterion = self._annealed
+
+    def strong(self, images: Tensor) -> Tensor:
+        """Return a strong view of each image."""
+        return strong_view(images, self.request.area, self.request.colour)
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Put the unlabelled images behind the labelled ones."""
-        if not isinstance(x, Tensor) or y.dim() != 1 or y.is_floating_point():
-            raise BadInput("consistency takes images (batch, …) of one class each, int64 (batch,)")
-        more = self.feed("unlabeled", x.device, self.request.ratio).to(x.dtype)
-        self._rows = len(x), len(more)
-        views = [more]
-        if self.request.method == "fixmatch":
-            views.append(strong_view(more, self.request.area, self.request.colour))
-        unknown = y.new_full((sum(map(len, views)),), UNKNOWN)
-        return torch.cat([x, *views]), torch.cat([y, unknown])
+        """Put weak and strong views of the unlabelled images behind the labelled ones."""
+        self.check(x, y)
+        weak = self.feed("unlabeled", x.device, self.request.mu).to(x.dtype)
+        return self.put_behind(x, y, [weak, self.strong(weak)])
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
-        """Return {"consistency": weight · sure_loss}."""
-        if self._rows is None or logits is None:
-            raise GreenvisError(
-                "consistency puts images into the batch: call batch(x, y) of the wrapped model "
-                "before its forward"
-            )
-        first, count = self._rows
-        rows = logits_of(logits)[first:]
-        weak, learning = rows[:count], rows[-count:] if self._strong else rows[:count]
-        loss, sure = sure_loss(weak, learning, self.request.threshold)
+        """Return {"consistency": weight · mean of the strong views' losses}."""
+        weak, strong = self.answers(logits).chunk(2)
+        weak = weak.detach()
+        probabilities = weak.softmax(1)
+        weights = self.weights(probabilities)
+        if self.request.method == "uda":
+            losses = divergences(sharpened(weak, self.request.temperature), strong)
+        else:
+            losses = F.cross_entropy(strong, weak.argmax(1), reduction="none")
+        loss = (weights * losses).mean()
+        if isinstance(self.means, FreeMatch):
+            loss = loss + self.request.fairness * self.means.fairness(strong, weights)
+        return self.term(loss, weights)
+
+    def weights(self, probabilities: Tensor) -> Tensor:
+        """Return how much each image counts, (batch,), of answers (batch, classes) to weak views;
+        means over the training take them in."""
+        request = self.request
+        if request.method not in _MOVING:
+            return sure(probabilities, request.threshold)
+        if self.means is None:
+            self.means = self._begin(probabilities.shape[1])
         if not self.repeated:
-            self._sure = sure.detach() + (0.0 if self._sure is None else self._sure)
-        return {"consistency": self.request.weight * self._ramp() * loss}
+            self.means.observe(probabilities)
+        return self.means.weights(probabilities)
 
-    @property
-    def _strong(self) -> bool:
-        return self.request.method == "fixmatch"
+    def _begin(self, classes: int) -> FreeMatch | SoftMatch:
+        return _MOVING[self.request.method](classes, self.request.momentum, self.device)
 
-    def _ramp(self) -> float:
-        if self._strong or not self.total_steps:
-            return 1.0
-        return min(1.0, self.steps / (_RAMP * self.total_steps))
+    def _annealed(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the task loss of the labelled images that are not yet answered well."""
+        schedule = self.request.annealing
+        assert schedule is not None
 
-    def step_end(self) -> None:
-        """Count the step."""
-        self.steps += 1
-        self._rows = None
+        def loss(outputs: Any, y: Tensor) -> Tensor:
+            logits = logits_of(outputs)
+            progress = min(1.0, self.steps / self.total_steps) if self.total_steps else 1.0
+            most = annealed(progress, logits.shape[1], schedule)
+            own = logits.detach().float().softmax(1).gather(1, y.clamp(min=0)[:, None])[:, 0]
+            return of_known(task_loss)(logits, y.masked_fill(own > most, -1))
 
-    def facts(self) -> Mapping[str, Any]:
-        """Return the share of unlabelled images that was sure, over the training."""
-        if self._sure is None or not self.steps:
-            return {}
-        return {"consistency_sure": round(float(self._sure) / self.steps, 4)}
+        return loss
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the steps taken, and what was sure in them."""
-        sure = torch.zeros(()) if self._sure is None else self._sure.detach().cpu()
-        return {"steps": torch.tensor(self.steps), "sure": sure}
+        """Return the steps taken, what was sure in them, and the means so far."""
+        means = {} if self.means is None else self.means.values
+        return {**super().state_dict(), **{f"mean.{n}": t.cpu() for n, t in means.items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
-        self.steps = int(state["steps"])
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        self._sure = state["sure"].to(device, copy=True)
+        super().load_state_dict(state)
+        stored = {n.removeprefix("mean."): t for n, t in state.items() if n.startswith("mean.")}
+        if stored:
+            self.means = self._begin(max(t.numel() for t in stored.values()))
+            self.means.values = {n: t.to(self.device, copy=True) for n, t in stored.items()}
+
+
+class InstalledGreen(InstalledConsistency):
+    """Agreement where it is worth computing."""
+
+    def __init__(self, request: Consistency, model: nn.Module) -> None:
+        super().__init__(request, model)
+        assert request.refresh is not None
+        self.kept = KeptAnswers(request.refresh)
+        self.looked = self.drawn = 0
+        self._step: tuple[Tensor | None, Tensor, int] | None = None  # positions, classes, drawn
+
+    def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
+        """Put strong views behind the labelled images: of those whose weak view is answered
+        surely."""
+        self.check(x, y)
+        mu, threshold = self.request.mu, self.request.threshold
+        positions, where, drawn = self.feed_positions("unlabeled", mu), None, 0
+        if positions is not None:
+            where = self.kept.due(positions).nonzero().squeeze(1)
+            drawn = len(positions)
+            positions = positions[where]
+            if not len(where):
+                self._step = positions, y.new_zeros(0), drawn
+                return self.put_behind(x, y, [])
+        weak = self.feed("unlabeled", x.device, mu, where).to(x.dtype)
+        with in_mode(self.model, False), torch.no_grad():
+            probabilities = logits_of(self.model(weak)).float().softmax(1)
+        classes = probabilities.argmax(1).masked_fill(sure(probabilities, threshold) == 0, -1)
+        self._step = positions, classes, len(weak) if positions is None else drawn
+        chosen = weak[classes >= 0]
+        return self.put_behind(x, y, [self.strong(chosen)] if len(chosen) else [])
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return {"consistency": weight · sum of the strong views' losses / images drawn}."""
+        strong = self.answers(logits)
+        assert self._step is not None
+        positions, classes, drawn = self._step
+        loss = F.cross_entropy(strong, classes[classes >= 0], reduction="sum") / drawn
+        if not self.repeated:
+            learned = torch.zeros_like(classes, dtype=torch.bool)
+            own = strong.detach().softmax(1).gather(1, classes[classes >= 0][:, None])[:, 0]
+            learned[classes >= 0] = own >= self.request.threshold
+            if positions is not None:
+                self.kept.put(positions, classes.cpu(), learned.cpu())
+            self.looked += len(classes)
+            self.drawn += drawn
+        return self.term(loss, loss.new_tensor(len(strong) / drawn))
+
+    def facts(self) -> Mapping[str, Any]:
+        """Return also the share of the unlabelled images drawn that was looked at."""
+        if not self.drawn:
+            return super().facts()
+        looked = round(self.looked / self.drawn, 4)
+        return {**super().facts(), "consistency_looked_at": looked}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return also the kept answers, and the images counted."""
+        kept = {f"kept.{n}": t for n, t in self.kept.state_dict().items()}
+        counts = torch.tensor([self.looked, self.drawn])
+        return {**super().state_dict(), **kept, "counts": counts}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned."""
+        super().load_state_dict(state)
+        kept = {n.removeprefix("kept."): t for n, t in state.items() if n.startswith("kept.")}
+        self.kept.load_state_dict(kept)
+        self.looked, self.drawn = state["counts"].tolist()
