@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.masked.mae import Mae
+    from greenvis.techniques.annotation.noisy_labels.co_teaching import CoTeaching
+    from greenvis.techniques.annotation.noisy_labels.dividemix import Dividemix
+    from greenvis.techniques.annotation.noisy_labels.noisy_labels import NoisyLabels
+    from greenvis.techniques.annotation.noisy_labels.partial_labels import PartialLabels
     from greenvis.techniques.data.adapt.adabn import Adabn
     from greenvis.techniques.data.generalise.dsu import Dsu
     from greenvis.techniques.data.generalise.ema import Ema
@@ -81,14 +85,14 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "Consistency", "Distill",
-    "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat",
-    "Installed", "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream",
-    "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NormTune", "PackNet", "Partial", "Pnn",
-    "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
-    "Reuse", "Rotation", "Sam", "Side", "Simclr", "Swad", "Technique", "Tent", "TestTime",
-    "TokenMerge", "TokenPrune", "Wrapped", "fold_norms", "fuse", "load_recipe", "report", "run",
-    "track", "wrap",
+    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "CoTeaching",
+    "Consistency", "Distill", "Dividemix", "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill",
+    "Fishr", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearAttention", "LinearProbe",
+    "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NoisyLabels",
+    "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Prompt", "PromptPool", "PseudoLabel",
+    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side",
+    "Simclr", "Swad", "Technique", "Tent", "TestTime", "TokenMerge", "TokenPrune", "Wrapped",
+    "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -24,7 +24,9 @@ from greenvis.data.splits import UNKNOWN, stratified
 from greenvis.data.transforms import LIBRARY, mix
 from greenvis.errors import BadInput, GreenvisError, nearest
 
-LABELS, NOISE, WRONG, TAIL, DOMAINS, BAGS = range(6)  # what is drawn, each apart from the others
+LABELS, NOISE, WRONG, TAIL, DOMAINS, BAGS, CANDIDATES = range(
+    7
+)  # what is drawn, each apart from the others
 
 
 def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
@@ -76,8 +78,12 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         tests = tests or {name: _changed(pool.test, name) for name in domains.test}
     truth = None
     if spec.noise is not None:
-        truth = train.targets
-        train = train.relabeled(draw.noisy(train, len(pool.classes), spec.noise))
+        truth, count = train.targets, len(pool.classes)
+        if spec.noise.kind == "candidates":
+            train = train.relabeled(draw.candidates(train, count, spec.noise.rate))
+            train.label_kind = "class"
+        else:
+            train = train.relabeled(draw.noisy(train, count, spec.noise))
     out = replace(
         pool, train=train, test=next(iter(tests.values()), pool.test), unlabeled=without,
         target=target, tests=tests, truth=truth, settings=settings,
@@ -291,6 +297,25 @@ class Draw:
         out = labels.clone()
         out[wrong] = (labels[wrong] + step[wrong]) % classes
         return out
+
+    def candidates(self, images: ImageSet, classes: int, rate: float) -> Tensor:
+        """Return even probabilities of each image's candidates, float32 (N, classes): its class,
+        and each other one with probability `rate`.
+
+        Args:
+            images: With classes as labels, int64 (N,).
+            classes: How many there are.
+            rate: Of classes that are wrong.
+
+        Raises:
+            BadInput: Where a label is no class, or not known.
+        """
+        labels = images.classes("data: noise of candidates")
+        ids = images.ids.numpy()[:, None] * classes + np.arange(classes)
+        drawn = mix(ids.reshape(-1), self.seed(CANDIDATES)).reshape(ids.shape)
+        candidates = torch.from_numpy(drawn >> np.uint64(11)).double() * 2.0**-53 < rate
+        candidates[torch.arange(len(labels)), labels] = True
+        return candidates.float() / candidates.sum(1, keepdim=True)
 
     def dealt(self, images: ImageSet, domains: Sequence[str]) -> ImageSet:
         """Return images dealt out evenly to named changes: each is shown in one of them."""

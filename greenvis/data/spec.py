@@ -32,9 +32,10 @@ class NoiseSpec(_Section):
     """Training labels that are wrong on purpose; those held out and those of the test are right."""
 
     rate: Annotated[float, Field(gt=0, le=1, description="share of the labels that are wrong")]
-    kind: Literal["symmetric", "asymmetric", "pairs"] = Field(
+    kind: Literal["symmetric", "asymmetric", "pairs", "candidates"] = Field(
         default="symmetric",
-        description="any other class; the next one, for every second class alone; the next one",
+        description="any other class; the next one, for every second class alone; the next one; or "
+        "none is wrong, but each other class stands beside it with this probability",
     )
 
 

@@ -124,9 +124,9 @@ def on_tests(
 
 
 def spoiled(images: data.Data) -> dict[str, int] | None:
-    """Return how many training labels are wrong on purpose, {"wrong", "of"}; None where there is no
-    noise."""
-    if images.truth is None:
+    """Return how many training labels are wrong on purpose, {"wrong", "of"}; None where none is:
+    there is no noise, or labels are candidates."""
+    if images.truth is None or images.truth.shape != images.train.targets.shape:
         return None
     wrong = int((images.truth != images.train.targets).sum())
     return {"wrong": wrong, "of": len(images.truth)}

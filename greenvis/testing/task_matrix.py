@@ -107,12 +107,19 @@ def _steps(technique: type[Technique], example: Mapping[str, Any], host: TaskHos
     optimizer = torch.optim.SGD(live.param_groups(1e-3), lr=1e-3)
     if live.wanted:
         live.feed(**dict.fromkeys(live.wanted, Stream(images_of(host.batch()[0]))))
+<<<<<<< HEAD
     live.visit(0, Labelled(host.batch()[1]))
     live.set_domains(torch.arange(len(host.batch()[1])) % 2)
     live.assess_with(lambda: 1.0)
+=======
+>>>>>>> 5a2fc58 (Losses for wrong labels, co-teaching, DivideMix, and candidates instead of labels)
     for step in range(STEPS):
+        x, y = host.batch()
+        visits = live.visit(step, Labelled(y))
+        if visits is not None:
+            x, y = x[visits], y[visits]
         live.feeds.number = step
-        x, y = live.batch(*host.batch())
+        x, y = live.batch(x, y)
         model.train()
         loss = _loss(live, model, task, x, y)
         if not loss.isfinite():

@@ -245,13 +245,14 @@ class Trial:
         return torch.optim.AdamW(live.param_groups(1e-3))
 
     def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        visits = live.visit(steps[0], Labelled(self.y))
-        if visits is not None and not (visits.min() >= 0 and visits.max() < len(self.y)):
-            raise Broken(f"visit chooses {visits.tolist()} of {len(self.y)} images")
         for step in steps:
+            visits = live.visit(step, Labelled(self.y))  # the batch is an epoch
+            if visits is not None and not (visits.min() >= 0 and visits.max() < len(self.y)):
+                raise Broken(f"visit chooses {visits.tolist()} of {len(self.y)} images")
             torch.manual_seed(step)
             live.feeds.number = step
-            batch = live.batch(self.x, self.y)
+            shown = slice(None) if visits is None else visits
+            batch = live.batch(self.x[shown], self.y[shown])
             loss = self._loss(live, batch)
             if not loss.isfinite():
                 raise Broken(f"the loss of step {step} is {loss.item()}")

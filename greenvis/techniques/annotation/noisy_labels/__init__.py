@@ -1,0 +1,1 @@
+"""Learning from labels of which some are wrong, or of which only candidates are known."""
