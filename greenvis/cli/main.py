@@ -16,7 +16,17 @@ from typing import Annotated, Any
 import typer
 
 from greenvis import __version__
-from greenvis.cli import benchmarks, datasets, models, output, planning, runs, starting, unlabelled
+from greenvis.cli import (
+    benchmarks,
+    datasets,
+    labels,
+    models,
+    output,
+    planning,
+    runs,
+    starting,
+    unlabelled,
+)
 from greenvis.cli.app import app, option
 from greenvis.cli.failures import describe  # now: without memory or descriptors it is too late
 from greenvis.errors import BadInput, GreenvisError, nearest
@@ -28,6 +38,7 @@ VERBS = (
     models,
     planning,
     unlabelled,
+    labels,
     benchmarks,
 )  # modules in which verbs register themselves
 

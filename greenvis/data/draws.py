@@ -81,7 +81,7 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         truth, count = train.targets, len(pool.classes)
         if spec.noise.kind == "candidates":
             train = train.relabeled(draw.candidates(train, count, spec.noise.rate))
-            train.label_kind = "class"
+            train.label_kind = "candidate"
         else:
             train = train.relabeled(draw.noisy(train, count, spec.noise))
     out = replace(

@@ -107,12 +107,8 @@ def _steps(technique: type[Technique], example: Mapping[str, Any], host: TaskHos
     optimizer = torch.optim.SGD(live.param_groups(1e-3), lr=1e-3)
     if live.wanted:
         live.feed(**dict.fromkeys(live.wanted, Stream(images_of(host.batch()[0]))))
-<<<<<<< HEAD
-    live.visit(0, Labelled(host.batch()[1]))
     live.set_domains(torch.arange(len(host.batch()[1])) % 2)
     live.assess_with(lambda: 1.0)
-=======
->>>>>>> 5a2fc58 (Losses for wrong labels, co-teaching, DivideMix, and candidates instead of labels)
     for step in range(STEPS):
         x, y = host.batch()
         visits = live.visit(step, Labelled(y))

@@ -26,8 +26,10 @@ class PartialLabels(Technique):
 
     Example:
         >>> live = gv.wrap(model, gv.PartialLabels())
-        >>> candidates = F.one_hot(y, 10) + F.one_hot((y + 1) % 10, 10)
-        >>> loss = live.criterion(F.cross_entropy)(model(x), candidates / 2)
+        >>> outputs = model(x)
+        >>> right = F.one_hot(y, outputs.shape[1])
+        >>> candidates = (right + right.roll(1, dims=1)) / 2
+        >>> loss = live.criterion(F.cross_entropy)(outputs, candidates)
         >>> bool(loss > 0)
         True
     """
