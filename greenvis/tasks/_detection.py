@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
+
+from greenvis.tasks._rows import RowMetric, joined
 
 COCO = tuple(0.5 + 0.05 * i for i in range(10))
 MOST = 100  # boxes per image and class
 
 
-class BoxPrecision(Metric):
+class BoxPrecision(RowMetric):
     """Mean over overlaps and over the classes that images have of the average precision, 0 to 1.
 
     Which answer meets which box is settled image by image; what is kept are scores and hits, so
@@ -28,8 +28,10 @@ class BoxPrecision(Metric):
     def __init__(self, overlaps: Sequence[float] = COCO) -> None:
         super().__init__()
         self.overlaps = torch.tensor(overlaps, dtype=torch.float64)
-        for name in ("scores", "classes", "hits", "boxes"):
-            self.add_state(name, [], "cat")
+        self.add_rows("scores", dtype=torch.float64)
+        self.add_rows("classes", dtype=torch.int64)
+        self.add_rows("hits", dims=2, dtype=torch.bool)
+        self.add_rows("boxes", dtype=torch.int64)
         self.scores: list[Tensor]
         self.classes: list[Tensor]
         self.hits: list[Tensor]
@@ -54,11 +56,11 @@ class BoxPrecision(Metric):
 
     def compute(self) -> Tensor:
         """Return the mean; 0 where no image has a box."""
-        present = dim_zero_cat(self.boxes).unique() if self.boxes else torch.zeros(0)
-        if not len(present) or not self.scores:
+        present = joined(self.boxes).unique() if len(self.boxes) else torch.zeros(0)
+        if not len(present) or not len(self.scores):
             return torch.zeros((), dtype=torch.float64)
-        scores, classes = dim_zero_cat(self.scores), dim_zero_cat(self.classes)
-        hits, boxes = dim_zero_cat(self.hits), dim_zero_cat(self.boxes)
+        scores, classes = joined(self.scores), joined(self.classes)
+        hits, boxes = joined(self.hits), joined(self.boxes)
         each = []
         for number in present:
             rows = classes == number

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
+from greenvis.tasks._rows import RowMetric, joined
 from greenvis.tasks.answers import UNKNOWN
 
 if TYPE_CHECKING:
@@ -78,7 +77,7 @@ def _moments(count: Tensor, total: Tensor, outer: Tensor) -> tuple[Tensor, Tenso
     return mean, (outer - n * torch.outer(mean, mean)) / (n - 1)
 
 
-class Frechet(Metric):
+class Frechet(RowMetric):
     """Fréchet distance of what was drawn for one half of the real images' labels to the other half.
 
     Args:
@@ -90,8 +89,10 @@ class Frechet(Metric):
         super().__init__()
         self.features, self.floor = features, floor
         for half in ("one", "other"):
-            for part in ("count", "total", "outer"):
-                self.add_state(f"{half}_{part}", torch.zeros((), dtype=torch.float64), "sum")
+            self.add_state(f"{half}_count", torch.zeros((), dtype=torch.float64), "sum")
+            # one row each, a sum: how many features there are is not known before
+            self.add_rows(f"{half}_total", dims=2, dtype=torch.float64)
+            self.add_rows(f"{half}_outer", dims=3, dtype=torch.float64)
 
     def update(self, preds: Drawn, target: Tensor) -> None:
         """Add images drawn beside real ones."""
@@ -101,23 +102,24 @@ class Frechet(Metric):
         self._add("other", features_of(preds.real[~first], self.features))
 
     def _add(self, half: str, features: Tensor) -> None:
-        parts = (features.new_tensor(len(features)), features.sum(0), features.T @ features)
-        for part, value in zip(("count", "total", "outer"), parts, strict=True):
-            name = f"{half}_{part}"
-            setattr(self, name, getattr(self, name) + value)
+        setattr(self, f"{half}_count", getattr(self, f"{half}_count") + len(features))
+        for part, value in (("total", features.sum(0)), ("outer", features.T @ features)):
+            rows = getattr(self, f"{half}_{part}")
+            rows[:] = [sum(rows, value[None])]
 
     def compute(self) -> Tensor:
         """Return the distance; infinite of fewer than two images in a half."""
-        one, other = (
-            tuple(getattr(self, f"{half}_{part}") for part in ("count", "total", "outer"))
-            for half in ("one", "other")
-        )
-        if min(float(one[0]), float(other[0])) < 2:
+        counts = [getattr(self, f"{half}_count") for half in ("one", "other")]
+        if min(map(float, counts)) < 2:
             return torch.tensor(float("inf"))
+        one, other = (
+            (count, *(joined(getattr(self, f"{half}_{p}")).sum(0) for p in ("total", "outer")))
+            for half, count in zip(("one", "other"), counts, strict=True)
+        )
         return distance(one, other)
 
 
-class ClassEntropy(Metric):
+class ClassEntropy(RowMetric):
     """Entropy, in bits, of the classes whose real images' mean what was drawn is nearest to: that
     of the labels where each class is drawn as often as it is asked for.
 
@@ -128,8 +130,9 @@ class ClassEntropy(Metric):
     def __init__(self, features: str) -> None:
         super().__init__()
         self.features = features
-        for name in ("drawn", "real", "labels"):
-            self.add_state(name, [], "cat")
+        self.add_rows("drawn", dims=2, dtype=torch.float64)
+        self.add_rows("real", dims=2, dtype=torch.float64)
+        self.add_rows("labels", dtype=torch.int64)
         self.drawn: list[Tensor]
         self.real: list[Tensor]
         self.labels: list[Tensor]
@@ -143,13 +146,13 @@ class ClassEntropy(Metric):
 
     def compute(self) -> Tensor:
         """Return the entropy; 0 of none."""
-        labels = dim_zero_cat(self.labels) if self.labels else torch.zeros(0)
+        labels = joined(self.labels) if len(self.labels) else torch.zeros(0)
         if not len(labels):
             return torch.zeros(())
         classes, own = labels.unique(return_inverse=True)
-        real = dim_zero_cat(self.real)
+        real = joined(self.real)
         means = real.new_zeros(len(classes), real.shape[1]).index_add(0, own, real)
         means = means / torch.bincount(own, minlength=len(classes))[:, None]
-        nearest = torch.cdist(dim_zero_cat(self.drawn), means).argmin(1)
+        nearest = torch.cdist(joined(self.drawn), means).argmin(1)
         shares = torch.bincount(nearest, minlength=len(classes)).double() / len(nearest)
         return -(shares * shares.clamp(min=1e-300).log2()).sum()

@@ -7,22 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
 
+from greenvis.tasks._rows import RowMetric, joined
 from greenvis.tasks.answers import UNKNOWN
 
 if TYPE_CHECKING:
     from greenvis.tasks.image_text import Pairs
 
 
-class _Embeddings(Metric):
+class _Embeddings(RowMetric):
     """Embeddings of all images and texts, and which text each image has."""
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("images", "texts", "labels"):
-            self.add_state(name, [], "cat")
+        self.add_rows("images", dims=2, dtype=torch.float64)
+        self.add_rows("texts", dims=2, dtype=torch.float64)
+        self.add_rows("labels", dtype=torch.int64)
         self.images: list[Tensor]
         self.texts: list[Tensor]
         self.labels: list[Tensor]
@@ -36,9 +36,9 @@ class _Embeddings(Metric):
 
     def _gathered(self) -> tuple[Tensor, Tensor, Tensor, int]:
         """Return images, texts, the text number of each from 0 on, and how many numbers."""
-        labels = dim_zero_cat(self.labels)
+        labels = joined(self.labels)
         numbers, own = labels.unique(return_inverse=True)
-        return dim_zero_cat(self.images), dim_zero_cat(self.texts), own, len(numbers)
+        return joined(self.images), joined(self.texts), own, len(numbers)
 
     def _scores(self) -> tuple[Tensor, Tensor]:
         """Return how near each image is to the texts (images, numbers), and its own number."""
@@ -64,7 +64,7 @@ class Recall(_Embeddings):
 
     def compute(self) -> Tensor:
         """Return the share; 0 of none."""
-        if not self.labels or not len(dim_zero_cat(self.labels)):
+        if not len(self.labels) or not len(joined(self.labels)):
             return torch.zeros(())
         scores, own = self._scores()
         right = scores.gather(1, own[:, None])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -244,3 +245,27 @@ def test_a_model_that_cannot_draw_is_refused() -> None:
         task.answer(nn.Flatten().eval(), torch.zeros(2, 1, 4, 4), torch.zeros(2))
     with pytest.raises(BadInput, match="returns its loss in training"):
         task.outputs(torch.zeros(2))
+
+
+@pytest.mark.parametrize("task", [Detection(), Generation(), ImageText()], ids=lambda t: t.name)
+def test_a_process_without_a_sample_adds_none(task: Any) -> None:
+    outputs, labels, *_ = task.example(8)
+    for name in task.metrics(3):
+        alone, full, none, both = (task.metrics(3)[name] for _ in range(4))
+        for metric in (alone, full):
+            metric.update(outputs, labels)
+        sent: list[list[Tensor]] = [[], []]  # what either process gathers, in order
+
+        def gather(t: Tensor, group: Any, *, own: list[Tensor]) -> list[Tensor]:
+            own.append(t)
+            return [t, t]
+
+        for metric, own in ((full, sent[0]), (none, sent[1])):
+            metric.distributed_available_fn = lambda: True
+            metric.sync(dist_sync_fn=partial(gather, own=own))
+        kinds = [[(t.dtype, t.dim()) for t in own] for own in sent]
+        assert kinds[0] == kinds[1]  # else gathering fails, or never ends
+        pairs = iter([*zip(*sent, strict=True)])
+        both.distributed_available_fn = lambda: True
+        both.dist_sync_fn = lambda t, group, pairs=pairs: [*next(pairs)]
+        torch.testing.assert_close(both.compute(), alone.compute())

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import greenvis as gv
+from greenvis.core.example import Example
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques.inference.distill.distill import kd_loss
 
@@ -36,6 +37,35 @@ def test_loss_equals_the_formula() -> None:
     p, q = (t / 3).softmax(-1), (s / 3).softmax(-1)
     assert torch.allclose(kd_loss(s, t, 3.0), 9 * (p * (p / q).log()).sum(-1).mean(), atol=1e-6)
     assert float(kd_loss(s, s, 3.0)) == pytest.approx(0, abs=1e-6)
+
+
+class _Bags(nn.Module):
+    """The mean of a bag's images, then classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(12, 2)
+
+    def forward(self, images: torch.Tensor, bag: torch.Tensor) -> torch.Tensor:
+        hot = nn.functional.one_hot(bag).T.float()
+        return self.inner(hot / hot.sum(1, keepdim=True) @ images.flatten(1))
+
+
+def test_bags_learn_from_the_teachers_answer_to_each_bag() -> None:
+    student, teacher = _Bags(), _Bags()
+    bags = Example((torch.randn(6, 3, 2, 2),), {"bag": torch.tensor([0, 0, 1, 2, 2, 2])})
+    live = gv.wrap(student, gv.Distill(teacher=teacher, temperature=2.0, weight=0.9), task="bags")
+    logits = bags.call(student)
+    s, t = (z / 2 for z in (logits, bags.call(teacher)))
+    want = 0.9 * 4 * (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
+    value = live.loss(bags, torch.tensor([0, 1, 0]), logits)
+    assert torch.allclose(value, want, atol=1e-6)
+    value.backward()
+    assert student.inner.weight.grad is not None
+    assert teacher.inner.weight.grad is None
+    live.undo()
+    features = gv.Distill(teacher=teacher, losses=[{"kind": "hint", "layers": "last"}])
+    assert "bags" not in (features.tasks or ())
 
 
 def test_weights_of_both_losses() -> None:

@@ -17,7 +17,7 @@ FAST = ("multilabel", "segmentation", "bags", "generation")  # of one example ea
 # technique: tasks on which an example of it trains
 SURE = {
     "lora": {"classification", "multilabel", "regression", "segmentation", "bags", "image_text"},
-    "distill": {"classification", "segmentation"},
+    "distill": {"classification", "segmentation", "bags"},
     "lwf": {"classification", "segmentation"},
     "token_merge": {"classification", "multilabel", "regression", "bags"},
     "sam": set(HOSTS),

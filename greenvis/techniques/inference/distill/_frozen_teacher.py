@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import models
+from greenvis.core.example import Example, call
 from greenvis.core.technique import Samples, logits_of
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model, slow_path
@@ -124,10 +125,10 @@ class FrozenTeacher:
                 module.training = training
 
     def outputs(
-        self, x: Tensor, points: Sequence[TapPoint], samples: Samples | None, answers: bool = True
+        self, x: Any, points: Sequence[TapPoint], samples: Samples | None, answers: bool = True
     ) -> dict[str, Tensor]:
         """Return the logits, under `ANSWER`, and what is at the places, by their keys, for images
-        (batch, channels, h, w).
+        (batch, channels, h, w), or an `Example` whose first argument they are.
 
         answers: False where only features are compared: the teacher need not have an answer then.
         """
@@ -169,7 +170,8 @@ class FrozenTeacher:
                     new.to(own.dtype), 1 - momentum
                 ) if own.is_floating_point() else own.copy_(new)
 
-    def _run(self, x: Tensor, points: Sequence[TapPoint], answers: bool) -> dict[str, Tensor]:
+    def _run(self, batch: Any, points: Sequence[TapPoint], answers: bool) -> dict[str, Tensor]:
+        x = batch.args[0] if isinstance(batch, Example) else batch
         if next(iter(self.module.parameters()), x).device != x.device:
             self.module.to(x.device)
         x = self.shown(x)
@@ -179,7 +181,9 @@ class FrozenTeacher:
         try:
             self.module.eval()
             with slow_path() if points else nullcontext():
-                output = self._forward(x)
+                more = isinstance(batch, Example)
+                shown = Example((x, *batch.args[1:]), batch.kwargs) if more else x
+                output = call(self._forward, shown)
             return {
                 **taps.take(),
                 **({ANSWER: self._by_name(logits_of(output))} if answers else {}),

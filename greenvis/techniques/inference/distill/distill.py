@@ -169,7 +169,10 @@ class Distill(Technique):
         whatever the answer to images is."""
         if not self._answers:
             return IMAGES
-        return CLASSES if any(loss.kind == "token" for loss in self.losses) else PIXELS_TOO
+        if any(loss.kind == "token" for loss in self.losses):
+            return CLASSES
+        # rows of features are images, and those of answers bags
+        return PIXELS_TOO | {"bags"} if not self.needs else PIXELS_TOO
 
     @property
     def _answers(self) -> bool:
