@@ -9,8 +9,8 @@ import json
 import math
 import stat
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +28,7 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 # of no other a decoder is asked: some start programs
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MOST_BYTES = 256 * 2**20  # bytes of an image's file
+ORIENTATION = 0x0112  # a tag of EXIF: from 5 on, an image lies on its side
 MOST_PIXELS = 2**26  # of an image: 200 MB once decoded in colour
 HIDDEN = ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")  # beside names that begin with a dot
 MANY = 1000  # images: a scan of so many is worth keeping
@@ -144,6 +145,51 @@ def decode(data: bytes, what: str, background: str | None = None, draft: bool = 
     Raises:
         BadInput: Where the bytes are no image of bounded size.
     """
+    with _opened(data, what) as image:
+        if draft:
+            image.draft(None, (1, 1))  # type: ignore[arg-type]
+        return _to_tensor(image, background)
+
+
+def decode_mask(data: bytes, what: str) -> Tensor:
+    """Decode a mask: pixels are numbers of classes, or of a palette.
+
+    Args:
+        data: The file's bytes.
+        what: What it is, for messages.
+
+    Returns:
+        uint8 (height, width), as the file has it, turned as its EXIF says.
+
+    Raises:
+        BadInput: Where the bytes are no image of bounded size and of one channel.
+    """
+    with _opened(data, what) as image:
+        if image.mode == "1":
+            image = image.convert("L")
+        if image.mode not in ("L", "P"):
+            raise ValueError(
+                f"its pixels are of mode {image.mode}, and a mask has one number of a class for "
+                "each: save it with one channel of 8 bits, or with a palette"
+            )
+        return torch.from_numpy(np.array(ImageOps.exif_transpose(image)))
+
+
+def size_of(data: bytes, what: str) -> tuple[int, int]:
+    """Return (height, width) of an image, turned as its EXIF says, of which no pixel is decoded.
+
+    Raises:
+        BadInput: Where the bytes are no image of bounded size.
+    """
+    with _opened(data, what) as image:
+        wide, high = image.size
+        turned = image.getexif().get(ORIENTATION, 1) >= 5
+        return (wide, high) if turned else (high, wide)
+
+
+@contextmanager
+def _opened(data: bytes, what: str) -> Iterator[Image.Image]:
+    """Hold an image file open. Raises BadInput for whatever goes wrong with it meanwhile."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -152,9 +198,7 @@ def decode(data: bytes, what: str, background: str | None = None, draft: bool = 
                     raise ValueError(
                         f"it has {pixels:,} pixels, and at most {MOST_PIXELS:,} are decoded"
                     )
-                if draft:
-                    image.draft(None, (1, 1))  # type: ignore[arg-type]
-                return _to_tensor(image, background)
+                yield image
     except MemoryError:
         raise
     except Exception as error:  # decoders of strangers' bytes stumble in many ways

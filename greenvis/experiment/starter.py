@@ -25,6 +25,7 @@ TASKS = {
     "mask": "segmentation",
     "box": "detection",
 }
+HEADS = {"mask": "dense", "box": "boxes"}  # of a model, in place of its classifier
 FEW = 5  # images of a class
 MOST_NAMED = 30  # broken files, in a comment
 
@@ -80,7 +81,7 @@ def look(text: str, folder: Path) -> Images:
     chosen.check()
     stored = chosen.read()
     notes: list[str] = []
-    if name.startswith("folder:"):
+    if name.startswith("folder:") and stored.train.kind == "class":
         from greenvis.data.sets import folder as own
 
         notes += own.look(path.resolve()).notes
@@ -129,6 +130,8 @@ def recipe(images: Images, name: str, goal: str = "adapt", model: str | None = N
     skip = ", skip_broken: true" if images.problems else ""
     task = TASKS[images.kind]
     form, weights = _model(goal, model)
+    if images.kind in HEADS:
+        form += f", head: {HEADS[images.kind]}"
     lines = [
         f"# {GOALS[goal][0].upper()}{GOALS[goal][1:]}.",
         "#",

@@ -1,13 +1,14 @@
-"""Your own images: a folder, with a sub-folder for each class."""
+"""Your own images: a folder, with a sub-folder for each class, or with masks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from greenvis.data.dataset import DataSet
+from greenvis.data.sets import _masks
 from greenvis.errors import BadInput, one_line, some
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ MOST_LINES = 30  # of what is wrong, in a message
 class Folder(DataSet):
     """One sub-folder for each class; `train/` with `test/` or `val/` where there are such, else a
     fifth of each class is the test.
+
+    With `images/` and `masks/` (or `img_dir` and `ann_dir`, `JPEGImages` and `SegmentationClass`),
+    or NAME_mask.png beside each NAME, each pixel has a class: masks are of one channel, or of a
+    palette, 255 is not known, `classes.txt` has one name per line; black and white ones are of two
+    classes. `train` and `val` (or `test`) stand above or below these folders, or are left out.
 
     Hidden files and folders are passed over. All that is wrong is said at once; `skip_broken`
     leaves it out instead.
@@ -41,17 +47,21 @@ class Folder(DataSet):
         return Folder(self.spec.model_copy(update={"name": f"folder:{path}"}))
 
     def check(self) -> None:
-        """Raise BadInput where there are no class folders."""
-        parts(self.resolve(self.value))
+        """Raise BadInput where there are neither class folders nor images with masks."""
+        path = self.resolve(self.value)
+        if not (path.is_dir() and _masks.found_in(path)):
+            parts(path)
 
     def read(self) -> Stored:
         """Return all images, still to be decoded."""
         from greenvis.data.splits import Stored, divide_by_share, sha256
 
         path = self.resolve(self.value)
+        if path.is_dir() and _masks.found_in(path):
+            return self._with_masks(path)
         survey = look(path)
         if survey.problems and not self.spec.skip_broken:
-            raise BadInput(survey.refusal(path))
+            raise BadInput(refusal(path, survey.problems))
         survey.check_enough(path)
         train = _split(survey, "train")
         paths = [file for file, _ in (*survey.files["train"], *survey.files.get("test", []))]
@@ -62,6 +72,41 @@ class Folder(DataSet):
         chunks = (c for f in paths for c in (str(f.relative_to(path)).encode(), f))
         skipped = tuple(survey.problems)
         return Stored(train, test, survey.classes, sha256(chunks), 224, 3, skipped=skipped)
+
+    def _with_masks(self, path: Path) -> Stored:
+        from greenvis.data.splits import Stored, divide_by_share, sha256
+
+        survey = _masks.look(path)
+        if survey.problems and not self.spec.skip_broken:
+            raise BadInput(refusal(path, survey.problems))
+        short = [part for part, pairs in survey.pairs.items() if not pairs]
+        if short or len(survey.classes) < 2:
+            raise BadInput(
+                f"{path} has {len(survey.classes)} classes in masks that can be read"
+                + (f", and no image with a mask in {some(short)}" if short else "")
+            )
+        train = survey.split("train")
+        if "test" in survey.pairs:
+            test = survey.split("test")
+        else:
+            train, test = divide_by_share(train)
+        files = [f for pairs in survey.pairs.values() for pair in pairs for f in pair]
+        chunks = (c for f in files for c in (str(f.relative_to(path)).encode(), f))
+        digest = sha256(chunks)
+        return Stored(train, test, survey.classes, digest, 224, 3, skipped=tuple(survey.problems))
+
+
+def refusal(path: Path, problems: Sequence[str]) -> str:
+    """Return all that is wrong, and what to do about it."""
+    lines = [f"- {one_line(problem)}" for problem in problems[:MOST_LINES]]
+    if len(problems) > MOST_LINES:
+        lines.append(f"- … (+{len(problems) - MOST_LINES})")
+    return "\n".join([
+        f"folder:{path} cannot be used as it is:",
+        *lines,
+        "mend these or take them out, or set `skip_broken: true` in the recipe's `data`, which "
+        "leaves them out",
+    ])  # fmt: skip
 
 
 @dataclass
@@ -80,18 +125,6 @@ class Survey:
     files: dict[str, list[tuple[Path, int]]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-    def refusal(self, path: Path) -> str:
-        """Return all that is wrong, and what to do about it."""
-        lines = [f"- {one_line(problem)}" for problem in self.problems[:MOST_LINES]]
-        if len(self.problems) > MOST_LINES:
-            lines.append(f"- … (+{len(self.problems) - MOST_LINES})")
-        return "\n".join([
-            f"folder:{path} cannot be used as it is:",
-            *lines,
-            "mend these or take them out, or set `skip_broken: true` in the recipe's `data`, which "
-            "leaves them out",
-        ])  # fmt: skip
 
     def check_enough(self, path: Path) -> None:
         """Raise BadInput where fewer than two classes, or no test image, can be shown."""

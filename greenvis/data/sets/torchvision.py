@@ -1,4 +1,4 @@
-"""The classification data sets of torchvision, by the names of its classes."""
+"""The classification and segmentation data sets of torchvision, by the names of its classes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from greenvis.data.dataset import DataSet
 from greenvis.data.downloads import DOWNLOADS, fetching
+from greenvis.data.sets._torchvision_masks import SETS as MASKED
+from greenvis.data.sets._torchvision_masks import Masked
 from greenvis.errors import BadInput, nearest
 
 if TYPE_CHECKING:
@@ -56,12 +58,15 @@ FOLDERS = ("Caltech101", "Caltech256", "INaturalist", "ImageFolder", "ImageNet")
 
 
 class Torchvision(DataSet):
-    """A classification data set of torchvision, its images decoded within the limits of all
-    others."""
+    """A classification or segmentation data set of torchvision, its images decoded within the
+    limits of all others.
+
+    Each pixel has a class in `VOCSegmentation`, `SBDataset`, `Cityscapes`, `OxfordIIITPet-masks`.
+    """
 
     name = "torchvision"
     argument = "NAME"
-    values = tuple(SPLITS)
+    values = (*SPLITS, *MASKED)
     source = "https://docs.pytorch.org/vision/stable/datasets.html"
     licence = "that of the data set: see its page"
     options = frozenset({"root", "download"})
@@ -73,16 +78,16 @@ class Torchvision(DataSet):
                 f"torchvision: {self.value} is a folder for each class; use folder:PATH with the "
                 "folder that holds them, or `train` and `val`"
             )
-        if self.value not in SPLITS:
+        if self.value not in self.values:
             raise BadInput(
-                f"unknown data set 'torchvision:{self.value}'{nearest(self.value, SPLITS)}"
+                f"unknown data set 'torchvision:{self.value}'{nearest(self.value, self.values)}"
             )
 
     def fetch(self) -> Path:
         """Fetch the files of all splits."""
         self.check()
         asking = Torchvision(self.spec.model_copy(update={"download": True}), self.folder)
-        for options in SPLITS[self.value].values():
+        for options in self._splits.values():
             asking._open(options)
         return self.root or DOWNLOADS
 
@@ -96,7 +101,9 @@ class Torchvision(DataSet):
         from greenvis.data.splits import Split, Stored, divide_by_share, sha256
 
         self.check()
-        parts = [self._open(options) for options in SPLITS[self.value].values()]
+        parts = [self._open(options) for options in self._splits.values()]
+        if self.value in MASKED:
+            return _with_masks(parts, MASKED[self.value])
         chunks: list[bytes | Path] = []
         splits = []
         for dataset in parts:
@@ -116,12 +123,18 @@ class Torchvision(DataSet):
         shape = first.images.shape[1:] if isinstance(first.images, Tensor) else (3, 224, 224)
         return Stored(train, test, classes, sha256(chunks), shape[-1], shape[0])
 
+    @property
+    def _splits(self) -> dict[str, dict[str, Any]]:
+        masked = MASKED.get(self.value)
+        return SPLITS[self.value] if masked is None else masked.splits
+
     def _open(self, options: Mapping[str, Any]) -> Any:
         """Return torchvision's data set of one split. Raises BadInput where its files are not
         here."""
         from torchvision import datasets
 
-        cls = getattr(datasets, self.value)
+        masked = MASKED.get(self.value)
+        cls = getattr(datasets, self.value if masked is None else masked.cls)
         root = self.root or DOWNLOADS
         takes = inspect.signature(cls).parameters
         arguments = dict(options)
@@ -145,6 +158,19 @@ class Torchvision(DataSet):
             raise
         except Exception as error:  # torchvision raises many kinds where files are missing or bad
             raise BadInput(f"{self.spec.name}: {error}; {otherwise}") from error
+
+
+def _with_masks(parts: Sequence[Any], masked: Masked) -> Stored:
+    """Return images and masks of both splits, still to be decoded."""
+    from greenvis.data import images
+    from greenvis.data.splits import Split, Stored, sha256
+
+    splits, chunks = [], []
+    for dataset in parts:
+        shown, masks = ([Path(path) for path in paths] for paths in masked.pairs(dataset))
+        splits.append(Split(images.lazy(shown), masked.lazy(masks, masked.numbers)))
+        chunks += [c for path in (*shown, *masks) for c in (path.name.encode(), path)]
+    return Stored(splits[0], splits[1], masked.classes, sha256(chunks), 224, 3)
 
 
 def _check_usps(cls: Any, root: Path, train: bool, download: bool, otherwise: str) -> None:
