@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,6 +32,14 @@ Side = Annotated[
 MOST_LEFT_OUT = 20  # lines that say what was left out
 
 
+LogWith = Annotated[
+    list[str] | None,
+    option(
+        "log metrics, loss and joules to a tracker, too: tensorboard, wandb or mlflow", "TRACKER"
+    ),
+]
+
+
 @verb(app.TRAIN)
 def run(
     recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
@@ -44,13 +52,7 @@ def run(
     ] = False,
     trust: app.Trust = False,
     runs: app.Runs = "runs",
-    log_with: Annotated[
-        list[str] | None,
-        option(
-            "log metrics, loss and joules to a tracker, too: tensorboard, wandb or mlflow",
-            "TRACKER",
-        ),
-    ] = None,
+    log_with: LogWith = None,
     out: ReportFolder = None,
     as_json: app.Json = False,
 ) -> None:
@@ -93,10 +95,10 @@ def run(
         folders = [
             session.run(one, **options, fresh_process=not i) for i, (one, _) in enumerate(recipes)
         ]
-    if distributed.rank():
-        distributed.destroy_process_group()
-        return  # the first of several processes reports
+    first_process = not distributed.rank()
     distributed.destroy_process_group()
+    if not first_process:
+        return  # the first of several processes reports
     page = report(
         folders,
         out=out or _page_folder(recipe, overrides, recipes),
@@ -107,12 +109,16 @@ def run(
         note=first.report.note,
     )
     if failed:
-        reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
-        raise GreenvisError(
-            f"{len(failed)} runs failed ({reasons}); {page} has the others, and the same command "
-            "goes on from here"
-        )
+        raise _failure(failed, page)
     reported(as_json, page)
+
+
+def _failure(failed: Mapping[str, str], page: Path) -> GreenvisError:
+    reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
+    return GreenvisError(
+        f"{len(failed)} runs failed ({reasons}); {page} has the others, and the same command "
+        "goes on from here"
+    )
 
 
 @verb(app.REPORT)

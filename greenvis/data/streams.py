@@ -201,29 +201,26 @@ def make(
         train = [Concat(train)]
     elif train_on == "seen":
         train = [Concat(train[: t + 1]) for t in range(tasks)]
-    experiences: list[Experience] = []
+    drawn = train_on == "all" or kind in ("free", "domain")
+    experiences = _experiences(train, groups, drawn, kind)
+    head = head or ("multi" if kind == "task" else "single")
+    return Stream(kind, head, experiences, tuple(train), tuple(named), count)
+
+
+def _experiences(
+    train: Sequence[ImageSet], groups: Sequence[tuple[int, ...]], drawn: bool, kind: Kind
+) -> tuple[Experience, ...]:
+    """Return what is said of each experience; drawn: its classes are those its images have, not its
+    group."""
+    ordered = tuple(dict.fromkeys(c for group in groups for c in group))
+    out: list[Experience] = []
     for t, part in enumerate(train):
-        ordered = tuple(c for g in groups for c in g if kind != "domain" or g is groups[0])
-        own = tuple(c for c in ordered if c in set(part.targets.tolist()))
-        before = experiences[-1].classes_so_far if experiences else ()
-        own = own if train_on == "all" or kind in ("free", "domain") else groups[t]
-        experiences.append(
-            Experience(
-                t,
-                own,
-                before + tuple(c for c in own if c not in before),
-                len(train),
-                kind == "task",
-            )
-        )
-    return Stream(
-        kind,
-        head or ("multi" if kind == "task" else "single"),
-        tuple(experiences),
-        tuple(train),
-        tuple(named),
-        count,
-    )
+        labels = set(part.targets.tolist())
+        own = tuple(c for c in ordered if c in labels) if drawn else groups[t]
+        before = out[-1].classes_so_far if out else ()
+        so_far = before + tuple(c for c in own if c not in before)
+        out.append(Experience(t, own, so_far, len(train), kind == "task"))
+    return tuple(out)
 
 
 def _rows_of(images: ImageSet, groups: Sequence[Sequence[int]]) -> list[Tensor]:

@@ -210,14 +210,14 @@ def check_range(job: Job, own: Mapping[str, Any]) -> None:
     error.
     """
     for name, earlier in _bases_data(job):
-        plain, wanted = (_plain(facts) for facts in (earlier, own))
-        if plain is not None and wanted is not None and plain != wanted:
-            said = {True: "from 0 to 1", False: "normalised"}
+        plain, own_plain = (_plain(facts) for facts in (earlier, own))
+        if plain is not None and own_plain is not None and plain != own_plain:
+            ranges = {True: "from 0 to 1", False: "normalised"}
             raise BadInput(
                 f"{job.recipe.where('arms', job.arm.name)}: {name}, which it builds on, learned "
-                f"from pixels {said[plain]}, but "
-                f"here they are {said[wanted]}: it would see another picture; set data.normalise: "
-                f"{str(not plain).lower()}"
+                f"from pixels {ranges[plain]}, but "
+                f"here they are {ranges[own_plain]}: it would see another picture; set "
+                f"data.normalise: {str(not plain).lower()}"
             )
 
 

@@ -189,12 +189,12 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
         )
         return loader if short is None else short.take(loader, short.batches)
 
-    whole = math.ceil(len(images) / spec.batch_size)
+    epoch_length = math.ceil(len(images) / spec.batch_size)
     return Part(
         spec=spec,
         task=prepared.task,
         batches=batches,
-        length=min(whole, (short and short.batches) or whole),
+        length=min(epoch_length, (short and short.batches) or epoch_length),
         evaluator=judge,
         # of a mixed image, nothing is kept
         samples=None if caches is None or roles.mixes(spec) else samples_of(images, caches),

@@ -155,7 +155,7 @@ class Facts:
         if isinstance(energy, Mapping):
             spread = number(energy.get("spread"))
         served = _reading(energy, "fact", "")
-        codecarbon, latency = facts.get("codecarbon"), facts.get("latency_ms")
+        latency = facts.get("latency_ms")
         if isinstance(latency, (int, float)):
             latency = {"p50": latency}
         points, matrix = facts.get("operating_points"), facts.get("task_accuracy")
@@ -190,29 +190,14 @@ class Facts:
             model=model,
             data=facts.get("data"),
             recipe=recipe if isinstance(recipe, (str, dict)) else None,
-            codecarbon=dict(codecarbon)
-            if isinstance(codecarbon, Mapping)
-            else {"energy_j": codecarbon}
-            if isinstance(codecarbon, (int, float))
-            else None,
+            codecarbon=_crosscheck(facts.get("codecarbon")),
             predicted={
                 quantity: {b: float(band[b]) for b in BOUNDS}
                 for quantity, band in _items(predicted)
                 if isinstance(band, Mapping) and all(is_number(band.get(b)) for b in BOUNDS)
             },
-            settings={
-                str(entry["setting"]): Operated.read(
-                    entry, measures[0].name if measures else "accuracy"
-                )
-                for entry in _list(points)
-                if isinstance(entry, Mapping) and "setting" in entry
-            },
-            outputs=[
-                dict(entry)
-                for value in values
-                for entry in (value if isinstance(value, list) else [value])
-                if isinstance(entry, Mapping) and all(isinstance(entry.get(k), int) for k in COUNTS)
-            ],
+            settings=_settings(points, measures),
+            outputs=_outputs(facts),
             conflicts=[
                 {measure: value[measure] for measure in CONFLICT}
                 for value in values
@@ -229,6 +214,29 @@ class Facts:
                 {},
             ),
         )
+
+
+def _crosscheck(value: Any) -> Free | None:
+    """Return what codecarbon read beside."""
+    if isinstance(value, (int, float)):
+        return {"energy_j": value}
+    return dict(value) if isinstance(value, Mapping) else None
+
+
+def _settings(points: Any, measures: list[Measure]) -> dict[str, Operated]:
+    metric = measures[0].name if measures else "accuracy"
+    entries = [e for e in _list(points) if isinstance(e, Mapping) and "setting" in e]
+    return {str(entry["setting"]): Operated.read(entry, metric) for entry in entries}
+
+
+def _outputs(facts: Mapping[str, Any]) -> list[Free]:
+    """Return what any fact says of outputs that were kept."""
+    entries = [e for v in facts.values() for e in (v if isinstance(v, list) else [v])]
+    return [
+        dict(entry)
+        for entry in entries
+        if isinstance(entry, Mapping) and all(isinstance(entry.get(k), int) for k in COUNTS)
+    ]
 
 
 def measures_of(facts: Mapping[str, Any]) -> list[Measure]:

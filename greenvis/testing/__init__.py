@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core.technique import Technique
+from greenvis.testing._loop import Broken
 from greenvis.testing.datasets import DataSetResult, check_dataset
 from greenvis.testing.meter_sources import check_meter_source
 from greenvis.testing.sections import check_section
 from greenvis.testing.tasks import check_task
-from greenvis.testing.trial import Broken, Trial
+from greenvis.testing.trial import Trial
 
 __all__ = [
     "DataSetResult",

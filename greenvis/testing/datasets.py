@@ -11,7 +11,7 @@ from torch import Tensor
 
 from greenvis.data import DataSet, DataSpec, Split, Stored
 from greenvis.errors import BadInput
-from greenvis.testing.trial import Broken
+from greenvis.testing._loop import Broken
 
 MOST_IMAGES = 2000  # of each split: a look at more takes longer and says no more
 

@@ -13,7 +13,7 @@ from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.counter import GRACE_S
 from greenvis.meters.record import PROVENANCES, UNSEEN
 from greenvis.meters.sources import MeterSource, installed
-from greenvis.testing.trial import Broken
+from greenvis.testing._loop import Broken
 
 LIFETIME = 1e12  # what a counter may say at first: all it has counted since it was made
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,10 +12,9 @@ from torch import Tensor, nn
 from greenvis.core.example import Example
 from greenvis.core.technique import Technique
 from greenvis.core.wrap import wrap
-from greenvis.errors import BadInput, some
+from greenvis.errors import BadInput
 from greenvis.tasks import registry
-from greenvis.tasks.base import Task
-from greenvis.testing.trial import Labelled, Stream
+from greenvis.testing._loop import Broken, arguments, fed, train
 
 STEPS = 2
 
@@ -81,71 +80,30 @@ def check_tasks(
 
 
 def _try(technique: type[Technique], example: Mapping[str, Any], host: TaskHost) -> TaskResult:
-    arguments = str(
-        {k: getattr(v, "__name__", v) if callable(v) else v for k, v in example.items()}
-    )
-    result: tuple[Literal["works", "refuses", "fails"], str]
+    shown = str({k: getattr(v, "__name__", v) if callable(v) else v for k, v in example.items()})
+    result: tuple[Literal["works", "refuses", "fails"], str] = "works", ""
     try:
-        result = "works", "; ".join(_steps(technique, example, host))
-        if result[1]:
-            result = "fails", result[1]
+        _train(technique, example, host)
     except BadInput as error:
         result = "refuses", str(error)
+    except Broken as error:
+        result = "fails", str(error)
     except Exception as error:  # whatever a technique raises is its failure, not the checker's
         result = "fails", f"{type(error).__name__}: {error}"
-    return TaskResult(technique.name, arguments, host.task, *result)
+    return TaskResult(technique.name, shown, host.task, *result)
 
 
-def _steps(technique: type[Technique], example: Mapping[str, Any], host: TaskHost) -> Iterator[str]:
-    """Yield what is wrong with two steps of training."""
+def _train(technique: type[Technique], example: Mapping[str, Any], host: TaskHost) -> None:
+    """Train for two steps and answer once. Raises Broken, or what the technique raises."""
     model, task = host.build(), registry.find(host.task)()
-    arguments = {
-        k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
-        for k, v in example.items()
-    }
-    live = wrap(model, technique(**arguments), task=task)
-    optimizer = torch.optim.SGD(live.param_groups(1e-3), lr=1e-3)
-    if live.wanted:
-        live.feed(**dict.fromkeys(live.wanted, Stream(images_of(host.batch()[0]))))
-    live.set_domains(torch.arange(len(host.batch()[1])) % 2)
-    live.assess_with(lambda: 1.0)
-    for step in range(STEPS):
-        x, y = host.batch()
-        visits = live.visit(step, Labelled(y))
-        if visits is not None:
-            x, y = x[visits], y[visits]
-        live.feeds.number = step
-        x, y = live.batch(x, y)
-        model.train()
-        loss = _loss(live, model, task, x, y)
-        if not loss.isfinite():
-            yield f"the loss of step {step} is {loss.item()}"
-            return
-        optimizer.zero_grad()
-        loss.backward()
-        grads = {n: p.grad for n, p in live.trainable.items() if p.grad is not None}
-        if broken := [n for n, grad in grads.items() if not grad.isfinite().all()]:
-            yield f"gradients of step {step} are not finite: {some(broken)}"
-        live.again(lambda x=x, y=y: _loss(live, model, task, x, y).backward())
-        optimizer.step()
-        live.step_end()
-    live.epoch_end()
+    live = wrap(model, technique(**arguments(example, model)), task=task)
     x, y = host.batch()
+    fed(live, x, y)
+    optimizer = torch.optim.SGD(live.param_groups(1e-3), lr=1e-3)
+    train(live, task, optimizer, host.batch, range(STEPS))
     with torch.no_grad():
         task.answer(model.eval(), x, y)
     live.undo()
-
-
-def images_of(x: Any) -> Tensor:
-    """Return the images of a batch that may hold more."""
-    return x.args[0] if isinstance(x, Example) else x
-
-
-def _loss(live: Any, model: nn.Module, task: Task, x: Any, y: Any) -> Tensor:
-    if live.pretext:
-        return live.loss(x, y, None)
-    outputs = task.answer(model, x, y)
-    return live.criterion(task.loss)(outputs, y) + live.loss(x, y, outputs)
 
 
 def task_hosts() -> list[TaskHost]:

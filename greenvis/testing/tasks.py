@@ -72,18 +72,18 @@ def _broken(task: Task, example: TaskExample) -> Iterator[str]:
         yield f"it declares the metrics {sorted(declared)} and has {sorted(names)}"
     if RESERVED & names:
         yield f"a metric may not be called {sorted(RESERVED & names)[0]}: records use that name"
-    whole, parts = (
+    at_once, in_parts = (
         _measured(task, classes, cuts, outputs, labels) for cuts in ((0, SIZE), (0, FIRST, SIZE))
     )
     for name in names:
-        if abs(whole[name] - parts[name]) > 1e-6:
-            yield f"{name} of two batches is {parts[name]:g}, of all at once {whole[name]:g}"
+        if abs(at_once[name] - in_parts[name]) > 1e-6:
+            yield f"{name} of two batches is {in_parts[name]:g}, of all at once {at_once[name]:g}"
     score = _measured(task, classes, (0, SIZE), best, labels)[measure.name]
-    gain = score - whole[measure.name]
+    gain = score - at_once[measure.name]
     if not (gain > 0 if measure.higher_is_better else gain < 0):
         direction = "higher" if measure.higher_is_better else "lower"
         yield (
-            f"{measure.name} is {score:g} of the best outputs and {whole[measure.name]:g} of "
+            f"{measure.name} is {score:g} of the best outputs and {at_once[measure.name]:g} of "
             f"others, though {direction} is better"
         )
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from pydantic import BaseModel
 from torch import Tensor, nn
 
@@ -17,41 +16,14 @@ from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, Stage, Technique, logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, some
+from greenvis.tasks.classification import Classification
+from greenvis.testing._loop import Broken, arguments, fed, loss_of, train
 
 if TYPE_CHECKING:
     from greenvis.testing import Host
 
 TOLERANCE = 1e-5
-
-
-class Broken(AssertionError):
-    """A point of the contract that does not hold."""
-
-
-class Labelled:
-    """Images of which their labels are known."""
-
-    def __init__(self, targets: Tensor) -> None:
-        self.targets = targets
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-
-class Stream:
-    """Images beside the labelled ones, a function of the batch's number."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.shape = like.shape
-
-    def at(self, number: int, times: int) -> Tensor:
-        """Return `times` batches of images."""
-        generator = torch.Generator().manual_seed(number)
-        return torch.rand(times * self.shape[0], *self.shape[1:], generator=generator)
-
-    def sweep(self) -> Iterator[Tensor]:
-        """Yield two batches."""
-        yield from (self.at(number, 1) for number in range(2))
+TASK = Classification()
 
 
 class Trial:
@@ -69,22 +41,15 @@ class Trial:
         of theirs as well."""
         out = []
         for kind, example in self.parts:
-            arguments = {**example, **((getattr(kind, more) if more else None) or {})}
-            out.append(
-                kind(
-                    **{
-                        k: v(model) if callable(v) and not isinstance(v, nn.Module) else v
-                        for k, v in arguments.items()
-                    }
-                )
-            )
+            own = {**example, **((getattr(kind, more) if more else None) or {})}
+            out.append(kind(**arguments(own, model)))
         return out
 
     def wrapped(self) -> Wrapped:
         """Return a new host model with the technique live, the same each time."""
         model = self.host.build()
         torch.manual_seed(2)
-        return self._fed(wrap(model, self.request(model)))
+        return fed(wrap(model, self.request(model)), self.x, self.y)
 
     def recipe_form(self) -> None:
         """Written as a recipe and read again, a request is the same."""
@@ -150,7 +115,7 @@ class Trial:
         for steps in (0, 2):
             model = self.host.build()
             with self._unchanged(model, f"undo after {steps} steps"):
-                live = self._fed(wrap(model, self.request(model)))
+                live = fed(wrap(model, self.request(model)), self.x, self.y)
                 if steps:
                     self._train(live, self._optimizer(live), range(steps))
                     model.eval()
@@ -160,7 +125,7 @@ class Trial:
         """Every declared trainable gets a gradient, steps stay finite, a delta loads into a new
         model, and merge equals."""
         live = self.wrapped()
-        self._loss(live).backward()
+        loss_of(live, TASK, live.batch(self.x, self.y)).backward()
         without = [n for n, p in live.declared.items() if p.grad is None]
         if without:
             raise Broken(f"declared trainable, but without a gradient: {some(without)}")
@@ -228,46 +193,11 @@ class Trial:
 
     # -- means ------------------------------------------------------------------------------------
 
-    def _loss(self, live: Wrapped, batch: tuple[Any, Any] | None = None) -> Tensor:
-        """Return the loss of a batch that `live.batch` returned, a new one where absent."""
-        x, y = batch or live.batch(self.x, self.y)
-        live.model.train()
-        if live.pretext:
-            loss = live.loss(x, y, None)
-        else:
-            logits = logits_of(live.model(x))
-            loss = live.criterion(F.cross_entropy)(logits, y) + live.loss(x, y, logits)
-        if not loss.requires_grad:
-            raise Broken("nothing trainable reaches the loss: it is without a gradient")
-        return loss
-
     def _optimizer(self, live: Wrapped) -> torch.optim.Optimizer:
         return torch.optim.AdamW(live.param_groups(1e-3))
 
     def _train(self, live: Wrapped, optimizer: torch.optim.Optimizer, steps: range) -> None:
-        for step in steps:
-            visits = live.visit(step, Labelled(self.y))  # the batch is an epoch
-            if visits is not None and not (visits.min() >= 0 and visits.max() < len(self.y)):
-                raise Broken(f"visit chooses {visits.tolist()} of {len(self.y)} images")
-            torch.manual_seed(step)
-            live.feeds.number = step
-            shown = slice(None) if visits is None else visits
-            batch = live.batch(self.x[shown], self.y[shown])
-            loss = self._loss(live, batch)
-            if not loss.isfinite():
-                raise Broken(f"the loss of step {step} is {loss.item()}")
-            loss.backward()
-            live.again(lambda batch=batch: self._loss(live, batch).backward())
-            optimizer.step()
-            live.step_end()
-            optimizer.zero_grad()
-        live.epoch_end()
-
-    def _fed(self, live: Wrapped) -> Wrapped:
-        live.feed(**dict.fromkeys(live.wanted, Stream(self.x)))
-        live.set_domains(torch.arange(len(self.x)) % 2)
-        live.assess_with(lambda: 1.0)
-        return live
+        train(live, TASK, optimizer, lambda: (self.x, self.y), steps)
 
     def _served(self, live: Wrapped) -> Tensor:
         with live.served() as model, in_mode(model, False), torch.inference_mode():

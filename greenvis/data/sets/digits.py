@@ -35,8 +35,8 @@ class Digits(DataSet):
         rows = _rows()
         pixels = np.rint(rows[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 1, 8, 8)
         labels = rows[:, -1].astype(np.int64)
-        whole = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
-        train, test = divide(whole, test=self.size["test"])
+        images = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+        train, test = divide(images, test=self.size["test"])
         return Stored(train, test, self.classes, sha256([pixels.tobytes(), labels.tobytes()]), 8, 1)
 
 

@@ -50,8 +50,8 @@ class Mnist5k(DataSet):
         if rows.shape[1] != 785 or least < 0 or most > 255 or rows[:, -1].max() > 9:
             raise BadInput(f"{path} is no table of 784 pixels and a digit in each row")
         pixels, labels = rows[:, :-1].astype(np.uint8).reshape(-1, 1, 28, 28), rows[:, -1].copy()
-        whole = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
-        train, test = divide(whole, test=self.size["test"])
+        images = Split(torch.from_numpy(pixels), torch.from_numpy(labels))
+        train, test = divide(images, test=self.size["test"])
         digest = sha256([pixels.tobytes(), labels.tobytes()])
         return Stored(train, test, self.classes, digest, 28, 1)
 

@@ -115,8 +115,8 @@ class Reparam(Technique):
             out[path] = module, "weight"
         for attention in structure.attention:
             module = model.get_submodule(attention.path)
-            whole = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
-            if whole and self.targets is None:
+            joint = isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None
+            if joint and self.targets is None:
                 out[f"{attention.path}.in_proj_weight"] = module, "in_proj_weight"
         return out
 

@@ -256,9 +256,9 @@ def _part(conv: Any, width: int, rows: slice | None) -> nn.Module:
     part.groups = groups
     shape = (width, width // groups, *conv.kernel_size)
     columns = slice(None) if depthwise or width == conv.in_channels else rows
-    whole = depthwise or conv.groups == 1 or width == conv.in_channels
+    sliceable = depthwise or conv.groups == 1 or width == conv.in_channels
     with torch.no_grad():
-        if rows is not None and columns is not None and whole:
+        if rows is not None and columns is not None and sliceable:
             weight = conv.weight[rows][:, columns].clone()
         else:
             weight = nn.init.kaiming_normal_(conv.weight.new_empty(shape), mode="fan_out")
