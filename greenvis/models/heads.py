@@ -33,18 +33,7 @@ def with_head(model: nn.Module, head: str, classes: int, size: Any = None) -> nn
     Raises:
         BadInput: For a backbone whose features or classifier are not found.
     """
-    example: Any = None
-    if size is not None:
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-        example = (3 if conv is None else conv.in_channels * conv.groups, *sides)
-    mode = model.training
-    try:
-        structure = view(model.eval(), example, probe=False)
-    except RuntimeError as error:
-        raise BadInput(f"`head: {head}` looks at the model's parts: {first_line(error)}") from error
-    finally:
-        model.train(mode)
+    structure = looked_at(model, head, size)
     if head == "dense":
         return Dense(model, structure, classes)
     if head == "boxes":
@@ -52,6 +41,31 @@ def with_head(model: nn.Module, head: str, classes: int, size: Any = None) -> nn
 
         return detector(model, structure, classes)
     return Bags(model, structure, head, classes)
+
+
+def looked_at(model: nn.Module, head: str, size: Any = None) -> View:
+    """Return a backbone's parts, by its structure.
+
+    Args:
+        model: The backbone.
+        head: What it is looked at for, for the message.
+        size: The images' side, or (height, width), in pixels, where the model does not say.
+
+    Raises:
+        BadInput: For a backbone that does not run.
+    """
+    example: Any = None
+    if size is not None:
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        conv = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+        example = (3 if conv is None else conv.in_channels * conv.groups, *sides)
+    mode = model.training
+    try:
+        return view(model.eval(), example, probe=False)
+    except RuntimeError as error:
+        raise BadInput(f"`head: {head}` looks at the model's parts: {first_line(error)}") from error
+    finally:
+        model.train(mode)
 
 
 class Dense(StageMaps):

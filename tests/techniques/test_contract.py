@@ -26,6 +26,7 @@ WORKS = {
     "co_teaching": 20,
     "consistency": 20,
     "dino": 20,
+    "cross_modal": 0,  # no host of classes is a dual encoder
     "distill": 20,
     "dividemix": 20,
     "dsu": 20,
@@ -88,7 +89,7 @@ def test_every_host_is_under_contract() -> None:
 def test_contract_on_a_few(name: str) -> None:
     results = check_technique(registry.find(name), [HOSTS[n] for n in FEW])
     assert not [str(r) for r in results if r.outcome == "fails"]
-    least = len(FEW) - 1 if WORKS[name] > 10 else 2 if WORKS[name] > 5 else 1
+    least = len(FEW) - 1 if WORKS[name] > 10 else 2 if WORKS[name] > 5 else min(WORKS[name], 1)
     assert len({r.host for r in results if r.outcome == "works"}) >= least
 
 

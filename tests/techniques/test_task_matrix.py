@@ -18,6 +18,7 @@ FAST = ("multilabel", "segmentation", "bags", "generation")  # of one example ea
 SURE = {
     "lora": {"classification", "multilabel", "regression", "segmentation", "bags", "image_text"},
     "distill": {"classification", "segmentation", "bags"},
+    "cross_modal": {"image_text"},
     "lwf": {"classification", "segmentation"},
     "token_merge": {"classification", "multilabel", "regression", "bags"},
     "sam": set(HOSTS),

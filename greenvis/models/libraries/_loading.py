@@ -4,8 +4,9 @@ library."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +25,12 @@ class Request(NamedTuple):
     name: str
     folder: Path
     pretrained: bool | Path | None
-    options: dict[str, Any]  # as the user names them, without `pretrained`, `memory_format`, `head`
+    # as the user names them, without `pretrained`, `memory_format`, `head` and what is the head's
+    options: dict[str, Any]
     file: Path | None
     memory_format: torch.memory_format | None
     head: str | None = None
+    head_options: Mapping[str, Any] = MappingProxyType({})
 
 
 class Library(NamedTuple):

@@ -1,0 +1,1 @@
+"""Learning from the texts that come with images."""
