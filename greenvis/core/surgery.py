@@ -42,6 +42,13 @@ class Snapshot:
         ]
         self._flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self._tensors = [*model.parameters(), *model.buffers()]
+        devices = {t.device for t in self._tensors}
+        self._device = devices.pop() if len(devices) == 1 else None
+        owners: dict[int, list[tuple[nn.Module, str]]] = {}
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                owners.setdefault(id(buffer), []).append((module, name))
+        self._owners = {i: owners[id(t)] for i, t in enumerate(self._tensors) if id(t) in owners}
         self._values: dict[int, Tensor] = {}
         self._positions: dict[int, int] | None = None  # by id of a tensor
         self.keep_values()
@@ -50,6 +57,31 @@ class Snapshot:
     def modules(self) -> list[nn.Module]:
         """The modules it gives back."""
         return [m for m, _, _ in self._modules]
+
+    def follow(self) -> None:
+        """Take note of buffers that were moved to another device: `Module.to` makes new ones,
+        where it moves parameters in place."""
+        for i, owners in self._owners.items():
+            for module, name in owners:
+                now = module._buffers.get(name)
+                if now is not None and now.device != self._tensors[i].device:
+                    self._tensors[i], self._positions = now, None
+                    break
+
+    def _gather(self) -> None:
+        """Bring what was no part of the model when it was moved to the device of the rest."""
+        moved = {t.device for t in self._tensors} - {self._device}
+        if self._device is None or len(moved) != 1:
+            return
+        device = moved.pop()
+        present = {id(t) for t in (*self.model.parameters(), *self.model.buffers())}
+        for i, tensor in enumerate(self._tensors):
+            if id(tensor) in present or tensor.device == device:
+                continue
+            if i in self._owners:
+                self._tensors[i] = tensor.to(device)
+            else:
+                tensor.data = tensor.data.to(device)
 
     def keep_values(self) -> None:
         """Copy every tensor of which no copy is held yet."""
@@ -79,12 +111,14 @@ class Snapshot:
     def original(self, tensor: Tensor) -> Tensor:
         """Return the value a tensor of the model had, or the tensor itself where it was not there
         or has not changed."""
+        self.follow()
         if self._positions is None:
             self._positions = {id(t): i for i, t in enumerate(self._tensors)}
         return self._values.get(self._positions.get(id(tensor), -1), tensor)
 
     def changed_buffers(self) -> set[int]:
         """Return the ids of buffers that were there and whose values have changed since."""
+        self.follow()
         return {
             id(t)
             for i, t in enumerate(self._tensors)
@@ -93,7 +127,9 @@ class Snapshot:
 
     def restore(self, values: bool = True) -> None:
         """Give the model its structure, hooks, flags and attributes back, and its values unless
-        `values` is False."""
+        `values` is False; what was moved to another device stays there."""
+        self.follow()
+        self._gather()
         for module, kind, attributes in self._modules:
             module.__class__ = kind
             state = vars(module)
@@ -107,6 +143,9 @@ class Snapshot:
                     value.update(content)
                 elif isinstance(value, list):
                     value[:] = content
+        for i, owners in self._owners.items():
+            for module, name in owners:
+                module._buffers[name] = self._tensors[i]
         for parameter, flag, grad in self._flags:
             parameter.requires_grad_(flag)
             parameter.grad = grad

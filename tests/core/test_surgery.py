@@ -8,8 +8,17 @@ import pytest
 import torch
 from torch import nn
 
+import greenvis as gv
 from greenvis.core.surgery import Snapshot, find, freeze, replace
 from greenvis.errors import BadInput
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it is on another device."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("meta")
 
 
 class Net(nn.Module):
@@ -127,3 +136,28 @@ def test_a_frozen_batch_norm_does_not_drift_even_after_train() -> None:
     assert torch.equal(before, model.stem[1].running_mean)
     assert model.head.weight.requires_grad
     assert not model.shared.weight.requires_grad
+
+
+@pytest.mark.parametrize("ends", ["merge", "undo"])
+def test_statistics_that_were_moved_to_another_device_stay_there(ends: str) -> None:
+    convs = [nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)]
+    model = nn.Sequential(*convs, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    live = gv.wrap(model, gv.Lora(targets=["conv"]))
+    norm = model[1]
+    for name, buffer in norm.named_buffers():  # what `Module.to` does to buffers
+        norm._buffers[name] = buffer.clone().as_subclass(Elsewhere)
+    moved = norm.running_mean
+    moved.add_(1)
+    live.merge() if ends == "merge" else live.undo()
+    assert norm.running_mean is moved
+    assert moved.eq(1 if ends == "merge" else 0).all()
+
+
+def test_statistics_that_moved_still_count_as_changed() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    before = Snapshot(model)
+    for name, buffer in model[1].named_buffers():  # what `Module.to` does to buffers
+        model[1]._buffers[name] = buffer.clone().as_subclass(Elsewhere)
+    assert before.changed_buffers() == set()
+    model[1].running_mean.add_(1)
+    assert before.changed_buffers() == {id(model[1].running_mean)}
