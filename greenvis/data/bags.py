@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from greenvis.core.example import BAG, Example
-from greenvis.data.image_set import ImageSet
+from greenvis.data.changes import Change, Changed
+from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.splits import Lazy, Split
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput
@@ -55,6 +56,20 @@ class Bags(ImageSet):
         bags = torch.as_tensor(positions, dtype=torch.int64)
         members = [self.members[b] for b in bags.tolist()]
         return Bags(self.images, members, self.targets[bags], self.positive)
+
+    def in_domains(self, parts: Sequence[Tensor], changes: Sequence[Change]) -> Bags:
+        """Return the bags, each shown in one domain.
+
+        Args:
+            parts: Positions of the bags of each domain, int64 (n,).
+            changes: What each domain does to images.
+        """
+        images = [Changed(self.images, change) for change in changes]
+        rows = torch.cat([*parts]).sort().values
+        which = {bag: i for i, part in enumerate(parts) for bag in part.tolist()}
+        members = [self.members[b] + which[b] * len(self.images) for b in rows.tolist()]
+        shown = images[0] if len(images) == 1 else Concat(images)
+        return Bags(shown, members, self.targets[rows])
 
     def shown(self, transform: Transform) -> ImageSet:
         """Return the same bags, their images augmented otherwise."""

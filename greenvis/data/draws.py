@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from greenvis.data import bags, captions
-from greenvis.data.changes import Changed, parse
+from greenvis.data.changes import Change, Changed, parse
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import BagsSpec, DataSpec, NoiseSpec, PerClass
@@ -103,7 +103,14 @@ def _bagged(pool: Data, spec: BagsSpec, draw: Draw, test_seed: int) -> Data:
         for role, seed in sets.items()
         if (images := getattr(pool, role)) is not None
     }
-    return replace(pool, **dealt, classes=bags.CLASSES)
+    if pool.target is not None or pool.unlabeled is not None:
+        raise BadInput(
+            "data: bags are dealt before they lose their labels, so images of a domain of the data "
+            "set's own cannot be in bags without: name changes (noise, blur, …) in domains.target "
+            "and domains.unlabeled"
+        )
+    tests = {n: bags.deal(own, positive, spec.size, test_seed) for n, own in pool.tests.items()}
+    return replace(pool, **dealt, tests=tests, classes=bags.CLASSES)
 
 
 def _captioned(images: Data, template: str) -> Data:
@@ -168,7 +175,14 @@ def _keep_apart(images: Data) -> None:
 
 def _changed(images: ImageSet, name: str) -> ImageSet:
     change = parse(name)
-    return images if change is None else Changed(images, change)
+    return images if change is None else in_domain(images, change)
+
+
+def in_domain(images: ImageSet, change: Change) -> ImageSet:
+    """Return images as a change shows them; of bags, those in them."""
+    if isinstance(images, bags.Bags):
+        return images.in_domains([torch.arange(len(images))], [change])
+    return Changed(images, change)
 
 
 def _target(pool: Data, every: ImageSet, rest: Tensor, spec: DataSpec) -> ImageSet | None:
@@ -321,9 +335,11 @@ class Draw:
         """Return images dealt out evenly to named changes: each is shown in one of them."""
         changes = [change for name in domains if (change := parse(name)) is not None]
         if len(changes) < 2:
-            return Changed(images, changes[0]) if changes else images
+            return in_domain(images, changes[0]) if changes else images
         order = stratified(images.split.groups, self.seed(DOMAINS))
         parts = [order[i :: len(changes)].sort().values for i in range(len(changes))]
+        if isinstance(images, bags.Bags):
+            return images.in_domains(parts, changes)
         shown = zip(parts, changes, strict=True)
         return Concat([Changed(images.take(part), change) for part, change in shown])
 

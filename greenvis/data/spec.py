@@ -206,8 +206,11 @@ class DataSpec(_Section):
 
     @model_validator(mode="after")
     def _views_count(self) -> Self:
-        if self.bags is not None and (self.domains is not None or self.captions is not None):
-            raise ValueError("bags hold images of one domain and without captions; leave those out")
+        if self.bags is not None and self.captions is not None:
+            raise ValueError(
+                "a bag has a label and no text, and captions are of single images; leave one of "
+                "them out"
+            )
         if self.captions is not None and self.noise is not None:
             raise ValueError("noise is of classes, and captions have none; leave one of them out")
         if self.views is not None and self.augment == "none":

@@ -402,8 +402,8 @@ def test_bags_are_balanced_and_hold_each_image_once() -> None:
         _load(bags={"positive": list(range(10))})
     with pytest.raises(BadInput, match="make no bags of 300"):
         _load(bags={"positive": [9], "size": 300})
-    with pytest.raises(BadInput, match="images of one domain"):
-        _load(bags={"positive": [9]}, domains={"test": ["blur"]})
+    with pytest.raises(BadInput, match="no text"):
+        _load(bags={"positive": [9]}, captions="{name}")
 
 
 @pytest.mark.parametrize(
@@ -423,6 +423,29 @@ def test_what_a_record_says_of_the_data_is_the_same_for_every_seed(fields: dict[
     first = _load(0, **fields).facts()
     for seed in range(1, 6):
         assert _load(seed, **fields).facts() == first
+
+
+def test_bags_are_shown_in_domains() -> None:
+    fields: dict[str, Any] = {"train": 1200, "bags": {"size": 5, "positive": [9]}}
+    plain = _load(**fields)
+    shown = _load(**fields, domains={"train": ["invert", "blur"], "test": ["plain", "invert"]})
+    assert isinstance(shown.train, Bags)
+    assert torch.equal(shown.train.targets, plain.train.targets)
+    assert shown.test.batch([3])[0].args[0].equal(plain.test.batch([3])[0].args[0])
+    (x, inverted) = (d.batch([3])[0].args[0] for d in (plain.test, shown.tests["invert"]))
+    form = plain.test.transform
+    mean, std = form.mean[0], form.std[0]
+    torch.testing.assert_close(inverted * std + mean, 1 - (x * std + mean), atol=1e-5, rtol=0)
+    # every training bag is whole in one of its domains
+    for bag in range(6):
+        own = plain.train.batch([bag])[0].args[0] * std + mean
+        other = shown.train.batch([bag])[0].args[0] * std + mean
+        turned = (other - (1 - own)).abs().amax((1, 2, 3)) < 1e-4
+        assert turned.all() or not turned.any()
+    x, y = shown.train.batch(range(len(shown.train)))
+    assert len(x) == len(y) == len(shown.train)
+    again = shown.train.take([2, 0])
+    assert torch.equal(again.batch([1])[0].args[0], shown.train.batch([0])[0].args[0])
 
 
 def test_bags_come_in_batches_of_a_loader_in_the_order_of_its_seed() -> None:
