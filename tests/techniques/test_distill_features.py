@@ -508,17 +508,6 @@ def test_a_teacher_in_half_precision_is_close() -> None:
     assert losses[2] == pytest.approx(losses[0], rel=0.1)
 
 
-@pytest.mark.slow
-def test_a_compiled_teacher_says_the_same() -> None:
-    student, teacher = _vit(), _vit()
-    x, y = _batch()
-    live = gv.wrap(student, gv.Distill(teacher=teacher, compile=True))
-    loss = live.loss(x, y, student(x)).item()
-    live.undo()
-    plain = gv.wrap(student, gv.Distill(teacher=teacher))
-    assert loss == pytest.approx(plain.loss(x, y, student(x)).item(), rel=1e-4)
-
-
 def test_a_teacher_of_colours_sees_grey_images_in_all_three() -> None:
     student = nn.Sequential(nn.Flatten(), nn.Linear(32 * 32, 5))
     teacher = _vit()
@@ -568,10 +557,6 @@ def test_layers_by_role_number_and_path() -> None:
         (
             {"teacher": "ema", "losses": [{"kind": "kd", "hard": True, "smoothing": 0.1}]},
             "set one of them",
-        ),
-        (
-            {"teacher": "ema", "losses": [{"kind": "hint"}], "compile": True},
-            "compiled teacher shows no features",
         ),
         (
             {"teachers": {"one": "ema"}, "losses": [{"kind": "kd", "teacher": "on"}]},

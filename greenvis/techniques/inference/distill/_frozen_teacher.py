@@ -68,7 +68,6 @@ class FrozenTeacher:
         module: nn.Module,
         size: int | None = None,
         precision: str | None = None,
-        compile: bool = False,
         cache: CacheOptions | None = None,
         note: Callable[[str], None] | None = None,
         student: nn.Module | None = None,
@@ -76,7 +75,6 @@ class FrozenTeacher:
     ) -> None:
         self.name, self.module, self.size, self.precision = name, module, size, precision
         self.weight = 1.0
-        self._forward: Callable[..., Any] = torch.compile(module) if compile else module
         stem = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
         channels = stem.in_channels if stem is not None and stem.in_channels in (1, 3) else None
         source = models.pixels_of(student) if student is not None else None
@@ -183,7 +181,7 @@ class FrozenTeacher:
             with slow_path() if points else nullcontext():
                 more = isinstance(batch, Example)
                 shown = Example((x, *batch.args[1:]), batch.kwargs) if more else x
-                output = call(self._forward, shown)
+                output = call(self.module, shown)
             return {
                 **taps.take(),
                 **({ANSWER: self._by_name(logits_of(output))} if answers else {}),

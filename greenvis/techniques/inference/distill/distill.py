@@ -58,7 +58,7 @@ class Distill(Technique):
     plain model, and merges. Costs one forward of each teacher a step, in the phase "teacher", and
     the teachers' own training: it pays back after N* images served, or never. `cache` keeps what a
     teacher says, so that it is asked once per image and view, not once per epoch;
-    `teacher_epochs` stops asking early; `precision` and `compile` make each forward cheaper. Adds a
+    `teacher_epochs` stops asking early; `precision` makes each forward cheaper. Adds a
     term "distill_KIND" for each loss.
 
     teacher "ema" is the student's own running mean (Tarvainen & Valpola, 2017). Each teacher is
@@ -129,7 +129,6 @@ class Distill(Technique):
     precision: Literal["fp32", "bf16"] | None = Field(
         default=None, description="of the teacher's forward; the training's where absent"
     )
-    compile: bool = Field(default=False, description="compile the teacher; answers only")
     input_shape: InputShape = None
 
     @model_validator(mode="after")
@@ -150,10 +149,6 @@ class Distill(Technique):
                 )
         if self._itself and self.cache:
             raise ValueError("'ema' changes with every step, so there is nothing to cache")
-        if self.compile and not all(loss.on_answers for loss in self.losses):
-            raise ValueError(
-                "a compiled teacher shows no features; leave `compile` out, or distil answers only"
-            )
         return self
 
     @property
@@ -259,7 +254,7 @@ class InstalledDistill(Installed):
         cache_options = (
             CacheOptions.model_validate({}) if request.cache is True else request.cache or None
         )
-        options = (request.precision, request.compile, cache_options, lambda text: self.note(text))
+        options = (request.precision, cache_options, lambda text: self.note(text))
         names = {
             n: any(loss.on_answers and loss.teacher in (n, None) for loss in request.losses)
             for n in modules
