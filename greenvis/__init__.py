@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from greenvis.techniques.annotation.noisy_labels.noisy_labels import NoisyLabels
     from greenvis.techniques.annotation.noisy_labels.partial_labels import PartialLabels
     from greenvis.techniques.data.adapt.adabn import Adabn
+    from greenvis.techniques.data.adapt.align import Align
+    from greenvis.techniques.data.adapt.shot import Shot
     from greenvis.techniques.data.generalise.dsu import Dsu
     from greenvis.techniques.data.generalise.ema import Ema
     from greenvis.techniques.data.generalise.fishr import Fishr
@@ -85,13 +87,13 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adabn", "Adapter", "AdapterProbe", "BadInput", "Balance", "Bitfit", "CoTeaching",
+    "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "CoTeaching",
     "Consistency", "Distill", "Dividemix", "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill",
     "Fishr", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearAttention", "LinearProbe",
     "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NoisyLabels",
     "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Prompt", "PromptPool", "PseudoLabel",
-    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Side",
-    "Simclr", "Swad", "Technique", "Tent", "TestTime", "TokenMerge", "TokenPrune", "Wrapped",
+    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Shot",
+    "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Wrapped",
     "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

@@ -95,6 +95,8 @@ class Technique(BaseModel):
     # fields that change nothing but with these values of another, and may not be set then
     only_with: ClassVar[OnlyWith] = {}
     stage: ClassVar[Stage]
+    # the stream whose images it trains on in the place of labelled ones, of which it reads none
+    trains_on: ClassVar[str] = ""
     order: ClassVar[int] = 0
     role: ClassVar[str] = "teacher"  # what a run that a field names is to it, as reports call it
     rank_local: ClassVar[bool] = (

@@ -27,8 +27,16 @@ SEVERITIES: dict[str, tuple[float, str]] = {
     "texture": (0.5, "share of a cloud of its own in each image"),
 }
 PLAIN = "plain"
+SORTED = "sorted:"  # before the name of a test: class by class
 BLUR_SIDE = 28  # pixels: a blur is as wide in larger images
 CLOUD = 7  # cells of a cloud's grid a side
+
+
+def in_order(images: ImageSet, name: str) -> ImageSet:
+    """Return a test in the order that its name asks for: as it is, or sorted by class."""
+    if not name.startswith(SORTED):
+        return images
+    return images.take(images.classes("a sorted test").argsort(stable=True))
 
 
 def parse(name: str) -> Change | None:

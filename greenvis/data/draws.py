@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from greenvis.data import bags, captions
-from greenvis.data.changes import Change, Changed, parse
+from greenvis.data.changes import SORTED, Change, Changed, in_order, parse
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import BagsSpec, DataSpec, NoiseSpec, PerClass
@@ -75,7 +75,7 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         train = draw.dealt(train, domains.train)
         without = without and draw.dealt(without, domains.unlabeled or domains.train)
         target = target and draw.dealt(target, domains.target)
-        tests = tests or {name: _changed(pool.test, name) for name in domains.test}
+        tests = tests or {name: changed(pool.test, name) for name in domains.test}
     truth = None
     if spec.noise is not None:
         truth, count = train.targets, len(pool.classes)
@@ -173,9 +173,10 @@ def _keep_apart(images: Data) -> None:
                 raise GreenvisError(f"data: an image of '{role}' is of '{owners[number]}', too")
 
 
-def _changed(images: ImageSet, name: str) -> ImageSet:
-    change = parse(name)
-    return images if change is None else in_domain(images, change)
+def changed(images: ImageSet, name: str) -> ImageSet:
+    """Return the test of a domain: images as it shows them, in the order its name asks for."""
+    change = parse(name.removeprefix(SORTED))
+    return in_order(images if change is None else in_domain(images, change), name)
 
 
 def in_domain(images: ImageSet, change: Change) -> ImageSet:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from greenvis.data import dataset
-from greenvis.data.changes import PLAIN, SEVERITIES, Change, Changed, parse
-from greenvis.data.draws import assign, class_numbers
+from greenvis.data.changes import PLAIN, SEVERITIES, SORTED, in_order, parse
+from greenvis.data.draws import assign, changed, class_numbers
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import DataSpec
@@ -86,7 +86,8 @@ def _own_domains(chosen: dataset.DataSet) -> dict[str, dataset.DataSet]:
     domains = chosen.spec.domains
     if domains is None:
         return {}
-    names = [*domains.train, *domains.unlabeled, *domains.target, *domains.test]
+    tests = [name.removeprefix(SORTED) for name in domains.test]
+    names = [*domains.train, *domains.unlabeled, *domains.target, *tests]
     own: dict[str, dataset.DataSet] = {}
     for name in dict.fromkeys(names):
         if parse(name) is None:
@@ -127,7 +128,9 @@ def _of_domains(chosen: dataset.DataSet, own: dict[str, dataset.DataSet]) -> Dat
                 "they share with `classes`"
             )
     tests = {
-        name: parts[name].test if name in own else Changed(base.test, parse(name) or Change())
+        name: in_order(parts[plain].test, name)
+        if (plain := name.removeprefix(SORTED)) in own
+        else changed(base.test, name)
         for name in domains.test
     }
     held_out = [part.held_out for part in trained if part.held_out is not None]

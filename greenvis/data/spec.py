@@ -53,7 +53,12 @@ class DomainsSpec(_Section):
         default=(), description="images without labels, of the domain to adapt to"
     )
     test: Annotated[
-        Domains, Field(min_length=1, description="a test of each; the first is the primary one")
+        Domains,
+        Field(
+            min_length=1,
+            description='a test of each; the first is the primary one. "sorted:NAME": in the order '
+            "of its classes",
+        ),
     ] = ("plain",)
 
     @model_validator(mode="after")

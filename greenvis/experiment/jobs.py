@@ -167,6 +167,8 @@ class Jobs:
                 inputs["task"] = task
             if arm.stream is not None:
                 inputs["stream"] = arm.stream.model_dump()
+            if arm.serve is not None:
+                inputs["serve"] = arm.serve.model_dump()
             if arm.subset is not None:
                 inputs["subset"] = arm.subset.model_dump()
             if arm.synthesis is not None:

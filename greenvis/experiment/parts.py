@@ -104,7 +104,7 @@ def evaluator(prepared: Prepared) -> Evaluator:
     """Return what says how good a job's model is."""
     job, images, stream = prepared.job, prepared.images, prepared.stream
     short, spec = prepared.short, job.arm.train
-    load = partial(data.batches, batch_size=max(spec.batch_size, 256), workers=spec.workers)
+    load = partial(data.batches, batch_size=job.arm.test_batch, workers=spec.workers)
     own = None if stream is None else stream.tests
     return Evaluator(
         prepared.task,
@@ -158,9 +158,17 @@ def check_wants(live: Wrapped, part: Part) -> None:
         )
 
 
+def trained_on(prepared: Prepared, tracker: Tracker) -> data.ImageSet:
+    """Return the images that a job's epochs go through."""
+    techniques = prepared.job.arm.techniques
+    stream = next((t.trains_on for t in techniques if t.trains_on), "")
+    beside = feeds_of(prepared.images).get(stream)
+    return prepared.training(tracker) if beside is None else beside
+
+
 def of_data(prepared: Prepared, tracker: Tracker) -> Part:
     """Return the training on a data set, or on what is chosen of it."""
-    return of_images(prepared, prepared.training(tracker), tracker)
+    return of_images(prepared, trained_on(prepared, tracker), tracker)
 
 
 def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Part:

@@ -259,6 +259,14 @@ class ActiveSpec(_Section):
         return refuse_idle(self, {"features": ("query", ("kcenter", "typiclust"))})
 
 
+class ServeSpec(_Section):
+    """How a finished model is served, which counts for what adapts as it answers."""
+
+    batch_size: Annotated[
+        int, Field(gt=0, le=10**6, description="images at once: in each test, and when measured")
+    ] = 64
+
+
 class ArmSpec(_Section):
     """One contender: what differs from the recipe's `model` (or a whole model of another `ref`) and
     `train`; techniques."""
@@ -282,6 +290,9 @@ class ArmSpec(_Section):
     )
     active: ActiveSpec | None = Field(
         default=None, description="buy labels in rounds, of images that a query chooses"
+    )
+    serve: ServeSpec | None = Field(
+        default=None, description="in the place of the recipe's `serve`"
     )
     data: dict[str, Any] = Field(
         default={},
@@ -350,9 +361,15 @@ class Arm(BaseModel):
     subset: SubsetSpec | None = None
     synthesis: SynthesisSpec | None = None
     active: ActiveSpec | None = None
+    serve: ServeSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()
     stages: tuple[Arm, ...] = ()
+
+    @property
+    def test_batch(self) -> int:
+        """Images of a test's batch."""
+        return max(self.train.batch_size, 256) if self.serve is None else self.serve.batch_size
 
     def needs(self) -> list[str]:
         """Return the references to other runs ("run:NAME") this arm builds on."""
@@ -376,6 +393,9 @@ class Recipe(_Section):
         Field(description="what the model answers, by name, or {NAME: {its fields}}"),
     ] = "classification"
     train: TrainSpec = TrainSpec()
+    serve: Annotated[
+        ServeSpec | None, Field(description="how models are served; batches of 64 where absent")
+    ] = None
     arms: Annotated[dict[Name, ArmSpec], Field(min_length=1)]
     frontier: FrontierSpec | None = Field(
         default=None, description="plain arms that savings are read against; {} for the usual ones"
@@ -448,6 +468,7 @@ class Recipe(_Section):
             subset=spec.subset,
             synthesis=spec.synthesis,
             active=spec.active,
+            serve=spec.serve or self.serve,
         )
         recipe_checks.refuse_active(self, arm)
         recipe_checks.refuse_synthesis(self, arm)

@@ -91,7 +91,8 @@ def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     """
     images, arm = prepared.images, prepared.job.arm
     kind = images.train.label_kind or images.train.split.kind
-    learned = 0 if live.pretext and not arm.stages else int(images.train.known.sum())
+    without = live.pretext or any(t.trains_on for t in live.techniques)
+    learned = 0 if without and not arm.stages else int(images.train.known.sum())
     if arm.active is None:
         tracker.labels(kind, learned)
         tracker.images("labelled", learned)
@@ -115,7 +116,7 @@ def on_tests(
     if not tests or live.pretext:
         return
     (first, _), *others = tests.items()
-    results, size = {first: metrics}, max(prepared.job.arm.train.batch_size, 256)
+    results, size = {first: metrics}, prepared.job.arm.test_batch
     with tracker.phase("eval"):
         for name, images in others:
             with live.served() as model:

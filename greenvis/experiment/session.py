@@ -268,7 +268,8 @@ def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Track
     """Record what the finished model costs to serve, at each of the settings it can be switched
     between."""
     test = prepared.images.test
-    x, y = next(iter(data.batches(test, 64)))
+    serve = prepared.job.arm.serve
+    x, y = next(iter(data.batches(test, 64 if serve is None else serve.batch_size)))
     tracker.fact(**measure(served(model, prepared.task, x, y), x, tracker))
     if live.operating_points():
         device = next(model.parameters()).device

@@ -194,6 +194,38 @@ def test_no_more_target_images_are_looked_at_than_asked_and_none_twice() -> None
     assert seen[-2:] == [6, 4]
 
 
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (1, 1, 5, 17)])
+def test_norms_go_by_the_stream_so_far_beside_the_source(sizes: tuple[int, ...]) -> None:
+    """Of the first norm, whose input is the images: moments by hand."""
+    prior, stream = 4, 3.0 * X + 1.0
+    live = gv.wrap(_net(), Adabn(statistics="stream", prior=prior))
+    before = _train(live)[-1]
+    mean, variance = before["0.running_mean"].double(), before["0.running_var"].double()
+    weight, bias = before["0.weight"], before["0.bias"]
+    seen: list[Tensor] = []
+    shown = 0
+    with torch.inference_mode(), live.served() as model:
+        model.eval()
+        hook = model[0].register_forward_hook(lambda m, i, out: seen.append(out.clone()))  # type: ignore[index,operator]
+        for x in stream.split(sizes):
+            model(x)
+            shown += len(x)
+            so_far = stream[:shown].double().transpose(0, 1).flatten(1)
+            n = shown / (prior + shown)
+            first = (1 - n) * mean + n * so_far.mean(1)
+            second = (1 - n) * (variance + mean**2) + n * so_far.square().mean(1)
+            deviation = (second - first**2 + 1e-5).sqrt()
+            by_hand = (x - first[:, None, None]) / deviation[:, None, None]
+            expected = by_hand * weight[:, None, None] + bias[:, None, None]
+            assert torch.allclose(seen[-1].double(), expected, atol=1e-4)
+        hook.remove()
+    assert _same(live.model.state_dict(), before)
+    with pytest.raises(GreenvisError, match="goes by what it answers"):
+        live.merge()
+    with pytest.raises(BadInput, match="'prior' changes nothing with statistics"):
+        Adabn(prior=3)
+
+
 def test_a_network_without_batch_norms_and_a_missing_target_are_refused() -> None:
     with pytest.raises(BadInput, match="this Sequential has none that tracks any"):
         gv.wrap(nn.Sequential(nn.Linear(2, 2)), Adabn())
@@ -216,6 +248,27 @@ arms:
   tent: {techniques: [test_time]}
   ema: {techniques: [ema]}
 """
+
+
+def test_a_model_is_tested_and_measured_in_the_batches_it_is_served_in(tmp_path: Path) -> None:
+    from greenvis.experiment.recipe import load_recipe
+    from greenvis.meters.record import find, read
+
+    file = tmp_path / "served.yaml"
+    text = RECIPE.replace(", block_args: {}", "").split("  ema:")[0]
+    tests = "test: 40, domains: {test: [noise, 'sorted:noise']}}"
+    file.write_text(text.replace("test: 40}", tests) + "serve: {batch_size: 8}\n")
+    folder = gv.run(file, runs=tmp_path / "runs")
+    runs = {read(path).header["arm"]: read(path) for path in find([folder])}
+    facts = runs["tent"].facts
+    assert facts["inference"]["batch_size"] == 8
+    assert [row["batches"] for row in facts["test_time"]] == [5, 5]  # both tests
+    plain = runs["plain"].facts["tests"]
+    assert plain["noise"]["accuracy"] == pytest.approx(plain["sorted:noise"]["accuracy"])
+    arm = load_recipe(file, ["arms.plain.serve={batch_size: 2}"]).arm("plain")
+    assert arm.test_batch == 2
+    loaded = data.load(load_recipe(file).data).tests["sorted:noise"]
+    assert loaded.targets.tolist() == sorted(loaded.targets.tolist())
 
 
 def test_a_run_measures_what_is_served_and_export_refuses_what_adapts(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from greenvis.data.dataset import DataSet
+from greenvis.data.dataset import DataSet, find
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,11 @@ class Digits(DataSet):
     checksum = "691f06548c7e4efa4d55907be1d0562cab6c310a3c6bbe42443f01e698d461c5"
     size = {"train": 1347, "test": 450}
     classes = tuple("0123456789")
+
+    def domain(self, name: str) -> DataSet | None:
+        """Return the digits of mnist-5k, as another domain."""
+        spec = self.spec.model_copy(update={"name": name, "root": None})
+        return find(spec, self.folder) if name == "mnist-5k" else None
 
     def read(self) -> Stored:
         """Return all of them, a quarter of each class as the test."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from greenvis.data import downloads
-from greenvis.data.dataset import DataSet
+from greenvis.data.dataset import DataSet, find
 from greenvis.errors import BadInput
 
 if TYPE_CHECKING:
@@ -28,6 +28,11 @@ class Mnist5k(DataSet):
     size = {"train": 4000, "test": 1000}
     classes = tuple("0123456789")
     options = frozenset({"root"})
+
+    def domain(self, name: str) -> DataSet | None:
+        """Return the digits of digits, as another domain."""
+        spec = self.spec.model_copy(update={"name": name, "root": None})
+        return find(spec, self.folder) if name == "digits" else None
 
     def check(self) -> None:
         """Raise BadInput where its file is not here."""
