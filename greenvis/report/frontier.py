@@ -15,6 +15,7 @@ from greenvis.report.estimates import Estimate, Ratio
 from greenvis.report.shape import Results
 
 LEAST = 2  # plain arms that make a frontier
+FEW, UNMEASURED = "fewer than two plain arms have this energy", "not measured"
 
 COSTS: dict[str, Callable[[ArmResults], Estimate]] = {
     "Making it, with all it builds on": lambda row: row.train_energy_with_reuse_j,
@@ -92,7 +93,7 @@ def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate
     points = [Point(e, sign * g) for p in plain.values() for e, g in _means(p, cost)]
     own = _means(row, cost)
     if len(points) < LEAST or not own:
-        return Distance(why="fewer than two plain arms have this energy" if own else "not measured")
+        return Distance(why=FEW if own else UNMEASURED)
     energy, gain = own[0][0], sign * own[0][1]
     front, at_least, why = read(points, gain)
     if front is None or (at_least and energy < front):
@@ -126,7 +127,7 @@ def read(points: list[Point], gain: float) -> tuple[float | None, bool, str]:
     named = {str(i): p for i, p in enumerate(points) if p.energy_j > 0}
     front = [named[name] for name in stats.pareto(named)]
     if not front:
-        return None, False, "no plain arm has this energy"
+        return None, False, FEW
     if gain > front[-1].gain:
         return None, False, "better than all plain arms"
     if gain <= front[0].gain:

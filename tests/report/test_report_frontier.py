@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from greenvis.meters.labels import labels_line
 from greenvis.report import frontier, results
 from greenvis.report.frontier import Point, read
 from greenvis.report.sections.frontier import Frontier
@@ -79,6 +81,18 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
     assert value is not None
     assert any("best is better than every plain arm: +5.00 points" in b for b in value.bullets)
     assert sorted(row[0] for row in value.table.rows) == ["best", "dear", "half", "poor", "worse"]
+
+
+def test_arms_on_other_numbers_of_labels_are_no_frontier(tmp_path: Path) -> None:
+    for arm, budget, plain in (("n40", 40, True), ("n80", 80, True), ("clever", 40, False)):
+        for seed in range(3):
+            path = synthetic.write(
+                tmp_path, arm, seed, facts={"techniques": [] if plain else TECHNIQUE["techniques"]}
+            )
+            with path.open("a") as file:
+                line = {"type": "labels", **labels_line("class", budget, "training", "")}
+                file.write(json.dumps(line) + "\n")
+    assert Frontier().compute(results(tmp_path, baseline="n40")) is None
 
 
 def test_one_plain_arm_is_no_frontier(tmp_path: Path) -> None:

@@ -46,7 +46,8 @@ class Frontier(Section[Said]):
             a: [frontier.distance(results, a, cost) for cost in frontier.COSTS.values()]
             for a in shown
         }
-        if not any(d.ratio or "plain arms" in d.why for each in distances.values() for d in each):
+        nothing = {frontier.FEW, frontier.UNMEASURED}
+        if all(d.why in nothing for each in distances.values() for d in each):
             return None
         costs = (cost.format(unit=results.unit) for cost in frontier.COSTS)
         head = ("Arm", measures.title(results.measure), *costs, "Read")
