@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from greenvis.core.example import call
 from greenvis.core.modes import removing
 from greenvis.core.surgery import find, mark_skippable, names_of, replace
 from greenvis.core.technique import InputShape, Installed, Technique
@@ -286,7 +287,7 @@ class InstalledExperts(Installed):
         with removing(hooks), probing(self.model):
             for routing in self.routings:
                 routing.dense = True
-            self.model(x)
+            call(self.model, x)
         losses = []
         for routing in self.routings:
             if routing.layer is None:
