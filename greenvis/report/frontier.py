@@ -107,7 +107,7 @@ def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate
         ratio=energy / front,
         low=None if low is None else math.exp(low),
         high=None if high is None else math.exp(high),
-        n=len(logs) if known else 1,
+        n=row.gain.n,
     )
     return Distance(ratio, at_least)
 

@@ -85,7 +85,10 @@ def _read(d: Distance) -> str:
         return "saves"
     if d.ratio is None:
         return d.why
-    return "not yet decided" if d.ratio.n > 1 else "one seed: not decided"
+    if d.ratio.n == 1:
+        return "one seed: not decided"
+    some = d.ratio.low is None
+    return "not decided: not each seed could be read off" if some else "not yet decided"
 
 
 def _ladder(results: Results) -> str:
