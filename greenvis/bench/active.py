@@ -65,9 +65,9 @@ def run(
     g = torch.Generator().manual_seed(0)
     h = torch.randn(candidates, features, generator=g).relu()
     p = (3 * torch.randn(candidates, classes, generator=g)).softmax(1)
-    given = Candidates(torch.zeros(candidates, dtype=torch.bool), p, h)
+    pool = Candidates(torch.zeros(candidates, dtype=torch.bool), p, h)
     with _output.threads(threads):
-        ours = [_measured(lambda: select("badge", given, budget, 0)) for _ in range(rounds)]
+        ours = [_measured(lambda: select("badge", pool, budget, 0)) for _ in range(rounds)]
         theirs = _measured(lambda: _peer(peer, p.numpy(), h.numpy(), budget))
     own = {key: statistics.median(one[key] for one in ours) for key in ours[0]}
     faster = theirs["cpu_s"] / own["cpu_s"]

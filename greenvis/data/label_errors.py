@@ -40,11 +40,11 @@ def confident_joint(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray
     np.fill_diagonal(joint, joint.diagonal().clip(min=1))
     counts = np.bincount(labels, minlength=classes)
     scaled = joint * (counts / joint.sum(1))[:, None]
-    whole = np.floor(scaled).astype(int)
-    for row, missing in enumerate(counts - whole.sum(1)):  # the largest remainders round up
-        order = np.argsort(-(scaled[row] - whole[row]), kind="stable")
-        whole[row, order[:missing]] += 1
-    return whole
+    floors = np.floor(scaled).astype(int)
+    for row, missing in enumerate(counts - floors.sum(1)):  # the largest remainders round up
+        order = np.argsort(-(scaled[row] - floors[row]), kind="stable")
+        floors[row, order[:missing]] += 1
+    return floors
 
 
 def suspects(labels: np.ndarray, probabilities: np.ndarray) -> np.ndarray:

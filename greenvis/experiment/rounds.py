@@ -146,8 +146,8 @@ class Purchases:
             sizes = [len(own) for own in rounds]
             counts = self.spec.counts()
             wanted = [counts[0], *[self.spec.step] * (len(counts) - 1)]
-            whole = all(type(row) is int and 0 <= row < len(self.pool) for row in every)
-            if not whole or len(set(every)) < len(every) or sizes != wanted[: len(sizes)]:
+            valid = all(type(row) is int and 0 <= row < len(self.pool) for row in every)
+            if not valid or len(set(every)) < len(every) or sizes != wanted[: len(sizes)]:
                 raise ValueError("it holds something else")
         except (BadInput, KeyError, TypeError, ValueError) as error:
             raise GreenvisError(

@@ -138,13 +138,13 @@ class Saved:
         return rest.plain().unlabeled()
 
     def _bought(self) -> set[int]:
-        found = sorted(self.file.parent.glob("*-" + ROUNDS_FILE))
-        if len(found) != 1:
+        lists = sorted(self.file.parent.glob("*-" + ROUNDS_FILE))
+        if len(lists) != 1:
             raise BadInput(
-                f"{self.file.parent} has {len(found)} lists of the labels its run bought "
+                f"{self.file.parent} has {len(lists)} lists of the labels its run bought "
                 f"(*-{ROUNDS_FILE}), not one"
             )
-        rounds = files.read_json(found[0], "list of labels bought")["rounds"]
+        rounds = files.read_json(lists[0], "list of labels bought")["rounds"]
         return {int(row) for own in rounds for row in own}
 
     def own_images(self, folder: str | Path) -> OwnImages:

@@ -37,7 +37,7 @@ ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
 TEXT_SIZE = 16  # of the states that stand for a text while a model's parts are looked at
 
 
-class Found(NamedTuple):
+class Resolved(NamedTuple):
     """A class, what its constructor or configuration is to be called with, and whose weights."""
 
     cls: Any
@@ -45,56 +45,56 @@ class Found(NamedTuple):
     folder: Path | None
 
 
-def check_transformers(request: Request) -> Found:
+def check_transformers(request: Request) -> Resolved:
     """Return the class and configuration that `transformers/NAME` names."""
     import transformers
 
-    found = _find(request, transformers, "PreTrainedModel", "architectures")
-    config = found.cls.config_class
+    resolved = _find(request, transformers, "PreTrainedModel", "architectures")
+    config = resolved.cls.config_class
     if config is None:
         raise BadInput(f"{request.ref} is a base class: name one that builds on it")
     defaults = {"num_labels": None, **config().to_dict()}
-    values = _with_words(request, {**defaults, **found.values}, found.values, defaults)
+    values = _with_words(request, {**defaults, **resolved.values}, resolved.values, defaults)
     if values.get("num_labels") is not None:  # names of as many as the folder has
         values = {k: v for k, v in values.items() if k not in ("id2label", "label2id")}
-    return found._replace(values=values)
+    return resolved._replace(values=values)
 
 
 def build_transformers(request: Request) -> nn.Module:
     """Build a model of transformers; a dual encoder is called with images and tokens."""
-    found = check_transformers(request)
+    resolved = check_transformers(request)
     derived = ("model_type", "transformers_version", "architectures", "dtype", "torch_dtype")
-    values = {k: v for k, v in found.values.items() if k not in derived}
-    config = found.cls.config_class(**values)
+    values = {k: v for k, v in resolved.values.items() if k not in derived}
+    config = resolved.cls.config_class(**values)
     if request.pretrained in (None, True) and local_weights(request) is not None:
-        model = _from_folder(request, found, config)
+        model = _from_folder(request, resolved, config)
     else:
-        model = found.cls._from_config(config)
-        _load(model, request, found._replace(folder=None))
+        model = resolved.cls._from_config(config)
+        _load(model, request, resolved._replace(folder=None))
     if hasattr(model, "get_text_features") and hasattr(model, "get_image_features"):
         from greenvis.models.dual import DualEncoder
 
         text = getattr(config, "text_config", config)
-        if not found.cls.can_generate():
+        if not resolved.cls.can_generate():
             return DualEncoder(model, int(getattr(text, "max_position_embeddings", 77)))
     model.register_forward_pre_hook(_Completed(_image_and_text), with_kwargs=True)
     return model
 
 
-def check_diffusers(request: Request) -> Found:
+def check_diffusers(request: Request) -> Resolved:
     """Return the class and arguments that `diffusers/NAME` names."""
     diffusers = _diffusers()
-    found = _find(request, diffusers, "ModelMixin", "_class_name")
+    resolved = _find(request, diffusers, "ModelMixin", "_class_name")
     known = {
         name: p.default
-        for name, p in inspect.signature(found.cls.__init__).parameters.items()
+        for name, p in inspect.signature(resolved.cls.__init__).parameters.items()
         if name != "self" and p.kind is not inspect.Parameter.VAR_KEYWORD
     }
-    given = {k: v for k, v in found.values.items() if k in known}
-    values = _with_words(request, {**known, **given}, given, known)
+    stated = {k: v for k, v in resolved.values.items() if k in known}
+    values = _with_words(request, {**known, **stated}, stated, known)
     if "in_chans" in request.options and "out_channels" in known:
         values.setdefault("out_channels", request.options["in_chans"])
-    return found._replace(values=values)
+    return resolved._replace(values=values)
 
 
 def build_diffusers(request: Request) -> nn.Module:
@@ -102,9 +102,9 @@ def build_diffusers(request: Request) -> nn.Module:
 
     See `core.example.Example` for a batch of these.
     """
-    found = check_diffusers(request)
-    model = found.cls(**found.values)
-    _load(model, request, found)
+    resolved = check_diffusers(request)
+    model = resolved.cls(**resolved.values)
+    _load(model, request, resolved)
     model.register_forward_pre_hook(_Completed(_image_and_time), with_kwargs=True)
     return model
 
@@ -138,7 +138,7 @@ def _weight_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("*.safetensors") if len(p.suffixes) == 1)
 
 
-def _find(request: Request, library: Any, base: str, key: str) -> Found:
+def _find(request: Request, library: Any, base: str, key: str) -> Resolved:
     """Return the class that a name or a folder's config.json names, of those built on `base`."""
     folder, name, values = _folder(request), request.name, {}
     if folder is not None:
@@ -170,7 +170,7 @@ def _find(request: Request, library: Any, base: str, key: str) -> Found:
             f"{request.ref} comes without weights: leave out `pretrained`, give it a safetensors "
             "file, or name a folder that holds config.json and weights"
         )
-    return Found(cls, values, folder)
+    return Resolved(cls, values, folder)
 
 
 def _drawing_part(parts: list[str]) -> str:
@@ -181,13 +181,13 @@ def _drawing_part(parts: list[str]) -> str:
 def _with_words(
     request: Request,
     known: Mapping[str, Any],
-    given: Mapping[str, Any],
+    stated: Mapping[str, Any],
     defaults: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Return what a class is made of: what its folder says, and the options in its own words; of a
     model with parts, in those they are of."""
     check_options(request, request.options, {*known, *WORDS})
-    out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in given.items()}
+    out = {k: dict(v) if isinstance(v, Mapping) else v for k, v in stated.items()}
     for option, value in request.options.items():
         if option in known:
             merged = isinstance(value, Mapping) and isinstance(out.get(option), dict)
@@ -206,21 +206,21 @@ def _with_words(
                 out[part] = {WORDS[option][0]: value, **(out.get(part) or {})}
     if "tokens" in request.options:
         text = out.get("text_config", out)
-        for name, place in ENDS.items():
+        for name, end in ENDS.items():
             if name in (defaults.get("text_config") or known):
-                text.setdefault(name, request.options["tokens"] - place if place else 0)
+                text.setdefault(name, request.options["tokens"] - end if end else 0)
     return out
 
 
-def _load(model: nn.Module, request: Request, found: Found) -> None:
+def _load(model: nn.Module, request: Request, resolved: Resolved) -> None:
     """Place the weights a request asks for: a file's, or those beside the configuration."""
     if request.pretrained is False:
         return
     sources: list[Path] = []
     if isinstance(request.pretrained, Path):
         sources = [request.pretrained]
-    elif found.folder is not None:
-        sources = _weight_files(found.folder)
+    elif resolved.folder is not None:
+        sources = _weight_files(resolved.folder)
     if sources:
         state: dict[str, Tensor] = {}
         for source in sources:
@@ -228,12 +228,12 @@ def _load(model: nn.Module, request: Request, found: Found) -> None:
         load_pretrained(model, state, str(sources[0].parent))
 
 
-def _from_folder(request: Request, found: Found, config: Any) -> nn.Module:
+def _from_folder(request: Request, resolved: Resolved, config: Any) -> nn.Module:
     """Return a model of transformers with the weights beside its configuration, whose names are
     not always the model's: the library knows them."""
     options: dict[str, Any] = {"config": config, "use_safetensors": True, "local_files_only": True}
-    model, info = found.cls.from_pretrained(
-        str(found.folder), output_loading_info=True, ignore_mismatched_sizes=True, **options
+    model, info = resolved.cls.from_pretrained(
+        str(resolved.folder), output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     kinds = ("missing_keys", "mismatched_keys")
     names = {n if isinstance(n, str) else n[0] for kind in kinds for n in info[kind]}

@@ -215,7 +215,7 @@ class InstalledGreen(InstalledConsistency):
     def __init__(self, request: Consistency, model: nn.Module) -> None:
         super().__init__(request, model)
         assert request.refresh is not None
-        self.kept = KeptAnswers(request.refresh)
+        self.earlier = KeptAnswers(request.refresh)
         self.looked = self.drawn = 0
         self._step: tuple[Tensor | None, Tensor, int] | None = None  # positions, classes, drawn
 
@@ -226,7 +226,7 @@ class InstalledGreen(InstalledConsistency):
         mu, threshold = self.request.mu, self.request.threshold
         positions, where, drawn = self.feed_positions("unlabeled", mu), None, 0
         if positions is not None:
-            where = self.kept.due(positions).nonzero().squeeze(1)
+            where = self.earlier.due(positions).nonzero().squeeze(1)
             drawn = len(positions)
             positions = positions[where]
             if not len(where):
@@ -251,7 +251,7 @@ class InstalledGreen(InstalledConsistency):
             own = strong.detach().softmax(1).gather(1, classes[classes >= 0][:, None])[:, 0]
             learned[classes >= 0] = own >= self.request.threshold
             if positions is not None:
-                self.kept.put(positions, classes.cpu(), learned.cpu())
+                self.earlier.put(positions, classes.cpu(), learned.cpu())
             self.looked += len(classes)
             self.drawn += drawn
         return self.term(loss, loss.new_tensor(len(strong) / drawn))
@@ -265,13 +265,15 @@ class InstalledGreen(InstalledConsistency):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return also the kept answers, and the images counted."""
-        kept = {f"kept.{n}": t for n, t in self.kept.state_dict().items()}
+        answers = {f"answers.{n}": t for n, t in self.earlier.state_dict().items()}
         counts = torch.tensor([self.looked, self.drawn])
-        return {**super().state_dict(), **kept, "counts": counts}
+        return {**super().state_dict(), **answers, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state)
-        kept = {n.removeprefix("kept."): t for n, t in state.items() if n.startswith("kept.")}
-        self.kept.load_state_dict(kept)
+        answers = {
+            n.removeprefix("answers."): t for n, t in state.items() if n.startswith("answers.")
+        }
+        self.earlier.load_state_dict(answers)
         self.looked, self.drawn = state["counts"].tolist()
