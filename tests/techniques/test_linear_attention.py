@@ -16,6 +16,7 @@ import greenvis as gv
 from greenvis.core.weights import load_state
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import main_output
 from greenvis.techniques.inference.attention._cores import (
     CORES,
     Core,
@@ -138,6 +139,14 @@ def test_sums_are_wide_under_autocast(kind: str) -> None:
     torch.testing.assert_close(got, core(q.float(), k.float(), v.float()).bfloat16())
 
 
+@pytest.mark.parametrize("kind", CORES)
+def test_a_core_in_half_precision(kind: str) -> None:
+    q, k, v = (t.bfloat16() for t in _qkv())
+    core = Core(kind, 3, 6, 8, q.float())
+    exact = core(q.float(), k.float(), v.float())
+    torch.testing.assert_close(core.bfloat16()(q, k, v).float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_masks_of_keys_are_weights_and_others_are_refused() -> None:
     keep = torch.tensor([[True, True, False], [True, False, False]])
     weights = key_weights(keep[:, None, None], 3, padding=False)
@@ -188,6 +197,58 @@ def test_a_mask_reaches_the_core_of_a_converted_timm_model() -> None:
     with pytest.raises(BadInput, match="for each query"):
         attention(x, attn_mask=torch.zeros(9, 9))
     assert live.undo() is model
+
+
+def test_the_least_harmful_attentions_are_chosen() -> None:
+    model = HOSTS["timm-vit"].build().eval()
+    x = torch.rand(3, 3, 32, 32)
+    exact = model(x).detach().log_softmax(-1)
+    harms = {}
+    for i in range(3):
+        live = gv.wrap(model, LinearAttention(core="relu", targets=[f"blocks.{i}.attn"]))
+        harms[f"blocks.{i}.attn"] = float(
+            F.kl_div(model(x).detach().log_softmax(-1), exact, log_target=True)
+        )
+        live.undo()
+    request = LinearAttention(core="relu").choose(model, x, 2)
+    assert request.targets is not None
+    assert request.targets[0] == min(harms, key=lambda path: harms[path])
+    assert len({*request.targets}) == 2
+    assert torch.equal(model(x).log_softmax(-1), exact)
+    with pytest.raises(BadInput, match="of 3 attentions"):
+        LinearAttention().choose(model, x, 4)
+
+
+def test_alignment_teaches_attentions_alone() -> None:
+    torch.manual_seed(0)
+    model = HOSTS["timm-vit"].build()
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    model.train()
+    softmax = model(x).detach()
+    live = gv.wrap(model, LinearAttention(core="hedgehog", align=1))
+    optimizer = torch.optim.AdamW(live.param_groups(lr=5e-3), weight_decay=0.1)
+    others = {n: p.clone() for n, p in model.named_parameters() if ".attn." not in n}
+    losses = []
+    for _ in range(15):
+        logits = model(x)
+        torch.testing.assert_close(logits, softmax)  # the original's inputs, and its answers
+        loss = F.cross_entropy(logits, y) + live.loss(x, y, logits)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0] + 0.3 * float(F.cross_entropy(softmax, y))
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[n], p) for n, p in others.items())
+    linear = main_output(model.eval()(x))
+    assert not torch.allclose(linear, softmax)
+    live.epoch_end()
+    model.train()
+    after = model(x)
+    torch.testing.assert_close(after, linear)
+    assert after.requires_grad
+    assert live.undo() is model
+    assert not model._forward_hooks
 
 
 def test_it_says_whether_it_pays(recwarn: pytest.WarningsRecorder) -> None:

@@ -184,25 +184,29 @@ class Core(nn.Module):
 
     def _answer(self, q: Tensor, k: Tensor, v: Tensor, weights: Tensor | None) -> Tensor:
         own: Any = self
+
+        def learned(name: str) -> Tensor:  # of a model held in half precision, too
+            return getattr(own, name).to(q.dtype)
+
         match self.name:
             case "elu":
                 return weighted_sum(elu(q), elu(k), v, weights)
             case "relu":
                 return weighted_sum(F.relu(q), F.relu(k), v, weights)
             case "rfa":
-                omega = own.omega.to(q.dtype)
+                omega = learned("omega")
                 q, k = (random_fourier(F.normalize(x, dim=-1), omega, 1.0) for x in (q, k))
                 return weighted_sum(q, k, v, weights)
             case "polaformer":
-                scale = F.softplus(own.scale)
-                return polarity(q / scale, k / scale, v, own.power, weights=weights)
+                scale = F.softplus(learned("scale"))
+                return polarity(q / scale, k / scale, v, learned("power"), weights=weights)
             case "hedgehog":
-                q, k = hedgehog(q, own.queries), hedgehog(k, own.keys)
+                q, k = hedgehog(q, learned("queries")), hedgehog(k, learned("keys"))
                 return weighted_sum(q, k, v, weights)
             case "ssd":
-                return state_space(q, k, v, own.steps, weights)
+                return state_space(q, k, v, learned("steps"), weights)
             case _:
-                return token_statistics(v, own.temperature, weights)
+                return token_statistics(v, learned("temperature"), weights)
 
 
 def hedgehog(x: Tensor, projection: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Mapping
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from greenvis.core.modes import removing
 from greenvis.core.surgery import find, names_of, replace
 from greenvis.core.technique import InputShape, Installed, Technique
+from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, some
 from greenvis.models.structure import View, view
 from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import check_runs
+from greenvis.techniques.inference.attention._alignment import Alignment, least_harmful
 from greenvis.techniques.inference.attention._cores import Core
 from greenvis.techniques.inference.attention._modules import OwnAttention, Softmax, own_attention
 
@@ -29,7 +32,9 @@ class LinearAttention(Technique):
 
     Saves at inference and in training where there are many tokens: below about 500 softmax's fused
     kernel is the quicker, and the technique says so, from a measurement of both on this machine.
-    The answers change, so train on, or distil from the original: `core: relu` and `elu` have no
+    The answers change, so train on, or distil from the original; `align` epochs before that each
+    attention learns what the original one answers to the original's inputs (Hedgehog, section 4.2),
+    at the cost of a forward and the attentions' backward. `core: relu` and `elu` have no
     weights of their own, `polaformer` keeps signs, `hedgehog` and `ssd` learn maps, `rfa` has
     random features; `tssa` reads the values' projection alone and is to be trained anew. The
     projections, norms and their names stay. Attention that rotates or biases by position, or
@@ -54,7 +59,7 @@ class LinearAttention(Technique):
         {"core": "elu"},
         {"core": "rfa", "features": 8},
         {"core": "polaformer"},
-        {"core": "hedgehog"},
+        {"core": "hedgehog", "align": 1},
         {"core": "ssd"},
         {"core": "tssa"},
     )
@@ -65,6 +70,11 @@ class LinearAttention(Technique):
         default="relu", description="what takes softmax's part"
     )
     features: int = Field(default=32, ge=1, description="random directions of rfa, per head")
+    align: int = Field(
+        default=0,
+        ge=0,
+        description="epochs at the beginning in which attentions alone learn, from the original's",
+    )
     targets: list[str] | None = Field(
         default=None, description="shell patterns on attentions' paths; default all"
     )
@@ -76,6 +86,7 @@ class LinearAttention(Technique):
         structure = view(model, self.input_shape, probe=False)
         chosen = self._attentions(model, structure)
         twins = {a.path: own_attention(model, a, structure.example) for a in chosen}
+        originals = {p: copy.deepcopy(model.get_submodule(p)) for p in twins if self.align}
         added: list[nn.Parameter] = []
         for attention in chosen:
             twin = twins[attention.path]
@@ -91,7 +102,36 @@ class LinearAttention(Technique):
             check_runs(model, structure.example, added, f"the core {self.core}")
         first = next(iter(twins.values()))
         tokens = _tokens(model, first, structure.example)
-        return InstalledLinearAttention(self, [*twins], first, tokens, names_of(model, added))
+        live = InstalledLinearAttention(self, [*twins], first, tokens, names_of(model, added))
+        if self.align:
+            live.alignment = Alignment(model, [(twins[p], originals[p]) for p in twins])
+        return live
+
+    def choose(self, model: nn.Module, x: Tensor, count: int) -> LinearAttention:
+        """Return the request for those attentions alone whose conversion changes the answers
+        least, greedily; n of N take about n · N forwards.
+
+        Args:
+            model: The model, which stays as it is.
+            x: Images (batch, channels, height, width) held out from training.
+            count: How many attentions to convert.
+
+        Returns:
+            The request with `targets` set.
+
+        Raises:
+            BadInput: Where the model does not fit, or has not so many attentions.
+        """
+        live = wrap(model, self)
+        try:
+            paths = live.facts()["linear_attention"]["attentions"]
+            if not 1 <= count <= len(paths):
+                raise BadInput(f"count is {count}, of {len(paths)} attentions")
+            converted: dict[str, Any] = {p: model.get_submodule(p) for p in paths}
+            targets = least_harmful(model, converted, x, count)
+        finally:
+            live.undo()
+        return self.model_copy(update={"targets": targets})
 
     def _attentions(self, model: nn.Module, structure: View) -> list[Any]:
         what = type(model).__name__
@@ -128,6 +168,38 @@ class InstalledLinearAttention(Installed):
         super().__init__(trainable)
         self.request, self.paths, self.first, self.tokens = request, paths, first, tokens
         self.ratio: float | None = None
+        self.alignment: Alignment | None = None
+        self.epoch = 0
+
+    def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
+        """Return how far the attentions are from the original ones, while they are aligned: the
+        squared error as a share of the variance."""
+        if self.alignment is None or not self.alignment.losses:
+            return {}
+        return {"align": torch.stack(self.alignment.losses).mean()}
+
+    def epoch_end(self) -> None:
+        """End the alignment after its epochs."""
+        self.epoch += 1
+        if self.epoch >= self.request.align:
+            self._end()
+
+    def _end(self) -> None:
+        if self.alignment is not None:
+            self.alignment.end()
+        self.alignment = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the epochs so far, of an alignment."""
+        return {"epoch": torch.tensor(self.epoch)} if self.request.align else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where an alignment was."""
+        if not self.request.align:
+            return super().load_state_dict(state)
+        self.epoch = int(state["epoch"])
+        if self.epoch >= self.request.align:
+            self._end()
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
         """Before the first step say whether the core pays at this number of tokens."""
