@@ -19,6 +19,7 @@ SETTINGS = {
     "tuning": {"full", "lora, rank 8", "last 2 blocks", "last 2 blocks, prefix kept"},
     "exits": {"unmodified", "never", "20% leave", "40% leave", "70% leave"},
     "teacher": {"no teacher", "teacher live", "teacher's answers kept"},
+    "attention": {"unmodified", "relu", "elu", "polaformer", "hedgehog", "ssd"},
     "precision": {"fp32", "tf32", "bf16", "int8"},
     "pipeline": {"ViT-B/16 serves", "loading, 0 workers", "loading, 1 workers"},
 }

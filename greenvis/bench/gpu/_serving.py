@@ -158,6 +158,30 @@ def _serve(
     return call
 
 
+CORES = ("relu", "elu", "polaformer", "hedgehog", "ssd")
+
+
+def attention(bench: Bench) -> list[dict[str, Any]]:
+    """Two blocks of ViT-S/16 with softmax attention, fused, and with linear attention, on images of
+    three sizes."""
+    rows: list[dict[str, Any]] = []
+    for side, batch in bench.pick(((224, 128), (512, 32), (1024, 8)), ((32, 2), (64, 2))):
+        options: dict[str, Any] = {"img_size": side, "depth": 2}
+        if bench.small:
+            options = TINY | options
+        arms, tokens = {}, 0
+        for name in (PLAIN, *CORES):
+            model = models.build("timm/vit_small_patch16_224", **options).eval()
+            if name != PLAIN:
+                live = wrap(model, registry.find("linear_attention").model_validate({"core": name}))
+                tokens = live.facts()["linear_attention"]["tokens"]
+            model.to(bench.device, torch.bfloat16)
+            arms[name] = (forward(model, images(bench, model, batch)), batch)
+        what = f"{label(bench, 'timm/vit_small_patch16_224')}, 2 blocks, {tokens} tokens"
+        rows += [{"model": what, "batch": batch, **row} for row in measure(bench, arms)]
+    return rows
+
+
 def precision(bench: Bench) -> list[dict[str, Any]]:
     """ViT-B/16 in fp32, TF32 and bf16."""
     ref, batch = "timm/vit_base_patch16_224", bench.pick(256, 4)

@@ -1,0 +1,174 @@
+"""The networks of `greenvis bench structure`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from greenvis import models
+from greenvis.core.wrap import wrap
+from greenvis.models.folding import fold_norms
+from greenvis.models.fusing import fuse
+from greenvis.techniques import registry
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One network as it is served.
+
+    Attributes:
+        model: In eval mode.
+        within: Makes the context it is served in.
+        keeps: Whether its answers are meant to be the first arm's.
+        last: Whether images lie channels last.
+    """
+
+    model: nn.Module
+    within: Callable[[], AbstractContextManager[Any]] = nullcontext
+    keeps: bool = False
+    last: bool = False
+
+
+Arms = dict[str, Arm]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Networks that are compared with the first of them.
+
+    Attributes:
+        name: In the table.
+        side: Of an image, in pixels.
+        batch: The larger batch.
+        arms: Builds them.
+    """
+
+    name: str
+    side: int
+    batch: int
+    arms: Callable[[int], Arms]
+
+
+def _wrapped(model: nn.Module, **techniques: Any) -> Any:
+    requests = [registry.find(n).model_validate(fields) for n, fields in techniques.items()]
+    return wrap(model, requests)
+
+
+def _point(live: Any, name: str) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: live.operating_points()[name]
+
+
+def _deit(side: int) -> nn.Module:
+    torch.manual_seed(0)
+    return models.build("timm/deit_tiny_patch16_224", img_size=side).eval()
+
+
+def _precisions(model: nn.Module, suffix: str = "", last: bool = False) -> Arms:
+    live = _wrapped(model, low_precision={"precisions": ["bf16", "int8"]})
+    return {
+        f"{name}{suffix}": Arm(model, _point(live, name), keeps=True, last=last)
+        for name in ("bf16", "int8")
+    }
+
+
+def transformer(side: int) -> Arms:
+    """DeiT-Ti: fewer bits, merged tokens, both, linear cores, experts."""
+    arms = {PLAIN: Arm(_deit(side))} | _precisions(_deit(side))
+    merged = _deit(side)
+    live = _wrapped(merged, token_merge={"r": 8}, low_precision={"precisions": ["bf16", "int8"]})
+    for name in ("fp32", "bf16", "int8"):
+        arms[f"merge r 8, {name}"] = Arm(merged, _point(live, name))
+    return arms | _converted(side)
+
+
+def _converted(side: int) -> Arms:
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        f"linear attention, {core}": ("linear_attention", {"core": core})
+        for core in ("relu", "elu", "polaformer")
+    }
+    changes["experts, 1 of 4"] = ("experts", {"experts": 4, "active": 1})
+    changes["experts, 2 of 8"] = ("experts", {"experts": 8, "active": 2})
+    arms = {}
+    for name, (technique, fields) in changes.items():
+        model = _deit(side)
+        _wrapped(model, **{technique: fields})
+        arms[name] = Arm(model.eval())
+    return arms
+
+
+def many_tokens(side: int) -> Arms:
+    """DeiT-Ti on larger images: 1,025 tokens."""
+    return {PLAIN: Arm(_deit(side))} | _converted(side)
+
+
+def convolutions(side: int) -> Arms:
+    """A ResNet-26 of bottlenecks, and what it becomes, norms folded but in the first."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return models.build("timm/resnet26").eval()
+
+    arms = {PLAIN: Arm(build()), "norms folded": Arm(_fused(build()), keeps=True)}
+    live = _wrapped(build(), reparam={})
+    arms["reparam, folded"] = Arm(_fused(live.merge().eval()), keeps=True)
+    for name, fields in (
+        ("res2net, keep, s 4", {"scale": 4}),
+        ("res2net, equal MACs, s 4", {"scale": 4, "width": "equal"}),
+    ):
+        model = build()
+        _wrapped(model, res2net=fields)
+        fold_norms(model.eval())
+        arms[name] = Arm(model)
+    live = _wrapped(build(), rfnext={"epochs": 1, "every": 1})
+    live.epoch_end()
+    arms["rfnext, single"] = Arm(_fused(live.merge().eval()))
+    return arms
+
+
+def _fused(model: nn.Module) -> nn.Module:
+    fuse(model)
+    return model
+
+
+BRANCHED = ("repvgg_a0", "mobileone_s0", "repvit_m1", "fastvit_t8", "efficientvim_m1")
+
+
+def _branches(name: str) -> Callable[[int], Arms]:
+    def build(side: int) -> Arms:
+        torch.manual_seed(0)
+        branched = models.build(f"timm/{name}").eval()
+        torch.manual_seed(0)
+        folded = models.build(f"timm/{name}").eval()
+        fuse(folded, torch.rand(1, 3, side, side))
+        return {"as it trains": Arm(branched), "folded": Arm(folded, keeps=True)}
+
+    return build
+
+
+def lite0(side: int) -> Arms:
+    """EfficientNet-Lite0 with ImageNet weights, its norms folded: fewer bits, channels last."""
+
+    def build(last: bool = False) -> nn.Module:
+        model = models.build("timm/tf_efficientnet_lite0", pretrained="efficientnet-lite0").eval()
+        fuse(model)
+        return model.to(memory_format=torch.channels_last) if last else model
+
+    arms = {PLAIN: Arm(build())} | _precisions(build())
+    arms["fp32, channels last"] = Arm(build(True), keeps=True, last=True)
+    return arms | _precisions(build(True), ", channels last", last=True)
+
+
+GROUPS = (
+    Group("DeiT-Ti, 197 tokens", 224, 64, transformer),
+    Group("DeiT-Ti, 1025 tokens", 512, 4, many_tokens),
+    Group("EfficientNet-Lite0, ImageNet weights", 224, 64, lite0),
+    Group("ResNet-26", 112, 64, convolutions),
+    *(Group(name, 224, 16, _branches(name)) for name in BRANCHED),
+)
