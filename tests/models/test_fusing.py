@@ -25,7 +25,9 @@ def _built(name: str, **options: Any) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8", "efficientvim_m1"])
+@pytest.mark.parametrize(
+    "name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8", "efficientvim_m1"]
+)
 def test_the_librarys_own_branches_fold(name: str) -> None:
     model = _built(name).train()
     state = {k: v.clone() for k, v in model.state_dict().items()}

@@ -207,7 +207,9 @@ def test_the_least_harmful_attentions_are_chosen() -> None:
     for i in range(3):
         live = gv.wrap(model, LinearAttention(core="relu", targets=[f"blocks.{i}.attn"]))
         harms[f"blocks.{i}.attn"] = float(
-            F.kl_div(model(x).detach().log_softmax(-1), exact, log_target=True)
+            F.kl_div(
+                model(x).detach().log_softmax(-1), exact, reduction="batchmean", log_target=True
+            )
         )
         live.undo()
     request = LinearAttention(core="relu").choose(model, x, 2)
@@ -221,12 +223,15 @@ def test_the_least_harmful_attentions_are_chosen() -> None:
 
 def test_alignment_teaches_attentions_alone() -> None:
     torch.manual_seed(0)
-    model = HOSTS["timm-vit"].build()
+    model: Any = HOSTS["timm-vit"].build()
+    with torch.no_grad():
+        for block in model.blocks:  # fresh weights attend to all tokens alike
+            block.attn.qkv.weight.mul_(8)
     x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     model.train()
     softmax = model(x).detach()
     live = gv.wrap(model, LinearAttention(core="hedgehog", align=1))
-    optimizer = torch.optim.AdamW(live.param_groups(lr=5e-3), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(live.param_groups(lr=3e-4), weight_decay=0.1)
     others = {n: p.clone() for n, p in model.named_parameters() if ".attn." not in n}
     losses = []
     for _ in range(15):
@@ -237,7 +242,8 @@ def test_alignment_teaches_attentions_alone() -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    assert losses[-1] < 0.7 * losses[0] + 0.3 * float(F.cross_entropy(softmax, y))
+    task = float(F.cross_entropy(softmax, y))
+    assert losses[-1] - task < 0.7 * (losses[0] - task)
     now = dict(model.named_parameters())
     assert all(torch.equal(now[n], p) for n, p in others.items())
     linear = main_output(model.eval()(x))

@@ -45,8 +45,8 @@ CELLS = (
     Cell("precision", 20, _serving.precision),
     Cell("pipeline", 40, _training.pipeline),
     Cell("attention", 60, _serving.attention),
-    Cell("int8", 60, _serving.int8),
-    Cell("tokens-compiled", 110, _serving.tokens_compiled),
+    Cell("int8", 52, _serving.int8),
+    Cell("tokens-compiled", 78, _serving.tokens_compiled),
 )
 BUDGET_S = 470.0
 

@@ -102,7 +102,11 @@ def least_harmful(
         exact = answers(())
         while len(chosen) < count:
             harms = {
-                path: float(F.kl_div(answers([*chosen, path]), exact, log_target=True))
+                path: float(
+                    F.kl_div(
+                        answers([*chosen, path]), exact, reduction="batchmean", log_target=True
+                    )
+                )
                 for path in attentions
                 if path not in chosen
             }
