@@ -249,6 +249,8 @@ def test_dividemix_shows_each_image_once_and_knows_other_batches(tmp_path: Path)
     live.model.eval()
     peer: Any = live.installed[0].peer  # type: ignore[attr-defined]
     with live.served() as model, torch.no_grad():
+        with pytest.raises((NotImplementedError, RuntimeError)):
+            model(x.to("meta"))  # as FLOPs are counted: neither network may move there
         both = model(x)
     with torch.no_grad():
         assert torch.allclose(both, (live.model(x) + peer(x)) / 2, atol=1e-6)

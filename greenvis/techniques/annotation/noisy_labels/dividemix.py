@@ -261,10 +261,11 @@ class InstalledDividemix(TwoNetworks):
 
     @contextmanager
     def _both(self) -> Iterator[None]:
-        forward, peer = self.model.forward, self.peer
+        forward, device = self.model.forward, next(self.model.parameters()).device
+        peer = self.peer.to(device)  # here: images without data, for counting, must not move it
 
         def answer(x: Any, *args: Any, **kwargs: Any) -> Tensor:
-            peer.to(x.device).train(self.model.training)
+            peer.train(self.model.training)
             own = logits_of(forward(x, *args, **kwargs))
             return (own + logits_of(peer(x, *args, **kwargs))) / 2
 
