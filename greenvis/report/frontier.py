@@ -60,8 +60,8 @@ class Distance:
 
 
 def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, ArmResults]:
-    """Return the arms of plain training: no technique, and built on nothing that was made for
-    them.
+    """Return the arms of plain training: no technique, no labels that a query chose, and built on
+    nothing that was made for them.
 
     Args:
         results: Of a report.
@@ -74,6 +74,7 @@ def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, 
         if not row.technique_names
         and all(use.energy_j.value is None for use in row.uses)
         and row.continual is None
+        and not row.query
         and row.gain.mean is not None
         and (beside is None or label_curve.used(row) == labels)
     }
