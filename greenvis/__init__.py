@@ -23,8 +23,13 @@ if TYPE_CHECKING:
     from greenvis.report import report
     from greenvis.techniques.annotation.consistency.consistency import Consistency
     from greenvis.techniques.annotation.consistency.pseudo_label import PseudoLabel
+    from greenvis.techniques.annotation.contrastive.byol import Byol
+    from greenvis.techniques.annotation.contrastive.dino import Dino
+    from greenvis.techniques.annotation.contrastive.moco import Moco
     from greenvis.techniques.annotation.contrastive.rotation import Rotation
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
+    from greenvis.techniques.annotation.contrastive.vicreg import Vicreg
+    from greenvis.techniques.annotation.cross_modal.cross_modal import CrossModal
     from greenvis.techniques.annotation.masked.mae import Mae
     from greenvis.techniques.annotation.noisy_labels.co_teaching import CoTeaching
     from greenvis.techniques.annotation.noisy_labels.dividemix import Dividemix
@@ -41,6 +46,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.generalise.swad import Swad
     from greenvis.techniques.data.sampling.balance import Balance
     from greenvis.techniques.data.test_time.test_time import TestTime
+    from greenvis.techniques.data.zero_shot.zero_shot import ZeroShot
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
@@ -87,14 +93,15 @@ _HOMES = {
 }
 
 __all__ = [
-    "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "CoTeaching",
-    "Consistency", "Distill", "Dividemix", "Dsu", "EarlyExit", "Ema", "Experts", "FeatureDistill",
-    "Fishr", "GreenvisError", "Hat", "Installed", "LayerDecay", "LinearAttention", "LinearProbe",
-    "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Ncm", "NoisyLabels",
-    "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Prompt", "PromptPool", "PseudoLabel",
-    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Shot",
-    "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Wrapped",
-    "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
+    "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
+    "CoTeaching", "Consistency", "CrossModal", "Dino", "Distill", "Dividemix", "Dsu", "EarlyExit",
+    "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat", "Installed", "LayerDecay",
+    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae",
+    "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels",
+    "Pnn", "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay",
+    "Res2Net", "Reuse", "Rotation", "Sam", "Shot", "Side", "Simclr", "Swad", "Technique",
+    "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
+    "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

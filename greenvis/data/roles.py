@@ -62,7 +62,8 @@ class Data:
     def inputs(self) -> dict[str, Any]:
         """What a model trained on it knows (`models.describe`)."""
         form = self.train.transform
-        return {"mean": form.mean, "std": form.std, "classes": self.classes}
+        reads = {} if self.words is None else {"words": self.words.words}
+        return {"mean": form.mean, "std": form.std, "classes": self.classes, **reads}
 
     def facts(self) -> dict[str, Any]:
         """Return what a run record says about its data; `classes` and roles are counts. The same

@@ -155,7 +155,11 @@ class Prepared:
             weights: whether to load what `init` names; None: where that is there.
         """
         job, weights = self.job, self.trained if weights is None else weights
-        spec, options = job.arm.model, model_options(job, self.images)
+        spec, images = job.arm.model, self.images
+        used = job.uses.get(spec.init or "")
+        if used is not None and used.arm.task.form == "image_text" and images.words is None:
+            images = replace(images, words=self.prepare(used).images.words)  # it reads the same
+        options = model_options(job, images)
         torch.manual_seed(job.seed)
         where = (
             job.recipe.where("arms", job.arm.name, "model")
@@ -165,7 +169,6 @@ class Prepared:
         model = located(
             where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options
         )
-        used = job.uses.get(spec.init or "")
         if spec.init and (weights or used is None):
             path = (
                 used.folder / WEIGHTS_FILE
@@ -174,7 +177,7 @@ class Prepared:
             )
             head = "match" if spec.classifier == "keep" else "replace"
             located(where, models.load_weights, model, path, head=head)
-        models.describe(model, **self.images.inputs)  # what it is shown from here on
+        models.describe(model, **images.inputs)  # what it is shown from here on
         return model
 
     def techniques(self, trained: bool | None = None) -> list[Technique]:

@@ -91,7 +91,7 @@ def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     """
     images, arm = prepared.images, prepared.job.arm
     kind = images.train.label_kind or images.train.split.kind
-    without = live.pretext or any(t.trains_on for t in live.techniques)
+    without = live.pretext or any(t.trains_on for t in live.techniques) or not arm.train.epochs
     learned = 0 if without and not arm.stages else int(images.train.known.sum())
     if arm.active is None:
         tracker.labels(kind, learned)

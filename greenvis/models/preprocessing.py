@@ -40,6 +40,7 @@ def describe(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     classes: Sequence[str] | None = None,
+    words: Sequence[str] | None = None,
 ) -> None:
     """Say which images a model knows, before what its library says of it; `models.save` puts it
     into the model's file.
@@ -49,6 +50,8 @@ def describe(
         mean: By channel, of pixels from 0 to 1; None: not known.
         std: By channel, of pixels from 0 to 1; None: not known.
         classes: Their names, in the order of the logits; None: not known.
+        words: That it reads, in the order of their numbers (`greenvis.data.captions.Vocabulary`);
+            None: it reads none, or not known.
 
     Raises:
         BadInput: Where mean and std are not of as many channels.
@@ -63,6 +66,7 @@ def describe(
         "mean": None if mean is None else [float(v) for v in mean],
         "std": None if std is None else [float(v) for v in std],
         "classes": None if classes is None else [str(name) for name in classes],
+        **({} if words is None else {"words": [str(word) for word in words]}),
     }
 
 
@@ -73,7 +77,7 @@ def description(model: nn.Module) -> dict[str, Any]:
         model: The model.
 
     Returns:
-        "mean", "std" and "classes", None where not known.
+        "mean", "std" and "classes", None where not known; "words" where it reads some.
     """
     if _DESCRIPTION in model.__dict__:
         return dict(model.__dict__[_DESCRIPTION])

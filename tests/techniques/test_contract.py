@@ -73,6 +73,7 @@ WORKS = {
     "token_merge": 9,
     "token_prune": 7,
     "vicreg": 20,
+    "zero_shot": 0,  # none of them reads texts
 }
 # each time: one technique on all hosts, every technique and example on a few; slow: all on all
 FEW = ("timm-deit-distilled", "torchvision-vit", "torchvision-mobilenet", "plain")

@@ -1,0 +1,1 @@
+"""Classes that are known by name alone."""
