@@ -172,7 +172,9 @@ class Jobs:
             if arm.subset is not None:
                 inputs["subset"] = arm.subset.model_dump()
             if arm.synthesis is not None:
-                inputs["synthesis"] = arm.synthesis.model_dump()
+                file = recipe.folder / (arm.synthesis.layout or "")
+                digest = _digest(file) if file.is_file() else None
+                inputs["synthesis"] = {**arm.synthesis.model_dump(), "file": digest}
             if arm.active is not None:
                 inputs["active"] = arm.active.model_dump()
             if arm.stages:

@@ -207,13 +207,19 @@ class SynthesisSpec(_Section):
     """Images made for scarce classes, beside the real ones; what it takes to make them is the
     arm's."""
 
-    by: Literal["oversample", "cvae"] = Field(
+    by: Literal["oversample", "cvae", "layout"] = Field(
         "oversample",
         description="real images shown again, the baseline of all others; drawn by a conditional "
-        "variational autoencoder",
+        "variational autoencoder; objects of real images pasted on others, with masks or boxes",
     )
     per_class: Positive | None = Field(
         None, description="images each class is brought to; as the largest where absent"
+    )
+    layout: str | None = Field(
+        None,
+        description="JSON file of what stands where, a list of images, each a list of "
+        '{"class": "cat", "box": [x0, y0, x1, y1]} in shares of the side; one object of a scarce '
+        "class per image, at random, where absent",
     )
     epochs: Annotated[int, Field(ge=1, le=10**6, description="of what draws images")] = 50
     batch_size: Annotated[int, Field(ge=1, le=10**6, description="likewise")] = 64
@@ -221,7 +227,10 @@ class SynthesisSpec(_Section):
 
     @model_validator(mode="after")
     def _none_is_idle(self) -> Self:
-        return refuse_idle(self, dict.fromkeys(("epochs", "batch_size", "lr"), ("by", ("cvae",))))
+        if self.layout is not None and self.per_class is not None:
+            raise ValueError("a layout file says how many images are made; leave per_class out")
+        drawn = dict.fromkeys(("epochs", "batch_size", "lr"), ("by", ("cvae",)))
+        return refuse_idle(self, {**drawn, "layout": ("by", ("layout",))})
 
 
 class ActiveSpec(_Section):

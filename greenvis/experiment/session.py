@@ -167,8 +167,8 @@ class Session:
         if job.arm.synthesis is not None:
             located(
                 job.recipe.where("arms", job.arm.name, "synthesis"),
-                synthesis.check,
-                images.train,
+                synthesis.planned,
+                prepared,
                 job.arm.synthesis,
             )
         check_shares(job, images)

@@ -194,7 +194,7 @@ def _like_trained(prepared: Prepared) -> data.ImageSet:
     if active := prepared.job.arm.active:
         return images.take(range(active.counts()[-1]))
     if making := prepared.job.arm.synthesis:
-        more = sum(synthesis.needed(images, making).values())
+        more = sum(synthesis.planned(prepared, making).values())
         return Concat([images, images.take(torch.arange(more) % len(images))])
     return (
         images if spec is None else subsets.make(images, method="random", per_class=spec.per_class)
@@ -223,7 +223,7 @@ def _making(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
 def _synthesis(prepared: Prepared) -> tuple[Figures, dict[str, Any]] | None:
     """Make the arm's images after fewer epochs, and scale them up; None where it makes none."""
     spec = prepared.job.arm.synthesis
-    if spec is None or spec.by == "oversample":
+    if spec is None or spec.by != "cvae":
         return None
     few = min(EPOCHS, spec.epochs)
     short = replace(prepared, short=Short())

@@ -138,14 +138,21 @@ class Saved:
         return rest.plain().unlabeled()
 
     def _bought(self) -> set[int]:
+        """Return the positions in the pool whose labels its run bought."""
         lists = sorted(self.file.parent.glob("*-" + ROUNDS_FILE))
         if len(lists) != 1:
             raise BadInput(
                 f"{self.file.parent} has {len(lists)} lists of the labels its run bought "
                 f"(*-{ROUNDS_FILE}), not one"
             )
-        rounds = files.read_json(lists[0], "list of labels bought")["rounds"]
-        return {int(row) for own in rounds for row in own}
+        try:
+            rounds = files.read_json(lists[0], "list of labels bought")["rounds"]
+            rows = {int(row) for own in rounds for row in own}
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{lists[0]} is no list of labels bought ({error})") from error
+        if not all(0 <= row < len(self.data.train) for row in rows):
+            raise BadInput(f"{lists[0]} names images that its data does not have")
+        return rows
 
     def own_images(self, folder: str | Path) -> OwnImages:
         """Return the images below a folder.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from greenvis.data.splits import Split
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput
 from greenvis.experiment import jobs, session, synthesis
+from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import SynthesisSpec, load_recipe
 from greenvis.meters import record
 from greenvis.meters.labels import counts
@@ -141,9 +143,53 @@ def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
     labels = torch.tensor([0, 0, 1])
     big = _images(torch.zeros(3, 1, 4, 4, dtype=torch.uint8), labels)
     big = big.shown(Transform(256, 1))
+    stand_in: Any = SimpleNamespace(images=SimpleNamespace(train=big))
     with pytest.raises(BadInput, match=r"set data\.img_size"):
-        synthesis.check(big, SynthesisSpec(by="cvae"))
+        synthesis.planned(stand_in, SynthesisSpec(by="cvae"))
+    with pytest.raises(BadInput, match="choose oversample or cvae"):
+        synthesis.planned(stand_in, SynthesisSpec(by="layout"))
     assert not (tmp_path / "runs/tiny/a").exists()
+
+
+@pytest.mark.parametrize("by", ["rule", "file"])
+def test_objects_are_pasted_with_their_masks(by: str, tmp_path: Path) -> None:
+    (tmp_path / "layout.json").write_text(
+        '[[{"class": "star", "box": [0, 0, 0.4, 0.4]}, {"class": "ring", "box": [0.5, 0.5, 1, 1]}]]'
+    )
+    spec = {"by": "layout", **({"layout": "layout.json"} if by == "file" else {"per_class": 12})}
+    path = tmp_path / "tiny.yaml"
+    recipe = {
+        "name": "tiny",
+        "task": "segmentation",
+        "data": {"name": "shapes:masks", "train": 16, "test": 8, "img_size": 32},
+        "model": {"ref": "timm/resnet10t", "head": "dense"},
+        "arms": {"a": {"synthesis": spec}},
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    every = jobs.Jobs(tmp_path / "runs")
+    loaded = load_recipe(path)
+    (job,) = every.of(loaded)
+    images = every.images(loaded, job.arm, 0)
+    prepared = Prepared(job, images, tmp_path / "runs", True, (), lambda job: prepared)
+    with prepared.tracker(tmp_path / "runs") as tracker:
+        train = prepared.training(tracker)
+    (run,) = [record.read(file) for file in record.find([tmp_path / "runs"])]
+    made = run.facts["synthesis"]["made"]
+    assert len(train) == 16 + sum(made.values()) > 16
+    x, y = train.batch(range(16, len(train)))
+    assert x.shape[1:] == (3, 32, 32)
+    assert y.shape == (len(train) - 16, 32, 32)
+    star, ring = (images.classes.index(name) for name in ("star", "ring"))
+    if by == "file":
+        assert made == {str(star): 1}
+        assert (y[0, :13, :13] == star).any()
+        assert (y[0, 16:, 16:] == ring).any()
+    else:
+        showing = torch.stack([(train.batch(range(len(train)))[1] == c).any(2).any(1)
+                               for c in range(1, len(images.classes))]).sum(1)  # fmt: skip
+        pasted = [c for c in range(1, len(images.classes)) if str(c) in made]
+        assert all(int(showing[c - 1]) >= 10 for c in pasted)  # some lie under others
+    assert run.facts["synthesis"]["nearest_real"] > 0
 
 
 def test_a_plan_counts_what_is_made(finished: Path, tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ def test_of_a_run_on_few_labels_the_others_are_candidates(
         assert content["candidates"] == 70  # none that has a label
         assert main([*words, "--budget", "71"]) == 2
         assert "there are 70 without a label" in capsys.readouterr().err
+    (bought,) = Path("runs/few/active/seed0").glob("*-rounds.json")
+    for damaged in ("{}", '{"rounds": 3}', '{"rounds": [[900]]}'):
+        bought.write_text(damaged)
+        assert main(words) == 2
+        assert str(bought) in capsys.readouterr().err
     assert main(["label-next", "runs/few/all/seed0"]) == 2
     assert "--images" in capsys.readouterr().err
 
