@@ -23,6 +23,7 @@ from greenvis.data.sets import glyphs
 from greenvis.data.sets import torchvision as tv
 from greenvis.data.sets.digits import Digits
 from greenvis.data.sets.fashion_mnist import DEBIAN
+from greenvis.data.spec import DomainsSpec
 from greenvis.errors import BadInput
 from greenvis.testing import check_dataset
 
@@ -346,6 +347,22 @@ def test_letters_of_the_test_are_of_families_that_no_training_shows() -> None:
     assert 0.02 < float(x.mean()) < 0.3
     edges = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], -1)
     assert float((edges == 0).float().mean()) > 0.98  # hardly a letter is cut
+
+
+def test_kinds_of_fonts_are_domains() -> None:
+    kinds = {family: glyphs._kind(paths[0]) for family, paths in glyphs._families().items()}
+    assert kinds["DejaVu Sans"] == "sans"
+    assert kinds["DejaVu Serif"] == "serif"
+    assert kinds["DejaVu Sans Mono"] == "mono"
+    assert kinds["STIXGeneral"] == ""
+    counts = {kind: [*kinds.values()].count(kind) for kind in glyphs.KINDS}
+    enough = tuple(kind for kind, n in counts.items() if n >= glyphs.LEAST_OF_KIND)
+    if enough:
+        images = data.load(DataSpec(name="glyphs", domains=DomainsSpec(train=enough, test=enough)))
+        assert tuple(images.tests) == enough
+    few, n = next((kind, n) for kind, n in counts.items() if n < glyphs.LEAST_OF_KIND)
+    with pytest.raises(BadInput, match=f"{n} families .* of kind '{few}'"):
+        data.check(DataSpec(name="glyphs", domains=DomainsSpec(train=(few,))))
 
 
 def test_fonts_of_signs_and_machines_without_fonts_are_told_apart(

@@ -20,6 +20,8 @@ ZOOM = 4  # drawn so much larger, and averaged
 LEAST_DISTINCT = 40  # of 52 letters; I and l may be alike
 ACCENTS = "éñü"  # a font that has them is one of text; symbols and formulas put signs on letters
 LEAST_FAMILIES = 3
+KINDS = ("serif", "sans", "mono", "hand")
+LEAST_OF_KIND = 2
 TEST_EVERY = 4  # families: of so many, one is the test
 
 
@@ -28,20 +30,32 @@ class Glyphs(DataSet):
     machine or matplotlib has.
 
     The test is of whole families that no training shows: about a quarter of them, chosen by their
-    names alone. What two families draw alike is shown once, in training.
+    names alone. What two families draw alike is shown once, in training. The kinds of fonts are
+    domains, by what each font says of itself: `domains: {train: [sans], test: [sans, serif]}`.
     """
 
     name = "glyphs"
     source = "drawn by greenvis in the fonts of the machine"
     licence = "that of each font"
     classes = tuple(ascii_lowercase)
+    kind = ""  # of fonts that are shown: one of `KINDS`; "" for all
+
+    def domain(self, name: str) -> DataSet | None:
+        """Return the letters in fonts of one kind."""
+        if name not in KINDS:
+            return None
+        own = Glyphs(self.spec, self.folder)
+        own.kind = name
+        return own
 
     def check(self) -> None:
         """Raise BadInput where the machine has too few fonts."""
-        if len(families := _families()) < LEAST_FAMILIES:
+        least = LEAST_OF_KIND if self.kind else LEAST_FAMILIES
+        if len(families := self._families()) < least:
+            kind = f" of kind '{self.kind}'" if self.kind else ""
             raise BadInput(
-                f"glyphs: {len(families)} families of fonts with Latin letters are here, and "
-                f"{LEAST_FAMILIES} are needed; install some (`apt-get install fonts-dejavu "
+                f"glyphs: {len(families)} families of fonts with Latin letters{kind} are here, and "
+                f"{least} are needed; install some (`apt-get install fonts-dejavu "
                 "fonts-liberation`)"
             )
 
@@ -50,7 +64,7 @@ class Glyphs(DataSet):
         from greenvis.data.splits import Stored, sha256
 
         self.check()
-        families = _families()
+        families = self._families()
         ordered = sorted(families, key=lambda name: hashlib.sha256(name.encode()).digest())
         tests = set(ordered[::TEST_EVERY])
         drawn: dict[bytes, tuple[str, int]] = {}
@@ -68,6 +82,12 @@ class Glyphs(DataSet):
             part.encode() + bytes([label]) + pixels for pixels, (part, label) in drawn.items()
         )
         return Stored(splits[0], splits[1], self.classes, digest, SIDE, 1)
+
+    def _families(self) -> dict[str, list[Path]]:
+        every = _families()
+        if not self.kind:
+            return every
+        return {name: paths for name, paths in every.items() if _kind(paths[0]) == self.kind}
 
 
 def _split(letters: list[tuple[bytes, int]]) -> Split:
@@ -108,6 +128,21 @@ def _names(path: Path) -> tuple[str, str] | None:
     if any(ord(letter) not in has for letter in ascii_letters + ACCENTS):
         return None
     return font.family_name, font.style_name
+
+
+@cache
+def _kind(path: Path) -> str:
+    """Return which of `KINDS` a font says that it is (PANOSE 1.0; one width for all letters);
+    "" where it says nothing."""
+    from matplotlib.ft2font import FT2Font
+
+    font = FT2Font(str(path))
+    if (font.get_sfnt_table("post") or {}).get("isFixedPitch"):
+        return "mono"
+    family, style, *_ = (font.get_sfnt_table("OS/2") or {}).get("panose") or b"\0\0"
+    if family == 3:
+        return "hand"
+    return "" if family != 2 or style < 2 else "serif" if style <= 10 else "sans"
 
 
 def _letters(path: Path) -> list[tuple[bytes, int]]:
