@@ -29,7 +29,7 @@ def test_every_data_set_is_listed_with_its_licence(capsys: pytest.CaptureFixture
     assert listed["digits"]["here"] == "yes"
     assert listed["digits"]["images"] == 1797
     assert listed["folder:PATH"]["here"] == "yours"
-    assert listed["torchvision:NAME"]["here"] == "one of 26"
+    assert listed["torchvision:NAME"]["here"] == "one of 30"
     assert listed["emoji:openmoji"]["licence"] == "CC-BY-SA-4.0"
     assert set(_emoji.STYLES) == {n.partition(":")[2] for n in listed if n.startswith("emoji:")}
 

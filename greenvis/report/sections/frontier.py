@@ -52,7 +52,7 @@ class Frontier(Section[Said]):
         costs = (cost.format(unit=results.unit) for cost in frontier.COSTS)
         head = ("Arm", measures.title(results.measure), *costs, "Read")
         cells = tuple(_row(results, a, distances[a]) for a in shown)
-        table = Grid(head, cells, self.title)
+        table = Grid(head, cells, "Energy beside that of plain training at the same metric")
         bullets = (_ladder(results), *_unread(results, distances))
         return Said(table, bullets, measures.written(results.measure))
 
