@@ -178,6 +178,11 @@ class InstalledLinearAttention(Installed):
             return {}
         return {"align": torch.stack(self.alignment.losses).mean()}
 
+    def step_end(self) -> None:
+        """Let go of the step's losses, which no copy of the model could take along."""
+        if self.alignment is not None:
+            self.alignment.losses.clear()
+
     def epoch_end(self) -> None:
         """End the alignment after its epochs."""
         self.epoch += 1

@@ -259,6 +259,11 @@ class InstalledExperts(Installed):
             return {}
         return {"router": self._router_loss(x[: max(1, len(x) // 8)])}
 
+    def step_end(self) -> None:
+        """Let go of the step's routing, which no copy of the model could take along."""
+        for routing in self.routings:
+            routing.logits = routing.assignment = None
+
     def _unequal(self, routing: Routing) -> Tensor:
         """Return E Σ f_e P_e (Switch: Fedus et al., 2022, eq. 4), or the squared coefficient of
         variation of Σ P_e (V-MoE, eq. 8)."""
