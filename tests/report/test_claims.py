@@ -318,11 +318,15 @@ def test_a_card_says_pre_training_of_nothing_that_builds_on_others_or_trains_a_p
     found = _found(path)
     card = (path.parent / "exports" / "model-card.md").read_text()
     (name,) = re.findall(r"^# (.+)$", card, re.M)
-    arm = re.sub(r"\\([^A-Za-z0-9\s])", r"\1", name).partition(": ")[2]
+    arm = _unescaped(name).partition(": ")[2]
     row = found["arms"][arm]
     part = row["trainable_params"] < row["params"] or any(u["role"] == "base" for u in row["uses"])
     assert ('"training_type": "fine-tuning"' in card) == part
     assert ('"training_type": "pre-training"' in card) == (not part)
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([^A-Za-z0-9\s])", r"\1", text)
 
 
 def test_the_overview_agrees_with_the_intervals_in_it() -> None:
@@ -333,7 +337,7 @@ def test_the_overview_agrees_with_the_intervals_in_it() -> None:
         name = re.findall(r"\[(.+?)\]", row["measured in"])[0]
         found = _found(ROOT / "reports" / name / "results.json")
         split = {column: cell.split("<br>") for column, cell in row.items()}
-        for i, arm in enumerate(split["arm"]):
+        for i, arm in enumerate(map(_unescaped, split["arm"])):
             gain, kept = split["metric"][i], split["kept?"][i]
             if kept == "one seed":
                 assert gain == "–"
