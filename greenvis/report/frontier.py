@@ -36,8 +36,8 @@ class Distance:
     """Energy of an arm ÷ that of the frontier at the same metric.
 
     Attributes:
-        ratio: Of the means, with the interval over seeds, each read off its own plain arms; None
-            where it cannot be read off.
+        ratio: Geometric mean and interval over seeds, each read off its own plain arms; of the
+            means, without an interval, where not each can be; None where these cannot be.
         at_least: The metric is worse than that of the cheapest plain arm, which `ratio` is to.
         why: Why there is no ratio.
     """
@@ -105,7 +105,7 @@ def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate
     known = 1 < len(logs) == len(seeds)
     low, high = stats.interval(logs) if known else (None, None)
     ratio = Ratio(
-        ratio=energy / front,
+        ratio=math.exp(math.fsum(logs) / len(logs)) if known else energy / front,
         low=None if low is None else math.exp(low),
         high=None if high is None else math.exp(high),
         n=row.gain.n,
@@ -168,7 +168,9 @@ def _of_seed(
     cost: Callable[[ArmResults], Estimate],
     metric: float,
 ) -> float | None:
-    """Return the frontier's joules at a metric, of the plain arms' runs with one seed."""
+    """Return the frontier's joules at a metric, of the plain arms' runs with one seed; None where
+    they do not reach around it."""
     runs = [_by_seed(row, cost).get(seed) for row in plain.values()]
     points = [Point(e, sign * g) for e, g in (r for r in runs if r is not None)]
-    return read(points, sign * metric)[0] if len(points) >= LEAST else None
+    joules, bound, _ = read(points, sign * metric)
+    return joules if len(points) >= LEAST and not bound else None

@@ -67,9 +67,13 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
     assert set(frontier.plain_arms(content)) == {"short", "long"}
     half = frontier.distance(content, "half", LINE)
     assert half.ratio is not None
-    spent = {a: LINE(row).value or 0.0 for a, row in content.arms.items()}
-    between = math.sqrt(spent["short"] * spent["long"])  # half way between their metrics
-    assert half.ratio.ratio == pytest.approx(spent["half"] / between)
+    spent = {a: LINE(row).seeds for a, row in content.arms.items()}
+    each = [  # half way between their metrics, by seed
+        math.log(e / math.sqrt(spent["short"][s] * spent["long"][s]))
+        for s, e in spent["half"].items()
+    ]
+    assert half.ratio.ratio == pytest.approx(math.exp(sum(each) / 3))
+    assert (half.ratio.low or 0) < half.ratio.ratio < (half.ratio.high or 0)
     assert half.saves
     assert frontier.distance(content, "dear", LINE).inside
     worse = frontier.distance(content, "worse", LINE)
@@ -81,6 +85,17 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
     assert value is not None
     assert any("best is better than every plain arm: +5.00 points" in b for b in value.bullets)
     assert sorted(row[0] for row in value.table.rows) == ["best", "dear", "half", "poor", "worse"]
+
+
+def test_a_seed_that_its_own_plain_arms_do_not_reach_around_leaves_no_interval(
+    tmp_path: Path,
+) -> None:
+    study(tmp_path, {"short": (0.80, 100, True), "long": (0.90, 400, True)})
+    for seed, accuracy in enumerate((0.85, 0.85, 0.795)):  # the last below the cheapest
+        synthetic.write(tmp_path, "odd", seed, accuracy=accuracy, cpu_s=100, facts=TECHNIQUE)
+    odd = frontier.distance(results(tmp_path, baseline="long"), "odd", LINE)
+    assert odd.ratio is not None
+    assert (odd.ratio.low, odd.ratio.high, odd.saves, odd.inside) == (None, None, False, False)
 
 
 def test_arms_on_other_numbers_of_labels_are_no_frontier(tmp_path: Path) -> None:
