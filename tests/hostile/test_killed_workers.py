@@ -61,6 +61,13 @@ def start(folder: Path, launcher: Sequence[str], every_s: float) -> Launched | f
     return forked.Greenvis(*words, cwd=folder)
 
 
+def children(pid: int) -> list[psutil.Process]:
+    """Return the processes below that one, or none once it has ended itself."""
+    with suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).children(recursive=True)
+    return []
+
+
 @pytest.mark.parametrize(
     ("workers", "launcher", "victim"),
     [
@@ -80,12 +87,10 @@ def test_a_killed_process_costs_no_more_than_since_the_checkpoint(
     while not list((folder / "runs").rglob("*checkpoint.pt")):
         assert process.wait(0.02) is None, process.stderr
     while process.wait(0.02) is None:  # a worker that was just about to end is followed by another
-        for child in psutil.Process(process.pid).children(recursive=True):
-            try:
+        for child in children(process.pid):
+            with suppress(psutil.NoSuchProcess):
                 if not launcher or child.environ().get("RANK") == victim[-1]:
                     child.kill()
-            except psutil.NoSuchProcess:
-                continue
     said = process.stderr
     ours = [line for line in said.splitlines() if line.startswith("greenvis: ")]
     assert process.wait() == 1
