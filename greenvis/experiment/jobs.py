@@ -153,7 +153,8 @@ class Jobs:
                 ref: self._needed(recipe, arm, ref, seed, (*above, name)) for ref in arm.needs()
             }
             # left out: what runs were known by before there was a choice
-            usual = {"classifier": "new", "fold_norms": False}
+            usual: dict[str, Any] = {"classifier": "new", "fold_norms": False}
+            usual |= {"average": (), "average_norms": "mean"}
             inputs = {
                 "data": self.images(recipe, arm, seed).facts(),
                 "model": arm.model.model_dump(
@@ -218,7 +219,7 @@ class Jobs:
 
 def model_files(arm: Arm, folder: Path) -> list[tuple[str, Path]]:
     """Return the files of models an arm begins with, "file:PATH" in its recipe, as (role, path)."""
-    named: list[tuple[str, Any]] = [("base", arm.model.init), ("base", arm.model.ref)]
+    named: list[tuple[str, Any]] = [("base", ref) for ref in (*arm.model.starts, arm.model.ref)]
     named += [
         (t.role, value)
         for one in (arm, *arm.stages)

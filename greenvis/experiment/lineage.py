@@ -227,7 +227,7 @@ def _collect(job: Job, lines: dict[str, dict[str, Any]]) -> None:
     for ref, used in job.uses.items():
         attempts = _attempts(used)
         line = {
-            "role": "base" if ref == job.arm.model.init else named.get(ref, "features"),
+            "role": "base" if ref in job.arm.model.starts else named.get(ref, "features"),
             "name": used.name,
             "seed": used.seed,
             "runs": [processes[0].id for processes in attempts],
@@ -281,7 +281,7 @@ def _by_others(job: Job) -> Iterator[tuple[str, str]]:
     knows what they cost."""
     spec, ours = job.arm.model, {path for _, path, _ in _cards(job)}
     published = models.published(spec.ref, folder=job.recipe.folder, **spec.options)
-    if published and spec.init is None:  # what `init` names takes the place of published weights
+    if published and not spec.starts:  # what `init` names takes the place of published weights
         yield "base", published
     for role, path in model_files(job.arm, job.recipe.folder):
         if path not in ours:

@@ -111,7 +111,7 @@ def evaluator(prepared: Prepared) -> Evaluator:
         lambda: load(images.test) if short is None else short.take(load(images.test), short.tests),
         None if images.held_out is None else partial(load, images.held_out),
         untrained=spec.epochs == 0
-        and job.arm.model.init is not None
+        and bool(job.arm.model.starts)
         and job.arm.model.classifier == "new",
         stream=stream,
         tests=None if own is None else lambda task: load(own[task][1]),

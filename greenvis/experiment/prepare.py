@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import update_bn
 
 from greenvis import data, models
 from greenvis.core import distributed
 from greenvis.core.technique import Technique
+from greenvis.core.weights import load_state
 from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, some
 from greenvis.experiment import parts, rounds, synthesis
 from greenvis.experiment.jobs import (
     BOUNDARY,
@@ -35,6 +37,7 @@ from greenvis.experiment.parts import Part
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
+from greenvis.models import averaging
 from greenvis.models.folding import folded
 from greenvis.tasks.base import Task
 
@@ -156,9 +159,9 @@ class Prepared:
         """
         job, weights = self.job, self.trained if weights is None else weights
         spec, images = job.arm.model, self.images
-        used = job.uses.get(spec.init or "")
-        if used is not None and used.arm.task.form == "image_text" and images.words is None:
-            images = replace(images, words=self.prepare(used).images.words)  # it reads the same
+        used = [job.uses[ref] for ref in spec.starts if ref in job.uses]
+        if used and used[0].arm.task.form == "image_text" and images.words is None:
+            images = replace(images, words=self.prepare(used[0]).images.words)  # it reads the same
         options = model_options(job, images)
         torch.manual_seed(job.seed)
         where = (
@@ -169,16 +172,29 @@ class Prepared:
         model = located(
             where, models.build, spec.ref, trust=self.trust, folder=job.recipe.folder, **options
         )
-        if spec.init and (weights or used is None):
-            path = (
-                used.folder / WEIGHTS_FILE
-                if used
-                else job.recipe.folder / spec.init.removeprefix("file:")
-            )
-            head = "match" if spec.classifier == "keep" else "replace"
-            located(where, models.load_weights, model, path, head=head)
+        if spec.starts and (weights or not used):
+            located(where, self._load, model)
         models.describe(model, **images.inputs)  # what it is shown from here on
         return model
+
+    def _load(self, model: nn.Module) -> None:
+        """Load the weights that the arm's model begins with."""
+        job, spec = self.job, self.job.arm.model
+        paths = [
+            job.uses[ref].folder / WEIGHTS_FILE
+            if ref in job.uses
+            else models.file_of(ref, job.recipe.folder)
+            for ref in spec.starts
+        ]
+        head = "match" if spec.classifier == "keep" else "replace"
+        if spec.init is not None:
+            models.load_weights(model, paths[0], head=head)
+            return
+        state, source = averaging.read(paths), f"the mean of {some(map(str, paths))}"
+        load_state(model, state, head=head, source=source)
+        if spec.average_norms == "estimate":
+            images = data.batches(self.images.train, max(256, job.arm.train.batch_size))
+            update_bn(images, model)
 
     def techniques(self, trained: bool | None = None) -> list[Technique]:
         """Return what the model is wrapped with, layers to freeze first; see `resolved`."""

@@ -89,8 +89,18 @@ class ModelSpec(_Section):
         "diffusers/CLASS_OR_PATH, plain/mlp, module:function or file:PATH"
     )
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
+    average: Annotated[tuple[str, ...], Field(max_length=100)] = Field(
+        (),
+        description="weights to start from the mean of, run:NAME or file:PATH each, of one "
+        "structure",
+    )
+    average_norms: Literal["mean", "estimate"] = Field(
+        "mean",
+        description="of `average`: batch norms get the mean of the statistics too (as ReVT does), "
+        "or those of the training images",
+    )
     classifier: Literal["new", "keep"] = Field(
-        "new", description="begin with a new classifier, or with that of `init`"
+        "new", description="begin with a new classifier, or with that of `init` or `average`"
     )
     fold_norms: bool = Field(
         False,
@@ -101,6 +111,22 @@ class ModelSpec(_Section):
     def options(self) -> dict[str, Any]:
         """The options given beside the reference."""
         return dict(self.model_extra or {})
+
+    @property
+    def starts(self) -> tuple[str, ...]:
+        """What it begins with, "run:NAME" or "file:PATH" each."""
+        return self.average if self.init is None else (self.init,)
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.average and self.init is not None:
+            raise ValueError("it starts from `init` or from an `average`, not from both")
+        if len(self.average) == 1:
+            raise ValueError("an average is of two or more; `init` starts from one")
+        for ref in self.average:
+            if not ref.startswith(("run:", "file:")):
+                raise ValueError(f"'{ref}' is neither run:NAME nor file:PATH")
+        return self
 
 
 class TrainSpec(_Section):
@@ -382,7 +408,7 @@ class Arm(BaseModel):
 
     def needs(self) -> list[str]:
         """Return the references to other runs ("run:NAME") this arm builds on."""
-        own = [self.model.init] if self.model.init and self.model.init.startswith("run:") else []
+        own = [ref for ref in self.model.starts if ref.startswith("run:")]
         techniques = [*self.techniques, *(t for stage in self.stages for t in stage.techniques)]
         if self.active is not None and self.active.features is not None:
             own.append(self.active.features)

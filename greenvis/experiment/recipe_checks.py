@@ -47,8 +47,14 @@ IDLE: tuple[tuple[str, str, Callable[[Arm], bool], str], ...] = (
     (
         "model",
         "classifier",
-        lambda arm: arm.model.init is not None,
+        lambda arm: bool(arm.model.starts),
         "it is of weights to start from, and init names none",
+    ),
+    (
+        "model",
+        "average_norms",
+        lambda arm: bool(arm.model.average),
+        "it is of an average, and none is asked for",
     ),
     ("stream", "domain", lambda arm: _kind(arm) == "domain", "it is of kind: domain"),
     ("stream", "blur", lambda arm: _kind(arm) == "free", "it is of kind: free"),

@@ -302,7 +302,8 @@ def _facts(prepared: Prepared, tracker: Tracker) -> None:
     tracker.fact(
         task=prepared.task.facts(),
         model={"ref": spec.ref, "options": spec.options, "init": spec.init}
-        | ({"fold_norms": True} if spec.fold_norms else {}),
+        | ({"fold_norms": True} if spec.fold_norms else {})
+        | ({"average": [*spec.average]} if spec.average else {}),
         data=prepared.images.facts(),
         techniques=[{t.name: t.recipe_form()} for t in requests],
         train=job.arm.train.model_dump(),

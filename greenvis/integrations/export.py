@@ -146,8 +146,10 @@ class _Job:
         """What the weights were before the run."""
         model = self.facts.get("model") or {}
         pretrained = (model.get("options") or {}).get("pretrained")
-        if init := model.get("init"):
-            return f"began as those of {Path(init).name if init.startswith('file:') else init}"
+        if starts := model.get("average") or [s for s in (model.get("init"),) if s]:
+            names = [Path(s).name if s.startswith("file:") else s for s in starts]
+            mean = "the mean of " if len(names) > 1 else ""
+            return f"began as {mean}those of {', '.join(names)}"
         if not pretrained:
             return "trained from scratch by this run"
         if pretrained is not True:
