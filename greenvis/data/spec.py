@@ -10,7 +10,14 @@ from greenvis.core.technique import explain
 from greenvis.errors import BadInput
 
 Augment = Literal[
-    "none", "crop", "crop-flip", "randaug", "trivialaugment", "augmix", "random-resized-crop"
+    "none",
+    "crop",
+    "crop-flip",
+    "color-jitter",
+    "randaug",
+    "trivialaugment",
+    "augmix",
+    "random-resized-crop",
 ]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -119,9 +126,10 @@ class DataSpec(_Section):
     augment: Augment = Field(
         default="none",
         description="augmentation, deterministic in (seed, epoch, image): pad by an eighth and "
-        "crop back; the same, then flip half; RandAugment (Cubuk et al., 2020), TrivialAugment "
-        "(Müller and Hutter, 2021) or AugMix (Hendrycks et al., 2020), then crop-flip; a window of "
-        "8 to 100 % of the image brought to size, then flip half. Masks and boxes follow crops",
+        "crop back; the same, then flip half; other brightness, contrast, saturation and hue, "
+        "RandAugment (Cubuk et al., 2020), TrivialAugment (Müller and Hutter, 2021) or AugMix "
+        "(Hendrycks et al., 2020), then crop-flip; a window of 8 to 100 % of the image brought to "
+        "size, then flip half. Masks and boxes follow crops",
     )
     views: Positive | None = Field(
         default=None,

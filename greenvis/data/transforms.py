@@ -19,6 +19,7 @@ from greenvis.data.splits import UNKNOWN
 
 # of colours and positions; none has a rule for masks and boxes
 LIBRARY: dict[str, Callable[[Tensor], Tensor]] = {
+    "color-jitter": v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.1),
     "randaug": v2.RandAugment(num_ops=2, magnitude=9),
     "trivialaugment": v2.TrivialAugmentWide(),
     "augmix": v2.AugMix(),

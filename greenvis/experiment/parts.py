@@ -104,11 +104,15 @@ def evaluator(prepared: Prepared) -> Evaluator:
     """Return what says how good a job's model is."""
     job, images, stream = prepared.job, prepared.images, prepared.stream
     short, spec = prepared.short, job.arm.train
-    load = partial(data.batches, batch_size=job.arm.test_batch, workers=spec.workers)
+
+    def load(images: data.ImageSet) -> Iterable[Any]:
+        batches = data.batches(images, job.arm.test_batch, workers=spec.workers)
+        return batches if short is None else short.take(batches, short.tests)
+
     own = None if stream is None else stream.tests
     return Evaluator(
         prepared.task,
-        lambda: load(images.test) if short is None else short.take(load(images.test), short.tests),
+        partial(load, images.test),
         None if images.held_out is None else partial(load, images.held_out),
         untrained=spec.epochs == 0
         and bool(job.arm.model.starts)

@@ -236,7 +236,7 @@ class Prepared:
         update = {"train": spec, "stream": None, "subset": None, "active": None}
         update |= {"synthesis": None, "stages": (), "stage": ""}
         job = replace(self.job, arm=self.job.arm.model_copy(update=update))
-        images = replace(self.images, train=train, test=test, held_out=None)
+        images = replace(self.images, train=train, test=test)
         return replace(self, job=job, images=images, short=short)
 
     def parts(self, tracker: Tracker) -> list[Part]:

@@ -193,8 +193,9 @@ def test_the_test_set_is_never_augmented() -> None:
     assert torch.equal(d.test[(0, 3)][0], d.test[(1, 3)][0])
 
 
-def test_global_random_state_is_untouched() -> None:
-    d = data.load(data.DataSpec(name="synthetic", train=20, test=10, augment="randaug"))
+@pytest.mark.parametrize("augment", ["randaug", "color-jitter"])
+def test_global_random_state_is_untouched(augment: Augment) -> None:
+    d = data.load(data.DataSpec(name="synthetic", train=20, test=10, augment=augment))
     before = torch.get_rng_state()
     for _ in data.batches(d.train, 8, shuffle=True):
         pass

@@ -120,6 +120,15 @@ def test_a_plan_of_other_inputs_is_not_claimed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "runs/planned/plan.json").read_text())["arms"]
 
 
+def test_what_goes_by_images_held_out_is_planned(tmp_path: Path) -> None:
+    path = tmp_path / "planned.yaml"
+    path.write_text(
+        RECIPE.split("arms:")[0].replace("test: 100", "test: 60, held_out: 40")
+        + "arms: {swad: {techniques: [swad]}}\nmeter: {codecarbon: false}\n"
+    )
+    assert plan(path, runs=tmp_path / "runs")["arms"]["planned/swad"]["runs"] == 2
+
+
 def test_a_plan_checks_like_a_run(tmp_path: Path) -> None:
     path = tmp_path / "planned.yaml"
     path.write_text(RECIPE.replace("name: digits", "name: digitz"))
