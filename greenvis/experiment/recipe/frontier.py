@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from greenvis.errors import BadInput
 
 if TYPE_CHECKING:
-    from greenvis.experiment.recipe import Recipe
+    from greenvis.experiment.recipe.recipe import Recipe
 
 SHARES = (0.25, 0.5, 2.0)  # of the arm's epochs, where none are named
 MOST = 64  # arms of a ladder

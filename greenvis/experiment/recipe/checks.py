@@ -10,7 +10,8 @@ from greenvis.errors import BadInput, nearest
 from greenvis.experiment import model_names
 
 if TYPE_CHECKING:
-    from greenvis.experiment.recipe import Arm, Recipe
+    from greenvis.experiment.recipe.arms import Arm
+    from greenvis.experiment.recipe.recipe import Recipe
 
 
 def _kind(arm: Arm) -> str:
