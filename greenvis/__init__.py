@@ -51,10 +51,12 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.distill.distill import Distill
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.experts.experts import Experts
+    from greenvis.techniques.inference.kv_cache.kv_cache import KvCache
     from greenvis.techniques.inference.precision.low_precision import LowPrecision
     from greenvis.techniques.inference.reparam.reparam import Reparam
     from greenvis.techniques.inference.structure.res2net import Res2Net
     from greenvis.techniques.inference.structure.rfnext import RFNext
+    from greenvis.techniques.inference.tokens.image_tokens import ImageTokens
     from greenvis.techniques.inference.tokens.token_merge import TokenMerge
     from greenvis.techniques.inference.tokens.token_prune import TokenPrune
     from greenvis.techniques.iteration.continual.hat import Hat
@@ -94,13 +96,14 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
-    "CoTeaching", "Consistency", "CrossModal", "Dino", "Distill", "Dividemix", "Dsu", "EarlyExit",
-    "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat", "Installed", "LayerDecay",
-    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae",
-    "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels",
-    "Pnn", "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay",
-    "Res2Net", "Reuse", "Rotation", "Sam", "Shot", "Side", "Simclr", "Swad", "Technique",
-    "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
+    "CoTeaching", "Consistency", "CrossModal", "Dino", "Distill", "Dividemix", "Dsu",
+    "EarlyExit", "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat",
+    "ImageTokens", "Installed", "KvCache", "LayerDecay", "LinearAttention", "LinearProbe",
+    "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm",
+    "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Prompt",
+    "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
+    "Reuse", "Rotation", "Sam", "Shot", "Side", "Simclr", "Swad", "Technique", "TestTime",
+    "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
     "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

@@ -52,6 +52,7 @@ PROPERTIES: dict[str, str] = {
     "trainable_base": "a base whose own weights train",
     "single_output": "one output for each sample",
     "gradients": "gradients for what it trains",
+    "every_block": "every token through every block",
     "bare_layers": "layers that nothing is wrapped around",
 }
 

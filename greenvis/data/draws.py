@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greenvis.data import bags, captions
+from greenvis.data import bags, captions, questions
 from greenvis.data.changes import SORTED, Change, Changed, in_order, parse
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
@@ -89,6 +89,8 @@ def assign(pool: Data, spec: DataSpec, seed: int) -> Data:
         target=target, tests=tests, truth=truth, settings=settings,
     )  # fmt: skip
     _keep_apart(out)
+    if spec.questions is not None:
+        return _asked(out, spec.questions, spec.seed)
     return out if spec.captions is None else _captioned(out, spec.captions)
 
 
@@ -113,12 +115,29 @@ def _bagged(pool: Data, spec: BagsSpec, draw: Draw, test_seed: int) -> Data:
     return replace(pool, **dealt, tests=tests, classes=bags.CLASSES)
 
 
-def _captioned(images: Data, template: str) -> Data:
-    """Return the images with their texts, of the words of those trained on."""
+def _texted(images: Data) -> dict[str, ImageSet]:
+    """Return the sets whose images get texts, by role; those of further tests by "test NAME"."""
     named = {"train": images.train, "held_out": images.held_out, "test": images.test}
-    sets = {role: part for role, part in named.items() if part is not None} | {
+    return {role: part for role, part in named.items() if part is not None} | {
         f"test {name}": part for name, part in images.tests.items()
     }
+
+
+def _asked(images: Data, count: int, seed: int) -> Data:
+    """Return the images with questions, of the words of those trained on."""
+    sets = _texted(images)
+    pairs = {role: questions.ask(p, images.classes, count, seed) for role, p in sets.items()}
+    known = questions.vocabulary(pairs["train"])
+    out: dict[str, Any] = {
+        role: questions.asked(part, pairs[role], known) for role, part in sets.items()
+    }
+    tests = {name: out.pop(f"test {name}") for name in images.tests}
+    return replace(images, **out, tests=tests, words=known)
+
+
+def _captioned(images: Data, template: str) -> Data:
+    """Return the images with their texts, of the words of those trained on."""
+    sets = _texted(images)
     texts = {role: captions.texts_of(p, images.classes, template) for role, p in sets.items()}
     if not any(texts["train"]):
         raise BadInput("data: captions need the name or the class of each image, and have neither")

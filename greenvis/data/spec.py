@@ -87,7 +87,7 @@ class BagsSpec(_Section):
     ]
 
 
-ROLES = ("labels", "unlabeled", "noise", "imbalance", "domains", "bags", "captions")
+ROLES = ("labels", "unlabeled", "noise", "imbalance", "domains", "bags", "captions", "questions")
 
 
 class DataSpec(_Section):
@@ -177,6 +177,11 @@ class DataSpec(_Section):
         description='a text with each image, such as "a picture of {name}": its own name where '
         "the data has such, else that of its class",
     )
+    questions: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        default=None,
+        description="so many questions about each image, answered by rule from its mask, for the "
+        "task vqa",
+    )
     skip_broken: bool = Field(
         default=False,
         description="leave out images that cannot be read and classes without images (the record "
@@ -224,6 +229,10 @@ class DataSpec(_Section):
                 "a bag has a label and no text, and captions are of single images; leave one of "
                 "them out"
             )
+        beside = [r for r in ("bags", "captions", "noise") if getattr(self, r) is not None]
+        if self.questions is not None and beside:
+            raise ValueError(f"questions are of images with masks, without {beside[0]}; leave one "
+                             "of them out")  # fmt: skip
         if self.captions is not None and self.noise is not None:
             raise ValueError("noise is of classes, and captions have none; leave one of them out")
         if self.views is not None and self.augment == "none":

@@ -90,3 +90,47 @@ def clip(
     from greenvis.models.dual import clip_of
 
     return clip_of(in_chans, img_size, patch_size, embed_dim, depth, num_heads, tokens, length)
+
+
+def llava(
+    *,
+    num_classes: int = 10,
+    in_chans: int = 3,
+    img_size: int = 48,
+    patch_size: int = 8,
+    vision_dim: int = 96,
+    vision_depth: int = 3,
+    embed_dim: int = 128,
+    depth: int = 4,
+    num_heads: int = 4,
+    tokens: int = 64,
+    length: int = 32,
+) -> nn.Module:
+    """Return a small Llava (Liu et al., 2023) of transformers with random weights: a CLIP of images
+    whose patches are words to a Llama.
+
+    Args:
+        num_classes: Not used: its answers are texts.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels.
+        patch_size: Side of a patch in pixels.
+        vision_dim: Width of the part that reads images.
+        vision_depth: Its blocks.
+        embed_dim: Width of the part that reads and writes words.
+        depth: Its blocks.
+        num_heads: Heads of the attention of both.
+        tokens: Size of the vocabulary; 0 pads, the largest ends an answer. The number behind it
+            stands for a patch.
+        length: The most tokens of question and answer.
+
+    Returns:
+        The model, called with pixel_values and input_ids.
+    """
+    from greenvis.models.llava import llava_of
+
+    vision = {
+        "hidden_size": vision_dim, "num_hidden_layers": vision_depth, "num_channels": in_chans,
+        "image_size": img_size, "patch_size": patch_size,
+    }  # fmt: skip
+    text = {"hidden_size": embed_dim, "num_hidden_layers": depth}
+    return llava_of(vision, text, num_heads, tokens, length)

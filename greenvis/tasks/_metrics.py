@@ -201,6 +201,31 @@ class BagAuc(MulticlassAUROC):
         return _mean(super().compute(), (counts > 0) & (counts < len(target)))
 
 
+class ExactMatch(Metric):
+    """Share of answers that are right in every token, 0 to 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("right", "known"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), "sum")
+        self.right: Tensor
+        self.known: Tensor
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add logits (batch, steps, vocabulary) and answers (batch, tokens), -1 behind their
+        end."""
+        tokens = preds.argmax(-1)[:, : target.shape[1]]
+        tokens = F.pad(tokens, (0, target.shape[1] - tokens.shape[1]), value=UNKNOWN - 1)
+        known = (target != UNKNOWN).any(1)
+        right = ((tokens == target) | (target == UNKNOWN)).all(1)
+        self.right += (right & known).sum()
+        self.known += known.sum()
+
+    def compute(self) -> Tensor:
+        """Return the share; 0 of none."""
+        return self.right / self.known.clamp(min=1)
+
+
 def _mean(values: Tensor, among: Tensor) -> Tensor:
     """Return the mean of some values, 0 of none."""
     picked = torch.where(among, values.double(), 0.0)

@@ -24,6 +24,7 @@ FORMS: dict[str, str] = {
     "detection": "boxes with classes; the model has its own loss",
     "bags": "one class per bag of images: logits (bags, classes), labels (bags,)",
     "image_text": "images and texts that belong together: embeddings of both",
+    "vqa": "a question about each image, answered in words: logits (batch, tokens, vocabulary)",
     "generation": "images that the model draws; it has its own loss",
 }
 UNKNOWN = -1  # a label that is not known

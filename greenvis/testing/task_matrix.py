@@ -158,6 +158,8 @@ def task_hosts() -> list[TaskHost]:
                  lambda: (Example((x.clone(),), {"bag": rows}), numbers[:3])),
         TaskHost("image_text", plain("clip", **small),
                  lambda: (Example((x.clone(), tokens)), numbers)),
+        TaskHost("vqa", plain("llava", vision_dim=32, vision_depth=1, depth=2, **small),
+                 lambda: (Example((x.clone(), tokens)), tokens.masked_fill(tokens == 0, -1))),
         TaskHost("detection", detector, images([box] * 4)),
         TaskHost("generation", plain("vae", num_classes=5, in_chans=3, img_size=32),
                  images(numbers)),

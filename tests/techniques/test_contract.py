@@ -37,6 +37,8 @@ WORKS = {
     "feature_distill": 19,
     "fishr": 15,
     "hat": 15,
+    "image_tokens": 0,
+    "kv_cache": 0,  # none of them answers in words
     "layer_decay": 19,
     "linear_attention": 9,
     "linear_probe": 20,

@@ -16,9 +16,19 @@ HOSTS = {host.task: host for host in task_hosts()}
 FAST = ("multilabel", "segmentation", "bags", "generation")  # of one example each
 # technique: tasks on which an example of it trains
 SURE = {
-    "lora": {"classification", "multilabel", "regression", "segmentation", "bags", "image_text"},
+    "lora": {
+        "classification",
+        "multilabel",
+        "regression",
+        "segmentation",
+        "bags",
+        "image_text",
+        "vqa",
+    },
     "distill": {"classification", "segmentation", "bags"},
     "cross_modal": {"image_text"},
+    "image_tokens": {"vqa"},
+    "kv_cache": {"vqa"},
     "lwf": {"classification", "segmentation"},
     "token_merge": {"classification", "multilabel", "regression", "bags"},
     "sam": set(HOSTS),

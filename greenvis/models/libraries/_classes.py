@@ -5,17 +5,16 @@ from __future__ import annotations
 import importlib
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from greenvis.core import files, weights
 from greenvis.errors import BadInput, nearest, some
+from greenvis.models.completion import Completed, image_and_text, image_and_time
 from greenvis.models.libraries._loading import Request, check_options, load_pretrained
-from greenvis.models.structure.probing import is_probing
 
 MOST_BYTES = 2**20  # of a config.json
 WORDS = {
@@ -34,7 +33,6 @@ OF_IMAGES = ("in_chans", "img_size", "patch_size")
 PARTS = ("text_config", "vision_config")
 # tokens that are no words: 0 pads, the last but one begins a text, the last ends it
 ENDS = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 1}
-TEXT_SIZE = 16  # of the states that stand for a text while a model's parts are looked at
 
 
 class Resolved(NamedTuple):
@@ -77,7 +75,7 @@ def build_transformers(request: Request) -> nn.Module:
         text = getattr(config, "text_config", config)
         if not resolved.cls.can_generate():
             return DualEncoder(model, int(getattr(text, "max_position_embeddings", 77)))
-    model.register_forward_pre_hook(_Completed(_image_and_text), with_kwargs=True)
+    model.register_forward_pre_hook(Completed(image_and_text), with_kwargs=True)
     return model
 
 
@@ -105,7 +103,7 @@ def build_diffusers(request: Request) -> nn.Module:
     resolved = check_diffusers(request)
     model = resolved.cls(**resolved.values)
     _load(model, request, resolved)
-    model.register_forward_pre_hook(_Completed(_image_and_time), with_kwargs=True)
+    model.register_forward_pre_hook(Completed(image_and_time), with_kwargs=True)
     return model
 
 
@@ -243,49 +241,3 @@ def _from_folder(request: Request, resolved: Resolved, config: Any) -> nn.Module
             f"shape: {some(wrong)}"
         )
     return model
-
-
-class _Completed:
-    """Calls a model with more than the image while its parts are looked at, and only then."""
-
-    def __init__(self, complete: Callable[[nn.Module, Tensor], dict[str, Any]]) -> None:
-        self.complete = complete
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if is_probing(module) and len(args) == 1 and not kwargs:
-            return (), self.complete(module, args[0])
-        return None
-
-
-def _image_and_time(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Return what a denoising network takes beside images: time 0, class 0, an empty text."""
-    takes = inspect.signature(model.forward).parameters
-    config: Any = model.config
-    first = next(iter(takes))
-    out = {first: x, "timestep": torch.zeros(len(x), dtype=torch.int64, device=x.device)}
-    classes = [config.get("num_class_embeds"), config.get("num_embeds_ada_norm")]
-    if "class_labels" in takes and any(classes):
-        out["class_labels"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    width = next(
-        (config[k] for k in ("cross_attention_dim", "joint_attention_dim") if config.get(k)), None
-    )
-    if "encoder_hidden_states" in takes and isinstance(width, int):
-        out["encoder_hidden_states"] = x.new_zeros(len(x), TEXT_SIZE, width)
-    return out
-
-
-def _image_and_text(model: nn.Module, x: Tensor) -> dict[str, Any]:
-    """Return what a model of transformers takes beside images: a text that holds one image."""
-    takes, config = inspect.signature(model.forward).parameters, cast(Any, model.config)
-    out: dict[str, Any] = {"pixel_values": x}
-    if "input_ids" in takes:
-        names = ("image_token_id", "image_token_index")
-        number = next((getattr(config, n) for n in names if hasattr(config, n)), 1)
-        ids = [1]
-        vision = getattr(config, "vision_config", None)
-        if vision is not None and number != 1:
-            ids = [number] * ((vision.image_size // vision.patch_size) ** 2) + ids
-        out["input_ids"] = torch.tensor([ids] * len(x), device=x.device)
-    if "decoder_input_ids" in takes:
-        out["decoder_input_ids"] = torch.ones(len(x), 1, dtype=torch.int64, device=x.device)
-    return out

@@ -63,6 +63,7 @@ class EarlyExit(Technique):
     name = "early_exit"
     stage = "exits"
     needs = frozenset({"batch_independence"})
+    breaks = frozenset({"every_block"})
     tasks = CLASSES
     instead = (
         "an exit is sure of one class; a smaller model, or fewer tokens, answers any task for less"
