@@ -112,6 +112,23 @@ def test_a_long_computation_that_holds_the_interpreter_is_no_pause(tmp_path: Pat
     assert run.sum("paused_wall_s") is None
 
 
+def test_what_waits_for_a_processor_that_others_have_is_no_pause(tmp_path: Path) -> None:
+    begin = (
+        "import os, subprocess\n"
+        "os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])\n"
+        "os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+    )
+    hog = (
+        "others = subprocess.Popen([sys.executable, '-c', 'import os, time; "
+        "os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0)); end = time.process_time() "
+        "+ 3\\nwhile time.process_time() < end: pass'])\n    "
+        "while others.poll() is None: burn(0.01)\n    "
+        "print('now', flush=True); sys.stdin.readline()"
+    )
+    run, _ = run_it(tmp_path, begin + BUSY + hog, stopped=False)
+    assert run.sum("paused_wall_s") is None
+
+
 def test_a_command_that_is_stopped_is_not_charged(tmp_path: Path) -> None:
     command = "import os, signal; print(os.getpid(), flush=True); input()"
     body = (
