@@ -17,15 +17,15 @@ from greenvis.data import layouts
 from greenvis.data.image_set import Concat
 from greenvis.data.splits import Boxes, Split
 from greenvis.errors import BadInput
+from greenvis.experiment import generators
 from greenvis.experiment.jobs import SYNTHESIS_FILE
 from greenvis.experiment.recipe import SynthesisSpec
 from greenvis.meters.track import Tracker
-from greenvis.models.vae import Vae
 
 if TYPE_CHECKING:
     from greenvis.experiment.prepare import Prepared
 
-MOST_VALUES = 3 * 64 * 64  # of an image: a perceptron draws no larger one worth training on
+MOST_VALUES = 3 * 64 * 64  # of an image: generators so small draw no larger one
 MOST_CROPS = 200  # of a class
 ROWS = 256  # images whose distances are held at once
 
@@ -62,9 +62,9 @@ def planned(prepared: Prepared, spec: SynthesisSpec) -> dict[int, int]:
     """
     images = prepared.images.train
     channels, height, width = images.shape
-    if spec.by == "cvae" and channels * height * width > MOST_VALUES:
+    if spec.by in generators.GENERATORS and channels * height * width > MOST_VALUES:
         raise BadInput(
-            f"synthesis by cvae draws images of up to {MOST_VALUES:,} values, not "
+            f"synthesis by {spec.by} draws images of up to {MOST_VALUES:,} values, not "
             f"{channels * height * width:,}: set data.img_size"
         )
     if spec.layout is None:
@@ -148,7 +148,8 @@ def _drawn(
         state = weights.read_state(file)
     else:
         labels = torch.cat([torch.full((n,), c) for c, n in short.items()])
-        pixels = _cvae(prepared.images.train, labels, spec, prepared.seed, tracker)
+        train = prepared.images.train
+        pixels = _bytes(generators.draw(train, labels, spec, prepared.seed, tracker), train)
         state = {"images": pixels, "labels": labels}
         if file is not None:
             weights.write(file, state, {"by": spec.by, "seed": prepared.seed})
@@ -217,7 +218,7 @@ def _showing(images: data.ImageSet) -> Tensor:
     if images.split.kind not in ("mask", "box"):
         raise BadInput(
             "synthesis by layout cuts objects out by their masks or boxes, and these images have "
-            f"labels of kind {images.split.kind}: choose oversample or cvae"
+            f"labels of kind {images.split.kind}: choose oversample, cvae, gan or diffusion"
         )
     counts: Counter[int] = Counter()
     plain = images.plain()
@@ -231,30 +232,6 @@ def _showing(images: data.ImageSet) -> Tensor:
 def _groups(images: data.ImageSet) -> Tensor:
     """Return the class of each image; 0 where images have no one class."""
     return images.targets if images.split.kind == "class" else torch.zeros(len(images)).long()
-
-
-def _cvae(
-    images: data.ImageSet, labels: Tensor, spec: SynthesisSpec, seed: int, tracker: Tracker
-) -> Tensor:
-    """Train a conditional variational autoencoder on all classes, and draw images of `labels`:
-    uint8 (n, C, H, W)."""
-    plain = images.plain()
-    channels, side, _ = images.shape
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = Vae(int(images.targets.max()) + 1, channels, side)
-        optimizer = torch.optim.Adam(model.parameters(), lr=spec.lr)
-        for epoch in range(spec.epochs):
-            loader = data.batches(plain, spec.batch_size, epoch=epoch, seed=seed, shuffle=True)
-            for x, y in tracker.steps(loader, phase=None, progress=False):
-                loss = model(x, y)["loss"]
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-        model.eval()
-        with torch.no_grad():
-            drawn = torch.cat([model.sample(part) for part in labels.split(ROWS)])
-    return _bytes(drawn, images)
 
 
 def _bytes(x: Tensor, images: data.ImageSet) -> Tensor:
@@ -276,4 +253,4 @@ def _pixels(images: data.ImageSet, rows: Tensor) -> Tensor:
 # by name, what makes images
 MAKERS: dict[
     str, Callable[[Prepared, Mapping[int, int], SynthesisSpec, Tracker], data.ImageSet]
-] = {"oversample": _again, "cvae": _drawn, "layout": _composed}
+] = {"oversample": _again, "layout": _composed, **dict.fromkeys(generators.GENERATORS, _drawn)}

@@ -223,7 +223,7 @@ def _making(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
 def _synthesis(prepared: Prepared) -> tuple[Figures, dict[str, Any]] | None:
     """Make the arm's images after fewer epochs, and scale them up; None where it makes none."""
     spec = prepared.job.arm.synthesis
-    if spec is None or spec.by != "cvae":
+    if spec is None or spec.by in ("oversample", "layout"):
         return None
     few = min(EPOCHS, spec.epochs)
     short = replace(prepared, short=Short())

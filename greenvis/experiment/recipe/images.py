@@ -52,10 +52,12 @@ class SynthesisSpec(Section):
     """Images made for scarce classes, beside the real ones; what it takes to make them is the
     arm's."""
 
-    by: Literal["oversample", "cvae", "layout"] = Field(
+    by: Literal["oversample", "cvae", "layout", "gan", "diffusion"] = Field(
         "oversample",
         description="real images shown again, the baseline of all others; drawn by a conditional "
-        "variational autoencoder; objects of real images pasted on others, with masks or boxes",
+        "variational autoencoder; objects of real images pasted on others, with masks or boxes; "
+        "drawn by an adversarial network with differentiable augmentation, or by a diffusion model "
+        "with guidance",
     )
     per_class: Positive | None = Field(
         None, description="images each class is brought to; as the largest where absent"
@@ -74,7 +76,8 @@ class SynthesisSpec(Section):
     def _none_is_idle(self) -> Self:
         if self.layout is not None and self.per_class is not None:
             raise ValueError("a layout file says how many images are made; leave per_class out")
-        drawn = dict.fromkeys(("epochs", "batch_size", "lr"), ("by", ("cvae",)))
+        learned = ("by", ("cvae", "gan", "diffusion"))
+        drawn = dict.fromkeys(("epochs", "batch_size", "lr"), learned)
         return refuse_idle(self, {**drawn, "layout": ("by", ("layout",))})
 
 
