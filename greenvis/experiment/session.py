@@ -16,6 +16,7 @@ from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
 from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages, synthesis
+from greenvis.experiment.drawn import drawn
 from greenvis.experiment.jobs import (
     WEIGHTS_FILE,
     Job,
@@ -271,12 +272,21 @@ def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Track
     serve = prepared.job.arm.serve
     x, y = next(iter(data.batches(test, 64 if serve is None else serve.batch_size)))
     tracker.fact(**measure(served(model, prepared.task, x, y), x, tracker))
+    device = next(model.parameters()).device
+    answer = lambda x, y: prepared.task.answer(model, x.to(device), _on(y, device))  # noqa: E731
     if live.operating_points():
-        device = next(model.parameters()).device
-        answer = lambda x: prepared.task.outputs(model(x.to(device)))  # noqa: E731
         batches = lambda: data.batches(test, 64)  # noqa: E731
         points = compare(live.operating_points, answer, batches, tracker, task=prepared.task)
         tracker.fact(operating_points=points)
+    if shown := drawn(
+        live.operating_points, answer, prepared.task, test, len(prepared.images.classes)
+    ):
+        tracker.fact(drawn=shown)
+
+
+def _on(labels: object, device: torch.device) -> object:
+    """Return labels on a device; lists of boxes are read by no answer, and stay."""
+    return labels.to(device) if isinstance(labels, torch.Tensor) else labels
 
 
 def _calibrated(prepared: Prepared, live: Wrapped, tracker: Tracker) -> dict[str, float]:

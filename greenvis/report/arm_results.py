@@ -72,6 +72,17 @@ class Setting(Part):
     macs_ratio: Number
     realised: Number
     exits: list[Float]
+    calls: Number = None  # of a network per image drawn
+    class_entropy: Number = None  # in bits, of what was drawn
+
+
+class Picture(Part):
+    """Images that a model drew at one setting: bytes (count, channels, height, width), compressed
+    by zlib, as base64."""
+
+    setting: Word
+    shape: tuple[int, int, int, int]
+    pixels: Annotated[str, Field(max_length=200_000)]
 
 
 class Continual(Part):
@@ -199,6 +210,7 @@ class ArmResults(Part):
     techniques: list[Word | dict[Word, Any]] | None = None
     predicted: dict[Word, Planned] | None = None
     operating_points: list[Setting] = []
+    drawn: Annotated[list[Picture], Field(max_length=100)] = []  # of the first seed
     continual: Continual | None = None
     outputs: Annotated[list[Outputs], Field(alias="kept")] = []
     teachers: Teachers | None = None

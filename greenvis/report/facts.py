@@ -101,6 +101,8 @@ class Operated:
     spread: float | None
     macs: float | None
     exits: list[float] | None
+    calls: float | None
+    class_entropy: float | None
 
     @classmethod
     def read(cls, entry: Mapping[str, Any], metric: str) -> Operated:
@@ -114,6 +116,8 @@ class Operated:
             number(energy.get("spread")),
             number(entry.get("macs")),
             exits if isinstance(exits, list) and exits and all(map(is_number, exits)) else None,
+            number(entry.get("network_calls")),
+            number(entry.get("class_entropy")),
         )
 
 
@@ -140,6 +144,7 @@ class Facts:
     codecarbon: Free | None
     predicted: dict[str, dict[str, float]]  # value, low and high by quantity
     settings: dict[str, Operated]
+    drawn: list[Free]  # images by setting
     outputs: list[Free]  # entries with `COUNTS` and "part"
     conflicts: list[dict[str, list[float]]]
     teacher_weights: dict[str, float]
@@ -197,6 +202,7 @@ class Facts:
                 if isinstance(band, Mapping) and all(is_number(band.get(b)) for b in BOUNDS)
             },
             settings=_settings(points, measures),
+            drawn=[dict(e) for e in _list(facts.get("drawn")) if isinstance(e, Mapping)],
             outputs=_outputs(facts),
             conflicts=[
                 {measure: value[measure] for measure in CONFLICT}

@@ -7,9 +7,10 @@ import math
 
 from greenvis.report import stats
 from greenvis.report.arm_results import Setting
+from greenvis.report.facts import Operated
 from greenvis.report.runs import Arm
 
-FIRST = "never"  # the setting that changes nothing, to which the others are compared
+FIRST = "never"  # the setting the others are compared to; where it is absent, the first
 
 
 def settings(arm: Arm) -> list[Setting]:
@@ -17,7 +18,7 @@ def settings(arm: Arm) -> list[Setting]:
     seeds = [run.facts.settings for run in arm.finished.values()]
     out = []
     for name in dict.fromkeys(name for settings in seeds for name in settings):
-        both = [(of[name], of.get(FIRST)) for of in seeds if name in of]
+        both = [(of[name], of.get(FIRST, next(iter(of.values())))) for of in seeds if name in of]
         own = [point for point, _ in both]
         energy = _mean([_ratio(a.inference_energy_j, b and b.inference_energy_j) for a, b in both])
         macs = _mean([_ratio(a.macs, b and b.macs) for a, b in both])
@@ -33,9 +34,16 @@ def settings(arm: Arm) -> list[Setting]:
                 macs_ratio=macs,
                 realised=_realised(energy, macs),
                 exits=_shares([a.exits for a in own if a.exits]),
+                **_drawn(own),
             )
         )
     return out
+
+
+def _drawn(own: list[Operated]) -> dict[str, float]:
+    """Return what is known of settings by which images are drawn."""
+    means = {k: _mean([getattr(a, k) for a in own]) for k in ("calls", "class_entropy")}
+    return {k: v for k, v in means.items() if v is not None}
 
 
 def _ratio(above: float | None, below: float | None) -> float | None:

@@ -19,6 +19,7 @@ ORDER = (
     "frontier",
     "figures",
     "settings",
+    "drawn",
     "labels",
     "cycle",
     "",
