@@ -54,6 +54,11 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.kv_cache.kv_cache import KvCache
     from greenvis.techniques.inference.precision.low_precision import LowPrecision
     from greenvis.techniques.inference.reparam.reparam import Reparam
+    from greenvis.techniques.inference.sampling.consistency_model import ConsistencyModel
+    from greenvis.techniques.inference.sampling.feature_cache import FeatureCache
+    from greenvis.techniques.inference.sampling.flow import Flow
+    from greenvis.techniques.inference.sampling.progressive import Progressive
+    from greenvis.techniques.inference.sampling.sampler import Sampler
     from greenvis.techniques.inference.structure.res2net import Res2Net
     from greenvis.techniques.inference.structure.rfnext import RFNext
     from greenvis.techniques.inference.tokens.image_tokens import ImageTokens
@@ -96,14 +101,14 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
-    "CoTeaching", "Consistency", "CrossModal", "Dino", "Distill", "Dividemix", "Dsu",
-    "EarlyExit", "Ema", "Experts", "FeatureDistill", "Fishr", "GreenvisError", "Hat",
-    "ImageTokens", "Installed", "KvCache", "LayerDecay", "LinearAttention", "LinearProbe",
-    "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm",
-    "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Prompt",
-    "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
-    "Reuse", "Rotation", "Sam", "Shot", "Side", "Simclr", "Swad", "Technique", "TestTime",
-    "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
+    "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill", "Dividemix",
+    "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill", "Fishr", "Flow",
+    "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache", "LayerDecay", "LinearAttention",
+    "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm",
+    "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Progressive",
+    "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
+    "Reuse", "Rotation", "Sam", "Sampler", "Shot", "Side", "Simclr", "Swad", "Technique",
+    "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
     "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 

@@ -119,28 +119,28 @@ def _since(before: Mapping[str, float], run: Tracker) -> dict[str, float]:
 
 def compare(
     points: Callable[[], Mapping[str, AbstractContextManager[dict[str, Any]]]],
-    answer: Callable[[Any], Tensor],
+    answer: Callable[[Any, Any], Any],
     batches: Callable[[], Iterable[Any]],
     run: Tracker,
     turn: int = TURN,
     task: Task | None = None,
 ) -> list[dict[str, Any]]:
     """Return what a model that can be switched reaches and costs at each setting: the task's
-    primary metric by its name, observations, facts of its own.
+    metrics by name, observations, facts of its own.
 
     points: gives contexts by name, new ones at each call; each gives a mapping that holds facts of
     what was answered within: lists of counts, which add up, and numbers, means over images; and,
     under "answer", how it answers an iterator of images by one of logits, where that is not batch
-    by batch. answer: images to the outputs of the task, classification by default. batches:
-    (x, y) to serve, and again in each pass; reading
-    them is not counted. Settings take turns at every `turn` batches, in turned order at every other
-    turn, so that a neighbour's load meets all alike. Each turn begins with fresh memory, which lies
-    better or worse by chance, and two batches beforehand that are not counted. Passes are repeated
-    until the ratio of energies to the first setting's is steady.
+    by batch. answer: images and labels to the outputs of the task, classification by default.
+    batches: (x, y) to serve, and again in each pass; reading them is not counted. Settings take
+    turns at every `turn` batches, in turned order at every other turn, so that a neighbour's load
+    meets all alike. Each turn begins with fresh memory, which lies better or worse by chance, and
+    two batches beforehand that are not counted. Passes are repeated until the ratio of energies to
+    the first setting's is steady.
     "passes": what each observed (`serving.settings` prices them).
     """
     task = task or Classification()
-    metrics: dict[str, Metric] = {}
+    metrics: dict[str, dict[str, Metric]] = {}
     facts: dict[str, list[tuple[int, Mapping[str, Any]]]] = {}
     passes: dict[str, list[dict[str, float]]] = {}
     images, started = 0, time.perf_counter()
@@ -162,8 +162,9 @@ def compare(
                 if not number:
                     for outputs, (_, y) in zip(answers, part, strict=True):
                         if name not in metrics:
-                            metrics[name] = _metric(task, outputs)
-                        metrics[name].update(outputs, y)
+                            metrics[name] = _metrics(task, outputs)
+                        for metric in metrics[name].values():
+                            metric.update(outputs, y)
                     facts.setdefault(name, []).append((size, stats))
             images += 0 if number else size
         for name, observed in spent.items():
@@ -171,7 +172,7 @@ def compare(
     return [
         {
             "setting": name,
-            task.primary.name: float(metrics[name].compute()),
+            **{key: float(metric.compute()) for key, metric in metrics[name].items()},
             "images": images,
             "passes": passes[name],
         }
@@ -190,18 +191,17 @@ def _summed(sums: Mapping[str, float] | None, more: Mapping[str, float]) -> dict
     }
 
 
-def _metric(task: Task, outputs: Any) -> Metric:
-    classes = 0 if task.class_axis is None else outputs.shape[task.class_axis]
-    return task.metrics(classes)[task.primary.name]
+def _metrics(task: Task, outputs: Any) -> dict[str, Metric]:
+    return task.metrics(0 if task.class_axis is None else outputs.shape[task.class_axis])
 
 
 def _answers(
-    part: Sequence[tuple[Any, Any]], stats: dict[str, Any], answer: Callable[[Any], Any]
+    part: Sequence[tuple[Any, Any]], stats: dict[str, Any], answer: Callable[[Any, Any], Any]
 ) -> list[Any]:
     """Answer these batches, as the setting that gave `stats` does, and return the answers, on the
     CPU."""
-    own, inputs = stats.pop("answer", None), (x for x, _ in part)
-    answers = map(answer, inputs) if own is None else own(inputs)
+    own = stats.pop("answer", None)
+    answers = (answer(x, y) for x, y in part) if own is None else own(x for x, _ in part)
     return [tree_map(lambda t: t.cpu() if isinstance(t, Tensor) else t, a) for a in answers]
 
 

