@@ -5,7 +5,9 @@ from __future__ import annotations
 import tempfile
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
 import greenvis as gv
 from greenvis.models.pipeline import Pipeline

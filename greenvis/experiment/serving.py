@@ -37,6 +37,13 @@ class Served(nn.Module):
             labels = labels.to(x.device)
         return self.task.answer(self.model, x, labels)
 
+    def repeated(self, x: Any) -> tuple[nn.Module, Any, float] | None:
+        """Return the module that one image of x is made by calling, an example of what it is called
+        with, and how often; None where a single forward makes it."""
+        part: Any = getattr(self.model, "repeated", None)
+        labels = self.labels[: len(x)]
+        return None if part is None else part(labels.to(x.device))
+
 
 def served(model: nn.Module, task: Task, x: Any, labels: Any) -> nn.Module:
     """Return what answers batches like (x, labels): the model itself where it needs no more."""

@@ -44,13 +44,17 @@ def measure(model: nn.Module, x: Tensor, run: Tracker) -> dict[str, Any]:
     """Return MACs, parameters, latency, throughput and what serving was observed to take
     (`serving.image` prices it).
 
-    x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is.
+    x: a batch (batch, C, H, W) as it is served. The model is measured in eval mode, as it is. Where
+    it says what it calls again and again for an image (`repeated`: a module, what it is called
+    with, how often), that is counted once.
     """
     x = x.to(next(model.parameters(), x).device)
-    count = flops.count(model, x[:1])
-    macs, spread = count.macs, {}
+    part: Any = getattr(model, "repeated", lambda x: None)(x[:1])
+    network, shown, times = part or (model, x[:1], 1)
+    count = flops.count(network, shown)
+    macs, spread = round(count.macs * times), {}
     # it may do more for some images than for others
-    if count.with_data:
+    if part is None and count.with_data:
         distribution = flops.distribution(model, [x])
         macs, spread = (
             distribution["mean"],

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greenvis.core.example import Example
 from greenvis.core.modes import removing
 from greenvis.errors import BadInput, nearest
 
@@ -401,6 +402,19 @@ class Diffusion(Drawing):
 
     def draw(self, y: Tensor, generator: torch.Generator | None) -> Tensor:
         return self.unscaled(self.solve(self.noise(len(y), generator), y, generator))
+
+    @torch.no_grad()
+    def repeated(self, y: Tensor) -> tuple[nn.Module, Example, float]:
+        """Return the network, an example of what it is called with, and its calls for one image.
+
+        Args:
+            y: Classes (batch,).
+        """
+        with counting(self.network) as rows:
+            self.sample(y)
+        more = {"class_labels": y.clamp(min=0)} if self.classes else {}
+        t = torch.zeros(len(y), dtype=torch.int64, device=y.device)
+        return self.network, Example((self.noise(len(y)), t), more), rows[0] / len(y)
 
     @torch.no_grad()
     def solve(self, noise: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:

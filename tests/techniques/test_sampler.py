@@ -178,3 +178,16 @@ def test_on_tasks_it_works_for_generation_alone() -> None:
     model, (x, y) = diffusion(), batch()
     drawn = Generation().answer(model, x, y)
     assert drawn.images.shape == x.shape
+
+
+def test_what_an_image_costs_is_counted_on_one_call_of_the_network() -> None:
+    from greenvis.experiment.serving import Served
+    from greenvis.meters import flops
+
+    model, (x, y) = diffusion(), batch()
+    model.set(Setting("heun", 3))
+    network, example, calls = Served(model, Generation(), y).repeated(x[:2]) or (None, None, 0)
+    assert network is model.network
+    assert calls == 5
+    assert flops.count(model.network, example).macs > 1e4
+    assert Served(default_hosts()[2].build(), Generation(), y).repeated(x[:1]) is None

@@ -103,7 +103,7 @@ class Reuse:
         self._number = 0  # of its branch
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
+        x: Any = args[0] if args else kwargs.get("sample", kwargs.get("hidden_states"))
         t = args[1] if len(args) > 1 else kwargs.get("timestep")
         now = float(torch.as_tensor(t).flatten()[0])
         time, *same = self._last
