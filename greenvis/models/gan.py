@@ -91,9 +91,9 @@ class Generator(nn.Module):
         self.first = nn.Linear(2 * CODE, 4 * WIDTH * self.sides[0] * self.sides[1])
         self.layers = nn.Sequential(
             nn.BatchNorm2d(4 * WIDTH), nn.ReLU(), nn.Upsample(scale_factor=2),
-            nn.Conv2d(4 * WIDTH, 2 * WIDTH, 3, padding=1),
+            nn.Conv2d(4 * WIDTH, 2 * WIDTH, 3, padding=1, bias=False),
             nn.BatchNorm2d(2 * WIDTH), nn.ReLU(), nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1),
+            nn.Conv2d(2 * WIDTH, WIDTH, 3, padding=1, bias=False),
             nn.BatchNorm2d(WIDTH), nn.ReLU(), nn.Conv2d(WIDTH, shape[0], 3, padding=1), nn.Tanh(),
         )  # fmt: skip
 
@@ -159,7 +159,7 @@ def step(
     of_generator.zero_grad()
     loss.backward()
     of_generator.step()
-    return float(loss), float(own)
+    return loss.item(), own.item()
 
 
 def in_range(pixels: Tensor) -> Tensor:
