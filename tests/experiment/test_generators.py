@@ -94,8 +94,9 @@ def test_the_judge_learns_until_it_is_sure_and_the_generator_follows() -> None:
         torch.optim.Adam(judge.parameters(), 1e-3),
     )
     x, y = torch.rand(6, 1, 5, 5) * 2 - 1, torch.arange(6) % 3
-    before = [p.detach().clone() for m in (generator, judge) for p in m.parameters()]
+    named = {n: p for m in (generator, judge) for n, p in m.named_parameters()}
+    before = {n: p.detach().clone() for n, p in named.items()}
     losses = gan.step(generator, judge, x, y, optimizers)
     assert all(isinstance(v, float) for v in losses)
-    after = [p for m in (generator, judge) for p in m.parameters()]
-    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    still = {n for n, p in named.items() if torch.equal(p, before[n])}
+    assert still <= {"last.bias"}  # which moves only once the judge is sure of some image

@@ -146,7 +146,7 @@ def test_bad_input_says_what_to_do(tmp_path: Path) -> None:
     stand_in: Any = SimpleNamespace(images=SimpleNamespace(train=big))
     with pytest.raises(BadInput, match=r"set data\.img_size"):
         synthesis.planned(stand_in, SynthesisSpec(by="cvae"))
-    with pytest.raises(BadInput, match="choose oversample or cvae"):
+    with pytest.raises(BadInput, match="choose oversample, cvae, gan or diffusion"):
         synthesis.planned(stand_in, SynthesisSpec(by="layout"))
     assert not (tmp_path / "runs/tiny/a").exists()
 
