@@ -77,7 +77,8 @@ def _diffusion(images: data.ImageSet, batches: Batches, lr: float) -> Callable[[
     """Return what draws with guidance (Ho et al., 2020; Ho and Salimans, 2022) and DPM-Solver++,
     of the mean of the weights of training."""
     from greenvis import models
-    from greenvis.models.diffusion import Diffusion, Setting
+    from greenvis.models.diffusion import Diffusion
+    from greenvis.models.drawing import Setting
 
     channels, height, width = images.shape
     even = [side + side % 2 for side in (height, width)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
-from greenvis.models.diffusion import CLASSES, Drawing, Setting, Solver
+from greenvis.models.drawing import CLASSES, Drawing, Setting, Solver
 
 SOLVER_OF: dict[str, Solver] = {cls: name for name, cls in CLASSES.items()}  # type: ignore[misc]
 

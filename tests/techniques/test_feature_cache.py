@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greenvis import models
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.models.diffusion import Setting
+from greenvis.models.drawing import Setting
 from greenvis.techniques.inference.sampling._reuse import blocks_of, relative, whole_calls
 from greenvis.techniques.inference.sampling.feature_cache import FeatureCache
 from greenvis.techniques.inference.sampling.sampler import Sampler

@@ -16,7 +16,8 @@ from torch import Tensor
 from greenvis.core.technique import Technique
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.models.diffusion import Diffusion, Setting
+from greenvis.models.diffusion import Diffusion
+from greenvis.models.drawing import Setting
 from greenvis.tasks.generation import Generation
 from greenvis.techniques.inference.sampling._models import image_in
 from greenvis.techniques.inference.sampling.consistency_model import ConsistencyModel, boundary

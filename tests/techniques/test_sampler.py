@@ -15,7 +15,8 @@ from techniques.drawings import batch, diffusion, noise
 from greenvis import models
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
-from greenvis.models.diffusion import CLASSES, Diffusion, Setting, counting
+from greenvis.models.diffusion import Diffusion
+from greenvis.models.drawing import CLASSES, Setting, counting
 from greenvis.models.pipeline import Pipeline
 from greenvis.tasks.generation import Generation
 from greenvis.techniques.inference.sampling.sampler import Sampler

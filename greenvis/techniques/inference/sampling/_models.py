@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.errors import BadInput
-from greenvis.models.diffusion import Diffusion, Drawing, counting
+from greenvis.models.diffusion import Diffusion
+from greenvis.models.drawing import Drawing, counting
 from greenvis.techniques._shared.frozen import other_model
 
 TASKS = frozenset({"generation"})

@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from greenvis.core.technique import Installed, Technique
-from greenvis.models.diffusion import GRID, Diffusion, Setting
+from greenvis.models.diffusion import Diffusion
+from greenvis.models.drawing import GRID, Setting
 from greenvis.techniques.inference.sampling._models import (
     INSTEAD,
     TASKS,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, Technique
 from greenvis.errors import GreenvisError
-from greenvis.models.diffusion import Drawing
+from greenvis.models.drawing import Drawing
 from greenvis.techniques.inference.sampling._models import (
     INSTEAD,
     TASKS,

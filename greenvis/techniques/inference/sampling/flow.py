@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis.core.technique import Installed, Technique
-from greenvis.models.diffusion import Diffusion, Setting, along
+from greenvis.models.diffusion import Diffusion, along
+from greenvis.models.drawing import Setting
 from greenvis.techniques.inference.sampling._models import INSTEAD, TASKS, teacher_of, trained_model
 
 ROWS = 250  # pairs drawn at once

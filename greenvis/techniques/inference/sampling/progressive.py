@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from greenvis.core.technique import Installed, Technique
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.models.diffusion import Diffusion, Setting
+from greenvis.models.diffusion import Diffusion
+from greenvis.models.drawing import Setting
 from greenvis.techniques.inference.sampling._models import (
     INSTEAD,
     TASKS,

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import nn
 
 from greenvis.core.technique import Installed, Technique
-from greenvis.models.diffusion import Drawing, Setting, Solver, Spacing
+from greenvis.models.drawing import Drawing, Setting, Solver, Spacing
 from greenvis.techniques.inference.sampling._models import (
     INSTEAD,
     TASKS,
