@@ -69,7 +69,8 @@ class Flow(Technique):
 
     @model_validator(mode="after")
     def _taught(self) -> Flow:
-        if self.teacher is None and self.model_fields_set & {"pairs", "teacher_steps"}:
+        usual = [type(self).model_fields[name].default for name in ("pairs", "teacher_steps")]
+        if self.teacher is None and [self.pairs, self.teacher_steps] != usual:
             raise ValueError("'pairs' and 'teacher_steps' change nothing without a teacher")
         return self
 
