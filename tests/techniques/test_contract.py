@@ -26,6 +26,7 @@ WORKS = {
     "byol": 20,
     "co_teaching": 20,
     "consistency": 20,
+    "consistency_model": 0,  # none of them draws, as for feature_cache, flow, progressive, sampler
     "dino": 20,
     "cross_modal": 0,  # no host of classes is a dual encoder
     "distill": 20,
@@ -34,8 +35,10 @@ WORKS = {
     "early_exit": 20,
     "ema": 20,
     "experts": 16,
+    "feature_cache": 0,
     "feature_distill": 19,
     "fishr": 15,
+    "flow": 0,
     "hat": 15,
     "image_tokens": 0,
     "kv_cache": 0,  # none of them answers in words
@@ -56,6 +59,7 @@ WORKS = {
     "partial": 19,
     "partial_labels": 20,
     "pnn": 19,
+    "progressive": 0,
     "prompt": 8,
     "prompt_pool": 8,
     "pseudo_label": 20,
@@ -67,6 +71,7 @@ WORKS = {
     "rfnext": 8,
     "rotation": 20,
     "sam": 20,
+    "sampler": 0,
     "shot": 20,
     "side": 9,
     "simclr": 20,
