@@ -76,6 +76,8 @@ class Diffusion(Drawing):
         self.classes = int(number or 0) if "class_labels" in takes else 0
         self.label_dropout = label_dropout if self.classes else 0.0
         self.null = self._null_class()
+        if config.get("num_embeds_ada_norm"):  # a DiT hides labels itself, in training
+            self.label_dropout = 0.0
         size = config["sample_size"]
         sides = (size, size) if isinstance(size, int) else tuple(size)
         self.shape = (int(config["in_channels"]), *sides)
@@ -93,7 +95,6 @@ class Diffusion(Drawing):
             rows = torch.cat([embedding.weight.detach(), embedding.weight.detach().mean(0)[None]])
             network.class_embedding = nn.Embedding.from_pretrained(rows, freeze=False)
             return self.classes
-        # a DiT hides labels itself, in training
         return self.classes if network.config.get("num_embeds_ada_norm") else None
 
     @property

@@ -40,14 +40,16 @@ class Pipeline(Drawing):
                 f"{type(pipe).__name__} has no `unet` or `transformer` with a `scheduler`: give a "
                 "diffusion pipeline of diffusers"
             )
-        self._takes = frozenset(inspect.signature(pipe.__call__).parameters)
+        takes = inspect.signature(pipe.__call__).parameters
+        self._takes = frozenset(takes)
         if inputs is None and not self._takes & {"batch_size", "class_labels"}:
             raise BadInput(
                 f"{type(pipe).__name__} must be told what to draw: give inputs, such as "
                 'lambda y: {"prompt": [names[i] for i in y]}'
             )
         solver = SOLVER_OF.get(type(scheduler).__name__, "ddim")
-        super().__init__(network, Setting(solver, 50 if solver != "lcm" else 4))
+        guidance = float(takes["guidance_scale"].default) if "guidance_scale" in takes else 1.0
+        super().__init__(network, Setting(solver, 50 if solver != "lcm" else 4, guidance))
         self.pipe, self.inputs, self._base = pipe, inputs or self._plain, scheduler
         pipe.set_progress_bar_config(disable=True)
 

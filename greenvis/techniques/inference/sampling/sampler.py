@@ -48,8 +48,11 @@ class Sampler(Technique):
     steps: tuple[int, ...] = Field(
         default=(20,), min_length=1, description="of the solver; the first is answered with"
     )
-    guidance: float = Field(
-        default=1.0, ge=0, description="weight of what the class adds; 1: one call a step, not two"
+    guidance: float | None = Field(
+        default=None,
+        ge=0,
+        description="weight of what the class or text adds; 1: one call a step, not two; the "
+        "model's own where absent",
     )
     spacing: Spacing = Field(
         default="as trained", description="of the times; as the scheduler's configuration says"
@@ -58,32 +61,38 @@ class Sampler(Technique):
         default={}, description="steps of other solvers to compare with; the very first is the base"
     )
 
-    def settings(self) -> list[Setting]:
-        """Return what is compared, the setting to answer with first."""
+    def settings(self, own: float = 1.0) -> list[Setting]:
+        """Return what is compared, the setting to answer with first.
+
+        Args:
+            own: The model's guidance.
+        """
         pairs = [(self.solver, self.steps), *self.beside.items()]
-        known = [Setting(s, n, self.guidance, self.spacing) for s, steps in pairs for n in steps]
+        guidance = own if self.guidance is None else self.guidance
+        known = [Setting(s, n, guidance, self.spacing) for s, steps in pairs for n in steps]
         return [*dict.fromkeys(known)]
 
     def install(self, model: nn.Module) -> Installed:
         """Check the settings, and set the first. Raises BadInput for a model that does not draw,
         and a solver that is not for it."""
         drawing = drawing_model(self.name, model)
-        for setting in self.settings():
+        settings = self.settings(drawing.drawn_by.guidance)
+        for setting in settings:
             drawing.check(setting)
-        drawing.set(self.settings()[0])
-        return InstalledSampler(self, drawing)
+        drawing.set(settings[0])
+        return InstalledSampler(self, drawing, settings)
 
 
 class InstalledSampler(Installed):
     """A model that is switched between solvers."""
 
-    def __init__(self, request: Sampler, model: Drawing) -> None:
+    def __init__(self, request: Sampler, model: Drawing, settings: list[Setting]) -> None:
         super().__init__()
-        self.request, self.model = request, model
+        self.request, self.model, self.settings = request, model, settings
 
     def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
         """Return all settings, those to compare with first."""
-        settings, now = self.request.settings(), self.model.drawn_by
+        settings, now = self.settings, self.model.drawn_by
         own = len(dict.fromkeys(self.request.steps))
         return {
             self.model.name_of(s): self.at(s)
