@@ -198,3 +198,27 @@ def test_goes_with_rates_by_layer() -> None:
     live = wrap(_vit(), [LayerDecay(), Mae(decoder_depth=1)])
     assert {g["lr"] for g in live.param_groups(1.0)} == {0.65**i for i in range(4)}
     assert live.loss(torch.rand(2, 3, 32, 32), None, None).isfinite()
+
+
+def test_begins_with_fixed_positions_and_the_paper_s_weights() -> None:
+    model = _vit()
+    head, before = model.head.weight.detach().clone(), Snapshot(model)
+    live = wrap(model, Mae(decoder_depth=1, init="mae"))
+    assert torch.equal(model.pos_embed, tec.sincos_2d(24, 4, 4, 1))
+    assert not model.pos_embed.requires_grad
+    qkv = model.blocks[0].attn.qkv
+    bound = math.sqrt(6 / (24 + 72))
+    assert 0.9 * bound < qkv.weight.abs().max() <= bound
+    assert qkv.bias.abs().max() == 0
+    patch = model.patch_embed.proj.weight
+    assert patch.abs().max() <= math.sqrt(6 / (3 * 64 + 24))
+    assert torch.equal(model.head.weight, head)
+    optimizer = torch.optim.AdamW(live.param_groups(1e-2))
+    live.loss(torch.rand(2, 3, 32, 32), None, None).backward()
+    optimizer.step()
+    assert torch.equal(live.merge().pos_embed, tec.sincos_2d(24, 4, 4, 1))
+    assert model.pos_embed.requires_grad
+    live.undo()
+    assert all(before.unchanged(i) for i in range(len(before._tensors)))
+    with pytest.raises(BadInput, match="shows 0 position embeddings of its 16 patches"):
+        wrap(_vit(pos_embed="none"), Mae(decoder_depth=1, init="mae"))

@@ -290,6 +290,34 @@ def test_learns_from_any_base(name: str) -> None:
     ] == flags
 
 
+def test_the_class_token_s_row_alone_is_a_target(tmp_path: Path) -> None:
+    base, x, losses = _vit(depth=2), torch.rand(8, *IMAGE), []
+    shown = Base(base, IMAGE, (4, 4), 2, attention=True)(x)
+    assert shown.logits is not None
+    live = wrap(_vit(depth=2), Reuse(base=base, rows=0, targets=("attention",), cache="fp32"))
+    for samples, _ in zip(_samples(tmp_path), range(2), strict=False):
+        live.set_samples(samples)
+        torch.manual_seed(0)
+        losses.append(live.loss(x, None, None))
+    assert torch.equal(*losses)
+    added: Any = live.installed[0]
+    targets = added.asked[0](x)
+    assert targets["top"].shape == (8, 0)
+    assert close(targets["attention"][:, 0], shown.logits[:, :, 0])
+
+
+def test_a_convolutional_base_sees_the_images_in_a_size_of_its_own() -> None:
+    base = FEATURES["resnet"]()
+    live = wrap(_vit(depth=2), Reuse(base=base, targets=("feature",), base_size=64))
+    added: Any = live.installed[0]
+    seen: list[Tensor] = []
+    base.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    features = added.asked[0](torch.rand(2, *IMAGE))["feature"]
+    assert seen[0].shape == (2, 3, 64, 64)
+    assert features.shape[1] == 16
+    assert (features.std(1) > 0).float().mean() > 0.5  # of one place there would be none
+
+
 def test_several_bases_at_once() -> None:
     model = _vit(depth=2)
     live = wrap(

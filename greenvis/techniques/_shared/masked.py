@@ -19,7 +19,7 @@ from greenvis.models.structure import View
 from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import first, like, row_of_blocks
 from greenvis.techniques._shared.blocks import main, with_main
-from greenvis.techniques._shared.tec import visible
+from greenvis.techniques._shared.tec import sincos_2d, visible
 
 
 class Encoder:
@@ -176,6 +176,62 @@ def grid_of(patches: int, image: tuple[int, int, int], what: str) -> tuple[int, 
             "pixels"
         )
     return height, patches // height
+
+
+def begin_anew(model: nn.Module, encoder: Encoder, structure: View, *parts: nn.Module) -> None:
+    """Give a model the weights that masked pretraining begins with (He et al., 2022): Xavier's
+    uniform ones in its layers, and position embeddings of sines and cosines that do not learn.
+
+    The class token is drawn anew, norms become neutral; the classifier stays.
+
+    Args:
+        model: The model.
+        encoder: Of it.
+        structure: Of it.
+        parts: Modules beside the model's that begin likewise, a decoder.
+
+    Raises:
+        BadInput: Where the model shows no position embeddings of its patches.
+    """
+    lengths = {encoder.patches: 0, encoder.prefix + encoder.patches: encoder.prefix}
+    own = [
+        (module, p)
+        for path, module in model.named_modules()
+        for p in module._parameters.values()
+        if p is not None and not any(f"{path}.".startswith(f"{h}.") for h in structure.heads)
+    ]
+    positions = [
+        p
+        for _, p in own
+        if p.dim() >= 2
+        and p.shape[-1] == encoder.dim
+        and p.numel() // encoder.dim == p.shape[-2] in lengths
+    ]
+    if len(positions) != 1:
+        raise BadInput(
+            f"{type(model).__name__} shows {len(positions)} position embeddings of its "
+            f"{encoder.patches} patches, and `init: mae` gives them fixed values: leave `init` out"
+        )
+    prefix = lengths[positions[0].shape[-2]]
+    token = class_token(model, structure, encoder.blocks[0])
+    with torch.no_grad():
+        for module, p in [*own, *((m, p) for part in parts for m, p in _own(part))]:
+            norm = isinstance(module, nn.LayerNorm)
+            if p.dim() >= 2 and isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+                nn.init.xavier_uniform_(p.flatten(1))
+            elif norm and p is module.weight:
+                p.fill_(1)
+            elif norm or isinstance(module, (nn.Linear, nn.Conv2d, nn.MultiheadAttention)):
+                p.zero_()
+        positions[0].copy_(sincos_2d(encoder.dim, *encoder.grid, prefix).view_as(positions[0]))
+        if token is not None:
+            token[0].get_parameter(token[1]).normal_(std=0.02)
+    positions[0].requires_grad_(False)
+
+
+def _own(part: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
+    for module in part.modules():
+        yield from ((module, p) for p in module._parameters.values() if p is not None)
 
 
 def class_token(model: nn.Module, structure: View, block: str) -> tuple[nn.Module, str] | None:

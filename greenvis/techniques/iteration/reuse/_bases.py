@@ -28,7 +28,8 @@ class Base:
 
     image: (channels, height, width) the images have; grid: (rows, columns) its answers are brought
     to. layers: how many of the last blocks' outputs are averaged, of those with the last one's
-    shape. source: how the images are normalised, where that is known. It is handed images of
+    shape. source: how the images are normalised, where that is known. side: of the images it is
+    shown, in pixels; as they come where absent. It is handed images of
     another size, number of channels, mean or deviation than its own converted. Raises BadInput
     where it cannot run, or shows no attention although `attention` asks.
     """
@@ -36,14 +37,20 @@ class Base:
     def __init__(
         self, model: nn.Module, image: tuple[int, int, int], grid: tuple[int, int], layers: int,
         attention: bool,
-        source: models.Pixels | None = None,
+        source: models.Pixels | None = None, side: int | None = None,
     ) -> None:  # fmt: skip
         self.model, self.what, self.grid = model, type(model).__name__, grid
         self.attention = attention
-        try:
-            structure = view(model, image, probe=False)
-        except BadInput:  # not of this size, or not of these channels: its own
-            structure = view(model, probe=False)
+        shapes = [image, None]  # not of this size, or not of these channels: its own
+        if side is not None:
+            shapes = [(channels, side, side) for channels in dict.fromkeys((image[0], 3, 1))]
+        for shape in shapes:
+            try:
+                structure = view(model, shape, probe=False)
+                break
+            except BadInput:
+                if shape is shapes[-1]:
+                    raise
         self.input_shape, self._prefix = structure.input_shape, structure.prefix_tokens
         self.images = models.Renormalise(
             f"the base {self.what}", source, models.pixels_of(model), structure.input_shape[0]

@@ -6,10 +6,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import models
@@ -19,17 +19,19 @@ from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared import tec as tec
-from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
-from greenvis.techniques._shared.masked import Encoder, adapt_token, class_token, fold_token
+from greenvis.techniques._shared.frozen import other_model
+from greenvis.techniques._shared.masked import (
+    Encoder,
+    adapt_token,
+    begin_anew,
+    class_token,
+    fold_token,
+)
+from greenvis.techniques._shared.words import VisualWords, words_loss
 from greenvis.techniques.iteration.reuse._bases import Base
+from greenvis.techniques.iteration.reuse._targets import Targets
 
 _CHILD = "reuse"
-_EXACT_IN_HALF = 2048  # integers up to here are themselves in fp16
-_AXES = {
-    "tokens": tec.normalise_tokens,
-    "channels": tec.normalise_channels,
-    "none": lambda features: features,
-}
 
 
 class Reuse(Technique):
@@ -42,13 +44,16 @@ class Reuse(Technique):
     for its targets are kept on disk. A pretext: labels are not used, and the classifier stays
     untrained. Adds the terms "reuse_feature" and "reuse_attention". Targets, each predicted by a
     head of its own behind one shared decoder: the mean of the base's last blocks, normalised over
-    the patches (masked patches count), and the attention of the last block, rows of the class token
-    and of the patches it attends to most. The class token passes an MLP, which `merge` folds away
-    exactly; encoder adapters and decoder are dropped. A base may be any model that `greenvis
-    inspect` understands: of another width, depth, grid or library, without a class token (the mean
-    query stands for it), or without attention (targets: [feature]); it never changes. It is handed
-    the images of the loop in its own size and channels, and with its own mean and deviation where
-    both it and the model say theirs (`greenvis.models.describe`).
+    the patches (masked patches count); the attention of the last block, rows of the class token
+    and of the patches it attends to most; and, where asked for, the visual words of its features
+    (mc-BEiT: Li et al., 2022), of which 8 a patch are kept: a sixth of what features take at a
+    width of 96. Words are learned from the base's features of training images before the first
+    step, and are refused where several processes train. The class token passes an MLP, which
+    `merge` folds away exactly; encoder adapters and decoder are dropped. A base may be any model
+    that `greenvis inspect` understands: of another width, depth, grid or library, without a class
+    token (the mean query stands for it), or without attention (targets: [feature]); it never
+    changes. It is handed the images of the loop in its own size and channels, and with its own mean
+    and deviation where both it and the model say theirs (`greenvis.models.describe`).
 
     Example:
         >>> live = gv.wrap(model, gv.Reuse(base=teacher))
@@ -72,23 +77,31 @@ class Reuse(Technique):
             "input_adapter": False,
             "encoder_adapters": 0,
             "decoder_depth": 1,
+            "init": "mae",
+        },
+        {
+            "base": copy.deepcopy,
+            "targets": ("words",),
+            "words": {"count": 5, "images": 4},
+            "decoder_depth": 1,
         },
     )
-    neutral = {"input_adapter": False}
+    neutral = {"input_adapter": False, "init": "model"}
 
     base: Any = Field(
         description='a model or a list of models, or references: "run:NAME", "file:PATH", '
         '"timm/NAME", …'
     )
-    targets: tuple[Literal["feature", "attention"], ...] = Field(
+    targets: tuple[Literal["feature", "attention", "words"], ...] = Field(
         default=("feature", "attention"), min_length=1, description="what the base is asked for"
     )
     mask_ratio: float = Field(
         default=0.75, gt=0, lt=1, description="share of the patches hidden from the encoder"
     )
     rows: int = Field(
-        default=15, ge=1, description="patches whose attention is a target, besides the class token"
+        default=15, ge=0, description="patches whose attention is a target, besides the class token"
     )
+    words: VisualWords = Field(default=VisualWords(), description="of the base's features")
     temperature: float = Field(
         default=1.8, gt=0, description="softens the base's attention (above 1)"
     )
@@ -116,10 +129,27 @@ class Reuse(Technique):
     )
     feature_weight: float = Field(default=1.0, ge=0, description="factor of the feature term")
     attention_weight: float = Field(default=1.0, ge=0, description="factor of the attention term")
+    words_weight: float = Field(default=1.0, ge=0, description="factor of the words' term")
     cache: Literal["fp16", "fp32", "off"] = Field(
         default="fp16", description="precision in which a base's targets are kept on disk"
     )
+    base_size: int | None = Field(
+        default=None,
+        ge=4,
+        description="side in pixels at which bases see the images, as a convolutional one needs "
+        "for a map; as they come where absent",
+    )
+    init: Literal["model", "mae"] = Field(
+        default="model",
+        description="begin with the model's weights; or with MAE's, and with fixed positions",
+    )
     input_shape: InputShape = None
+
+    @model_validator(mode="after")
+    def _words_are_a_target(self) -> Self:
+        if "words" not in self.targets and self.words != VisualWords():
+            raise ValueError("'words' changes nothing without the target words; add it to targets")
+        return self
 
     def runs(self) -> dict[str, str]:
         """Bases that name another run, by their number."""
@@ -160,9 +190,9 @@ class Reuse(Technique):
                 "none visible: choose another"
             )
         source = models.pixels_of(model)
+        image, side = structure.input_shape, self.base_size
         shown = [
-            Base(base, structure.input_shape, encoder.grid, self.last_layers, asks, source)
-            for base in bases
+            Base(base, image, encoder.grid, self.last_layers, asks, source, side) for base in bases
         ]
         token = None
         if self.input_adapter is not False:
@@ -177,6 +207,8 @@ class Reuse(Technique):
                 "keep_adapters keeps encoder adapters, and there are none; give encoder_adapters: 3"
             )
         parts = Parts(self, encoder, shown).to(**encoder.kind)
+        if self.init == "mae":
+            begin_anew(model, encoder, structure, parts)
         model.get_submodule(encoder.blocks[-1]).add_module(_CHILD, parts)
         adapter = None
         if token is not None:
@@ -219,6 +251,8 @@ class Parts(nn.Module):
                 base_heads["attention"] = tec.AttentionHead(
                     dim, width, base.heads * max(1, base.width // base.heads), base.heads
                 )
+            if "words" in request.targets:
+                base_heads["words"] = tec.FeatureHead(dim, width, request.words.count)
             self.heads.append(base_heads)
 
     def encoded(self, outputs: list[Tensor]) -> Tensor:
@@ -255,7 +289,9 @@ class InstalledReuse(Installed):
         self.request, self.encoder, self.parts, self.bases = request, encoder, parts, bases
         self._fold = fold
         self._modes = [(m, m.training) for base in bases for m in base.model.modules()]
-        self._caches: dict[int, FrozenOutputs] = {}
+        self.asked = [Targets(base, request.targets, request, self) for base in bases]
+        if "words" in request.targets:
+            self.wants = ("train",)
         # of an earlier pretraining
         self._beside = models.attached(encoder.model, tec.ENCODER_ADAPTERS)
         for base in bases:
@@ -263,9 +299,9 @@ class InstalledReuse(Installed):
             base.images.note = lambda text: self.note(text)
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
-        """Return {"reuse_feature", "reuse_attention"}: means over the bases, of images x (batch,
-        channels, height, width)."""
-        targets = [self._targets(i, x) for i in range(len(self.bases))]
+        """Return {"reuse_feature", "reuse_attention", "reuse_words"}, those asked for: means over
+        the bases, of images x (batch, channels, height, width)."""
+        targets = [ask(x) for ask in self.asked]
         patches = self.encoder.patches
         noise = torch.rand(len(x), patches, device=x.device)
         ids_keep, restore, mask = tec.random_mask(noise, self.request.num_visible(patches))
@@ -286,44 +322,32 @@ class InstalledReuse(Installed):
                         predicted.float(), target["attention"], self.request.temperature
                     )
                 )
-        weights = {
-            "feature": self.request.feature_weight,
-            "attention": self.request.attention_weight,
-        }
+            if "words" in losses:
+                predicted = self.parts.predicted(i, "words", encoded, restore).float()
+                shares = torch.zeros_like(predicted).scatter(
+                    -1, target["word"].long(), target["share"]
+                )
+                losses["words"].append(words_loss(predicted, shares, mask))
         return {
-            f"reuse_{name}": weights[name] * torch.stack(each).mean()
+            f"reuse_{name}": getattr(self.request, f"{name}_weight") * torch.stack(each).mean()
             for name, each in losses.items()
         }
 
-    def _targets(self, index: int, x: Tensor) -> dict[str, Tensor]:
-        """Return what a base says of the images, kept from earlier or asked for."""
-        base, request = self.bases[index], self.request
-        names = [n for n in ("feature", "attention") if n in request.targets] + [
-            "top"
-        ] * base.attention
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the words of each base, once they are learned."""
+        return {
+            f"{i}.{name}": value
+            for i, asked in enumerate(self.asked)
+            for name, value in asked.state_dict().items()
+        }
 
-        def ask() -> dict[str, Tensor]:
-            with self.phase("base_reuse"):
-                return base.ask(x).targets(
-                    lambda f: _AXES[request.normalise](f.float()), request.rows
-                )
-
-        samples = self.samples if request.cache != "off" else None
-        if samples is None:
-            return {name: value.float() for name, value in ask().items() if name in names}
-        if index not in self._caches:
-            exact = request.cache == "fp32" or self.encoder.patches > _EXACT_IN_HALF
-            description = (
-                f"{len(base.blocks)} blocks normalised over {request.normalise}, {request.rows} "
-                f"rows, on {base.grid}"
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Load what `state_dict` returned."""
+        for i, asked in enumerate(self.asked):
+            own = f"{i}."
+            asked.load_state_dict(
+                {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
             )
-            self._caches[index] = FrozenOutputs(
-                f"base {base.what}: {description}{base.images.key}",
-                fingerprint(base.model),
-                dtype="fp32" if exact else "fp16",
-                note=lambda text: self.note(text),
-            )
-        return self._caches[index].layers(samples, ask, names, x.device)
 
     def replacement_blocker(self, path: str) -> str:
         """Nothing: its parts are asked for where they hang."""
@@ -332,9 +356,8 @@ class InstalledReuse(Installed):
     def facts(self) -> Mapping[str, Any]:
         """Return how many of the bases' targets were read back and computed, and how bases were
         shown the images."""
-        cached = {}
-        if self._caches:
-            cached = {"reuse_targets": [cache.facts() for cache in self._caches.values()]}
+        caches = [asked.outputs.facts() for asked in self.asked if asked.outputs is not None]
+        cached = {"reuse_targets": caches} if caches else {}
         shown = [base.images.fact for base in self.bases if base.images.fact]
         return {**cached, "reuse_images": shown} if shown else cached
 
@@ -351,7 +374,8 @@ class InstalledReuse(Installed):
     def undo(self) -> None:
         """Close the caches and give the bases their own modes back."""
         models.attach(self.encoder.model, tec.ENCODER_ADAPTERS, self._beside)
-        for cache in self._caches.values():
-            cache.close()
+        for asked in self.asked:
+            if asked.outputs is not None:
+                asked.outputs.close()
         for module, training in self._modes:
             module.training = training
