@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from greenvis.techniques.annotation.contrastive.simclr import Simclr
     from greenvis.techniques.annotation.contrastive.vicreg import Vicreg
     from greenvis.techniques.annotation.cross_modal.cross_modal import CrossModal
+    from greenvis.techniques.annotation.dense.label_maps import LabelMaps
+    from greenvis.techniques.annotation.dense.pass_pretrain import PassPretrain
+    from greenvis.techniques.annotation.dense.pixel_attention import PixelAttention
     from greenvis.techniques.annotation.masked.mae import Mae
     from greenvis.techniques.annotation.noisy_labels.co_teaching import CoTeaching
     from greenvis.techniques.annotation.noisy_labels.dividemix import Dividemix
@@ -103,13 +106,13 @@ __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
     "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill", "Dividemix",
     "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill", "Fishr", "Flow",
-    "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache", "LayerDecay", "LinearAttention",
-    "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm",
-    "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels", "Pnn", "Progressive",
-    "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
-    "Reuse", "Rotation", "Sam", "Sampler", "Shot", "Side", "Simclr", "Swad", "Technique",
-    "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
-    "load_recipe", "report", "run", "track", "wrap",
+    "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache", "LabelMaps", "LayerDecay",
+    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae",
+    "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels",
+    "PassPretrain", "PixelAttention", "Pnn", "Progressive", "Prompt", "PromptPool", "PseudoLabel",
+    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Sampler",
+    "Shot", "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Vicreg",
+    "Wrapped", "ZeroShot", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

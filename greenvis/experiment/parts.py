@@ -182,7 +182,7 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
     caches = prepared.job.caches(prepared.runs) if short is None else short.caches
     judge = evaluator(prepared)
     domains = images.domains if len(images.domains.unique()) > 1 else None
-    if short is None:
+    if short is None and images.split.kind not in ("mask", "box"):
         known = roles.neighbours(images, prepared.images.held_out)
         bank = partial(data.batches, known, max(spec.batch_size, 256), shuffle=True)
         judge = replace(judge, neighbours=lambda model, on: knn.score(model, bank(), on))

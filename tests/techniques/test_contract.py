@@ -45,6 +45,7 @@ WORKS = {
     "layer_decay": 19,
     "linear_attention": 9,
     "linear_probe": 20,
+    "label_maps": 0,  # no host answers per pixel
     "lora": 20,
     "lora_stream": 20,
     "low_precision": 20,
@@ -58,6 +59,8 @@ WORKS = {
     "packnet": 20,
     "partial": 19,
     "partial_labels": 20,
+    "pass_pretrain": 19,
+    "pixel_attention": 19,
     "pnn": 19,
     "progressive": 0,
     "prompt": 8,

@@ -33,7 +33,24 @@ def random_view(
     Returns:
         The views, of the images' dtype.
     """
-    count, device = len(images), images.device
+    maps = random_maps(len(images), area, flip, images.device)
+    return recoloured(through(images, maps, size), colour).to(images.dtype)
+
+
+def random_maps(
+    count: int, area: float | tuple[float, float], flip: bool, device: torch.device
+) -> Tensor:
+    """Return what parts of images views show, drawn from torch's random state.
+
+    Args:
+        count: of images.
+        area, flip: of `random_view`.
+        device: of the maps.
+
+    Returns:
+        (count, 2, 3): from a view's coordinates to the image's, both -1 to 1 from edge to edge, x
+        first; no rotation.
+    """
 
     def drawn(low: float, high: float) -> Tensor:
         return torch.rand(count, device=device) * (high - low) + low
@@ -47,15 +64,33 @@ def random_view(
         torch.where(drawn(0.0, 1.0) < 0.5, -1.0, 1.0) if flip else torch.ones(count, device=device)
     )
     zero = torch.zeros(count, device=device)
-    theta = torch.stack(
+    return torch.stack(
         [torch.stack([width * turned, zero, across], 1), torch.stack([zero, height, down], 1)], 1
     )
+
+
+def through(images: Tensor, maps: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Return what images show through maps, float32 (batch, channels, height, width).
+
+    Args:
+        images: (batch, channels, height, width).
+        maps: of `random_maps`, (batch, 2, 3).
+        size: (height, width) of the views in pixels; None: the images'.
+    """
     shape = [*images.shape[:2], *(size or images.shape[2:])]
-    grid = F.affine_grid(theta, shape, align_corners=False)
-    out = F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
-    mean, deviation = out.mean((1, 2, 3), keepdim=True), out.std((1, 2, 3), keepdim=True)
-    contrast, brightness = (drawn(-colour, colour).view(-1, 1, 1, 1) for _ in range(2))
-    return ((out - mean) * (1 + contrast) + mean + brightness * deviation).to(images.dtype)
+    grid = F.affine_grid(maps, shape, align_corners=False)
+    return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def recoloured(views: Tensor, colour: float) -> Tensor:
+    """Return views in another contrast and brightness, drawn from torch's random state; `colour` as
+    of `random_view`."""
+    mean, deviation = views.mean((1, 2, 3), keepdim=True), views.std((1, 2, 3), keepdim=True)
+    contrast, brightness = (
+        (torch.rand(len(views), device=views.device) * (2 * colour) - colour).view(-1, 1, 1, 1)
+        for _ in range(2)
+    )
+    return (views - mean) * (1 + contrast) + mean + brightness * deviation
 
 
 def random_views(

@@ -1,0 +1,1 @@
+"""Segmentation without a mask: pretraining for pixels, and label maps of clusters."""
