@@ -220,8 +220,9 @@ class InstalledLabelMaps(Installed):
     def _clusters(self, vectors: Tensor, count: int) -> Tensor:
         from sklearn.cluster import KMeans
 
+        repeats: Any = self.request.repeats  # its stub says str
         means = KMeans(
-            count, n_init=self.request.repeats, max_iter=self.request.iterations,
+            count, n_init=repeats, max_iter=self.request.iterations,
             random_state=self.seed % 2**32,
         )  # fmt: skip
         with warnings.catch_warnings():  # of fewer distinct points than clusters

@@ -109,11 +109,11 @@ class InstalledPass(InstalledAssigns[PassPretrain]):
         loss, codes = self.assigned(vectors)
         terms = {"pass_images": loss}
         if parts.pixel is not None and parts.predict is not None:
-            grids = overlap_grids(*where, request.places)
+            grids = overlap_grids(where[0], where[1], request.places)
             embedding = at_places(parts.pixel(last), grids.flatten(0, 1))
             predicted = parts.predict(embedding)
-            both = [m.float().unflatten(0, (2, -1)) for m in (predicted, embedding)]
-            terms["pass_pixels"] = request.pixels * pixel_loss(*both)
+            ours, theirs = (m.float().unflatten(0, (2, -1)) for m in (predicted, embedding))
+            terms["pass_pixels"] = request.pixels * pixel_loss(ours, theirs)
         if parts.shallow_pixel is not None and parts.shallow_project is not None:
             pooled = parts.shallow_pixel(earlier[0]).mean((2, 3))
             scores = parts.prototypes(parts.shallow_project(pooled), learn=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from greenvis import models
 from greenvis.core.modes import in_mode, removing
 from greenvis.errors import BadInput
-from greenvis.models.structure import view
+from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import first
 from greenvis.techniques._shared.frozen import slow_path
 from greenvis.techniques._shared.masked import grid_of
@@ -41,16 +42,11 @@ class Base:
     ) -> None:  # fmt: skip
         self.model, self.what, self.grid = model, type(model).__name__, grid
         self.attention = attention
-        shapes = [image, None]  # not of this size, or not of these channels: its own
+        # not of this size, or not of these channels: its own
+        shapes: list[tuple[int, int, int] | None] = [image, None]
         if side is not None:
             shapes = [(channels, side, side) for channels in dict.fromkeys((image[0], 3, 1))]
-        for shape in shapes:
-            try:
-                structure = view(model, shape, probe=False)
-                break
-            except BadInput:
-                if shape is shapes[-1]:
-                    raise
+        structure = _viewed(model, shapes)
         self.input_shape, self._prefix = structure.input_shape, structure.prefix_tokens
         self.images = models.Renormalise(
             f"the base {self.what}", source, models.pixels_of(model), structure.input_shape[0]
@@ -153,6 +149,14 @@ class Base:
             *logits.shape[:2], -1, rows.shape[-1]
         )
         return torch.cat([rows[:, :, :1], below], 2)
+
+
+def _viewed(model: nn.Module, shapes: list[tuple[int, int, int] | None]) -> View:
+    """Return the parts of a model, looked at with images of the first shape that it takes."""
+    for shape in shapes[:-1]:
+        with suppress(BadInput):
+            return view(model, shape, probe=False)
+    return view(model, shapes[-1], probe=False)
 
 
 @dataclass(frozen=True)
