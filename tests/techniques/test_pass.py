@@ -21,7 +21,7 @@ from greenvis.techniques._shared.views import random_maps, random_view, through
 from greenvis.techniques.annotation.dense import _pass as maths
 from greenvis.techniques.annotation.dense.label_maps import LabelMaps
 from greenvis.techniques.annotation.dense.pass_pretrain import PassPretrain
-from greenvis.techniques.annotation.dense.pixel_attention import ATTACHED, PixelAttention
+from greenvis.techniques.annotation.dense.pixel_attention import PixelAttention
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "pass_luss.pt"
 
@@ -186,7 +186,7 @@ def _pretrained() -> Any:
 
 def test_three_stages_make_label_maps_without_a_mask(tmp_path: Path) -> None:
     base, (x, y) = _pretrained(), _scenes(16)
-    state = models.attached(base, ATTACHED)
+    state = models.attached(base, maths.ATTACHED)
     assert state is not None
     model = _dense()
     live = wrap(model, LabelMaps(base=base, clusters=2, images=16, repeats=2), task="segmentation")

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ATTACHED = "attention_to_pixels"  # its name where it lies beside a model
 NOWHERE = -2.0  # a coordinate outside of every view, where zeros are read
 
 

@@ -20,8 +20,7 @@ from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques.annotation.dense._maps import Maps
-from greenvis.techniques.annotation.dense._pass import Attention, otsu
-from greenvis.techniques.annotation.dense.pixel_attention import ATTACHED
+from greenvis.techniques.annotation.dense._pass import ATTACHED, Attention, otsu
 
 _CHUNK = 64  # images at once
 

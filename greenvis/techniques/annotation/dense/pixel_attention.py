@@ -13,10 +13,8 @@ from greenvis import models
 from greenvis.core.surgery import freeze
 from greenvis.core.technique import Installed
 from greenvis.techniques.annotation.dense._maps import Maps
-from greenvis.techniques.annotation.dense._pass import Attention, Prototypes, projection
+from greenvis.techniques.annotation.dense._pass import ATTACHED, Attention, Prototypes, projection
 from greenvis.techniques.annotation.dense._swav import Assigns, InstalledAssigns
-
-ATTACHED = "pixel_attention"  # what it is called where it lies beside a model
 
 
 class PixelAttention(Assigns):
