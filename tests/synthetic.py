@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from greenvis.meters.record import Writer
+from greenvis.meters.record_writer import Writer
 
 CPU = {
     "name": "cpu", "source": "cpu_time", "scope": "process", "observation": "cpu_s",

@@ -14,7 +14,7 @@ from typing import Any
 
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out
-from greenvis.meters.record import Writer
+from greenvis.meters.record_writer import Writer
 
 ARMS, SEEDS = 2500, 4
 EPOCHS = (5, 22)  # 26 and 94 lines a record; a recipe's own have about a hundred

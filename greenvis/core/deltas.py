@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenvis.core import distributed, files, weights
+from greenvis.core.attached import below
 from greenvis.core.surgery import Snapshot
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 
@@ -366,7 +367,7 @@ def _restore_technique_state(model: nn.Module, keys: Any) -> None:
     if live is None or not mine:  # the form alone: what they hold lies elsewhere
         return
     for technique, installed in live._pairs():
-        own = weights.below(mine, f"{technique.name}.")
+        own = below(mine, f"{technique.name}.")
         if own or not technique.rank_local:
             installed.load_state_dict(own)
         elif distributed.world_size() == 1:

@@ -16,12 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenvis.core import files
+from greenvis.core.attached import ATTACHED, SETTINGS, attach, attach_settings, below, settings
 from greenvis.errors import BadInput, some
 
 METADATA_KEY = "greenvis"
-ATTACHED = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
-_BESIDE = "_greenvis_beside"
-SETTINGS = "settings"  # the group of what is no weight and changes what weights do: dilations
 
 SUFFIXES = (
     ".safetensors",
@@ -171,97 +169,6 @@ def head_names(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
 
 
-def attach(model: nn.Module, name: str, tensors: Mapping[str, Tensor] | None) -> None:
-    """Attach tensors to a model, which its own forward does not use: they go into its file and
-    back.
-
-    The model's keys stay what they are; its file's do not.
-
-    Args:
-        model: The model.
-        name: Of the group of tensors.
-        tensors: By name; None takes those of this group away.
-    """
-    others: dict[str, dict[str, Tensor]] = {
-        k: v for k, v in model.__dict__.get(_BESIDE, {}).items() if k != name
-    }
-    model.__dict__[_BESIDE] = others if tensors is None else {**others, name: dict(tensors)}
-    if not model.__dict__[_BESIDE]:
-        del model.__dict__[_BESIDE]
-
-
-def attached(model: nn.Module, name: str) -> dict[str, Tensor] | None:
-    """Return tensors that were attached to a model.
-
-    Args:
-        model: The model.
-        name: Of the group of tensors.
-
-    Returns:
-        What `attach` was given; None where it was not.
-    """
-    return model.__dict__.get(_BESIDE, {}).get(name)
-
-
-def attach_settings(model: nn.Module, changes: Mapping[nn.Module, Mapping[str, Any]]) -> None:
-    """Change attributes of modules that are no weights (a dilation, its padding), and attach them,
-    so that the model's file brings them to where it is loaded.
-
-    Args:
-        model: The model.
-        changes: Whole numbers, or several of them, by attribute, of modules of the model.
-    """
-    tensors = {**(attached(model, SETTINGS) or {})}
-    paths = {module: path for path, module in model.named_modules()}
-    for module, values in changes.items():
-        for name, value in values.items():
-            if vars(module)[name] != value:
-                tensors[f"{paths[module]}.{name}"] = torch.tensor(value)
-        vars(module).update(values)
-    attach(model, SETTINGS, tensors or None)
-
-
-def _settings(
-    model: nn.Module, tensors: Mapping[str, Tensor], source: str
-) -> dict[nn.Module, dict[str, Any]]:
-    """Return what `attach_settings` took. Raises BadInput for what no module has, or has
-    otherwise."""
-    modules = dict(model.named_modules())
-    out: dict[nn.Module, dict[str, Any]] = {}
-    for key, tensor in tensors.items():
-        path, _, name = key.rpartition(".")
-        old = vars(modules[path]).get(name) if path in modules else None
-        value: Any = tensor.tolist()
-        numbers = [old] if type(old) is int else old if isinstance(old, (tuple, list)) else []
-        fits = numbers and all(type(n) is int for n in (*numbers, *tensor.flatten().tolist()))
-        if not fits or tensor.shape != torch.tensor(old).shape:
-            raise BadInput(
-                f"{source} hold {value} as '{name}' of '{path}', which this {type(model).__name__} "
-                f"has as {old!r}: they belong to another model"
-            )
-        value = value if type(old) is int else type(old)(value)  # type: ignore[operator]
-        out.setdefault(modules[path], {})[name] = value
-    return out
-
-
-def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Return the model's state and the tensors attached to it.
-
-    Args:
-        model: The model.
-
-    Returns:
-        Tensors by name, as the model's file has them.
-    """
-    beside = model.__dict__.get(_BESIDE, {})
-    return {
-        **model.state_dict(),
-        **{
-            f"{ATTACHED}{name}.{k}": t for name, of_one in beside.items() for k, t in of_one.items()
-        },
-    }
-
-
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -310,9 +217,9 @@ def load_state(
             else []
         )
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
-    settings = _settings(model, below(beside, f"{ATTACHED}{SETTINGS}."), source)
+    stored = settings(model, below(beside, f"{ATTACHED}{SETTINGS}."), source)
     model.load_state_dict({**own, **{n: state[n] for n in shared}})
-    attach_settings(model, settings)
+    attach_settings(model, stored)
     for name in sorted({n.removeprefix(ATTACHED).partition(".")[0] for n in beside}):
         attach(model, name, below(beside, f"{ATTACHED}{name}."))
     return sorted(left)
@@ -352,11 +259,6 @@ def fingerprint(model: nn.Module | Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
-    """Return the tensors whose names begin with `start`, by what follows it."""
-    return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
 
 
 def write(path: str | Path, state: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

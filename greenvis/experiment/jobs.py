@@ -3,35 +3,32 @@ when done."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from greenvis import data, models
-from greenvis.core import distributed, files, weights
-from greenvis.core.technique import Samples, Technique
+from greenvis.core import files, weights
+from greenvis.core.technique import Technique
 from greenvis.data import draws, loading
-from greenvis.errors import BadInput, GreenvisError, nearest
+from greenvis.errors import BadInput, nearest
 from greenvis.experiment.recipe import Arm, Recipe, load_recipe
+from greenvis.experiment.run_folder import (
+    BOUNDARY,
+    CHECKPOINT_FILE,
+    DONE_FILE,
+    PLAN_FILE,
+    ROUNDS_FILE,
+    SUBSET_FILE,
+    SYNTHESIS_FILE,
+    WEIGHTS_FILE,
+    write_json,
+)
 from greenvis.meters.header import versions
 from greenvis.tasks.base import Task
-
-DONE_FILE, WEIGHTS_FILE = "done.json", "model.safetensors"
-CHECKPOINT_FILE, PLAN_FILE, CACHE_FOLDER = "checkpoint.pt", "plan.json", ".cache"
-# of these, models have the data's classes and channels unless a recipe says otherwise
-FOLLOWS_DATA = ("timm", "torchvision", "hf", "transformers", "diffusers", "plain")
-BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
-SUBSET_FILE = "subset.safetensors"
-SYNTHESIS_FILE = "synthesis.safetensors"
-ROUNDS_FILE = "rounds.json"  # which labels were bought
 
 
 @dataclass(frozen=True)
@@ -316,116 +313,3 @@ def forget(job: Job, done: bool = True) -> None:
     for name in (CHECKPOINT_FILE, BOUNDARY, *made):
         for checkpoint in job.folder.glob("*-" + name):
             checkpoint.unlink()
-
-
-def check_shares(job: Job, images: data.Data) -> None:
-    """Raise BadInput where processes that train together could not share a job's batches, or what
-    its techniques hold."""
-    many, where = distributed.world_size(), job.recipe.where("arms", job.arm.name)
-    if many == 1:
-        return
-    alone = {
-        "a stream of tasks": job.arm.stream,
-        "labels bought in rounds": job.arm.active,
-        "from images it makes": job.arm.synthesis,
-    }
-    if what := next((words for words, spec in alone.items() if spec is not None), ""):
-        raise BadInput(
-            f"{job.recipe.where('data', 'stream') if job.arm.stream else where}: a recipe learns "
-            f"{what} as one process, and this is one of "
-            f"{many}: start it without the launcher, or give each process its share in a loop of "
-            "your own (gv.wrap, gv.track)"
-        )
-    apart = [t.name for arm in (job.arm, *job.arm.stages) for t in arm.techniques if t.rank_local]
-    if apart:
-        raise BadInput(
-            f"{where}: each process holds a part of what '{apart[0]}' keeps, which one checkpoint "
-            "cannot: start the recipe "
-            "without the launcher, or run a loop of your own (gv.wrap, gv.track)"
-        )
-    number = (
-        len(images.train)
-        if job.arm.subset is None
-        else job.arm.subset.per_class * len(images.classes)
-    )
-    for size in {arm.train.batch_size for arm in job.arm.stages or (job.arm,)}:
-        last = min(size, number % size or size)
-        if last < many:
-            raise BadInput(
-                f"{where}: batches of {size} out of {number} images end with one of {last}, which "
-                f"{many} processes cannot "
-                "share: choose another train.batch_size (it is that of all processes together)"
-            )
-
-
-@contextmanager
-def locked(folder: Path, wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the folder for one process, or for those that train together. The lock goes with the
-    process, however it ends.
-
-    wait: called before it waits for another process that holds the folder; without, that is a
-    GreenvisError.
-    """
-    if distributed.rank():
-        if not (folder / ".lock").exists():
-            raise GreenvisError(
-                f"process {distributed.rank()} on {os.uname().nodename} does not see {folder}: "
-                "give --runs a folder that all share"
-            )
-        yield
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(files.lock(folder / ".lock"), "w")
-    except OSError as error:
-        raise GreenvisError(
-            f"cannot write to {folder}: {error.strerror or error}; choose another folder with "
-            "--runs"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if wait is None:
-                raise GreenvisError(
-                    f"another process is running this recipe into {folder}; wait for it, or use "
-                    "another --runs"
-                ) from error
-            wait()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        files.sweep(folder)
-        yield
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write `content`, whole or not at all."""
-    files.write(path, json.dumps(content, indent=2, default=str))
-
-
-def model_options(job: Job, images: data.Data) -> dict[str, Any]:
-    """Return the model's options; of a library's model, classes (or numbers) and channels follow
-    the data unless they are given."""
-    spec = job.arm.model
-    beside = spec.options.get("head") == "text"
-    if images.words is not None and (beside or spec.ref.startswith(("plain/", "transformers/"))):
-        text = {"tokens": images.words.size, "length": images.words.length}
-        return {"in_chans": images.in_chans, **text, **spec.options}
-    if spec.ref.split("/")[0] in FOLLOWS_DATA:
-        split = images.train.split
-        classes = split.labels.shape[1] if split.kind == "number" else len(images.classes)
-        return {"num_classes": classes, "in_chans": images.in_chans, **spec.options}
-    return spec.options
-
-
-def samples_of(images: data.ImageSet, runs: Path) -> Callable[[int, Tensor], Samples]:
-    """Return what tells techniques which samples of `images` they see; caches are shared by all
-    recipes of `runs`.
-
-    Its arguments: the epoch, counted from the first of all, and positions.
-    """
-    form = images.transform
-    views = 1 if form.augment == "none" else form.views
-    key, folder = images.key(), runs / CACHE_FOLDER
-    return lambda epoch, at: Samples(
-        folder, key, len(images), views, at, form.view(epoch) if views else 0
-    )

@@ -13,7 +13,8 @@ from greenvis import models
 from greenvis.core import weights
 from greenvis.core.validation import explain
 from greenvis.errors import BadInput
-from greenvis.experiment.jobs import WEIGHTS_FILE, Job, model_files
+from greenvis.experiment.jobs import Job, model_files
+from greenvis.experiment.run_folder import WEIGHTS_FILE
 from greenvis.meters import pricing, record
 from greenvis.meters.record import Provenance, Reading
 from greenvis.tasks.base import Measure

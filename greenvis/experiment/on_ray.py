@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment.jobs import Job, forget, locked
+from greenvis.experiment.jobs import Job, forget
 from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.run_folder import locked
 from greenvis.experiment.session import Session
 
 TRIES = 3

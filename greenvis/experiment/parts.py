@@ -19,7 +19,7 @@ from greenvis.data.streams import Stream
 from greenvis.errors import BadInput
 from greenvis.experiment import knn, roles
 from greenvis.experiment.evaluate import Evaluator
-from greenvis.experiment.jobs import samples_of
+from greenvis.experiment.job_data import samples_of
 from greenvis.experiment.recipe import TrainSpec
 from greenvis.meters.track import Tracker
 from greenvis.tasks.base import Task

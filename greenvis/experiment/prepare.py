@@ -22,19 +22,12 @@ from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput, some
 from greenvis.experiment import parts, rounds, synthesis
-from greenvis.experiment.jobs import (
-    BOUNDARY,
-    CHECKPOINT_FILE,
-    SUBSET_FILE,
-    WEIGHTS_FILE,
-    Job,
-    located,
-    model_options,
-    placed,
-)
+from greenvis.experiment.job_data import model_options
+from greenvis.experiment.jobs import Job, located, placed
 from greenvis.experiment.layers import Layers
 from greenvis.experiment.parts import Part
 from greenvis.experiment.recipe import TrainSpec
+from greenvis.experiment.run_folder import BOUNDARY, CHECKPOINT_FILE, SUBSET_FILE, WEIGHTS_FILE
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
 from greenvis.models import averaging

@@ -21,9 +21,9 @@ from greenvis.data.transforms import mix
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import parts, roles
 from greenvis.experiment.answers import answers
-from greenvis.experiment.jobs import ROUNDS_FILE, WEIGHTS_FILE
 from greenvis.experiment.parts import Part
 from greenvis.experiment.recipe import ActiveSpec
+from greenvis.experiment.run_folder import ROUNDS_FILE, WEIGHTS_FILE
 from greenvis.meters.track import Tracker
 
 if TYPE_CHECKING:

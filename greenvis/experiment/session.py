@@ -17,20 +17,12 @@ from greenvis.data import subsets
 from greenvis.errors import BadInput, some
 from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages, synthesis
 from greenvis.experiment.drawn import drawn
-from greenvis.experiment.jobs import (
-    WEIGHTS_FILE,
-    Job,
-    Jobs,
-    check_shares,
-    forget,
-    located,
-    locked,
-    model_options,
-    predicted,
-)
+from greenvis.experiment.job_data import check_shares, model_options
+from greenvis.experiment.jobs import Job, Jobs, forget, located, predicted
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared
 from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.run_folder import WEIGHTS_FILE, locked
 from greenvis.experiment.serving import images_in, served
 from greenvis.experiment.startup import Beginning
 from greenvis.experiment.step import check_again

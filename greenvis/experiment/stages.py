@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from greenvis.core import distributed, weights
+from greenvis.core.attached import full_state_dict
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment.jobs import located
@@ -89,7 +90,7 @@ class Stages:
 
     def _write(self) -> None:
         assert self.file is not None
-        weights.write(self.file, weights.full_state_dict(self.model), {"rows": self.rows})
+        weights.write(self.file, full_state_dict(self.model), {"rows": self.rows})
 
     def delta(self) -> dict[str, Tensor]:
         """Return what all stages changed or added, by name."""

@@ -18,8 +18,8 @@ from greenvis.data.image_set import Concat
 from greenvis.data.splits import Boxes, Split
 from greenvis.errors import BadInput
 from greenvis.experiment import generators
-from greenvis.experiment.jobs import SYNTHESIS_FILE
 from greenvis.experiment.recipe import SynthesisSpec
+from greenvis.experiment.run_folder import SYNTHESIS_FILE
 from greenvis.meters.track import Tracker
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from greenvis.core import distributed, files, weights
+from greenvis.core import distributed, files
+from greenvis.core.attached import below
 from greenvis.core.wrap import Wrapped
 from greenvis.errors import BadInput
 
@@ -117,7 +118,7 @@ def own_state(live: Wrapped, every: bool = False) -> dict[str, Tensor]:
 def give_own(live: Wrapped, own: Mapping[str, Tensor]) -> None:
     """Give the techniques what `own_state` returned."""
     for technique, installed in zip(live.techniques, live.installed, strict=True):
-        if mine := weights.below(own, f"{technique.name}."):
+        if mine := below(own, f"{technique.name}."):
             installed.load_state_dict(mine)
 
 

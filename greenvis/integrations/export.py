@@ -18,7 +18,7 @@ from greenvis import models
 from greenvis.core import files
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, nearest
-from greenvis.experiment.jobs import WEIGHTS_FILE
+from greenvis.experiment.run_folder import WEIGHTS_FILE
 from greenvis.meters import record
 from greenvis.report import exports, results
 from greenvis.report.markup import md

@@ -28,7 +28,8 @@ from greenvis.meters import header as headers
 from greenvis.meters.energy import Meter, Source
 from greenvis.meters.ledger import Ledger
 from greenvis.meters.phase import DeferSignals, Phase
-from greenvis.meters.record import SCHEMA, SUFFIX, Reading, Writer, replaced
+from greenvis.meters.record import SCHEMA, SUFFIX, Reading, replaced
+from greenvis.meters.record_writer import Writer
 
 if TYPE_CHECKING:
     from greenvis.meters.crosscheck import CrossCheck

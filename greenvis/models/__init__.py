@@ -1,6 +1,7 @@
 """Any vision model: built by reference, looked at by structure, folded, prepared for its images."""
 
-from greenvis.core.weights import attach, attached, fingerprint, load_weights
+from greenvis.core.attached import attach, attached
+from greenvis.core.weights import fingerprint, load_weights
 from greenvis.models.build import build, check, check_size, file_of, origin, published, save
 from greenvis.models.preprocessing import (
     Pixels,

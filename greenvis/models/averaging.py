@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from greenvis.core import weights
+from greenvis.core.attached import ATTACHED, SETTINGS
 from greenvis.errors import BadInput, some
 
 
@@ -32,7 +33,7 @@ def mean(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     for source, state in others:
         apart = sorted(reference.keys() ^ state.keys())
         apart = apart or [n for n, t in reference.items() if t.shape != state[n].shape]
-        settings = f"{weights.ATTACHED}{weights.SETTINGS}."
+        settings = f"{ATTACHED}{SETTINGS}."
         apart = apart or [
             n for n, t in reference.items() if n.startswith(settings) and not t.equal(state[n])
         ]

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from greenvis.core import weights
+from greenvis.core.attached import full_state_dict
 from greenvis.core.validation import format_value
 from greenvis.errors import BadInput, nearest
 from greenvis.models import libraries
@@ -136,7 +137,7 @@ def save(
     ref, options = origin(ref, folder=folder, **options)
     stored = {k: v for k, v in options.items() if k != "pretrained"}
     about = {"ref": ref, "options": stored, "card": dict(card or {}), "inputs": description(model)}
-    weights.write(path, weights.full_state_dict(model), about)
+    weights.write(path, full_state_dict(model), about)
 
 
 def origin(ref: str, *, folder: str | Path = ".", **options: Any) -> tuple[str, dict[str, Any]]:

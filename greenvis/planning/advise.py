@@ -14,7 +14,7 @@ import yaml
 
 from greenvis.core import distributed, files
 from greenvis.errors import BadInput, nearest
-from greenvis.experiment.jobs import locked
+from greenvis.experiment.run_folder import locked
 from greenvis.experiment.session import Session
 from greenvis.planning import candidates
 from greenvis.planning.candidates import PLANS

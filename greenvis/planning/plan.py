@@ -17,17 +17,11 @@ from greenvis.core import distributed, weights
 from greenvis.data import subsets
 from greenvis.data.image_set import Concat
 from greenvis.experiment import checkpoint, loop, synthesis
-from greenvis.experiment.jobs import (
-    PLAN_FILE,
-    SUBSET_FILE,
-    SYNTHESIS_FILE,
-    Job,
-    predicted,
-    write_json,
-)
+from greenvis.experiment.jobs import Job, predicted
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared, Short
 from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.run_folder import PLAN_FILE, SUBSET_FILE, SYNTHESIS_FILE, write_json
 from greenvis.experiment.session import Session
 from greenvis.meters import carbon, pricing, record
 

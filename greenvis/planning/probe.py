@@ -15,8 +15,8 @@ from greenvis.core import distributed, files, yamlfile
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import lineage, session, sweep
-from greenvis.experiment.jobs import WEIGHTS_FILE
 from greenvis.experiment.recipe import Recipe, load_recipe
+from greenvis.experiment.run_folder import WEIGHTS_FILE
 
 PROTOCOL = Path(__file__).with_suffix(".yaml")
 _DATA = (

@@ -14,8 +14,8 @@ from torch import nn
 from greenvis import data, models
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.experiment import knn
-from greenvis.experiment.jobs import WEIGHTS_FILE
 from greenvis.experiment.recipe import UNHASHED, load_recipe
+from greenvis.experiment.run_folder import WEIGHTS_FILE
 from greenvis.meters import pricing, record
 from greenvis.meters.track import Tracker, track
 from greenvis.models import structure

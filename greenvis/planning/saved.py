@@ -19,8 +19,8 @@ from greenvis.data.splits import UNKNOWN, Split
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput, some
 from greenvis.experiment import answers, lineage
-from greenvis.experiment.jobs import ROUNDS_FILE
 from greenvis.experiment.recipe import Arm, Recipe
+from greenvis.experiment.run_folder import ROUNDS_FILE
 
 BATCH = 256
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import greenvis as gv
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment import jobs, session
+from greenvis.experiment import run_folder, session
 from greenvis.meters import pricing, record
 
 RECIPE = """\
@@ -211,7 +211,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 
 def test_two_processes_do_not_run_one_recipe_into_one_folder(finished: Path) -> None:
     with (
-        jobs.locked(finished / "runs" / "tiny"),
+        run_folder.locked(finished / "runs" / "tiny"),
         pytest.raises(GreenvisError, match="another process"),
     ):
         session.run(finished / "tiny.yaml", runs=finished / "runs")

@@ -17,7 +17,7 @@ from greenvis.core import files, weights
 from greenvis.data import output_cache_files
 from greenvis.data.output_cache import Cache
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.experiment import checkpoint, jobs
+from greenvis.experiment import checkpoint, run_folder
 from greenvis.experiment.loop import Progress
 from greenvis.report import folder as report_folder
 from tests.hostile.bounds import everything
@@ -36,7 +36,7 @@ def canary(tmp_path: Path) -> Path:
 
 WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "text": ("x.txt", lambda folder: files.write(folder / "x.txt", "new")),
-    "json": ("done.json", lambda folder: jobs.write_json(folder / "done.json", {"a": 1})),
+    "json": ("done.json", lambda folder: run_folder.write_json(folder / "done.json", {"a": 1})),
     "weights": (
         "m.safetensors",
         lambda folder: weights.write(folder / "m.safetensors", {"a": torch.zeros(2)}, {}),
@@ -47,7 +47,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     ),
     "json's part": (
         "done.json.part",
-        lambda folder: jobs.write_json(folder / "done.json", {"a": 1}),
+        lambda folder: run_folder.write_json(folder / "done.json", {"a": 1}),
     ),
 }
 
@@ -72,7 +72,7 @@ def test_a_lock_that_is_a_link_is_refused(canary: Path, tmp_path: Path) -> None:
         folder = tmp_path / target.name
         folder.mkdir()
         (folder / ".lock").symlink_to(target)
-        with pytest.raises(GreenvisError, match="is a link"), jobs.locked(folder):
+        with pytest.raises(GreenvisError, match="is a link"), run_folder.locked(folder):
             pass
         with pytest.raises(GreenvisError, match="is a link"), output_cache_files.locked(folder):
             pass
@@ -246,7 +246,7 @@ def test_what_killed_writers_left_goes_with_the_next_write(tmp_path: Path) -> No
     names = sorted(p.name for p in tmp_path.iterdir())
     assert [n for n in names if n.startswith(".x.part.")]  # of another file
     assert names[:2] == [".x.aaaaaaaa.part", ".x.abcdefg.part"]
-    with jobs.locked(tmp_path):
+    with run_folder.locked(tmp_path):
         assert sorted(p.name for p in tmp_path.iterdir()) == [
             ".lock", ".x.aaaaaaaa.part", ".x.abcdefg.part", "x"
         ]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from greenvis.cli import main as cli
-from greenvis.meters import record
+from greenvis.meters.record_writer import Writer
 from tests.hostile.bounds import everything
 from tests.hostile.test_kills import BASE, TINY
 
@@ -78,15 +78,22 @@ def _lay(folder: Path, before: Sequence[Sequence[str]], monkeypatch: pytest.Monk
         assert cli.main([*words]) == 0
 
 
-SLOW = ("run", "run and log")
-
-
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in COMMANDS]
+    ("name", "each"),
+    [
+        ("plan", True),
+        ("report", False),
+        ("export", True),
+        *(
+            pytest.param(name, True, marks=pytest.mark.slow)
+            for name in ("run", "run and log", "report")
+        ),
+    ],
 )
 def test_what_is_written_goes_through_no_link(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, each: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of each file a command writes, or else of one of each kind in each folder."""
     *before, words = COMMANDS[name]
     first = tmp_path / "first"
     _lay(first, before, monkeypatch)
@@ -100,6 +107,8 @@ def test_what_is_written_goes_through_no_link(
         path for path in seen - {"."} if not (first / path).is_dir() and not _drawn(path)
     )
     assert names
+    if not each:
+        names = [*{(Path(path).parent, Path(path).suffix): path for path in names}.values()]
     canary = tmp_path / "canary"
     canary.mkdir()
     (canary / "file").write_text("mine")
@@ -125,7 +134,7 @@ def test_a_record_is_not_written_through_a_link(tmp_path: Path) -> None:
     for name in ("canary", "absent"):
         link = tmp_path / f"{name}.rank0.jsonl"
         link.symlink_to(tmp_path / name)
-        writer = record.Writer(link, {"run": "a", "schema": 1})
+        writer = Writer(link, {"run": "a", "schema": 1})
         writer.close("done")
         assert "cannot write" in writer.problem
     assert (tmp_path / "canary").read_text() == "mine"

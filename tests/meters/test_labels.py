@@ -10,6 +10,7 @@ import pytest
 import greenvis as gv
 from greenvis.errors import BadInput
 from greenvis.meters import labels, record
+from greenvis.meters.record_writer import Writer
 from greenvis.report import results
 
 
@@ -60,7 +61,7 @@ def test_the_same_line_again_counts_once_and_names_add_up() -> None:
 def _write(folder: Path, run: str, attempt: int, status: str, rank: int = 0) -> None:
     """Write the record of a start of one (arm, seed, inputs): it states 40 labels, and bought 5."""
     path = folder / f"{run}.rank{rank}.jsonl"
-    writer = record.Writer(
+    writer = Writer(
         path,
         {
             "run": run, "name": "n", "arm": "a", "seed": 0, "inputs": "x", "attempt": attempt,

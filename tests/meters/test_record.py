@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from greenvis.errors import BadInput
-from greenvis.meters import carbon, pricing, record
-from greenvis.meters.record import Run, Writer, find, read
+from greenvis.meters import carbon, pricing, record_writer
+from greenvis.meters.record import Run, find, read
+from greenvis.meters.record_writer import Writer
 
 CPU = {
     "name": "cpu", "source": "cpu-time model", "scope": "process", "observation": "cpu_s",
@@ -84,7 +85,7 @@ def test_lines_are_on_the_disk_when_a_run_ends_and_every_few_seconds(
     writer = Writer(path, HEADER)
     writer.line("note", {"text": "soon after"})
     assert synced == []
-    monkeypatch.setattr(record, "SYNC_EVERY_S", 0.0)  # as if that long had passed
+    monkeypatch.setattr(record_writer, "SYNC_EVERY_S", 0.0)  # as if that long had passed
     writer.line("note", {"text": "later"})
     assert synced == [path.stat().st_size]
     monkeypatch.undo()

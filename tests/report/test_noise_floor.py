@@ -12,7 +12,7 @@ import pytest
 import greenvis as gv
 from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
-from greenvis.meters.record import Writer
+from greenvis.meters.record_writer import Writer
 from greenvis.report import formatting, results
 from greenvis.report.estimates import Estimate, Ratio
 from greenvis.report.floor import floors

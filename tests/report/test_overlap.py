@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import greenvis as gv
-from greenvis.meters.record import Writer
+from greenvis.meters.record_writer import Writer
 from greenvis.report import overlap, results
 
 ONE = {"low": 1.0, "central": 1.0, "high": 1.0}

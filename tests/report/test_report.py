@@ -19,6 +19,7 @@ from scipy.stats import ttest_1samp
 
 from greenvis.errors import BadInput
 from greenvis.meters import grid, pricing, record
+from greenvis.meters.record_writer import Writer
 from greenvis.report import report, results, tables
 from greenvis.report.folder import LIST
 from greenvis.report.results_file import to_json
@@ -183,7 +184,7 @@ def test_ranks_count_the_machine_once_and_processes_summed(tmp_path: Path) -> No
             "host": "h",
             "boot_id": "b",
         }
-        writer = record.Writer(
+        writer = Writer(
             tmp_path / f"r.rank{rank}.jsonl",
             {**header, "components": [socket, synthetic.RAM], "clock_s": 1.0},
         )

@@ -14,6 +14,8 @@ from greenvis.errors import GreenvisError
 from greenvis.models.structure.layout import as_map
 from greenvis.techniques._shared import features as of
 from greenvis.techniques.inference.distill import _teachers as teaching
+from greenvis.techniques.inference.distill._comparison import Review
+from greenvis.techniques.inference.distill._comparison import _hint as hint
 from greenvis.techniques.inference.distill._kd import (
     corrected_targets,
     dkd_loss,
@@ -22,8 +24,6 @@ from greenvis.techniques.inference.distill._kd import (
     kd_task_loss,
     soft_target_loss,
 )
-from greenvis.techniques.inference.distill._losses import Review
-from greenvis.techniques.inference.distill._losses import _hint as hint
 
 FIXTURE = torch.load(Path(__file__).parents[1] / "fixtures" / "kd_losses.pt", weights_only=True)
 

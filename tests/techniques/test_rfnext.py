@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis import models
 from greenvis.core import weights
+from greenvis.core.attached import full_state_dict
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques.inference.structure._dilations import (
     Branches,
@@ -272,7 +273,7 @@ def test_dilations_are_saved_beside_the_weights(tmp_path: Path) -> None:
     x = torch.rand(2, 3, 64, 64)
     assert again.layer1[0].conv1.dilation == (2, 2)  # type: ignore[index, union-attr]
     torch.testing.assert_close(again.eval()(x), model.eval()(x))
-    state = weights.full_state_dict(model)
+    state = full_state_dict(model)
     with pytest.raises(RuntimeError, match="dilation"):  # one without greenvis
         models.build("timm/resnet18", **ref).load_state_dict(state)
     plain = models.build("timm/resnet18", **ref)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from greenvis.core.weights import below
+from greenvis.core.attached import below
 
 _FOLLOWERS = "_greenvis_followers"
 

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from greenvis.core import weights
+from greenvis.core.attached import attach_settings
 from greenvis.core.surgery import find, names_of, replace
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput, GreenvisError, some
@@ -229,7 +229,7 @@ class InstalledRFNext(Installed):
             if len(layer.rates) > 1:
                 _fold(layer)
                 continue
-            weights.attach_settings(self.model, layer.settled(layer.rates[0]))
+            attach_settings(self.model, layer.settled(layer.rates[0]))
 
 
 def _searchable(conv: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greenvis.core.weights import below
+from greenvis.core.attached import below
 from greenvis.errors import BadInput
 from greenvis.models.vae import LATENT, elbo, networks
 

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from greenvis.core.attached import below
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Experience, Installed, Technique, logits_of
-from greenvis.core.weights import below
 from greenvis.errors import GreenvisError
 from greenvis.tasks.answers import PIXELS_TOO, class_rows
 

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from greenvis.core.attached import below
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, OnlyWith, Technique
-from greenvis.core.weights import below
 from greenvis.tasks.answers import CLASSES
 from greenvis.techniques._shared.attach import precise
 from greenvis.techniques.iteration.continual._importance import (

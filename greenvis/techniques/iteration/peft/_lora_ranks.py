@@ -10,7 +10,7 @@ from peft import AdaLoraConfig
 from peft.tuners.adalora.model import AdaLoraModel
 from torch import Tensor, nn
 
-from greenvis.core.weights import below
+from greenvis.core.attached import below
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques._shared.lora_layers import NAME
 

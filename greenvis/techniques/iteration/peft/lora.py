@@ -13,26 +13,23 @@ from peft import AdaLoraConfig, LoraConfig, LoraGAConfig, inject_adapter_in_mode
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from greenvis.core.surgery import find, freeze, parents_of
+from greenvis.core.surgery import freeze, parents_of
 from greenvis.core.technique import Classifier, InputShape, Installed, Technique
-from greenvis.errors import BadInput, nearest, some
-from greenvis.models.structure import View, view
+from greenvis.errors import BadInput, some
+from greenvis.models.structure import view
 from greenvis.techniques._shared.attach import precise
 from greenvis.techniques._shared.heads import head_parameters
 from greenvis.techniques._shared.lora_layers import (
     NAME,
     Multihead,
     ReadLinear,
-    inner_linears,
     keep_off_the_fast_path,
     merged,
     put_folded,
 )
 from greenvis.techniques.iteration.peft._lora_ranks import Ranks
 from greenvis.techniques.iteration.peft._lora_start import checked, gradients
-
-ROLES = ("attention", "qkv", "mlp", "conv", "linear")
-_KINDS = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+from greenvis.techniques.iteration.peft._lora_targets import ROLES, targets
 
 
 class Lora(Technique):
@@ -123,7 +120,7 @@ class Lora(Technique):
         cannot be changed."""
         self._check()
         structure = view(model, self.input_shape, probe=False)
-        paths = self._targets(model, structure)
+        paths = targets(self, model, structure)
         heads = head_parameters(model, structure) if self.head == "train" else []
         parents = {path: parents_of(model, model.get_submodule(path)) for path in paths}
         ranks = self._inject(model, paths)
@@ -165,118 +162,6 @@ class Lora(Technique):
     def first_rank(self) -> int:
         """Ranks of each layer when training begins."""
         return self.rank if self.variant != "adalora" else self.start_rank or -(-3 * self.rank // 2)
-
-    def _targets(self, model: nn.Module, structure: View) -> list[str]:
-        """Return the paths to change, in the model's order. Raises BadInput before anything is
-        touched."""
-        chosen: dict[str, None] = {}
-        for target in self.targets:
-            if target in ROLES:
-                paths = structure.role(target)
-                why = {p: self._why_not(model, structure, p, merging=True) for p in paths}
-                good = [p for p in paths if not why[p]]
-                if not good:
-                    raise BadInput(
-                        f"lora cannot change any '{target}' layer of this model: {why[paths[0]]}"
-                    )
-                chosen.update(dict.fromkeys(good))
-            else:
-                chosen.update(dict.fromkeys(self._matches(model, structure, target)))
-        return [p for p, _ in model.named_modules() if p in chosen]
-
-    def _matches(self, model: nn.Module, structure: View, pattern: str) -> list[str]:
-        try:
-            hits = find(model, [pattern], _KINDS)
-        except BadInput:
-            try:
-                hits = find(model, [pattern])
-            except BadInput as error:
-                raise BadInput(
-                    f"{error}{nearest(pattern, ROLES) if pattern.isalpha() else ''}"
-                ) from None
-        inner = inner_linears(model)
-        outer = [p for p in hits if p not in inner]
-        if not outer:
-            raise BadInput(
-                f"'{hits[0]}' is read as a weight by its nn.MultiheadAttention: target "
-                f"'{inner[hits[0]]}' itself"
-            )
-        named = [
-            p for p in outer if not structure.in_classifier(p) and p != structure.patch_embed
-        ] or outer
-        if self.head == "train" and all(map(structure.in_classifier, named)):
-            raise BadInput(
-                f"'{pattern}' names the classifier {some(named)}, which trains in full; set head: "
-                "freeze"
-            )
-        ran = {*structure.linears, *structure.convs, *(a.path for a in structure.attention)}
-        live = [p for p in named if p in ran]
-        if not live:
-            raise BadInput(
-                f"{some(named)} matches '{pattern}' but never runs in a forward, so it would learn "
-                "nothing"
-            )
-        for path in live:
-            if reason := self._why_not(model, structure, path, merging=False):
-                raise BadInput(f"'{pattern}' names '{path}', which lora cannot change: {reason}")
-        return live
-
-    def _why_not(self, model: nn.Module, structure: View, path: str, merging: bool) -> str:
-        """Return why a layer cannot be changed, or "". merging: also where the change could not be
-        merged."""
-        module = model.get_submodule(path)
-        if not isinstance(module, _KINDS):
-            return (
-                f"'{path}' is a {type(module).__name__}, not a Linear, Conv2d or MultiheadAttention"
-            )
-        if path in structure.computed:
-            return (
-                f"'{path}' does not use its weight as it is (a standardised "
-                f"{type(module).__name__})"
-            )
-        if self.init == "lora_ga" and (
-            not isinstance(module, nn.Linear) or path in structure.functional
-        ):
-            return (
-                f"'{path}' is not a Linear that runs itself, and PEFT starts no other with "
-                "lora_ga; use another init"
-            )
-        if isinstance(module, nn.Conv2d) and self.variant == "adalora":
-            if (
-                module.groups > 1
-                or type(module).forward is not nn.Conv2d.forward
-                or module.padding_mode != "zeros"
-            ):
-                return (
-                    f"'{path}' is a convolution of {module.groups} groups or with padding of its "
-                    "own, unknown to AdaLoRA"
-                )
-        elif isinstance(module, nn.Conv2d):
-            if module.groups > 1 and (merging or self.rank % module.groups):
-                return (
-                    f"'{path}' is a convolution of {module.groups} groups; PEFT cannot merge it "
-                    "and needs a rank they divide"
-                )
-            if set(module.dilation) != {1} or module.padding_mode != "zeros":
-                return (
-                    f"'{path}' has dilation {module.dilation} and padding '{module.padding_mode}', "
-                    "which PEFT ignores"
-                )
-        if isinstance(module, nn.Conv2d) and path in structure.functional:
-            return f"'{path}' is a convolution whose weight another module reads"
-        multihead = isinstance(module, nn.MultiheadAttention)
-        if multihead and not module._qkv_same_embed_dim:
-            return f"'{path}' has q, k and v of different widths, which PEFT does not support"
-        if multihead or path in structure.functional:
-            how = "an nn.MultiheadAttention" if multihead else "read as a weight by another module"
-            if self.variant in ("dora", "adalora"):
-                name = {"dora": "DoRA", "adalora": "AdaLoRA"}[self.variant]
-                return (
-                    f"'{path}' is {how}, for which there is no {name}; use variant lora or rslora"
-                )
-            if self.dropout:
-                return f"'{path}' is {how}, so dropout cannot act on its input; set dropout: 0"
-        return ""
 
     def _inject(self, model: nn.Module, paths: list[str]) -> Ranks | None:
         common: dict[str, Any] = {
