@@ -9,11 +9,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import random
 import resource
 import runpy
 import signal
 import sys
 import tempfile
+import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile
@@ -118,6 +121,28 @@ def greenvis(
     return process
 
 
+def ranks(*words: str, cwd: Path) -> tuple[Greenvis, Greenvis]:
+    """Run `greenvis WORDS`, or a Python file, as two processes that meet over gloo, as torchrun has
+    them; torchrun itself is in the slow tests."""
+    meeting = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(random.SystemRandom().randrange(10_000, 30_000)),  # nobody's by chance
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+    }
+    first, second = both = tuple(
+        Greenvis(*words, cwd=cwd, env={**meeting, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in "01"
+    )
+    end = time.monotonic() + HANGS_S
+    while None in (codes := [process.wait(0.05) for process in both]):
+        if any(codes) or time.monotonic() > end:
+            break
+    assert codes == [0, 0], f"{words}: {first.stderr[-3000:]}{second.stderr[-3000:]}"
+    return first, second
+
+
 def _run(
     words: Sequence[str],
     cwd: str,
@@ -142,12 +167,13 @@ def _run(
     os.environ.update(env)
     tempfile.tempdir = None  # the environment may say another
     os.chdir(cwd)
-    sys.argv = ["greenvis", *words]
+    script = words[0].endswith(".py")
+    sys.argv = [*words] if script else ["greenvis", *words]
     if moment:
         interrupted.at(moment)
     for kind, most in limits:
         resource.setrlimit(kind, (most, most))
-    if words[0].endswith(".py"):
+    if script:
         runpy.run_path(words[0], run_name="__main__")
     else:
         sys.exit(cli.main([*words]))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import nn
 
 from greenvis import data
@@ -94,3 +95,20 @@ def of_stream(
             )
         )
     return out
+
+
+def resumed_and_not(
+    fit: Callable[..., Any], epoch: Callable[[int, int], Sequence[Any]], file: Path
+) -> tuple[Any, Any]:
+    """Return what `fit(batches, checkpoint)` makes of two epochs of three batches that broke off in
+    the second, and of those that did not."""
+
+    def crash(number: int, start: int) -> Any:
+        yield from epoch(number, 0)[: 3 - number]
+        if number:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(crash, file)
+    assert file.exists()
+    return fit(epoch, file), fit(epoch)

@@ -3,14 +3,12 @@ no gradient is lost."""
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import timm
 import torch
@@ -184,14 +182,10 @@ def _job() -> None:
     dist.destroy_process_group()
 
 
-def test_parameters_that_only_terms_use_get_their_gradient_from_two_processes() -> None:
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, str(Path(__file__))],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-        text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_parameters_that_only_terms_use_get_their_gradient_from_two_processes(
+    tmp_path: Path,
+) -> None:
+    forked.ranks(__file__, cwd=tmp_path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import interrupted
 import psutil
 import pytest
@@ -92,15 +93,18 @@ def _apart(one: Path, other: Path, arm: str) -> float:
     return ((a - b).norm() / a.norm()).item()
 
 
-def _said(done: subprocess.CompletedProcess[str]) -> list[str]:
+def _said(done: subprocess.CompletedProcess[str] | forked.Greenvis) -> list[str]:
     return [line for line in done.stderr.splitlines() if line.startswith(("greenvis:", "tiny"))]
 
 
 def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
-    done = _run(_write(tmp_path), TORCHRUN, "--set", "train.epochs=1")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [line.partition("/")[2] for line in _said(done)] == ["plain seed 0: training"]
-    assert done.stdout.count("report:") == 1
+    folders = ("--runs", "runs", "--out", "report")
+    both = forked.ranks(
+        "run", "tiny.yaml", *folders, "--set", "train.epochs=1", cwd=_write(tmp_path)
+    )
+    said = [line for process in both for line in _said(process)]
+    assert [line.partition("/")[2] for line in said] == ["plain seed 0: training"]
+    assert sum(process.stdout.count("report:") for process in both) == 1
     runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
     assert sorted((r.header["rank"], r.header["world_size"], r.status) for r in runs) == [
         (0, 2, "done"),

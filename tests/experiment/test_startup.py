@@ -45,7 +45,13 @@ def runs_of(folder: Path) -> tuple[Run, Run]:
     return first, second
 
 
-@pytest.mark.parametrize("program", [RAY_WORKER, CLI], ids=["worker of Ray", "command line"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param(RAY_WORKER, id="worker of Ray", marks=pytest.mark.slow),
+        pytest.param(CLI, id="command line"),
+    ],
+)
 def test_a_fresh_process_starts_outside_the_arms(tmp_path: Path, program: str) -> None:
     (tmp_path / "twice.yaml").write_text(RECIPE)
     env = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -23,7 +23,7 @@ RECIPE = """\
 name: tiny
 data: {name: digits, train: 256, test: 32, img_size: 8}
 model: {ref: plain/mlp, img_size: 8, hidden: [8]}
-train: {epochs: 4, batch_size: 8, eval_every: 0, workers: WORKERS}
+train: {epochs: 2, batch_size: 8, eval_every: 0, workers: WORKERS}
 meter: {codecarbon: false}
 arms: {full: {}}
 """

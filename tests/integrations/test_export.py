@@ -3,8 +3,11 @@ where it cannot go."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,20 +39,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return session.run(folder / "small.yaml", runs=folder / "runs")
 
 
-def test_every_form_answers_as_the_live_model(
-    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture(scope="module")
+def exported(runs: Path) -> tuple[Path, dict[str, Any]]:
+    """The model of one run in every form, each in a folder of its name, and what was said of it."""
+    folder, said = runs / "exported", {}
     for form in FORMS:
-        out = tmp_path / form
-        assert (
-            cli.main(
-                ["export", str(runs / "lora/seed0"), "--to", form, "--out", str(out), "--json"]
-            )
-            == 0
-        )
-        found = json.loads(capsys.readouterr().out)
-        assert found["max_difference"] <= (1e-5 if form in ("onnx", "torch.export") else 0.0)
-        assert "co2_eq_emissions" in (out / "README.md").read_text()
+        words = ["export", str(runs / "lora/seed0"), "--to", form, "--out", str(folder / form)]
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            assert cli.main([*words, "--json"]) == 0
+        said[form] = json.loads(out.getvalue())
+    return folder, said
+
+
+def test_every_form_answers_as_the_live_model(exported: tuple[Path, dict[str, Any]]) -> None:
+    folder, said = exported
+    for form in FORMS:
+        assert said[form]["max_difference"] <= (1e-5 if form in ("onnx", "torch.export") else 0.0)
+        assert "co2_eq_emissions" in (folder / form / "README.md").read_text()
 
 
 def test_a_hub_folder_is_loaded_by_the_library_alone(runs: Path, tmp_path: Path) -> None:
@@ -123,43 +129,50 @@ def test_a_transformers_folder_prepares_images_as_the_run_did(runs: Path, tmp_pa
     assert torch.allclose(got, want, atol=1e-5)
 
 
-def test_onnx_names_classes_statistics_and_the_batch_axis(runs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("arm", ["lora", "net", pytest.param("hf", marks=pytest.mark.slow)])
+def test_onnx_names_classes_statistics_and_the_batch_axis(
+    arm: str, runs: Path, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     import onnx
 
-    for arm in ("lora", "hf", "net"):
-        export(runs / arm / "seed0", "onnx", tmp_path / arm)
-        model = onnx.load(tmp_path / arm / "model.onnx")
-        said = {
-            p.key: json.loads(p.value)
-            for p in model.metadata_props
-            if p.key in ("labels", "mean", "std", "input_size")
-        }
-        mean, std = _statistics()
-        assert said == {
-            "labels": CLASSES,
-            "mean": list(mean),
-            "std": list(std),
-            "input_size": [1, 8, 8],
-        }
-        for tensor in (model.graph.input[0], model.graph.output[0]):
-            assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
+    folder = exported[0] / "onnx"
+    if arm != "lora":
+        folder = tmp_path / arm
+        export(runs / arm / "seed0", "onnx", folder)
+    model = onnx.load(folder / "model.onnx")
+    said = {
+        p.key: json.loads(p.value)
+        for p in model.metadata_props
+        if p.key in ("labels", "mean", "std", "input_size")
+    }
+    mean, std = _statistics()
+    assert said == {
+        "labels": CLASSES,
+        "mean": list(mean),
+        "std": list(std),
+        "input_size": [1, 8, 8],
+    }
+    for tensor in (model.graph.input[0], model.graph.output[0]):
+        assert tensor.type.tensor_type.shape.dim[0].dim_param == "batch"
 
 
-def test_every_form_and_its_card_say_what_was_done(runs: Path, tmp_path: Path) -> None:
+def test_every_form_and_its_card_say_what_was_done(
+    runs: Path, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     mean, _ = _statistics()
+    folder, _ = exported
     for form in FORMS:
-        export(runs / "lora/seed0", form, tmp_path / form)
-        card = (tmp_path / form / "README.md").read_text()
+        card = (folder / form / "README.md").read_text()
         for words in (f"Form: {form}", "trained from scratch by this run", "Trained with: lora",
         str(mean[0]), "0, 1, 2, 3",
                       "(batch, 1, 8, 8)", "shorter side, bilinear"):  # fmt: skip
             assert words in card, (form, words)
     assert (
-        json.loads((tmp_path / "safetensors" / "model.json").read_text())["inputs"]["labels"]
+        json.loads((folder / "safetensors" / "model.json").read_text())["inputs"]["labels"]
         == CLASSES
     )
     extra = {"inputs.json": ""}
-    torch.export.load(tmp_path / "torch.export" / "model.pt2", extra_files=extra)
+    torch.export.load(folder / "torch.export" / "model.pt2", extra_files=extra)
     assert json.loads(extra["inputs.json"])["mean"] == list(mean)
     export(runs / "tuned/seed0", "safetensors", tmp_path / "tuned")
     assert "began as those of run:lora" in (tmp_path / "tuned" / "README.md").read_text()

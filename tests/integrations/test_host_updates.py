@@ -3,20 +3,17 @@ replay or none."""
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import host_updates as hosts
-
-TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 def _check(kind: str, left: list[dict[str, Any]]) -> None:
@@ -49,32 +46,15 @@ def test_of_one_process(host: str, kind: str, accumulate: int, tmp_path: Path) -
     _check(kind, [hosts.train(host, kind, accumulate, tmp_path)])
 
 
-def _launched(folder: Path, host: str) -> Path:
-    script = [
-        sys.executable,
-        "-m",
-        *TORCHRUN,
-        str(Path(__file__).parents[1] / "host_updates.py"),
-        str(folder),
-        host,
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        script, env=environment, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder
-
-
 @pytest.mark.parametrize(
     "host", [*hosts.HOSTS[:1], *(pytest.param(h, marks=pytest.mark.slow) for h in hosts.HOSTS[1:])]
 )
 def test_of_two_processes(host: str, tmp_path: Path) -> None:
-    out = _launched(tmp_path, host)
+    forked.ranks(hosts.__file__, str(tmp_path), host, cwd=tmp_path)
     for kind in hosts.KINDS:
         for accumulate in hosts.ACCUMULATE:
             both = [
-                torch.load(out / f"{host}-{kind}-{accumulate}-{rank}.pt", weights_only=True)
+                torch.load(tmp_path / f"{host}-{kind}-{accumulate}-{rank}.pt", weights_only=True)
                 for rank in (0, 1)
             ]
             _check(kind, both)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hosts import HOSTS
-from own_parts import Own, of_batches
+from own_parts import Own, of_batches, resumed_and_not
 from torch import Tensor, nn
 
 import greenvis as gv
@@ -173,15 +173,7 @@ def test_a_resumed_recipe_draws_what_an_uninterrupted_one_draws(
     def epoch(number: int, start: int) -> list[Any]:
         return [(X + number, Y, torch.arange(6))] * (3 - start)
 
-    def crash(number: int, start: int) -> Any:
-        yield from epoch(number, 0)[: 3 - number]
-        if number:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "c.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(crash, file)
-    resumed, uninterrupted = fit(epoch, file), fit(epoch)
+    resumed, uninterrupted = resumed_and_not(fit, epoch, tmp_path / "c.pt")
     for name, value in uninterrupted.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
 

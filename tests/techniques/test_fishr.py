@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from own_parts import Own, of_batches
+from own_parts import Own, of_batches, resumed_and_not
 from torch import Tensor, nn
 
 import greenvis as gv
@@ -142,15 +142,7 @@ def test_a_resumed_recipe_is_an_uninterrupted_one(tmp_path: Path) -> None:
         order = torch.arange(13).roll(number)
         return [(X[order], Y[order], order)] * (3 - start)
 
-    def crash(number: int, start: int) -> Any:
-        yield from epoch(number, 0)[: 3 - number]
-        if number:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "c.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(crash, file)
-    resumed, uninterrupted = fit(epoch, file), fit(epoch)
+    resumed, uninterrupted = resumed_and_not(fit, epoch, tmp_path / "c.pt")
     for name, value in uninterrupted.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name])
 

@@ -3,11 +3,9 @@ one big batch, or refused."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,20 +80,7 @@ def _one_big_batch(model: nn.Module, method: str, both: list[tuple]) -> torch.Te
 
 def test_uneven_processes_learn_as_one_big_batch(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.ranks(str(tmp_path / "script.py"), str(tmp_path), cwd=tmp_path)
     for method in ("er_ace", "der", "derpp"):
         left = torch.load(tmp_path / f"{method}.pt", weights_only=True)
         assert [parts[:2] for _, _, parts, _ in left["both"]] == [[4, 3], [1, 5]]

@@ -3,11 +3,9 @@ goes on from what it saved."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
@@ -52,20 +50,7 @@ def test_each_process_keeps_its_share_and_no_image_is_kept_twice(
     policy: str, tmp_path: Path
 ) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-    ]
-    done = subprocess.run(
-        [*command, str(tmp_path / "script.py"), str(tmp_path), policy],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    forked.ranks(str(tmp_path / "script.py"), str(tmp_path), policy, cwd=tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert (one["size"], other["size"]) == (11, 10)
     for task, (a, b) in enumerate(zip(one["kept"], other["kept"], strict=True)):

@@ -134,9 +134,13 @@ HOSTS = [
     Host("timm-blur", lambda: _resnet(aa_layer=BlurPool2d), (3, 40, 40), 5),
     Host("torchvision", _torchvision, (3, 40, 40), 5),
 ]
+SLOW = ("timm-groups", "timm-silu")
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=lambda h: h.name)
+@pytest.mark.parametrize(
+    "host",
+    [pytest.param(h, id=h.name, marks=[pytest.mark.slow] if h.name in SLOW else []) for h in HOSTS],
+)
 def test_contract_on_bottlenecks(host: Host) -> None:
     results = check_technique(Res2Net, [host])
     if host.name == "timm-blur":  # a blur between the convolutions is of one width

@@ -60,29 +60,6 @@ def test_a_solver_draws_what_diffusers_pipeline_draws(
     assert pipe.scheduler is scheduler
 
 
-def test_a_pipeline_keeps_its_own_guidance_and_is_told_what_to_draw() -> None:
-    class Text:
-        def __init__(self) -> None:
-            model = diffusion()
-            self.unet, self.scheduler, self.calls = model.network, model.base(), []
-
-        def set_progress_bar_config(self, **options: Any) -> None: ...
-
-        def __call__(self, prompt: Any, num_inference_steps: int = 9, guidance_scale: float = 7.5,
-                     generator: Any = None, output_type: str = "pil") -> Any:  # fmt: skip
-            self.calls.append((prompt, num_inference_steps, guidance_scale, output_type))
-            return SimpleNamespace(images=noise(len(prompt)).permute(0, 2, 3, 1).numpy())
-
-    pipe, y = Text(), torch.tensor([1, 0])
-    with pytest.raises(BadInput, match="must be told what to draw"):
-        Pipeline(pipe)
-    model = Pipeline(pipe, lambda y: {"prompt": [("a", "b")[i] for i in y]})
-    wrap(model, Sampler(steps=(4,)), task="generation")
-    assert torch.equal(model.sample(y), noise(2))
-    assert pipe.calls == [(["b", "a"], 4, 7.5, "np")]
-    assert type(pipe.scheduler).__name__ == "DDPMScheduler"
-
-
 @pytest.mark.parametrize(("solver", "steps"), [("unipc", 4), ("heun", 3)])
 def test_solvers_without_a_generator_follow_their_scheduler(solver: Any, steps: int) -> None:
     import diffusers

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from own_parts import Own, of_batches
+from own_parts import Own, of_batches, resumed_and_not
 from torch import Tensor, nn
 
 import greenvis as gv
@@ -168,15 +168,7 @@ def test_a_recipes_loop_looks_at_images_held_out_and_a_resumed_one_alike(tmp_pat
     def epoch(number: int, start: int) -> list[Any]:
         return [(X + number, Y)] * (3 - start)
 
-    def crash(number: int, start: int) -> Any:
-        yield from epoch(number, 0)[: 3 - number]
-        if number:
-            raise KeyboardInterrupt
-
-    file = tmp_path / "c.pt"
-    with pytest.raises(KeyboardInterrupt):
-        fit(crash, file)
-    resumed, uninterrupted = fit(epoch, file), fit(epoch)
+    resumed, uninterrupted = resumed_and_not(fit, epoch, tmp_path / "c.pt")
     assert uninterrupted.live.facts()["swad_steps"] > 1
     assert resumed.live.facts() == uninterrupted.live.facts()
     one, other = resumed.live.merge().state_dict(), uninterrupted.live.merge().state_dict()
