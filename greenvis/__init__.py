@@ -8,7 +8,7 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 
 __version__ = "0.1.0"
 
@@ -125,7 +125,8 @@ def __getattr__(name: str) -> Any:
         cls = registry.find_class(name)
         if cls is not None:
             return cls
-    raise AttributeError(f"module 'greenvis' has no attribute {name!r}")
+    hint = "" if name[:1] == "_" else nearest(name, __all__)
+    raise AttributeError(f"module 'greenvis' has no attribute {name!r}{hint}")
 
 
 def __dir__() -> list[str]:

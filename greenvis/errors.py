@@ -36,10 +36,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the closest of `known`, else a short list of what there
     is."""
     names = sorted(set(known))
-    close = difflib.get_close_matches(name[:100], names, n=1, cutoff=0.6)
+    plain = {_plain(n): n for n in reversed(names)}
+    close = difflib.get_close_matches(_plain(name[:100]), plain, n=1, cutoff=0.6)
     if close:
-        return f"; did you mean '{one_line(close[0])}'?"
+        return f"; did you mean '{one_line(plain[close[0]])}'?"
     return f"; known: {some(names)}" if names else ""
+
+
+def _plain(name: str) -> str:
+    """Return a name as it compares with others: LoRA is lora, token-merge is token_merge."""
+    return name.casefold().replace("-", "_")
 
 
 def some(names: Iterable[str], most: int = 6) -> str:
