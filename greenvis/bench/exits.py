@@ -67,7 +67,10 @@ def run(
             **_exiting.thresholds(installed, x, leaving),
         }
         macs = flops.count(plain, x[:1], cross_check=False).macs
-        with tempfile.TemporaryDirectory() as folder, track("exits", dir=folder) as tracker:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            track("exits", dir=folder, quiet=True) as tracker,
+        ):
             rows = []
             for batch in batches:
                 timings = _measured(plain, installed, arms, x, batch, rounds, tracker)

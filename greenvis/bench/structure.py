@@ -71,7 +71,7 @@ def run(
     with (
         _output.threads(threads),
         tempfile.TemporaryDirectory() as folder,
-        track("structure", dir=folder) as run_,
+        track("structure", dir=folder, quiet=True) as run_,
     ):
         for group in GROUPS:
             if not groups or group.name in groups:

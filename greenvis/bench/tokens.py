@@ -72,7 +72,10 @@ def run(
             name: flops.count(arm, torch.rand(1, *size), cross_check=False).macs
             for name, arm in arms.items()
         }
-        with tempfile.TemporaryDirectory() as folder, track("tokens", dir=folder) as run_:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            track("tokens", dir=folder, quiet=True) as run_,
+        ):
             rows = []
             for batch in batches:
                 rows += _rows(

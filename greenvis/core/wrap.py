@@ -299,6 +299,8 @@ class Wrapped(Training, Deltas):
         )
         return "\n".join(lines)
 
+    __repr__ = summary
+
     def _pairs(self) -> Iterator[tuple[Technique, Installed]]:
         return zip(self.techniques, self.installed, strict=False)
 

@@ -295,6 +295,7 @@ class Prepared:
             pue=meter.pue,
             codecarbon=codecarbon,
             header=header,
+            quiet=True,
         )
 
     @contextmanager

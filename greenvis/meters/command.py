@@ -42,7 +42,7 @@ def track_command(
     """
     if not words:
         raise BadInput("no command was given: greenvis track -- python train.py")
-    run = track(name or _name(words), **options, header={"command": list(words)})
+    run = track(name or _name(words), **options, header={"command": list(words)}, quiet=True)
     folder = Path(options.get("dir", "runs")).absolute()
     before = next(parent for parent in (folder, *folder.parents) if parent.exists())
     with _orphans_come_here(), run:

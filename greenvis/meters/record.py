@@ -56,6 +56,7 @@ from typing import Any, Literal, NamedTuple
 
 from greenvis.core import files
 from greenvis.errors import BadInput
+from greenvis.meters.units import si
 
 SCHEMA = 1
 SUFFIX = ".jsonl"
@@ -87,6 +88,14 @@ class Reading(NamedTuple):
     method: str = ""
     provenance: Provenance = "estimated"
     reason: str = ""
+
+    def __str__(self) -> str:
+        """The figure as people read it: "24 J (17 – 33 J, estimated)"."""
+        unit = {"j": "J", "g": "g"}.get(self.name.rpartition("_")[2], "")
+        if self.value is None:
+            return f"unknown ({self.reason or 'not observed'})"
+        band = "" if self.low is None else f"{si(self.low, unit)} – {si(self.high, unit)}, "
+        return f"{si(self.value, unit)} ({band}{self.provenance})"
 
 
 class Run:

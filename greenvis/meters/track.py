@@ -10,6 +10,7 @@ gv.report([run.path], out="reports/pets")
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -30,6 +31,7 @@ from greenvis.meters.ledger import Ledger
 from greenvis.meters.phase import DeferSignals, Phase
 from greenvis.meters.record import SCHEMA, SUFFIX, Reading, replaced
 from greenvis.meters.record_writer import Writer
+from greenvis.meters.units import duration
 
 if TYPE_CHECKING:
     from greenvis.meters.crosscheck import CrossCheck
@@ -57,6 +59,7 @@ def track(
     coefficients: str | os.PathLike[str] | None = None,
     wall_meter: Callable[[], float] | None = None,
     source: Source | None = None,
+    quiet: bool = False,
 ) -> Tracker:
     """Return a tracker of energy, carbon, FLOPs, memory and time: a context manager and a
     decorator.
@@ -76,6 +79,7 @@ def track(
         coefficients: see `meters.energy.Meter`.
         wall_meter: see `meters.energy.Meter`.
         source: replaces the live meter (`meters.energy.Replay`).
+        quiet: print no line at its end.
 
     Returns:
         The tracker; it meters from `start()`, or from entering its `with` block.
@@ -110,8 +114,9 @@ def track(
         return source if source is not None else Meter(coefficients, wall_meter)
 
     return Tracker(
-        name, folder, fields, open_source, live, codecarbon=codecarbon, interval_s=interval_s
-    )
+        name, folder, fields, open_source, live,
+        codecarbon=codecarbon, interval_s=interval_s, quiet=quiet,
+    )  # fmt: skip
 
 
 class Tracker:
@@ -119,7 +124,7 @@ class Tracker:
     outlive any end.
 
     id: the run's id; path: its record (None in a forked child, whose run is its parent's); notes:
-    warnings so far.
+    warnings so far; on_log: called with what is logged.
     """
 
     def __init__(
@@ -132,9 +137,11 @@ class Tracker:
         *,
         codecarbon: bool = False,
         interval_s: float = 1.0,
+        quiet: bool = False,
     ) -> None:
         self.name, self.live, self.id = name, live, ""
         self.notes: list[str] = []
+        self.on_log: Callable[[Mapping[str, Any]], None] | None = None
         self._again = functools.partial(
             Tracker,
             name,
@@ -144,7 +151,9 @@ class Tracker:
             live,
             codecarbon=codecarbon,
             interval_s=interval_s,
+            quiet=quiet,
         )
+        self._quiet = quiet
         self._folder, self._header, self._open_source = folder, header, open_source
         self._codecarbon, self._interval_s = codecarbon, interval_s
         self._state = "new"
@@ -219,6 +228,8 @@ class Tracker:
             self._check_disk()
             self._state = "ended"
         self._halt.set()
+        if status != "stopped" and not self._quiet and headers.ranks()[0] == 0:
+            self._announce()
         endings.leave(self)
         if self._outer_env is None:
             os.environ.pop(headers.RUN_ENV, None)
@@ -291,6 +302,8 @@ class Tracker:
                 self._ledger.cut(full=False)
                 self._flush()
                 self._writer.line("log", {"phase": self._ledger.phase, **_when(), **values})
+        if self.on_log is not None:
+            self.on_log(values)
 
     def fact(self, **values: Any) -> None:
         """Record what holds for the whole run: accuracy, macs, params. A later fact replaces an
@@ -445,6 +458,13 @@ class Tracker:
             text = "greenvis: %s; the run goes on, its record is held in memory meanwhile"
             logging.getLogger("greenvis").warning(text, self._writer.problem)
             self.note(self._writer.problem)
+
+    def _announce(self) -> None:
+        """Say in a line what the run took, and where its record is."""
+        wall = duration(self.observed().get("wall_s"))
+        where = self.lost or os.path.relpath(self.path)
+        with contextlib.suppress(OSError, ValueError):  # a closed or broken terminal
+            print(f"greenvis: {self.name}: {self.energy()}, {wall}; {where}", file=sys.stderr)
 
     def _identify(self) -> None:
         rank = headers.ranks()[0]

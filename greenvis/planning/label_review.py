@@ -83,7 +83,8 @@ def review(
     with (
         threads(job.arm.train.threads),
         track(recipe.name, dir=folder, country=recipe.meter.country,
-              intensity=recipe.meter.intensity, pue=recipe.meter.pue, header=header) as tracker,
+              intensity=recipe.meter.intensity, pue=recipe.meter.pue, header=header,
+              quiet=True) as tracker,
     ):  # fmt: skip
         probabilities = _unseen(prepared, folds, tracker, say)
         rows = label_errors.suspects(labels, probabilities)

@@ -84,7 +84,7 @@ def rank(
         shape: _images(spec, folder, shape, images) for shape in dict.fromkeys(shapes.values())
     }
     rows: list[dict[str, Any]] = []
-    with track("rank", dir=runs) as run:
+    with track("rank", dir=runs, quiet=True) as run:
         for number, (base, model) in enumerate(built.items(), 1):
             say(f"{base}: features of {len(shown[shapes[base]].train)} images")
             with run.phase(f"base{number}"):

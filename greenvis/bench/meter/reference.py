@@ -156,7 +156,10 @@ def flops_cost() -> dict[str, Any]:
 
 def _lookup_s(model: nn.Module, x: torch.Tensor, n: int = 2000) -> float:
     """Return the seconds a step costs whose FLOPs are known."""
-    with tempfile.TemporaryDirectory() as folder, track("lookup", model, dir=folder) as run:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        track("lookup", model, dir=folder, quiet=True) as run,
+    ):
         counted = StepFlops(model)
         with run.phase("train"):
             for _ in range(3):
