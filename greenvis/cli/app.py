@@ -12,6 +12,7 @@ from greenvis.errors import BadInput, nearest
 
 EXIT_CODES = "exit codes: 0 done, 1 failed, 2 bad input"
 # what a user does, in the order of the help
+EXAMPLES: dict[str, str] = {}  # a command line of each verb, by what it begins with
 TRAIN, REPORT, MODELS, PLAN, MEASURE = GROUPS = "Train", "Report", "Models", "Plan", "Measure"
 
 
@@ -83,10 +84,19 @@ class Verbs(TyperGroup):
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """Write the list of verbs."""
         commands: dict[str, Any] = dict(self.commands)
+        within = ctx.command_path.partition(" ")[2]  # "data" of `greenvis data`
+        within += " " * bool(within)
         for group in GROUPS:
             verbs = {n: c for n, c in commands.items() if c.rich_help_panel == group}
+            if not verbs:
+                continue
+            width = max(map(len, verbs))
             with formatter.section(group):
-                formatter.write_dl([(n, effect(c.help)) for n, c in verbs.items()])
+                for name, command in verbs.items():
+                    formatter.write_dl([(name.ljust(width), effect(command.help))])
+                    # on one line, to be copied
+                    indent = " " * (formatter.current_indent + width + 2)
+                    formatter.write(f"{indent}$ {EXAMPLES[within + name]}\n")
 
 
 app = typer.Typer(
@@ -97,19 +107,28 @@ app = typer.Typer(
 )
 
 
-def verb(group: str, **settings: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def verb(
+    group: str, example: str, **settings: Any
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make a function a verb of the command line: its docstring is the help, its parameters are
     the options.
 
     Args:
         group: of `GROUPS`, under which the help lists it.
+        example: a command line that works after `make demo`.
         settings: further ones of `typer.Typer.command`.
 
     Returns:
         A decorator that leaves the function as it is. What the function returns is the exit code;
         None is 0.
     """
-    return app.command(cls=Verb, rich_help_panel=group, epilog=EXIT_CODES, **settings)
+    EXAMPLES[example.split()[1]] = example
+    return app.command(cls=Verb, rich_help_panel=group, epilog=epilog(example), **settings)
+
+
+def epilog(example: str) -> str:
+    """Return what stands at the end of a verb's help."""
+    return f"example: {example}\n\n{EXIT_CODES}"
 
 
 def effect(text: str | None) -> str:

@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 
 import greenvis.bench
 from greenvis.cli import app
-from greenvis.cli.app import EXIT_CODES, Verb, effect
+from greenvis.cli.app import EXAMPLES, EXIT_CODES, Verb, effect
 from greenvis.cli.output import answer, print_rows
 from greenvis.errors import BadInput, nearest
 
@@ -54,6 +54,7 @@ class Benchmarks(TyperGroup):
             formatter.write_dl([(name, _about(name)) for name in self.list_commands(ctx)])
 
 
+EXAMPLES["bench"] = "greenvis bench listing"
 benchmarks = typer.Typer(cls=Benchmarks, rich_markup_mode=None, epilog=EXIT_CODES)
 app.app.add_typer(benchmarks, name="bench", rich_help_panel=app.MEASURE)
 

@@ -8,12 +8,18 @@ from typing import Annotated, Any
 import typer
 
 from greenvis.cli import app
-from greenvis.cli.app import EXIT_CODES, Verb, Verbs, argument, effect, option
+from greenvis.cli.app import EXAMPLES, EXIT_CODES, Verb, Verbs, argument, effect, epilog, option
 from greenvis.cli.output import answer, print_rows, say, write
 from greenvis.errors import BadInput, GreenvisError
 
 MOST_VALUES = 12  # of what may stand behind a colon, each with a line of its own
 
+EXAMPLES |= {
+    "data": "greenvis data ls",
+    "data ls": "greenvis data ls",
+    "data show": "greenvis data show digits",
+    "data fetch": "greenvis data fetch emoji:google",
+}
 data = typer.Typer(
     cls=Verbs, rich_markup_mode=None, epilog=EXIT_CODES, help="list, show and fetch data sets"
 )
@@ -23,7 +29,7 @@ Name = Annotated[str, argument("as a recipe's data.name: emoji:google, folder:PA
 Root = Annotated[str | None, option("folder of its files", "FOLDER")]
 
 
-@data.command("ls", cls=Verb, rich_help_panel=app.TRAIN, epilog=EXIT_CODES)
+@data.command("ls", cls=Verb, rich_help_panel=app.TRAIN, epilog=epilog(EXAMPLES["data ls"]))
 def ls(as_json: app.Json = False) -> None:
     """list the data sets that recipes can name, and whether they are here"""
     from greenvis.data import dataset
@@ -43,7 +49,7 @@ def ls(as_json: app.Json = False) -> None:
     answer(as_json, rows, show)
 
 
-@data.command("show", cls=Verb, rich_help_panel=app.TRAIN, epilog=EXIT_CODES)
+@data.command("show", cls=Verb, rich_help_panel=app.TRAIN, epilog=epilog(EXAMPLES["data show"]))
 def show(
     name: Name,
     out: Annotated[str | None, option("the sheet, a PNG; NAME.png where absent", "FILE")] = None,
@@ -86,7 +92,7 @@ def show(
     answer(as_json, facts, show_facts)
 
 
-@data.command("fetch", cls=Verb, rich_help_panel=app.TRAIN, epilog=EXIT_CODES)
+@data.command("fetch", cls=Verb, rich_help_panel=app.TRAIN, epilog=epilog(EXAMPLES["data fetch"]))
 def fetch(name: Name, root: Root = None, as_json: app.Json = False) -> None:
     """fetch a data set's files into your cache folder, or into --root"""
     chosen = _find(name, root)

@@ -6,8 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from greenvis.cli import app
 from greenvis.cli.app import argument, effect, option, verb
 from greenvis.cli.output import (
@@ -30,7 +28,7 @@ def _names(incomplete: str) -> list[str]:
     return [name for name in registry.names() if name.startswith(incomplete)]
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis techniques")
 def techniques(as_json: app.Json = False) -> None:
     """list the techniques, own and plugged in"""
     from greenvis.techniques import registry
@@ -40,9 +38,12 @@ def techniques(as_json: app.Json = False) -> None:
     answer(as_json, rows, lambda: print_rows(rows, "techniques"))
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis explain lora")
 def explain(
-    technique: Annotated[str, typer.Argument(autocompletion=_names)], as_json: app.Json = False
+    technique: Annotated[
+        str, argument("its name, as `greenvis techniques` has it", autocompletion=_names)
+    ],
+    as_json: app.Json = False,
 ) -> None:
     """say what a technique does, saves and costs, and its settings"""
     from greenvis.techniques import registry
@@ -69,7 +70,7 @@ def explain(
     answer(as_json, {"name": technique, **about}, show)
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis schema")
 def schema(as_json: app.Json = False) -> None:
     """print the JSON Schema of a recipe"""
     from greenvis.experiment.recipe import schema
@@ -78,7 +79,7 @@ def schema(as_json: app.Json = False) -> None:
     answer(as_json, form, lambda: print(json_text(form, indent=2)))
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis inspect timm/resnet18")
 def inspect(
     model: app.Model,
     img_size: app.ImgSize = None,
@@ -100,7 +101,7 @@ def inspect(
     answer(as_json, rows, lambda: print_rows(rows, model))
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis flops timm/resnet50 --img-size 64")
 def flops(
     model: app.Model,
     img_size: app.ImgSize = None,
@@ -156,7 +157,7 @@ def flops(
     answer(as_json, out, show)
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis probe runs/quickstart/lora/seed0")
 def probe(
     run: Annotated[
         str,
@@ -167,11 +168,14 @@ def probe(
     ],
     overrides: app.Overrides = None,
     protocol: Annotated[
-        str | None, option("of arms, as greenvis/planning/probe.yaml", "FILE")
+        str | None,
+        option("arms to evaluate with, in a file like greenvis/planning/probe.yaml", "FILE"),
     ] = None,
     trust: app.Trust = False,
     runs: app.Runs = "runs",
-    out: Annotated[str | None, option("folder of the report, not reports/probe-RECIPE-ARM")] = None,
+    out: Annotated[
+        str | None, option("folder of the report (default: reports/probe-RECIPE-ARM)")
+    ] = None,
     as_json: app.Json = False,
 ) -> None:
     """evaluate a saved model: linear probe, adapters, nearest neighbours, few labels, tuning"""
@@ -196,7 +200,7 @@ def probe(
     reported(as_json, page)
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis card runs/quickstart/lora/seed0")
 def card(
     file: Annotated[str, argument("a weight file of greenvis, a finished run's folder, or its id")],
     runs: app.Runs = "runs",
@@ -237,12 +241,12 @@ def card(
     answer(as_json, content, show)
 
 
-@verb(app.MODELS)
+@verb(app.MODELS, "greenvis export runs/quickstart/lora/seed0 --to safetensors")
 def export(
     run: Annotated[str, argument("the folder of a finished run, runs/RECIPE/ARM/seed0, or its id")],
     to: Annotated[str, option("torch.export, onnx, safetensors or hub", "FORM")],
     runs: app.Runs = "runs",
-    out: Annotated[str | None, option("the folder to make, not exports/RECIPE-ARM-seedN")] = None,
+    out: Annotated[str | None, option("folder to make (default: exports/RECIPE-ARM-seedN)")] = None,
     trust: app.Trust = False,
     as_json: app.Json = False,
 ) -> None:

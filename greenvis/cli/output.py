@@ -57,9 +57,21 @@ def left_by(text: str, runs: str) -> str:
     """
     from greenvis.meters import run_names
 
+    return _left_by_id(text, runs) or run_names.named(text, runs)
+
+
+def base(text: str, runs: str) -> str:
+    """Return what names a base: the folder of the model that a run left, by its id; else the text
+    as it is, a model's reference. Raises BadInput as `left_by`."""
+    return _left_by_id(text, runs) or text
+
+
+def _left_by_id(text: str, runs: str) -> str | None:
+    from greenvis.meters import run_names
+
     run = None if os.path.exists(text) else run_names.by_id(text, runs)
     if run is None:
-        return run_names.named(text, runs)
+        return None
     folder = run[1][0].parent
     done = folder / "done.json"
     finished = files.read_json(done, "mark of a finished run") if done.is_file() else {}
@@ -131,8 +143,38 @@ def teller(as_json: bool) -> Callable[[str], None]:
     return (lambda text: None) if as_json else say
 
 
-def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Print rows as a table, or in a line where they have more columns than a terminal shows."""
+def print_rows(rows: Sequence[dict[str, Any]], title: str, spare: Sequence[str] = ()) -> None:
+    """Print rows as a table, or in a line where they have more columns than a terminal shows.
+
+    Args:
+        rows: Cells by column.
+        title: Of the table.
+        spare: Columns that are left out, in this order, as far as the terminal is too narrow.
+    """
+    from rich.measure import Measurement
+
+    columns = list(dict.fromkeys(k for row in rows for k in row))
+    if len(columns) > MOST_COLUMNS:
+        return write(
+            f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has "
+            "them, --out a report"
+        )
+    terminal, table = console(), _table(rows, columns, title)
+    ample = terminal.options.update_width(10_000)
+    left_out = []
+    for column in spare:
+        if Measurement.get(terminal, ample, table).maximum <= terminal.width:
+            break
+        if column in columns:
+            columns.remove(column)
+            left_out.append(column)
+            table = _table(rows, columns, title)
+    terminal.print(table)
+    if left_out:
+        write(f"too narrow for: {', '.join(left_out)}; a wider terminal or --json has them")
+
+
+def _table(rows: Sequence[dict[str, Any]], columns: Sequence[str], title: str) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -140,16 +182,10 @@ def print_rows(rows: Sequence[dict[str, Any]], title: str) -> None:
     table = Table(
         title=Text(one_line(title)), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    columns = list(dict.fromkeys(k for row in rows for k in row))
-    if len(columns) > MOST_COLUMNS:
-        return write(
-            f"{title}: {len(rows)} rows of {len(columns)} columns, too wide to print; --json has "
-            "them, --out a report"
-        )
     for column in columns:
         # a name to copy stays on one line; words are where a heading breaks
         copied = column == "run"
         table.add_column(Text(one_line(column.replace("_", " "))), overflow="fold", no_wrap=copied)
     for row in rows:
         table.add_row(*(Text("" if row.get(c) is None else one_line(row[c])) for c in columns))
-    console().print(table)
+    return table

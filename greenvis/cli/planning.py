@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from typing import Annotated, Any
 
 from greenvis.cli import app
 from greenvis.cli.app import argument, option, verb
-from greenvis.cli.output import answer, model_options, print_rows, teller, write
+from greenvis.cli.output import answer, base, model_options, print_rows, teller, write
 
 Data = Annotated[str, option("a data set, or a recipe's file, whose data it is then", "NAME")]
 
 
-@verb(app.PLAN)
+@verb(app.PLAN, "greenvis plan recipes/quickstart.yaml --set train.epochs=3")
 def plan(
     recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
     overrides: app.Overrides = None,
@@ -26,10 +27,12 @@ def plan(
     recipes = sweep.load(recipe, overrides or ())  # what is wrong is said before torch is imported
     from greenvis.planning.plan import plan, total
 
-    arms = {}
+    arms, planning = {}, []
     for one, _ in recipes:
-        arms |= plan(one, runs=runs, trust=trust, say=teller(as_json))["arms"]
-    prediction = {"arms": arms, "total": total(arms)}
+        prediction = plan(one, runs=runs, trust=trust, say=teller(as_json))
+        arms |= prediction["arms"]
+        planning.append(prediction["planning"])
+    prediction = {"arms": arms, "total": total(arms), "planning": planning}
 
     def show() -> None:
         from greenvis.report.formatting import duration, si
@@ -54,19 +57,25 @@ def plan(
                 }
             )
         print_rows(rows, "predicted for training and evaluation of the runs that are still to do")
+        joules = [took["energy_j"]["value"] for took in planning if took["energy_j"]["value"]]
+        seconds = duration(math.fsum(took["wall_s"] for took in planning))
+        write(f"planning itself took {si(math.fsum(joules), 'J')}, {seconds}")
 
     answer(as_json, prediction, show)
 
 
-@verb(app.PLAN)
+@verb(app.PLAN, "greenvis rank run:quickstart/full run:quickstart/lora --data digits")
 def rank(
     bases: Annotated[
         list[str],
-        argument("a model reference, run:RECIPE/ARM (what an arm left), or its folder", "BASE..."),
+        argument(
+            "a model reference; or of a finished run: run:RECIPE/ARM, its folder or its id",
+            "BASE...",
+        ),
     ],
     data: Data,
     images: Annotated[int, option("training images shown to each base")] = 1000,
-    by: Annotated[str, option("to sort by: logme, h_score, sfda or ped", "SCORE")] = "logme",
+    by: Annotated[str, option("score to sort by: logme, h_score, sfda or ped", "SCORE")] = "logme",
     options: app.ModelOptions = None,
     trust: app.Trust = False,
     runs: app.Runs = "runs",
@@ -77,7 +86,7 @@ def rank(
     from greenvis.report.formatting import si
 
     ranking = rank(
-        bases,
+        [base(name, runs) for name in bases],
         data,
         images=images,
         by=by,
@@ -123,15 +132,15 @@ def rank(
     answer(as_json, ranking, show)
 
 
-@verb(app.PLAN)
+@verb(app.PLAN, "greenvis advise run:quickstart/full --data digits --target 0.9 --budget 5Wh")
 def advise(
     model: app.Model,
     data: Data,
     target: Annotated[
         float | None,
         option(
-            "of the task's metric, in its unit (a share: 0 to 1): take the cheapest plan "
-            "predicted to reach it",
+            "metric to reach, in its unit (a share: 0 to 1): the cheapest plan predicted to "
+            "reach it is taken",
             "M",
         ),
     ] = None,
@@ -144,9 +153,9 @@ def advise(
         str | None, option("a trained model to learn from: as MODEL", "MODEL")
     ] = None,
     plans: Annotated[
-        str | None, option("of plans to weigh, as greenvis/planning/advise.yaml", "FILE")
+        str | None, option("plans to weigh, in a file like greenvis/planning/advise.yaml", "FILE")
     ] = None,
-    share: Annotated[float, option("of the training images, in the longest trial")] = 0.25,
+    share: Annotated[float, option("share of the training images in the longest trial")] = 0.25,
     img_size: app.ImgSize = None,
     in_chans: app.InChans = None,
     num_classes: app.NumClasses = None,
@@ -156,24 +165,24 @@ def advise(
     fresh: Annotated[bool, option("try again what was tried before", name="--fresh")] = False,
     runs: app.Runs = "runs",
     out: Annotated[
-        str | None, option("the recipe to write, not RUNS/advise-DATA-MODEL/recipe.yaml")
+        str | None, option("recipe to write (default: RUNS/advise-DATA-MODEL/recipe.yaml)")
     ] = None,
     as_json: app.Json = False,
 ) -> None:
     """advise which way to train a model for new data: short trials, energy, a recipe
 
-    MODEL may also be run:RECIPE/ARM (what an arm left), or its folder.
+    MODEL may also be a finished run: run:RECIPE/ARM, its folder or its id.
     """
     from greenvis.planning.advise import advise
     from greenvis.planning.candidates import PLANS
 
     advice = advise(
-        model,
+        base(model, runs),
         data,
         target=target,
         budget=budget,
         serve=serve,
-        teacher=teacher,
+        teacher=teacher and base(teacher, runs),
         plans=plans or PLANS,
         share=share,
         out=out,

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
 from greenvis.cli import app
 from greenvis.cli.app import argument, option, verb
 from greenvis.cli.output import (
@@ -24,11 +22,14 @@ from greenvis.cli.output import (
 )
 from greenvis.errors import BadInput, GreenvisError, nearest, one_line
 
-ReportFolder = Annotated[str | None, option("folder of the report, not reports/NAME", name="--out")]
+ReportFolder = Annotated[
+    str | None, option("folder of the report (default: reports/NAME)", name="--out")
+]
 Side = Annotated[
     str,
     argument("a record, a folder of them, a report's folder, or a run as `greenvis ls` shows it"),
 ]
+SPARE = ("CO₂e", "time", "seed")  # columns of runs that a narrow terminal goes without
 MOST_LEFT_OUT = 20  # lines that say what was left out
 
 
@@ -40,7 +41,7 @@ LogWith = Annotated[
 ]
 
 
-@verb(app.TRAIN)
+@verb(app.TRAIN, "greenvis run recipes/quickstart.yaml")
 def run(
     recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
     overrides: app.Overrides = None,
@@ -72,6 +73,10 @@ def run(
     recipes = sweep.load(recipe, overrides) if alone else []
     if recipes and not out:
         refuse_foreign(_page_folder(recipe, overrides, recipes))
+    say = teller(as_json)
+    for one, _ in recipes:
+        say(_overview(one, runs))  # before the seconds that torch takes to import
+    from greenvis.cli.live import watch
     from greenvis.core import distributed
     from greenvis.experiment import on_ray, session
     from greenvis.report import report
@@ -85,16 +90,18 @@ def run(
     options: dict[str, Any] = {
         "runs": runs, "fresh": fresh, "trust": trust, "log_with": log_with or [],
         "command": ["greenvis", "run", recipe, *(w for s in overrides for w in ("--set", s))],
-        "say": teller(as_json),
+        "say": say,
     }  # fmt: skip
     failed: dict[str, str] = {}
     if engine == "ray":
         distributed.require_single_process("greenvis run --on ray")
         folders, failed = on_ray.run(recipes, **options)
     else:
-        folders = [
-            session.run(one, **options, fresh_process=not i) for i, (one, _) in enumerate(recipes)
-        ]
+        with watch(as_json or distributed.rank() > 0, say) as seen:
+            folders = [
+                session.run(one, **options, fresh_process=not i, watch=seen)
+                for i, (one, _) in enumerate(recipes)
+            ]
     first_process = not distributed.rank()
     distributed.destroy_process_group()
     if not first_process:
@@ -113,6 +120,16 @@ def run(
     reported(as_json, page)
 
 
+def _overview(recipe: Any, runs: str) -> str:
+    """Return what a recipe will train, in a line."""
+    arms, seeds = list(recipe.arms), recipe.train.seeds
+    names = ", ".join(arms[:6]) + (", …" if len(arms) > 6 else "")
+    return (
+        f"{recipe.name}: {len(arms)} arm{'s'[: len(arms) > 1]} ({names}) × {len(seeds)} "
+        f"seed{'s'[: len(seeds) > 1]} on {recipe.data.name}; records in {Path(runs) / recipe.name}"
+    )
+
+
 def _failure(failed: Mapping[str, str], page: Path) -> GreenvisError:
     reasons = "; ".join(f"{name}: {why}" for name, why in failed.items())
     return GreenvisError(
@@ -121,7 +138,7 @@ def _failure(failed: Mapping[str, str], page: Path) -> GreenvisError:
     )
 
 
-@verb(app.REPORT)
+@verb(app.REPORT, "greenvis report runs/quickstart --grid SWE --served 1e5 --out runs/swedish")
 def report(
     paths: Annotated[
         list[str],
@@ -142,21 +159,26 @@ def report(
         ),
     ] = None,
     served: Annotated[
-        float | None, option("images a model will answer, not 1,000,000", "N")
+        float | None, option("images a model will answer (default: 1,000,000)", "N")
     ] = None,
     metric: Annotated[
-        str | None, option("what the arms are judged by, not their task's primary one", "NAME")
+        str | None,
+        option("metric to judge the arms by (default: their task's primary one)", "NAME"),
     ] = None,
     margin: Annotated[
         float | None,
         option(
-            "of the metric an arm may lose and still keep it: points of a share, not 0.5; else in "
-            "its own unit",
+            "points of the metric that an arm may lose and still keep it (default: 0.5 of a share; "
+            "else 0, in its unit)",
             "POINTS",
         ),
     ] = None,
     coefficients: Annotated[
-        str | None, option("price what was observed by this file, not as recorded (JSON)", "FILE")
+        str | None,
+        option(
+            "JSON file of coefficients that price what was observed, instead of the recorded ones",
+            "FILE",
+        ),
     ] = None,
     label_seconds: Annotated[
         list[str] | None,
@@ -187,7 +209,7 @@ def report(
     reported(as_json, page)
 
 
-@verb(app.REPORT)
+@verb(app.REPORT, "greenvis overview")
 def overview(
     folder: Annotated[str, argument("folder in which each report has a folder")] = "reports",
     as_json: app.Json = False,
@@ -199,7 +221,7 @@ def overview(
     answer(as_json, summary, lambda: write_block(markdown(summary)))
 
 
-@verb(app.MEASURE)
+@verb(app.MEASURE, "greenvis doctor")
 def doctor(
     again: Annotated[
         bool,
@@ -233,12 +255,16 @@ def doctor(
     answer(as_json, rows, show)
 
 
-@verb(app.MEASURE, context_settings={"allow_interspersed_args": False})
+@verb(
+    app.MEASURE,
+    "greenvis track --name loop -- python examples/plain_loop.py",
+    context_settings={"allow_interspersed_args": False},
+)
 def track(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="-- COMMAND...", show_default=False)
+        list[str] | None, argument("what to meter", "-- COMMAND...", show_default=False)
     ] = None,
-    name: Annotated[str, option("of the run")] = "command",
+    name: Annotated[str, option("name of the run")] = "command",
     country: Annotated[str | None, option("ISO-3 code of the grid, as FRA", "ZONE")] = None,
     folder: Annotated[str, option("folder of run records", name="--dir")] = "runs",
     as_json: app.Json = False,
@@ -273,15 +299,17 @@ def track(
     return code
 
 
-@verb(app.REPORT)
+@verb(app.REPORT, "greenvis ls --sort -energy")
 def ls(
-    paths: Annotated[list[str] | None, argument("records and their folders")] = None,
+    paths: Annotated[
+        list[str] | None,
+        argument("records, their folders, ids or RECIPE/ARM; all below runs/ else"),
+    ] = None,
     where: Annotated[
-        str, option("only runs in whose name, arm, id or status this occurs", "TEXT")
+        str, option("only runs whose name, arm, id or status contains this", "TEXT")
     ] = "",
     sort: Annotated[
-        str,
-        option("to sort by, - before it for descending: -energy; without, when it began", "COLUMN"),
+        str, option("column to sort by; -energy for descending (default: by start)", "COLUMN")
     ] = "",
     by: Annotated[
         str, option("one row for each value of these: name,arm", "COLUMNS", name="--group")
@@ -289,11 +317,13 @@ def ls(
     as_json: app.Json = False,
 ) -> None:
     """list recorded runs"""
+    from greenvis.meters import run_names
     from greenvis.report.listing import group, ls
 
+    paths = [run_names.named(path) for path in paths or ["runs"]]
     left_out: list[str] = []
     order = "started_s" if by else sort or "started_s"
-    rows = ls(paths or ["runs"], where=where, sort=order, say=left_out.append)
+    rows = ls(paths, where=where, sort=order, say=left_out.append)
     more = len(left_out) - MOST_LEFT_OUT
     for line in left_out[:MOST_LEFT_OUT] + ([f"left out: {more} more"] if more > 0 else []):
         print(message(line), file=sys.stderr)
@@ -302,7 +332,7 @@ def ls(
     answer(as_json, rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if by else 'runs'}"))
 
 
-@verb(app.REPORT)
+@verb(app.REPORT, "greenvis compare quickstart/scratch quickstart/lora")
 def compare(a: Side, b: Side, runs: app.Runs = "runs", as_json: app.Json = False) -> None:
     """compare two runs figure by figure"""
     from greenvis.meters import run_names
@@ -312,7 +342,7 @@ def compare(a: Side, b: Side, runs: app.Runs = "runs", as_json: app.Json = False
     answer(as_json, rows, lambda: _print_runs(rows, f"{a} and {b}"))
 
 
-@verb(app.REPORT)
+@verb(app.REPORT, "greenvis diff quickstart/full quickstart/lora --max-energy +100%")
 def diff(
     a: Side,
     b: Side,
@@ -341,4 +371,4 @@ def _page_folder(path: str, overrides: Sequence[str], recipes: Sequence[tuple[An
 def _print_runs(rows: Sequence[dict[str, Any]], title: str) -> None:
     from greenvis.report import terminal
 
-    print_rows(terminal.rows(rows), title)
+    print_rows(terminal.rows(rows), title, SPARE)

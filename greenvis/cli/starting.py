@@ -12,14 +12,14 @@ from greenvis.cli.output import answer, write, write_block
 from greenvis.errors import BadInput
 
 
-@verb(app.TRAIN)
+@verb(app.TRAIN, "greenvis init --images my-folder --out my.yaml")
 def init(
     images: Annotated[
         str | None,
-        option("folder with one sub-folder a class, a table (CSV), or a data set's name", "IMAGES"),
+        option("folder with one sub-folder per class, a table (CSV), or a data set", "IMAGES"),
     ] = None,
     model: Annotated[
-        str | None, option("timm/NAME, torchvision/NAME, hf/NAME …; a small one where absent")
+        str | None, option("timm/NAME, torchvision/NAME, hf/NAME …; a small model where absent")
     ] = None,
     goal: Annotated[
         str | None, option("adapt a trained model (the default), or train from the start", "GOAL")

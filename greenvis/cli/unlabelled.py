@@ -16,7 +16,7 @@ Run = Annotated[
 MOST_SAID = 10  # images that could not be read
 
 
-@verb(app.PLAN)
+@verb(app.PLAN, "greenvis label-next runs/quickstart/full/seed0 --images my-folder --budget 4")
 def label_next(
     run: Run,
     budget: Annotated[int, option("how many images", "N", min=1)] = 50,
@@ -27,7 +27,7 @@ def label_next(
     query: Annotated[
         str, option("badge, typiclust, kcenter, margin, entropy or random", "NAME")
     ] = "badge",
-    seed: Annotated[int, option("of draws", "N", min=0)] = 0,
+    seed: Annotated[int, option("seed of random draws", "N", min=0)] = 0,
     out: Annotated[str, option("folder of the list (CSV) and the contact sheet", "FOLDER")] = (
         "label-next"
     ),
@@ -65,7 +65,7 @@ def _show_skipped(skipped: object) -> None:
         write(f"left out: {len(lines) - MOST_SAID} more")
 
 
-@verb(app.PLAN)
+@verb(app.PLAN, "greenvis estimate runs/quickstart/full/seed0 --on noise:0.1")
 def estimate(
     run: Run,
     on: Annotated[

@@ -279,7 +279,10 @@ class Loop:
         loss: Tensor | None = None
         epoch = self.done + progress.epoch
         loader = shared(accelerator, self._batches(epoch))
-        steps = self.run.steps(Steady(loader), phase=f"{part.phase}/epoch{progress.epoch + 1}")
+        steps = self.run.steps(
+            Steady(loader), f"{part.phase}/epoch{progress.epoch + 1}",
+            progress=self.run.on_log is None,  # else that shows it
+        )  # fmt: skip
         for number, (x, y, *positions) in enumerate(steps):
             if part.samples is not None:
                 live.set_samples(part.samples(epoch, positions[0]))

@@ -26,6 +26,7 @@ from greenvis.experiment.run_folder import WEIGHTS_FILE, locked
 from greenvis.experiment.serving import images_in, served
 from greenvis.experiment.startup import Beginning
 from greenvis.experiment.step import check_again
+from greenvis.experiment.watch import Watch, title
 from greenvis.meters import memory
 from greenvis.meters.measure import compare, measure
 from greenvis.meters.track import Tracker
@@ -43,6 +44,7 @@ def run(
     say: Callable[[str], None] = lambda text: None,
     log_with: Sequence[str] = (),
     fresh_process: bool = False,
+    watch: Watch | None = None,
 ) -> Path:
     """Train every arm of a recipe with every seed, metered, and return the folder of its records.
 
@@ -50,8 +52,8 @@ def run(
     its last checkpoint. All that can be checked is, before anything is written. Several processes
     (torchrun, accelerate launch) train each arm together, on their shares of each batch; each
     writes its own record, the first all else. log_with: see `train.fit`. fresh_process: this
-    process was started for this call, so that all it has done is booked as start-up. Raises
-    BadInput, GreenvisError.
+    process was started for this call, so that all it has done is booked as start-up. watch: hears
+    how it goes, in the place of `say`. Raises BadInput, GreenvisError.
 
     Example:
         >>> records = gv.run(recipe, runs=folder / "runs")
@@ -63,8 +65,10 @@ def run(
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
     say_once = say if distributed.rank() == 0 else lambda text: None
-    session = Session(Path(runs), trust, command, say_once, log_with, fresh_process)
+    first = watch if distributed.rank() == 0 else None
+    session = Session(Path(runs), trust, command, say_once, log_with, fresh_process, first)
     jobs = distributed.main_first(partial(session.plan, recipe))
+    session.watch.planned(jobs)
     with ExitStack() as held:
         distributed.main_first(partial(held.enter_context, locked(Path(runs) / recipe.name)))
         for job in jobs:
@@ -80,7 +84,7 @@ class Session:
     def __init__(
         self, runs: Path, trust: bool, command: Sequence[str], say: Callable[[str], None],
         log_with: Sequence[str] = (),
-        fresh_process: bool = False,
+        fresh_process: bool = False, watch: Watch | None = None,
     ) -> None:  # fmt: skip
         self.runs, self.trust, self.command, self.say, self.log_with = (
             runs,
@@ -89,6 +93,7 @@ class Session:
             say,
             log_with,
         )
+        self.watch = watch or Watch(say)
         self.jobs, self.beginning = Jobs(runs), Beginning(fresh_process)
         self._checked: set[tuple[str, str]] = set()
         self._prepared: dict[tuple[Path, str], Prepared] = {}
@@ -113,8 +118,9 @@ class Session:
 
     def run_job(self, job: Job) -> None:
         """Run a job unless it is done."""
-        name = f"{job.name} seed {job.seed}"
-        waiting = partial(self.say, f"{name}: another process is at it; waiting for it to end")
+        waiting = partial(
+            self.watch.say, f"{title(job)}: another process is at it; waiting for it to end"
+        )
         with ExitStack() as held:  # other recipes may build on the same run
             distributed.main_first(partial(held.enter_context, locked(job.folder, waiting)))
             if distributed.on_main(lambda: job.done() is not None):
@@ -126,14 +132,14 @@ class Session:
                     else ""
                 )
                 made = f" (made with other versions: {others})" if others else ""
-                self.say(f"{name}: done before, kept{made}{unlogged}")
+                self.watch.kept(job, made + unlogged)
                 return
             spoiled = (
                 "; the weights that lie there are not those its run left, so it trains again"
                 if job.spoiled()
                 else ""
             )
-            self.say(f"{name}: training{spoiled}")
+            self.watch.began(job, spoiled)
             with threads(job.arm.train.threads):
                 self._train(self.prepare(job))
 
@@ -215,6 +221,7 @@ class Session:
         job.folder.mkdir(parents=True, exist_ok=True)
         codecarbon = job.recipe.meter.codecarbon and distributed.world_size() == 1
         with prepared.tracker(self.runs, codecarbon) as tracker:
+            self.watch.metered(tracker, prepared.task.primary)
             self.beginning.book(tracker, prepared)
             memory.reset_peak()
             _facts(prepared, tracker)
@@ -255,6 +262,7 @@ class Session:
 
         distributed.barrier()  # until the record of each process is whole: the card counts them all
         distributed.on_main(keep)
+        self.watch.ended(job, tracker, metrics)
 
 
 def _measure(prepared: Prepared, live: Wrapped, model: nn.Module, tracker: Tracker) -> None:

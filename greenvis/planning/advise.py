@@ -79,7 +79,8 @@ def advise(
     Returns:
         {"rows": [{"plan", "metric", "train_energy_j", "serve_energy_j" (of 1,000 images),
         "total_energy_j", "front", "trials"}] by total energy, "refused": {plan: reason}, "pick",
-        "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j", "data",
+        "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j",
+        "trials_expected_j": what was said of that before, "data",
         "model", "images", "serve", "target", "budget_j", "measure": {"name", "unit",
         "higher_is_better"} of the metric, "unit": what is served}; figures as {"value", "low",
         "high"}.
@@ -108,6 +109,8 @@ def advise(
         all_plans["arms"] = {plan: arm for plan, arm in all_plans["arms"].items() if plan in jobs}
         candidates.written(folder / "plans.yaml", all_plans)
         trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
+        ahead = trials.expected_j()
+        say(_announced(trials, ahead))
         trials.run(serve)
     rows = _rows(trials, serve)
     pick, why = choose(rows, target, most, task.primary)
@@ -115,6 +118,7 @@ def advise(
         "rows": rows,
         "refused": {**refused, **more, **trials.failed},
         "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
+        "trials_expected_j": ahead,
         "trials_energy_j": math.fsum(t.total_j for tried in trials.results.values() for t in tried),
         "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
         "serve": serve, "target": target, "budget_j": most,
@@ -125,6 +129,21 @@ def advise(
             _write(Path(out) if out else folder / "recipe.yaml", all_plans, name, advice)
         )
     return advice
+
+
+def _announced(trials: Trials, ahead_j: float | None) -> str:
+    """Return what the trials will take, in a line."""
+    sizes = ", ".join(str(size) for size in trials.sizes)
+    if ahead_j is None:
+        cost = "energy not known beforehand"
+    elif ahead_j == 0:
+        cost = "all tried before, nothing to spend"
+    else:
+        each = f"if each costs what {next(iter(trials.jobs))} does"
+        cost = f"about {formatting.si(ahead_j, 'J')}, {each}"
+    return (
+        f"{len(trials.jobs)} plans to try on {sizes} {formatting.plural(trials.task.unit)}: {cost}"
+    )
 
 
 def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from greenvis.experiment.recipe import Recipe, load_recipe
 from greenvis.experiment.run_folder import PLAN_FILE, SUBSET_FILE, SYNTHESIS_FILE, write_json
 from greenvis.experiment.session import Session
 from greenvis.meters import carbon, pricing, record
+from greenvis.meters.track import track
 
 GROUPS = 3  # groups of steps whose spread gives the band, after one to warm up
 GROUP_S = 0.5  # seconds a group should last
@@ -58,10 +59,11 @@ def plan(
         say: told how the work goes on.
 
     Returns:
-        {"arms": {ARM: {"runs", "done", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…}},
-        figures as {"value", "low", "high"} of what is still to do: finished runs of these inputs
-        cost nothing more, one that broke off what it has left. An arm this recipe builds on is
-        listed by its name.
+        {"arms": {ARM: {"runs", "done", "energy_j", "carbon_g", "wall_s", "flops"}}, "total": {…},
+        "planning": {"energy_j", "wall_s"}}, figures as {"value", "low", "high"} of what is still
+        to do: finished runs of these inputs cost nothing more, one that broke off what it has
+        left. An arm this recipe builds on is listed by its name. "planning": what the prediction
+        itself took.
 
     Raises:
         BadInput: where the recipe cannot be used.
@@ -70,7 +72,19 @@ def plan(
     distributed.require_single_process("greenvis plan")
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
-    session = Session(Path(runs), trust, (), say)
+    with tempfile.TemporaryDirectory() as folder, track("plan", dir=folder, quiet=True) as own:
+        arms = _arms(recipe, Session(Path(runs), trust, (), say), say)
+        took = {"energy_j": pricing.reading(own.energy()), "wall_s": own.observed()["wall_s"]}
+    prediction = {"arms": arms, "total": total(arms), "planning": took}
+    path = Path(runs) / recipe.name / PLAN_FILE
+    write_json(path, prediction)
+    return prediction
+
+
+def _arms(
+    recipe: Recipe, session: Session, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    """Return what each arm will cost."""
     by_arm: dict[str, list[Job]] = {}
     for job in session.plan(recipe):
         by_arm.setdefault(job.name, []).append(job)
@@ -109,10 +123,14 @@ def plan(
                 )
             ]
         arms[name] |= _priced(_summed(left), parts[0][1])
-    prediction = {"arms": arms, "total": total(arms)}
-    path = Path(runs) / recipe.name / PLAN_FILE
-    write_json(path, prediction)
-    return prediction
+    return arms
+
+
+def expected(prepared: Prepared) -> float | None:
+    """Return the joules that a job's whole training is expected to take, from a few of its steps;
+    None where no energy is known here."""
+    figures, header = _predict(prepared)
+    return _priced(figures, header)["energy_j"]["value"]
 
 
 def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

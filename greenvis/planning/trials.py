@@ -24,6 +24,7 @@ from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record, serving
 from greenvis.meters.measure import serve
 from greenvis.planning import extrapolate
+from greenvis.planning.plan import expected
 from greenvis.report.formatting import plural
 from greenvis.report.stats import pareto
 from greenvis.tasks.base import Measure, Task
@@ -129,6 +130,26 @@ class Trials:
             }
         if not self.results:
             raise GreenvisError(f"no plan could be trained: {next(iter(self.failed.values()))}")
+
+    def expected_j(self) -> float | None:
+        """Return the joules that `run` is expected to take, if each plan costs what the first that
+        was not tried before does, by a few of its steps; None where no energy is known here."""
+        last = len(self.sizes) - 1
+        untried = [
+            (job, size / (1 + (number == last)))  # half of them are tried on the most images
+            for job in self.jobs.values()
+            for number, size in enumerate(self.sizes)
+            if self.fresh or self._on_record(job, size) is None
+        ]
+        if not untried:
+            return 0.0
+        job = untried[0][0]
+        try:
+            with threads(job.arm.train.threads):
+                whole = expected(self.session.prepare(job))
+        except GreenvisError:  # its trial says so
+            return None
+        return whole and whole * math.fsum(size for _, size in untried) / self.images
 
     def served_j(self, name: str) -> float:
         """Return the joules of one image a plan serves: its own last reading, or that of another

@@ -94,7 +94,8 @@ def _apart(one: Path, other: Path, arm: str) -> float:
 
 
 def _said(done: subprocess.CompletedProcess[str] | forked.Greenvis) -> list[str]:
-    return [line for line in done.stderr.splitlines() if line.startswith(("greenvis:", "tiny"))]
+    said = ("greenvis:", "tiny", "run ")
+    return [line for line in done.stderr.splitlines() if line.startswith(said)]
 
 
 def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
@@ -102,8 +103,9 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
     both = forked.ranks(
         "run", "tiny.yaml", *folders, "--set", "train.epochs=1", cwd=_write(tmp_path)
     )
-    said = [line for process in both for line in _said(process)]
-    assert [line.partition("/")[2] for line in said] == ["plain seed 0: training"]
+    begun, over = [line for process in both for line in _said(process)]
+    assert begun == "run 1 of 1: tiny/plain seed 0: training"
+    assert over.startswith("run 1 of 1: tiny/plain seed 0: accuracy ")
     assert sum(process.stdout.count("report:") for process in both) == 1
     runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
     assert sorted((r.header["rank"], r.header["world_size"], r.status) for r in runs) == [
