@@ -19,4 +19,5 @@ def test_example(script: Path, tmp_path: Path) -> None:
 
 def test_every_example_is_listed() -> None:
     text = (EXAMPLES[0].parent / "README.md").read_text()
-    assert all(f"`{script.name}`" in text for script in EXAMPLES)
+    notebooks = EXAMPLES[0].parent.glob("*.ipynb")
+    assert [p.name for p in (*EXAMPLES, *notebooks) if f"`{p.name}`" not in text] == []

@@ -1,4 +1,4 @@
-"""What README and docs/use.md tell their reader to type works, after `make demo`."""
+"""What README and the pages of docs/ tell their reader to type works, after `make demo`; so do the examples of the help."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ import pytest
 from forked import greenvis
 from PIL import Image
 
+from greenvis.cli.app import EXAMPLES as OF_VERBS
+from greenvis.cli.main import VERBS
+
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-USE = (ROOT / "docs" / "use.md").read_text()
+PAGES = [*sorted((ROOT / "docs").rglob("*.md"))]
 LINES = [
     line.partition(" #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", TEXT + USE, re.S)
+    for block in re.findall(
+        r"```sh\n(.*?)```", "\n".join([TEXT, *(page.read_text() for page in PAGES)]), re.S
+    )
     for line in block.splitlines()
     if line.strip() and not line.startswith("make ")
 ]
-COMMANDS = list(dict.fromkeys(LINES))
+assert VERBS  # whose modules fill in the examples
+FETCHES = "greenvis data fetch"  # needs the network
+EXAMPLES = [line for line in OF_VERBS.values() if not line.startswith(FETCHES)]
+COMMANDS = list(dict.fromkeys(LINES + EXAMPLES))
 MINUTES = (
     "advise",
     "probe",
@@ -32,6 +40,10 @@ MINUTES = (
     "0.01,0.003",
     "--repeat",
     "run my.yaml",
+    "plan my.yaml",
+    "card my/",
+    "greenvis labels",
+    "bench",
 )  # words of commands that only the slow test runs
 
 

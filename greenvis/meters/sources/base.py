@@ -32,7 +32,7 @@ class Unavailable(Exception):
 class MeterSource(ABC):
     """One kind of counter. A new one is one file: a name, what it covers, and `connect`.
 
-    Args:
+    Attributes:
         reason: why it cannot be read here; "" where it is open.
         missing: see `Unavailable`.
         components: what it offers to a record: see `component`.
