@@ -133,7 +133,7 @@ def recipe(images: Images, name: str, goal: str = "adapt", model: str | None = N
     if images.kind in HEADS:
         form += f", head: {HEADS[images.kind]}"
     lines = [
-        f"# {GOALS[goal][0].upper()}{GOALS[goal][1:]}.",
+        f"# {GOALS[goal][0].upper()}{GOALS[goal][1:]}",
         "#",
         f"# {images.train} images to train on, {images.test} to test, {len(images.classes)} "
         f"{'values' if images.kind == 'number' else 'classes'}: {_some(images.classes)}",

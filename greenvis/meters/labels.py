@@ -144,7 +144,7 @@ def seconds(asked: Iterable[str] = ()) -> dict[str, dict[str, Any]]:
         low, central, high = values if len(values) == 3 else (values * 3 if values else (-1.0,) * 3)
         if len(values) not in (1, 3) or not 0 <= low <= central <= high <= MOST_SECONDS:
             raise BadInput(
-                f"'{entry}' gives no seconds a label: write {kind or 'class'}=5, or "
+                f"'{entry}' gives no seconds per label: write {kind or 'class'}=5, or "
                 f"{kind or 'class'}=1,5,60 for low, central and high"
             )
         table[kind.strip()] = {

@@ -42,7 +42,7 @@ def source(
     """Return the content of a recipe with every plan for this model and data as an arm, and the
     plans that lack something.
 
-    ref: a model's reference, "run:RECIPE/ARM" for what an arm left below `runs`, or its folder.
+    ref: a model's reference, "run:RECIPE/ARM" for a finished one below `runs`, or its folder.
     data_name: a data set's name, or a recipe's file, whose data and task it is then. plans: a file
     as greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for
     a model, data set or file of plans that cannot be used.

@@ -31,7 +31,7 @@ class ArmSpec(Section):
         default=(), description="train in stages, one after another, on one model"
     )
     subset: SubsetSpec | None = Field(
-        default=None, description="train on a few images a class only"
+        default=None, description="train on a few images per class only"
     )
     synthesis: SynthesisSpec | None = Field(
         default=None, description="make images for scarce classes"

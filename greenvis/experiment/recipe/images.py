@@ -12,7 +12,7 @@ from greenvis.experiment.recipe._section import Section
 
 
 class SubsetSpec(Section):
-    """A few images a class in the place of the training set; what it takes to choose or make them
+    """A few images per class in the place of the training set; what it takes to choose or make them
     is the arm's."""
 
     method: Literal["random", "herding", "condensed"] = Field(
@@ -29,7 +29,7 @@ class SubsetSpec(Section):
     ] = 300
     lr: Annotated[float, Field(gt=0, description="of condensed, on the pixels")] = 10.0
     batch: Annotated[
-        int, Field(ge=1, le=10**6, description="of condensed: real images a class and iteration")
+        int, Field(ge=1, le=10**6, description="of condensed: real images per class and iteration")
     ] = 32
     width: Annotated[
         int,

@@ -88,7 +88,7 @@ class Consistency(Technique):
         default="fixmatch", description="which answers to weak views teach the strong ones"
     )
     mu: int = Field(
-        default=3, ge=1, description="unlabelled batches a step, each of the labelled one's size"
+        default=3, ge=1, description="unlabelled batches per step, each of the labelled one's size"
     )
     weight: float = Field(default=1.0, ge=0, description="factor of the term")
     warmup: float = Field(

@@ -41,7 +41,7 @@ class PseudoLabel(Technique):
     examples: ClassVar = ({"threshold": 0.1},)
 
     mu: int = Field(
-        default=3, ge=1, description="unlabelled batches a step, each of the labelled one's size"
+        default=3, ge=1, description="unlabelled batches per step, each of the labelled one's size"
     )
     weight: float = Field(default=1.0, ge=0, description="factor of the term")
     warmup: float = Field(

@@ -33,7 +33,7 @@ class EarlyExit(Technique):
     its own logits, and the term "early_exit" adds each exit's cross-entropy. In eval samples leave
     once thresholds are set, by `threshold` or `calibrate`; until then nothing changes. `rebatched`
     answers a stream of batches by whole batches behind each exit, where small ones use the machine
-    less well. Whoever leaves has no other outputs (hidden states): those are None.
+    less well. Other outputs (hidden states) of samples that left are None.
 
     at: a number (after so many blocks), a share of the forward's MACs (0 to 1), or a module's path.
     criterion: "max_prob",

@@ -31,9 +31,9 @@ class TokenPrune(Technique):
     squared distance from the share to keep). The paper also distils from the unpruned
     model: add `distill` (weight 0.5, temperature 1). "class_attention" removes tokens between
     attention and MLP and saves in training, too; `fuse` hands the rest on as one token. The head
-    must read the class token, not the patches. Whoever asks for features between the blocks by
-    another door (hidden states, timm's forward_intermediates) gets a row for each patch at its
-    place, of those that left with the value they had.
+    must read the class token, not the patches. Features asked for between the
+    blocks by another door (hidden states, timm's forward_intermediates) have a row for each patch
+    at its position; a token that left keeps the value it had.
 
     Example:
         >>> live = gv.wrap(model, gv.TokenPrune(keep=0.5))
