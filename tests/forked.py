@@ -162,6 +162,8 @@ def _run(
     from greenvis.cli import main as cli
 
     gc.freeze()
+    # as in any other process; else each loader of images starts a server that imports all again
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     torch.set_num_threads(1)
     brief.measurements()
     os.environ.update(env)
