@@ -139,3 +139,13 @@ def test_what_cannot_be_right_is_refused() -> None:
         gv.wrap(_clip(), ZeroShot(classes=("a", "b")), classes=("x", "y", "z"))
     with pytest.raises(BadInput, match="task: classification"):
         gv.wrap(_clip(), ZeroShot(classes=("cat", "dog")), task="image_text")
+
+
+def test_a_few_images_of_each_class_give_means_instead() -> None:
+    plain, y = _clip().eval(), torch.tensor([0, 1, 0, 1, 1])
+    live = gv.wrap(_clip(), [gv.ZeroShot(classes=("cat", "dog")), gv.Ncm(metric="cosine")])
+    live.criterion(F.cross_entropy)(live.model(X), y)
+    live.step_end()
+    features = plain(X, Vocabulary(WORDS, 6).encode(["cat"] * len(X))).image_embeds
+    means = torch.stack([F.normalize(features[y == c].mean(0), dim=0) for c in (0, 1)])
+    assert torch.allclose(live.model(X), features @ means.T, atol=1e-5)

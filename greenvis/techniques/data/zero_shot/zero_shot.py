@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.modes import in_mode
-from greenvis.core.surgery import names_of
 from greenvis.core.technique import ClassNames, Installed, Technique
 from greenvis.data.captions import Vocabulary
 from greenvis.errors import BadInput
@@ -114,7 +113,7 @@ class ZeroShot(Technique):
             head.weight.copy_(factor * weight)
         model.add_module(_CHILD, head)
         model.forward = partial(_answer, encoder, head)
-        return InstalledZeroShot(names_of(model, head.parameters()))
+        return InstalledZeroShot()
 
     def _tokenizer(self, model: nn.Module) -> Callable[[Sequence[str]], Any]:
         if self.tokenize is None:
