@@ -152,8 +152,8 @@ def task_hosts() -> list[TaskHost]:
         TaskHost("classification", vit, images(numbers)),
         TaskHost("multilabel", vit, images(torch.eye(5)[numbers] + torch.eye(5)[numbers - 1])),
         TaskHost("regression", vit, images(torch.linspace(-1, 1, 20).view(4, 5))),
-        TaskHost("segmentation", headed("dense"),
-                 images(numbers[:, None, None].expand(-1, 32, 32))),
+        *(TaskHost(name, headed("dense"), images(numbers[:, None, None].expand(-1, 32, 32)))
+          for name in ("segmentation", "unsupervised_segmentation")),
         TaskHost("bags", headed("attention"),
                  lambda: (Example((x.clone(),), {"bag": rows}), numbers[:3])),
         TaskHost("image_text", plain("clip", **small),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from greenvis.tasks._matching import matched
 from greenvis.tasks.unsupervised_segmentation import UnsupervisedSegmentation
-from greenvis.testing.tasks import check_task
 
 TASK = UnsupervisedSegmentation()
 
@@ -23,10 +22,6 @@ def _measured(answers: Tensor, target: Tensor, classes: int) -> dict[str, float]
         for metric in metrics.values():
             metric.update(outputs[rows], target[rows])
     return {name: float(metric.compute()) for name, metric in metrics.items()}
-
-
-def test_it_keeps_the_contract() -> None:
-    check_task(UnsupervisedSegmentation)
 
 
 def test_the_matching_is_the_best_of_all() -> None:
