@@ -143,8 +143,8 @@ def report(
     paths: Annotated[
         list[str],
         argument(
-            "records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; or one "
-            "results.json",
+            "records, their folders, ids or RECIPE/ARM as `greenvis ls` has them; one "
+            "results.json; or exports: codecarbon's emissions.csv, CSV or JSON of MLflow or W&B",
             "RUN...",
         ),
     ],
@@ -188,9 +188,10 @@ def report(
         ),
     ] = None,
     title: Annotated[str | None, option("headline of the report")] = None,
+    pdf: Annotated[bool, option("write the figures as PDF as well")] = False,
     as_json: app.Json = False,
 ) -> None:
-    """write a report from run records made anywhere"""
+    """write a report from run records made anywhere, or from exports of other tools"""
     from greenvis.meters import run_names
     from greenvis.report import report
 
@@ -205,6 +206,7 @@ def report(
         margin=margin,
         label_seconds=label_seconds or (),
         coefficients=coefficients,
+        pdf=pdf,
     )
     reported(as_json, page)
 

@@ -33,12 +33,15 @@ def report(
     margin: float | None = None,
     label_seconds: Iterable[str] = (),
     coefficients: str | os.PathLike[str] | None = None,
+    pdf: bool = False,
 ) -> Path:
     """Write a report of recorded runs.
 
     Args:
         paths: records, folders of them or glob patterns; a report's folder, for the records packed
-            in it; or one results.json, which is compared and written anew.
+            in it; or one results.json, which is compared and written anew; or exports of other
+            tools (`greenvis.report.foreign`): codecarbon's emissions.csv, CSV or JSON of MLflow
+            or of Weights & Biases, a run per line, with a column such as energy_kwh.
         out: the folder to write, reports/<name> by default.
         baseline: the arm others are compared with (default: the one called "baseline").
         metric: what the arms gain, a fact of the runs; by default what their recipe asks for, else
@@ -54,6 +57,7 @@ def report(
             high), in place of the figures of `meters/label_seconds.json`.
         coefficients: a file as `meters.coefficients.load_coefficients` takes it, which prices what
             was observed, of training and of serving, in the place of the recorded coefficients.
+        pdf: write the figures as PDF as well, with their fonts embedded.
 
     Returns:
         The path of its index.html.
@@ -69,6 +73,14 @@ def report(
         >>> page.name
         'index.html'
     """
+    from greenvis.report import foreign
+
+    if any(foreign.is_export(path) for path in _listed(paths)):
+        with foreign.converted(_listed(paths)) as records:
+            return report(
+                records, out, baseline, metric, grid, title, served, note, margin, label_seconds,
+                coefficients, pdf,
+            )  # fmt: skip
     paths = _listed(paths)
     priced: dict[str, Any] = {
         "baseline": baseline,
@@ -97,7 +109,7 @@ def report(
         try:
             with stored.believed(results_file):
                 written = packed.content if packed else None
-                return page.write(content, folder if out is None else Path(out), written)
+                return page.write(content, folder if out is None else Path(out), written, pdf=pdf)
         except OSError as error:
             raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
@@ -132,7 +144,7 @@ def results(
     """
     from pydantic import ValidationError
 
-    from greenvis.report import archive, build, groups, shape, stored
+    from greenvis.report import archive, build, foreign, groups, shape, stored
 
     for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
         if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
@@ -142,6 +154,11 @@ def results(
                 else "points that may be lost, 0 or more"
             )
             raise BadInput(f"{name} is {value!r}; give the {what}")
+    if any(foreign.is_export(path) for path in _listed(paths)):
+        with foreign.converted(_listed(paths)) as records:
+            return results(
+                records, baseline, metric, grid, served, margin, label_seconds, coefficients
+            )
     if results_file := stored.file(paths):
         if coefficients is not None:
             raise BadInput(

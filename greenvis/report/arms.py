@@ -200,12 +200,13 @@ def _grams(chain: list[RunSummary], grid: Intensity | None, training: bool = Fal
 
 
 def _network(last: RunSummary | None, means: Mapping[str, float | None]) -> list[Any] | None:
-    """Return what is the same in two arms whose finished networks are; None where the records do
-    not say."""
+    """Return what is the same in two arms whose finished networks are, and answer alike; None where
+    the records do not say."""
     model = last.facts.model if last else None
     if not isinstance(model, Mapping):
         return None
-    return [model.get("ref"), model.get("options"), means["macs"], means["params"]]
+    same = [model.get("ref"), model.get("options"), means["macs"], means["params"]]
+    return [*same, last.facts.served] if last and last.facts.served else same
 
 
 def text_keys(values: Mapping[int, float]) -> dict[str, float]:

@@ -41,7 +41,7 @@ Inline = str | Strong | Badge | Link
 
 @dataclass(frozen=True)
 class Paragraph:
-    """Text. look: "plain", "verdict" (large) or "note" (small)."""
+    """Text. look: "plain" or "note" (small)."""
 
     text: tuple[Inline, ...]
     look: str = "plain"
@@ -85,35 +85,63 @@ class Grid:
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of an arm: its text, a second line, how it is known, and whether a difference is
-    shown."""
+    """A figure of an arm: its text, a second line, how it is known, whether a difference is shown;
+    a mark ("●"), what rows are sorted by, and what a pointer over it reads."""
 
     text: str
     sub: str = ""
     badge: str | None = None
     shown: bool = False
+    mark: str = ""
+    value: float | None = None
+    hint: str = ""
 
 
 @dataclass(frozen=True)
 class ArmRow:
-    """A row of a table of arms."""
+    """A row of a table of arms. series: the number of its colour in all figures."""
 
     arm: str
     status: str
     baseline: bool
     techniques: str
     cells: tuple[Cell, ...]
+    series: int | None = None
+    position: int = 0
 
 
 @dataclass(frozen=True)
 class ArmTable:
-    """A table with one row per arm. id: unique within the page."""
+    """A table with one row per arm. id: unique within the page. note: what holds for all of it.
+    brief: a line per arm, sortable."""
 
     id: str
     caption: str
     titles: tuple[str, ...]
     rows: tuple[ArmRow, ...]
+    note: str = ""
+    brief: bool = False
     kind: ClassVar[str] = "arms"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A figure in large letters: what it is, the figure, and what it rests on."""
+
+    label: str
+    value: str
+    sub: str
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The first screen: one sentence, tiles, how sure they are, and a figure beside them."""
+
+    sentence: str
+    tiles: tuple[Tile, ...]
+    sure: tuple[str, ...]
+    drawing: Drawing | None
+    kind: ClassVar[str] = "lead"
 
 
 @dataclass(frozen=True)
@@ -126,14 +154,15 @@ class Drawings:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is: a command, a recipe."""
+    """Text as it is: a command, a recipe. wrap: long lines are broken where they are shown."""
 
     text: str
     label: str
+    wrap: bool = False
     kind: ClassVar[str] = "code"
 
 
-Block = Paragraph | Facts | Heading | Bullets | Grid | ArmTable | Drawings | Code
+Block = Lead | Paragraph | Facts | Heading | Bullets | Grid | ArmTable | Drawings | Code
 
 
 def paragraph(*text: Inline, look: str = "plain") -> Paragraph:

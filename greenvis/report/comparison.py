@@ -1,5 +1,4 @@
-"""What an arm is worth: ratios to the baseline paired by seed, what they decide, payback, the full
-cycle, SCI."""
+"""What an arm is worth: ratios to the baseline, what they decide, payback, the full cycle, SCI."""
 
 from __future__ import annotations
 
@@ -34,26 +33,44 @@ def compared(results: Results) -> Results:
     results = results.model_copy(update={"arms": rows})
     if base is None or not rows[base].seeds:
         return results
-    by_seed = {label: _by_seed(row) for label, row in rows.items() if row.seeds}
-    rivals = [a for a in by_seed if a != base]
-    many = sum(len({*rows[a].seeds} & {*rows[base].seeds}) > 1 for a in rivals)
+    known = {label: row for label, row in rows.items() if row.seeds}
     floors = floor.floors(results)
-    results = results.model_copy(update={"noise_floor": floors, "comparisons": many})
-    for label in rivals:
-        own, bases = by_seed[label], by_seed[base]
-        ratios = {k: stats.ratio(own[k], bases[k], many) for k in own if k in bases}
-        ratios = floor.widened(ratios, floors)
-        gain = stats.difference(
-            rows[label].gain.by_seed,
-            rows[base].gain.by_seed,
-            many,
-            allowed(results),
-            results.lower_is_better,
+    gains = stats.differences(
+        {label: row.gain.by_seed for label, row in known.items()},
+        base,
+        allowed(results),
+        results.lower_is_better,
+        1 / n if (n := images_tested(results)) and is_share(results.measure) else 0.0,
+    )
+    by_seed = {label: _by_seed(row) for label, row in known.items()}
+    ratios = {
+        q: stats.ratios(
+            {label: seeds[q] for label, seeds in by_seed.items() if q in seeds},
+            base,
+            {label: row.inference_energy_j.spread for label, row in known.items()}
+            if q == "inference_energy"
+            else None,
         )
-        payback = _payback(own, bases, ratios["inference_energy"])
-        versus = Versus(gain=gain, payback=payback, ratios=ratios)
+        for q in dict.fromkeys(q for seeds in by_seed.values() for q in seeds)
+    }
+    many = len([a for a in known if a != base and len(rows[a].seeds) >= stats.LEAST])
+    many = many if len(rows[base].seeds) >= stats.LEAST else 0
+    results = results.model_copy(update={"noise_floor": floors, "comparisons": many})
+    for label in known:
+        if label == base:
+            continue
+        own = {q: each.get(label) for q, each in ratios.items() if q in by_seed[label]}
+        own = floor.widened({q: r for q, r in own.items() if q in by_seed[base]}, floors)
+        payback = _payback(by_seed[label], by_seed[base], own["inference_energy"])
+        versus = Versus(gain=gains.get(label), payback=payback, ratios=own)
         rows[label] = rows[label].model_copy(update={"vs_baseline": versus})
     return results
+
+
+def images_tested(results: Results) -> int | None:
+    """Return how many images the smallest test of the records has; None where none says."""
+    known = [d.get("test") for d in results.data if isinstance(d, dict)]
+    return min((n for n in known if isinstance(n, int) and n > 0), default=None)
 
 
 def allowed(results: Results) -> float:

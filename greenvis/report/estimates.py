@@ -80,7 +80,7 @@ class ToTarget(Summary):
 
 
 class Ratio(Part):
-    """An arm's quantity ÷ the baseline's, paired by seed: geometric mean and interval."""
+    """An arm's quantity ÷ the baseline's: geometric means and interval. n: seeds of the arm."""
 
     same: ClassVar[float] = 1.0
     ratio: Float
@@ -90,7 +90,7 @@ class Ratio(Part):
 
 
 class Difference(Part):
-    """The metric of an arm − the baseline's, paired by seed, and what its interval decides."""
+    """The metric of an arm − the baseline's, and what its interval decides. n: seeds of the arm."""
 
     same: ClassVar[float] = 0.0
     mean: Float
@@ -131,7 +131,7 @@ class Paybacks(Part):
 
 class Versus(Part):
     """An arm beside the baseline. Intervals hold together with those of all `comparisons` arms with
-    95 % (`stats.interval`); None for one seed."""
+    95 % (`stats.differences`); None for one seed."""
 
     gain: Difference | None
     payback: Paybacks | None

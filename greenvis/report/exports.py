@@ -1,5 +1,5 @@
 """A report's results in others' formats: Hub model card, SPDX 3.0.1, SCI, AI Act Annex XI items,
-BibTeX.
+LaTeX, BibTeX.
 
 Formats only: none of these claims a certificate, a rating or compliance.
 """
@@ -9,12 +9,11 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
-import re
 from typing import Any
 
 from greenvis.errors import BadInput, nearest
 from greenvis.meters.pricing import JOULES_PER_KWH
-from greenvis.report import figures, formatting, measures, verdict
+from greenvis.report import figures, formatting, measures, paper, verdict
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.estimates import Estimate
 from greenvis.report.markup import md
@@ -26,6 +25,8 @@ NAMES = {
     "spdx.json": "SPDX 3.0.1",
     "sci.json": "SCI",
     "annex-xi.json": "AI Act Annex XI items",
+    "table.tex": "LaTeX table",
+    "methods.txt": "methods paragraph",
     "citation.bib": "BibTeX",
 }
 HUB_TASKS = {  # by the name of ours; the Hub has no word for others
@@ -43,7 +44,9 @@ def files(results: Results) -> dict[str, str]:
         "spdx.json": _json(spdx(results)),
         "sci.json": _json(sci(results)),
         "annex-xi.json": _json(annex_xi(results)),
-        "citation.bib": bibtex(results),
+        "table.tex": paper.table(results),
+        "methods.txt": paper.methods(results) + "\n",
+        "citation.bib": paper.bibtex(results),
     }
 
 
@@ -56,6 +59,12 @@ def model_card(results: Results, arm: str) -> str:
     """
     row = _row(results, arm)
     meta: dict[str, Any] = {"library_name": "greenvis", "tags": ["greenvis", "energy-efficiency"]}
+    data = next((d for d in results.data if isinstance(d, dict)), {})
+    ref, origin = _origin(row)
+    if origin and ref:
+        meta["base_model"] = ref
+    if data.get("name"):
+        meta["datasets"] = [str(data["name"])]
     grams = row.carbon_g
     if grams.value is not None:
         how = (
@@ -72,7 +81,6 @@ def model_card(results: Results, arm: str) -> str:
         }
     metric = results.metric
     task = results.task or ("classification" if metric == measures.DEFAULT else "")
-    data = next((d for d in results.data if isinstance(d, dict)), {})
     if row.gain.mean is not None and data.get("name"):
         result = {
             "task": {"type": HUB_TASKS.get(task, "other")},
@@ -103,6 +111,7 @@ def model_card(results: Results, arm: str) -> str:
             f"{carbon} Mean of {n} seed(s)."
         ),
         *([md(_line(row))] if row.uses else []),
+        md(f"{origin or 'Weights: trained here from random ones.'} {_prepared(data)}".rstrip()),
     ]
     return f"---\n{front}\n---\n\n" + "\n\n".join(body) + "\n"
 
@@ -228,36 +237,34 @@ def _per_kwh(reading: Estimate) -> dict[str, float | None]:
     return {k: None if j is None else j / JOULES_PER_KWH for k, j in bounds.items()}
 
 
-def bibtex(results: Results) -> str:
-    """Return a BibTeX entry for the report."""
-    year = datetime.datetime.fromtimestamp(results.newest_run_s, datetime.UTC).year
-    key = re.sub(r"[^A-Za-z0-9]+", "-", results.name).strip("-")[:40] or "report"
-    total = results.totals.energy_j.value
-    spent = f"{formatting.si(total, 'J')} in all" if total is not None else "energy unknown"
-    return (
-        f"@misc{{greenvis-{key},\n  title = {{{_tex(results.name)}: energy and "
-        f"{_tex(measures.written(results.measure))} of "
-        f"{len(results.order)} arms}},\n"
-        f"  year = {{{year}}},\n  howpublished = {{greenvis report}},\n  note = "
-        f"{{{_tex(spent)}}},\n}}\n"
-    )
-
-
-def _tex(text: str) -> str:
-    special = {
-        "\\": r"\textbackslash{}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-        **{c: "\\" + c for c in "&%$#_{}"},
-    }
-    return "".join(special.get(c, c) for c in figures.clean(text))
-
-
 def _line(row: ArmResults) -> str:
     """Return what the whole line of a model took, and what of it nobody knows."""
     line = formatting.si(row.train_energy_with_reuse_j.value, "J")
     names = ", ".join(dict.fromkeys(f"{u.role} {u.name}" for u in row.uses))
     return f"With all it builds on ({names}): {line}.{verdict.not_counted(row)}"
+
+
+def _origin(row: ArmResults) -> tuple[str, str]:
+    """Return the reference of an arm's network, and where its weights began, where that is on
+    record: with others or with a run of ours."""
+    ref = str(row.network[0]) if row.network and row.network[0] else ""
+    bases = list(dict.fromkeys(u.name for u in row.uses if u.role == "base"))
+    if not bases:
+        return ref, ""
+    licence = ", under the licence their makers gave them (not on record)" if row.unknown else ""
+    return ref, f"Weights: began as {', '.join(bases)}{licence}."
+
+
+def _prepared(data: dict[str, Any]) -> str:
+    """Return how images were prepared, as the records state it."""
+    size, channels, classes = (data.get(k) for k in ("img_size", "in_chans", "classes"))
+    if not size:
+        return ""
+    text = f"Images: {size} × {size} pixels, {channels} channel{'' if channels == 1 else 's'}"
+    mean, std = data.get("mean"), data.get("std")
+    text += f", less the mean {mean}, divided by {std}" if mean and std else ""
+    chosen = f" (numbers {data['only']} of the set's)" if data.get("only") else ""
+    return f"{text}; {classes} classes{chosen}." if classes else f"{text}."
 
 
 def _tuned(row: ArmResults) -> bool:

@@ -132,6 +132,7 @@ class Facts:
     tests: dict[str, dict[str, float]]  # metrics by the name of the further test
     inference_energy_j: Reading | None  # per image
     inference_spread: float | None
+    served: dict[str, Any]  # how: in batches of which size, and what learns while it answers
     latency_ms: dict[str, float]
     task_accuracy: list[list[Any]] | None
     task_energy_j: list[float | None]  # by experience, or by round of labels bought
@@ -181,6 +182,7 @@ class Facts:
                 if isinstance(by_metric, Mapping)
             },
             inference_energy_j=None if served.value is None else served,
+            served=_served(facts),
             inference_spread=spread if spread is not None and 0 <= spread < 1e3 else None,
             latency_ms={k: v for k, v in _items(latency) if isinstance(v, (int, float))},
             task_accuracy=matrix if _is_matrix(matrix) else None,
@@ -220,6 +222,13 @@ class Facts:
                 {},
             ),
         )
+
+
+def _served(facts: Mapping[str, Any]) -> dict[str, Any]:
+    inference, adapts = facts.get("inference"), _list(facts.get("adapts"))
+    size = number(inference.get("batch_size")) if isinstance(inference, Mapping) else None
+    out = {"batch_size": size, "adapts": sorted(str(a)[:100] for a in adapts[:10])}
+    return {key: value for key, value in out.items() if value}
 
 
 def _crosscheck(value: Any) -> Free | None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -26,18 +29,28 @@ SERIES = (
     ("#5b6471", "#a8b3c2"), ("#0f766d", "#2dd4bf"), ("#b4530a", "#fbbf24"), ("#6d28d8", "#b79cff"),
     ("#be123d", "#fb7185"), ("#1d4ed7", "#7aa7ff"), ("#4d7c10", "#a3e635"), ("#a21caf", "#f0abfc"),
 )  # fmt: skip
+COLOURS = tuple(light for light, _ in SERIES)
+# of phases, which are no arms
+PHASES = (
+    ("#66758f", "#aab6c8"), ("#2f4a6b", "#8fb3d9"), ("#a3505f", "#e5a3b0"), ("#6d597a", "#b7a1c9"),
+    ("#8a5a36", "#d4a373"), ("#5f7470", "#9fb5b0"), ("#8c7357", "#cdb49a"),
+)  # fmt: skip
 VARIABLES = {
     INK: "ink",
     MUTED: "muted",
     GRID: "line",
     GROUND: "card",
     **{s[0]: f"s{i}" for i, s in enumerate(SERIES)},
+    **{p[0]: f"p{i}" for i, p in enumerate(PHASES)},
 }
 MARKERS, LINES = "osD^vPX*", ("-", "--", "-.", ":")
-STAGES = {"setup": 3, "train": 1, "teacher": 2, "eval": 5, "calibrate": 6, "measure": 0, "other": 7}
+STAGES = ("setup", "train", "teacher", "eval", "calibrate", "measure", "other")
+MOST_LINES = 6  # more lines than this are told apart by nobody
 MOST_ARMS = 12  # more bars or curves than this cannot be read
 
+_PDF: ContextVar[bool] = ContextVar("pdf", default=False)
 _RC: dict[Any, Any] = {
+    "pdf.fonttype": 42,
     "svg.fonttype": "none",
     "svg.hashsalt": "greenvis",
     "text.parse_math": False,
@@ -78,6 +91,7 @@ class Drawing:
     desc: str
     caption: str
     svg: str
+    pdf: bytes | None = None  # where it was asked for, see `with_pdf`
 
     @property
     def inline(self) -> str:
@@ -144,7 +158,33 @@ def save(figure: Figure, name: str, title: str, desc: str, caption: str) -> Draw
         text,
         count=1,
     )
-    return Drawing(name, title, desc, caption, printable(text))
+    return Drawing(name, title, desc, caption, printable(text), _pdf(figure))
+
+
+@contextmanager
+def with_pdf(wanted: bool) -> Iterator[None]:
+    """Draw figures as PDF as well within, with their fonts embedded, as journals want them."""
+    token = _PDF.set(wanted)
+    try:
+        yield
+    finally:
+        _PDF.reset(token)
+
+
+def _pdf(figure: Figure) -> bytes | None:
+    if not _PDF.get():
+        return None
+    import warnings
+
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        FigureCanvasPdf(figure).print_pdf(
+            buffer, metadata={"CreationDate": None, "Creator": "greenvis", "Producer": None}
+        )
+    return buffer.getvalue()
 
 
 def style(i: int) -> dict[str, Any]:
@@ -196,3 +236,93 @@ def legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
             handlelength=2.2,
             columnspacing=1.2,
         )
+
+
+@dataclass(frozen=True)
+class Label:
+    """A name beside what it names: its text, colour and point, in the units of the data."""
+
+    text: str
+    color: str
+    x: float
+    y: float
+
+
+def label_ends(axes: Axes, labels: list[Label]) -> None:
+    """Write names to the right of the axes, each as near to the end of its line as the others
+    allow."""
+    axes.autoscale_view()
+    gap = 0.185 / _inches(axes)[1] * 1.35  # a line of text, of the axes' height
+    ends = sorted(((_fraction(axes, entry)[1], entry) for entry in labels), key=lambda e: e[0])
+    heights = [at for at, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    over = (heights[-1] if heights else 0.0) - 1.0
+    for i in range(len(heights) - 1, -1, -1):
+        top = 1.0 if i == len(heights) - 1 else heights[i + 1] - gap
+        heights[i] = min(heights[i], top) if over > 0 else heights[i]
+    for (at, entry), height in zip(ends, heights, strict=True):
+        x, _ = _fraction(axes, entry)
+        axes.annotate(
+            entry.text, xy=(x, at), xycoords="axes fraction", xytext=(1.03, height),
+            textcoords="axes fraction", color=entry.color, va="center", fontsize=10,
+            arrowprops={"arrowstyle": "-", "color": entry.color, "lw": 0.6, "alpha": 0.6,
+                        "shrinkA": 0, "shrinkB": 2},
+        )  # fmt: skip
+
+
+Span = tuple[float, float, float, float]
+
+
+def label_points(axes: Axes, labels: list[Label], bars: Sequence[Span] = ()) -> None:
+    """Write names beside their points, where they hide neither a point nor another name, and few
+    bars.
+
+    Args:
+        axes: With the limits they will have.
+        labels: The names.
+        bars: From x, y to x, y, in the units of the data.
+    """
+    axes.autoscale_view()
+    width, height = _inches(axes)
+    one, line = 0.088 / (width * 0.82), 0.2 / (height * 0.78)  # of the axes: a letter, a line
+    points = [_fraction(axes, entry) for entry in labels]
+    taken: list[Span] = [(x - 0.015, y - 0.02, x + 0.015, y + 0.02) for x, y in points]
+    for x0, y0, x1, y1 in bars:
+        (a, b), (c, d) = (_fraction(axes, Label("", "", x, y)) for x, y in ((x0, y0), (x1, y1)))
+        taken.append((a - 0.004, b - 0.006, c + 0.004, d + 0.006))
+    for (x, y), entry in sorted(zip(points, labels, strict=True), key=lambda e: -e[0][1]):
+        size = one * len(entry.text)
+        tries = [
+            (x + 0.025 if right else x - 0.025 - size, y + k * line * 0.75)
+            for k in (0.6, -0.6, 0.0, 1.4, -1.4, 2.2, -2.2, 3.0, -3.0)
+            for right in (True, False)
+        ]
+
+        def hidden(at: tuple[float, float], size: float = size) -> float:
+            box = (at[0], at[1] - line / 2, at[0] + size, at[1] + line / 2)
+            outside = max(0.0, -box[0]) + max(0.0, box[2] - 1.0) + max(0.0, -box[1])
+            return sum(_overlap(box, other) for other in taken) + 2 * outside * line
+
+        left, middle = min(tries, key=lambda at: round(hidden(at), 5))
+        taken.append((left, middle - line / 2, left + size, middle + line / 2))
+        axes.text(left, middle, entry.text, transform=axes.transAxes, color=entry.color,
+                  ha="left", va="center", fontsize=10)  # fmt: skip
+
+
+def _inches(axes: Axes) -> tuple[float, float]:
+    """Return the size of the figure."""
+    box, dpi = axes.figure.bbox, axes.figure.dpi
+    return box.width / dpi, box.height / dpi
+
+
+def _fraction(axes: Axes, entry: Label) -> tuple[float, float]:
+    """Return where a point lies in the axes, each side from 0 to 1."""
+    at = (axes.transScale + axes.transLimits).transform((entry.x, entry.y))
+    return float(at[0]), float(at[1])
+
+
+def _overlap(a: Span, b: Span) -> float:
+    wide = min(a[2], b[2]) - max(a[0], b[0])
+    high = min(a[3], b[3]) - max(a[1], b[1])
+    return wide * high if wide > 0 and high > 0 else 0.0

@@ -3,9 +3,9 @@ difference."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping
-from itertools import combinations
 from typing import Any
 
 from greenvis.report import formatting, stats
@@ -45,19 +45,18 @@ def _apart(
     work: Callable[[ArmResults], Any],
     joules: Callable[[ArmResults], stats.Seeds],
 ) -> Floor | None:
-    pairs = [
-        (math.exp(abs(math.log(r.ratio))), a, b)
-        for a, b in combinations(rows, 2)
-        if work(rows[a]) is not None
-        and work(rows[a]) == work(rows[b])
-        and (r := stats.ratio(joules(rows[a]), joules(rows[b])))
-        and r.ratio > 0
-    ]
-    if not pairs:
+    alike: dict[str, dict[str, float]] = {}  # mean logarithms of arms of the same work
+    for a, row in rows.items():
+        values = joules(row).values()
+        if (key := work(row)) is not None and values and min(values) > 0:
+            logs = [math.log(j) for j in values]
+            alike.setdefault(json.dumps(key, default=str), {})[a] = math.fsum(logs) / len(logs)
+    groups = [group for group in alike.values() if len(group) > 1]
+    if not groups:
         return None
     return Floor(
-        ratio=max(ratio for ratio, *_ in pairs),
-        arms=[a for a in rows if any(a in pair for pair in pairs)],
+        ratio=math.exp(max(max(g.values()) - min(g.values()) for g in groups)),
+        arms=[a for a in rows if any(a in g for g in groups)],
     )
 
 

@@ -21,6 +21,7 @@ KINDS = (
     "results.csv",
     "records.*",
     "figures/*.svg",
+    "figures/*.pdf",
     "exports/*",
 )
 

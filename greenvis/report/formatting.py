@@ -13,6 +13,8 @@ from greenvis.report.estimates import Difference, Estimate, Payback, Ratio, Summ
 from greenvis.report.measures import is_share, suffix
 from greenvis.tasks.base import Measure
 
+TIMES = 1.5  # from here on "times", below per cent
+
 
 def reading(r: Estimate, unit: str) -> str:
     """Return a reading's value with the figures its band and its scatter deserve: two, or three
@@ -63,25 +65,26 @@ def fixed(value: float, digits: int = 1, *, sign: bool = False) -> str:
     return text.replace("-", "−") if sign or value < 0 else text[1:]
 
 
-def points(measure: Measure, value: float | None) -> str:
-    """Return a signed difference of the metric: "+1.5 points" for shares, "−0.21 px" else."""
+def points(measure: Measure, value: float | None, digits: int = 2) -> str:
+    """Return a signed difference of the metric: "+1.50 points" for shares, "−0.21 px" else."""
     if value is None:
         return MISSING
-    return _signed(measure, value) + (" points" if is_share(measure) else suffix(measure))
+    unit = " points" if is_share(measure) else suffix(measure)
+    return _signed(measure, value, digits) + unit
 
 
-def _signed(measure: Measure, value: float) -> str:
+def _signed(measure: Measure, value: float, digits: int = 2) -> str:
     if is_share(measure):
-        return fixed(value * 100, 2, sign=True)
+        return fixed(value * 100, digits, sign=True)
     return ("+" if value > 0 else "−" if value < 0 else "") + figures(abs(value))
 
 
-def interval(measure: Measure, d: Difference) -> str:
+def interval(measure: Measure, d: Difference, digits: int = 2) -> str:
     """Return the interval of a difference of the metric: "−1.48 to +2.07"; "" where there is
     none."""
     if d.low is None or d.high is None:
         return ""
-    return " to ".join(_signed(measure, end) for end in (d.low, d.high))
+    return " to ".join(_signed(measure, end, digits) for end in (d.low, d.high))
 
 
 def spread(measure: Measure, s: Summary) -> str:
@@ -95,35 +98,39 @@ def spread(measure: Measure, s: Summary) -> str:
     return f"{figures(s.mean)} ± {figures(s.std, 2)}{suffix(measure)}".replace("-", "−")
 
 
-def times(r: Ratio | None, what: str = "") -> str:
+def times(r: Ratio | None, what: str = "", *, band: bool = True) -> str:
     """Return a ratio to the baseline in words, with its interval, as far as that interval goes.
 
     "2.1 times less energy (1.9–2.3)", "12 % more energy (9.0–14)"; "no difference shown in energy
     (×0.95, 0.88–1.02)" where the interval reaches 1; MISSING without an interval: one seed tells no
-    difference from scatter.
+    difference from scatter. band: whether to name the interval.
     """
     if r is None or r.low is None or r.high is None:
         return MISSING
-    ratio, low, high = r.ratio, r.low, r.high
-    if low == high == 1:
+    if r.low == r.high == 1:
         return f"the same {what}".strip()
     if not shown(r):
-        return (
-            f"no difference shown{f' in {what}' if what else ''} ({factor(r)}, "
-            f"{factor_band(r).removeprefix('×')})"
-        )
+        text = f"no difference shown{f' in {what}' if what else ''}"
+        return f"{text} ({factor(r)}, {factor_band(r).removeprefix('×')})" if band else text
+    what = f"{'less' if r.ratio < 1 else 'more'} {what}".strip()
+    size, ends = change(r)
+    return f"{size} {what}" + (f" ({ends})" if band and ends else "")
+
+
+def change(r: Ratio) -> tuple[str, str]:
+    """Return how many times, or by how many per cent, a ratio is less or more than 1, and the ends
+    of its interval likewise: ("2.1 times", "1.9–2.3"), ("12 %", "9.0–14")."""
+    ratio, low, high = r.ratio, r.low or r.ratio, r.high or r.ratio
     less = ratio < 1
-    what = f"{'less' if less else 'more'} {what}".strip()
     k, near, far = (1 / ratio, 1 / high, 1 / low) if less else (ratio, low, high)
-    if k >= 1.5:
+    if k >= TIMES:
         ends = [_end(x, 2 if x >= 1.095 and x < 100 else 3) for x in (near, far)]
-        return f"{figures(k, 2 if k < 100 else 3)} times {what}" + (
-            "" if ends[0] == ends[1] else f" ({'–'.join(ends)})"
-        )
-    change, *ends = [
-        figures(abs(x - 1) * 100, 2) for x in ((ratio, high, low) if less else (ratio, low, high))
-    ]
-    return f"{change} % {what}" + ("" if ends[0] == ends[1] else f" ({'–'.join(ends)})")
+        size = f"{figures(k, 2 if k < 100 else 3)} times"
+    else:
+        percents = (ratio, high, low) if less else (ratio, low, high)
+        first, *ends = [figures(abs(x - 1) * 100, 2) for x in percents]
+        size = f"{first} %"
+    return size, "" if ends[0] == ends[1] else "–".join(ends)
 
 
 def _end(k: float, digits: int = 3) -> str:
@@ -138,7 +145,7 @@ def decided(d: Difference | None, margin: str = "") -> str:
     margin: how much may be lost, in words, if that is to be said.
     """
     if d is None or not d.n:
-        return "no seed in common: not comparable by pairs"
+        return "no value to compare"
     if d.n == 1:
         return "one seed: not decided"
     if d.verdict == "keeps":

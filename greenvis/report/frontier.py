@@ -4,7 +4,7 @@ how far an arm is from it at its own metric."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -17,9 +17,11 @@ from greenvis.report.shape import Results
 LEAST = 2  # plain arms that make a frontier
 FEW, UNMEASURED = "fewer than two plain arms have this energy", "not measured"
 
+MOST = 100  # arms that are read off
+LINE, OWN = "Making it, with all it builds on", "Own training"
 COSTS: dict[str, Callable[[ArmResults], Estimate]] = {
-    "Making it, with all it builds on": lambda row: row.train_energy_with_reuse_j,
-    "Own training": lambda row: row.train_energy_j,
+    LINE: lambda row: row.train_energy_with_reuse_j,
+    OWN: lambda row: row.train_energy_j,
     "Per {unit}": lambda row: row.inference_energy_j,
 }
 
@@ -80,14 +82,67 @@ def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, 
     }
 
 
-def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate]) -> Distance:
-    """Return how far an arm is from the frontier of the plain arms beside it.
+def distances(
+    results: Results, labels: Iterable[str], cost: Callable[[ArmResults], Estimate]
+) -> dict[str, Distance]:
+    """Return how far arms are from the frontier of the plain arms beside each. Intervals hold for
+    all of them together with 95 %.
 
     Args:
         results: Of a report.
-        label: The arm.
-        cost: Which of its energies: one of `COSTS`.
+        labels: The arms.
+        cost: Which of their energies: one of `COSTS`.
     """
+    read_off = {label: _read_off(results, label, cost) for label in labels}
+    logs = {
+        label: off.logs
+        for label, off in read_off.items()
+        if isinstance(off, _ReadOff) and 1 < len(off.logs) == off.seeds
+    }
+    means, out = stats.means(logs), {}
+    for label, off in read_off.items():
+        if isinstance(off, Distance):
+            out[label] = off
+            continue
+        mean, low, high = means.get(label, (math.log(off.ratio), None, None))
+        ratio = Ratio(
+            ratio=math.exp(mean),
+            low=None if low is None else math.exp(low),
+            high=None if high is None else math.exp(high),
+            n=results.arms[label].gain.n,
+        )
+        out[label] = Distance(ratio, off.at_least)
+    return out
+
+
+def of_all(results: Results, cost: str = LINE) -> dict[str, Distance]:
+    """Return how far the arms that are not plain are from the frontier; none where there are too
+    few plain arms.
+
+    Args:
+        results: Of a report.
+        cost: Which of their energies: a name of `COSTS`.
+    """
+    plain = plain_arms(results)
+    rows = [a for a in results.order if a not in plain and results.arms[a].gain.n]
+    if len(plain) < LEAST or not rows:
+        return {}
+    return distances(results, rows[:MOST], COSTS[cost])
+
+
+class _ReadOff(NamedTuple):
+    """An arm beside its frontier: the ratio of the means; the logarithms of the seeds that could be
+    read off, and how many seeds there are."""
+
+    ratio: float
+    at_least: bool
+    logs: dict[str, float]
+    seeds: int
+
+
+def _read_off(
+    results: Results, label: str, cost: Callable[[ArmResults], Estimate]
+) -> _ReadOff | Distance:
     row = results.arms[label]
     plain = {a: p for a, p in plain_arms(results, row).items() if a != label}
     sign = -1.0 if results.lower_is_better else 1.0
@@ -97,20 +152,12 @@ def distance(results: Results, label: str, cost: Callable[[ArmResults], Estimate
         return Distance(why=FEW if own else UNMEASURED)
     energy, gain = own[0][0], sign * own[0][1]
     front, at_least, why = read(points, gain)
-    if front is None or (at_least and energy < front):
+    if front is None or energy <= 0 or (at_least and energy < front):
         return Distance(why=why or "cheaper and worse than all plain arms")
     seeds = _by_seed(row, cost)
     each = {s: _of_seed(plain, s, sign, cost, g) for s, (_, g) in seeds.items()}
-    logs = [math.log(seeds[s][0] / e) for s, e in each.items() if e and seeds[s][0] > 0]
-    known = 1 < len(logs) == len(seeds)
-    low, high = stats.interval(logs) if known else (None, None)
-    ratio = Ratio(
-        ratio=math.exp(math.fsum(logs) / len(logs)) if known else energy / front,
-        low=None if low is None else math.exp(low),
-        high=None if high is None else math.exp(high),
-        n=row.gain.n,
-    )
-    return Distance(ratio, at_least)
+    logs = {s: math.log(seeds[s][0] / e) for s, e in each.items() if e and seeds[s][0] > 0}
+    return _ReadOff(energy / front, at_least, logs, len(seeds))
 
 
 def read(points: list[Point], gain: float) -> tuple[float | None, bool, str]:
@@ -144,7 +191,7 @@ def read(points: list[Point], gain: float) -> tuple[float | None, bool, str]:
 def on_front(results: Results, plain: Mapping[str, ArmResults]) -> list[str]:
     """Return the plain arms that no other beats in both making energy and metric, by energy."""
     sign = -1.0 if results.lower_is_better else 1.0
-    cost = COSTS["Making it, with all it builds on"]
+    cost = COSTS[LINE]
     points = {a: (e, sign * g) for a, row in plain.items() for e, g in _means(row, cost)}
     return stats.pareto(points)
 

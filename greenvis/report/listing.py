@@ -231,7 +231,7 @@ def diff(
 
     Returns:
         Whether all arms are within it, and one row per arm: {"arm", "a_j", "b_j", "ratio", "low",
-        "high", "limit", "ok", "why"}; the ratio is paired by seed where both have the seeds. An arm
+        "high", "limit", "ok", "why"}; the ratio has an interval where both have two seeds. An arm
         that is missing or unfinished in `b` is not ok; one that is unfinished in `a` is left out.
     """
     limit = _limit(max_energy)
@@ -262,7 +262,7 @@ def diff(
 
 def _ratio(x: dict[str, Any], y: dict[str, Any]) -> Ratio | None:
     u, v = (r["train_energy_j"].get("by_seed") or {} for r in (x, y))
-    if set(u) & set(v):
+    if u and v:
         return stats.ratio(v, u)
     u, v = x["train_energy_j"]["value"], y["train_energy_j"]["value"]
     return stats.ratio({0: v}, {0: u}) if u is not None and v is not None else None

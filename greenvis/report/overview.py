@@ -70,7 +70,11 @@ def overview(folder: str | Path) -> dict[str, Any]:
             {**row, "measured in": path.as_posix(), "noise floor": apart} for row in _rows(content)
         ]
         reports.append(
-            {**entry, "command": markup.shell(content.command), "found": verdict.opening(content)}
+            {
+                **entry,
+                "command": markup.shell(content.command),
+                "found": verdict.opening(content) + verdict.left_out(content),
+            }
         )
     if not reports:
         raise BadInput(
@@ -105,7 +109,7 @@ def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
         "change. The metric is accuracy where none is named. Kept: all of it lies above −0.5 "
         "points (or within the report's own margin); lost: below; "
         "else it is open. Energies "
-        "are ratios to the baseline's; “not known” is the cost of what others trained, which is in "
+        "are times the baseline's; “not known” is the cost of what others trained, which is in "
         "no figure. Noise floor: how "
         "far arms that did the same work read apart; unknown where none did.",
         "",

@@ -3,7 +3,9 @@ figures/*.svg, exports/."""
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,8 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from greenvis.errors import printable
-from greenvis.report import archive, exports, figures, label_columns, sections, tables, task_columns
-from greenvis.report.blocks import Block, Drawings, Inline, Link, paragraph
+from greenvis.report import (
+    archive,
+    exports,
+    figures,
+    label_columns,
+    measures,
+    sections,
+    tables,
+    task_columns,
+)
+from greenvis.report.blocks import Block, Drawings, Inline, Lead, Link, paragraph
 from greenvis.report.columns import Column
 from greenvis.report.estimates import Estimate
 from greenvis.report.figures import Drawing
@@ -41,31 +52,49 @@ class Shown:
     name: str
     title: str
     blocks: Sequence[Block]
+    folded: bool = False
 
     @property
     def drawings(self) -> list[Drawing]:
         """Its figures."""
-        return [d for block in self.blocks if isinstance(block, Drawings) for d in block.items]
+        several = [d for block in self.blocks if isinstance(block, Drawings) for d in block.items]
+        leads = [block.drawing for block in self.blocks if isinstance(block, Lead)]
+        return [d for d in leads if d] + several
 
 
 def shown(results: Results, section: Section[Any]) -> Shown | None:
     """Return what a section shows of results; None where it has nothing to say."""
     value = section.compute(results)
-    return None if value is None else Shown(section.name, section.title, section.render(value))
+    return (
+        None
+        if value is None
+        else Shown(section.name, section.title, section.render(value), section.folded)
+    )
 
 
-def write(results: Results, folder: Path, packed: bytes | None = None) -> Path:
+def write(
+    results: Results, folder: Path, packed: bytes | None = None, *, pdf: bool = False
+) -> Path:
     """Write all files of a report into `folder`, `packed` records among them, and return the path
-    of its index.html."""
-    every = [s for section in sections.ordered() if (s := shown(results, section))]
+    of its index.html.
+
+    Args:
+        results: What it says.
+        folder: Where to.
+        packed: The records as one archive.
+        pdf: Whether figures are written as PDF as well.
+    """
+    with figures.with_pdf(pdf):
+        every = [s for section in sections.ordered() if (s := shown(results, section))]
     every.append(_files(packed is not None))
     contents: dict[str, str | bytes] = {
         f"figures/{d.name}.svg": d.svg for s in every for d in s.drawings
     }
+    contents |= {f"figures/{d.name}.pdf": d.pdf for s in every for d in s.drawings if d.pdf}
     contents |= {archive.NAME: packed} if packed else {}
     contents |= {"results.json": to_json(results), "results.csv": to_csv(results)}
     contents |= {f"exports/{name}": text for name, text in exports.files(results).items()}
-    title = results.title or results.name
+    title = results.title or _title(results)
     contents["report.md"] = markdown(title, every)
     contents["index.html"] = html(title, every)  # last: where it is, all is there
     publish(folder, contents)
@@ -74,8 +103,17 @@ def write(results: Results, folder: Path, packed: bytes | None = None) -> Path:
 
 def html(title: str, every: Sequence[Shown]) -> str:
     """Return a page of those sections, self-contained."""
-    css = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    return _render("index.html.j2", title=title, sections=every, css=css, missing=MISSING)
+    css, script = ((TEMPLATES / n).read_text(encoding="utf-8") for n in ("style.css", "page.js"))
+    allowed = base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
+    return _render(
+        "index.html.j2",
+        title=title,
+        sections=every,
+        css=css,
+        script=script,
+        allowed=f"'sha256-{allowed}'",
+        missing=MISSING,
+    )
 
 
 def markdown(title: str, every: Sequence[Shown]) -> str:
@@ -101,6 +139,12 @@ def _render(template: str, **view: Any) -> str:
     return env.get_template(template).render(view).rstrip() + "\n"
 
 
+def _title(results: Results) -> str:
+    """Return a title for results whose recipe states none."""
+    words = results.name.replace("-", " ").replace("_", " ").strip() or results.name
+    return f"{words[:1].upper()}{words[1:]}: {measures.written(results.measure)} and energy"
+
+
 def _files(packed: bool) -> Shown:
     """Return the section on the files beside a page."""
     beside = {
@@ -115,7 +159,7 @@ def _files(packed: bool) -> Shown:
         links += [*([", "] if i else []), Link(text, path)]
     reads = "“greenvis report FOLDER” reads the run records."
     how = f". {reads if packed else 'The run records are not beside them.'}"
-    return Shown("files", "Take it along", [paragraph(*links, how)])
+    return Shown("files", "Take it along", [paragraph(*links, how)], True)
 
 
 def to_csv(results: Results) -> str:

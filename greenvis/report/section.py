@@ -19,6 +19,7 @@ class Section(ABC, Generic[T]):
     Attributes:
         name: unique among sections; the anchor on the page.
         title: its heading.
+        folded: whether the page shows its heading alone until it is opened.
 
     Example:
         >>> from greenvis.report.blocks import paragraph
@@ -36,6 +37,7 @@ class Section(ABC, Generic[T]):
 
     name: ClassVar[str]
     title: ClassVar[str]
+    folded: ClassVar[bool] = False
 
     @abstractmethod
     def compute(self, results: Results) -> T | None:

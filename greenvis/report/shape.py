@@ -174,7 +174,7 @@ class Results(Provenance):
     # how much of the metric may be lost: points of a share of 1, else the metric's own unit
     margin: Annotated[float, Field(ge=0, le=1e9)]
     served: Annotated[int | float, Field(ge=1, le=1e18)]  # images of the full cycle
-    comparisons: Annotated[int, Field(ge=0, le=10**6)]  # arms compared, seeds paired
+    comparisons: Annotated[int, Field(ge=0, le=10**6)]  # arms that have an interval
     lower_is_better: bool
     arms: Annotated[dict[Word, ArmResults], Field(min_length=1, max_length=100_000)]
     order: list[Word]

@@ -1,15 +1,18 @@
-"""The statistics of a report: spread over seeds, intervals of ratios and differences paired by
-seed, payback."""
+"""The statistics of a report: spread over seeds, simultaneous intervals of ratios and differences
+to the baseline, payback."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from greenvis.report.estimates import Difference, Payback, Ratio, Summary
+from greenvis.report.simultaneous import ALPHA, quantile
 
-ALPHA = 0.05
+LEAST = 2  # seeds that tell a scatter
 MOST_SEEDS = 1000  # where more would be needed to decide, none is named
 
 Seeds = Mapping[Any, float]  # seed -> value
@@ -25,103 +28,220 @@ def summary(values: Seeds) -> Summary:
     return Summary(mean=mean, std=std, n=len(v))
 
 
-def ratio(arm: Seeds, base: Seeds, comparisons: int = 1) -> Ratio | None:
-    """Return arm ÷ base over the seeds both have: the geometric mean and its interval (see
-    `interval`), on the logarithm.
+@dataclass(frozen=True)
+class Pooled:
+    """Groups of seeds with one variance, pooled over them, against one of them.
 
-    Pairing cancels what both share (the host, its coefficients, the seed). The geometric mean makes
-    "2 times less" and "half" the same statement. Without a common seed it is the ratio of means,
-    with no interval. None if not defined.
+    Attributes:
+        means: By group.
+        sizes: Seeds by group.
+        std: Pooled standard deviation; None where no group has two seeds.
+        base: The group that the others are compared with.
     """
-    pairs = [(arm[s], base[s]) for s in arm if s in base]
-    n = len(pairs)
-    if not pairs:
-        pairs = [
-            (m, b)
-            for m, b in [(summary(arm).mean, summary(base).mean)]
-            if m is not None and b is not None
-        ]
-    if not pairs or any(b <= 0 or a < 0 for a, b in pairs):
-        return None
-    if min(a for a, _ in pairs) == 0:
-        return Ratio(ratio=0.0, low=None, high=None, n=n)
-    logs = [math.log(a / b) for a, b in pairs]
-    low, high = interval(logs, comparisons)
-    mean = math.exp(math.fsum(logs) / len(logs))
-    return Ratio(
-        ratio=mean,
-        low=None if low is None else _exp(low),
-        high=None if high is None else _exp(high),
-        n=n,
-    )
+
+    means: dict[str, float]
+    sizes: dict[str, int]
+    std: float | None
+    base: str
+
+    @classmethod
+    def of(cls, groups: Mapping[str, Seeds], base: str) -> Pooled:
+        """Return what is known of groups of values by seed, those without any left out."""
+        known = {a: list(seeds.values()) for a, seeds in groups.items() if seeds}
+        means = {a: math.fsum(v) / len(v) for a, v in known.items()}
+        sizes = {a: len(v) for a, v in known.items()}
+        df = sum(sizes.values()) - len(sizes)
+        squares = math.fsum((x - means[a]) ** 2 for a, v in known.items() for x in v)
+        return cls(means, sizes, math.sqrt(squares / df) if df else None, base)
+
+    @cached_property
+    def rivals(self) -> set[str]:
+        """The groups that have an interval: those of two seeds, where the base has two as well."""
+        if self.sizes.get(self.base, 0) < LEAST:
+            return set()
+        return {a for a, n in self.sizes.items() if a != self.base and n >= LEAST}
+
+    @cached_property
+    def _known(self) -> dict[float, float]:
+        return {}  # quantiles, by how many seeds more
+
+    def quantile(self, more: float = 0) -> float:
+        """Return Dunnett's quantile with as many seeds more in every group; with infinitely many,
+        that of a known variance and the sizes there are."""
+        if more not in self._known:
+            extra = 0 if math.isinf(more) else more
+            sizes = {a: n + extra for a, n in self.sizes.items()}
+            df = more if math.isinf(more) else sum(sizes.values()) - len(sizes)
+            base = sizes[self.base]
+            shares = [sizes[a] / (sizes[a] + base) for a in self.rivals]
+            self._known[more] = quantile(df, shares)
+        return self._known[more]
+
+    def half(self, group: str, more: int = 0) -> float:
+        """Return how far the interval of a group's difference reaches to each side, Dunnett's.
+
+        Args:
+            group: One of `rivals`.
+            more: Seeds more in every group, were the scatter to stay as it is.
+        """
+        n, base = self.sizes[group] + more, self.sizes[self.base] + more
+        return self.quantile(more) * (self.std or 0.0) * math.sqrt(1 / n + 1 / base)
+
+    def more_seeds(self, group: str, room: float, least: float = 0.0) -> int | None:
+        """Return about how many more seeds would make an interval narrower than `room` to each
+        side; None for more than `MOST_SEEDS`, or where `least`, below which none is, is wider."""
+        if least >= room or self.half(group, MOST_SEEDS) >= room:
+            return None
+        low, high = 0, MOST_SEEDS
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.half(group, middle) < room else (middle, high)
+        return high
 
 
-def difference(
-    arm: Seeds,
-    base: Seeds,
-    comparisons: int = 1,
+def differences(
+    groups: Mapping[str, Seeds],
+    base: str,
     margin: float = 0.0,
     lower_is_better: bool = False,
-) -> Difference | None:
-    """Return arm − base over the seeds both have: the mean, its interval (see `interval`), and
-    what that decides (see `decide`). None without a common seed."""
-    diffs = [arm[s] - base[s] for s in arm if s in base]
-    if not diffs:
-        return None
-    low, high = interval(diffs, comparisons)
-    d = Difference(mean=math.fsum(diffs) / len(diffs), low=low, high=high, n=len(diffs))
-    verdict, more = decide(d, margin, comparisons, lower_is_better)
-    return d.model_copy(update={"verdict": verdict, "more_seeds": more})
+    least: float = 0.0,
+) -> dict[str, Difference]:
+    """Return the difference of each group's mean to the base's, with intervals that hold for all
+    groups together with 95 % (`Pooled.half`), and what each decides (`decide`).
 
-
-def interval(values: Sequence[float], comparisons: int = 1) -> tuple[float | None, float | None]:
-    """Return the interval of a mean by Student's t, (None, None) for fewer than two values.
-
-    Each of `comparisons` intervals is drawn at 1 - 0.05 ÷ comparisons (Bonferroni): all together
-    hold with 95 %.
+    Args:
+        groups: Values by seed.
+        base: The group the others are compared with.
+        margin: How much may be lost.
+        lower_is_better: Whether less is more.
+        least: The half-width below which no interval is: what one image of the test is worth.
     """
-    s = summary(dict(enumerate(values)))
-    if s.std is None or s.mean is None:
-        return None, None
-    half = quantile(len(values), comparisons) * s.std / math.sqrt(len(values))
-    return s.mean - half, s.mean + half
+    pooled, out = Pooled.of(groups, base), {}
+    if base not in pooled.means:
+        return {}
+    for a in pooled.means:
+        if a == base:
+            continue
+        mean, n = pooled.means[a] - pooled.means[base], pooled.sizes[a]
+        d = Difference(mean=mean, low=None, high=None, n=n)
+        if a in pooled.rivals:
+            half = max(pooled.half(a), least)
+            d = d.model_copy(update={"low": mean - half, "high": mean + half})
+            verdict, more = decide(d, margin, lower_is_better), None
+            if verdict == OPEN:
+                room = abs((-mean if lower_is_better else mean) + margin)
+                more = pooled.more_seeds(a, room, least)
+            d = d.model_copy(update={"verdict": verdict, "more_seeds": more})
+        out[a] = d
+    return out
 
 
-def quantile(n: int, comparisons: int = 1) -> float:
-    """Return how many standard errors of n values an interval reaches to each side."""
-    from scipy.special import stdtrit  # scipy.stats takes a second to import
+def ratios(
+    groups: Mapping[str, Seeds], base: str, scatter: Mapping[str, float] | None = None
+) -> dict[str, Ratio]:
+    """Return each group ÷ the base: geometric means, and intervals as of `differences` on the
+    logarithm.
 
-    return float(stdtrit(n - 1, 1 - ALPHA / (2 * max(1, comparisons))))
+    Args:
+        groups: Values by seed. What is not above 0 has no logarithm: a group that holds 0 is 0
+            times the base, without an interval.
+        base: The group the others are compared with.
+        scatter: By group, the standard error of one seed's value over the many readings it is the
+            median of, as a share of it. The interval is then that of the readings, or that of the
+            seeds where these scatter wider than their readings say.
+    """
+    logs = {
+        a: {s: math.log(v) for s, v in seeds.items()}
+        for a, seeds in groups.items()
+        if seeds and min(seeds.values()) > 0
+    }
+    if base not in logs:
+        return {}
+    pooled, out = Pooled.of(logs, base), {}
+    for a, d in differences(logs, base).items():
+        low, high = d.low, d.high
+        if low is not None and high is not None and scatter:
+            half = max((high - low) / 2, _over_readings(pooled, a, scatter))
+            low, high = d.mean - half, d.mean + half
+        out[a] = Ratio(
+            ratio=_exp(d.mean),
+            low=None if low is None else _exp(low),
+            high=None if high is None else _exp(high),
+            n=d.n,
+        )
+    for a, seeds in groups.items():
+        if seeds and min(seeds.values()) == 0:
+            out[a] = Ratio(ratio=0.0, low=None, high=None, n=len(seeds))
+    return out
+
+
+def _over_readings(pooled: Pooled, group: str, scatter: Mapping[str, float]) -> float:
+    """Return the half-width of a difference over the readings themselves, so many that their
+    variance is known."""
+    n = pooled.sizes
+    own, control = (scatter.get(a, 0.0) / math.sqrt(n[a]) for a in (group, pooled.base))
+    return pooled.quantile(math.inf) * math.hypot(own, control)
+
+
+def ratio(arm: Seeds, base: Seeds) -> Ratio | None:
+    """Return arm ÷ base as the only comparison there is; None where it is not defined."""
+    return ratios({"base": base, "arm": arm}, "base").get("arm")
+
+
+def means(groups: Mapping[str, Seeds]) -> dict[str, tuple[float, float, float]]:
+    """Return the mean of each group of two seeds or more, with intervals that hold for all together
+    with 95 %, the variance pooled."""
+    known = {a: seeds for a, seeds in groups.items() if len(seeds) >= LEAST}
+    if not known:
+        return {}
+    pooled = Pooled.of(known, "")
+    c = quantile(sum(pooled.sizes.values()) - len(known), [0.0] * len(known))
+    out = {}
+    for a, mean in pooled.means.items():
+        half = c * (pooled.std or 0.0) / math.sqrt(pooled.sizes[a])
+        out[a] = (mean, mean - half, mean + half)
+    return out
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Return the interval of one mean by Student's t; (None, None) for fewer than two values."""
+    each = means({"": dict(enumerate(values))})
+    return each[""][1:] if each else (None, None)
+
+
+def proportion(share: float, n: int) -> tuple[float, float]:
+    """Return the interval of a share that n images of a test let one see (Clopper and Pearson,
+    1934)."""
+    from scipy.special import betaincinv
+
+    hits = min(max(share, 0.0), 1.0) * n
+    low = float(betaincinv(hits, n - hits + 1, ALPHA / 2)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - ALPHA / 2)) if hits < n else 1.0
+    return low, high
+
+
+def correlation(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Return Pearson's correlation of three pairs or more; None where one side does not vary."""
+    if len(pairs) < 3:
+        return None
+    a, b = ([p[i] - math.fsum(q[i] for q in pairs) / len(pairs) for p in pairs] for i in (0, 1))
+    scale = math.sqrt(math.fsum(x * x for x in a) * math.fsum(y * y for y in b))
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / scale if scale else None
 
 
 Verdict = Literal["keeps", "loses", "not yet decided"]
+OPEN: Verdict = "not yet decided"
 
 
-def decide(
-    d: Difference, margin: float, comparisons: int = 1, lower_is_better: bool = False
-) -> tuple[Verdict, int | None]:
-    """Return the verdict on a difference, and how many more seeds would decide it: does an arm keep
-    the metric, at most `margin` below the baseline?
-
-    verdict: "keeps" where the whole interval lies at or above -margin, "loses" where the whole
-    interval lies below it, else "not yet decided". more_seeds: about how many more would decide it,
-    were mean and scatter to stay as they are; None where it is decided, or where one seed tells no
-    scatter, or more than `MOST_SEEDS` would be needed.
-    """
-    sign = -1 if lower_is_better else 1
+def decide(d: Difference, margin: float, lower_is_better: bool = False) -> Verdict:
+    """Return the verdict on a difference: does an arm keep the metric, at most `margin` below the
+    baseline? "keeps" where the whole interval lies at or above -margin, "loses" where the whole
+    interval lies below it, else "not yet decided"."""
     if d.low is None or d.high is None:
-        return "not yet decided", None
+        return OPEN
+    sign = -1 if lower_is_better else 1
     worst, best = sorted((sign * d.low, sign * d.high))
-    if worst >= -margin or best < -margin:
-        return ("keeps" if worst >= -margin else "loses"), None
-    std = (best - worst) / 2 * math.sqrt(d.n) / quantile(d.n, comparisons)
-    room = abs(sign * d.mean + margin)
-    enough = (
-        n
-        for n in range(d.n + 1, MOST_SEEDS + 1)
-        if quantile(n, comparisons) * std / math.sqrt(n) < room
-    )
-    return "not yet decided", next((n - d.n for n in enough), None)
+    return "keeps" if worst >= -margin else "loses" if best < -margin else OPEN
 
 
 def _exp(value: float) -> float:

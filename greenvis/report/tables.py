@@ -276,7 +276,7 @@ def _interval(r: Ratio | None) -> str:
     """Return the interval of a ratio and whether it tells a difference: "×0.87–1.12, no difference
     shown"."""
     if not r or not r.n:
-        return "no seed in common: not comparable by pairs"
+        return "no value to compare"
     if r.low is None:
         return "one seed: no interval"
     return formatting.factor_band(r) + ("" if formatting.shown(r) else ", no difference shown")

@@ -3,34 +3,47 @@ that is."""
 
 from __future__ import annotations
 
-from greenvis.report import formatting, measures
+from dataclasses import dataclass, field
+
+from greenvis.report import formatting, frontier, measures
 from greenvis.report.arm_results import ArmResults
+from greenvis.report.frontier import Distance
 from greenvis.report.shape import Results
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the verdict is about.
+
+    Attributes:
+        arm: The arm it names.
+        why: "saves" energy against the frontier of plain training at the same metric, "keeps" the
+            metric for less energy than the baseline, is "better", is "cheaper", or "none" of these
+            is shown; "alone" where it is compared with nothing.
+        distance: Of its whole line to the frontier, where that was read.
+    """
+
+    arm: str
+    why: str
+    distance: Distance = field(default_factory=Distance)
 
 
 def headline(results: Results) -> str:
     """Return the arm the verdict is about. The baseline, or the best arm, where there is nothing to
     compare."""
-    return _choice(results)[0]
+    return choice(results).arm
 
 
-def opening(results: Results) -> str:
-    """Return the verdict: what no arm achieved, if so, and the sentence on the arm that came
-    nearest."""
-    label, lacking = _choice(results)
-    return lacking + sentence(results, label)
+def choice(results: Results) -> Choice:
+    """Choose the arm of the verdict.
 
-
-def _choice(results: Results) -> tuple[str, str]:
-    """Return the arm of the verdict, and what to say first where no arm saved energy and kept the
-    metric.
-
-    In order: the cheapest of the arms that keep the metric and cost less, both by their intervals;
-    the best that gains; of those that cost less the one that loses least; else the best. An arm
-    that trained on all tasks of a stream at once is a
-    bound: it is named where there is no other.
+    In order: the arm that keeps the metric and saves most against the frontier of plain training;
+    the cheapest of those that keep the metric, cost less than the baseline and are not inside that
+    frontier; whichever saves against the frontier, then whichever keeps; the best that gains; of
+    those that cost less the one that loses least; else the best. All by the intervals shown. An arm
+    that trained on all tasks of a stream at once is a bound: it is named where there is no other.
     """
-    arms, base, name = results.arms, results.baseline, measures.written(results.measure)
+    arms, base = results.arms, results.baseline
     sign = -1 if results.lower_is_better else 1
     compared = [a for a in results.order if arms[a].vs_baseline]
     rivals = [a for a in compared if not _is_bound(arms[a])] or compared
@@ -42,19 +55,118 @@ def _choice(results: Results) -> tuple[str, str]:
     if not rivals:
         scored = [a for a in results.order if arms[a].gain.mean is not None]
         best = max(scored, key=gain) if scored else results.order[0]
-        return (base if base in scored and base is not None else best), ""
+        return Choice(base if base in scored and base is not None else best, "alone")
+    far = frontier.of_all(results)
+    saves = {a: r.ratio for a in rivals if a in far and far[a].saves and (r := far[a].ratio)}
     ratios = {a: arms[a].ratio(cost(results, a)) for a in rivals}
     cheap = {a: r.ratio for a, r in ratios.items() if r and r.ratio < 1 and formatting.shown(r)}
     keep = {a: ratio for a, ratio in cheap.items() if keeps(results, a)}
-    if keep:
-        return min(keep, key=lambda a: keep[a]), ""
-    better = [
-        a for a in rivals if (d := arms[a].difference) and sign * d.mean > 0 and formatting.shown(d)
-    ]
-    lacking = f"No arm is shown to cost less than {base} and keep its {name}. "
-    if better or cheap:
-        return max(better or cheap, key=gain), lacking
-    return max(rivals, key=gain), f"No arm is shown to cost less than {base}, or to be better. "
+    beyond = {a: ratio for a, ratio in keep.items() if not (a in far and far[a].inside)}
+    both = {a: ratio for a, ratio in saves.items() if keeps(results, a)}
+    order = (("saves", both), ("keeps", beyond), ("saves", saves), ("keeps", keep))
+    for why, those in order:
+        if those:
+            arm = min(those, key=lambda a: those[a])
+            return Choice(arm, why, far.get(arm, Distance()))
+    better = [a for a in rivals if is_better(results, a)]
+    arm = max(better or cheap or rivals, key=gain)
+    why = "better" if better else "cheaper" if cheap else "none"
+    return Choice(arm, why, far.get(arm, Distance()))
+
+
+def is_better(results: Results, label: str) -> bool:
+    """Whether an arm's interval shows that its metric is better than the baseline's."""
+    sign, d = -1 if results.lower_is_better else 1, results.arms[label].difference
+    return d is not None and sign * d.mean > 0 and formatting.shown(d)
+
+
+def opening(results: Results) -> str:
+    """Return the verdict, one plain sentence; the intervals it rests on stand beside it."""
+    chosen = choice(results)
+    label, base = chosen.arm, results.baseline
+    row, name = results.arms[label], measures.written(results.measure)
+    if chosen.why == "alone" or row.status == "incomplete" or len(row.seeds) == 1:
+        return sentence(results, label)
+    if chosen.why == "saves":
+        r, what = chosen.distance.ratio, "energy"
+        roles = _roles(row)
+        charged = f", {roles} included" if roles else ""
+        than = f"plain training with the same {name}{charged}"
+        text = f"{label} takes {formatting.times(r, what, band=False)} than {than}"
+        return f"{text}; {_against(results, label)}."
+    energy = _plainly(results, label)
+    if chosen.why == "keeps":
+        inside = "; shorter plain training does that for less" if chosen.distance.inside else ""
+        text = f"{label} takes {energy} and {_kept(results, label)}{inside}."
+    elif chosen.why == "better":
+        text = (
+            f"No arm is shown to cost less than {base} and keep its {name}; {label} "
+            f"{_gained(results, label)} for {energy}."
+        )
+    else:
+        first = f"No arm is shown to cost less than {base}"
+        cheaper = chosen.why == "cheaper"
+        first += f" and keep its {name}; nearest comes" if cheaper else " or to be better; best is"
+        text = f"{first} {label}: {energy}, {_against(results, label)}."
+    return text
+
+
+def left_out(results: Results) -> str:
+    """Name what the arm of the verdict and the baseline build on at a cost that nobody knows."""
+    names = dict.fromkeys(a for a in (headline(results), results.baseline) if a is not None)
+    return not_counted(*(results.arms[a] for a in names))
+
+
+def _plainly(results: Results, label: str) -> str:
+    """Return an arm's energy beside the baseline's, without its interval."""
+    key, base = cost(results, label), results.baseline
+    charged = _roles(results.arms[label], *([results.arms[base]] if base else []))
+    included = f", {charged} included" if charged else ""
+    what = "energy" if charged else "training energy"
+    if key == "inference_energy":
+        what, included = f"energy per {results.unit}", " (from which it goes on)"
+    r = results.arms[label].ratio(key)
+    if not formatting.shown(r):
+        return f"an {what} that shows no difference to {base}{included}".replace("an t", "a t")
+    return f"{formatting.times(r, what, band=False)} than {base}{included}"
+
+
+def _roles(*rows: ArmResults) -> str:
+    """Return what the rows build on at a known cost: "base and teacher"."""
+    known = (u.role for r in rows for u in r.uses if u.energy_j.value is not None)
+    return " and ".join(dict.fromkeys(known))
+
+
+def _kept(results: Results, label: str) -> str:
+    if is_better(results, label):
+        return _gained(results, label)
+    name, lost = measures.written(results.measure), margin(results)
+    return f"keeps its {name}" + (f" within {lost}" if lost else "")
+
+
+def _gained(results: Results, label: str) -> str:
+    """Return "gains 26.7 points of accuracy", "lowers the RMSE by 0.21 px"."""
+    measure, d = results.measure, results.arms[label].difference
+    name, mean = measures.written(measure), d.mean if d else 0.0
+    if measures.is_share(measure):
+        many = formatting.fixed(abs(mean) * 100)
+        return f"{'gains' if mean > 0 else 'loses'} {many} points of {name}"
+    size = formatting.figures(abs(mean)) + measures.suffix(measure)
+    return f"{'raises' if mean > 0 else 'lowers'} the {name} by {size}"
+
+
+def _against(results: Results, label: str) -> str:
+    """Return what an arm does to the metric, and how sure that is."""
+    d = results.arms[label].difference
+    if d is None or d.low is None:
+        return f"its {measures.written(results.measure)} is not compared"
+    if d.verdict == "keeps":
+        return f"it {_kept(results, label)}"
+    if d.verdict == "loses":
+        return f"it {_gained(results, label)}"
+    name = measures.written(results.measure)
+    mean = formatting.points(results.measure, d.mean, digits=1)
+    return f"{name} {mean}, {formatting.decided(d)}"
 
 
 def cost(results: Results, label: str) -> str:

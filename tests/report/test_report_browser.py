@@ -19,8 +19,10 @@ from html import unescape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import synthetic
+from matplotlib.image import imread
 
 from greenvis.report import page, report
 
@@ -121,6 +123,66 @@ def _probe(
     return json.loads(unescape(found[1])), done.stderr
 
 
+FIRST = """<!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><pre id="found"></pre>
+<iframe id="f" width="%(width)d" height="%(height)d" src="%(page)s"></iframe>
+<script>
+const frame = document.getElementById("f");
+frame.onload = () => {
+  const d = frame.contentDocument;
+  const at = what => [...d.querySelectorAll(what)].map(e => { const r = e.getBoundingClientRect(); return [r.top, r.bottom, r.left, r.right]; });
+  const head = d.querySelector("table.brief th:nth-child(3) button");
+  const order = () => [...d.querySelectorAll("table.brief tbody tr")].map(r => Number(r.dataset.position));
+  const before = order();
+  head?.click();
+  document.getElementById("found").textContent = JSON.stringify({
+    tiles: at(".tile"), sentence: at(".verdict"), figure: at(".lead svg"), table: at("table.brief"), before, after: order(),
+    values: [...d.querySelectorAll("table.brief tbody tr")].map(r => r.cells[2].dataset.value ?? null),
+  });
+};
+</script>"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
+def test_the_first_screen_holds_the_sentence_three_tiles_and_the_figure(
+    site: tuple[str, Path], tmp_path: Path, width: int, height: int, dark: bool
+) -> None:
+    """On a phone the figure is within two screens. Tables can be sorted."""
+    url, folder = site
+    (folder / "first.html").write_text(
+        FIRST % {"page": "study/index.html", "width": width, "height": height}
+    )
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu",
+               "--enable-logging=stderr", "--hide-scrollbars", "--window-size=1500,1000",
+               *(["--blink-settings=preferredColorScheme=0"] if dark else [])]  # fmt: skip
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=20000", "--dump-dom", f"{url}/first.html"],
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    found = json.loads(unescape(re.findall(r'<pre id="found">(.*?)</pre>', done.stdout, re.S)[0]))
+    assert "CONSOLE" not in done.stderr
+    screens = 1 if width > 1000 else 2
+    assert len(found["tiles"]) == 3
+    for top, bottom, left, right in (*found["tiles"], *found["sentence"], *found["figure"]):
+        assert 0 <= top < bottom <= screens * height
+        assert 0 <= left < right <= width
+    assert found["sentence"][0][1] <= height  # on the first, whatever the screen
+    assert found["before"] != found["after"]
+    known = [float(v) for v in found["values"] if v is not None]
+    assert known == sorted(known)
+    # from a file, and what it looks like: something is drawn in each quarter
+    shot = tmp_path / "first.png"
+    page = (folder / "study" / "index.html").as_uri()
+    subprocess.run(
+        [*command, f"--window-size={max(width, 500)},{height}", f"--screenshot={shot}", page],
+        check=True, capture_output=True, timeout=600,
+    )  # fmt: skip
+    pixels = imread(shot)[:, :width, :3]
+    assert (pixels.mean() < 0.5) == dark
+    for part in np.array_split(pixels, 2):
+        assert all(quarter.std() > 0.02 for quarter in np.array_split(part, 2, axis=1))
+
+
 @pytest.mark.parametrize("page", ["study", "nasty"])
 @pytest.mark.parametrize("width", [360, 1366])
 def test_nothing_is_cut_off_and_nothing_complains(
@@ -149,7 +211,7 @@ def test_dark_is_dark(site: tuple[str, Path]) -> None:
 def test_axe_finds_nothing(site: tuple[str, Path], page: str, width: int, dark: bool) -> None:
     shutil.copy(AXE, site[1] / "axe.min.js")
     text = (site[1] / page / "index.html").read_text()
-    open_page = site[1] / page / "open.html"  # the page forbids all scripts, axe too
+    open_page = site[1] / page / "open.html"  # the page forbids other scripts, axe too
     open_page.write_text(re.sub(r"<meta http-equiv=\"Content-Security-Policy\".*?>", "", text))
     found, _ = _probe(site, f"{page}/open.html", width, dark=dark, axe=True)
     assert found["violations"] == []
@@ -176,6 +238,7 @@ def test_colours_can_be_read(theme: str) -> None:
         "accent": 4.5,
         "warn": 4.5,
         **{f"s{i}": 3.0 for i in range(8)},
+        **{f"p{i}": 3.0 for i in range(7)},
     }.items():
         light, dark = sorted([card, _luminance(colours[name])], reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= least, name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import re
 from html.parser import HTMLParser
@@ -15,11 +17,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from greenvis.report import report, results
+from greenvis.report import page, report, results
 from greenvis.report.markup import fence, md
 from greenvis.report.page import to_csv
 
 NASTY = synthetic.NASTY
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(f"\n{script}".encode()).digest()).decode()
 
 
 class _Tags(HTMLParser):
@@ -66,11 +72,15 @@ def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_html_holds_our_tags_only(nasty: Path) -> None:
     text = (nasty / "index.html").read_text()
     assert "noted" in text[: text.index('id="arms"')]
-    assert "noted" in (nasty / "report.md").read_text().partition("## What was gained")[0]
+    assert "noted" in (nasty / "report.md").read_text().partition("## Arms")[0]
     tags = _Tags()
     tags.feed(text)
     names = {t for t, _ in tags.seen}
-    assert not names & {"script", "img", "iframe", "object", "form", "b1"}
+    assert not names & {"img", "iframe", "object", "form", "b1"}
+    assert [attrs for tag, attrs in tags.seen if tag == "script"] == [{}]
+    own = (page.TEMPLATES / "page.js").read_text()
+    assert f"<script>\n{own}</script>" in text
+    assert f"script-src 'sha256-{_hash(own)}'" in text  # no other script runs
     assert all(not k.startswith("on") for _, attrs in tags.seen for k in attrs)
     assert all(not (attrs.get("href") or "").startswith("javascript") for _, attrs in tags.seen)
     assert "&lt;script&gt;alert" in text

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +13,12 @@ import pytest
 import synthetic
 from huggingface_hub import ModelCard
 
+import greenvis as gv
 from greenvis.errors import BadInput
-from greenvis.report import exports, results
+from greenvis.report import exports, page, paper, report, results
 from greenvis.report.shape import Results
+
+REPORTS = Path(__file__).parents[2] / "reports"
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +36,7 @@ def test_model_card_is_read_by_the_hub_library(found: Results) -> None:
     [result] = card.data.eval_results or []
     assert (result.metric_type, result.metric_value) == ("accuracy", pytest.approx(0.887))
     assert "not yet decided" in card.text
+    assert "Weights: trained here from random ones" in exports.model_card(found, "baseline")
     with pytest.raises(BadInput, match="did you mean 'lora'"):
         exports.model_card(found, "lorra")
 
@@ -47,7 +54,7 @@ def test_exports_speak_the_metric_unit_and_task_of_the_records(tmp_path: Path) -
     assert result.metric_value == pytest.approx(3.5)
     assert result.metric_name == "Fréchet distance, mean of 2 seed(s)"
     assert exports.sci(found)["functional_unit"] == "one generated image"
-    assert "energy and Fréchet distance of" in exports.bibtex(found)
+    assert r"energy and Fr{\'e}chet distance of" in paper.bibtex(found)
     assert "accuracy" not in "".join(exports.files(found).values())
 
 
@@ -111,11 +118,11 @@ def test_annex_xi_items_and_bibtex(found: Results) -> None:
     assert item["2e_energy_kwh"]["value"] * 3.6e6 == pytest.approx(
         found.arms["lora"].train_energy_j.value
     )
-    entry = exports.bibtex(found)
+    entry = paper.bibtex(found)
     assert entry.startswith("@misc{greenvis-fashion-lora,")
     assert "year = {2025}" in entry
     assert (
-        exports.bibtex(found.model_copy(update={"name": "100% $x_1$ \\a{b}"})).count(
+        paper.bibtex(found.model_copy(update={"name": "100% $x_1$ \\a{b}"})).count(
             r"100\% \$x\_1\$ \textbackslash{}a\{b\}"
         )
         == 1
@@ -128,3 +135,66 @@ def test_all_files_are_written_and_named(found: Results) -> None:
     for name, text in files.items():
         if name.endswith(".json"):
             json.loads(text)
+
+
+def test_the_table_is_latex(found: Results) -> None:
+    walker = pytest.importorskip("pylatexenc.latexwalker", reason="pylatexenc is not installed")
+    nasty = found.model_copy(update={"title": r"100 % of $x_1$ \\ & \end{table} ß漢é ≤ ~^"})
+    for content in (found, nasty):
+        text = paper.table(content)
+        assert text.isascii()
+        nodes, _, _ = walker.LatexWalker(text, tolerant_parsing=False).get_latex_nodes()
+        environments = [
+            n.environmentname for n in nodes if n.isNodeType(walker.LatexEnvironmentNode)
+        ]
+        assert environments == ["table"]
+        body = text.partition("\\toprule")[2].partition("\\bottomrule")[0]
+        rows = [line for line in body.splitlines() if line.endswith("\\\\")]
+        assert len(rows) == 1 + len(content.order)
+        columns = text.partition("\\begin{tabular}{")[2].partition("}")[0]
+        assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no pdflatex on this machine")
+def test_the_table_compiles(found: Results, tmp_path: Path) -> None:
+    head = "\\documentclass{article}\\usepackage{booktabs,graphicx}\\begin{document}"
+    (tmp_path / "t.tex").write_text(f"{head}\n{paper.table(found)}\\end{{document}}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_methods_paragraph_names_what_reviewers_ask(found: Results) -> None:
+    text = paper.methods(found)
+    for words in (
+        "AMD EPYC", "CPU: cpu_time, estimated at 4 W per busy CPU (2.9 to 5.8)",
+        "WORLD, 475 g CO₂e per kWh (30 to 900)", "assumed", "1 to 3 seeds", "kWh (", "Dunnett",
+        "within 0.5 points", "bases and teachers",
+    ):  # fmt: skip
+        assert words in text, words
+    assert [question for question, _ in paper.reviewers(found)] == [
+        "Energy of all runs", "CO₂e of all runs", "Hardware", "Region", "How measured",
+    ]  # fmt: skip
+    flagship = json.loads((REPORTS / "fashion-lora" / "results.json").read_text())
+    known = paper.methods(Results.from_json(flagship))
+    for words in ("Intel(R) Xeon(R)", "estimated at", "g CO₂e per kWh", "seeds", "kWh ("):
+        assert words in known, words
+
+
+def test_the_citation_is_that_of_the_package() -> None:
+    text = (REPORTS.parent / "CITATION.cff").read_text()
+    assert f"version: {gv.__version__}\n" in text
+    assert "license: Apache-2.0" in text
+
+
+def test_figures_are_pdf_where_that_is_asked_for(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        synthetic.write(tmp_path / "runs", "one", seed)
+    folders = [report(tmp_path / "runs", out=tmp_path / o, pdf=True).parent for o in "ab"]
+    drawn = {p.name: p.read_bytes() for p in folders[0].glob("figures/*.pdf")}
+    assert {p.stem for p in folders[0].glob("figures/*.svg")} == {
+        n.removesuffix(".pdf") for n in drawn
+    }
+    assert all(data.startswith(b"%PDF") and b"/FontFile2" in data for data in drawn.values())
+    assert drawn == {p.name: p.read_bytes() for p in folders[1].glob("figures/*.pdf")}
+    page.write(results(tmp_path / "runs"), folders[0])
+    assert not list(folders[0].glob("figures/*.pdf"))  # those of the report before are gone

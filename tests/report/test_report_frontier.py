@@ -17,7 +17,7 @@ from greenvis.testing import check_section
 from tests import synthetic
 
 FRONT = [Point(10, 0.80), Point(40, 0.90), Point(160, 0.95)]
-LINE = frontier.COSTS["Making it, with all it builds on"]
+LINE = frontier.COSTS[frontier.LINE]
 
 
 def test_energy_is_read_on_its_logarithm_between_neighbours() -> None:
@@ -65,7 +65,8 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
         baseline="long",
     )
     assert set(frontier.plain_arms(content)) == {"short", "long"}
-    half = frontier.distance(content, "half", LINE)
+    far = frontier.of_all(content)
+    half = far["half"]
     assert half.ratio is not None
     spent = {a: LINE(row).seeds for a, row in content.arms.items()}
     each = [  # half way between their metrics, by seed
@@ -75,11 +76,11 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
     assert half.ratio.ratio == pytest.approx(math.exp(sum(each) / 3))
     assert (half.ratio.low or 0) < half.ratio.ratio < (half.ratio.high or 0)
     assert half.saves
-    assert frontier.distance(content, "dear", LINE).inside
-    worse = frontier.distance(content, "worse", LINE)
+    assert far["dear"].inside
+    worse = far["worse"]
     assert (worse.at_least, worse.inside) == (True, True)
-    assert "cheaper and worse" in frontier.distance(content, "poor", LINE).why
-    assert frontier.distance(content, "best", LINE).why == "better than all plain arms"
+    assert "cheaper and worse" in far["poor"].why
+    assert far["best"].why == "better than all plain arms"
     section = Frontier()
     value = section.compute(content)
     assert value is not None
@@ -93,7 +94,7 @@ def test_a_seed_that_its_own_plain_arms_do_not_reach_around_leaves_no_interval(
     study(tmp_path, {"short": (0.80, 100, True), "long": (0.90, 400, True)})
     for seed, accuracy in enumerate((0.85, 0.85, 0.795)):  # the last below the cheapest
         synthetic.write(tmp_path, "odd", seed, accuracy=accuracy, cpu_s=100, facts=TECHNIQUE)
-    odd = frontier.distance(results(tmp_path, baseline="long"), "odd", LINE)
+    odd = frontier.of_all(results(tmp_path, baseline="long"))["odd"]
     assert odd.ratio is not None
     assert (odd.ratio.low, odd.ratio.high, odd.saves, odd.inside) == (None, None, False, False)
 

@@ -3,41 +3,67 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import t, ttest_rel
+from scipy.stats import binomtest, dunnett, t, ttest_ind
 
-from greenvis.report import formatting, measures, stats
+from greenvis.report import formatting, measures, simultaneous, stats
 from greenvis.report.estimates import Difference, Ratio, Summary
 
 numbers = st.floats(min_value=-1e3, max_value=1e3).map(lambda x: round(x, 4))
 
 
-@given(st.lists(st.tuples(numbers, numbers), min_size=2, max_size=9), st.integers(1, 20))
-def test_the_interval_is_scipys_at_a_level_divided_by_the_number_of_arms(
-    pairs: list[tuple[float, float]], arms: int
-) -> None:
-    a, b = zip(*pairs, strict=True)
-    d = stats.difference(dict(enumerate(a)), dict(enumerate(b)), arms)
-    assert d is not None
-    diffs = [x - y for x, y in pairs]
-    if max(diffs) - min(diffs) < 1e-6:
+@given(st.lists(numbers, min_size=2, max_size=9), st.lists(numbers, min_size=2, max_size=9))
+def test_one_comparison_is_the_ordinary_interval(a: list[float], b: list[float]) -> None:
+    groups = {"base": dict(enumerate(b)), "arm": dict(enumerate(a))}
+    d = stats.differences(groups, "base")["arm"]
+    if max(a) - min(a) + max(b) - min(b) < 1e-6:
         assert d.low == pytest.approx(d.high, abs=1e-5)
         return
-    low, high = ttest_rel(a, b).confidence_interval(1 - 0.05 / arms)
-    assert (d.low, d.high) == (
-        pytest.approx(low, rel=1e-6, abs=1e-6),
-        pytest.approx(high, rel=1e-6, abs=1e-6),
-    )
+    known = ttest_ind(a, b).confidence_interval(0.95)
+    assert (d.low, d.high) == pytest.approx((known.low, known.high), rel=1e-6, abs=1e-6)
+    assert (d.mean, d.n) == (pytest.approx(sum(a) / len(a) - sum(b) / len(b)), len(a))
 
 
-def test_one_pair_has_no_interval_and_the_same_difference_a_point() -> None:
+@pytest.mark.parametrize("sizes", [(3, 3, 3, 3), (2, 5, 3), (4, 2, 2, 6, 3)])
+def test_several_are_dunnetts(sizes: tuple[int, ...]) -> None:
+    rng = random.Random(len(sizes))
+    groups = {str(i): {s: rng.gauss(i, 1) for s in range(n)} for i, n in enumerate(sizes)}
+    base, *arms = (list(seeds.values()) for seeds in groups.values())
+    known = dunnett(*arms, control=base).confidence_interval(0.95)  # its quantile is drawn
+    ours = [*stats.differences(groups, "0").values()]
+    for d, low, high in zip(ours, known.low, known.high, strict=True):
+        assert d.low is not None
+        assert d.high is not None
+        assert (d.mean, d.high - d.low) == pytest.approx(((low + high) / 2, high - low), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("df", "arms", "known"),
+    [(5, 2, 3.03), (10, 3, 2.76), (20, 4, 2.65), (20, 9, 2.95), (math.inf, 4, 2.44)],
+)
+def test_quantiles_are_those_of_the_tables(df: float, arms: int, known: float) -> None:
+    """C. W. Dunnett, New tables for multiple comparisons with a control, Biometrics, 1964."""
+    assert simultaneous.quantile(df, [0.5] * arms) == pytest.approx(known, abs=0.006)
+    assert simultaneous.quantile(df, [0.5] * arms) < t.ppf(1 - 0.05 / (2 * arms), df)
+
+
+def test_one_seed_has_no_interval_and_equal_ones_a_point() -> None:
     assert stats.interval([1.0]) == (None, None)
     assert stats.interval([2.0, 2.0, 2.0]) == (2.0, 2.0)
-    assert stats.difference({0: 1.0}, {1: 1.0}) is None
+    one = stats.differences({"base": {0: 1.0, 1: 2.0}, "arm": {1: 1.0}}, "base")["arm"]
+    assert (one.mean, one.low, one.n) == (-0.5, None, 1)
+    assert stats.differences({"base": {}, "arm": {1: 1.0}}, "base") == {}
     assert stats.summary({}) == Summary(mean=None, std=None, n=0)
+
+
+def test_one_seed_takes_no_part_in_the_others_intervals() -> None:
+    groups = {"base": {0: 1.0, 1: 1.2}, "arm": {0: 1.1, 1: 1.5}}
+    alone = stats.differences(groups, "base")["arm"]
+    assert stats.differences({**groups, "one": {0: 9.0}}, "base")["arm"] == alone
 
 
 def test_a_ratio_is_its_inverse_turned_round() -> None:
@@ -47,24 +73,52 @@ def test_a_ratio_is_its_inverse_turned_round() -> None:
     assert back is not None
     assert forth.ratio == pytest.approx(1 / back.ratio)
     assert forth.low == pytest.approx(1 / (back.high or 0))
-    unpaired = stats.ratio({7: 2.0}, {8: 4.0})
-    assert unpaired == Ratio(ratio=0.5, low=None, high=None, n=0)
+    assert stats.ratio({7: 2.0}, {8: 4.0}) == Ratio(ratio=0.5, low=None, high=None, n=1)
     assert stats.ratio({0: 1.0}, {0: 0.0}) is None
     assert stats.ratio({}, {0: 1.0}) is None
+    assert stats.ratio({0: 0.0, 1: 0.0}, {0: 1.0}) == Ratio(ratio=0.0, low=None, high=None, n=2)
 
 
 def test_a_ratios_interval_is_that_of_its_logarithm() -> None:
-    a, b = {0: 2.0, 1: 3.0, 2: 5.0}, {0: 4.0, 1: 3.5, 2: 11.0}
-    r = stats.ratio(a, b, 7)
-    d = stats.difference(
-        {s: math.log(v) for s, v in a.items()}, {s: math.log(v) for s, v in b.items()}, 7
-    )
-    assert r is not None
-    assert d is not None
-    assert None not in (r.low, r.high)
-    assert [math.log(x or 0) for x in (r.ratio, r.low, r.high)] == pytest.approx(
-        [d.mean, d.low, d.high]
-    )
+    groups = {
+        "base": {0: 4.0, 1: 3.5, 2: 11.0},
+        "a": {0: 2.0, 1: 3.0, 2: 5.0},
+        "b": {0: 1.0, 1: 2.0},
+    }
+    logs = {g: {s: math.log(v) for s, v in seeds.items()} for g, seeds in groups.items()}
+    ratios, differences = stats.ratios(groups, "base"), stats.differences(logs, "base")
+    for g, r in ratios.items():
+        d = differences[g]
+        assert [math.log(x or 0) for x in (r.ratio, r.low, r.high)] == pytest.approx(
+            [d.mean, d.low, d.high]
+        )
+
+
+def test_many_readings_decide_where_seeds_scatter_less_and_seeds_where_they_scatter_more() -> None:
+    quiet = {"base": {0: 1.0, 1: 1.0, 2: 1.0}, "arm": {0: 0.9, 1: 0.9, 2: 0.9}}
+    r = stats.ratios(quiet, "base", {"base": 0.03, "arm": 0.03})["arm"]
+    half = 1.959964 * 0.03 * math.sqrt(2 / 3)  # normal: the passes are many
+    assert (r.low, r.high) == pytest.approx((0.9 * math.exp(-half), 0.9 * math.exp(half)))
+    loud = {"base": {0: 1.0, 1: 1.2, 2: 0.8}, "arm": {0: 0.9, 1: 0.7, 2: 1.1}}
+    scatter = {"base": 0.001, "arm": 0.001}
+    assert stats.ratios(loud, "base", scatter) == stats.ratios(loud, "base")
+
+
+def test_a_small_test_limits_what_is_said() -> None:
+    assert stats.proportion(1.0, 12) == (pytest.approx(0.735, abs=0.001), 1.0)
+    low, high = stats.proportion(0.9, 450)
+    known = binomtest(405, 450).proportion_ci(method="exact")
+    assert (low, high) == pytest.approx((known.low, known.high))
+    groups = {"base": {0: 1.0, 1: 1.0}, "arm": {0: 1.0, 1: 1.0}}
+    d = stats.differences(groups, "base", margin=0.005, least=1 / 12)["arm"]
+    assert (d.low, d.high, d.verdict, d.more_seeds) == (-1 / 12, 1 / 12, "not yet decided", None)
+    assert stats.differences(groups, "base", margin=0.005, least=1 / 450)["arm"].verdict == "keeps"
+
+
+def test_seeds_that_go_together_are_seen() -> None:
+    assert stats.correlation([(1.0, 2.0), (2.0, 4.0), (3.0, 6.0)]) == pytest.approx(1.0)
+    assert stats.correlation([(1.0, 2.0), (2.0, 2.0), (3.0, 2.0)]) is None
+    assert stats.correlation([(1.0, 2.0), (2.0, 1.0)]) is None
 
 
 @pytest.mark.parametrize(
@@ -77,9 +131,9 @@ def test_the_whole_interval_decides_against_the_margin(
     mean: float, half: float, verdict: str
 ) -> None:
     d = Difference(mean=mean, low=mean - half, high=mean + half, n=3)
-    assert stats.decide(d, 0.005)[0] == verdict
+    assert stats.decide(d, 0.005) == verdict
     turned = Difference(mean=-mean, low=-mean - half, high=-mean + half, n=3)
-    assert stats.decide(turned, 0.005, lower_is_better=True)[0] == verdict
+    assert stats.decide(turned, 0.005, lower_is_better=True) == verdict
 
 
 def test_an_interval_that_ends_on_the_margin_keeps() -> None:
@@ -89,25 +143,22 @@ def test_an_interval_that_ends_on_the_margin_keeps() -> None:
         (-0.75, -0.5, "not yet decided"),
     ):
         d = Difference(mean=(low + high) / 2, low=low, high=high, n=3)
-        assert stats.decide(d, 0.5)[0] == verdict
+        assert stats.decide(d, 0.5) == verdict
 
 
 def test_as_many_more_seeds_as_said_decide_it_and_one_fewer_do_not() -> None:
-    seeds = [0.010, -0.002, 0.001]  # mean 0.3 points, scatter 0.6
-    d = stats.difference(dict(enumerate(seeds)), dict.fromkeys(range(3), 0.0), 4, 0.005)
-    assert d is not None
+    base, arm = (0.0, 0.004, -0.004), (0.010, -0.002, 0.001)  # mean 0.3 points, scatter 0.5
+    other = (0.5, 0.51, 0.49)
+    groups = {n: dict(enumerate(v)) for n, v in (("base", base), ("arm", arm), ("other", other))}
+    d = stats.differences(groups, "base", 0.005)["arm"]
     assert d.verdict == "not yet decided"
     assert d.more_seeds
-    std, room = stats.summary(dict(enumerate(seeds))).std or 0.0, d.mean + 0.005
-    halves = {
-        n: t.ppf(1 - 0.05 / 8, n - 1) * std / math.sqrt(n)
-        for n in (2 + d.more_seeds, 3 + d.more_seeds)
-    }
-    assert [half < room for half in halves.values()] == [False, True]
-    at_margin = Difference(mean=-0.005, low=-0.01, high=0.0, n=3)
-    assert stats.decide(at_margin, 0.005)[1] is None  # no number would
+    pooled, room = stats.Pooled.of(groups, "base"), d.mean + 0.005
+    halves = [pooled.half("arm", more) for more in (d.more_seeds - 1, d.more_seeds)]
+    assert [half < room for half in halves] == [False, True]
+    assert pooled.more_seeds("arm", 0.0) is None  # no number would
     alone = Difference(mean=0.1, low=None, high=None, n=1)
-    assert stats.decide(alone, 0.005)[0] == "not yet decided"
+    assert stats.decide(alone, 0.005) == "not yet decided"
 
 
 def test_pareto_front_is_what_nothing_beats() -> None:
@@ -201,7 +252,7 @@ def test_what_is_decided_in_words() -> None:
         == "loses more than 1 point"
     )
     assert formatting.decided(d.model_copy(update={"n": 1})) == "one seed: not decided"
-    assert "no seed in common" in formatting.decided(None)
+    assert "no value" in formatting.decided(None)
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,23 @@ from greenvis.report.figures import Drawing
 from greenvis.report.shape import Results
 
 
+def first(results: Results) -> Drawing | None:
+    """Return the figure of the first screen: the metric against energy."""
+    with figures.theme():
+        return gain.gain_vs_energy(results)
+
+
 def draw(results: Results) -> list[Drawing]:
-    """Return the figures these results allow."""
+    """Return the other figures these results allow."""
     with figures.theme():
         drawn = [
-            gain.gain_vs_energy(results),
-            gain.energy_to_gain(results),
-            size.by_phase(results),
-            size.size_and_speed(results),
             payback.payback(results),
-            family.tree(results),
+            gain.energy_to_gain(results),
             tasks.curve(results),
             tasks.growth(results),
+            size.by_phase(results),
+            size.size_and_speed(results),
+            family.tree(results),
             *(
                 tasks.task_matrix(results, a, i)
                 for i, a in enumerate(results.order[: figures.MOST_ARMS])

@@ -6,8 +6,8 @@ import re
 
 from greenvis.report import figures, formatting, measures, pictures
 from greenvis.report.arm_results import Setting
-from greenvis.report.drawings._looks import axis, scale
 from greenvis.report.figures import Drawing, short
+from greenvis.report.looks import axis, scale
 from greenvis.report.shape import Results
 
 MOST_ROWS = 16

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
-from greenvis.report import figures, formatting, frontier, measures, stats, verdict
-from greenvis.report.drawings._looks import axis, looks, most, scale
+from greenvis.report import comparison, figures, formatting, frontier, measures, verdict
 from greenvis.report.estimates import ToTarget
-from greenvis.report.figures import Drawing, short
+from greenvis.report.figures import Drawing, Label, short
+from greenvis.report.looks import axis, few, looks, most, scale
+from greenvis.report.runs import Curve
 from greenvis.report.shape import Results
 
 
@@ -23,8 +26,8 @@ def gain_vs_energy(results: Results) -> Drawing | None:
     }
     if not points:
         return None
-    k, (front, kind) = scale(results), _frontier(results, points)
-    figure, [ax] = figures.canvas()
+    k, front = scale(results), _frontier(results, points)
+    figure, [ax] = figures.canvas(height=3.9)
     styles = looks(results)
     named, rest = most(list(points))
     if len(front) > 1:
@@ -35,7 +38,6 @@ def gain_vs_energy(results: Results) -> Drawing | None:
             lw=1.2,
             ls="--",
             zorder=1,
-            label=kind,
         )
     others = [points[a] for a in points if a not in named]
     if others:
@@ -48,86 +50,111 @@ def gain_vs_energy(results: Results) -> Drawing | None:
             mec=figures.MUTED,
             mew=0.5,
         )
+    spans = []
     for a in named:
         (x, y), look = points[a], {**styles[a], "linestyle": "none", "ms": 8}
-        std_x, std_y = arms[a].train_energy_with_reuse_j.std, arms[a].gain.std
-        ax.plot(x, y * k, label=short(a), zorder=3, **look)
-        error: Any = {"xerr": std_x or None, "yerr": std_y * k if std_y else None}
+        ax.plot(x, y * k, zorder=3, gid=f"arm{results.order.index(a)}", **look)
+        bars = _bars(results, a, x, k)
+        error: Any = {key: [[low], [high]] for key, low, high in bars if low or high}
+        spans += [
+            (x - low, y * k, x + high, y * k)
+            if key == "xerr"
+            else (x, y * k - low, x, y * k + high)
+            for key, low, high in bars
+        ]
         ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **error)
+    lost = comparison.allowed(results)
+    limit = points.get(str(results.baseline))
+    decided = limit is not None and results.comparisons > 0
+    if limit is not None and decided:
+        sign = -1 if results.lower_is_better else 1
+        ax.axhline((limit[1] - sign * lost) * k, color=figures.MUTED, lw=1, ls=":", zorder=1)
     reused = any(row.uses for row in arms.values())
     energy = "energy, base and teacher included" if reused else "training energy"
     ax.set_xlabel(f"{energy} (less is better)")
     ax.set_ylabel(axis(results))
     ax.margins(0.14)
+    if measures.is_share(measure):
+        bottom, top = ax.get_ylim()
+        ax.set_ylim(max(bottom, -2.0), min(top, 102.0))
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
-    figures.legend_below(figure, ax)
+    figures.label_points(
+        ax,
+        [Label(short(a, 18), styles[a]["color"], points[a][0], points[a][1] * k) for a in named],
+        spans,
+    )
     what = "; ".join(
         f"{short(a, 40)} {formatting.gain(measure, points[a][1])} for "
         f"{formatting.si(points[a][0], 'J')}"
         for a in named
     )
-    caption = _front(results, front, kind, named) + rest
+    caption = _caption(results, len(front) > 1, decided) + rest
     title = f"{measures.title(measure)} against {energy}"
     return figures.save(figure, "gain-vs-energy", title, f"{what}. {caption}", caption)
 
 
-def _frontier(results: Results, points: dict[str, tuple[float, float]]) -> tuple[list[str], str]:
-    """Return the arms that the line joins, and what it is: the frontier of plain training where
-    there are several such arms."""
-    sign = -1 if results.lower_is_better else 1
+def _bars(results: Results, arm: str, x: float, k: float) -> list[tuple[str, float, float]]:
+    """Return the intervals of an arm as they stand in tables, about its means: how far each reaches
+    to both sides. k: of a unit of the metric on its axis."""
+    row = results.arms[arm]
+    ratio, d = row.ratio("train_energy_with_reuse"), row.difference
+    out = []
+    if ratio and ratio.low is not None and ratio.high is not None and ratio.ratio > 0:
+        near, far = min(ratio.low, ratio.ratio), min(max(ratio.high, ratio.ratio), 10 * ratio.ratio)
+        out.append(("xerr", x * (1 - near / ratio.ratio), x * (far / ratio.ratio - 1)))
+    if d and d.low is not None and d.high is not None:
+        out.append(("yerr", k * (d.mean - d.low), k * (d.high - d.mean)))
+    return out
+
+
+def _frontier(results: Results, points: Mapping[str, tuple[float, float]]) -> list[str]:
+    """Return the frontier of plain training; none where fewer than two arms are plain, or all."""
     plain = {a: row for a, row in frontier.plain_arms(results).items() if a in points}
-    if frontier.LEAST <= len(plain) < len(points):
-        return frontier.on_front(results, plain), "frontier of plain training"
-    return stats.pareto({a: (x, sign * y) for a, (x, y) in points.items()}), "front of the means"
+    several = frontier.LEAST <= len(plain) < len(points)
+    return frontier.on_front(results, plain) if several else []
 
 
-def _front(results: Results, front: list[str], kind: str, named: list[str]) -> str:
-    best = ", ".join(short(a, 40) for a in front[:12])
-    spread = any(results.arms[a].gain.std for a in named)
-    bars = (
-        "Bars: standard deviation over seeds." if spread else "One seed each: no spread is known."
-    )
-    lacking = verdict.not_counted(*results.arms.values())
-    return f"On the {kind}, whose scatter may well change it: {best}. {bars}{lacking}"
+def _caption(results: Results, front: bool, decided: bool) -> str:
+    parts = [
+        "Bars: 95\u00a0% intervals of what an arm is beside the baseline."
+        if decided
+        else "No interval is known.",
+        "Dashed: frontier of plain training." if front else "",
+        f"Dotted: what is kept, the baseline less {verdict.margin(results) or 'nothing'}; a bar "
+        "across it is not yet decided."
+        if decided
+        else "",
+    ]
+    return " ".join(p for p in parts if p) + verdict.not_counted(*results.arms.values())
 
 
 def energy_to_gain(results: Results) -> Drawing | None:
-    """The metric over the energy spent so far: one line a seed."""
+    """The metric over the energy spent so far: one line an arm."""
     measure, curves = results.measure, {a: results.arms[a].curve for a in results.order}
     drawable = [a for a in results.order if any(len(c) > 1 for c in curves[a].values())]
     if not drawable:
         return None
-    labels, rest = most(drawable)
+    labels, rest = few(results, drawable)
     k = scale(results)
     figure, [ax] = figures.canvas()
-    styles = looks(results)
+    styles, ends = looks(results), []
     for a in labels:
-        lines = [c for _, c in sorted(curves[a].items()) if len(c) > 1]
-        for i, line in enumerate(lines):
-            look = {**styles[a], "ms": 4, "alpha": 1.0 if i == 0 else 0.55}
-            ax.plot(
-                [j for j, _ in line],
-                [y * k for _, y in line],
-                label=short(a) if i == 0 else None,
-                **look,
-            )
+        line = _mean([c for _, c in sorted(curves[a].items()) if len(c) > 1])
+        xs, ys = [j for j, _ in line], [y * k for _, y in line]
+        ax.plot(xs, ys, gid=f"arm{results.order.index(a)}", **{**styles[a], "ms": 4})
+        ends.append(Label(short(a, 16), styles[a]["color"], xs[-1], ys[-1]))
     reached = {a: e for a in drawable if (e := results.arms[a].energy_to_baseline_j)}
     target = next((e.target for e in reached.values()), None)
     if target is not None:
-        ax.axhline(
-            target * k,
-            color=figures.MUTED,
-            lw=1,
-            ls=":",
-            label=f"final {short(str(results.baseline), 14)}",
-        )
+        ax.axhline(target * k, color=figures.MUTED, lw=1, ls=":")
+        rest += f" Dotted: the final {measures.written(measure)} of {results.baseline}."
     ax.set_xlabel("energy of own training so far")
     ax.set_ylabel(axis(results))
     figures.unit_axis(ax.xaxis, "J")
     ax.locator_params(axis="x", nbins=5)
-    figures.legend_below(figure, ax)
-    desc = "One line per seed, own training only."
+    figures.label_ends(ax, ends)
+    desc = "Mean over seeds, own training only."
     if whens := [f"{short(a, 40)} {_when(reached[a])}" for a in labels if a in reached]:
         level = formatting.gain(measure, target)
         desc += (
@@ -136,6 +163,16 @@ def energy_to_gain(results: Results) -> Drawing | None:
         )
     title = f"{measures.title(measure)} over the energy of own training"
     return figures.save(figure, "energy-to-gain", title, desc + rest, desc + rest)
+
+
+def _mean(curves: list[Curve]) -> Curve:
+    """Return the mean of curves read as often, log by log; of others the first."""
+    if len({len(curve) for curve in curves}) > 1:
+        return curves[0]
+    return [
+        (math.fsum(j for j, _ in at) / len(at), math.fsum(y for _, y in at) / len(at))
+        for at in zip(*curves, strict=True)
+    ]
 
 
 def _when(e: ToTarget) -> str:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from greenvis.report import figures, formatting, verdict
 from greenvis.report.arm_results import ArmResults
-from greenvis.report.drawings._looks import looks, most
-from greenvis.report.figures import Drawing, short
+from greenvis.report.figures import Drawing, Label, short
+from greenvis.report.looks import few, looks
 from greenvis.report.shape import Results
 
 if TYPE_CHECKING:
@@ -36,47 +36,38 @@ def payback(results: Results) -> Drawing | None:
     }
     if base is None or base not in measured or not paybacks:
         return None
-    labels, rest = most(list(paybacks))
+    labels, rest = few(results, list(paybacks))
     points = {a: paybacks[a] for a in labels}
     images = [n for p in points.values() for n in (p.own.images, p.with_reuse.images)]
     crossings = [n for n in images if n and n < 1e12]
     far = max([results.served, *(4 * n for n in crossings)])
     xs = [10 ** (2 + i * (math.log10(max(far, 1e3)) - 2) / 60) for i in range(61)]
     figure, [ax] = figures.canvas(height=4.0)
-    styles = looks(results)
-    ax.axhline(
-        1.0,
-        color=figures.MUTED,
-        lw=1.8,
-        label=short(base) + (" (baseline)" if base != "baseline" else ""),
-    )
+    styles, names = looks(results), [Label(short(base, 16), figures.MUTED, xs[-1], 1.0)]
+    ax.axhline(1.0, color=figures.MUTED, lw=1.8)
+    breaks = []
     for a in labels:
         look = {k: v for k, v in styles[a].items() if k != "marker"}
         low, mean, high = _shares(arms[a], arms[base], xs)
         unsure = points[a].own.verdict == "not shown"
-        ax.plot(xs, mean, label=short(a), **look, lw=0.9 if unsure else 1.8)
+        gid = f"arm{results.order.index(a)}"
+        ax.plot(xs, mean, gid=gid, **look, lw=0.9 if unsure else 1.8)
         ax.fill_between(xs, low, high, color=look["color"], alpha=0.14, lw=0)
+        names.append(Label(short(a, 16), look["color"], xs[-1], mean[-1]))
         if arms[a].base_reuse != arms[base].base_reuse:
             with_reuse = _shares(arms[a], arms[base], xs, reuse=True)[1]
-            ax.plot(
-                xs,
-                with_reuse,
-                label=f"{short(a, 12)}, including the base",
-                **{**look, "linestyle": ":"},
-            )
+            ax.plot(xs, with_reuse, **{**look, "linestyle": ":"})
         n = points[a].own.images
         if n and xs[0] <= n <= far:
-            ax.plot(
-                n,
-                1.0,
-                marker=styles[a]["marker"],
-                ms=9,
-                color=look["color"],
-                mec=figures.INK,
-                ls="none",
-            )
+            ax.plot(n, 1.0, marker=styles[a]["marker"], ms=9, color=look["color"],
+                    mec=figures.INK, ls="none")  # fmt: skip
+            many = f"{formatting.count(n)} {formatting.plural(results.unit)}"
+            pays = points[a].own.verdict == "pays back"
+            text = f"breaks even after {many}" if pays else f"ahead until {many}"
+            breaks.append(Label(text, look["color"], n, 1.0))
     _axes(ax, base, formatting.plural(results.unit))
-    figures.legend_below(figure, ax)
+    figures.label_points(ax, breaks)
+    figures.label_ends(ax, names)
     sentences = " ".join(
         formatting.payback(points[a].own, short(a, 40), short(base, 40), results.unit)
         for a in labels
@@ -84,7 +75,7 @@ def payback(results: Results) -> Drawing | None:
     how = HOW.format(unit=results.unit)
     text = f"{sentences} {how}{verdict.not_counted(*arms.values())}{rest}"
     title = f"Payback: energy to make and use, against {formatting.plural(results.unit)} served"
-    return figures.save(figure, "payback", title, text, text)
+    return figures.save(figure, "payback", title, text, how + rest)
 
 
 def _axes(ax: Axes, base: str, served: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 from greenvis.report import figures, formatting
 from greenvis.report.arm_results import ArmResults
-from greenvis.report.drawings._looks import looks, most
 from greenvis.report.figures import Drawing, short
+from greenvis.report.looks import looks, most
 from greenvis.report.shape import Results
 
 # title, unit, value
@@ -26,16 +26,16 @@ def by_phase(results: Results) -> Drawing | None:
     shown, rest = most([a for a in results.order if arms[a].energy_by_phase_j])
     if not shown:
         return None
-    known = list(figures.STAGES)
     stages = sorted(
         {s for a in shown for s in arms[a].energy_by_phase_j},
-        key=lambda s: (known.index(s) if s in known else 99, s),
+        key=lambda s: (figures.STAGES.index(s) if s in figures.STAGES else 99, s),
     )
     figure, [ax] = figures.canvas(height=max(2.2, 1.5 + 0.36 * len(shown)))
     left = dict.fromkeys(shown, 0.0)
     for i, s in enumerate(stages):
         values = [arms[a].energy_by_phase_j.get(s, 0.0) for a in shown]
-        colour = figures.SERIES[figures.STAGES.get(s, 4 + i % 4)][0]
+        known = figures.STAGES.index(s) if s in figures.STAGES else len(figures.STAGES) + i
+        colour = figures.PHASES[known % len(figures.PHASES)][0]
         ax.barh([short(a, 18) for a in shown], values, left=[left[a] for a in shown], color=colour,
                 edgecolor=figures.GROUND, lw=0.8, label=short(s, 14))  # fmt: skip
         left = {a: left[a] + v for a, v in zip(shown, values, strict=True)}
@@ -54,7 +54,10 @@ def by_phase(results: Results) -> Drawing | None:
         )
         for a in shown
     )
-    caption = f"Mean over seeds, own training and measurement; “other” is time in no phase.{rest}"
+    caption = (
+        "Mean over seeds. “measure” is what measuring took, and in no training energy; the others "
+        f"add up to own training. “other” is time in no phase.{rest}"
+    )
     return figures.save(
         figure, "energy-by-phase", "Energy by phase", f"{parts}. {caption}", caption
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from greenvis.report import figures, formatting, measures
-from greenvis.report.drawings._looks import looks, scale
-from greenvis.report.figures import Drawing, short
+from greenvis.report.figures import Drawing, Label, short
+from greenvis.report.looks import few, looks, scale
 from greenvis.report.shape import Results
 
 
@@ -12,29 +12,30 @@ def curve(results: Results) -> Drawing | None:
     """The mean of the metric over the tasks so far, as they come: one line an arm."""
     curves = {a: row.continual.averages for a, row in results.rows.items() if row.continual}
     drawable = [a for a, values in curves.items() if sum(v is not None for v in values) > 1]
-    labels = drawable[: figures.MOST_ARMS]
+    labels, rest = few(results, drawable)
     if not labels:
         return None
     styles, measure, k = looks(results), results.measure, scale(results)
     figure, [ax] = figures.canvas(height=4.0)
+    names = []
     for a in labels:
         points = [(t + 1, k * v) for t, v in enumerate(curves[a]) if v is not None]
-        ax.plot(
-            [t for t, _ in points], [v for _, v in points], label=short(a), **{**styles[a], "ms": 5}
-        )
+        xs, ys = [t for t, _ in points], [v for _, v in points]
+        ax.plot(xs, ys, gid=f"arm{results.order.index(a)}", **{**styles[a], "ms": 5})
+        names.append(Label(short(a, 16), styles[a]["color"], xs[-1], ys[-1]))
     ax.set_xlabel("tasks learned")
     unit = "%" if measures.is_share(measure) else measures.suffix(measure).strip()
     ax.set_ylabel(f"{measures.written(measure)} on them" + (f" ({unit})" if unit else ""))
     ax.set_xticks(range(1, max(len(curves[a]) for a in labels) + 1))
-    figures.legend_below(figure, ax)
+    figures.label_ends(ax, names)
     ends = ", ".join(f"{short(a, 40)} {formatting.gain(measure, curves[a][-1])}" for a in labels)
     desc = f"Mean {measures.written(measure)} over the tasks learned so far. At the end: {ends}."
     return figures.save(
         figure,
         "accuracy-by-tasks",
         f"{measures.title(measure)} as tasks come",
-        desc,
-        "Mean over seeds of the tasks so far.",
+        desc + rest,
+        "Mean over seeds of the tasks so far." + rest,
     )
 
 
@@ -44,20 +45,22 @@ def growth(results: Results) -> Drawing | None:
     sums = {
         a: _sums(row.continual.energy_by_task_j) for a, row in results.rows.items() if row.continual
     }
-    labels = [a for a, values in sums.items() if len(values) > 1][: figures.MOST_ARMS]
+    labels, rest = few(results, [a for a, values in sums.items() if len(values) > 1])
     if not labels:
         return None
-    styles = looks(results)
+    styles, names = looks(results), []
     figure, [ax] = figures.canvas(height=4.0)
     for a in labels:
-        ax.plot(range(1, len(sums[a]) + 1), sums[a], label=short(a), **{**styles[a], "ms": 5})
+        xs = range(1, len(sums[a]) + 1)
+        ax.plot(xs, sums[a], gid=f"arm{results.order.index(a)}", **{**styles[a], "ms": 5})
+        names.append(Label(short(a, 16), styles[a]["color"], xs[-1], sums[a][-1]))
     ax.set_xlabel("tasks learned")
     ax.set_ylabel("energy of all so far")
     ax.set_xticks(
         range(1, max(len(sums[a]) for a in labels) + 1, 1 + max(len(sums[a]) for a in labels) // 12)
     )
     figures.unit_axis(ax.yaxis, "J")
-    figures.legend_below(figure, ax)
+    figures.label_ends(ax, names)
     base = results.baseline
     texts = [
         cheaper(short(a, 40), sums[a], short(base, 40), sums[base])
@@ -67,6 +70,7 @@ def growth(results: Results) -> Drawing | None:
     desc = " ".join(
         ["Energy of training and testing, summed over the tasks so far; mean over seeds.", *texts]
     )
+    desc += rest
     return figures.save(figure, "energy-by-tasks", "Energy as tasks come", desc, desc)
 
 

@@ -21,8 +21,10 @@ ORDER = (
     "settings",
     "drawn",
     "labels",
-    "cycle",
+    "paper",
     "",
+    "details",
+    "cycle",
     "trust",
     "repeat",
 )

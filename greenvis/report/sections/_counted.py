@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from greenvis.report import measures, verdict
+import statistics
+
+from greenvis.report import comparison, formatting, measures, stats, verdict
 from greenvis.report.shape import Results
+
+PAIRED = 0.5  # correlation above which a difference by pairs scatters less than one of means
 
 
 def counted(results: Results) -> list[str]:
@@ -19,9 +23,7 @@ def counted(results: Results) -> list[str]:
         "included”, which comparisons "
         "rest on first; own training is the run's own share. What others trained, at a cost nobody "
         "knows, is in neither.",
-        f"Finished seeds per arm: {seeds}. Ratios and differences to the baseline are paired by "
-        "seed; a ratio is a geometric "
-        "mean.",
+        f"Finished seeds per arm: {seeds}. A ratio to the baseline is one of geometric means.",
         "Bands (low–high) come from the coefficients of the sources below. All arms measured on "
         "one host share them, so they "
         "widen the joules, not the ratios. ± is the standard deviation over seeds.",
@@ -83,16 +85,51 @@ def _intervals(results: Results) -> list[str]:
     if not lost:
         keeps = f"at 0 or {'above' if measure.higher_is_better else 'below'}"
     return [
-        "Intervals of differences and ratios are Student's t, paired by seed, each at "
-        f"{100 - 5 / m:.4g} %, so that those of all {m} arm(s) hold together with 95 % "
-        "(Bonferroni). “Shown”, “keeps”, “loses” "
-        "and bold are read off them and nothing else: a difference is shown where its interval "
-        "leaves out no change.",
+        f"Intervals of differences and ratios to the baseline hold for all {m} arm(s) together "
+        "with 95 % (Dunnett's, the variance pooled over the arms; of one arm it is Student's t). "
+        "Marks, “shown”, “keeps”, “loses” and bold are read off them and nothing else: a "
+        "difference is shown where its interval leaves out no change. Seeds draw the training "
+        "images as well as the first weights, so that both are in the scatter.",
+        _pairing(results),
         f"An arm keeps the {measures.written(measure)} where its whole interval lies {keeps}, "
         "loses it where the whole interval "
         f"lies {loses}, and is not yet decided else; the seeds said to be wanting suppose that "
         "mean and scatter stay. One seed "
         "decides nothing.",
+        *_tested(results),
+    ]
+
+
+def _pairing(results: Results) -> str:
+    """Say that seeds are not paired, and whether pairing them would have been narrower here."""
+    base = results.arms[str(results.baseline)].gain.by_seed
+    known = []
+    for label, row in results.arms.items():
+        pairs = [(v, base[s]) for s, v in row.gain.by_seed.items() if s in base]
+        r = stats.correlation(pairs) if label != results.baseline else None
+        known += [] if r is None else [r]
+    text = "Arms are not paired by seed, which costs half the degrees of freedom"
+    if not known:
+        return f"{text}."
+    r = statistics.median(known)
+    text += (
+        f"; the {measures.written(results.measure)} of an arm and of the baseline, seed by seed, "
+        f"correlate with {formatting.fixed(r, 2)} here (median over {len(known)} arm(s))"
+    )
+    return text + (
+        ": pairing may be narrower in this report." if r > PAIRED else ": pairing would win little."
+    )
+
+
+def _tested(results: Results) -> list[str]:
+    """Say what the size of the test limits."""
+    n, measure = comparison.images_tested(results), results.measure
+    if n is None or not measures.is_share(measure):
+        return []
+    return [
+        f"The smallest test has {n:,} images, of which one is worth "
+        f"{formatting.points(measure, 1 / n).lstrip('+')}: no interval of a difference is narrower "
+        "than that to each side."
     ]
 
 
@@ -125,6 +162,7 @@ def _repeated(results: Results) -> list[str]:
     return [
         f"The energy of one {results.unit} is the median of repeated readings; their quartile "
         "range ÷ √readings is "
-        f"{100 * worst:.1f} % of it or less in each run. A neighbour's load that lasts through all "
-        "readings is not in that."
+        f"{100 * worst:.1f} % of it or less in each run. Its intervals are those of the readings, "
+        "or of the seeds where these scatter wider: a neighbour's load may last through all "
+        "readings of a run."
     ] if worst else []  # fmt: skip

@@ -25,6 +25,7 @@ class FullCycle(Section[Cycle]):
 
     name = "cycle"
     title = "Full cycle"
+    folded = True
 
     def compute(self, results: Results) -> Cycle:
         """Return costs at the usage of the report, and from how many images on arms are ahead."""

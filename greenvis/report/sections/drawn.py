@@ -9,6 +9,7 @@ from typing import NamedTuple
 from greenvis.report import formatting, measures
 from greenvis.report.blocks import Block, Drawings, Grid, paragraph
 from greenvis.report.drawings import drawn
+from greenvis.report.figures import theme
 from greenvis.report.formatting import MISSING, si
 from greenvis.report.section import Section
 from greenvis.report.shape import Results
@@ -39,7 +40,8 @@ class Drawn(Section[Shown]):
             for s in row.operating_points
             if s.calls is not None
         ]
-        figures = [f for f in (drawn.distance_vs_energy(results), drawn.grid(results)) if f]
+        with theme():
+            figures = [f for f in (drawn.distance_vs_energy(results), drawn.grid(results)) if f]
         if not settings and not figures:
             return None
         known = {

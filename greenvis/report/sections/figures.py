@@ -11,7 +11,7 @@ from greenvis.report.shape import Results
 
 
 class Figures(Section[tuple[Drawings, str]]):
-    """The figures that the results allow."""
+    """The figures that the results allow, beside the one of the first screen."""
 
     name = "figures"
     title = "Figures"

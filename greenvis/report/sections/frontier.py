@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from greenvis.report import formatting, frontier, measures, tables
+from greenvis.report import formatting, frontier, measures
 from greenvis.report.blocks import Block, Bullets, Grid, paragraph
 from greenvis.report.formatting import MISSING, si
 from greenvis.report.frontier import Distance
@@ -37,15 +37,11 @@ class Frontier(Section[Said]):
 
     def compute(self, results: Results) -> Said | None:
         """Return a row per arm with a technique, where two plain arms or more are beside it."""
-        plain = frontier.plain_arms(results)
-        rows = [a for a in results.order if a not in plain and results.arms[a].gain.n]
-        if len(plain) < frontier.LEAST or not rows:
+        by_cost = [frontier.of_all(results, cost) for cost in frontier.COSTS]
+        shown = list(by_cost[0])
+        if not shown:
             return None
-        shown = rows[: tables.MOST_ROWS]
-        distances = {
-            a: [frontier.distance(results, a, cost) for cost in frontier.COSTS.values()]
-            for a in shown
-        }
+        distances = {a: [each[a] for each in by_cost] for a in shown}
         nothing = {frontier.FEW, frontier.UNMEASURED}
         if all(d.why in nothing for each in distances.values() for d in each):
             return None

@@ -18,6 +18,7 @@ class Repeat(Section[tuple[list[str], list[str]]]):
 
     name = "repeat"
     title = "Repeat it"
+    folded = True
 
     def compute(self, results: Results) -> tuple[list[str], list[str]]:
         """Return commands and recipes."""

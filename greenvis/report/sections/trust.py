@@ -24,6 +24,7 @@ class Trust(Section[list[Part]]):
 
     name = "trust"
     title = "How far to trust this"
+    folded = True
 
     def compute(self, results: Results) -> list[Part]:
         """Return the parts, those that have nothing to say left out."""
