@@ -33,6 +33,8 @@ CLASSES = frozenset({"classification"})  # forms of techniques that want a class
 PIXELS_TOO = CLASSES | {"segmentation"}
 # of those that work on batches of images as one tensor, whatever is answered
 IMAGES = PIXELS_TOO | {"multilabel", "regression"}
+# of those that go by the tokens of an image, which words follow in a vision–language model
+ALL_BUT_VQA = frozenset(FORMS) - {"vqa"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"
 
 

@@ -19,7 +19,7 @@ from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput, some
 from greenvis.models.structure import Mlp, View, view
 from greenvis.models.structure.probing import probing
-from greenvis.tasks.answers import main_output
+from greenvis.tasks.answers import ALL_BUT_VQA, main_output
 from greenvis.techniques._shared.attach import check_runs
 from greenvis.techniques.inference.experts._clusters import balanced
 from greenvis.techniques.inference.experts._routing import Down, Routing, Up
@@ -53,6 +53,8 @@ class Experts(Technique):
     name = "experts"
     stage = "base"
     order = 1
+    tasks = ALL_BUT_VQA
+    instead = "kv_cache and image_tokens make such a model cheaper"
     needs = frozenset({"trainable_base"})
     only_with = {"balance": ("form", ("upcycle",)), "balance_loss": ("form", ("upcycle",))}
     examples = (

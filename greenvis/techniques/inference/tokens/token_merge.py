@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import ALL_BUT_VQA
 from greenvis.techniques._shared.attach import check_runs, patches_matter
 from greenvis.techniques._shared.blocks import masked_attention, set_mask, split_blocks
 from greenvis.techniques._shared.doors import Doors
@@ -45,6 +46,8 @@ class TokenMerge(Technique):
 
     name = "token_merge"
     stage = "tokens"
+    tasks = ALL_BUT_VQA
+    instead = "image_tokens makes fewer of what a language model reads"
     needs = frozenset({"token_grid"})
     breaks = frozenset({"token_grid", "attention_maps"})
     examples = ({"r": 2}, {"r": [3, -1], "proportional": False, "restore": "always"})

@@ -12,6 +12,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
+from greenvis.tasks.answers import ALL_BUT_VQA
 from greenvis.techniques._shared.attach import check_runs, patches_matter
 from greenvis.techniques._shared.blocks import Block, masked_attention, set_mask, split_blocks
 from greenvis.techniques._shared.doors import Doors
@@ -42,6 +43,8 @@ class TokenPrune(Technique):
     """
 
     name = "token_prune"
+    tasks = ALL_BUT_VQA
+    instead = "image_tokens makes fewer of what a language model reads"
     only_with = {"weight": ("method", ("predictor",))}
     stage = "tokens"
     needs = frozenset({"token_grid"})

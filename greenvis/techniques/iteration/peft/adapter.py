@@ -12,6 +12,7 @@ from greenvis.core.surgery import mark_skippable
 from greenvis.core.technique import Classifier, InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import View, view
+from greenvis.tasks.answers import ALL_BUT_VQA
 from greenvis.techniques._shared.attach import (
     check_runs,
     first,
@@ -51,6 +52,8 @@ class Adapter(Technique):
     """
 
     name = "adapter"
+    tasks = ALL_BUT_VQA
+    instead = "lora tunes such a model"
     only_with = {"kernel_size": ("variant", ("conv",))}
     stage = "weights"
     order = 1

@@ -14,6 +14,7 @@ from greenvis import models
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import ALL_BUT_VQA
 from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.attach import (
     check_runs,
@@ -51,6 +52,8 @@ class AdapterProbe(Technique):
 
     name = "adapter_probe"
     stage = "weights"
+    tasks = ALL_BUT_VQA
+    instead = "lora tunes such a model"
     needs = frozenset({"token_grid"})
     examples = ({"encoder_adapters": 2}, {"encoder_adapters": 0, "input_adapter": True})
     neutral = {"encoder_adapters": 0, "input_adapter": True}

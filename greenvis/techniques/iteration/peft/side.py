@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import Classifier, InputShape, Installed, Stage, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
+from greenvis.tasks.answers import ALL_BUT_VQA
 from greenvis.techniques._shared.attach import (
     check_runs,
     first,
@@ -45,6 +46,8 @@ class Side(Technique):
     """
 
     name = "side"
+    tasks = ALL_BUT_VQA
+    instead = "lora tunes such a model"
     stage: ClassVar[Stage] = (
         # behind all that changes the base's own layers, so that none takes the ladder's for
         # those
