@@ -1,0 +1,128 @@
+"""Long prompts that a small model can be trained on: scenes one after another, each followed by a
+question about it and the answer."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from greenvis import data, models
+from greenvis.core.modes import in_mode
+from greenvis.data.questions import Asked
+from greenvis.data.spec import DataSpec
+from greenvis.meters.track import Tracker
+from greenvis.tasks.vqa import image_tokens
+
+# turns in a sequence, sequences in a batch, and how often: as many turns in each
+SHAPES = ((1, 64, 0.35), (8, 8, 0.45), (30, 2, 0.15), (60, 1, 0.05))
+SIZES: Any = {"img_size": 32, "patch_size": 4, "vision_dim": 64, "vision_depth": 2, "embed_dim": 96,
+         "depth": 3}  # fmt: skip
+SKIPPED = -100  # of labels, as transformers has it
+
+
+class Dialogue(NamedTuple):
+    """Turns one behind another, the last without its answer.
+
+    Args:
+        inputs: What the model takes.
+        answer: Tokens that the last question is to be answered with, its end included.
+    """
+
+    inputs: dict[str, Tensor]
+    answer: list[int]
+
+
+class Turns:
+    """Scenes with questions as tokens.
+
+    Args:
+        asked: The scenes.
+        patches: Tokens of an image.
+        image: The token that stands for a patch.
+    """
+
+    def __init__(self, asked: Asked, patches: int, image: int) -> None:
+        self.asked, self.patches, self.image = asked, patches, image
+
+    def question(self, row: int) -> list[int]:
+        """Return the tokens of an image and its question."""
+        return [self.image] * self.patches + self.asked.questions[row].tolist()
+
+    def answer(self, row: int) -> list[int]:
+        """Return the tokens of an answer."""
+        return [n for n in self.asked.answers[row].tolist() if n >= 0]
+
+    def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return sequences of turns, padded behind, and the labels: of answers alone.
+
+        Args:
+            rows: Which scenes, int64 (sequences, turns).
+        """
+        sequences, labels = [], []
+        for own in rows.tolist():
+            ids: list[int] = []
+            known: list[int] = []
+            for row in own:
+                question, answer = self.question(row), self.answer(row)
+                ids += question + answer
+                known += [SKIPPED] * len(question) + answer
+            sequences.append(ids)
+            labels.append(known)
+        longest = max(map(len, sequences))
+        padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
+        targets = torch.tensor([own + [SKIPPED] * (longest - len(own)) for own in labels])
+        pixels = self.asked.batch(rows.flatten())[0].args[0]
+        return {"input_ids": padded, "pixel_values": pixels}, targets
+
+    def dialogue(self, length: int, last: int, generator: torch.Generator) -> Dialogue:
+        """Return turns by chance of at most `length` tokens in all, the last about the scene
+        `last`."""
+        ids, rows = self.question(last), [last]
+        while True:
+            row = int(torch.randint(len(self.asked), (), generator=generator))
+            turn = self.question(row) + self.answer(row)
+            if len(turn) + len(ids) > length:
+                break
+            ids, rows = turn + ids, [row, *rows]
+        pixels = self.asked.batch(rows)[0].args[0]
+        return Dialogue(
+            {"input_ids": torch.tensor([ids]), "pixel_values": pixels}, self.answer(last)
+        )
+
+
+def prepared(train: int, test: int) -> tuple[nn.Module, Turns, Turns]:
+    """Return a small model with random weights, and turns to train and to test on."""
+    spec = DataSpec(name="scenes", train=train, test=test, img_size=32, questions=5)
+    images = data.load(spec, seed=0)
+    assert images.words is not None
+    model = models.build("plain/llava", tokens=images.words.size, **SIZES)
+    config: Any = model.config
+    sets = [
+        Turns(each, image_tokens(config), config.image_token_id)
+        for each in (images.train, images.test)
+        if isinstance(each, Asked)
+    ]
+    return model, sets[0], sets[1]
+
+
+def train(model: nn.Module, turns: Turns, steps: int, run: Tracker) -> None:
+    """Train on dialogues of the `SHAPES`, in the phase "train"."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.tensor([share for *_, share in SHAPES])
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps + 1, pct_start=0.1)
+    with run.phase("train"), in_mode(model, True):
+        for _ in range(steps):
+            count, sequences, _ = SHAPES[int(shares.multinomial(1, generator=generator))]
+            rows = torch.randint(len(turns.asked), (sequences, count), generator=generator)
+            inputs, labels = turns.batch(rows)
+            loss = model(**inputs, labels=labels).loss
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            run.log(loss=float(loss.detach()))
+            run.add(samples=sequences * count)

@@ -1,0 +1,225 @@
+"""`greenvis bench kv_cache`: what of a prompt's keys and values stays while a vision–language model
+answers. About twenty minutes on one core.
+
+Joules are of a Llava with random weights, on which they do not depend; agreement and accuracy of a
+smaller one that is trained here on dialogues about scenes.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+from greenvis import models
+from greenvis.bench import _dialogues, _floor, _output
+from greenvis.bench._options import Out, Rounds, Threads
+from greenvis.core.wrap import wrap
+from greenvis.meters import pricing
+from greenvis.meters.answering import generate
+from greenvis.meters.header import cpu
+from greenvis.meters.track import Tracker, track
+from greenvis.techniques import registry
+
+FULL = "dynamic"  # transformers' own, all rows
+METHODS: Mapping[str, Mapping[str, Any] | None] = {
+    FULL: None,
+    "static": {"method": "static"},
+    "window": {"method": "window", "rows": 0.25},
+    "h2o": {"method": "h2o", "rows": 0.25},
+    "snapkv": {"method": "snapkv", "rows": 0.25, "recent": 16},
+    "key_norm": {"method": "key_norm", "rows": 0.25, "recent": 16},
+}
+SIZES: Any = {"img_size": 48, "patch_size": 4, "vision_dim": 96, "vision_depth": 2}
+SIZES |= {"embed_dim": 224, "depth": 4}
+Steps = Annotated[int, typer.Option(min=0, help="of training, of 64 questions each")]
+Questions = Annotated[int, typer.Option(min=1, help="answered at each length")]
+
+
+def run(
+    out: Out = None,
+    prompts: Sequence[int] = (512, 2048, 4096),
+    answer: int = 32,
+    rounds: Rounds = 3,
+    steps: Steps = 500,
+    questions: Questions = 40,
+    threads: Threads = 1,
+) -> dict[str, Any]:
+    """Return {"costs": [{"prompt", "cache", "prefill_j", "decode_j", "decode_ratio",
+    "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement", "exact_match"}], …}.
+
+    decode_j is of the tokens behind the first, answer_ratio of prefill and decode together; ratios
+    are to the dynamic cache of the same round, medians over rounds. agreement is the share of
+    tokens behind the first that are those of the dynamic cache. out: a folder to write report.md
+    and results.json to.
+    """
+    started = time.monotonic()
+    with (
+        _output.threads(threads),
+        tempfile.TemporaryDirectory() as folder,
+        track("kv_cache", dir=folder) as run_,
+    ):
+        costs, parameters = _costs(prompts, answer, rounds, run_)
+        model, train, test = _dialogues.prepared(3000, 400)
+        before = run_.energy().value
+        _dialogues.train(model, train, steps, run_)
+        after = run_.energy().value
+        answers = _answers(model, test, prompts, questions)
+    result = {
+        "costs": costs, "answers": answers, "rounds": rounds, "answer_tokens": answer,
+        "questions": questions, "steps": steps, "threads": threads, "parameters": parameters,
+        "training_energy_j": None if before is None or after is None else round(after - before),
+        "machine": cpu(), "torch": torch.__version__,
+        "repeatability": _floor.repeatability(),
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+    if out is not None:
+        _output.write(out, result, _markdown(result, out))
+    return result
+
+
+def _prompt(model: Any, length: int) -> dict[str, torch.Tensor]:
+    """Return images and words by chance, `length` tokens in all."""
+    patches = (SIZES["img_size"] // SIZES["patch_size"]) ** 2
+    generator = torch.Generator().manual_seed(0)
+    images = max(1, (length - 8) // (patches + 8))
+    image = torch.full((patches,), model.config.image_token_id)
+    parts = []
+    for _ in range(images):
+        parts += [image, torch.randint(2, 60, (8,), generator=generator)]
+    rest = length - images * (patches + 8)
+    ids = torch.cat([torch.randint(2, 60, (rest,), generator=generator), *parts])
+    size = (images, 3, SIZES["img_size"], SIZES["img_size"])
+    return {"input_ids": ids[None], "pixel_values": torch.rand(size, generator=generator)}
+
+
+def _costs(
+    prompts: Sequence[int], answer: int, rounds: int, run_: Tracker
+) -> tuple[list[dict[str, Any]], int]:
+    """Return a row for each prompt and cache, and the model's parameters."""
+    torch.manual_seed(0)
+    model: Any = models.build("plain/llava", **SIZES).eval()
+    rows = []
+    for length in prompts:
+        inputs = {**_prompt(model, length), "max_new_tokens": answer, "min_new_tokens": answer,
+                  "do_sample": False}  # fmt: skip
+        spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
+        for number in range(rounds + 1):
+            for name in [*METHODS][:: 1 if number % 2 == 0 else -1]:
+                spent[name].append(_spent(model, name, inputs, run_))
+        for name, own in spent.items():
+            # the first warms up; ratios are of one round, whose neighbours met all alike
+            pairs = [*zip(own, spent[FULL], strict=True)][1:]
+            prefill, decode, seconds = (statistics.median(p[i] for p, _ in pairs) for i in range(3))
+            rows.append({
+                "prompt": length, "cache": name, "prefill_j": _figure(prefill),
+                "decode_j": _figure(decode), "decode_ms_per_token": _figure(1e3 * seconds),
+                "decode_ratio": _ratio(pairs, 1, 2), "answer_ratio": _ratio(pairs, 0, 2),
+            })  # fmt: skip
+    return rows, sum(p.numel() for p in model.parameters())
+
+
+def _spent(
+    model: Any, name: str, inputs: Mapping[str, Any], run_: Tracker
+) -> tuple[float, float, float]:
+    """Return the joules of prefill and decode, and the seconds of a decoded token."""
+    with _cached(model, name):
+        answered = generate(run_, model, **inputs)
+    components = run_.header["components"]
+    prefill, decode = (
+        pricing.joules({k: v for k, v in part.items() if k != "at_s"}, components).value or 0.0
+        for part in (answered.prefill, answered.decode)
+    )
+    return prefill, decode, answered.decode["at_s"] / (inputs["max_new_tokens"] - 1)
+
+
+@contextmanager
+def _cached(model: nn.Module, name: str) -> Iterator[None]:
+    """Let a model answer with one of the caches within."""
+    request = METHODS[name]
+    if request is None:
+        yield
+        return
+    live = wrap(model, registry.find("kv_cache").model_validate(dict(request)))
+    try:
+        yield
+    finally:
+        live.undo()
+
+
+def _answers(
+    model: nn.Module, turns: _dialogues.Turns, prompts: Sequence[int], questions: int
+) -> list[dict[str, Any]]:
+    """Return how answers with each cache agree with those of all rows, and with the truth."""
+    model.eval()
+    long = [i for i, (q, _) in enumerate(turns.asked.pairs) if "seen" in q][:questions]
+    rows = []
+    for length in prompts:
+        generator = torch.Generator().manual_seed(length)
+        dialogues = [turns.dialogue(length, row, generator) for row in long]
+        own = {name: [_said(model, name, d) for d in dialogues] for name in METHODS}
+        for name, said in own.items():
+            same = right = tokens = alike = 0
+            for mine, full, dialogue in zip(said, own[FULL], dialogues, strict=True):
+                tokens += len(full) - 1
+                same += sum(a == b for a, b in zip(mine[1:], full[1:], strict=False))
+                alike += mine == full
+                right += mine == dialogue.answer
+            rows.append({
+                "prompt": length, "cache": name,
+                "agreement": round(same / tokens, 3) if tokens else None,
+                "same_answers": round(alike / len(said), 3),
+                "exact_match": round(right / len(said), 3),
+            })  # fmt: skip
+    return rows
+
+
+def _said(model: Any, name: str, dialogue: _dialogues.Dialogue) -> list[int]:
+    """Return the tokens of an answer, to its end."""
+    with _cached(model, name):
+        out = model.generate(**dialogue.inputs, max_new_tokens=5, do_sample=False)
+    tokens = out[0, dialogue.inputs["input_ids"].shape[1] :].tolist()
+    end = model.generation_config.eos_token_id
+    return tokens[: tokens.index(end) + 1] if end in tokens else tokens
+
+
+def _ratio(
+    pairs: Sequence[tuple[Sequence[float], Sequence[float]]], begin: int, end: int
+) -> float | None:
+    each = [sum(a[begin:end]) / sum(b[begin:end]) for a, b in pairs if sum(b[begin:end])]
+    return round(statistics.median(each), 3) if each else None
+
+
+def _figure(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _markdown(result: Mapping[str, Any], out: Path) -> str:
+    return "\n".join([
+        "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
+        f"`greenvis bench kv_cache --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
+        f"CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
+        f"{result['parameters']:,} parameters with random weights answers "
+        f"{result['answer_tokens']} tokens, one prompt at a time; medians of {result['rounds']} "
+        "rounds in which all caches take turns. `decode_j` is of the tokens behind the first, "
+        "`answer_ratio` of the answer as a whole, prompt included, both beside transformers' "
+        "dynamic cache in the same round. Caches that let rows go keep a quarter of the prompt's.",
+        "", *_floor.table(result["costs"]), "",
+        _floor.sentence(None, "", result["repeatability"]), "",
+        "## What is answered", "",
+        f"A smaller Llava, trained for {result['steps']} steps on dialogues about scenes "
+        f"({result['training_energy_j']} J), says what can be seen in the last scene of a "
+        f"dialogue; {result['questions']} dialogues of each length. `agreement`: tokens behind the "
+        "first that are those of the dynamic cache (the first is said before any row goes); "
+        "`exact_match`: answers that are right.", "",
+        *_floor.table(result["answers"]), "",
+    ])  # fmt: skip
