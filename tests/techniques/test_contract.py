@@ -39,6 +39,7 @@ WORKS = {
     "feature_distill": 19,
     "fishr": 15,
     "flow": 0,
+    "fusion": 20,
     "hat": 15,
     "image_tokens": 0,
     "kv_cache": 0,  # none of them answers in words
