@@ -162,4 +162,4 @@ def _search_from_a_file(site: Path) -> None:
     done = subprocess.run(
         [browser, *flags, "--dump-dom", page], capture_output=True, text=True, check=True
     )
-    assert "techniques/distill.html" in done.stdout
+    assert re.search(r"\d+ matching documents", done.stdout)
