@@ -279,3 +279,16 @@ def test_parts_without_weights_to_tell_by_lie_as_their_neighbours_do(
 ) -> None:
     seen = trace(HOSTS[name].build(), torch.rand(1, *HOSTS[name].input_shape))
     assert layouts(seen, [path])[path].channels == axis
+
+
+def test_a_state_space_is_no_attention_and_a_gate_no_block() -> None:
+    from timm.models.efficientvim import EfficientViM
+
+    model = EfficientViM(
+        num_classes=5, embed_dim=(8, 16, 24), depths=(1, 2, 1), state_dim=(9, 6, 4)
+    )
+    found = view(model, torch.rand(1, 3, 64, 64))
+    blocks = ("stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1", "stages.2.blocks.0")
+    assert (found.attention, found.blocks) == ((), blocks)
+    assert tuple(mlp.path for mlp in found.mlps) == tuple(f"{b}.ffn" for b in blocks)
+    assert [found.layouts[b].width for b in blocks] == [8, 16, 16, 24]

@@ -227,7 +227,7 @@ def blocks(model: nn.Module, traced: Trace) -> tuple[str, ...]:
     modules_with_layers = [
         p
         for p in traced.executed
-        if p and counts[p] >= 2 and not isinstance(modules[p], containers)
+        if p and counts[p] >= 2 and not isinstance(modules[p], containers) and not _gates(traced, p)
     ]
     candidates = [p for p in modules_with_layers if isinstance(modules[_parent(p)], containers)]
     if not candidates:
@@ -251,6 +251,14 @@ def blocks(model: nn.Module, traced: Trace) -> tuple[str, ...]:
         return [path]
 
     return unique(f for c in tops(candidates) for f in finest(c))
+
+
+def _gates(traced: Trace, path: str) -> bool:
+    """Whether a module is squeeze-and-excitation: its layers read a vector per image, and it gives
+    a map."""
+    inside = [c for c in traced.calls if _within(c.path, path) and c.kind != "norm"]
+    output = next((shapes for _, shapes in traced.runs.get(path, ())), ())
+    return len(output) == 4 and math.prod(output[2:]) > 1 and all(map(_one_vector, inside))
 
 
 def flags(model: nn.Module, traced: Trace) -> set[str]:

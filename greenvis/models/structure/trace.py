@@ -322,8 +322,13 @@ class _Recorder(TorchFunctionMode):
         own: Tags = frozenset({("weight", path)})
         if depthwise:
             return tags | own | {("depthwise", path)}
-        # talking heads: a Linear between product and softmax
-        return own | {t for t in tags if t[0] in ("scores", "map")}
+        # talking heads: a layer of heads between product and softmax
+        return own | {t for t in tags if t[0] in ("scores", "map") and self._of_heads(t[1], w)}
+
+    def _of_heads(self, index: Any, weight: tuple[int, ...]) -> bool:
+        """Whether a layer's inputs are as many as the heads of a product."""
+        shape = self.pairs[index][2]
+        return len(shape) > 3 and weight[1] == shape[-3]
 
     def _norm(self, name: str, args: Any, kwargs: Any, before: Tags, out: Any) -> Tags:
         path = next(
