@@ -29,7 +29,7 @@ from greenvis.techniques.inference.attention._cores import (
     token_statistics,
     weighted_sum,
 )
-from greenvis.techniques.inference.attention._modules import OwnAttention, key_weights
+from greenvis.techniques.inference.attention._modules import LocalConv, OwnAttention, key_weights
 from greenvis.techniques.inference.attention.linear_attention import LinearAttention
 
 DATA = Path(__file__).parents[1] / "fixtures"
@@ -46,6 +46,20 @@ def test_elu_attention_equals_the_published_one() -> None:
     torch.testing.assert_close(core(q, k, v).transpose(1, 2), case["elu"], **CLOSE)
 
 
+def test_convolution_and_gate_change_nothing_at_first_and_learn() -> None:
+    plain, other = HOSTS["timm-vit"].build().eval(), HOSTS["timm-vit"].build().eval()
+    x = torch.rand(2, 3, 32, 32)
+    gv.wrap(plain, LinearAttention(core="polaformer"))
+    live = gv.wrap(other, LinearAttention(core="polaformer", conv=5, gate=True))
+    torch.testing.assert_close(main_output(other(x)), main_output(plain(x)))
+    main_output(other(x)).square().sum().backward()
+    own = {n: p for n, p in live.trainable.items() if "local_conv" in n or "out_gate" in n}
+    assert len(own) == 3 * 4
+    assert all(p.grad is not None and p.grad.any() for p in own.values())
+    with pytest.raises(BadInput, match="must be odd"):
+        gv.wrap(HOSTS["timm-vit"].build(), LinearAttention(conv=4))
+
+
 @pytest.mark.parametrize("case", POLA, ids=lambda c: f"alpha{c['alpha']}-sr{c['sr_ratio']}")
 def test_polarity_attention_equals_the_published_one(case: dict[str, Any]) -> None:
     state, x, heads = case["state_dict"], case["x"], case["num_heads"]
@@ -56,12 +70,16 @@ def test_polarity_attention_equals_the_published_one(case: dict[str, Any]) -> No
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q / scale, k, v))
     y = polarity(q, k, v, state["power"], case["alpha"]).transpose(1, 2).flatten(2)
     batch, dim = len(x), case["dim"]
-    maps = v.reshape(batch * heads, case["H"], case["W"], -1).permute(0, 3, 1, 2)
-    local = F.conv2d(
-        maps, state["dwc.weight"], state["dwc.bias"], padding=case["kernel_size"] // 2,
-        groups=maps.shape[1],
-    )  # fmt: skip
-    y = (y + local.reshape(batch, dim, -1).permute(0, 2, 1)) * g
+    conv = LocalConv(case["kernel_size"], 0, case["H"] / case["W"], dim // heads, x)
+    assert not conv(v).any()  # at first
+    conv.depthwise.load_state_dict({n: state[f"dwc.{n}"] for n in ("weight", "bias")})
+    # with a class token in front, which gets nothing
+    behind = LocalConv(case["kernel_size"], 1, case["H"] / case["W"], dim // heads, x)
+    behind.load_state_dict(conv.state_dict())
+    padded = behind(F.pad(v, (0, 0, 1, 0), value=3.0))
+    assert torch.equal(padded[:, :, 1:], conv(v))
+    assert not padded[:, :, 0].any()
+    y = (y + conv(v).transpose(1, 2).reshape(batch, -1, dim)) * g
     y = F.linear(y, state["proj.weight"], state["proj.bias"])
     torch.testing.assert_close(y, case["y"], **CLOSE)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from greenvis.core.modes import removing
 from greenvis.errors import BadInput
 from greenvis.models.structure import Attention
+from greenvis.models.structure.layout import as_map
 from greenvis.models.structure.probing import probing
 
 _MASKS = ("attn_mask", "attention_mask", "key_padding_mask")
@@ -67,6 +68,8 @@ class OwnAttention(nn.Module):
         for name, parameter in old._parameters.items():
             self.register_parameter(name, parameter)
         self.core = core
+        self.local_conv: LocalConv | None = None  # of the values, beside the core
+        self.out_gate: nn.Linear | None = None  # a gate on what both give
         self.heads = attention.heads
         self.multihead = isinstance(old, nn.MultiheadAttention)
         self.tuple = len(seen.output) if isinstance(seen.output, tuple) else 0
@@ -99,7 +102,12 @@ class OwnAttention(nn.Module):
         q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in self._project(x))
         if self.norms:
             q, k = (self.get_submodule(n)(t) for n, t in zip(self.norms, (q, k), strict=True))
-        y = self.core(q, k, v, self._weights(args, kwargs, x)).transpose(1, 2).flatten(2)
+        y = self.core(q, k, v, self._weights(args, kwargs, x))
+        if self.local_conv is not None:
+            y = y + self.local_conv(v)
+        y = y.transpose(1, 2).flatten(2)
+        if self.out_gate is not None:
+            y = y * self.out_gate(x)
         for name in self.between:
             y = self.get_submodule(name)(y)
         if self.multihead:
@@ -127,6 +135,42 @@ class OwnAttention(nn.Module):
             one = key_weights(mask, x.shape[1], name == "key_padding_mask", self.multihead)
             weights = one if weights is None else weights * one
         return weights
+
+
+class LocalConv(nn.Module):
+    """A depthwise convolution of the values on the grid of their patches, the same for all heads,
+    which gives nothing at first (PolaFormer: Meng et al., 2025, eq. 9).
+
+    Args:
+        kernel: Its side.
+        prefix: Tokens before the patches, which get nothing.
+        aspect: Height / width of the image.
+        dim: Of each head.
+        like: A tensor of the wanted type, on the wanted device.
+    """
+
+    def __init__(self, kernel: int, prefix: int, aspect: float, dim: int, like: Tensor) -> None:
+        super().__init__()
+        self.prefix, self.aspect = prefix, aspect
+        conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim).to(like)
+        self.depthwise = conv
+        nn.init.zeros_(conv.weight)
+        assert conv.bias is not None
+        nn.init.zeros_(conv.bias)
+
+    def forward(self, v: Tensor) -> Tensor:
+        """Return (batch, heads, tokens, dim) of values of that shape."""
+        maps = as_map(v.flatten(0, 1), -1, self.prefix, self.aspect)
+        local = self.depthwise(maps).flatten(2).transpose(1, 2)
+        return F.pad(local, (0, 0, self.prefix, 0)).view_as(v)
+
+
+def new_gate(width: int, inner: int, like: Tensor) -> nn.Linear:
+    """Return a gate of tokens (batch, tokens, width) on `inner` channels that is open at first."""
+    gate = nn.Linear(width, inner).to(like)
+    nn.init.zeros_(gate.weight)
+    nn.init.ones_(gate.bias)
+    return gate
 
 
 def key_weights(mask: Tensor, tokens: int, padding: bool, inverted: bool = False) -> Tensor:

@@ -22,7 +22,13 @@ from greenvis.models.structure.probing import probing
 from greenvis.techniques._shared.attach import check_runs
 from greenvis.techniques.inference.attention._alignment import Alignment, least_harmful
 from greenvis.techniques.inference.attention._cores import Core
-from greenvis.techniques.inference.attention._modules import OwnAttention, Softmax, own_attention
+from greenvis.techniques.inference.attention._modules import (
+    LocalConv,
+    OwnAttention,
+    Softmax,
+    new_gate,
+    own_attention,
+)
 
 
 class LinearAttention(Technique):
@@ -35,7 +41,8 @@ class LinearAttention(Technique):
     The answers change, so train on, or distil from the original; `align` epochs before that each
     attention learns what the original one answers to the original's inputs (Hedgehog, section 4.2),
     at the cost of a forward and the attentions' backward. `core: relu` and `elu` have no
-    weights of their own, `polaformer` keeps signs, `hedgehog` and `ssd` learn maps, `rfa` has
+    weights of their own, `polaformer` keeps signs (with `conv: 5` and `gate` it is the published
+    layer; both change nothing at first), `hedgehog` and `ssd` learn maps, `rfa` has
     random features; `tssa` reads the values' projection alone and is to be trained anew. The
     projections, norms and their names stay. Attention that rotates or biases by position, or
     attends in windows, is refused, as is a mask that is not the same for all queries; a mask of
@@ -58,7 +65,7 @@ class LinearAttention(Technique):
         {},
         {"core": "elu"},
         {"core": "rfa", "features": 8},
-        {"core": "polaformer"},
+        {"core": "polaformer", "conv": 3, "gate": True},
         {"core": "hedgehog", "align": 1},
         {"core": "ssd"},
         {"core": "tssa"},
@@ -70,6 +77,16 @@ class LinearAttention(Technique):
         default="relu", description="what takes softmax's part"
     )
     features: int = Field(default=32, ge=1, description="random directions of rfa, per head")
+    conv: int = Field(
+        default=0,
+        ge=0,
+        le=31,
+        description="side of a depthwise convolution of the values beside the core, odd; 5 in "
+        "PolaFormer, 0 for none",
+    )
+    gate: bool = Field(
+        default=False, description="a gate of each token on what both give, as in PolaFormer"
+    )
     align: int = Field(
         default=0,
         ge=0,
@@ -96,7 +113,10 @@ class LinearAttention(Technique):
             if self.core == "polaformer" and dim % 2:
                 raise BadInput(f"polaformer needs heads of even width, not {dim}: use another core")
             twin.core = Core(self.core, attention.heads, dim, self.features, weight.detach())
-            added += twin.core.parameters()
+            self._extend(twin, structure, dim, weight.detach())
+            added += [
+                p for m in (twin.core, twin.local_conv, twin.out_gate) if m for p in m.parameters()
+            ]
             replace(model, old, twin.train(old.training))
         if added:
             check_runs(model, structure.example, added, f"the core {self.core}")
@@ -106,6 +126,20 @@ class LinearAttention(Technique):
         if self.align:
             live.alignment = Alignment(model, [(twins[p], originals[p]) for p in twins])
         return live
+
+    def _extend(self, twin: OwnAttention, structure: View, dim: int, like: Tensor) -> None:
+        """Put the convolution and the gate beside a core."""
+        height, width = structure.example.shape[-2:]
+        if self.conv:
+            if self.conv % 2 == 0 or structure.prefix_position == "behind":
+                why = f"its side is {self.conv}, and must be odd"
+                if self.conv % 2:
+                    why = "class tokens stand behind the patches here"
+                raise BadInput(f"a convolution of the values has no grid: {why}")
+            prefix = structure.prefix_tokens
+            twin.local_conv = LocalConv(self.conv, prefix, height / width, dim, like)
+        if self.gate:
+            twin.out_gate = new_gate(_input_width(twin), twin.heads * dim, like)
 
     def choose(self, model: nn.Module, x: Tensor, count: int) -> LinearAttention:
         """Return the request for those attentions alone whose conversion changes the answers
@@ -266,6 +300,16 @@ def _width(attention: OwnAttention, heads: int) -> int:
         return weight.shape[0] // 3 // heads
     layer: Any = attention.get_submodule(str(name))
     return layer.out_features // (3 if attention.local["qkv"] else 1) // heads
+
+
+def _input_width(attention: OwnAttention) -> int:
+    """Return the channels of the tokens an attention takes."""
+    name = attention.local["qkv"] or attention.local["q"]
+    if attention.multihead:
+        weight: Any = attention.in_proj_weight
+        return weight.shape[1]
+    layer: Any = attention.get_submodule(str(name))
+    return layer.in_features
 
 
 def _tokens(model: nn.Module, attention: OwnAttention, x: Tensor) -> int:
