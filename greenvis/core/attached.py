@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from greenvis.errors import BadInput
 
 ATTACHED = "greenvis.kept."  # before the names of tensors that lie beside a model's own in its file
+SIZES = "sizes"  # the group of tensors that are smaller than the model is built with (pruned)
 _BESIDE = "_greenvis_beside"
 SETTINGS = "settings"  # the group of what is no weight and changes what weights do: dilations
 
@@ -86,6 +87,52 @@ def settings(
         value = value if type(old) is int else type(old)(value)  # type: ignore[operator]
         out.setdefault(modules[path], {})[name] = value
     return out
+
+
+def attach_sizes(model: nn.Module, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Attach how tensors of the model are smaller than those it is built with, so that the model's
+    file brings that to where it is loaded.
+
+    Args:
+        model: The model, smaller already.
+        sizes: By name of a parameter or buffer, its length along each axis; 0 where that is as
+            built.
+    """
+    tensors = {**(attached(model, SIZES) or {})}
+    attach(model, SIZES, {**tensors, **{n: torch.tensor(tuple(s)) for n, s in sizes.items()}})
+
+
+def shapes_of(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes that `attach_sizes` says, of this model. Raises BadInput where they are not
+    those of a smaller one."""
+    out = {}
+    for name, tensor in tensors.items():
+        shape = tuple(own[name].shape) if name in own else ()
+        size = [int(n) for n in tensor.flatten().tolist()]
+        if len(size) != len(shape) or any(
+            not 0 <= n <= s for n, s in zip(size, shape, strict=True)
+        ):
+            raise BadInput(
+                f"{source} hold '{name}' as a smaller one of {size}, which does not fit what is "
+                f"built here {list(shape)}: they belong to another model"
+            )
+        out[name] = tuple(n or s for n, s in zip(size, shape, strict=True))
+    return out
+
+
+def resize(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Give parameters and buffers smaller shapes: what they hold up to there."""
+    for name, shape in shapes.items():
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, last)
+        new = old.detach()[tuple(slice(n) for n in shape)].clone()
+        if last in module._parameters:
+            module._parameters[last] = nn.Parameter(new, old.requires_grad)
+        else:
+            module._buffers[last] = new
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

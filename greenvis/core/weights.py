@@ -16,7 +16,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenvis.core import files
-from greenvis.core.attached import ATTACHED, SETTINGS, attach, attach_settings, below, settings
+from greenvis.core.attached import (
+    ATTACHED,
+    SETTINGS,
+    SIZES,
+    attach,
+    attach_settings,
+    below,
+    resize,
+    settings,
+    shapes_of,
+)
 from greenvis.errors import BadInput, some
 
 METADATA_KEY = "greenvis"
@@ -169,6 +179,15 @@ def head_names(model: nn.Module) -> set[str]:
     return {n for n, p in model.named_parameters(remove_duplicate=False) if id(p) in ids}
 
 
+def fits(model: nn.Module, state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether a tensor of a file has the shape that the model's has, or will have once the file is
+    loaded."""
+    own = model.state_dict()
+    sizes = below(state, f"{ATTACHED}{SIZES}.")
+    mine = shapes_of(own, {n: t for n, t in sizes.items() if n == name}, "the weights")
+    return tuple(state[name].shape) == mine.get(name, tuple(own[name].shape))
+
+
 def load_state(
     model: nn.Module,
     state: Mapping[str, Tensor],
@@ -203,10 +222,11 @@ def load_state(
     missing = sorted(own.keys() - state.keys() - left)
     extra = sorted(state.keys() - own.keys() - foreign)
     shared = [n for n in own if n in state and n not in left]
+    sizes = shapes_of(own, below(beside, f"{ATTACHED}{SIZES}."), source)
     shapes = [
-        f"'{n}' is {tuple(state[n].shape)}, not {tuple(own[n].shape)}"
+        f"'{n}' is {tuple(state[n].shape)}, not {sizes.get(n, tuple(own[n].shape))}"
         for n in shared
-        if state[n].shape != own[n].shape
+        if tuple(state[n].shape) != sizes.get(n, tuple(own[n].shape))
     ]
     if missing or extra or shapes:
         parts = [f"{some(missing)} missing"] if missing else []
@@ -218,7 +238,8 @@ def load_state(
         )
         raise BadInput(f"{source} do not fit {type(model).__name__}: " + ", ".join(parts))
     stored = settings(model, below(beside, f"{ATTACHED}{SETTINGS}."), source)
-    model.load_state_dict({**own, **{n: state[n] for n in shared}})
+    resize(model, sizes)
+    model.load_state_dict({**model.state_dict(), **{n: state[n] for n in shared}})
     attach_settings(model, stored)
     for name in sorted({n.removeprefix(ATTACHED).partition(".")[0] for n in beside}):
         attach(model, name, below(beside, f"{ATTACHED}{name}."))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core import files
+from greenvis.core.attached import SETTINGS, SIZES, attached, full_state_dict
 from greenvis.core.technique import logits_of
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment.run_folder import WEIGHTS_FILE
@@ -232,7 +233,7 @@ def _onnx(job: _Job) -> Tensor:
 
 
 def _safetensors(job: _Job) -> Tensor:
-    state = {k: v.contiguous().clone() for k, v in job.model.state_dict().items()}
+    state = {k: v.contiguous().clone() for k, v in full_state_dict(job.model).items()}
     save_file(state, job.folder / "model.safetensors")
     (job.folder / "model.json").write_text(
         json.dumps({"ref": job.ref, "options": job.options, "inputs": job.inputs}, indent=2)
@@ -250,6 +251,11 @@ def _hub(job: _Job) -> Tensor:
         raise BadInput(
             f"{library} does not know the head '{head}', which is greenvis's own: export to "
             "safetensors"
+        )
+    if any(attached(job.model, group) for group in (SETTINGS, SIZES)):
+        raise BadInput(
+            f"{library} builds {job.ref} as it was before its structure was changed (pruned, "
+            "dilated): export to safetensors"
         )
     if library == "timm":
         again = _timm_hub(job)

@@ -355,8 +355,8 @@ def _load_file(model: nn.Module, request: Request) -> None:
     """Load the file's weights; where num_classes was changed, the classifier starts anew."""
     assert request.file is not None
     state = weights.read_state(request.file)
-    own = model.state_dict()
-    changed = any(n in state and state[n].shape != own[n].shape for n in weights.head_names(model))
+    heads = [n for n in weights.head_names(model) if n in state]
+    changed = not all(weights.fits(model, state, n) for n in heads)
     weights.load_state(
         model,
         state,
