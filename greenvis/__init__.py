@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from greenvis.techniques.inference.sampling.flow import Flow
     from greenvis.techniques.inference.sampling.progressive import Progressive
     from greenvis.techniques.inference.sampling.sampler import Sampler
+    from greenvis.techniques.inference.structure.prune import Prune
     from greenvis.techniques.inference.structure.res2net import Res2Net
     from greenvis.techniques.inference.structure.rfnext import RFNext
     from greenvis.techniques.inference.tokens.image_tokens import ImageTokens
@@ -105,16 +106,16 @@ _HOMES = {
 
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
-    "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill",
-    "Dividemix", "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill",
-    "Fishr", "Flow", "Fusion", "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache",
-    "LabelMaps", "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream",
-    "LowPrecision", "Lwf", "Mae", "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune",
-    "PackNet", "Partial", "PartialLabels", "PassPretrain", "PixelAttention", "Pnn",
-    "Progressive", "Prompt", "PromptPool", "PseudoLabel", "RFNext", "Regularize", "Reparam",
-    "Replay", "Res2Net", "Reuse", "Rotation", "Sam", "Sampler", "Shot", "Side", "Simclr",
-    "Swad", "Technique", "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped",
-    "ZeroShot", "fold_norms", "fuse", "load_recipe", "report", "run", "track", "wrap",
+    "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill", "Dividemix",
+    "Dsu", "EarlyExit", "Ema", "Experts", "FeatureCache", "FeatureDistill", "Fishr", "Flow",
+    "Fusion", "GreenvisError", "Hat", "ImageTokens", "Installed", "KvCache", "LabelMaps",
+    "LayerDecay", "LinearAttention", "LinearProbe", "Lora", "LoraStream", "LowPrecision", "Lwf",
+    "Mae", "Mixstyle", "Moco", "Ncm", "NoisyLabels", "NormTune", "PackNet", "Partial",
+    "PartialLabels", "PassPretrain", "PixelAttention", "Pnn", "Progressive", "Prompt",
+    "PromptPool", "Prune", "PseudoLabel", "RFNext", "Regularize", "Reparam", "Replay", "Res2Net",
+    "Reuse", "Rotation", "Sam", "Sampler", "Shot", "Side", "Simclr", "Swad", "Technique",
+    "TestTime", "TokenMerge", "TokenPrune", "Vicreg", "Wrapped", "ZeroShot", "fold_norms", "fuse",
+    "load_recipe", "report", "run", "track", "wrap",
 ]  # fmt: skip
 
 

@@ -93,6 +93,7 @@ def _converted(side: int) -> Arms:
         f"linear attention, {core}": ("linear_attention", {"core": core})
         for core in ("relu", "elu", "polaformer")
     }
+    changes["pruned by half"] = ("prune", {"ratio": 0.5, "multiple_of": 16})
     changes["experts, 1 of 4"] = ("experts", {"experts": 4, "active": 1})
     changes["experts, 2 of 8"] = ("experts", {"experts": 8, "active": 2})
     arms = {}
@@ -126,6 +127,8 @@ def convolutions(side: int) -> Arms:
         _wrapped(model, res2net=fields)
         fold_norms(model.eval())
         arms[name] = Arm(model)
+    live = _wrapped(build(), prune={"ratio": 0.5, "multiple_of": 8})
+    arms["pruned by half"] = Arm(_fused(live.merge().eval()))
     live = _wrapped(build(), rfnext={"epochs": 1, "every": 1})
     live.epoch_end()
     arms["rfnext, single"] = Arm(_fused(live.merge().eval()))

@@ -218,7 +218,7 @@ class Trials:
         with trial.tracker(self.session.runs) as run:
             outcome = loop.run(trial, run)
             live = outcome.live
-            plain = not any(i.unmergeable for i in live.installed)
+            plain = not any(i.unmergeable or i.shrinks for i in live.installed)
             metric = outcome.metrics[trial.task.primary.name]
             facts: dict[str, Any] = {"images": size, "metric": metric, "plain": plain}
             if serving and not (plain and self._plain_j is not None):

@@ -36,6 +36,7 @@ arms:
   merged: {techniques: [{token_merge: {r: $merge}}]}
   head: {train: {lr: 1.0e-2}, techniques: [{linear_probe: {cache: true}}]}
   narrow: {techniques: [{lora: {targets: [conv]}}]}
+  pruned: {techniques: [{prune: {ratio: 0.5}}]}
   taught: {techniques: [{distill: {teacher: $teacher}}]}
 """
 
@@ -65,7 +66,7 @@ def advice(folder: Path) -> dict[str, Any]:
 
 
 def test_every_plan_that_fits_is_tried_and_the_others_say_why_not(advice: dict[str, Any]) -> None:
-    assert {row["plan"] for row in advice["rows"]} == {"all", "merged", "head"}
+    assert {row["plan"] for row in advice["rows"]} == {"all", "merged", "head", "pruned"}
     assert "no 'conv'" in advice["refused"]["narrow"]
     assert "--teacher" in advice["refused"]["taught"]
     sizes = {row["plan"]: [t["images"] for t in row["trials"]] for row in advice["rows"]}
@@ -78,8 +79,10 @@ def test_every_plan_that_fits_is_tried_and_the_others_say_why_not(advice: dict[s
         for bound in ("value", "low", "high"):
             total = row["train_energy_j"][bound] + row["serve_energy_j"][bound]
             assert row["total_energy_j"][bound] == pytest.approx(total)  # 1,000 images are served
-    plain = [row["serve_energy_j"]["value"] for row in advice["rows"] if row["plan"] != "merged"]
-    assert plain[0] == plain[1], "what serves the same model costs the same"
+    served = {row["plan"]: row["serve_energy_j"]["value"] for row in advice["rows"]}
+    assert served["all"] == served["head"], "what serves the same model costs the same"
+    (smaller,) = (row["trials"] for row in advice["rows"] if row["plan"] == "pruned")
+    assert any(trial["served_j"] for trial in smaller), "a smaller one is read by itself"
 
 
 def test_the_front_is_what_nothing_beats(advice: dict[str, Any]) -> None:
@@ -111,7 +114,7 @@ def test_the_recipe_written_runs(advice: dict[str, Any], folder: Path) -> None:
     done = json.loads((left / advice["pick"] / "seed0/done.json").read_text())
     runs = [record.read(path) for path in record.find([left / advice["pick"]])]
     assert [0 <= r.facts["accuracy"] <= 1 for r in runs if r.id == done["run"]] == [True]
-    assert set(load_recipe(advice["plans"]).arms) == {"all", "merged", "head"}
+    assert set(load_recipe(advice["plans"]).arms) == {"all", "merged", "head", "pruned"}
 
 
 def test_what_was_tried_before_is_kept(advice: dict[str, Any], folder: Path) -> None:

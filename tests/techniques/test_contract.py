@@ -66,6 +66,7 @@ WORKS = {
     "progressive": 0,
     "prompt": 8,
     "prompt_pool": 8,
+    "prune": 18,
     "pseudo_label": 20,
     "regularize": 20,
     "reparam": 20,
