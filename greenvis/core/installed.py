@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +69,7 @@ class Installed:
 
     Attributes:
         unmergeable: Why the change cannot be folded into the model's own weights, if it cannot.
+        shrinks: Whether the merged model is smaller than the one it was put on.
         samples: Which samples the current batch holds; None where the loop does not say, or where
             they were changed.
         total_steps: Optimizer steps of the training; None where the loop does not say.
@@ -96,6 +97,7 @@ class Installed:
 
     pretext: ClassVar[bool] = False
     unmergeable: str = ""
+    shrinks: bool = False
     samples: Samples | None = None
     total_steps: int | None = None
     seed: int = 0
@@ -285,6 +287,27 @@ class Installed:
             Facts for the run record.
         """
         return {}
+
+    def choices(self) -> Mapping[str, Sequence[int]]:
+        """Return settings of the structure that a search may choose (`search:` of an arm).
+
+        Returns:
+            The values of each, by name.
+        """
+        return {}
+
+    def chosen(self) -> Mapping[str, int]:
+        """Return the values that `choices` has now, by name."""
+        return {}
+
+    def choose(self, values: Mapping[str, int], trial: bool) -> None:
+        """Set what `choices` names.
+
+        Args:
+            values: By name.
+            trial: Whether it is one of a search, which nothing else is to change meanwhile; else
+                the training proper begins with it.
+        """
 
     def operating_points(self) -> Mapping[str, AbstractContextManager[dict[str, Any]]]:
         """Return settings between which the finished model can be switched without training, for a

@@ -28,6 +28,7 @@ def check_shares(job: Job, images: data.Data) -> None:
     alone = {
         "a stream of tasks": job.arm.stream,
         "labels bought in rounds": job.arm.active,
+        "by trials of structures": job.arm.search,
         "from images it makes": job.arm.synthesis,
     }
     if what := next((words for words, spec in alone.items() if spec is not None), ""):

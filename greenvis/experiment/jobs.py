@@ -22,6 +22,7 @@ from greenvis.experiment.run_folder import (
     DONE_FILE,
     PLAN_FILE,
     ROUNDS_FILE,
+    SEARCH_FILE,
     SUBSET_FILE,
     SYNTHESIS_FILE,
     WEIGHTS_FILE,
@@ -175,6 +176,8 @@ class Jobs:
                 inputs["synthesis"] = {**arm.synthesis.model_dump(), "file": digest}
             if arm.active is not None:
                 inputs["active"] = arm.active.model_dump()
+            if arm.search is not None:
+                inputs["search"] = arm.search.model_dump()
             if arm.stages:
                 inputs["stages"] = [_stage(stage) for stage in arm.stages]
             if weight_files := model_files(arm, recipe.folder):
@@ -309,7 +312,7 @@ def forget(job: Job, done: bool = True) -> None:
     once spent stays spent."""
     if done:
         (job.folder / DONE_FILE).unlink(missing_ok=True)
-    made = (SUBSET_FILE, SYNTHESIS_FILE, ROUNDS_FILE) if done else ()
+    made = (SUBSET_FILE, SYNTHESIS_FILE, ROUNDS_FILE, SEARCH_FILE) if done else ()
     for name in (CHECKPOINT_FILE, BOUNDARY, *made):
         for checkpoint in job.folder.glob("*-" + name):
             checkpoint.unlink()

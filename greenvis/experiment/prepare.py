@@ -21,7 +21,7 @@ from greenvis.core.weights import load_state
 from greenvis.core.wrap import Wrapped
 from greenvis.data import streams, subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import parts, rounds, synthesis
+from greenvis.experiment import parts, rounds, search, synthesis
 from greenvis.experiment.job_data import model_options
 from greenvis.experiment.jobs import Job, located, placed
 from greenvis.experiment.layers import Layers
@@ -227,7 +227,7 @@ class Prepared:
             test: what it is tested on.
         """
         update = {"train": spec, "stream": None, "subset": None, "active": None}
-        update |= {"synthesis": None, "stages": (), "stage": ""}
+        update |= {"synthesis": None, "search": None, "stages": (), "stage": ""}
         job = replace(self.job, arm=self.job.arm.model_copy(update=update))
         images = replace(self.images, train=train, test=test)
         return replace(self, job=job, images=images, short=short)
@@ -240,6 +240,8 @@ class Prepared:
             return parts.of_stream(self, self.stream, tracker)
         if self.job.arm.active is not None:
             return rounds.of_active(self, self.job.arm.active, tracker)
+        if self.job.arm.search is not None:
+            return search.of_search(self, self.job.arm.search, tracker)
         return [parts.of_data(self, tracker)]
 
     def training(self, tracker: Tracker) -> data.ImageSet:

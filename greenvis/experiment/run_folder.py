@@ -19,6 +19,7 @@ BOUNDARY = "stages.safetensors"  # what the stages that are over left behind
 SUBSET_FILE = "subset.safetensors"
 SYNTHESIS_FILE = "synthesis.safetensors"
 ROUNDS_FILE = "rounds.json"  # which labels were bought
+SEARCH_FILE = "search.json"  # which structures were tried
 
 
 @contextmanager

@@ -15,7 +15,17 @@ from greenvis.core import distributed
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.data import subsets
 from greenvis.errors import BadInput, some
-from greenvis.experiment import instances, lineage, loggers, loop, parts, roles, stages, synthesis
+from greenvis.experiment import (
+    instances,
+    lineage,
+    loggers,
+    loop,
+    parts,
+    roles,
+    search,
+    stages,
+    synthesis,
+)
 from greenvis.experiment.drawn import drawn
 from greenvis.experiment.job_data import check_shares, model_options
 from greenvis.experiment.jobs import Job, Jobs, forget, located, predicted
@@ -190,6 +200,8 @@ class Session:
                 f"{where}: {names} calibrates on images that no training has seen: set "
                 "data.held_out, such as 2000"
             )
+        if job.arm.search is not None:
+            located(job.recipe.where("arms", job.arm.name, "search"), search.check, live)
         located(where, check_again, live, job.arm.train)
         located(where, parts.check_feeds, live, parts.feeds_of(images))
         located(where, parts.check_visits, live, prepared.stream is None)

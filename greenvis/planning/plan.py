@@ -191,9 +191,11 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
             measured, spec.epochs * trained / steps, tested / shown
         ), measured.header
     if stream is None:
-        return _extrapolated(
-            measured, spec.epochs * batches / steps, evaluations * len(images.test) / shown
-        ), measured.header
+        epochs, tested = spec.epochs, evaluations * len(images.test)
+        if search := prepared.job.arm.search:
+            epochs += search.trials * search.epochs
+            tested += search.trials * len(images.held_out or ())
+        return _extrapolated(measured, epochs * batches / steps, tested / shown), measured.header
     trained = sum(math.ceil(len(part) / spec.batch_size) for part in stream.train)
     # all of them after each experience
     tested = len(stream.experiences) * sum(len(part) for _, part in stream.tests)

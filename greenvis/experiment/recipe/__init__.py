@@ -2,9 +2,10 @@
 nearest valid name; nothing here imports torch.
 
 A new key is a field of its section: `data` and `data.stream` stand in `data`, `model` and `serve`
-in `model`, `train` and `stages` in `train`, `subset`, `synthesis` and `active` in `images`,
-`report` and `meter` in `report`, `frontier` in `frontier`; a new section is a class of its own and
-a field of `arms.ArmSpec` or `recipe.Recipe`. What is wrong between two keys is said in `checks`.
+in `model`, `train`, `stages` and `search` in `train`, `subset`, `synthesis` and `active` in
+`images`, `report` and `meter` in `report`, `frontier` in `frontier`; a new section is a class of
+its own and a field of `arms.ArmSpec` or `recipe.Recipe`. What is wrong between two keys is said in
+`checks`.
 """
 
 from greenvis.experiment.recipe.arms import Arm, ArmSpec
@@ -14,7 +15,7 @@ from greenvis.experiment.recipe.images import ActiveSpec, SubsetSpec, SynthesisS
 from greenvis.experiment.recipe.model import ModelSpec, ServeSpec
 from greenvis.experiment.recipe.recipe import Recipe, load_recipe, parse_techniques, schema
 from greenvis.experiment.recipe.report import MeterSpec, ReportSpec
-from greenvis.experiment.recipe.train import UNHASHED, StageSpec, TrainSpec
+from greenvis.experiment.recipe.train import UNHASHED, SearchSpec, StageSpec, TrainSpec
 
 __all__ = [
     "ARM_DATA",
@@ -28,6 +29,7 @@ __all__ = [
     "ModelSpec",
     "Recipe",
     "ReportSpec",
+    "SearchSpec",
     "ServeSpec",
     "StageSpec",
     "StreamSpec",

@@ -11,7 +11,7 @@ from greenvis.experiment.recipe._section import Section
 from greenvis.experiment.recipe.data import ARM_DATA, DataSpec, StreamSpec
 from greenvis.experiment.recipe.images import ActiveSpec, SubsetSpec, SynthesisSpec
 from greenvis.experiment.recipe.model import ModelSpec, ServeSpec
-from greenvis.experiment.recipe.train import StageSpec, TrainSpec
+from greenvis.experiment.recipe.train import SearchSpec, StageSpec, TrainSpec
 from greenvis.tasks.base import Task
 
 
@@ -39,6 +39,9 @@ class ArmSpec(Section):
     active: ActiveSpec | None = Field(
         default=None, description="buy labels in rounds, of images that a query chooses"
     )
+    search: SearchSpec | None = Field(
+        default=None, description="search settings of the structure before the training"
+    )
     serve: ServeSpec | None = Field(
         default=None, description="in the place of the recipe's `serve`"
     )
@@ -63,6 +66,7 @@ class Arm(BaseModel):
     subset: SubsetSpec | None = None
     synthesis: SynthesisSpec | None = None
     active: ActiveSpec | None = None
+    search: SearchSpec | None = None
     serve: ServeSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()

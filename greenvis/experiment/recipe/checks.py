@@ -99,6 +99,25 @@ def refuse_synthesis(recipe: Recipe, arm: Arm) -> None:
         raise BadInput(f"{where}: an arm has synthesis or {wrong[0]}, not both")
 
 
+def refuse_search(recipe: Recipe, arm: Arm) -> None:
+    """Raise BadInput where a structure is searched, and what stands beside trains in parts of its
+    own, or nothing is held out to judge trials on."""
+    if arm.search is None:
+        return
+    where = recipe.where("arms", arm.name, "search")
+    beside = {
+        "stages": recipe.arms[arm.name].stages,
+        "active": arm.active,
+        "data.stream": arm.stream,
+    }
+    if wrong := [name for name, present in beside.items() if present]:
+        raise BadInput(f"{where}: an arm has search or {wrong[0]}, not both")
+    if not arm.data.held_out:
+        raise BadInput(
+            f"{where}: trials are judged on images that no training sees: set data.held_out"
+        )
+
+
 def refuse_unknown_metric(recipe: Recipe) -> None:
     """Raise BadInput for a metric or a target that the recipe's task does not have."""
     arms = {name: recipe.arm(name) for name in recipe.arms}

@@ -114,10 +114,12 @@ class Recipe(Section):
             subset=spec.subset,
             synthesis=spec.synthesis,
             active=spec.active,
+            search=spec.search,
             serve=spec.serve or self.serve,
         )
         checks.refuse_active(self, arm)
         checks.refuse_synthesis(self, arm)
+        checks.refuse_search(self, arm)
         if arm.stream is not None and arm.subset is not None:
             raise BadInput(
                 f"{self.where('arms', name, 'subset')}: an arm has a subset or data.stream, not "

@@ -1,11 +1,12 @@
-"""`train` and `stages`: how an arm trains."""
+"""`train`, `stages` and `search`: how an arm trains."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from greenvis.core.validation import refuse_idle
 from greenvis.data.spec import Seed
 from greenvis.experiment.recipe._section import Name, Section
 
@@ -73,3 +74,26 @@ class StageSpec(Section):
     layers: tuple[str, ...] = Field(
         default=(), description="roles (head, block, …) or patterns of module paths; all if absent"
     )
+
+
+class SearchSpec(Section):
+    """Settings of the structure, as dilations, searched by short trainings that are judged on
+    images held out, before the training proper; all of it is the arm's."""
+
+    method: Literal["genetic", "random"] = Field(
+        "genetic", description="made of the best so far (RF-Next, global); drawn"
+    )
+    trials: Annotated[int, Field(ge=1, le=10_000)] = 24
+    epochs: Annotated[int, Field(ge=1, le=10**6, description="of each trial")] = 1
+    population: Annotated[
+        int, Field(ge=2, le=10_000, description="of genetic: drawn first; the best that are kept")
+    ] = 8
+    mutation: Annotated[
+        float, Field(ge=0, le=1, description="of genetic: probability of each value to be drawn")
+    ] = 0.2
+
+    @model_validator(mode="after")
+    def _none_is_idle(self) -> Self:
+        return refuse_idle(
+            self, dict.fromkeys(("population", "mutation"), ("method", ("genetic",)))
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,9 @@ class RFNext(Technique):
     before. `multi` keeps the branches, at their number times the layer's time.
     Costs `branches` times the convolutions' time as long as it searches; saves nothing by itself:
     it is for accuracy at equal inference. Dilated depthwise kernels may lose a library's fast path.
+    The global search comes before that, in a recipe: `search: {trials: 24}` of the arm tries powers
+    of two on all layers at once by short trainings, and the local one begins with the best of them
+    (`branches: 1` leaves it out).
     Padding follows the rate; so does what pads or cuts around a causal convolution along one axis.
 
     Example:
@@ -96,6 +99,10 @@ class RFNext(Technique):
             replace(model, layer.conv, layer.train(model.get_submodule(path).training))
         added = [p for p in model.parameters() if id(p) not in before]
         check_runs(model, structure.example, added, "dilated branches")
+        if self.branches == 1:  # one share, which is always 1
+            for weight in added:
+                weight.requires_grad_(False)
+            added = []
         return InstalledRFNext(self, model, layers, names_of(model, added))
 
     def _layers(self, model: nn.Module, structure: View) -> dict[str, Branches]:
@@ -124,6 +131,10 @@ class RFNext(Technique):
                 + ("" if self.targets is None else f" among {some(self.targets)}")
             )
         return layers
+
+    def caps(self, layer: Branches) -> Rate:
+        """Return the largest rate along each axis with a kernel of more than one position."""
+        return _searched(layer, tuple(min(self.most, max(1, n - 1)) for n in layer.site.size))
 
     def candidates(self, layer: Branches, rate: Rate) -> list[Rate]:
         """Return the rates to try around one.
@@ -162,6 +173,7 @@ class InstalledRFNext(Installed):
         super().__init__(trainable)
         self.request, self.model, self.layers = request, model, {**layers}
         self.ended = 0  # epochs
+        self.tried = False  # whether its rates are those of a trial, which stay
         self._say_mergeable()
 
     @property
@@ -173,7 +185,7 @@ class InstalledRFNext(Installed):
 
     def epoch_end(self) -> None:
         """Take a step of the search where one is due."""
-        if not self.searching:
+        if not self.searching or self.tried:
             return
         self.ended += 1
         if self.ended % self.request.every:
@@ -199,6 +211,30 @@ class InstalledRFNext(Installed):
             )
         else:
             self.unmergeable = ""
+
+    def choices(self) -> Mapping[str, Sequence[int]]:
+        """Return the powers of two that each convolution's dilation may be."""
+        caps = {path: min(self.request.caps(layer)) for path, layer in self.layers.items()}
+        return {path: [2**i for i in range(cap.bit_length())] for path, cap in caps.items()}
+
+    def chosen(self) -> Mapping[str, int]:
+        """Return the dilations, along the first axis that has one."""
+        return {path: _searched(layer, layer.rates[0])[0] for path, layer in self.layers.items()}
+
+    def choose(self, values: Mapping[str, int], trial: bool) -> None:
+        """Set each convolution's dilation; the local search stands still in a trial, and begins
+        there else."""
+        self.tried, self.ended = trial, 0
+        for path, value in values.items():
+            layer = self.layers[path]
+            conv: Any = layer.conv
+            axes = zip(conv.kernel_size, conv.dilation, strict=True)
+            rate = tuple(own if k == 1 else value for k, own in axes)
+            layer.rates = [rate] if trial else self.request.candidates(layer, rate)
+            layer.weights.requires_grad_(len(layer.rates) > 1)
+            with torch.no_grad():
+                layer.weights.fill_(START)
+        self._say_mergeable()
 
     def facts(self) -> Mapping[str, Any]:
         """Return the dilations by path of the convolution, one list per branch."""
@@ -230,6 +266,12 @@ class InstalledRFNext(Installed):
                 _fold(layer)
                 continue
             attach_settings(self.model, layer.settled(layer.rates[0]))
+
+
+def _searched(layer: Branches, rate: Rate) -> Rate:
+    """Return the entries of a rate along axes with a kernel of more than one position."""
+    conv: Any = layer.conv
+    return tuple(value for value, k in zip(rate, conv.kernel_size, strict=True) if k > 1)
 
 
 def _searchable(conv: Any) -> bool:
