@@ -287,7 +287,7 @@ def test_a_state_space_is_no_attention_and_a_gate_no_block() -> None:
     model = EfficientViM(
         num_classes=5, embed_dim=(8, 16, 24), depths=(1, 2, 1), state_dim=(9, 6, 4)
     )
-    found = view(model, torch.rand(1, 3, 64, 64))
+    found = view(model, torch.rand(1, 3, 128, 128))
     blocks = ("stages.0.blocks.0", "stages.1.blocks.0", "stages.1.blocks.1", "stages.2.blocks.0")
     assert (found.attention, found.blocks) == ((), blocks)
     assert tuple(mlp.path for mlp in found.mlps) == tuple(f"{b}.ffn" for b in blocks)

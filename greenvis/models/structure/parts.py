@@ -254,11 +254,12 @@ def blocks(model: nn.Module, traced: Trace) -> tuple[str, ...]:
 
 
 def _gates(traced: Trace, path: str) -> bool:
-    """Whether a module is squeeze-and-excitation: its layers read a vector per image, and it gives
-    a map."""
+    """Whether a module is squeeze-and-excitation: its layers read what is pooled of a map, and it
+    gives a map."""
     inside = [c for c in traced.calls if _within(c.path, path) and c.kind != "norm"]
     output = next((shapes for _, shapes in traced.runs.get(path, ())), ())
-    return len(output) == 4 and math.prod(output[2:]) > 1 and all(map(_one_vector, inside))
+    pooled = bool(inside) and any(kind == "pool" for kind, _ in inside[0].sources)
+    return pooled and len(output) == 4 and all(map(_one_vector, inside))
 
 
 def flags(model: nn.Module, traced: Trace) -> set[str]:
