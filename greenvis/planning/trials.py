@@ -134,13 +134,14 @@ class Trials:
     def expected_j(self) -> float | None:
         """Return the joules that `run` is expected to take, if each plan costs what the first that
         was not tried before does, by a few of its steps; None where no energy is known here."""
-        last = len(self.sizes) - 1
-        untried = [
-            (job, size / (1 + (number == last)))  # half of them are tried on the most images
-            for job in self.jobs.values()
-            for number, size in enumerate(self.sizes)
-            if self.fresh or self._on_record(job, size) is None
-        ]
+        untried: list[tuple[Job, int]] = []
+        for number, size in enumerate(self.sizes):
+            left = [
+                job for job in self.jobs.values() if self.fresh or not self._on_record(job, size)
+            ]
+            if number == len(self.sizes) - 1:  # half of them are tried on the most images
+                left = left[: max(0, len(left) - len(self.jobs) // 2)]
+            untried += [(job, size) for job in left]
         if not untried:
             return 0.0
         job = untried[0][0]
