@@ -133,6 +133,7 @@ def test_a_command_of_the_readme_runs_after_the_demo(
         command = command.replace(
             "+100%", "+900%"
         )  # one seed and one epoch: what is tested is that it can be said
+    shutil.rmtree(demo[0] / "exports", ignore_errors=True)  # several pages export the same model
     assert _run_forked(command, *demo)
 
 
@@ -141,6 +142,7 @@ def test_every_command_of_the_readme_runs_after_make_demo(tmp_path: Path) -> Non
     env = _clone(tmp_path)
     _run(_demo(), tmp_path, env)
     for command in COMMANDS:
+        shutil.rmtree(tmp_path / "exports", ignore_errors=True)
         _run(command, tmp_path, env)
 
 
