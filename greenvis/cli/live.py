@@ -46,7 +46,7 @@ class Progress(Watch):
         self._number, self._total = 0, len(jobs)
         self._left = [epochs_of(job) for job in jobs]
 
-    def kept(self, job: Any, why: str) -> None:
+    def skipped(self, job: Any, why: str) -> None:
         self._next()
         self.say(f"{self.heading}{title(job)}: done before, kept{why}")
         self._left = self._left[1:]

@@ -142,7 +142,7 @@ class Session:
                     else ""
                 )
                 made = f" (made with other versions: {others})" if others else ""
-                self.watch.kept(job, made + unlogged)
+                self.watch.skipped(job, made + unlogged)
                 return
             spoiled = (
                 "; the weights that lie there are not those its run left, so it trains again"

@@ -24,7 +24,7 @@ class Watch:
     def planned(self, jobs: Sequence[Job]) -> None:
         """Hear of all jobs, in the order they run; some may be done."""
 
-    def kept(self, job: Job, why: str) -> None:
+    def skipped(self, job: Job, why: str) -> None:
         """Hear that a job was done before. why: what there is to say of that, or ""."""
         self.say(f"{title(job)}: done before, kept{why}")
 

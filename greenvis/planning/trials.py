@@ -147,10 +147,10 @@ class Trials:
         job = untried[0][0]
         try:
             with threads(job.arm.train.threads):
-                whole = expected(self.session.prepare(job))
+                joules = expected(self.session.prepare(job))
         except GreenvisError:  # its trial says so
             return None
-        return whole and whole * math.fsum(size for _, size in untried) / self.images
+        return joules and joules * math.fsum(size for _, size in untried) / self.images
 
     def served_j(self, name: str) -> float:
         """Return the joules of one image a plan serves: its own last reading, or that of another

@@ -140,9 +140,9 @@ def _entry(
     row: Row, tool: str, arm: str, seed: int, percent: Iterable[str], position: int
 ) -> Entry:
     joules = {c: j for c, key in COMPONENTS.items() if (j := _joules(row, key, JOULES_PER_KWH))}
-    whole = next((j for key, unit in JOULES.items() if (j := _joules(row, key, unit))), None)
-    if whole is not None and not math.isclose(sum(joules.values()), whole, rel_tol=0.01):
-        joules = {"machine": whole}
+    total = next((j for key, unit in JOULES.items() if (j := _joules(row, key, unit))), None)
+    if total is not None and not math.isclose(sum(joules.values()), total, rel_tol=0.01):
+        joules = {"machine": total}
     numbers = {k: _number(v) for k, v in row.items() if k not in ASIDE}
     facts = {
         k: v / 100 if k in percent else v

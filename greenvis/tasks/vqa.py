@@ -42,11 +42,11 @@ class Vqa(Task):
     def answer(self, model: Callable[..., Any], x: Any, labels: Any = None) -> Any:
         """Return the logits of each token of the answers, (batch, tokens, vocabulary): in training
         of those in `labels`, else of what the model generates."""
-        given = inputs_of(model, x)
+        inputs = inputs_of(model, x)
         if getattr(model, "training", False):
             if not answers.is_tensor(labels):
                 raise BadInput("vqa learns from answers: give labels, int64 (batch, tokens)")
-            return self.outputs(model(**_with_answers(given, labels)))[:, -labels.shape[1] :]
+            return self.outputs(model(**_with_answers(inputs, labels)))[:, -labels.shape[1] :]
         generate = getattr(getattr(model, "module", model), "generate", None)
         if generate is None:
             raise BadInput(
@@ -55,7 +55,7 @@ class Vqa(Task):
             )
         most = labels.shape[1] if answers.is_tensor(labels) else self.tokens
         out = generate(
-            **given,
+            **inputs,
             max_new_tokens=most,
             do_sample=False,
             output_logits=True,
@@ -161,13 +161,13 @@ def image_tokens(config: Any) -> int:
     return count + (getattr(config, "vision_feature_select_strategy", "default") == "full")
 
 
-def _with_answers(given: dict[str, Any], labels: Tensor) -> dict[str, Any]:
+def _with_answers(inputs: dict[str, Any], labels: Tensor) -> dict[str, Any]:
     """Return the inputs followed by all tokens of the answers but the last, which none follows."""
     import torch
 
     shown = labels[:, :-1].clamp(min=0)
-    out = {**given, "input_ids": torch.cat([given["input_ids"], shown], 1)}
-    mask = given.get("attention_mask")
+    out = {**inputs, "input_ids": torch.cat([inputs["input_ids"], shown], 1)}
+    mask = inputs.get("attention_mask")
     if mask is not None:
         out["attention_mask"] = torch.cat([mask, mask.new_ones(shown.shape)], 1)
     return out

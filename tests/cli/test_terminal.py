@@ -200,7 +200,7 @@ def test_what_is_shown_follows_what_is_logged(monkeypatch: pytest.MonkeyPatch) -
     jobs = [_job("r/done", 2), _job("r/a", 4), _job("r/b", 4)]
     shown = live.Progress(said.append)
     shown.planned(jobs)
-    shown.kept(jobs[0], "")
+    shown.skipped(jobs[0], "")
     shown.began(jobs[1], "")
     tracker = _Tracker()
     shown.metered(tracker, Measure("accuracy"))

@@ -16,6 +16,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=
 
 
 class Section(BaseModel):
+    """A part of a recipe: no other fields than its own, and no change once it is read."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, str_max_length=20_000
     )
@@ -38,6 +40,7 @@ def named(find: Callable[[str], type[Any]], item: Any, where: Where, at: Key) ->
 
 
 def validated(kind: type[Any], fields: Mapping[str, Any], where: Where, at: Key) -> Any:
+    """Return what fields ask for. Raises BadInput that names file:line for those that are wrong."""
     try:
         return kind(**fields)
     except (ValidationError, BadInput) as error:

@@ -64,7 +64,8 @@ class _Observing:
     ) -> Any:
         """Return what the model's own attention function does."""
         cache = _CACHE.get()
-        layer: Any = None if cache is None else cache.layers[module.layer_idx]  # type: ignore[index]
+        attention: Any = module
+        layer: Any = None if cache is None else cache.layers[attention.layer_idx]
         if layer is not None:
             scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
             layer.observe(query.detach(), scaling)

@@ -176,17 +176,17 @@ class _Later:
         self.reuse, self.own, self.index, self.last = reuse, block.forward, index, last
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        reuse, kept = self.reuse, self.reuse.branch.outputs
+        reuse, outputs = self.reuse, self.reuse.branch.outputs
         x = args[0] if args else kwargs["hidden_states"]
         if reuse.whole:
             if reuse.blocks.residual and self.index == 0:
-                kept[-1] = x
+                outputs[-1] = x
             out = self.own(*args, **kwargs)
             if reuse.decide is not None and not reuse.blocks.residual:
-                kept[self.index] = out
+                outputs[self.index] = out
             elif reuse.decide is not None and self.last:
-                kept[self.index] = _hidden(out) - kept.pop(-1)
+                outputs[self.index] = _hidden(out) - outputs.pop(-1)
             return out
         if not reuse.blocks.residual:
-            return kept[self.index]
-        return x + kept[self.index] if self.last else x
+            return outputs[self.index]
+        return x + outputs[self.index] if self.last else x

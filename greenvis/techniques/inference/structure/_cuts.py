@@ -233,8 +233,9 @@ def _scores(model: nn.Module, attention: Attention, share: Share) -> Tensor:
     for head in range(attention.heads):
         one = torch.tensor([head])
         for path in attention.inputs:
-            weight = model.get_submodule(path).weight.detach().double().cpu()  # type: ignore[operator, union-attr]
-            total[head] += weight[_rows(attention, out.in_features, one)].square().sum()  # type: ignore[index]
+            layer: Any = model.get_submodule(path)
+            rows = _rows(attention, out.in_features, one)
+            total[head] += layer.weight.detach().double().cpu()[rows].square().sum()
         columns = _rows(Attention("", "linear", attention.heads), out.in_features, one)
         total[head] += out.weight.detach().double().cpu()[:, columns].square().sum()
     return total

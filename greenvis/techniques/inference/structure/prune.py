@@ -236,9 +236,9 @@ class InstalledPrune(Installed):
         ]
         try:
             for module, cut in modules:
+                parameters: dict[str, Any] = module._parameters
                 for name, positions in cut.tensors.items():
-                    tensor: Any = module._parameters[name]
-                    module._parameters[name] = _cuts.taken(tensor, positions)  # type: ignore[assignment]
+                    parameters[name] = _cuts.taken(parameters[name], positions)
                 vars(module).update(cut.settings)
             yield
         finally:

@@ -38,6 +38,8 @@ def targets(request: Lora, model: nn.Module, structure: View) -> list[str]:
 
 
 def matches(request: Lora, model: nn.Module, structure: View, pattern: str) -> list[str]:
+    """Return the layers below a name or pattern that can be changed. Raises BadInput where there
+    are none, or one of them cannot."""
     try:
         hits = find(model, [pattern], _KINDS)
     except BadInput:
