@@ -6,11 +6,12 @@ from __future__ import annotations
 import datetime
 import re
 import unicodedata
+from collections.abc import Callable
 
 from greenvis.meters.pricing import JOULES_PER_KWH
 from greenvis.report import brief_table, comparison, figures, formatting, measures, verdict
 from greenvis.report.blocks import ArmTable, Cell
-from greenvis.report.estimates import Free
+from greenvis.report.estimates import Estimate, Free
 from greenvis.report.formatting import MISSING, si
 from greenvis.report.shape import Results
 
@@ -137,9 +138,7 @@ def energy(results: Results) -> str:
     total = results.totals.energy_j
     if total.value is None:
         return "an unknown energy"
-    text = f"{_kwh(total.value)} kWh"
-    if total.low is not None and total.high is not None and total.low != total.high:
-        text += f" ({_kwh(total.low)} to {_kwh(total.high)})"
+    text = f"{_kwh(total.value)} kWh{_band(total, _kwh)}"
     return f"{text}, {total.provenance}" if total.provenance else text
 
 
@@ -148,10 +147,13 @@ def carbon(results: Results) -> str:
     total = results.totals.carbon_g
     if total.value is None:
         return "an unknown carbon"
-    text = f"{formatting.reading(total, 'g')} CO₂e"
-    if total.low is not None and total.high is not None and total.low != total.high:
-        text += f" ({si(total.low, 'g')} to {si(total.high, 'g')})"
-    return text
+    return f"{formatting.reading(total, 'g')} CO₂e{_band(total, lambda grams: si(grams, 'g'))}"
+
+
+def _band(total: Estimate, written: Callable[[float], str]) -> str:
+    if total.low is None or total.high is None or total.low == total.high:
+        return ""
+    return f" ({written(total.low)} to {written(total.high)})"
 
 
 def hardware(results: Results) -> str:

@@ -6,35 +6,20 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import ClassVar, Generic, TypeVar
 
-from pydantic import Field
 from torch import Tensor, nn
 
-from greenvis.core.technique import InputShape, Installed, Stage, Technique
+from greenvis.core.technique import Installed, Stage
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
 from greenvis.techniques._shared.momentum import MomentumTarget
 from greenvis.techniques._shared.representation import Representation
-from greenvis.techniques._shared.views import random_views
+from greenvis.techniques._shared.views import RandomViews, random_views
 
 
-class ViewPretext(Technique):
+class ViewPretext(RandomViews):
     """A pretext that looks at random views of each image: crop, flip, contrast and brightness."""
 
     stage: ClassVar[Stage] = "objective"
-    tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
     needs = frozenset({"trainable_base"})
-
-    area: float = Field(
-        default=0.25, gt=0, le=1, description="smallest share of the image that a view shows"
-    )
-    colour: float = Field(
-        default=0.4, ge=0, le=1, description="how far contrast and brightness change"
-    )
-    flip: bool = Field(default=True, description="turn views left to right half the time")
-    input_shape: InputShape = None
 
     def views(self, x: Tensor, count: int = 2) -> Tensor:
         """Return views of images x, (count · batch, channels, height, width), view by view."""

@@ -10,21 +10,16 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from greenvis.core.technique import InputShape, Installed, Technique
-from greenvis.tasks.answers import IMAGES
-from greenvis.techniques._shared.views import random_maps, recoloured, through
+from greenvis.core.technique import Installed
+from greenvis.techniques._shared.views import RandomViews, random_maps, recoloured, through
 from greenvis.techniques.annotation.dense._maps import Maps
 from greenvis.techniques.annotation.dense._pass import Prototypes, sinkhorn, swapped_loss
 
 
-class Assigns(Technique):
+class Assigns(RandomViews):
     """A pretext that assigns two views of each image to prototypes."""
 
-    tasks = IMAGES
     rank_local = True  # the queue
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
 
     prototypes: int = Field(default=64, ge=2, description="that images are assigned to")
     dim: int = Field(default=128, ge=2, description="width of the projection")
@@ -38,14 +33,6 @@ class Assigns(Technique):
     frozen_epochs: int = Field(
         default=1, ge=0, description="epochs in which the prototypes do not learn"
     )
-    area: float = Field(
-        default=0.25, gt=0, le=1, description="smallest share of the image that a view shows"
-    )
-    colour: float = Field(
-        default=0.4, ge=0, le=1, description="how far contrast and brightness change"
-    )
-    flip: bool = Field(default=True, description="turn views left to right half the time")
-    input_shape: InputShape = None
 
     def views(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return two views of images x, (2 · batch, channels, height, width), and where they lie,
