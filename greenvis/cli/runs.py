@@ -124,7 +124,7 @@ def _overview(recipe: Any, runs: str) -> str:
     """Return what a recipe will train, in a line."""
     arms, seeds = list(recipe.arms), recipe.train.seeds
     names = ", ".join(arms[:6]) + (", …" if len(arms) > 6 else "")
-    return (
+    return one_line(
         f"{recipe.name}: {len(arms)} arm{'s'[: len(arms) > 1]} ({names}) × {len(seeds)} "
         f"seed{'s'[: len(seeds) > 1]} on {recipe.data.name}; records in {Path(runs) / recipe.name}"
     )

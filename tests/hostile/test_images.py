@@ -102,7 +102,7 @@ def test_is_refused_by_its_name(name: str, tmp_path: Path) -> None:
     for verb in ("plan", "run"):
         said = greenvis(verb, "recipe.yaml", cwd=tmp_path, seconds=SECONDS)
         assert said.code == 2, said
-        lines = said.err.strip().splitlines()
+        lines = said.err[said.err.index("greenvis: ") :].strip().splitlines()
         assert sum("cannot read" in line for line in lines) == 1
         assert re.search(r"^  - cannot read the image a/odd\.png: ...", lines[1])
     assert everything(tmp_path) == before

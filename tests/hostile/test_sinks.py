@@ -3,7 +3,9 @@ cell."""
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import io
 import json
 import re
@@ -58,7 +60,7 @@ class _Tags(HTMLParser):
 
 TAGS = """\
 html head meta title link style body a header p h1 h2 h3 nav main section ul li span b div table caption thead tbody tr th td
-figure figcaption pre code strong em br img ol"""
+figure figcaption pre code strong em br img ol details summary dl dt dd button script"""
 DRAWN = "svg desc g path defs use rect text clippath tspan marker line polyline circle image"
 OURS, JOINER = {*TAGS.split(), *DRAWN.split()}, "\N{WORD JOINER}\N{NO-BREAK SPACE}"
 
@@ -69,6 +71,11 @@ def safe_html(text: str) -> None:
     tags = _Tags()
     tags.feed(text)
     assert {tag for tag, _ in tags.seen} <= OURS
+    assert [attrs for tag, attrs in tags.seen if tag == "script"] in ([], [{}])
+    for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL):  # ours, by its hash
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in text
+        assert SHOWN not in script
     for _, attrs in tags.seen:
         assert not [name for name in attrs if name.startswith("on")]
         target = attrs.get("href") or attrs.get("src") or ""
