@@ -104,8 +104,8 @@ def test_two_processes_train_a_recipe_and_one_reports(tmp_path: Path) -> None:
         "run", "tiny.yaml", *folders, "--set", "train.epochs=1", cwd=_write(tmp_path)
     )
     begun, over = [line for process in both for line in _said(process)]
-    assert begun == "run 1 of 1: tiny/plain seed 0: training"
-    assert over.startswith("run 1 of 1: tiny/plain seed 0: accuracy ")
+    assert begun == "run 1 of 1: tiny.epochs-1/plain seed 0: training"
+    assert over.startswith("run 1 of 1: tiny.epochs-1/plain seed 0: accuracy ")
     assert sum(process.stdout.count("report:") for process in both) == 1
     runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
     assert sorted((r.header["rank"], r.header["world_size"], r.status) for r in runs) == [
