@@ -51,9 +51,10 @@ WORK = (
     ("prune", {"parts": ["neurons"]}, "efficientvim"),
 )
 REFUSED = (
-    ("linear_attention", "efficientvim", "no attention"),
-    ("token_merge", "mamba2", "attention"),
-    ("early_exit", "efficientvim", "samples cannot leave"),
+    ("linear_attention", {}, "efficientvim", "no attention"),
+    ("token_merge", {}, "mamba2", "attention"),
+    ("early_exit", {}, "efficientvim", "samples cannot leave"),
+    ("prune", {"parts": ["channels"]}, "efficientvim", "depend on each other in more than"),
 )
 
 
@@ -63,9 +64,11 @@ def test_they_are_hosts_as_others(name: str, example: dict[str, Any], host: str)
     assert result.outcome == "works", str(result)
 
 
-@pytest.mark.parametrize(("name", "host", "says"), REFUSED)
-def test_what_does_not_fit_is_refused_with_the_reason(name: str, host: str, says: str) -> None:
-    (result,) = check_technique(registry.find(name), [HOSTS[host]], [{}])
+@pytest.mark.parametrize(("name", "example", "host", "says"), REFUSED)
+def test_what_does_not_fit_is_refused_with_the_reason(
+    name: str, example: dict[str, Any], host: str, says: str
+) -> None:
+    (result,) = check_technique(registry.find(name), [HOSTS[host]], [example])
     assert result.outcome == "refuses", str(result)
     assert says in result.reason
 

@@ -8,8 +8,10 @@ import importlib.util
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -125,27 +127,30 @@ def _groups(trial: nn.Module, structure: View, share: Share) -> Iterator[Any]:
     for parameter, _ in flags:
         parameter.requires_grad_(parameter.is_floating_point())
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _bounded(tp, trial):
             warnings.simplefilter("ignore")
-            pruner = tp.pruner.BasePruner(
-                trial,
-                structure.example,
-                rank,
-                pruning_ratio=share.ratio,
-                ignored_layers=ignored,
-                root_module_types=[nn.modules.conv._ConvNd],
-                output_transform=lambda output: main_output(output),
-                **({} if share.multiple_of == 1 else {"round_to": share.multiple_of}),
-            )
-            if "channels" in share.parts:
+            if convs and "channels" in share.parts:
+                pruner = tp.pruner.BasePruner(
+                    trial,
+                    structure.example,
+                    rank,
+                    pruning_ratio=share.ratio,
+                    ignored_layers=ignored,
+                    root_module_types=[nn.modules.conv._ConvNd],
+                    output_transform=main_output,
+                    **({} if share.multiple_of == 1 else {"round_to": share.multiple_of}),
+                )
                 paths = {module: path for path, module in trial.named_modules()}
                 groups: Any = pruner.step(interactive=True)
                 for group in [*groups]:
                     members = [d.target.module for d, _ in group if _gives(tp, d)]
                     if any(share.takes(paths.get(m, "")) for m in members):
                         yield group
-            if "neurons" in share.parts:
-                yield from _neurons(tp, pruner.DG, trial, mlps, share, rank)
+            if mlps and "neurons" in share.parts:
+                graph = tp.DependencyGraph().build_dependency(
+                    trial, structure.example, output_transform=main_output
+                )
+                yield from _neurons(tp, graph, trial, mlps, share, rank)
     except Exception as error:  # whatever it raises of a model whose layers it cannot follow
         raise BadInput(
             f"torch-pruning cannot follow the layers of {type(trial).__name__}: "
@@ -154,6 +159,22 @@ def _groups(trial: nn.Module, structure: View, share: Share) -> Iterator[Any]:
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+
+
+@contextmanager
+def _bounded(tp: Any, model: nn.Module) -> Iterator[None]:
+    """End torch-pruning's walk from layer to layer where it would not end: where a split of
+    channels leads back to itself (a state space's) it comes by with new indices for ever."""
+    most = 1_000 + 20 * sum(1 for _ in model.modules())
+    group_type, add = tp.dependency.Group, tp.dependency.Group.add_dep
+
+    def bounded(group: Any, dep: Any, idxs: Any) -> None:
+        if len(group) >= most:
+            raise RuntimeError(f"its layers depend on each other in more than {most:,} ways")
+        add(group, dep, idxs)
+
+    with patch.object(group_type, "add_dep", bounded):
+        yield
 
 
 class _Drawn:
