@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ RUN_ENV = (
     "GREENVIS_RUN"  # "run id:pid": tells a child process that a tracker above it counts it already
 )
 RANK_ENVS = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
+CLOCK_S = 60.0  # by so much the wall clock may have been set since a process began
 WORLD_ENVS = ("WORLD_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 
 
@@ -89,12 +91,35 @@ def describe() -> dict[str, Any]:
     rank, world = ranks()
     return {
         "rank": rank, "world_size": world, "launch": launch(),
-        "host": os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME",
-        "?"),
-        "boot_id": boot_id(), "pid": os.getpid(), "parents": _parents(), "clock_s": time.time(),
-        "mono_s": time.monotonic(),
+        "host": _host(), "boot_id": boot_id(), "pid": os.getpid(), "parents": _parents(),
+        "clock_s": time.time(), "mono_s": time.monotonic(),
         "versions": versions(), "cpu": cpu(), "command": command(), "git": commit(here()),
     }  # fmt: skip
+
+
+def is_running(header: Mapping[str, Any]) -> bool:
+    """Whether the process that began a record still runs, here on this machine.
+
+    Args:
+        header: of the record.
+    """
+    pid, began_s = header.get("pid"), header.get("clock_s")
+    if not (isinstance(pid, int) and isinstance(began_s, (int, float))):
+        return False
+    if (header.get("host"), header.get("boot_id")) != (_host(), boot_id()):
+        return False
+    import psutil  # late: a tracker's start pays for each import
+
+    try:
+        process = psutil.Process(pid)
+        alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+        return alive and process.create_time() < began_s + CLOCK_S  # else its pid came round again
+    except (psutil.Error, ValueError, OverflowError):
+        return False
+
+
+def _host() -> str:
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "?")
 
 
 def command() -> list[str]:

@@ -41,8 +41,8 @@ wall clock's Unix time):
     end        status "done", "failed" or "stopped", with the reason; mono_s, clock_s
 
 Totals are cumulative by phase, so a damaged line in the middle costs nothing and a kill costs at
-most the last sample. A record without an `end` line is a crashed run: it stays in all totals. Line
-types a reader does not know are skipped.
+most the last sample. A record without an `end` line is a crashed run, or one whose process still
+lives: it stays in all totals. Line types a reader does not know are skipped.
 """
 
 from __future__ import annotations
@@ -125,8 +125,13 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "done", "failed" or "stopped" as its `end` line says, or "crashed" where it has none."""
-        return str(self.end.get("status", "failed")) if self.end else "crashed"
+        """ "done", "failed" or "stopped" as its `end` line says. Where it has none: "running" while
+        its process lives on this machine, else "crashed"."""
+        if self.end:
+            return str(self.end.get("status", "failed"))
+        from greenvis.meters.header import is_running  # late: it is for few records
+
+        return "running" if is_running(self.header) else "crashed"
 
     def sum(self, quantity: str, phase: str | None = None) -> float | None:
         """Sum a quantity over all phases, or over one phase and those below it. None where it was

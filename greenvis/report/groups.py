@@ -235,7 +235,9 @@ def _merge(parts: list[Part], undivided: Mapping[int, Reading]) -> RunSummary:
     ]
     statuses = {p.status for p in parts}
     status = next(
-        s for s in ("crashed", "failed", "stopped", "done", *sorted(statuses)) if s in statuses
+        s
+        for s in ("crashed", "failed", "stopped", "running", "done", *sorted(statuses))
+        if s in statuses
     )
     facts = [serving.facts(r) for r in runs]
     return RunSummary(

@@ -330,7 +330,7 @@ def _indexed(index: Index, path: Path) -> tuple[dict[str, Any], list[str]]:
     run = record.parse(content, path)
     left_out = schema.check(run)
     row = _row(run)
-    if not left_out:
+    if run.end and not left_out:  # what has no end may go on
         index[content] = row
     return row, left_out
 

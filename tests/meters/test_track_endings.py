@@ -221,6 +221,7 @@ def test_killed_from_outside_within_a_phase_loses_one_sample_at_most(tmp_path: P
     while read_before < 1.0:  # each sample is in the file once it is taken
         assert process.poll() is None
         read_before = only_run(tmp_path).totals.get("a/b", {}).get("wall_s", 0.0)
+    assert only_run(tmp_path).status == "running"
     process.kill()
     killed = time.monotonic()
     process.communicate()

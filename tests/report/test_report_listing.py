@@ -14,8 +14,10 @@ from pathlib import Path
 import pytest
 import synthetic
 
+import greenvis as gv
 from greenvis.errors import BadInput
 from greenvis.meters import pricing, record
+from greenvis.meters.header import is_running
 from greenvis.report import listing, listing_index, report, results
 from greenvis.report.listing import compare, diff, group, ls
 from greenvis.report.listing_index import location
@@ -97,6 +99,25 @@ def test_only_what_changed_is_parsed_again(
     monkeypatch.setattr(listing, "_code", lambda: b"of another version")
     ls(runs)
     assert len(parsed) == 7
+
+
+def test_a_run_that_goes_on_is_no_crash(tmp_path: Path, index: Path) -> None:
+    with gv.track("t", dir=tmp_path, quiet=True) as run:
+        assert [row["status"] for row in ls(tmp_path)] == ["running"]
+        page = report(tmp_path, out=tmp_path / "report")
+        assert "t has no finished run (running)" in (page.parent / "report.md").read_text()
+        header = record.read(run.path).header
+    assert [row["status"] for row in ls(tmp_path)] == ["done"]
+    others = {
+        "same process": {},
+        "another machine": {"host": "elsewhere"},
+        "before the machine started": {"boot_id": "another"},
+        "a pid that came round again": {"clock_s": header["clock_s"] - 1e6},
+        "no process": {"pid": 2**22 + 1},
+        "no pid": {"pid": "?"},
+    }
+    got = {why: is_running(header | other) for why, other in others.items()}
+    assert got == dict.fromkeys(others, False) | {"same process": True}
 
 
 def test_what_is_left_out_is_said_each_time(

@@ -6,7 +6,7 @@ from greenvis.report import formatting
 from greenvis.report.formatting import si
 from greenvis.report.shape import Overlapping, Results, Totals
 
-LOST = "Of this, starts that crashed, failed or were stopped took {}: kept in all totals."
+LOST = "Of this, starts that {} took {}: kept in all totals."
 REPEATED = (
     "Starts that led to no shown result (repeated with --fresh, or broken off since) took {}."
 )
@@ -49,8 +49,10 @@ def runs(results: Results) -> list[str]:
     older = sum(s.older_inputs_energy_j.value or 0 for s in spent)
     lost, both = t.unfinished_energy_j.value, t.overlapping
     startup = t.startup_j.value if t.startup_j else None
+    going = "running" in t.attempts
+    lost_by = f"crashed, failed{', were stopped or still run' if going else ' or were stopped'}"
     sentences: list[tuple[object, str]] = [
-        (lost, LOST.format(_joules(lost))),
+        (lost, LOST.format(lost_by, _joules(lost))),
         (repeated, REPEATED.format(_joules(repeated))),
         (t.nested_runs, NESTED.format(t.nested_runs)),
         (t.starts, STARTUP.format(t.starts, _joules(startup))),
