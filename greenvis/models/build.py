@@ -38,7 +38,7 @@ KINDS = (
     "hf/NAME_OR_PATH",
     "transformers/CLASS_OR_PATH",
     "diffusers/CLASS_OR_PATH",
-    "plain/mlp",
+    "plain/NAME",
     "package.module:function",
     "file:PATH",
 )

@@ -8,6 +8,8 @@ from itertools import pairwise
 
 from torch import nn
 
+from greenvis.errors import BadInput
+
 
 def mlp(
     *,
@@ -40,6 +42,49 @@ def mlp(
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
+
+
+def convnet(
+    *,
+    num_classes: int = 10,
+    in_chans: int = 1,
+    img_size: int = 28,
+    channels: Sequence[int] = (32, 64, 128),
+) -> nn.Sequential:
+    """Return a convolutional network for small images: for each of `channels` a 3 x 3 convolution,
+    batch norm, ReLU and 2 x 2 max pooling, then the classifier on the mean over positions.
+
+    It is the Conv-4 of few-shot learning (Vinyals et al., 2016), of any width and depth. Its first
+    convolution sees every pixel, where that of a ResNet for ImageNet leaves a quarter of 28.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels: at least 2 to the power of the number of blocks.
+        channels: Output channels of each block.
+
+    Returns:
+        The model.
+
+    Raises:
+        BadInput: Where pooling leaves no pixel.
+    """
+    if img_size < 2 ** len(channels):
+        raise BadInput(
+            f"plain/convnet: {len(channels)} blocks halve images of {img_size} pixels to nothing; "
+            f"use images of {2 ** len(channels)} pixels or fewer channels"
+        )
+    blocks = [
+        nn.Sequential(
+            nn.Conv2d(width, following, 3, padding=1, bias=False),
+            nn.BatchNorm2d(following),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+        )
+        for width, following in pairwise([in_chans, *channels])
+    ]
+    classifier = nn.Linear(channels[-1], num_classes)
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
 
 
 def vae(*, num_classes: int = 10, in_chans: int = 1, img_size: int = 28) -> nn.Module:

@@ -220,6 +220,7 @@ class ArmResults(Part):
     images: dict[Word, Count] = {}  # by role
     query: Word = ""  # by which labels were bought in rounds
     label_rounds: list[LabelRound] = []
+    nearness: dict[Word, Number] = {}  # of made images to real ones
     macs: Count
     params: Count
     trainable_params: Count

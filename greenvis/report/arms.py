@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from greenvis.meters import pricing
@@ -23,6 +23,7 @@ from greenvis.report import (
 )
 from greenvis.report.arm_results import ArmResults, LabelRound, Labels, Spent
 from greenvis.report.estimates import Estimate, FurtherMetric, Gain
+from greenvis.report.facts import Facts
 from greenvis.report.runs import Arm, RunSummary
 from greenvis.report.sums import mean_reading, sum_reading
 from greenvis.report.teachers import teachers
@@ -113,6 +114,7 @@ def _where_present(arm: Arm, metric: str, grid: Intensity | None) -> dict[str, A
         "images": _images(arm),
         "query": next((f.query for f in facts.values()), ""),
         "label_rounds": _label_rounds(arm, metric),
+        "nearness": _nearness([*facts.values()]),
     }
     return {key: value for key, value in out.items() if value}
 
@@ -153,6 +155,12 @@ def _images(arm: Arm) -> dict[str, float | None]:
     return {
         r: stats.summary({s: used.get(r, 0.0) for s, used in known.items()}).mean for r in roles
     }
+
+
+def _nearness(facts: Sequence[Facts]) -> dict[str, float]:
+    """Return how near made images come to real ones, means over seeds that all know it."""
+    names = dict.fromkeys(name for one in facts for name in one.nearness)
+    return {n: math.fsum(f.nearness.get(n, math.nan) for f in facts) / len(facts) for n in names}
 
 
 def _label_rounds(arm: Arm, metric: str) -> list[LabelRound]:

@@ -137,6 +137,7 @@ class Facts:
     task_accuracy: list[list[Any]] | None
     task_energy_j: list[float | None]  # by experience, or by round of labels bought
     query: str  # by which labels were bought in rounds, such as "badge, warm"; "" where none were
+    nearness: dict[str, float]  # of made images to real ones: see experiment.synthesis.nearness
     bought: list[dict[str, float]]  # "labels" so far and metrics, after each round
     techniques: list[str | Free]
     model: Any
@@ -189,6 +190,11 @@ class Facts:
             task_energy_j=[number(joules) for joules in _list(facts.get("task_energy_j"))],
             query=str(active.get("query") or "")
             + (", warm" if active.get("retrain") == "warm" else ""),
+            nearness={
+                name: value
+                for name in ("nearest_real", "real_apart", "copies")
+                if (value := number(dict(_items(facts.get("synthesis"))).get(name))) is not None
+            },
             bought=[
                 {k: float(v) for k, v in _items(row) if is_number(v)}
                 for row in _list(active.get("bought"))

@@ -62,8 +62,8 @@ class Distance:
 
 
 def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, ArmResults]:
-    """Return the arms of plain training: no technique, no labels that a query chose, and built on
-    nothing that was made for them.
+    """Return the arms of plain training: no technique, no labels that a query chose, no made
+    images, and built on nothing that was made for them.
 
     Args:
         results: Of a report.
@@ -77,6 +77,7 @@ def plain_arms(results: Results, beside: ArmResults | None = None) -> dict[str, 
         and all(use.energy_j.value is None for use in row.uses)
         and row.continual is None
         and not row.query
+        and not row.images.get("synthetic")
         and row.gain.mean is not None
         and (beside is None or label_curve.used(row) == labels)
     }

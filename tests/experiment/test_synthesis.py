@@ -23,7 +23,9 @@ from greenvis.experiment.recipe import SynthesisSpec, load_recipe
 from greenvis.meters import record
 from greenvis.meters.labels import counts
 from greenvis.planning.plan import plan
+from greenvis.report import frontier, report, results
 
+NEARNESS = ("nearest_real", "real_apart", "copies")
 ARMS = {
     "plain": {},
     "oversample": {"synthesis": {"by": "oversample"}},
@@ -79,6 +81,18 @@ def test_made_images_are_charged_and_cost_no_label(finished: Path) -> None:
     state = load_file(file)
     drawn = torch.bincount(state["labels"], minlength=10)
     assert {str(c): n for c, n in enumerate(drawn.tolist()) if n} == made
+
+
+def test_a_report_says_how_near_they_come_and_counts_none_as_plain_training(
+    finished: Path, tmp_path: Path
+) -> None:
+    told = results([finished / "runs"])
+    assert {*frontier.plain_arms(told)} == {"plain", "oversample"}
+    assert told.arms["cvae"].nearness == pytest.approx(
+        {n: _record(finished, "cvae").facts["synthesis"][n] for n in NEARNESS}
+    )
+    report(finished / "runs", out=tmp_path / "out")
+    assert "cvae: a made image lies " in (tmp_path / "out/report.md").read_text()
 
 
 def test_oversampling_evens_the_classes_with_real_images_alone(finished: Path) -> None:

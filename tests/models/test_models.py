@@ -365,3 +365,14 @@ def test_efficientnet_lite0_in_grey_with_its_own_head() -> None:
     )
     with pytest.raises(BadInput, match="296 tensors"):
         models.build("timm/tf_efficientnet_lite1", pretrained="efficientnet-lite0")
+
+
+def test_a_convnet_sees_every_pixel_and_keeps_one() -> None:
+    model = models.build("plain/convnet", num_classes=3, img_size=8, channels=[4, 8, 8])
+    assert _forward(model, 2, 1, 8, 8).shape == (2, 3)
+    changed = torch.zeros(1, 1, 8, 8)
+    changed[0, 0, 3, 5] = 1.0
+    first: Any = model[0]
+    assert (first[0](changed) != 0).sum() > 1
+    with pytest.raises(BadInput, match="3 blocks halve images of 7 pixels to nothing"):
+        models.build("plain/convnet", img_size=7, channels=[4, 8, 8])

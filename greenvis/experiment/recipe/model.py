@@ -17,7 +17,7 @@ class ModelSpec(Section):
 
     ref: str = Field(
         description="timm/NAME, torchvision/NAME, hf/NAME_OR_PATH, transformers/CLASS_OR_PATH, "
-        "diffusers/CLASS_OR_PATH, plain/mlp, module:function or file:PATH"
+        "diffusers/CLASS_OR_PATH, plain/mlp, plain/convnet, module:function or file:PATH"
     )
     init: str | None = Field(None, description="weights to start from, run:NAME or file:PATH")
     average: Annotated[tuple[str, ...], Field(max_length=100)] = Field(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from greenvis.report import formatting, label_curve, measures, stats, tables
@@ -67,7 +67,7 @@ class Labels(Section[Said]):
         return Said(
             Grid(head, cells, self.title),
             _rounds(results),
-            (*_target(results, plain), *_unread(worths)),
+            (*_target(results, plain), *_unread(worths), *_nearness(rows)),
             tuple(
                 f"{kind}: {s.central:g} s a label ({s.low:g}–{s.high:g}). {s.source}"
                 for kind, s in results.label_seconds.items()
@@ -92,6 +92,21 @@ def _matters(results: Results) -> bool:
     roles = any(n for row in rows for role, n in row.images.items() if role != "labelled")
     asked = any(s.asked for s in results.label_seconds.values())
     return len(alike) > 1 or roles or asked
+
+
+def _nearness(rows: Mapping[str, ArmResults]) -> list[str]:
+    """Return how near the made images of each arm come to real ones."""
+    said = []
+    for label, row in rows.items():
+        near, apart, copies = map(row.nearness.get, ("nearest_real", "real_apart", "copies"))
+        if near is not None:
+            beside = "" if apart is None else f" (real ones: {apart:.3f} from each other)"
+            same = "" if copies is None else f"; {copies:,.0f} of them copy a real one"
+            said.append(
+                f"{label}: a made image lies {near:.3f} from the nearest real one of its class"
+                f"{beside}, medians over images of root mean squares of pixels from 0 to 1{same}."
+            )
+    return said
 
 
 def _row(results: Results, label: str, worth: Worth | None) -> tuple[str, ...]:
