@@ -23,7 +23,8 @@ ROOMS: dict[str, set[str]] = {
     "integrations": {"core", "experiment", "meters", "models", "report", "tasks"},
     "testing": {"core", "data", "meters", "models", "report", "tasks"},
     "bench": {
-        "core", "data", "experiment", "meters", "models", "planning", "report", "techniques", "testing",
+        "core", "data", "experiment", "meters", "models", "planning", "report", "tasks",
+        "techniques", "testing",
     },
     "cli": {
         "bench", "core", "data", "experiment", "integrations", "meters", "models", "planning", "report",
