@@ -1,4 +1,5 @@
-"""Questions about scenes, with answers by rule: from the mask of each image, in words."""
+"""Questions about images, with answers in words by rule: from the mask of each, or from its
+class."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from greenvis.errors import BadInput
 LEAST_AREA = 0.005  # of an image that a thing is seen with
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 BACKGROUND = "background"
+WHAT = "what can be seen ?"
 
 
 class Things:
@@ -69,7 +71,7 @@ def _count(things: Things, generator: torch.Generator) -> tuple[str, str]:
 
 
 def _all(things: Things, generator: torch.Generator) -> tuple[str, str]:
-    return "what can be seen ?", " ".join(map(things.name, things.seen)) or "nothing"
+    return WHAT, " ".join(map(things.name, things.seen)) or "nothing"
 
 
 def _drawn(below: int, generator: torch.Generator) -> int:
@@ -86,17 +88,22 @@ def ask(images: ImageSet, classes: Sequence[str], count: int, seed: int) -> list
     """Return so many questions about each image, with their answers, image after image.
 
     Args:
-        images: With masks as labels.
+        images: With masks or classes as labels; a class that is not known has no answer.
         classes: Their names; "background" is not asked about.
-        count: Of each image; kinds of questions take turns.
+        count: Of each image; kinds of questions take turns. One where labels are classes.
         seed: Of what is asked for.
 
     Raises:
-        BadInput: For labels that are no masks.
+        BadInput: For other labels, and more than one question about a class.
     """
+    if images.split.kind == "class":
+        if count > 1:
+            raise BadInput(f"data: a class answers one question, not {count}: set questions: 1")
+        texts = [" ".join(re.findall(r"\w+", name.lower())) for name in classes]
+        return [(WHAT, texts[y] if y >= 0 else "") for y in images.targets.tolist()]
     if images.split.kind != "mask":
         raise BadInput(
-            f"data: questions are answered from masks, and these labels are of kind "
+            f"data: questions are answered from masks or classes, and these labels are of kind "
             f"{images.split.kind}: take scenes, or another data set with masks"
         )
     names = [re.sub(r"\W+", "_", name).strip("_").lower() for name in classes]

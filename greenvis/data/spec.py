@@ -179,8 +179,8 @@ class DataSpec(_Section):
     )
     questions: Annotated[int, Field(ge=1, le=1000)] | None = Field(
         default=None,
-        description="so many questions about each image, answered by rule from its mask, for the "
-        "task vqa",
+        description="so many questions about each image, answered by rule from its mask or class, "
+        "for the task vqa",
     )
     skip_broken: bool = Field(
         default=False,
@@ -231,7 +231,7 @@ class DataSpec(_Section):
             )
         beside = [r for r in ("bags", "captions", "noise") if getattr(self, r) is not None]
         if self.questions is not None and beside:
-            raise ValueError(f"questions are of images with masks, without {beside[0]}; leave one "
+            raise ValueError(f"questions are of masks or classes, without {beside[0]}; leave one "
                              "of them out")  # fmt: skip
         if self.captions is not None and self.noise is not None:
             raise ValueError("noise is of classes, and captions have none; leave one of them out")

@@ -49,9 +49,20 @@ def test_answers_are_what_the_mask_says() -> None:
         for question, answer in asks:
             assert (question.split()[3] in seen) == (answer == "yes")
     assert ask(_images(), NAMES, 5, seed=0) == pairs
-    classes = _images().relabeled(torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(BadInput, match="from masks"):
-        ask(classes, NAMES, 1, 0)
+    with pytest.raises(BadInput, match="from masks or classes"):
+        ask(_images().relabeled(torch.zeros(3, 2)), NAMES, 1, 0)
+
+
+def test_a_class_answers_one_question_in_words() -> None:
+    images = _images().relabeled(torch.tensor([1, -1, 0]))
+    pairs = ask(images, ("T-shirt/top", "bag, odd"), 1, 0)
+    assert [answer for _, answer in pairs] == ["bag odd", "", "t shirt top"]
+    known = vocabulary(pairs)
+    _, y = asked(images, pairs, known).batch([0, 1, 2])
+    assert (y >= 0).sum(1).tolist() == [3, 0, 4]  # words and the end; none of what is not known
+    assert Vqa().known(y).tolist() == [True, False, True]
+    with pytest.raises(BadInput, match="set questions: 1"):
+        ask(images, ("a", "b"), 2, 0)
 
 
 def test_a_batch_is_images_and_questions_without_padding() -> None:
