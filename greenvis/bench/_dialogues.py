@@ -1,4 +1,4 @@
-"""Long prompts that a small model can be trained on: scenes one after another, each followed by a
+"""Long prompts that a small model can be trained on: duets one after another, each followed by a
 question about it and the answer."""
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from greenvis.meters.track import Tracker
 
 # turns in a sequence, sequences in a batch, and how often: as many turns in each
 SHAPES = ((1, 64, 0.35), (8, 8, 0.45), (30, 2, 0.15), (60, 1, 0.05))
-SIZES: Any = {"img_size": 32, "patch_size": 4, "vision_dim": 64, "vision_depth": 2, "embed_dim": 96,
-         "depth": 3}  # fmt: skip
+SIZES: Any = {"img_size": 32, "in_chans": 1, "patch_size": 4, "vision_dim": 64, "vision_depth": 2,
+              "embed_dim": 64, "depth": 2}  # fmt: skip
 SKIPPED = -100  # of labels, as transformers has it
 
 
@@ -34,10 +34,10 @@ class Dialogue(NamedTuple):
 
 
 class Turns:
-    """Scenes with questions as tokens.
+    """Images with questions as tokens.
 
     Args:
-        asked: The scenes.
+        asked: The images.
         patches: Tokens of an image.
         image: The token that stands for a patch.
     """
@@ -57,7 +57,7 @@ class Turns:
         """Return sequences of turns, padded behind, and the labels: of answers alone.
 
         Args:
-            rows: Which scenes, int64 (sequences, turns).
+            rows: Which images, int64 (sequences, turns).
         """
         sequences, labels = [], []
         for own in rows.tolist():
@@ -76,7 +76,7 @@ class Turns:
         return {"input_ids": padded, "pixel_values": pixels}, targets
 
     def dialogue(self, length: int, last: int, generator: torch.Generator) -> Dialogue:
-        """Return turns by chance of at most `length` tokens in all, the last about the scene
+        """Return turns by chance of at most `length` tokens in all, the last about the image
         `last`."""
         ids, rows = self.question(last), [last]
         while True:
@@ -93,7 +93,7 @@ class Turns:
 
 def prepared(train: int, test: int) -> tuple[nn.Module, Turns, Turns]:
     """Return a small model with random weights, and turns to train and to test on."""
-    spec = DataSpec(name="scenes", train=train, test=test, img_size=32, questions=5)
+    spec = DataSpec(name="duets:both", train=train, test=test, questions=1)
     images = data.load(spec, seed=0)
     assert images.words is not None
     model = models.build("plain/llava", tokens=images.words.size, **SIZES)

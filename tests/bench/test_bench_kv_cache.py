@@ -26,7 +26,7 @@ def test_dialogues_are_turns_whose_answers_alone_are_learned() -> None:
     import torch
 
     inputs, labels = train.batch(torch.tensor([[0, 1], [2, 3]]))
-    assert inputs["pixel_values"].shape == (4, 3, 32, 32)
+    assert inputs["pixel_values"].shape == (4, 1, 32, 32)
     answers = [train.answer(0) + train.answer(1), train.answer(2) + train.answer(3)]
     for row, answer in zip(labels, answers, strict=True):
         assert [n for n in row.tolist() if n >= 0] == answer
