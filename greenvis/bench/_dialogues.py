@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from greenvis import data, models
+from greenvis import models
+from greenvis.bench import _duet_texts
+from greenvis.bench._duet_texts import Pictures
 from greenvis.core.modes import in_mode
-from greenvis.data.questions import Asked
-from greenvis.data.spec import DataSpec
 from greenvis.meters.track import Tracker
 
 # turns in a sequence, sequences in a batch, and how often: as many turns in each
@@ -34,24 +34,24 @@ class Dialogue(NamedTuple):
 
 
 class Turns:
-    """Images with questions as tokens.
+    """Duets with questions as tokens: what clothes they show, and on which pattern.
 
     Args:
-        asked: The images.
+        shown: The duets.
         patches: Tokens of an image.
         image: The token that stands for a patch.
     """
 
-    def __init__(self, asked: Asked, patches: int, image: int) -> None:
-        self.asked, self.patches, self.image = asked, patches, image
+    def __init__(self, shown: Pictures, patches: int, image: int) -> None:
+        self.shown, self.patches, self.image = shown, patches, image
+        self.asked = shown.texts.prompt("which", 1, None)[0].tolist()
+        clothes, _, place = shown.texts.hints(shown.labels).T.tolist()
+        end = shown.texts.words.size - 1
+        self.answers = [[*pair, end] for pair in zip(clothes, place, strict=True)]
 
-    def question(self, row: int) -> list[int]:
+    def question(self) -> list[int]:
         """Return the tokens of an image and its question."""
-        return [self.image] * self.patches + self.asked.questions[row].tolist()
-
-    def answer(self, row: int) -> list[int]:
-        """Return the tokens of an answer."""
-        return [n for n in self.asked.answers[row].tolist() if n >= 0]
+        return [self.image] * self.patches + self.asked
 
     def batch(self, rows: Tensor) -> tuple[dict[str, Tensor], Tensor]:
         """Return sequences of turns, padded behind, and the labels: of answers alone.
@@ -64,7 +64,7 @@ class Turns:
             ids: list[int] = []
             known: list[int] = []
             for row in own:
-                question, answer = self.question(row), self.answer(row)
+                question, answer = self.question(), self.answers[row]
                 ids += question + answer
                 known += [SKIPPED] * len(question) + answer
             sequences.append(ids)
@@ -72,39 +72,30 @@ class Turns:
         longest = max(map(len, sequences))
         padded = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
         targets = torch.tensor([own + [SKIPPED] * (longest - len(own)) for own in labels])
-        pixels = self.asked.batch(rows.flatten())[0].args[0]
-        return {"input_ids": padded, "pixel_values": pixels}, targets
+        return {"input_ids": padded, "pixel_values": self.shown.x[rows.flatten()]}, targets
 
     def dialogue(self, length: int, last: int, generator: torch.Generator) -> Dialogue:
         """Return turns by chance of at most `length` tokens in all, the last about the image
         `last`."""
-        ids, rows = self.question(last), [last]
+        ids, rows = self.question(), [last]
         while True:
-            row = int(torch.randint(len(self.asked), (), generator=generator))
-            turn = self.question(row) + self.answer(row)
+            row = int(torch.randint(len(self.shown), (), generator=generator))
+            turn = self.question() + self.answers[row]
             if len(turn) + len(ids) > length:
                 break
             ids, rows = turn + ids, [row, *rows]
-        pixels = self.asked.batch(rows)[0].args[0]
-        return Dialogue(
-            {"input_ids": torch.tensor([ids]), "pixel_values": pixels}, self.answer(last)
-        )
+        inputs = {"input_ids": torch.tensor([ids]), "pixel_values": self.shown.x[rows]}
+        return Dialogue(inputs, self.answers[last])
 
 
 def prepared(train: int, test: int) -> tuple[nn.Module, Turns, Turns]:
     """Return a small model with random weights, and turns to train and to test on."""
-    spec = DataSpec(name="duets:both", train=train, test=test, questions=1)
-    images = data.load(spec, seed=0)
-    assert images.words is not None
-    model = models.build("plain/llava", tokens=images.words.size, **SIZES)
+    sets = _duet_texts.pictures(train, test, seed=0)
+    model = models.build("plain/llava", tokens=sets[0].texts.words.size, **SIZES)
     config: Any = model.config
     patches = (SIZES["img_size"] // SIZES["patch_size"]) ** 2
-    sets = [
-        Turns(each, patches, config.image_token_id)
-        for each in (images.train, images.test)
-        if isinstance(each, Asked)
-    ]
-    return model, sets[0], sets[1]
+    own, others = (Turns(shown, patches, config.image_token_id) for shown in sets)
+    return model, own, others
 
 
 def train(model: nn.Module, turns: Turns, steps: int, run: Tracker) -> None:
@@ -116,7 +107,7 @@ def train(model: nn.Module, turns: Turns, steps: int, run: Tracker) -> None:
     with run.phase("train"), in_mode(model, True):
         for _ in range(steps):
             count, sequences, _ = SHAPES[int(shares.multinomial(1, generator=generator))]
-            rows = torch.randint(len(turns.asked), (sequences, count), generator=generator)
+            rows = torch.randint(len(turns.shown), (sequences, count), generator=generator)
             inputs, labels = turns.batch(rows)
             loss = model(**inputs, labels=labels).loss
             loss.backward()

@@ -169,7 +169,7 @@ def _answers(
 ) -> list[dict[str, Any]]:
     """Return how answers with each cache agree with those of all rows, and with the truth."""
     model.eval()
-    last = range(min(questions, len(turns.asked)))
+    last = range(min(questions, len(turns.shown)))
     rows = []
     for length in prompts:
         generator = torch.Generator().manual_seed(length)
@@ -231,9 +231,9 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
     return "\n".join([
         *lines, "## What is answered", "",
         f"A smaller Llava, trained for {result['steps']} steps on dialogues about duets "
-        f"({result['training_energy_j']} J), says which kind of clothing the last image of a "
-        f"dialogue shows, and whether the digit is odd; {result['questions']} dialogues of each "
-        "length. `agreement`: tokens behind the first that are those of the dynamic cache (the "
-        "first is said before any row goes); `exact_match`: answers that are right.", "",
+        f"({result['training_energy_j']} J), says which clothes the last image of a dialogue "
+        f"shows, and on which pattern; {result['questions']} dialogues of each length. "
+        "`agreement`: tokens behind the first that are those of the dynamic cache (the first is "
+        "said before any row goes); `exact_match`: answers that are right.", "",
         *_floor.table(result["answers"]), "",
     ])  # fmt: skip
