@@ -15,8 +15,8 @@ import greenvis
 from greenvis.core import yamlfile
 from greenvis.data.dataset import DOOR as DATA_SETS
 from greenvis.meters.labels import KINDS, SECONDS
-from greenvis.report.markup import md
-from greenvis.report.overview import markdown, overview
+from greenvis.report.markup import code, md
+from greenvis.report.overview import HEAD, markdown, overview
 from greenvis.techniques import registry
 
 ROOT = Path(__file__).parents[2]
@@ -28,6 +28,11 @@ STAGES = {
     "iteration": "Iteration: adapting and going on",
 }
 BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+TYPICAL = {  # columns of the overview, in words for the guide
+    "energy to train, base and teacher included": "base and teacher included",
+    "own share": "own training",
+    "energy of an image": "per image",
+}
 NOT_MEASURED = (
     "Not measured: no committed report holds an arm that has this technique alone more than its "
     "baseline."
@@ -82,7 +87,7 @@ def typical(*names: str) -> str:
     if not rows:
         return "not measured"
     parts = []
-    for column, head in (("own share", "training"), ("energy of an image", "per image")):
+    for column, head in TYPICAL.items():
         ratios = [float(m[1]) for row in rows if (m := re.search(r"×([\d.]+)", row[column]))]
         if ratios:
             spread = f" (×{min(ratios):.3g} to ×{max(ratios):.3g})" if len(ratios) > 1 else ""
@@ -126,7 +131,8 @@ def card(name: str) -> str:
     ]
     rows = measured_of(name)
     if rows:
-        table = markdown({"techniques": rows, "reports": []}, beside=DOCS / "techniques")
+        own = {"techniques": rows, "reports": []}
+        table = markdown(own, DOCS / "techniques", [k for k in HEAD if k != "technique"])
         lines += [table.strip()]
     else:
         lines += [NOT_MEASURED]
@@ -233,7 +239,7 @@ def _command(name: str, command: Any) -> Iterator[str]:
         form = ", ".join(param.opts) if param.opts[0][0] == "-" else (param.metavar or param.name)
         default = "" if param.default in (None, False) or callable(param.default) else param.default
         shown = f"`{default}`" if default not in ("", ()) else ""
-        yield f"| `{form}` | {md(getattr(param, 'help', '') or '')} | {shown} |"
+        yield f"| `{form}` | {_text(getattr(param, 'help', '') or '')} | {shown} |"
     yield ""
 
 
@@ -351,7 +357,7 @@ def _settings(properties: Mapping[str, Any]) -> list[str]:
         )
         if len(default) > 40:
             default = "see its section"
-        what = md(field.get("description", ""))
+        what = _text(field.get("description", ""))
         lines.append(f"| `{name}` | {default} | {_type(field)} | {what} |")
     return lines
 
@@ -401,6 +407,14 @@ def _words(names: Any, without: str = "nothing") -> str:
     if isinstance(names, property):
         return "as its settings are"
     return ", ".join(sorted(name.replace("_", " ") for name in names or ())) or without
+
+
+def _text(plain: str) -> str:
+    """Return text as Markdown, what stands between backticks as code."""
+    parts = plain.split("`")
+    if len(parts) % 2 == 0:  # one has no other
+        return md(plain)
+    return "".join(code(part) if i % 2 else md(part) for i, part in enumerate(parts))
 
 
 def _line(text: str) -> str:

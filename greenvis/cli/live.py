@@ -70,7 +70,7 @@ class Progress(Watch):
         self._left, self._tracker, self._now_j = self._left[1:], None, None
         value = metrics.get(self._measure.name)
         took = duration(tracker.observed().get("wall_s"))
-        parts = [self._written(value), si(joules, "J"), took]
+        parts = [self._written(value), f"{si(joules, 'J')} with start-up and measuring", took]
         self.say(f"{self.heading}{title(job)}: {', '.join([*parts, *self._remaining()])}")
 
     @property

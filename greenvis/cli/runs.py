@@ -31,6 +31,10 @@ Side = Annotated[
 ]
 SPARE = ("CO₂e", "time", "seed")  # columns of runs that a narrow terminal goes without
 MOST_LEFT_OUT = 20  # lines that say what was left out
+WHOLE_RECORDS = (
+    "Energy, CO₂e and time are of whole records: starting up and measuring are in them, and in no "
+    "training of a report."
+)
 
 
 LogWith = Annotated[
@@ -331,7 +335,13 @@ def ls(
         print(message(line), file=sys.stderr)
     if by:
         rows = group(rows, by.split(","), sort)
-    answer(as_json, rows, lambda: _print_runs(rows, f"{len(rows)} {'groups' if by else 'runs'}"))
+
+    def show() -> None:
+        _print_runs(rows, f"{len(rows)} {'groups' if by else 'runs'}")
+        if rows:
+            console().print(WHOLE_RECORDS, highlight=False)
+
+    answer(as_json, rows, show)
 
 
 @verb(app.REPORT, "greenvis compare quickstart/scratch quickstart/lora")

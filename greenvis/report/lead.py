@@ -66,7 +66,7 @@ def _beside(results: Results, label: str, key: str, what: str, reading: str) -> 
         sub = "; ".join(x for x in (band, alone) if x) or ("" if known else "not known")
         return Tile(what, formatting.reading(own, "J"), sub)
     theirs: Estimate = getattr(results.arms[base], reading)
-    joules = f"{formatting.reading(own, 'J')} against {formatting.reading(theirs, 'J')} ({base})"
+    joules = f"{label} {formatting.reading(own, 'J')}, {base} {formatting.reading(theirs, 'J')}"
     value, sure = _change(ratio)
     return Tile(what, value, f"{sure}; {joules}")
 
@@ -143,7 +143,7 @@ def _sure(results: Results, row: ArmResults) -> list[str]:
         f"test of {n:,} images" if n else "",
         f"energy {known}" if known else "",
         "carbon: grid assumed" if results.assumed_grid else "",
-        f"noise floor: {floor.brief(results)}" if results.comparisons else "",
+        f"noise floor of energy: {floor.brief(results)}" if results.comparisons else "",
     ]
 
 

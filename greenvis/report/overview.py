@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from greenvis.report.measures import DEFAULT, written
 from greenvis.report.shape import Results
 
 HEAD = (
-    "technique", "measured in", "arm", "metric", "kept?", "energy to train, base and teacher "
+    "technique", "measured in", "arm", "metric", "verdict", "energy to train, base and teacher "
                                                             "included", "own share",
     "energy of an image", "noise floor", "differs in",
 )  # fmt: skip
@@ -32,7 +32,7 @@ def overview(folder: str | Path) -> dict[str, Any]:
 
     A technique's rows are the arms that have that technique and no other more than their report's
     baseline: the metric (accuracy where none is named) against the baseline's, energies as ratios
-    to its, each with its interval; bold where that leaves out no change. "differs in" comes from
+    to its, each with its interval; bold where no change lies outside it. "differs in" comes from
     comparing the two arms' recipes:
     the technique alone, or what else.
 
@@ -85,33 +85,34 @@ def overview(folder: str | Path) -> dict[str, Any]:
     return {"techniques": rows, "reports": reports}
 
 
-def markdown(summary: Mapping[str, Any], beside: str | Path = ".") -> str:
-    """Return the overview as Markdown, arms of one report in one row, with links from a file in the
-    folder `beside`."""
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+def markdown(
+    summary: Mapping[str, Any], beside: str | Path = ".", columns: Sequence[str] = HEAD
+) -> str:
+    """Return the overview as Markdown, arms of one report in one row.
+
+    Args:
+        summary: of `overview`.
+        beside: the folder of the file that holds it: links lead from there.
+        columns: some of `HEAD`.
+    """
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in summary["techniques"]:
         grouped.setdefault((row["technique"], row["measured in"], row["against"]), []).append(row)
     for (technique, path, base), rows in grouped.items():
-        first = [
-            markup.code(technique),
-            f"{_link(Path(path).parent.name, path, beside)}, against {markup.md(base)}",
-        ]
-        lines.append(
-            "| "
-            + " | ".join([*first, *("<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:])])
-            + " |"
-        )
+        cells = {k: "<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:]}
+        cells["technique"] = markup.code(technique)
+        report = _link(Path(path).parent.name, path, beside)
+        cells["measured in"] = f"{report}, against {markup.md(base)}"
+        lines.append("| " + " | ".join(cells[k] for k in columns) + " |")
     lines += [
         "",
-        "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: the "
-        "interval leaves out no "
-        "change. The metric is accuracy where none is named. Kept: all of it lies above −0.5 "
-        "points (or within the report's own margin); lost: below; "
-        "else it is open. Energies "
-        "are times the baseline's; “not known” is the cost of what others trained, which is in "
-        "no figure. Noise floor: how "
-        "far arms that did the same work read apart; unknown where none did.",
+        "In brackets: intervals that hold for all arms of a report together with 95 %. Bold: “no "
+        "change” lies outside. The metric is accuracy where none is named. Keeps: the whole "
+        "interval lies above −0.5 points (or the report's own margin); loses: below; else it is "
+        "not yet decided. Energies are times the baseline's; “not known” is the cost of what "
+        "others trained, which is in no figure. Noise floor: how far arms that did the same work "
+        "read apart; unknown where none did.",
         "",
     ]
     for entry in summary["reports"]:
@@ -140,9 +141,7 @@ def _rows(results: Results) -> Iterator[dict[str, str]]:
             "against": base,
             "arm": label,
             "metric": other + gain,
-            "kept?": {"keeps": "kept", "loses": "lost"}.get(known.verdict, "open")
-            if known
-            else "one seed",
+            "verdict": known.verdict if known else "one seed",
             "energy to train, base and teacher included": _ratio(
                 arm.ratio("train_energy_with_reuse")
             )

@@ -96,12 +96,13 @@ def methods(results: Results) -> str:
     """Return a paragraph on how energy was measured and what intervals are, to paste."""
     n = sorted({len(row.seeds) for row in results.arms.values() if row.seeds})
     seeds = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}" if n else "no finished"
+    drew = "seed that draws" if seeds == "1" else "seeds that draw"
     text = [
         f"Energy was measured with greenvis {_version(results)} on {hardware(results)}.",
         f"{metering(results)}.",
         f"Carbon: {region(results)}.",
-        f"Each arm was trained with {seeds} seed{'' if seeds == '1' else 's'}, which draw the "
-        "training images and the first weights; figures are means over seeds.",
+        f"Each arm was trained with {seeds} {drew} the training "
+        "images and the first weights; figures are means over seeds.",
     ]
     if results.comparisons:
         lost, name = verdict.margin(results), measures.written(results.measure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from textwrap import wrap
 from typing import Any
 
 from greenvis.errors import one_line
@@ -12,10 +13,11 @@ from greenvis.report.shape import Results
 from greenvis.tasks.base import Measure
 
 HEADS = {
-    "train_energy_j": "Energy",
-    "train_energy_with_reuse_j": "Energy, with base",
+    "train_energy_j": "Training",
+    "train_energy_with_reuse_j": "Training, with base",
     "carbon_g": "CO₂e, own",
 }
+HEAD_WIDTH = 12  # of a line of a heading: six columns fit 80
 UNITS = {"_j": "J", "_g": "g", "_s": "s", "_bytes": "B"}
 
 
@@ -30,19 +32,14 @@ def table(results: Results) -> Any:
     energy = "train_energy_with_reuse" if with_reuse else "train_energy"
     keys = (results.metric, "vs_metric", f"{energy}_j", f"vs_{energy}", "carbon_g")
     columns = [c for c in available if c.key in keys]
-    out = Table(
-        title=Text(one_line(results.name)),
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    out = Table(title=Text(one_line(results.name)), box=box.SIMPLE_HEAD, show_edge=False, padding=0)
     out.caption = Text(one_line(floor.sentence(results)))
     out.add_column("Arm", overflow="fold", min_width=10)
     for column in columns:
         against = column.key.startswith("vs_")
         head = "vs baseline" if against else HEADS.get(column.key, column.title)
         out.add_column(
-            Text(one_line(head)),
+            Text("\n".join(wrap(one_line(head), HEAD_WIDTH))),
             justify="right",
             no_wrap=not against,
             width=16 if against else None,
@@ -50,7 +47,8 @@ def table(results: Results) -> Any:
     for label in results.order[: tables.MOST_ROWS]:
         row, texts = results.arms[label], []
         for column, cell in zip(columns, tables.cells(row, columns), strict=True):
-            text = Text(one_line(cell.text), style="bold" if cell.shown else "")
+            words = one_line(cell.text).replace(" + ", "\n+ ")  # "+ not known" takes its own line
+            text = Text(words, style="bold" if cell.shown else "")
             texts.append(_below(text, cell.sub if column.key.startswith("vs_") else ""))
         status = "" if row.status == "done" else row.status
         out.add_row(_below(Text(figures.short(label, 28)), status), *texts)

@@ -20,6 +20,7 @@ from forked import FORKS, greenvis
 from greenvis.cli import live
 from greenvis.cli import main as cli
 from greenvis.cli.app import EXAMPLES
+from greenvis.cli.output import WIDE
 from greenvis.tasks.base import Measure
 
 RECIPE = """\
@@ -36,6 +37,12 @@ arms: {all: {}, head: {techniques: [linear_probe]}}
 """
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 WIDTHS = (80, 200)
+PIPED = 0  # columns of what is no terminal
+REPORTS = [
+    path
+    for path in sorted((Path(__file__).parents[2] / "reports").glob("*/results.json"))
+    if '"baseline"' in path.read_text()
+]
 FIRST_S = 3.0  # of CPU, until `greenvis run` says something that helps
 
 
@@ -55,7 +62,11 @@ def _inside(words: list[str], cwd: str, columns: int, name: str) -> None:
 
 
 def _terminal(*words: str, cwd: Path, columns: int) -> str:
-    """Return what a terminal of so many columns got."""
+    """Return what a terminal of so many columns got, or, of none, another program."""
+    if columns == PIPED:
+        done = greenvis(*words, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
     ours, theirs = pty.openpty()
     process = FORKS.Process(target=_inside, args=([*words], str(cwd), columns, os.ttyname(theirs)))
     process.start()
@@ -91,7 +102,10 @@ def test_without_a_terminal_a_run_says_in_lines_how_it_goes(piped: dict[str, Any
     first, *lines = piped["err"].splitlines()
     assert first == ("tiny: 2 arms (plain, longer) × 1 seed on digits; records in runs/tiny")
     assert lines[0] == "run 1 of 2: tiny/plain seed 0: training"
-    over = r"run 1 of 2: tiny/plain seed 0: accuracy \d.* %, .*J, .* s(, about .* left)?"
+    over = (
+        r"run 1 of 2: tiny/plain seed 0: accuracy \d.* %, .*J with start-up and measuring, .* s"
+        "(, about .* left)?"
+    )
     assert re.fullmatch(over, lines[1])
     assert lines[2] == "run 2 of 2: tiny/longer seed 0: training"
     assert not ESCAPE.search(piped["err"] + piped["out"])
@@ -108,14 +122,14 @@ def test_on_a_terminal_a_run_is_shown_live(
         "run", "tiny.yaml", "--fresh", "--out", f"reports/{columns}", cwd=folder, columns=columns
     )
     plain = ESCAPE.sub("", text)
-    assert re.search(r"run 1 of 2: tiny/plain seed 0: accuracy .* %, .*J, .* s", plain)
-    assert "training" not in plain.partition("run 1 of 2")[0]
+    assert re.search(r"run 1 of 2: tiny/plain seed 0: accuracy .* %, .*J with .*, .* s", plain)
+    assert "seed 0: training" not in plain
     assert "report: " in plain
     drawn = [line for line in re.split(r"[\r\n]+", plain) if line.startswith("─")]
     assert all(len(line) <= columns for line in drawn)
 
 
-@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("columns", [*WIDTHS, PIPED])
 @pytest.mark.parametrize("command", ["ls", "compare tiny/plain tiny/longer", "plan tiny.yaml"])
 def test_tables_fit_their_terminal(
     command: str, columns: int, folder: Path, piped: dict[str, Any]
@@ -123,8 +137,30 @@ def test_tables_fit_their_terminal(
     text = _terminal(*command.split(), cwd=folder, columns=columns)
     lines = ESCAPE.sub("", text).splitlines()
     assert any("plain" in line for line in lines)
-    assert max(len(line.rstrip()) for line in lines) <= columns
+    assert max(len(line.rstrip()) for line in lines) <= (columns or WIDE)
     assert not any("…" in line for line in lines)  # nothing is cut off
+    assert columns or text == ESCAPE.sub("", text)
+    if command == "ls":
+        assert "Energy, CO₂e and time are of whole records" in text
+
+
+@pytest.mark.parametrize("columns", WIDTHS)
+@pytest.mark.parametrize("path", REPORTS, ids=lambda p: p.parent.name)
+def test_what_a_run_prints_at_its_end_fits(path: Path, columns: int) -> None:
+    """The table of each committed report, of `make demo` among them."""
+    from rich.console import Console
+
+    from greenvis.report import stored, table
+
+    drawn = table(stored.read(path))
+    console = Console(width=columns, color_system=None)
+    assert console.measure(drawn).minimum <= columns  # else it is cut at the right
+    with console.capture() as capture:
+        console.print(drawn)
+    shown = capture.get()
+    assert "…" not in shown
+    for arm in list(stored.read(path).arms)[:5]:
+        assert arm[:10] in shown
 
 
 def test_a_plan_says_what_it_took_itself(folder: Path, piped: dict[str, Any]) -> None:
@@ -223,7 +259,10 @@ def test_what_is_shown_follows_what_is_logged(monkeypatch: pytest.MonkeyPatch) -
     assert said[2].startswith(
         "run 2 of 3: r/a seed 0: epoch 3 of 4, loss 0.400, accuracy 75.0 %, 5.0 J so far"
     )
-    assert said[3] == "run 2 of 3: r/a seed 0: accuracy 80.0 %, 5.0 J, 2.00 s, about 45 s left"
+    assert (
+        said[3]
+        == "run 2 of 3: r/a seed 0: accuracy 80.0 %, 5.0 J with start-up and measuring, 2.00 s, about 45 s left"
+    )
     shown.began(jobs[2], "")
     shown.metered(tracker, Measure("accuracy"))
     shown.read()

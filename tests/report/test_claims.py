@@ -409,14 +409,14 @@ def _plain(text: str) -> str:
 
 def test_the_overview_agrees_with_the_intervals_in_it() -> None:
     text = markdown(overview(ROOT / "reports")).replace("\u00a0", " ")
-    rows = next(rows for rows in _tables(text) if rows and "kept?" in rows[0])
+    rows = next(rows for rows in _tables(text) if rows and "verdict" in rows[0])
     seen = 0
     for row in rows:
         name = re.findall(r"\[(.+?)\]", row["measured in"])[0]
         found = _found(ROOT / "reports" / name / "results.json")
         split = {column: cell.split("<br>") for column, cell in row.items()}
         for i, arm in enumerate(map(_unescaped, split["arm"])):
-            gain, kept = split["metric"][i], split["kept?"][i]
+            gain, kept = split["metric"][i], split["verdict"][i]
             if kept == "one seed":
                 assert gain == "–"
                 continue
@@ -427,11 +427,11 @@ def test_the_overview_agrees_with_the_intervals_in_it() -> None:
                 found["margin"],
             )
             word = (
-                "kept"
+                "keeps"
                 if least["low"] >= -margin / 100
-                else "lost"
+                else "loses"
                 if least["high"] < -margin / 100
-                else "open"
+                else "not yet decided"
             )
             assert (kept, gain.startswith("**")) == (
                 word,

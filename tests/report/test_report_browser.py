@@ -183,6 +183,27 @@ def test_the_first_screen_holds_the_sentence_three_tiles_and_the_figure(
         assert all(quarter.std() > 0.02 for quarter in np.array_split(part, 2, axis=1))
 
 
+def test_a_file_without_script_shows_the_same(site: tuple[str, Path], tmp_path: Path) -> None:
+    """As it arrives by mail, where scripts are off: only sorting is gone."""
+    page = (site[1] / "study" / "index.html").as_uri()
+    command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+               "--window-size=1280,800"]  # fmt: skip
+    off = "--blink-settings=scriptEnabled=false"
+    shots = []
+    for name, more in (("with", []), ("without", [off])):
+        shot = f"--screenshot={tmp_path / name}.png"
+        subprocess.run([*command, *more, shot, page], check=True, capture_output=True, timeout=600)
+        shots.append(imread(tmp_path / f"{name}.png"))
+    assert np.array_equal(*shots)
+    done = subprocess.run(
+        [*command, off, "--dump-dom", page], capture_output=True, text=True, timeout=600, check=True
+    )
+    body = re.findall(r'<table class="brief.*?</table>', done.stdout, re.S)[0]
+    assert "<button" not in body  # no script has been at work
+    assert body.count("<tr") == 1 + 4
+    assert "lora" in body
+
+
 @pytest.mark.parametrize("page", ["study", "nasty"])
 @pytest.mark.parametrize("width", [360, 1366])
 def test_nothing_is_cut_off_and_nothing_complains(

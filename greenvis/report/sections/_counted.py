@@ -88,7 +88,7 @@ def _intervals(results: Results) -> list[str]:
         f"Intervals of differences and ratios to the baseline hold for all {m} arm(s) together "
         "with 95 % (Dunnett's, the variance pooled over the arms; of one arm it is Student's t). "
         "Marks, “shown”, “keeps”, “loses” and bold are read off them and nothing else: a "
-        "difference is shown where its interval leaves out no change. Seeds draw the training "
+        "difference is shown where “no change” lies outside its interval. Seeds draw the training "
         "images as well as the first weights, so that both are in the scatter.",
         _pairing(results),
         f"An arm keeps the {measures.written(measure)} where its whole interval lies {keeps}, "

@@ -12,7 +12,7 @@ from greenvis.report.section import Section
 from greenvis.report.shape import Results
 
 BOLD = (
-    "Bold: the interval, which holds for all arms together with 95 %, leaves out no change. ± "
+    "Bold: “no change” lies outside the interval, which holds for all arms with 95 %. ± "
     "standard deviation over seeds; a–b: band of the estimate; ×: ratio to the baseline, with its "
     "interval. “Keeps”: {margin} lost. "
 )
