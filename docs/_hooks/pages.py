@@ -94,7 +94,9 @@ def typical(*names: str) -> str:
             parts.append(f"{head} ×{statistics.median(ratios):.3g}{spread}")
     reports = len({row["measured in"] for row in rows})
     arms = f"{len(rows)} arm{'s'[: len(rows) > 1]} of {reports} report{'s'[: reports > 1]}"
-    return f"{'; '.join(parts)}; {arms}" if parts else f"seconds only; {arms}"
+    unknown = sum("not known" in row["energy to train, base and teacher included"] for row in rows)
+    lacking = f", in {unknown} a base's or teacher's cost is not known" if unknown else ""
+    return f"{'; '.join(parts)}; {arms}{lacking}" if parts else f"seconds only; {arms}"
 
 
 def card(name: str) -> str:

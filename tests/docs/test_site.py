@@ -24,6 +24,7 @@ import pages  # noqa: E402
 
 MANUAL = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+FIGURE = r"[+−]?\d[\d.]*(?: to [+−][\d.]+|–[\d.]+| J| %)?"
 needs_mkdocs = pytest.mark.skipif(
     not (importlib.util.find_spec("material") and importlib.util.find_spec("mkdocstrings")),
     reason="MkDocs is not installed: pip install 'greenvis[docs]'",
@@ -98,6 +99,20 @@ def test_the_guide_has_ten_rows_and_names_what_there_is() -> None:
     assert len(named) > 20
     for names in re.findall(r"\{\{ typical: ([\w, ]+) \}\}", text):
         assert {n.strip() for n in names.split(",")} <= set(registry.names())
+
+
+def test_the_answers_of_the_ten_second_test_are_on_the_first_screens() -> None:
+    text = (ROOT / "docs/reading.md").read_text().partition("## The ten-second test")[2]
+    head, _, *rows = [line.split("|")[1:-1] for line in text.splitlines() if line[:1] == "|"]
+    assert len(rows) == 4
+    for column in range(1, len(head)):
+        (path,) = re.findall(r"\]\((.+?)\)", head[column])
+        first = (ROOT / "docs" / path).read_text().partition("## Arms")[0].replace("\u00a0", " ")
+        for row in rows:
+            figures = re.findall(FIGURE, row[column])
+            assert [f for f in figures if f not in first] == [], (path, row[0])
+            names = set(re.findall(r"lora(?:-\w+)?|scratch|cumulative", row[column]))
+            assert all(name in first for name in names)
 
 
 def test_recipes_that_pages_name_exist() -> None:
