@@ -66,7 +66,7 @@ def _terminal(*words: str, cwd: Path, columns: int) -> str:
     if columns == PIPED:
         done = greenvis(*words, cwd=cwd)
         assert done.returncode == 0, done.stderr
-        return done.stdout
+        return done.stderr + done.stdout
     ours, theirs = pty.openpty()
     process = FORKS.Process(target=_inside, args=([*words], str(cwd), columns, os.ttyname(theirs)))
     process.start()
@@ -174,21 +174,17 @@ def test_advice_says_its_cost_before_it_is_spent(folder: Path) -> None:
     (folder / "plans.yaml").write_text(PLANS)
     words = "advise plain/mlp --data digits --plans plans.yaml --option hidden=[8] --img-size 8"
     over = ["--set", "data.train=160", "--set", "data.test=40", "--set", "data.classes=[0,1]"]
-    for columns, cost in zip(
-        WIDTHS,
-        ("about .*J, if each costs what all does", "all tried before, nothing to spend"),
-        strict=True,
-    ):
+    costs = ["about .*J, if each costs what all does", *["all tried before, nothing to spend"] * 2]
+    for columns, cost in zip((*WIDTHS, PIPED), costs, strict=True):
         text = _terminal(*words.split(), *over, cwd=folder, columns=columns)
         lines = [line.rstrip() for line in ESCAPE.sub("", text).splitlines()]
         begun = next(i for i, line in enumerate(lines) if "plans to try" in line)
         assert re.fullmatch(f"2 plans to try on 10, 20, 40 images: {cost}", lines[begun])
         assert not any("all: " in line for line in lines[:begun])  # no trial before
         table = lines[next(i for i, line in enumerate(lines) if "predicted" in line) :]
-        assert (
-            max(map(len, table[: next(i for i, x in enumerate(table) if "from trials" in x)]))
-            <= columns
-        )
+        assert max(
+            map(len, table[: next(i for i, x in enumerate(table) if "from trials" in x)])
+        ) <= (columns or WIDE)
         assert lines[-1].startswith("greenvis run ")
 
 
