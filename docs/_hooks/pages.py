@@ -306,6 +306,7 @@ MORE = {
     ],
     "Results of a report": ["greenvis.report.results", "greenvis.report.shape.Results"],
 }
+INHERITS = ("greenvis.Wrapped",)  # its methods are written in several files
 HOMES = {"report": "greenvis.report.report"}  # a package has that name, too
 
 
@@ -343,6 +344,8 @@ def _reference(path: str, heading: str, members: bool = True) -> list[str]:
     lines = [f"::: {path}", "    options:", f"      heading: {heading}"]
     if not members:
         lines.append("      members: false")
+    if heading in INHERITS:
+        lines.append("      inherited_members: true")
     anchor = [f'<a id="{heading}"></a>', ""] if path != heading else []
     return [*anchor, *lines, ""]
 

@@ -88,7 +88,7 @@ def overview(folder: str | Path) -> dict[str, Any]:
 def markdown(
     summary: Mapping[str, Any], beside: str | Path = ".", columns: Sequence[str] = HEAD
 ) -> str:
-    """Return the overview as Markdown, arms of one report in one row.
+    """Return the overview as Markdown, a row per arm.
 
     Args:
         summary: of `overview`.
@@ -96,14 +96,12 @@ def markdown(
         columns: some of `HEAD`.
     """
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    grouped: dict[tuple[str, str, str], list[dict[str, str]]] = {}
     for row in summary["techniques"]:
-        grouped.setdefault((row["technique"], row["measured in"], row["against"]), []).append(row)
-    for (technique, path, base), rows in grouped.items():
-        cells = {k: "<br>".join(_cell(row, k) for row in rows) for k in HEAD[2:]}
-        cells["technique"] = markup.code(technique)
+        path = row["measured in"]
         report = _link(Path(path).parent.name, path, beside)
-        cells["measured in"] = f"{report}, against {markup.md(base)}"
+        cells = {k: _cell(row, k) for k in HEAD}
+        cells["technique"] = markup.code(row["technique"])
+        cells["measured in"] = f"{report}, against {markup.md(row['against'])}"
         lines.append("| " + " | ".join(cells[k] for k in columns) + " |")
     lines += [
         "",

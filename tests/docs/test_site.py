@@ -163,6 +163,8 @@ def test_the_site_builds_with_strict_links(tmp_path: Path) -> None:
     )
     missing = [name for name in greenvis.__all__ if f'id="greenvis.{name}"' not in reference]
     assert missing == []
+    for method in ("loss", "step_end", "served", "save", "load", "use", "undo"):
+        assert f'id="greenvis.Wrapped.{method}"' in reference
     assert "lora" in (tmp_path / "search/search_index.js").read_text()
     remote = re.compile(r'<(?:script|link|img)[^>]*(?:src|href)="?https?://(?!example)')
     assert [p.name for p in tmp_path.glob("*.html") if remote.search(p.read_text())] == []

@@ -414,45 +414,39 @@ def test_the_overview_agrees_with_the_intervals_in_it() -> None:
     for row in rows:
         name = re.findall(r"\[(.+?)\]", row["measured in"])[0]
         found = _found(ROOT / "reports" / name / "results.json")
-        split = {column: cell.split("<br>") for column, cell in row.items()}
-        for i, arm in enumerate(map(_unescaped, split["arm"])):
-            gain, kept = split["metric"][i], split["verdict"][i]
-            if kept == "one seed":
-                assert gain == "–"
-                continue
-            _, low, high = (_number(x) for x in re.findall(r"[+−]?\d[\d.]*", gain))
-            least, most, margin = (
-                found["arms"][arm]["vs_baseline"][found["metric"]],
-                0.0,
-                found["margin"],
-            )
-            word = (
-                "keeps"
-                if least["low"] >= -margin / 100
-                else "loses"
-                if least["high"] < -margin / 100
-                else "not yet decided"
-            )
-            assert (kept, gain.startswith("**")) == (
-                word,
-                not low - HALF <= most <= high + HALF or not least["low"] <= 0 <= least["high"],
-            )
-            for column in (
-                "energy to train, base and teacher included",
-                "own share",
-                "energy of an image",
-            ):
-                _check_ratio(split[column][i])
-            known = found["arms"][arm]["vs_baseline"]["train_energy_with_reuse"]
-            first = re.findall(
-                rf"×({NUMBER})", split["energy to train, base and teacher included"][i]
-            )[0]
-            assert _number(first) == pytest.approx(known["ratio"], rel=0.006)
-            unknown = any(u["energy_j"]["value"] is None for u in found["arms"][arm]["uses"])
-            assert (
-                "not known" in split["energy to train, base and teacher included"][i]
-            ) == unknown
-            seen += 1
+        arm, gain, kept = _unescaped(row["arm"]), row["metric"], row["verdict"]
+        if kept == "one seed":
+            assert gain == "–"
+            continue
+        _, low, high = (_number(x) for x in re.findall(r"[+−]?\d[\d.]*", gain))
+        least, most, margin = (
+            found["arms"][arm]["vs_baseline"][found["metric"]],
+            0.0,
+            found["margin"],
+        )
+        word = (
+            "keeps"
+            if least["low"] >= -margin / 100
+            else "loses"
+            if least["high"] < -margin / 100
+            else "not yet decided"
+        )
+        assert (kept, gain.startswith("**")) == (
+            word,
+            not low - HALF <= most <= high + HALF or not least["low"] <= 0 <= least["high"],
+        )
+        for column in (
+            "energy to train, base and teacher included",
+            "own share",
+            "energy of an image",
+        ):
+            _check_ratio(row[column])
+        known = found["arms"][arm]["vs_baseline"]["train_energy_with_reuse"]
+        first = re.findall(rf"×({NUMBER})", row["energy to train, base and teacher included"])[0]
+        assert _number(first) == pytest.approx(known["ratio"], rel=0.006)
+        unknown = any(u["energy_j"]["value"] is None for u in found["arms"][arm]["uses"])
+        assert ("not known" in row["energy to train, base and teacher included"]) == unknown
+        seen += 1
     assert seen > 100
     said = 0
     for line in text.splitlines():
