@@ -101,6 +101,11 @@ def test_only_what_changed_is_parsed_again(
     assert len(parsed) == 7
 
 
+def test_the_list_adds_up_to_what_the_report_says_of_all_runs(study: Path, index: Path) -> None:
+    listed = sum(row["energy_j"] for row in ls(study))
+    assert listed == pytest.approx(results(study).totals.energy_j.value)
+
+
 def test_a_run_that_goes_on_is_no_crash(tmp_path: Path, index: Path) -> None:
     with gv.track("t", dir=tmp_path, quiet=True) as run:
         assert [row["status"] for row in ls(tmp_path)] == ["running"]
