@@ -64,6 +64,53 @@ def plan(
     answer(as_json, prediction, show)
 
 
+@verb(app.PLAN, "greenvis tune recipes/quickstart.yaml")
+def tune(
+    recipe: Annotated[str, argument("a YAML file; see `greenvis schema`")],
+    rounds: Annotated[int, option("in which the settings take turns")] = 3,
+    overrides: app.Overrides = None,
+    trust: app.Trust = False,
+    runs: app.Runs = "runs",
+    as_json: app.Json = False,
+) -> None:
+    """measure which settings of the machine train a recipe's baseline for less"""
+    from greenvis.experiment.recipe import load_recipe
+
+    load_recipe(recipe, overrides or ())  # what is wrong is said before torch is imported
+    from greenvis.planning.tune import tune
+
+    tuned = tune(
+        recipe, overrides=overrides or (), rounds=rounds, runs=runs, trust=trust,
+        say=teller(as_json),
+    )  # fmt: skip
+
+    def show() -> None:
+        from greenvis.report.formatting import si
+
+        rows = [
+            {
+                "setting": row["setting"],
+                "energy": si(row["energy_j"], "J"),
+                "ratio": f"×{row['ratio']:.2f}",
+                "between": f"{row['low']:.2f} – {row['high']:.2f}",
+                "set": " ".join(f"--set {text}" for text in row["set"]),
+            }
+            for row in tuned["rows"]
+        ]
+        print_rows(rows, f"energy of {tuned['arm']}, {tuned['rounds']} rounds in turns")
+        for name, reason in tuned["refused"].items():
+            write(f"{name}: left out: {reason}")
+        picked = next((row for row in tuned["rows"] if row["setting"] == tuned["pick"]), None)
+        if picked is None:
+            write("no setting takes less in every round: train it as it is")
+        else:
+            words = " ".join(f"--set {text}" for text in picked["set"])
+            write(f"greenvis run {shlex.quote(recipe)} {words}")
+        write(f"tuning itself took {si(tuned['tuning_j'], 'J')}")
+
+    answer(as_json, tuned, show)
+
+
 @verb(app.PLAN, "greenvis rank run:quickstart/full run:quickstart/lora --data digits")
 def rank(
     bases: Annotated[
