@@ -231,7 +231,7 @@ def test_overview(folder: Path, capsys: Any, monkeypatch: Any) -> None:
     safe_lines(said.out + said.err)
     safe_markdown(said.out, rows=2)
     links = re.findall(r'href="([^"]+)"', MarkdownIt("commonmark").enable("table").render(said.out))
-    assert len(links) == 3  # the technique's row, and one a report
+    assert len(links) == 3 + 2  # a row per arm, and one per report
     assert all(link.startswith("reports/") and link.endswith("/report.md") for link in links)
     assert main(["overview", "reports", "--json"]) == 0
     text = capsys.readouterr().out
