@@ -421,7 +421,7 @@ def test_every_verb_takes_what_it_took(verb: str) -> None:
 
 
 def test_no_verb_is_lost() -> None:
-    added = {"data", "estimate", "init", "label-next", "labels"}
+    added = {"data", "estimate", "init", "label-next", "labels", "tune"}
     assert set(typer.main.get_command(cli.app).commands) == {*OPTIONS, *added}
 
 
