@@ -8,11 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from greenvis.bench import _floor, advise, exits, rank, tokens
+from greenvis.bench import _floor, advise, dense_fusion, exits, kv_cache, rank, tokens
 from greenvis.bench.gpu import _page
 
 ROOT = Path(__file__).parents[2]
-WITH_JOULES = ("advice", "bench-exits", "bench-rank", "bench-tokens", "gpu")
+PAGES = {
+    "bench-dense-fusion": dense_fusion,
+    "bench-exits": exits,
+    "bench-kv-cache": kv_cache,
+    "bench-tokens": tokens,
+}
+COMMITTED = [name for name in PAGES if (ROOT / "reports" / name).exists()]
+WITH_JOULES = ("advice", "bench-rank", "gpu", *COMMITTED)
 BAND = {"low": 0.9, "high": 1.2, "citation": "measured on this machine: 24 runs"}
 
 
@@ -57,8 +64,7 @@ def test_committed_pages_are_those_of_their_results_and_have_a_floor(name: str) 
     elif name == "gpu":
         written = _page.markdown(results)
     else:
-        module = exits if name == "bench-exits" else tokens
-        written = module._markdown(results, Path("reports") / name)
+        written = PAGES[name]._markdown(results, Path("reports") / name)
     machine = re.compile(r"on \d+ logical CPUs")  # of whoever words it
     assert machine.sub("", page) == machine.sub("", written)
     assert "Noise floor of energies: " in page
