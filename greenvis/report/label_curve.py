@@ -88,18 +88,15 @@ def worth(results: Results, label: str) -> Worth:
     plain = {
         a: p for a, p in label_only(results).items() if a != label and _network(p) == _network(row)
     }
-    own, curve = _training(row), _curve(plain.values())
+    sign = 1.0 if results.measure.higher_is_better else -1.0
+    own, curve = _training(row), _best(_curve(plain.values()), sign)
     if own is None:
         return Worth(why="its labels, metric or energy are not known")
     beside = next((t.mean for t in curve if t.mean.labels == own.mean.labels), None)
     per_point = None if beside is None else _per_point(results, own.mean, beside)
-    budgets = {t.mean.labels for t in curve}
-    if len(budgets) < LEAST:
-        why = f"the arms on labels alone have {len(budgets)} budget(s), and {LEAST} are needed"
+    if len(curve) < LEAST:
+        why = f"the arms on labels alone have {len(curve)} budget(s), and {LEAST} are needed"
         return Worth(per_point, why=why)
-    if len(budgets) < len(curve):
-        return Worth(per_point, why="several arms on labels alone have as many labels")
-    sign = 1.0 if results.measure.higher_is_better else -1.0
     same, rate, why = exchange(sorted(t.mean for t in curve), own.mean, sign)
     low = high = None
     if rate is not None:
@@ -169,6 +166,16 @@ def _curve(rows: Iterable[ArmResults]) -> list[Training]:
             budgets.add(t.mean.labels)
             out.append(t)
     return out
+
+
+def _best(curve: Iterable[Training], sign: float) -> list[Training]:
+    """Return the best training on each number of labels: what these labels are good for alone."""
+    best: dict[float, Training] = {}
+    for one in curve:
+        other = best.get(one.mean.labels)
+        if other is None or sign * one.mean.metric > sign * other.mean.metric:
+            best[one.mean.labels] = one
+    return [*best.values()]
 
 
 def _training(row: ArmResults) -> Training | None:

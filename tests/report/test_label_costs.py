@@ -104,6 +104,16 @@ def test_a_report_reads_the_rate_off_the_arms_on_labels_alone(tmp_path: Path) ->
     check_section(Labels)
 
 
+def test_of_several_arms_on_as_many_labels_the_best_is_the_curve_s(tmp_path: Path) -> None:
+    runs = curve(tmp_path / "runs")
+    alone = label_curve.worth(results(runs, baseline="n320"), "fixmatch")
+    write(runs, "n80-short", 80, 0.3, 10)
+    assert label_curve.worth(results(runs, baseline="n320"), "fixmatch") == alone
+    write(runs, "n80-long", 80, 0.65, 200)
+    beside = label_curve.worth(results(runs, baseline="n320"), "fixmatch")
+    assert beside.same == pytest.approx(80, rel=1e-2)
+
+
 def test_budgets_of_one_recipe_give_the_curve(tmp_path: Path) -> None:
     """Real trainings: `labels` of four arms, and a technique that draws unlabelled images."""
     recipe = tmp_path / "budgets.yaml"

@@ -18,10 +18,10 @@ HOW = (
     "counts times the seconds below, central (low–high); they are never turned into joules."
 )
 WORTH = (
-    "Labels alone: the labels with which arms without a technique reach the same {name}, "
-    "interpolated between measured points of that curve on the logarithm of the labels, never "
-    "beyond them. Exchange rate: joules more than such an arm, per label spared; the interval is "
-    "over seeds. Joules are with all an arm builds on."
+    "Labels alone: the labels with which arms without a technique (the best on each number of "
+    "labels) reach the same {name}, interpolated between measured points of that curve on the "
+    "logarithm of the labels, never beyond them. Exchange rate: joules more than such an arm, per "
+    "label spared; the interval is over seeds. Joules are with all an arm builds on."
 )
 
 
