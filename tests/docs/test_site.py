@@ -111,7 +111,7 @@ def test_the_answers_of_the_ten_second_test_are_on_the_first_screens() -> None:
         for row in rows:
             figures = re.findall(FIGURE, row[column])
             assert [f for f in figures if f not in first] == [], (path, row[0])
-            names = set(re.findall(r"lora(?:-\w+)?|scratch|cumulative", row[column]))
+            names = set(re.findall(r"lora(?:-\w+)?|scratch|cumulative|last3", row[column]))
             assert all(name in first for name in names)
 
 
