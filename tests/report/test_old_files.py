@@ -89,6 +89,8 @@ def test_committed_records_give_the_committed_results(folder: Path) -> None:
     old = json.loads((folder / "results.json").read_text())
     options = {key: old[key] for key in ("baseline", "metric", "served", "margin")}
     new = results(folder / archive.NAME, **options).as_json()
+    for words in ("title", "note"):  # who made the report may have given it others
+        old[words] = new[words] = None
     assert _same(old, new) == []
     assert _same(new, old) == []
 
