@@ -186,7 +186,7 @@ def test_the_first_screen_holds_the_sentence_three_tiles_and_the_figure(
 def test_a_file_without_script_shows_the_same(site: tuple[str, Path], tmp_path: Path) -> None:
     """From a folder, in a frame that runs no script and in one that does."""
     command = [str(BROWSER), "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-               "--window-size=1280,2400"]  # fmt: skip
+               "--virtual-time-budget=20000", "--window-size=1280,2400"]  # fmt: skip
     shots = []
     for allowed in ("", "allow-scripts"):
         frame = site[1] / f"frame{allowed}.html"

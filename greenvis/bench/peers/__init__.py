@@ -124,13 +124,18 @@ def _markdown(result: dict[str, Any], out: str) -> str:
         )
     peers = ", ".join(f"{name} {v}" for name, v in result["versions"].items() if v)
     absent = [name for name, version in result["versions"].items() if not version]
+    left_out = {*WORKS} - {*result["works"]}
+    only = "".join(f" --work {name}" for name in result["works"]) if left_out else ""
     lines = [
         "# The same work with greenvis and with what people use without it", "", f"{first}.", "",
-        f"`greenvis bench peers --out {out}`, {result['seconds']} s on {os.cpu_count()} logical "
-        f"CPUs, {result['threads']} thread(s), torch {result['torch']}; {peers}."
+        f"`greenvis bench peers{only} --rounds {result['rounds']} --out {out}`, "
+        f"{result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} thread(s), "
+        f"torch {result['torch']}; {peers}."
         + (f" Not installed and left out: {', '.join(absent)}." if absent else "")
         + f" {result['images'][0]} of scikit-learn's digits to train on, {result['images'][1]} to "
-        "test on; batches of 32, AdamW, a cosine. CPU time of the whole training, medians over "
+        "test on; batches of 32, AdamW, a cosine. CPU time of the whole training, which of a "
+        "recipe is the whole command: its records, evaluation, and what it measures of the "
+        "finished model (latency, energy per image); medians over "
         f"{result['rounds']} rounds of another seed each; arms take turns, and vs_peer compares "
         "within a round. Where energy is estimated from CPU time, as on this machine, its ratio "
         "is the same. lines: of code, or of the recipe.", "",

@@ -216,7 +216,7 @@ def frozen_prefix(side: int = 64, epochs: int = 8, blocks: int = 2) -> Work:
         f"the last {blocks} stages of EfficientNet-Lite0, {epochs} epochs: by hand the frozen part "
         "runs at each step, greenvis keeps what it gives"
     )
-    return Work("frozen prefix", about, 0.5, [Arm("plain loop", plain, lines(plain, loop)), ours])
+    return Work("prefix", about, 0.5, [Arm("plain loop", plain, lines(plain, loop)), ours])
 
 
 def distillation(side: int = 64, epochs: int = 12) -> Work:
@@ -273,7 +273,7 @@ def low_rank(side: int = 32, epochs: int = 6) -> Work:
     ours = recipe(VIT, side, epochs, [{"lora": {"rank": 4, "targets": ["qkv"]}}])
     peer = Arm("transformers + PEFT", lambda seed: _peft(seed, side, epochs), lines(_peft))
     about = f"LoRA of a vision transformer of 0.7 M parameters, {side} pixels, {epochs} epochs"
-    return Work("LoRA", about, 1.0, [peer, ours])
+    return Work("lora", about, 1.0, [peer, ours])
 
 
 def metering(side: int = 32, epochs: int = 6) -> Work:
