@@ -1,14 +1,11 @@
-"""What benchmarks share: their files, their figures, and how many threads they run on."""
+"""What benchmarks share: their files and their figures."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from greenvis.core import files
 
@@ -18,17 +15,6 @@ def write(out: Path, result: Mapping[str, Any], page: str) -> None:
     out.mkdir(parents=True, exist_ok=True)
     files.write(out / "results.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     files.write(out / "report.md", page)
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads within."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def draw(

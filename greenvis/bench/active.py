@@ -23,6 +23,7 @@ from greenvis.bench import _output
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.data.queries import Candidates, gradient_distances, select
 from greenvis.errors import BadInput
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import memory
 from greenvis.meters.header import cpu
 
@@ -66,7 +67,7 @@ def run(
     h = torch.randn(candidates, features, generator=g).relu()
     p = (3 * torch.randn(candidates, classes, generator=g)).softmax(1)
     pool = Candidates(torch.zeros(candidates, dtype=torch.bool), p, h)
-    with _output.threads(threads):
+    with cpu_threads(threads):
         ours = [_measured(lambda: select("badge", pool, budget, 0)) for _ in range(rounds)]
         theirs = _measured(lambda: _peer(peer, p.numpy(), h.numpy(), budget))
     own = {key: statistics.median(one[key] for one in ours) for key in ours[0]}

@@ -25,7 +25,9 @@ from greenvis.bench import _duet_texts, _floor, _output
 from greenvis.bench._duet_texts import Pictures, fit, say
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.errors import BadInput
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 
 # what each arm builds on, beside its own fine-tuning
@@ -80,7 +82,7 @@ def run(
     started = time.monotonic()
     rows, captioners, experts, stages = [], [], [], []
     with (
-        _output.threads(threads),
+        cpu_threads(threads),
         tempfile.TemporaryDirectory() as folder,
         track("dense_fusion", dir=folder, quiet=True) as run_,
     ):
@@ -222,7 +224,7 @@ class Loop:
         shares: dict[str, float] = {}
         joules: dict[str, list[float]] = {arm: [] for arm in STAGES}
         for number in range(rounds):
-            for arm in [*STAGES][:: 1 if number % 2 == 0 else -1]:
+            for arm in in_turn(STAGES, number):
                 with self.charged("answering"):
                     shares[arm] = self.reached(models[arm], arm in WITH_CONTEXT)
                 joules[arm].append(self.spent.pop("answering") / len(self.test.x))

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from greenvis.bench import _exiting, _floor, _output
 from greenvis.bench._exiting import AT
 from greenvis.bench._options import Images, Model, Out, Rounds, Threads
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import flops
 from greenvis.meters.devices import asynchronous, wait
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 
 MODEL = "timm/deit_tiny_patch16_224"
@@ -56,7 +58,7 @@ def run(
     """
     started = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with _output.threads(threads):
+    with cpu_threads(threads):
         plain, installed = _exiting.build_with_exits(model)
         x = _exiting.images(images, plain).to(device)
         plain.to(device)
@@ -109,7 +111,7 @@ def _measured(
     with torch.inference_mode():
         plain(parts[0])
         for i in range(rounds):
-            for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+            for name in in_turn(arms, i):
                 if arms[name] is None:
                     _serve(plain, parts, timings[name], run)
                     continue

@@ -24,9 +24,11 @@ from greenvis import models
 from greenvis.bench import _dialogues, _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.core.wrap import wrap
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import pricing
 from greenvis.meters.answering import generate
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 from greenvis.techniques import registry
 
@@ -64,7 +66,7 @@ def run(
     """
     started = time.monotonic()
     with (
-        _output.threads(threads),
+        cpu_threads(threads),
         tempfile.TemporaryDirectory() as folder,
         track("kv_cache", dir=folder) as run_,
     ):
@@ -110,7 +112,7 @@ def _costs(
                   "do_sample": False}  # fmt: skip
         spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
         for number in range(rounds + 1):
-            for name in [*METHODS][:: 1 if number % 2 == 0 else -1]:
+            for name in in_turn(METHODS, number):
                 spent[name].append(_spent(model, name, inputs, run_))
         for name, own in spent.items():
             # the first warms up; ratios are of one round, whose neighbours met all alike

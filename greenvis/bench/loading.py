@@ -17,6 +17,7 @@ from PIL import Image
 from greenvis.bench import _output
 from greenvis.bench._options import Images, Out, Rounds
 from greenvis.data import DataSpec, batches, dataset, load
+from greenvis.experiment.optim import threads as cpu_threads
 
 if TYPE_CHECKING:
     from greenvis.data.transforms import Transform
@@ -94,7 +95,7 @@ def _measured(folder: Path, images: int, rounds: int, workers: int) -> dict[str,
         "imagefolder": lambda turn: DataLoader(theirs, BATCH, shuffle=True, num_workers=workers),
     }
     speeds: dict[str, list[float]] = {name: [] for name in loaders}
-    with _output.threads(1):
+    with cpu_threads(1):
         for turn in range(rounds):
             for name in sorted(loaders, reverse=bool(turn % 2)):
                 started = time.monotonic()

@@ -28,7 +28,9 @@ from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.techniques import registry
 
 PEER = "avalanche-lib"
@@ -78,7 +80,7 @@ def run(out: Out = None, rounds: Rounds = 15, threads: Threads = 1) -> dict[str,
     except ImportError as error:
         raise BadInput(INSTALL) from error
     started = time.monotonic()
-    with _output.threads(threads):
+    with cpu_threads(threads):
         rows = [row for name in MODELS for row in _rows(name, _measured(name, rounds))]
     result = {
         "rows": rows, "buffer": BUFFER, "batch": [BATCH, BATCH], "rounds": rounds,
@@ -105,7 +107,7 @@ def _measured(name: str, rounds: int) -> dict[str, list[float]]:
     }
     timings: dict[str, list[float]] = {arm: [] for arm in arms}
     for i in range(rounds + 1):
-        for arm in [*arms][:: 1 if i % 2 == 0 else -1]:
+        for arm in in_turn(arms, i):
             gc.collect()  # or an arm pays for what another one left
             seconds = arms[arm]()
             timings[arm] += [seconds] if i else []  # the first round warms up

@@ -26,8 +26,10 @@ from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.bench._structures import GROUPS, Arm, Arms, Group
 from greenvis.errors import BadInput, nearest, some
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import flops
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 
 CALLS_S = 0.2  # seconds of one reading at batch 1, at least
@@ -69,7 +71,7 @@ def run(
         if name not in names:
             raise BadInput(f"unknown network '{name}'{nearest(name, names)}; known: {some(names)}")
     with (
-        _output.threads(threads),
+        cpu_threads(threads),
         tempfile.TemporaryDirectory() as folder,
         track("structure", dir=folder, quiet=True) as run_,
     ):
@@ -136,7 +138,7 @@ def _measured(
     """Return CPU seconds of a batch, and joules where they are asked for, by arm and round."""
     readings: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
     for i in range(rounds + 1):  # the first warms up
-        for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+        for name in in_turn(arms, i):
             with _serving(arms[name], x) as shown:
                 energy = None if run_ is None else run_.energy().value
                 start, calls = time.process_time(), 0

@@ -23,9 +23,11 @@ from greenvis import models
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Model, Out, Rounds, Threads
 from greenvis.core.wrap import wrap
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import flops
 from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 from greenvis.models.structure import example_input
 from greenvis.techniques import registry
@@ -56,7 +58,7 @@ def run(
     results.json and figures/tokens.svg to.
     """
     started = time.monotonic()
-    with _output.threads(threads):
+    with cpu_threads(threads):
         arms = {PLAIN: models.build(model).eval()}
         for r in schedules:
             arms[_name(r)] = models.build(model).eval()
@@ -113,7 +115,7 @@ def _measured(
         for arm in arms.values():
             arm.to(device)(x[:2])
         for i in range(rounds):
-            for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+            for name in in_turn(arms, i):
                 wait([device])
                 before, start = run.energy().value, clock()
                 arms[name](x)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from greenvis.errors import BadInput
 from greenvis.meters.devices import asynchronous, wait
 
 WARM_UP = 3
+T = TypeVar("T")
 
 
 def latency(
@@ -79,3 +80,14 @@ def throughput(
 
 def _quantile(ordered: list[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
+
+
+def in_turn(settings: Iterable[T], number: int) -> list[T]:
+    """Return settings in the order of a round: it turns around every other round, so that none
+    always comes first.
+
+    Args:
+        settings: What takes turns.
+        number: Of the round, from 0.
+    """
+    return [*settings][:: 1 if number % 2 == 0 else -1]

@@ -15,6 +15,7 @@ from greenvis.experiment.optim import threads
 from greenvis.experiment.recipe import load_recipe
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing
+from greenvis.meters.speed import in_turn
 from greenvis.meters.track import track
 from greenvis.planning.plan import expected
 
@@ -80,7 +81,7 @@ def tune(
                     raise
                 refused[name] = str(error)
         for i in range(rounds):
-            for name in [*jobs][:: 1 if i % 2 == 0 else -1]:
+            for name in in_turn(jobs, i):
                 say(f"round {i + 1} of {rounds}: {name}")
                 with threads(jobs[name].arm.train.threads):
                     joules = expected(session.prepare(jobs[name]))

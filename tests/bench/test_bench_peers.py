@@ -8,7 +8,7 @@ import pytest
 
 from greenvis.bench import peers
 from greenvis.bench.peers import _works
-from greenvis.bench.peers._works import Arm, Trained, Work
+from greenvis.bench.peers._work import Arm, Trained, Work, digits
 from greenvis.errors import BadInput
 
 
@@ -31,7 +31,7 @@ def test_rows_set_each_arm_against_the_first_within_a_round() -> None:
 
 
 def test_the_images_of_training_and_test_are_others() -> None:
-    x, y, of_test, labels = _works.digits(8)
+    x, y, of_test, labels = digits(8)
     assert (len(x), len(y), len(of_test), len(labels)) == (500, 500, 450, 450)
     assert x.shape[1:] == (3, 8, 8)
     assert not any((x == one).flatten(1).all(1).any() for one in of_test[:50])

@@ -12,7 +12,7 @@ from torch import nn
 
 from greenvis.errors import BadInput
 from greenvis.meters import speed
-from greenvis.meters.speed import latency, throughput
+from greenvis.meters.speed import in_turn, latency, throughput
 
 
 class Sleepy(nn.Module):
@@ -88,3 +88,7 @@ def test_peak_memory_sees_what_was_freed_again() -> None:
         [sys.executable, "-c", FREED], capture_output=True, text=True, check=False
     )  # other tests' pages move
     assert done.returncode == 0, done.stderr
+
+
+def test_turns_turn_around_every_other_round() -> None:
+    assert [in_turn("abc", number) for number in range(3)] == [[*"abc"], [*"cba"], [*"abc"]]

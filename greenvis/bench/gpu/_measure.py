@@ -14,6 +14,7 @@ import torch
 
 from greenvis.meters import pricing
 from greenvis.meters.energy import Meter
+from greenvis.meters.speed import in_turn
 
 
 class NotMeasured(Exception):
@@ -59,7 +60,7 @@ def measure(
     calls = {name: _calls(bench, call) for name, (call, _) in arms.items()}
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in arms}
     for i in range(bench.rounds):
-        for name in [*arms][:: 1 if i % 2 == 0 else -1]:
+        for name in in_turn(arms, i):
             call, units = arms[name]
             bench.sync()
             before, start = bench.meter.read(), time.perf_counter()

@@ -20,10 +20,13 @@ import typer
 
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
-from greenvis.bench.peers import _serving, _works
-from greenvis.bench.peers._works import WORKS, Trained, Work
+from greenvis.bench.peers import _serving
+from greenvis.bench.peers._work import TEST, TRAIN, Trained, Work
+from greenvis.bench.peers._works import WORKS
 from greenvis.errors import BadInput, nearest
+from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters.header import cpu
+from greenvis.meters.speed import in_turn
 
 PEERS = ("peft", "transformers", "codecarbon", "lightning", "onnxruntime", "timm")
 SERVING = "serving"
@@ -49,7 +52,7 @@ def run(
         if name not in names:
             raise BadInput(f"unknown work '{name}'{nearest(name, names)}")
     started = time.monotonic()
-    with _output.threads(threads), warnings.catch_warnings():
+    with cpu_threads(threads), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         works = [WORKS[name]() for name in WORKS if name in chosen]
         rows = [row for one in works for row in _rows(one, _measured(one, rounds))]
@@ -58,7 +61,7 @@ def run(
         )
     result = {
         "rows": rows, "serving": serving, "works": {one.name: one.about for one in works},
-        "images": [_works.TRAIN, _works.TEST], "rounds": rounds, "threads": threads,
+        "images": [TRAIN, TEST], "rounds": rounds, "threads": threads,
         "machine": cpu(), "torch": torch.__version__, "versions": _versions(),
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
@@ -82,7 +85,7 @@ def _measured(work: Work, rounds: int) -> dict[str, list[Trained]]:
     """Return each arm's trainings, one a round."""
     trained: dict[str, list[Trained]] = {arm.name: [] for arm in work.arms}
     for seed in range(rounds + 1):
-        for arm in [*work.arms][:: 1 if seed % 2 == 0 else -1]:
+        for arm in in_turn(work.arms, seed):
             gc.collect()  # or an arm pays for what another one left
             one = arm.train(seed)
             trained[arm.name] += [one] if seed else []

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from greenvis.bench.peers._works import LITE0, built, digits
+from greenvis.bench.peers._work import LITE0, built, digits
+from greenvis.meters.speed import in_turn
 from greenvis.models.fusing import fuse
 
 EAGER = "eager"
@@ -51,7 +52,7 @@ def measured(
         }
         times: dict[str, list[float]] = {name: [] for name in answering}
         for i in range(rounds):
-            for name in [*answering][:: 1 if i % 2 == 0 else -1]:
+            for name in in_turn(answering, i):
                 start = time.process_time()
                 for _ in range(max(1, images // len(expected))):
                     answering[name]()
