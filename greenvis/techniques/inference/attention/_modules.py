@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greenvis.core.modes import removing
-from greenvis.errors import BadInput
+from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import Attention
 from greenvis.models.structure.layout import as_map
 from greenvis.models.structure.probing import probing
@@ -159,8 +159,15 @@ class LocalConv(nn.Module):
         nn.init.zeros_(conv.bias)
 
     def forward(self, v: Tensor) -> Tensor:
-        """Return (batch, heads, tokens, dim) of values of that shape."""
-        maps = as_map(v.flatten(0, 1), -1, self.prefix, self.aspect)
+        """Return (batch, heads, tokens, dim) of values of that shape. Raises BadInput for tokens on
+        no grid."""
+        try:
+            maps = as_map(v.flatten(0, 1), -1, self.prefix, self.aspect)
+        except GreenvisError as error:
+            raise BadInput(
+                f"a convolution of the values has no grid: {v.shape[2]} tokens are no class token "
+                "and patches (those of a text?); name the attentions of images as targets"
+            ) from error
         local = self.depthwise(maps).flatten(2).transpose(1, 2)
         return F.pad(local, (0, 0, self.prefix, 0)).view_as(v)
 
