@@ -18,6 +18,7 @@ from greenvis.core.technique import PROPERTIES, refuse_conflicts
 from greenvis.errors import BadInput
 from greenvis.techniques.inference.exits.early_exit import EarlyExit
 from greenvis.techniques.inference.experts.experts import Experts
+from greenvis.techniques.inference.kv_cache import _buffer
 from greenvis.techniques.inference.kv_cache._layers import (
     EvictingLayer,
     HeavyHitters,
@@ -78,13 +79,47 @@ def test_bit_equal_to_transformers_where_nothing_goes(plain: Any, method: str) -
     assert plain.config.text_config._attn_implementation == "sdpa"
 
 
-def test_static_says_the_same(plain: Any) -> None:
-    tokens, logits = _answer(plain)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"num_beams": 3},
+        {"prompt_lookup_num_tokens": 2, "min_new_tokens": None},  # takes rows back
+        {"attention_mask": torch.tensor([[0] * 3 + [1] * (PROMPT - 3), [1] * PROMPT])},
+    ],
+)
+def test_static_is_bit_equal_to_transformers(
+    plain: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_buffer, "SPARE", 0)  # it is full within the answer, and makes more room
+    if "prompt_lookup_num_tokens" in more:
+        more = {**more, **{name: rows[:1] for name, rows in _inputs().items()}}
+    tokens, logits = _answer(plain, **more)
     live = gv.wrap(plain, KvCache())
-    own = _answer(plain)
+    own = _answer(plain, **more)
     assert torch.equal(own[0], tokens)
-    torch.testing.assert_close(own[1], logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(own[1], logits)
+    layer = live.installed[0].cache.layers[0]
+    assert layer.keys.shape[2] == tokens.shape[1] - 1
+    if not more:  # rows were written, not copied
+        assert layer.keys.data_ptr() == layer._keys.memory.data_ptr()
     live.undo()
+
+
+def test_rows_find_their_places_when_calls_bring_one_or_many() -> None:
+    generator = torch.Generator().manual_seed(2)
+    layer, keys = Window(5, 2), torch.randn(1, 2, 19, 4, generator=generator)
+    seen = 0
+    for new in (4, 1, 1, 1, 1, 4, 1, 1, 5):
+        attended, _ = layer.update(*[keys[:, :, seen : seen + new]] * 2)
+        seen += new
+        assert attended.shape[2] <= 5 + new
+        newest = [*range(seen)] if seen <= 5 else [0, 1, *range(seen - 3, seen)]
+        assert layer.positions.sort(dim=-1).values[0, 1].tolist() == newest
+        own = keys.gather(2, layer.positions[..., None].expand(-1, -1, -1, 4))
+        assert torch.equal(layer.keys, own)
+        assert torch.equal(layer.values, own)
+        assert layer.get_seq_length() == seen
 
 
 class _Masked:

@@ -16,13 +16,47 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from greenvis.errors import BadInput
+from greenvis.techniques.inference.kv_cache._buffer import Buffer, swapped, taken
 
 CHUNK = 256  # queries whose attention is summed at once
 
 
-class EvictingLayer(DynamicLayer):
+class BufferedLayer(DynamicLayer):
+    """Keeps all rows, as transformers' own dynamic cache; writes a new one behind them where that
+    copies all."""
+
+    keys: Any
+    values: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._keys, self._values = Buffer(), Buffer()
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add rows, and return all.
+
+        Args:
+            key_states: (batch, heads, new, features).
+            value_states: The same.
+            args: Not read.
+            kwargs: Not read.
+        """
+        first = not self.is_initialized
+        if first:
+            self.lazy_initialization(key_states, value_states)
+        self.keys = self._keys.append(None if first else self.keys, key_states)
+        self.values = self._values.append(None if first else self.values, value_states)
+        return self.keys, self.values
+
+
+class EvictingLayer(BufferedLayer):
     """Keeps some of its rows from one call to the next; within a call queries attend to all it had
     and to the new ones.
+
+    Where one row more than the capacity is there, the last takes the slot of the one that goes;
+    rows are in no order then, which attention does not ask for.
 
     Args:
         rows: How many stay: a number, or a share of those that the first call brings.
@@ -33,8 +67,6 @@ class EvictingLayer(DynamicLayer):
         positions: Where those that are there stood, int64 (batch, heads, rows).
     """
 
-    keys: Any
-    values: Any
     reads_queries = False  # whether `observe` is to be called with the queries of each call
     is_croppable = False
 
@@ -42,7 +74,9 @@ class EvictingLayer(DynamicLayer):
         super().__init__()
         self.rows, self.recent = rows, recent
         self.evicted, self.capacity = 0, 0
+        self._single = False  # whether the call brought one row
         self.positions = torch.zeros(0)
+        self._positions = Buffer()
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -58,8 +92,9 @@ class EvictingLayer(DynamicLayer):
         first, seen = not self.is_initialized, self.get_seq_length()
         batch, heads, new = key_states.shape[:3]
         keys, values = super().update(key_states, value_states, *args, **kwargs)
+        self._single = new == 1
         own = torch.arange(seen, seen + new, device=keys.device).expand(batch, heads, new)
-        self.positions = own if first else torch.cat([self.positions, own], 2)
+        self.positions = self._positions.append(None if first else self.positions, own)
         if first:
             share = isinstance(self.rows, float)
             self.capacity = max(1, math.ceil(self.rows * new) if share else int(self.rows))
@@ -81,23 +116,30 @@ class EvictingLayer(DynamicLayer):
 
     def evict(self) -> None:
         """Let the rows go that are worth least, down to the capacity."""
-        length = self.keys.shape[2]
-        if length <= self.capacity or (scores := self.scores()) is None:
+        over = self.keys.shape[2] - self.capacity
+        if over <= 0 or (scores := self.scores()) is None:
             return
-        newest = max(0, length - min(self.recent, self.capacity))
-        scores = scores.clone()
-        scores[..., newest:] = math.inf
-        self.keep(scores.topk(self.capacity).indices.sort(dim=-1).values)
+        recent = min(self.recent, self.capacity)
+        if recent:
+            newest = self.positions >= self.get_seq_length() - recent
+            scores = scores.masked_fill(newest, math.inf)
+        if over == 1 and self._single:
+            self._swap(scores.argmin(-1, keepdim=True))
+        else:
+            self.keep(scores.topk(self.capacity).indices.sort(dim=-1).values)
 
     def keep(self, rows: Tensor) -> None:
         """Let all but these rows go, int64 (batch, heads, kept)."""
         self.evicted += self.keys.shape[2] - rows.shape[2]
-        index = rows.unsqueeze(-1).expand(-1, -1, -1, self.keys.shape[-1])
-        self.keys = self.keys.gather(2, index)
-        self.values = self.values.gather(
-            2, rows.unsqueeze(-1).expand(-1, -1, -1, self.values.shape[-1])
-        )
-        self._each(lambda state: state.gather(2, rows))
+        self.keys, self.values = taken(self.keys, rows), taken(self.values, rows)
+        self._each(lambda state: taken(state, rows))
+
+    def _swap(self, slot: Tensor) -> None:
+        """Let the row of a slot go, int64 (batch, heads, 1); those of this call attend to it yet,
+        behind the last."""
+        self.evicted += 1
+        self.keys, self.values = swapped(self.keys, slot), swapped(self.values, slot)
+        self._each(lambda state: swapped(state, slot))
 
     def get_seq_length(self) -> int:
         """Return how many rows it was given."""
@@ -239,13 +281,15 @@ def attention_received(queries: Tensor, keys: Tensor, scaling: float) -> Tensor:
     """
     batch, heads, rows, width = keys.shape
     new = queries.shape[2]
-    grouped = queries.reshape(batch, heads, -1, new, width)
+    grouped = queries.reshape(batch, heads, -1, new, width) * scaling
     total = keys.new_zeros(batch, heads, rows, dtype=torch.float32)
-    columns = torch.arange(rows, device=keys.device)
     for start in range(0, new, CHUNK):
         part = grouped[:, :, :, start : start + CHUNK]
-        last = rows - new + start + torch.arange(part.shape[3], device=keys.device)
-        products = torch.einsum("bhgqd,bhkd->bhgqk", part, keys).float() * scaling
-        products = products.masked_fill(columns > last[:, None], -math.inf)
-        total += products.softmax(-1).sum((2, 3))
+        first, end = rows - new + start, rows - new + start + part.shape[3]
+        products = (part.flatten(2, 3) @ keys[:, :, :end].mT).float()
+        if part.shape[3] > 1:
+            ahead = torch.ones(part.shape[3], end - first, device=keys.device).triu(1).bool()
+            own = products.unflatten(2, part.shape[2:4])[..., first:]
+            own.masked_fill_(ahead, -math.inf)  # of the keys behind the first query's
+        total[..., :end] += products.softmax(-1).sum(2)
     return total

@@ -22,14 +22,15 @@ class KvCache(Technique):
     while a model answers in words about images: in `model.generate`.
 
     Saves decode energy, the more the longer the prompt; costs nothing in training, of which it
-    takes no part. "static" is without loss: transformers' StaticCache, which copies no row when one
-    is added. The others let rows go, by layer and head: "window" keeps the first and the newest
-    (StreamingLLM: Xiao et al., 2024); "h2o" the newest half and what got most attention so far
-    (Zhang et al., 2023); "snapkv" the prompt's end and what that attends to (Li et al., 2024),
-    and all of the answer; "key_norm" the newest and the shortest keys (Devoto et al., 2024).
-    "h2o" and "snapkv" compute attention of their own beside the fused kernel: once more for all
-    queries, and for the last of the prompt. Positions count on, so that RoPE goes on as if nothing
-    had gone.
+    takes no part. "static" is without loss: rows stand in a buffer with room for more, so that none
+    is copied when one is added, and attention sees those alone that are there, without the mask
+    that transformers' StaticCache wants (which is for compiled models). The others let rows go, by
+    layer and head: "window" keeps the first and the newest (StreamingLLM: Xiao et al., 2024); "h2o"
+    the newest half and what got most attention so far (Zhang et al., 2023); "snapkv" the prompt's
+    end and what that attends to (Li et al., 2024), and all of the answer; "key_norm" the newest and
+    the shortest keys (Devoto et al., 2024). "h2o" and "snapkv" compute attention of their own
+    beside the fused kernel: once more for all queries, and for the last of the prompt. Positions
+    count on, so that RoPE goes on as if nothing had gone.
 
     Loses where answers are short: then nearly all is the prompt, which is read in full before
     anything goes (`image_tokens` shortens that), and below about 1,000 rows "static" saves nothing.
@@ -120,7 +121,7 @@ class InstalledKvCache(Installed):
     """The cache at work in `generate`.
 
     Attributes:
-        cache: Of the last answer, for those who look at what stayed; None before, and of "static".
+        cache: Of the last answer, for those who look at what stayed; None before.
     """
 
     unmergeable = "which rows a cache keeps is no weight; keep the model wrapped"
@@ -137,11 +138,18 @@ class InstalledKvCache(Installed):
 
     def new_cache(self) -> Cache:
         """Return an empty cache, of a layer for each of the model's."""
-        from transformers.cache_utils import Cache
+        from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
         from greenvis.techniques.inference.kv_cache import _layers
 
         r = self.request
+        if r.method == "static":
+            cache = DynamicCache(config=self.config)
+            cache.layers = [
+                _layers.BufferedLayer() if type(layer) is DynamicLayer else layer
+                for layer in cache.layers
+            ]
+            return cache
         make = {
             "window": lambda: _layers.Window(r.rows, r.sinks),
             "h2o": lambda: _layers.HeavyHitters(r.rows),
@@ -163,8 +171,9 @@ class InstalledKvCache(Installed):
                 f"generate was given {own}, and kv_cache makes the cache: leave it out, or undo() "
                 "kv_cache"
             )
+        self.cache = self.new_cache()
         if self.request.method == "static":
-            return self.inner(*args, **kwargs, cache_implementation="static")
+            return self.inner(*args, **kwargs, past_key_values=self.cache)
         self._refuse_padding(args, kwargs)
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
             if kwargs.get(name) or getattr(kwargs.get("generation_config"), name, None):
@@ -174,7 +183,6 @@ class InstalledKvCache(Installed):
                 )
         from greenvis.techniques.inference.kv_cache._attention import observed
 
-        self.cache = self.new_cache()
         if not self.cache.layers[0].reads_queries:  # type: ignore[union-attr]
             return self.inner(*args, **kwargs, past_key_values=self.cache)
         with observed(self.config, self.cache):
