@@ -100,6 +100,7 @@ def estimate(
             f"they rest on {source['images']} labelled images ({source['set']}), of which "
             f"{100 * source['accuracy']:.1f} % are answered right"
         )
+        write("cot and cott hold where classes are about as frequent as there")
         if measured:
             write(
                 f"measured: {100 * measured['accuracy']:.1f} % of the {measured['images']} images "

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from greenvis import data
@@ -16,6 +18,7 @@ from greenvis.experiment.answers import Answers
 from greenvis.planning.saved import Saved
 
 TINY = 1e-12
+AT_ONCE = 2000  # answers that are assigned to labels together
 
 
 def average_confidence(source: Answers, target: Answers) -> float:
@@ -52,10 +55,50 @@ def thresholded(source: Tensor, right: Tensor, target: Tensor) -> float:
     return float((target >= ordered[wrong]).double().mean())
 
 
+def cot(source: Answers, target: Answers) -> float:
+    """Return one less the mean cost of moving the target's probabilities onto labels that are as
+    frequent as the source's (confidence optimal transport: Lu et al., 2023): a model that answers
+    one class too often is found out. Wrong where classes are of other frequencies on the target."""
+    return float(1 - _transport(target, source.labels).mean())
+
+
+def cott(source: Answers, target: Answers) -> float:
+    """Return the share of the target whose cost of `cot` lies below a threshold, which is chosen as
+    that of `atc` (thresholded: Lu et al., 2023)."""
+    labels = source.labels
+    return thresholded(-_transport(source, labels), _right(source), -_transport(target, labels))
+
+
+def _transport(of: Answers, labels: Tensor) -> Tensor:
+    """Return what each answer costs, (n,), in the cheapest assignment to one-hot labels.
+
+    Args:
+        of: Probabilities p; label y costs the largest difference to one-hot y, which is 1 - p_y.
+        labels: Of the source; each class is assigned as often as here.
+    """
+    p = of.probabilities.double().cpu()
+    out = torch.empty(len(p), dtype=torch.float64)
+    shuffled = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
+    share = torch.bincount(labels, minlength=p.shape[1]).double() / len(labels)
+    # the time of an assignment grows with the cube of its size
+    for rows in shuffled.tensor_split(math.ceil(len(p) / AT_ONCE)):
+        wanted = share * len(rows)
+        counts = wanted.floor()
+        rest = (wanted - counts).argsort(descending=True)[: len(rows) - int(counts.sum())]
+        counts[rest] += 1
+        classes = torch.arange(p.shape[1]).repeat_interleave(counts.long())
+        cost = 1 - p[rows][:, classes]
+        row, column = linear_sum_assignment(cost.numpy())
+        out[rows[torch.from_numpy(row)]] = cost[row, column]
+    return out
+
+
 METHODS: dict[str, Callable[[Answers, Answers], float]] = {
     "average_confidence": average_confidence,
     "difference_of_confidences": difference_of_confidences,
     "atc": atc,
+    "cot": cot,
+    "cott": cott,
 }
 
 

@@ -4,6 +4,7 @@ them."""
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,26 @@ def test_estimates_are_those_of_their_formulas() -> None:
     threshold = min(score, key=lambda t: abs((score >= t).mean() - right.mean()))
     assert (score >= threshold).mean() == pytest.approx(right.mean())
     assert estimate.atc(source, target) == pytest.approx((other_score >= threshold).mean())
+
+
+def test_transport_is_the_cheapest_of_all_assignments() -> None:
+    """Tried one by one; labels are as frequent as the source's."""
+    source, target = _answers(6, 0, 1.0), _answers(6, 1, 1.7)
+    p = target.probabilities.double().numpy()
+    onehot = np.eye(4)[source.labels.numpy()]
+    orders = [list(order) for order in itertools.permutations(range(6))]
+    costs = [np.abs(p - onehot[order]).max(1) for order in orders]
+    cheapest = min(costs, key=np.sum)
+    assert estimate.cot(source, target) == pytest.approx(1 - cheapest.mean())
+    # answers that are all of one class are as sure as ever, and wrong but for one class's share
+    balanced = _answers(400, 0, 1.0)
+    stuck = Answers(torch.tensor([[9.0, 0, 0, 0]]).expand(100, 4), None, torch.zeros(100).long())
+    share = float((balanced.labels == 0).double().mean())
+    assert estimate.average_confidence(balanced, stuck) > 0.99
+    assert estimate.cot(balanced, stuck) == pytest.approx(share, abs=0.02)
+    assert estimate.cott(balanced, balanced) == pytest.approx(
+        float((balanced.logits.argmax(1) == balanced.labels).double().mean())
+    )
 
 
 def test_on_the_source_itself_thresholds_give_its_accuracy() -> None:

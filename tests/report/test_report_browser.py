@@ -193,12 +193,12 @@ def test_a_file_without_script_shows_the_same(site: tuple[str, Path], tmp_path: 
     ban = """<meta http-equiv="Content-Security-Policy" content="script-src 'none'">"""
     still.write_text(text.replace("<meta", ban + "<meta", 1))
     shots, buttons = [], []
-    for page in (still, moving):
-        shot = tmp_path / f"{page.stem}.png"
-        subprocess.run([*command, f"--screenshot={shot}", page.as_uri()], check=True,
+    for shown in (still, moving):
+        shot = tmp_path / f"{shown.stem}.png"
+        subprocess.run([*command, f"--screenshot={shot}", shown.as_uri()], check=True,
                        capture_output=True, timeout=600)  # fmt: skip
         shots.append(imread(shot)[..., :3])
-        dom = subprocess.run([*command, "--dump-dom", page.as_uri()], check=True,
+        dom = subprocess.run([*command, "--dump-dom", shown.as_uri()], check=True,
                              capture_output=True, text=True, timeout=600)  # fmt: skip
         buttons.append(dom.stdout.count("<button"))
     assert buttons[0] == 0 < buttons[1]  # one page's script ran, the other's did not
