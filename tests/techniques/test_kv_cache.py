@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import greenvis as gv
 from greenvis import models
-from greenvis.core.technique import PROPERTIES, refuse_conflicts
+from greenvis.core.technique import PROPERTIES
 from greenvis.errors import BadInput
 from greenvis.techniques.inference.exits.early_exit import EarlyExit
 from greenvis.techniques.inference.experts.experts import Experts
@@ -275,12 +275,15 @@ def test_undo_within_copies_and_refusals_leave_the_model_alone(plain: Any) -> No
         ({"past_key_values": DynamicCache()}, "past_key_values, and kv_cache makes the cache"),
         ({"use_cache": False}, "leave it out, or undo"),
         ({"prompt_lookup_num_tokens": 2}, "leave it out, or set method: static"),
+        ({"assistant_early_exit": 1}, "leave it out, or set method: static"),
+        ({"assistant_model": torch.nn.Linear(2, 2)}, "leave it out, or set method: static"),
     ],
 )  # fmt: skip
+@pytest.mark.parametrize("method", ROWS)
 def test_what_rows_that_go_would_break_is_refused(
-    plain: Any, more: dict[str, Any], says: str
+    plain: Any, method: str, more: dict[str, Any], says: str
 ) -> None:
-    live = gv.wrap(plain, KvCache(method="h2o", rows=4))
+    live = gv.wrap(plain, KvCache(method=method, rows=4))
     try:
         with pytest.raises(BadInput, match=says):
             plain.generate(**_inputs(), **more)
@@ -292,7 +295,7 @@ def test_what_rows_that_go_would_break_is_refused(
         live.undo()
 
 
-def test_models_and_techniques_it_does_not_go_with_are_refused() -> None:
+def test_models_and_techniques_it_does_not_go_with_are_refused(plain: Any) -> None:
     with pytest.raises(BadInput, match="does not generate"):
         gv.wrap(torch.nn.Linear(2, 2), KvCache())
     with pytest.raises(BadInput, match="one answer per forward"):
@@ -301,8 +304,10 @@ def test_models_and_techniques_it_does_not_go_with_are_refused() -> None:
         (EarlyExit(at=(1,)), PROPERTIES["every_block"]),
         (Experts(routing="expert_choice"), PROPERTIES["batch_independence"]),
     ):
-        with pytest.raises(BadInput, match=f"{what}.*remove one"):
-            refuse_conflicts([other, KvCache()])
+        for cache in (KvCache(), KvCache(method="snapkv")):
+            with pytest.raises(BadInput, match=f"{what}.*remove one"):
+                gv.wrap(plain, [other, cache])
+    assert "generate" not in vars(plain)
     with pytest.raises(BadInput, match="odd number"):
         gv.wrap(torch.nn.Linear(2, 2), KvCache(method="snapkv", kernel=4))
     with pytest.raises(BadInput, match="rows"):
