@@ -52,7 +52,7 @@ def _clone(folder: Path) -> dict[str, str]:
     path."""
     for name in ("recipes", "examples"):
         shutil.copytree(ROOT / name, folder / name)
-    for name in ("quickstart", "fashion-lora"):
+    for name in ("quickstart", "flagship"):
         shutil.copytree(ROOT / "reports" / name, folder / "reports" / name)
     for number in range(12):  # the images of the reader
         image = Image.new("RGB", (32, 32), (20 * number, 100, 200 - 10 * number))
