@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torchmetrics import Metric
 
+PICTURES = ("test images", "masks", "answers")  # of segments, in a record
+
 
 class Segmentation(Task):
     """One class per pixel: logits (batch, classes, height, width), labels (batch, height, width),
@@ -75,6 +77,11 @@ class Segmentation(Task):
             "boundary_miou": BoundaryIoU(classes, self.band),
             "pixel_accuracy": PixelAccuracy(classes),
         }
+
+    def segments(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the class of each pixel, (batch, height, width), of outputs (batch, classes,
+        height, width)."""
+        return outputs.argmax(1)
 
     def check(self, outputs: Tensor, labels: Any, classes: int | None = None) -> None:
         """Refuse outputs of too few classes, and labels of another size or kind."""

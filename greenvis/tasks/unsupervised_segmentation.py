@@ -9,6 +9,7 @@ from greenvis.tasks.base import Measure
 from greenvis.tasks.segmentation import Segmentation
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torchmetrics import Metric
 
 
@@ -42,3 +43,13 @@ class UnsupervisedSegmentation(Segmentation):
             "image_accuracy": ImageAccuracy(classes),
             "f_beta": Foreground(),
         }
+
+    def segments(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """Return the class that each pixel's cluster is matched with by masks (batch, height,
+        width) of these images: (batch, height, width), of outputs (batch, clusters, height,
+        width)."""
+        from greenvis.tasks._matching import MatchedIoU
+
+        clusters = MatchedIoU(outputs.shape[1])
+        clusters.update(outputs, labels)
+        return clusters.order()[outputs.argmax(1)]

@@ -11,12 +11,17 @@ import pytest
 import torch
 
 from greenvis.data.image_set import ImageSet
+from greenvis.data.splits import Split
+from greenvis.data.transforms import Transform
 from greenvis.experiment.drawn import drawn
 from greenvis.report import page, pictures, sections
 from greenvis.report.arm_results import Picture, Setting
+from greenvis.report.figures import short
 from greenvis.report.shape import Results
 from greenvis.tasks.classification import Classification
 from greenvis.tasks.generation import Drawn, Generation
+from greenvis.tasks.segmentation import PICTURES, Segmentation
+from greenvis.tasks.unsupervised_segmentation import UnsupervisedSegmentation
 from greenvis.testing.sections import STATES, example
 
 
@@ -90,6 +95,48 @@ def test_images_are_drawn_alike_for_each_setting_and_stored_in_the_datas_range()
     pairs = zip(pictures.pixels(full), pictures.pixels(half), strict=True)
     assert all(abs(a / 2 - b) <= 1 for a, b in pairs)
     assert drawn(points, answer, Classification(), test, 3) == []
+
+
+def _squares(count: int, side: int) -> Any:
+    """Images with a square of one of two classes, and the masks."""
+    y = torch.zeros(count, side, side, dtype=torch.int64)
+    for i in range(count):
+        y[i, i % 5 : i % 5 + 9, 2:12] = 1 + i % 2
+    x = torch.stack([(y * 100).to(torch.uint8)] * 3, 1)
+    form = Transform(side, 3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    return ImageSet(Split(x, y), torch.arange(count), form)
+
+
+@pytest.mark.parametrize("task", [Segmentation(), UnsupervisedSegmentation()])
+def test_segments_are_shown_in_the_colours_of_their_classes(task: Any) -> None:
+    """A model that answers with the right segments by another name is right where names are
+    matched, and there alone."""
+    test = _squares(10, 24)
+    named = torch.tensor([0, 2, 1])
+
+    def answer(x: Any, y: Any) -> Any:
+        return torch.nn.functional.one_hot(named[y], 3).movedim(-1, 1).float()
+
+    entries = drawn(dict, answer, task, test, 3)
+    images, masks, answers = pictures.pictures(entries)
+    assert [p.setting for p in (images, masks, answers)] == [*PICTURES]
+    assert all(p.shape == (8, 3, 24, 24) for p in (images, masks, answers))
+    assert pictures.pixels(images) == bytes(test.split.images[:8].flatten().tolist())
+    colours = torch.tensor([*pictures.pixels(masks)]).view(8, 3, 24, 24).movedim(1, -1)
+    assert all(len(colours[test.split.labels[:8] == k].unique(dim=0)) == 1 for k in range(3))
+    assert len(colours.flatten(0, 2).unique(dim=0)) == 3
+    assert (answers.pixels == masks.pixels) == isinstance(task, UnsupervisedSegmentation)
+
+    results = example(STATES[0])
+    for row in results.rows.values():
+        row.drawn = [images, masks, answers]
+    shown = page.shown(results, sections.DOOR.find("segments")())
+    assert shown is not None
+    (figure,) = (f for block in shown.blocks for f in getattr(block, "items", ()))
+    arms = [*results.rows]
+    assert figure.svg.count("data:image/png;base64") == 2 + len(arms)
+    assert f"test images; masks; {'; '.join(map(short, arms))}." in figure.desc
+    assert page.shown(results, sections.DOOR.find("drawn")()) is None
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,16 @@
-"""Models that draw images: what each setting reaches and costs, and what it draws."""
+"""Models that draw images: what each setting reaches and costs, and what it draws; and segments
+that models answer."""
 
 from __future__ import annotations
 
 import re
 
 from greenvis.report import figures, formatting, measures, pictures
-from greenvis.report.arm_results import Setting
+from greenvis.report.arm_results import Picture, Setting
 from greenvis.report.figures import Drawing, short
 from greenvis.report.looks import axis, scale
 from greenvis.report.shape import Results
+from greenvis.tasks.segmentation import PICTURES
 
 MOST_ROWS = 16
 CACHED = re.compile(r", (every \d+|change \S+)$")  # of the name of a setting
@@ -71,14 +73,36 @@ def ways(results: Results) -> dict[str, list[Setting]]:
 
 def grid(results: Results) -> Drawing | None:
     """Images that each setting draws, a row each."""
-    import numpy as np
-
     rows = [
         (f"{short(arm)}: {short(p.setting, 30)}", p)
         for arm, row in results.rows.items()
         for p in row.drawn
-        if pictures.pixels(p)
-    ][:MOST_ROWS]
+        if p.setting not in PICTURES
+    ]
+    desc = "Images drawn for the same classes: "
+    return _strips(rows, "drawn", "Images drawn", desc, "One row per setting, first seed.")
+
+
+def segments(results: Results) -> Drawing | None:
+    """Images of the test, their masks, and the segments that each arm answers, a row each."""
+    images, masks, answers = PICTURES
+    rows: list[tuple[str, Picture]] = []
+    for arm, row in results.rows.items():
+        known = {p.setting: p for p in row.drawn if p.setting in PICTURES}
+        if len(known) == len(PICTURES):
+            rows += [] if rows else [(images, known[images]), (masks, known[masks])]
+            rows.append((short(arm), known[answers]))
+    desc = "Images of the test and their segments: "
+    note = "One row per arm, first seed. Colours are classes, black the background."
+    return _strips(rows, "segments", "Segments", desc, note)
+
+
+def _strips(
+    rows: list[tuple[str, Picture]], name: str, title: str, desc: str, note: str
+) -> Drawing | None:
+    import numpy as np
+
+    rows = [(label, p) for label, p in rows if pictures.pixels(p)][:MOST_ROWS]
     if not rows:
         return None
     figure, axes = figures.canvas(width=7.0, height=0.4 + 0.55 * len(rows), rows=len(rows))
@@ -94,5 +118,5 @@ def grid(results: Results) -> Drawing | None:
         ax.set_xticks([])
         ax.set_yticks([])
         ax.grid(visible=False)
-    desc = "Images drawn for the same classes: " + "; ".join(label for label, _ in rows) + "."
-    return figures.save(figure, "drawn", "Images drawn", desc, "One row per setting, first seed.")
+    desc += "; ".join(label for label, _ in rows) + "."
+    return figures.save(figure, name, title, desc, note)

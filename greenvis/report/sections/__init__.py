@@ -20,6 +20,7 @@ ORDER = (
     "figures",
     "settings",
     "drawn",
+    "segments",
     "labels",
     "paper",
     "",

@@ -159,8 +159,13 @@ class InstalledLabelMaps(Installed):
 
     def _begin(self, x: Tensor) -> None:
         if self.centres is None:
-            times = -(-self.request.images // len(x))
-            self._learn(self.feed("train", x.device, times)[: self.request.images])
+            parts, count = [], 0
+            for part in self.feeds.sweep("train", x.device):  # no image counts twice
+                parts.append(part[: self.request.images - count])
+                count += len(parts[-1])
+                if count == self.request.images:
+                    break
+            self._learn(torch.cat(parts))
 
     def _attention(self, features: Tensor) -> Tensor | None:
         """Return the attention (batch, channels, height, width) to features of length 1; None where
