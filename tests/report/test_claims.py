@@ -382,7 +382,10 @@ def test_one_seed_is_compared_with_nothing(path: Path) -> None:
             cells = _cells(path, "Training energy ÷ baseline") or _cells(
                 path, "Own training energy ÷ baseline"
             )
-            assert cells[arm].startswith("–"), cells[arm]
+            if cells:
+                assert cells[arm].startswith("–"), cells[arm]
+            else:  # a column of dashes is left out
+                assert all(len(row["seeds"]) == 1 for row in found["arms"].values())
 
 
 @each
