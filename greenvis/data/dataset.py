@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from greenvis.data.spec import DataSpec
+from greenvis.data.spec import FOLDER, DataSpec
 from greenvis.errors import BadInput, nearest
 from greenvis.plugins import Door
 
@@ -71,6 +71,8 @@ class DataSet:
             paths["name"] = f"{self.name}:{self.resolve(self.value)}"
         if self.root:
             paths["root"] = str(self.root)
+        if below := self.spec.unlabeled_folder:
+            paths["unlabeled"] = f"{FOLDER}{self.resolve(below)}"
         return self.spec.model_copy(update=paths)
 
     def domain(self, name: str) -> DataSet | None:

@@ -224,6 +224,8 @@ def _unlabeled(pool: Data, every: ImageSet, rest: Tensor, spec: DataSpec) -> Ima
     if spec.unlabeled in (None, "none"):
         return None
     unknown = pool.unlabeled.shown(every.transform) if pool.unlabeled is not None else None
+    if spec.unlabeled_folder is not None:
+        return unknown and unknown.unlabeled()
     available = len(rest) + len(unknown or ())
     most = available if spec.unlabeled == "rest" else int(spec.unlabeled or 0)
     if most > available:

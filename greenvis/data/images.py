@@ -22,7 +22,7 @@ from torch import Tensor
 from greenvis.core import files
 from greenvis.data.downloads import DOWNLOADS
 from greenvis.data.splits import Lazy
-from greenvis.errors import BadInput, one_line
+from greenvis.errors import BadInput, one_line, some
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # of no other a decoder is asked: some start programs
@@ -62,6 +62,25 @@ def below(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.suffix.lower() in SUFFIXES and not is_hidden(path.relative_to(folder))
     )
+
+
+def readable(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the image files below a folder that can be shown, sorted, and what keeps the others
+    from it, a line each.
+
+    Raises:
+        BadInput: Where there is no such folder, or no such image in it.
+    """
+    if not folder.is_dir():
+        raise BadInput(f"no folder at {folder}")
+    every = below(folder)
+    broken = scan(every)
+    paths = [path for path in every if path not in broken]
+    if not paths:
+        raise BadInput(
+            f"{folder} holds no image that can be read; looked for {some(sorted(SUFFIXES), 10)}"
+        )
+    return paths, [f"{path}: {why}" for path, why in broken.items()]
 
 
 def is_hidden(path: Path) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from greenvis.data import dataset
+from greenvis.data import images as files
 from greenvis.data.changes import PLAIN, SEVERITIES, SORTED, in_order, parse
 from greenvis.data.draws import assign, changed, class_numbers
 from greenvis.data.image_set import Concat, ImageSet
@@ -22,6 +23,7 @@ from greenvis.errors import BadInput, nearest
 # bytes a split may take once brought to size; above, images are brought to size batch by batch
 IN_MEMORY = 512 * 2**20
 OFFSET_BITS = 32  # of ids of images of further domains
+FOLDER_IDS = 1 << 52  # the first id of images of a folder without labels
 UNLABELED = ("unlabeled", "target")
 STATISTICS_IMAGES = 2000  # enough for mean and deviation to 1 %, and half a second at 224 pixels
 
@@ -43,6 +45,9 @@ def check(spec: DataSpec, folder: str | Path = ".") -> None:
             _check_count(spec.name, part, count, chosen.most[part])
     for each in _own_domains(chosen).values() or (chosen,):
         each.check()
+    below = spec.unlabeled_folder
+    if below is not None and not (path := chosen.resolve(below)).is_dir():
+        raise BadInput(f"data: unlabeled: no folder at {path}")
 
 
 def load(spec: DataSpec, folder: str | Path = ".", seed: int = 0) -> Data:
@@ -68,6 +73,8 @@ def read(spec: DataSpec, folder: str | Path = ".") -> Data:
     chosen = dataset.find(spec, folder)
     own = _own_domains(chosen)
     images = _of_domains(chosen, own) if own else _read(chosen)
+    if spec.unlabeled_folder is not None:
+        images = _beside(images, chosen.resolve(spec.unlabeled_folder))
     if not spec.normalise:
         return images
     form = _with_statistics(images.train)
@@ -147,6 +154,21 @@ def _of_domains(chosen: dataset.DataSet, own: dict[str, dataset.DataSet]) -> Dat
         unlabeled=_joined(unlabeled) if unlabeled else None,
         target=_joined(target) if target else None,
         tests=tests,
+    )
+
+
+def _beside(images: Data, folder: Path) -> Data:
+    """Return a data set whose images without a label are those below a folder."""
+    paths, broken = files.readable(folder)
+    form = images.train.transform
+    split = Split(files.lazy(paths), torch.full((len(paths),), UNKNOWN))
+    ids = FOLDER_IDS + torch.arange(len(paths))
+    names = (c for path in paths for c in (str(path.relative_to(folder)).encode(), path))
+    return replace(
+        images,
+        unlabeled=ImageSet(_bring_to_size(split, form), ids, form),
+        checksum=sha256([images.checksum.encode(), sha256(names).encode()]),
+        skipped=(*images.skipped, *broken),
     )
 
 

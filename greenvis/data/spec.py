@@ -21,6 +21,8 @@ Augment = Literal[
 ]
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+FOLDER = "folder:"  # before a path
+Below = Annotated[str, Field(pattern=f"^{FOLDER}.")]
 
 
 class _Section(BaseModel):
@@ -159,9 +161,10 @@ class DataSpec(_Section):
         "drawn by class and by the run's seed, a smaller budget within a larger; all where absent, "
         "0: none is known, for pretexts",
     )
-    unlabeled: Literal["rest", "none"] | Positive | None = Field(
+    unlabeled: Literal["rest", "none"] | Positive | Below | None = Field(
         default=None,
-        description="training images without a label to learn from: all that remain, or so many",
+        description="images without a label to learn from: all training images that remain, so "
+        'many of them, or those below a folder ("folder:PATH", relative to the recipe)',
     )
     noise: NoiseSpec | None = Field(
         default=None, description="wrong training labels: a rate, or {rate, kind}"
@@ -211,6 +214,12 @@ class DataSpec(_Section):
             raise ValueError('captions holds "{name}" and no other braces')
         return value
 
+    @property
+    def unlabeled_folder(self) -> str | None:
+        """The path of the folder whose images `unlabeled` names; None where it names none."""
+        named = isinstance(self.unlabeled, str) and self.unlabeled.startswith(FOLDER)
+        return str(self.unlabeled).removeprefix(FOLDER) if named else None
+
     def roles(self) -> dict[str, Any]:
         """Return what is said of roles, as a recipe writes it; empty where nothing is."""
         return self.model_dump(mode="json", include=set(ROLES), exclude_none=True)
@@ -218,7 +227,8 @@ class DataSpec(_Section):
     def pool(self) -> Self:
         """Return what all arms and seeds have in common: the images before they get roles."""
         drawn = dict.fromkeys((*ROLES, "views"), None)
-        unlabeled = None if self.unlabeled in (None, "none") else "rest"
+        drawn_from = self.unlabeled if self.unlabeled_folder else "rest"
+        unlabeled = None if self.unlabeled in (None, "none") else drawn_from
         update = {**drawn, "domains": self.domains, "unlabeled": unlabeled, "augment": "none"}
         return self.model_copy(update=update)
 

@@ -275,7 +275,7 @@ def _unusual(task: Task) -> dict[str, Any]:
 
 def _stage(stage: Arm) -> dict[str, Any]:
     made = [{t.name: t.recipe_form()} for t in stage.techniques]
-    return {
+    return ({"on": stage.on} if stage.on else {}) | {
         "name": stage.stage,
         "train": stage.train.inputs(),
         "techniques": made,

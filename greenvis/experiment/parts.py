@@ -164,8 +164,8 @@ def check_wants(live: Wrapped, part: Part) -> None:
 
 def trained_on(prepared: Prepared, tracker: Tracker) -> data.ImageSet:
     """Return the images that a job's epochs go through."""
-    techniques = prepared.job.arm.techniques
-    stream = next((t.trains_on for t in techniques if t.trains_on), "")
+    arm = prepared.job.arm
+    stream = next((t.trains_on for t in arm.techniques if t.trains_on), arm.on)
     beside = feeds_of(prepared.images).get(stream)
     return prepared.training(tracker) if beside is None else beside
 
@@ -183,7 +183,8 @@ def of_images(prepared: Prepared, images: data.ImageSet, tracker: Tracker) -> Pa
     judge = evaluator(prepared)
     domains = images.domains if len(images.domains.unique()) > 1 else None
     if short is None and images.split.kind not in ("mask", "box"):
-        known = roles.neighbours(images, prepared.images.held_out)
+        asked = prepared.images.train if prepared.job.arm.on else images
+        known = roles.neighbours(asked, prepared.images.held_out)
         bank = partial(data.batches, known, max(spec.batch_size, 256), shuffle=True)
         judge = replace(judge, neighbours=lambda model, on: knn.score(model, bank(), on))
 

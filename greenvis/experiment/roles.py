@@ -91,12 +91,13 @@ def count(prepared: Prepared, live: Wrapped, tracker: Tracker) -> None:
     """
     images, arm = prepared.images, prepared.job.arm
     kind = images.train.label_kind or images.train.split.kind
-    without = live.pretext or any(t.trains_on for t in live.techniques) or not arm.train.epochs
+    elsewhere = bool(arm.on) or any(t.trains_on for t in live.techniques)
+    without = live.pretext or elsewhere or not arm.train.epochs
     learned = 0 if without and not arm.stages else int(images.train.known.sum())
     if arm.active is None:
         tracker.labels(kind, learned)
         tracker.images("labelled", learned)
-    wanted = {stream for i in live.installed for stream in i.wants}
+    wanted = {arm.on} | {stream for i in live.installed for stream in i.wants}
     for stream, role in (("unlabeled", "unlabelled"), ("target", "target")):
         beside = getattr(images, stream)
         if stream in wanted and beside is not None:

@@ -27,7 +27,17 @@ def check(prepared: Prepared, model: nn.Module) -> None:
     job = prepared.job
     for number, stage in enumerate(prepared.stages):
         where = job.recipe.where("arms", job.arm.name, "stages", number)
+        if stage.job.arm.on and stage.images.unlabeled is None:
+            raise BadInput(
+                f"{where}: it trains on the images without a label, and there are none: set "
+                "data.unlabeled"
+            )
         live = located(where, wrap, model, stage.techniques(trained=False), task=stage.task)
+        if stage.job.arm.on and not live.pretext:
+            raise BadInput(
+                f"{where}: on: {stage.job.arm.on} is for a pretext (simclr, mae, …): nothing else "
+                "learns without labels"
+            )
         located(where, check_again, live, stage.job.arm.train)
         located(where, check_feeds, live, feeds_of(stage.images))
         if number + 1 < len(job.arm.stages):

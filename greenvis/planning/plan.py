@@ -205,6 +205,8 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
 def _like_trained(prepared: Prepared) -> data.ImageSet:
     """Return as many images as the job trains on, and like them."""
     images, spec = prepared.images.train, prepared.job.arm.subset
+    if prepared.job.arm.on and prepared.images.unlabeled is not None:
+        return prepared.images.unlabeled
     if active := prepared.job.arm.active:
         return images.take(range(active.counts()[-1]))
     if making := prepared.job.arm.synthesis:

@@ -17,7 +17,7 @@ from greenvis.core.validation import explain
 from greenvis.data import draws, images, loading
 from greenvis.data.splits import UNKNOWN, Split
 from greenvis.data.transforms import Transform
-from greenvis.errors import BadInput, some
+from greenvis.errors import BadInput
 from greenvis.experiment import answers, lineage
 from greenvis.experiment.recipe import Arm, Recipe
 from greenvis.experiment.run_folder import ROUNDS_FILE
@@ -164,20 +164,10 @@ class Saved:
             BadInput: Where there is none, or none that can be read.
         """
         root = Path(folder)
-        if not root.is_dir():
-            raise BadInput(f"no folder at {root}")
-        every = images.below(root)
-        broken = images.scan(every)
-        paths = [path for path in every if path not in broken]
-        if not paths:
-            raise BadInput(
-                f"{root} holds no image that can be read; looked for "
-                f"{some(sorted(images.SUFFIXES), 10)}"
-            )
+        paths, skipped = images.readable(root)
         names = {name: number for number, name in enumerate(self.classes)}
         labels = [names.get(path.relative_to(root).parts[0], UNKNOWN) for path in paths]
         split = Split(images.lazy(paths), torch.tensor(labels))
-        skipped = [f"{path}: {why}" for path, why in broken.items()]
         return OwnImages(
             data.ImageSet(split, torch.arange(len(paths)), self._form()), paths, skipped
         )

@@ -366,6 +366,34 @@ def test_what_nobody_labelled_is_unlabelled_and_never_trained_on(
     assert _ids(few.unlabeled) == set(range(26, 46))
 
 
+def test_images_without_a_label_may_lie_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "more/deep").mkdir(parents=True)
+    for number, path in enumerate(("b.png", "deep/a.png", "deep/c.jpg")):
+        Image.new("RGB", (12, 9), (number * 60, 20, 20)).save(tmp_path / "more" / path)
+    (tmp_path / "more/broken.png").write_bytes(b"no image")
+    fields: dict[str, Any] = {"name": "digits", "train": 40, "labels": 20}
+    spec = data.DataSpec(**fields, unlabeled="folder:more")
+    some = data.load(spec, tmp_path)
+    assert some.unlabeled is not None
+    assert (len(some.train), len(some.unlabeled)) == (20, 3)
+    assert some.unlabeled.batch([0, 1, 2])[0].shape == some.train.batch([0, 1, 2])[0].shape
+    assert some.unlabeled.targets.tolist() == [-1, -1, -1]
+    assert not _ids(some.unlabeled) & _ids(data.load(data.DataSpec(name="digits")).train)
+    assert [text.partition("broken.png: ")[1] for text in some.skipped] == ["broken.png: "]
+    located = dataset.find(spec, tmp_path).located()
+    assert located.unlabeled == f"folder:{tmp_path / 'more'}"
+    rest = data.load(data.DataSpec(**fields, unlabeled="rest"))
+    (tmp_path / "more/b.png").unlink()
+    sums = {rest.checksum, some.checksum, data.load(spec, tmp_path).checksum}
+    assert len(sums) == 3, "what lies in the folder counts"
+    (tmp_path / "empty").mkdir()
+    for name, says in (("nowhere", "no folder at"), ("empty", "holds no image that can be read")):
+        with pytest.raises(BadInput, match=says):
+            data.load(data.DataSpec(**fields, unlabeled=f"folder:{name}"), tmp_path)
+    with pytest.raises(BadInput, match="unlabeled"):
+        data.DataSpec(**fields, unlabeled="more")
+
+
 def test_bags_are_balanced_and_hold_each_image_once() -> None:
     fields: dict[str, Any] = {"train": 1200, "bags": {"size": 10, "positive": ["9", 3]}}
     some, plain = _load(**fields), _load(train=1200)

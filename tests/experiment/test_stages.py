@@ -15,7 +15,7 @@ import greenvis as gv
 from greenvis.core.wrap import wrap
 from greenvis.errors import BadInput
 from greenvis.experiment import jobs, layers, loop, session
-from greenvis.meters import record
+from greenvis.meters import labels, record
 from greenvis.planning.plan import plan
 
 RECIPE = """\
@@ -240,3 +240,47 @@ def test_a_plan_adds_the_stages_up(tmp_path: Path) -> None:
     found = plan(_write(tmp_path), runs=tmp_path / "runs")
     staged, plain = (found["arms"][f"tiny/{arm}"]["flops"]["value"] for arm in ("staged", "plain"))
     assert 0.3 * plain < staged < plain
+
+
+UNLABELED = """\
+name: tiny
+data: {name: digits, train: 80, test: 50, labels: 20, unlabeled: rest}
+model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2}
+train: {batch_size: 20, threads: 1}
+arms:
+  staged:
+    stages:
+      - {name: pretext, on: unlabeled, train: {epochs: 2}, techniques: [simclr]}
+      - {name: tune, train: {epochs: 3}, techniques: [linear_probe]}
+meter: {codecarbon: false}
+"""
+
+
+def test_a_pretext_trains_on_the_images_without_a_label_and_a_stage_tunes_it(
+    tmp_path: Path,
+) -> None:
+    gv.run(_write(tmp_path, UNLABELED), runs=tmp_path / "runs")
+    (run,) = _run(tmp_path)
+    assert run.sum("samples", "train/pretext") == 2 * 60
+    assert run.sum("samples", "train/tune") == 3 * 20
+    used = labels.counts(run.labels, run.images)
+    assert used is not None
+    assert used.labels == {("class", "training"): 20}
+    assert used.images == {"labelled": 20, "unlabelled": 60}
+    arm = plan(tmp_path / "tiny.yaml", runs=tmp_path / "planned")["arms"]["tiny/staged"]
+    work = run.sum("flops", "train")
+    assert arm["flops"]["value"] == pytest.approx(work, rel=0.5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("techniques: [simclr]", "techniques: [bitfit]", "is for a pretext"),
+        ("labels: 20, unlabeled: rest", "labels: 20", "set data.unlabeled"),
+    ],
+)
+def test_what_cannot_learn_without_labels_is_refused(
+    tmp_path: Path, old: str, new: str, says: str
+) -> None:
+    with pytest.raises(BadInput, match=says):
+        gv.run(_write(tmp_path, UNLABELED.replace(old, new)), runs=tmp_path / "runs")

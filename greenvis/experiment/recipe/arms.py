@@ -70,6 +70,7 @@ class Arm(BaseModel):
     serve: ServeSpec | None = None
     stage: str = ""
     layers: tuple[str, ...] = ()
+    on: str = ""
     stages: tuple[Arm, ...] = ()
 
     @property

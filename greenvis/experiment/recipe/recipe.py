@@ -172,6 +172,7 @@ class Recipe(Section):
                 "train": train,
                 "techniques": tuple(made),
                 "layers": spec.layers,
+                "on": spec.on or "",
             }
             out.append(arm.model_copy(update=update))
         return tuple(out)

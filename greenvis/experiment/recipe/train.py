@@ -74,6 +74,11 @@ class StageSpec(Section):
     layers: tuple[str, ...] = Field(
         default=(), description="roles (head, block, …) or patterns of module paths; all if absent"
     )
+    on: Literal["unlabeled"] | None = Field(
+        default=None,
+        description="train on the images without a label, as a pretext does; on those with one if "
+        "absent",
+    )
 
 
 class SearchSpec(Section):
