@@ -199,10 +199,24 @@ def advise(
     teacher: Annotated[
         str | None, option("a trained model to learn from: as MODEL", "MODEL")
     ] = None,
+    labels: Annotated[
+        int | None, option("how many of the images have a label: plans for so few are weighed", "N")
+    ] = None,
+    unlabeled: Annotated[
+        str | None,
+        option(
+            "with --labels: a folder of images without a label, or rest (the data's own); adds "
+            "plans that learn from them",
+            "FOLDER",
+        ),
+    ] = None,
     plans: Annotated[
         str | None, option("plans to weigh, in a file like greenvis/planning/advise.yaml", "FILE")
     ] = None,
-    share: Annotated[float, option("share of the training images in the longest trial")] = 0.25,
+    share: Annotated[
+        float | None,
+        option("share of the training images in the longest trial (0.25; with --labels 0.5)"),
+    ] = None,
     img_size: app.ImgSize = None,
     in_chans: app.InChans = None,
     num_classes: app.NumClasses = None,
@@ -221,7 +235,6 @@ def advise(
     MODEL may also be a finished run: run:RECIPE/ARM, its folder or its id.
     """
     from greenvis.planning.advise import advise
-    from greenvis.planning.candidates import PLANS
 
     advice = advise(
         base(model, runs),
@@ -230,7 +243,9 @@ def advise(
         budget=budget,
         serve=serve,
         teacher=teacher and base(teacher, runs),
-        plans=plans or PLANS,
+        labels=labels,
+        unlabeled=unlabeled,
+        plans=plans,
         share=share,
         out=out,
         overrides=overrides or (),
@@ -268,7 +283,9 @@ def _show_advice(advice: dict[str, Any]) -> None:
                 ),
             }
         )
-    title = f"{advice['model']} for {advice['data']}, {images} training {units}: predicted"
+    kind = "training" if advice["labels"] is None else "labelled"
+    beside = f" and {count(advice['unlabeled'])} without a label" if advice["unlabeled"] else ""
+    title = f"{advice['model']} for {advice['data']}, {images} {kind} {units}{beside}: predicted"
     print_rows(rows, title)
     for plan, why in advice["refused"].items():
         write(f"left out: {plan}: {why}")

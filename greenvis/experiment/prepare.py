@@ -26,7 +26,7 @@ from greenvis.experiment.job_data import model_options
 from greenvis.experiment.jobs import Job, located, placed
 from greenvis.experiment.layers import Layers
 from greenvis.experiment.parts import Part
-from greenvis.experiment.recipe import TrainSpec
+from greenvis.experiment.recipe import Arm, TrainSpec
 from greenvis.experiment.run_folder import BOUNDARY, CHECKPOINT_FILE, SUBSET_FILE, WEIGHTS_FILE
 from greenvis.meters import record
 from greenvis.meters.track import Tracker, track
@@ -216,7 +216,13 @@ class Prepared:
         return request.for_images(shape).for_classes(tuple(self.images.classes))
 
     def cut_short(
-        self, short: Short, spec: TrainSpec, train: data.ImageSet, test: data.ImageSet
+        self,
+        short: Short,
+        spec: TrainSpec,
+        train: data.ImageSet,
+        test: data.ImageSet,
+        unlabeled: data.ImageSet | None = None,
+        stages: Sequence[Arm] = (),
     ) -> Prepared:
         """Return the training by `spec` of the arm's model and techniques alone, on other images.
 
@@ -225,11 +231,14 @@ class Prepared:
             spec: how it trains.
             train: what it trains on.
             test: what it is tested on.
+            unlabeled: images without a label; None: the job's.
+            stages: in which it trains.
         """
         update = {"train": spec, "stream": None, "subset": None, "active": None}
-        update |= {"synthesis": None, "search": None, "stages": (), "stage": ""}
+        update |= {"synthesis": None, "search": None, "stages": tuple(stages), "stage": ""}
         job = replace(self.job, arm=self.job.arm.model_copy(update=update))
-        images = replace(self.images, train=train, test=test)
+        beside = self.images.unlabeled if unlabeled is None else unlabeled
+        images = replace(self.images, train=train, test=test, unlabeled=beside)
         return replace(self, job=job, images=images, short=short)
 
     def parts(self, tracker: Tracker) -> list[Part]:

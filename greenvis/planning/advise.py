@@ -24,7 +24,8 @@ from greenvis.report.stats import pareto
 from greenvis.tasks.base import Measure
 
 SERVED = 1_000_000  # images a model will answer, where nobody says
-SHARE = 0.25  # of the training images, in the longest trial
+# of the training images, in the longest trial; of a budget of labels, half, for they are few
+SHARE, SHARE_OF_FEW = 0.25, 0.5
 # without a target: how much of the metric to give up for energy, a share's own or else of its value
 CLOSE = 0.01
 SCALES = {"mWh": 3.6, "Wh": 3.6e3, "kWh": 3.6e6, "J": 1.0, "kJ": 1e3, "MJ": 1e6}
@@ -40,8 +41,10 @@ def advise(
     budget: str | float | None = None,
     serve: float = SERVED,
     teacher: str | None = None,
-    plans: str | Path = PLANS,
-    share: float = SHARE,
+    labels: int | None = None,
+    unlabeled: str | None = None,
+    plans: str | Path | None = None,
+    share: float | None = None,
     out: str | Path | None = None,
     overrides: Sequence[str] = (),
     runs: str | Path = "runs",
@@ -65,8 +68,13 @@ def advise(
         budget: joules, or "5Wh", that training and serving may take together.
         serve: images (bags, …: what the task serves) the model will answer.
         teacher: a trained model to learn from.
-        plans: a file of plans to weigh.
-        share: of the training images, in the longest trial; see `trials.Trials`.
+        labels: how many training images have a label, where that is a budget: the plans are those
+            for few labels then.
+        unlabeled: a folder of images without a label, or "rest": the training images that have
+            none; they make more plans.
+        plans: a file of plans to weigh; None: greenvis's own.
+        share: of the training images, in the longest trial; None: `SHARE`, and with `labels`
+            `SHARE_OF_FEW`. See `trials.Trials`.
         out: where to write the recipe (default: below `runs`); a file that is not advice is not
             replaced.
         overrides: of the recipe ("train.epochs=3").
@@ -80,20 +88,24 @@ def advise(
         {"rows": [{"plan", "metric", "train_energy_j", "serve_energy_j" (of 1,000 images),
         "total_energy_j", "front", "trials"}] by total energy, "refused": {plan: reason}, "pick",
         "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j",
-        "trials_expected_j": what was said of that before, "data",
-        "model", "images", "serve", "target", "budget_j", "measure": {"name", "unit",
-        "higher_is_better"} of the metric, "unit": what is served}; figures as {"value", "low",
-        "high"}.
+        "trials_expected_j": what was said of that before, "data", "model", "images", "labels": as
+        given, "unlabeled": how many images without one, "serve", "target", "budget_j", "measure":
+        {"name", "unit", "higher_is_better"} of the metric, "unit": what is served}; figures as
+        {"value", "low", "high"}.
 
     Raises:
         BadInput: before anything is spent.
     """
     distributed.require_single_process("greenvis advise")
     most = None if budget is None else joules(budget)
+    few = labels is not None
+    plans = plans or (candidates.FEW_LABELS if few else PLANS)
+    share = share if share is not None else (SHARE_OF_FEW if few else SHARE)
     _check(serve, share, out)
     content, refused = candidates.source(
-        model, data_name, plans=plans, teacher=teacher, runs=runs, trust=trust, options=options
-    )
+        model, data_name, plans=plans, teacher=teacher, labels=labels, unlabeled=unlabeled,
+        runs=runs, trust=trust, options=options,
+    )  # fmt: skip
     name, session = content["name"], Session(Path(runs), trust, ("greenvis", "advise", model), say)
     folder = Path(runs) / name
     with locked(folder):
@@ -108,7 +120,7 @@ def advise(
         all_plans = yaml.safe_load(recipe.text())
         all_plans["arms"] = {plan: arm for plan, arm in all_plans["arms"].items() if plan in jobs}
         candidates.written(folder / "plans.yaml", all_plans)
-        trials = Trials(session, jobs, share=share, fresh=fresh, say=say)
+        trials = Trials(session, jobs, share=share, few=few, fresh=fresh, say=say)
         ahead = trials.expected_j()
         say(_announced(trials, ahead))
         trials.run(serve)
@@ -121,6 +133,7 @@ def advise(
         "trials_expected_j": ahead,
         "trials_energy_j": math.fsum(t.total_j for tried in trials.results.values() for t in tried),
         "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
+        "labels": labels, "unlabeled": trials.unlabeled,
         "serve": serve, "target": target, "budget_j": most,
         "measure": task.primary._asdict(), "unit": task.unit,
     }  # fmt: skip
@@ -141,6 +154,8 @@ def _announced(trials: Trials, ahead_j: float | None) -> str:
     else:
         each = f"if each costs what {next(iter(trials.jobs))} does"
         cost = f"about {formatting.si(ahead_j, 'J')}, {each}"
+        if trials.unlabeled:
+            cost += "; plans that learn from images without a label cost several times that"
     return (
         f"{len(trials.jobs)} plans to try on {sizes} {formatting.plural(trials.task.unit)}: {cost}"
     )
@@ -275,9 +290,11 @@ def _write(path: Path, all_plans: Mapping[str, Any], name: str, advice: Mapping[
     metric, spent, served = (row[key] for key in ("metric", "train_energy_j", "serve_energy_j"))
     measure = Measure(**advice["measure"])
     value, low, high = (formatting.gain(measure, metric[k]) for k in ("value", "low", "high"))
+    asked = [advice["model"], "--data", advice["data"]]
+    if advice["labels"] is not None:
+        asked += ["--labels", advice["labels"]]
     lines = (
-        f"{MADE.removeprefix('# ')} "
-        f"{shlex.join(map(str, (advice['model'], '--data', advice['data'])))}`: {advice['why']}.",
+        f"{MADE.removeprefix('# ')} {shlex.join(map(str, asked))}`: {advice['why']}.",
         f"Predicted: {measures.written(measure)} {value} ({low} to {high}), training "
         f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
         f"serving {served['value']:.2f} J per 1,000 {formatting.plural(advice['unit'])}.",

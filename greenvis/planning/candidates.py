@@ -13,7 +13,8 @@ from torch import nn
 
 from greenvis import data, models
 from greenvis.core import files, yamlfile
-from greenvis.data import dataset
+from greenvis.data import dataset, images
+from greenvis.data.spec import FOLDER
 from greenvis.errors import BadInput, GreenvisError, one_line
 from greenvis.experiment import lineage
 from greenvis.experiment.jobs import Job
@@ -23,10 +24,15 @@ from greenvis.models import structure
 from greenvis.planning.rank import weights_of
 
 PLANS = Path(__file__).with_name("advise.yaml")
+FEW_LABELS = Path(__file__).with_name("advise-labels.yaml")  # for a budget of labels
 MISSING = {
     "$teacher": "no teacher was given (--teacher)",
     "$merge": "its blocks hand no sequence of tokens on",
+    "$unlabeled": "no images without a label were given (--unlabeled)",
+    "$pretrained": "the model has learned nothing yet that could stay as it is: give a finished "
+    "run, or --option pretrained=true",
 }
+NEEDS = "needs"  # of a plan: a word of `MISSING` that stands nowhere else in it
 
 
 def source(
@@ -35,6 +41,8 @@ def source(
     *,
     plans: str | Path = PLANS,
     teacher: str | None = None,
+    labels: int | None = None,
+    unlabeled: str | None = None,
     runs: str | Path = "runs",
     trust: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -44,19 +52,33 @@ def source(
 
     ref: a model's reference, "run:RECIPE/ARM" for a finished one below `runs`, or its folder.
     data_name: a data set's name, or a recipe's file, whose data and task it is then. plans: a file
-    as greenvis/planning/advise.yaml. teacher: as ref. Paths are made absolute. Raises BadInput for
-    a model, data set or file of plans that cannot be used.
+    as greenvis/planning/advise.yaml. teacher: as ref. labels: how many training images have one;
+    None: as the data says. unlabeled: "rest", or a folder of images without a label. Paths are made
+    absolute. Raises BadInput for a model, data, budget or file of plans that cannot be used.
     """
     content, (section, task) = _plans(Path(plans)), _data(data_name)
+    beside = _without_labels(labels, unlabeled)
+    if labels is not None:
+        section |= {"labels": labels, "unlabeled": "none"}
     data.check(data.DataSpec(**section))
     reference = _reference(ref, runs)
     settings = dict(options or {})
     if isinstance(start := settings.get("pretrained"), str) and Path(start).expanduser().is_file():
         settings["pretrained"] = str(Path(start).expanduser().resolve())
     model = models.build(reference, trust=trust, **settings)
+    own = _model(reference, settings)
     filled = _tokens(model) | (
         {"$teacher": _reference(teacher, runs)} if teacher is not None else {}
     )
+    if own.get("init") or own.get("pretrained"):
+        filled["$pretrained"] = True
+    if beside is not None:
+        filled["$unlabeled"] = beside
+        if "$unlabeled" not in _words(content["arms"]):
+            raise BadInput(
+                f"no plan of {plans} learns from images without a label, so --unlabeled would "
+                "change nothing: leave it out"
+            )
     if teacher is not None:
         if "$teacher" not in _words(content["arms"]):
             raise BadInput(
@@ -71,8 +93,7 @@ def source(
         if missing:
             lacking[name] = MISSING[missing[0]]
         else:
-            arms[name] = _put(arm or {}, filled)
-    own = _model(reference, settings)
+            arms[name] = _put({k: v for k, v in (arm or {}).items() if k != NEEDS}, filled)
     return {
         "name": "advise-" + _slug(f"{Path(data_name).stem}-{_short(ref)}"),
         **({"task": task} if task else {}),
@@ -114,16 +135,14 @@ def fitting(session: Session, recipe: Recipe) -> tuple[dict[str, Job], dict[str,
     jobs: dict[str, Job] = {}
     refused: dict[str, str] = {}
     for name, spec in recipe.arms.items():
-        if spec.stages or spec.subset or spec.stream:
-            refused[name] = (
-                "a plan with stages, a subset or a stream cannot be tried on a few images"
-            )
+        if spec.subset or spec.stream:
+            refused[name] = "a plan with a subset or a stream cannot be tried on a few images"
             continue
         one = recipe.model_copy(update={"arms": {name: spec}})
         try:
             jobs[name] = session.plan(one)[-1]
         except BadInput as error:
-            if not spec.techniques:
+            if not (spec.techniques or spec.stages):
                 raise
             refused[name] = str(error).removeprefix(recipe.where("arms", name) + ": ")
     if not jobs:
@@ -142,6 +161,31 @@ def _plans(path: Path) -> dict[str, Any]:
             f"the plans {path} are a recipe's train and arms; it has no arms (see {PLANS})"
         )
     return read
+
+
+def _without_labels(labels: int | None, unlabeled: str | None) -> str | None:
+    """Return what a recipe's `unlabeled` says of a folder, or of the rest; None for None.
+
+    Raises:
+        BadInput: With all that is wrong with either.
+    """
+    wrong, beside = [], None
+    if labels is not None and labels < 1:
+        wrong.append(f"--labels is {labels}; give how many images have a label, 1 or more")
+    if labels is None and unlabeled is not None:
+        wrong.append("--unlabeled goes with --labels: give how many images have a label, too")
+    if unlabeled == "rest":
+        beside = unlabeled
+    elif unlabeled is not None:
+        folder = Path(unlabeled).expanduser().resolve()
+        beside = f"{FOLDER}{folder}"
+        try:
+            images.readable(folder)
+        except BadInput as error:
+            wrong.append(f"--unlabeled: {error}")
+    if wrong:
+        raise BadInput("; ".join(wrong))
+    return beside
 
 
 def _data(name: str) -> tuple[dict[str, Any], Any]:

@@ -129,8 +129,8 @@ def _arms(
 def expected(prepared: Prepared) -> float | None:
     """Return the joules that a job's whole training is expected to take, from a few of its steps;
     None where no energy is known here."""
-    figures, header = _predict(prepared)
-    return _priced(figures, header)["energy_j"]["value"]
+    parts = [_predict(part) for part in prepared.stages or [prepared]]
+    return _priced(_summed([figures for figures, _ in parts]), parts[0][1])["energy_j"]["value"]
 
 
 def total(arms: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:

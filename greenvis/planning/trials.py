@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from greenvis import data
@@ -19,6 +20,7 @@ from greenvis.experiment import loop
 from greenvis.experiment.jobs import Job
 from greenvis.experiment.optim import threads
 from greenvis.experiment.prepare import Prepared, Short
+from greenvis.experiment.recipe import TrainSpec
 from greenvis.experiment.serving import served
 from greenvis.experiment.session import Session
 from greenvis.meters import pricing, record, serving
@@ -59,8 +61,10 @@ class Trials:
     whole training has.
 
     Three sizes, each twice the one before; the largest is `share` of the training images, and at
-    most `MOST`. Trials on record with the same inputs are kept unless `fresh`. Raises BadInput for
-    too few images.
+    most `MOST`. few: labels are a budget, of which a class need have but one; sizes that have less
+    are left out, as long as two remain. Images without a label are shared out as those with one
+    are. Trials on record with the same inputs are kept unless `fresh`. Raises BadInput for too few
+    images.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class Trials:
         jobs: Mapping[str, Job],
         *,
         share: float,
+        few: bool = False,
         fresh: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
@@ -78,24 +83,29 @@ class Trials:
         extrapolate.check(self.task.primary)
         self._train = first.images.train
         self.images = len(self._train)
+        beside = [session.prepare(job).images.unlabeled for job in jobs.values()]
+        self.unlabeled = max((len(images) for images in beside if images is not None), default=0)
         longest = min(int(share * self.images), MOST)
-        self.sizes = (longest // 4, longest // 2, longest)
-        order = self._drawn(len(first.images.classes), share)
+        self.sizes: tuple[int, ...] = (longest // 4, longest // 2, longest)
+        order = self._drawn(len(first.images.classes), share, few)
         self._order = order
         self.held = self._train.plain().take(order[longest:][-HELD:])
         self.results: dict[str, list[Trial]] = {name: [] for name in jobs}
         self.failed: dict[str, str] = {}
         self._plain_j: float | None = None  # to serve one image by the model's own structure
 
-    def _drawn(self, classes: int, share: float) -> Tensor:
+    def _drawn(self, classes: int, share: float, few: bool) -> Tensor:
         """Return the order in which trials take images, so that each has classes in proportion.
         Raises BadInput for too few images, or one without a label."""
         split, name = self._train.split, plural(self.task.unit)
         of_classes = split.kind == "class" and self.task.form in ("classification", "bags")
-        least = LEAST * classes if of_classes else FEW
+        each = 1 if few else LEAST
+        least = each * classes if of_classes else FEW
+        if few and self.sizes[1] >= least:
+            self.sizes = tuple(size for size in self.sizes if size >= least)
         if self.sizes[0] < least:
             of = f" of {classes} classes" if of_classes else ""
-            needed = f"{LEAST} a class" if of_classes else str(FEW)
+            needed = f"{each} a class" if of_classes else str(FEW)
             raise BadInput(
                 f"{self.images} training {name}{of} are too few to try plans on a share of "
                 f"{share:g}: the shortest trial would have {self.sizes[0]} {name}, and {needed} "
@@ -109,8 +119,8 @@ class Trials:
         return stratified(split.groups, self._train.transform.seed)
 
     def run(self, images: float) -> None:
-        """Try every plan twice and at least half of them a third time: those ahead on the metric
-        against energy.
+        """Try every plan on each size but the largest, and at least half of them on that, too:
+        those ahead on the metric against energy.
 
         (Successive halving: Jamieson and Talwalkar, 2016.) images: to be served. A plan whose
         training fails goes to `failed`.
@@ -119,7 +129,8 @@ class Trials:
             names = list(self.results) if number < len(self.sizes) - 1 else self._ahead(images)
             for name in names:
                 try:
-                    trial = self._trial(self.jobs[name], size, number > 0)
+                    serving = number >= len(self.sizes) - 2
+                    trial = self._trial(self.jobs[name], size, serving)
                     self.results[name].append(trial)
                     if trial.plain and self._plain_j is None:
                         self._plain_j = trial.served_j
@@ -209,12 +220,17 @@ class Trials:
 
     def _run(self, prepared: Prepared, size: int, caches: Path, serving: bool) -> Path:
         """Train on the first `size` images, and return the record."""
-        spec = prepared.job.arm.train.model_copy(update={"target": None, "eval_every": 0})
+        shown = self._train.shown(prepared.images.train.transform)  # as the plan augments them
         trial = prepared.cut_short(
             Short(trained=True, caches=caches),
-            spec,
-            self._train.take(self._order[:size]),
+            _to_its_end(prepared.job.arm.train),
+            shown.take(self._order[:size]),
             self.held,
+            self._share(prepared.images.unlabeled, size),
+            [
+                stage.model_copy(update={"train": _to_its_end(stage.train)})
+                for stage in prepared.job.arm.stages
+            ],
         )
         with trial.tracker(self.session.runs) as run:
             outcome = loop.run(trial, run)
@@ -231,6 +247,14 @@ class Trials:
         assert run.path is not None
         return run.path
 
+    def _share(self, beside: data.ImageSet | None, size: int) -> data.ImageSet | None:
+        """Return the share of images without a label that a trial on `size` with one has."""
+        if beside is None:
+            return None
+        order = torch.Generator().manual_seed(self._train.transform.seed)
+        most = max(1, round(len(beside) * size / self.images))
+        return beside.take(torch.randperm(len(beside), generator=order)[:most])
+
     def _on_record(self, job: Job, size: int) -> Trial | None:
         """Return the last trial with the same inputs that a run before this one left."""
         folder = self.session.runs / job.recipe.name / job.arm.name
@@ -245,6 +269,11 @@ class Trials:
             ):
                 same.append(run)
         return _read(max(same, key=lambda run: run.header.get("clock_s", 0.0))) if same else None
+
+
+def _to_its_end(spec: TrainSpec) -> TrainSpec:
+    """Return a training that no target ends."""
+    return spec.model_copy(update={"target": None, "eval_every": 0})
 
 
 def points(
@@ -263,6 +292,8 @@ def _read(run: record.Run) -> Trial:
     first, spent, total = (
         pricing.run_energy(run, phase) for phase in ("train/epoch1", "train", None)
     )
+    if first.value is None:
+        first = spent  # in stages, which have epochs of their own
     if first.value is None or spent.value is None or total.value is None:
         raise GreenvisError(
             f"the energy of a trial is not known here ({total.reason}): see `greenvis doctor`"

@@ -20,6 +20,7 @@ from greenvis.experiment.recipe import load_recipe
 from greenvis.meters import record
 from greenvis.planning import trials
 from greenvis.planning.advise import ACCURACY, advise, choose, joules
+from greenvis.planning.candidates import FEW_LABELS as FEW_PLANS
 from greenvis.planning.candidates import PLANS, source
 from greenvis.planning.extrapolate import check, energy, metric
 from greenvis.tasks import registry
@@ -476,6 +477,11 @@ def test_energy_is_read_with_its_unit(text: str | float, value: float) -> None:
         ({"plans": "nowhere.yaml"}, "cannot read the plans"),
         ({"teacher": "timm/resnet1"}, "did you mean"),
         ({"overrides": ["data.train=30"]}, "too few to try plans"),
+        ({"labels": 2000}, "labels asks for 2000, but there are 1347 training images"),
+        ({"labels": 12}, "1 a class are needed"),
+        ({"labels": 0, "unlabeled": "nowhere"}, "--labels is 0; .*; --unlabeled: no folder at"),
+        ({"labels": 40, "unlabeled": "tests/outside"}, "holds no image that can be read"),
+        ({"unlabeled": "rest"}, "goes with --labels"),
         ({"overrides": ["train.epoch=3"]}, "did you mean 'epochs'"),
         ({"overrides": ["data.img_size=12"]}, "cannot take images"),
     ],
@@ -493,6 +499,71 @@ def test_refuses_before_anything_is_spent(
     with pytest.raises(BadInput, match=says):
         advise(**asked)
     assert not list(record.find([tmp_path / "runs"])) if (tmp_path / "runs").exists() else True
+
+
+FEW_LABELS = """\
+train: {batch_size: 10, eval_every: 0}
+arms:
+  labels: {data: {augment: trivialaugment}}
+  head: {needs: $pretrained, techniques: [{linear_probe: {cache: true}}]}
+  agreement: {data: &more {unlabeled: $unlabeled}, techniques: [{consistency: {mu: 1, threshold: 0.1}}]}
+  pretext:
+    data: *more
+    stages:
+      - {name: pretext, on: unlabeled, train: {epochs: 1}, techniques: [simclr]}
+      - {name: head, techniques: [{linear_probe: {cache: true}}]}
+"""
+
+
+def test_a_budget_of_labels_has_plans_of_its_own_and_images_without_labels_make_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plans.yaml").write_text(FEW_LABELS)
+    asked: dict[str, Any] = {
+        "labels": 24, "plans": tmp_path / "plans.yaml", "serve": 100, "runs": tmp_path / "runs",
+        "overrides": [*OVER, "data.classes=[0,1,2,3]"], **SMALL,
+    }  # fmt: skip
+    advice = advise(REF, "digits", unlabeled="rest", **asked)
+    assert {row["plan"] for row in advice["rows"]} == {"labels", "agreement", "pretext"}
+    assert "learned nothing yet" in advice["refused"]["head"]
+    assert (advice["images"], advice["held"], advice["unlabeled"]) == (24, 12, 136)
+    assert {t["images"] for row in advice["rows"] for t in row["trials"]} == {6, 12}
+    runs = [record.read(path) for path in record.find([tmp_path / "runs"])]
+    (first,) = (
+        run for run in runs
+        if run.header["arm"] == "pretext" and run.facts["trial"]["images"] == 6
+    )  # fmt: skip
+    assert first.sum("samples", "train/pretext") == 136 / 4, "others are shared out alike"
+    spent = {row["plan"]: row["train_energy_j"]["value"] for row in advice["rows"]}
+    assert spent["agreement"] > spent["labels"]
+    assert advice["trials_energy_j"] == pytest.approx(
+        sum(t["total_j"] for row in advice["rows"] for t in row["trials"])
+    )
+    recipe = load_recipe(advice["plans"])
+    assert (recipe.data.labels, recipe.arm("labels").data.unlabeled) == (24, "none")
+    assert recipe.arm("agreement").data.unlabeled == "rest"
+    assert "--labels 24" in Path(advice["recipe"]).read_text()
+    planning._show_advice(advice)
+    assert "24 labelled images and 136 without a label" in " ".join(capsys.readouterr().out.split())
+    (tmp_path / "plans.yaml").write_text("arms: {labels: {}}\n")
+    with pytest.raises(BadInput, match="change nothing"):
+        advise(REF, "digits", unlabeled="rest", **asked)
+
+
+def test_plans_for_few_labels_need_what_is_there(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    known = yaml.safe_load(FEW_PLANS.read_text())["arms"]
+    alone, lacking = source(REF, "digits", plans=FEW_PLANS, labels=40, options=SMALL)
+    assert set(alone["arms"]) == {"labels", "labels-longer", "labels-averaged"}
+    assert {"agreement", "pretext-tuned", "probe"} < set(lacking)
+    every, lacking = source(
+        REF, "digits", plans=FEW_PLANS, labels=40, unlabeled=str(tmp_path), options=SMALL
+    )
+    assert set(every["arms"]) | set(lacking) == set(known)
+    assert every["arms"]["agreement"]["data"]["unlabeled"] == f"folder:{tmp_path}"
+    recipe = tmp_path / "every.yaml"
+    recipe.write_text(yaml.safe_dump(every))
+    assert [s.on for s in load_recipe(recipe).arm("pretext-tuned").stages] == ["unlabeled", ""]
 
 
 def test_a_file_that_is_no_advice_is_not_replaced(tmp_path: Path) -> None:
