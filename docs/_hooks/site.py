@@ -12,6 +12,7 @@ from typing import Any
 
 import notebooks
 import pages
+import pretexts
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
@@ -25,6 +26,7 @@ MARKER = re.compile(r"\{\{ (\w+)(?::([\w, ]+))? \}\}")
 MARKERS = {
     "techniques": pages.technique_list,
     "measured": pages.measured,
+    "pretexts": pretexts.committed,
     "data_sets": pages.data_table,
     "label_seconds": pages.seconds_table,
     "typical": lambda names: pages.typical(*(n.strip() for n in names.split(","))),

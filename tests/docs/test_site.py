@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "docs/_hooks"))
 import notebooks  # noqa: E402
 import pages  # noqa: E402
+import pretexts  # noqa: E402
 
 MANUAL = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
@@ -65,6 +67,55 @@ def test_typical_savings_are_those_of_the_reports() -> None:
     assert re.match(parts, said)
     assert f"; {arms} arms of " in said
     assert pages.typical("no_technique") == "not measured"
+
+
+PRETEXTS = ("simclr", "moco", "byol", "vicreg", "dino", "mae")
+
+
+def test_the_table_of_pretexts_is_what_their_report_measured() -> None:
+    text = pretexts.committed()
+    results = json.loads((ROOT / "reports/pretexts-fashion/results.json").read_text())
+    arms, base = results["arms"], results["baseline"]
+    rows = {cells[1].strip(): cells for cells in _rows(text) if len(cells) == 8}
+    assert set(rows) == {"", "---", base, *PRETEXTS}
+    for name in PRETEXTS:
+        _, _, _, times, accuracy, points, neighbours, _ = rows[name]
+        tuned = arms[f"{name}-40"]
+        mean = statistics.mean(tuned["accuracy"]["by_seed"].values())
+        assert accuracy.startswith(f" {100 * mean:.1f} % (")
+        own = statistics.mean(arms[name]["accuracy"]["by_seed"].values())
+        assert neighbours.startswith(f" {100 * own:.1f} % (")
+        difference = 100 * (mean - statistics.mean(arms[base]["accuracy"]["by_seed"].values()))
+        assert points.replace("−", "-").startswith(f" {difference:+.1f} (")
+        joules = [
+            statistics.mean(arms[a]["train_energy_with_reuse_j"]["by_seed"].values())
+            for a in (f"{name}-40", base)
+        ]
+        assert float(times.split("×")[1].split()[0]) == pytest.approx(
+            joules[0] / joules[1], abs=0.03
+        )
+    guide = (ROOT / "docs/guides/few-labels.md").read_text()
+    assert "\n{{ pretexts }}\n" in guide
+
+
+def test_what_to_take_follows_the_intervals() -> None:
+    results = json.loads((ROOT / "reports/pretexts-fashion/results.json").read_text())
+    arms = results["arms"]
+    for name in PRETEXTS:
+        arms[f"{name}-40"]["vs_baseline"]["accuracy"] |= {"low": -0.2, "high": -0.1}
+    assert f"no pretext is shown to do better than {results['baseline']}" in pretexts.table(results)
+    better = arms["byol-40"]
+    better["vs_baseline"]["accuracy"] |= {"low": 0.01, "high": 0.1}
+    better["accuracy"]["by_seed"] = dict.fromkeys(better["accuracy"]["by_seed"], 0.99)
+    better["train_energy_with_reuse_j"]["value"] = 1.0
+    text = pretexts.table(results)
+    assert "byol are shown to do better" in text
+    taken = [cells[3].strip() for cells in _rows(text) if cells[1].strip() == "40"]
+    assert taken == ["byol-40"], "the cheapest and best leaves no other to take"
+
+
+def _rows(text: str) -> list[list[str]]:
+    return [line.split("|") for line in text.splitlines() if line.startswith("|")]
 
 
 def test_every_command_and_option_is_listed() -> None:
