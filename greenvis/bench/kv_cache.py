@@ -56,7 +56,7 @@ def run(
     questions: Questions = 40,
     threads: Threads = 1,
 ) -> dict[str, Any]:
-    """Return {"costs": [{"prompt", "cache", "prefill_j", "decode_j", "decode_ratio",
+    """Return {"rows": [{"prompt", "cache", "prefill_j", "decode_j", "decode_ratio",
     "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement", "exact_match"}], …}.
 
     decode_j is of the tokens behind the first, answer_ratio of prefill and decode together; ratios
@@ -70,10 +70,10 @@ def run(
         tempfile.TemporaryDirectory() as folder,
         track("kv_cache", dir=folder) as run_,
     ):
-        costs, parameters = _costs(prompts, answer, rounds, run_)
+        rows, parameters = _costs(prompts, answer, rounds, run_)
         answers, training = ([], None) if not steps else _trained(prompts, steps, questions, run_)
     result = {
-        "costs": costs, "answers": answers, "rounds": rounds, "answer_tokens": answer,
+        "rows": rows, "answers": answers, "rounds": rounds, "answer_tokens": answer,
         "questions": questions, "steps": steps, "threads": threads, "parameters": parameters,
         "training_energy_j": training,
         "machine": cpu(), "torch": torch.__version__,
@@ -217,14 +217,15 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
     lines = [
         "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
         f"`greenvis bench kv_cache --rounds {result['rounds']} --answer {result['answer_tokens']} "
-        f"--steps {result['steps']} --out {out}`, {result['seconds']} s on {os.cpu_count()} "
+        f"--steps {result['steps']} --questions {result['questions']} --out {out}`, "
+        f"{result['seconds']} s on {os.cpu_count()} "
         f"logical CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
         f"{result['parameters']:,} parameters with random weights answers "
         f"{result['answer_tokens']} tokens, one prompt at a time; medians of {result['rounds']} "
         "rounds in which all caches take turns. `decode_j` is of the tokens behind the first, "
         "`answer_ratio` of the answer as a whole, prompt included, both beside transformers' "
         "dynamic cache in the same round. Caches that let rows go keep a quarter of the prompt's.",
-        "", *_floor.table(result["costs"]), "",
+        "", *_floor.table(result["rows"]), "",
         _floor.sentence(None, "", result["repeatability"]), "",
     ]  # fmt: skip
     if not result["answers"]:

@@ -12,7 +12,7 @@ from greenvis.bench import _dialogues, kv_cache
 @pytest.mark.slow
 def test_it_writes_its_report(tmp_path: Path) -> None:
     result = kv_cache.run(tmp_path, prompts=(200,), answer=4, rounds=1, steps=1, questions=2)
-    rows = {row["cache"]: row for row in result["costs"]}
+    rows = {row["cache"]: row for row in result["rows"]}
     assert rows["dynamic"]["decode_ratio"] == 1
     assert all(row["decode_j"] > 0 for row in rows.values())
     assert {row["cache"] for row in result["answers"]} == {*kv_cache.METHODS}
