@@ -534,8 +534,6 @@ def test_a_budget_of_labels_has_plans_of_its_own_and_images_without_labels_make_
         if run.header["arm"] == "pretext" and run.facts["trial"]["images"] == 6
     )  # fmt: skip
     assert first.sum("samples", "train/pretext") == 136 / 4, "others are shared out alike"
-    spent = {row["plan"]: row["train_energy_j"]["value"] for row in advice["rows"]}
-    assert spent["agreement"] > spent["labels"]
     assert advice["trials_energy_j"] == pytest.approx(
         sum(t["total_j"] for row in advice["rows"] for t in row["trials"])
     )
