@@ -4,8 +4,12 @@ torch here."""
 from __future__ import annotations
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import sys
 import types
+import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from greenvis.errors import BadInput, GreenvisError, nearest
@@ -104,6 +108,13 @@ _HOMES = {
     "Installed": "core.technique",
 }
 
+_RENAMED = {  # modules of the first releases, which plug-ins and scripts still import
+    "greenvis.record": "greenvis.meters.record",
+    "greenvis.technique": "greenvis.core.technique",
+    "greenvis.meters.nvml": "greenvis.meters.sources.nvml",
+    "greenvis.meters.rapl": "greenvis.meters.sources.rapl",
+}
+
 __all__ = [
     "Adabn", "Adapter", "AdapterProbe", "Align", "BadInput", "Balance", "Bitfit", "Byol",
     "CoTeaching", "Consistency", "ConsistencyModel", "CrossModal", "Dino", "Distill", "Dividemix",
@@ -145,4 +156,19 @@ class _Package(types.ModuleType):
             super().__setattr__(name, value)
 
 
+class _Renamed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a renamed module under its old name, with a DeprecationWarning."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        return importlib.machinery.ModuleSpec(fullname, self) if fullname in _RENAMED else None
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        new = _RENAMED[module.__name__]
+        warnings.warn(f"{module.__name__} is {new} now", DeprecationWarning, stacklevel=2)
+        sys.modules[module.__name__] = importlib.import_module(new)
+
+
 sys.modules[__name__].__class__ = _Package
+sys.meta_path.append(_Renamed())

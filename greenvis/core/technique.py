@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import permutations
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -230,3 +231,10 @@ def refuse_clash(a: Technique, b: Technique, clash: frozenset[str]) -> None:
             f"'{a.name}' and '{b.name}' do not go together: '{b.name}' needs {what}, which "
             f"'{a.name}' breaks; remove one, or use them in separate stages"
         )
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Task":  # of the first releases; a task is what an answer is now
+        warnings.warn("Task is Experience now", DeprecationWarning, stacklevel=2)
+        return Experience
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import deprecated
 
 from greenvis.core import distributed, trainers
 from greenvis.core.random import RandomState
@@ -236,6 +237,16 @@ class Training(Seams):
         """
         for live in self.installed:
             live.end_experience(loader)
+
+    @deprecated("begin_task is begin_experience now")
+    def begin_task(self, task: Experience) -> None:
+        """Call `begin_experience`, which it was in the first releases."""
+        self.begin_experience(task)
+
+    @deprecated("end_task is end_experience now")
+    def end_task(self, loader: Any) -> None:
+        """Call `end_experience`, which it was in the first releases."""
+        self.end_experience(loader)
 
     def plan(self, steps: int, seed: int = 0) -> None:
         """Say how long the training is, for techniques with a schedule of their own; call before

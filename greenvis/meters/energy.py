@@ -20,6 +20,7 @@ from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.processes import TICK_S
 from greenvis.meters.record import MOST_BYTES, PARTLY_UNKNOWN, PROVENANCES
 from greenvis.meters.sources import installed
+from greenvis.meters.sources.base import ONE as ONE
 from greenvis.meters.sources.base import MeterSource, in_words
 from greenvis.meters.sources.wall import Wall
 

@@ -13,7 +13,7 @@ import pytest
 from test_nvml import Driver
 
 from greenvis.errors import GreenvisError
-from greenvis.meters import pricing
+from greenvis.meters import host, pricing
 from greenvis.meters.doctor import doctor
 from greenvis.meters.energy import Meter
 from greenvis.meters.ledger import Ledger
@@ -264,3 +264,13 @@ def test_doctor_lists_every_source_with_its_reason() -> None:
         assert row["source"] in ("available", "not available")
         assert row["why"]
     assert rows["meter source wall_time"]["provenance"] == "constant"
+
+
+def test_rapl_counts_the_zones_it_is_given(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "energy_uj").write_text("5000000\n")
+    counted = rapl.Rapl([("cpu_j", zone)])
+    (zone / "energy_uj").write_text("15000000\n")
+    assert counted.read(now=host.clocks()[0] + 1.0)["cpu_j"] == 10.0
+    assert rapl.open_rapl(tmp_path) == (None, f"no RAPL package counter under {tmp_path}")

@@ -4,7 +4,7 @@ move."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,18 +19,33 @@ PATIENCE_S = 2.0  # even an idle package draws watts
 
 
 class Rapl(MeterSource):
-    """Energy of the packages and, where the processor counts it, of their memory. Whole machine."""
+    """Energy of the packages and, where the processor counts it, of their memory. Whole machine.
+
+    Args:
+        zones: (quantity, folder of a powercap zone) to count from now on, without `open`.
+        powercap: where `open` looks for zones.
+    """
 
     name: ClassVar[str] = "rapl"
     quantities: ClassVar[Mapping[str, str]] = {"cpu": "cpu_j", "ram": "dram_j"}
 
+    def __init__(
+        self, zones: Sequence[tuple[str, Path]] = (), powercap: Path | None = None
+    ) -> None:
+        super().__init__()
+        self._powercap = powercap or POWERCAP
+        for quantity, zone in zones:
+            self.watch_zone({q: part for part, q in self.quantities.items()}[quantity], zone)
+
     def connect(self, coefficients: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Open the counters that advance under a short load."""
         zones = [
-            (part, zone) for zone in sorted(POWERCAP.glob("intel-rapl:*")) if (part := _part(zone))
+            (part, zone)
+            for zone in sorted(self._powercap.glob("intel-rapl:*"))
+            if (part := _part(zone))
         ]
         if "cpu" not in dict(zones):
-            raise Unavailable(f"no RAPL package counter under {POWERCAP}")
+            raise Unavailable(f"no RAPL package counter under {self._powercap}")
         try:
             for _, zone in zones:
                 _joules(zone)
@@ -67,6 +82,13 @@ class Rapl(MeterSource):
             wraps_at=_wraps_at(zone) / 1e6,
             patience_s=PATIENCE_S,
         )
+
+
+def open_rapl(powercap: Path = POWERCAP) -> tuple[Rapl | None, str]:
+    """Return the counters below `powercap` and why they are believed, or None and why not."""
+    rapl = Rapl(powercap=powercap)
+    rapl.open({})
+    return None if rapl.reason else rapl, rapl.reason or rapl.components[0]["reason"]
 
 
 def _part(zone: Path) -> str:
