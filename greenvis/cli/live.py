@@ -34,6 +34,7 @@ class Progress(Watch):
         self._number, self._total = 0, 0
         self._left: list[int] = []  # epochs of the jobs that are not over, the present one first
         self._trained, self._epoch, self._epochs = 0, 0, 0
+        self._earlier = 0  # epochs of these that an interrupted call trained
         self._begun: float | None = None
         self._name = ""
         self._tracker: Any = None
@@ -110,7 +111,11 @@ class Progress(Watch):
     def _heard(self, values: Mapping[str, Any]) -> None:
         known = {k: v for k, v in values.items() if isinstance(v, (int, float))}
         self._values |= known
-        self._epoch += "loss" in known
+        if "loss" in known:
+            if not self._epoch:
+                self._epoch = int(known.get("epoch", 1)) - 1
+                self._earlier += self._epoch
+            self._epoch += 1
         if time.monotonic() - self._last > EVERY_S:
             self._last = time.monotonic()
             self.read()
@@ -124,9 +129,10 @@ class Progress(Watch):
         """Return how long all that is left will take, [] where nothing tells it yet."""
         done = self._trained + min(self._epoch, self._epochs) * (self._tracker is not None)
         planned = self._trained + sum(self._left)
-        if self._begun is None or not planned or not LEAST_SHARE <= done / planned < 1:
+        here = done - self._earlier
+        if self._begun is None or here < 1 or not LEAST_SHARE <= done / planned < 1:
             return []
-        rest = (time.monotonic() - self._begun) * (planned / done - 1)
+        rest = (time.monotonic() - self._begun) * (planned - done) / here
         return [f"about {duration(rest) if rest >= 60 else f'{rest:.0f} s'} left"]
 
     def __enter__(self) -> Progress:

@@ -118,6 +118,7 @@ def run(
         margin=first.report.margin,
         title=first.report.title,
         note=first.report.note,
+        arm=None if several else first.report.arm,
     )
     if failed:
         raise _failure(failed, page)
@@ -192,6 +193,7 @@ def report(
         ),
     ] = None,
     title: Annotated[str | None, option("headline of the report")] = None,
+    arm: Annotated[str | None, option("the arm that the verdict is to speak of", "NAME")] = None,
     pdf: Annotated[bool, option("write the figures as PDF as well")] = False,
     as_json: app.Json = False,
 ) -> None:
@@ -211,6 +213,7 @@ def report(
         label_seconds=label_seconds or (),
         coefficients=coefficients,
         pdf=pdf,
+        arm=arm,
     )
     reported(as_json, page)
 

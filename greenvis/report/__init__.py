@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from greenvis.errors import BadInput, GreenvisError
+from greenvis.errors import BadInput, GreenvisError, nearest
 from greenvis.meters.grid import constant, lookup
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def report(
     label_seconds: Iterable[str] = (),
     coefficients: str | os.PathLike[str] | None = None,
     pdf: bool = False,
+    arm: str | None = None,
 ) -> Path:
     """Write a report of recorded runs.
 
@@ -58,6 +59,8 @@ def report(
         coefficients: a file as `meters.coefficients.load_coefficients` takes it, which prices what
             was observed, of training and of serving, in the place of the recorded coefficients.
         pdf: write the figures as PDF as well, with their fonts embedded.
+        arm: the arm that is asked about, of which the verdict speaks (default: the recipe's, else
+            the one that the intervals speak for).
 
     Returns:
         The path of its index.html.
@@ -79,7 +82,7 @@ def report(
         with foreign.converted(_listed(paths)) as records:
             return report(
                 records, out, baseline, metric, grid, title, served, note, margin, label_seconds,
-                coefficients, pdf,
+                coefficients, pdf, arm,
             )  # fmt: skip
     paths = _listed(paths)
     priced: dict[str, Any] = {
@@ -104,7 +107,13 @@ def report(
             # what is written is what the records written beside it say
             with archive.opened(packed) as records:
                 content = results(records, **priced)
-        words = {"title": title or content.title, "note": note or content.note}
+        if arm is not None and arm not in content.arms:
+            raise BadInput(f"no arm '{arm}' to speak of{nearest(arm, content.arms)}")
+        words = {
+            "title": title or content.title,
+            "note": note or content.note,
+            "arm": arm or content.arm,
+        }
         content = content.model_copy(update=words)
         try:
             with stored.believed(results_file):

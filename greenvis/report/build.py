@@ -65,6 +65,7 @@ def results(
         "title": stated.get("title"),
         "note": stated.get("note"),
         "baseline": base,
+        "arm": stated.get("arm") if stated.get("arm") in rows else None,
         "metric": metric,
         **_of_task(loaded, arms),
         "margin": _margin(stated, measure) if margin is None else margin,
@@ -174,8 +175,8 @@ def _baseline(asked: str | None, arms: list[Arm]) -> str | None:
 
 
 def _stated(arms: list[Arm]) -> dict[str, Any]:
-    """What the newest recipe in the records says under `report`: title, note, margin; {} where none
-    is recorded."""
+    """What the newest recipe in the records says under `report`: title, note, arm, margin; {} where
+    none is recorded."""
     recipes = [
         (a.setup.start_s, a.setup.recipe) for arm in arms for r in arm.runs for a in r.attempts
     ]

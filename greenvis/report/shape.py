@@ -167,6 +167,7 @@ class Results(Provenance):
     title: Word | None
     note: Annotated[str, Field(max_length=100_000)] | None
     baseline: Word | None
+    arm: Word | None = None  # that the recipe asks about
     metric: Word
     metric_unit: Word | None = None  # as `Measure.unit`; None: told by its name
     task: Word = ""  # of the arms, where it is named and no classification

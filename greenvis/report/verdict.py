@@ -37,16 +37,18 @@ def headline(results: Results) -> str:
 def choice(results: Results) -> Choice:
     """Choose the arm of the verdict.
 
-    In order: the arm that keeps the metric and saves most against the frontier of plain training;
-    the cheapest of those that keep the metric, cost less than the baseline and are not inside that
-    frontier; whichever saves against the frontier, then whichever keeps; the best that gains; of
-    those that cost less the one that loses least; else the best. All by the intervals shown. An arm
-    that trained on all tasks of a stream at once is a bound: it is named where there is no other.
+    The arm that the recipe asks about; else, in order: the arm that keeps the metric and saves
+    most against the frontier of plain training; the cheapest of those that keep the metric, cost
+    less than the baseline and are not inside that frontier; whichever saves against the frontier,
+    then whichever keeps; the best that gains; of those that cost less the one that loses least;
+    else the best. All by the intervals shown. An arm that trained on all tasks of a stream at once
+    is a bound: it is named where there is no other.
     """
     arms, base = results.arms, results.baseline
     sign = -1 if results.lower_is_better else 1
     compared = [a for a in results.order if arms[a].vs_baseline]
     rivals = [a for a in compared if not _is_bound(arms[a])] or compared
+    rivals = [results.arm] if results.arm in compared else rivals
 
     def gain(a: str) -> float:
         mean = arms[a].gain.mean
@@ -98,6 +100,8 @@ def opening(results: Results) -> str:
     if chosen.why == "keeps":
         inside = "; shorter plain training does that for less" if chosen.distance.inside else ""
         text = f"{label} takes {energy} and {_kept(results, label)}{inside}."
+    elif label == results.arm:
+        text = f"{label} takes {energy}; {_against(results, label)}."
     elif chosen.why == "better":
         text = (
             f"No arm is shown to cost less than {base} and keep its {name}; {label} "

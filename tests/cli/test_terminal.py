@@ -265,6 +265,21 @@ def test_what_is_shown_follows_what_is_logged(monkeypatch: pytest.MonkeyPatch) -
     assert "all runs 10 J" in shown.state()
 
 
+def test_a_resumed_run_goes_on_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    shown = live.Progress(lambda text: None)
+    shown.planned([_job("r/a", 100)])
+    shown.began(_job("r/a", 100), "")
+    tracker = _Tracker()
+    shown.metered(tracker, Measure("accuracy"))
+    for epoch in (80, 81):
+        now[0] += 5.0
+        tracker.on_log({"epoch": epoch, "loss": 0.5})
+    # two epochs took ten seconds, and nineteen are left
+    assert shown.state() == ["epoch 82 of 100", "loss 0.500", "starting", "about 1 min 35 s left"]
+
+
 def test_the_display_fits_eighty_columns() -> None:
     from rich.console import Console
 

@@ -63,6 +63,13 @@ def test_an_arm_is_the_recipe_with_its_own_laid_over(tmp_path: Path) -> None:
         ("temperature: 2.0", "temprature: 2.0", 14, "did you mean 'temperature'?"),
         ("temperature: 2.0", "temperature: 0", 14, "greater than 0"),
         ("baseline: baseline", "baseline: basline", 15, "no arm; did you mean 'baseline'?"),
+        (
+            "baseline: baseline",
+            "arm: distiled",
+            15,
+            "report.arm 'distiled' is no arm; did you mean 'distilled'?",
+        ),
+        ("baseline: baseline", "arm: baseline", 15, "report.arm 'baseline' is the baseline"),
         ("{epochs: 5}", "{epochs: -5}", 11, "greater than or equal to 0"),
         ("name: small", "name: ../small", 1, "pattern"),
         ("  baseline: {}", "  baseline: {}\n  baseline: {}", 10, "'baseline' is given twice"),

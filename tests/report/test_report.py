@@ -512,6 +512,32 @@ def test_every_interval_holds_together_with_those_of_all_arms(
     assert ends == pytest.approx(_dunnett(groups, "a1")[1:])
 
 
+def test_the_verdict_is_on_the_arm_that_the_recipe_asks_about(tmp_path: Path) -> None:
+    from greenvis.report.verdict import choice, opening
+
+    for seed in range(3):
+        header = {"recipe": "report: {arm: drawn}"}
+        for name, accuracy, cpu_s in (("baseline", 0.9, 400), ("good", 0.96, 200)):
+            synthetic.write(
+                tmp_path, name, seed, accuracy=accuracy + 0.002 * seed, cpu_s=cpu_s + seed
+            )
+        synthetic.write(
+            tmp_path, "drawn", seed, accuracy=0.8 + 0.003 * seed, cpu_s=4000 + seed, header=header
+        )
+    asked = results(tmp_path)
+    assert choice(asked).arm == "drawn"
+    assert opening(asked).startswith(
+        "drawn takes 9.6 times more training energy than baseline; it "
+    )
+    assert opening(asked).endswith("; it loses 9.9 points of accuracy.")
+    assert choice(asked.model_copy(update={"arm": None})).arm == "good"
+    assert choice(asked.model_copy(update={"arm": "gone"})).arm == "good"
+    page = report(tmp_path, out=tmp_path / "out", arm="good")
+    assert "**good takes " in (page.parent / "report.md").read_text()
+    with pytest.raises(BadInput, match="no arm 'god' to speak of; did you mean 'good'"):
+        report(tmp_path, out=tmp_path / "out", arm="god")
+
+
 def test_the_margin_is_the_recipes_or_the_readers(tmp_path: Path) -> None:
     for seed in range(3):
         header = {"recipe": "report: {margin: 3, title: Study}"}

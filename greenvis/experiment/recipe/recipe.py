@@ -205,10 +205,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise BadInput(explain(error, Recipe, where, ())) from error
     recipe._path, recipe._source, recipe._lines = path, source, lines
-    if recipe.baseline not in recipe.arms:
+    for key, name in (("baseline", recipe.baseline), ("arm", recipe.report.arm)):
+        if name is not None and name not in recipe.arms:
+            raise BadInput(
+                f"{where('report', key)}: report.{key} '{name}' is no arm"
+                f"{nearest(name, recipe.arms)}"
+            )
+    if recipe.report.arm == recipe.baseline:
         raise BadInput(
-            f"{where('report', 'baseline')}: report.baseline '{recipe.baseline}' is no arm"
-            f"{nearest(recipe.baseline, recipe.arms)}"
+            f"{where('report', 'arm')}: report.arm '{recipe.baseline}' is the baseline: name one "
+            "that is compared with it"
         )
     if recipe.frontier is not None:
         recipe = _with_ladder(recipe)

@@ -15,6 +15,11 @@ class ReportSpec(Section):
     baseline: str | None = Field(
         default=None, description="the arm the others are measured against; the first where absent"
     )
+    arm: str | None = Field(
+        default=None,
+        description="the arm that is asked about, of which the verdict speaks; the one that the "
+        "intervals speak for where absent",
+    )
     metric: Annotated[str, Field(max_length=100)] | None = Field(
         default=None, description="of the task's metrics; its primary one where absent"
     )
