@@ -325,7 +325,11 @@ def test_the_headline_keeps_the_metric_at_less_energy_or_says_that_none_does(pat
         if arm in gains and arm in costs and not (averages and None in averages):
             low, _ = _gained(found, *gains[arm][1:])
             good += [arm] if low >= -_margin(found) and costs[arm][2] < 0 else []
-    if good:
+    if asked := found.get("arm"):
+        assert verdict.startswith(f"{asked} takes ")
+        kept = " keeps its " in verdict or " gains " in verdict
+        assert kept if asked in good else not kept
+    elif good:
         assert not verdict.startswith("No arm is shown to cost less than")
     elif _compared(found) and " than plain training with the same " not in verdict:
         assert verdict.startswith("No arm is shown to cost less than") or "one seed" in verdict
