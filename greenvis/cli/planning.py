@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import math
 import shlex
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from greenvis.cli import app
 from greenvis.cli.app import argument, option, verb
 from greenvis.cli.output import answer, base, model_options, print_rows, teller, write
 
+if TYPE_CHECKING:
+    from greenvis.planning.advise import Advice
+
 Data = Annotated[str, option("a data set, or a recipe's file, whose data it is then", "NAME")]
+Target = Annotated[
+    float | None,
+    option(
+        "metric to reach, in its unit (a share: 0 to 1): the cheapest plan predicted to reach it "
+        "is taken",
+        "M",
+    ),
+]
+Budget = Annotated[
+    str | None,
+    option("the most that training and serving may take together: 5Wh, 0.2kWh, 18kJ", "ENERGY"),
+]
 
 
 @verb(app.PLAN, "greenvis plan recipes/quickstart.yaml --set train.epochs=3")
@@ -183,18 +198,8 @@ def rank(
 def advise(
     model: app.Model,
     data: Data,
-    target: Annotated[
-        float | None,
-        option(
-            "metric to reach, in its unit (a share: 0 to 1): the cheapest plan predicted to "
-            "reach it is taken",
-            "M",
-        ),
-    ] = None,
-    budget: Annotated[
-        str | None,
-        option("the most that training and serving may take together: 5Wh, 0.2kWh, 18kJ", "ENERGY"),
-    ] = None,
+    target: Target = None,
+    budget: Budget = None,
     serve: Annotated[float, option("images the model will answer", "N")] = 1_000_000,
     teacher: Annotated[
         str | None, option("a trained model to learn from: as MODEL", "MODEL")
@@ -258,7 +263,7 @@ def advise(
     answer(as_json, advice, lambda: _show_advice(advice))
 
 
-def _show_advice(advice: dict[str, Any]) -> None:
+def _show_advice(advice: Advice) -> None:
     from greenvis.planning.plan import BUSY_BAND
     from greenvis.report.formatting import count, gain, plural, si
     from greenvis.report.measures import best_is, is_share, written

@@ -80,9 +80,7 @@ def run(
     say = teller(as_json)
     for one, _ in recipes:
         say(_overview(one, runs))  # before the seconds that torch takes to import
-    from greenvis.cli.live import watch
     from greenvis.core import distributed
-    from greenvis.experiment import on_ray, session
     from greenvis.report import report
 
     engines = ("one-by-one", "ray")
@@ -96,16 +94,7 @@ def run(
         "command": ["greenvis", "run", recipe, *(w for s in overrides for w in ("--set", s))],
         "say": say,
     }  # fmt: skip
-    failed: dict[str, str] = {}
-    if engine == "ray":
-        distributed.require_single_process("greenvis run --on ray")
-        folders, failed = on_ray.run(recipes, **options)
-    else:
-        with watch(as_json or distributed.rank() > 0, say) as seen:
-            folders = [
-                session.run(one, **options, fresh_process=not i, watch=seen)
-                for i, (one, _) in enumerate(recipes)
-            ]
+    folders, failed = _train(engine, recipes, options, as_json)
     first_process = not distributed.rank()
     distributed.destroy_process_group()
     if not first_process:
@@ -123,6 +112,25 @@ def run(
     if failed:
         raise _failure(failed, page)
     reported(as_json, page)
+
+
+def _train(
+    engine: str, recipes: Sequence[tuple[Any, Any]], options: dict[str, Any], as_json: bool
+) -> tuple[list[Path], dict[str, str]]:
+    """Return the folders of the recipes' records, and why runs failed, by name."""
+    from greenvis.cli.live import watch
+    from greenvis.core import distributed
+    from greenvis.experiment import on_ray, session
+
+    if engine == "ray":
+        distributed.require_single_process("greenvis run --on ray")
+        return on_ray.run(recipes, **options)
+    with watch(as_json or distributed.rank() > 0, options["say"]) as seen:
+        folders = [
+            session.run(one, **options, fresh_process=not i, watch=seen)
+            for i, (one, _) in enumerate(recipes)
+        ]
+    return folders, {}
 
 
 def _overview(recipe: Any, runs: str) -> str:

@@ -160,9 +160,39 @@ def make(
         BadInput: For more tasks than classes, or a multi head where tasks share their classes.
     """
     count = len(images.classes)
+    _check(images, kind, tasks, head)
+    train: list[ImageSet]
+    tests: list[ImageSet]
+    if kind == "domain":
+        groups = [tuple(range(count))] * tasks
+        drawn_by = seed if order == "seed" else 0
+        changes = [_domain_shift(domain, t, tasks, drawn_by) for t in range(tasks)]
+        train = [Changed(images.train, change) for change in changes]
+        tests = [Changed(images.test, change) for change in changes]
+    else:
+        shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+        classes = shuffled if order == "seed" else torch.arange(count)
+        groups = [tuple(part.tolist()) for part in classes.tensor_split(tasks)]
+        rows = _rows_of(images.train, groups)
+        if kind == "free":
+            rows = _blurred(rows, blur, seed)
+        train = [images.train.take(r) for r in rows]
+        tests = [images.test.take(r) for r in _rows_of(images.test, groups)]
+    if train_on == "all":
+        train = [Concat(train)]
+    elif train_on == "seen":
+        train = [Concat(train[: t + 1]) for t in range(tasks)]
+    drawn = train_on == "all" or kind in ("free", "domain")
+    experiences = _experiences(train, groups, drawn, kind)
+    head = head or ("multi" if kind == "task" else "single")
+    named = tuple(zip(groups, tests, strict=True))
+    return Stream(kind, head, experiences, tuple(train), named, count)
+
+
+def _check(images: Data, kind: Kind, tasks: int, head: Head | None) -> None:
     for part in (images.train, images.test):
         part.classes("a stream")
-    if kind != "domain" and tasks > count:
+    if kind != "domain" and tasks > (count := len(images.classes)):
         raise BadInput(
             f"stream: {tasks} tasks need as many classes, and the data has {count}; ask for fewer "
             "tasks"
@@ -172,39 +202,6 @@ def make(
             "stream: the tasks of a domain stream share their classes, so a multi head has nothing "
             "to part"
         )
-    classes = (
-        torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        if order == "seed"
-        else torch.arange(count)
-    )
-    if kind == "domain":
-        groups = [tuple(range(count))] * tasks
-        changes = [
-            _domain_shift(domain, t, tasks, images, seed if order == "seed" else 0)
-            for t in range(tasks)
-        ]
-        train: list[ImageSet] = [Changed(images.train, change) for change in changes]
-        tests: list[ImageSet] = [Changed(images.test, change) for change in changes]
-    else:
-        groups = [tuple(part.tolist()) for part in classes.tensor_split(tasks)]
-        positions = (
-            _blurred(images.train, groups, blur, seed)
-            if kind == "free"
-            else _rows_of(images.train, groups)
-        )
-        train, tests = (
-            [images.train.take(p) for p in positions],
-            [images.test.take(p) for p in _rows_of(images.test, groups)],
-        )
-    named = [(group, test) for group, test in zip(groups, tests, strict=True)]
-    if train_on == "all":
-        train = [Concat(train)]
-    elif train_on == "seen":
-        train = [Concat(train[: t + 1]) for t in range(tasks)]
-    drawn = train_on == "all" or kind in ("free", "domain")
-    experiences = _experiences(train, groups, drawn, kind)
-    head = head or ("multi" if kind == "task" else "single")
-    return Stream(kind, head, experiences, tuple(train), tuple(named), count)
 
 
 def _experiences(
@@ -229,20 +226,18 @@ def _rows_of(images: ImageSet, groups: Sequence[Sequence[int]]) -> list[Tensor]:
     ]
 
 
-def _blurred(
-    images: ImageSet, groups: Sequence[Sequence[int]], blur: float, seed: int
-) -> list[Tensor]:
-    """Line images up by their task's place plus a draw from ±blur tasks, and cut the line into
-    equal parts."""
-    position = torch.empty(len(images), dtype=torch.float64)
+def _blurred(rows: Sequence[Tensor], blur: float, seed: int) -> list[Tensor]:
+    """Line the rows of all tasks up by their task's place plus a draw from ±blur tasks, and cut the
+    line into equal parts."""
+    position = torch.empty(sum(map(len, rows)), dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    for t, rows in enumerate(_rows_of(images, groups)):
-        position[rows] = t + torch.rand(len(rows), generator=generator, dtype=torch.float64)
-    position += blur * (2 * torch.rand(len(images), generator=generator, dtype=torch.float64) - 1)
-    return list(position.argsort().tensor_split(len(groups)))
+    for t, own in enumerate(rows):
+        position[own] = t + torch.rand(len(own), generator=generator, dtype=torch.float64)
+    position += blur * (2 * torch.rand(len(position), generator=generator, dtype=torch.float64) - 1)
+    return list(position.argsort().tensor_split(len(rows)))
 
 
-def _domain_shift(domain: str, t: int, tasks: int, images: Data, seed: int) -> Change:
+def _domain_shift(domain: str, t: int, tasks: int, seed: int) -> Change:
     if domain == "rotate":
         return Change(degrees=HALF_TURN * t / tasks)
     return Change(seed=seed * 1009 + t if t else None)

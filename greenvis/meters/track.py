@@ -95,14 +95,7 @@ def track(
         >>> tracker.path.name.endswith(".jsonl")
         True
     """
-    if not isinstance(name, str) or not name.strip():
-        raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')
-    if not interval_s > 0:
-        raise BadInput(f"interval_s is {interval_s}: give seconds between samples, above 0")
-    if live is not None and not hasattr(getattr(live, "model", live), "parameters"):
-        raise BadInput(
-            f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}"
-        )
+    _check(name, live, interval_s)
     fields = carbon.header(country=country, intensity=intensity, pue=pue, embodied=embodied) | dict(
         header or {}
     )
@@ -117,6 +110,17 @@ def track(
         name, folder, fields, open_source, live,
         codecarbon=codecarbon, interval_s=interval_s, quiet=quiet,
     )  # fmt: skip
+
+
+def _check(name: str, live: Any, interval_s: float) -> None:
+    if not isinstance(name, str) or not name.strip():
+        raise BadInput(f'track() takes a name for the run, not {name!r}: track("pets")')
+    if not interval_s > 0:
+        raise BadInput(f"interval_s is {interval_s}: give seconds between samples, above 0")
+    if live is not None and not hasattr(getattr(live, "model", live), "parameters"):
+        raise BadInput(
+            f"track() takes what gv.wrap returned, or a model, as `live`, not {type(live).__name__}"
+        )
 
 
 class Tracker:

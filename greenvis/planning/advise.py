@@ -8,29 +8,63 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import yaml
 
 from greenvis.core import distributed, files
 from greenvis.errors import BadInput, nearest
+from greenvis.experiment.jobs import Job
 from greenvis.experiment.run_folder import locked
 from greenvis.experiment.session import Session
 from greenvis.planning import candidates
-from greenvis.planning.candidates import PLANS
 from greenvis.planning.trials import Trials, points
 from greenvis.report import formatting, measures
 from greenvis.report.stats import pareto
 from greenvis.tasks.base import Measure
 
 SERVED = 1_000_000  # images a model will answer, where nobody says
-# of the training images, in the longest trial; of a budget of labels, half, for they are few
-SHARE, SHARE_OF_FEW = 0.25, 0.5
 # without a target: how much of the metric to give up for energy, a share's own or else of its value
 CLOSE = 0.01
 SCALES = {"mWh": 3.6, "Wh": 3.6e3, "kWh": 3.6e6, "J": 1.0, "kJ": 1e3, "MJ": 1e6}
 ACCURACY = Measure("accuracy")
+PLANS_FILE = "plans.yaml"
 MADE = "# Written by `greenvis advise"
+
+
+class Advice(TypedDict):
+    """What `advise` returns. Figures are {"value", "low", "high"}.
+
+    rows: by total energy, {"plan", "metric", "train_energy_j", "serve_energy_j" (of 1,000 images),
+    "total_energy_j", "front", "trials"}; refused: the other plans, with the reason; pick: the plan
+    to take, None where none is, and why; recipe: its file, None without one; plans: a recipe of all
+    that fit.
+
+    trials_expected_j: what the trials were said to take before, trials_energy_j: what they took;
+    images: of the whole training; held: images that each trial was tested on; labels: as asked;
+    unlabeled: how many images without a label; measure: "name", "unit", "higher_is_better" of the
+    metric; unit: what is served.
+    """
+
+    rows: list[dict[str, Any]]
+    refused: dict[str, str]
+    pick: str | None
+    why: str
+    recipe: str | None
+    plans: str
+    trials_expected_j: float | None
+    trials_energy_j: float
+    model: str
+    data: str
+    images: int
+    held: int
+    labels: int | None
+    unlabeled: int
+    serve: float
+    target: float | None
+    budget_j: float | None
+    measure: dict[str, Any]
+    unit: str
 
 
 def advise(
@@ -52,31 +86,25 @@ def advise(
     trust: bool = False,
     say: Callable[[str], None] = lambda text: None,
     **options: Any,
-) -> dict[str, Any]:
+) -> Advice:
     """Predict the task's primary metric, and the energy, of every plan that fits a model and data;
     write the recipe of the one to take.
 
-    Plans train on a share of the training images and are tested on others of them: the test images
-    are not looked at. See `greenvis.planning.trials` and `greenvis.planning.extrapolate` for how
-    the whole training is predicted, `choose` for which plan is taken.
+    Plans train on a share of the training images and are tested on others of them, not on the test
+    images; `planning.extrapolate` predicts the whole training, `choose` takes a plan.
 
     Args:
         model: a model reference; see `candidates.source`.
         data_name: a data set by name, or a recipe's file, whose data and task it is then.
-        target: of the task's primary metric, in its unit: a share from 0 to 1, or what is to be
-            reached from above where less is better.
+        target: of the task's primary metric, in its unit; from above where less is better.
         budget: joules, or "5Wh", that training and serving may take together.
         serve: images (bags, …: what the task serves) the model will answer.
         teacher: a trained model to learn from.
-        labels: how many training images have a label, where that is a budget: the plans are those
-            for few labels then.
-        unlabeled: a folder of images without a label, or "rest": the training images that have
-            none; they make more plans.
-        plans: a file of plans to weigh; None: greenvis's own.
-        share: of the training images, in the longest trial; None: `SHARE`, and with `labels`
-            `SHARE_OF_FEW`. See `trials.Trials`.
-        out: where to write the recipe (default: below `runs`); a file that is not advice is not
-            replaced.
+        labels: how many training images have a label, where that is a budget.
+        unlabeled: a folder of images without a label, or "rest" of the training images.
+        plans: a file of plans to weigh; None: greenvis's own, with `labels` those for few.
+        share: of the training images, in the longest trial; None: as `trials` has it.
+        out: where to write the recipe (default: below `runs`); only advice is replaced.
         overrides: of the recipe ("train.epochs=3").
         runs: folder of run records.
         fresh: try again what was tried before.
@@ -85,80 +113,71 @@ def advise(
         options: of the model.
 
     Returns:
-        {"rows": [{"plan", "metric", "train_energy_j", "serve_energy_j" (of 1,000 images),
-        "total_energy_j", "front", "trials"}] by total energy, "refused": {plan: reason}, "pick",
-        "why", "recipe": its file, "plans": a recipe of them all, "trials_energy_j",
-        "trials_expected_j": what was said of that before, "data", "model", "images", "labels": as
-        given, "unlabeled": how many images without one, "serve", "target", "budget_j", "measure":
-        {"name", "unit", "higher_is_better"} of the metric, "unit": what is served}; figures as
-        {"value", "low", "high"}.
+        What to do, and what that rests on.
 
     Raises:
         BadInput: before anything is spent.
     """
-    distributed.require_single_process("greenvis advise")
     most = None if budget is None else joules(budget)
-    few = labels is not None
-    plans = plans or (candidates.FEW_LABELS if few else PLANS)
-    share = share if share is not None else (SHARE_OF_FEW if few else SHARE)
     _check(serve, share, out)
     content, refused = candidates.source(
         model, data_name, plans=plans, teacher=teacher, labels=labels, unlabeled=unlabeled,
         runs=runs, trust=trust, options=options,
     )  # fmt: skip
-    name, session = content["name"], Session(Path(runs), trust, ("greenvis", "advise", model), say)
-    folder = Path(runs) / name
+    session = Session(Path(runs), trust, ("greenvis", "advise", model), say)
+    folder = Path(runs) / content["name"]
     with locked(folder):
-        recipe = candidates.written(
-            folder / "plans.yaml", {**content, "name": f"{name}-plans"}, overrides
-        )
-        task = recipe.arm(next(iter(recipe.arms))).task
-        _check_target(target, task.primary)
-        jobs, more = candidates.fitting(
-            session, recipe.model_copy(update={"name": f"{name}-trials"})
-        )
-        all_plans = yaml.safe_load(recipe.text())
-        all_plans["arms"] = {plan: arm for plan, arm in all_plans["arms"].items() if plan in jobs}
-        candidates.written(folder / "plans.yaml", all_plans)
-        trials = Trials(session, jobs, share=share, few=few, fresh=fresh, say=say)
-        ahead = trials.expected_j()
-        say(_announced(trials, ahead))
+        jobs, all_plans, unfit = _fitting(session, folder, content, overrides, target)
+        trials = Trials(session, jobs, share=share, few=labels is not None, fresh=fresh, say=say)
+        ahead = trials.announce()
         trials.run(serve)
-    rows = _rows(trials, serve)
-    pick, why = choose(rows, target, most, task.primary)
-    advice: dict[str, Any] = {
-        "rows": rows,
-        "refused": {**refused, **more, **trials.failed},
-        "pick": pick, "why": why, "recipe": None, "plans": str(folder / "plans.yaml"),
-        "trials_expected_j": ahead,
-        "trials_energy_j": math.fsum(t.total_j for tried in trials.results.values() for t in tried),
-        "model": model, "data": data_name, "images": trials.images, "held": len(trials.held),
-        "labels": labels, "unlabeled": trials.unlabeled,
-        "serve": serve, "target": target, "budget_j": most,
-        "measure": task.primary._asdict(), "unit": task.unit,
+    advice: Any = {
+        "model": model, "data": data_name, "labels": labels, "serve": serve, "target": target,
+        "budget_j": most, "plans": str(folder / PLANS_FILE), "trials_expected_j": ahead,
+        "refused": {**refused, **unfit, **trials.failed}, **_taken(trials, serve, target, most),
     }  # fmt: skip
-    if pick is not None:
-        advice["recipe"] = str(
-            _write(Path(out) if out else folder / "recipe.yaml", all_plans, name, advice)
-        )
+    advice["recipe"] = _write(out or folder / "recipe.yaml", all_plans, content["name"], advice)
     return advice
 
 
-def _announced(trials: Trials, ahead_j: float | None) -> str:
-    """Return what the trials will take, in a line."""
-    sizes = ", ".join(str(size) for size in trials.sizes)
-    if ahead_j is None:
-        cost = "energy not known beforehand"
-    elif ahead_j == 0:
-        cost = "all tried before, nothing to spend"
-    else:
-        each = f"if each costs what {next(iter(trials.jobs))} does"
-        cost = f"about {formatting.si(ahead_j, 'J')}, {each}"
-        if trials.unlabeled:
-            cost += "; plans that learn from images without a label cost several times that"
-    return (
-        f"{len(trials.jobs)} plans to try on {sizes} {formatting.plural(trials.task.unit)}: {cost}"
-    )
+def _taken(
+    trials: Trials, serve: float, target: float | None, budget_j: float | None
+) -> dict[str, Any]:
+    """Return the plan to take and what the trials say of all, as `Advice` has it."""
+    measure, rows = trials.task.primary, _rows(trials, serve)
+    pick, why = choose(rows, target, budget_j, measure)
+    each = [trial for tried in trials.results.values() for trial in tried]
+    return {
+        "rows": rows,
+        "pick": pick,
+        "why": why,
+        "recipe": None,
+        "trials_energy_j": math.fsum(trial.total_j for trial in each),
+        "images": trials.images,
+        "held": len(trials.held),
+        "unlabeled": trials.unlabeled,
+        "measure": measure._asdict(),
+        "unit": trials.task.unit,
+    }
+
+
+def _fitting(
+    session: Session,
+    folder: Path,
+    content: Mapping[str, Any],
+    overrides: Sequence[str],
+    target: float | None,
+) -> tuple[dict[str, Job], dict[str, Any], dict[str, str]]:
+    """Write the plans that fit as a recipe; return their trials' jobs, the recipe's content, and
+    why the others do not fit."""
+    name, file = content["name"], folder / PLANS_FILE
+    recipe = candidates.written(file, {**content, "name": f"{name}-plans"}, overrides)
+    _check_target(target, recipe.arm(next(iter(recipe.arms))).task.primary)
+    jobs, unfit = candidates.fitting(session, recipe.model_copy(update={"name": f"{name}-trials"}))
+    plans = yaml.safe_load(recipe.text())
+    plans["arms"] = {plan: arm for plan, arm in plans["arms"].items() if plan in jobs}
+    candidates.written(file, plans)
+    return jobs, plans, unfit
 
 
 def _rows(trials: Trials, serve: float) -> list[dict[str, Any]]:
@@ -262,10 +281,11 @@ def _check_target(target: float | None, measure: Measure) -> None:
     raise BadInput(f"the target is {target:g}, and {name} is {kind}{hint}")
 
 
-def _check(serve: float, share: float, out: str | Path | None) -> None:
+def _check(serve: float, share: float | None, out: str | Path | None) -> None:
+    distributed.require_single_process("greenvis advise")
     if not (serve >= 0 and math.isfinite(serve)):
         raise BadInput(f"serve is {serve:g}; it is a number of images, 0 or more")
-    if not 0 < share <= 0.5:
+    if share is not None and not 0 < share <= 0.5:
         raise BadInput(
             f"share is {share:g}; the longest trial takes a share of the training images above 0, "
             "up to 0.5"
@@ -284,9 +304,11 @@ def _check(serve: float, share: float, out: str | Path | None) -> None:
         )
 
 
-def _write(path: Path, all_plans: Mapping[str, Any], name: str, advice: Mapping[str, Any]) -> Path:
-    """Write the recipe of the plan that is taken."""
-    row = next(row for row in advice["rows"] if row["plan"] == advice["pick"])
+def _write(path: str | Path, all_plans: Mapping[str, Any], name: str, advice: Advice) -> str | None:
+    """Write the recipe of the plan that is taken; None where none is."""
+    row = next((row for row in advice["rows"] if row["plan"] == advice["pick"]), None)
+    if row is None:
+        return None
     metric, spent, served = (row[key] for key in ("metric", "train_energy_j", "serve_energy_j"))
     measure = Measure(**advice["measure"])
     value, low, high = (formatting.gain(measure, metric[k]) for k in ("value", "low", "high"))
@@ -301,10 +323,6 @@ def _write(path: Path, all_plans: Mapping[str, Any], name: str, advice: Mapping[
         "",
         f"  greenvis run {shlex.quote(str(path))}",
     )
-    content = {
-        **all_plans,
-        "name": name,
-        "arms": {advice["pick"]: all_plans["arms"][advice["pick"]]},
-    }
-    candidates.written(path, content, comment=lines)
-    return path
+    content = {**all_plans, "name": name, "arms": {row["plan"]: all_plans["arms"][row["plan"]]}}
+    candidates.written(Path(path), content, comment=lines)
+    return str(path)

@@ -39,7 +39,7 @@ def source(
     ref: str,
     data_name: str,
     *,
-    plans: str | Path = PLANS,
+    plans: str | Path | None = None,
     teacher: str | None = None,
     labels: int | None = None,
     unlabeled: str | None = None,
@@ -52,10 +52,12 @@ def source(
 
     ref: a model's reference, "run:RECIPE/ARM" for a finished one below `runs`, or its folder.
     data_name: a data set's name, or a recipe's file, whose data and task it is then. plans: a file
-    as greenvis/planning/advise.yaml. teacher: as ref. labels: how many training images have one;
-    None: as the data says. unlabeled: "rest", or a folder of images without a label. Paths are made
-    absolute. Raises BadInput for a model, data, budget or file of plans that cannot be used.
+    as greenvis/planning/advise.yaml; None: that one, with `labels` the one for few. teacher: as
+    ref. labels: how many training images have one; None: as the data says. unlabeled: "rest", or a
+    folder of images without a label. Paths are made absolute. Raises BadInput for a model, data,
+    budget or file of plans that cannot be used.
     """
+    plans = plans or (PLANS if labels is None else FEW_LABELS)
     content, (section, task) = _plans(Path(plans)), _data(data_name)
     beside = _without_labels(labels, unlabeled)
     if labels is not None:

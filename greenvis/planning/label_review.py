@@ -67,19 +67,12 @@ def review(
     distributed.require_single_process("greenvis labels")
     if folds < 2:
         raise BadInput(f"labels: {folds} folds leave no image unseen; give 2 or more")
-    recipe, arm, seed = _recipe(run, arm, Path(runs))
-    session = Session(Path(runs), trust, (), say)
-    jobs = [j for j in session.plan(recipe) if j.recipe is recipe and j.arm.name == arm]
-    job = next((j for j in jobs if j.seed == seed), jobs[0])
-    prepared = session.prepare(job)
+    prepared = _prepared(run, arm, Session(Path(runs), trust, (), say))
+    job, recipe = prepared.job, prepared.job.recipe
     labels = prepared.images.train.classes("greenvis labels").numpy()
-    folder = Path(runs) / recipe.name / f"{arm}-labels" / f"seed{job.seed}"
-    header = {
-        "name": recipe.name,
-        "arm": f"{arm}-labels",
-        "seed": job.seed,
-        "recipe": recipe.text(),
-    }
+    name = f"{job.arm.name}-labels"
+    folder = Path(runs) / recipe.name / name / f"seed{job.seed}"
+    header = {"name": recipe.name, "arm": name, "seed": job.seed, "recipe": recipe.text()}
     with (
         threads(job.arm.train.threads),
         track(recipe.name, dir=folder, country=recipe.meter.country,
@@ -183,6 +176,13 @@ def _probabilities(model: torch.nn.Module, images: data.ImageSet, size: int) -> 
             for x, *_ in data.batches(images, size)
         ]
     return torch.cat(parts).numpy()
+
+
+def _prepared(run: str | Path, arm: str | None, session: Session) -> Prepared:
+    """Return the job of a run, or of an arm of its recipe, ready to be trained again."""
+    recipe, arm, seed = _recipe(run, arm, session.runs)
+    jobs = [j for j in session.plan(recipe) if j.recipe is recipe and j.arm.name == arm]
+    return session.prepare(next((j for j in jobs if j.seed == seed), jobs[0]))
 
 
 def _recipe(run: str | Path, arm: str | None, runs: Path) -> tuple[Recipe, str, int]:

@@ -64,19 +64,7 @@ def rank(
     Raises:
         BadInput: for an unknown base, data set or score, or another task, before anything is spent.
     """
-    if by not in METHODS:
-        raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")
-    if len(set(bases)) < 2:
-        raise BadInput(
-            f"ranking takes two bases or more, each once, not {len(set(bases))}: greenvis rank "
-            "BASE BASE …"
-        )
-    if len(set(bases)) != len(bases):
-        raise BadInput("a base is listed twice; list each once")
-    if options and all(_arm(base) is not None or base.startswith("file:") for base in bases):
-        raise BadInput(
-            f"{some(options)} would change none of these bases: options are for those of a library"
-        )
+    _check(bases, by, options)
     spec, folder = _data(data_name)
     built = {base: _build(base, Path(runs), trust, options) for base in bases}
     shapes = {base: _shape(base, model, Path(runs), options) for base, model in built.items()}
@@ -96,25 +84,33 @@ def rank(
     tuned = tuned_on_record(runs, bases, next(iter(shown.values())), options)
     rows = [{**row, **tuned.get(row["base"], {})} for row in rows]
     rows.sort(key=lambda row: -row[by])
-    spent, tuning = (
-        run.energy(),
-        [row["tuning_energy_j"] for row in rows if row.get("tuning_energy_j") is not None],
-    )
+    tuning = [row["tuning_energy_j"] for row in rows if row.get("tuning_energy_j") is not None]
     return {
         "rows": [{"rank": position, **row} for position, row in enumerate(rows, 1)],
         "by": by,
         "data": data_name,
         "images": max(len(part.train) for part in shown.values()),
         "correlation": correlation([row for row in rows if "tuned_accuracy" in row]),
-        "energy_j": {
-            "value": spent.value,
-            "low": spent.low,
-            "high": spent.high,
-            "provenance": spent.provenance,
-        },
+        "energy_j": pricing.reading(run.energy()),
         "tuning_energy_j": sum(tuning) if len(tuning) == len(rows) else None,
         "record": str(run.path),
     }
+
+
+def _check(bases: Sequence[str], by: str, options: Mapping[str, Any]) -> None:
+    if by not in METHODS:
+        raise BadInput(f"cannot rank by '{by}'{nearest(by, METHODS)}")
+    if len(set(bases)) < 2:
+        raise BadInput(
+            f"ranking takes two bases or more, each once, not {len(set(bases))}: greenvis rank "
+            "BASE BASE …"
+        )
+    if len(set(bases)) != len(bases):
+        raise BadInput("a base is listed twice; list each once")
+    if options and all(_arm(base) is not None or base.startswith("file:") for base in bases):
+        raise BadInput(
+            f"{some(options)} would change none of these bases: options are for those of a library"
+        )
 
 
 def correlation(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]] | None:

@@ -27,10 +27,12 @@ from greenvis.meters import pricing, record, serving
 from greenvis.meters.measure import serve
 from greenvis.planning import extrapolate
 from greenvis.planning.plan import expected
-from greenvis.report.formatting import plural
+from greenvis.report.formatting import plural, si
 from greenvis.report.stats import pareto
 from greenvis.tasks.base import Measure, Task
 
+# of the training images, in the longest trial; of a budget of labels, half, for they are few
+SHARE, SHARE_OF_FEW = 0.25, 0.5
 MOST = 2000  # images of the longest trial
 LEAST = 2  # images a class in the shortest
 FEW = 8  # images in the shortest, where labels are no classes
@@ -60,11 +62,11 @@ class Trials:
     """The trials of all plans of one question. held: images each is tested on; images: how many the
     whole training has.
 
-    Three sizes, each twice the one before; the largest is `share` of the training images, and at
-    most `MOST`. few: labels are a budget, of which a class need have but one; sizes that have less
-    are left out, as long as two remain. Images without a label are shared out as those with one
-    are. Trials on record with the same inputs are kept unless `fresh`. Raises BadInput for too few
-    images.
+    Three sizes, each twice the one before; the largest is `share` of the training images (None:
+    `SHARE`, where few `SHARE_OF_FEW`), and at most `MOST`. few: labels are a budget, of which a
+    class need have but one; sizes that have less are left out, as long as two remain. Images
+    without a label are shared out as those with one are. Trials on record with the same inputs are
+    kept unless `fresh`. Raises BadInput for too few images.
     """
 
     def __init__(
@@ -72,12 +74,13 @@ class Trials:
         session: Session,
         jobs: Mapping[str, Job],
         *,
-        share: float,
+        share: float | None = None,
         few: bool = False,
         fresh: bool = False,
         say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self.session, self.jobs, self.fresh, self.say = session, jobs, fresh, say
+        share = share or (SHARE_OF_FEW if few else SHARE)
         first = session.prepare(next(iter(jobs.values())))
         self.task: Task = first.task
         extrapolate.check(self.task.primary)
@@ -162,6 +165,21 @@ class Trials:
         except GreenvisError:  # its trial says so
             return None
         return joules and joules * math.fsum(size for _, size in untried) / self.images
+
+    def announce(self) -> float | None:
+        """Say what the trials will take, and return it as `expected_j`."""
+        joules, units = self.expected_j(), plural(self.task.unit)
+        if joules is None:
+            cost = "energy not known beforehand"
+        elif joules == 0:
+            cost = "all tried before, nothing to spend"
+        else:
+            cost = f"about {si(joules, 'J')}, if each costs what {next(iter(self.jobs))} does"
+            if self.unlabeled:
+                cost += "; plans that learn from images without a label cost several times that"
+        sizes = ", ".join(str(size) for size in self.sizes)
+        self.say(f"{len(self.jobs)} plans to try on {sizes} {units}: {cost}")
+        return joules
 
     def served_j(self, name: str) -> float:
         """Return the joules of one image a plan serves: its own last reading, or that of another

@@ -11,6 +11,7 @@ from typing import Any
 
 from greenvis.core import distributed
 from greenvis.errors import BadInput, GreenvisError
+from greenvis.experiment.jobs import Job
 from greenvis.experiment.optim import threads
 from greenvis.experiment.recipe import load_recipe
 from greenvis.experiment.session import Session
@@ -66,20 +67,10 @@ def tune(
     distributed.require_single_process("greenvis tune")
     if rounds < 1:
         raise BadInput(f"rounds is {rounds}: give 1 or more")
-    loaded = load_recipe(recipe, overrides)
-    baseline, refused = loaded.baseline, {}
     measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, track("tune", dir=folder, quiet=True) as own:
         session = Session(Path(runs), trust, ("greenvis", "tune", str(recipe)), say)
-        jobs = {}
-        for name, settings in SETTINGS.items():
-            one = load_recipe(recipe, [*overrides, *settings])
-            try:
-                jobs[name] = next(j for j in session.plan(one) if j.arm.name == baseline)
-            except BadInput as error:
-                if name == PRESENT:
-                    raise
-                refused[name] = str(error)
+        jobs, refused = _jobs(session, recipe, overrides)
         for i in range(rounds):
             for name in in_turn(jobs, i):
                 say(f"round {i + 1} of {rounds}: {name}")
@@ -97,10 +88,27 @@ def tune(
         "rows": rows,
         "refused": refused,
         "pick": None if best is None else best["setting"],
-        "arm": baseline,
+        "arm": jobs[PRESENT].arm.name,
         "rounds": rounds,
         "tuning_j": spent["value"],
     }
+
+
+def _jobs(
+    session: Session, recipe: str | Path, overrides: Sequence[str]
+) -> tuple[dict[str, Job], dict[str, str]]:
+    """Return the baseline's job in each setting that suits it, and why the others do not."""
+    jobs: dict[str, Job] = {}
+    refused: dict[str, str] = {}
+    for name, settings in SETTINGS.items():
+        one = load_recipe(recipe, [*overrides, *settings])
+        try:
+            jobs[name] = next(j for j in session.plan(one) if j.arm.name == one.baseline)
+        except BadInput as error:
+            if name == PRESENT:
+                raise
+            refused[name] = str(error)
+    return jobs, refused
 
 
 def _row(name: str, measured: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,13 +78,6 @@ def report(
     """
     from greenvis.report import foreign
 
-    if any(foreign.is_export(path) for path in _listed(paths)):
-        with foreign.converted(_listed(paths)) as records:
-            return report(
-                records, out, baseline, metric, grid, title, served, note, margin, label_seconds,
-                coefficients, pdf, arm,
-            )  # fmt: skip
-    paths = _listed(paths)
     priced: dict[str, Any] = {
         "baseline": baseline,
         "metric": metric,
@@ -94,33 +87,40 @@ def report(
         "label_seconds": tuple(label_seconds),
         "coefficients": coefficients,
     }
-    with _no_collection():
-        content = results(paths, **priced)
-        from greenvis.report import archive, page, stored
+    words = {"title": title, "note": note, "arm": arm}
+    with _no_collection(), foreign.converted(_listed(paths)) as records:
+        return _write(records, priced, words, None if out is None else Path(out), pdf)
 
-        results_file = stored.file(paths)
-        beside = results_file and results_file.parent / archive.NAME
-        with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
-            packed = archive.pack(each)
-        folder = results_file.parent if results_file else Path("reports") / _file_name(content.name)
-        if packed and packed.rounded and not results_file:
-            # what is written is what the records written beside it say
-            with archive.opened(packed) as records:
-                content = results(records, **priced)
-        if arm is not None and arm not in content.arms:
-            raise BadInput(f"no arm '{arm}' to speak of{nearest(arm, content.arms)}")
-        words = {
-            "title": title or content.title,
-            "note": note or content.note,
-            "arm": arm or content.arm,
-        }
-        content = content.model_copy(update=words)
-        try:
-            with stored.believed(results_file):
-                written = packed.content if packed else None
-                return page.write(content, folder if out is None else Path(out), written, pdf=pdf)
-        except OSError as error:
-            raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
+
+def _write(
+    paths: Sequence[str | os.PathLike[str]],
+    priced: Mapping[str, Any],
+    words: Mapping[str, str | None],
+    out: Path | None,
+    pdf: bool,
+) -> Path:
+    """Write the page of records or of a results.json, its records packed beside it, and return the
+    path of its index.html. priced: arguments of `results`; words: title, note and arm, where told."""
+    from greenvis.report import archive, page, stored
+
+    content = results(paths, **priced)
+    results_file = stored.file(paths)
+    beside = results_file and results_file.parent / archive.NAME
+    with archive.unpacked(([beside] if beside.is_file() else []) if beside else paths) as each:
+        packed = archive.pack(each)
+    if packed and packed.rounded and not results_file:
+        # what is written is what the records written beside it say
+        with archive.opened(packed) as records:
+            content = results(records, **priced)
+    if words["arm"] is not None and words["arm"] not in content.arms:
+        raise BadInput(f"no arm '{words['arm']}' to speak of{nearest(words['arm'], content.arms)}")
+    folder = results_file.parent if results_file else Path("reports") / _file_name(content.name)
+    content = content.model_copy(update={key: text for key, text in words.items() if text})
+    try:
+        with stored.believed(results_file):
+            return page.write(content, out or folder, packed.content if packed else None, pdf=pdf)
+    except OSError as error:
+        raise GreenvisError(f"cannot write the report to {folder}: {error}") from error
 
 
 def results(
@@ -155,36 +155,25 @@ def results(
 
     from greenvis.report import archive, build, foreign, groups, shape, stored
 
-    for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
-        if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
-            what = (
-                "number of images the model will answer, 1 or more"
-                if name == "served"
-                else "points that may be lost, 0 or more"
-            )
-            raise BadInput(f"{name} is {value!r}; give the {what}")
-    if any(foreign.is_export(path) for path in _listed(paths)):
-        with foreign.converted(_listed(paths)) as records:
-            return results(
-                records, baseline, metric, grid, served, margin, label_seconds, coefficients
-            )
-    if results_file := stored.file(paths):
-        if coefficients is not None:
-            raise BadInput(
-                f"{results_file} holds figures that are priced: coefficients want run records"
-            )
-        with stored.believed(results_file):
-            return stored.again(
-                results_file,
-                baseline=baseline,
-                metric=metric,
-                grid=grid,
-                served=served,
-                margin=margin,
-                label_seconds=label_seconds,
-            )
-    with archive.unpacked(_listed(paths)) as each:
-        loaded = groups.load(each, metric, coefficients)
+    _check(served, margin)
+    with foreign.converted(_listed(paths)) as records:
+        if results_file := stored.file(records):
+            if coefficients is not None:
+                raise BadInput(
+                    f"{results_file} holds figures that are priced: coefficients want run records"
+                )
+            with stored.believed(results_file):
+                return stored.again(
+                    results_file,
+                    baseline=baseline,
+                    metric=metric,
+                    grid=grid,
+                    served=served,
+                    margin=margin,
+                    label_seconds=label_seconds,
+                )
+        with archive.unpacked(records) as each:
+            loaded = groups.load(each, metric, coefficients)
     try:
         return build.results(
             loaded,
@@ -196,6 +185,17 @@ def results(
         )
     except ValidationError as error:  # records of other hands
         raise BadInput(f"these records make no report: {shape.problems(error)}") from error
+
+
+def _check(served: float | None, margin: float | None) -> None:
+    for name, value, least, most in (("served", served, 1, 1e18), ("margin", margin, 0, 1e6)):
+        if value is not None and not (isinstance(value, (int, float)) and least <= value < most):
+            what = (
+                "number of images the model will answer, 1 or more"
+                if name == "served"
+                else "points that may be lost, 0 or more"
+            )
+            raise BadInput(f"{name} is {value!r}; give the {what}")
 
 
 def _listed(paths: Paths) -> list[str | os.PathLike[str]]:

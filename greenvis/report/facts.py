@@ -107,8 +107,7 @@ class Operated:
     @classmethod
     def read(cls, entry: Mapping[str, Any], metric: str) -> Operated:
         """Return what an entry of the fact `operating_points` says."""
-        reading, exits = entry.get("inference_energy_j"), entry.get("exits")
-        energy = reading if isinstance(reading, Mapping) else {}
+        energy, exits = _mapping(entry.get("inference_energy_j")), entry.get("exits")
         return cls(
             str(entry["setting"]),
             number(entry.get(metric)),
@@ -158,34 +157,29 @@ class Facts:
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Facts:
         """Return what a run's facts say; those that are mistyped are as if absent."""
-        energy, spread = facts.get("inference_energy_j"), None
-        if isinstance(energy, Mapping):
-            spread = number(energy.get("spread"))
+        energy = facts.get("inference_energy_j")
+        spread = number(_mapping(energy).get("spread"))
         served = _reading(energy, "fact", "")
         latency = facts.get("latency_ms")
         if isinstance(latency, (int, float)):
             latency = {"p50": latency}
         points, matrix = facts.get("operating_points"), facts.get("task_accuracy")
-        model, predicted = facts.get("model"), facts.get("predicted")
-        values, recipe = list(facts.values()), facts.get("recipe")
-        task, measures = facts.get("task"), measures_of(facts)
-        active = facts.get("active")
-        active = active if isinstance(active, Mapping) else {}
-        task = task if isinstance(task, Mapping) else {}
+        recipe, measures = facts.get("recipe"), measures_of(facts)
+        task, active, synthesis = (_mapping(facts.get(k)) for k in ("task", "active", "synthesis"))
         return cls(
             measures=measures,
             task=str(task.get("name") or ""),
             unit=str(task.get("unit") or "image"),
-            numbers={k: float(v) for k, v in facts.items() if is_number(v)},
+            numbers=_numbers(facts),
             tests={
-                str(name): {k: float(v) for k, v in by_metric.items() if is_number(v)}
-                for name, by_metric in _items(facts.get("tests"))
+                str(name): _numbers(by_metric)
+                for name, by_metric in _mapping(facts.get("tests")).items()
                 if isinstance(by_metric, Mapping)
             },
             inference_energy_j=None if served.value is None else served,
             served=_served(facts),
             inference_spread=spread if spread is not None and 0 <= spread < 1e3 else None,
-            latency_ms={k: v for k, v in _items(latency) if isinstance(v, (int, float))},
+            latency_ms={k: v for k, v in _mapping(latency).items() if isinstance(v, (int, float))},
             task_accuracy=matrix if _is_matrix(matrix) else None,
             task_energy_j=[number(joules) for joules in _list(facts.get("task_energy_j"))],
             query=str(active.get("query") or "")
@@ -193,20 +187,17 @@ class Facts:
             nearness={
                 name: value
                 for name in ("nearest_real", "real_apart", "copies")
-                if (value := number(dict(_items(facts.get("synthesis"))).get(name))) is not None
+                if (value := number(synthesis.get(name))) is not None
             },
-            bought=[
-                {k: float(v) for k, v in _items(row) if is_number(v)}
-                for row in _list(active.get("bought"))
-            ],
+            bought=[_numbers(row) for row in _list(active.get("bought"))],
             techniques=[t for t in _list(facts.get("techniques")) if isinstance(t, (str, dict))],
-            model=model,
+            model=facts.get("model"),
             data=facts.get("data"),
             recipe=recipe if isinstance(recipe, (str, dict)) else None,
             codecarbon=_crosscheck(facts.get("codecarbon")),
             predicted={
                 quantity: {b: float(band[b]) for b in BOUNDS}
-                for quantity, band in _items(predicted)
+                for quantity, band in _mapping(facts.get("predicted")).items()
                 if isinstance(band, Mapping) and all(is_number(band.get(b)) for b in BOUNDS)
             },
             settings=_settings(points, measures),
@@ -214,7 +205,7 @@ class Facts:
             outputs=_outputs(facts),
             conflicts=[
                 {measure: value[measure] for measure in CONFLICT}
-                for value in values
+                for value in facts.values()
                 if isinstance(value, Mapping) and all(_are_numbers(value.get(m)) for m in CONFLICT)
             ],
             teacher_weights=next(
@@ -231,8 +222,8 @@ class Facts:
 
 
 def _served(facts: Mapping[str, Any]) -> dict[str, Any]:
-    inference, adapts = facts.get("inference"), _list(facts.get("adapts"))
-    size = number(inference.get("batch_size")) if isinstance(inference, Mapping) else None
+    adapts = _list(facts.get("adapts"))
+    size = number(_mapping(facts.get("inference")).get("batch_size"))
     out = {"batch_size": size, "adapts": sorted(str(a)[:100] for a in adapts[:10])}
     return {key: value for key, value in out.items() if value}
 
@@ -262,10 +253,9 @@ def _outputs(facts: Mapping[str, Any]) -> list[Free]:
 
 def measures_of(facts: Mapping[str, Any]) -> list[Measure]:
     """Return the metrics of the task that a record names, the primary one first."""
-    task = facts.get("task")
-    entries = _list(task.get("metrics")) if isinstance(task, Mapping) else []
     return [
-        Measure(m["name"], m.get("unit", "%"), m.get("higher_is_better", True)) for m in entries
+        Measure(m["name"], m.get("unit", "%"), m.get("higher_is_better", True))
+        for m in _list(_mapping(facts.get("task")).get("metrics"))
     ]
 
 
@@ -288,13 +278,18 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return list(value.items()) if isinstance(value, Mapping) else []
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    """Return the plain figures of a section of a record."""
+    return {k: float(v) for k, v in _mapping(value).items() if is_number(v)}
 
 
 def _reading(value: Any, method: str, reason: str) -> Reading:
     """Return an energy of a record: a number, or a mapping with its band."""
-    entry = {"value": value} if isinstance(value, (int, float)) else dict(_items(value))
+    entry = {"value": value} if isinstance(value, (int, float)) else _mapping(value)
     v, provenance = entry.get("value"), entry.get("provenance")
     if not isinstance(v, (int, float)):
         return Reading("energy_j", None, reason=reason)

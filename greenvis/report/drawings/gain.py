@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greenvis.report import comparison, figures, formatting, frontier, measures, verdict
 from greenvis.report.estimates import ToTarget
@@ -12,6 +12,9 @@ from greenvis.report.figures import Drawing, Label, short
 from greenvis.report.looks import axis, few, looks, most, scale
 from greenvis.report.runs import Curve
 from greenvis.report.shape import Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def gain_vs_energy(results: Results) -> Drawing | None:
@@ -52,17 +55,7 @@ def gain_vs_energy(results: Results) -> Drawing | None:
         )
     spans = []
     for a in named:
-        (x, y), look = points[a], {**styles[a], "linestyle": "none", "ms": 8}
-        ax.plot(x, y * k, zorder=3, gid=f"arm{results.order.index(a)}", **look)
-        bars = _bars(results, a, x, k)
-        error: Any = {key: [[low], [high]] for key, low, high in bars if low or high}
-        spans += [
-            (x - low, y * k, x + high, y * k)
-            if key == "xerr"
-            else (x, y * k - low, x, y * k + high)
-            for key, low, high in bars
-        ]
-        ax.errorbar(x, y * k, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **error)
+        spans += _draw_arm(ax, results, a, (points[a][0], points[a][1] * k), k)
     lost = comparison.allowed(results)
     limit = points.get(str(results.baseline))
     decided = limit is not None and results.comparisons > 0
@@ -92,6 +85,21 @@ def gain_vs_energy(results: Results) -> Drawing | None:
     caption = _caption(results, len(front) > 1, decided) + rest
     title = f"{measures.title(measure)} against {energy}"
     return figures.save(figure, "gain-vs-energy", title, f"{what}. {caption}", caption)
+
+
+def _draw_arm(
+    ax: Axes, results: Results, arm: str, at: tuple[float, float], k: float
+) -> list[tuple[float, float, float, float]]:
+    """Draw an arm's mark with its intervals, and return where these run: from (x, y) to (x, y)."""
+    (x, y), look = at, {**looks(results)[arm], "linestyle": "none", "ms": 8}
+    ax.plot(x, y, zorder=3, gid=f"arm{results.order.index(arm)}", **look)
+    bars = _bars(results, arm, x, k)
+    error: Any = {key: [[low], [high]] for key, low, high in bars if low or high}
+    ax.errorbar(x, y, fmt="none", ecolor=look["color"], capsize=3, elinewidth=1.2, **error)
+    return [
+        (x - low, y, x + high, y) if key == "xerr" else (x, y - low, x, y + high)
+        for key, low, high in bars
+    ]
 
 
 def _bars(results: Results, arm: str, x: float, k: float) -> list[tuple[str, float, float]]:
