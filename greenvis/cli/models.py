@@ -90,14 +90,12 @@ def inspect(
     as_json: app.Json = False,
 ) -> None:
     """show a model's blocks, attention, MLPs, norms and heads, found by structure"""
-    from greenvis.models import structure
+    from greenvis.models.structure import view
+    from greenvis.models.structure.summary import describe
 
     sizes = {"img_size": img_size, "in_chans": in_chans, "num_classes": num_classes}
     built, x = _built(model, trust, model_options(options, **sizes))
-    rows = [
-        {"part": part, "found": value}
-        for part, value in structure.describe(structure.view(built, x))
-    ]
+    rows = [{"part": part, "found": value} for part, value in describe(view(built, x))]
     answer(as_json, rows, lambda: print_rows(rows, model))
 
 

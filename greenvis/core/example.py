@@ -3,7 +3,7 @@ images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,20 @@ def call(model: Callable[..., Any], x: Any) -> Any:
         x: An `Example`, or the one thing the model takes.
     """
     return x.call(model) if isinstance(x, Example) else model(x)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in what a model takes or answers: nested tuples, lists, mappings and
+    examples."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, Example):
+        yield from tensors_in((values.args, values.kwargs))
+    elif isinstance(values, Mapping):
+        yield from tensors_in(list(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors_in(value)
 
 
 def collate(samples: Sequence[Example]) -> Example:

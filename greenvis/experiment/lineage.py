@@ -5,102 +5,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from typing import Any
 
 from greenvis import models
 from greenvis.core import weights
-from greenvis.core.validation import explain
 from greenvis.errors import BadInput
+from greenvis.experiment._card import MOST_ROWS, checked, cost, is_card
 from greenvis.experiment.jobs import Job, model_files
 from greenvis.experiment.run_folder import WEIGHTS_FILE
 from greenvis.meters import pricing, record
-from greenvis.meters.record import Provenance, Reading
+from greenvis.meters.record import Reading
 from greenvis.tasks.base import Measure
 
 NOT_KNOWN = {"value": None, "low": None, "high": None}  # joules of what others made
-# what a weight file's card must hold to be an ancestor, beside its cost
-KEYS = ("run", "arm", "seed")
-COST = ("observed", "energy_j")  # as observations; in older cards as joules
-MOST_ROWS, MOST_COMPONENTS = 1000, 100  # of a family tree; of a meter
-_Name = Annotated[str, Field(max_length=300)]
-_Amount = Annotated[float, Field(ge=0)]
-_Joules = _Amount | None
-
-
-class _Loose(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
-
-
-class _Energy(_Loose):
-    value: _Joules
-    low: _Joules = None
-    high: _Joules = None
-    provenance: Provenance = "estimated"
-
-
-class _Coefficient(_Loose):
-    low: _Amount = 0.0
-    central: _Amount = 0.0
-    high: _Amount = 0.0
-
-
-class _Component(_Loose):
-    name: _Name
-    source: _Name = ""
-    observation: _Name = ""
-    coefficient: _Coefficient = _Coefficient()
-    repeatability: _Coefficient | None = None
-    provenance: Provenance = "estimated"
-    reason: Annotated[str, Field(max_length=10_000)] = ""
-
-
-class _Observed(_Loose):
-    components: Annotated[list[_Component], Field(max_length=MOST_COMPONENTS)]
-    totals: Annotated[dict[_Name, float], Field(max_length=10 * MOST_COMPONENTS)]
-
-
-class _Use(_Loose):
-    role: _Name
-    name: _Name
-    seed: int | None
-    runs: Annotated[list[_Name], Field(max_length=10_000)]
-    observed: list[_Observed] | None = None
-    energy_j: _Energy | None = None
-    of: Annotated[list[_Name], Field(max_length=MOST_ROWS)]
-
-
-class _Metric(_Loose):
-    name: _Name
-    unit: _Name = "%"
-    higher_is_better: bool = True
-    value: float | None = None
-
-
-class _Card(_Loose):
-    """What a weight file's card must be to be believed: written by strangers, it may hold
-    anything."""
-
-    run: _Name
-    arm: _Name
-    seed: int
-    metric: _Metric | None = None
-    accuracy: float | None = None
-    observed: list[_Observed] | None = None
-    energy_j: _Energy | None = None
-    uses: Annotated[list[_Use], Field(max_length=MOST_ROWS)] = []
-    recipe: Annotated[str, Field(max_length=10**6)] = ""
-    data: dict[str, Any] | None = None
-    techniques: list[Any] | None = None
-
-
-def _checked(path: Path, card: Any) -> dict[str, Any]:
-    """Return a card as the schema has it. Raises BadInput with the file and the field."""
-    try:
-        return _Card.model_validate(card).model_dump(exclude_unset=True)
-    except ValidationError as error:
-        raise BadInput(explain(error, _Card, lambda *key: f"{path}: its card")) from error
 
 
 def ancestors(job: Job) -> list[dict[str, Any]]:
@@ -161,11 +78,11 @@ def read_card(location: str | Path) -> dict[str, Any]:
     path = path / WEIGHTS_FILE if path.is_dir() else path
     stored = weights.metadata(path)
     stored_card = stored.get("card") or {}
-    if not _is_card(stored_card):
+    if not is_card(stored_card):
         raise BadInput(
             f"{path} holds a model, but no card of how it was made: no run of greenvis wrote it"
         )
-    stored_card = _priced(_checked(path, stored_card))
+    stored_card = _priced(checked(path, stored_card))
     if "metric" not in stored_card:  # as cards of classification were first
         value = stored_card.pop("accuracy", None)
         stored_card["metric"] = {**Measure("accuracy")._asdict(), "value": value}
@@ -248,7 +165,7 @@ def _collect(job: Job, lines: dict[str, dict[str, Any]]) -> None:
             "name": card["arm"],
             "seed": card["seed"],
             "runs": [card["run"]],
-            **_cost(card),
+            **cost(card),
         }
         _add(lines, line, [child])
         for use in card.get("uses", ()):
@@ -269,12 +186,10 @@ def _cards(job: Job) -> Iterator[tuple[str, Path, dict[str, Any]]]:
     for role, path in model_files(job.arm, job.recipe.folder):
         try:
             card = weights.metadata(path).get("card") or {}
-        except (
-            BadInput
-        ):  # of another kind: it has no card, and whether it can be used is for others to say
+        except BadInput:  # of another kind: whether it can be used is for others to say
             continue
-        if _is_card(card):
-            yield role, path, _checked(path, card)
+        if is_card(card):
+            yield role, path, checked(path, card)
 
 
 def _by_others(job: Job) -> Iterator[tuple[str, str]]:
@@ -308,19 +223,6 @@ def _attempts(job: Job) -> list[list[record.Run]]:
     return sorted(attempts, key=lambda runs: runs[0].header.get("clock_s", 0.0))
 
 
-def _is_card(card: Any) -> bool:
-    return (
-        isinstance(card, dict)
-        and all(key in card for key in KEYS)
-        and any(card.get(key) is not None for key in COST)
-    )
-
-
-def _cost(card: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a card says of its cost, in its own words."""
-    return {key: card[key] for key in COST if key in card}
-
-
 def _priced(card: Mapping[str, Any]) -> dict[str, Any]:
     """Return an entry of a card with its joules."""
     if card.get("observed") is not None:
@@ -329,11 +231,8 @@ def _priced(card: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _reading(energy: Mapping[str, Any]) -> Reading:
-    low, high, provenance = (
-        energy.get("low"),
-        energy.get("high"),
-        energy.get("provenance") or "estimated",
-    )
+    low, high = energy.get("low"), energy.get("high")
+    provenance = energy.get("provenance") or "estimated"
     return Reading("energy_j", energy["value"], low, high, "reused", provenance, "not known")
 
 

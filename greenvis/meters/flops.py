@@ -20,10 +20,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from greenvis.core.example import Example, call
+from greenvis.core.example import Example, call, tensors_in
 from greenvis.core.modes import in_mode
 from greenvis.errors import BadInput
 from greenvis.meters.flop_mode import FlopMode
+from greenvis.meters.speed import quantile
 
 # What fvcore counts and the convention does not.
 _APART = (
@@ -129,13 +130,9 @@ def distribution(model: nn.Module, samples: Iterable[Any], *, limit: int = 256) 
     if not macs:
         raise BadInput("no sample was given to count on: pass real images, (C, H, W) each")
     ordered = sorted(macs)
-    at = {
-        f"p{q}": ordered[min(len(ordered) - 1, math.ceil(q / 100 * len(ordered)) - 1)]
-        for q in (5, 50, 95)
-    }
     return {
         "mean": statistics.fmean(macs),
-        **at,
+        **{f"p{q}": quantile(ordered, q / 100) for q in (5, 50, 95)},
         "min": ordered[0],
         "max": ordered[-1],
         "images": len(macs),
@@ -181,7 +178,7 @@ def _train(model: nn.Module, inputs: Any, size: int) -> int:
         inputs, size = _map(inputs, lambda t: torch.cat([t, t]) if t.dim() else t), 2
     mode = FlopMode()
     with in_mode(model, True), _plain_attention(), torch.enable_grad(), mode:
-        loss = [t.float().sum() for t in _tensors(_call(model, inputs)) if t.requires_grad]
+        loss = [t.float().sum() for t in tensors_in(_call(model, inputs)) if t.requires_grad]
         if loss:
             torch.stack(loss).sum().backward()
     return _each(mode.total, size)
@@ -284,7 +281,7 @@ class _Flat(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Run the model on (batch, …)."""
-        return tuple(_tensors(call(self.model, x)))
+        return tuple(tensors_in(call(self.model, x)))
 
 
 def _fvcore_attention(inputs: list[Any], outputs: list[Any]) -> int:
@@ -304,7 +301,7 @@ def _inputs(model: nn.Module, example: Any) -> tuple[Any, int]:
     if isinstance(example, Example):
         return example, len(example)
     if isinstance(example, (Tensor, Mapping)):
-        first = next(_tensors(example), None)
+        first = next(tensors_in(example), None)
         if first is None or first.dim() == 0 or first.shape[0] == 0:
             raise BadInput(
                 "the example holds no images: pass a tensor (batch, …) or a shape (C, H, W)"
@@ -339,27 +336,13 @@ def _map(inputs: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return change(inputs)
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield every tensor in a model's output."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Example):
-        yield from _tensors((output.args, output.kwargs))
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _tensors(value)
-
-
 def _each(total: int, parts: int) -> int:
     """Divide by the number of images; exact where the images cost the same."""
     return total // parts if total % parts == 0 else round(total / parts)
 
 
 def _shapes(inputs: Any) -> str:
-    return ", ".join(str(tuple(t.shape)) for t in _tensors(inputs))
+    return ", ".join(str(tuple(t.shape)) for t in tensors_in(inputs))
 
 
 def _first_line(error: BaseException) -> str:

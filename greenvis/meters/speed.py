@@ -1,10 +1,10 @@
-"""Latency and throughput after warm-up, on the device the model is on."""
+"""Latency after warm-up, on the device the model is on."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -54,31 +54,15 @@ def latency(
             times.append((time.perf_counter() - start) * 1000)
     times.sort()
     return {
-        "p50": _quantile(times, 0.50), "p95": _quantile(times, 0.95),
+        "p50": quantile(times, 0.50), "p95": quantile(times, 0.95),
         "mean": math.fsum(times) / len(times),
         "batch_size": len(x), "calls": len(times),
     }  # fmt: skip
 
 
-def throughput(
-    model: nn.Module, x: Tensor, *, batch_sizes: Sequence[int] = (1, 8, 32), seconds: float = 1.0
-) -> dict[int, float]:
-    """Return images per second by batch size; `x` (batch, …) is repeated or cut to each size. A
-    size that does not fit into the GPU's memory is left out."""
-    if not batch_sizes or any(n < 1 for n in batch_sizes):
-        raise BadInput(f"batch_sizes are {tuple(batch_sizes)}: give sizes of 1 or more")
-    out = {}
-    for size in batch_sizes:
-        batch = x.repeat(math.ceil(size / x.shape[0]), *[1] * (x.dim() - 1))[:size]
-        try:
-            timing = latency(model, batch, seconds=seconds, least=3)
-        except torch.OutOfMemoryError:
-            break
-        out[size] = size / timing["mean"] * 1000
-    return out
-
-
-def _quantile(ordered: list[float], q: float) -> float:
+def quantile(ordered: list[float], q: float) -> float:
+    """Return a quantile of values in ascending order: the least that has a share `q` at or below
+    it."""
     return ordered[min(len(ordered) - 1, max(0, math.ceil(q * len(ordered)) - 1))]
 
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from greenvis.core.surgery import Snapshot
 from greenvis.errors import BadInput
-from greenvis.models.structure import describe, example_input, reached, view
+from greenvis.models.structure import example_input, reached, view
 from greenvis.models.structure.layout import layouts
+from greenvis.models.structure.summary import describe
 from greenvis.models.structure.trace import trace
 
 # host: attentions, mlps, blocks, prefix tokens, heads of the first attention, classifier

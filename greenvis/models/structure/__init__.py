@@ -8,7 +8,7 @@ alike.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from greenvis.errors import BadInput, nearest, some
+from greenvis.core.example import tensors_in
+from greenvis.errors import BadInput, nearest
 from greenvis.models.structure import parts
 from greenvis.models.structure.layout import Layout, layouts
 from greenvis.models.structure.parts import Attention, Mlp, unique
 from greenvis.models.structure.probing import image, probing
-from greenvis.models.structure.trace import Trace, tensors_in, trace, trace_any
+from greenvis.models.structure.trace import Trace, trace, trace_any
 
 ROLES: dict[str, str] = {
     "attention": "the projections of attention: q, k, v (or fused qkv) and out; a whole "
@@ -305,54 +306,6 @@ def reached(
     return frozenset(n for n, g in zip(named, grads, strict=False) if g is not None)
 
 
-def describe(structure: View) -> list[tuple[str, str]]:
-    """Return rows for `greenvis inspect`.
-
-    Args:
-        structure: What `view` returned.
-
-    Returns:
-        (part, what it is) by row.
-    """
-    first = structure.attention[0] if structure.attention else None
-    rows = [
-        ("library", structure.library),
-        ("input", "×".join(map(str, structure.input_shape))),
-        ("patch embedding", structure.patch_embed or "none"),
-        (
-            "prefix tokens",
-            f"{structure.prefix_tokens} {structure.prefix_position} the patches"
-            if structure.prefix_tokens
-            else "0",
-        ),
-        (
-            "stages",
-            f"{len(structure.stages)}: {' + '.join(str(len(s)) for s in structure.stages)} blocks"
-            if structure.blocks
-            else "none",
-        ),
-        ("blocks", _counted(structure.blocks)),
-        ("attention", _counted(a.path for a in structure.attention)),
-    ]
-    if first is not None:
-        inputs = {"qkv": first.qkv} if first.qkv else {"q": first.q, "k": first.k, "v": first.v}
-        parts = ", ".join(
-            f"{n} '{p}'" for n, p in {**inputs, "out": first.out}.items() if p is not None
-        )
-        heads = " and ".join(map(str, sorted({a.heads for a in structure.attention})))
-        rows += [("", f"{first.kind}; {heads} heads" + (f"; first: {parts}" if parts else ""))]
-    rows += [
-        ("mlp", _counted(m.path or "." for m in structure.mlps)),
-        ("convolutions", _counted(structure.convs)),
-        ("linear layers", _counted(structure.linears)),
-        ("norms", _counted(structure.norms)),
-        ("pooling", structure.pooling or "none seen"),
-        ("classifier", some(structure.classifier) or "none"),
-        ("flags", ", ".join(sorted(structure.flags)) or "none"),
-    ]
-    return rows
-
-
 def _probe(model: nn.Module, traced: Trace) -> set[str]:
     """Find by two more forwards whether another image size is refused, and whether the rest of a
     batch matters."""
@@ -380,8 +333,3 @@ def _probe(model: nn.Module, traced: Trace) -> set[str]:
 def _plain(output: object) -> object:
     to_tuple: Any = getattr(output, "to_tuple", None)
     return output if to_tuple is None else to_tuple()
-
-
-def _counted(paths: Iterable[str]) -> str:
-    names = list(paths)
-    return f"{len(names)}: {some(names, 2)}" if names else "none"

@@ -9,7 +9,6 @@ attention). Weights are known by identity, so a weight that is read by another m
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
+from greenvis.core.example import tensors_in
 from greenvis.errors import BadInput
 from greenvis.models.structure.probing import image, probing, shapes
 
@@ -122,18 +122,6 @@ def weights_in(tags: Tags) -> list[str]:
     """Return the paths of the weights in `tags`, sorted, but for depthwise convolutions."""
     passed = {p for kind, p in tags if kind == "depthwise"}
     return sorted(p for kind, p in tags if kind == "weight" and p not in passed)
-
-
-def tensors_in(values: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples, lists and dictionaries."""
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from tensors_in(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from tensors_in(value)
 
 
 def trace(model: nn.Module, x: Tensor) -> Trace:

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greenvis.core.example import tensors_in
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 from greenvis.models.structure import Attention, View
 from greenvis.models.structure.layout import as_map
 from greenvis.models.structure.probing import probing
-from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques._shared.features import prefix_of
 from greenvis.techniques._shared.rows import unmerge
 

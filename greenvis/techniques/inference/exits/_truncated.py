@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from greenvis.core.example import tensors_in
 from greenvis.core.modes import removing
 from greenvis.core.technique import logits_of
 from greenvis.models.structure.probing import probing
-from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques.inference.exits._early_exit_runtime import Exits
 
 

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.example import tensors_in
 from greenvis.core.modes import removing
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import example_input
 from greenvis.models.structure.probing import image, probing
-from greenvis.models.structure.trace import tensors_in
 from greenvis.techniques.inference.precision._int8 import in_int8, layers, refuse_int8
 
 _NAMES = {torch.float32: "fp32", torch.float64: "fp64"}
