@@ -153,6 +153,11 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def prefixed(start: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors under names that begin with `start`."""
+    return {start + k: v for k, v in state.items()}
+
+
 def below(state: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `start`, by what follows it."""
     return {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}

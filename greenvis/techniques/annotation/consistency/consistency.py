@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.modes import in_mode
 from greenvis.core.seams import of_known
 from greenvis.core.technique import Installed, OnlyWith, Technique, logits_of
@@ -198,12 +199,12 @@ class InstalledConsistency(Unlabelled):
     def state_dict(self) -> dict[str, Tensor]:
         """Return the steps taken, what was sure in them, and the means so far."""
         means = {} if self.means is None else self.means.values
-        return {**super().state_dict(), **{f"mean.{n}": t.cpu() for n, t in means.items()}}
+        return {**super().state_dict(), **prefixed("mean.", {n: t.cpu() for n, t in means.items()})}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state)
-        stored = {n.removeprefix("mean."): t for n, t in state.items() if n.startswith("mean.")}
+        stored = below(state, "mean.")
         if stored:
             self.means = self._begin(max(t.numel() for t in stored.values()))
             self.means.values = {n: t.to(self.device, copy=True) for n, t in stored.items()}
@@ -265,15 +266,12 @@ class InstalledGreen(InstalledConsistency):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return also the kept answers, and the images counted."""
-        answers = {f"answers.{n}": t for n, t in self.earlier.state_dict().items()}
+        answers = prefixed("answers.", self.earlier.state_dict())
         counts = torch.tensor([self.looked, self.drawn])
         return {**super().state_dict(), **answers, "counts": counts}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
         super().load_state_dict(state)
-        answers = {
-            n.removeprefix("answers."): t for n, t in state.items() if n.startswith("answers.")
-        }
-        self.earlier.load_state_dict(answers)
+        self.earlier.load_state_dict(below(state, "answers."))
         self.looked, self.drawn = state["counts"].tolist()

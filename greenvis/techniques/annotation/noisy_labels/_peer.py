@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.distributed import require_single_process
 from greenvis.core.technique import Installed, logits_of
 from greenvis.errors import BadInput
@@ -71,13 +72,11 @@ class TwoNetworks(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the peer's weights and buffers."""
-        return {f"peer.{n}": t.detach() for n, t in self.peer.state_dict().items()}
+        return prefixed("peer.", self.peer.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
-        self.peer.load_state_dict(
-            {n.removeprefix("peer."): t for n, t in state.items() if n.startswith("peer.")}
-        )
+        self.peer.load_state_dict(below(state, "peer."))
 
 
 def one_class_each(name: str, x: Any, y: Any) -> Tensor:

@@ -87,14 +87,3 @@ class Averaging(Installed):
         named = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         self.tensors = {**self.tensors, **{n: named[n] for n in values}}
         return {n: t.to(named[n].device, copy=True) for n, t in values.items()}
-
-
-def prefixed(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors under names with a prefix."""
-    return {f"{prefix}.{name}": value for name, value in values.items()}
-
-
-def without_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return those that `prefixed` named."""
-    start = f"{prefix}."
-    return {n.removeprefix(start): t for n, t in state.items() if n.startswith(start)}

@@ -9,8 +9,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.technique import Installed, Technique
-from greenvis.techniques.data.generalise._average import Averaging, Mean, prefixed, without_prefix
+from greenvis.techniques.data.generalise._average import Averaging, Mean
 
 _COUNT = "count"
 
@@ -82,8 +83,8 @@ class InstalledEma(Averaging):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average, and of how many steps it is."""
-        return {_COUNT: torch.tensor(self.mean.count), **prefixed("average", self.mean.values)}
+        return {_COUNT: torch.tensor(self.mean.count), **prefixed("average.", self.mean.values)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
-        self.mean = Mean(self.take(without_prefix("average", state)), int(state[_COUNT]))
+        self.mean = Mean(self.take(below(state, "average.")), int(state[_COUNT]))

@@ -10,10 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.technique import Installed, Technique
 from greenvis.errors import GreenvisError
 from greenvis.techniques._shared.norms import Statistics, batch_norms
-from greenvis.techniques.data.generalise._average import Averaging, Mean, prefixed, without_prefix
+from greenvis.techniques.data.generalise._average import Averaging, Mean
 
 _LOOKS = 30  # at the images held out, where `every` is absent and the steps are known
 _EVERY = 100  # steps, where they are not
@@ -87,21 +88,21 @@ class Valley:
         """Return all of it."""
         numbers = [self.threshold, self._looks, self.over, self.average.count, self.waiting.count]
         out = {"numbers": torch.tensor(numbers, dtype=torch.float64)}
-        out |= prefixed("average", self.average.values) | prefixed("waiting", self.waiting.values)
+        out |= prefixed("average.", self.average.values) | prefixed("waiting.", self.waiting.values)
         for i, (loss, part) in enumerate(self.recent):
             out[f"look{i}"] = torch.tensor([loss, part.count], dtype=torch.float64)
-            out |= prefixed(f"recent{i}", part.values)
+            out |= prefixed(f"recent{i}.", part.values)
         return out
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take it back."""
         threshold, looks, over, count, waiting = state["numbers"].tolist()
         self.threshold, self._looks, self.over = threshold, int(looks), bool(over)
-        self.average = Mean(without_prefix("average", state), int(count))
-        self.waiting = Mean(without_prefix("waiting", state), int(waiting))
+        self.average = Mean(below(state, "average."), int(count))
+        self.waiting = Mean(below(state, "waiting."), int(waiting))
         self.recent = []
         while (look := state.get(f"look{len(self.recent)}")) is not None:
-            values = without_prefix(f"recent{len(self.recent)}", state)
+            values = below(state, f"recent{len(self.recent)}.")
             self.recent.append((float(look[0]), Mean(values, int(look[1]))))
 
 
@@ -206,14 +207,14 @@ class InstalledSwad(Averaging):
     def state_dict(self) -> dict[str, Tensor]:
         """Return the valley, the segment, and the steps so far."""
         counts = torch.tensor([self.steps, self.segment.count])
-        valley = prefixed("valley", self.valley.state_dict())
-        return {"counts": counts, **valley, **prefixed("segment", self.segment.values)}
+        valley = prefixed("valley.", self.valley.state_dict())
+        return {"counts": counts, **valley, **prefixed("segment.", self.segment.values)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""
         self.steps, count = state["counts"].tolist()
-        self.segment = Mean(self.take(without_prefix("segment", state)), count)
-        self.valley.load_state_dict(without_prefix("valley", state))
+        self.segment = Mean(self.take(below(state, "segment.")), count)
+        self.valley.load_state_dict(below(state, "valley."))
         means = [self.valley.average, self.valley.waiting, *(m for _, m in self.valley.recent)]
         for mean in means:
             mean.values = self.take(mean.values)

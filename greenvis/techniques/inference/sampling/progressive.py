@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.technique import Installed, Technique
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.diffusion import Diffusion
@@ -163,13 +164,12 @@ class InstalledProgressive(Installed):
         """Return the step, and the teacher where it is a student of before."""
         moved = frozen_copy(self.teacher.network) if self.halving else {}
         state = {"step": torch.tensor([self.step, self.halving])}
-        return state | {f"teacher.{k}": v for k, v in moved.items()}
+        return state | prefixed("teacher.", moved)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
         self.step, self.halving = state["step"].tolist()
-        own = {k.removeprefix("teacher."): v for k, v in state.items() if k != "step"}
-        if own:
+        if own := below(state, "teacher."):
             self.teacher.network.load_state_dict(own)
 
     def facts(self) -> Mapping[str, Any]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from greenvis.core.attached import below, prefixed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Installed, logits_of
 from greenvis.tasks.answers import require_class_numbers
@@ -88,8 +89,8 @@ class InstalledGdumb(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffer; the first weights are those the model is built with."""
-        return {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
+        return prefixed("buffer.", self.buffer.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the buffer back."""
-        self.buffer.load_state_dict({k.removeprefix("buffer."): v for k, v in state.items()})
+        self.buffer.load_state_dict(below(state, "buffer."))

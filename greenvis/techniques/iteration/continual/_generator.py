@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greenvis.core.attached import below
+from greenvis.core.attached import below, prefixed
 from greenvis.errors import BadInput
 from greenvis.models.vae import LATENT, elbo, networks
 
@@ -125,7 +125,7 @@ class Generator:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights, what it knows, and where its draws are."""
         return {
-            **{f"net.{k}": v for k, v in self.net.state_dict().items()},
+            **prefixed("net.", self.net.state_dict()),
             "classes": torch.tensor(self.classes, dtype=torch.int64),
             "shape": torch.tensor([self.outputs, *self.shape], dtype=torch.int64),
             "range": self.range,

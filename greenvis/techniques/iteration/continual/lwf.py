@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from greenvis.core.attached import below
+from greenvis.core.attached import below, prefixed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import Experience, Installed, Technique, logits_of
 from greenvis.errors import GreenvisError
@@ -150,8 +150,8 @@ class InstalledLwf(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the earlier weights and classes."""
-        state = {f"earlier.{n}": t for n, t in self.earlier.items()}
-        return {**state, "classes": torch.tensor(self.classes, dtype=torch.int64)}
+        earlier = prefixed("earlier.", self.earlier)
+        return {**earlier, "classes": torch.tensor(self.classes, dtype=torch.int64)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take them back."""

@@ -3,7 +3,7 @@ of which join each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis.core import distributed as ranks
+from greenvis.core.attached import below, prefixed
 from greenvis.core.modes import in_mode
 from greenvis.core.technique import (
     Experience,
@@ -22,23 +23,20 @@ from greenvis.core.technique import (
     Technique,
     logits_of,
 )
-from greenvis.data.herding import herding
 from greenvis.errors import BadInput, GreenvisError
-from greenvis.models.structure import view
 from greenvis.models.structure.probing import probing
 from greenvis.tasks.answers import CLASSES, require_class_numbers
-from greenvis.techniques._shared.representation import Representation
 from greenvis.techniques.iteration.continual._buffer import Buffer
 from greenvis.techniques.iteration.continual._gdumb import InstalledGdumb
 from greenvis.techniques.iteration.continual._generator import Generator
 from greenvis.techniques.iteration.continual._gradients import closeness
+from greenvis.techniques.iteration.continual._herding import replace_by_herding
 from greenvis.techniques.iteration.continual._latent import Entrance
 
 Method = Literal["er", "er_ace", "der", "derpp", "gdumb"]
 Policy = Literal["reservoir", "ring", "balanced", "greedy", "herding", "gradient"]
-_COMPARED = (
-    10  # kept images whose gradients a new one's is compared with (n of Aljundi et al., 2019)
-)
+# kept images whose gradients a new one's is compared with (n of Aljundi et al., 2019)
+_COMPARED = 10
 
 
 def er_ace_loss(
@@ -355,24 +353,7 @@ class InstalledReplay(Installed):
                 self._teach(self.generator, loader)
         if self.generator is not None or self.request.policy != "herding":
             return
-        by_class: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for x, y, features in self._features(loader):
-            for label in y.unique().tolist():
-                by_class.setdefault(label, []).append((x[y == label], features[y == label]))
-        old_x, old_y = (
-            self.buffer.take(range(len(self.buffer)))
-            if len(self.buffer)
-            else (None, torch.zeros(0))
-        )
-        before = [c for c in dict.fromkeys(old_y.long().tolist()) if c not in by_class]
-        share = max(1, self.buffer.size // (len(before) + len(by_class)))
-        xs = [] if old_x is None else [old_x[old_y == c][:share] for c in before]
-        ys = [torch.full((len(x),), c) for x, c in zip(xs, before, strict=True)]
-        for label, parts in by_class.items():
-            images, features = (torch.cat(column) for column in zip(*parts, strict=True))
-            xs.append(images[herding(F.normalize(features.double(), dim=1), share)])
-            ys.append(torch.full((len(xs[-1]),), label))
-        self.buffer.replace(torch.cat(xs)[: self.buffer.size], torch.cat(ys)[: self.buffer.size])
+        replace_by_herding(self.buffer, self.model, loader)
 
     def _teach(self, generator: Generator, loader: Any) -> None:
         device = next(self.model.parameters()).device
@@ -380,18 +361,6 @@ class InstalledReplay(Installed):
             with probing(self.model):
                 self._outputs = logits_of(self.model(next(iter(loader))[0][:1].to(device))).shape[1]
         generator.learn(loader, self._outputs, self.request.epochs, self.request.share, device)
-
-    def _features(self, loader: Any) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield x, y and what the classifier is given for x, (batch, values), on the CPU."""
-        representation = None
-        device = next(self.model.parameters()).device
-        for x, y in loader:
-            representation = representation or Representation(
-                self.model, view(self.model, tuple(x.shape[1:]), probe=False)
-            )
-            with probing(self.model):
-                features = representation(x.to(device))
-            yield x.cpu(), y.cpu(), features.float().cpu()
 
     def _weigh(self, logits: Tensor) -> list[float | Tensor]:
         """Return what a mean over each part of the batch counts for; every process asks at the same
@@ -425,13 +394,17 @@ class InstalledReplay(Installed):
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the buffer or the generator, and how many steps there were."""
-        state = {f"buffer.{k}": v for k, v in self.buffer.state_dict().items()}
-        if self.generator is not None:
-            state = {f"generator.{k}": v for k, v in self.generator.state_dict().items()}
-        return {"steps": torch.tensor(self.steps), **state}
+        name, memory = self._memory
+        return {"steps": torch.tensor(self.steps), **prefixed(name, memory.state_dict())}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take the buffer back; what it goes on to keep and draw is what it would have."""
         self.steps = int(state["steps"])
-        memory: Any = self.buffer if self.generator is None else self.generator
-        memory.load_state_dict({k.partition(".")[2]: v for k, v in state.items() if k != "steps"})
+        name, memory = self._memory
+        memory.load_state_dict(below(state, name))
+
+    @property
+    def _memory(self) -> tuple[str, Buffer | Generator]:
+        if self.generator is not None:
+            return "generator.", self.generator
+        return "buffer.", self.buffer

@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from greenvis import models
+from greenvis.core.attached import below
 from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
@@ -344,10 +345,7 @@ class InstalledReuse(Installed):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load what `state_dict` returned."""
         for i, asked in enumerate(self.asked):
-            own = f"{i}."
-            asked.load_state_dict(
-                {k.removeprefix(own): v for k, v in state.items() if k.startswith(own)}
-            )
+            asked.load_state_dict(below(state, f"{i}."))
 
     def replacement_blocker(self, path: str) -> str:
         """Nothing: its parts are asked for where they hang."""
