@@ -359,7 +359,7 @@ def ls(
 def compare(a: Side, b: Side, runs: app.Runs = "runs", as_json: app.Json = False) -> None:
     """compare two runs figure by figure"""
     from greenvis.meters import run_names
-    from greenvis.report.listing import compare
+    from greenvis.report.comparing import compare
 
     rows = compare(*(run_names.named(side, runs) for side in (a, b)))
     answer(as_json, rows, lambda: _print_runs(rows, f"{a} and {b}"))
@@ -375,7 +375,7 @@ def diff(
 ) -> int:
     """fail (exit 1) where run B costs more than run A allows: a gate for CI"""
     from greenvis.meters import run_names
-    from greenvis.report.listing import diff
+    from greenvis.report.comparing import diff
 
     fine, rows = diff(*(run_names.named(side, runs) for side in (a, b)), max_energy=max_energy)
     title = "within the limit" if fine else "over the limit"

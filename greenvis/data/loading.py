@@ -11,8 +11,8 @@ from torch import Tensor
 
 from greenvis.data import dataset
 from greenvis.data import images as files
+from greenvis.data.assignment import assign, changed, class_numbers
 from greenvis.data.changes import PLAIN, SEVERITIES, SORTED, in_order, parse
-from greenvis.data.draws import assign, changed, class_numbers
 from greenvis.data.image_set import Concat, ImageSet
 from greenvis.data.roles import Data
 from greenvis.data.spec import DataSpec

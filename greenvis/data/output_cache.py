@@ -176,10 +176,8 @@ class Cache:
                 self._device_copy is None
                 and need <= DEVICE_SHARE * torch.cuda.mem_get_info(values.device)[0]
             ):
-                self._device_copy, self._checked[:] = (
-                    values.new_empty(len(self._index), *values.shape[1:]),
-                    False,
-                )
+                self._device_copy = values.new_empty(len(self._index), *values.shape[1:])
+                self._checked[:] = False
             if self._device_copy is not None:
                 self._device_copy[torch.from_numpy(rows).to(values.device)] = values
                 self._checked[rows] = True

@@ -13,7 +13,7 @@ from typing import Any
 from greenvis import data, models
 from greenvis.core import files, weights
 from greenvis.core.technique import Technique
-from greenvis.data import draws, loading
+from greenvis.data import assignment, loading
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment.recipe import Arm, Recipe, load_recipe
 from greenvis.experiment.run_folder import (
@@ -135,7 +135,7 @@ class Jobs:
             pool = (spec.pool(), folder)
             if pool not in self._pools:
                 self._pools[pool] = located(where, loading.read, spec.pool(), recipe.folder)
-            self._data[key] = located(where, draws.assign, self._pools[pool], spec, seed)
+            self._data[key] = located(where, assignment.assign, self._pools[pool], spec, seed)
         return self._data[key]
 
     def _job(self, recipe: Recipe, arm: Arm, seed: int, above: tuple[str, ...]) -> Job:

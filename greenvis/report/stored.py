@@ -21,13 +21,19 @@ from greenvis.report.shape import SCHEMA, Results, problems
 
 NAME = "results.json"
 MOST_BYTES = 256 * 2**20
+Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 MOST_DEPTH = 60  # of values: a recipe may be among them
 
 
-def file(paths: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> Path | None:
+def listed(paths: Paths) -> list[str | os.PathLike[str]]:
+    """Return one path, or several, as a list."""
+    return [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+
+
+def file(paths: Paths) -> Path | None:
     """Return the results.json that `paths` names, itself or by a folder without records, packed or
     not; None for records."""
-    entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    entries = listed(paths)
     if len(entries) != 1:
         return None
     path = Path(entries[0])

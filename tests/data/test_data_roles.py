@@ -14,7 +14,7 @@ from torchvision import tv_tensors
 
 from greenvis import data
 from greenvis.core.example import Example
-from greenvis.data import DataSet, ImageSet, Split, Stored, dataset, draws
+from greenvis.data import DataSet, ImageSet, Split, Stored, assignment, dataset
 from greenvis.data.bags import Bags
 from greenvis.data.changes import SEVERITIES
 from greenvis.data.splits import Boxes, Lazy, divide
@@ -128,7 +128,7 @@ def test_boxes_follow_a_resized_crop_and_augmentation_without_a_rule_is_refused(
     assert shown > 20
     pool = data.Data("boxes", train, train, ("", "square"), "0" * 64)
     with pytest.raises(BadInput, match="augmix has no rule for labels of kind box"):
-        draws.assign(pool, data.DataSpec(name="boxes", augment="augmix"), 0)
+        assignment.assign(pool, data.DataSpec(name="boxes", augment="augmix"), 0)
 
 
 def test_several_labels_and_numbers_come_as_floats() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from greenvis.errors import BadInput
 from greenvis.report import report, results
-from greenvis.report.listing import compare, ls
+from greenvis.report.comparing import compare
+from greenvis.report.listing import ls
 from tests.hostile.bounds import bounded, greenvis
 
 CPU = {

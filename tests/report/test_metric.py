@@ -9,7 +9,8 @@ import pytest
 
 from greenvis.errors import BadInput
 from greenvis.report import measures, report, results, terminal, verdict
-from greenvis.report.listing import compare, group, ls
+from greenvis.report.comparing import compare
+from greenvis.report.listing import group, ls
 from greenvis.tasks.base import Measure
 from tests import synthetic
 

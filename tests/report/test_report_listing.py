@@ -19,7 +19,8 @@ from greenvis.errors import BadInput
 from greenvis.meters import pricing, record
 from greenvis.meters.header import is_running
 from greenvis.report import listing, listing_index, report, results
-from greenvis.report.listing import compare, diff, group, ls
+from greenvis.report.comparing import compare, diff
+from greenvis.report.listing import group, ls
 from greenvis.report.listing_index import location
 
 

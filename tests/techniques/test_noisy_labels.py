@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import greenvis as gv
 from greenvis import data
 from greenvis.core.installed import Samples
+from greenvis.data.assignment import assign
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment import loop
 from greenvis.experiment.parts import Part
@@ -268,7 +269,7 @@ def test_a_recipe_learns_from_candidates(tmp_path: Path) -> None:
     assert results is not None
     spec = data.DataSpec(name="digits", train=60, noise={"rate": 0.3, "kind": "candidates"})
     pool = data.load(data.DataSpec(name="digits", train=60, test=20))
-    drawn = data.draws.assign(pool, spec, seed=0)
+    drawn = assign(pool, spec, seed=0)
     y, truth = drawn.train.targets, drawn.truth
     assert truth is not None
     assert (y[torch.arange(60), truth] > 0).all()

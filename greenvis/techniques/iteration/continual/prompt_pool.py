@@ -121,16 +121,9 @@ class PromptPool(Technique):
     )
     examples = (
         {"pool": 4, "length": 2, "top_n": 2},
-        {
-            "pool": 3,
-            "length": 1,
-            "top_n": 3,
-            "query": "patch",
-            "readout": "class",
-            "select": "batch",
-            "head": "freeze",
-        },
-    )
+        {"pool": 3, "length": 1, "top_n": 3, "query": "patch", "readout": "class",
+         "select": "batch", "head": "freeze"},
+    )  # fmt: skip
     neutral = None
 
     pool: int = Field(default=10, ge=1, description="prompts in the pool")

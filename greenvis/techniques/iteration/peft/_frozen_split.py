@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from greenvis.core import surgery
+from greenvis.core.attached import below, prefixed
 from greenvis.core.modes import removing
 from greenvis.errors import BadInput, some
 from greenvis.models.structure.probing import learning, probing
@@ -246,12 +247,8 @@ def frozen_part(
     batch = len(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
 
     def take(path: str, call: int, values: list[Any]) -> None:
-        beside.update(
-            {
-                f"{path}/{_CARRIED}/{name}": value.detach()
-                for name, value in export_state(model, path).items()
-            }
-        )
+        carried = {name: value.detach() for name, value in export_state(model, path).items()}
+        beside.update(prefixed(f"{path}/{_CARRIED}/", carried))
         for name, (owner, number, at, shape) in split.inputs.items():
             if (owner, number) == (path, call):
                 cached[name] = values[at].detach().unflatten(0, (batch, shape.times[0]))
@@ -271,16 +268,7 @@ def skipping(
     device = next(iter(cached.values())).device
 
     def put(path: str, call: int, values: list[Any]) -> None:
-        start = f"{path}/{_CARRIED}/"
-        import_state(
-            model,
-            path,
-            {
-                name.removeprefix(start): cached[name]
-                for name in split.state_names
-                if name.startswith(start)
-            },
-        )
+        import_state(model, path, below(cached, f"{path}/{_CARRIED}/"))
         for name, (owner, number, at, shape) in split.inputs.items():
             if (owner, number) == (path, call):
                 values[at] = cached[name].flatten(0, 1).to(shape.dtype)
