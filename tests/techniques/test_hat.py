@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from experiences import predict, task, train
 from hosts import HOSTS
-from torch import Tensor
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Experience, logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput
 from greenvis.techniques.iteration.continual.hat import (
@@ -26,37 +25,8 @@ from greenvis.techniques.iteration.continual.hat import (
 )
 
 
-def _task(index: int) -> Experience:
-    return Experience(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
-
-
 def _train(live: Wrapped, tasks: range, steps: int = 4, begin: int = 0, end: bool = True) -> None:
-    for index in tasks:
-        first = begin if index == tasks[0] else 0
-        if not first:
-            live.begin_experience(_task(index))
-        optimizer = torch.optim.AdamW(live.param_groups(1e-2), weight_decay=0.1)
-        for step in range(first, steps):
-            generator = torch.Generator().manual_seed(100 * index + step)
-            x, y = torch.rand(4, 3, 32, 32, generator=generator), torch.arange(4) % 2 + index
-            live.model.train()
-            x, y = live.batch(x, y)
-            logits = logits_of(live.model(x))
-            (F.cross_entropy(logits, y) + live.loss(x, y, logits)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            live.step_end()
-        if end:
-            live.end_experience([])
-    live.model.eval()
-
-
-def _outputs(live: Wrapped, x: Tensor, told: int | None = None) -> Tensor:
-    live.eval_experience(None if told is None else _task(told))
-    with torch.no_grad():
-        out = logits_of(live.model.eval()(x))
-    live.eval_experience(None)
-    return out
+    train(live, (3, 32, 32), tasks, steps, begin, end)
 
 
 def _of(live: Wrapped) -> InstalledHat:
@@ -125,9 +95,9 @@ def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
         _train(live, range(index, index + 1), end=False)
         _shut(live, 0.7, index)
         live.end_experience([])
-        told.append(_outputs(live, x, index))
-        assert torch.equal(_outputs(live, x), told[-1])
-        assert all(torch.equal(_outputs(live, x, i), then) for i, then in enumerate(told))
+        told.append(predict(live, x, index))
+        assert torch.equal(predict(live, x), told[-1])
+        assert all(torch.equal(predict(live, x, i), then) for i, then in enumerate(told))
     assert (told[0] - told[2]).abs().max() > 1e-3
     shares = live.facts()
     assert 0.2 < shares["hat_shares"][0] < shares["hat_used"] < 1
@@ -161,7 +131,7 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     _train(uninterrupted, range(1, 2), steps=2, end=False)
     uninterrupted.save(tmp_path)
     for index in range(2):
-        resumed.begin_experience(_task(index))
+        resumed.begin_experience(task(index))
     resumed.load(tmp_path)
     for live in (uninterrupted, resumed):
         _train(live, range(1, 2), begin=2)
@@ -169,7 +139,7 @@ def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
         _train(live, range(2, 3))
     x, _ = host.batch()
     for index in (None, 0, 1, 2):
-        assert torch.equal(_outputs(resumed, x, index), _outputs(uninterrupted, x, index))
+        assert torch.equal(predict(resumed, x, index), predict(uninterrupted, x, index))
     assert resumed.facts() == uninterrupted.facts()
 
 
@@ -181,7 +151,7 @@ def test_merges_to_the_current_task_and_undoes() -> None:
     _train(live, range(1), end=False)
     _shut(live, 0.5)
     live.end_experience([])
-    outputs = _outputs(live, x)
+    outputs = predict(live, x)
     live.merge()
     assert list(model.state_dict()) == keys
     with torch.no_grad():
@@ -194,10 +164,10 @@ def test_merges_to_the_current_task_and_undoes() -> None:
 
 def test_says_where_no_unit_is_left_and_refuses_nonsense() -> None:
     live = wrap(HOSTS["timm-vit"].build(), Hat())
-    live.begin_experience(_task(0))
+    live.begin_experience(task(0))
     live.end_experience([])
     with pytest.warns(UserWarning, match="no free unit is left for task 2, which can only choose"):
-        live.begin_experience(_task(1))
+        live.begin_experience(task(1))
     for wrong in ({"s_max": 1}, {"weight": -1}, {"anneal_steps": 0}, {"gates": 3}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Hat(**wrong)  # type: ignore[arg-type]

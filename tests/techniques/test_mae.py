@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hosts import HOSTS
+from hosts import HOSTS, unchanged, vit
 from scipy import ndimage
 from torch import Tensor
 
@@ -25,20 +25,6 @@ from greenvis.techniques.iteration.peft.layer_decay import LayerDecay
 from greenvis.techniques.iteration.peft.lora import Lora
 
 
-def _vit(**more: Any) -> Any:
-    from timm.models.vision_transformer import VisionTransformer
-
-    size = {
-        "img_size": 32,
-        "patch_size": 8,
-        "embed_dim": 24,
-        "depth": 2,
-        "num_heads": 2,
-        "num_classes": 5,
-    }
-    return VisionTransformer(**{**size, **more}).eval()
-
-
 def test_patches_are_those_that_the_model_embeds() -> None:
     x = torch.rand(2, 3, 16, 24)
     patches = patchify(x, (2, 3))
@@ -47,7 +33,7 @@ def test_patches_are_those_that_the_model_embeds() -> None:
         F.unfold(x, 8, stride=8).transpose(1, 2).unflatten(-1, (3, 64)).transpose(2, 3).flatten(2)
     )
     assert torch.equal(patches, unfolded)
-    model = _vit()
+    model = vit()
     weight = model.patch_embed.proj.weight.permute(0, 2, 3, 1).flatten(1)
     images = torch.rand(2, 3, 32, 32)
     assert torch.allclose(
@@ -117,7 +103,7 @@ def test_histograms_are_maskfeat_s(side: int, grid: int, cell: int) -> None:
 
 
 def test_the_loss_counts_masked_patches_only() -> None:
-    model: Any = _vit()
+    model: Any = vit()
     live = wrap(model, Mae(decoder_depth=1))
     x = torch.rand(2, 3, 32, 32)
     torch.manual_seed(3)
@@ -176,32 +162,32 @@ def test_refuses_what_needs_all_its_patches(host: str, says: str) -> None:
 
 def test_refuses_nonsense() -> None:
     with pytest.raises(BadInput, match="leaves none hidden or none visible"):
-        wrap(_vit(), Mae(mask_ratio=0.99))
+        wrap(vit(), Mae(mask_ratio=0.99))
     for wrong in ({"mask_ratio": 1}, {"target": "hogs"}, {"decoder_dim": 6}):
         with pytest.raises(BadInput, match=next(iter(wrong))):
             Mae(**wrong)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("other", [Distill(teacher=_vit()), Lora(rank=2), Adapter(width=4)])
+@pytest.mark.parametrize("other", [Distill(teacher=vit()), Lora(rank=2), Adapter(width=4)])
 def test_refuses_what_learns_from_answers(other: Any) -> None:
-    model = _vit()
-    before, keys = Snapshot(model), list(model.state_dict())
-    with pytest.raises(
-        BadInput, match=f"'mae' and '{other.name}' do not go together: 'mae' is a pretext"
+    model = vit()
+    with (
+        unchanged(model),
+        pytest.raises(
+            BadInput, match=f"'mae' and '{other.name}' do not go together: 'mae' is a pretext"
+        ),
     ):
         wrap(model, [other, Mae(decoder_depth=1)])
-    assert list(model.state_dict()) == keys
-    assert all(before.unchanged(i) for i in range(len(before._tensors)))
 
 
 def test_goes_with_rates_by_layer() -> None:
-    live = wrap(_vit(), [LayerDecay(), Mae(decoder_depth=1)])
+    live = wrap(vit(), [LayerDecay(), Mae(decoder_depth=1)])
     assert {g["lr"] for g in live.param_groups(1.0)} == {0.65**i for i in range(4)}
     assert live.loss(torch.rand(2, 3, 32, 32), None, None).isfinite()
 
 
 def test_begins_with_fixed_positions_and_the_paper_s_weights() -> None:
-    model = _vit()
+    model = vit()
     head, before = model.head.weight.detach().clone(), Snapshot(model)
     live = wrap(model, Mae(decoder_depth=1, init="mae"))
     assert torch.equal(model.pos_embed, tec.sincos_2d(24, 4, 4, 1))
@@ -221,4 +207,4 @@ def test_begins_with_fixed_positions_and_the_paper_s_weights() -> None:
     live.undo()
     assert all(before.unchanged(i) for i in range(len(before._tensors)))
     with pytest.raises(BadInput, match="shows 0 position embeddings of its 16 patches"):
-        wrap(_vit(pos_embed="none"), Mae(decoder_depth=1, init="mae"))
+        wrap(vit(pos_embed="none"), Mae(decoder_depth=1, init="mae"))

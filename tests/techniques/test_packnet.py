@@ -4,57 +4,18 @@ own weights."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from experiences import batch, predict, task, train
 from hosts import HOSTS
-from torch import Tensor, nn
+from torch import nn
 
 from greenvis.core.surgery import Snapshot
-from greenvis.core.technique import Experience, logits_of
 from greenvis.core.wrap import Wrapped, wrap
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.techniques.iteration.continual.packnet import InstalledPackNet, PackNet, largest
-
-
-def _task(index: int) -> Experience:
-    return Experience(index, (index, index + 1), tuple(range(index + 2)), 3, known=True)
-
-
-def _batch(model_shape: tuple[int, int, int], index: int, step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 * index + step)
-    return torch.rand(4, *model_shape, generator=generator), torch.arange(4) % 2 + index
-
-
-def _train(
-    live: Wrapped, shape: Any, tasks: range, steps: int = 2, begin: int = 0, end: bool = True
-) -> None:
-    for index in tasks:
-        first = begin if index == tasks[0] else 0
-        if not first:
-            live.begin_experience(_task(index))
-        optimizer = torch.optim.AdamW(live.param_groups(1e-2), weight_decay=0.1)
-        for step in range(first, steps):
-            x, y = _batch(shape, index, step)
-            live.model.train()
-            torch.manual_seed(step)
-            F.cross_entropy(logits_of(live.model(x)), y).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            live.step_end()
-        if end:
-            live.end_experience([_batch(shape, index, step) for step in range(2)])
-    live.model.eval()
-
-
-def _outputs(live: Wrapped, x: Tensor, told: int | None = None) -> Tensor:
-    live.eval_experience(None if told is None else _task(told))
-    with torch.no_grad():
-        out = logits_of(live.model.eval()(x))
-    live.eval_experience(None)
-    return out
 
 
 def _of(live: Wrapped) -> InstalledPackNet:
@@ -75,14 +36,14 @@ def test_the_largest_free_weights() -> None:
 def test_prunes_by_magnitude_layer_by_layer_and_rests_the_others_at_zero() -> None:
     model = HOSTS["timm-vit"].build()
     live = wrap(model, PackNet(keep=0.5, retrain_epochs=0))
-    live.begin_experience(_task(0))
+    live.begin_experience(task(0))
     weight, before = model.blocks[1].mlp.fc1.weight, model.blocks[1].mlp.fc1.weight.detach().clone()  # type: ignore[index]
     live.end_experience([])
     kept = weight != 0
     assert kept.float().mean() == 0.5
     assert torch.equal(weight[kept], before[kept])
     assert before[kept].abs().min() >= before[~kept].abs().max()
-    _train(live, (3, 32, 32), range(1, 3))
+    train(live, (3, 32, 32), range(1, 3))
     facts = live.facts()
     assert facts["packnet_shares"] == pytest.approx([0.5, 0.25, 0.125], abs=1e-3)
     assert facts["packnet_free"] == pytest.approx(0.125, abs=1e-3)
@@ -96,27 +57,27 @@ def test_a_task_is_answered_bit_for_bit_as_when_it_ended(name: str) -> None:
     host = HOSTS[name]
     x, _ = host.batch()
     live = wrap(host.build(), PackNet())
-    _train(live, host.input_shape, range(1))
-    untold = _outputs(live, x)
-    first = _outputs(live, x, 0)
+    train(live, host.input_shape, range(1))
+    untold = predict(live, x)
+    first = predict(live, x, 0)
     assert torch.equal(first, untold)
-    _train(live, host.input_shape, range(1, 2))
-    second = _outputs(live, x, 1)
-    _train(live, host.input_shape, range(2, 3))
-    now = _outputs(live, x)
-    assert torch.equal(_outputs(live, x, 0), first)
-    assert torch.equal(_outputs(live, x, 1), second)
-    assert torch.equal(_outputs(live, x), now)
+    train(live, host.input_shape, range(1, 2))
+    second = predict(live, x, 1)
+    train(live, host.input_shape, range(2, 3))
+    now = predict(live, x)
+    assert torch.equal(predict(live, x, 0), first)
+    assert torch.equal(predict(live, x, 1), second)
+    assert torch.equal(predict(live, x), now)
     assert (first - now).abs().max() > 1e-3
 
 
 def test_retraining_lowers_the_loss_that_pruning_raised() -> None:
-    x, y = _batch((3, 32, 32), 0, 0)
+    x, y = batch((3, 32, 32), 0, 0)
     losses = {}
     for epochs in (0, 50):
         model = HOSTS["timm-vit"].build()
         live = wrap(model, PackNet(keep=0.1, retrain_epochs=epochs, retrain_lr=1e-2))
-        live.begin_experience(_task(0))
+        live.begin_experience(task(0))
         live.end_experience([(x, y)])
         assert model.training
         losses[epochs] = F.cross_entropy(model.eval()(x)[:, :2], y).item()
@@ -127,17 +88,17 @@ def test_retraining_lowers_the_loss_that_pruning_raised() -> None:
 def test_resumes_in_the_middle_of_a_stream(tmp_path: Path) -> None:
     host, request = HOSTS["timm-resnet"], PackNet()
     uninterrupted, resumed = (wrap(host.build(), request) for _ in range(2))
-    _train(uninterrupted, host.input_shape, range(1), steps=3)
-    _train(uninterrupted, host.input_shape, range(1, 2), steps=2, end=False)
+    train(uninterrupted, host.input_shape, range(1), steps=3)
+    train(uninterrupted, host.input_shape, range(1, 2), steps=2, end=False)
     uninterrupted.save(tmp_path)
     for index in range(2):
-        resumed.begin_experience(_task(index))
+        resumed.begin_experience(task(index))
     resumed.load(tmp_path)
     for live in (uninterrupted, resumed):
-        _train(live, host.input_shape, range(1, 3), steps=3, begin=2)
+        train(live, host.input_shape, range(1, 3), steps=3, begin=2)
     x, _ = host.batch()
     for index in (None, 0, 1, 2):
-        assert torch.equal(_outputs(resumed, x, index), _outputs(uninterrupted, x, index))
+        assert torch.equal(predict(resumed, x, index), predict(uninterrupted, x, index))
     assert resumed.facts() == uninterrupted.facts()
 
 
@@ -146,8 +107,8 @@ def test_undo_is_exact_and_merge_keeps_all() -> None:
     model, (x, _) = host.build(), host.batch()
     before, keys = Snapshot(model), list(model.state_dict())
     live = wrap(model, PackNet())
-    _train(live, host.input_shape, range(2))
-    live.eval_experience(_task(0))
+    train(live, host.input_shape, range(2))
+    live.eval_experience(task(0))
     with torch.no_grad():
         live.eval_experience(None)
         outputs = model(x)
@@ -162,12 +123,12 @@ def test_undo_is_exact_and_merge_keeps_all() -> None:
 
 def test_says_where_no_room_is_left() -> None:
     live = wrap(HOSTS["timm-vit"].build(), PackNet(keep=1.0, retrain_epochs=0))
-    live.begin_experience(_task(0))
+    live.begin_experience(task(0))
     live.end_experience([])
     with pytest.raises(
         GreenvisError, match=r"no weight is left for task 2: give packnet a lower `keep` than 1.0"
     ):
-        live.begin_experience(_task(1))
+        live.begin_experience(task(1))
     assert _of(live).done == 1
 
 
