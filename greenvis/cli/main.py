@@ -25,6 +25,7 @@ from greenvis.cli import (
     planning,
     runs,
     starting,
+    tables,
     unlabelled,
 )
 from greenvis.cli.app import app, option
@@ -34,6 +35,7 @@ from greenvis.errors import BadInput, GreenvisError, nearest
 VERBS = (
     starting,
     runs,
+    tables,
     datasets,
     models,
     planning,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from greenvis.core import distributed, files, weights
-from greenvis.core.attached import below
+from greenvis.core.beside import BESIDE, FORM, LIVE, pop_technique_state, restore_technique_state
 from greenvis.core.surgery import Snapshot
 from greenvis.errors import BadInput, GreenvisError, nearest, some
 
@@ -24,13 +24,6 @@ if TYPE_CHECKING:
     from greenvis.core.technique import Installed, Technique
 
 DELTA_FILE, CARD_FILE = "delta.safetensors", "delta.json"
-BESIDE = "greenvis."  # before the names of what techniques put beside a model's own state
-_FORM = "techniques"
-_PENDING = "_greenvis_coming"  # that, between the two hooks of `load_state_dict`
-
-LIVE: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[str, ...], weakref.ref[Deltas]]] = (
-    weakref.WeakKeyDictionary()
-)
 
 
 class Deltas:
@@ -48,8 +41,8 @@ class Deltas:
 
     def _register(self) -> None:
         """Note that the techniques are at work on the model."""
-        self.model.register_load_state_dict_pre_hook(_pop_technique_state)
-        self.model.register_load_state_dict_post_hook(_restore_technique_state)
+        self.model.register_load_state_dict_pre_hook(pop_technique_state)
+        self.model.register_load_state_dict_post_hook(restore_technique_state)
         LIVE[self.model] = tuple(t.name for t in self.techniques), weakref.ref(self)
 
     @property
@@ -138,7 +131,7 @@ class Deltas:
     def checkpoint_config(self) -> dict[str, Tensor]:
         """Return what the techniques are, as `checkpoint_state`, without what they hold."""
         form = json.dumps(self.recipe_form(), sort_keys=True).encode()
-        return {BESIDE + _FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
+        return {BESIDE + FORM: torch.frombuffer(bytearray(form), dtype=torch.uint8)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Load a delta.
@@ -337,44 +330,6 @@ class Deltas:
         return weights.fingerprint(
             {n: self._snapshot.original(t) for n, t in current.items() if f"model.{n}" not in state}
         )
-
-
-def _pop_technique_state(model: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Before a model's `load_state_dict`: take out what `checkpoint_state` returned, which was put
-    beside its state.
-
-    Raises BadInput where it is of other techniques.
-    """
-    mine = {
-        k.removeprefix(prefix + BESIDE): state.pop(k)
-        for k in [*state]
-        if k.startswith(prefix + BESIDE)
-    }
-    live = LIVE[model][1]() if model in LIVE else None
-    if not mine or live is None:
-        return
-    form = json.loads(bytes(mine.pop(_FORM).cpu().tolist()))
-    if form != live.recipe_form():
-        raise BadInput(
-            f"this state was saved with {form}, but the model is wrapped with {live.recipe_form()}"
-        )
-    vars(model)[_PENDING] = mine
-
-
-def _restore_technique_state(model: nn.Module, keys: Any) -> None:
-    """After it: give that to the techniques, some of which look at the model's weights."""
-    live, mine = LIVE[model][1]() if model in LIVE else None, vars(model).pop(_PENDING, None)
-    if live is None or not mine:  # the form alone: what they hold lies elsewhere
-        return
-    for technique, installed in live._pairs():
-        own = below(mine, f"{technique.name}.")
-        if own or not technique.rank_local:
-            installed.load_state_dict(own)
-        elif distributed.world_size() == 1:
-            raise BadInput(
-                "this state is of several processes, each of which held a part of what "
-                f"'{technique.name}' keeps"
-            )
 
 
 def _copies(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from greenvis.core import distributed
-from greenvis.core.deltas import LIVE, Deltas
+from greenvis.core.beside import LIVE
+from greenvis.core.deltas import Deltas
 from greenvis.core.module_changes import Optimizers, Watch, forget_compiled, refuse_compiled
 from greenvis.core.seams import EXCLUSIVE
 from greenvis.core.surgery import Snapshot

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from greenvis.core.deltas import LIVE
+from greenvis.core.beside import LIVE
 from greenvis.core.surgery import Snapshot
 from greenvis.errors import BadInput, some
 from greenvis.models.folding import TOLERANCE, fold_norms

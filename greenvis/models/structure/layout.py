@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from greenvis.errors import GreenvisError
-from greenvis.models.structure.trace import Trace
+from greenvis.models.structure.calls import Trace
 
 
 @dataclass(frozen=True)

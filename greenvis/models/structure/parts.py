@@ -12,7 +12,7 @@ from typing import Literal, TypeVar
 from torch import nn
 
 from greenvis.errors import GreenvisError
-from greenvis.models.structure.trace import AttentionCall, Call, Trace, weights_in
+from greenvis.models.structure.calls import AttentionCall, Call, Trace, weights_in
 from greenvis.tasks.answers import main_output
 
 T = TypeVar("T")
