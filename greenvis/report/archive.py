@@ -3,7 +3,6 @@ anew."""
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 import re
@@ -125,7 +124,7 @@ def _unpack(packed: Path, folder: Path) -> Path:
 def _key(raw: bytes) -> tuple[str, str] | None:
     """Return a record's run and rank; None where no line of it is a header."""
     for text in raw.split(b"\n"):
-        line = _parsed(text)
+        line = record.parse_line(text)
         if isinstance(line, dict) and line.get("type") == "header":
             return str(line.get("run")), str(line.get("rank"))
     return None
@@ -137,7 +136,7 @@ def _thin(raw: bytes) -> bytes:
     out: list[bytes] = []
     last: dict[str, bytes] = {}
     for text in raw.split(b"\n"):
-        line = _parsed(text) if text.startswith(b'{"type":"sample"') else None
+        line = record.parse_line(text) if text.startswith(b'{"type":"sample"') else None
         if isinstance(line, dict) and isinstance(line.get("phase"), str):
             last[line["phase"]] = text
         elif text:
@@ -155,10 +154,3 @@ def _round(raw: bytes) -> bytes:
         else text
         for text in raw.split(b"\n")
     )
-
-
-def _parsed(text: bytes) -> object:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

@@ -23,8 +23,6 @@ from greenvis.report.estimates import (
     Word,
 )
 
-SCHEMA = 2
-
 
 class Use(Part):
     """What an arm builds on (a teacher, a base); `energy_j.value` is None where nobody knows."""

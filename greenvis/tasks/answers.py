@@ -33,6 +33,10 @@ CLASSES = frozenset({"classification"})  # forms of techniques that want a class
 PIXELS_TOO = CLASSES | {"segmentation"}
 # of those that work on batches of images as one tensor, whatever is answered
 IMAGES = PIXELS_TOO | {"multilabel", "regression"}
+# what those say to do with another batch
+IMAGES_ALONE = (
+    "it works on batches of images alone: take a first stage of these, and begin from its model"
+)
 # of those that go by the tokens of an image, which words follow in a vision–language model
 ALL_BUT_VQA = frozenset(FORMS) - {"vqa"}
 _SEGMENTERS = {"out", "aux"}  # torchvision's, whose answer is "out"

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from greenvis.core.technique import InputShape, Technique
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 
 _ASPECT = 4 / 3  # a crop's sides are to each other at most as this, stretched back to the image's
 _CUT = 0.5  # of a side, the longest side of what a strong view leaves out
@@ -20,9 +20,7 @@ class RandomViews(Technique):
     """A technique that looks at random views of each image: crop, flip, contrast, brightness."""
 
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
 
     area: float = Field(
         default=0.25, gt=0, le=1, description="smallest share of the image that a view shows"

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared.representation import Representation
 
 _CHILD = "rotation"
@@ -57,9 +57,7 @@ class Rotation(Technique):
     name = "rotation"
     stage = "objective"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     needs = frozenset({"trainable_base"})
     examples = ({}, {"turns": "all"})
 

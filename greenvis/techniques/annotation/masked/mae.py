@@ -15,7 +15,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.masked import Encoder, begin_anew
 from greenvis.techniques._shared.words import Codebook, VisualWords, words_loss
@@ -108,9 +108,7 @@ class Mae(Technique):
     only_with = {"normalise": ("target", ("pixels", "words"))}
     stage = "objective"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     needs = frozenset({"token_grid", "trainable_base"})
     neutral = {"init": "model"}
     examples = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared.representation import Representation
 from greenvis.techniques.inference.distill._frozen_teacher import (
     ANSWER,
@@ -81,9 +81,7 @@ class Fusion(Technique):
     stage = "objective"
     role = "expert"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     needs = frozenset({"trainable_base"})
     examples = ({"experts": lambda model: {"itself": copy.deepcopy(model)}},)
 

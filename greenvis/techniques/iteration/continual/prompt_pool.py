@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from greenvis.core.technique import Classifier, InputShape, Installed, Samples, Technique
 from greenvis.errors import GreenvisError
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared.attach import check_runs, like, train_only
 from greenvis.techniques._shared.doors import Doors, Passing, again, refuse_tracing
 from greenvis.techniques._shared.prompts import Joined, prompt_blocks
@@ -116,9 +116,7 @@ class PromptPool(Technique):
     name = "prompt_pool"
     stage = "tokens"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     examples = (
         {"pool": 4, "length": 2, "top_n": 2},
         {"pool": 3, "length": 1, "top_n": 3, "query": "patch", "readout": "class",

@@ -17,7 +17,7 @@ from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
 from greenvis.models.structure.layout import as_map
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared.attach import first, like, precise, seat
 from greenvis.techniques._shared.frozen import FrozenOutputs, fingerprint, other_model
 from greenvis.techniques.iteration.reuse._bases import Base
@@ -77,9 +77,7 @@ class FeatureDistill(Technique):
     name = "feature_distill"
     stage = "objective"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     role = "base"
     needs = frozenset({"token_grid", "trainable_base"})
     examples = ({"base": copy.deepcopy},)

@@ -18,7 +18,7 @@ from greenvis.core.surgery import names_of
 from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput
 from greenvis.models.structure import view
-from greenvis.tasks.answers import IMAGES
+from greenvis.tasks.answers import IMAGES, IMAGES_ALONE
 from greenvis.techniques._shared import tec as tec
 from greenvis.techniques._shared.frozen import other_model
 from greenvis.techniques._shared.masked import (
@@ -66,9 +66,7 @@ class Reuse(Technique):
     name = "reuse"
     stage = "objective"
     tasks = IMAGES
-    instead = (
-        "it works on batches of images alone: take a first stage of these, and begin from its model"
-    )
+    instead = IMAGES_ALONE
     role = "base"
     needs = frozenset({"token_grid", "trainable_base"})
     examples = (
@@ -129,9 +127,6 @@ class Reuse(Technique):
     decoder_dim: int | None = Field(
         default=None, ge=4, multiple_of=4, description="its width; two thirds of the model's"
     )
-    feature_weight: float = Field(default=1.0, ge=0, description="factor of the feature term")
-    attention_weight: float = Field(default=1.0, ge=0, description="factor of the attention term")
-    words_weight: float = Field(default=1.0, ge=0, description="factor of the words' term")
     cache: Literal["fp16", "fp32", "off"] = Field(
         default="fp16", description="precision in which a base's targets are kept on disk"
     )
@@ -286,10 +281,7 @@ class InstalledReuse(Installed):
                     -1, target["word"].long(), target["share"]
                 )
                 losses["words"].append(words_loss(predicted, shares, mask))
-        return {
-            f"reuse_{name}": getattr(self.request, f"{name}_weight") * torch.stack(each).mean()
-            for name, each in losses.items()
-        }
+        return {f"reuse_{name}": torch.stack(each).mean() for name, each in losses.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the words of each base, once they are learned."""
