@@ -17,8 +17,8 @@ import greenvis as gv
 from greenvis.data.herding import herding
 from greenvis.errors import GreenvisError
 from greenvis.techniques.iteration.continual._buffer import Buffer, dequantise, quantise
+from greenvis.techniques.iteration.continual._parts import er_ace_loss
 from greenvis.techniques.iteration.continual._policies import reservoir_slots, ring_slot
-from greenvis.techniques.iteration.continual.replay import er_ace_loss
 
 FIXTURE = json.loads((Path(__file__).parents[1] / "fixtures" / "reservoir.json").read_text())
 

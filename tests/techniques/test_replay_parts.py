@@ -19,7 +19,7 @@ import sys
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch import nn
 import greenvis as gv
-from greenvis.techniques.iteration.continual.replay import er_ace_loss
+from greenvis.techniques.iteration.continual._parts import er_ace_loss
 
 torch.set_default_dtype(torch.float64)
 dist.init_process_group("gloo")
@@ -47,7 +47,7 @@ for method in ("er_ace", "der", "derpp"):
     for g in gradients:
         dist.all_reduce(g)
     both = [None, None]
-    dist.all_gather_object(both, (x, y, replay._parts, replay._stored_logits))
+    dist.all_gather_object(both, (x, y, replay.parts.sizes, replay._stored_logits))
     torch.save({"gradients": gradients, "both": both, "state": model.state_dict()}, f"{sys.argv[1]}/{method}.pt")
 dist.barrier()
 dist.destroy_process_group()
@@ -110,7 +110,7 @@ def test_micro_batches_of_one_shape_learn_as_one_big_batch(method: str) -> None:
         x, y = live.batch(torch.randn(size, 4), torch.full((size,), 4))
         out = live.model(x)
         (len(y) * (live.criterion(F.cross_entropy)(out, y) + live.loss(x, y, out))).backward()
-        both.append((x, y, replay._parts, replay._stored_logits))
+        both.append((x, y, replay.parts.sizes, replay._stored_logits))
         total += len(y)
     model = _net()
     _one_big_batch(model, method, both).backward()

@@ -3,7 +3,7 @@ of which join each batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -32,42 +32,12 @@ from greenvis.techniques.iteration.continual._generator import Generator
 from greenvis.techniques.iteration.continual._gradients import closeness
 from greenvis.techniques.iteration.continual._herding import replace_by_herding
 from greenvis.techniques.iteration.continual._latent import Entrance
+from greenvis.techniques.iteration.continual._parts import Parts
 
 Method = Literal["er", "er_ace", "der", "derpp", "gdumb"]
 Policy = Literal["reservoir", "ring", "balanced", "greedy", "herding", "gradient"]
 # kept images whose gradients a new one's is compared with (n of Aljundi et al., 2019)
 _COMPARED = 10
-
-
-def er_ace_loss(
-    logits: Tensor,
-    y: Tensor,
-    fresh: int,
-    task_loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
-) -> Tensor:
-    """Return the asymmetric loss of ER-ACE (Caccia et al., 2022, eq. 3).
-
-    New images compete among the classes of their own batch, so that they do not push earlier
-    classes down; replayed ones among all. Each part is a mean of its own. Of several processes the
-    batch is all of theirs.
-
-    Args:
-        logits: (fresh + replayed, classes), the new images first.
-        y: int64 (fresh + replayed,).
-        fresh: how many images are new.
-        task_loss: of logits and labels.
-
-    Returns:
-        A scalar.
-    """
-    own = torch.zeros(logits.shape[1], dtype=torch.bool, device=logits.device)
-    own[y[:fresh].unique()] = True
-    away = ~ranks.any_of(own)
-    new, old = ranks.part_weights((fresh, len(y) - fresh), logits)
-    loss = new * task_loss(
-        logits[:fresh].masked_fill(away, torch.finfo(logits.dtype).min), y[:fresh]
-    )
-    return loss + old * task_loss(logits[fresh:], y[fresh:]) if len(y) > fresh else loss
 
 
 class Replay(Technique):
@@ -209,15 +179,14 @@ class InstalledReplay(Installed):
             Generator(torch.initial_seed() % 2**63) if request.source == "generator" else None
         )
         self.steps = 0
-        self._parts: list[int] = []  # of the batch now: how many are new, and of each draw
-        self._first: list[int] = []  # those of the optimizer step's first batch, empty before it
+        self.parts = Parts(request.method, request.beta)
         self._stored_logits: Tensor | None = None  # the kept logits of the first draw
         self._new: list[dict[str, Tensor]] = []  # to be kept after the optimizer step
         self._outputs = 0
         self._last = False  # whether no task comes after this one
         self._keeps_logits = request.method in ("der", "derpp")
         if request.method != "er":
-            self.criterion = self._criterion
+            self.criterion = self.parts.criterion
 
     def replacement_blocker(self, path: str) -> str:
         """Say that kept logits are of so many classes."""
@@ -236,7 +205,7 @@ class InstalledReplay(Installed):
         r = self.request
         if self.generator is None:
             self._new.append({"y": y} if self.entrance is not None else {"x": x, "y": y})
-        self._parts, self._stored_logits = [len(x)], None
+        self._stored_logits, sizes = None, [len(x)]
         self.steps += 1
         count = r.batch_size or max(1, round(r.share * len(x)))
         xs, ys = [], [y]
@@ -246,36 +215,16 @@ class InstalledReplay(Installed):
                 if old is not None:
                     xs.append(old[0].to(x.dtype))
                     ys.append(old[1])
-                    self._parts.append(len(old[1]))
-        self._check_accumulation()
+                    sizes.append(len(old[1]))
+        try:
+            self.parts.begin(sizes)
+        except BadInput:
+            self._new.clear()
+            raise
         if self.entrance is not None:
             self.entrance.open(self._taken, torch.cat(xs) if xs else None)
             return x, torch.cat(ys) if xs else y
         return (torch.cat([x, *xs]), torch.cat(ys)) if xs else (x, y)
-
-    def _check_accumulation(self) -> None:
-        """Refuse a further batch of an optimizer step where the loss, of means over parts, is not
-        that of one big batch."""
-        if not self._first:
-            self._first = self._parts
-            return
-        method, first = self.request.method, self._first
-        uneven = [n * first[0] for n in self._parts] != [n * self._parts[0] for n in first]
-        if method != "er_ace" and not (self._keeps_logits and uneven):
-            return
-        self._first = []
-        self._new.clear()
-        why = (
-            "has new images compete among the classes of one batch"
-            if method == "er_ace"
-            else f"takes a mean over each part, and after {first} new and replayed images come "
-            f"{self._parts}"
-        )
-        raise BadInput(
-            f"replay with {method} cannot accumulate gradients here: it {why}. Use one batch an "
-            "optimizer step, or method er (der: every 1, share 1); a loop of your own calls "
-            "live.step_end() after each step"
-        )
 
     def _earlier(
         self, count: int, device: torch.device, first: bool
@@ -304,16 +253,13 @@ class InstalledReplay(Installed):
             )
         now = logits_of(logits)
         if not self.repeated:
-            self._new[-1]["logits"] = now[: self._parts[0]].detach()
-        weights = self._weigh(now)
+            self._new[-1]["logits"] = now[: self.parts.sizes[0]].detach()
+        weights = self.parts.weights(now)
         if self._stored_logits is None:
             return {}
-        first = self._parts[0]
-        return {
-            "der": self.request.alpha
-            * weights[1]
-            * F.mse_loss(now[first : first + self._parts[1]], self._stored_logits.to(now.dtype))
-        }
+        new, old = self.parts.sizes[:2]
+        distance = F.mse_loss(now[new : new + old], self._stored_logits.to(now.dtype))
+        return {"der": self.request.alpha * weights[1] * distance}
 
     def step_end(self) -> None:
         """Offer the new examples to the buffer."""
@@ -339,7 +285,7 @@ class InstalledReplay(Installed):
             if self.request.policy != "herding":
                 self.buffer.offer(**new)
         self._new.clear()
-        self._first = []
+        self.parts.step_end()
 
     def begin_experience(self, experience: Experience) -> None:
         """Note whether another task comes."""
@@ -361,27 +307,6 @@ class InstalledReplay(Installed):
             with probing(self.model):
                 self._outputs = logits_of(self.model(next(iter(loader))[0][:1].to(device))).shape[1]
         generator.learn(loader, self._outputs, self.request.epochs, self.request.share, device)
-
-    def _weigh(self, logits: Tensor) -> list[float | Tensor]:
-        """Return what a mean over each part of the batch counts for; every process asks at the same
-        place."""
-        return ranks.part_weights((*self._parts, 0, 0)[:3], logits)
-
-    def _criterion(self, task_loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the task loss over the parts of the batch, as the method has it."""
-
-        def loss(logits: Tensor, y: Tensor) -> Tensor:
-            fresh = self._parts[0]
-            if self.request.method == "er_ace":
-                return er_ace_loss(logits, y, fresh, task_loss)
-            weights = self._weigh(logits)
-            own = weights[0] * task_loss(logits[:fresh], y[:fresh])
-            if self.request.method == "der" or len(self._parts) < 3:
-                return own
-            again = slice(fresh + self._parts[1], None)
-            return own + self.request.beta * weights[2] * task_loss(logits[again], y[again])
-
-        return loss
 
     def facts(self) -> Mapping[str, Any]:
         """Return what the buffer holds and takes."""
