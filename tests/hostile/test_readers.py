@@ -21,7 +21,7 @@ from greenvis.meters.coefficients import load_coefficients
 from greenvis.meters.energy import Replay
 from greenvis.planning import candidates, probe
 from greenvis.report import archive, report, stored
-from greenvis.report.listing import compare
+from greenvis.report.comparing import compare
 from greenvis.report.overview import overview
 from tests.hostile.bounds import bounded, everything, greenvis
 from tests.hostile.test_records import lines, write
