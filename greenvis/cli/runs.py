@@ -22,6 +22,13 @@ LogWith = Annotated[
         "log metrics, loss and joules to a tracker, too: tensorboard, wandb or mlflow", "TRACKER"
     ),
 ]
+LabelSeconds = Annotated[
+    list[str] | None,
+    option(
+        "seconds a label takes a person, as class=5, or low, central, high: class=1,5,60",
+        "KIND=SECONDS",
+    ),
+]
 
 
 @verb(app.TRAIN, "greenvis run recipes/quickstart.yaml")
@@ -172,13 +179,7 @@ def report(
             "FILE",
         ),
     ] = None,
-    label_seconds: Annotated[
-        list[str] | None,
-        option(
-            "seconds a label takes a person, as class=5, or low, central, high: class=1,5,60",
-            "KIND=SECONDS",
-        ),
-    ] = None,
+    label_seconds: LabelSeconds = None,
     title: Annotated[str | None, option("headline of the report")] = None,
     arm: Annotated[str | None, option("the arm that the verdict is to speak of", "NAME")] = None,
     pdf: Annotated[bool, option("write the figures as PDF as well")] = False,

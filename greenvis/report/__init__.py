@@ -100,7 +100,7 @@ def _write(
     pdf: bool,
 ) -> Path:
     """Write the page of records or of a results.json, its records packed beside it, and return the
-    path of its index.html. priced: arguments of `results`; words: title, note and arm, where told."""
+    path of its index.html. priced: arguments of `results`; words: title, note, arm, where told."""
     from greenvis.report import archive, page, stored
 
     content = results(paths, **priced)
