@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greenvis import models
 from greenvis.core.wrap import wrap
@@ -104,6 +104,31 @@ def _converted(side: int) -> Arms:
     return arms
 
 
+class Tokens(nn.Module):
+    """A part of DeiT-Ti alone, to which an image's numbers are tokens: 4 sequences of 196 of 192 at
+    224 pixels."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x.reshape(-1, 196 * x.shape[-1] ** 2 // 224**2, 192))
+
+
+def _part(path: str) -> Callable[[int], Arms]:
+    def build(side: int) -> Arms:
+        arms = {PLAIN: Arm(Tokens(_deit(side).get_submodule(path)))}
+        for experts, active in ((4, 1), (8, 2)):
+            model = _deit(side)
+            _wrapped(model, experts={"experts": experts, "active": active})
+            part = Tokens(model.eval().get_submodule(path))
+            arms[f"experts, {active} of {experts}"] = Arm(part)
+        return arms
+
+    return build
+
+
 def many_tokens(side: int) -> Arms:
     """DeiT-Ti on larger images: 1,025 tokens."""
     return {PLAIN: Arm(_deit(side))} | _converted(side)
@@ -170,6 +195,8 @@ def lite0(side: int) -> Arms:
 
 GROUPS = (
     Group("DeiT-Ti, 197 tokens", 224, 64, transformer),
+    Group("MLP of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0.mlp")),
+    Group("block of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0")),
     Group("DeiT-Ti, 1025 tokens", 512, 4, many_tokens),
     Group("EfficientNet-Lite0, ImageNet weights", 224, 64, lite0),
     Group("ResNet-26", 112, 64, convolutions),

@@ -25,6 +25,7 @@ from torch import Tensor
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.bench._structures import GROUPS, Arm, Arms, Group
+from greenvis.core import files
 from greenvis.errors import BadInput, nearest, some
 from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import flops
@@ -43,8 +44,8 @@ def run(
     ] = None,
     rounds: Rounds = 5,
     threads: Threads = 1,
-    side: int | None = None,
-    batch: int | None = None,
+    side: Annotated[int | None, typer.Option(min=32, help="in the place of each one's")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="in the place of each one's")] = None,
 ) -> dict[str, Any]:
     """Return {"rows": [{"network", "setting", "gmacs", "MB", "latency_ms", "batch", "batch_ms",
     "time_ratio", "energy_j", "energy_ratio", "agreement", "difference"}], …}.
@@ -55,7 +56,8 @@ def run(
     class; difference: the largest of an answer, as a share of the largest answer.
 
     Args:
-        out: A folder to write report.md and results.json to.
+        out: A folder to write report.md and results.json to. Networks measured into it before, on
+            this machine and in as many rounds, stay in the table.
         groups: Names of networks; all without.
         rounds: In which the settings take turns.
         threads: Of torch.
@@ -83,8 +85,23 @@ def run(
         "torch": torch.__version__, "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
+        _add_earlier(result, out / "results.json")
         _output.write(out, result, _markdown(result, out))
     return result
+
+
+def _add_earlier(result: dict[str, Any], file: Path) -> None:
+    """Put rows of other networks beside those of this run, in the order of `GROUPS`."""
+    if not file.exists():
+        return
+    earlier = files.read_json(file, "benchmark")
+    if any(earlier.get(k) != result[k] for k in ("rounds", "threads", "machine", "torch")):
+        return
+    order = [g.name for g in GROUPS]
+    new = {row["network"] for row in result["rows"]}
+    rows = [row for row in earlier["rows"] if row["network"] in {*order} - new]
+    result["rows"] = sorted(rows + result["rows"], key=lambda row: order.index(row["network"]))
+    result["seconds"] += earlier["seconds"]
 
 
 def _rows(
@@ -93,8 +110,8 @@ def _rows(
     arms = group.arms(side)
     x = photographs(64, side)
     first = next(iter(arms))
-    with torch.inference_mode():
-        answers = {n: _answers(arm, x) for n, arm in arms.items() if arm.keeps or n == first}
+    keep = [name for name, arm in arms.items() if arm.keeps]
+    answers = {name: _answers(arms[name], x) for name in ([first, *keep] if keep else ())}
     single = _measured(arms, x[:1], rounds, None)
     many = _measured(arms, x.repeat(-(-batch // 64), 1, 1, 1)[:batch], rounds, run_)
     for name, arm in arms.items():

@@ -23,8 +23,18 @@ def test_measures_a_network_and_writes_it(tmp_path: Path) -> None:
     assert "| repvgg_a0 | folded |" in (tmp_path / "report.md").read_text()
 
 
+def test_networks_measured_into_a_folder_stay_in_its_table(tmp_path: Path) -> None:
+    mlp = "MLP of DeiT-Ti, 196 tokens"
+    for name in ("repvgg_a0", mlp, "repvgg_a0"):
+        results = structure.run(tmp_path, groups=[name], rounds=1, side=32, batch=2)
+    networks = [row["network"] for row in results["rows"]]
+    assert networks == [mlp] * 3 + ["repvgg_a0"] * 2
+    other = structure.run(tmp_path, groups=[mlp], rounds=2, side=32, batch=2)
+    assert [row["network"] for row in other["rows"]] == [mlp] * 3
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [g.name for g in structure.GROUPS[:4]])
+@pytest.mark.parametrize("name", [g.name for g in structure.GROUPS[:6]])
 def test_all_networks(name: str) -> None:
     rows = structure.run(groups=[name], rounds=1, side=64, batch=2)["rows"]
     assert all(row["latency_ms"] > 0 for row in rows)
