@@ -194,11 +194,11 @@ def lite0(side: int) -> Arms:
 
 
 GROUPS = (
-    Group("DeiT-Ti, 197 tokens", 224, 64, transformer),
+    Group("DeiT-Ti, 197 tokens", 224, 16, transformer),
     Group("MLP of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0.mlp")),
     Group("block of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0")),
     Group("DeiT-Ti, 1025 tokens", 512, 4, many_tokens),
-    Group("EfficientNet-Lite0, ImageNet weights", 224, 64, lite0),
+    Group("EfficientNet-Lite0, ImageNet weights", 224, 16, lite0),
     Group("ResNet-26", 112, 64, convolutions),
     *(Group(name, 224, 16, _branches(name)) for name in BRANCHED),
 )

@@ -210,8 +210,9 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
     losses = [f"{r['network']}: {r['setting']}" for r in rows if r["time_ratio"] > 1.02]
     lines = [
         "# Cheaper structures beside the plain networks", "",
-        f"`greenvis bench structure --out {out}`, {result['seconds']} s on {os.cpu_count()} "
-        f"logical CPUs, {result['threads']} thread(s), torch {result['torch']}. Random weights but "
+        f"`greenvis bench structure --rounds {result['rounds']} --out {out}` (`--group` measures "
+        f"one network at a time into it), {result['seconds']} s on {os.cpu_count()} logical CPUs, "
+        f"{result['threads']} thread(s), torch {result['torch']}. Random weights but "
         "for EfficientNet-Lite0; `agreement` and `difference` are of settings that are meant to "
         "answer as the first does, on crops of two photographs. What a conversion costs in "
         "accuracy after training stands in the reports of recipes/structure. "

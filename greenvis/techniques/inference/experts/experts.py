@@ -31,7 +31,7 @@ class Experts(Technique):
     Komatsuzaki et al., 2023; V-MoE: Riquelme et al., 2021).
 
     `split` saves energy of training and inference: only the chosen experts are computed, so that a
-    perceptron of a ViT-Ti took 0.39 to 0.53 of its time with k/E = 1/4 in batches of 1,576 to 6,304
+    perceptron of a ViT-Ti took 0.36 to 0.53 of its time with k/E = 1/4 in batches of 1,576 to 6,304
     tokens on a processor, and no less than before where they are few. Answers change, so train on,
     or distil from the original; with k = E they do not. Its router learns beside the model, from
     images that go
