@@ -60,6 +60,16 @@ def backward_transfer(matrix: Matrix) -> float | None:
     return _mean(None if f is None else -f for f in forgetting_by_task(matrix, "first"))
 
 
+def forward_transfer(matrix: Matrix, untrained: Sequence[float]) -> float | None:
+    """Return how much earlier tasks helped with one not yet learned, on average (Lopez-Paz and
+    Ranzato, 2017, eq. 4).
+
+    untrained: the accuracy on each task of a model that learned nothing.
+    """
+    gains = ((matrix[i - 1][i], untrained[i]) for i in range(1, len(matrix)))
+    return _mean(None if after is None else after - before for after, before in gains)
+
+
 def plasticity(matrix: Matrix) -> float | None:
     """Return the mean accuracy on each task just after it was learned (learning accuracy: Riemer et
     al., 2019)."""

@@ -32,6 +32,8 @@ def test_they_equal_each_librarys() -> None:
     assert cl.forgetting(MATRIX) == pytest.approx(its["forgetting_full_matrix"])
     assert cl.forgetting(MATRIX) == pytest.approx(FIXTURE["l2p_pytorch"]["forgetting"])
     assert cl.backward_transfer(MATRIX) == pytest.approx(its["backward_transfer"])
+    untrained = [row[0] for row in FIXTURE["random_baseline"]]
+    assert cl.forward_transfer(MATRIX, untrained) == pytest.approx(its["forward_transfer"])
 
 
 def test_the_others_by_their_formula() -> None:

@@ -21,6 +21,7 @@ from greenvis.techniques.inference.attention._cores import (
     CORES,
     Core,
     elu,
+    favor,
     hedgehog,
     polarity,
     random_fourier,
@@ -107,6 +108,9 @@ def test_random_features_estimate_their_kernels() -> None:
     got = random_fourier(q, omega) @ random_fourier(k, omega).transpose(-2, -1)
     gaussian = (-t * torch.cdist(q, k).square() / 2).exp()
     torch.testing.assert_close(got, gaussian, atol=0.03, rtol=0)
+    got = favor(q / 2, omega) @ favor(k / 2, omega).transpose(-2, -1)
+    softmax = (t * (q / 2) @ (k / 2).transpose(-2, -1)).exp()
+    torch.testing.assert_close(got, softmax, atol=0.05, rtol=0.1)
     x = torch.randn(3, 4, dtype=torch.float64)
     u = math.sqrt(t) * x @ omega[:, :5]
     expected = torch.cat([u.cos(), u.sin()], -1) * math.sqrt(2 / 10)

@@ -10,11 +10,16 @@ import torch
 import torch.nn.functional as F
 from hosts import HOSTS
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import greenvis as gv
 from greenvis.errors import BadInput
-from greenvis.techniques.inference.reparam._kernels import average, centred, serial
+from greenvis.techniques.inference.reparam._kernels import (
+    average,
+    centred,
+    identity,
+    serial,
+    with_norm,
+)
 from greenvis.techniques.inference.reparam.reparam import Branches, Reparam
 from greenvis.techniques.inference.tokens.token_merge import TokenMerge
 from greenvis.testing import check_together
@@ -30,26 +35,18 @@ def _norm(state: dict[str, Tensor], name: str, dtype: torch.dtype) -> nn.BatchNo
     return norm
 
 
-def _folded(kernel: Tensor, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    return fuse_conv_bn_weights(
-        kernel, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-    )
-
-
 @pytest.mark.parametrize("case", CASES["cases"], ids=lambda c: f"stride{c['stride']}")
 def test_three_branches_are_the_published_kernel(case: dict[str, Any]) -> None:
     state, groups, dtype = case["state_dict"], case["groups"], case["x"].dtype
     dense = state["rbr_dense.conv.weight"]
     sides = dense.shape[2:]
     parts = [
-        _folded(dense, _norm(state, "rbr_dense.bn", dtype)),
-        _folded(centred(state["rbr_1x1.conv.weight"], sides), _norm(state, "rbr_1x1.bn", dtype)),
+        with_norm(dense, _norm(state, "rbr_dense.bn", dtype)),
+        with_norm(centred(state["rbr_1x1.conv.weight"], sides), _norm(state, "rbr_1x1.bn", dtype)),
     ]
     if "rbr_identity.weight" in state:
-        same = nn.init.dirac_(torch.zeros_like(dense), groups)
-        parts.append(_folded(same, _norm(state, "rbr_identity", dtype)))
+        same = identity(case["in_channels"], groups, sides, dense)
+        parts.append(with_norm(same, _norm(state, "rbr_identity", dtype)))
     kernel = torch.stack([k for k, _ in parts]).sum(0)
     bias = torch.stack([b for _, b in parts]).sum(0)
     torch.testing.assert_close(kernel, case["kernel"], atol=1e-5, rtol=1e-4)
@@ -57,6 +54,18 @@ def test_three_branches_are_the_published_kernel(case: dict[str, Any]) -> None:
     y = F.relu(F.conv2d(case["x"], kernel, bias, case["stride"], 1, 1, groups))
     torch.testing.assert_close(y, case["y_deploy"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(y, case["y_multi_branch"], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_norm_folds(bias: bool, affine: bool) -> None:
+    conv = nn.Conv2d(4, 6, (3, 1), bias=bias, groups=2).double()
+    norm = nn.BatchNorm2d(6, affine=affine, eps=1e-3).double().eval()
+    nn.init.uniform_(norm.running_var, 0.5, 2)  # type: ignore[arg-type]
+    nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]
+    kernel, shift = with_norm(conv.weight, norm, conv.bias)
+    x = torch.randn(2, 4, 7, 5, dtype=torch.float64)
+    torch.testing.assert_close(F.conv2d(x, kernel, shift, groups=2), norm(conv(x)))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

@@ -60,23 +60,10 @@ def _prune(model: Any, **settings: Any) -> tuple[Any, InstalledTokenPrune]:
     return live, installed
 
 
-def _masked_softmax(logits: Tensor, policy: Tensor, eps: float = 1e-6) -> Tensor:
-    """Return attention over the tokens a policy keeps (Rao et al., 2021, eq. 10-11); each token
-    always sees itself.
-
-    logits: (batch, heads, length, length). policy: (batch, length, 1), 1 for kept tokens. Rows sum
-    to about 1: eps / length is added to each weight and eps to their sum.
-    """
-    length = logits.shape[-1]
-    visible = _pruning.policy_matrix(policy[..., 0]).to(logits.dtype)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * visible
-    return (weights + eps / length) / (weights.sum(-1, keepdim=True) + eps)
-
-
 def test_masked_attention_and_predictor_equal_the_fixture() -> None:
     found = torch.load(DATA / "dynamicvit.pt", weights_only=True)
     logits, policy = found["attn_logits"], found["policy"]
-    assert torch.allclose(_masked_softmax(logits, policy), found["softmax"], atol=1e-7)
+    assert torch.allclose(_pruning.masked_softmax(logits, policy), found["softmax"], atol=1e-7)
     assert torch.allclose(
         (logits + _pruning.policy_mask(policy[..., 0])).softmax(-1), found["softmax"], atol=1e-5
     )
@@ -98,7 +85,7 @@ def test_the_mask_s_gradient_is_that_of_masked_attention_also_for_tokens_that_ha
         attention = (
             (logits + mask).softmax(-1)
             if by_mask
-            else _masked_softmax(logits, policy.unsqueeze(-1))
+            else _pruning.masked_softmax(logits, policy.unsqueeze(-1))
         )
         (attention * weights).sum().backward()
         gradients.append(policy.grad)
@@ -170,7 +157,7 @@ def _masked(model: Any, x: Tensor, policy: dict[int, Tensor]) -> Tensor:
             .unflatten(-1, (3, attn.num_heads, -1))
             .permute(2, 0, 3, 1, 4)
         )
-        weights = _masked_softmax(q @ k.transpose(-2, -1) * attn.scale, now.unsqueeze(-1))
+        weights = _pruning.masked_softmax(q @ k.transpose(-2, -1) * attn.scale, now.unsqueeze(-1))
         tokens = tokens + attn.proj((weights @ v).transpose(1, 2).flatten(2))
         tokens = tokens + block.mlp(block.norm2(tokens))
     return model.forward_head(model.norm(tokens))

@@ -25,6 +25,19 @@ _SCALE, _OWN_BIAS = "logit_scale", "cross_modal_bias"
 _TOWERS = ("image", "vision_model", "visual")  # of TwoTowers, transformers, open_clip
 
 
+def clip_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean of the cross entropies of images among texts and of texts among images
+    (CLIP: Radford et al., 2021, figure 3); texts of one number are all right for an image.
+
+    Args:
+        logits: (batch, batch), images by texts.
+        labels: int64 (batch,), the number of each pair's text; -1 where there is none.
+    """
+    pairs: Any = type("Logits", (), {"logits": logits})
+    known = labels != UNKNOWN
+    return ImageText().losses(pairs, labels).sum() / known.sum().clamp(min=1)
+
+
 def siglip_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the logistic loss of every image with every text, summed over texts, a mean over
     images (SigLIP: Zhai et al., 2023, equation 1).

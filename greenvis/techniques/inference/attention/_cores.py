@@ -70,6 +70,23 @@ def random_fourier(x: Tensor, omega: Tensor, temperature: float | None = None) -
     return torch.cat([u.cos(), u.sin()], -1) * math.sqrt(1 / omega.shape[1])
 
 
+def favor(x: Tensor, omega: Tensor, temperature: float | None = None) -> Tensor:
+    """Return [exp(u - |x|²/2), exp(-u - |x|²/2)] / √D with x scaled by √τ, u = x ω (Performer:
+    Choromanski et al., 2021, lemma 1).
+
+    Args:
+        x: (…, dim).
+        omega: (dim, D / 2).
+        temperature: τ; 1 / √dim where None.
+
+    Returns:
+        (…, D), positive.
+    """
+    x = x * math.sqrt(x.shape[-1] ** -0.5 if temperature is None else temperature)
+    u, half = x @ omega, x.square().sum(-1, keepdim=True) / 2
+    return torch.cat([u - half, -u - half], -1).exp() / math.sqrt(2 * omega.shape[1])
+
+
 def polarity(
     q: Tensor,
     k: Tensor,

@@ -5,9 +5,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def with_norm(kernel: Tensor, norm: Any, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return kernel and bias that equal a convolution with a batch norm behind it, in eval (RepVGG,
+    eq. 3): K' = K·t, b' = β + (b - μ)·t, t = γ / √(σ² + ε).
+
+    Args:
+        kernel: (out, in / groups, *sides).
+        norm: The batch norm.
+        bias: (out,), the convolution's own.
+
+    Returns:
+        The kernel, of its shape, and the bias (out,).
+    """
+    scale = (norm.running_var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    shift = shift * scale if norm.bias is None else norm.bias + shift * scale
+    return kernel * scale.view(-1, *[1] * (kernel.dim() - 1)), shift
 
 
 def centred(kernel: Tensor, sides: Sequence[int]) -> Tensor:
@@ -25,6 +46,25 @@ def centred(kernel: Tensor, sides: Sequence[int]) -> Tensor:
     where = [slice(s, s + k) for s, k in zip(starts, kernel.shape[2:], strict=True)]
     out[(slice(None), slice(None), *where)] = kernel
     return out
+
+
+def identity(channels: int, groups: int, sides: Sequence[int], like: Tensor) -> Tensor:
+    """Return the kernel of a convolution that gives its input back.
+
+    Args:
+        channels: In and out.
+        groups: Of the convolution.
+        sides: Of the kernel.
+        like: A tensor of the wanted type, on the wanted device.
+
+    Returns:
+        (channels, channels / groups, *sides).
+    """
+    width = channels // groups
+    kernel = like.new_zeros(channels, width, *[1] * len(sides))
+    rows = torch.arange(channels, device=like.device)
+    kernel[rows, rows % width] = 1
+    return centred(kernel, sides)
 
 
 def average(mix: Tensor, sides: Sequence[int]) -> Tensor:

@@ -15,6 +15,19 @@ from torch import Tensor, nn
 EPS = 1e-6
 
 
+def masked_softmax(logits: Tensor, policy: Tensor, eps: float = EPS) -> Tensor:
+    """Return attention over the tokens a policy keeps (Rao et al., 2021, eq. 10-11); each token
+    always sees itself.
+
+    logits: (batch, heads, length, length). policy: (batch, length, 1), 1 for kept tokens. Rows sum
+    to about 1: eps / length is added to each weight and eps to their sum.
+    """
+    length = logits.shape[-1]
+    visible = policy_matrix(policy[..., 0]).to(logits.dtype)
+    weights = (logits - logits.amax(-1, keepdim=True)).exp() * visible
+    return (weights + eps / length) / (weights.sum(-1, keepdim=True) + eps)
+
+
 def policy_matrix(policy: Tensor) -> Tensor:
     """Return which tokens each token sees, (batch, 1, length, length), from a policy (batch,
     length): the kept, and itself."""
@@ -23,9 +36,9 @@ def policy_matrix(policy: Tensor) -> Tensor:
 
 
 def policy_mask(policy: Tensor, eps: float = EPS) -> Tensor:
-    """Return what to add to attention logits so that their softmax is the masked one (Rao et al.,
-    2021, eq. 10-11), but for terms of size eps: fp32 (batch, 1, length, length). Its gradient to
-    the policy is that of the masked softmax, also where the policy is 0."""
+    """Return what to add to attention logits so that their softmax is `masked_softmax`'s, but for
+    terms of size eps: fp32 (batch, 1, length, length). Its gradient to the policy is that of the
+    masked softmax, also where the policy is 0."""
     return (policy_matrix(policy.float()) + eps).log()
 
 
