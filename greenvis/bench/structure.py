@@ -82,7 +82,7 @@ def run(
                 rows += _rows(group, rounds, run_, side or group.side, batch or group.batch)
     result = {
         "rows": rows, "rounds": rounds, "threads": threads, "machine": cpu(),
-        "torch": torch.__version__, "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__, "repeatability": _floor.repeatability(), "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
         _add_earlier(result, out / "results.json")
@@ -221,6 +221,7 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "doctor` says, per image of the larger batch; latency at batch 1. A network with its own "
         "branches folded costs what a plain network of the same layers costs.", "",
         *_floor.table(rows), "",
-        f"Dearer than the first setting: {'; '.join(losses) or 'none'}.",
+        f"Dearer than the first setting: {'; '.join(losses) or 'none'}.", "",
+        _floor.sentence(None, repeatability=result["repeatability"]),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

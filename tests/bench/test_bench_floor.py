@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from greenvis.bench import _floor, advise, dense_fusion, exits, kv_cache, rank, tokens
+from greenvis.bench import _floor, advise, dense_fusion, exits, kv_cache, rank, structure, tokens
 from greenvis.bench.gpu import _page
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,7 @@ PAGES = {
     "bench-dense-fusion": dense_fusion,
     "bench-exits": exits,
     "bench-kv-cache": kv_cache,
+    "bench-structure": structure,
     "bench-tokens": tokens,
 }
 COMMITTED = [name for name in PAGES if (ROOT / "reports" / name).exists()]
