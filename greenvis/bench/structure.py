@@ -82,7 +82,8 @@ def run(
                 rows += _rows(group, rounds, run_, side or group.side, batch or group.batch)
     result = {
         "rows": rows, "rounds": rounds, "threads": threads, "machine": cpu(),
-        "torch": torch.__version__, "repeatability": _floor.repeatability(), "seconds": round(time.monotonic() - started),
+        "torch": torch.__version__, "repeatability": _floor.repeatability(),
+        "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
         _add_earlier(result, out / "results.json")

@@ -81,7 +81,7 @@ def run(
             rows = []
             for batch in batches:
                 rows += _rows(
-                    batch, _measured(arms, torch.rand(batch, *size), device, rounds, run_), macs
+                    batch, measured(arms, torch.rand(batch, *size), device, rounds, run_), macs
                 )
     result = {
         "rows": rows, "model": model, "rounds": rounds, "threads": threads, "device": device.type,
@@ -105,10 +105,10 @@ def _name(r: Any) -> str:
     return str(r) if isinstance(r, int) else f"({r[0]}, {r[1]:+d})"
 
 
-def _measured(
-    arms: dict[str, nn.Module], x: torch.Tensor, device: torch.device, rounds: int, run: Tracker
+def measured(
+    arms: dict[str, nn.Module], x: Any, device: torch.device, rounds: int, run: Tracker
 ) -> dict[str, list[tuple[float, float | None]]]:
-    """Return seconds and joules of one batch, by arm and round."""
+    """Return seconds and joules of one batch, a tensor or an `Example`, by arm and round."""
     timings: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
     x, clock = x.to(device), time.perf_counter if device.type == "cuda" else time.process_time
     with torch.inference_mode():

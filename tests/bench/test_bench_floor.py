@@ -8,13 +8,24 @@ from pathlib import Path
 
 import pytest
 
-from greenvis.bench import _floor, advise, dense_fusion, exits, kv_cache, rank, structure, tokens
+from greenvis.bench import (
+    _floor,
+    advise,
+    dense_fusion,
+    exits,
+    image_tokens,
+    kv_cache,
+    rank,
+    structure,
+    tokens,
+)
 from greenvis.bench.gpu import _page
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
     "bench-dense-fusion": dense_fusion,
     "bench-exits": exits,
+    "bench-image-tokens": image_tokens,
     "bench-kv-cache": kv_cache,
     "bench-structure": structure,
     "bench-tokens": tokens,
