@@ -7,6 +7,7 @@ smaller one that is trained here on dialogues about duets.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import tempfile
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -32,7 +33,7 @@ from greenvis.meters.speed import in_turn
 from greenvis.meters.track import Tracker, track
 from greenvis.techniques import registry
 
-FULL = "dynamic"  # transformers' own, all rows
+FULL, AGAIN = "dynamic", "dynamic again"  # transformers' own, all rows; twice, for the noise floor
 METHODS: Mapping[str, Mapping[str, Any] | None] = {
     FULL: None,
     "static": {"method": "static"},
@@ -41,28 +42,39 @@ METHODS: Mapping[str, Mapping[str, Any] | None] = {
     "snapkv": {"method": "snapkv", "rows": 0.25, "recent": 16},
     "key_norm": {"method": "key_norm", "rows": 0.25, "recent": 16},
 }
+LOSSLESS = (FULL, "static", AGAIN)  # those measured with several prompts at once
+MOST = 8192  # tokens of several prompts answered at once
+LINE = 0.85  # of the dynamic cache's decode joules, which a static one is to stay below
 SIZES: Any = {"img_size": 48, "patch_size": 4, "vision_dim": 96, "vision_depth": 2}
 SIZES |= {"embed_dim": 224, "depth": 4}
 Steps = Annotated[int, typer.Option(min=0, help="of training, of 64 questions each")]
 Questions = Annotated[int, typer.Option(min=1, help="answered at each length")]
+Batches = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--batch", min=1, help="prompts of one length answered at once: 1 and 4; may be repeated"
+    ),
+]
 
 
 def run(
     out: Out = None,
     prompts: Sequence[int] = (512, 2048, 4096),
+    batches: Batches = None,
     answer: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 32,
     rounds: Rounds = 3,
     steps: Steps = 1000,
     questions: Questions = 40,
     threads: Threads = 1,
 ) -> dict[str, Any]:
-    """Return {"rows": [{"prompt", "cache", "prefill_j", "decode_j", "decode_ratio",
+    """Return {"rows": [{"prompt", "batch", "cache", "prefill_j", "decode_j", "decode_ratio",
     "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement", "exact_match"}], …}.
 
-    decode_j is of the tokens behind the first, answer_ratio of prefill and decode together; ratios
-    are to the dynamic cache of the same round, medians over rounds. agreement is the share of
-    tokens behind the first that are those of the dynamic cache. out: a folder to write report.md
-    and results.json to.
+    Joules are per answer. decode_j is of the tokens behind the first, answer_ratio of prefill and
+    decode together; ratios are to the dynamic cache of the same round, medians over rounds.
+    Several prompts at once are answered by the caches without loss alone, where they have at most
+    8,192 tokens together. agreement is the share of tokens behind the first that are those of the
+    dynamic cache. out: a folder to write report.md and results.json to.
     """
     started = time.monotonic()
     with (
@@ -70,7 +82,7 @@ def run(
         tempfile.TemporaryDirectory() as folder,
         track("kv_cache", dir=folder) as run_,
     ):
-        rows, parameters = _costs(prompts, answer, rounds, run_)
+        rows, parameters = _costs(prompts, batches or [1, 4], answer, rounds, run_)
         answers, training = ([], None) if not steps else _trained(prompts, steps, questions, run_)
     result = {
         "rows": rows, "answers": answers, "rounds": rounds, "answer_tokens": answer,
@@ -85,51 +97,70 @@ def run(
     return result
 
 
-def _prompt(model: Any, length: int) -> dict[str, torch.Tensor]:
-    """Return images and words by chance, `length` tokens in all."""
+def _prompts(model: Any, length: int, batch: int) -> dict[str, torch.Tensor]:
+    """Return images and words by chance, `length` tokens in each of `batch` prompts."""
     patches = (SIZES["img_size"] // SIZES["patch_size"]) ** 2
     generator = torch.Generator().manual_seed(0)
     images = max(1, (length - 8) // (patches + 8))
-    image = torch.full((patches,), model.config.image_token_id)
-    parts = []
+    image = torch.full((batch, patches), model.config.image_token_id)
+    parts = [_words(batch, length - images * (patches + 8), generator)]
     for _ in range(images):
-        parts += [image, torch.randint(2, 60, (8,), generator=generator)]
-    rest = length - images * (patches + 8)
-    ids = torch.cat([torch.randint(2, 60, (rest,), generator=generator), *parts])
-    size = (images, 3, SIZES["img_size"], SIZES["img_size"])
-    return {"input_ids": ids[None], "pixel_values": torch.rand(size, generator=generator)}
+        parts += [image, _words(batch, 8, generator)]
+    size = (batch * images, 3, SIZES["img_size"], SIZES["img_size"])
+    pixels = torch.rand(size, generator=generator)
+    return {"input_ids": torch.cat(parts, 1), "pixel_values": pixels}
+
+
+def _words(batch: int, length: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2, 60, (batch, length), generator=generator)
+
+
+class _Spent(NamedTuple):
+    """What answering some prompts took: joules of both parts, seconds of the second, tokens."""
+
+    prefill: float
+    decode: float
+    decode_s: float
+    tokens: torch.Tensor
 
 
 def _costs(
-    prompts: Sequence[int], answer: int, rounds: int, run_: Tracker
+    prompts: Sequence[int], batches: Sequence[int], answer: int, rounds: int, run_: Tracker
 ) -> tuple[list[dict[str, Any]], int]:
-    """Return a row for each prompt and cache, and the model's parameters."""
+    """Return a row for each prompt, batch and cache, and the model's parameters."""
     torch.manual_seed(0)
     model: Any = models.build("plain/llava", **SIZES).eval()
     rows = []
-    for length in prompts:
-        inputs = {**_prompt(model, length), "max_new_tokens": answer, "min_new_tokens": answer,
-                  "do_sample": False}  # fmt: skip
-        spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
+    for batch, length in itertools.product(batches, prompts):
+        if batch > 1 and batch * length > MOST:
+            continue
+        inputs = {**_prompts(model, length, batch), "max_new_tokens": answer,
+                  "min_new_tokens": answer, "do_sample": False}  # fmt: skip
+        names = LOSSLESS if batch > 1 else (*METHODS, AGAIN)
+        spent: dict[str, list[_Spent]] = {name: [] for name in names}
         for number in range(rounds + 1):
-            for name in in_turn(METHODS, number):
+            for name in in_turn(names, number):
                 spent[name].append(_spent(model, name, inputs, run_))
-        for name, own in spent.items():
-            # the first warms up; ratios are of one round, whose neighbours met all alike
-            pairs = [*zip(own, spent[FULL], strict=True)][1:]
-            prefill, decode, seconds = (statistics.median(p[i] for p, _ in pairs) for i in range(3))
-            rows.append({
-                "prompt": length, "cache": name, "prefill_j": _figure(prefill),
-                "decode_j": _figure(decode), "decode_ms_per_token": _figure(1e3 * seconds),
-                "decode_ratio": _ratio(pairs, 1, 2), "answer_ratio": _ratio(pairs, 0, 2),
-            })  # fmt: skip
+        rows += [_row(length, name, own, spent[FULL]) for name, own in spent.items()]
     return rows, sum(p.numel() for p in model.parameters())
 
 
-def _spent(
-    model: Any, name: str, inputs: Mapping[str, Any], run_: Tracker
-) -> tuple[float, float, float]:
-    """Return the joules of prefill and decode, and the seconds of a decoded token."""
+def _row(length: int, name: str, own: Sequence[_Spent], full: Sequence[_Spent]) -> dict[str, Any]:
+    """Return the medians of a cache's rounds, per answer, and of its ratios to the dynamic one."""
+    pairs = [*zip(own, full, strict=True)][1:]  # the first warms up; neighbours met a round alike
+    batch, words = full[0].tokens.shape
+    prefill, decode, seconds = (statistics.median(p[i] for p, _ in pairs) / batch for i in range(3))
+    same = [bool((a == b).all()) for p, f in pairs for a, b in zip(p.tokens, f.tokens, strict=True)]
+    return {
+        "prompt": length, "batch": batch, "cache": name, "prefill_j": _figure(prefill),
+        "decode_j": _figure(decode), "decode_ms_per_token": _figure(1e3 * seconds / (words - 1)),
+        "decode_ratio": _ratio(pairs, 1, 2), "answer_ratio": _ratio(pairs, 0, 2),
+        "same_answers": round(sum(same) / len(same), 3) if name in LOSSLESS else None,
+    }  # fmt: skip
+
+
+def _spent(model: Any, name: str, inputs: Mapping[str, Any], run_: Tracker) -> _Spent:
+    """Return what answering took with one of the caches."""
     with _cached(model, name):
         answered = generate(run_, model, **inputs)
     components = run_.header["components"]
@@ -137,13 +168,14 @@ def _spent(
         pricing.joules({k: v for k, v in part.items() if k != "at_s"}, components).value or 0.0
         for part in (answered.prefill, answered.decode)
     )
-    return prefill, decode, answered.decode["at_s"] / (inputs["max_new_tokens"] - 1)
+    tokens = answered.output[:, inputs["input_ids"].shape[1] :]
+    return _Spent(prefill, decode, answered.decode["at_s"], tokens)
 
 
 @contextmanager
 def _cached(model: nn.Module, name: str) -> Iterator[None]:
     """Let a model answer with one of the caches within."""
-    request = METHODS[name]
+    request = METHODS.get(name)
     if request is None:
         yield
         return
@@ -203,7 +235,7 @@ def _said(model: Any, name: str, dialogue: _dialogues.Dialogue) -> list[int]:
 
 
 def _ratio(
-    pairs: Sequence[tuple[Sequence[float], Sequence[float]]], begin: int, end: int
+    pairs: Sequence[tuple[Sequence[Any], Sequence[Any]]], begin: int, end: int
 ) -> float | None:
     each = [sum(a[begin:end]) / sum(b[begin:end]) for a, b in pairs if sum(b[begin:end])]
     return round(statistics.median(each), 3) if each else None
@@ -213,20 +245,51 @@ def _figure(value: float) -> float:
     return float(f"{value:.3g}")
 
 
+def _line(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Say where a static cache stays below the line, where it does not, and where two dynamic ones
+    read too far apart to tell."""
+    ratio = {(r["batch"], r["prompt"], r["cache"]): r["decode_ratio"] for r in rows}
+    where: dict[str, list[str]] = {"below": [], "above": [], "unclear": []}
+    for (batch, prompt, cache), value in ratio.items():
+        if cache != "static" or value is None:
+            continue
+        apart = _floor.ratio([ratio.get((batch, prompt, AGAIN))]) or 1.0
+        which = "below" if value * apart <= LINE else "above" if value / apart > LINE else "unclear"
+        count = "one prompt" if batch == 1 else f"{batch} prompts at once"
+        where[which].append(f"{count} of {prompt:,} tokens (×{value:.2f})")
+    below, above, unclear = (", ".join(w) or "nothing" for w in where.values())
+    alike = all(r["same_answers"] == 1 for r in rows if r["cache"] == "static")
+    same = "the same in every token" if alike else "NOT the same"
+    return (
+        f"The static cache takes at most {LINE} of the decode joules of transformers' dynamic one "
+        f"for {below}, more for {above}; too near to tell, for two dynamic caches read as far "
+        f"apart: {unclear}. Its answers are {same}."
+    )
+
+
 def _markdown(result: Mapping[str, Any], out: Path) -> str:
+    batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
+    chosen = " ".join(f"--batch {batch}" for batch in batches)
+    apart = _floor.ratio(r["decode_ratio"] for r in result["rows"] if r["cache"] == AGAIN)
     lines = [
         "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
-        f"`greenvis bench kv_cache --rounds {result['rounds']} --answer {result['answer_tokens']} "
+        _line(result["rows"]), "",
+        f"`greenvis bench kv_cache {chosen} --rounds {result['rounds']} "
+        f"--answer {result['answer_tokens']} "
         f"--steps {result['steps']} --questions {result['questions']} --out {out}`, "
         f"{result['seconds']} s on {os.cpu_count()} "
         f"logical CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
         f"{result['parameters']:,} parameters with random weights answers "
-        f"{result['answer_tokens']} tokens, one prompt at a time; medians of {result['rounds']} "
-        "rounds in which all caches take turns. `decode_j` is of the tokens behind the first, "
-        "`answer_ratio` of the answer as a whole, prompt included, both beside transformers' "
-        "dynamic cache in the same round. Caches that let rows go keep a quarter of the prompt's.",
+        f"{result['answer_tokens']} tokens to each prompt, `batch` prompts of one length at once; "
+        f"medians of {result['rounds']} rounds in which all caches take turns. Joules are per "
+        "answer: `decode_j` of the tokens behind the first, `answer_ratio` of the answer as a "
+        "whole, prompt included, both beside transformers' dynamic cache in the same round. "
+        "Caches that let rows go keep a quarter of the prompt's. With more prompts at once the "
+        "weights are read once for all, and what each token costs is its prompt's rows: read, "
+        "and by the dynamic cache copied.",
         "", *_floor.table(result["rows"]), "",
-        _floor.sentence(None, "", result["repeatability"]), "",
+        _floor.sentence(apart, "two dynamic caches' decode where they are furthest from each other "
+                        "(`dynamic again` has that of each setting)", result["repeatability"]), "",
     ]  # fmt: skip
     if not result["answers"]:
         return "\n".join([*lines, "No model was trained for it: what is answered with fewer rows "
