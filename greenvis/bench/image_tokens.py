@@ -21,7 +21,7 @@ from torch import nn
 from greenvis import models
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Out, Rounds, Threads
-from greenvis.bench.tokens import measured
+from greenvis.bench._turns import measured
 from greenvis.core.example import Example
 from greenvis.core.wrap import wrap
 from greenvis.experiment.optim import threads as cpu_threads

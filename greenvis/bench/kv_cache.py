@@ -149,7 +149,10 @@ def _row(length: int, name: str, own: Sequence[_Spent], full: Sequence[_Spent]) 
     """Return the medians of a cache's rounds, per answer, and of its ratios to the dynamic one."""
     pairs = [*zip(own, full, strict=True)][1:]  # the first warms up; neighbours met a round alike
     batch, words = full[0].tokens.shape
-    prefill, decode, seconds = (statistics.median(p[i] for p, _ in pairs) / batch for i in range(3))
+    prefill, decode, seconds = (
+        statistics.median(column) / batch
+        for column in zip(*((p.prefill, p.decode, p.decode_s) for p, _ in pairs), strict=True)
+    )
     same = [bool((a == b).all()) for p, f in pairs for a, b in zip(p.tokens, f.tokens, strict=True)]
     return {
         "prompt": length, "batch": batch, "cache": name, "prefill_j": _figure(prefill),

@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from greenvis import models
 from greenvis.bench import _floor, _output
 from greenvis.bench._options import Model, Out, Rounds, Threads
+from greenvis.bench._turns import measured
 from greenvis.core.wrap import wrap
 from greenvis.experiment.optim import threads as cpu_threads
 from greenvis.meters import flops
-from greenvis.meters.devices import wait
 from greenvis.meters.header import cpu
-from greenvis.meters.speed import in_turn
-from greenvis.meters.track import Tracker, track
+from greenvis.meters.track import track
 from greenvis.models.structure import example_input
 from greenvis.techniques import registry
 
@@ -103,28 +101,6 @@ def run(
 
 def _name(r: Any) -> str:
     return str(r) if isinstance(r, int) else f"({r[0]}, {r[1]:+d})"
-
-
-def measured(
-    arms: dict[str, nn.Module], x: Any, device: torch.device, rounds: int, run: Tracker
-) -> dict[str, list[tuple[float, float | None]]]:
-    """Return seconds and joules of one batch, a tensor or an `Example`, by arm and round."""
-    timings: dict[str, list[tuple[float, float | None]]] = {name: [] for name in arms}
-    x, clock = x.to(device), time.perf_counter if device.type == "cuda" else time.process_time
-    with torch.inference_mode():
-        for arm in arms.values():
-            arm.to(device)(x[:2])
-        for i in range(rounds):
-            for name in in_turn(arms, i):
-                wait([device])
-                before, start = run.energy().value, clock()
-                arms[name](x)
-                wait([device])
-                seconds, after = clock() - start, run.energy().value
-                timings[name].append(
-                    (seconds, None if before is None or after is None else after - before)
-                )
-    return timings
 
 
 def _rows(
