@@ -26,7 +26,7 @@ COMPARING = [
 ]
 RENAMED: dict[str, str] = {}  # keys of results.json: the old name, the new one
 DERIVED = {"vs_baseline", "comparisons", "noise_floor", "network"}
-ADDED = {"further", "labels", "images", "label_seconds"}  # keys that results have since
+ADDED = {"further", "labels", "images", "label_seconds", "arm"}  # keys that results have since
 IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
 
 
@@ -88,7 +88,7 @@ def test_a_report_has_records_and_they_give_its_results(folder: Path) -> None:
     old = json.loads((folder / "results.json").read_text())
     options = {key: old[key] for key in ("baseline", "metric", "served", "margin")}
     new = results(folder / archive.NAME, **options).as_json()
-    for words in ("title", "note"):  # who made the report may have given it others
+    for words in ("title", "note", "arm"):  # who made the report may have given it others
         old[words] = new[words] = None
     assert _same(old, new) == []
     assert _same(new, old) == []
