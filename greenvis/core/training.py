@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import deprecated
 
 from greenvis.core import distributed, trainers
 from greenvis.core.random import RandomState
@@ -238,14 +238,14 @@ class Training(Seams):
         for live in self.installed:
             live.end_experience(loader)
 
-    @deprecated("begin_task is begin_experience now")
     def begin_task(self, task: Experience) -> None:
         """Call `begin_experience`, which it was in the first releases."""
+        warnings.warn("begin_task is begin_experience now", DeprecationWarning, stacklevel=2)
         self.begin_experience(task)
 
-    @deprecated("end_task is end_experience now")
     def end_task(self, loader: Any) -> None:
         """Call `end_experience`, which it was in the first releases."""
+        warnings.warn("end_task is end_experience now", DeprecationWarning, stacklevel=2)
         self.end_experience(loader)
 
     def plan(self, steps: int, seed: int = 0) -> None:
