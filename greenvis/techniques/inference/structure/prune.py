@@ -16,7 +16,7 @@ from greenvis.core.technique import InputShape, Installed, Technique
 from greenvis.errors import BadInput, GreenvisError, some
 from greenvis.models.structure import View, view
 from greenvis.techniques._shared.attach import check_runs
-from greenvis.techniques.inference.structure import _cuts
+from greenvis.techniques.inference.structure import _cuts, _heads, _planned
 from greenvis.techniques.inference.structure._cuts import Plan, Share
 
 PARTS = ("channels", "heads", "neurons")
@@ -88,14 +88,14 @@ class Prune(Technique):
     def install(self, model: nn.Module) -> Installed:
         """Take units out. Raises BadInput for a model without such units, or whose layers cannot be
         followed."""
-        _cuts.require_torch_pruning()
+        _planned.require_torch_pruning()
         if any(not 0 < width < 1 for width in self.widths):
             raise BadInput(f"widths are {self.widths}; each is a share between 0 and 1")
         chosen = None if self.targets is None else frozenset(find(model, self.targets, nn.Module))
         structure = view(model, self.input_shape, probe=False)
         parts = self._parts(model, structure, chosen)
         share = Share(self.ratio, parts, self.importance, self.multiple_of, chosen)
-        plan = _cuts.planned(model, structure, share)
+        plan = _planned.planned(model, structure, share)
         if self.ratio and not plan:
             raise BadInput(
                 f"{type(model).__name__} has no unit to take out at a ratio of {self.ratio:g}"
@@ -129,7 +129,7 @@ class Prune(Technique):
             has["channels"] = "it has no convolution behind its patch embedding"
         if not structure.mlps:
             has["neurons"] = "it has no MLP"
-        why = [_cuts.obstacle(model, a) for a in structure.attention]
+        why = [_heads.obstacle(model, a) for a in structure.attention]
         if not why or all(why):
             has["heads"] = why[0] if why else "it has no attention"
         elif self.ratio:
@@ -146,8 +146,8 @@ class Prune(Technique):
 
     def _heads_fail(self, model: nn.Module, structure: View, share: Share) -> dict[str, str]:
         """Try whether the model without heads answers as with them silent."""
-        trial = _cuts.applied(model, _cuts.planned(model, structure, share))
-        silent = _cuts.silent(model, structure, share)
+        trial = _cuts.applied(model, _planned.planned(model, structure, share))
+        silent = _heads.silent(model, structure, share)
         try:
             same = _cuts.same_answers(silent, trial, structure.example)
             why = "without them it does not answer as with them silent"
@@ -160,7 +160,7 @@ class Prune(Technique):
     ) -> Plan:
         """Return what stays at a width, of what `plan` leaves."""
         ratio = 1 - (1 - self.ratio) * width
-        narrow = _cuts.planned(model, structure, Share(ratio, *_rest(share)))
+        narrow = _planned.planned(model, structure, Share(ratio, *_rest(share)))
         norm = next(
             (
                 path
