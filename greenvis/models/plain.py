@@ -4,6 +4,7 @@ measured on."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from torch import nn
@@ -85,6 +86,73 @@ def convnet(
     ]
     classifier = nn.Linear(channels[-1], num_classes)
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), classifier)
+
+
+def vit(
+    *,
+    num_classes: int = 10,
+    in_chans: int = 1,
+    img_size: int = 28,
+    patch_size: int = 4,
+    embed_dim: int = 64,
+    depth: int = 4,
+    num_heads: int = 2,
+    global_pool: str = "avg",
+) -> nn.Module:
+    """Return a vision transformer of timm's for few images: its tokens are made by three 3 x 3
+    convolutions with batch norm and ReLU, or as many as halve the image to its patches (Xiao et
+    al., 2021), not by one whose kernel ends where the patch does.
+
+    Args:
+        num_classes: Outputs.
+        in_chans: Channels of the images.
+        img_size: Their side in pixels.
+        patch_size: Pixels from token to token, a power of 2.
+        embed_dim: Width.
+        depth: Blocks.
+        num_heads: Heads of their attention.
+        global_pool: What is classified, as timm has it: "avg" for the mean of the patches, "token"
+            for the class token.
+
+    Returns:
+        The model, of (img_size / patch_size)² + 1 tokens.
+
+    Raises:
+        BadInput: For a patch_size that is no power of 2, or does not divide the image.
+    """
+    from timm.models.vision_transformer import VisionTransformer
+    from timm.models.vision_transformer_hybrid import HybridEmbed
+
+    halvings = patch_size.bit_length() - 1
+    if patch_size != 2**halvings or img_size % patch_size:
+        raise BadInput(
+            f"plain/vit: patch_size is {patch_size}, which is no power of 2 that divides img_size "
+            f"({img_size})"
+        )
+    count = max(3, halvings)
+    widths = [in_chans, *[max(1, embed_dim >> i) for i in reversed(range(1, count - 1))]]
+    widths += [embed_dim] * 2
+    stem = nn.Sequential(
+        *[
+            nn.Sequential(
+                nn.Conv2d(width, following, 3, 1 + (i < halvings), padding=1, bias=False),
+                nn.BatchNorm2d(following),
+                nn.ReLU(),
+            )
+            for i, (width, following) in enumerate(pairwise(widths))
+        ]
+    )
+    return VisionTransformer(
+        img_size=img_size,
+        patch_size=1,  # of what the stem gives
+        in_chans=in_chans,
+        num_classes=num_classes,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        global_pool=global_pool,  # type: ignore[arg-type]
+        embed_layer=partial(HybridEmbed, backbone=stem),
+    )
 
 
 def vae(*, num_classes: int = 10, in_chans: int = 1, img_size: int = 28) -> nn.Module:

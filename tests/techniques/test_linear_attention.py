@@ -31,6 +31,7 @@ from greenvis.techniques.inference.attention._cores import (
 )
 from greenvis.techniques.inference.attention._modules import LocalConv, OwnAttention, key_weights
 from greenvis.techniques.inference.attention.linear_attention import LinearAttention
+from greenvis.techniques.inference.distill.distill import Distill
 
 DATA = Path(__file__).parents[1] / "fixtures"
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-4}
@@ -274,6 +275,21 @@ def test_alignment_teaches_attentions_alone() -> None:
     assert after.requires_grad
     assert live.undo() is model
     assert not model._forward_hooks
+
+
+def test_no_teacher_is_asked_while_attentions_are_aligned() -> None:
+    model: Any = HOSTS["timm-vit"].build().train()
+    teacher = HOSTS["timm-vit"].build()
+    x, y = torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    live = gv.wrap(model, [LinearAttention(align=1), Distill(teacher=teacher)])
+    asked: list[Any] = []
+    teacher.register_forward_hook(lambda *args: asked.append(args))
+    assert set(live.terms(x, y, model(x))) == {"align"}
+    assert not asked
+    live.step_end()
+    live.epoch_end()
+    assert set(live.terms(x, y, model(x))) == {"distill_kd"}
+    assert len(asked) == 1
 
 
 def test_it_says_whether_it_pays(recwarn: pytest.WarningsRecorder) -> None:

@@ -90,7 +90,7 @@ class InstalledDistill(Installed):
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"distill_KIND": weight · loss} for each loss; nothing once the teachers' epochs
-        are over."""
+        are over, or for answers that no gradient leads to (attentions that are aligned first)."""
         if logits is None:
             raise GreenvisError(
                 "distill needs the student's logits; a pretext technique gives none: use them in "
@@ -101,6 +101,8 @@ class InstalledDistill(Installed):
             return {}
         own = self._taps.take()
         heads = list(self._head_taps.take().values())
+        if torch.is_grad_enabled() and not logits_of(logits).requires_grad:
+            return {}
         if self.request.cache and self.samples is None and not self.steps:
             self.note("distill: nothing is cached, for the loop does not say which samples a batch "
                       "holds (`Wrapped.set_samples`), "
