@@ -98,6 +98,7 @@ def vit(
     depth: int = 4,
     num_heads: int = 2,
     global_pool: str = "avg",
+    patch_drop_rate: float = 0.0,
 ) -> nn.Module:
     """Return a vision transformer of timm's for few images: its tokens are made by three 3 x 3
     convolutions with batch norm and ReLU, or as many as halve the image to its patches (Xiao et
@@ -113,6 +114,7 @@ def vit(
         num_heads: Heads of their attention.
         global_pool: What is classified, as timm has it: "avg" for the mean of the patches, "token"
             for the class token.
+        patch_drop_rate: Share of the patches that a training step leaves out, drawn for each image.
 
     Returns:
         The model, of (img_size / patch_size)² + 1 tokens.
@@ -151,6 +153,7 @@ def vit(
         depth=depth,
         num_heads=num_heads,
         global_pool=global_pool,  # type: ignore[arg-type]
+        patch_drop_rate=patch_drop_rate,
         embed_layer=partial(HybridEmbed, backbone=stem),
     )
 

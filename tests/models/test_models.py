@@ -382,9 +382,13 @@ def test_a_convnet_sees_every_pixel_and_keeps_one() -> None:
 @pytest.mark.parametrize(("patch_size", "convolutions"), [(1, 3), (2, 3), (16, 4)])
 def test_a_transformer_with_a_stem_of_convolutions(patch_size: int, convolutions: int) -> None:
     options: Any = {"patch_size": patch_size, "embed_dim": 16, "depth": 1, "img_size": 16}
+    options["patch_drop_rate"] = 0.5
     model: Any = models.build("plain/vit", num_classes=3, **options).eval()
     assert _forward(model, 2, 1, 16, 16).shape == (2, 3)
     assert model.forward_features(torch.rand(1, 1, 16, 16)).shape[1] == (16 // patch_size) ** 2 + 1
+    model.patch_drop.train()
+    dropped = model.forward_features(torch.rand(1, 1, 16, 16)).shape[1]
+    assert dropped == max(1, (16 // patch_size) ** 2 // 2) + 1
     stem = [m for m in model.patch_embed.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert len(stem) == convolutions
     assert [a.kind for a in view(model).attention] == ["linear"]
