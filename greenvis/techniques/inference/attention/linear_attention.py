@@ -40,7 +40,10 @@ class LinearAttention(Technique):
     kernel is the quicker, and the technique says so, from a measurement of both on this machine.
     The answers change, so train on, or distil from the original; `align` epochs before that each
     attention learns what the original one answers to the original's inputs (Hedgehog, section 4.2),
-    at the cost of a forward and the attentions' backward. `core: relu` and `elu` have no
+    at the cost of a forward and the attentions' backward. A small transformer of 1,025 tokens was
+    converted so in three epochs, for 0.26 of the joules of training the linear one from scratch,
+    within 0.4 points of its teacher on each of three seeds, and takes 0.35 of its joules per image
+    (reports/structure-linear-attention). `core: relu` and `elu` have no
     weights of their own, `polaformer` keeps signs (with `conv: 5` and `gate` it is the published
     layer; both change nothing at first), `hedgehog` and `ssd` learn maps, `rfa` has
     random features; `tssa` reads the values' projection alone and is to be trained anew. The
