@@ -97,6 +97,7 @@ METHODS = [
     Consistency(mu=2, threshold=0.2), Consistency(mu=2, method="freematch"), GREEN,
     Consistency(mu=2, method="softmatch"), PseudoLabel(mu=2, threshold=0.2),
     Consistency(mu=2, method="uda", threshold=0.2, annealing="exp", warmup=0.5),
+    Consistency(mu=2, method="softmatch", refresh=2),
 ]  # fmt: skip
 
 

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 import greenvis as gv
 from greenvis import data
-from greenvis.errors import BadInput
 from greenvis.techniques.annotation.consistency import _weights as w
 from greenvis.techniques.annotation.consistency._kept_answers import KeptAnswers
 from greenvis.techniques.annotation.consistency.consistency import Consistency
@@ -140,10 +139,6 @@ def test_annealing_leaves_out_what_is_answered_well_until_the_end() -> None:
 @pytest.mark.parametrize("method", ["fixmatch", "freematch", "softmatch", "uda"])
 @pytest.mark.parametrize("refresh", [None, 2])
 def test_a_batch_without_labels_is_finite(method: Any, refresh: int | None) -> None:
-    if refresh is not None and method != "fixmatch":
-        with pytest.raises(BadInput, match="refresh"):
-            Consistency(method=method, refresh=refresh)
-        return
     live = gv.wrap(nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES)), Consistency(
         mu=1, method=method, refresh=refresh, annealing="exp" if method == "uda" else None))  # fmt: skip
     live.feed(unlabeled=[torch.rand(1, 1, 2, 2)])  # one image has no variance
@@ -217,6 +212,59 @@ def test_the_green_variant_computes_strong_views_of_sure_images_alone() -> None:
     assert rows == [2, 2, 0, 2]
     assert read == [3, 6, 7, 10]
     assert live.facts() == {"consistency_sure": 0.5, "consistency_looked_at": round(10 / 12, 4)}
+
+
+@pytest.mark.parametrize("method", ["fixmatch", "freematch", "softmatch", "uda"])
+def test_the_green_variant_loads_and_answers_no_image_more_than_counts(method: Any) -> None:
+    torch.manual_seed(3)
+    images = torch.randn(40, 1, 2, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    with torch.no_grad():
+        model[1].weight.mul_(9)
+    settings: dict[str, Any] = {"threshold": 0.8} if method in ("fixmatch", "uda") else {}
+    live = gv.wrap(model, Consistency(method=method, mu=1, refresh=3, area=1.0, **settings))
+    stream, rows = _Stream(images), {True: 0, False: 0}
+    live.feed(unlabeled=stream)
+
+    def count(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+        rows[output.requires_grad] += len(args[0])
+
+    model.register_forward_hook(count)
+    strong = 0
+    for step in range(6):
+        live.feeds.number = step
+        x, y = live.batch(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+        strong += len(x) - 2
+        live.loss(x, y, model(x)).backward()
+        live.step_end()
+    facts = live.facts()
+    looked, sure = facts["consistency_looked_at"], facts["consistency_sure"]
+    assert rows[False] == stream.read == round(looked * 240)
+    assert rows[True] == 12 + strong == 12 + round(sure * 240)
+    assert 0 < sure < looked < 1
+
+
+def test_soft_weights_are_probabilities_of_a_strong_view() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, CLASSES))
+    images, logits = torch.randn(IMAGES, 1, 2, 2), torch.randn(CLASSES)
+    live = gv.wrap(model, Consistency(method="softmatch", mu=1, momentum=0.0, refresh=1))
+    live.feed(unlabeled=[images])
+    means = w.SoftMatch(CLASSES, 0.0, torch.device("cpu"))
+    weak = model(images).softmax(1).detach()
+    means.observe(weak)
+    share = means.weights(weak)
+    losses = -logits.log_softmax(0)[weak.argmax(1)]
+    terms, draws = [], 600
+    for _ in range(draws):
+        x, y = live.batch(torch.rand(2, 1, 2, 2), torch.tensor([0, 1]))
+        terms.append(live.terms(x, y, logits.expand(len(x), -1))["consistency"].item())
+        live.step_end()
+    deviation = (share * (1 - share) * losses.square()).sum().sqrt().item() / IMAGES
+    assert 0 < share.min() < share.max() == 1
+    assert np.mean(terms) == pytest.approx(
+        (share * losses).mean().item(), abs=4 * deviation / math.sqrt(draws)
+    )
 
 
 def test_without_positions_nothing_rests_and_norms_see_no_weak_view() -> None:

@@ -42,12 +42,13 @@ class Consistency(Technique):
     strong images stand in one batch, so that batch norms see them together; losses, thresholds and
     means are over all unlabelled images of a step.
 
-    `refresh: n` is a green variant of fixmatch, ours. Weak views are answered without a gradient,
-    in eval mode; only those answered surely get a strong view, which alone stands in the batch; and
-    an image that was twice answered alike, its strong view too, is left out of n - 1 passes, for
-    its loss is near nothing. The mean is over the images left out as well. A step costs less the
-    more the model knows; it does not where nothing is sure. Resting needs a stream that says which
-    images it gives: a recipe's does.
+    `refresh: n` is a green variant of each, ours. Weak views are answered without a gradient, in
+    eval mode; only images that count get a strong view, which alone stands in the batch (of soft
+    weights, an image counts whole with its weight as the probability: the same mean); and one that
+    was twice answered alike, its strong view too and surely, is left out of n - 1 passes, not even
+    loaded, for its loss is near nothing. The mean is over the images left out as well, thresholds
+    are not. A step costs less the more the model knows; it does not where nothing is sure. Resting
+    needs a stream that says which images it gives: a recipe's does.
 
     Draws from the stream "unlabeled", whose images come weakly augmented as the data says; strong
     views (crop, flip, contrast, brightness, a square cut out) are made here. Adds the term
@@ -71,7 +72,6 @@ class Consistency(Technique):
     needs = frozenset({"gradients"})
     only_with: ClassVar[OnlyWith] = {
         "threshold": ("method", ("fixmatch", "uda")),
-        "refresh": ("method", ("fixmatch",)),
         "momentum": ("method", ("freematch", "softmatch")),
         "fairness": ("method", ("freematch",)),
         "temperature": ("method", ("uda",)),
@@ -83,6 +83,7 @@ class Consistency(Technique):
         {"method": "softmatch"},
         {"method": "uda", "threshold": 0.1, "annealing": "exp"},
         {"threshold": 0.1, "refresh": 2},
+        {"method": "softmatch", "refresh": 2},
     )
 
     method: Literal["fixmatch", "freematch", "softmatch", "uda"] = Field(
@@ -158,14 +159,22 @@ class InstalledConsistency(Unlabelled):
         weak = weak.detach()
         probabilities = weak.softmax(1)
         weights = self.weights(probabilities)
-        if self.request.method == "uda":
-            losses = divergences(sharpened(weak, self.request.temperature), strong)
-        else:
-            losses = F.cross_entropy(strong, weak.argmax(1), reduction="none")
-        loss = (weights * losses).mean()
-        if isinstance(self.means, FreeMatch):
-            loss = loss + self.request.fairness * self.means.fairness(strong, weights)
+        loss = (weights * self.losses(weak, strong)).mean() + self.fairness(strong, weights)
         return self.term(loss, weights)
+
+    def losses(self, weak: Tensor, strong: Tensor) -> Tensor:
+        """Return how far each strong view's logits are from what its weak view's teach, (batch,),
+        of (batch, classes)."""
+        if self.request.method == "uda":
+            return divergences(sharpened(weak, self.request.temperature), strong)
+        return F.cross_entropy(strong, weak.argmax(1), reduction="none")
+
+    def fairness(self, strong: Tensor, weights: Tensor) -> Tensor | float:
+        """Return FreeMatch's term that keeps all classes answered, with its factor; 0 of other
+        methods."""
+        if not isinstance(self.means, FreeMatch):
+            return 0.0
+        return self.request.fairness * self.means.fairness(strong, weights)
 
     def weights(self, probabilities: Tensor) -> Tensor:
         """Return how much each image counts, (batch,), of answers (batch, classes) to weak views;
@@ -218,44 +227,49 @@ class InstalledGreen(InstalledConsistency):
         assert request.refresh is not None
         self.earlier = KeptAnswers(request.refresh)
         self.looked = self.drawn = 0
-        self._step: tuple[Tensor | None, Tensor, int] | None = None  # positions, classes, drawn
+        self._step: tuple[Tensor | None, Tensor, Tensor, int] | None = None
 
     def batch(self, x: Any, y: Any) -> tuple[Any, Any]:
-        """Put strong views behind the labelled images: of those whose weak view is answered
-        surely."""
+        """Put strong views behind the labelled images: of those whose weak view's answer counts."""
         self.check(x, y)
-        mu, threshold = self.request.mu, self.request.threshold
-        positions, where, drawn = self.feed_positions("unlabeled", mu), None, 0
+        positions, where = self.feed_positions("unlabeled", self.request.mu), None
+        drawn = 0 if positions is None else len(positions)
         if positions is not None:
             where = self.earlier.due(positions).nonzero().squeeze(1)
-            drawn = len(positions)
             positions = positions[where]
             if not len(where):
-                self._step = positions, y.new_zeros(0), drawn
+                none = torch.zeros(0, 1, device=x.device)
+                self._step = positions, none[:, 0].bool(), none, drawn
                 return self.put_behind(x, y, [])
-        weak = self.feed("unlabeled", x.device, mu, where).to(x.dtype)
+        weak = self.feed("unlabeled", x.device, self.request.mu, where).to(x.dtype)
         with in_mode(self.model, False), torch.no_grad():
-            probabilities = logits_of(self.model(weak)).float().softmax(1)
-        classes = probabilities.argmax(1).masked_fill(sure(probabilities, threshold) == 0, -1)
-        self._step = positions, classes, len(weak) if positions is None else drawn
-        chosen = weak[classes >= 0]
-        return self.put_behind(x, y, [self.strong(chosen)] if len(chosen) else [])
+            logits = logits_of(self.model(weak)).float()
+        chosen = torch.bernoulli(self.weights(logits.softmax(1))).bool()
+        self._step = positions, chosen, logits, drawn or len(weak)
+        return self.put_behind(x, y, [self.strong(weak[chosen])] if chosen.any() else [])
 
     def terms(self, x: Any, y: Any, logits: Tensor | None) -> Mapping[str, Tensor]:
         """Return {"consistency": weight · sum of the strong views' losses / images drawn}."""
         strong = self.answers(logits)
         assert self._step is not None
-        positions, classes, drawn = self._step
-        loss = F.cross_entropy(strong, classes[classes >= 0], reduction="sum") / drawn
+        positions, chosen, weak, drawn = self._step
+        taught = weak[chosen]
+        loss = self.losses(taught, strong).sum() / drawn
+        loss = loss + self.fairness(strong, chosen.new_ones(len(strong)))
         if not self.repeated:
-            learned = torch.zeros_like(classes, dtype=torch.bool)
-            own = strong.detach().softmax(1).gather(1, classes[classes >= 0][:, None])[:, 0]
-            learned[classes >= 0] = own >= self.request.threshold
             if positions is not None:
-                self.earlier.put(positions, classes.cpu(), learned.cpu())
-            self.looked += len(classes)
+                self._rest(positions, chosen, weak.argmax(1), strong.detach().softmax(1))
+            self.looked += len(chosen)
             self.drawn += drawn
         return self.term(loss, loss.new_tensor(len(strong) / drawn))
+
+    def _rest(self, positions: Tensor, chosen: Tensor, classes: Tensor, strong: Tensor) -> None:
+        """Note the answers to a step's images, by which the easy ones rest."""
+        learned = torch.zeros_like(chosen)
+        own = strong.gather(1, classes[chosen][:, None])[:, 0]
+        learned[chosen] = own >= self.request.threshold
+        classes = classes.masked_fill(~chosen, -1)
+        self.earlier.put(positions, classes.cpu(), learned.cpu())
 
     def facts(self) -> Mapping[str, Any]:
         """Return also the share of the unlabelled images drawn that was looked at."""
