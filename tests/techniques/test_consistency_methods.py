@@ -218,9 +218,10 @@ def test_the_green_variant_computes_strong_views_of_sure_images_alone() -> None:
 def test_the_green_variant_loads_and_answers_no_image_more_than_counts(method: Any) -> None:
     torch.manual_seed(3)
     images = torch.randn(40, 1, 2, 2)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    linear = nn.Linear(4, 3)
     with torch.no_grad():
-        model[1].weight.mul_(9)
+        linear.weight.mul_(9)
+    model = nn.Sequential(nn.Flatten(), linear)
     settings: dict[str, Any] = {"threshold": 0.8} if method in ("fixmatch", "uda") else {}
     live = gv.wrap(model, Consistency(method=method, mu=1, refresh=3, area=1.0, **settings))
     stream, rows = _Stream(images), {True: 0, False: 0}
