@@ -15,7 +15,7 @@ from greenvis import models
 from greenvis.errors import BadInput
 from greenvis.tasks.vqa import Vqa
 from greenvis.techniques.inference.kv_cache.kv_cache import KvCache
-from greenvis.techniques.inference.tokens.image_tokens import ImageTokens, merged
+from greenvis.techniques.inference.tokens.image_tokens import ImageTokens, merged, pooled
 from greenvis.testing.task_matrix import task_hosts
 
 IMAGE, COUNT = 32, 16
@@ -79,6 +79,29 @@ def test_the_model_answers_as_one_that_is_given_the_tokens_that_remain(plain: An
     torch.testing.assert_close(by_position, wanted, atol=1e-5, rtol=1e-5)
     live.undo()
     assert plain(**given).logits.shape[1] == COUNT + 3
+
+
+def test_neighbours_become_their_mean_and_what_is_in_front_stays() -> None:
+    x = torch.randn(2, 1 + 16, 5, generator=torch.Generator().manual_seed(2))
+    few = pooled(x, 4, (2, 2))
+    assert torch.equal(few[:, 0], x[:, 0])
+    for field, places in enumerate(([0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15])):
+        torch.testing.assert_close(few[:, 1 + field], x[:, [1 + p for p in places]].mean(1))
+    assert torch.equal(pooled(x, 4, (4, 4)), x)
+    rows = pooled(x[:, 1:], 4, (3, 1))  # rows 0–1, 1–2, 2–3
+    torch.testing.assert_close(rows[:, 1], x[:, 1 + 4 : 1 + 12].mean(1))
+
+
+@torch.no_grad()
+def test_pooled_is_what_the_model_reads(plain: Any) -> None:
+    given = _inputs()
+    features = pooled(_features(plain, given["pixel_values"]), 4, (3, 2))
+    wanted = _by_hand(plain, features, given["input_ids"])
+    live = gv.wrap(plain, ImageTokens(method="pool", keep=6), task="vqa")
+    torch.testing.assert_close(plain(**given).logits, wanted, atol=1e-5, rtol=1e-5)
+    live.undo()
+    with pytest.raises(BadInput, match="rows × columns of fields: give a product, such as 4"):
+        gv.wrap(plain, ImageTokens(method="pool", keep=5))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -30,9 +31,10 @@ class ImageTokens(Technique):
     where answers are short nearly all a prompt costs is its image tokens. Costs a comparison of
     the tokens, once an image, and accuracy where detail is asked for. "merge" joins the most
     similar ones to their mean, again and again (bipartite soft matching of ToMe: Bolya et al.,
-    2023); "prune" keeps those that the class token of the image encoder attends to most (EViT:
-    Liang et al., 2022; for language models FasterVLM: Zhang et al., 2024). Those that stay keep
-    their order. What `generate` returns has the full prompt in front, as without.
+    2023); "pool" takes the mean of neighbours on a smaller grid (adaptive average pooling, DeCo:
+    Yao et al., 2024); "prune" keeps those that the class token of the image encoder attends to
+    most (EViT: Liang et al., 2022; for language models FasterVLM: Zhang et al., 2024). Those that
+    stay keep their order. What `generate` returns has the full prompt in front, as without.
 
     Loses against an encoder with larger patches, where one is to be trained anyway: it makes as
     few tokens, and is itself cheaper.
@@ -53,11 +55,12 @@ class ImageTokens(Technique):
     stage = "tokens"
     tasks = frozenset({"vqa"})
     instead = "token_merge and token_prune make tokens of image classifiers fewer"
-    examples = ({"keep": 0.5}, {"method": "prune", "keep": 3})
+    examples = ({"keep": 0.5}, {"method": "prune", "keep": 3}, {"method": "pool", "keep": 4})
     neutral = {"keep": 1.0}
 
-    method: Literal["merge", "prune"] = Field(
-        default="merge", description="join similar tokens, or remove what matters least"
+    method: Literal["merge", "pool", "prune"] = Field(
+        default="merge",
+        description="join similar tokens, or neighbours, or remove what matters least",
     )
     keep: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] = Field(
         default=0.25, description="tokens of an image that remain: a number, or a share of them"
@@ -86,6 +89,8 @@ class ImageTokens(Technique):
             return live
         if self.method == "prune":
             live.attended = _attended(model, config, live)
+        if self.method == "pool":
+            live.grids = _grids(count, remain)
         projectors[0].register_forward_pre_hook(live.reduce)
         model.register_forward_pre_hook(live.shorten, with_kwargs=True)
         if callable(getattr(model, "generate", None)):
@@ -106,6 +111,7 @@ class InstalledImageTokens(Installed):
         self.token = getattr(config, "image_token_id", getattr(config, "image_token_index", None))
         self.forward_names = [*inspect.signature(model.forward).parameters]
         self.attended: _Attended | None = None
+        self.grids: tuple[int, tuple[int, int]] | None = None
         self.inner: Any = None
 
     def replacement_blocker(self, path: str) -> str:
@@ -120,6 +126,8 @@ class InstalledImageTokens(Installed):
                 f"image_tokens wants {self.count} tokens of each image, and the encoder gives "
                 f"{tuple(x.shape)}: give images of the size the model was made for"
             )
+        if self.grids is not None:
+            return (pooled(x, *self.grids), *args[1:])
         if self.attended is None:
             return (merged(x, self.remain), *args[1:])
         index = best(self.attended.scores(self.count), self.remain).sort(dim=1).values
@@ -201,6 +209,37 @@ def merged(x: Tensor, remain: int) -> Tensor:
         x = x.gather(1, order.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         size = size.gather(1, order)
     return x
+
+
+def pooled(x: Tensor, side: int, grid: tuple[int, int]) -> Tensor:
+    """Return the mean tokens of the fields of a smaller grid (adaptive average pooling).
+
+    Args:
+        x: (images, tokens, channels), the last side · side of them patches, row by row; class and
+            register tokens in front stay as they are.
+        side: Rows, and columns, of patches.
+        grid: Rows and columns of fields.
+
+    Returns:
+        (images, remaining, channels), row by row.
+    """
+    front, patches = x.split([x.shape[1] - side * side, side * side], 1)
+    places = patches.mT.unflatten(2, (side, side))
+    return torch.cat([front, F.adaptive_avg_pool2d(places, grid).flatten(2).mT], 1)
+
+
+def _grids(count: int, remain: int) -> tuple[int, tuple[int, int]]:
+    """Return the side of the grid of patches, and that of `remain` tokens nearest to a square."""
+    side = math.isqrt(count)
+    fields = remain - (count - side * side)
+    sizes = [(fields // n, n) for n in range(1, side + 1) if fields > 0 and fields % n == 0]
+    fits = [size for size in sizes if size[0] <= side]
+    if not fits:
+        raise BadInput(
+            f"keep is {remain}, and neighbours on a grid of {side} × {side} become rows × columns "
+            f"of fields: give a product, such as {max(side // 2, 1) ** 2}"
+        )
+    return side, min(fits, key=lambda size: abs(size[0] - size[1]))
 
 
 class _Attended:
