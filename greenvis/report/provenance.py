@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from greenvis.meters import pricing
-from greenvis.meters.record import PAUSED
+from greenvis.meters.record import PARTLY_UNKNOWN, PAUSED
 from greenvis.report.estimates import Free
 from greenvis.report.facts import MACHINE, Ancestor, number
 from greenvis.report.runs import Arm, RunSummary
@@ -43,6 +43,7 @@ def describe(arms: list[Arm], grid: Mapping[str, Any] | None, notes: list[str]) 
             "crosscheck": _crosscheck(arms),
             "steal_s": _total(attempts, "steal_s"),
             "cpu_s": _total(attempts, "cpu_s"),
+            **_waiting(attempts),
             "paused_s": _total(attempts, PAUSED + "wall_s"),
             "damaged_lines": sum(a.damaged_lines for a in attempts),
             "missing_ranks": sum(len(a.missing_ranks) for a in attempts),
@@ -143,3 +144,20 @@ def _inside(value: float | None, low: float | None, high: float | None) -> bool 
 def _total(attempts: list[RunSummary], quantity: str) -> float | None:
     values = [t[quantity] for a in attempts for t in a.totals.values() if quantity in t]
     return float(sum(values)) if values else None
+
+
+def _waiting(attempts: list[RunSummary]) -> dict[str, float]:
+    """Return for how long no processor worked for the runs, and what memory took meanwhile."""
+    seconds = joules = 0.0
+    for attempt in attempts:
+        wall, cpu = _total([attempt], "wall_s"), _total([attempt], "cpu_s")
+        if not wall or cpu is None or cpu >= wall or _on_gpu(attempt):
+            continue
+        ram = sum(c["ram"].value or 0.0 for c in attempt.energy.values() if "ram" in c)
+        seconds, joules = seconds + wall - cpu, joules + ram * (1 - cpu / wall)
+    return {"waiting_s": seconds, "waiting_ram_j": joules}
+
+
+def _on_gpu(attempt: RunSummary) -> bool:
+    parts = (c["gpu"] for c in attempt.energy.values() if "gpu" in c)
+    return any(r.value is not None or r.provenance == PARTLY_UNKNOWN for r in parts)

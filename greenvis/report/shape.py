@@ -149,6 +149,8 @@ class Provenance(Part):
     missing_ranks: int
     steal_s: Number
     cpu_s: Number
+    waiting_s: Annotated[float, Field(ge=0)] = 0.0  # of the runs' time, while no processor worked
+    waiting_ram_j: Annotated[float, Field(ge=0)] = 0.0  # of memory held meanwhile
     paused_s: Count = None
     repriced: bool
     pricing_model: Word

@@ -26,7 +26,15 @@ COMPARING = [
 ]
 RENAMED: dict[str, str] = {}  # keys of results.json: the old name, the new one
 DERIVED = {"vs_baseline", "comparisons", "noise_floor", "network"}
-ADDED = {"further", "labels", "images", "label_seconds", "arm"}  # keys that results have since
+ADDED = {
+    "further",
+    "labels",
+    "images",
+    "label_seconds",
+    "arm",
+    "waiting_s",
+    "waiting_ram_j",
+}  # keys that results have since
 IMAGES = torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -672,3 +673,18 @@ def test_arms_look_different_and_keep_both_ends_of_their_names() -> None:
     assert sum(x["color"] == looks[0]["color"] for x in looks) == 1  # the baseline's alone
     assert figures.short("adapter in every block, rank 4", 18) == "adapter in e…ank 4"
     assert figures.short("lora") == "lora"
+
+
+def test_time_without_a_processor_is_said_with_what_memory_took_meanwhile(tmp_path: Path) -> None:
+    path = synthetic.write(tmp_path / "runs", "baseline", 0, cpu_s=240)
+    busy = results(tmp_path / "runs")
+    assert (busy.waiting_s, busy.waiting_ram_j) == (0, 0)  # its wall is below its CPU time
+    four = re.sub(r'"wall_s":[^,]+(.*"cpu_s":)([^,}]+)',
+                  lambda m: f'"wall_s":{4 * float(m[2])}{m[1]}{m[2]}', path.read_text())  # fmt: skip
+    path.write_text(four)
+    found = results(tmp_path / "runs")
+    assert found.waiting_s == pytest.approx(3 * (found.cpu_s or 0))
+    ram = sum(phase["ram"].value or 0.0 for phase in pricing.phases(record.read(path)).values())
+    assert found.waiting_ram_j == pytest.approx(0.75 * ram)
+    text = (report(tmp_path / "runs", out=tmp_path / "out").parent / "report.md").read_text()
+    assert "no processor worked for the runs" in text

@@ -6,6 +6,8 @@ from greenvis.report import formatting
 from greenvis.report.formatting import si
 from greenvis.report.shape import Check, Results
 
+WAITING = 0.1  # of the CPU time, from which on waiting is said
+
 
 def checks(results: Results) -> list[str]:
     """Say what a second meter read, and what others took of the machine."""
@@ -14,6 +16,12 @@ def checks(results: Results) -> list[str]:
         stolen, used = (formatting.duration(results.steal_s), formatting.duration(results.cpu_s))
         out.append(
             f"Time stolen by the machine's other guests: {stolen} beside {used} of CPU time."
+        )
+    if results.waiting_s > WAITING * (results.cpu_s or 0.0):
+        out.append(
+            f"For {formatting.duration(results.waiting_s)} no processor worked for the runs: "
+            "others had it, or data was waited for. Memory held meanwhile is "
+            f"{si(results.waiting_ram_j, 'J')} of their energy; on a quiet machine it is less."
         )
     return out
 
