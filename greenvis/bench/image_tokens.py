@@ -35,6 +35,7 @@ FULL, AGAIN = "all tokens", "again"
 SETTINGS: Mapping[str, Mapping[str, Any] | None] = {
     FULL: None,
     "merge": {"keep": 0.25},
+    "pool": {"method": "pool", "keep": 0.25},
     "prune": {"method": "prune", "keep": 0.25},
     "larger patches": None,
     f"{FULL} {AGAIN}": None,
@@ -132,17 +133,15 @@ def _apart(rows: Sequence[Mapping[str, Any]]) -> float | None:
 
 def _markdown(result: Mapping[str, Any], out: Path) -> str:
     rows = result["rows"]
-    merged = [r for r in rows if r["setting"] == "merge" and r["energy_ratio"] is not None]
-    said = "; ".join(
-        f"{r['energy_ratio']:.2f} with {r['batch']} of {r['image_tokens']} tokens" for r in merged
-    )
+    similar, neighbours = _said(rows, "merge"), _said(rows, "pool")
     batches = " ".join(f"--batch {b}" for b in dict.fromkeys(row["batch"] for row in rows))
     shown = [{**r, "energy_mj": _milli(r["energy_j"])} for r in rows]
     for row in shown:
         del row["energy_j"]
     return "\n".join([
         "# A short answer with a quarter of the tokens of an image", "",
-        f"Merged tokens leave of an answer's joules, by images at once: {said}.", "",
+        f"Of an answer's joules similar tokens merged leave {similar}; neighbours merged leave "
+        f"{neighbours}.", "",
         f"`greenvis bench image_tokens {batches} --rounds {result['rounds']} --out {out}`, "
         f"{result['seconds']} s on {os.cpu_count()} logical CPUs, {result['threads']} thread(s), "
         f"{result['device']}, torch {result['torch']}. The Llava of "
@@ -154,6 +153,20 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
         *_floor.table(shown), "",
         _floor.sentence(_apart(rows), "settings there twice"), "",
     ])  # fmt: skip
+
+
+def _said(rows: Sequence[Mapping[str, Any]], setting: str) -> str:
+    """Return the ratios of a setting, by tokens of an image and images at once."""
+    counts = dict.fromkeys(row["image_tokens"] for row in rows)
+    return ", ".join(
+        f"of {count} tokens "
+        + ", ".join(
+            f"×{r['energy_ratio']:.2f} ({r['batch']} at once)"
+            for r in rows
+            if (r["image_tokens"], r["setting"]) == (count, setting) and r["energy_ratio"]
+        )
+        for count in counts
+    )
 
 
 def _milli(joules: float | None) -> float | None:
