@@ -68,7 +68,10 @@ class Job:
         """Mark it as done. The mark names run and weights: a process killed before leaves a mark
         that fits neither."""
         digest = _digest(self.folder / WEIGHTS_FILE)
-        entry = {"inputs": self.inputs, "run": run, "weights": digest, "versions": versions()}
+        entry = {
+            "inputs": self.inputs, "run": run, "weights": digest, "versions": versions(),
+            "seeds": self._seeds(),
+        }  # fmt: skip
         write_json(self.folder / DONE_FILE, entry)
 
     def other_versions(self) -> str:
@@ -87,7 +90,13 @@ class Job:
             left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
         except BadInput:
             return None
-        return left if isinstance(left, dict) and left.get("inputs") == self.inputs else None
+        if not isinstance(left, dict) or left.get("inputs") != self.inputs:
+            return None
+        return left if left.get("seeds", self._seeds()) == self._seeds() else None
+
+    def _seeds(self) -> dict[str, int]:
+        """Return which seed of each it builds on: its own, where that arm has it."""
+        return {ref: used.seed for ref, used in self.uses.items()}
 
     def _has_weights_of(self, entry: dict[str, Any]) -> bool:
         path = self.folder / WEIGHTS_FILE
@@ -160,7 +169,7 @@ class Jobs:
                 ),
                 "train": arm.train.inputs(),
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
-                "uses": {ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()},
+                "uses": {ref: used.inputs for ref, used in uses.items()},
             }
             if task := _unusual(arm.task):
                 inputs["task"] = task

@@ -119,6 +119,23 @@ def test_finished_arms_are_kept_until_something_changes(finished: Path) -> None:
     assert len(_runs(copy)) == before + 3
 
 
+def test_a_further_seed_of_a_teacher_changes_its_own_student_alone(
+    finished: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(finished / "runs", tmp_path / "runs")
+    said: list[str] = []
+    session.run(
+        finished / "tiny.yaml",
+        overrides=["arms.teacher.train.seeds=[0, 1]"],
+        runs=tmp_path / "runs",
+        say=said.append,
+    )
+    assert [line for line in said if "training" in line] == [
+        "tiny/teacher seed 1: training",
+        "tiny/student seed 1: training",  # whose teacher was that of seed 0
+    ]
+
+
 def test_the_same_recipe_gives_the_same_weights(finished: Path, tmp_path: Path) -> None:
     session.run(_write(tmp_path), runs=tmp_path / "runs")
     assert _same_weights(finished / "runs", tmp_path / "runs")
