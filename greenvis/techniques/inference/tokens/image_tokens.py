@@ -34,7 +34,9 @@ class ImageTokens(Technique):
     2023); "pool" takes the mean of neighbours on a smaller grid (adaptive average pooling, DeCo:
     Yao et al., 2024); "prune" keeps those that the class token of the image encoder attends to
     most (EViT: Liang et al., 2022; for language models FasterVLM: Zhang et al., 2024). Those that
-    stay keep their order. What `generate` returns has the full prompt in front, as without.
+    stay keep their order. What `generate` returns has the full prompt in front, as without. Where
+    the grid allows the number, try "pool" first: of as many tokens it lost 0 points where "merge"
+    lost 4 (reports/image-tokens).
 
     Loses against an encoder with larger patches, where one is to be trained anyway: it makes as
     few tokens, and is itself cheaper.
