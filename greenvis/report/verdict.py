@@ -101,7 +101,7 @@ def opening(results: Results) -> str:
         inside = "; shorter plain training does that for less" if chosen.distance.inside else ""
         text = f"{label} takes {energy} and {_kept(results, label)}{inside}."
     elif label == results.arm:
-        text = f"{label} takes {energy}; {_against(results, label)}."
+        text = f"{label} takes {energy}; {_against(results, label)}{_serving(results, label)}."
     elif chosen.why == "better":
         text = (
             f"No arm is shown to cost less than {base} and keep its {name}; {label} "
@@ -171,6 +171,15 @@ def _against(results: Results, label: str) -> str:
     name = measures.written(results.measure)
     mean = formatting.points(results.measure, d.mean, digits=1)
     return f"{name} {mean}, {formatting.decided(d)}"
+
+
+def _serving(results: Results, label: str) -> str:
+    """Return what one answer of the arm takes, where that differs and is not what it is judged
+    by."""
+    r = results.arms[label].ratio("inference_energy")
+    if cost(results, label) == "inference_energy" or not formatting.shown(r):
+        return ""
+    return f"; it serves with {formatting.times(r, f'energy per {results.unit}', band=False)}"
 
 
 def cost(results: Results, label: str) -> str:

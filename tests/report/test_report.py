@@ -539,6 +539,18 @@ def test_the_verdict_is_on_the_arm_that_the_recipe_asks_about(tmp_path: Path) ->
         report(tmp_path, out=tmp_path / "out", arm="god")
 
 
+def test_the_verdict_on_an_arm_asked_about_says_what_serving_it_takes(tmp_path: Path) -> None:
+    from greenvis.report.verdict import opening
+
+    for seed in range(3):
+        for name, infer_j in (("baseline", 0.003), ("short", 0.0015)):
+            synthetic.write(
+                tmp_path, name, seed, accuracy=0.9 + 0.002 * seed, cpu_s=400 + seed,
+                infer_j=infer_j + 1e-6 * seed, header={"recipe": "report: {arm: short}"},
+            )  # fmt: skip
+    assert opening(results(tmp_path)).endswith("; it serves with 2.0 times less energy per image.")
+
+
 def test_the_margin_is_the_recipes_or_the_readers(tmp_path: Path) -> None:
     for seed in range(3):
         header = {"recipe": "report: {margin: 3, title: Study}"}
