@@ -28,6 +28,7 @@ from greenvis.report.runs import Arm, RunSummary
 from greenvis.report.sums import mean_reading, sum_reading
 from greenvis.report.teachers import teachers
 
+STEP = "cpu_s of "  # before the name of what a technique did once
 PLAIN = ("macs", "params", "trainable_params", "delta_bytes", "images_per_s", "peak_memory_mb")
 
 Intensity = Mapping[str, Any]
@@ -79,7 +80,7 @@ def results(
         train_flops=means["train_flops"],
         **{k: means[k] for k in PLAIN},
         std={k: stats.summary(plain[of]).std for k, of in TIMED.items()},
-        by_seed={k: text_keys(v) for k, v in plain.items()},
+        by_seed={k: text_keys(v) for k, v in (plain | _steps(arm)).items()},
         zones=sorted({str(z) for g in _grids(arm, grid) if (z := g.get("zone"))}),
         assumed_grid=any(g.get("assumed") for g in _grids(arm, grid)),
         # the same in two arms: the same work, the same finished network
@@ -195,6 +196,14 @@ def _by_seed(arm: Arm, value: Value) -> dict[int, float]:
 
 def _fact(name: str) -> Callable[[Arm], dict[int, float]]:
     return lambda arm: _by_seed(arm, lambda run: run.facts.numbers.get(name))
+
+
+def _steps(arm: Arm) -> dict[str, dict[int, float]]:
+    """Return CPU seconds of what techniques did once, by `STEP` and its name."""
+    names = dict.fromkeys(n for run in arm.finished.values() for n in run.facts.steps_cpu_s)
+    return {
+        f"{STEP}{n}": _by_seed(arm, lambda run, n=n: run.facts.steps_cpu_s.get(n)) for n in names
+    }
 
 
 def _grids(arm: Arm, grid: Intensity | None) -> list[Intensity]:

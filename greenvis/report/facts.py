@@ -147,6 +147,7 @@ class Facts:
     settings: dict[str, Operated]
     drawn: list[Free]  # images by setting
     outputs: list[Free]  # entries with `COUNTS` and "part"
+    steps_cpu_s: dict[str, float]  # CPU seconds of what techniques did once, by its name
     conflicts: list[dict[str, list[float]]]
     teacher_weights: dict[str, float]
 
@@ -203,6 +204,11 @@ class Facts:
             settings=_settings(points, measures),
             drawn=[dict(e) for e in _list(facts.get("drawn")) if isinstance(e, Mapping)],
             outputs=_outputs(facts),
+            steps_cpu_s={
+                name: seconds
+                for fact in facts.values()
+                for name, seconds in _numbers(_mapping(fact).get("cpu_s")).items()
+            },
             conflicts=[
                 {measure: value[measure] for measure in CONFLICT}
                 for value in facts.values()

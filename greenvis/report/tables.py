@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from greenvis.report import formatting, measures
+from greenvis.report import formatting, measures, stats
 from greenvis.report.arm_results import ArmResults
+from greenvis.report.arms import STEP
 from greenvis.report.blocks import ArmRow, ArmTable, Cell
 from greenvis.report.columns import Column
 from greenvis.report.estimates import Estimate, FurtherMetric, Ratio
@@ -104,6 +105,8 @@ def _further(metric: str, test: str) -> Column:
 def sizes(results: Results) -> list[Column]:
     """Return the columns of the second table: compute, size and speed."""
     many = plural(results.unit)
+    seeds = (r.by_seed for r in results.arms.values())
+    steps = dict.fromkeys(key for by in seeds for key in by if key.startswith(STEP))
     return [
         _plain("params", "Parameters"),
         _plain("trainable_params", "Trained parameters"),
@@ -129,6 +132,7 @@ def sizes(results: Results) -> list[Column]:
             lambda r: r.peak_memory_mb,
             lambda r: si(None if r.peak_memory_mb is None else r.peak_memory_mb * 1e6, "B"),
         ),
+        *(column for key in steps for column in _step(key)),
     ]
 
 
@@ -241,6 +245,18 @@ def _plain(key: str, title: str, unit: str = "") -> Column:
         return getattr(row, key)
 
     return Column(key, title, value, lambda r: si(value(r), unit))
+
+
+def _step(key: str) -> tuple[Column, Column]:
+    """Return the columns of what a technique did once: CPU seconds, and their ratio to the
+    baseline's."""
+
+    def mean(row: ArmResults) -> float | None:
+        return stats.summary(row.by_seed.get(key, {})).mean
+
+    title = f"CPU time of {key.removeprefix(STEP)}"
+    own = Column(key, title, mean, lambda r: si(mean(r), "s"))
+    return own, _ratio(key, f"{title} ÷ baseline")
 
 
 def _cycle(key: str, title: str, sub: Callable[[ArmResults], str] = lambda row: "") -> Column:

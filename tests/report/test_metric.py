@@ -55,6 +55,24 @@ def test_further_metrics_and_tests_have_a_table(tmp_path: Path) -> None:
     assert "| 55.0 % ± 7.1 | 2.50 ± 0.71 px |" in text
 
 
+def test_what_a_technique_did_once_stands_beside_the_baselines(tmp_path: Path) -> None:
+    for seed in SEEDS:
+        for arm, seconds in (("baseline", 0.1), ("pixels", 3.0), ("none", None)):
+            fact = {"cpu_s": {"clustering": seconds}, "points": 7}
+            maker = {"maps": {"points": 7} if seconds is None else fact}
+            synthetic.write(tmp_path / "runs", arm, seed, facts=maker)
+    content = results(tmp_path / "runs")
+    ratio = content.rows["pixels"].ratio("cpu_s of clustering")
+    assert ratio is not None
+    assert ratio.ratio == pytest.approx(30)
+    assert content.rows["none"].ratio("cpu_s of clustering") is None
+    page = report(tmp_path / "runs", out=tmp_path / "out")
+    text = (page.parent / "report.md").read_text().replace("\\", "").replace("\u00a0", " ")
+    assert "| CPU time of clustering | CPU time of clustering ÷ baseline |" in text
+    assert "| 3.0 s | ×30.0 (×30.0–30.0) |" in text
+    assert "cpu_s of clustering" in (page.parent / "results.csv").read_text().split("\n")[0]
+
+
 def test_the_primary_metric_is_read_off_the_records(runs: Path) -> None:
     content = results(runs)
     assert content.measure == ERROR

@@ -213,10 +213,14 @@ def test_three_stages_make_label_maps_without_a_mask(tmp_path: Path) -> None:
     live.set_samples(Samples(tmp_path, {"images": "a"}, 16, 1, torch.arange(16)))
     for _ in range(2):
         assert torch.equal(live.batch(x, y)[1], labels)
-    assert live.facts()["label_maps"]["kept"]["hits"] == 16
+    about = live.facts()["label_maps"]
+    assert about["kept"]["hits"] == 16
+    assert about["points"] == 16
+    assert about["cpu_s"]["clustering"] > 0
     again = wrap(_dense(), LabelMaps(base=base, clusters=2, images=16), task="segmentation")
     again.load_state_dict(live.state_dict())
     assert torch.equal(again.batch(x, y)[1], labels)
+    assert "cpu_s" not in again.facts()["label_maps"]  # nothing was clustered
     live.undo()
 
 
@@ -233,6 +237,7 @@ def test_pixels_are_clustered_and_the_largest_cluster_is_the_background() -> Non
     labels = live.batch(x, y)[1]
     counts = torch.bincount(labels.flatten(), minlength=3)
     assert counts.argmax() == 0
+    assert live.facts()["label_maps"]["points"] == labels[:, ::8, ::8].numel()
     assert (counts > 0).all()
     with live.served() as served:
         assert torch.equal(served(x).argmax(1), labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -119,6 +120,7 @@ class InstalledLabelMaps(Installed):
         self.request, self.model, self.count, self.maps = request, model, answers, maps
         self.centres: Tensor | None = None
         self.threshold, self.background = 0.0, -1
+        self._clustered: dict[str, Any] = {}
         self.outputs: FrozenOutputs | None = None
         self._modes = [(m, m.training) for m in maps.model.modules()]
         maps.model.eval()
@@ -211,8 +213,7 @@ class InstalledLabelMaps(Installed):
         count = request.clusters + largest
         if len(vectors) < count:
             raise BadInput(f"{count} clusters of {len(vectors)} points: give more images")
-        with self.phase("clustering"):
-            self.centres = self._clusters(vectors, count)
+        self.centres = self._clusters(vectors, count)
         if weights:
             self.threshold = request.threshold or otsu(torch.cat(weights))
         if largest:
@@ -231,9 +232,12 @@ class InstalledLabelMaps(Installed):
             count, n_init=repeats, max_iter=self.request.iterations,
             random_state=self.seed % 2**32,
         )  # fmt: skip
-        with warnings.catch_warnings():  # of fewer distinct points than clusters
-            warnings.simplefilter("ignore")
+        with self.phase("clustering"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fewer distinct points than clusters
+            before = time.process_time()
             means.fit(vectors.numpy())
+            spent = time.process_time() - before
+        self._clustered = {"points": len(vectors), "cpu_s": {"clustering": spent}}
         return F.normalize(torch.as_tensor(means.cluster_centers_).float(), dim=1)
 
     def _nearest(self, features: Tensor) -> Tensor:
@@ -262,8 +266,9 @@ class InstalledLabelMaps(Installed):
             return F.interpolate(labels[:, None].float(), x.shape[2:])[:, 0].long()
 
     def facts(self) -> Mapping[str, Any]:
-        """Return the threshold of the foreground, and how many label maps were read back."""
-        about: dict[str, Any] = {"threshold": self.threshold}
+        """Return the threshold of the foreground, how many points were clustered in how many CPU
+        seconds (unless centres were loaded), and how many label maps were read back."""
+        about: dict[str, Any] = {"threshold": self.threshold, **self._clustered}
         if self.outputs is not None:
             about["kept"] = self.outputs.facts()
         return {"label_maps": about}
