@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,8 +51,39 @@ class Collages:
     boxes: list[dict[str, Any]]
 
 
+Ground = Callable[[int, torch.Generator], Tensor]
+
+
+def noise(side: int, rng: torch.Generator) -> Tensor:
+    """Return grey noise, float (BLOCK, 3, side, side), 0 to 1: no image's differs from another's by
+    more than chance."""
+    return torch.rand(BLOCK, 1, side, side, generator=rng).expand(-1, 3, -1, -1)
+
+
+def textures(side: int, rng: torch.Generator) -> Tensor:
+    """Return textures, float (BLOCK, 3, side, side): two colours mixed by noise and stripes."""
+    axis = torch.linspace(0, 1, side)
+    angle, waves, share = torch.rand(3, BLOCK, 1, 1, generator=rng)
+    angle = math.pi * angle
+    lines = axis.view(1, -1, 1) * angle.sin() + axis.view(1, 1, -1) * angle.cos()
+    blend = share * torch.sin(lines * 2 * math.pi * (2 + 8 * waves))
+    for cells in (3, 8, 20):
+        coarse = torch.randn(BLOCK, 1, cells, cells, generator=rng)
+        fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
+        blend = blend + 2 / cells**0.5 * fine[:, 0]
+    first, second = torch.rand(2, BLOCK, 3, 1, 1, generator=rng)
+    return torch.lerp(first, second, blend.sigmoid().unsqueeze(1))
+
+
 def draw(
-    items: Items, count: int, side: int, *, seed: int, most: int, sizes: tuple[float, float]
+    items: Items,
+    count: int,
+    side: int,
+    *,
+    seed: int,
+    most: int,
+    sizes: tuple[float, float],
+    ground: Ground = textures,
 ) -> Collages:
     """Draw collages; later items lie over earlier ones.
 
@@ -62,6 +94,7 @@ def draw(
         seed: The first images of a seed are the same, however many are drawn.
         most: Items in an image; one at least.
         sizes: Side of an item as a share of the image's, from and to.
+        ground: What draws the backgrounds, of a side and a random state: (BLOCK, 3, side, side).
 
     Returns:
         The collages.
@@ -69,7 +102,8 @@ def draw(
     blocks = []
     for number, start in enumerate(range(0, count, BLOCK)):
         rng = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        blocks.append(_block(items, min(BLOCK, count - start), side, most, sizes, rng))
+        canvas = ground(side, rng)
+        blocks.append(_block(items, min(BLOCK, count - start), canvas, most, sizes, rng))
     return Collages(
         torch.cat([block.images for block in blocks]),
         torch.cat([block.masks for block in blocks]),
@@ -78,9 +112,14 @@ def draw(
 
 
 def _block(
-    items: Items, count: int, side: int, most: int, sizes: tuple[float, float], rng: torch.Generator
+    items: Items,
+    count: int,
+    canvas: Tensor,
+    most: int,
+    sizes: tuple[float, float],
+    rng: torch.Generator,
 ) -> Collages:
-    canvas = _textures(side, rng)
+    side = canvas.shape[-1]
     masks = torch.zeros(BLOCK, side, side, dtype=torch.uint8)
     owner = torch.full((BLOCK, side, side), -1, dtype=torch.int8)
     numbers = torch.randint(1, most + 1, (BLOCK,), generator=rng)
@@ -118,21 +157,6 @@ def _placement(side: int, sizes: tuple[float, float], rng: torch.Generator) -> T
         [flip * cos, flip * sin, -flip * (cos * x + sin * y), -sin, cos, sin * x - cos * y], 1
     )
     return F.affine_grid(theta.view(-1, 2, 3), [BLOCK, 1, side, side], align_corners=False)
-
-
-def _textures(side: int, rng: torch.Generator) -> Tensor:
-    """Return textures, float (BLOCK, 3, side, side): two colours mixed by noise and stripes."""
-    axis = torch.linspace(0, 1, side)
-    angle, waves, share = torch.rand(3, BLOCK, 1, 1, generator=rng)
-    angle = math.pi * angle
-    lines = axis.view(1, -1, 1) * angle.sin() + axis.view(1, 1, -1) * angle.cos()
-    blend = share * torch.sin(lines * 2 * math.pi * (2 + 8 * waves))
-    for cells in (3, 8, 20):
-        coarse = torch.randn(BLOCK, 1, cells, cells, generator=rng)
-        fine = F.interpolate(coarse, size=(side, side), mode="bilinear", align_corners=False)
-        blend = blend + 2 / cells**0.5 * fine[:, 0]
-    first, second = torch.rand(2, BLOCK, 3, 1, 1, generator=rng)
-    return torch.lerp(first, second, blend.sigmoid().unsqueeze(1))
 
 
 def _boxes(owner: Tensor, labels: Tensor, areas: Tensor) -> dict[str, Any]:

@@ -105,8 +105,8 @@ class DataSpec(_Section):
 
     name: str = Field(
         description="csv:PATH, digits, duets:TOPIC, emoji:STYLE, fashion-mnist, folder:PATH, "
-        "glyphs, hf-datasets:PATH, mnist-5k, scenes, shapes:LABELS, synthetic, torchvision:NAME, "
-        "or a plug-in's"
+        "glyphs, hf-datasets:PATH, mnist-5k, objects, scenes, shapes:LABELS, synthetic, "
+        "torchvision:NAME, or a plug-in's"
     )
     train: Positive | None = Field(
         default=None, description="number of training images; all where absent"

@@ -120,6 +120,20 @@ def test_scenes_show_digits_where_fashion_mnist_is_not(monkeypatch: pytest.Monke
     assert len(outside) > len(inside)
 
 
+def test_grounds_of_objects_are_alike_and_those_of_scenes_are_not() -> None:
+    spread = {}
+    for name in ("objects", "scenes"):
+        images = data.load(DataSpec(name=name, train=40, test=10, normalise=False))
+        x, y = images.train.batch(range(40))
+        shown = [row.unique().numel() - 1 for row in y]
+        assert max(shown) == {"objects": 1, "scenes": 3}[name]
+        means = torch.stack([image[:, mask == 0].mean(1) for image, mask in zip(x, y, strict=True)])
+        spread[name] = float(means.std(0).mean())
+        if name == "objects":
+            assert (x == x[:, :1]).all()  # grey
+    assert 0 < spread["objects"] < 0.02 < 0.1 < spread["scenes"]
+
+
 def test_what_shapes_cannot_show_is_refused(tmp_path: Path) -> None:
     for name, root, message in (
         ("shapes:mask", None, "did you mean 'masks'"),

@@ -149,7 +149,7 @@ def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
         eurosat(tmp_path / "files")
     else:
         given = {"shapes": "shapes:boxes", "duets": "duets:place"}.get(name, name)
-    few = {"train": 60, "test": 40} if name in ("duets", "scenes", "shapes") else {}
+    few = {"train": 60, "test": 40} if name in ("duets", "objects", "scenes", "shapes") else {}
     spec = DataSpec(name=given, root=root, **few)
     result = check_dataset(dataset.DOOR.find(name), spec, tmp_path)
     absent = dict.fromkeys(("duets", "fashion-mnist"), not DEBIAN.is_dir())

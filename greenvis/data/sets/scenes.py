@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from greenvis.data.dataset import DataSet
 from greenvis.data.sets.digits import Digits
@@ -11,12 +11,10 @@ from greenvis.data.spec import DataSpec
 from greenvis.errors import BadInput
 
 if TYPE_CHECKING:
-    from greenvis.data.collages import Items
+    from greenvis.data.collages import Ground, Items
     from greenvis.data.splits import Split, Stored
 
 SIDE = 48
-MOST_ITEMS = 3
-SIZES = (0.35, 0.7)  # of an item, as shares of an image's side
 
 
 class Scenes(DataSet):
@@ -32,6 +30,15 @@ class Scenes(DataSet):
     source = "drawn by greenvis of Fashion-MNIST (or of scikit-learn's digits)"
     licence = "MIT (Fashion-MNIST); CC-BY-4.0 (digits)"
     size = {"train": 20_000, "test": 10_000}
+    most_items: ClassVar[int] = 3
+    sizes: ClassVar[tuple[float, float]] = (0.35, 0.7)  # of an item, as shares of an image's side
+    tinted: ClassVar[bool] = True  # whether each item gets a colour of its own
+
+    def ground(self) -> Ground:
+        """Return what draws the backgrounds."""
+        from greenvis.data import collages
+
+        return collages.textures
 
     def read(self) -> Stored:
         """Draw as many as asked for."""
@@ -45,12 +52,13 @@ class Scenes(DataSet):
             zip(counts, (stored.train, stored.test), strict=True)
         ):
             drawn = collages.draw(
-                _items(split),
+                _items(split, self.tinted),
                 count,
                 side,
                 seed=2 * spec.seed + number,
-                most=MOST_ITEMS,
-                sizes=SIZES,
+                most=self.most_items,
+                sizes=self.sizes,
+                ground=self.ground(),
             )
             splits.append(Split(drawn.images, drawn.masks.char()))
         train, test = splits
@@ -70,7 +78,7 @@ def _source() -> DataSet:
     return fashion
 
 
-def _items(split: Split) -> Items:
+def _items(split: Split, tinted: bool) -> Items:
     """Return the images of a split as items: what is black is beside them."""
     import torch
     from torch.nn import functional as F
@@ -82,4 +90,4 @@ def _items(split: Split) -> Items:
         pixels = F.interpolate(pixels, size=(28, 28), mode="bicubic").clamp(0, 1)
     alpha = (4 * pixels).clamp(0, 1)
     colour = (alpha * (0.25 + 0.75 * pixels)).expand(-1, 3, -1, -1)
-    return Items(colour, alpha, split.labels + 1, tinted=True)
+    return Items(colour, alpha, split.labels + 1, tinted=tinted)
