@@ -27,7 +27,10 @@ class Assigns(RandomViews):
     epsilon: float = Field(default=0.05, gt=0, description="of the assignment; smaller is harder")
     turns: int = Field(default=3, ge=1, description="of Sinkhorn's balance")
     queue: int = Field(
-        default=2048, ge=0, description="earlier images that are assigned together with a batch"
+        default=2048,
+        ge=0,
+        description="earlier images that are assigned together with a batch; fewer than an epoch "
+        "has, for of an older model they mislead",
     )
     queue_epoch: int = Field(default=15, ge=0, description="epochs before the queue counts")
     frozen_epochs: int = Field(

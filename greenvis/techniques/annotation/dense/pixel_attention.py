@@ -24,7 +24,8 @@ class PixelAttention(Assigns):
     Saves masks: its attention parts foreground from background, and makes clustering cheap, for one
     vector an image is clustered, not each of its pixels. Costs two forwards of the frozen model
     per image, and next to no backward; the paper's 20 epochs are a tenth of the pretraining.
-    Loses where the model was not pretrained for pixels. A pretext: labels are not used, and the
+    Loses where the model was not pretrained for pixels, and where backgrounds tell images apart as
+    well as objects do: data `scenes` beside `objects`. A pretext: labels are not used, and the
     model's own weights stay. Adds the term "pixel_attention": features weighed by place and
     channel, pooled, and assigned to prototypes. `merge` leaves the attention beside the model, in
     its file too, where `label_maps` reads it.
