@@ -122,8 +122,8 @@ def vit(
     Raises:
         BadInput: For a patch_size that is no power of 2, or does not divide the image.
     """
+    from timm.layers.hybrid_embed import HybridEmbed
     from timm.models.vision_transformer import VisionTransformer
-    from timm.models.vision_transformer_hybrid import HybridEmbed
 
     halvings = patch_size.bit_length() - 1
     if patch_size != 2**halvings or img_size % patch_size:
