@@ -63,6 +63,7 @@ def heads_that_stay(model: nn.Module, attention: Attention, share: Share) -> Ten
 
 
 def drop_heads(model: nn.Module, trial: nn.Module, attention: Attention, share: Share) -> None:
+    """Take heads out of a copy of the model, from the inputs of an attention and its output."""
     stay = heads_that_stay(model, attention, share)
     if len(stay) == attention.heads:
         return

@@ -35,8 +35,8 @@ class ImageTokens(Technique):
     Yao et al., 2024); "prune" keeps those that the class token of the image encoder attends to
     most (EViT: Liang et al., 2022; for language models FasterVLM: Zhang et al., 2024). Those that
     stay keep their order. What `generate` returns has the full prompt in front, as without. Where
-    the grid allows the number, try "pool" first: of as many tokens it lost 0 points where "merge"
-    lost 4 (reports/image-tokens).
+    the grid allows the number, try "pool" first: with as many tokens it showed no loss where
+    "merge" lost 4 ± 3 points (reports/image-tokens).
 
     Loses against an encoder with larger patches, where one is to be trained anyway: it makes as
     few tokens, and is itself cheaper.
@@ -239,7 +239,8 @@ def _grids(count: int, remain: int) -> tuple[int, tuple[int, int]]:
     if not fits:
         raise BadInput(
             f"keep is {remain}, and neighbours on a grid of {side} × {side} become rows × columns "
-            f"of fields: give a product, such as {max(side // 2, 1) ** 2}"
+            "of fields: give a product, such as "
+            f"{max(side // 2, 1) ** 2 + count - side * side}"
         )
     return side, min(fits, key=lambda size: abs(size[0] - size[1]))
 
