@@ -86,11 +86,8 @@ class Job:
         )
 
     def _done_entry(self) -> dict[str, Any] | None:
-        try:
-            left = files.read_json(self.folder / DONE_FILE, "mark of a finished run")
-        except BadInput:
-            return None
-        if not isinstance(left, dict) or left.get("inputs") != self.inputs:
+        left = _mark(self.folder / DONE_FILE)
+        if left.get("inputs") != self.inputs:
             return None
         return left if left.get("seeds", self._seeds()) == self._seeds() else None
 
@@ -169,7 +166,6 @@ class Jobs:
                 ),
                 "train": arm.train.inputs(),
                 "techniques": [{t.name: t.recipe_form()} for t in arm.techniques],
-                "uses": {ref: used.inputs for ref, used in uses.items()},
             }
             if task := _unusual(arm.task):
                 inputs["task"] = task
@@ -191,11 +187,9 @@ class Jobs:
                 inputs["stages"] = [_stage(stage) for stage in arm.stages]
             if weight_files := model_files(arm, recipe.folder):
                 inputs["files"] = [file.is_file() and _digest(file) for _, file in weight_files]
-            digest = hashlib.sha256(
-                json.dumps(inputs, sort_keys=True, default=str).encode()
-            ).hexdigest()[:16]
             folder = self.runs / recipe.name / arm.name / f"seed{seed}"
-            self._jobs[key] = Job(recipe, arm, seed, folder, digest, uses)
+            known_as = _known_as(inputs, uses, folder)
+            self._jobs[key] = Job(recipe, arm, seed, folder, known_as, uses)
         return self._jobs[key]
 
     def _needed(self, recipe: Recipe, arm: Arm, ref: str, seed: int, above: tuple[str, ...]) -> Job:
@@ -273,6 +267,32 @@ def placed(technique: Technique, folder: Path) -> Technique:
 def _digest(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _known_as(inputs: dict[str, Any], uses: dict[str, Job], folder: Path) -> str:
+    """Return what an arm's runs are known by: one name for all of its seeds.
+
+    Earlier versions put the seeds of its bases into it. An arm with runs that finished then keeps
+    that name.
+    """
+
+    def name(used: dict[str, Any]) -> str:
+        text = json.dumps(inputs | {"uses": used}, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    now = name({ref: used.inputs for ref, used in uses.items()})
+    then = name({ref: [used.inputs, used.arm.train.seeds] for ref, used in uses.items()})
+    finished = {_mark(path).get("inputs") for path in folder.parent.glob(f"seed*/{DONE_FILE}")}
+    return then if then in finished and now not in finished else now
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    """Return the mark of a finished run; empty where there is none that can be read."""
+    try:
+        left = files.read_json(path, "mark of a finished run")
+    except BadInput:
+        return {}
+    return left if isinstance(left, dict) else {}
 
 
 def _unusual(task: Task) -> dict[str, Any]:

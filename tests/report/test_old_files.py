@@ -14,6 +14,7 @@ import torch
 import greenvis as gv
 from greenvis import models
 from greenvis.experiment.jobs import Jobs
+from greenvis.experiment.run_folder import DONE_FILE
 from greenvis.meters import record
 from greenvis.report import archive, report, results
 
@@ -110,9 +111,13 @@ def test_the_comparison_of_results_sees_what_differs() -> None:
 
 
 @pytest.mark.parametrize("name", ["line", "tasks"])
-def test_a_recipe_means_the_work_it_meant(name: str, tmp_path: Path) -> None:
+def test_finished_runs_are_still_those_of_their_recipe(name: str, tmp_path: Path) -> None:
     with archive.unpacked([OLD / name / archive.NAME]) as folders:
         headers = [record.read(path).header for path in record.find(folders)]
+    for h in headers:
+        mark = tmp_path / h["name"] / h["arm"] / f"seed{h['seed']}" / DONE_FILE
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.write_text(json.dumps({"inputs": h["inputs"]}))
     jobs = Jobs(tmp_path).of(gv.load_recipe(OLD / name / "recipe.yaml"))
     assert {(h["arm"], h["seed"]): h["inputs"] for h in headers} == {
         (job.arm.name, job.seed): job.inputs for job in jobs

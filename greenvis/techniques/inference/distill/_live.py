@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greenvis.core.attached import below
+from greenvis.core.example import tensors_in
 from greenvis.core.surgery import names_of
 from greenvis.core.technique import Installed, logits_of
 from greenvis.errors import BadInput, GreenvisError
@@ -101,7 +102,7 @@ class InstalledDistill(Installed):
             return {}
         own = self._taps.take()
         heads = list(self._head_taps.take().values())
-        if torch.is_grad_enabled() and not logits_of(logits).requires_grad:
+        if torch.is_grad_enabled() and not any(t.requires_grad for t in tensors_in(logits)):
             return {}
         if self.request.cache and self.samples is None and not self.steps:
             self.note("distill: nothing is cached, for the loop does not say which samples a batch "
