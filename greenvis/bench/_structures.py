@@ -48,12 +48,15 @@ class Group:
         side: Of an image, in pixels.
         batch: The larger batch.
         arms: Builds them.
+        turns: Of the settings in a round, at the larger batch: more where calls are short, or
+            ratios are multiplied.
     """
 
     name: str
     side: int
     batch: int
     arms: Callable[[int], Arms]
+    turns: int = 1
 
 
 def _wrapped(model: nn.Module, **techniques: Any) -> Any:
@@ -194,9 +197,9 @@ def lite0(side: int) -> Arms:
 
 
 GROUPS = (
-    Group("DeiT-Ti, 197 tokens", 224, 16, transformer),
-    Group("MLP of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0.mlp")),
-    Group("block of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0")),
+    Group("DeiT-Ti, 197 tokens", 224, 16, transformer, 3),
+    Group("MLP of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0.mlp"), 20),
+    Group("block of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0"), 20),
     Group("DeiT-Ti, 1025 tokens", 512, 4, many_tokens),
     Group("EfficientNet-Lite0, ImageNet weights", 224, 16, lite0),
     Group("ResNet-26", 112, 64, convolutions),

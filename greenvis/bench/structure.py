@@ -47,8 +47,8 @@ def run(
     side: Annotated[int | None, typer.Option(min=32, help="in the place of each one's")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="in the place of each one's")] = None,
 ) -> dict[str, Any]:
-    """Return {"rows": [{"network", "setting", "gmacs", "MB", "latency_ms", "batch", "batch_ms",
-    "time_ratio", "energy_j", "energy_ratio", "agreement", "difference"}], …}.
+    """Return {"rows": [{"network", "setting", "gmacs", "MB", "latency_ms", "batch", "rounds",
+    "batch_ms", "time_ratio", "energy_j", "energy_ratio", "agreement", "difference"}], …}.
 
     Settings of a network take turns within each round, in turned order every other one. Times are
     of CPU time, medians over rounds, ratios medians of each round's own; energy_j is per image of
@@ -114,7 +114,8 @@ def _rows(
     keep = [name for name, arm in arms.items() if arm.keeps]
     answers = {name: _answers(arms[name], x) for name in ([first, *keep] if keep else ())}
     single = _measured(arms, x[:1], rounds, None)
-    many = _measured(arms, x.repeat(-(-batch // 64), 1, 1, 1)[:batch], rounds, run_)
+    x_many = x.repeat(-(-batch // 64), 1, 1, 1)[:batch]
+    many = _measured(arms, x_many, rounds * group.turns, run_)
     for name, arm in arms.items():
         seconds = statistics.median(s for s, _ in many[name])
         pairs = list(zip(many[first], many[name], strict=True))
@@ -125,10 +126,10 @@ def _rows(
             "gmacs": round(flops.count(arm.model, x[:1], cross_check=False).macs / 1e9, 3),
             "MB": round(_megabytes(arm), 1),
             "latency_ms": round(statistics.median(s for s, _ in single[name]) * 1e3, 1),
-            "batch": batch, "batch_ms": round(seconds * 1e3, 1),
+            "batch": batch, "rounds": len(pairs), "batch_ms": round(seconds * 1e3, 1),
             "time_ratio": round(statistics.median(b / a for (a, _), (b, _) in pairs), 3),
             "energy_j": round(statistics.median(joules) / batch, 5)
-            if len(joules) == rounds else None,
+            if len(joules) == len(pairs) else None,
             "energy_ratio": round(statistics.median(shares), 3) if shares else None,
         }  # fmt: skip
         if arm.keeps:
@@ -217,9 +218,10 @@ def _markdown(result: dict[str, Any], out: Path) -> str:
         "for EfficientNet-Lite0; `agreement` and `difference` are of settings that are meant to "
         "answer as the first does, on crops of two photographs. What a conversion costs in "
         "accuracy after training stands in the reports of recipes/structure. "
-        f"Medians of {result['rounds']} rounds in which the settings of a network take turns, "
+        "Medians of `rounds` in which the settings of a network take turns, "
         "ratios to the first setting of what ran in the same round; CPU time, energy as `greenvis "
-        "doctor` says, per image of the larger batch; latency at batch 1. A network with its own "
+        "doctor` says, per image of the larger batch; latency at batch 1, over "
+        f"{result['rounds']}. A network with its own "
         "branches folded costs what a plain network of the same layers costs.", "",
         *_floor.table(rows), "",
         f"Dearer than the first setting: {'; '.join(losses) or 'none'}.", "",

@@ -134,9 +134,8 @@ class Up(nn.Module):
         weights = self.weight.chunk(routing.experts)
         none = [None] * routing.experts
         biases = none if self.bias is None else self.bias.chunk(routing.experts)
-        parts = x.flatten(0, -2)[todo.tokens].split(todo.counts)
-        return torch.cat(
-            [F.linear(p, w, b) for p, w, b in zip(parts, weights, biases, strict=True)]
+        return _by_expert(
+            x.flatten(0, -2).index_select(0, todo.tokens), todo.counts, weights, biases
         )
 
 
@@ -170,10 +169,11 @@ class Down(nn.Module):
         if todo.gates is not None:
             out = out * todo.gates.to(out.dtype)
         size = math.prod(routing.leading)
-        total = out.new_zeros(size, out.shape[-1]).index_add(0, todo.tokens, out)
-        if self.bias is not None and not routing.copies:
-            total = total + self.bias
-        return total.unflatten(0, routing.leading)
+        if self.bias is None or routing.copies:
+            total = out.new_zeros(size, out.shape[-1])
+        else:
+            total = self.bias.to(out.dtype).expand(size, -1).clone()
+        return total.index_add_(0, todo.tokens, out).unflatten(0, routing.leading)
 
 
 def _by_expert(
