@@ -127,6 +127,10 @@ def _part(path: str) -> Callable[[int], Arms]:
             _wrapped(model, experts={"experts": experts, "active": active})
             part = Tokens(model.eval().get_submodule(path))
             arms[f"experts, {active} of {experts}"] = Arm(part)
+        rest: Any = _deit(side).get_submodule(path)
+        if hasattr(rest, "mlp"):  # what no expert can save
+            rest.mlp = nn.Identity()
+            arms["without its MLP"] = Arm(Tokens(rest))
         return arms
 
     return build
