@@ -83,12 +83,22 @@ def _precisions(model: nn.Module, suffix: str = "", last: bool = False) -> Arms:
 
 def transformer(side: int) -> Arms:
     """DeiT-Ti: fewer bits, merged tokens, both, linear cores, experts."""
+    return _few(side) | _converted(side)
+
+
+def _few(side: int) -> Arms:
+    """Return DeiT-Ti in fewer bits, with fewer tokens, and both."""
     arms = {PLAIN: Arm(_deit(side))} | _precisions(_deit(side))
     merged = _deit(side)
     live = _wrapped(merged, token_merge={"r": 8}, low_precision={"precisions": ["bf16", "int8"]})
     for name in ("fp32", "bf16", "int8"):
         arms[f"merge r 8, {name}"] = Arm(merged, _point(live, name))
-    return arms | _converted(side)
+    return arms
+
+
+def int8_and_merged(side: int) -> Arms:
+    """DeiT-Ti in int8, with merged tokens, and both: whether ratios multiply."""
+    return {n: a for n, a in _few(side).items() if "bf16" not in n}
 
 
 def _converted(side: int) -> Arms:
@@ -201,7 +211,8 @@ def lite0(side: int) -> Arms:
 
 
 GROUPS = (
-    Group("DeiT-Ti, 197 tokens", 224, 16, transformer, 3),
+    Group("DeiT-Ti, 197 tokens", 224, 16, transformer),
+    Group("DeiT-Ti, int8 and merged tokens", 224, 16, int8_and_merged, 4),
     Group("MLP of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0.mlp"), 20),
     Group("block of DeiT-Ti, 196 tokens", 224, 4, _part("blocks.0"), 20),
     Group("DeiT-Ti, 1025 tokens", 512, 4, many_tokens),

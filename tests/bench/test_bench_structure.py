@@ -34,7 +34,7 @@ def test_networks_measured_into_a_folder_stay_in_its_table(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [g.name for g in structure.GROUPS[:6]])
+@pytest.mark.parametrize("name", [g.name for g in structure.GROUPS[:7]])
 def test_all_networks(name: str) -> None:
     rows = structure.run(groups=[name], rounds=1, side=64, batch=2)["rows"]
     assert all(row["latency_ms"] > 0 for row in rows)
