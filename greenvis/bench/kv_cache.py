@@ -71,7 +71,8 @@ def run(
     "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement", "exact_match"}], …}.
 
     Joules are per answer. decode_j is of the tokens behind the first, answer_ratio of prefill and
-    decode together; ratios are to the dynamic cache of the same round, medians over rounds.
+    decode together; ratios are to the dynamic cache of the same round, the mean of its two turns
+    there, medians over rounds.
     Several prompts at once are answered by the caches without loss alone, where they have at most
     8,192 tokens together. agreement is the share of tokens behind the first that are those of the
     dynamic cache. out: a folder to write report.md and results.json to.
@@ -141,8 +142,16 @@ def _costs(
         for number in range(rounds + 1):
             for name in in_turn(names, number):
                 spent[name].append(_spent(model, name, inputs, run_))
-        rows += [_row(length, name, own, spent[FULL]) for name, own in spent.items()]
+        rows += [_row(length, name, own, _between(spent)) for name, own in spent.items()]
     return rows, sum(p.numel() for p in model.parameters())
+
+
+def _between(spent: Mapping[str, Sequence[_Spent]]) -> list[_Spent]:
+    """Return what the dynamic cache took in each round: the mean of both times."""
+    return [
+        _Spent((a.prefill + b.prefill) / 2, (a.decode + b.decode) / 2, a.decode_s, a.tokens)
+        for a, b in zip(spent[FULL], spent[AGAIN], strict=True)
+    ]
 
 
 def _row(length: int, name: str, own: Sequence[_Spent], full: Sequence[_Spent]) -> dict[str, Any]:
@@ -248,15 +257,27 @@ def _figure(value: float) -> float:
     return float(f"{value:.3g}")
 
 
+def _decode_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], float | None]:
+    return {(r["batch"], r["prompt"], r["cache"]): r["decode_ratio"] for r in rows}
+
+
+def _apart(
+    ratio: Mapping[tuple[int, int, str], float | None], batch: int, prompt: int
+) -> float | None:
+    """Return how many times apart two dynamic caches' decode read; None where it was not."""
+    once, again = (ratio.get((batch, prompt, name)) for name in (FULL, AGAIN))
+    return _floor.ratio([again / once]) if once and again else None
+
+
 def _line(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say where a static cache stays below the line, where it does not, and where two dynamic ones
     read too far apart to tell."""
-    ratio = {(r["batch"], r["prompt"], r["cache"]): r["decode_ratio"] for r in rows}
+    ratio = _decode_ratios(rows)
     where: dict[str, list[str]] = {"below": [], "above": [], "unclear": []}
     for (batch, prompt, cache), value in ratio.items():
         if cache != "static" or value is None:
             continue
-        apart = _floor.ratio([ratio.get((batch, prompt, AGAIN))]) or 1.0
+        apart = _apart(ratio, batch, prompt) or 1.0
         which = "below" if value * apart <= LINE else "above" if value / apart > LINE else "unclear"
         count = "one prompt" if batch == 1 else f"{batch} prompts at once"
         where[which].append(f"{count} of {prompt:,} tokens (×{value:.2f})")
@@ -273,7 +294,9 @@ def _line(rows: Sequence[Mapping[str, Any]]) -> str:
 def _markdown(result: Mapping[str, Any], out: Path) -> str:
     batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
     chosen = " ".join(f"--batch {batch}" for batch in batches)
-    apart = _floor.ratio(r["decode_ratio"] for r in result["rows"] if r["cache"] == AGAIN)
+    ratio = _decode_ratios(result["rows"])
+    settings = dict.fromkeys((batch, prompt) for batch, prompt, _ in ratio)
+    apart = max(filter(None, (_apart(ratio, *setting) for setting in settings)), default=None)
     lines = [
         "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
         _line(result["rows"]), "",
@@ -286,7 +309,8 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
         f"{result['answer_tokens']} tokens to each prompt, `batch` prompts of one length at once; "
         f"medians of {result['rounds']} rounds in which all caches take turns. Joules are per "
         "answer: `decode_j` of the tokens behind the first, `answer_ratio` of the answer as a "
-        "whole, prompt included, both beside transformers' dynamic cache in the same round. "
+        "whole, prompt included, both beside transformers' dynamic cache in the same round, "
+        "whose two turns there are averaged. "
         "Caches that let rows go keep a quarter of the prompt's. With more prompts at once the "
         "weights are read once for all, and what each token costs is its prompt's rows: read, "
         "and by the dynamic cache copied.",

@@ -51,15 +51,19 @@ def test_joules_are_per_answer_and_the_first_sentence_says_where_the_line_holds(
     assert row["same_answers"] == 1
     more = [
         {**row, "batch": 1, "decode_ratio": 0.9},
-        {**row, "batch": 1, "cache": kv_cache.AGAIN, "decode_ratio": 1.05},
+        {**row, "batch": 1, "cache": kv_cache.FULL, "decode_ratio": 0.98},
+        {**row, "batch": 1, "cache": kv_cache.AGAIN, "decode_ratio": 1.02},
         {**row, "prompt": 64, "decode_ratio": 0.8},
-        {**row, "prompt": 64, "cache": kv_cache.AGAIN, "decode_ratio": 0.9},
+        {**row, "prompt": 64, "cache": kv_cache.FULL, "decode_ratio": 1.05},
+        {**row, "prompt": 64, "cache": kv_cache.AGAIN, "decode_ratio": 0.95},
     ]
     said = kv_cache._line([row, *more])
     assert "for 2 prompts at once of 512 tokens (×0.50), more for one prompt of 512 t" in said
     assert said.count("(×") == 3
     assert "as far apart: 2 prompts at once of 64 tokens (×0.80). Its" in said
     assert "the same in every token" in said
+    both = kv_cache._between({kv_cache.FULL: full, kv_cache.AGAIN: own})
+    assert [each.decode for each in both] == [5.0, 3.0, 3.0, 4.0]
     assert "NOT the same" in kv_cache._line([{**row, "same_answers": 0.5}])
 
 
