@@ -402,8 +402,8 @@ def test_track_says_what_has_not_moved(tmp_path: Any) -> None:
 
 # -- copies ---------------------------------------------------------------------------------------
 
-EXAMPLES = [
-    pytest.param(host, kind, i, id=f"{host}-{name}-{i}")
+EXAMPLES = [  # slow: those behind a technique's first
+    pytest.param(host, kind, i, id=f"{host}-{name}-{i}", marks=[pytest.mark.slow] if i else [])
     for host in ("vit", "resnet")
     for name, kind in ((n, registry.find(n)) for n in registry.names())
     for i in range(len(kind.examples))

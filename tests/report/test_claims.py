@@ -487,11 +487,12 @@ def test_a_row_that_names_no_other_difference_has_none() -> None:
 
     rows = [row for row in overview(ROOT / "reports")["techniques"] if row["differs in"] == ALONE]
     assert rows
+    read = cache(load_recipe)
     for row in rows:
         (command,) = re.findall(
             r"greenvis run (\S+\.yaml)", (Path(row["measured in"]).parent / "report.md").read_text()
         )[:1]
-        recipe = load_recipe(ROOT / command)
+        recipe = read(ROOT / command)
         arm, base = (recipe.arm(name) for name in (row["arm"], row["against"]))
         assert (arm.model, arm.stream, arm.subset) == (base.model, base.stream, base.subset), row
         assert arm.train.model_copy(update={"seeds": ()}) == base.train.model_copy(
