@@ -68,9 +68,16 @@ def compared(results: Results) -> Results:
 
 
 def images_tested(results: Results) -> int | None:
-    """Return how many images the smallest test of the records has; None where none says."""
+    """Return how many images, or bags of them, the smallest test of the records has; None where
+    none says."""
     known = [d.get("test") for d in results.data if isinstance(d, dict)]
     return min((n for n in known if isinstance(n, int) and n > 0), default=None)
+
+
+def tested(results: Results) -> str:
+    """Return the size of the smallest test: "2,000 images", "100 bags"; "" where none says."""
+    n, unit = images_tested(results), "bag" if results.unit == "bag" else "image"
+    return f"{n:,} {unit}{'s' if n != 1 else ''}" if n else ""
 
 
 def allowed(results: Results) -> float:

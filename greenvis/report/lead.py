@@ -135,12 +135,12 @@ def _sure(results: Results, row: ArmResults) -> list[str]:
     seeds = sorted({len(r.seeds) for r in results.arms.values() if r.seeds}) or [0]
     many = f"{seeds[0]}" if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
     arms = f"{results.comparisons} comparison{'s' if results.comparisons > 1 else ''}"
-    n = comparison.images_tested(results)
+    tested = comparison.tested(results)
     known = row.train_energy_j.provenance
     return [
         f"{many} seed{'s' if many != '1' else ''} per arm",
         f"intervals hold for all {arms} together" if results.comparisons else "",
-        f"test of {n:,} images" if n else "",
+        f"test of {tested}" if tested else "",
         f"energy {known}" if known else "",
         "carbon: grid assumed" if results.assumed_grid else "",
         f"noise floor of energy: {floor.brief(results)}" if results.comparisons else "",

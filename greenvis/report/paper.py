@@ -113,8 +113,8 @@ def methods(results: Results) -> str:
             f"Arms are compared with {results.baseline} by simultaneous 95 % intervals (Dunnett's, "
             f"the variance pooled over the arms); an arm keeps the {name} where {rule}."
         )
-    if images := comparison.images_tested(results):
-        text.append(f"The smallest test has {images:,} images.")
+    if tested := comparison.tested(results):
+        text.append(f"The smallest test has {tested}.")
     if any(row.uses for row in results.arms.values()):
         text.append("Energy includes that of the bases and teachers an arm builds on.")
     if unknown := sorted({name for row in results.arms.values() for name in row.unknown}):

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from greenvis.errors import BadInput
-from greenvis.report import measures, report, results, terminal, verdict
+from greenvis.report import comparison, measures, report, results, stored, terminal, verdict
 from greenvis.report.comparing import compare
 from greenvis.report.listing import group, ls
 from greenvis.tasks.base import Measure
@@ -141,3 +141,13 @@ def test_names_of_old_records_say_what_they_are() -> None:
     assert not measures.is_share(measures.named("val_loss"))
     assert measures.written(Measure("recall_1")) == "recall@1"
     assert measures.written(Measure("boundary_miou")) == "boundary mIoU"
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("tasks-bags", "100 bags"), ("tasks-segmentation", "images")]
+)
+def test_a_test_is_of_bags_where_they_are_what_is_answered_for(name: str, size: str) -> None:
+    folder = Path(__file__).parents[2] / "reports" / name
+    found = stored.read(folder / "results.json")
+    assert comparison.tested(found).endswith(size)
+    assert f"test of {comparison.tested(found)} ·" in (folder / "report.md").read_text()

@@ -127,7 +127,7 @@ def _tested(results: Results) -> list[str]:
     if n is None or not measures.is_share(measure):
         return []
     return [
-        f"The smallest test has {n:,} images, of which one is worth "
+        f"The smallest test has {comparison.tested(results)}, of which one is worth "
         f"{formatting.points(measure, 1 / n).lstrip('+')}: no interval of a difference is narrower "
         "than that to each side."
     ]
