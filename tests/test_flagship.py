@@ -35,9 +35,15 @@ def _together(
     return [(registry.find(n), {**PARTS.get(n, {}), **(more or {}).get(n, {})}) for n in names]
 
 
-@pytest.mark.parametrize("name", ["timm-vit", "transformers-vit"])
+@pytest.mark.parametrize(  # slow: triples on the second host
+    ("without", "name"),
+    [
+        *((without, "timm-vit") for without in (None, *PARTS)),
+        (None, "transformers-vit"),
+        *(pytest.param(w, "transformers-vit", marks=pytest.mark.slow) for w in PARTS),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:distill. nothing is cached")
-@pytest.mark.parametrize("without", [None, *PARTS])
 def test_the_whole_and_each_of_its_triples_keep_the_contract(
     name: str, without: str | None
 ) -> None:

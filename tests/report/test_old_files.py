@@ -83,7 +83,13 @@ def _measured(content: Any) -> Any:
     return content
 
 
-@pytest.mark.parametrize("folder", COMPARING, ids=lambda folder: folder.name)
+@pytest.mark.parametrize(  # slow: all but one in six
+    "folder",
+    [
+        pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if i % 6 else [])
+        for i, folder in enumerate(COMPARING)
+    ],
+)
 def test_a_committed_report_is_written_anew_with_the_same_results(
     folder: Path, tmp_path: Path
 ) -> None:
