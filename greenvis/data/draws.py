@@ -89,7 +89,8 @@ class Draw:
             count = budget if isinstance(budget, int) else max(1, round(budget * len(rows)))
             if count > len(rows):
                 raise BadInput(
-                    f"data: labels asks for {count}, but there are {len(rows)} training images"
+                    f"data: labels asks for {count}, but there are {len(rows)} training images "
+                    f"beside the test's: ask for {len(rows)} or fewer"
                 )
             chosen = order[:count].sort().values
         return chosen, order[~torch.isin(order, chosen)]

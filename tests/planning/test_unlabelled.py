@@ -124,6 +124,27 @@ def test_of_a_run_on_few_labels_the_others_are_candidates(
     assert "--images" in capsys.readouterr().err
 
 
+def test_advice_for_a_folder_with_a_label_and_one_without(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(home)
+    plans = tmp_path / "plans.yaml"
+    learns = "{data: {unlabeled: $unlabeled}, techniques: [{consistency: {mu: 1}}]}"
+    plans.write_text(f"train: {{epochs: 2}}\narms: {{labels: {{}}, agreement: {learns}}}\n")
+    words = ["advise", "plain/mlp", "--data", "folder:labelled", "--unlabeled", "inbox",
+             "--plans", str(plans), "--runs", str(tmp_path / "runs"), "--img-size", "8",
+             "--in-chans", "3", "--serve", "10"]  # fmt: skip
+    assert main([*words, "--labels", "45"]) == 2  # all there are; a fifth of them is the test
+    assert "beside the test's: ask for 36 or fewer" in capsys.readouterr().err
+    assert main([*words, "--labels", "36", "--json"]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert (advice["images"], advice["unlabeled"], advice["refused"]) == (36, 60, {})
+    head = Path(advice["recipe"]).read_text().splitlines()[0]
+    assert "--labels 36 --unlabeled inbox" in head
+    for recipe in (advice["recipe"], advice["plans"]):
+        assert main(["run", recipe, "--runs", str(tmp_path / "runs"), "--json"]) == 0
+
+
 def test_bad_input_changes_nothing(
     run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

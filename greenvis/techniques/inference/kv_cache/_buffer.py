@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 SPARE, SHARE = 64, 8  # rows that a buffer has room for beyond what is there, and one in SHARE of it
@@ -14,6 +12,7 @@ class Buffer:
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
+        self._rows: Tensor | None = None  # as they were returned last
 
     def append(self, rows: Tensor | None, new: Tensor) -> Tensor:
         """Return rows with new ones behind them, a view.
@@ -25,19 +24,21 @@ class Buffer:
         """
         before = 0 if rows is None else rows.shape[2]
         length, memory = before + new.shape[2], self.memory
-        if rows is None or memory is None or not self._begins(rows) or length > memory.shape[2]:
+        own = rows is not None and (rows is self._rows or self._begins(rows))
+        if memory is None or not own or length > memory.shape[2]:
             size = [*new.shape]
             size[2] = length + SPARE + length // SHARE
             self.memory = memory = new.new_empty(size)
             if rows is not None:
                 memory[:, :, :before] = rows
-        memory[:, :, before:length] = new
-        return memory[:, :, :length]
+        memory.narrow(2, before, new.shape[2]).copy_(new)
+        self._rows = memory.narrow(2, 0, length)
+        return self._rows
 
     def _begins(self, rows: Tensor) -> bool:
         """Return whether rows are the first ones of this memory, of all its samples."""
-        memory: Any = self.memory
-        return (
+        memory = self.memory
+        return memory is not None and (
             rows.data_ptr() == memory.data_ptr()
             and rows.stride() == memory.stride()
             and rows.shape[:2] == memory.shape[:2]
