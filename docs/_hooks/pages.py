@@ -35,7 +35,7 @@ TYPICAL = {  # columns of the overview, in words for the guide
 }
 NOT_MEASURED = (
     "Not measured: no committed report holds an arm that has this technique alone more than its "
-    "baseline."
+    "baseline, so its distance to the frontier of plain training is not known."
 )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from greenvis.report import label_curve, stats
+from greenvis.report import formatting, label_curve, stats
 from greenvis.report.arm_results import ArmResults
 from greenvis.report.estimates import Estimate, Ratio
 from greenvis.report.shape import Results
@@ -129,6 +129,65 @@ def of_all(results: Results, cost: str = LINE) -> dict[str, Distance]:
     if len(plain) < LEAST or not rows:
         return {}
     return distances(results, rows[:MOST], COSTS[cost])
+
+
+def cell(d: Distance) -> str:
+    """Return a distance for a table."""
+    if d.ratio is None:
+        return formatting.MISSING
+    text = f"×{formatting.figures(d.ratio.ratio)}"
+    if d.at_least:
+        return f"{text} or more"
+    band = formatting.factor_band(d.ratio)
+    return f"{text} ({band})" if band else text
+
+
+def finding(d: Distance) -> str:
+    """Return what the distance of the whole line says."""
+    if d.inside:
+        return "inside the frontier: plain training does it for less"
+    if d.saves:
+        return "saves"
+    if d.ratio is None:
+        return d.why
+    if d.ratio.n == 1:
+        return "one seed: not decided"
+    some = d.ratio.low is None
+    return "not decided: not each seed could be read off" if some else "not yet decided"
+
+
+def sentence(results: Results, label: str, d: Distance) -> str:
+    """Say how far an arm's whole line is from the frontier; of one inside it also when it would
+    not be: at which energy, or which metric."""
+    said = finding(d) if d.ratio is None else f"{cell(d)}: {finding(d)}"
+    row = results.arms[label]
+    energy = COSTS[LINE](row).value
+    if not d.inside or d.ratio is None or energy is None:
+        return said
+    plain = [p for p in plain_arms(results, row).values() if p is not row]
+    sign = -1.0 if results.lower_is_better else 1.0
+    points = [Point(e, sign * g) for p in plain for e, g in _means(p, COSTS[LINE])]
+    least = formatting.si(energy / d.ratio.ratio, "J")
+    rival = formatting.gain(results.measure, sign * reached(points, energy))
+    word = "below" if results.lower_is_better else "above"
+    return f"{said}; outside it with less than {least}, or {word} {rival} with as much"
+
+
+def reached(points: list[Point], energy_j: float) -> float:
+    """Return the gain that plain training reaches with so many joules: interpolated on their
+    logarithm between neighbours on the front of the points, that of its end beyond them.
+
+    Args:
+        points: Of the plain arms, one or more with an energy.
+        energy_j: Joules.
+    """
+    named = {str(i): p for i, p in enumerate(points) if p.energy_j > 0}
+    front = [named[name] for name in stats.pareto(named)]
+    for a, b in pairwise(front):
+        if a.energy_j <= energy_j < b.energy_j:
+            share = math.log(energy_j / a.energy_j) / math.log(b.energy_j / a.energy_j)
+            return a.gain + share * (b.gain - a.gain)
+    return front[0 if energy_j < front[0].energy_j else -1].gain
 
 
 class _ReadOff(NamedTuple):

@@ -11,7 +11,7 @@ from typing import Any
 
 from greenvis.core import files, yamlfile
 from greenvis.errors import BadInput
-from greenvis.report import floor, markup, stored, verdict
+from greenvis.report import floor, frontier, markup, stored, verdict
 from greenvis.report.estimates import Ratio
 from greenvis.report.formatting import MISSING, factor, factor_band, interval, points, shown
 from greenvis.report.measures import DEFAULT, written
@@ -20,8 +20,9 @@ from greenvis.report.shape import Results
 HEAD = (
     "technique", "measured in", "arm", "metric", "verdict", "energy to train, base and teacher "
                                                             "included", "own share",
-    "energy of an image", "noise floor", "differs in",
+    "energy of an image", "beside plain training", "noise floor", "differs in",
 )  # fmt: skip
+TEXTS = ("arm", "beside plain training", "differs in")  # columns without Markdown of ours
 ALONE = "the technique alone"
 # settings of `train` that change no result
 ASIDE = ("seeds", "threads", "workers", "checkpoint_every_s")
@@ -32,9 +33,9 @@ def overview(folder: str | Path) -> dict[str, Any]:
 
     A technique's rows are the arms that have that technique and no other more than their report's
     baseline: the metric (accuracy where none is named) against the baseline's, energies as ratios
-    to its, each with its interval; bold where no change lies outside it. "differs in" comes from
-    comparing the two arms' recipes:
-    the technique alone, or what else.
+    to its, each with its interval; bold where no change lies outside it. "beside plain training"
+    is the distance to the frontier. "differs in" comes from comparing the two arms' recipes: the
+    technique alone, or what else.
 
     Args:
         folder: one in which each report has a folder.
@@ -109,8 +110,9 @@ def markdown(
         "change” lies outside. The metric is accuracy where none is named. Keeps: the whole "
         "interval lies above −0.5 points (or the report's own margin); loses: below; else it is "
         "not yet decided. Energies are times the baseline's; “not known” is the cost of what "
-        "others trained, which is in no figure. Noise floor: how far arms that did the same work "
-        "read apart; unknown where none did.",
+        "others trained, which is in no figure. Beside plain training: energy, base and teacher "
+        "included, ÷ that of the frontier of plain training at the same metric. Noise floor: how "
+        "far arms that did the same work read apart; unknown where none did.",
         "",
     ]
     for entry in summary["reports"]:
@@ -124,6 +126,7 @@ def _rows(results: Results) -> Iterator[dict[str, str]]:
     if base is None:
         return
     common = results.arms[base].technique_names
+    far = frontier.of_all(results)
     for label, arm in results.rows.items():
         own = [name for name in arm.technique_names if name not in common]
         if label == base or not arm.vs_baseline or len(own) != 1:
@@ -146,6 +149,11 @@ def _rows(results: Results) -> Iterator[dict[str, str]]:
             + lacking,
             "own share": _ratio(arm.ratio("train_energy")),
             "energy of an image": _ratio(arm.ratio("inference_energy")),
+            "beside plain training": (
+                frontier.sentence(results, label, far[label])
+                if label in far
+                else f"{frontier.UNMEASURED}: no two plain arms"
+            ),
             "differs in": ", ".join(differences(results.recipe, label, base)) or ALONE,
         }
 
@@ -212,4 +220,4 @@ def _link(text: str, path: str, beside: str | Path) -> str:
 
 def _cell(row: Mapping[str, str], key: str) -> str:
     """Return a cell: figures have Markdown of ours, names become text."""
-    return markup.md(row[key]) if key in ("arm", "differs in") else row[key]
+    return markup.md(row[key]) if key in TEXTS else row[key]

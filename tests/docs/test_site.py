@@ -55,6 +55,11 @@ def test_every_technique_has_a_card(name: str) -> None:
     rows = pages.measured_of(name)
     assert (pages.NOT_MEASURED in text) == (not rows)
     assert all(f"reports/{Path(row['measured in']).parent.name}/" in text for row in rows)
+    assert ("frontier of plain training is not known" in text) == (not rows)
+    assert ("| beside plain training |" in text) == bool(rows)
+    for row in rows:  # of an arm inside the frontier its card says when it would not be
+        inside = "inside the frontier" in row["beside plain training"]
+        assert inside == ("; outside it with less than" in row["beside plain training"])
     effect = " ".join(registry.about(name)["doc"].partition("\n\n")[0].split())
     assert f"**{effect}**" in text
 

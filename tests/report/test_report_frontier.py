@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,6 +34,15 @@ def test_what_another_beats_is_not_on_the_frontier() -> None:
 def test_nothing_is_read_beyond_the_ends() -> None:
     assert read(FRONT, 0.96) == (None, False, "better than all plain arms")
     assert read(FRONT, 0.70) == (10, True, "")  # the cheapest is better: a bound
+
+
+def test_the_gain_of_so_many_joules_is_what_they_are_read_at() -> None:
+    for energy in (10, 17.0, 40, 90.0, 160):
+        joules = read(FRONT, frontier.reached(FRONT, energy))[0]
+        assert joules == pytest.approx(energy)
+    assert frontier.reached(FRONT, 5) == 0.80  # of the ends, beyond them
+    assert frontier.reached(FRONT, 500) == 0.95
+    assert frontier.reached([*FRONT, Point(100, 0.85)], 100) == frontier.reached(FRONT, 100)
 
 
 TECHNIQUE = {"techniques": [{"ema": {}}]}
@@ -81,6 +91,13 @@ def test_each_arm_is_read_against_the_plain_ones(tmp_path: Path) -> None:
     assert (worse.at_least, worse.inside) == (True, True)
     assert "cheaper and worse" in far["poor"].why
     assert far["best"].why == "better than all plain arms"
+    said = {a: frontier.sentence(content, a, d) for a, d in far.items()}
+    assert re.match(r"×0\.\S+ \(×.*\): saves$", said["half"])
+    assert "inside the frontier" in said["dear"]
+    # half of its energy, or what 400 s of plain training reach
+    outside = r"; outside it with less than \S+ J, or above 90\.1\s% with as much$"
+    assert re.search(outside, said["dear"])
+    assert said["best"] == far["best"].why
     section = Frontier()
     value = section.compute(content)
     assert value is not None

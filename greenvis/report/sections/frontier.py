@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from greenvis.report import formatting, frontier, measures
 from greenvis.report.blocks import Block, Bullets, Grid, paragraph
-from greenvis.report.formatting import MISSING, si
+from greenvis.report.formatting import si
 from greenvis.report.frontier import Distance
 from greenvis.report.section import Section
 from greenvis.report.shape import Results
@@ -59,32 +59,8 @@ class Frontier(Section[Said]):
 
 def _row(results: Results, label: str, each: list[Distance]) -> tuple[str, ...]:
     row = results.arms[label]
-    cells = (_cell(d) for d in each)
-    return (label, formatting.spread(results.measure, row.gain), *cells, _read(each[0]))
-
-
-def _cell(d: Distance) -> str:
-    if d.ratio is None:
-        return MISSING
-    text = f"×{formatting.figures(d.ratio.ratio)}"
-    if d.at_least:
-        return f"{text} or more"
-    band = formatting.factor_band(d.ratio)
-    return f"{text} ({band})" if band else text
-
-
-def _read(d: Distance) -> str:
-    """Return what the distance of the whole line says."""
-    if d.inside:
-        return "inside the frontier: plain training does it for less"
-    if d.saves:
-        return "saves"
-    if d.ratio is None:
-        return d.why
-    if d.ratio.n == 1:
-        return "one seed: not decided"
-    some = d.ratio.low is None
-    return "not decided: not each seed could be read off" if some else "not yet decided"
+    cells = (frontier.cell(d) for d in each)
+    return (label, formatting.spread(results.measure, row.gain), *cells, frontier.finding(each[0]))
 
 
 def _ladder(results: Results) -> str:
