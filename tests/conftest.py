@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import Counter
 from collections.abc import Iterator
 
 import brief
@@ -28,6 +29,19 @@ settings.register_profile(  # how long one takes is no fault
 settings.load_profile("busy machines")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark slow, of each test that is marked `one_in(n)`, all cases but its first, n+1-th …"""
+    cases: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark and not item.get_closest_marker("slow"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # what was imported stays: each part of a training begins with a full collection
 
@@ -39,6 +53,11 @@ def pytest_sessionfinish() -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    gc.freeze()  # what the files before have imported stays as well
 
 
 @pytest.fixture(autouse=True)

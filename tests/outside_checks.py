@@ -1,5 +1,8 @@
 """What `test_outside.py` asks of a process in which the outside package is installed: the answers by
-name, as JSON; what raised says it."""
+name in answers.json, what raised says it; then a recipe is run.
+
+python outside_checks.py RECIPE FOLDER-OF-RECORDS
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,12 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import greenvis as gv
 from greenvis import testing
+from greenvis.cli import main as cli
 from greenvis.data.dataset import DOOR as DATASETS
 from greenvis.meters import pricing, record
 from greenvis.meters.doctor import doctor
@@ -34,7 +39,7 @@ def data_set() -> list[Any]:
 
 
 def metered() -> list[Any]:
-    with gv.track("plug", dir=sys.argv[1]) as run:
+    with gv.track("plug", dir=sys.argv[2]) as run:
         time.sleep(0.3)
     read = record.read(run.path)
     parts = [dict(r._asdict()) for r in pricing.phases(read)[""].values()]
@@ -70,7 +75,9 @@ def main() -> None:
     unplugged = {f"{check.__name__}, unplugged": answer(check) for check in (metered, meter_source)}
     os.environ["CONSTANT_PLUG_W"] = "60"
     plugged = (section, technique, data_set, metered, meter_source, task)
-    print(json.dumps(unplugged | {check.__name__: answer(check) for check in plugged}))
+    answers = unplugged | {check.__name__: answer(check) for check in plugged}
+    Path("answers.json").write_text(json.dumps(answers))
+    sys.exit(cli.main(["run", sys.argv[1]]))
 
 
 if __name__ == "__main__":

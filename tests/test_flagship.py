@@ -35,14 +35,9 @@ def _together(
     return [(registry.find(n), {**PARTS.get(n, {}), **(more or {}).get(n, {})}) for n in names]
 
 
-@pytest.mark.parametrize(  # slow: triples on the second host
-    ("without", "name"),
-    [
-        *((without, "timm-vit") for without in (None, *PARTS)),
-        (None, "transformers-vit"),
-        *(pytest.param(w, "transformers-vit", marks=pytest.mark.slow) for w in PARTS),
-    ],
-)
+@pytest.mark.one_in(4)
+@pytest.mark.parametrize("without", [None, *PARTS])
+@pytest.mark.parametrize("name", ["timm-vit", "transformers-vit"])
 @pytest.mark.filterwarnings("ignore:distill. nothing is cached")
 def test_the_whole_and_each_of_its_triples_keep_the_contract(
     name: str, without: str | None

@@ -44,6 +44,10 @@ MINUTES = (
     "card my/",
     "greenvis labels",
     "bench",
+    "tune",
+    "epochs=3",
+    "tensorboard",
+    "greenvis track",
 )  # words of commands that only the slow test runs
 
 

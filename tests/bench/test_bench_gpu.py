@@ -33,6 +33,7 @@ def cell(result: dict, name: str) -> dict:
     return next(c for c in result["cells"] if c["cell"] == name)
 
 
+@pytest.mark.one_in(4)
 @rehearsal
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_cell_measures_each_of_its_settings(name: str) -> None:

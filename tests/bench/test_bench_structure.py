@@ -23,6 +23,7 @@ def test_measures_a_network_and_writes_it(tmp_path: Path) -> None:
     assert "| repvgg_a0 | folded |" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_networks_measured_into_a_folder_stay_in_its_table(tmp_path: Path) -> None:
     mlp = "MLP of DeiT-Ti, 196 tokens"
     for name in ("repvgg_a0", mlp, "repvgg_a0"):

@@ -14,6 +14,7 @@ from greenvis.bench import compose
 from greenvis.errors import BadInput
 
 
+@pytest.mark.slow
 def test_pairs_work_are_refused_or_do_not_arise(tmp_path: Path) -> None:
     found = compose.run(tmp_path, ["bitfit", "prompt", "side"], ["timm-vit", "timm-resnet"])
     assert [row["pair"] for row in found["rows"]] == [

@@ -56,6 +56,7 @@ def test_attaches_or_says_why_not() -> None:
     }
 
 
+@pytest.mark.slow
 def test_writes_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         coverage, "HOSTS", {n: HOSTS[n] for n in ("transformers-vit", "timm-resnet")}
@@ -83,6 +84,7 @@ def test_writes_the_matrix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert text.count("- prompt on timm-resnet: refuses: no attention") == 1
 
 
+@pytest.mark.slow
 def test_tools_say_what_works_and_what_refuses() -> None:
     checks = [t for t in tools.TOOLS if t not in ("torch.compile", "torch.export")]
     rows = tools.table(["lora", "prompt", "side"], tools=checks)

@@ -202,6 +202,7 @@ def test_with_json_an_error_is_json_too(capsys: pytest.CaptureFixture[str]) -> N
     assert "did you mean" in _json(capsys, "explain", "lorra", code=2)["error"]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "model",
     [

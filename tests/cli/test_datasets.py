@@ -52,6 +52,7 @@ def test_the_list_imports_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", ["digits", "scenes", "shapes:boxes", "shapes:labels", "shapes:masks"]
 )

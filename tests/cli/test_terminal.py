@@ -114,6 +114,7 @@ def test_without_a_terminal_a_run_says_in_lines_how_it_goes(piped: dict[str, Any
     assert again == []
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_on_a_terminal_a_run_is_shown_live(
     columns: int, folder: Path, piped: dict[str, Any]
@@ -144,6 +145,7 @@ def test_tables_fit_their_terminal(
         assert "Energy, CO₂e and time are of whole records" in text
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("path", REPORTS, ids=lambda p: p.parent.name)
 def test_what_a_run_prints_at_its_end_fits(path: Path, columns: int) -> None:
@@ -169,6 +171,7 @@ def test_a_plan_says_what_it_took_itself(folder: Path, piped: dict[str, Any]) ->
     assert re.fullmatch(r"planning itself took .*J, .* s", last)
 
 
+@pytest.mark.slow
 def test_advice_says_its_cost_before_it_is_spent(folder: Path) -> None:
     """The second time all is on record: the trials are not run again for a wider terminal."""
     (folder / "plans.yaml").write_text(PLANS)

@@ -68,6 +68,7 @@ def vit() -> nn.Module:
     )
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_it_trains_whole(name: str, head: str) -> None:

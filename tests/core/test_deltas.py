@@ -59,6 +59,7 @@ def _answers(live: Wrapped, host: str) -> Tensor:
         return logits_of(live.model(HOSTS[host].batch()[0])).clone()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(("host", "request_"), REQUESTS, ids=lambda v: str(v)[:40])
 def test_three_tasks_on_one_base(host: str, request_: Any, tmp_path: Path) -> None:
     answers: dict[str, Tensor] = {}

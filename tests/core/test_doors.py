@@ -44,6 +44,8 @@ def transformer(kind: Any = ViTForImageClassification, **more: Any) -> Any:
     return kind(config).eval()
 
 
+pytestmark = pytest.mark.one_in(3)
+
 X = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 MERGING: dict[str, gv.Technique] = {
     "merge": gv.TokenMerge(r=8),

@@ -102,6 +102,7 @@ def first_task(techniques: list[gv.Technique]) -> Any:
     return live
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("change", [grow, other_head, other_weight], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("name", TAKE)
 def test_a_new_classifier_is_trained_saved_and_merged(
@@ -227,6 +228,7 @@ def _torch_bn(model: nn.Module) -> nn.Module:
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("convert", [_timm_bn, _torch_bn], ids=["timm", "torch"])
 @pytest.mark.parametrize(
     "technique",
@@ -269,6 +271,7 @@ def test_statistics_of_held_norms_stay_after_a_conversion(
 # -- compiled -------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "make",
     [
@@ -285,6 +288,7 @@ def test_a_compiled_model_is_refused(make: Callable[[nn.Module], Any]) -> None:
         gv.wrap(make(vit()), [gv.Bitfit()])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "technique",
     [
@@ -328,6 +332,7 @@ def _train(live: Any, *optimizers: torch.optim.Optimizer) -> None:
     live.step_end()
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(
     "technique",
     [
@@ -423,6 +428,7 @@ def _live(host: str, kind: Any, example: int) -> Any:
         pytest.skip(str(error))
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize(("host", "kind", "example"), EXAMPLES)
 def test_a_copy_and_a_pickle_answer_alike_and_share_nothing(
     host: str, kind: Any, example: int
@@ -487,6 +493,7 @@ def test_a_copy_is_not_wrapped_once_more() -> None:
         gv.wrap(copy.deepcopy(live.model), [gv.Lora(rank=2)])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "technique",
     [gv.LinearProbe(), gv.NormTune(statistics="hold"), gv.Bitfit()],

@@ -95,6 +95,7 @@ CHECKPOINTED: dict[str, Callable[[], list[gv.Technique]]] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CHECKPOINTED)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_loses_no_gradient_or_is_refused(name: str, reentrant: bool) -> None:

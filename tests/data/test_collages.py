@@ -56,6 +56,7 @@ def test_fewer_images_are_the_first_of_more() -> None:
     assert not torch.equal(few.images, others.images)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", shapes.KINDS)
 def test_shapes_have_each_kind_of_label(kind: str) -> None:
     spec = DataSpec(name=f"shapes:{kind}", train=20, test=10, img_size=48)

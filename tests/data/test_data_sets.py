@@ -138,6 +138,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Any], tuple[int, int], tuple[str, ...]
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", dataset.DOOR.own)
 def test_keeps_the_contract(name: str, tmp_path: Path) -> None:
     root = None

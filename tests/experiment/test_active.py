@@ -155,6 +155,7 @@ def _planted(monkeypatch: pytest.MonkeyPatch, rows: list[int]) -> None:
     monkeypatch.setattr(jobs.Jobs, "images", images)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("arm", ["badge", "typiclust"])
 def test_the_label_of_an_image_that_was_not_bought_changes_nothing(
     arm: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -201,6 +202,7 @@ def _killed_after_choice(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     monkeypatch.setattr(rounds.Purchases, "buy", buy)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("moment", ["in round 2", "after the choice of round 3"])
 def test_killed_it_goes_on_to_the_same_labels_and_weights(
     moment: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

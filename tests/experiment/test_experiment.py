@@ -245,6 +245,7 @@ def test_a_launcher_that_shards_is_refused_with_what_to_do(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_techniques_see_images_of_the_size_that_is_trained_on(tmp_path: Path) -> None:
     """A convolutional network takes images of any size: what an exit saves is counted on the
     data's."""

@@ -118,6 +118,7 @@ def test_the_command_prints_the_card(finished: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["uses"] == []
 
 
+@pytest.mark.slow
 def test_a_file_as_base_brings_its_family_along(finished: Path, tmp_path: Path) -> None:
     shutil.copy(_place(finished, "young") / "model.safetensors", tmp_path / "young.safetensors")
     text = RECIPE.partition("arms:")[0] + (
@@ -283,6 +284,7 @@ def test_a_report_of_nothing_that_builds_on_anything_has_no_family(
     assert not (tmp_path / "figures" / "family.svg").exists()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("way", ["pretrained", "init", "hf"])
 def test_weights_made_by_others_are_named_at_a_cost_nobody_knows(tmp_path: Path, way: str) -> None:
     from greenvis import models

@@ -113,6 +113,7 @@ def test_the_dilations_stand_beside_the_weights(finished: Path) -> None:
     assert {path: model.get_submodule(path).dilation[0] for path in chosen} == chosen  # type: ignore[index, union-attr]
 
 
+@pytest.mark.slow
 def test_the_training_proper_begins_with_the_first_weights(tmp_path: Path) -> None:
     """With nothing to choose, it ends as a training without trials."""
     still = RECIPE.replace("{branches: 1}", "{branches: 1, most: 1}")

@@ -116,6 +116,7 @@ def test_each_stage_trains_its_own_layers_on_what_the_last_left(
     assert all(torch.equal(state[n], t) for n, t in _weights(finished).items())
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "stop_at",
     [pytest.param(("head", 2), marks=pytest.mark.slow), ("stage2", 0), ("low-rank", 5)],
@@ -236,6 +237,7 @@ def test_layers_freeze_the_others_and_their_statistics() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_plan_adds_the_stages_up(tmp_path: Path) -> None:
     found = plan(_write(tmp_path), runs=tmp_path / "runs")
     staged, plain = (found["arms"][f"tiny/{arm}"]["flops"]["value"] for arm in ("staged", "plain"))

@@ -71,6 +71,7 @@ def _fit(
     return outcome.live.model, outcome
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "options", [{}, {"accumulate": 2}, {"optimizer": "sgd", "clip_norm": 0.5, "schedule": "linear"}]
 )

@@ -1,27 +1,28 @@
 """Run a hostile input as a user would: in a process of its own, held to CPU seconds and to a size.
 
-`greenvis` asks a server (`served.py`) for it, which has everything imported and forks: so what an
-input takes is told from what a start takes, and hundreds of them cost one start.
+`greenvis` asks a server (`served.py`, forked from that of `forked.py`) for it, which has everything
+imported and forks: so what an input takes is told from what a start takes, and hundreds of them cost
+one start.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from forked import FORKS
 
 GROWTH = 200 * 2**20  # bytes of data beyond what everything imported takes
 SECONDS = 10  # of CPU; a bomb takes hours
 HANG = 600  # seconds without an end, for who waits and does not compute
-_server: subprocess.Popen[str] | None = None
+_server: Connection | None = None
 
 
 class Said(NamedTuple):
@@ -60,13 +61,9 @@ def together(
 ) -> list[Said]:
     """Run greenvis with each of these words, in processes that begin in the same moment."""
     bounds = {"cwd": str(cwd), "env": env or {}, "growth": growth, "seconds": seconds}
-    pipe = _serving()
-    assert pipe.stdin is not None
-    assert pipe.stdout is not None
-    requests = [{"words": [*map(os.fspath, words)], **bounds} for words in commands]
-    pipe.stdin.write(json.dumps(requests) + "\n")
-    pipe.stdin.flush()
-    answers = [Said(**answer) for answer in json.loads(pipe.stdout.readline())]
+    server = _serving()
+    server.send([{"words": [*map(os.fspath, words)], **bounds} for words in commands])
+    answers = [Said(**answer) for answer in server.recv()]
     for said in answers:
         assert "Traceback" not in said.err, said.err
         assert said.code >= 0, said
@@ -74,16 +71,15 @@ def together(
     return answers
 
 
-def _serving() -> subprocess.Popen[str]:
+def _serving() -> Connection:
     global _server
     if _server is None:
-        root = Path(__file__).parents[2]
-        env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(Path(__file__).with_name("served.py"))]
-        _server = subprocess.Popen(
-            command, cwd=root, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        atexit.register(_server.kill)
+        from tests.hostile import served
+
+        _server, end = FORKS.Pipe()
+        process = FORKS.Process(target=served.serve, args=(end,))
+        process.start()
+        atexit.register(process.kill)
     return _server
 
 

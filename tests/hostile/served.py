@@ -1,9 +1,8 @@
 """Run greenvis again and again, each time in a child of this process, in which everything is
 imported.
 
-A line of JSON on standard input asks for runs that begin together: a list of {"words", "cwd",
-"env", "growth", "seconds"}; a line on standard output answers: a list of {"code", "out", "err",
-"cpu_s", "grown"}.
+What is received asks for runs that begin together: a list of {"words", "cwd", "env", "growth",
+"seconds"}; what is sent answers: a list of {"code", "out", "err", "cpu_s", "grown"}.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
+import multiprocessing
 import os
 import pkgutil
 import resource
@@ -19,10 +18,9 @@ import signal
 import sys
 import tempfile
 import traceback
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import greenvis
 from greenvis.cli import main as cli
@@ -91,14 +89,13 @@ def together(requests: list[dict[str, Any]], folder: Path) -> list[dict[str, Any
     return answers
 
 
-def main() -> None:
+def serve(asked: Connection) -> None:
     """See above."""
     import_all()
+    # as in any other process; else each loader of images starts a server that imports all again
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     gc.freeze()  # so that children share these pages
-    for line in sys.stdin:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(together(json.loads(line), Path(folder))), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    with contextlib.suppress(EOFError):
+        while requests := asked.recv():
+            with tempfile.TemporaryDirectory() as folder:
+                asked.send(together(requests, Path(folder)))

@@ -82,7 +82,7 @@ def _lay(folder: Path, before: Sequence[Sequence[str]], monkeypatch: pytest.Monk
     ("name", "each"),
     [
         ("plan", True),
-        ("report", False),
+        pytest.param("report", False, marks=pytest.mark.slow),
         ("export", True),
         *(
             pytest.param(name, True, marks=pytest.mark.slow)

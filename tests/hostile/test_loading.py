@@ -99,6 +99,7 @@ RECIPE = {
 }  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", options("x/y"))
 @pytest.mark.parametrize("verb", ["plan", "run"])
 def test_a_recipe_cannot_name_them(verb: str, name: str, bomb: Path) -> None:
@@ -111,6 +112,7 @@ def test_a_recipe_cannot_name_them(verb: str, name: str, bomb: Path) -> None:
     assert everything(bomb.parent) == before
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("verb", ["plan", "run"])
 @pytest.mark.parametrize(
     "change",

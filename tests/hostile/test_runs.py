@@ -55,6 +55,7 @@ def test_mark_card_and_record_name_each_other(recipe: Path) -> None:
     assert mark(folder)["weights"] == jobs._digest(folder / jobs.WEIGHTS_FILE)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "how", ["truncated", "of another run", "gone", "empty", "a link to nothing"]
 )
@@ -82,6 +83,7 @@ def test_weights_that_are_not_the_runs_are_made_again(how: str, recipe: Path) ->
     assert any("done before, kept" in line for line in run(recipe)[1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("how", ["of another model", "empty parts", "cut off", "a pipe"])
 def test_a_checkpoint_that_is_none_of_its_is_said(how: str, recipe: Path) -> None:
     folder, _ = run(recipe)
@@ -106,6 +108,7 @@ def test_a_checkpoint_that_is_none_of_its_is_said(how: str, recipe: Path) -> Non
     assert any("training" in line for line in run(recipe)[1])
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "text", ["", "[", "[]", "3", '{"inputs": 3}', '{"inputs": null, "weights": 3}', "\0"]
 )
@@ -192,7 +195,7 @@ def figures(runs: Path) -> dict[str, Any]:
     return left
 
 
-@pytest.mark.parametrize("rounds", [2, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_two_recipes_on_one_base_train_it_once(rounds: int, tmp_path: Path) -> None:
     def write(folder: Path) -> Path:
         folder.mkdir()

@@ -209,6 +209,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", COMMANDS)
 @pytest.mark.parametrize("form", ["text", "json"])
 def test_terminal(name: str, form: str, folder: Path, capsys: Any, monkeypatch: Any) -> None:

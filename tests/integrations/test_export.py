@@ -129,6 +129,7 @@ def test_a_transformers_folder_prepares_images_as_the_run_did(runs: Path, tmp_pa
     assert torch.allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("arm", ["lora", "net", pytest.param("hf", marks=pytest.mark.slow)])
 def test_onnx_names_classes_statistics_and_the_batch_axis(
     arm: str, runs: Path, exported: tuple[Path, dict[str, Any]], tmp_path: Path

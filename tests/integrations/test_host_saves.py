@@ -97,6 +97,7 @@ def _trainer(live: gv.Wrapped, out: Path, epochs: int = 1, **more: Any) -> Green
 # -- transformers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", FOLDED)
 def test_save_model_writes_plain_weights_where_techniques_can_be_folded(
     name: str, tmp_path: Path
@@ -120,6 +121,7 @@ def test_save_model_writes_plain_weights_where_techniques_can_be_folded(
     assert torch.allclose(_answers(again), _answers(live.model), atol=1e-6)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", LIVE)
 def test_save_model_leaves_no_weights_to_take_for_the_whole(
     name: str, tmp_path: Path, caplog: Any
@@ -139,6 +141,7 @@ def test_save_model_leaves_no_weights_to_take_for_the_whole(
         trainer.save_model(str(tmp_path / "other"))
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resume_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     whole, first, second = (_wrapped(RESUMED[name]()) for _ in range(3))
@@ -253,6 +256,7 @@ def _fit(live: gv.Wrapped, out: Path, epochs: int = 1, resume: Path | None = Non
     return trainer
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", RESUMED)
 def test_lightning_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> None:
     whole, first, second = (_wrapped(RESUMED[name]()) for _ in range(3))
@@ -263,6 +267,7 @@ def test_lightning_goes_on_to_the_same_weights(name: str, tmp_path: Path) -> Non
     assert not [k for k, v in one.items() if not torch.equal(v, other[k])]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("weights_only", [False, True])
 @pytest.mark.parametrize("name", [*LIVE, "lora"])
 def test_lightnings_checkpoint_gives_the_same_answers_or_is_refused(
@@ -320,6 +325,7 @@ def _accelerated(live: gv.Wrapped) -> GreenAccelerator:
     return accelerator
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [*RESUMED, *LIVE])
 def test_accelerate_goes_on_to_the_same_weights_or_refuses(name: str, tmp_path: Path) -> None:
     techniques = (RESUMED | LIVE)[name]

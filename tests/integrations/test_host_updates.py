@@ -39,6 +39,7 @@ def _check(kind: str, left: list[dict[str, Any]]) -> None:
             )
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("accumulate", hosts.ACCUMULATE)
 @pytest.mark.parametrize("kind", hosts.KINDS)
 @pytest.mark.parametrize("host", hosts.HOSTS)
@@ -46,6 +47,7 @@ def test_of_one_process(host: str, kind: str, accumulate: int, tmp_path: Path) -
     _check(kind, [hosts.train(host, kind, accumulate, tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "host", [*hosts.HOSTS[:1], *(pytest.param(h, marks=pytest.mark.slow) for h in hosts.HOSTS[1:])]
 )

@@ -78,6 +78,7 @@ ENDS = BURN.format(s=1.0) + "\nprint('burnt', flush=True)"
 WAITS = ENDS + "\ntime.sleep(60)"
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("grandchild", "child_then"),
     [

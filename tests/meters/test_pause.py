@@ -74,6 +74,7 @@ BUSY = (
 WAITING = BUSY.replace("burn(0.3)", "pass")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "body",
     [
@@ -102,6 +103,7 @@ def test_what_only_waits_is_charged(tmp_path: Path) -> None:
     assert (pricing.run_energy(run).value or 0.0) >= 100 * PAUSE_S
 
 
+@pytest.mark.slow
 def test_a_long_computation_that_holds_the_interpreter_is_no_pause(tmp_path: Path) -> None:
     hog = (
         "n = 10**6\n    while True:\n        began = time.monotonic(); pow(3, n); n *= 2\n"

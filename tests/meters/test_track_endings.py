@@ -50,6 +50,7 @@ WITH = 'with gv.track("t", interval_s=0.1) as run, run.phase("train"):\n    burn
 OPEN = 'run = gv.track("t", interval_s=0.1).start()\nwith run.phase("train"): burn(0.7)\n'
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     ("body", "code", "status", "word"),
     [

@@ -201,6 +201,7 @@ meter: {codecarbon: false}
 """
 
 
+@pytest.mark.slow
 def test_a_recipe_measures_the_folded_model_and_keeps_the_plain_one(tmp_path: Path) -> None:
     path = tmp_path / "folded.yaml"
     path.write_text(RECIPE)

@@ -25,6 +25,7 @@ def _built(name: str, **options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "name", ["repvgg_a0", "mobileone_s0", "repvit_m0_9", "fastvit_t8", "efficientvim_m1"]
 )

@@ -207,6 +207,7 @@ def test_a_teacher_makes_another_plan(advice: dict[str, Any], folder: Path) -> N
     assert found["rows"][0]["serve_energy_j"]["value"] > 0
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_every_plan_and_says_what_advice_cost(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -352,7 +353,10 @@ arms: {a: {}}
 @pytest.mark.parametrize(
     ("task", "ref", "options", "name", "better"),
     [
-        ("segmentation", "timm/resnet10t", {"head": "dense"}, "mIoU", True),
+        pytest.param(
+            *("segmentation", "timm/resnet10t", {"head": "dense"}, "mIoU", True),
+            marks=pytest.mark.slow,
+        ),
         ("generation", "plain/vae", {"img_size": 8}, "Fréchet distance", False),
     ],
 )

@@ -15,7 +15,7 @@ from greenvis.planning.plan import plan
 
 RECIPE = """\
 name: planned
-data: {name: digits, train: 320, test: 100}
+data: {name: digits, train: 240, test: 100}
 model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 2, num_heads: 2}
 train: {epochs: 3, batch_size: 20, seeds: [0, 1], threads: 1}
 arms:
@@ -76,6 +76,7 @@ def test_prediction_and_what_was_spent(tmp_path: Path) -> None:
     assert more["arms"]["planned/plain"]["flops"]["value"] == pytest.approx(each)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "arms",
     [
@@ -113,7 +114,7 @@ def test_what_an_interrupted_run_has_done_is_not_charged(
 
 def test_a_plan_of_other_inputs_is_not_claimed(tmp_path: Path) -> None:
     path = tmp_path / "planned.yaml"
-    path.write_text(RECIPE)
+    path.write_text(RECIPE.split("  teacher:")[0] + "meter: {codecarbon: false}\n")
     plan(path, runs=tmp_path / "runs", overrides=["train.lr=0.5", "train.seeds=[0]"])
     session.run(path, runs=tmp_path / "runs", overrides=["train.seeds=[0]", "train.epochs=1"])
     assert all(record.read(f).facts["predicted"] is None for f in record.find([tmp_path / "runs"]))

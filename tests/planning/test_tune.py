@@ -32,7 +32,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def test_settings_are_measured_in_turns(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--runs", str(recipe.parent / "runs"), "--json"]
-    assert main(["tune", str(recipe), "--rounds", "2", *words]) == 0
+    assert main(["tune", str(recipe), "--rounds", "1", *words]) == 0
     tuned = json.loads(capsys.readouterr().out)
     assert {row["setting"] for row in tuned["rows"]} == {*SETTINGS}
     as_is = next(row for row in tuned["rows"] if row["setting"] == PRESENT)

@@ -89,6 +89,7 @@ def test_a_new_user_gets_a_list_to_fill_in_and_a_contact_sheet(
                  str(tmp_path / "more.yaml")]) == 0  # fmt: skip
 
 
+@pytest.mark.slow
 def test_of_a_run_on_few_labels_the_others_are_candidates(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -83,13 +83,8 @@ def _measured(content: Any) -> Any:
     return content
 
 
-@pytest.mark.parametrize(  # slow: all but one in six
-    "folder",
-    [
-        pytest.param(folder, id=folder.name, marks=[pytest.mark.slow] if i % 6 else [])
-        for i, folder in enumerate(COMPARING)
-    ],
-)
+@pytest.mark.one_in(12)
+@pytest.mark.parametrize("folder", COMPARING, ids=lambda folder: folder.name)
 def test_a_committed_report_is_written_anew_with_the_same_results(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +93,7 @@ def test_a_committed_report_is_written_anew_with_the_same_results(
     assert _same(old, json.loads((page.parent / "results.json").read_text())) == []
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("folder", COMPARING, ids=lambda folder: folder.name)
 def test_a_report_has_records_and_they_give_its_results(folder: Path) -> None:
     old = json.loads((folder / "results.json").read_text())

@@ -91,6 +91,7 @@ def _long(folder: Path, seed: int, lines: int) -> dict[str, Any]:
     return {"path": path, "size": path.stat().st_size}
 
 
+@pytest.mark.slow
 def test_records_too_large_lose_what_later_totals_replace_and_no_joule(tmp_path: Path) -> None:
     for seed in range(2):
         _long(tmp_path / "runs", seed, 15_000)
@@ -137,6 +138,7 @@ def test_what_is_still_too_large_loses_digits_below_a_millionth(
 ROOT = Path(__file__).parents[2] / "reports"
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", sorted(p.parent.name for p in ROOT.glob(f"*/{archive.NAME}")))
 def test_committed_records_give_their_reports_figures(name: str) -> None:
     """Anybody can price the evidence anew."""

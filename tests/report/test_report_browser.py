@@ -142,6 +142,7 @@ frame.onload = () => {
 </script>"""
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_the_first_screen_holds_the_sentence_three_tiles_and_the_figure(
@@ -206,6 +207,7 @@ def test_a_file_without_script_shows_the_same(site: tuple[str, Path], tmp_path: 
     assert np.array_equal(*shots)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("page", ["study", "nasty"])
 @pytest.mark.parametrize("width", [360, 1366])
 def test_nothing_is_cut_off_and_nothing_complains(
@@ -218,6 +220,7 @@ def test_nothing_is_cut_off_and_nothing_complains(
     assert found["text"] >= 8  # px: the smallest text in a figure can still be read
 
 
+@pytest.mark.slow
 def test_dark_is_dark(site: tuple[str, Path]) -> None:
     light, _ = _probe(site, "study/index.html", 1366)
     dark, _ = _probe(site, "study/index.html", 1366, dark=True)
@@ -267,6 +270,7 @@ def test_colours_can_be_read(theme: str) -> None:
         assert (light + 0.05) / (dark + 0.05) >= least, name
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("page", ["study", "nasty"])
 def test_prints_on_pages_of_paper(site: tuple[str, Path], page: str, tmp_path: Path) -> None:
     """The print style gives a PDF of several pages."""

@@ -351,6 +351,7 @@ def test_what_is_no_results_json(tmp_path: Path) -> None:
         compare(file, file)
 
 
+@pytest.mark.slow
 def test_four_hundred_runs_are_all_there(tmp_path: Path) -> None:
     """How long ten thousand take is `greenvis bench listing`."""
     synthetic.many(tmp_path / "runs", 100, 4)

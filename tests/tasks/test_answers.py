@@ -293,6 +293,7 @@ WRONG = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("labels", WRONG)
 @pytest.mark.parametrize("technique", READ_CLASSES)
 def test_labels_that_are_no_class_per_image_are_refused(technique: str, labels: str) -> None:

@@ -84,6 +84,7 @@ def _part(technique: Technique, seen: list[Any], stop_at: int | None = None) -> 
     return Part(**{**vars(part), "images": SET})
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("technique", [Balance(), Half()])
 def test_a_resumed_epoch_visits_what_is_left_of_it(tmp_path: Path, technique: Technique) -> None:
     def fit(part: Part, checkpoint: Path | None = None) -> nn.Module:

@@ -116,6 +116,7 @@ def _part(epochs: int, stop_at: int | None = None, method: gv.Technique = METHOD
     return Part(**{**vars(part), "feeds": {"unlabeled": REST, "target": IMAGES.test}})
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("stop_at", "method"), [(n, METHODS[0]) for n in (3, 4)] + [(5, m) for m in METHODS]
 )

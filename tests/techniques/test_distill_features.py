@@ -64,6 +64,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("loss", KINDS, ids=lambda k: k["kind"] + "-residual" * ("residual" in k))
 @pytest.mark.parametrize("pair", ["vit<cnn", "cnn<vit"])
 def test_features_of_another_architecture(loss: dict[str, Any], pair: str) -> None:
@@ -168,6 +169,7 @@ def _lesson(loss: dict[str, Any], teacher: nn.Module, **student: Any) -> tuple[T
     return term, gradient, live
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("loss", TOKENS, ids=lambda k: k["kind"])
 def test_class_and_register_tokens_get_a_lesson(loss: dict[str, Any], registers: int) -> None:
@@ -608,6 +610,7 @@ def test_labels_are_asked_for_where_they_are_needed() -> None:
     assert live.loss(x, soft, student(x)).item() == live.loss(x, soft.argmax(-1), student(x)).item()
 
 
+@pytest.mark.slow
 def test_a_recipe_resolves_several_teachers_and_keeps_what_they_say(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 

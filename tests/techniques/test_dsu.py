@@ -158,6 +158,7 @@ def test_it_acts_behind_the_first_layer_and_each_stage(name: str, paths: list[st
     assert own[1].channels == (-1 if "swin" in name else 1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("request_", [Dsu(), Mixstyle(shuffle="crossdomain", p=1.0)])
 def test_a_resumed_recipe_draws_what_an_uninterrupted_one_draws(
     request_: Any, tmp_path: Path

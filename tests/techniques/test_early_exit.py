@@ -180,6 +180,7 @@ def test_the_bound_on_the_drop_holds_as_often_as_it_says() -> None:
 # -- samples that leave ---------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("host", ["timm-vit", "torchvision-resnet", "timm-swin"])
 def test_answers_and_gradients_are_those_of_each_samples_own_exit(host: str, mix: str) -> None:
@@ -543,6 +544,7 @@ def test_the_bench_measures_what_left(tmp_path: Path) -> None:
 # -- plain models up to an exit -------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("host", ["timm-vit", "torchvision-vit", "timm-convnext"])
 def test_an_exported_exit_is_static_and_smaller(host: str) -> None:
     live, installed, x = wrapped(host)

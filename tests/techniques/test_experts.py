@@ -28,6 +28,7 @@ def _answers(model: nn.Module, x: Any) -> torch.Tensor:
         return main_output(model(x)).clone()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("form", ["split", "upcycle"])
 def test_it_begins_as_the_dense_model(name: str, form: str) -> None:

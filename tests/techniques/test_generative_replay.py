@@ -66,6 +66,7 @@ def test_the_bound_is_that_of_the_paper() -> None:
     )
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_asked_for_also_of_earlier_tasks() -> None:
     generator = Generator(0)
     generator.learn(_images(0, 1), 4, 60, 1.0, torch.device("cpu"))

@@ -84,6 +84,7 @@ def test_gates_the_hidden_units() -> None:
     assert torch.allclose(mlp.fc2(hidden), want, atol=1e-5)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "name", ["timm-vit", "timm-swin", "torchvision-vit", "transformers-clip", "plain"]
 )

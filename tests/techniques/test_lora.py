@@ -85,6 +85,7 @@ def test_a_bf16_base_merges_in_fp32() -> None:
     assert all(torch.equal(p.double(), base[n]) for n, p in model.named_parameters())
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("variant", ["lora", "dora", "rslora"])
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal", "pissa", "olora"])
 def test_variants_start_neutral(variant: Any, init: Any) -> None:

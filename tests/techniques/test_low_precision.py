@@ -16,6 +16,7 @@ from greenvis.techniques.inference.precision.low_precision import LowPrecision
 from greenvis.techniques.inference.tokens.token_merge import TokenMerge
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", sorted(HOSTS))
 def test_a_model_is_rounded_for_a_while(name: str) -> None:
     host = HOSTS[name]
@@ -57,6 +58,7 @@ def test_weights_come_back_after_an_error() -> None:
 
 
 # the mobilenet's random answers are as small as rounding is
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", sorted({*HOSTS} - {"torchvision-mobilenet"}))
 def test_a_model_in_int8(name: str) -> None:
     host = HOSTS[name]

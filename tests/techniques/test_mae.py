@@ -123,6 +123,7 @@ def test_the_loss_counts_masked_patches_only() -> None:
     assert mask.sum() == 24
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("target", ["pixels", "hog"])
 @pytest.mark.parametrize("name", ["timm-deit-distilled", "torchvision-vit", "transformers-vit"])
 def test_learns_and_leaves_a_plain_model(name: str, target: Any) -> None:

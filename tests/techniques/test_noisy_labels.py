@@ -209,6 +209,7 @@ def _part(technique: gv.Technique, stop_at: int | None = None, noisy: bool = Tru
     return Part(**{**vars(part), "images": images, "samples": samples})
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("technique", [
     NoisyLabels(loss="elr"), CoTeaching(), Dividemix(warmup=2, ramp=2),
 ])  # fmt: skip

@@ -50,6 +50,7 @@ def test_prunes_by_magnitude_layer_by_layer_and_rests_the_others_at_zero() -> No
     assert torch.equal(weight[kept], before[kept])
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "name", ["timm-vit", "timm-resnet", "torchvision-vit", "transformers-swin", "plain"]
 )

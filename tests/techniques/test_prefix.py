@@ -63,6 +63,7 @@ def _train(
     return live
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("kind", [LinearProbe, Partial])
 @pytest.mark.parametrize(
     "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.slow) for n in HOSTS]
@@ -213,6 +214,7 @@ def test_a_recipe_gives_the_same_weights_for_less(finished: Path, end: str) -> N
     assert facts["bytes"] > 120 * 16 * 4
 
 
+@pytest.mark.slow
 def test_a_run_with_caches_of_its_own_computes_all_it_uses(finished: Path, tmp_path: Path) -> None:
     overrides = ["meter.own_caches=true", "train.epochs=2"]
     gv.run(finished / "tiny.yaml", runs=tmp_path / "runs", overrides=overrides)

@@ -43,6 +43,7 @@ def one_by_one(live: Wrapped, batches: list[Tensor]) -> list[Tensor]:
         return [logits_of(live.model(x)) for x in batches]
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("criterion", ["max_prob", "patience"])
 @pytest.mark.parametrize("host", HOSTS)
 def test_answers_are_those_of_each_batch_alone(host: str, criterion: str) -> None:
@@ -130,6 +131,7 @@ def test_what_cannot_wait_is_refused() -> None:
         rebatched(gv.wrap(HOSTS["timm-vit"].build(), ()), [x])
 
 
+@pytest.mark.slow
 def test_a_recipe_reports_the_rebatched_setting(tmp_path: Path) -> None:
     (tmp_path / "tiny.yaml").write_text(RECIPE)
     gv.run(tmp_path / "tiny.yaml", runs=tmp_path / "runs")

@@ -90,6 +90,7 @@ def _kept(size: int, policy: str, labels: Tensor, seed: int) -> tuple[Tensor, Te
     return buffer.labels, buffer.take(range(len(buffer)))[0][:, 0]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("case", STREAMS)
 @pytest.mark.parametrize("policy", ["reservoir", "balanced"])
 def test_the_last_tenth_of_a_stream_is_a_tenth_of_the_buffer(policy: str, case: str) -> None:
@@ -222,6 +223,7 @@ def test_gradient_selection_works_in_a_loop_and_goes_on_exactly(tmp_path: Path) 
     assert 0 <= scores.min() <= scores.max() <= 2
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", ["class", "task", "domain"])
 @pytest.mark.parametrize("policy", ["reservoir", "ring", "balanced", "greedy", "herding"])
 def test_never_a_test_image_nor_one_of_a_task_to_come(

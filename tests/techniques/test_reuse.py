@@ -265,6 +265,7 @@ FEATURES: dict[str, Any] = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", [*BASES, *FEATURES])
 def test_learns_from_any_base(name: str) -> None:
     base = {**BASES, **FEATURES}[name]()

@@ -250,6 +250,7 @@ arms:
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_tested_and_measured_in_the_batches_it_is_served_in(tmp_path: Path) -> None:
     from greenvis.experiment.recipe import load_recipe
     from greenvis.meters.record import find, read
