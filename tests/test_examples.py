@@ -10,7 +10,7 @@ from forked import greenvis
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda p: p.stem)
 def test_example(script: Path, tmp_path: Path) -> None:
     done = greenvis(str(script), cwd=tmp_path, env={"TMPDIR": str(tmp_path)})

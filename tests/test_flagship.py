@@ -46,6 +46,7 @@ def test_the_whole_and_each_of_its_triples_keep_the_contract(
     assert result.outcome == "works", str(result)
 
 
+@pytest.mark.slow
 def test_a_probe_and_exits_of_a_frozen_base_keep_it_too() -> None:
     parts = _together(
         ["linear_probe", "token_merge", "early_exit"], {"linear_probe": {"cache": True}}

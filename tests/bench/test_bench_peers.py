@@ -18,6 +18,7 @@ def test_an_unknown_work_is_refused_with_the_nearest(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rows_set_each_arm_against_the_first_within_a_round() -> None:
     arms = [
         Arm("plain", lambda seed: Trained(2.0 + seed, 0.5)),

@@ -475,6 +475,7 @@ def test_every_recipe_is_valid_and_says_how_to_run_it(path: Path) -> None:
     assert f"greenvis run {path.relative_to(ROOT)}" in head
 
 
+@pytest.mark.slow
 def test_flops_of_a_model_whose_work_depends_on_the_image(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_contact_sheet_is_a_png(
         assert len(image.getcolors(2**20)) > 20
 
 
+@pytest.mark.slow
 def test_masks_and_boxes_are_drawn_where_they_are() -> None:
     spec = {"train": 6, "test": 2, "img_size": sheets.TILE}
     masks, boxes = (

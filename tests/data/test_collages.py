@@ -121,6 +121,7 @@ def test_scenes_show_digits_where_fashion_mnist_is_not(monkeypatch: pytest.Monke
     assert len(outside) > len(inside)
 
 
+@pytest.mark.slow
 def test_grounds_of_objects_are_alike_and_those_of_scenes_are_not() -> None:
     spread = {}
     for name in ("objects", "scenes"):

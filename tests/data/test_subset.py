@@ -22,7 +22,7 @@ RECIPE = """\
 name: tiny
 data: {name: digits, train: 300, test: 60}
 model: {ref: timm/vit_tiny_patch16_224, img_size: 8, patch_size: 2, embed_dim: 16, depth: 1, num_heads: 2}
-train: {epochs: 2, batch_size: 10, threads: 1}
+train: {epochs: 1, batch_size: 10, threads: 1}
 arms:
   all: {}
   random: {subset: {per_class: 3}}
@@ -154,7 +154,7 @@ def test_a_recipe_counts_the_making(tmp_path: Path) -> None:
     runs = {r.header["arm"]: r for r in map(record.read, record.find([tmp_path / "runs"]))}
     assert [
         runs[arm].sum("samples", "train") for arm in ("all", "random", "herding", "condensed")
-    ] == [600, 60, 60, 60]
+    ] == [300, 30, 30, 30]
     assert runs["all"].facts["data"]["train"] == 300
     assert (
         runs["herding"].facts["data"]["train"],

@@ -266,6 +266,7 @@ def test_a_setting_that_one_arm_uses_may_stand_above_all(
     assert load_recipe(_write(tmp_path, text.replace(old, new))).arms
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("words", "why"),
     [

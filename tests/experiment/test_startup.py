@@ -45,12 +45,9 @@ def runs_of(folder: Path) -> tuple[Run, Run]:
     return first, second
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "program",
-    [
-        pytest.param(RAY_WORKER, id="worker of Ray", marks=pytest.mark.slow),
-        pytest.param(CLI, id="command line"),
-    ],
+    "program", [pytest.param(RAY_WORKER, id="worker of Ray"), pytest.param(CLI, id="command line")]
 )
 def test_a_fresh_process_starts_outside_the_arms(tmp_path: Path, program: str) -> None:
     (tmp_path / "twice.yaml").write_text(RECIPE)

@@ -42,7 +42,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
     },
 }  # fmt: skip
-SLOW = {"detection", "segmentation", "bags"}
+SLOW = {"detection", "segmentation", "bags", "image_text"}
 
 
 @pytest.mark.parametrize(

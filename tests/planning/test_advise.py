@@ -575,6 +575,7 @@ def test_a_file_that_is_no_advice_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "mine.yaml").read_text() == "name: mine\n"
 
 
+@pytest.mark.slow
 def test_a_plan_that_fails_is_left_out_and_said(tmp_path: Path) -> None:
     (tmp_path / "plans.yaml").write_text(
         "train: {batch_size: 10}\narms: {all: {}, wild: {train: {lr: 1.0e+30, optimizer: sgd}}}\n"

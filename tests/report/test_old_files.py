@@ -83,7 +83,7 @@ def _measured(content: Any) -> Any:
     return content
 
 
-@pytest.mark.one_in(12)
+@pytest.mark.one_in(24)
 @pytest.mark.parametrize("folder", COMPARING, ids=lambda folder: folder.name)
 def test_a_committed_report_is_written_anew_with_the_same_results(
     folder: Path, tmp_path: Path

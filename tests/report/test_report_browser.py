@@ -142,7 +142,7 @@ frame.onload = () => {
 </script>"""
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize(("width", "height"), [(1280, 800), (390, 844)])
 def test_the_first_screen_holds_the_sentence_three_tiles_and_the_figure(

@@ -192,6 +192,7 @@ def test_the_citation_is_that_of_the_package() -> None:
     assert "license: Apache-2.0" in text
 
 
+@pytest.mark.slow
 def test_figures_are_pdf_where_that_is_asked_for(tmp_path: Path) -> None:
     for seed in (0, 1):
         synthetic.write(tmp_path / "runs", "one", seed)

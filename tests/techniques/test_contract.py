@@ -87,8 +87,8 @@ WORKS = {
     "vicreg": 20,
     "zero_shot": 0,  # none of them reads texts
 }
-# each time: one technique on all hosts, and every technique on a transformer and a convolutional
-# network; slow: all examples on all
+# each time: one technique on all hosts, and every technique on the first of two that takes it; slow:
+# all examples on all
 TWO = ("timm-deit-distilled", "torchvision-mobilenet")
 
 
@@ -101,12 +101,15 @@ def test_every_host_is_under_contract() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(WORKS))
-def test_contract_on_two(name: str) -> None:
+def test_contract_on_one_that_takes_it(name: str) -> None:
     technique = registry.find(name)
-    results = check_technique(technique, [HOSTS[n] for n in TWO], technique.examples[:1])
-    assert not [str(r) for r in results if r.outcome == "fails"]
-    works = {r.host for r in results if r.outcome == "works"}
-    assert len(works) >= min(WORKS[name], 1)
+    works = False
+    for host in TWO:
+        (result,) = check_technique(technique, [HOSTS[host]], technique.examples[:1])
+        assert result.outcome != "fails", str(result)
+        if works := result.outcome == "works":
+            break
+    assert works or not WORKS[name]
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ REFUSED = (
 )
 
 
-@pytest.mark.one_in(5)
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize(("name", "example", "host"), WORK)
 def test_they_are_hosts_as_others(name: str, example: dict[str, Any], host: str) -> None:
     (result,) = check_technique(registry.find(name), [HOSTS[host]], [example])
