@@ -46,9 +46,16 @@ LOSSLESS = (FULL, "static", AGAIN)  # those measured with several prompts at onc
 MOST = 8192  # tokens of several prompts answered at once
 LINE = 0.85  # of the dynamic cache's decode joules, which a static one is to stay below
 SIZES: Any = {"img_size": 48, "patch_size": 4, "vision_dim": 96, "vision_depth": 2}
-SIZES |= {"embed_dim": 224, "depth": 4}
+SIZES |= {"depth": 4}
+WIDTH = 320  # of the language model, in which all caches are measured
 Steps = Annotated[int, typer.Option(min=0, help="of training, of 64 questions each")]
 Questions = Annotated[int, typer.Option(min=1, help="answered at each length")]
+Widths = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--width", min=8, help="of further models, in which the caches without loss are measured"
+    ),
+]
 Batches = Annotated[
     list[int] | None,
     typer.Option(
@@ -61,21 +68,24 @@ def run(
     out: Out = None,
     prompts: Sequence[int] = (512, 2048, 4096),
     batches: Batches = None,
+    widths: Widths = None,
     answer: Annotated[int, typer.Option(min=2, help="tokens of each answer")] = 32,
     rounds: Rounds = 3,
     steps: Steps = 1000,
     questions: Questions = 40,
     threads: Threads = 1,
 ) -> dict[str, Any]:
-    """Return {"rows": [{"prompt", "batch", "cache", "prefill_j", "decode_j", "decode_ratio",
-    "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement", "exact_match"}], …}.
+    """Return {"rows": [{"width", "prompt", "batch", "cache", "prefill_j", "decode_j",
+    "decode_ratio", "answer_ratio", …}], "answers": [{"prompt", "cache", "agreement",
+    "exact_match"}], …}.
 
     Joules are per answer. decode_j is of the tokens behind the first, answer_ratio of prefill and
     decode together; ratios are to the dynamic cache of the same round, the mean of its two turns
     there, medians over rounds.
     Several prompts at once are answered by the caches without loss alone, where they have at most
-    8,192 tokens together. agreement is the share of tokens behind the first that are those of the
-    dynamic cache. out: a folder to write report.md and results.json to.
+    8,192 tokens together; so is one prompt by the models of further `widths`. agreement is the
+    share of tokens behind the first that are those of the dynamic cache. out: a folder to write
+    report.md and results.json to.
     """
     started = time.monotonic()
     with (
@@ -83,12 +93,13 @@ def run(
         tempfile.TemporaryDirectory() as folder,
         track("kv_cache", dir=folder) as run_,
     ):
-        rows, parameters = _costs(prompts, batches or [1, 4], answer, rounds, run_)
+        rows = _costs(WIDTH, prompts, batches or [1, 4], answer, rounds, run_)
+        for width in widths or ():
+            rows += _costs(width, prompts, [1], answer, rounds, run_)
         answers, training = ([], None) if not steps else _trained(prompts, steps, questions, run_)
     result = {
         "rows": rows, "answers": answers, "rounds": rounds, "answer_tokens": answer,
-        "questions": questions, "steps": steps, "threads": threads, "parameters": parameters,
-        "training_energy_j": training,
+        "questions": questions, "steps": steps, "threads": threads, "training_energy_j": training,
         "machine": cpu(), "torch": torch.__version__,
         "repeatability": _floor.repeatability(),
         "seconds": round(time.monotonic() - started),
@@ -126,24 +137,31 @@ class _Spent(NamedTuple):
 
 
 def _costs(
-    prompts: Sequence[int], batches: Sequence[int], answer: int, rounds: int, run_: Tracker
-) -> tuple[list[dict[str, Any]], int]:
-    """Return a row for each prompt, batch and cache, and the model's parameters."""
+    width: int,
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    answer: int,
+    rounds: int,
+    run_: Tracker,
+) -> list[dict[str, Any]]:
+    """Return a row for each prompt, batch and cache of a model of this width."""
     torch.manual_seed(0)
-    model: Any = models.build("plain/llava", **SIZES).eval()
+    model: Any = models.build("plain/llava", **SIZES, embed_dim=width).eval()
+    size = {"width": width, "parameters": sum(p.numel() for p in model.parameters())}
     rows = []
     for batch, length in itertools.product(batches, prompts):
         if batch > 1 and batch * length > MOST:
             continue
         inputs = {**_prompts(model, length, batch), "max_new_tokens": answer,
                   "min_new_tokens": answer, "do_sample": False}  # fmt: skip
-        names = LOSSLESS if batch > 1 else (*METHODS, AGAIN)
+        names = LOSSLESS if batch > 1 or width != WIDTH else (*METHODS, AGAIN)
         spent: dict[str, list[_Spent]] = {name: [] for name in names}
         for number in range(rounds + 1):
             for name in in_turn(names, number):
                 spent[name].append(_spent(model, name, inputs, run_))
-        rows += [_row(length, name, own, _between(spent)) for name, own in spent.items()]
-    return rows, sum(p.numel() for p in model.parameters())
+        full = _between(spent)
+        rows += [{**size, **_row(length, name, own, full)} for name, own in spent.items()]
+    return rows
 
 
 def _between(spent: Mapping[str, Sequence[_Spent]]) -> list[_Spent]:
@@ -257,46 +275,62 @@ def _figure(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _decode_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int, str], float | None]:
-    return {(r["batch"], r["prompt"], r["cache"]): r["decode_ratio"] for r in rows}
+class _Setting(NamedTuple):
+    width: int
+    batch: int
+    prompt: int
+
+    def __str__(self) -> str:
+        count = "one prompt" if self.batch == 1 else f"{self.batch} prompts at once"
+        return f"{count} of {self.prompt:,} tokens, {self.width} wide"
 
 
-def _apart(
-    ratio: Mapping[tuple[int, int, str], float | None], batch: int, prompt: int
-) -> float | None:
+def _decode_ratios(rows: Sequence[Mapping[str, Any]]) -> dict[_Setting, dict[str, float | None]]:
+    """Return the ratio of each cache's decode joules in each setting."""
+    ratios: dict[_Setting, dict[str, float | None]] = {}
+    for row in rows:
+        setting = _Setting(row["width"], row["batch"], row["prompt"])
+        ratios.setdefault(setting, {})[row["cache"]] = row["decode_ratio"]
+    return ratios
+
+
+def _apart(ratio: Mapping[str, float | None]) -> float | None:
     """Return how many times apart two dynamic caches' decode read; None where it was not."""
-    once, again = (ratio.get((batch, prompt, name)) for name in (FULL, AGAIN))
+    once, again = (ratio.get(name) for name in (FULL, AGAIN))
     return _floor.ratio([again / once]) if once and again else None
 
 
 def _line(rows: Sequence[Mapping[str, Any]]) -> str:
     """Say where a static cache stays below the line, where it does not, and where two dynamic ones
     read too far apart to tell."""
-    ratio = _decode_ratios(rows)
     where: dict[str, list[str]] = {"below": [], "above": [], "unclear": []}
-    for (batch, prompt, cache), value in ratio.items():
-        if cache != "static" or value is None:
+    for setting, ratio in _decode_ratios(rows).items():
+        value = ratio.get("static")
+        if value is None:
             continue
-        apart = _apart(ratio, batch, prompt) or 1.0
+        apart = _apart(ratio) or 1.0
         which = "below" if value * apart <= LINE else "above" if value / apart > LINE else "unclear"
-        count = "one prompt" if batch == 1 else f"{batch} prompts at once"
-        where[which].append(f"{count} of {prompt:,} tokens (×{value:.2f})")
-    below, above, unclear = (", ".join(w) or "nothing" for w in where.values())
+        where[which].append(f"{setting} (×{value:.2f})")
+    below, above, unclear = ("; ".join(w) or "nothing" for w in where.values())
     alike = all(r["same_answers"] == 1 for r in rows if r["cache"] == "static")
     same = "the same in every token" if alike else "NOT the same"
     return (
         f"The static cache takes at most {LINE} of the decode joules of transformers' dynamic one "
-        f"for {below}, more for {above}; too near to tell, for two dynamic caches read as far "
+        f"for {below}. More for {above}. Too near to tell, for two dynamic caches read as far "
         f"apart: {unclear}. Its answers are {same}."
     )
 
 
 def _markdown(result: Mapping[str, Any], out: Path) -> str:
-    batches = list(dict.fromkeys(row["batch"] for row in result["rows"]))
-    chosen = " ".join(f"--batch {batch}" for batch in batches)
-    ratio = _decode_ratios(result["rows"])
-    settings = dict.fromkeys((batch, prompt) for batch, prompt, _ in ratio)
-    apart = max(filter(None, (_apart(ratio, *setting) for setting in settings)), default=None)
+    ratios = _decode_ratios(result["rows"])
+    batches = dict.fromkeys(setting.batch for setting in ratios)
+    widths = {row["width"]: row["parameters"] for row in result["rows"]}
+    chosen = " ".join(
+        [*(f"--batch {batch}" for batch in batches),
+         *(f"--width {width}" for width in widths if width != WIDTH)]
+    )  # fmt: skip
+    sizes = ", ".join(f"{count:,} parameters ({width} wide)" for width, count in widths.items())
+    apart = max(filter(None, map(_apart, ratios.values())), default=None)
     lines = [
         "# Keys and values of a prompt: which stay, what that saves, and what is answered", "",
         _line(result["rows"]), "",
@@ -305,7 +339,7 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
         f"--steps {result['steps']} --questions {result['questions']} --out {out}`, "
         f"{result['seconds']} s on {os.cpu_count()} "
         f"logical CPUs, {result['threads']} thread(s), torch {result['torch']}. A Llava of "
-        f"{result['parameters']:,} parameters with random weights answers "
+        f"{sizes} with random weights answers "
         f"{result['answer_tokens']} tokens to each prompt, `batch` prompts of one length at once; "
         f"medians of {result['rounds']} rounds in which all caches take turns. Joules are per "
         "answer: `decode_j` of the tokens behind the first, `answer_ratio` of the answer as a "
@@ -313,8 +347,10 @@ def _markdown(result: Mapping[str, Any], out: Path) -> str:
         "whose two turns there are averaged. "
         "Caches that let rows go keep a quarter of the prompt's. With more prompts at once the "
         "weights are read once for all, and what each token costs is its prompt's rows: read, "
-        "and by the dynamic cache copied.",
-        "", *_floor.table(result["rows"]), "",
+        "and by the dynamic cache copied. The narrower a model, the more of a token's cost is "
+        "neither, but Python's.",
+        "", *_floor.table([{k: v for k, v in row.items() if k != "parameters"}
+                           for row in result["rows"]]), "",
         _floor.sentence(apart, "two dynamic caches' decode where they are furthest from each other "
                         "(`dynamic again` has that of each setting)", result["repeatability"]), "",
     ]  # fmt: skip

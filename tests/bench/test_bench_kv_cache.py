@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ from greenvis.bench import _dialogues, kv_cache
 
 @pytest.mark.slow
 def test_it_writes_its_report(tmp_path: Path) -> None:
-    result = kv_cache.run(tmp_path, (200, 3000), [1, 3], answer=4, rounds=1, steps=1, questions=2)
+    result = kv_cache.run(
+        tmp_path, (200, 3000), [1, 3], [64], answer=4, rounds=1, steps=1, questions=2
+    )
     by = [(row["batch"], row["prompt"], row["cache"]) for row in result["rows"]]
+    narrow = [(row["prompt"], row["cache"]) for row in result["rows"] if row["width"] == 64]
+    assert narrow == [*itertools.product((200, 3000), kv_cache.LOSSLESS)]
     assert {b for b in by if b[0] > 1} == {(3, 200, name) for name in kv_cache.LOSSLESS}
     assert all(row["same_answers"] == 1 for row in result["rows"] if row["cache"] == "static")
     rows = {row["cache"]: row for row in result["rows"]}
-    assert rows["dynamic"]["decode_ratio"] == 1
     assert all(row["decode_j"] > 0 for row in rows.values())
     assert {row["cache"] for row in result["answers"]} == {*kv_cache.METHODS}
     static = [row for row in result["answers"] if row["cache"] == "static"]
@@ -44,7 +48,7 @@ def test_joules_are_per_answer_and_the_first_sentence_says_where_the_line_holds(
 
     full = [spent(9.0), spent(4.0), spent(4.0), spent(4.0)]
     own = [spent(1.0), spent(2.0), spent(2.0), spent(4.0)]
-    row = kv_cache._row(512, "static", own, full)  # the first round warms up
+    row = {"width": 96, **kv_cache._row(512, "static", own, full)}  # the first round warms up
     assert (row["batch"], row["prefill_j"], row["decode_j"]) == (2, 1.0, 1.0)
     assert (row["decode_ratio"], row["answer_ratio"]) == (0.5, round(4 / 6, 3))
     assert row["decode_ms_per_token"] == 100
@@ -58,9 +62,9 @@ def test_joules_are_per_answer_and_the_first_sentence_says_where_the_line_holds(
         {**row, "prompt": 64, "cache": kv_cache.AGAIN, "decode_ratio": 0.95},
     ]
     said = kv_cache._line([row, *more])
-    assert "for 2 prompts at once of 512 tokens (×0.50), more for one prompt of 512 t" in said
+    assert "for 2 prompts at once of 512 tokens, 96 wide (×0.50). More for one prompt" in said
     assert said.count("(×") == 3
-    assert "as far apart: 2 prompts at once of 64 tokens (×0.80). Its" in said
+    assert "as far apart: 2 prompts at once of 64 tokens, 96 wide (×0.80). Its" in said
     assert "the same in every token" in said
     both = kv_cache._between({kv_cache.FULL: full, kv_cache.AGAIN: own})
     assert [each.decode for each in both] == [5.0, 3.0, 3.0, 4.0]
