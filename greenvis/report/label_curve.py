@@ -4,8 +4,9 @@ supervised label curve, between its points and never beyond them."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from greenvis.report.arm_results import ArmResults
 from greenvis.report.shape import Results
 
 LEAST = 4  # budgets of a curve that may be read
+UNMATCHED = "not every budget of the label curve has its seed"
 
 
 class Point(NamedTuple):
@@ -40,16 +42,23 @@ class Worth:
         per_point_j: Joules more than the arm of as many labels and no technique, for each point of
             a share, or unit of another metric, that it gains.
         same: Labels with which training on labels alone reaches the same metric.
+        same_interval: Of `same` over seeds, each read off its own curve; None where not every seed
+            could be.
         rate_j: Extra joules per label spared.
-        low, high: Interval of `rate_j` over seeds; None where not every seed could be read off.
+        low, high: Interval of `rate_j` over seeds, Fieller's. `low` alone is known where that no
+            label is spared is not excluded; neither where any rate may be true.
+        why: What of the means could not be read off.
+        why_open: Why there is no interval.
     """
 
     per_point_j: float | None = None
     same: float | None = None
+    same_interval: tuple[float, float] | None = None
     rate_j: float | None = None
     low: float | None = None
     high: float | None = None
     why: str = ""
+    why_open: str = ""
 
 
 def used(row: ArmResults) -> float | None:
@@ -97,11 +106,9 @@ def worth(results: Results, label: str) -> Worth:
     if len(curve) < LEAST:
         why = f"the arms on labels alone have {len(curve)} budget(s), and {LEAST} are needed"
         return Worth(per_point, why=why)
-    same, rate, why = exchange(sorted(t.mean for t in curve), own.mean, sign)
-    low = high = None
-    if rate is not None:
-        low, high = _interval(own, curve, sign)
-    return Worth(per_point, same, rate, low, high, why)
+    same, rate, why = exchange(_front((t.mean for t in curve), sign), own.mean, sign)
+    out = Worth(per_point, same, rate_j=rate, why=why)
+    return out if same is None else _with_intervals(out, own, curve, sign)
 
 
 def exchange(
@@ -119,6 +126,18 @@ def exchange(
         why either is None: (E - E of the curve there) ÷ (labels there - labels), both interpolated
         on the logarithm of the labels.
     """
+    met = _met(curve, point, sign)
+    if isinstance(met, str):
+        return None, None, met
+    same, joules = met
+    if same <= point.labels:
+        return same, None, "it spares no label"
+    return same, (point.energy_j - joules) / (same - point.labels), ""
+
+
+def _met(curve: Sequence[Point], point: Point, sign: float) -> tuple[float, float] | str:
+    """Return labels and joules with which the curve reaches a point's metric, or why it is not
+    known."""
     crossings = [
         (a, b)
         for a, b in pairwise(curve)
@@ -128,14 +147,11 @@ def exchange(
     if not crossings:
         best = max(p.metric * sign for p in curve)
         side = "better" if point.metric * sign > best else "worse"
-        return None, None, f"it is {side} than all measured points of the label curve"
+        return f"it is {side} than all measured points of the label curve"
     met = [_between(a, b, point.metric) for a, b in crossings]
     if any(not math.isclose(n, met[0][0]) for n, _ in met):
-        return None, None, "the label curve crosses its metric more than once"
-    same, joules = met[0]
-    if same <= point.labels:
-        return same, None, "it spares no label"
-    return same, (point.energy_j - joules) / (same - point.labels), ""
+        return "the label curve crosses its metric more than once"
+    return met[0]
 
 
 def _between(a: Point, b: Point, metric: float) -> tuple[float, float]:
@@ -202,15 +218,35 @@ def _by_seed(
     return {s: Point(labels, m, joules[s]) for s, m in metric.items() if s in joules}
 
 
-def _interval(
-    own: Training, curve: Sequence[Training], sign: float
-) -> tuple[float | None, float | None]:
-    """Return the interval of the rate over seeds, each read off its own curve."""
-    rates: list[float] = []
+def _front(points: Iterable[Point], sign: float) -> list[Point]:
+    """Return, by labels, the points better than all with fewer: what so many are good for."""
+    out: list[Point] = []
+    for point in sorted(points):
+        if not out or sign * point.metric > sign * out[-1].metric:
+            out.append(point)
+    return out
+
+
+def _with_intervals(worth: Worth, own: Training, curve: Sequence[Training], sign: float) -> Worth:
+    """Add the intervals over seeds, each read off its own curve."""
+    same, rates = [], []
+    off: Counter[str] = Counter()
     for seed, point in own.by_seed.items():
         points = [t.by_seed[seed] for t in curve if seed in t.by_seed]
-        rate = exchange(sorted(points), point, sign)[1] if len(points) == len(curve) else None
-        if rate is None:
-            return None, None
-        rates.append(rate)
-    return stats.interval(rates)
+        met = _met(_front(points, sign), point, sign) if len(points) == len(curve) else UNMATCHED
+        if isinstance(met, str):
+            off[met] += 1
+            continue
+        same.append(math.log(met[0]))
+        rates.append((point.energy_j - met[1], met[0] - point.labels))
+    if off:
+        why, n = off.most_common(1)[0]
+        return replace(worth, why_open=f"{n} of {len(own.by_seed)} seeds: {why}")
+    low, high = stats.interval(same)
+    if low is None or high is None:
+        return worth
+    worth = replace(worth, same_interval=(math.exp(low), math.exp(high)))
+    if worth.rate_j is None:
+        return worth
+    low, high = stats.quotient(rates)
+    return replace(worth, low=low, high=high)

@@ -209,6 +209,36 @@ def interval(values: Sequence[float]) -> tuple[float | None, float | None]:
     return each[""][1:] if each else (None, None)
 
 
+def quotient(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Return the interval of a ratio of two means by Fieller's theorem (1954), 95 %.
+
+    Args:
+        pairs: (numerator, denominator) of each seed.
+
+    Returns:
+        Both ends; the lower alone of a positive ratio whose denominator may be 0, so that there is
+        no upper one; (None, None) for fewer than two seeds or where nearly any ratio may be true.
+    """
+    n = len(pairs)
+    if n < LEAST:
+        return None, None
+    top, below = (math.fsum(column) / n for column in zip(*pairs, strict=True))
+    share = quantile(n - 1, [0.0]) ** 2 / (n * (n - 1))
+
+    def spread(i: int, j: int) -> float:
+        means = (top, below)
+        return share * math.fsum((p[i] - means[i]) * (p[j] - means[j]) for p in pairs)
+
+    a, b, c = below**2 - spread(1, 1), top * below - spread(0, 1), top**2 - spread(0, 0)
+    root = b**2 - a * c
+    if root < 0 or a == 0 or below <= 0:
+        return None, None
+    ends = sorted((b + sign * math.sqrt(root)) / a for sign in (-1, 1))
+    if a > 0:
+        return ends[0], ends[1]
+    return (ends[1] if top > 0 else None), None
+
+
 def proportion(share: float, n: int) -> tuple[float, float]:
     """Return the interval of a share that n images of a test let one see (Clopper and Pearson,
     1934)."""

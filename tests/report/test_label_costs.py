@@ -63,11 +63,19 @@ def test_a_curve_that_turns_back_says_nothing() -> None:
     assert "more than once" in exchange(bent, Point(20, 0.58, 60.0))[2]
 
 
-def write(folder: Path, arm: str, budget: int, accuracy: float, cpu_s: float, **more: int) -> None:
+def write(
+    folder: Path,
+    arm: str,
+    budget: int,
+    accuracy: float,
+    cpu_s: float,
+    apart: float = 0.001,
+    **more: int,
+) -> None:
     techniques = [] if arm.startswith("n") else [{"fixmatch": {}}]
     for seed in range(3):
         path = synthetic.write(
-            folder, arm, seed, accuracy=accuracy + 0.001 * seed, cpu_s=cpu_s,
+            folder, arm, seed, accuracy=accuracy + apart * seed, cpu_s=cpu_s,
             facts={"techniques": techniques, "model": {"ref": "plain/mlp", "options": {}}},
         )  # fmt: skip
         with path.open("a") as file:
@@ -112,6 +120,43 @@ def test_of_several_arms_on_as_many_labels_the_best_is_the_curve_s(tmp_path: Pat
     write(runs, "n80-long", 80, 0.65, 200)
     beside = label_curve.worth(results(runs, baseline="n320"), "fixmatch")
     assert beside.same == pytest.approx(80, rel=1e-2)
+
+
+def test_more_labels_that_do_no_better_are_no_point_of_the_curve(tmp_path: Path) -> None:
+    runs = curve(tmp_path / "runs")
+    alone = label_curve.worth(results(runs, baseline="n320"), "fixmatch")
+    write(runs, "n640", 640, 0.55, 200)
+    assert label_curve.worth(results(runs, baseline="n320"), "fixmatch") == alone
+
+
+def test_a_seed_off_the_curve_leaves_the_rate_without_an_interval(tmp_path: Path) -> None:
+    runs = curve(tmp_path / "runs")
+    write(runs, "uneven", 40, 0.75, 900, apart=0.04)  # its third seed is above all of the curve
+    worth = label_curve.worth(results(runs, baseline="n320"), "uneven")
+    assert worth.rate_j is not None
+    assert (worth.same_interval, worth.low, worth.high) == (None, None, None)
+    assert worth.why_open.startswith("1 of 3 seeds: it is better than all measured")
+
+
+def test_where_no_label_may_be_spared_the_rate_has_no_upper_end(tmp_path: Path) -> None:
+    runs = curve(tmp_path / "runs")
+    write(runs, "uneven", 80, 0.57, 900, apart=0.06)
+    content = results(runs, baseline="n320")
+    worth = label_curve.worth(content, "uneven")
+    assert worth.same_interval is not None
+    assert worth.same_interval[0] < 80 < (worth.same or 0) < worth.same_interval[1]
+    assert worth.rate_j is not None
+    assert worth.low is not None
+    assert worth.low < worth.rate_j
+    assert worth.high is None
+    said = Labels().compute(content)
+    assert said is not None
+    assert any(row[-1].endswith(" or more)") for row in said.table.rows)
+    assert all("none spared" not in row[-1] for row in said.table.rows)
+    write(runs, "worse", 80, 0.55, 900)
+    said = Labels().compute(results(runs, baseline="n320"))
+    assert said is not None
+    assert any(row[-1] == "none spared" for row in said.table.rows)
 
 
 def test_budgets_of_one_recipe_give_the_curve(tmp_path: Path) -> None:

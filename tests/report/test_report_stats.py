@@ -8,7 +8,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest, dunnett, t, ttest_ind
+from scipy.stats import binomtest, dunnett, t, ttest_1samp, ttest_ind
 
 from greenvis.report import formatting, measures, simultaneous, stats
 from greenvis.report.estimates import Difference, Ratio, Summary
@@ -272,3 +272,27 @@ def test_counts_and_times_in_words() -> None:
     assert formatting.duration(469) == "7 min 49 s"
     assert formatting.duration(7500) == "2 h 05 min"
     assert formatting.lamp(3000) == "a 10 W lamp for 5 min 00 s"
+
+
+def test_at_both_ends_of_a_quotient_students_t_just_rejects() -> None:
+    """Fieller: R is in the interval where the mean of top - R·below is not shown to differ from
+    0."""
+    pairs = [(40.0, 10.0), (44.0, 12.0), (37.0, 9.0), (45.0, 14.0)]
+    low, high = stats.quotient(pairs)
+    assert low is not None
+    assert high is not None
+    for end in (low, high):
+        rest = [a - end * b for a, b in pairs]
+        assert ttest_1samp(rest, 0).pvalue == pytest.approx(0.05)
+    assert low < 166 / 45 < high
+
+
+def test_a_quotient_whose_lower_part_may_be_nothing_has_no_upper_end() -> None:
+    pairs = [(40.0, 10.0), (44.0, -2.0), (42.0, 9.0)]
+    low, high = stats.quotient(pairs)
+    assert high is None
+    assert low is not None
+    rest = [a - low * b for a, b in pairs]
+    assert ttest_1samp(rest, 0).pvalue == pytest.approx(0.05)
+    assert stats.quotient([(-40.0, 10.0), (40.0, -2.0), (1.0, 9.0)]) == (None, None)
+    assert stats.quotient(pairs[:1]) == (None, None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from greenvis.report import formatting, frontier, measures
+from greenvis.report import formatting, frontier, label_curve, measures
 from greenvis.report.blocks import Block, Bullets, Grid, paragraph
 from greenvis.report.formatting import si
 from greenvis.report.frontier import Distance
@@ -14,9 +14,9 @@ from greenvis.report.shape import Results
 
 HOW = (
     "What would plain training have needed for the same {name}? The frontier is the front of the "
-    "arms without a technique (other lengths of training, networks, image sizes); ×0.5 is half of "
-    "its energy. It is read between its points, on the logarithm of the energy, and never beyond "
-    "them; intervals are over seeds, each read off its own plain arms."
+    "arms without a technique (other lengths of training, networks, image sizes) and with as many "
+    "labels; ×0.5 is half of its energy. It is read between its points, on the logarithm of the "
+    "energy, and never beyond them; intervals are over seeds, each read off its own plain arms."
 )
 
 
@@ -49,7 +49,7 @@ class Frontier(Section[Said]):
         head = ("Arm", measures.title(results.measure), *costs, "Read")
         cells = tuple(_row(results, a, distances[a]) for a in shown)
         table = Grid(head, cells, "Energy beside that of plain training at the same metric")
-        bullets = (_ladder(results), *_unread(results, distances))
+        bullets = (*_ladders(results), *_unread(results, distances))
         return Said(table, bullets, measures.written(results.measure))
 
     def render(self, value: Said) -> Sequence[Block]:
@@ -63,28 +63,39 @@ def _row(results: Results, label: str, each: list[Distance]) -> tuple[str, ...]:
     return (label, formatting.spread(results.measure, row.gain), *cells, frontier.finding(each[0]))
 
 
-def _ladder(results: Results) -> str:
+def _ladders(results: Results) -> list[str]:
+    """Say which plain arms are the frontier, for each number of labels that they have."""
     plain = frontier.plain_arms(results)
+    by_labels: dict[float | None, list[str]] = {}
+    for arm, row in plain.items():
+        by_labels.setdefault(label_curve.used(row), []).append(arm)
+    said = []
+    for labels, arms in by_labels.items():
+        front = ", ".join(
+            f"{a} ({formatting.gain(results.measure, plain[a].gain.mean)} for "
+            f"{si(plain[a].train_energy_with_reuse_j.value, 'J')})"
+            for a in frontier.on_front(results, {a: plain[a] for a in arms})
+        )
+        which = f", of {labels:,.0f} labels" if labels and len(by_labels) > 1 else ""
+        said.append(f"On the frontier{which}: {front}.")
     spent = sum(row.spent.energy_j.value or 0.0 for row in plain.values())
-    front = ", ".join(
-        f"{a} ({formatting.gain(results.measure, plain[a].gain.mean)} for "
-        f"{si(plain[a].train_energy_with_reuse_j.value, 'J')})"
-        for a in frontier.on_front(results, plain)
-    )
-    return f"On the frontier: {front}. All {len(plain)} plain arms took {si(spent, 'J')}."
+    return [*said, f"All {len(plain)} plain arms took {si(spent, 'J')}."]
 
 
 def _unread(results: Results, distances: dict[str, list[Distance]]) -> list[str]:
     """Say of the arms that are better than all plain ones what they gain and cost beside the
     best."""
     sign = -1.0 if results.lower_is_better else 1.0
-    plain = frontier.plain_arms(results)
-    best = max(plain, key=lambda a: sign * (plain[a].gain.mean or 0.0))
     out = []
     for arm, (first, *_) in distances.items():
-        row, energy = results.arms[arm], plain[best].train_energy_with_reuse_j.value
+        row = results.arms[arm]
+        plain = frontier.plain_arms(results, row)
+        best = max(plain, key=lambda a: sign * (plain[a].gain.mean or 0.0), default=None)
+        if first.why != "better than all plain arms" or best is None:
+            continue
+        energy = plain[best].train_energy_with_reuse_j.value
         own = row.train_energy_with_reuse_j.value
-        if first.why != "better than all plain arms" or not energy or own is None:
+        if not energy or own is None:
             continue
         gained = (row.gain.mean or 0.0) - (plain[best].gain.mean or 0.0)
         out.append(

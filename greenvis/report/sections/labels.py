@@ -19,9 +19,11 @@ HOW = (
 )
 WORTH = (
     "Labels alone: the labels with which arms without a technique (the best on each number of "
-    "labels) reach the same {name}, interpolated between measured points of that curve on the "
-    "logarithm of the labels, never beyond them. Exchange rate: joules more than such an arm, per "
-    "label spared; the interval is over seeds. Joules are with all an arm builds on."
+    "labels, or on fewer) reach the same {name}, interpolated between measured points of that "
+    "curve on the logarithm of the labels, never beyond them. Exchange rate: joules more than such "
+    "an arm, per label spared. Intervals are over seeds, each read off its own curve, the rate’s "
+    "by Fieller’s theorem; “or more”: that it spares no label is not excluded. Joules are with all "
+    "an arm builds on."
 )
 
 
@@ -123,7 +125,7 @@ def _row(results: Results, label: str, worth: Worth | None) -> tuple[str, ...]:
         time,
         formatting.spread(results.measure, row.gain),
         si(worth.per_point_j, "J") if worth else MISSING,
-        formatting.count(worth.same) if worth else MISSING,
+        _same(worth) if worth else MISSING,
         _rate(worth) if worth else MISSING,
     )
 
@@ -147,13 +149,26 @@ def _rounds(results: Results) -> Grid | None:
     return Grid(head, tuple(cells), "Labels bought in rounds")
 
 
+def _same(worth: Worth) -> str:
+    text = formatting.count(worth.same)
+    if worth.same_interval is None:
+        return text
+    low, high = map(formatting.count, worth.same_interval)
+    return f"{text} ({low} – {high})"
+
+
 def _rate(worth: Worth) -> str:
     if worth.rate_j is None:
-        return MISSING
+        return MISSING if worth.same is None else "none spared"
     text = f"{si(worth.rate_j, 'J')} per label"
-    if worth.low is None or worth.high is None:
-        return text
-    return f"{text} ({si(worth.low, 'J')} – {si(worth.high, 'J')})"
+    if worth.low is None:
+        return f"{text} (any rate may be true)" if worth.same_interval else text
+    low = si(worth.low, "J")
+    return (
+        f"{text} ({low} or more)"
+        if worth.high is None
+        else (f"{text} ({low} – {si(worth.high, 'J')})")
+    )
 
 
 def _counts(row: ArmResults) -> str:
@@ -190,10 +205,12 @@ def _target(results: Results, plain: dict[str, ArmResults]) -> list[str]:
     ]
 
 
-def _unread(worths: dict[str, Worth]) -> list[str]:
-    """Say of which arms no exchange rate was read off, and why."""
+def _unread(worths: Mapping[str, Worth]) -> list[str]:
+    """Say of which arms no exchange rate or no interval was read off, and why."""
     why: dict[str, list[str]] = {}
     for arm, worth in worths.items():
         if worth.why:
-            why.setdefault(worth.why, []).append(arm)
-    return [f"Exchange rate not read off: {', '.join(arms)}: {w}." for w, arms in why.items()]
+            why.setdefault(f"Exchange rate not read off: {{}}: {worth.why}.", []).append(arm)
+        if worth.why_open:
+            why.setdefault(f"Interval not read off: {{}}: {worth.why_open}.", []).append(arm)
+    return [text.format(", ".join(arms)) for text, arms in why.items()]
