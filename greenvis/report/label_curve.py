@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from greenvis.report.arm_results import ArmResults
 from greenvis.report.shape import Results
 
 LEAST = 4  # budgets of a curve that may be read
+SPARES_NONE = "it spares no label"
 UNMATCHED = "not every budget of the label curve has its seed"
 
 
@@ -41,10 +42,10 @@ class Worth:
     Attributes:
         per_point_j: Joules more than the arm of as many labels and no technique, for each point of
             a share, or unit of another metric, that it gains.
-        same: Labels with which training on labels alone reaches the same metric.
-        same_interval: Of `same` over seeds, each read off its own curve; None where not every seed
-            could be.
-        rate_j: Extra joules per label spared.
+        same: Labels with which training on labels alone reaches the same metric: the geometric mean
+            over seeds, each read off its own curve; off that of the means where a seed lies off.
+        same_interval: Of `same` over seeds; None where not every seed could be read off.
+        rate_j: Extra joules per label spared, the quotient of their means over seeds.
         low, high: Interval of `rate_j` over seeds, Fieller's. `low` alone is known where that no
             label is spared is not excluded; neither where any rate may be true.
         why: What of the means could not be read off.
@@ -106,9 +107,19 @@ def worth(results: Results, label: str) -> Worth:
     if len(curve) < LEAST:
         why = f"the arms on labels alone have {len(curve)} budget(s), and {LEAST} are needed"
         return Worth(per_point, why=why)
-    same, rate, why = exchange(_front((t.mean for t in curve), sign), own.mean, sign)
-    out = Worth(per_point, same, rate_j=rate, why=why)
-    return out if same is None else _with_intervals(out, own, curve, sign)
+    readings = _readings(own, curve, sign)
+    if isinstance(readings, str):
+        same, rate, why = exchange(_front((t.mean for t in curve), sign), own.mean, sign)
+        return Worth(per_point, same, rate_j=rate, why=why, why_open=readings if not why else "")
+    logs = [math.log(r.same) for r in readings.values()]
+    same = math.exp(math.fsum(logs) / len(logs))
+    low, high = stats.interval(logs)
+    band = None if low is None or high is None else (math.exp(low), math.exp(high))
+    if same <= own.mean.labels:
+        return Worth(per_point, same, band, why=SPARES_NONE)
+    pairs = [(r.extra_j, r.same - own.mean.labels) for r in readings.values()]
+    rate = math.fsum(j for j, _ in pairs) / math.fsum(n for _, n in pairs)
+    return Worth(per_point, same, band, rate, *stats.quotient(pairs))
 
 
 def exchange(
@@ -131,7 +142,7 @@ def exchange(
         return None, None, met
     same, joules = met
     if same <= point.labels:
-        return same, None, "it spares no label"
+        return same, None, SPARES_NONE
     return same, (point.energy_j - joules) / (same - point.labels), ""
 
 
@@ -227,26 +238,25 @@ def _front(points: Iterable[Point], sign: float) -> list[Point]:
     return out
 
 
-def _with_intervals(worth: Worth, own: Training, curve: Sequence[Training], sign: float) -> Worth:
-    """Add the intervals over seeds, each read off its own curve."""
-    same, rates = [], []
+class _Reading(NamedTuple):
+    """A seed read off its own curve: the labels of the curve, and the joules beyond it."""
+
+    same: float
+    extra_j: float
+
+
+def _readings(own: Training, curve: Sequence[Training], sign: float) -> dict[str, _Reading] | str:
+    """Return each seed's reading, or why not every seed has one."""
+    readings: dict[str, _Reading] = {}
     off: Counter[str] = Counter()
     for seed, point in own.by_seed.items():
         points = [t.by_seed[seed] for t in curve if seed in t.by_seed]
         met = _met(_front(points, sign), point, sign) if len(points) == len(curve) else UNMATCHED
         if isinstance(met, str):
             off[met] += 1
-            continue
-        same.append(math.log(met[0]))
-        rates.append((point.energy_j - met[1], met[0] - point.labels))
-    if off:
-        why, n = off.most_common(1)[0]
-        return replace(worth, why_open=f"{n} of {len(own.by_seed)} seeds: {why}")
-    low, high = stats.interval(same)
-    if low is None or high is None:
-        return worth
-    worth = replace(worth, same_interval=(math.exp(low), math.exp(high)))
-    if worth.rate_j is None:
-        return worth
-    low, high = stats.quotient(rates)
-    return replace(worth, low=low, high=high)
+        else:
+            readings[seed] = _Reading(met[0], point.energy_j - met[1])
+    if off or not readings:
+        why, n = off.most_common(1)[0] if off else (UNMATCHED, 0)
+        return f"{n} of {len(own.by_seed)} seeds: {why}"
+    return readings
