@@ -236,7 +236,7 @@ def quotient(pairs: Sequence[tuple[float, float]]) -> tuple[float | None, float 
     ends = sorted((b + sign * math.sqrt(root)) / a for sign in (-1, 1))
     if a > 0:
         return ends[0], ends[1]
-    return (ends[1] if top > 0 else None), None
+    return (ends[1] if top / below >= ends[1] else None), None
 
 
 def proportion(share: float, n: int) -> tuple[float, float]:
