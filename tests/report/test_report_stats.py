@@ -296,5 +296,5 @@ def test_a_quotient_whose_lower_part_may_be_nothing_has_no_upper_end() -> None:
     assert ttest_1samp(rest, 0).pvalue == pytest.approx(0.05)
     assert stats.quotient([(-40.0, 10.0), (40.0, -2.0), (1.0, 9.0)]) == (None, None)
     assert stats.quotient(pairs[:1]) == (None, None)
-    beyond = [(40.0, 346.0), (44.0, 500.0), (47.0, 30.0)]  # the rest of them begins above it
+    beyond = [(58.0, 648.0), (21.0, 450.0), (21.0, 278.0)]  # all but 0.14 to 10.6 may be true
     assert stats.quotient(beyond) == (None, None)
