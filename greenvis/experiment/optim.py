@@ -18,10 +18,13 @@ from greenvis.core.wrap import Wrapped
 from greenvis.experiment import loggers
 from greenvis.experiment.recipe import TrainSpec
 
+FUSED = ("cpu", "cuda", "xpu", "mps")  # devices for which PyTorch has fused optimizers
+
 
 def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
     """Return the optimizer over the techniques' groups; weight decay spares biases and norms (1-D
-    parameters)."""
+    parameters). A step updates all parameters of a kind in one call (PyTorch's `fused`) where the
+    device can."""
     groups = []
     for group in live.param_groups(spec.lr):
         for decays in (True, False):
@@ -29,10 +32,12 @@ def make_optimizer(live: Wrapped, spec: TrainSpec) -> Optimizer:
             if chosen:
                 decay = group.get("weight_decay", spec.weight_decay)
                 groups.append({**group, "params": chosen, "weight_decay": decay if decays else 0.0})
+    every = [p for group in groups for p in group["params"]]
+    fused = bool(every) and all(p.is_floating_point() and p.device.type in FUSED for p in every)
     if spec.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum)
+        return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, fused=fused)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[spec.optimizer](
-        groups, lr=spec.lr
+        groups, lr=spec.lr, fused=fused
     )
 
 

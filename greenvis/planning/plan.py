@@ -181,7 +181,7 @@ def _predict(prepared: Prepared) -> tuple[Figures, dict[str, Any]]:
     steps = min(max(math.ceil(GROUP_S / max(step_s, 1e-6)), first), batches)
     measured = _few(prepared, steps, GROUPS + 1)
     evaluations = math.ceil(spec.epochs / spec.eval_every) if spec.eval_every else 1
-    shown = min(EVAL_BATCHES * tests, len(images.test)) * (GROUPS + 1)
+    shown = min(EVAL_BATCHES * tests, len(images.test))
     if active := prepared.job.arm.active:
         trained = sum(math.ceil(n / spec.batch_size) for n in active.counts())
         # and each query looks at all that may be chosen
@@ -261,10 +261,10 @@ def _made(measured: record.Run, phase: str, factor: float) -> tuple[Figures, dic
 
 
 def _few(prepared: Prepared, steps: int, groups: int) -> record.Run:
-    """Train `groups` epochs of `steps` batches, each with a short evaluation, and return the
+    """Train `groups` epochs of `steps` batches, with a short evaluation at the end, and return the
     record."""
     spec = prepared.job.arm.train.model_copy(
-        update={"epochs": groups, "target": None, "eval_every": 1}
+        update={"epochs": groups, "target": None, "eval_every": 0}
     )
     short = prepared.cut_short(
         Short(batches=steps, tests=EVAL_BATCHES),

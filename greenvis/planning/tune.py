@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from greenvis.core import distributed
 from greenvis.errors import BadInput, GreenvisError
 from greenvis.experiment.jobs import Job
@@ -22,13 +24,13 @@ from greenvis.planning.plan import expected
 
 PRESENT = "as it is"
 SETTINGS: dict[str, tuple[str, ...]] = {
-    PRESENT: (),
     "channels last": ("model.memory_format=channels_last",),
     "bf16": ("train.precision=bf16",),
     "one thread": ("train.threads=1",),
-    "channels last, bf16": ("model.memory_format=channels_last", "train.precision=bf16"),
 }
 ROUNDS = 3
+DEAR = 1.25  # times the energy as it is, in the first round: measured no further
+SLOW_BF16 = "this processor has no instructions for bf16: emulated, it takes many times the energy"
 
 
 def tune(
@@ -43,8 +45,9 @@ def tune(
     """Measure the training of a recipe's baseline in several settings of the machine, in turns, and
     say which to take.
 
-    Settings are how weights lie in memory (channels last), bf16, and one thread. None changes what
-    is learned but bf16, which rounds: look at its accuracy in a run.
+    Settings are how weights lie in memory (channels last), bf16, and one thread; those that take
+    less are measured together, too. None changes what is learned but bf16, which rounds: look at
+    its accuracy in a run. Optimizers are fused in each.
 
     Args:
         recipe: A recipe's file.
@@ -57,8 +60,9 @@ def tune(
     Returns:
         {"rows": [{"setting", "ratio", "low", "high": of its energy to that as it is, the median,
         least and greatest of the rounds', "energy_j": of the whole training, "set": the overrides
-        that bring it about}] by ratio, "refused": {setting: reason}, "pick": the setting to take,
-        None where none takes less in each round, "tuning_j": what measuring took}.
+        that bring it about}] by ratio, "refused": {setting: why it was not measured, or no
+        further}, "pick": the setting to take, None where none takes less in each round,
+        "tuning_j": what measuring took}.
 
     Raises:
         BadInput: Where the recipe cannot be used.
@@ -67,57 +71,108 @@ def tune(
     distributed.require_single_process("greenvis tune")
     if rounds < 1:
         raise BadInput(f"rounds is {rounds}: give 1 or more")
-    measured: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as folder, track("tune", dir=folder, quiet=True) as own:
-        session = Session(Path(runs), trust, ("greenvis", "tune", str(recipe)), say)
-        jobs, refused = _jobs(session, recipe, overrides)
-        for i in range(rounds):
-            for name in in_turn(jobs, i):
-                say(f"round {i + 1} of {rounds}: {name}")
-                with threads(jobs[name].arm.train.threads):
-                    joules = expected(session.prepare(jobs[name]))
-                if joules is None:
-                    raise GreenvisError(
-                        "no energy is known on this machine: see `greenvis doctor` for its meters"
-                    )
-                measured.setdefault(name, []).append(joules)
+
+        def one(settings: Sequence[str]) -> _Setting:
+            # a session each: it knows one job of each name and seed, whatever the overrides
+            session = Session(Path(runs), trust, ("greenvis", "tune", str(recipe)), say)
+            read = load_recipe(recipe, [*overrides, *settings])
+            return session, next(j for j in session.plan(read) if j.arm.name == read.baseline)
+
+        present = one(())
+        alone, refused = _alone(one, present)
+        measured, dear = _measured({PRESENT: present, **alone}, rounds, say)
+        rows = [_row(PRESENT, (), measured, measured[PRESENT])]
+        rows += [_row(a, SETTINGS[a], measured, measured[PRESENT]) for a in alone if a not in dear]
+        less = [row for row in rows if row["high"] < 1]
+        if len(less) > 1:
+            name = ", ".join(row["setting"] for row in less)
+            settings = [text for row in less for text in row["set"]]
+            both = {PRESENT: present, name: one(settings)}
+            again, dear_too = _measured(both, rounds, say)
+            dear |= dear_too
+            if name not in dear:
+                rows.append(_row(name, settings, again, again[PRESENT]))
         spent = pricing.reading(own.energy())
-    rows = sorted((_row(name, measured) for name in measured), key=lambda row: row["ratio"])
+    rows.sort(key=lambda row: row["ratio"])
     best = next((row for row in rows if row["high"] < 1), None)
     return {
         "rows": rows,
-        "refused": refused,
+        "refused": refused | dear,
         "pick": None if best is None else best["setting"],
-        "arm": jobs[PRESENT].arm.name,
+        "arm": present[1].arm.name,
         "rounds": rounds,
         "tuning_j": spent["value"],
     }
 
 
-def _jobs(
-    session: Session, recipe: str | Path, overrides: Sequence[str]
-) -> tuple[dict[str, Job], dict[str, str]]:
+_Setting = tuple[Session, Job]
+
+
+def _alone(
+    one: Callable[[Sequence[str]], _Setting], present: _Setting
+) -> tuple[dict[str, _Setting], dict[str, str]]:
     """Return the baseline's job in each setting that suits it, and why the others do not."""
-    jobs: dict[str, Job] = {}
+    settings: dict[str, _Setting] = {}
     refused: dict[str, str] = {}
-    for name, settings in SETTINGS.items():
-        one = load_recipe(recipe, [*overrides, *settings])
+    for name, overrides in SETTINGS.items():
         try:
-            jobs[name] = next(j for j in session.plan(one) if j.arm.name == one.baseline)
+            setting = one(overrides)
         except BadInput as error:
-            if name == PRESENT:
-                raise
             refused[name] = str(error)
-    return jobs, refused
+            continue
+        if setting[1].arm == present[1].arm:
+            refused[name] = "the recipe has it"
+        elif name == "bf16" and not _has_bf16():
+            refused[name] = SLOW_BF16
+        else:
+            settings[name] = setting
+    return settings, refused
 
 
-def _row(name: str, measured: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    ratios = [a / b for a, b in zip(measured[name], measured[PRESENT], strict=True)]
+def _has_bf16() -> bool:
+    """Return whether a GPU trains here, or the processor has bf16."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _measured(
+    settings: Mapping[str, _Setting], rounds: int, say: Callable[[str], None]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Return the joules of each setting's training, one a round, in turns; and those that were
+    left out after the first, with the reason."""
+    measured: dict[str, list[float]] = {}
+    dear: dict[str, str] = {}
+    for i in range(rounds):
+        for name in in_turn(settings, i):
+            if name in dear:
+                continue
+            say(f"round {i + 1} of {rounds}: {name}")
+            session, job = settings[name]
+            with threads(job.arm.train.threads):
+                joules = expected(session.prepare(job))
+            if joules is None:
+                raise GreenvisError(
+                    "no energy is known on this machine: see `greenvis doctor` for its meters"
+                )
+            measured.setdefault(name, []).append(joules)
+        for name, joules in measured.items():
+            if i == 0 and joules[0] > DEAR * measured[PRESENT][0]:
+                dear[name] = f"×{joules[0] / measured[PRESENT][0]:.2f} in the first round"
+    return measured, dear
+
+
+def _row(
+    name: str,
+    settings: Sequence[str],
+    measured: Mapping[str, Sequence[float]],
+    present: Sequence[float],
+) -> dict[str, Any]:
+    ratios = [a / b for a, b in zip(measured[name], present, strict=True)]
     return {
         "setting": name,
         "ratio": statistics.median(ratios),
         "low": min(ratios),
         "high": max(ratios),
         "energy_j": statistics.median(measured[name]),
-        "set": [*SETTINGS[name]],
+        "set": [*settings],
     }

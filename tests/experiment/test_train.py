@@ -376,3 +376,30 @@ def test_a_training_in_which_what_a_technique_trains_stands_still_fails(
     says = "'unread': none of the parameters it trains has moved in 8 steps"
     with pytest.raises(GreenvisError, match=says):
         _fit(tmp_path, spec, Batches(), techniques=[Unread(factor=factor)])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_a_fused_step_is_the_plain_one(tmp_path: Path, optimizer: str) -> None:
+    kinds = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+    spec = TrainSpec(optimizer=optimizer, lr=0.1)  # type: ignore[arg-type]
+    nets = [nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    fused = optim.make_optimizer(gv.wrap(nets[0], []), spec)
+    assert isinstance(fused, kinds[optimizer])
+    assert fused.defaults["fused"]
+    more = {"momentum": spec.momentum} if optimizer == "sgd" else {}
+    decays = [{"params": [p for p in nets[1].parameters() if (p.ndim > 1) == d], "weight_decay":
+               spec.weight_decay * d} for d in (True, False)]  # fmt: skip
+    plain = kinds[optimizer](decays, lr=spec.lr, foreach=False, **more)
+    for _ in range(5):
+        for net, own in zip(nets, (fused, plain), strict=True):
+            own.zero_grad()
+            nn.functional.cross_entropy(net(X), Y).backward()
+            own.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_cannot_be_fused_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optim, "FUSED", ("cuda",))
+    assert not optim.make_optimizer(gv.wrap(_net(), []), TrainSpec()).defaults["fused"]
