@@ -18,8 +18,8 @@ import typer
 import yaml
 
 from greenvis.bench import _floor, _output
+from greenvis.bench._digits import built, digits
 from greenvis.bench._options import Out, Rounds
-from greenvis.bench.peers._work import LR, built, digits
 from greenvis.experiment.optim import threads
 from greenvis.experiment.session import run as run_recipe
 from greenvis.meters import record
@@ -32,7 +32,7 @@ MODELS = ("timm/resnet18", "timm/vit_tiny_patch16_224", "timm/tf_efficientnet_li
 HAND, RECIPE, TUNED = "loop by hand", "recipe", "recipe, tuned"
 LEAST = 0.85  # of the recipe's energy, with what `tune` says
 STEP = 0.93  # of the CPU time of the loop by hand, with a recipe's defaults
-TEST = 128
+TEST, LR = 128, 1e-3
 
 
 def run(

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from greenvis.bench import peers
+from greenvis.bench._digits import digits
 from greenvis.bench.peers import _works
-from greenvis.bench.peers._work import Arm, Trained, Work, digits
+from greenvis.bench.peers._work import Arm, Trained, Work
 from greenvis.errors import BadInput
 
 

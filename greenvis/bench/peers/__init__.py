@@ -19,9 +19,10 @@ import torch
 import typer
 
 from greenvis.bench import _floor, _output
+from greenvis.bench._digits import TEST, TRAIN
 from greenvis.bench._options import Out, Rounds, Threads
 from greenvis.bench.peers import _serving
-from greenvis.bench.peers._work import TEST, TRAIN, Trained, Work
+from greenvis.bench.peers._work import Trained, Work
 from greenvis.bench.peers._works import WORKS
 from greenvis.errors import BadInput, nearest
 from greenvis.experiment.optim import threads as cpu_threads

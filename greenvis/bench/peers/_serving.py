@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from greenvis.bench.peers._work import LITE0, built, digits
+from greenvis.bench._digits import built, digits
+from greenvis.bench.peers._work import LITE0
 from greenvis.meters.speed import in_turn
 from greenvis.models.fusing import fuse
 

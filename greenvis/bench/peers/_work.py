@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import tempfile
 import time
@@ -16,12 +15,12 @@ import torch.nn.functional as F
 import yaml
 from torch import Tensor, nn
 
-from greenvis import models
+from greenvis.bench._digits import TEST, TRAIN, digits
 from greenvis.experiment.session import run as run_recipe
 from greenvis.meters import record
 from greenvis.tasks.answers import logits_of
 
-TRAIN, TEST, BATCH, LR = 500, 450, 32, 1e-3
+BATCH, LR = 32, 1e-3
 LITE0 = {"ref": "timm/tf_efficientnet_lite0", "pretrained": "efficientnet-lite0"}
 VIT = {
     "ref": "hf/vit", "img_size": 32, "patch_size": 4, "embed_dim": 96, "depth": 6, "num_heads": 3,
@@ -69,28 +68,6 @@ class Work:
     about: str
     target: float
     arms: Sequence[Arm]
-
-
-@functools.cache
-def digits(side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return scikit-learn's digits in three channels, float32 (n, 3, side, side) and int64 (n,):
-    those to train on, and those to test on."""
-    from sklearn.datasets import load_digits
-
-    bunch: Any = load_digits()
-    x = torch.tensor(bunch.images, dtype=torch.float32).unsqueeze(1) / 16
-    x = F.interpolate(x, size=(side, side), mode="bilinear", antialias=True).repeat(1, 3, 1, 1)
-    x, y = (x - x.mean()) / x.std(), torch.tensor(bunch.target)
-    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-    x, y = x[order], y[order]
-    return x[:TRAIN], y[:TRAIN], x[-TEST:], y[-TEST:]
-
-
-def built(options: dict[str, Any], seed: int) -> nn.Module:
-    """Return a model for ten classes."""
-    torch.manual_seed(seed)
-    ref, rest = options["ref"], {k: v for k, v in options.items() if k != "ref"}
-    return models.build(ref, num_classes=10, **rest)
 
 
 @torch.no_grad()

@@ -13,19 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from greenvis.bench._digits import TRAIN, built, digits
 from greenvis.bench.peers._work import (
     BATCH,
     LITE0,
     LR,
     STUDENT,
-    TRAIN,
     VIT,
     Arm,
     Trained,
     Work,
     accuracy,
-    built,
-    digits,
     lines,
     loop,
     recipe,
