@@ -196,7 +196,8 @@ def _markdown(result: Mapping[str, Any], models: Sequence[str], out: str) -> str
         ]), "",
         *(f"- {ref}, {name}: left out: {why}."
           for ref, own in result["tuned"].items() for name, why in own["refused"].items()),
-        *(f"- {ref}: tuning took {_floor.joules(own['tuning_j'])} J."
+        *(f"- {ref}: tuning took {_floor.joules(own['tuning_j'])} J; as it is, the same training "
+          f"read ×{own['floor']:.2f} apart within a round."
           for ref, own in result["tuned"].items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

@@ -117,7 +117,10 @@ def tune(
             write(f"{name}: left out: {reason}")
         picked = next((row for row in tuned["rows"] if row["setting"] == tuned["pick"]), None)
         if picked is None:
-            write("no setting takes less in every round: train it as it is")
+            write(
+                f"no setting takes less in every round, and by more than ×{tuned['floor']:.2f}, by "
+                "which the same training reads apart: train it as it is"
+            )
         else:
             words = " ".join(f"--set {text}" for text in picked["set"])
             write(f"greenvis run {shlex.quote(recipe)} {words}")

@@ -22,7 +22,7 @@ from greenvis.meters.speed import in_turn
 from greenvis.meters.track import track
 from greenvis.planning.plan import expected
 
-PRESENT = "as it is"
+PRESENT, AGAIN = "as it is", "as it is, again"
 SETTINGS: dict[str, tuple[str, ...]] = {
     "channels last": ("model.memory_format=channels_last",),
     "bf16": ("train.precision=bf16",),
@@ -61,8 +61,9 @@ def tune(
         {"rows": [{"setting", "ratio", "low", "high": of its energy to that as it is, the median,
         least and greatest of the rounds', "energy_j": of the whole training, "set": the overrides
         that bring it about}] by ratio, "refused": {setting: why it was not measured, or no
-        further}, "pick": the setting to take, None where none takes less in each round,
-        "tuning_j": what measuring took}.
+        further}, "pick": the setting to take, None where none takes less in each round and in the
+        median by more than "floor", how many times the recipe as it is reads apart from itself
+        within a round, "tuning_j": what measuring took}.
 
     Raises:
         BadInput: Where the recipe cannot be used.
@@ -81,29 +82,37 @@ def tune(
 
         present = one(())
         alone, refused = _alone(one, present)
-        measured, dear = _measured({PRESENT: present, **alone}, rounds, say)
+        measured, dear = _measured({PRESENT: present, **alone, AGAIN: present}, rounds, say)
+        again = _row(AGAIN, (), measured, measured[PRESENT])
+        floor = max(again["high"], 1 / again["low"])
         rows = [_row(PRESENT, (), measured, measured[PRESENT])]
         rows += [_row(a, SETTINGS[a], measured, measured[PRESENT]) for a in alone if a not in dear]
-        less = [row for row in rows if row["high"] < 1]
+        less = [row for row in rows if _saves(row, floor)]
         if len(less) > 1:
             name = ", ".join(row["setting"] for row in less)
             settings = [text for row in less for text in row["set"]]
             both = {PRESENT: present, name: one(settings)}
-            again, dear_too = _measured(both, rounds, say)
+            together, dear_too = _measured(both, rounds, say)
             dear |= dear_too
             if name not in dear:
-                rows.append(_row(name, settings, again, again[PRESENT]))
+                rows.append(_row(name, settings, together, together[PRESENT]))
         spent = pricing.reading(own.energy())
     rows.sort(key=lambda row: row["ratio"])
-    best = next((row for row in rows if row["high"] < 1), None)
+    best = next((row for row in rows if _saves(row, floor)), None)
     return {
         "rows": rows,
         "refused": refused | dear,
         "pick": None if best is None else best["setting"],
         "arm": present[1].arm.name,
         "rounds": rounds,
+        "floor": floor,
         "tuning_j": spent["value"],
     }
+
+
+def _saves(row: Mapping[str, Any], floor: float) -> bool:
+    """Return whether a setting takes less in each round, and by more than noise in the median."""
+    return row["high"] < 1 and row["ratio"] < 1 / floor
 
 
 _Setting = tuple[Session, Job]
@@ -156,7 +165,7 @@ def _measured(
                 )
             measured.setdefault(name, []).append(joules)
         for name, joules in measured.items():
-            if i == 0 and joules[0] > DEAR * measured[PRESENT][0]:
+            if i == 0 and name != AGAIN and joules[0] > DEAR * measured[PRESENT][0]:
                 dear[name] = f"×{joules[0] / measured[PRESENT][0]:.2f} in the first round"
     return measured, dear
 

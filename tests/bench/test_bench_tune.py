@@ -20,7 +20,8 @@ def test_a_run_has_the_settings_that_tuning_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[str]] = []
-    tuned = {"rows": ROWS, "pick": "channels last", "refused": {"bf16": "slow"}, "tuning_j": 1.0}
+    tuned = {"rows": ROWS, "pick": "channels last", "refused": {"bf16": "slow"}}
+    tuned |= {"tuning_j": 1.0, "floor": 1.1}
     monkeypatch.setattr(bench, "tune", lambda path, **more: tuned)
     monkeypatch.setattr(bench, "MODELS", ("timm/resnet10t",))
     real = bench.run_recipe

@@ -41,6 +41,7 @@ def test_settings_are_measured_in_turns(recipe: Path, capsys: pytest.CaptureFixt
     assert (as_is["ratio"], as_is["low"], as_is["high"], as_is["set"]) == (1, 1, 1, [])
     assert all(0 < row["low"] <= row["ratio"] <= row["high"] for row in tuned["rows"])
     assert tuned["tuning_j"] > 0
+    assert tuned["floor"] >= 1
     assert tuned["arm"] == "plain"
     assert not (recipe.parent / "runs").exists()
 
@@ -63,19 +64,30 @@ def answers(monkeypatch: pytest.MonkeyPatch, joules: dict[str, list[float]]) -> 
 def test_a_setting_is_taken_where_it_takes_less_in_each_round(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers(monkeypatch, {PRESENT: [4.0, 4.0], "channels last": [2.0, 3.0], "bf16": [5.0, 3.0]})
+    answers(monkeypatch, {PRESENT: [4.0] * 4, "channels last": [2.0, 3.0], "bf16": [5.0, 3.0]})
     tuned = tune(recipe, rounds=2)
     assert tuned["pick"] == "channels last"
     best = tuned["rows"][0]
     assert (best["setting"], best["ratio"], best["energy_j"]) == ("channels last", 0.625, 2.5)
-    answers(monkeypatch, {PRESENT: [4.0, 4.0], "channels last": [3.0, 5.0], "bf16": [5.0, 3.0]})
+    answers(monkeypatch, {PRESENT: [4.0] * 4, "channels last": [3.0, 5.0], "bf16": [5.0, 3.0]})
     assert tune(recipe, rounds=2)["pick"] is None
+
+
+def test_what_noise_could_save_is_not_taken(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for present, pick in (([4.0, 4.1], "channels last"), ([4.0, 8.0], None)):  # as it is, again
+        answers(monkeypatch, {PRESENT: [*present], "channels last": [3.6], "bf16": [9.0]})
+        tuned = tune(recipe, rounds=1)
+        assert (tuned["floor"], tuned["pick"]) == (present[1] / present[0], pick)
 
 
 def test_settings_that_take_less_are_measured_together(
     recipe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    joules = {PRESENT: [4.0, 4.0, 8.0, 8.0], "channels last": [3.0, 3.0], "bf16": [3.0, 3.0]}
+    joules = {
+        PRESENT: [4.0, 4.0, 4.0, 4.0, 8.0, 8.0],
+        "channels last": [3.0, 3.0],
+        "bf16": [3.0, 3.0],
+    }
     answers(monkeypatch, {**joules, "channels last, bf16": [4.0, 4.0]})
     tuned = tune(recipe, rounds=2)
     assert tuned["pick"] == "channels last, bf16"
@@ -85,14 +97,14 @@ def test_settings_that_take_less_are_measured_together(
 
 
 def test_what_is_dear_is_measured_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, {PRESENT: [4.0, 4.0], "channels last": [3.0, 3.0], "bf16": [40.0]})
+    answers(monkeypatch, {PRESENT: [4.0] * 4, "channels last": [3.0, 3.0], "bf16": [40.0]})
     tuned = tune(recipe, rounds=2)
     assert tuned["refused"]["bf16"] == "×10.00 in the first round"
     assert [row["setting"] for row in tuned["rows"]] == ["channels last", PRESENT]
 
 
 def test_emulated_bf16_is_not_measured(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, {PRESENT: [4.0], "channels last": [3.0], "bf16": []})
+    answers(monkeypatch, {PRESENT: [4.0, 4.0], "channels last": [3.0], "bf16": []})
     monkeypatch.setattr(module, "_has_bf16", lambda: False)
     assert "no instructions for bf16" in tune(recipe, rounds=1)["refused"]["bf16"]
 
