@@ -11,10 +11,7 @@ from greenvis.bench import floor as bench
 
 def test_trials_are_counted_against_each_floor() -> None:
     ratios = [1.0, 1 / 1.3, 1.1, 1.2]
-    rows = [
-        {"trial": i, "ratio": r, "floor": max(r, 1 / r), "shown": False}
-        for i, r in enumerate(ratios)
-    ]
+    rows = [{"trial": i, "ratio": r, "floor": max(r, 1 / r)} for i, r in enumerate(ratios)]
     assert [*bench.counts(rows, 1.15).values()] == ["4 of 4", "1 of 3", "3 of 4", "2 of 4"]
 
 
