@@ -224,6 +224,32 @@ def test_three_stages_make_label_maps_without_a_mask(tmp_path: Path) -> None:
     live.undo()
 
 
+def test_what_is_clustered_of_an_image() -> None:
+    """Features weighed by attention, of the foreground alone; of all places where there is none."""
+    base, (x, y) = _pretrained(), _scenes(5)
+    points = {}
+    for level in ("image", "attention", "foreground"):
+        request = LabelMaps(base=base, clusters=2, level=level, repeats=1)
+        live = wrap(_dense(), request, task="segmentation")
+        live.feed(train=[(x, y)])
+        live.batch(x, y)
+        own: Any = live.installed[0]
+        features = F.normalize(own.maps(x)[-1], dim=1).detach()
+        weights = own._attention(features).detach()
+        most = weights.mean(1).flatten(1).amax(1)  # one image has no foreground
+        own.threshold = (most.sort().values[0] + most.sort().values[1]).item() / 2
+        points[level] = own._points(x).detach()
+    weighed = features * weights
+    front = (weights.mean(1) >= own.threshold).flatten(1)
+    assert front.any(1).sum() == 4
+    assert not front.all(1).any()
+    assert torch.allclose(points["image"], features.mean((2, 3)), atol=1e-6)
+    assert torch.allclose(points["attention"], weighed.mean((2, 3)), atol=1e-6)
+    for image, mask, point in zip(weighed.flatten(2), front, points["foreground"], strict=True):
+        chosen = image[:, mask] if mask.any() else image
+        assert torch.allclose(point, chosen.sum(1) / mask.numel(), atol=1e-6)
+
+
 def test_pixels_are_clustered_and_the_largest_cluster_is_the_background() -> None:
     base, (x, y) = _dense(), _scenes(8)
     request = LabelMaps(

@@ -24,6 +24,7 @@ from greenvis.techniques.annotation.dense._maps import Maps
 from greenvis.techniques.annotation.dense._pass import ATTACHED, Attention, otsu
 
 _CHUNK = 64  # images at once
+_WEIGHED = ("attention", "foreground")  # levels that ask for attention
 
 
 class LabelMaps(Technique):
@@ -33,13 +34,15 @@ class LabelMaps(Technique):
     Saves every mask: those of the data are not looked at. Costs a forward of the base per image,
     once where views of the images repeat, and k-means, whose time is the pixels' where each is a
     point: over 100 times that of one point an image in the paper. The threshold of the foreground
-    is Otsu's, on how much attention pixels get; the authors choose theirs on masks. Clusters bear
-    no names: task `unsupervised_segmentation` matches them with classes. Loses where objects are
-    smaller than a place of the base's last features.
+    is Otsu's, on how much attention pixels get; the authors choose theirs on masks. They weigh all
+    places of an image by attention, which after a short pretraining lies near 0.5 everywhere:
+    level `foreground` leaves out what lies below the threshold. Clusters bear no names: task
+    `unsupervised_segmentation` matches them with classes. Loses where objects are smaller than a
+    place of the base's last features.
 
     Example:
         >>> gv.LabelMaps(base="run:pass", clusters=10).level
-        'attention'
+        'foreground'
     """
 
     name = "label_maps"
@@ -61,10 +64,10 @@ class LabelMaps(Technique):
 
     base: Any = Field(description='a model, or a reference to one: "run:NAME", "file:PATH", …')
     clusters: int = Field(default=10, ge=1, description="beside the background")
-    level: Literal["attention", "image", "pixel"] = Field(
-        default="attention",
-        description="what is clustered: an image's features weighed by attention, their mean, or "
-        "those of each pixel",
+    level: Literal["foreground", "attention", "image", "pixel"] = Field(
+        default="foreground",
+        description="what is clustered: an image's features weighed by attention, of its "
+        "foreground alone or of all places (the authors' form), their mean, or those of each pixel",
     )
     foreground: Literal["attention", "largest"] = Field(
         default="attention",
@@ -172,7 +175,7 @@ class InstalledLabelMaps(Installed):
     def _attention(self, features: Tensor) -> Tensor | None:
         """Return the attention (batch, channels, height, width) to features of length 1; None where
         it is not asked for."""
-        if "attention" not in (self.request.level, self.request.foreground):
+        if self.request.level not in _WEIGHED and self.request.foreground != "attention":
             return None
         state = models.attached(self.maps.model, ATTACHED)
         if state is None:
@@ -195,34 +198,42 @@ class InstalledLabelMaps(Installed):
 
     def _learn(self, images: Tensor) -> None:
         """Find the centres of clusters, and the threshold of the foreground."""
-        request, points, weights = self.request, [], []
+        request, parts = self.request, images.split(_CHUNK)
         with self.phase("label_maps"), torch.no_grad():
-            for part in images.split(_CHUNK):
-                features = self._features(part)
-                attention = self._attention(features)
-                if attention is not None:
-                    weights.append(attention.mean(1).flatten().cpu())
-                if request.level == "pixel":
-                    points.append(features.movedim(1, -1).flatten(0, 2).cpu())
-                    continue
-                if request.level == "attention" and attention is not None:
-                    features = features * attention
-                points.append(features.mean((2, 3)).cpu())
-        vectors = F.normalize(torch.cat(points), dim=1)
+            weights = [
+                attention.mean(1).flatten().cpu()
+                for part in parts
+                if (attention := self._attention(self._features(part))) is not None
+            ]
+            if weights:
+                self.threshold = request.threshold or otsu(torch.cat(weights))
+            vectors = F.normalize(torch.cat([self._points(part) for part in parts]), dim=1)
         largest = request.foreground == "largest"
         count = request.clusters + largest
         if len(vectors) < count:
             raise BadInput(f"{count} clusters of {len(vectors)} points: give more images")
         self.centres = self._clusters(vectors, count)
-        if weights:
-            self.threshold = request.threshold or otsu(torch.cat(weights))
         if largest:
             with self.phase("label_maps"), torch.no_grad():
                 counts = torch.zeros(count, dtype=torch.int64)
-                for part in images.split(_CHUNK):
+                for part in parts:
                     nearest = self._nearest(self._features(part))
                     counts += torch.bincount(nearest.flatten().cpu(), minlength=count)
                 self.background = int(counts.argmax())
+
+    def _points(self, images: Tensor) -> Tensor:
+        """Return what is clustered of images, (points, channels)."""
+        level, features = self.request.level, self._features(images)
+        if level == "pixel":
+            return features.movedim(1, -1).flatten(0, 2).cpu()
+        attention = self._attention(features) if level in _WEIGHED else None
+        if attention is not None:
+            features = features * attention
+            if level == "foreground":
+                front = attention.mean(1, keepdim=True) >= self.threshold
+                # all places of an image that has no foreground
+                features = features * (front | ~front.any(-1, True).any(-2, True))
+        return features.mean((2, 3)).cpu()
 
     def _clusters(self, vectors: Tensor, count: int) -> Tensor:
         from sklearn.cluster import KMeans
@@ -254,7 +265,7 @@ class InstalledLabelMaps(Installed):
             large = F.interpolate(features, size, mode="bilinear", align_corners=False)
             large = F.normalize(large, dim=1)
             attention = self._attention(large)
-            if self.request.level == "attention" and attention is not None:
+            if self.request.level in _WEIGHED and attention is not None:
                 labels = self._nearest(large * attention)
             else:
                 labels = self._nearest(large)
