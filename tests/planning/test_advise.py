@@ -566,6 +566,14 @@ def test_plans_for_few_labels_need_what_is_there(tmp_path: Path) -> None:
     recipe = tmp_path / "every.yaml"
     recipe.write_text(yaml.safe_dump(every))
     assert [s.on for s in load_recipe(recipe).arm("pretext-tuned").stages] == ["unlabeled", ""]
+    based = {"base-tuned", "base-taught", "base-features"}
+    assert based < set(lacking)
+    beside, _ = source(
+        REF, "digits", plans=FEW_PLANS, labels=40, unlabeled="rest", teacher=REF, options=SMALL
+    )
+    assert based < set(beside["arms"])
+    pretext = beside["arms"]["base-taught"]["stages"][0]
+    assert pretext["techniques"][0]["reuse"]["base"] == REF
 
 
 def test_a_file_that_is_no_advice_is_not_replaced(tmp_path: Path) -> None:
