@@ -228,6 +228,7 @@ def test_what_is_clustered_of_an_image() -> None:
     """Features weighed by attention, of the foreground alone; of all places where there is none."""
     base, (x, y) = _pretrained(), _scenes(5)
     points = {}
+    level: Any
     for level in ("image", "attention", "foreground"):
         request = LabelMaps(base=base, clusters=2, level=level, repeats=1)
         live = wrap(_dense(), request, task="segmentation")
