@@ -68,7 +68,7 @@ def run(
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
     if out is not None:
-        _output.write(out, result, _markdown(result, models or (), str(out)))
+        _output.write(out, result, _markdown(result, out))
     return result
 
 
@@ -168,13 +168,14 @@ def _rows(
     ]
 
 
-def _markdown(result: Mapping[str, Any], models: Sequence[str], out: str) -> str:
+def _markdown(result: Mapping[str, Any], out: Path) -> str:
     rows, refs = result["rows"], [*result["tuned"]]
     saved = {row["model"]: row["vs_recipe"] for row in rows if row["arm"] == TUNED}
     plain = {row["model"]: row["vs_hand"] for row in rows if row["arm"] == RECIPE}
     enough = [ref for ref in refs if saved.get(ref, 1.0) <= LEAST]
     ahead = [ref for ref in refs if plain[ref] <= STEP]
-    words = "".join(f" --model {ref}" for ref in models)
+    words = "" if refs == [*MODELS] else "".join(f" --model {ref}" for ref in refs)
+    apart = max((own["floor"] for own in result["tuned"].values() if "floor" in own), default=None)
     options = " ".join(f"--{k} {result[k]}" for k in ("side", "images", "batch", "rounds"))
     lines = [
         "# What `greenvis tune` says is what a run saves", "",
@@ -194,10 +195,10 @@ def _markdown(result: Mapping[str, Any], models: Sequence[str], out: str) -> str
              "between": f"{row['low']:.2f}–{row['high']:.2f}"}
             for ref, own in result["tuned"].items() for row in own["rows"]
         ]), "",
+        _floor.sentence(apart, "trainings of a recipe as it is, within a round,"), "",
         *(f"- {ref}, {name}: left out: {why}."
           for ref, own in result["tuned"].items() for name, why in own["refused"].items()),
-        *(f"- {ref}: tuning took {_floor.joules(own['tuning_j'])} J; as it is, the same training "
-          f"read ×{own['floor']:.2f} apart within a round."
+        *(f"- {ref}: tuning took {_floor.joules(own['tuning_j'])} J."
           for ref, own in result["tuned"].items()),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"

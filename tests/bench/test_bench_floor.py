@@ -18,6 +18,7 @@ from greenvis.bench import (
     rank,
     structure,
     tokens,
+    tune,
 )
 from greenvis.bench.gpu import _page
 
@@ -29,6 +30,7 @@ PAGES = {
     "bench-kv-cache": kv_cache,
     "bench-structure": structure,
     "bench-tokens": tokens,
+    "bench-tune": tune,
 }
 COMMITTED = [name for name in PAGES if (ROOT / "reports" / name).exists()]
 WITH_JOULES = ("advice", "bench-rank", "gpu", *COMMITTED)
