@@ -48,6 +48,7 @@ MINUTES = (
     "epochs=3",
     "tensorboard",
     "greenvis track",
+    "runs/loop",
 )  # words of commands that only the slow test runs
 
 
