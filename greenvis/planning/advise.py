@@ -136,11 +136,8 @@ def advise(
         "budget_j": most, "plans": str(folder / PLANS_FILE), "trials_expected_j": ahead,
         "refused": {**refused, **unfit, **trials.failed}, **_taken(trials, serve, target, most),
     }  # fmt: skip
-    asked = [model, "--data", data_name]
-    asked += [] if labels is None else ["--labels", str(labels)]
-    asked += [] if unlabeled is None else ["--unlabeled", unlabeled]
     path = out or folder / "recipe.yaml"
-    advice["recipe"] = _write(path, all_plans, content["name"], advice, asked)
+    advice["recipe"] = _write(path, all_plans, content["name"], advice, unlabeled)
     return advice
 
 
@@ -309,17 +306,19 @@ def _check(serve: float, share: float | None, out: str | Path | None) -> None:
 
 
 def _write(
-    path: str | Path, all_plans: Mapping[str, Any], name: str, advice: Advice, asked: Sequence[str]
+    path: str | Path, all_plans: Mapping[str, Any], name: str, advice: Advice, unlabeled: str | None
 ) -> str | None:
-    """Write the recipe of the plan that is taken; None where none is. asked: what of."""
+    """Write the recipe of the plan that is taken; None where none is."""
     row = next((row for row in advice["rows"] if row["plan"] == advice["pick"]), None)
     if row is None:
         return None
     metric, spent, served = (row[key] for key in ("metric", "train_energy_j", "serve_energy_j"))
     measure = Measure(**advice["measure"])
     value, low, high = (formatting.gain(measure, metric[k]) for k in ("value", "low", "high"))
+    options = {"data": advice["data"], "labels": advice["labels"], "unlabeled": unlabeled}
+    asked = [w for k, v in options.items() if v is not None for w in (f"--{k}", str(v))]
     lines = (
-        f"{MADE.removeprefix('# ')} {shlex.join(asked)}`: {advice['why']}.",
+        f"{MADE.removeprefix('# ')} {shlex.join([advice['model'], *asked])}`: {advice['why']}.",
         f"Predicted: {measures.written(measure)} {value} ({low} to {high}), training "
         f"{spent['value']:.0f} J ({spent['low']:.0f} to {spent['high']:.0f}), "
         f"serving {served['value']:.2f} J per 1,000 {formatting.plural(advice['unit'])}.",

@@ -91,23 +91,17 @@ def tune(
         if len(less) > 1:
             name = ", ".join(row["setting"] for row in less)
             settings = [text for row in less for text in row["set"]]
-            both = {PRESENT: present, name: one(settings)}
-            together, dear_too = _measured(both, rounds, say)
-            dear |= dear_too
+            together, more = _measured({PRESENT: present, name: one(settings)}, rounds, say)
+            dear |= more
             if name not in dear:
                 rows.append(_row(name, settings, together, together[PRESENT]))
         spent = pricing.reading(own.energy())
     rows.sort(key=lambda row: row["ratio"])
-    best = next((row for row in rows if _saves(row, floor)), None)
     return {
-        "rows": rows,
-        "refused": refused | dear,
-        "pick": None if best is None else best["setting"],
-        "arm": present[1].arm.name,
-        "rounds": rounds,
-        "floor": floor,
-        "tuning_j": spent["value"],
-    }
+        "rows": rows, "refused": refused | dear, "arm": present[1].arm.name, "rounds": rounds,
+        "pick": next((row["setting"] for row in rows if _saves(row, floor)), None),
+        "floor": floor, "tuning_j": spent["value"],
+    }  # fmt: skip
 
 
 def _saves(row: Mapping[str, Any], floor: float) -> bool:

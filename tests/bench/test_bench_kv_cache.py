@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from greenvis.bench import _dialogues, kv_cache
+from greenvis.bench import _caches_page, _dialogues, kv_cache
 
 
 @pytest.mark.slow
@@ -61,14 +61,14 @@ def test_joules_are_per_answer_and_the_first_sentence_says_where_the_line_holds(
         {**row, "prompt": 64, "cache": kv_cache.FULL, "decode_ratio": 1.05},
         {**row, "prompt": 64, "cache": kv_cache.AGAIN, "decode_ratio": 0.95},
     ]
-    said = kv_cache._line([row, *more])
+    said = _caches_page.line([row, *more])
     assert "for 2 prompts at once of 512 tokens, 96 wide (×0.50). More for one prompt" in said
     assert said.count("(×") == 3
     assert "as far apart: 2 prompts at once of 64 tokens, 96 wide (×0.80). Its" in said
     assert "the same in every token" in said
     both = kv_cache._between({kv_cache.FULL: full, kv_cache.AGAIN: own})
     assert [each.decode for each in both] == [5.0, 3.0, 3.0, 4.0]
-    assert "NOT the same" in kv_cache._line([{**row, "same_answers": 0.5}])
+    assert "NOT the same" in _caches_page.line([{**row, "same_answers": 0.5}])
 
 
 def test_dialogues_are_turns_whose_answers_alone_are_learned() -> None:
